@@ -1,0 +1,42 @@
+.DEFAULT_GOAL := help
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3.12)
+BIN := .venv/bin
+# Quiet by default: no usage reports, no update checks, no questions.
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DO_NOT_TRACK := 1
+export NO_ALBUMENTATIONS_UPDATE := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: help install demo test check bench clean
+
+help:  ## show this list
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(BIN)/.installed  ## create .venv with exactly the versions that were tested
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,demo,dev]'
+	@# img2dataset asks for the Python 3.6 backport "dataclasses"; Prefect's server puts site-packages first and would
+	@# take it for the standard module.
+	$(BIN)/python -m pip uninstall --quiet --yes dataclasses
+	@touch $@
+
+demo: install  ## the whole line on real pictures: download, embed, index, train, register, swap, draw
+	@$(BIN)/knn-diffusion demo
+
+test: install  ## every test, offline
+	@$(BIN)/python -m pytest
+
+check: install  ## formatting, lint, types, import contracts
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: install  ## performance ratios, one JSON each under build/bench (NAME=… for one)
+	@$(BIN)/python -m pytest tests/benchmarks --benchmarks $(if $(NAME),-k $(NAME))
+
+clean:  ## remove what runs have made, not the environment
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,1 @@
+"""Prefect flows: what runs after what. They order; they do not compute."""

@@ -1,0 +1,239 @@
+"""The ``knn-diffusion`` command. JSON goes to standard output alone, everything else to standard error.
+
+Exit code 0 for success, 1 for a failure told in one line, 2 for wrong usage. Heavy imports wait inside the commands, so
+that ``--help`` answers at once.
+"""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from infra.settings import Settings
+
+app = typer.Typer(
+    help="Image generation from a database of images: download, embed, index, train, search, swap.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Root = Annotated[str | None, typer.Option("--root", help="Where artifacts are kept: a folder or s3://… .")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks, and what the libraries say.")]
+_DATABASE = "Short name (its champion), models:/NAME@ALIAS, models:/NAME/VERSION, or a folder."
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where everything the demo makes is kept.")] = Path("build/demo"),
+    port: Annotated[int | None, typer.Option(help="Port of the stand-in web server; any free one by default.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run the whole line on real pictures and end with one: download, embed, index, train, register, swap."""
+    with _told(verbose, home=folder / "prefect"):
+        from flows.demo import run_demo
+
+        picture, report = run_demo(folder, port)
+        sys.stderr.flush()
+        print(picture)
+        print(report)
+
+
+@app.command()
+def new_domain(
+    name: Annotated[str, typer.Argument(help="The domain: lower-case letters, digits, hyphens.")],
+    urls: Annotated[str, typer.Option(help="URL list: parquet, csv, tsv, json lines or text; a column 'url'.")],
+    root: Root = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="HOST:PORT that may be downloaded from though not public. Repeatable.")
+    ] = None,
+    train: Annotated[
+        bool, typer.Option("--train/--no-train", help="Train a generator, or make the database alone.")
+    ] = False,
+    texts: Annotated[str | None, typer.Option(help="Text file, a query a line: for recall and evaluation.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="open_clip model: ViT-B-32/laion2b_s34b_b79k, hf-hub:…, local-dir:… .")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Make a domain from a URL list: its database, and a generator with --train. Both become champions."""
+    with _told(verbose):
+        from flows.new_domain import new_domain as flow
+        from flows.recipes import own_domain
+        from infra.shards import read_lines
+
+        config = own_domain(
+            name,
+            urls,
+            root=root,
+            texts=tuple(read_lines(texts)) if texts else (),
+            allow_hosts=tuple(allow_host or ()),
+            train=train,
+            encoder=encoder,
+        )
+        domain = flow(config)
+        print(domain.registered.alias_uri)
+        if domain.trained is not None:
+            print(domain.trained.registered.alias_uri)
+
+
+@app.command()
+def search(
+    database: Annotated[str, typer.Argument(help=_DATABASE)],
+    query: Annotated[str, typer.Argument(help="What to look for.")],
+    k: Annotated[int, typer.Option(help="Neighbours to show.", min=1)] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list on standard output.")] = False,
+    root: Root = None,
+    verbose: Verbose = False,
+) -> None:
+    """Show the nearest images of a text."""
+    with _told(verbose):
+        from tasks.serve import search_text
+
+        found = search_text(database, query, k, _settings(root))
+        if as_json:
+            print(json.dumps(found, indent=1))
+        else:
+            _table(found, {"rank": "rank", "score": "score", "id": "id", "url": "url"})
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="What to draw, a picture each.")],
+    database: Annotated[str, typer.Option(help=_DATABASE)],
+    out: Annotated[Path, typer.Option(help="PNG to write; more prompts make a row.")],
+    model: Annotated[str, typer.Option(help="Generator: short name, models:/… or a folder.")] = "knn-diffusion",
+    seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; the generator's default if unset.", min=1)] = None,
+    guidance: Annotated[float | None, typer.Option(help="1 follows the prompt as trained, more exaggerates.")] = None,
+    root: Root = None,
+    verbose: Verbose = False,
+) -> None:
+    """Draw pictures from prompts, through a database's neighbours."""
+    with _told(verbose):
+        import torch
+
+        from infra.registry import load_pipeline
+        from tasks.evaluate import contact_sheet
+
+        _writable(out)
+        pipeline = load_pipeline(model, database, _settings(root))
+        output = pipeline(
+            prompts,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        contact_sheet(output.images, columns=len(output.images)).save(out)
+        print(out)
+
+
+@app.command()
+def databases(
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list on standard output.")] = False,
+    root: Root = None,
+    verbose: Verbose = False,
+) -> None:
+    """List registered databases: name, version, rows, recall, encoder, aliases."""
+    with _told(verbose):
+        from infra.registry import Registry
+
+        listed = Registry(_settings(root)).versions("database")
+        if as_json:
+            print(json.dumps(listed, indent=1))
+        else:
+            shown = [{**entry, "aliases": ", ".join(entry["aliases"])} for entry in listed]
+            names = ("name", "version", "rows", "recall_at_10_image", "recall_at_10_text", "encoder", "aliases")
+            _table(shown, {name: name.replace("_at_10", "@10").replace("_", " ") for name in names})
+
+
+def main() -> None:
+    """Entry point of the ``knn-diffusion`` command."""
+    app()
+
+
+def _settings(root: str | None) -> "Settings":
+    from tasks.stage import settings_of
+
+    return settings_of(root)
+
+
+@contextmanager
+def _told(verbose: bool, home: Path | None = None) -> Iterator[None]:
+    """Run a command with logs set up, and tell what the user can mend in one line. Ctrl-C exits with 130."""
+    _quiet_environment(home, verbose)
+    from infra import logs
+
+    logs.setup(verbose)
+    from infra.errors import KNNDiffusionError
+
+    try:
+        yield
+    except (KNNDiffusionError, ValueError) as error:
+        if verbose or (isinstance(error, ValueError) and not _ours(error)):
+            raise
+        print(f"knn-diffusion: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print("knn-diffusion: interrupted; what is committed is kept, run again to go on", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _ours(error: ValueError) -> bool:
+    """Whether a ValueError was raised for the user by this project, and not by a bug below it."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    return module.split(".")[0] in {"flows", "tasks", "model", "infra"}
+
+
+def _quiet_environment(home: Path | None, verbose: bool) -> None:
+    """Libraries read these once, at import: no telemetry, no start-up banners, Prefect's own state in ``home``."""
+    warnings.filterwarnings("ignore")
+    quiet = {
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if not verbose:
+        quiet |= {"PREFECT_LOGGING_LEVEL": "ERROR", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
+    if home is not None:
+        quiet["PREFECT_HOME"] = str(home.absolute())
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+
+
+def _writable(out: Path) -> None:
+    from infra.errors import InputError
+
+    if out.suffix.lower() not in {".png", ".jpg", ".jpeg", ".webp"}:
+        raise InputError(f"{out} is no picture name; end it in .png")
+    if not out.parent.exists():
+        raise InputError(f"the folder {out.parent} does not exist; make it, or write elsewhere")
+
+
+def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns.values(), box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        values = (row.get(name, "") for name in columns)
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+if __name__ == "__main__":
+    main()

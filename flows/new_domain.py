@@ -1,0 +1,88 @@
+"""The flow of the whole line: download -> embed -> index -> (neighbours -> train -> evaluate) -> register, one domain."""
+
+import dataclasses
+import re
+
+from prefect import flow
+
+from flows.train_generator import TrainedGenerator, TrainGeneratorConfig, train_generator
+from infra import compute
+from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Outcome
+from tasks.download import DownloadConfig, download
+from tasks.embed import EmbedConfig, embed
+from tasks.evaluate import EvaluateConfig
+from tasks.index import IndexConfig, index
+from tasks.register import Named, register_database_task
+from tasks.stage import base_of, settings_of
+from tasks.train import TrainConfig
+
+_DOMAIN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class NewDomainConfig:
+    """One domain: where its pictures are listed and how each stage treats them."""
+
+    domain: str
+    urls: str  # parquet, csv, tsv, json lines or text, local or remote, with a column ``url``
+    root: str | None = None  # None: the settings' root
+    download: DownloadConfig = dataclasses.field(default_factory=DownloadConfig)
+    embed: EmbedConfig = dataclasses.field(default_factory=EmbedConfig)
+    index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
+    train: TrainConfig | None = None  # None: make the database alone
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse a name that cannot be a folder and a registered model."""
+        if not _DOMAIN.fullmatch(self.domain):
+            raise ValueError(
+                f"domain {self.domain!r} must be lower-case letters, digits and hyphens, such as 'twemoji'"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Domain:
+    """What the flow made, and what each stage took."""
+
+    images: Outcome[ImageShards]
+    embeddings: Outcome[EmbeddingShards]
+    database: Outcome[DatabaseVersion]
+    registered: Named
+    trained: TrainedGenerator | None
+    seconds: dict[str, float]
+    skipped: dict[str, bool]
+
+
+@flow(name="new-domain", flow_run_name="new-domain-{config.domain}", validate_parameters=True)
+def new_domain(config: NewDomainConfig) -> Domain:
+    """Make a domain's database from a URL list, and a generator if one is asked for; register both as champions."""
+    settings = settings_of(config.root)
+    base, cache = base_of(settings, config.domain), settings.cache_folder
+    with compute.cluster(settings.ray_address, settings.cpus):
+        images = download(config.urls, base, config.download)
+        embeddings = embed(images.reference, base, config.embed, cache)
+        database = index(embeddings.reference, base, config.index, cache)
+        registered = register_database_task(config.domain, database.reference, settings, None)
+        trained = None
+        if config.train is not None:
+            trained = train_generator(
+                TrainGeneratorConfig(
+                    domain=config.domain,
+                    database=database.reference.uri,
+                    root=config.root,
+                    train=config.train,
+                    evaluate=config.evaluate,
+                )
+            )
+    stages = {"download": images, "embed": embeddings, "index": database, "register_database": registered}
+    seconds = {name: stage.seconds for name, stage in stages.items()} | (trained.seconds if trained else {})
+    skipped = {name: stage.skipped for name, stage in stages.items()} | (trained.skipped if trained else {})
+    return Domain(
+        images=images,
+        embeddings=embeddings,
+        database=database,
+        registered=registered,
+        trained=trained,
+        seconds=seconds,
+        skipped=skipped,
+    )

@@ -1,0 +1,66 @@
+"""The flow that makes a generator of a committed database: neighbours -> train -> evaluate -> register."""
+
+import dataclasses
+
+from prefect import flow
+
+from infra import compute, tracking
+from tasks.contracts import DatabaseVersion, EmbeddingShards, Generator, ImageShards, Outcome
+from tasks.evaluate import EvaluateConfig, Evaluation, evaluate
+from tasks.neighbours import neighbours
+from tasks.register import Named, register_generator_task
+from tasks.stage import base_of, settings_of
+from tasks.train import TrainConfig, TrainingInputs, train_task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainGeneratorConfig:
+    """What to train on, how, and how it is judged."""
+
+    domain: str
+    database: str  # the committed folder of a database version
+    root: str | None = None
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedGenerator:
+    """The generator, its scores, and its name in the registry."""
+
+    generator: Outcome[Generator]
+    evaluation: Outcome[Evaluation]
+    registered: Named
+    seconds: dict[str, float]
+    skipped: dict[str, bool]
+
+
+@flow(name="train-generator", flow_run_name="train-{config.domain}", validate_parameters=True)
+def train_generator(config: TrainGeneratorConfig) -> TrainedGenerator:
+    """Train a generator on a database's own pictures and register it as ``knn-diffusion``'s champion."""
+    settings = settings_of(config.root)
+    base, cache = base_of(settings, config.domain), settings.cache_folder
+    database = DatabaseVersion.open(config.database)
+    embeddings = EmbeddingShards.open(database.manifest().inputs["embeddings"]["uri"])
+    images = ImageShards.open(embeddings.manifest().inputs["images"]["uri"])
+    with (
+        compute.cluster(settings.ray_address, settings.cpus),
+        tracking.start_run(settings, experiment="train-generator", name=config.domain) as run,
+    ):
+        run.params(dataclasses.asdict(config))
+        found = neighbours(embeddings, database, base, config.train.conditioning.neighbours, cache)
+        inputs = TrainingInputs(images=images, embeddings=embeddings, database=database, neighbours=found.reference)
+        generator = train_task(inputs, base, config.train, cache, run)
+        evaluation = evaluate(generator.reference, database, base, config.evaluate, cache)
+        scores = evaluation.reference.scores()
+        run.log(step=generator.reference.manifest().info["images_seen"], values=scores)
+        database_uri = f"models:/knn-database.{config.domain}@champion"
+        registered = register_generator_task(generator.reference, database_uri, scores, settings, run.run_id)
+    stages = {"neighbours": found, "train": generator, "evaluate": evaluation, "register_generator": registered}
+    return TrainedGenerator(
+        generator=generator,
+        evaluation=evaluation,
+        registered=registered,
+        seconds={name: stage.seconds for name, stage in stages.items()},
+        skipped={name: stage.skipped for name, stage in stages.items()},
+    )

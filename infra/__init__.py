@@ -1,0 +1,1 @@
+"""The world outside: storage, downloads, Ray, MLflow, settings. Knows no neural network."""

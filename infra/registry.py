@@ -1,0 +1,236 @@
+"""MLflow's model registry: register, alias, pull.
+
+Two kinds of registered model: ``knn-database.<domain>``, which is a manifest (the index stays where it is and is found
+by digest), and ``knn-diffusion``, which carries its weights. Anything is named by
+
+    models:/knn-database.twemoji@champion    an MLflow URI: name and alias, or name and version
+    twemoji                                  a short name: that domain's champion
+    /data/twemoji/database/1f0c…             a committed folder, local or remote, registered or not
+"""
+
+import dataclasses
+import pkgutil
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import mlflow
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.tracking import MlflowClient
+
+from infra import artifacts, storage
+from infra.errors import IntegrityError, NotFoundError
+from infra.settings import Settings, masked
+from infra.tracking import connect
+
+DATABASE_PREFIX = "knn-database."
+GENERATOR_NAME = "knn-diffusion"
+CHAMPION = "champion"
+_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
+_DIGEST_TAG = "digest"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Registered:
+    """A version in the registry: its URI by version, its alias URI, and whether it was there already."""
+
+    name: str
+    version: int
+    uri: str
+    alias_uri: str
+    existed: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Pulled:
+    """What a name led to: the committed folder, its manifest, and for a registered generator its local files."""
+
+    folder_uri: str
+    manifest: artifacts.Manifest
+    local: Path | None = None
+    name: str | None = None
+    version: int | None = None
+
+
+class Registry:
+    """The registry behind ``settings``."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Connect this process's MLflow to the settings' store."""
+        connect(settings)
+        self._settings = settings
+        self._client = MlflowClient(settings.tracking_uri, settings.tracking_uri)
+
+    def register(
+        self,
+        name: str,
+        folder_uri: str,
+        *,
+        script: Path,
+        signature: ModelSignature,
+        tags: Mapping[str, str],
+        files: Mapping[str, Path] | None = None,
+        model_config: Mapping[str, Any] | None = None,
+        run_id: str | None = None,
+        alias: str | None = CHAMPION,
+    ) -> Registered:
+        """Register the committed folder as a new version of ``name`` and move ``alias`` to it.
+
+        Args:
+            name: of the registered model.
+            folder_uri: the committed folder; its manifest is the artifact.
+            script: models-from-code: how the version is loaded, without pickle.
+            signature: what it takes and gives.
+            tags: shown in the registry; the manifest's digest is added.
+            files: further local files or folders to keep with the version, by name.
+            model_config: settings that the script reads when it is loaded.
+            run_id: the run that made it.
+            alias: moved to this version; None leaves aliases alone.
+
+        A version of the same digest is found again, not registered twice.
+        """
+        manifest = artifacts.read_manifest(folder_uri)
+        existing = self._version_of(name, manifest.digest)
+        version = existing or self._create(
+            name, folder_uri, manifest, script, signature, files or {}, model_config or {}, run_id
+        )
+        for key, value in {**tags, _DIGEST_TAG: manifest.digest, "uri": folder_uri}.items():
+            self._client.set_model_version_tag(name, version, key, value)
+        if alias:
+            self._client.set_registered_model_alias(name, alias, version)
+        return Registered(
+            name=name,
+            version=int(version),
+            uri=f"models:/{name}/{version}",
+            alias_uri=f"models:/{name}@{alias or CHAMPION}",
+            existed=existing is not None,
+        )
+
+    def pull(self, reference: str, *, kind: str) -> Pulled:
+        """What ``reference`` names, of ``kind`` ``database`` or ``generator``; any of the three forms above.
+
+        Raises:
+            NotFoundError: nothing of that name; the message lists what there is.
+            IntegrityError: the folder no longer holds what was registered.
+        """
+        if not reference.startswith("models:/"):
+            if storage.exists(storage.join(reference, artifacts.MANIFEST)):
+                folder = storage.absolute(reference)
+                return Pulled(folder_uri=folder, manifest=self._checked(folder, kind))
+            if "/" in reference:
+                raise NotFoundError(f"{reference} holds no committed {kind}: there is no {artifacts.MANIFEST} in it")
+            reference = f"models:/{_full_name(reference, kind)}@{CHAMPION}"
+        version = self._resolve(reference, kind)
+        local = Path(mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{version.name}/{version.version}"))
+        registered = artifacts.Manifest.from_json(_manifest_file(local).read_bytes(), reference)
+        folder = version.tags.get("uri", "")
+        if kind == "database" and self._checked(folder, kind).digest != registered.digest:
+            raise IntegrityError(f"{folder} is no longer what {reference} registered; restore it or register it anew")
+        return Pulled(
+            folder_uri=folder, manifest=registered, local=local, name=version.name, version=int(version.version)
+        )
+
+    def versions(self, kind: str) -> list[dict[str, Any]]:
+        """Every registered version of a kind: name, version, aliases, tags, and when it was made."""
+        listed = []
+        for model in self._client.search_registered_models():
+            if not _is_kind(model.name, kind):
+                continue
+            aliases = self._client.get_registered_model(model.name).aliases
+            for version in self._client.search_model_versions(f"name='{model.name}'"):
+                own = sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))
+                listed.append(
+                    {
+                        "name": model.name,
+                        "version": int(version.version),
+                        "aliases": own,
+                        "created_ms": version.creation_timestamp,
+                        **version.tags,
+                    }
+                )
+        return sorted(listed, key=lambda entry: (entry["name"], entry["version"]))
+
+    def _create(
+        self,
+        name: str,
+        folder_uri: str,
+        manifest: artifacts.Manifest,
+        script: Path,
+        signature: ModelSignature,
+        files: Mapping[str, Path],
+        model_config: Mapping[str, Any],
+        run_id: str | None,
+    ) -> str:
+        with storage.scratch() as scratch:
+            path = scratch / artifacts.MANIFEST
+            path.write_text(manifest.to_json())
+            with mlflow.start_run(run_id=run_id) if run_id else mlflow.start_run(run_name=f"register {name}"):
+                info = mlflow.pyfunc.log_model(
+                    name=name.replace(".", "-"),
+                    python_model=str(script),
+                    artifacts={"manifest": str(path), **{key: str(value) for key, value in files.items()}},
+                    signature=signature,
+                    pip_requirements=["knn-diffusion"],
+                    model_config=dict(model_config),
+                    registered_model_name=name,
+                )
+        return str(info.registered_model_version)
+
+    def _version_of(self, name: str, digest: str) -> str | None:
+        try:
+            versions = self._client.search_model_versions(f"name='{name}'")
+        except MlflowException:
+            return None
+        return next((str(v.version) for v in versions if v.tags.get(_DIGEST_TAG) == digest), None)
+
+    def _resolve(self, reference: str, kind: str) -> ModelVersion:
+        match = _URI.match(reference)
+        if match is None:
+            raise NotFoundError(f"{reference} is no MLflow model URI; write models:/NAME@ALIAS or models:/NAME/VERSION")
+        name, alias, version = match["name"], match["alias"], match["version"]
+        try:
+            if alias:
+                return self._client.get_model_version_by_alias(name, alias)
+            return self._client.get_model_version(name, version)
+        except MlflowException:
+            self._nothing(reference, kind)
+
+    def _nothing(self, reference: str, kind: str) -> NoReturn:
+        there = sorted({f"{entry['name']}@{alias}" for entry in self.versions(kind) for alias in entry["aliases"]})
+        listed = ", ".join(there) or "none at all"
+        raise NotFoundError(
+            f"no {kind} is registered as {reference} at {masked(self._settings.tracking_uri)}; registered: {listed}"
+        ) from None
+
+    def _checked(self, folder_uri: str, kind: str) -> artifacts.Manifest:
+        manifest = artifacts.read_manifest(folder_uri)
+        if manifest.kind != kind:
+            raise NotFoundError(f"{folder_uri} holds {manifest.kind}, not a {kind}")
+        return manifest
+
+
+def load_pipeline(model_uri: str, database_uri: str, settings: Settings | None = None) -> Any:
+    """A ``model.pipeline.KNNDiffusionPipeline`` of a generator and a database, each named in any of the three forms.
+
+    What opens them knows networks, so it lives among the tasks; it is looked up by name, since infra imports nothing
+    from there.
+    """
+    open_pipeline = pkgutil.resolve_name("tasks.serve:open_pipeline")
+    return open_pipeline(model_uri, database_uri, settings or Settings())
+
+
+def _manifest_file(local: Path) -> Path:
+    return local / "artifacts" / artifacts.MANIFEST
+
+
+def _full_name(short: str, kind: str) -> str:
+    if kind == "database" and not short.startswith(DATABASE_PREFIX):
+        return DATABASE_PREFIX + short
+    return short
+
+
+def _is_kind(name: str, kind: str) -> bool:
+    return name.startswith(DATABASE_PREFIX) if kind == "database" else name == GENERATOR_NAME

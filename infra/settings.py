@@ -1,0 +1,58 @@
+"""Settings from the environment: the only reader of it. Every variable is optional; secrets never print.
+
+KNN_DIFFUSION_ROOT            where artifacts are kept (a folder or s3://…)      ./knn-diffusion-data
+KNN_DIFFUSION_CACHE           local cache of remote files, by digest             ~/.cache/knn-diffusion
+KNN_DIFFUSION_RAY_ADDRESS     "auto" on a cluster; unset starts a local one
+KNN_DIFFUSION_CPUS            cores for a local Ray; unset takes all
+MLFLOW_TRACKING_URI           sqlite:///…, postgresql://… or http://…            sqlite below the root
+MLFLOW_ARTIFACTS              where registered files are kept                    a folder below the root
+AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION    read by s3fs itself
+"""
+
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from infra import storage
+
+
+class Settings(BaseSettings):
+    """Where things are kept and run. ``Settings()`` reads the environment; arguments override it."""
+
+    model_config = SettingsConfigDict(env_prefix="KNN_DIFFUSION_", extra="ignore", frozen=True)
+
+    root: str = "knn-diffusion-data"
+    cache: Path = Path("~/.cache/knn-diffusion")
+    ray_address: str | None = None
+    cpus: int | None = Field(default=None, ge=1)
+    tracking: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI", repr=False)
+    artifacts: str | None = Field(default=None, validation_alias="MLFLOW_ARTIFACTS")
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow's metadata store. A remote root needs one named: sqlite cannot live in an object store."""
+        if self.tracking is not None:
+            return self.tracking
+        if not storage.is_local(self.root):
+            raise ValueError(f"the root {self.root} is remote: set MLFLOW_TRACKING_URI to a database or a server")
+        return f"sqlite:///{storage.absolute(self.root)}/mlflow.db"
+
+    @property
+    def artifacts_uri(self) -> str:
+        """MLflow's artifact store for experiments made here."""
+        return self.artifacts or storage.join(storage.absolute(self.root), "mlflow")
+
+    @property
+    def cache_folder(self) -> Path:
+        """The local cache, user expanded."""
+        return self.cache.expanduser()
+
+
+def masked(uri: str) -> str:
+    """``uri`` fit for a log line: the password of ``scheme://user:password@host`` replaced."""
+    parts = urlsplit(uri)
+    if parts.password is None:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")))

@@ -1,0 +1,101 @@
+"""Readers and writers of the two shard formats: webdataset tars and the parquet beside them.
+
+Rows keep the order of the file; nothing here decodes a picture.
+"""
+
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra import storage
+from infra.errors import InputError, IntegrityError
+
+PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+
+
+def read_pictures(tar: Path) -> Iterator[tuple[str, bytes]]:
+    """(key, encoded picture) for each sample of a webdataset tar. Raises ``IntegrityError`` for a truncated one."""
+    try:
+        with tarfile.open(tar, "r|") as archive:
+            for member in archive:
+                name = PurePosixPath(member.name)
+                if member.isfile() and name.suffix in PICTURE_SUFFIXES:
+                    stream = archive.extractfile(member)
+                    if stream is not None:
+                        yield name.stem, stream.read()
+    except tarfile.TarError as error:
+        raise IntegrityError(f"{tar} is no whole tar ({error}); delete its shard's marker and run again") from error
+
+
+def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A parquet file. Raises ``InputError`` when it is none."""
+    try:
+        return pq.read_table(path, columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} is no readable parquet file ({error})") from error
+
+
+def write_table(rows: Iterable[dict[str, Any]], schema: pa.Schema, path: Path) -> None:
+    """Write ``rows`` as one parquet file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="zstd")
+
+
+def read_url_list(uri: str) -> pa.Table:
+    """A URL list: parquet, csv, tsv, json lines or plain text, one URL a row, further columns kept.
+
+    Raises ``NotFoundError`` when it is not there, ``InputError`` when it is empty or has no ``url`` column.
+    """
+    suffix = PurePosixPath(uri).suffix.lower()
+    with storage.open_read(uri) as stream:
+        data = pa.BufferReader(stream.read())
+    try:
+        table = _PARSERS.get(suffix, _parse_lines)(data)
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        raise InputError(f"{uri} cannot be read as a {suffix or 'text'} URL list ({error})") from error
+    if "url" not in table.column_names:
+        raise InputError(f"{uri} has no column 'url', only {', '.join(table.column_names) or 'nothing'}; rename it")
+    if not pa.types.is_string(table.schema.field("url").type):
+        table = table.set_column(table.schema.get_field_index("url"), "url", table["url"].cast(pa.string()))
+    if table.num_rows == 0:
+        raise InputError(f"{uri} lists no URL; give it at least one row")
+    return table.combine_chunks()
+
+
+def read_lines(uri: str) -> list[str]:
+    """The non-empty lines of a text file, stripped. Raises ``NotFoundError``, ``InputError``."""
+    try:
+        lines = storage.read_bytes(uri).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{uri} is no UTF-8 text, one prompt a line ({error})") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _parse_csv(data: pa.BufferReader, delimiter: str = ",") -> pa.Table:
+    import pyarrow.csv as csv
+
+    return csv.read_csv(data, parse_options=csv.ParseOptions(delimiter=delimiter))
+
+
+def _parse_json(data: pa.BufferReader) -> pa.Table:
+    import pyarrow.json as json
+
+    return json.read_json(data)
+
+
+def _parse_lines(data: pa.BufferReader) -> pa.Table:
+    lines = [line.strip() for line in bytes(data.read()).decode().splitlines()]
+    return pa.table({"url": pa.array([line for line in lines if line and not line.startswith("#")], pa.string())})
+
+
+_PARSERS = {
+    ".parquet": pq.read_table,
+    ".csv": _parse_csv,
+    ".tsv": lambda data: _parse_csv(data, "\t"),
+    ".json": _parse_json,
+    ".jsonl": _parse_json,
+}

@@ -1,0 +1,1 @@
+"""Maths and networks. No storage, no orchestrator: tensors, arrays and local paths in and out."""

@@ -1,0 +1,132 @@
+"""The encoder: an open_clip model behind three methods, and its identity.
+
+Legend: ``B`` batch, ``D`` embedding width, ``C H W`` a picture.
+
+Model strings are open_clip's own: ``ViT-B-32/laion2b_s34b_b79k``, ``hf-hub:org/name``, ``local-dir:/path``. One more,
+``sticker-clip``, names the small model that ships with this package and needs no download.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from model.errors import ModelError
+
+EMBEDDED = "sticker-clip"
+_EMBEDDED_FOLDER = Path(__file__).parent / "pretrained" / "sticker-clip"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderIdentity:
+    """What must agree for two embeddings to be comparable. ``name`` is for people; the digests decide."""
+
+    name: str
+    weights_digest: str
+    preprocess_digest: str
+    dimension: int
+
+    def same_space(self, other: "EncoderIdentity") -> bool:
+        """Whether embeddings of both may be compared."""
+        return dataclasses.replace(self, name="") == dataclasses.replace(other, name="")
+
+    def __str__(self) -> str:
+        """Name, width and the short digests, as error messages show it."""
+        return f"{self.name} ({self.dimension}-d, {self.weights_digest[:8]}/{self.preprocess_digest[:8]})"
+
+
+class Encoder:
+    """Pictures and texts to unit rows in one space. Inference only; float32."""
+
+    def __init__(self, name: str = EMBEDDED, *, device: torch.device | str = "cpu") -> None:
+        """Load the model ``name``. Raises ``ModelError`` when there is none."""
+        self.name = name
+        self.device = torch.device(device)
+        architecture, pretrained = _split(name)
+        try:
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                architecture, pretrained=pretrained, precision="fp32", device=self.device
+            )
+            self._tokenizer = open_clip.get_tokenizer(architecture)
+        except Exception as error:  # open_clip raises RuntimeError, ValueError, OSError and hub errors alike
+            raise ModelError(
+                f"encoder {name!r} cannot be loaded ({error}); name an open_clip model or {EMBEDDED}"
+            ) from error
+        self._model: Any = model.eval().requires_grad_(False)
+        self._preprocess = preprocess
+        self.identity = EncoderIdentity(
+            name=name,
+            weights_digest=_weights_digest(model),
+            preprocess_digest=_preprocess_digest(model),
+            dimension=self._dimension(),
+        )
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """One picture (any size, RGB) to the model's input (3, H, W) float32."""
+        tensor: Tensor = self._preprocess(image)
+        return tensor
+
+    @torch.inference_mode()
+    def embed_preprocessed(self, batch: Tensor) -> Tensor:
+        """(B, 3, H, W) from :meth:`preprocess` to (B, D) float32 unit rows on the CPU."""
+        return F.normalize(self._model.encode_image(batch.to(self.device)).float(), dim=-1).cpu()
+
+    def embed_images(self, images: Sequence[Image.Image], *, batch_size: int = 128) -> Tensor:
+        """Pictures to (len(images), D) float32 unit rows."""
+        if not images:
+            return torch.empty(0, self._dimension())
+        chunks = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+        return torch.cat(
+            [self.embed_preprocessed(torch.stack([self.preprocess(i) for i in chunk])) for chunk in chunks]
+        )
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
+        """Texts to (len(texts), D) float32 unit rows; a text past the context length is cut by the tokenizer."""
+        if not texts:
+            return torch.empty(0, self._dimension())
+        chunks = [list(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
+        rows = [self._model.encode_text(self._tokenizer(chunk).to(self.device)).float() for chunk in chunks]
+        return F.normalize(torch.cat(rows), dim=-1).cpu()
+
+    def _dimension(self) -> int:
+        width = getattr(self._model, "text_projection", None)
+        if isinstance(width, Tensor):
+            return int(width.shape[-1])
+        return int(self.embed_texts(["x"]).shape[-1])
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    if name == EMBEDDED:
+        return f"local-dir:{_EMBEDDED_FOLDER}", None
+    if name.startswith(("hf-hub:", "local-dir:")):
+        return name, None
+    architecture, slash, pretrained = name.partition("/")
+    if not slash:
+        raise ModelError(
+            f"encoder {name!r} names no weights; write ARCHITECTURE/WEIGHTS (ViT-B-32/laion2b_s34b_b79k), "
+            f"hf-hub:…, local-dir:… or {EMBEDDED}"
+        )
+    return architecture, pretrained
+
+
+def _weights_digest(model: torch.nn.Module) -> str:
+    """Digest of names, shapes and float32 values, so the file format and folder do not matter."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _preprocess_digest(model: torch.nn.Module) -> str:
+    settings = open_clip.get_model_preprocess_cfg(model)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=list).encode()).hexdigest()

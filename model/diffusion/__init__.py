@@ -1,0 +1,1 @@
+"""Noise to pictures: the condition, flow matching, guidance."""

@@ -1,0 +1,89 @@
+"""The denoiser: a transformer over patches that looks at the query and its neighbours through cross-attention.
+
+Legend: ``B`` batch, ``C S S`` picture, ``T`` condition tokens, ``E`` their channels.
+
+It is diffusers' ``PixArtTransformer2DModel`` as it stands (patches, adaLN-single on the timestep, cross-attention;
+Chen et al. 2310.00426), with the condition tokens in the captions' place. What is ours: its size, its initial weights,
+and what its output means.
+"""
+
+import dataclasses
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from torch import Tensor, nn
+
+from model.diffusion.conditioning import MARKER_CHANNELS
+from model.diffusion.continuous import Denoiser, Prediction, to_velocity
+
+TIMESTEPS = 1000
+"""The network's timestep is σ × 1000, the scale that its sinusoidal embedding was made for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TransformerConfig:
+    """Size of the network, and what it predicts. Width is heads × head_width."""
+
+    image_size: int = 32
+    patch_size: int = 4
+    layers: int = 6
+    heads: int = 4
+    head_width: int = 32
+    prediction: Prediction = "velocity"
+
+    def __post_init__(self) -> None:
+        """Refuse a picture that patches do not tile."""
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+        if min(self.layers, self.heads, self.head_width) < 1:
+            raise ValueError("layers, heads and head_width must be at least 1")
+
+
+def build_transformer(config: TransformerConfig, *, embedding_dimension: int, seed: int) -> PixArtTransformer2DModel:
+    """The network with weights drawn from ``seed``; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = PixArtTransformer2DModel(
+            num_attention_heads=config.heads,
+            attention_head_dim=config.head_width,
+            in_channels=3,
+            out_channels=3,
+            num_layers=config.layers,
+            cross_attention_dim=config.heads * config.head_width,
+            caption_channels=embedding_dimension + MARKER_CHANNELS,
+            sample_size=config.image_size,
+            patch_size=config.patch_size,
+            use_additional_conditions=False,
+        )
+        initialise(network)
+    return network
+
+
+def initialise(network: PixArtTransformer2DModel) -> None:
+    """Xavier matrices, quiet residual branches, a zero head: the first output is zero, not noise (DiT, 2212.09748 §3)."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.zeros_(network.proj_out.weight)
+    nn.init.normal_(network.adaln_single.linear.weight, std=0.02)
+    for block in network.transformer_blocks:
+        nn.init.zeros_(block.attn1.to_out[0].weight)
+        nn.init.normal_(block.attn2.to_out[0].weight, std=0.02)
+
+
+def as_denoiser(network: nn.Module, prediction: Prediction) -> Denoiser:
+    """``network`` as a function of (x_σ (B, 3, S, S), σ (B,), tokens (B, T, E)) to a velocity (B, 3, S, S)."""
+
+    def denoise(noisy: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
+        (output,) = network(
+            noisy,
+            encoder_hidden_states=condition,
+            timestep=sigma * TIMESTEPS,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            return_dict=False,
+        )
+        return to_velocity(output, noisy, sigma, prediction)
+
+    return denoise

@@ -1,0 +1,24 @@
+"""Exponential moving average of weights, warmed up so that early averages are not of the initialisation."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+def ema_decay(step: int, decay: float) -> float:
+    """The decay at ``step`` (0, 1, …): rises as (step + 1)/(step + 10) until it meets ``decay``."""
+    return min(decay, (step + 1) / (step + 10))
+
+
+def ema_copy(network: nn.Module) -> nn.Module:
+    """A copy of ``network`` to average into: no gradients, evaluation mode."""
+    return copy.deepcopy(network).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def ema_update(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """average ← decay·average + (1 − decay)·network; buffers are copied."""
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+    for old, new in zip(average.buffers(), network.buffers(), strict=True):
+        old.copy_(new)

@@ -1,0 +1,56 @@
+"""Draw: pictures that show what the numbers mean."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+CELL_PX = 72
+_GAP_PX, _GROUP_GAP_PX, _MARGIN_PX = 6, 26, 20
+_INK, _FAINT, _PAPER, _SHADE = (25, 28, 33), (110, 116, 125), (255, 255, 255), (244, 245, 247)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SwapRow:
+    """One prompt, and the groups of pictures beside it."""
+
+    prompt: str
+    groups: tuple[Sequence[Image.Image], ...]
+
+
+def draw_swap(rows: Sequence[SwapRow], titles: Sequence[str]) -> Image.Image:
+    """A labelled grid: a row a prompt, a titled group of columns for each entry of ``titles``.
+
+    Every second group (what was drawn) stands on a shade, so that neighbours and samples are told apart.
+    """
+    font, small = ImageFont.load_default(17), ImageFont.load_default(14)
+    label_px = max(int(font.getlength(row.prompt)) for row in rows) + _GROUP_GAP_PX
+    widths = [len(group) * (CELL_PX + _GAP_PX) - _GAP_PX for group in rows[0].groups]
+    lefts = [_MARGIN_PX + label_px + sum(widths[:n]) + n * _GROUP_GAP_PX for n in range(len(widths))]
+    top = _MARGIN_PX + 34
+    height = top + len(rows) * (CELL_PX + _GAP_PX) + _MARGIN_PX
+    sheet = Image.new("RGB", (lefts[-1] + widths[-1] + _MARGIN_PX, height), _PAPER)
+    canvas = ImageDraw.Draw(sheet)
+    for number, (left, width, title) in enumerate(zip(lefts, widths, titles, strict=True)):
+        if number % 2:
+            box = (left - 9, _MARGIN_PX - 10, left + width + 9, height - _MARGIN_PX + 6)
+            canvas.rounded_rectangle(box, radius=8, fill=_SHADE)
+        canvas.text((left, _MARGIN_PX), title, font=small, fill=_FAINT)
+    for number, row in enumerate(rows):
+        y = top + number * (CELL_PX + _GAP_PX)
+        canvas.text((_MARGIN_PX, y + CELL_PX // 2), row.prompt, font=font, fill=_INK, anchor="lm")
+        for left, group in zip(lefts, row.groups, strict=True):
+            for column, image in enumerate(group):
+                sheet.paste(_cell(image), (left + column * (CELL_PX + _GAP_PX), y))
+    return sheet
+
+
+def _cell(image: Image.Image) -> Image.Image:
+    """``image`` fitted into a cell, its shape kept."""
+    cell = Image.new("RGB", (CELL_PX, CELL_PX), _PAPER)
+    scale = CELL_PX / max(image.size)
+    fitted = image.resize(
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BICUBIC
+    )
+    cell.paste(fitted, ((CELL_PX - fitted.width) // 2, (CELL_PX - fitted.height) // 2))
+    return cell

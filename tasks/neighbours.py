@@ -1,0 +1,80 @@
+"""Neighbours: for every picture of a training set, its k nearest rows of a database, itself left out."""
+
+from pathlib import Path
+
+import numpy as np
+
+from infra import artifacts, compute, storage
+from infra.errors import InputError
+from tasks.contracts import DatabaseVersion, EmbeddingShards, Neighbours, Outcome, require_same_encoder
+from tasks.index import open_database
+from tasks.stage import map_stage, skip_or_make, stage_task
+
+_SEARCH_ROWS = 1024
+
+
+def find_neighbours(
+    embeddings: EmbeddingShards, database: DatabaseVersion, base: str, k: int, *, cache: Path
+) -> Outcome[Neighbours]:
+    """The ``k`` nearest database rows of each row of ``embeddings`` into ``base/neighbours/<key>``.
+
+    When the database was built from these embeddings, a row's own entry and its exact copies are excluded: in
+    training, a picture must not be handed to the network as its own neighbour.
+
+    Raises:
+        EncoderMismatchError: the two were made by different encoders.
+        InputError: the database has too few rows for ``k``.
+    """
+    inputs = {"embeddings": embeddings.as_input(), "database": database.as_input()}
+    stage = artifacts.Stage(base, Neighbours.kind, inputs=inputs, config={"k": k})
+
+    def make() -> artifacts.Manifest:
+        source, target = embeddings.manifest(), database.manifest()
+        require_same_encoder(embeddings=source, database=target)
+        own = target.inputs["embeddings"]["digest"] == source.digest
+        if k > target.rows - own:
+            raise InputError(
+                f"{k} neighbours are asked of {database.uri}, which has {target.rows} rows"
+                f"{', the picture itself among them' if own else ''}; lower k or add images"
+            )
+        offset, items = 0, []
+        for shard in source.shards:
+            items.append((shard.name, (shard, offset if own else None)))
+            offset += shard.rows
+        settings = (embeddings.uri, database, stage.uri, k, cache)
+        done, _ = map_stage(stage, items, _Search, settings, actors=max(1, compute.cpus() // 2), cpus_per_actor=2)
+        return stage.commit(done, identity=source.identity, info={"itself_excluded": own})
+
+    return skip_or_make(stage, Neighbours, make, note=lambda manifest: f"k = {k}")
+
+
+class _Search:
+    """The open database on a worker."""
+
+    def __init__(self, embeddings_uri: str, database: DatabaseVersion, folder_uri: str, k: int, cache: Path) -> None:
+        self._embeddings_uri, self._folder_uri, self._k, self._cache = embeddings_uri, folder_uri, k, cache
+        self._database = open_database(database, cache)
+
+    def __call__(self, item: tuple[str, tuple[artifacts.Shard, int | None]]) -> artifacts.Shard:
+        name, (shard, offset) = item
+        (file,) = (file for file in shard.files if file.name.endswith(".npy"))
+        rows = np.load(artifacts.fetch_file(self._embeddings_uri, file, self._cache), mmap_mode="r")
+        found = np.empty((len(rows), self._k), dtype=np.int64)
+        for start in range(0, len(rows), _SEARCH_ROWS):
+            stop = min(start + _SEARCH_ROWS, len(rows))
+            itself = None if offset is None else np.arange(start, stop, dtype=np.int64) + offset
+            ids = self._database.search(rows[start:stop], self._k, exclude=itself).ids
+            if ids.shape[1] < self._k:
+                raise InputError(f"shard {name}: too many exact copies in the database for k = {self._k}; lower k")
+            found[start:stop] = ids
+        with storage.scratch() as folder:
+            np.save(folder / f"{name}.npy", found)
+            return artifacts.commit_shard(self._folder_uri, name, folder, rows=len(rows), info={})
+
+
+@stage_task(name="neighbours")
+def neighbours(
+    embeddings: EmbeddingShards, database: DatabaseVersion, base: str, k: int, cache: Path
+) -> Outcome[Neighbours]:
+    """Task of :func:`find_neighbours`."""
+    return find_neighbours(embeddings, database, base, k, cache=cache)

@@ -1,0 +1,118 @@
+"""Register: a database and a generator to MLflow, as champion, loadable without this code's knowledge of their files."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+from infra import artifacts, logs
+from infra.registry import DATABASE_PREFIX, GENERATOR_NAME, Registered, Registry
+from infra.settings import Settings
+from tasks.contracts import DatabaseVersion, Generator, encoder_of
+from tasks.stage import stage_task
+from tasks.train import PIPELINE, generator_folder
+
+_SCRIPTS = Path(__file__).parent / "pyfunc"
+_PROMPTS = Schema([ColSpec(DataType.string, "prompt")])
+DATABASE_SIGNATURE = ModelSignature(
+    inputs=_PROMPTS,
+    outputs=Schema([ColSpec(DataType.string, "prompt"), ColSpec(DataType.string, "neighbours")]),
+    params=ParamSchema([ParamSpec("k", DataType.long, 10)]),
+)
+GENERATOR_SIGNATURE = ModelSignature(
+    inputs=_PROMPTS,
+    outputs=Schema([ColSpec(DataType.string, "prompt"), ColSpec(DataType.binary, "png")]),
+    params=ParamSchema(
+        [
+            ParamSpec("seed", DataType.long, 0),
+            ParamSpec("steps", DataType.long, 25),
+            ParamSpec("guidance", DataType.double, 2.0),
+        ]
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Named:
+    """Where something can be pulled from, and whether it had been registered before."""
+
+    uri: str
+    alias_uri: str
+    skipped: bool
+    seconds: float
+
+
+def register_database(domain: str, database: DatabaseVersion, settings: Settings, run_id: str | None = None) -> Named:
+    """Register ``database`` as ``knn-database.<domain>`` and make it the champion."""
+    manifest = database.manifest()
+    tags = {
+        **_tags(manifest),
+        "index": manifest.info["factory"],
+        "recall_at_10_image": f"{manifest.info['recall_at_10_image']:.4f}",
+    }
+    if manifest.info["recall_at_10_text"] is not None:
+        tags["recall_at_10_text"] = f"{manifest.info['recall_at_10_text']:.4f}"
+    started = time.monotonic()
+    registered = Registry(settings).register(
+        DATABASE_PREFIX + domain,
+        database.uri,
+        script=_SCRIPTS / "database.py",
+        signature=DATABASE_SIGNATURE,
+        tags=tags,
+        model_config={"uri": database.uri},
+        run_id=run_id,
+    )
+    return _told(registered, time.monotonic() - started)
+
+
+def register_generator(
+    generator: Generator, database_uri: str, scores: dict[str, float], settings: Settings, run_id: str | None = None
+) -> Named:
+    """Register ``generator``, weights included, as ``knn-diffusion`` and make it the champion.
+
+    ``database_uri`` is what the pyfunc model draws from unless told otherwise; ``scores`` become tags.
+    """
+    manifest = generator.manifest()
+    started = time.monotonic()
+    registered = Registry(settings).register(
+        GENERATOR_NAME,
+        generator.uri,
+        script=_SCRIPTS / "generator.py",
+        signature=GENERATOR_SIGNATURE,
+        tags={
+            **_tags(manifest),
+            "images_seen": str(manifest.info["images_seen"]),
+            "database": database_uri,
+            **{name: f"{value:.4f}" for name, value in scores.items()},
+        },
+        files={PIPELINE: generator_folder(generator, settings.cache_folder)},
+        model_config={"database": database_uri},
+        run_id=run_id,
+    )
+    return _told(registered, time.monotonic() - started)
+
+
+def _tags(manifest: artifacts.Manifest) -> dict[str, str]:
+    return {"encoder": encoder_of(manifest).name, "rows": str(manifest.rows)}
+
+
+def _told(registered: Registered, seconds: float) -> Named:
+    state = "was registered" if registered.existed else f"{seconds:.1f} s"
+    logs.get("stage").info("%-11s %s = version %d  %s", "register", registered.alias_uri, registered.version, state)
+    return Named(uri=registered.uri, alias_uri=registered.alias_uri, skipped=registered.existed, seconds=seconds)
+
+
+@stage_task(name="register-database")
+def register_database_task(domain: str, database: DatabaseVersion, settings: Settings, run_id: str | None) -> Named:
+    """Task of :func:`register_database`."""
+    return register_database(domain, database, settings, run_id)
+
+
+@stage_task(name="register-generator")
+def register_generator_task(
+    generator: Generator, database_uri: str, scores: dict[str, float], settings: Settings, run_id: str | None
+) -> Named:
+    """Task of :func:`register_generator`."""
+    return register_generator(generator, database_uri, scores, settings, run_id)

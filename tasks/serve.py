@@ -1,0 +1,78 @@
+"""Serve: from names to things that answer. What a user of the registry calls, and what the commands are made of."""
+
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from infra import artifacts, shards
+from infra.errors import InputError
+from infra.pictures import to_rgb
+from infra.registry import GENERATOR_NAME, Registry
+from infra.settings import Settings
+from model.clip import Encoder
+from model.pipeline import KNNDiffusionPipeline
+from model.retrieval.database import Database
+from tasks.contracts import DatabaseVersion, EmbeddingShards, Generator, ImageShards
+from tasks.index import Metadata, open_database
+from tasks.train import PIPELINE, generator_folder
+
+DEFAULT_MODEL = GENERATOR_NAME
+
+
+def pull_database(reference: str, settings: Settings) -> Database:
+    """The open database that ``reference`` (MLflow URI, short name or folder) names.
+
+    Raises ``NotFoundError`` listing what there is, and ``IntegrityError`` for damaged files.
+    """
+    pulled = Registry(settings).pull(reference, kind="database")
+    version = DatabaseVersion.of(pulled.manifest, pulled.folder_uri)
+    return open_database(version, settings.cache_folder)
+
+
+def search_text(reference: str, query: str, k: int, settings: Settings) -> list[dict[str, Any]]:
+    """The ``k`` nearest rows of a text as {rank, score, id, key, url, …}, best first."""
+    if not query.strip():
+        raise InputError("the query is empty; write what to look for")
+    database = pull_database(reference, settings)
+    hits = database.search(Encoder(database.encoder.name).embed_texts([query]).numpy(), k)
+    rows = database.describe(hits.ids[0].tolist())
+    return [
+        {"rank": rank, "score": float(score), **row}
+        for rank, (score, row) in enumerate(zip(hits.scores[0], rows, strict=True), start=1)
+    ]
+
+
+def open_pipeline(model: str, database: str, settings: Settings) -> KNNDiffusionPipeline:
+    """A pipeline of the generator and the database named. Raises ``ModelError`` when their encoders differ."""
+    pulled = Registry(settings).pull(model, kind="generator")
+    if pulled.local is not None:
+        folder = pulled.local / "artifacts" / PIPELINE
+    else:
+        folder = generator_folder(Generator.of(pulled.manifest, pulled.folder_uri), settings.cache_folder)
+    return KNNDiffusionPipeline.open(folder, pull_database(database, settings))
+
+
+def stored_pictures(reference: str, ids: NDArray[np.int64], settings: Settings) -> list[list[Image.Image]]:
+    """The pictures behind rows (Q, K) of a database, read from its image shards."""
+    pulled = Registry(settings).pull(reference, kind="database")
+    embeddings = EmbeddingShards.open(pulled.manifest.inputs["embeddings"]["uri"])
+    images = ImageShards.open(embeddings.manifest().inputs["images"]["uri"])
+    cache = settings.cache_folder
+    lookup = Metadata(embeddings.uri, embeddings.manifest(), cache)
+    keys = {int(row): lookup.row(int(row))["key"] for row in ids.reshape(-1)}
+    wanted = {
+        lookup.shard(row): {keys[other] for other in keys if lookup.shard(other) == lookup.shard(row)} for row in keys
+    }
+    found: dict[str, Image.Image] = {}
+    for shard in images.manifest().shards:
+        if shard.name not in wanted:
+            continue
+        (tar,) = (file for file in shard.files if file.name.endswith(".tar"))
+        for key, encoded in shards.read_pictures(artifacts.fetch_file(images.uri, tar, cache)):
+            if key in wanted[shard.name]:
+                with Image.open(io.BytesIO(encoded)) as image:
+                    found[key] = to_rgb(image)
+    return [[found[keys[int(row)]] for row in rows] for rows in ids]

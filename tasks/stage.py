@@ -1,0 +1,103 @@
+"""What all stages share: skip what is committed, run what is not, count what was lost, say it in one line."""
+
+import functools
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from infra import artifacts, compute, logs, storage
+from infra.errors import KNNDiffusionError, StageError, TransientError
+from infra.settings import Settings
+from tasks.contracts import Made, Outcome
+
+Item = TypeVar("Item")
+
+
+def _is_transient(task: Any, task_run: Any, state: Any) -> bool:
+    try:
+        state.result()
+    except TransientError:
+        return True
+    except BaseException:
+        return False
+    return False
+
+
+stage_task = functools.partial(
+    task, retries=3, retry_delay_seconds=[2, 10, 60], retry_condition_fn=_is_transient, cache_policy=NO_CACHE
+)
+"""Prefect's ``task`` for a stage: only ``TransientError`` is retried, and nothing is cached beside the manifests."""
+
+
+def skip_or_make(
+    stage: artifacts.Stage,
+    reference: type[Made],
+    make: Callable[[], artifacts.Manifest],
+    *,
+    note: Callable[[artifacts.Manifest], str] = lambda manifest: "",
+) -> Outcome[Made]:
+    """The committed output of ``stage`` if there is one, else what ``make`` commits; logged in one line either way."""
+    started = time.monotonic()
+    manifest = stage.committed()
+    skipped = manifest is not None
+    manifest = manifest or make()
+    seconds = time.monotonic() - started
+    outcome = Outcome(
+        reference=reference.of(manifest, stage.uri), skipped=skipped, seconds=seconds, note=note(manifest)
+    )
+    state = "skipped, already committed" if skipped else f"{seconds:.1f} s"
+    logs.get("stage").info("%-11s %7d rows  %s  %s", stage.kind, manifest.rows, state, outcome.note)
+    return outcome
+
+
+def map_stage(
+    stage: artifacts.Stage,
+    items: Iterable[tuple[str, Item]],
+    factory: Callable[..., compute.Worker[Item, artifacts.Shard]],
+    settings: tuple[Any, ...],
+    *,
+    max_lost_fraction: float = 0.0,
+    **resources: Any,
+) -> tuple[list[artifacts.Shard], dict[str, str]]:
+    """Run the shards of ``stage`` that are not committed yet; return all of them and those lost, by name.
+
+    Raises:
+        StageError: more than ``max_lost_fraction`` of the shards were lost. The rest stay committed.
+        KNNDiffusionError: every shard was lost for the same reason; that reason.
+    """
+    named = dict(items)
+    done = stage.done()
+    pending = {name: item for name, item in named.items() if name not in done}
+    lost: dict[str, str] = {}
+    results = compute.map_shards(
+        factory, settings, list(pending.items()), description=stage.kind, **{"actors": compute.cpus(), **resources}
+    )
+    for result in results:
+        if isinstance(result, compute.Lost):
+            if len(named) == 1 and isinstance(result.error, KNNDiffusionError):
+                raise result.error
+            name = result.item[0]
+            lost[name] = f"{type(result.error).__name__}: {result.error}"
+            logs.get("stage").warning("%s: shard %s lost: %s", stage.kind, name, lost[name])
+        else:
+            done[result.name] = result
+    if len(lost) > max_lost_fraction * len(named):
+        first = next(iter(lost.values()))
+        raise StageError(
+            f"{stage.kind}: {len(lost)} of {len(named)} shards failed ({first}); "
+            f"the other {len(named) - len(lost)} are committed, run again to go on"
+        )
+    return [done[name] for name in named if name in done], lost
+
+
+def settings_of(root: str | None) -> Settings:
+    """The environment's settings, with ``root`` in the place of theirs when one is given."""
+    return Settings() if root is None else Settings(root=root)
+
+
+def base_of(settings: Settings, domain: str) -> str:
+    """The folder of a domain's artifacts."""
+    return storage.join(storage.absolute(settings.root), domain)

@@ -1,0 +1,103 @@
+"""Stand-ins for the outside world. Whatever listens, listens on loopback."""
+
+import socketserver
+import ssl
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler
+from typing import Any, Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a path answers. A callable body is sent piece by piece, without a Content-Length."""
+
+    body: bytes | Callable[[], Iterator[bytes]] = b""
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    raw: bool = False  # body is the whole answer, status line and headers included
+
+    @classmethod
+    def redirect(cls, target: str, status: int = 302) -> "Reply":
+        return cls(status=status, headers={"Location": target})
+
+
+class LoopbackServer:
+    """A threaded HTTP server with scripted replies: one per path, or several that are given in turn.
+
+    ``requests`` lists the paths asked for and ``hosts`` the Host headers that came with them.
+    """
+
+    def __init__(self, replies: Mapping[str, Reply | Sequence[Reply]], tls: ssl.SSLContext | None = None) -> None:
+        self.replies = dict(replies)
+        self.requests: list[str] = []
+        self.hosts: list[str | None] = []
+        self._asked: Counter[str] = Counter()
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.owner = self
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
+
+    @property
+    def host(self) -> str:
+        """``127.0.0.1:port``, as ``allow_hosts`` takes it."""
+        return f"127.0.0.1:{self.port}"
+
+    def url(self, path: str) -> str:
+        return f"http://{self.host}{path}"
+
+    def answer(self, path: str, host: str | None) -> Reply:
+        self.requests.append(path)
+        self.hosts.append(host)
+        replies = self.replies.get(path, Reply(status=404))
+        if isinstance(replies, Reply):
+            return replies
+        turn = min(self._asked[path], len(replies) - 1)  # the last one stays
+        self._asked[path] += 1
+        return replies[turn]
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+    owner: LoopbackServer
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that has hung up is what many tests are about."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+
+    def do_GET(self) -> None:
+        reply = self.server.owner.answer(self.path, self.headers.get("Host"))
+        pieces = [reply.body] if isinstance(reply.body, bytes) else reply.body()
+        if not reply.raw:
+            headers = dict(reply.headers)
+            if isinstance(reply.body, bytes):
+                headers.setdefault("Content-Length", str(len(reply.body)))
+            self.send_response_only(reply.status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+        for piece in pieces:
+            self.wfile.write(piece)
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
