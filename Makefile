@@ -18,9 +18,6 @@ install: $(BIN)/.installed  ## create .venv with exactly the versions that were 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,demo,dev]'
-	@# img2dataset asks for the Python 3.6 backport "dataclasses"; Prefect's server puts site-packages first and would
-	@# take it for the standard module.
-	$(BIN)/python -m pip uninstall --quiet --yes dataclasses
 	@touch $@
 
 demo: install  ## the whole line on real pictures: download, embed, index, train, register, swap, draw

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from infra.prefect_api import prefect_api
+
 if TYPE_CHECKING:
     from infra.settings import Settings
 
@@ -38,7 +40,7 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """Run the whole line on real pictures and end with one: download, embed, index, train, register, swap."""
-    with _told(verbose, home=folder / "prefect"):
+    with _told(verbose), prefect_api(folder / "prefect"):
         from flows.demo import run_demo
 
         picture, report = run_demo(folder, port)
@@ -65,7 +67,7 @@ def new_domain(
     verbose: Verbose = False,
 ) -> None:
     """Make a domain from a URL list: its database, and a generator with --train. Both become champions."""
-    with _told(verbose):
+    with _told(verbose), prefect_api():
         from flows.new_domain import new_domain as flow
         from flows.recipes import own_domain
         from infra.shards import read_lines
@@ -167,9 +169,9 @@ def _settings(root: str | None) -> "Settings":
 
 
 @contextmanager
-def _told(verbose: bool, home: Path | None = None) -> Iterator[None]:
+def _told(verbose: bool) -> Iterator[None]:
     """Run a command with logs set up, and tell what the user can mend in one line. Ctrl-C exits with 130."""
-    _quiet_environment(home, verbose)
+    _quiet_environment(verbose)
     from infra import logs
 
     logs.setup(verbose)
@@ -196,8 +198,8 @@ def _ours(error: ValueError) -> bool:
     return module.split(".")[0] in {"flows", "tasks", "model", "infra"}
 
 
-def _quiet_environment(home: Path | None, verbose: bool) -> None:
-    """Libraries read these once, at import: no telemetry, no start-up banners, Prefect's own state in ``home``."""
+def _quiet_environment(verbose: bool) -> None:
+    """Libraries read these once, at import: no telemetry, no start-up banners."""
     warnings.filterwarnings("ignore")
     quiet = {
         "DO_NOT_TRACK": "1",
@@ -209,8 +211,6 @@ def _quiet_environment(home: Path | None, verbose: bool) -> None:
     }
     if not verbose:
         quiet |= {"PREFECT_LOGGING_LEVEL": "ERROR", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
-    if home is not None:
-        quiet["PREFECT_HOME"] = str(home.absolute())
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
 

@@ -38,7 +38,7 @@ PROMPTS = (
 )
 SHOWN_NEIGHBOURS, SHOWN_SAMPLES = 4, 4
 
-# Code points of Unicode's emoji subgroups animal-mammal … animal-bug (emoji-test.txt 16.0); a sequence counts by its first.
+# Code points of the subgroups animal-mammal … animal-bug (Unicode, emoji-test.txt 16); a sequence counts by its first.
 _ANIMALS = ((0x1F400, 0x1F43F), (0x1F54A, 0x1F54A), (0x1F577, 0x1F577), (0x1F980, 0x1F9AE), (0x1FAB0, 0x1FAB3),
             (0x1FABC, 0x1FABF), (0x1FACE, 0x1FACF))  # fmt: skip
 

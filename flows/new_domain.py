@@ -1,7 +1,8 @@
-"""The flow of the whole line: download -> embed -> index -> (neighbours -> train -> evaluate) -> register, one domain."""
+"""The flow of the whole line, for one domain: download -> embed -> index -> register, and a generator if asked for."""
 
 import dataclasses
 import re
+from typing import Any
 
 from prefect import flow
 
@@ -74,7 +75,12 @@ def new_domain(config: NewDomainConfig) -> Domain:
                     evaluate=config.evaluate,
                 )
             )
-    stages = {"download": images, "embed": embeddings, "index": database, "register_database": registered}
+    stages: dict[str, Outcome[Any] | Named] = {
+        "download": images,
+        "embed": embeddings,
+        "index": database,
+        "register_database": registered,
+    }
     seconds = {name: stage.seconds for name, stage in stages.items()} | (trained.seconds if trained else {})
     skipped = {name: stage.skipped for name, stage in stages.items()} | (trained.skipped if trained else {})
     return Domain(

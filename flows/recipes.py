@@ -1,4 +1,4 @@
-"""Recipes: functions that return complete, frozen configs. Each is headed by source, hardware, time, result, command."""
+"""Recipes: functions that return complete configs, each headed by source, hardware, time, result and command."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ def demo_cpu(
         train=TrainConfig(
             transformer=DEMO_SIZE,
             conditioning=ConditioningConfig(neighbours=10),
-            training=TrainingConfig(images=40_000, batch_size=32, learning_rate=3e-3, warmup_images=1_600),
+            training=TrainingConfig(images=8_000, batch_size=32, learning_rate=3e-3, warmup_images=1_600),
         )
         if train
         else None,

@@ -1,6 +1,7 @@
 """The flow that makes a generator of a committed database: neighbours -> train -> evaluate -> register."""
 
 import dataclasses
+from typing import Any
 
 from prefect import flow
 
@@ -56,7 +57,12 @@ def train_generator(config: TrainGeneratorConfig) -> TrainedGenerator:
         run.log(step=generator.reference.manifest().info["images_seen"], values=scores)
         database_uri = f"models:/knn-database.{config.domain}@champion"
         registered = register_generator_task(generator.reference, database_uri, scores, settings, run.run_id)
-    stages = {"neighbours": found, "train": generator, "evaluate": evaluation, "register_generator": registered}
+    stages: dict[str, Outcome[Any] | Named] = {
+        "neighbours": found,
+        "train": generator,
+        "evaluate": evaluation,
+        "register_generator": registered,
+    }
     return TrainedGenerator(
         generator=generator,
         evaluation=evaluation,

@@ -114,6 +114,7 @@ class Stage:
 
         Args:
             base: the domain's folder.
+            kind: of artifact, and the folder below ``base``.
             inputs: for each input, its ``uri`` and ``digest``; only the digests enter the key.
             config: JSON-ready settings that decide the output (not how fast it is made).
         """
@@ -211,7 +212,8 @@ def fetch_file(folder_uri: str, file: File, cache: Path) -> Path:
         if remote:
             path.unlink()
         raise IntegrityError(
-            f"{uri} differs from its committed digest {file.sha256[:12]}…; restore it, or delete {folder_uri} and run again"
+            f"{uri} differs from its committed digest {file.sha256[:12]}…; restore it, or "
+            f"delete {folder_uri} and run again"
         )
     return path
 

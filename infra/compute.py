@@ -1,10 +1,13 @@
 """Ray: shards mapped over actors, bounded in flight; one function on a worker; Ray Train.
 
-Workers get names and URIs, never data. What they raise comes back as it was raised.
+Workers get references and settings, and read the data themselves. What they raise comes back as it was raised.
 """
 
+import contextlib
+import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +17,8 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 from tqdm.auto import tqdm
 
-from infra.errors import StageError
+from infra import storage
+from infra.errors import NotFoundError, StageError, TransientError
 
 Item = TypeVar("Item", contravariant=True)
 Result = TypeVar("Result", covariant=True)
@@ -85,7 +89,7 @@ def map_shards(
     _start()
     options = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor, "max_restarts": -1}
     pool = [
-        _Actor.options(**options, max_task_retries=SHARD_TRIES).remote(factory, settings)
+        _ACTOR.options(**options, max_task_retries=SHARD_TRIES).remote(factory, settings)
         for _ in range(max(1, min(actors, len(queue))))
     ]
     pending: dict[Any, tuple[Any, Any]] = {}
@@ -134,34 +138,39 @@ def train(
     workers: int,
     cpus_per_worker: int,
     use_gpu: bool,
-    storage_uri: str,
-    name: str,
+    folder_uri: str,
 ) -> None:
     """Run ``loop(config)`` on ``workers`` Ray Train workers with a process group between them.
 
-    A worker that dies is started again and finds the loop's own checkpoints. Raises ``StageError`` with the cause.
+    A worker that dies is started again and finds the loop's own checkpoints; Ray's state below ``folder_uri`` is gone
+    afterwards. What the loop reports with :class:`Progress` is drawn here. Raises ``StageError`` with the cause.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     _start()
+    state = storage.join(folder_uri, "ray")
+    storage.remove(state)
     trainer = TorchTrainer(
         loop,
         train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus_per_worker, "GPU": int(use_gpu)}
         ),
-        run_config=RunConfig(name=name, storage_path=storage_uri, failure_config=FailureConfig(max_failures=2)),
+        run_config=RunConfig(name="train", storage_path=state, failure_config=FailureConfig(max_failures=2)),
     )
     try:
-        trainer.fit()
+        with _drawn(folder_uri):
+            trainer.fit()
     except TrainingFailedError as error:
         causes = getattr(error, "worker_failures", None) or {}
         cause = next(iter(causes.values()), error)
         raise StageError(
             f"training stopped: {cause}; the last checkpoint is kept, run again to go on from it"
         ) from error
+    finally:
+        storage.remove(state)
 
 
 def worker_rank() -> tuple[int, int]:
@@ -172,11 +181,45 @@ def worker_rank() -> tuple[int, int]:
     return context.get_world_rank(), context.get_world_size()
 
 
-def worker_progress(total: int, *, description: str, unit: str) -> Any:
-    """A tqdm bar on a worker that is drawn where the flow runs."""
-    from ray.experimental import tqdm_ray
+class Progress:
+    """How far a worker is, as a small file in the stage's folder that the flow, or anyone, can read."""
 
-    return tqdm_ray.tqdm(total=total, desc=description, unit=unit)
+    FILE = "progress.json"
+
+    def __init__(self, folder_uri: str, total: int) -> None:
+        """Report of ``total`` images to ``folder_uri``."""
+        self._uri, self._total = storage.join(folder_uri, self.FILE), total
+
+    def __call__(self, images: int, values: dict[str, float]) -> None:
+        """Write the state of now."""
+        storage.write_bytes(self._uri, json.dumps({"total": self._total, "images": images, **values}).encode())
+
+
+@contextmanager
+def _drawn(folder_uri: str) -> Iterator[None]:
+    """A bar that follows the progress file until the block ends."""
+    uri, ended = storage.join(folder_uri, Progress.FILE), threading.Event()
+    storage.remove(uri)
+
+    def follow() -> None:
+        with tqdm(total=0, desc="train", unit="image", leave=False, unit_scale=True) as bar:
+            while not ended.wait(1.0):
+                with contextlib.suppress(NotFoundError, TransientError, ValueError):
+                    state = json.loads(storage.read_bytes(uri))
+                    if not bar.total:  # the first report of this run: what was done before it took no time now
+                        bar.reset(state["total"])
+                        bar.initial = bar.n = state["images"]
+                    bar.set_postfix_str(f"loss {state['loss']:.4f}, {state['images_per_s']:.0f} images/s")
+                    bar.update(state["images"] - bar.n)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        storage.remove(uri)
 
 
 _END = object()
@@ -186,13 +229,15 @@ _cores: int | None = None
 _depth = 0
 
 
-@ray.remote
 class _Actor:
     def __init__(self, factory: Callable[..., Worker[Any, Any]], settings: tuple[Any, ...]) -> None:
         self._worker = factory(*settings)
 
     def run(self, item: Any) -> Any:
         return self._worker(item)
+
+
+_ACTOR: Any = ray.remote(_Actor)
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -214,10 +259,16 @@ def _start() -> None:
             "include_dashboard": False,
             "object_store_memory": 256 << 20,
             "_node_ip_address": "127.0.0.1",
-            "runtime_env": {"env_vars": {"PYTHONPATH": str(_CHECKOUT), "NO_ALBUMENTATIONS_UPDATE": "1"}},
+            "runtime_env": {
+                "env_vars": {
+                    "PYTHONPATH": str(_CHECKOUT),
+                    "NO_ALBUMENTATIONS_UPDATE": "1",
+                    "OMP_WAIT_POLICY": "PASSIVE",  # idle threads that spin starve each other when cores are shared
+                }
+            },
         }
     try:
-        ray.init(logging_level=logging.ERROR, configure_logging=False, **options)
+        ray.init(logging_level=logging.ERROR, configure_logging=False, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError) as error:
         raise StageError(
             f"no Ray cluster at {_address or 'this machine'} ({error}); start one, or unset the address"

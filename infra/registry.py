@@ -8,6 +8,7 @@ by digest), and ``knn-diffusion``, which carries its weights. Anything is named 
     /data/twemoji/database/1f0c…             a committed folder, local or remote, registered or not
 """
 
+import contextlib
 import dataclasses
 import pkgutil
 import re
@@ -175,9 +176,11 @@ class Registry:
                     signature=signature,
                     pip_requirements=["knn-diffusion"],
                     model_config=dict(model_config),
-                    registered_model_name=name,
                 )
-        return str(info.registered_model_version)
+        with contextlib.suppress(MlflowException):  # it is there already
+            self._client.create_registered_model(name)
+        created = self._client.create_model_version(name, info.model_uri, run_id=info.run_id, model_id=info.model_id)
+        return str(created.version)
 
     def _version_of(self, name: str, digest: str) -> str | None:
         try:

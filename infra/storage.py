@@ -100,7 +100,7 @@ def put(local: Path, uri: str) -> None:
             with open(local, "rb") as source, open(partial, "wb") as target:
                 for block in iter(lambda: source.read(_BLOCK_BYTES), b""):
                     target.write(block)
-            os.replace(partial, destination)
+            partial.replace(destination)
         else:
             fs.put_file(str(local), path)
 
@@ -114,7 +114,7 @@ def fetch(uri: str, local: Path) -> Path:
     with _told(uri):
         partial = local.with_name(f".{local.name}.{os.getpid()}.partial")
         fs.get_file(path, str(partial))
-        os.replace(partial, local)
+        partial.replace(local)
     return local
 
 
@@ -154,7 +154,7 @@ def _replace(path: Path, data: bytes) -> None:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 @contextmanager

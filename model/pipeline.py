@@ -2,7 +2,7 @@
 
 Legend: ``P`` prompts, ``M`` pictures a prompt, ``K`` neighbours, ``D`` embedding width, ``C S S`` picture.
 
-    prompt --encoder--> query (D) --database--> K neighbours (K, D) --tokens--> denoiser, guided, σ from 1 to 0 --> picture
+    prompt --encoder--> query (D) --database--> neighbours (K, D) --tokens--> denoiser, guided, σ 1 to 0 --> picture
 
 The database is no part of what is saved: any one of the same encoder can be plugged in, and swapped while the pipeline
 runs. A call works with the database it started with.
@@ -167,11 +167,12 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         tokens = tokens.repeat_interleave(num_images_per_prompt, dim=0)
         noise = self._noise(len(tokens), generator)
         denoiser = guided(as_denoiser(self.transformer.eval(), self.config.prediction), scale)
-        batches = list(zip(noise.split(BATCH), tokens.split(BATCH), strict=True))
+        starts = range(0, len(tokens), BATCH)
         pictures = []
-        for number, (start, condition) in enumerate(batches):
-            told = _offset(callback, number * steps, len(batches) * steps)
-            pictures.append(self._integrate(denoiser, start, condition, steps, told))
+        for number, start in enumerate(starts):
+            told = _offset(callback, number * steps, len(starts) * steps)
+            batch = slice(start, start + BATCH)
+            pictures.append(self._integrate(denoiser, noise[batch], tokens[batch], steps, told))
         return KNNDiffusionOutput(images=to_images(torch.cat(pictures)), hits=hits)
 
     def _embed(self, prompts: str | Sequence[str] | Tensor) -> Tensor:

@@ -165,7 +165,7 @@ def _train_quantizer(
     index = train_index(factory, dimension, sample)
     with storage.scratch() as folder:
         faiss.write_index(index, str(folder / f"{QUANTIZER}.faiss"))
-        return artifacts.commit_shard(folder_uri, QUANTIZER, folder, rows=0, info={"trained_on": int(len(sample))})
+        return artifacts.commit_shard(folder_uri, QUANTIZER, folder, rows=0, info={"trained_on": len(sample)})
 
 
 def _tune(

@@ -1,4 +1,4 @@
-"""Register: a database and a generator to MLflow, as champion, loadable without this code's knowledge of their files."""
+"""Register: a database and a generator to MLflow as champions, each loadable by its URI alone."""
 
 import dataclasses
 import time

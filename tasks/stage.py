@@ -1,9 +1,8 @@
 """What all stages share: skip what is committed, run what is not, count what was lost, say it in one line."""
 
-import functools
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -14,6 +13,8 @@ from infra.settings import Settings
 from tasks.contracts import Made, Outcome
 
 Item = TypeVar("Item")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _is_transient(task: Any, task_run: Any, state: Any) -> bool:
@@ -26,10 +27,16 @@ def _is_transient(task: Any, task_run: Any, state: Any) -> bool:
     return False
 
 
-stage_task = functools.partial(
-    task, retries=3, retry_delay_seconds=[2, 10, 60], retry_condition_fn=_is_transient, cache_policy=NO_CACHE
-)
-"""Prefect's ``task`` for a stage: only ``TransientError`` is retried, and nothing is cached beside the manifests."""
+def stage_task(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Prefect's ``task`` for a stage: only ``TransientError`` is retried, nothing is cached beside the manifests."""
+    decorator: Callable[[Callable[P, R]], Callable[P, R]] = task(
+        name=name,
+        retries=3,
+        retry_delay_seconds=[2, 10, 60],
+        retry_condition_fn=_is_transient,
+        cache_policy=NO_CACHE,
+    )
+    return decorator
 
 
 def skip_or_make(
@@ -56,7 +63,7 @@ def skip_or_make(
 def map_stage(
     stage: artifacts.Stage,
     items: Iterable[tuple[str, Item]],
-    factory: Callable[..., compute.Worker[Item, artifacts.Shard]],
+    factory: Callable[..., compute.Worker[tuple[str, Item], artifacts.Shard]],
     settings: tuple[Any, ...],
     *,
     max_lost_fraction: float = 0.0,

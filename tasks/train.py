@@ -94,24 +94,20 @@ def train_generator(
         needed = embeddings.rows * config.transformer.image_size**2 * 3
         if needed > MAX_PICTURE_BYTES:
             raise InputError(
-                f"{embeddings.rows} pictures of {config.transformer.image_size} px are {needed >> 30} GiB; training "
-                f"holds them in memory, at most {MAX_PICTURE_BYTES >> 30} GiB: choose a smaller image_size or fewer shards"
+                f"{embeddings.rows} pictures of {config.transformer.image_size} px are {needed >> 30} GiB; "
+                f"training holds them in memory, at most {MAX_PICTURE_BYTES >> 30} GiB: choose a smaller image_size"
             )
         if PIPELINE not in stage.done():
-            storage.remove(storage.join(stage.uri, "ray"))  # what a killed run left; our own checkpoints stay
             compute.train(
                 _loop,
                 {"inputs": inputs, "folder_uri": stage.uri, "config": config, "cache": cache, "run": run},
                 workers=config.workers,
                 cpus_per_worker=config.cpus_per_worker,
                 use_gpu=config.use_gpu,
-                storage_uri=storage.join(stage.uri, "ray"),
-                name="train",
+                folder_uri=stage.uri,
             )
         done = stage.done()[PIPELINE]
-        manifest = stage.commit([done], identity=embeddings.identity, info=done.info)
-        storage.remove(storage.join(stage.uri, "ray"))
-        return manifest
+        return stage.commit([done], identity=embeddings.identity, info=done.info)
 
     return skip_or_make(stage, Generator, make, note=_note)
 
@@ -159,18 +155,16 @@ class _Checkpoints:
             storage.remove(storage.join(self._uri, f"{marker.removesuffix('.json')}.pt"))
 
 
-class _Progress:
-    """The loop's numbers: a bar where the flow runs, and the tracking server."""
+class _Metrics:
+    """The loop's numbers: to the bar of whoever watches, and to the tracking server."""
 
-    def __init__(self, total: int, run: tracking.Run | None) -> None:
-        self._bar = compute.worker_progress(total, description="train", unit="image")
-        self._seen, self._run = 0, run
+    def __init__(self, progress: compute.Progress, run: tracking.Run | None) -> None:
+        self._progress, self._run = progress, run
         self.last: dict[str, float] = {}
 
     def log(self, *, images: int, values: dict[str, float]) -> None:
-        self._bar.set_description(f"train  loss {values['loss']:.4f}  {values['images_per_s']:.0f} images/s")
-        self._bar.update(images - self._seen)
-        self._seen, self.last = images, values
+        self._progress(images, values)
+        self.last = values
         if self._run is not None:
             self._run.log(step=images, values=values)
 
@@ -187,9 +181,8 @@ def _loop(arguments: dict[str, Any]) -> None:
     data = load_training_set(inputs, config.transformer.image_size, cache)
     network = _initial_network(config, encoder.dimension)
     with storage.scratch() as scratch:
-        progress = _Progress(
-            config.training.steps * config.training.batch_size, arguments["run"] if rank == 0 else None
-        )
+        total = config.training.steps * config.training.batch_size
+        metrics = _Metrics(compute.Progress(arguments["folder_uri"], total), arguments["run"])
         average = train(
             network,
             data,
@@ -197,7 +190,7 @@ def _loop(arguments: dict[str, Any]) -> None:
             config.conditioning,
             prediction=config.transformer.prediction,
             checkpoints=_Checkpoints(arguments["folder_uri"], scratch, cache),
-            metrics=progress,
+            metrics=metrics,
             device="cuda" if config.use_gpu else "cpu",
             rank=rank,
             world=world,
@@ -210,8 +203,7 @@ def _loop(arguments: dict[str, Any]) -> None:
                 neighbours=config.conditioning.neighbours,
             )
             pipeline.save_pretrained(scratch / "out" / PIPELINE, safe_serialization=True)
-            seen = config.training.steps * config.training.batch_size
-            info = {"images_seen": seen, **progress.last, "parameters": sum(p.numel() for p in average.parameters())}
+            info = {"images_seen": total, **metrics.last, "parameters": sum(p.numel() for p in average.parameters())}
             folder, rows = scratch / "out", len(data)
             artifacts.commit_shard(arguments["folder_uri"], PIPELINE, folder, rows=rows, info=info)
 
@@ -260,11 +252,11 @@ def _database_rows(database: DatabaseVersion, cache: Path) -> NDArray[np.float16
     return np.concatenate([np.load(artifacts.fetch_file(embeddings.uri, file, cache)) for file in files])
 
 
-def _initial_network(config: TrainConfig, dimension: int) -> torch.nn.Module:
+def _initial_network(config: TrainConfig, dimension: int) -> Any:
     if config.start_from is None:
         return build_transformer(config.transformer, embedding_dimension=dimension, seed=config.training.seed)
     pipeline = KNNDiffusionPipeline.open(pretrained_folder(config.start_from))
-    network: torch.nn.Module = pipeline.transformer.float().requires_grad_(True)
+    network = pipeline.transformer.float().requires_grad_(True)
     wanted = build_transformer(config.transformer, embedding_dimension=dimension, seed=0)
     fits = {name: tensor.shape for name, tensor in wanted.state_dict().items()}
     if fits != {name: tensor.shape for name, tensor in network.state_dict().items()}:

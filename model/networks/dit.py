@@ -60,7 +60,7 @@ def build_transformer(config: TransformerConfig, *, embedding_dimension: int, se
 
 
 def initialise(network: PixArtTransformer2DModel) -> None:
-    """Xavier matrices, quiet residual branches, a zero head: the first output is zero, not noise (DiT, 2212.09748 §3)."""
+    """Xavier matrices, quiet residual branches, a zero head: the first output is zero (DiT, 2212.09748, §3.2)."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

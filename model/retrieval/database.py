@@ -71,8 +71,8 @@ class Database:
         for shard, index, rows in zip(shards, self._indexes, self._rows, strict=True):
             if rows.shape != (index.ntotal, encoder.dimension):
                 raise ModelError(
-                    f"{shard.index} indexes {index.ntotal} rows of {index.d}, but {shard.embeddings} holds {rows.shape}; "
-                    "rebuild the database"
+                    f"{shard.index} indexes {index.ntotal} rows of {index.d}, but {shard.embeddings} holds "
+                    f"{rows.shape}; rebuild the database"
                 )
         self._offsets = np.array([0, *itertools.accumulate(len(rows) for rows in self._rows)], dtype=np.int64)
         if len(self) == 0:

@@ -2,9 +2,9 @@
 
 | rows | factory string | why |
 | --- | --- | --- |
-| up to 100,000 | ``Flat`` | exact, and a search of 100,000 × 512 takes milliseconds; nothing to train or tune |
+| up to 100,000 | ``Flat`` | exact within milliseconds; nothing to train or tune |
 | up to 10 million | ``IVF{4√n},Flat`` | visits a few cells of exact rows; recall is a matter of nprobe alone |
-| beyond | ``OPQ{D/4}_{D},IVF{4√n}_HNSW32,PQ{D/4}x8`` | a quarter byte a dimension in memory; the exact re-rank restores the order |
+| beyond | ``OPQ{D/4}_{D},IVF{4√n}_HNSW32,PQ{D/4}x8`` | two bits a dimension; the re-rank restores it |
 
 Any other FAISS factory string may be named instead. Inner product throughout: rows are unit vectors, so it is the cosine.
 """

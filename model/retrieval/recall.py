@@ -10,13 +10,20 @@ from numpy.typing import NDArray
 from model.retrieval.database import Database
 
 _BLOCK_ROWS = 65_536
+_TIE = 1e-5
 _COPY_MARGIN = 1e-2  # an exact copy scores within float16 rounding of the best score there is
 
 
-def recall(found: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
-    """Share of the true neighbours that were found: both (Q, K) ids, in any order."""
-    hits = [len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, truth, strict=True)]
-    return float(np.mean(hits))
+def recall(
+    database: Database, queries: NDArray[np.float32], found: NDArray[np.int64], truth: NDArray[np.int64]
+) -> float:
+    """Share of the true neighbours that were found: ids (Q, K) both, in any order.
+
+    A found row counts when it scores as high as the last true one: which of several equal rows comes last is no merit.
+    """
+    last = _scores(database, queries, truth).min(axis=1, keepdims=True)
+    good = _scores(database, queries, found) >= last - _TIE
+    return float((good.sum(axis=1) / truth.shape[1]).mean())
 
 
 def brute_force(
@@ -56,4 +63,9 @@ def recall_at_k(
     if k < 1 or not len(queries):
         return 1.0
     found = database.search(queries, k, exclude=exclude).ids
-    return recall(found, brute_force(rows, queries, k, exclude=exclude))
+    return recall(database, queries, found, brute_force(rows, queries, k, exclude=exclude))
+
+
+def _scores(database: Database, queries: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    scores: NDArray[np.float32] = np.einsum("qd,qkd->qk", queries, database.rows(ids), dtype=np.float32)
+    return scores

@@ -1,9 +1,9 @@
 """What the loop is fed: batches that depend on the seed and the step alone.
 
-Legend: ``N`` pictures, ``M`` database rows, ``B`` global batch, ``K`` neighbours, ``D`` embedding width, ``S`` side in px.
+Legend: ``N`` pictures, ``M`` database rows, ``B`` global batch, ``K`` neighbours, ``D`` embedding width, ``S`` side.
 
-Which pictures make the global batch of a step follows from the seed and the step, and each worker takes its slice of it.
-So a resumed run needs no random state, and another number of workers sees the same pictures in the same order.
+Which pictures make the global batch of a step follows from the seed and the step, and each worker takes its slice of
+it. So a resumed run needs no random state, and another number of workers sees the same pictures in the same order.
 """
 
 import dataclasses

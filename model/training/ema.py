@@ -18,7 +18,7 @@ def ema_copy(network: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def ema_update(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """average ← decay·average + (1 − decay)·network; buffers are copied."""
+    """Set average ← decay·average + (1 − decay)·network; buffers are copied."""
     torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
     for old, new in zip(average.buffers(), network.buffers(), strict=True):
         old.copy_(new)

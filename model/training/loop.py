@@ -1,7 +1,7 @@
-"""The training loop. It knows a network, data, and two Protocols; where metrics and checkpoints go is not its business.
+"""The training loop: a network, data, and two Protocols. Where metrics and checkpoints go is not its business.
 
-Everything random in a step is drawn from (seed, step, rank), so a run that was killed and one that was not end with the same
-weights, bit for bit, on one worker.
+Everything random in a step is drawn from (seed, step, rank), so on one worker a run that was killed and resumed ends
+with the weights of one that was not, bit for bit.
 """
 
 import dataclasses
@@ -136,9 +136,7 @@ def train(
         if checkpoint_due or _passes(seen, config.log_images, config) or step + 1 == config.steps:
             value = _mean_loss(losses, world)
             if not math.isfinite(value):
-                raise ModelError(
-                    f"the loss is {value} after {seen} images; the last checkpoint is kept: lower learning_rate and go on"
-                )
+                raise ModelError(f"the loss is {value} after {seen} images; lower learning_rate and run again")
             speed = (step + 1 - logged_step) * config.batch_size / (time.monotonic() - logged_at)
             if rank == 0:
                 metrics.log(images=seen, values={"loss": value, "learning_rate": rate, "images_per_s": speed})

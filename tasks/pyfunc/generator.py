@@ -10,7 +10,7 @@ from typing import Any
 import mlflow
 import pandas as pd
 import torch
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from infra.settings import Settings
 from model.pipeline import KNNDiffusionPipeline
@@ -24,7 +24,7 @@ class GeneratorModel(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Open the pipeline with its database, found in the registry that this model was loaded from."""
-        settings = Settings(MLFLOW_TRACKING_URI=mlflow.get_tracking_uri())  # type: ignore[call-arg]
+        settings = Settings(MLFLOW_TRACKING_URI=mlflow.get_tracking_uri())
         database = pull_database(context.model_config["database"], settings)
         self.pipeline = KNNDiffusionPipeline.open(Path(context.artifacts["pipeline"]), database)
 

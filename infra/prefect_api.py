@@ -1,0 +1,79 @@
+"""A Prefect API for a command that has none: started when ``PREFECT_API_URL`` is unset, gone with the command.
+
+Prefect can start such a server by itself, but that one outlives a killed parent, and it puts site-packages in front of
+the standard library, where img2dataset's dependency ``dataclasses`` (a Python 3.6 backport) shadows the real module.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from infra.errors import StageError
+
+STARTUP_S = 90.0
+
+_SERVER = """
+import os, sys, threading, uvicorn
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()  # ends with its parent
+uvicorn.run("prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=int(sys.argv[1]),
+            log_level="error")
+"""
+
+
+@contextmanager
+def prefect_api(home: Path | None = None) -> Iterator[None]:
+    """Point Prefect at a server for the length of the block: the configured one, or one of our own.
+
+    Must be entered before Prefect is imported, since it reads its settings then. ``home`` keeps the server's state;
+    None leaves Prefect's default. Raises ``StageError`` with the server's own words when it does not come up.
+    """
+    if os.environ.get("PREFECT_API_URL"):
+        yield
+        return
+    if home is not None:
+        home.mkdir(parents=True, exist_ok=True)
+        os.environ["PREFECT_HOME"] = str(home.absolute())
+    port = _free_port()
+    environment = {**os.environ, "PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}
+    with subprocess.Popen(  # noqa: S603 - our own interpreter and script
+        [sys.executable, "-c", _SERVER, str(port)],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as server:
+        try:
+            _await(server, f"http://127.0.0.1:{port}/api/health")
+            os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+            yield
+        finally:
+            os.environ.pop("PREFECT_API_URL", None)
+            server.kill()
+
+
+def _await(server: subprocess.Popen[bytes], health: str) -> None:
+    deadline = time.monotonic() + STARTUP_S
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            words = (server.stderr.read() if server.stderr else b"").decode(errors="replace").strip().splitlines()
+            raise StageError(f"Prefect's server does not start ({words[-1] if words else server.returncode}); "
+                             "set PREFECT_API_URL to a running one")  # fmt: skip
+        try:
+            with urllib.request.urlopen(health, timeout=5):  # noqa: S310 - a loopback address of our own
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.2)
+    raise StageError(f"Prefect's server did not answer within {STARTUP_S:.0f} s; set PREFECT_API_URL to a running one")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,266 @@
+"""The whole line on a small domain: what it makes, that it skips, and that nothing is lost when it is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_domain import COLOURS, NEIGHBOURS, SHAPES, odd_replies, small_config, write_urls
+
+GOOD = len(COLOURS) * len(SHAPES)
+TAKEN = GOOD + sum(outcome == "success" for _, outcome in odd_replies().values())
+
+
+def test_each_picture_is_counted_under_its_own_outcome(domain: Any) -> None:
+    from infra.shards import read_table
+
+    manifest = domain.result.images.reference.manifest()
+    expected: dict[str, int] = {"success": GOOD}
+    for _, outcome in odd_replies().values():
+        expected[outcome] = expected.get(outcome, 0) + 1
+    assert manifest.info["outcomes"] == expected
+    assert manifest.rows == TAKEN
+    rows = []
+    for path in sorted(Path(domain.result.images.reference.uri).glob("*.parquet")):
+        rows += read_table(path).to_pylist()
+    seen = {row["url"].rsplit("/", 1)[-1]: row["error_class"] for row in rows}
+    assert seen == {f"{c}-{s}.png": "success" for c in COLOURS for s in SHAPES} | {
+        path[1:]: outcome for path, (_, outcome) in odd_replies().items()
+    }
+
+
+def test_embeddings_follow_the_convention(domain: Any) -> None:
+    from infra.shards import read_table
+
+    folder = Path(domain.result.embeddings.reference.uri)
+    rows = [np.load(path) for path in sorted(folder.glob("img_emb/img_emb_*.npy"))]
+    tables = [read_table(path) for path in sorted(folder.glob("metadata/metadata_*.parquet"))]
+    assert [len(r) for r in rows] == [t.num_rows for t in tables]
+    whole = np.concatenate(rows)
+    assert whole.shape == (TAKEN, 256)
+    assert whole.dtype == np.float16
+    assert np.linalg.norm(whole.astype(np.float32), axis=1) == pytest.approx(np.ones(TAKEN), abs=2e-3)
+    assert tables[0].column_names == ["row", "key", "url", "sha256", "width", "height", "status"]
+
+
+def test_recall_is_measured_for_both_kinds_of_query(domain: Any) -> None:
+    info = domain.result.database.reference.manifest().info
+    assert info["factory"] == "Flat"
+    assert info["recall_at_10_image"] == 1.0
+    assert info["recall_at_10_text"] == 1.0
+    assert info["text_queries"] == 32
+
+
+def test_neighbours_are_the_nearest_and_never_the_picture_itself(domain: Any) -> None:
+    from tasks.contracts import Neighbours
+
+    embeddings = Path(domain.result.embeddings.reference.uri)
+    rows = np.concatenate([np.load(p) for p in sorted(embeddings.glob("img_emb/*.npy"))]).astype(np.float32)
+    uri = domain.result.trained.generator.reference.manifest().inputs["neighbours"]["uri"]
+    assert Neighbours.open(uri).rows == TAKEN
+    found = np.concatenate([np.load(p) for p in sorted(Path(uri).glob("*.npy"))])
+    assert found.shape == (TAKEN, NEIGHBOURS)
+    scores = rows @ rows.T
+    for row, ids in enumerate(found):
+        assert row not in ids
+        others = np.array([o for o in range(TAKEN) if not (rows[o] == rows[row]).all()])
+        best = np.sort(scores[row, others])[::-1][:NEIGHBOURS]
+        assert np.sort(scores[row, ids])[::-1] == pytest.approx(best, abs=1e-5)
+
+
+def test_scores_are_in_one_table(domain: Any) -> None:
+    from tasks.evaluate import table
+
+    scores = domain.result.trained.evaluation.reference.scores()
+    assert set(scores) == {"clip_score_knn", "clip_score_no_knn", "fd_knn", "fd_no_knn", "fd_real_split"}
+    assert all(-1 <= scores[name] <= 1 for name in ("clip_score_knn", "clip_score_no_knn"))
+    assert 0 < scores["fd_real_split"] < scores["fd_knn"]  # a network this small does not pass for real
+    assert f"{scores['fd_knn']:.3f}" in table(scores)
+
+
+def test_registered_with_alias_tags_and_signature(domain: Any) -> None:
+    import mlflow
+
+    from infra.registry import Registry
+    from infra.settings import Settings
+
+    settings = Settings(root=str(domain.root))
+    (database,) = Registry(settings).versions("database")
+    assert database["name"] == "knn-database.shapes"
+    assert database["aliases"] == ["champion"]
+    assert (database["encoder"], database["rows"]) == ("sticker-clip", str(TAKEN))
+    assert database["digest"] == domain.result.database.reference.digest
+    assert float(database["recall_at_10_image"]) == 1.0
+    mlflow.set_tracking_uri(settings.tracking_uri)
+    info = mlflow.models.get_model_info("models:/knn-diffusion@champion")
+    assert [column.name for column in info.signature.inputs.inputs] == ["prompt"]
+
+
+def test_run_again_every_stage_is_skipped(domain: Any) -> None:
+    from flows.new_domain import new_domain
+
+    asked = len(domain.server.requests)
+    again = new_domain(domain.config)
+    assert set(again.skipped) == {
+        "download", "embed", "index", "register_database", "neighbours", "train", "evaluate", "register_generator",
+    }  # fmt: skip
+    assert all(again.skipped.values())
+    assert len(domain.server.requests) == asked
+    assert again.database.reference == domain.result.database.reference
+
+
+def test_pyfunc_loads_in_a_fresh_process_elsewhere(domain: Any, tmp_path: Path) -> None:
+    script = (
+        "import mlflow, pandas as pd, sys, io\n"
+        "from PIL import Image\n"
+        f"mlflow.set_tracking_uri('sqlite:///{domain.root}/mlflow.db')\n"
+        "model = mlflow.pyfunc.load_model('models:/knn-diffusion@champion')\n"
+        "frame = pd.DataFrame({'prompt': ['red circle', 'blue square']})\n"
+        "out = model.predict(frame, params={'steps': 2, 'seed': 3})\n"
+        "print(list(out.prompt), [Image.open(io.BytesIO(png)).size for png in out.png])\n"
+        "base = mlflow.pyfunc.load_model('models:/knn-database.shapes@champion')\n"
+        "print(base.predict(frame, params={'k': 2}).neighbours[0].count('\"key\"'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "['red circle', 'blue square'] [(16, 16), (16, 16)]" in done.stdout
+    assert done.stdout.strip().endswith("2")
+
+
+def test_pulled_pipeline_draws_and_swaps(domain: Any) -> None:
+    import torch
+
+    from infra.registry import load_pipeline
+    from infra.settings import Settings
+    from tasks.serve import pull_database
+
+    settings = Settings(root=str(domain.root))
+    pipeline = load_pipeline("models:/knn-diffusion@champion", "shapes", settings)
+    options: dict[str, Any] = {"num_inference_steps": 2, "num_images_per_prompt": 2}
+    first = pipeline("red circle", generator=torch.Generator().manual_seed(1), **options)
+    assert len(first.images) == 2
+    assert first.hits.ids.shape == (1, NEIGHBOURS)
+    pipeline.swap_database(pull_database(domain.result.database.reference.uri, settings))
+    again = pipeline("red circle", generator=torch.Generator().manual_seed(1), **options)
+    assert [np.asarray(a).tolist() for a in first.images] == [np.asarray(b).tolist() for b in again.images]
+
+
+def test_damaged_tar_is_found_by_its_digest(domain: Any, tmp_path: Path) -> None:
+    import shutil
+
+    from infra import compute
+    from infra.errors import KNNDiffusionError
+    from tasks.contracts import ImageShards
+    from tasks.embed import EmbedConfig, embed_images
+
+    copy = tmp_path / "images"
+    shutil.copytree(domain.result.images.reference.uri, copy)
+    tar = sorted(copy.glob("*.tar"))[1]
+    tar.write_bytes(tar.read_bytes()[:-512])
+    with compute.cluster(), pytest.raises(KNNDiffusionError, match=f"{tar.name}.*differs from its committed digest"):
+        embed_images(ImageShards.open(str(copy)), str(tmp_path), EmbedConfig(workers=1), cache=tmp_path)
+
+
+def test_damaged_embeddings_are_found_when_the_database_is_opened(domain: Any, tmp_path: Path) -> None:
+    from infra.errors import IntegrityError
+    from tasks.index import open_database
+
+    (npy, *_) = sorted(Path(domain.result.embeddings.reference.uri).glob("img_emb/*.npy"))
+    whole = npy.read_bytes()
+    try:
+        npy.write_bytes(whole[:-2])
+        with pytest.raises(IntegrityError, match=f"{npy.name} differs from its committed digest"):
+            open_database(domain.result.database.reference, tmp_path)
+    finally:
+        npy.write_bytes(whole)
+
+
+def test_a_list_of_which_nothing_downloads_fails_with_the_reasons(domain: Any, tmp_path: Path) -> None:
+    from flows.new_domain import new_domain
+    from infra.errors import StageError
+
+    urls = write_urls(tmp_path / "none.jsonl", [domain.server.url(f"/none-{n}.png") for n in range(3)])
+    config = small_config(urls, tmp_path, domain.server.host, train=False)
+    with pytest.raises(StageError, match=r"none of the 3 URLs .* could be downloaded \(http_404 3\)"):
+        new_domain(config)
+
+
+LINE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from infra import compute
+from small_domain import small_config
+from tasks.download import download_images
+from tasks.embed import embed_images
+from tasks.index import build_database
+from tasks.neighbours import find_neighbours
+from tasks.train import TrainingInputs, train_generator
+config = small_config(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+base, cache = sys.argv[3] + "/shapes", Path(sys.argv[3]) / "cache"
+with compute.cluster():
+    images = download_images(config.urls, base, config.download).reference
+    embeddings = embed_images(images, base, config.embed, cache=cache).reference
+    database = build_database(embeddings, base, config.index, cache=cache).reference
+    found = find_neighbours(embeddings, database, base, 4, cache=cache).reference
+    inputs = TrainingInputs(images=images, embeddings=embeddings, database=database, neighbours=found)
+    train_generator(inputs, base, config.train, cache=cache)
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_every_stage_it_ends_with_the_digests_of_an_unbroken_run(domain: Any, tmp_path: Path) -> None:
+    from infra.artifacts import read_manifest
+
+    command = [
+        sys.executable, "-c", LINE, str(Path(__file__).parent.parent), str(domain.urls), str(tmp_path),
+        domain.server.host,
+    ]  # fmt: skip
+    for stage in ("images", "embeddings", "generator/*/checkpoints"):
+        pattern = f"shapes/{stage}/shards/*.json" if "checkpoints" in stage else f"shapes/{stage}/*/shards/*.json"
+        _run_until(command, tmp_path, pattern)
+        finished = list(tmp_path.glob(f"shapes/{stage.split('/')[0]}/*/manifest.json"))
+        assert not finished, f"{stage} was over before the kill: the test has to be made slower"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.stdout.strip().endswith("done"), done.stderr[-2000:]
+    unbroken = {
+        "images": domain.result.images.reference.digest,
+        "embeddings": domain.result.embeddings.reference.digest,
+        "generator": domain.result.trained.generator.reference.digest,
+    }
+    for kind, digest in unbroken.items():
+        (manifest,) = tmp_path.glob(f"shapes/{kind}/*/manifest.json")
+        assert read_manifest(str(manifest.parent)).digest == digest, kind
+
+
+def _run_until(command: list[str], root: Path, pattern: str, timeout_s: float = 180) -> None:
+    """Start the line and kill it, and all it has started, as soon as a file matches ``pattern``."""
+    log = root / "line.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        deadline = time.monotonic() + timeout_s
+        while not list(root.glob(pattern)):
+            assert process.poll() is None, log.read_text()[-2000:]
+            assert time.monotonic() < deadline, f"no {pattern} after {timeout_s} s"
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_grid_of_the_demo_has_a_row_a_prompt() -> None:
+    from tasks.draw import CELL_PX, SwapRow, draw_swap
+
+    red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (8, 16), "blue")
+    rows = [SwapRow(prompt=prompt, groups=([red] * 2, [blue] * 3)) for prompt in ("a", "a much longer prompt")]
+    sheet = np.asarray(draw_swap(rows, ("neighbours", "samples")))
+    reds = (sheet == (255, 0, 0)).all(axis=2)
+    blues = (sheet == (0, 0, 255)).all(axis=2)
+    assert reds.sum() == 2 * 2 * CELL_PX * CELL_PX
+    assert 0.9 < blues.sum() / (2 * 3 * CELL_PX * CELL_PX / 2) < 1.1  # half as wide as high, and not stretched

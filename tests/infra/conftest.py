@@ -1,0 +1,65 @@
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+import s3fs
+from stores import KEYS, Bucket, ObjectStore
+
+from infra import tracking
+from infra.settings import Settings
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[ObjectStore]:
+    store = ObjectStore()
+    yield store
+    store.stop()
+
+
+@pytest.fixture
+def bucket(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """An empty bucket that ``s3://`` URIs reach; fsspec remembers nothing of earlier ones."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", object_store.endpoint)
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield object_store.bucket()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database: its migrations take seconds, so tests get copies."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # where a new database puts the default experiment's files
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        tracking.connect(Settings(root=str(folder)))
+        mlflow.search_experiments()
+        _disconnect()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def mlflow_settings(migrated_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
+    """Settings with an MLflow of the test's own on sqlite; this process is connected to none afterwards."""
+    root = tmp_path / "root"
+    root.mkdir()
+    shutil.copy(migrated_database, root / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+    monkeypatch.delenv("MLFLOW_ARTIFACTS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    yield Settings(root=str(root))
+    _disconnect()
+
+
+def _disconnect() -> None:
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # back to none, its environment variable included
+    mlflow.set_registry_uri(None)  # type: ignore[arg-type]
+    if before is not None:  # monkeypatch puts back what was there before it
+        os.environ["MLFLOW_TRACKING_URI"] = before

@@ -1,0 +1,293 @@
+import hashlib
+import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from stores import Bucket, ObjectStore
+
+from infra import storage
+from infra.errors import NotFoundError, TransientError
+
+ABSENT = "{} does not exist; check the path, or run the stage that writes it"
+
+
+@pytest.fixture(params=["path", "file://", "s3://"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder that is not there yet, by each way of naming one."""
+    if request.param == "s3://":
+        bucket: Bucket = request.getfixturevalue("bucket")
+        return f"{bucket.uri}/deep/folder"
+    return str(tmp_path / "deep/folder") if request.param == "path" else f"file://{tmp_path}/deep/folder"
+
+
+@contextmanager
+def full_disk(after_bytes: int) -> Iterator[None]:
+    """No file can grow past ``after_bytes``."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (after_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def one_line(caught: pytest.ExceptionInfo[BaseException]) -> str:
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+def test_what_is_written_is_read(folder: str) -> None:
+    uri = f"{folder}/a.bin"
+    storage.write_bytes(uri, b"first")
+    assert storage.read_bytes(uri) == b"first"
+    storage.write_bytes(uri, b"second, longer")
+    assert storage.read_bytes(uri) == b"second, longer"
+    assert storage.size(uri) == len(b"second, longer")
+    assert storage.sha256(uri) == hashlib.sha256(b"second, longer").hexdigest()
+    with storage.open_read(uri) as stream:
+        stream.seek(8)
+        assert stream.read(6) == b"longer"
+
+
+def test_a_file_goes_there_and_back(folder: str, tmp_path: Path) -> None:
+    data = bytes(range(256)) * 10_000  # more than one block
+    (tmp_path / "source").write_bytes(data)
+    uri = f"{folder}/a.tar"
+    storage.put(tmp_path / "source", uri)
+    assert storage.sha256(uri) == hashlib.sha256(data).hexdigest()
+    assert storage.fetch(uri, tmp_path / "new/here").read_bytes() == data
+    (tmp_path / "source").write_bytes(b"other")
+    storage.put(tmp_path / "source", uri)
+    assert storage.read_bytes(uri) == b"other"
+
+
+def test_a_remote_file_is_stored_as_it_is_and_fetched_to_the_place_named(bucket: Bucket, tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"picture")
+    storage.put(tmp_path / "source", f"{bucket.uri}/d/a.png")
+    storage.write_bytes(f"{bucket.uri}/d/b.json", b"{}")
+    assert bucket.keys() == ["d/a.png", "d/b.json"]
+    assert (bucket.read("d/a.png"), bucket.read("d/b.json")) == (b"picture", b"{}")
+    fetched = storage.fetch(f"{bucket.uri}/d/a.png", tmp_path / "cache/a.png")
+    assert fetched == tmp_path / "cache/a.png"
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["a.png"]
+
+
+def test_a_local_file_is_fetched_without_a_copy(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"here")
+    for uri in (str(tmp_path / "a"), f"file://{tmp_path}/a"):
+        assert storage.fetch(uri, tmp_path / "copy") == tmp_path / "a"
+    assert not (tmp_path / "copy").exists()
+
+
+def test_names_are_sorted_base_names_of_files_and_folders(folder: str) -> None:
+    assert storage.names(folder) == []
+    for name in ("b.tar", "a.tar", "sub/c.tar"):
+        storage.write_bytes(f"{folder}/{name}", b"x")
+    assert storage.names(folder) == ["a.tar", "b.tar", "sub"]
+    assert storage.names(f"{folder}/sub") == ["c.tar"]
+    storage.write_bytes(f"{folder}/d.tar", b"x")
+    assert storage.names(folder) == ["a.tar", "b.tar", "d.tar", "sub"]
+
+
+def test_exists_knows_files_and_folders(folder: str) -> None:
+    assert not storage.exists(folder)
+    storage.write_bytes(f"{folder}/a/b", b"")
+    there = [path for path in ("", "/a", "/a/b", "/a/c", "/b") if storage.exists(folder + path)]
+    assert there == ["", "/a", "/a/b"]
+    assert storage.size(f"{folder}/a/b") == 0
+
+
+def test_remove_takes_a_file_or_all_of_a_folder_and_nothing_else(folder: str) -> None:
+    for name in ("keep", "a/one", "a/b/two", "ab"):
+        storage.write_bytes(f"{folder}/{name}", b"x")
+    storage.remove(f"{folder}/a")
+    assert storage.names(folder) == ["ab", "keep"]
+    storage.remove(f"{folder}/ab")
+    storage.remove(f"{folder}/ab")  # not there any more
+    storage.remove(f"{folder}/never")
+    assert storage.names(folder) == ["keep"]
+
+
+def test_nothing_there_is_said_with_the_uri(folder: str, tmp_path: Path) -> None:
+    storage.write_bytes(f"{folder}/other", b"x")
+    uri = f"{folder}/none.json"
+    for look in (storage.read_bytes, storage.size, storage.sha256):
+        with pytest.raises(NotFoundError) as caught:
+            look(uri)
+        assert one_line(caught) == ABSENT.format(uri)
+
+
+def test_fetching_what_is_not_there_leaves_nothing_behind(bucket: Bucket, tmp_path: Path) -> None:
+    uri = f"{bucket.uri}/none.tar"
+    with pytest.raises(NotFoundError) as caught:
+        storage.fetch(uri, tmp_path / "cache/none.tar")
+    assert one_line(caught) == ABSENT.format(uri)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_missing_bucket_is_one_clear_line(bucket: Bucket, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    uri = "s3://no-such-bucket/d/a"
+    for touch in (
+        lambda: storage.read_bytes(uri),
+        lambda: storage.write_bytes(uri, b"x"),
+        lambda: storage.put(tmp_path / "a", uri),
+        lambda: storage.fetch(uri, tmp_path / "b"),
+    ):
+        with pytest.raises(NotFoundError) as caught:
+            touch()
+        assert one_line(caught) == ABSENT.format(uri)
+    assert not storage.exists(uri)
+    assert storage.names("s3://no-such-bucket/d") == []
+
+
+def test_refused_credentials_are_one_clear_line(object_store: ObjectStore, bucket: Bucket) -> None:
+    bucket.write("d/a", b"x")
+    uri = f"{bucket.uri}/d/a"
+    with object_store.locked():
+        for touch in (
+            lambda: storage.read_bytes(uri),
+            lambda: storage.write_bytes(uri, b"y"),
+            lambda: storage.exists(uri),
+            lambda: storage.names(uri),
+            lambda: storage.remove(uri),
+        ):
+            with pytest.raises(NotFoundError) as caught:
+                touch()
+            message = one_line(caught)
+            assert message.startswith(f"{uri} may not be accessed (")
+            assert message.endswith("); check the credentials and the bucket")
+    assert bucket.read("d/a") == b"x"
+
+
+class BreakingFileSystem(MemoryFileSystem):
+    """``breaking://``: reads and writes break off half way with ``error``."""
+
+    protocol = "breaking"
+    error: OSError
+
+    def get_file(self, rpath: str, lpath: str, **_: Any) -> None:
+        Path(lpath).write_bytes(b"hal")
+        raise self.error
+
+    def pipe_file(self, path: str, value: bytes, **_: Any) -> None:
+        raise self.error
+
+
+@pytest.fixture
+def breaking() -> type[BreakingFileSystem]:
+    fsspec.register_implementation("breaking", BreakingFileSystem, clobber=True)
+    return BreakingFileSystem
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reset by peer"), TimeoutError("no answer in 60 s")])
+def test_a_lost_connection_may_pass(error: OSError, breaking: type[BreakingFileSystem], tmp_path: Path) -> None:
+    breaking.error = error
+    for touch in (
+        lambda: storage.write_bytes("breaking://x/a", b"data"),
+        lambda: storage.fetch("breaking://x/a", tmp_path / "a"),
+    ):
+        with pytest.raises(TransientError) as caught:
+            touch()
+        assert one_line(caught) == f"breaking://x/a could not be reached: {error}"
+
+
+def test_a_fetch_that_breaks_off_leaves_what_was_there(breaking: type[BreakingFileSystem], tmp_path: Path) -> None:
+    breaking.error = ConnectionResetError("reset by peer")
+    (tmp_path / "old").write_bytes(b"whole")
+    for name in ("old", "fresh"):
+        with pytest.raises(TransientError):
+            storage.fetch("breaking://x/a", tmp_path / name)
+    assert (tmp_path / "old").read_bytes() == b"whole"
+    assert not (tmp_path / "fresh").exists()
+
+
+@pytest.mark.parametrize("how", ["write_bytes", "put"])
+def test_a_local_write_that_breaks_off_leaves_what_was_there(how: str, tmp_path: Path) -> None:
+    new = b"n" * 4_000_000
+    (tmp_path / "source").write_bytes(new)
+
+    def write(name: str) -> None:
+        uri = str(tmp_path / "out" / name)
+        if how == "put":
+            storage.put(tmp_path / "source", uri)
+        else:
+            storage.write_bytes(uri, new)
+
+    storage.write_bytes(str(tmp_path / "out/old"), b"old")
+    for name in ("old", "fresh"):
+        with full_disk(after_bytes=1_500_000), pytest.raises(OSError, match="File too large"):
+            write(name)
+    assert (tmp_path / "out/old").read_bytes() == b"old"
+    assert not storage.exists(str(tmp_path / "out/fresh"))
+    for name in ("old", "fresh"):  # what was left over is not in the way
+        write(name)
+        assert (tmp_path / "out" / name).read_bytes() == new
+    assert storage.names(str(tmp_path / "out")) == ["fresh", "old"]
+
+
+@pytest.mark.parametrize("how", ["write_bytes", "put"])
+def test_a_local_reader_never_sees_a_part(how: str, tmp_path: Path) -> None:
+    versions = [bytes([number]) * 3_000_000 for number in (1, 2)]
+    sources = [tmp_path / "1", tmp_path / "2"]
+    for source, version in zip(sources, versions, strict=True):
+        source.write_bytes(version)
+    uri = str(tmp_path / "shared")
+    storage.write_bytes(uri, versions[0])
+    stop = threading.Event()
+
+    def write() -> None:
+        turn = 0
+        while not stop.is_set():
+            turn ^= 1
+            if how == "put":
+                storage.put(sources[turn], uri)
+            else:
+                storage.write_bytes(uri, versions[turn])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        seen = {storage.read_bytes(uri) for _ in range(60)}
+    finally:
+        stop.set()
+        writer.join()
+    assert seen == set(versions)
+
+
+def test_join_keeps_the_scheme() -> None:
+    assert storage.join("s3://bucket/a/", "b", "/c/") == "s3://bucket/a/b/c"
+    assert storage.join("/data", "a.json") == "/data/a.json"
+    assert storage.join("file:///data/", "a/b.json") == "file:///data/a/b.json"
+
+
+def test_absolute_does_not_depend_on_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert storage.absolute("data") == str(tmp_path / "data")
+    assert storage.absolute("~/data/") == "/home/someone/data"
+    assert storage.absolute("file:///data/x") == "/data/x"
+    assert storage.absolute("s3://bucket/x/") == "s3://bucket/x"
+
+
+def test_only_this_machines_files_are_local() -> None:
+    uris = ("a/b", "/a", "~/a", "file:///a", "s3://b/a", "memory://a", "https://host/a")
+    assert [storage.is_local(uri) for uri in uris] == [True, True, True, True, False, False, False]
+    assert storage.local_path("file:///a/b") == Path("/a/b")
+    with pytest.raises(ValueError, match=r"^s3://b/a is remote; download it with storage.fetch first$"):
+        storage.local_path("s3://b/a")
+
+
+def test_scratch_is_gone_afterwards_even_after_an_error() -> None:
+    with pytest.raises(ZeroDivisionError), storage.scratch() as folder:
+        (folder / "a").mkdir()
+        (folder / "a/b").write_bytes(b"x")
+        raise ZeroDivisionError
+    assert not folder.exists()

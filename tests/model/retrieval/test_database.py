@@ -1,0 +1,171 @@
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+import tiny
+from numpy.typing import NDArray
+
+from model.errors import ModelError
+from model.retrieval.database import Database, Hits, ShardFiles
+
+
+def ranked(queries: NDArray[Any], rows: NDArray[np.float16]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Every row's id and cosine for each query, best first, by plain numpy in double precision."""
+    scores = queries.astype(np.float64) @ rows.astype(np.float64).T
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return order, np.take_along_axis(scores, order, axis=1)
+
+
+def require_exact(hits: Hits, queries: NDArray[Any], rows: NDArray[np.float16], k: int) -> None:
+    ids, scores = ranked(queries, rows)
+    np.testing.assert_array_equal(hits.ids, ids[:, :k])
+    np.testing.assert_allclose(hits.scores, scores[:, :k], atol=1e-6)
+    np.testing.assert_array_equal(hits.embeddings, rows[ids[:, :k]].astype(np.float32))
+    assert (hits.scores.dtype, hits.ids.dtype, hits.embeddings.dtype) == (np.float32, np.int64, np.float32)
+
+
+@pytest.mark.parametrize("splits", [[], [70], [0, 10, 10, 90]], ids=["one shard", "two", "uneven, some empty"])
+def test_flat_search_is_brute_force_over_all_shards(tmp_path: Path, splits: list[int]) -> None:
+    rows, queries = tiny.unit_rows(100), tiny.unit_rows(7, seed=1).astype(np.float32)
+    database = tiny.database(tmp_path, *np.split(rows, splits))
+    assert len(database) == 100
+    assert database.exact
+    require_exact(database.search(queries, 12), queries, rows, 12)
+
+
+def test_queries_may_be_half_precision_and_strided(tmp_path: Path) -> None:
+    rows, queries = tiny.unit_rows(40), tiny.unit_rows(8, seed=1)[::2]
+    require_exact(tiny.database(tmp_path, rows).search(queries, 3), queries, rows, 3)
+
+
+@pytest.mark.parametrize("factory", ["IVF4,PQ4x4", "OPQ4_8,IVF4,PQ4x4"])
+def test_what_an_approximate_index_proposes_is_scored_and_ordered_by_the_stored_rows(
+    tmp_path: Path, factory: str
+) -> None:
+    rows, queries = tiny.unit_rows(200), tiny.unit_rows(6, seed=1).astype(np.float32)
+    database = tiny.database(tmp_path, rows[:90], rows[90:], factory=factory, nprobe=4)
+    assert not database.exact
+
+    # 20 wanted of each shard are 200 candidates, all there are: the index's own order must leave no trace.
+    require_exact(database.search(queries, 20), queries, rows, 20)
+    index = faiss.read_index(str(tmp_path / "0.faiss"))
+    faiss.ParameterSpace().set_index_parameter(index, "nprobe", 4)
+    _, proposed = index.search(queries, 20)
+    assert (proposed != ranked(queries, rows[:90])[0][:, :20]).any(), "the index alone would have been exact"
+
+    few = database.search(queries, 3)
+    cosines = np.einsum("qd,qkd->qk", queries, rows[few.ids].astype(np.float32))
+    np.testing.assert_allclose(few.scores, cosines, atol=1e-6)
+    assert (np.diff(few.scores, axis=1) <= 0).all()
+
+
+def test_nprobe_is_the_number_of_cells_visited(tmp_path: Path) -> None:
+    rows, queries = tiny.unit_rows(400), tiny.unit_rows(20, seed=1).astype(np.float32)
+    exact, _ = ranked(queries, rows)
+    missed = {}
+    for nprobe in (1, 8):
+        found = tiny.database(tmp_path / str(nprobe), rows, factory="IVF8,Flat", nprobe=nprobe).search(queries, 10)
+        missed[nprobe] = (found.ids != exact[:, : found.ids.shape[1]]).any()
+    assert missed == {1: True, 8: False}
+
+
+def test_ties_go_to_the_lower_id_across_shards(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(30)
+    rows[[4, 17, 29]] = rows[11]
+    hits = tiny.database(tmp_path, rows[:15], rows[15:20], rows[20:]).search(rows[11:12], 4)
+    assert hits.ids[0, :4].tolist() == [4, 11, 17, 29]
+
+
+def test_exclude_hides_the_row_and_its_exact_copies_only(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(30)
+    rows[22] = rows[3]
+    rows[9] = rows[3]
+    rows[9, 0] = np.nextafter(rows[3, 0], np.float16(0))  # a neighbour as near as float16 allows, and no copy
+    database = tiny.database(tmp_path, rows[:20], rows[20:])
+    queries, own = rows[[3, 5]], np.array([3, 5])
+
+    hits = database.search(queries, 6, exclude=own)
+
+    expected, _ = ranked(queries, rows)
+    for found, order, hidden in zip(hits.ids, expected, ({3, 22}, {5}), strict=True):
+        assert found.tolist() == [row for row in order if row not in hidden][:6]
+    assert hits.ids[0, 0] == 9
+    assert database.search(queries, 1).ids.tolist() == [[3], [5]], "without exclude the row itself is nearest"
+
+
+def test_a_crowd_of_copies_does_not_hide_the_neighbours_behind_it(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(160)
+    rows[:100] = rows[0]
+    hits = tiny.database(tmp_path, rows).search(rows[:1], 5, exclude=np.array([0]))
+    order, _ = ranked(rows[:1], rows)
+    assert hits.ids[0].tolist() == [row for row in order[0] if row >= 100][:5]
+
+
+def test_a_small_database_gives_what_it_has(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(5)
+    database = tiny.database(tmp_path, rows[:2], rows[2:])
+    require_exact(database.search(rows[:3], 10), rows[:3], rows, 5)
+    others = database.search(rows[:3], 10, exclude=np.arange(3))
+    assert [sorted(found) for found in others.ids.tolist()] == [[1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 3, 4]]
+
+
+@pytest.mark.parametrize("shards", [0, 2])
+def test_an_empty_database_is_refused(tmp_path: Path, shards: int) -> None:
+    files = tiny.shard_files(tmp_path, *[tiny.unit_rows(0)] * shards) if shards else []
+    with pytest.raises(ModelError, match="database birds is empty.*build it from at least one image"):
+        Database(files, encoder=tiny.identity(), name="birds")
+
+
+@pytest.mark.parametrize("shape", [(3, tiny.WIDTH + 1), (3, tiny.WIDTH - 1), (tiny.WIDTH,)])
+def test_queries_of_another_width_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    database = tiny.database(tmp_path, tiny.unit_rows(5), name="birds")
+    with pytest.raises(ModelError) as caught:
+        database.search(np.ones(shape, np.float32), 1)
+    assert str(shape) in str(caught.value)
+    assert "birds of tiny-clip (8-d" in str(caught.value)
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_no_neighbours_cannot_be_asked_for(tmp_path: Path, k: int) -> None:
+    with pytest.raises(ModelError, match=f"k is {k}; ask for at least one"):
+        tiny.database(tmp_path, tiny.unit_rows(5)).search(tiny.unit_rows(1), k)
+
+
+@pytest.mark.parametrize("stored", [tiny.unit_rows(9), tiny.unit_rows(11), tiny.unit_rows(10, 4)])
+def test_an_index_that_does_not_fit_its_rows_is_refused(tmp_path: Path, stored: NDArray[np.float16]) -> None:
+    good, bad = tiny.shard_files(tmp_path, tiny.unit_rows(5), tiny.unit_rows(10))
+    np.save(bad.embeddings, stored)
+    with pytest.raises(ModelError) as caught:
+        Database([good, bad], encoder=tiny.identity())
+    for part in ("1.faiss indexes 10 rows", str(stored.shape), "rebuild the database"):
+        assert part in str(caught.value)
+
+
+def test_rows_of_another_encoder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="rebuild the database"):
+        Database(tiny.shard_files(tmp_path, tiny.unit_rows(10)), encoder=tiny.identity(16))
+
+
+def test_shards_are_numbered_in_the_order_given(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(20)
+    first, second = tiny.shard_files(tmp_path, rows[:5], rows[5:])
+    assert Database([second, first], encoder=tiny.identity()).search(rows[[0, 5]], 1).ids.tolist() == [[15], [0]]
+
+
+def test_rows_are_the_stored_ones_in_the_shape_of_the_ids(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(20)
+    database = tiny.database(tmp_path, rows[:5], rows[5:5], rows[5:])
+    ids = np.array([[19, 0, 5], [4, 4, 12]])
+    taken = database.rows(ids)
+    assert taken.dtype == np.float16
+    np.testing.assert_array_equal(taken, rows[ids])
+
+
+def test_describe_joins_the_ids_with_what_is_known(tmp_path: Path) -> None:
+    files: list[ShardFiles] = tiny.shard_files(tmp_path, tiny.unit_rows(5))
+    bare = Database(files, encoder=tiny.identity())
+    assert bare.describe(np.array([3, 1])) == [{"id": 3}, {"id": 1}]
+    known = Database(files, encoder=tiny.identity(), describe=lambda ids: [{"key": f"{row:09d}"} for row in ids])
+    assert known.describe([3, 1]) == [{"id": 3, "key": "000000003"}, {"id": 1, "key": "000000001"}]

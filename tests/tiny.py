@@ -1,0 +1,82 @@
+"""Embeddings, databases, networks and pipelines small enough to make in a test."""
+
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from diffusers import PixArtTransformer2DModel
+from numpy.typing import NDArray
+
+from model.clip import EncoderIdentity
+from model.networks.dit import TransformerConfig, build_transformer
+from model.pipeline import KNNDiffusionPipeline, new_pipeline
+from model.retrieval.database import Database, ShardFiles
+from model.retrieval.factory import fill_shard, train_index
+
+WIDTH = 8
+"""D, where a test has no other in mind."""
+
+
+def unit(rows: NDArray[Any]) -> NDArray[np.float32]:
+    """Rows (…, D) scaled to length 1."""
+    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def unit_rows(count: int, width: int = WIDTH, *, seed: int = 0) -> NDArray[np.float16]:
+    """Random directions (count, width), as the embedding stage stores them."""
+    return unit(np.random.default_rng(seed).normal(size=(count, width))).astype(np.float16)
+
+
+def identity(width: int = WIDTH, *, name: str = "tiny-clip", weights: str = "0" * 64) -> EncoderIdentity:
+    return EncoderIdentity(name=name, weights_digest=weights, preprocess_digest="1" * 64, dimension=width)
+
+
+def shard_files(folder: Path, *shards: NDArray[np.float16], factory: str = "Flat") -> list[ShardFiles]:
+    """Index and rows of each shard on disk; one quantizer for all, trained on all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    template = folder / "quantizer.faiss"
+    trained_on = np.concatenate(shards).astype(np.float32)
+    faiss.write_index(train_index(factory, trained_on.shape[1], trained_on), str(template))
+    files = []
+    for number, rows in enumerate(shards):
+        shard = ShardFiles(index=folder / f"{number}.faiss", embeddings=folder / f"{number}.npy")
+        fill_shard(template, rows, shard.index)
+        np.save(shard.embeddings, rows)
+        files.append(shard)
+    return files
+
+
+def database(
+    folder: Path,
+    *shards: NDArray[np.float16],
+    factory: str = "Flat",
+    encoder: EncoderIdentity | None = None,
+    **options: Any,
+) -> Database:
+    files = shard_files(folder, *shards, factory=factory)
+    return Database(files, encoder=encoder or identity(shards[0].shape[1]), **options)
+
+
+def size(**changes: Any) -> TransformerConfig:
+    return TransformerConfig(**{"image_size": 8, "patch_size": 4, "layers": 1, "heads": 1, "head_width": 16} | changes)
+
+
+def network(width: int = WIDTH, *, seed: int = 0, **changes: Any) -> PixArtTransformer2DModel:
+    """A network of random weights, the last layer too, so that its output depends on all of its input."""
+    built = build_transformer(size(**changes), embedding_dimension=width, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return built.eval()
+
+
+def pipeline(plugged: Database | None, *, prediction: str = "sample", neighbours: int = 3) -> KNNDiffusionPipeline:
+    """An untrained pipeline in the space of the database plugged in."""
+    encoder = plugged.encoder if plugged else identity()
+    built = new_pipeline(network(encoder.dimension), encoder, prediction=prediction, neighbours=neighbours)
+    if plugged:
+        built.swap_database(plugged)
+    return built
