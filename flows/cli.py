@@ -210,7 +210,7 @@ def _quiet_environment(verbose: bool) -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }
     if not verbose:
-        quiet |= {"PREFECT_LOGGING_LEVEL": "ERROR", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
+        quiet |= {"PREFECT_LOGGING_LEVEL": "CRITICAL", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
 

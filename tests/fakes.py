@@ -1,5 +1,6 @@
 """Stand-ins for the outside world. Whatever listens, listens on loopback."""
 
+import shutil
 import socketserver
 import ssl
 import threading
@@ -7,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 from typing import Any, Self
 
 
@@ -101,3 +103,45 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Quiet."""
+
+
+class Killed(BaseException):
+    """The end of a process, as far as code that catches ``Exception`` can tell."""
+
+
+class FolderCheckpoints:
+    """Training checkpoints in a folder. Saving step ``killed_at`` kills the run, before or after the step is kept."""
+
+    def __init__(self, folder: Path, *, killed_at: int | None = None, before: bool = False) -> None:
+        self._folder, self._killed_at, self._before = folder, killed_at, before
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(int(path.stem) for path in self._folder.glob("*.pt"))
+
+    def latest(self) -> Path | None:
+        return self._folder / f"{self.steps[-1]}.pt" if self.steps else None
+
+    def scratch(self) -> Path:
+        return self._folder / "state.partial"
+
+    def save(self, step: int, state: Path) -> None:
+        if step == self._killed_at and self._before:
+            raise Killed
+        shutil.move(state, self._folder / f"{step}.pt")
+        if step == self._killed_at:
+            raise Killed
+
+
+class MetricsLog:
+    """Metrics in a list, as (images seen, values)."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, *, images: int, values: dict[str, float]) -> None:
+        self.entries.append((images, values))
+
+    def __getitem__(self, name: str) -> list[float]:
+        """Every value of one metric, in order."""
+        return [values[name] for _, values in self.entries]

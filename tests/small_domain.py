@@ -1,4 +1,4 @@
-"""A small domain: drawn pictures on a loopback server, every kind of bad one among them, and the flow that takes it in."""
+"""A small domain: drawn pictures on a loopback server, bad ones of every kind among them, and the flow."""
 
 import dataclasses
 import io

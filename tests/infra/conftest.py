@@ -1,4 +1,3 @@
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +35,7 @@ def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mlflow")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # where a new database puts the default experiment's files
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         tracking.connect(Settings(root=str(folder)))
         mlflow.search_experiments()
@@ -58,8 +58,5 @@ def mlflow_settings(migrated_database: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def _disconnect() -> None:
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # back to none, its environment variable included
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
     mlflow.set_registry_uri(None)  # type: ignore[arg-type]
-    if before is not None:  # monkeypatch puts back what was there before it
-        os.environ["MLFLOW_TRACKING_URI"] = before

@@ -44,8 +44,8 @@ def test_queries_may_be_half_precision_and_strided(tmp_path: Path) -> None:
 def test_what_an_approximate_index_proposes_is_scored_and_ordered_by_the_stored_rows(
     tmp_path: Path, factory: str
 ) -> None:
-    rows, queries = tiny.unit_rows(200), tiny.unit_rows(6, seed=1).astype(np.float32)
-    database = tiny.database(tmp_path, rows[:90], rows[90:], factory=factory, nprobe=4)
+    rows, queries = tiny.unit_rows(300), tiny.unit_rows(6, seed=1).astype(np.float32)
+    database = tiny.database(tmp_path, rows[:140], rows[140:], factory=factory, nprobe=4)
     assert not database.exact
 
     # 20 wanted of each shard are 200 candidates, all there are: the index's own order must leave no trace.
@@ -53,7 +53,7 @@ def test_what_an_approximate_index_proposes_is_scored_and_ordered_by_the_stored_
     index = faiss.read_index(str(tmp_path / "0.faiss"))
     faiss.ParameterSpace().set_index_parameter(index, "nprobe", 4)
     _, proposed = index.search(queries, 20)
-    assert (proposed != ranked(queries, rows[:90])[0][:, :20]).any(), "the index alone would have been exact"
+    assert (proposed != ranked(queries, rows[:140])[0][:, :20]).any(), "the index alone would have been exact"
 
     few = database.search(queries, 3)
     cosines = np.einsum("qd,qkd->qk", queries, rows[few.ids].astype(np.float32))
@@ -114,7 +114,7 @@ def test_a_small_database_gives_what_it_has(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shards", [0, 2])
 def test_an_empty_database_is_refused(tmp_path: Path, shards: int) -> None:
     files = tiny.shard_files(tmp_path, *[tiny.unit_rows(0)] * shards) if shards else []
-    with pytest.raises(ModelError, match="database birds is empty.*build it from at least one image"):
+    with pytest.raises(ModelError, match=r"database birds is empty.*build it from at least one image"):
         Database(files, encoder=tiny.identity(), name="birds")
 
 

@@ -42,7 +42,7 @@ def test_what_faiss_does_not_know_is_refused_by_name(factory: str) -> None:
 
 
 def test_too_few_rows_to_train_on_are_refused_with_the_mend() -> None:
-    with pytest.raises(ModelError, match="'IVF64,Flat' cannot be trained on 20 rows.*take a smaller one"):
+    with pytest.raises(ModelError, match=r"'IVF64,Flat' cannot be trained on 20 rows.*take a smaller one"):
         train_index("IVF64,Flat", 8, tiny.unit_rows(20).astype(np.float32))
 
 

@@ -1,0 +1,138 @@
+"""The command as a user meets it: what it prints where, and how it says no."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_domain import write_urls
+from typer.testing import CliRunner, Result
+
+from flows.cli import app
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def refused(result: Result, *parts: str) -> None:
+    """One line on standard error that holds every part, nothing on standard output, exit code 1."""
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    (line,) = [line for line in result.stderr.splitlines() if line.strip()]
+    assert line.startswith("knn-diffusion: ")
+    for part in parts:
+        assert part in line
+
+
+def test_help_names_every_command() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    for command in ("demo", "new-domain", "search", "generate", "databases"):
+        assert command in result.stdout
+        assert run(command, "--help").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nonsense",),
+        ("search", "shapes"),
+        ("new-domain", "shapes"),
+        ("generate", "a"),
+        ("search", "a", "b", "--k", "0"),
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+def test_search_prints_json_alone_on_standard_output(domain: Any) -> None:
+    result = run("search", "shapes", "a red circle", "--k", "3", "--json", "--root", str(domain.root))
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert [row["rank"] for row in found] == [1, 2, 3]
+    assert [row["score"] for row in found] == sorted((row["score"] for row in found), reverse=True)
+    assert {"rank", "score", "id", "key", "url"} <= set(found[0])
+    assert "red" in found[0]["url"]
+
+
+def test_search_takes_all_three_names_of_a_database(domain: Any) -> None:
+    names = ("shapes", "models:/knn-database.shapes@champion", "models:/knn-database.shapes/1")
+    names += (domain.result.database.reference.uri,)
+    outputs = {run("search", name, "blue ring", "--json", "--root", str(domain.root)).stdout for name in names}
+    assert len(outputs) == 1
+    assert "blue" in outputs.pop()
+
+
+def test_databases_lists_what_is_registered(domain: Any) -> None:
+    (entry,) = json.loads(run("databases", "--json", "--root", str(domain.root)).stdout)
+    assert (entry["name"], entry["version"], entry["aliases"]) == ("knn-database.shapes", 1, ["champion"])
+    assert "knn-database.shapes" in run("databases", "--root", str(domain.root)).stdout
+
+
+def test_generate_writes_a_picture_a_prompt_and_repeats_itself(domain: Any, tmp_path: Path) -> None:
+    pictures = []
+    for name, seed in (("a.png", "5"), ("b.png", "5"), ("c.png", "6")):
+        options = ["--seed", seed, "--steps", "2", "--out", str(tmp_path / name), "--root", str(domain.root)]
+        result = run("generate", "red circle", "blue bar", "--database", "shapes", *options)
+        assert result.exit_code == 0, result.stderr
+        pictures.append(np.asarray(Image.open(tmp_path / name)))
+    assert pictures[0].shape == (16, 32, 3)
+    assert (pictures[0] == pictures[1]).all()
+    assert (pictures[0] != pictures[2]).any()
+
+
+def test_unknown_database_says_what_there_is(domain: Any) -> None:
+    refused(
+        run("search", "shape", "a", "--root", str(domain.root)),
+        "no database is registered as models:/knn-database.shape@champion",
+        "knn-database.shapes@champion",
+    )
+
+
+def test_unknown_folder_empty_query_and_odd_output_name(domain: Any, tmp_path: Path) -> None:
+    root = str(domain.root)
+    refused(run("search", f"{tmp_path}/none", "a", "--root", root), f"{tmp_path}/none holds no committed database")
+    refused(run("search", "shapes", "  ", "--root", root), "the query is empty")
+    options = ["--database", "shapes", "--root", root, "--out"]
+    refused(run("generate", "a", *options, "picture"), "picture is no picture name; end it in .png")
+    refused(run("generate", "a", *options, f"{tmp_path}/no/a.png"), f"the folder {tmp_path}/no does not exist")
+    refused(run("generate", " ", *options, f"{tmp_path}/a.png"), "a prompt is empty")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [("", "lists no URL"), ('{"link": "http://a/b.png"}\n', "has no column 'url', only link")],
+)
+def test_new_domain_refuses_an_unusable_list(prefect_server: None, tmp_path: Path, content: str, told: str) -> None:
+    path = tmp_path / ("list.jsonl" if content else "list.txt")
+    path.write_text(content)
+    refused(run("new-domain", "x", "--urls", str(path), "--root", str(tmp_path / "data")), str(path), told)
+
+
+def test_new_domain_refuses_a_missing_list_and_a_bad_name(prefect_server: None, tmp_path: Path) -> None:
+    root = str(tmp_path)
+    refused(run("new-domain", "x", "--urls", f"{tmp_path}/no.csv", "--root", root), "no.csv does not exist")
+    refused(run("new-domain", "My Domain", "--urls", "a.csv", "--root", root), "'My Domain' must be lower-case")
+
+
+def test_new_domain_makes_a_database_of_ones_own_list(domain: Any, tmp_path: Path) -> None:
+    urls = write_urls(tmp_path / "urls.jsonl", [domain.server.url(f"/{c}-ring.png") for c in ("red", "blue", "green")])
+    options = ["--root", str(tmp_path / "data"), "--allow-host", domain.server.host, "--no-train"]
+    result = run("new-domain", "rings", "--urls", str(urls), *options)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip() == "models:/knn-database.rings@champion"
+    found = json.loads(run("search", "rings", "a red ring", "--json", "--root", str(tmp_path / "data")).stdout)
+    assert len(found) == 3
+    assert found[0]["url"].endswith("/red-ring.png")
+
+
+def test_without_permission_loopback_is_not_downloaded_from(domain: Any, tmp_path: Path) -> None:
+    urls = write_urls(tmp_path / "urls.jsonl", [domain.server.url("/red-ring.png")])
+    asked = len(domain.server.requests)
+    result = run("new-domain", "rings", "--urls", str(urls), "--root", str(tmp_path / "data"))
+    refused(result, "none of the 1 URLs", "blocked_address 1")
+    assert len(domain.server.requests) == asked

@@ -1,0 +1,350 @@
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stores import Bucket
+
+from infra import artifacts, storage
+from infra.artifacts import File, Manifest, Shard, Stage
+from infra.errors import IntegrityError, NotFoundError
+
+INPUTS = {"images": {"uri": "/data/images/1", "digest": "11" * 32}, "urls": {"uri": "s3://b/2", "digest": "22" * 32}}
+CONFIG = {"size": 64, "name": "ViT-B-32", "limits": {"max_side_px": 1024, "hosts": ["a", "b"]}}
+
+
+@pytest.fixture(params=["local", "s3"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A domain's folder."""
+    if request.param == "s3":
+        bucket: Bucket = request.getfixturevalue("bucket")
+        return f"{bucket.uri}/twemoji"
+    return str(tmp_path / "twemoji")
+
+
+def stage(base: str, **changes: Any) -> Stage:
+    request = {"kind": "images", "inputs": INPUTS, "config": CONFIG, **changes}
+    return Stage(base, request["kind"], inputs=request["inputs"], config=request["config"])
+
+
+def fill(
+    where: Stage, name: str, files: Mapping[str, bytes], *, rows: int = 3, info: Mapping[str, Any] | None = None
+) -> Shard:
+    """Commit a shard of these files, as a worker does."""
+    with storage.scratch() as scratch:
+        for relative, data in files.items():
+            (scratch / relative).parent.mkdir(parents=True, exist_ok=True)
+            (scratch / relative).write_bytes(data)
+        return artifacts.commit_shard(where.uri, name, scratch, rows=rows, info=info or {})
+
+
+def committed(base: str, **changes: Any) -> tuple[Stage, Manifest]:
+    """A stage of two shards, committed."""
+    made = stage(base, **changes)
+    shards = [fill(made, "00000", {"00000.tar": b"tar zero"}), fill(made, "00001", {"00001.tar": b"tar one"}, rows=4)]
+    return made, made.commit(shards, identity={"encoder": "x"}, info={"seconds": 1.5})
+
+
+def rewritten(folder_uri: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    uri = storage.join(folder_uri, artifacts.MANIFEST)
+    raw = json.loads(storage.read_bytes(uri))
+    change(raw)
+    storage.write_bytes(uri, json.dumps(raw).encode())
+
+
+def refusal(folder_uri: str) -> str:
+    with pytest.raises(IntegrityError) as caught:
+        artifacts.read_manifest(folder_uri)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_committed_folder_reads_back_as_it_was_committed(base: str) -> None:
+    made, manifest = committed(base)
+    assert manifest.rows == 7
+    assert manifest.inputs == INPUTS
+    assert manifest.config == CONFIG
+    assert (manifest.kind, manifest.identity, manifest.info) == ("images", {"encoder": "x"}, {"seconds": 1.5})
+    assert [shard.name for shard in manifest.shards] == ["00000", "00001"]
+    assert manifest.files[1] == File(name="00001.tar", bytes=7, sha256=hashlib.sha256(b"tar one").hexdigest())
+    assert made.uri == f"{base}/images/{made.key}"
+    assert artifacts.read_manifest(made.uri) == manifest
+    assert storage.names(made.uri) == ["00000.tar", "00001.tar", "manifest.json", "shards"]
+    assert storage.read_bytes(f"{made.uri}/00001.tar") == b"tar one"
+
+
+def test_the_same_request_finds_what_was_committed(base: str) -> None:
+    assert stage(base).committed() is None
+    _, manifest = committed(base)
+    assert stage(base).committed() == manifest
+    assert stage(base, config={**CONFIG, "size": 65}).committed() is None
+    assert stage(f"{base}-other").committed() is None
+
+
+def test_shards_without_a_manifest_are_not_committed(base: str) -> None:
+    made = stage(base)
+    fill(made, "00000", {"00000.tar": b"x"})
+    assert made.committed() is None
+    with pytest.raises(NotFoundError) as caught:
+        artifacts.read_manifest(made.uri)
+    assert str(caught.value) == (
+        f"{made.uri} holds no manifest.json: it is no committed artifact; run the stage that makes it"
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "embeddings"},
+        {"config": {**CONFIG, "size": 65}},
+        {"config": {**CONFIG, "limits": {"max_side_px": 1024, "hosts": ["b", "a"]}}},
+        {"config": {**CONFIG, "more": None}},
+        {"inputs": {**INPUTS, "images": {"uri": "/data/images/1", "digest": "33" * 32}}},
+        {"inputs": {"images": INPUTS["images"]}},
+        {"inputs": {"images": INPUTS["urls"], "urls": INPUTS["images"]}},
+    ],
+)
+def test_another_request_has_another_key(changes: dict[str, Any]) -> None:
+    assert stage("/data", **changes).key != stage("/data").key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"inputs": {name: {**source, "uri": "s3://moved/elsewhere"} for name, source in INPUTS.items()}},
+        {"inputs": dict(reversed(INPUTS.items()))},
+        {"config": dict(reversed(CONFIG.items()))},
+        {"config": {**CONFIG, "limits": {"hosts": ("a", "b"), "max_side_px": 1024}}},
+    ],
+    ids=["inputs moved", "inputs in another order", "config in another order", "tuple for list"],
+)
+def test_the_same_request_in_other_words_has_the_same_key(changes: dict[str, Any]) -> None:
+    assert stage("/data", **changes).key == stage("/data").key
+    assert stage("/elsewhere", **changes).key == stage("/data").key
+
+
+def test_a_key_fits_a_folder_name() -> None:
+    assert len(stage("/data").key) == 16
+    assert int(stage("/data").key, 16) >= 0
+
+
+def test_a_config_that_json_lacks_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^PosixPath has no JSON form$"):
+        stage("/data", config={"where": Path("/a")})
+
+
+def test_a_folder_is_named_alike_from_every_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert stage("domain").uri == stage(str(tmp_path / "domain")).uri == f"{tmp_path}/domain/images/{stage('x').key}"
+
+
+def test_a_resumed_stage_knows_the_shards_that_were_committed(base: str) -> None:
+    made = stage(base)
+    assert made.done() == {}
+    first = fill(made, "00000", {"00000.tar": b"a", "00000.parquet": b"b"}, rows=2, info={"lost": {"http_404": 1}})
+    third = fill(made, "00002", {"00002.tar": b"c"})
+    storage.write_bytes(f"{made.uri}/00001.tar", b"its worker died before the marker")
+    storage.write_bytes(f"{made.uri}/shards/.00001.json.123.partial", b'{"name": "00001", "ro')
+    assert stage(base).done() == {"00000": first, "00002": third}
+    assert (first.rows, first.info) == (2, {"lost": {"http_404": 1}})
+    assert [file.name for file in first.files] == ["00000.parquet", "00000.tar"]
+    assert stage(base, config={}).done() == {}
+
+
+def test_a_worker_that_dies_while_storing_commits_no_shard(tmp_path: Path) -> None:
+    made = stage(str(tmp_path / "d"))
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local/a.tar").write_bytes(b"whole")
+    (tmp_path / "local/b.tar").symlink_to(tmp_path / "local/a.tar")
+    (tmp_path / "d/images" / made.key / "b.tar").mkdir(parents=True)  # where b.tar cannot go
+    with pytest.raises(OSError, match=r"b\.tar"):
+        artifacts.commit_shard(made.uri, "00000", tmp_path / "local", rows=1, info={})
+    assert storage.exists(f"{made.uri}/a.tar")
+    assert made.done() == {}
+
+
+def test_a_damaged_marker_says_what_to_do(base: str) -> None:
+    made = stage(base)
+    fill(made, "00000", {"00000.tar": b"a"})
+    marker = f"{made.uri}/shards/00000.json"
+    for data in (storage.read_bytes(marker)[:30], b"[]", b'{"name": "00000"}', b""):
+        storage.write_bytes(marker, data)
+        with pytest.raises(IntegrityError) as caught:
+            made.done()
+        assert str(caught.value).startswith(f"{marker} is damaged (")
+        assert str(caught.value).endswith("); delete it and run again")
+
+
+def test_a_shards_files_keep_their_folders_and_timings_stay_out_of_the_digest(base: str) -> None:
+    files = {"img_emb/img_emb_00000.npy": b"rows", "metadata/metadata_00000.parquet": b"meta", "00000_stats.json": b"1"}
+    shard = fill(stage(base), "00000", files)
+    assert [file.name for file in shard.files] == ["img_emb/img_emb_00000.npy", "metadata/metadata_00000.parquet"]
+    for name, data in files.items():
+        assert storage.read_bytes(f"{stage(base).uri}/{name}") == data
+
+
+def test_the_digest_does_not_depend_on_order_time_place_or_interruption(tmp_path: Path) -> None:
+    def run(base: str, order: str, stats: bytes, inputs: Mapping[str, Mapping[str, str]] = INPUTS) -> Manifest:
+        made = stage(str(tmp_path / base), inputs=inputs)
+        shards = [
+            fill(
+                made,
+                number,
+                {f"{number}.tar": number.encode(), f"{number}_stats.json": stats},
+                info={"seconds": order.index(number)},
+            )
+            for number in order.split()
+        ]
+        return made.commit(shards, identity={"b": 1, "a": {"d": 2}}, info={"seconds": len(base), "stats": str(stats)})
+
+    moved = {name: {**source, "uri": "s3://moved"} for name, source in INPUTS.items()}
+    first = run("a", "00000 00001 00002", b"quick")
+    second = run("elsewhere", "00002 00000 00001", b"slow", moved)
+    resumed = stage(str(tmp_path / "a")).commit(
+        reversed(stage(str(tmp_path / "a")).done().values()), identity={"a": {"d": 2}, "b": 1}, info={"resumed": True}
+    )
+    later = dataclasses.replace(first, created_at="2199-01-01T00:00:00+00:00")
+    assert first.digest == second.digest == resumed.digest == later.content_digest()
+    assert first.info != second.info
+    assert [shard.name for shard in second.shards] == ["00000", "00001", "00002"]
+
+
+@pytest.mark.parametrize("what", ["bytes", "rows", "name", "shards", "identity", "inputs", "kind"])
+def test_other_content_has_another_digest(what: str, tmp_path: Path) -> None:
+    def digest(changed: bool) -> str:
+        inputs = {"images": {"uri": "u", "digest": "33"}} if changed and what == "inputs" else INPUTS
+        kind = "database" if changed and what == "kind" else "images"
+        made = stage(str(tmp_path / str(changed)), kind=kind, inputs=inputs)
+        name = "b.tar" if changed and what == "name" else "a.tar"
+        data = b"one bit flippec" if changed and what == "bytes" else b"one bit flipped"
+        shards = [fill(made, "00000", {name: data}, rows=4 if changed and what == "rows" else 3)]
+        if changed and what == "shards":
+            shards.append(fill(made, "00001", {}, rows=0))
+        identity = {"encoder": "other" if changed and what == "identity" else "same"}
+        return made.commit(shards, identity=identity, info={}).digest
+
+    assert digest(True) != digest(False)
+    assert digest(False) == digest(False)
+
+
+def drop_a_shard(raw: dict[str, Any]) -> None:
+    del raw["shards"][0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: raw.update(rows=8),
+        lambda raw: raw.update(kind="database"),
+        lambda raw: raw.update(identity={"encoder": "y"}),
+        lambda raw: raw["shards"][0]["files"][0].update(sha256="00" * 32),
+        lambda raw: raw["shards"][0]["files"][0].update(bytes=9),
+        lambda raw: raw["inputs"]["images"].update(digest="33" * 32),
+        lambda raw: raw.update(digest="00" * 32),
+        drop_a_shard,
+    ],
+)
+def test_a_manifest_changed_by_hand_is_refused(change: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
+    made, _ = committed(str(tmp_path))
+    rewritten(made.uri, change)
+    message = f"{made.uri}/manifest.json was changed after it was committed; delete its folder and run again"
+    assert refusal(made.uri) == message
+    with pytest.raises(IntegrityError):
+        made.committed()
+
+
+def test_a_manifest_whose_inputs_moved_is_still_whole(tmp_path: Path) -> None:
+    made, manifest = committed(str(tmp_path))
+    rewritten(made.uri, lambda raw: raw["inputs"]["images"].update(uri="s3://moved"))
+    assert artifacts.read_manifest(made.uri).digest == manifest.digest
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_another_schema_version_is_refused_by_number(version: int, tmp_path: Path) -> None:
+    made, _ = committed(str(tmp_path))
+    rewritten(made.uri, lambda raw: raw.update(schema_version=version))
+    assert refusal(made.uri) == (
+        f"{made.uri}/manifest.json has schema version {version}, this release reads 1; "
+        "rebuild it, or use the release that wrote it"
+    )
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b'{"schema_version": 1}', b"\xff\xfe\x00", b'"text"'])
+def test_what_is_no_manifest_is_refused(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes(data)
+    message = refusal(str(tmp_path))
+    assert message.startswith(f"{tmp_path}/manifest.json is not a manifest (")
+    assert message.endswith("); delete its folder and run again")
+
+
+def test_an_unknown_field_is_refused(tmp_path: Path) -> None:
+    made, _ = committed(str(tmp_path))
+    rewritten(made.uri, lambda raw: raw.update(colour="red"))
+    assert "is not a manifest (" in refusal(made.uri)
+    assert "colour" in refusal(made.uri)
+
+
+def test_a_whole_file_is_fetched(base: str, tmp_path: Path) -> None:
+    made, manifest = committed(base)
+    for file, data in zip(manifest.files, (b"tar zero", b"tar one"), strict=True):
+        assert artifacts.fetch_file(made.uri, file, tmp_path / "cache").read_bytes() == data
+
+
+def test_a_local_file_is_used_where_it_is(tmp_path: Path) -> None:
+    made, manifest = committed(str(tmp_path / "d"))
+    path = artifacts.fetch_file(made.uri, manifest.files[0], tmp_path / "cache")
+    assert path == Path(made.uri) / "00000.tar"
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("data", [b"tar zer", b"", b"tar zerO", b"tar zero and more"])
+def test_a_file_that_differs_from_its_digest_is_refused(data: bytes, base: str, tmp_path: Path) -> None:
+    made, manifest = committed(base)
+    file = manifest.files[0]
+    storage.write_bytes(f"{made.uri}/00000.tar", data)
+    for _ in range(2):  # what came is not kept as if it were right
+        with pytest.raises(IntegrityError) as caught:
+            artifacts.fetch_file(made.uri, file, tmp_path / "cache")
+        assert str(caught.value) == (
+            f"{made.uri}/00000.tar differs from its committed digest {file.sha256[:12]}…; "
+            f"restore it, or delete {made.uri} and run again"
+        )
+    assert artifacts.fetch_file(made.uri, manifest.files[1], tmp_path / "cache").read_bytes() == b"tar one"
+    storage.write_bytes(f"{made.uri}/00000.tar", b"tar zero")
+    assert artifacts.fetch_file(made.uri, file, tmp_path / "cache").read_bytes() == b"tar zero"
+
+
+def test_a_missing_file_is_named(base: str, tmp_path: Path) -> None:
+    made, manifest = committed(base)
+    storage.remove(f"{made.uri}/00001.tar")
+    with pytest.raises(IntegrityError) as caught:
+        artifacts.fetch_file(made.uri, manifest.files[1], tmp_path / "cache")
+    assert str(caught.value) == (
+        f"{made.uri}/00001.tar is missing though it was committed; restore it, or delete {made.uri} and run again"
+    )
+
+
+def test_a_remote_file_is_kept_under_its_digest_and_not_fetched_again(bucket: Bucket, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    made, manifest = committed(f"{bucket.uri}/twemoji")
+    file = manifest.files[0]
+    kept = artifacts.fetch_file(made.uri, file, cache)
+    assert kept == cache / file.sha256[:2] / f"{file.sha256}.tar"
+    assert [path for path in cache.rglob("*") if path.is_file()] == [kept]
+
+    storage.remove(made.uri)
+    assert bucket.keys() == []
+    assert artifacts.fetch_file(made.uri, file, cache) == kept
+    assert artifacts.fetch_file(f"{bucket.uri}/a/newer/version", file, cache) == kept  # a shared shard, by its digest
+    assert kept.read_bytes() == b"tar zero"
+    with pytest.raises(IntegrityError, match="is missing though it was committed"):
+        artifacts.fetch_file(made.uri, manifest.files[1], cache)
+
+
+def test_canonical_json_is_one_spelling() -> None:
+    assert artifacts.canonical_json({"b": (1, 2.5), "a": None}) == '{"a":null,"b":[1,2.5]}'
+    assert artifacts.canonical_json(File(name="é", sha256="0", bytes=1)) == '{"bytes":1,"name":"\\u00e9","sha256":"0"}'
+    assert artifacts.digest_of({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"

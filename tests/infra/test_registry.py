@@ -1,0 +1,285 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, Schema
+from stores import Bucket
+
+from infra import artifacts, storage, tracking
+from infra.artifacts import Manifest
+from infra.errors import IntegrityError, NotFoundError
+from infra.registry import DATABASE_PREFIX, GENERATOR_NAME, Registered, Registry
+from infra.settings import Settings
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # MLflow's advice on type hints and examples
+DATABASE = f"{DATABASE_PREFIX}twemoji"
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.string, "prompt")]), outputs=Schema([ColSpec(DataType.string, "answer")])
+)
+SCRIPT = """
+import json
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+
+
+class Model(mlflow.pyfunc.PythonModel):
+    def load_context(self, context):
+        self.rows = json.loads(Path(context.artifacts["manifest"]).read_text())["rows"]
+        words = context.artifacts.get("words")
+        self.words = Path(words, "words.txt").read_text() if words else "none"
+        self.greeting = context.model_config["greeting"]
+
+    def predict(self, context, model_input: pd.DataFrame, params=None):
+        return [f"{self.greeting} {prompt}: {self.rows} rows, {self.words}" for prompt in model_input["prompt"]]
+
+
+mlflow.models.set_model(Model())
+"""
+
+
+class Line:
+    """A registry, and a production line before it."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self.settings, self.registry = settings, Registry(settings)
+        self._script = folder / "script.py"
+        self._script.write_text(SCRIPT)
+
+    def folder(self, kind: str = "database", *, rows: int = 3, base: str | None = None) -> tuple[str, Manifest]:
+        """A committed folder."""
+        stage = artifacts.Stage(base or f"{self.settings.root}/twemoji", kind, inputs={}, config={"rows": rows})
+        return stage.uri, fill(stage, rows)
+
+    def register(self, name: str, folder_uri: str, **changes: Any) -> Registered:
+        arguments: dict[str, Any] = {"tags": {}, "model_config": {"greeting": "hello"}, **changes}
+        return self.registry.register(name, folder_uri, script=self._script, signature=SIGNATURE, **arguments)
+
+    def refusal(self, reference: str, *, kind: str) -> str:
+        with pytest.raises(NotFoundError) as caught:
+            self.registry.pull(reference, kind=kind)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+
+def fill(stage: artifacts.Stage, rows: int) -> Manifest:
+    with storage.scratch() as scratch:
+        (scratch / "00000.faiss").write_bytes(b"index" * rows)
+        shard = artifacts.commit_shard(stage.uri, "00000", scratch, rows=rows, info={})
+    return stage.commit([shard], info={})
+
+
+def answer(uri: str, prompt: str) -> str:
+    return str(mlflow.pyfunc.load_model(uri).predict(pd.DataFrame({"prompt": [prompt]}))[0])
+
+
+@pytest.fixture
+def line(mlflow_settings: Settings, tmp_path: Path) -> Line:
+    return Line(mlflow_settings, tmp_path)
+
+
+def named(versions: list[dict[str, Any]]) -> list[tuple[str, int, list[str]]]:
+    return [(entry["name"], entry["version"], entry["aliases"]) for entry in versions]
+
+
+def test_a_registered_database_is_found_by_every_name(line: Line) -> None:
+    uri, manifest = line.folder()
+    registered = line.register(DATABASE, uri, tags={"encoder": "tiny", "rows": "3"})
+    assert registered == Registered(
+        name=DATABASE,
+        version=1,
+        uri=f"models:/{DATABASE}/1",
+        alias_uri=f"models:/{DATABASE}@champion",
+        existed=False,
+    )
+    for reference in ("twemoji", DATABASE, registered.uri, registered.alias_uri):
+        pulled = line.registry.pull(reference, kind="database")
+        assert (pulled.folder_uri, pulled.manifest) == (uri, manifest)
+        assert (pulled.name, pulled.version) == (DATABASE, 1)
+    (version,) = line.registry.versions("database")
+    assert version["created_ms"] > 1_700_000_000_000
+    expected = {"encoder": "tiny", "rows": "3", "digest": manifest.digest, "uri": uri, "aliases": ["champion"]}
+    assert version.items() >= {"name": DATABASE, "version": 1, **expected}.items()
+
+
+def test_a_folder_is_pulled_registered_or_not(line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, manifest = line.folder()
+    monkeypatch.chdir(tmp_path)
+    for reference in (uri, f"{uri}/", f"file://{uri}", str(Path(uri).relative_to(tmp_path))):
+        pulled = line.registry.pull(reference, kind="database")
+        assert (pulled.folder_uri, pulled.manifest) == (uri, manifest)
+        assert (pulled.local, pulled.name, pulled.version) == (None, None, None)
+
+
+def test_a_remote_folder_is_registered_and_pulled(line: Line, bucket: Bucket) -> None:
+    uri, manifest = line.folder(base=f"{bucket.uri}/twemoji")
+    assert line.registry.pull(uri, kind="database").manifest == manifest
+    line.register(DATABASE, uri)
+    pulled = line.registry.pull("twemoji", kind="database")
+    assert (pulled.folder_uri, pulled.manifest) == (uri, manifest)
+    assert line.refusal(f"{bucket.uri}/nothing", kind="database") == (
+        f"{bucket.uri}/nothing holds no committed database: there is no manifest.json in it"
+    )
+
+
+def test_the_same_content_is_found_again_not_registered_twice(line: Line) -> None:
+    uri, manifest = line.folder()
+    first = line.register(DATABASE, uri, tags={"recall": "0.90", "encoder": "tiny"})
+    again = line.register(DATABASE, uri, tags={"recall": "0.95"})
+    assert (first.existed, again.existed) == (False, True)
+    assert (again.version, again.uri) == (1, first.uri)
+    (version,) = line.registry.versions("database")
+    assert (version["recall"], version["encoder"], version["digest"]) == ("0.95", "tiny", manifest.digest)
+    other = line.register(f"{DATABASE_PREFIX}copy", uri)  # under another name it is another model
+    assert (other.existed, other.version) == (False, 1)
+
+
+def test_the_alias_moves_to_what_is_registered_last(line: Line) -> None:
+    first_uri, first = line.folder(rows=3)
+    second_uri, second = line.folder(rows=4)
+    line.register(DATABASE, first_uri)
+    assert line.register(DATABASE, second_uri).version == 2
+    assert line.registry.pull("twemoji", kind="database").manifest == second
+    assert line.registry.pull(f"models:/{DATABASE}/1", kind="database").manifest == first
+    assert named(line.registry.versions("database")) == [(DATABASE, 1, []), (DATABASE, 2, ["champion"])]
+
+    assert line.register(DATABASE, first_uri).existed  # registering the old one again brings it back
+    assert line.registry.pull("twemoji", kind="database").version == 1
+    assert named(line.registry.versions("database")) == [(DATABASE, 1, ["champion"]), (DATABASE, 2, [])]
+
+
+def test_other_aliases_and_none_leave_the_champion(line: Line) -> None:
+    uris = [line.folder(rows=rows)[0] for rows in (3, 4, 5)]
+    line.register(DATABASE, uris[0])
+    assert line.register(DATABASE, uris[1], alias="challenger").alias_uri == f"models:/{DATABASE}@challenger"
+    line.register(DATABASE, uris[2], alias=None)
+    aliases = [(DATABASE, 1, ["champion"]), (DATABASE, 2, ["challenger"]), (DATABASE, 3, [])]
+    assert named(line.registry.versions("database")) == aliases
+    assert line.registry.pull("twemoji", kind="database").manifest.rows == 3
+    assert line.registry.pull(f"models:/{DATABASE}@challenger", kind="database").manifest.rows == 4
+
+
+def test_a_version_loads_with_its_settings_and_files(line: Line, tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/words.txt").write_text("three words here")
+    uri, manifest = line.folder("generator", rows=5)
+    registered = line.register(GENERATOR_NAME, uri, files={"words": tmp_path / "kept"})
+    shutil.rmtree(tmp_path / "kept")
+    shutil.rmtree(uri)  # a generator carries what it needs
+    assert answer(registered.uri, "cat") == "hello cat: 5 rows, three words here"
+    assert answer(registered.alias_uri, "dog") == "hello dog: 5 rows, three words here"
+
+    pulled = line.registry.pull(GENERATOR_NAME, kind="generator")
+    assert (pulled.folder_uri, pulled.manifest, pulled.version) == (uri, manifest, 1)
+    assert pulled.local is not None
+    (words,) = pulled.local.rglob("words.txt")
+    assert words.read_text() == "three words here"
+
+
+def test_a_version_belongs_to_the_run_that_made_it(line: Line) -> None:
+    uri, _ = line.folder()
+    with tracking.start_run(line.settings, experiment="twemoji", name="index") as run:
+        registered = line.register(DATABASE, uri, run_id=run.run_id)
+        run.log(step=1, values={"recall": 0.5})  # which goes on
+    version = mlflow.MlflowClient().get_model_version(DATABASE, str(registered.version))
+    assert version.run_id == run.run_id
+    assert answer(registered.uri, "cat") == "hello cat: 3 rows, none"
+    finished = mlflow.MlflowClient().get_run(run.run_id)
+    assert (finished.info.status, finished.data.metrics) == ("FINISHED", {"recall": 0.5})
+
+
+def test_kinds_are_listed_apart_and_in_order(line: Line) -> None:
+    database, _ = line.folder()
+    generator, _ = line.folder("generator")
+    assert line.registry.versions("database") == line.registry.versions("generator") == []
+    for name in ("zebras", "ants"):
+        line.register(DATABASE_PREFIX + name, database)
+    line.register(GENERATOR_NAME, generator)
+    assert named(line.registry.versions("database")) == [
+        ("knn-database.ants", 1, ["champion"]),
+        ("knn-database.zebras", 1, ["champion"]),
+    ]
+    assert named(line.registry.versions("generator")) == [("knn-diffusion", 1, ["champion"])]
+
+
+def test_a_wrong_name_lists_what_there_is(line: Line) -> None:
+    store = line.settings.tracking_uri
+    assert line.refusal("twemoij", kind="database") == (
+        f"no database is registered as models:/knn-database.twemoij@champion at {store}; registered: none at all"
+    )
+    database, _ = line.folder()
+    line.register(DATABASE, database)
+    line.register(f"{DATABASE_PREFIX}openmoji", database, alias="trial")
+    line.register(GENERATOR_NAME, line.folder("generator")[0])
+    there = "registered: knn-database.openmoji@trial, knn-database.twemoji@champion"
+    for reference, looked_up in (
+        ("twemoij", "models:/knn-database.twemoij@champion"),
+        ("openmoji", "models:/knn-database.openmoji@champion"),
+        (f"models:/{DATABASE}@challenger", f"models:/{DATABASE}@challenger"),
+        (f"models:/{DATABASE}/2", f"models:/{DATABASE}/2"),
+    ):
+        message = line.refusal(reference, kind="database")
+        assert message == f"no database is registered as {looked_up} at {store}; {there}"
+    assert line.refusal("knn-difusion", kind="generator").endswith("registered: knn-diffusion@champion")
+
+
+@pytest.mark.parametrize("reference", ["models:/twemoji", "models:/a@b@c", "models:/a/b/c", "models:/", "models:/a/v1"])
+def test_a_uri_of_another_form_is_told_the_right_one(reference: str, line: Line) -> None:
+    assert line.refusal(reference, kind="database") == (
+        f"{reference} is no MLflow model URI; write models:/NAME@ALIAS or models:/NAME/VERSION"
+    )
+
+
+def test_a_folder_that_is_not_committed_or_of_another_kind_is_refused(line: Line, tmp_path: Path) -> None:
+    (tmp_path / "half").mkdir()
+    for folder in (tmp_path / "half", tmp_path / "none"):
+        message = f"{folder} holds no committed database: there is no manifest.json in it"
+        assert line.refusal(str(folder), kind="database") == message
+    uri, _ = line.folder("generator")
+    assert line.refusal(uri, kind="database") == f"{uri} holds generator, not a database"
+    line.register(GENERATOR_NAME, uri)
+    assert line.refusal(f"models:/{GENERATOR_NAME}/1", kind="database") == f"{uri} holds generator, not a database"
+
+
+def test_only_committed_folders_are_registered(line: Line, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"none holds no manifest\.json: it is no committed artifact"):
+        line.register(DATABASE, str(tmp_path / "none"))
+    assert line.registry.versions("database") == []
+
+
+def test_a_database_that_changed_since_it_was_registered_is_refused(line: Line) -> None:
+    uri, _ = line.folder(rows=3)
+    line.register(DATABASE, uri)
+    manifest = Path(uri, "manifest.json")
+    whole = manifest.read_bytes()
+
+    stage = artifacts.Stage(f"{line.settings.root}/twemoji", "database", inputs={}, config={"rows": 3})
+    assert stage.uri == uri
+    fill(stage, rows=7)  # well formed, but other content
+    for reference in ("twemoji", f"models:/{DATABASE}/1"):
+        with pytest.raises(IntegrityError) as caught:
+            line.registry.pull(reference, kind="database")
+        full = reference if "/" in reference else f"models:/{DATABASE}@champion"
+        assert str(caught.value) == (f"{uri} is no longer what {full} registered; restore it or register it anew")
+
+    manifest.write_text(json.dumps({**json.loads(whole), "rows": 4}))
+    with pytest.raises(IntegrityError, match=r"manifest\.json was changed after it was committed"):
+        line.registry.pull("twemoji", kind="database")
+
+    manifest.write_bytes(whole)
+    assert line.registry.pull("twemoji", kind="database").manifest.rows == 3
+    shutil.rmtree(uri)
+    assert line.refusal("twemoji", kind="database").startswith(f"{uri} holds no manifest.json")
+
+
+def test_a_domain_may_have_dots_and_dashes(line: Line) -> None:
+    uri, manifest = line.folder()
+    registered = line.register(f"{DATABASE_PREFIX}my-site.2026_v1", uri)
+    assert line.registry.pull("my-site.2026_v1", kind="database").manifest == manifest
+    assert answer(registered.alias_uri, "cat") == "hello cat: 3 rows, none"

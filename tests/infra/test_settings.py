@@ -1,0 +1,113 @@
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from infra.settings import Settings, masked
+
+GUARDED = "postgresql://keeper:hunter2@db.internal:5432/mlflow"
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of the variables that settings read."""
+    for name in list(os.environ):
+        if name.startswith(("KNN_DIFFUSION_", "MLFLOW_")):
+            monkeypatch.delenv(name)
+
+
+def test_every_variable_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    settings = Settings()
+    assert (settings.root, settings.ray_address, settings.cpus) == ("knn-diffusion-data", None, None)
+    assert settings.cache_folder == Path("/home/someone/.cache/knn-diffusion")
+    assert settings.tracking_uri == f"sqlite:///{tmp_path}/knn-diffusion-data/mlflow.db"
+    assert settings.artifacts_uri == f"{tmp_path}/knn-diffusion-data/mlflow"
+
+
+def test_the_environment_is_read_when_settings_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {
+        "KNN_DIFFUSION_ROOT": "s3://bucket/line",
+        "KNN_DIFFUSION_CACHE": "/var/cache/line",
+        "KNN_DIFFUSION_RAY_ADDRESS": "auto",
+        "KNN_DIFFUSION_CPUS": "3",
+        "MLFLOW_TRACKING_URI": "https://mlflow.internal",
+        "MLFLOW_ARTIFACTS": "s3://bucket/mlflow",
+        "KNN_DIFFUSION_UNHEARD_OF": "1",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings()
+    assert (settings.root, settings.ray_address, settings.cpus) == ("s3://bucket/line", "auto", 3)
+    assert settings.cache_folder == Path("/var/cache/line")
+    assert settings.tracking_uri == "https://mlflow.internal"
+    assert settings.artifacts_uri == "s3://bucket/mlflow"
+    monkeypatch.setenv("KNN_DIFFUSION_CPUS", "4")
+    assert (settings.cpus, Settings().cpus) == (3, 4)
+
+
+def test_an_argument_overrides_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KNN_DIFFUSION_ROOT", "/from/environment")
+    monkeypatch.setenv("KNN_DIFFUSION_CPUS", "3")
+    settings = Settings(root=str(tmp_path))
+    assert (settings.root, settings.cpus) == (str(tmp_path), 3)
+    assert settings.tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.mark.parametrize("cpus", ["0", "-1", "many"])
+def test_a_number_of_cores_that_cannot_be_is_refused(cpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KNN_DIFFUSION_CPUS", cpus)
+    with pytest.raises(ValidationError, match=r"(?s)^1 validation error for Settings\ncpus\n"):
+        Settings()
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Settings().root = "/elsewhere"  # type: ignore[misc]
+
+
+def test_a_remote_root_needs_a_tracking_store_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(root="s3://bucket/line")
+    with pytest.raises(ValueError, match="is remote") as caught:
+        _ = settings.tracking_uri
+    assert str(caught.value) == (
+        "the root s3://bucket/line is remote: set MLFLOW_TRACKING_URI to a database or a server"
+    )
+    assert settings.artifacts_uri == "s3://bucket/line/mlflow"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.internal")
+    assert Settings(root="s3://bucket/line").tracking_uri == "https://mlflow.internal"
+
+
+def test_a_password_is_used_and_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", GUARDED)
+    settings = Settings()
+    assert settings.tracking_uri == GUARDED
+    for shown in (repr(settings), str(settings), f"{settings}", repr({"settings": settings})):
+        assert "hunter2" not in shown
+        assert "keeper" not in shown
+        assert "root='knn-diffusion-data'" in shown
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        (GUARDED, "postgresql://keeper:***@db.internal:5432/mlflow"),
+        ("https://u:p@host/path?query=1#part", "https://u:***@host/path?query=1#part"),
+        ("postgresql+psycopg2://u:p%40ss@host/db", "postgresql+psycopg2://u:***@host/db"),
+        ("postgresql://u:p@ss:w@host/db", "postgresql://u:***@host/db"),
+        ("https://same:same@same/same:same@", "https://same:***@same/same:same@"),
+        ("https://u:p@[::1]:5000/", "https://u:***@[::1]:5000/"),
+    ],
+)
+def test_a_password_is_masked(uri: str, shown: str) -> None:
+    assert masked(uri) == shown
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["sqlite:////data/mlflow.db", "https://host:5000/a@b", "https://user@host/", "/data/a:b@c", "models:/a@champion"],
+)
+def test_a_uri_without_a_password_stays(uri: str) -> None:
+    assert masked(uri) == uri

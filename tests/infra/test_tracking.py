@@ -1,0 +1,139 @@
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.entities import Run as StoredRun
+from mlflow.tracking import MlflowClient
+
+from infra.errors import TransientError
+from infra.settings import Settings
+from infra.tracking import Run, connect, start_run
+
+
+def stored(run: Run) -> StoredRun:
+    return MlflowClient(run.tracking_uri).get_run(run.run_id)
+
+
+def history(run: Run, metric: str) -> list[tuple[int, float]]:
+    values = MlflowClient(run.tracking_uri).get_metric_history(run.run_id, metric)
+    return [(value.step, value.value) for value in values]
+
+
+def test_metrics_land_by_step(mlflow_settings: Settings) -> None:
+    with start_run(mlflow_settings, experiment="twemoji", name="train") as run:
+        assert run.tracking_uri == mlflow_settings.tracking_uri
+        assert stored(run).info.status == "RUNNING"
+        run.log(step=10, values={"loss": 0.5, "images_per_s": 120})
+        run.log(step=20, values={"loss": 0.25})
+    assert history(run, "loss") == [(10, 0.5), (20, 0.25)]
+    assert history(run, "images_per_s") == [(10, 120.0)]
+    finished = stored(run)
+    assert (finished.info.run_name, finished.info.status) == ("train", "FINISHED")
+    assert finished.data.metrics == {"loss": 0.25, "images_per_s": 120.0}
+    assert finished.info.end_time >= finished.info.start_time
+
+
+def test_settings_land_with_dotted_names(mlflow_settings: Settings) -> None:
+    with start_run(mlflow_settings, experiment="twemoji", name="train") as run:
+        run.params({"k": 10, "train": {"lr": 1e-4, "ema": {"halflife_images": None}}, "empty": {}, "hosts": ("a", "b")})
+        run.params({"long": "x" * 7000})
+    params = stored(run).data.params
+    assert params.pop("long") == "x" * 6000
+    assert params == {"k": "10", "train.lr": "0.0001", "train.ema.halflife_images": "None", "hosts": "('a', 'b')"}
+
+
+def test_files_are_kept_where_the_settings_say(mlflow_settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "samples.png").write_bytes(b"\x89PNG")
+    with start_run(mlflow_settings, experiment="twemoji", name="draw") as run:
+        run.file(tmp_path / "samples.png")
+    (tmp_path / "samples.png").unlink()
+    (kept,) = Path(mlflow_settings.artifacts_uri).rglob("samples.png")
+    assert kept.read_bytes() == b"\x89PNG"
+    assert [entry.path for entry in MlflowClient(run.tracking_uri).list_artifacts(run.run_id)] == ["samples.png"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt(), SystemExit(3)])
+def test_a_run_that_breaks_off_is_marked_failed_and_keeps_its_metrics(
+    error: BaseException, mlflow_settings: Settings
+) -> None:
+    runs = []
+    with (
+        pytest.raises(type(error)) as caught,
+        start_run(mlflow_settings, experiment="twemoji", name="train") as run,
+    ):
+        runs.append(run)
+        run.log(step=1, values={"loss": 2.0})
+        raise error
+    assert caught.value is error
+    failed = stored(runs[0])
+    assert failed.info.status == "FAILED"
+    assert failed.data.metrics == {"loss": 2.0}
+
+
+def test_an_experiment_is_made_once(mlflow_settings: Settings) -> None:
+    def experiment_of(name: str) -> str:
+        with start_run(mlflow_settings, experiment=name, name="a") as run:
+            return str(stored(run).info.experiment_id)
+
+    first = experiment_of("twemoji")
+    assert experiment_of("twemoji") == first
+    assert experiment_of("stickers") != first
+    client = MlflowClient(mlflow_settings.tracking_uri)
+    assert len(client.search_runs([first])) == 2
+    assert client.get_experiment(first).artifact_location == mlflow_settings.artifacts_uri
+
+
+def test_runs_do_not_nest_into_each_other(mlflow_settings: Settings) -> None:
+    with (
+        start_run(mlflow_settings, experiment="twemoji", name="outer") as outer,
+        start_run(mlflow_settings, experiment="twemoji", name="inner") as inner,
+    ):
+        outer.log(step=1, values={"loss": 1.0})
+        inner.log(step=1, values={"loss": 2.0})
+    assert stored(outer).data.metrics == {"loss": 1.0}
+    assert stored(inner).data.metrics == {"loss": 2.0}
+    assert mlflow.active_run() is None
+
+
+def test_a_run_is_written_to_from_another_process(mlflow_settings: Settings) -> None:
+    with start_run(mlflow_settings, experiment="twemoji", name="train") as run:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+        worker = "import pickle, sys; pickle.load(sys.stdin.buffer).log(step=7, values={'loss': 0.125})"
+        subprocess.run(
+            [sys.executable, "-c", worker],
+            input=pickle.dumps(run),
+            env={**environment, "PYTHONPATH": str(Path(__file__).parents[2])},
+            check=True,
+        )
+    assert history(run, "loss") == [(7, 0.125)]
+
+
+def test_the_folder_of_a_new_database_is_made(
+    tmp_path: Path, mlflow_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{tmp_path}/not/there/yet/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    connect(Settings(root=mlflow_settings.root))
+    assert (tmp_path / "not/there/yet").is_dir()
+    assert mlflow.get_tracking_uri() == mlflow.get_registry_uri() == uri
+
+
+def test_a_server_that_does_not_answer_may_come_back(
+    mlflow_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as unheard:  # bound, but nobody listens
+        unheard.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{unheard.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with (
+            pytest.raises(TransientError) as caught,
+            start_run(Settings(), experiment="twemoji", name="train"),
+        ):
+            pytest.fail("there is no run")
+    assert str(caught.value).startswith(f"MLflow at {uri} does not answer: ")

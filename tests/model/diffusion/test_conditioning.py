@@ -1,0 +1,169 @@
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from model.diffusion.conditioning import (
+    ConditioningConfig,
+    bridge_text_gap,
+    condition_tokens,
+    null_condition,
+    training_condition,
+)
+from model.errors import ModelError
+
+HIDE_NOTHING: dict[str, Any] = {"drop_all": 0.0, "drop_query": 0.0, "drop_neighbours": 0.0, "gap_probability": 0.0}
+
+
+def rows(*shape: int, seed: int = 0) -> Tensor:
+    """Unit rows of any shape before D."""
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_tokens_are_the_query_then_its_neighbours_at_unit_variance_and_marked() -> None:
+    query, neighbours = rows(2, 16), rows(2, 3, 16, seed=1)
+    tokens = condition_tokens(query, neighbours, dimension=16, batch=2)
+    assert tokens.shape == (2, 4, 17)
+    torch.testing.assert_close(tokens[:, 0, :16], query * 4)
+    torch.testing.assert_close(tokens[:, 1:, :16], neighbours * 4)
+    assert tokens[..., :16].square().mean().item() == pytest.approx(1)
+    assert tokens[..., 16].tolist() == [[1, 0, 0, 0]] * 2
+
+
+def test_what_is_hidden_keeps_its_place_and_marker() -> None:
+    query, neighbours = rows(2, 8), rows(2, 3, 8, seed=1)
+    without_query = condition_tokens(None, neighbours, dimension=8, batch=2)
+    torch.testing.assert_close(without_query[:, 1:], condition_tokens(query, neighbours, dimension=8, batch=2)[:, 1:])
+    without_neighbours = condition_tokens(query, None, dimension=8, batch=2)
+    torch.testing.assert_close(
+        without_neighbours[:, :1], condition_tokens(query, neighbours, dimension=8, batch=2)[:, :1]
+    )
+    assert without_query[:, 0].tolist() == [[0.0] * 8 + [1.0]] * 2
+    assert (without_neighbours[:, 1:] == 0).all()
+    assert without_neighbours.shape[1] > 1
+
+
+@pytest.mark.parametrize(("query", "neighbours"), [((2, 9), (2, 3, 8)), ((2, 8), (2, 3, 9)), ((3, 8), (2, 3, 8))])
+def test_embeddings_of_another_width_or_batch_are_refused(query: tuple[int, ...], neighbours: tuple[int, ...]) -> None:
+    with pytest.raises(ModelError) as caught:
+        condition_tokens(rows(*query), rows(*neighbours), dimension=8, batch=2)
+    for part in (str(query), str(neighbours), "embed with the encoder"):
+        assert part in str(caught.value)
+
+
+def test_the_null_condition_hides_every_embedding_and_keeps_the_marker() -> None:
+    tokens = condition_tokens(rows(2, 8), rows(2, 3, 8), dimension=8, batch=2)
+    before = tokens.clone()
+    hidden = null_condition(tokens)
+    assert (hidden[..., :8] == 0).all()
+    assert hidden[..., 8].tolist() == [[1, 0, 0, 0]] * 2
+    assert torch.equal(tokens, before)
+
+
+def test_parts_are_hidden_as_often_as_configured_and_never_two_ways_at_once() -> None:
+    config = ConditioningConfig(drop_all=0.1, drop_query=0.25, drop_neighbours=0.4, gap_probability=0)
+    query, neighbours = rows(20_000, 4), rows(20_000, 2, 4, seed=1)
+
+    tokens = training_condition(query, neighbours, config, seeded())
+
+    no_query = (tokens[:, 0, :4] == 0).all(1)
+    no_neighbours = (tokens[:, 1:, :4] == 0).all(2)
+    assert torch.equal(no_neighbours[:, 0], no_neighbours[:, 1]), "neighbours are hidden together"
+    no_neighbours = no_neighbours[:, 0]
+    shares = {
+        "all": no_query & no_neighbours,
+        "query": no_query & ~no_neighbours,
+        "neighbours": no_neighbours & ~no_query,
+        "nothing": ~no_query & ~no_neighbours,
+    }
+    # 0.014 is four standard deviations of a share of 20,000; hiding independently would make "all" 0.23.
+    assert {name: share.float().mean().item() for name, share in shares.items()} == pytest.approx(
+        {"all": 0.1, "query": 0.25, "neighbours": 0.4, "nothing": 0.25}, abs=0.014
+    )
+    whole = condition_tokens(query, neighbours, dimension=4, batch=20_000)
+    torch.testing.assert_close(tokens[shares["nothing"]], whole[shares["nothing"]])
+    torch.testing.assert_close(tokens[shares["query"]][:, 1:], whole[shares["query"]][:, 1:])
+    torch.testing.assert_close(tokens[shares["neighbours"]][:, 0], whole[shares["neighbours"]][:, 0])
+    assert torch.equal(tokens[shares["all"]], null_condition(whole)[shares["all"]]), "guidance's own null condition"
+
+
+@pytest.mark.parametrize("part", ["drop_all", "drop_query", "drop_neighbours"])
+def test_certainty_hides_every_sample(part: str) -> None:
+    config = ConditioningConfig(**HIDE_NOTHING | {part: 1.0})
+    tokens = training_condition(rows(500, 4), rows(500, 2, 4), config, seeded())
+    hidden = (tokens[..., :4] == 0).all(2).all(0)
+    assert (
+        hidden.tolist()
+        == {
+            "drop_all": [True, True, True],
+            "drop_query": [True, False, False],
+            "drop_neighbours": [False, True, True],
+        }[part]
+    )
+
+
+def test_the_gap_is_bridged_in_some_samples_and_the_others_are_left_alone() -> None:
+    query = rows(20_000, 16)
+    bridged = bridge_text_gap(query, ConditioningConfig(gap_probability=0.3, gap_weight=0.5), seeded())
+    torch.testing.assert_close(bridged.norm(dim=1), torch.ones(20_000))
+    touched = (bridged - query).abs().amax(1) > 1e-6
+    assert touched.float().mean().item() == pytest.approx(0.3, abs=0.014)
+    cosine = (bridged * query).sum(1)
+    assert cosine.min() >= 0, "at most half of the mixture is another direction"
+    assert cosine[touched].mean() < 0.97
+
+
+def test_the_gap_grows_with_its_weight() -> None:
+    query = rows(2_000, 16)
+
+    def nearness(weight: float) -> float:
+        config = ConditioningConfig(gap_probability=1, gap_weight=weight)
+        return float((bridge_text_gap(query, config, seeded()) * query).sum(1).mean())
+
+    assert nearness(0) == pytest.approx(1)
+    assert nearness(0.3) > nearness(0.6) > nearness(0.9) > 0.3
+
+
+def test_the_gap_is_the_query_s_alone() -> None:
+    query, neighbours = rows(50, 8), rows(50, 3, 8, seed=1)
+    config = ConditioningConfig(**HIDE_NOTHING | {"gap_probability": 1.0})
+    tokens = training_condition(query, neighbours, config, seeded())
+    whole = condition_tokens(query, neighbours, dimension=8, batch=50)
+    torch.testing.assert_close(tokens[:, 1:], whole[:, 1:])
+    assert (tokens[:, 0] - whole[:, 0]).abs().amax(1).min() > 1e-3
+
+
+def test_a_training_condition_follows_from_its_generator() -> None:
+    query, neighbours = rows(50, 8), rows(50, 3, 8, seed=1)
+    first, same, other = (
+        training_condition(query, neighbours, ConditioningConfig(), seeded(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_stored_half_precision_rows_become_float32_tokens() -> None:
+    query, neighbours = torch.from_numpy(tiny.unit_rows(4)), torch.from_numpy(tiny.unit_rows(8)).reshape(4, 2, -1)
+    tokens = training_condition(query, neighbours, ConditioningConfig(**HIDE_NOTHING), seeded())
+    assert tokens.dtype == torch.float32
+    torch.testing.assert_close(tokens[:, 1:, : tiny.WIDTH], neighbours.float() * tiny.WIDTH**0.5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"neighbours": 0},
+        {"drop_all": 0.5, "drop_query": 0.4, "drop_neighbours": 0.2},
+        {"gap_probability": 1.1},
+        {"gap_weight": 1.0},
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(reversed(wrong))):
+        ConditioningConfig(**wrong)

@@ -1,0 +1,114 @@
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers import PixArtTransformer2DModel
+from torch import Tensor, nn
+
+from model.diffusion.conditioning import condition_tokens
+from model.networks.dit import TransformerConfig, as_denoiser, build_transformer
+
+NOISY = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+SIGMA = torch.tensor([0.2, 0.5, 0.9])
+ROWS = torch.from_numpy(tiny.unit_rows(12)).float()
+QUERY, NEIGHBOURS = ROWS[:3], ROWS[3:].reshape(3, 3, -1)
+
+
+def tokens(query: Tensor = QUERY, neighbours: Tensor = NEIGHBOURS) -> Tensor:
+    return condition_tokens(query, neighbours, dimension=tiny.WIDTH, batch=len(query))
+
+
+@pytest.fixture(scope="module")
+def network() -> PixArtTransformer2DModel:
+    return tiny.network()
+
+
+@torch.no_grad()
+def velocity(
+    network: nn.Module, noisy: Tensor = NOISY, sigma: Tensor = SIGMA, condition: Tensor | None = None
+) -> Tensor:
+    return as_denoiser(network, "velocity")(noisy, sigma, tokens() if condition is None else condition)
+
+
+def test_a_new_network_answers_with_zero() -> None:
+    network = build_transformer(tiny.size(), embedding_dimension=tiny.WIDTH, seed=0)
+    assert torch.equal(velocity(network), torch.zeros_like(NOISY))
+
+
+def test_its_weights_follow_from_the_seed_and_the_global_state_is_left_alone() -> None:
+    def weights(seed: int) -> Tensor:
+        network = build_transformer(tiny.size(), embedding_dimension=tiny.WIDTH, seed=seed)
+        return nn.utils.parameters_to_vector(network.parameters())
+
+    before = torch.random.get_rng_state()
+    assert torch.equal(weights(1), weights(1))
+    assert (weights(1) != weights(2)).float().mean() > 0.5
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("image_size", "patch_size", "heads"), [(8, 4, 1), (16, 2, 2), (32, 8, 1)])
+def test_its_size_is_the_configured_one(image_size: int, patch_size: int, heads: int) -> None:
+    config = tiny.size(image_size=image_size, patch_size=patch_size, heads=heads, layers=2)
+    network = build_transformer(config, embedding_dimension=12, seed=0)
+    assert len(network.transformer_blocks) == 2
+    assert network.pos_embed.pos_embed.shape == (1, (image_size // patch_size) ** 2, heads * 16)
+    condition = torch.zeros(2, 4, 13)
+    assert velocity(network, torch.zeros(2, 3, image_size, image_size), SIGMA[:2], condition).shape == (
+        (2, 3, image_size, image_size)
+    )
+
+
+@pytest.mark.parametrize("wrong", [{"patch_size": 3}, {"layers": 0}, {"heads": 0}, {"head_width": 0}])
+def test_a_size_that_cannot_be_built_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TransformerConfig(**wrong)
+
+
+def test_the_denoiser_tells_the_network_a_thousandfold_sigma_and_the_tokens() -> None:
+    told: list[dict[str, Any]] = []
+
+    class Spy(nn.Module):
+        def forward(self, noisy: Tensor, **rest: Any) -> tuple[Tensor]:
+            told.append({"noisy": noisy, **rest})
+            return (noisy * 0.5,)
+
+    condition = tokens()
+    output = as_denoiser(Spy(), "sample")(NOISY, SIGMA, condition)
+    assert told[0]["timestep"].tolist() == pytest.approx([200, 500, 900])
+    assert torch.equal(told[0]["noisy"], NOISY)
+    assert torch.equal(told[0]["encoder_hidden_states"], condition)
+    torch.testing.assert_close(output, 0.5 * NOISY / SIGMA[:, None, None, None])
+
+
+def test_both_predictions_are_the_same_network_read_two_ways(network: PixArtTransformer2DModel) -> None:
+    with torch.no_grad():
+        clean = as_denoiser(network, "sample")(NOISY, SIGMA, tokens())
+    torch.testing.assert_close(clean, (NOISY - velocity(network)) / SIGMA[:, None, None, None])
+
+
+def test_the_samples_of_a_batch_do_not_see_each_other(network: PixArtTransformer2DModel) -> None:
+    together = velocity(network)
+    for position in range(3):
+        own = slice(position, position + 1)
+        alone = velocity(network, NOISY[own], SIGMA[own], tokens()[own])
+        torch.testing.assert_close(alone, together[own], atol=1e-4, rtol=1e-4)
+
+
+def test_the_answer_depends_on_all_it_is_told(network: PixArtTransformer2DModel) -> None:
+    base = velocity(network)
+    for name, other in {
+        "query": velocity(network, condition=tokens(query=QUERY.flip(0))),
+        "neighbours": velocity(network, condition=tokens(neighbours=NEIGHBOURS.flip(0))),
+        "sigma": velocity(network, sigma=SIGMA.flip(0)),
+        "picture": velocity(network, noisy=NOISY.flip(3)),
+    }.items():
+        assert (other - base).abs().max() > 1e-2, name
+
+
+def test_neighbours_are_a_set_and_the_query_is_none_of_them(network: PixArtTransformer2DModel) -> None:
+    base = velocity(network)
+    shuffled = velocity(network, condition=tokens(neighbours=NEIGHBOURS[:, [2, 0, 1]]))
+    torch.testing.assert_close(shuffled, base, atol=1e-4, rtol=1e-4)
+    swapped = torch.cat([QUERY[:, None], NEIGHBOURS], dim=1)[:, [1, 0, 2, 3]]
+    assert (velocity(network, condition=tokens(swapped[:, 0], swapped[:, 1:])) - base).abs().max() > 1e-2

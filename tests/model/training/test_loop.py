@@ -1,0 +1,262 @@
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from fakes import FolderCheckpoints, Killed, MetricsLog
+from torch import nn
+
+from model.diffusion.conditioning import ConditioningConfig
+from model.diffusion.continuous import Prediction
+from model.errors import ModelError
+from model.networks.dit import build_transformer
+from model.training.data import Batch, TrainingSet, to_model_range
+from model.training.loop import TrainingConfig, TrainingData, build_optimizers, train
+
+BATCH = 4
+SHORT = TrainingConfig(
+    images=12 * BATCH,
+    batch_size=BATCH,
+    warmup_images=4 * BATCH,
+    checkpoint_images=4 * BATCH,
+    log_images=2 * BATCH,
+)
+CONDITIONING = ConditioningConfig(neighbours=2)
+
+
+def training_set(pictures: int = 10, *, neighbours: Sequence[int] = (1, 2)) -> TrainingSet:
+    """Random pictures of 8 px, each with the next two as neighbours."""
+    pixels = np.random.default_rng(0).integers(0, 256, (pictures, 8, 8, 3), dtype=np.uint8)
+    ids = (np.arange(pictures)[:, None] + neighbours) % pictures
+    return TrainingSet(pixels, tiny.unit_rows(pictures), ids, tiny.unit_rows(pictures))
+
+
+class Interrupted:
+    """Data whose batches are changed, or whose run is killed, from step ``at`` on."""
+
+    def __init__(self, at: int, value: float | None = None) -> None:
+        self.data, self.at, self.value, self.asked = training_set(), at, value, list[dict[str, int]]()
+
+    def batch(self, step: int, **share: int) -> Batch:
+        self.asked.append({"step": step, **share})
+        batch = self.data.batch(step, **share)
+        if step < self.at:
+            return batch
+        if self.value is None:
+            raise Killed
+        return dataclasses.replace(batch, images=batch.images * self.value)
+
+
+def run(
+    folder: Path,
+    data: TrainingData | None = None,
+    *,
+    config: TrainingConfig = SHORT,
+    network: nn.Module | None = None,
+    conditioning: ConditioningConfig = CONDITIONING,
+    prediction: Prediction = "velocity",
+    checkpoints: FolderCheckpoints | None = None,
+    **options: Any,
+) -> tuple[nn.Module, nn.Module, MetricsLog]:
+    """Train a tiny network: it, its average, and what was logged."""
+    folder.mkdir(parents=True, exist_ok=True)
+    network = network or build_transformer(tiny.size(), embedding_dimension=tiny.WIDTH, seed=0)
+    metrics = MetricsLog()
+    average = train(
+        network,
+        data or training_set(),
+        config,
+        conditioning,
+        prediction=prediction,
+        checkpoints=checkpoints or FolderCheckpoints(folder),
+        metrics=metrics,
+        **options,
+    )
+    return network, average, metrics
+
+
+def require_equal(first: nn.Module, second: nn.Module) -> None:
+    """The same weights, bit for bit."""
+    for (name, one), other in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize(
+    ("prediction", "patch_size", "head_width", "steps", "fall"),
+    [("velocity", 2, 32, 400, 4), ("sample", 4, 64, 250, 12)],
+)
+def test_two_pictures_are_learned_and_drawn_from_their_embeddings(
+    tmp_path: Path, prediction: Prediction, patch_size: int, head_width: int, steps: int, fall: float
+) -> None:
+    data = training_set(2, neighbours=[0])
+    config = TrainingConfig(
+        images=2 * steps,
+        batch_size=2,
+        learning_rate=1e-2,
+        warmup_images=20,
+        ema_decay=0.98,
+        checkpoint_images=10**9,
+        log_images=40,
+    )
+    network = build_transformer(
+        tiny.size(patch_size=patch_size, head_width=head_width), embedding_dimension=tiny.WIDTH, seed=0
+    )
+    shown = ConditioningConfig(neighbours=1, drop_all=0, drop_query=0, drop_neighbours=0, gap_probability=0)
+    _, average, metrics = run(tmp_path, data, config=config, network=network, conditioning=shown, prediction=prediction)
+
+    assert metrics["loss"][-1] < metrics["loss"][0] / fall
+
+    pipeline = tiny.pipeline(tiny.database(tmp_path, tiny.unit_rows(2)), prediction=prediction, neighbours=1)
+    pipeline.register_modules(transformer=average)
+    batch = data.batch(0, seed=0, size=2)
+    drawn = pipeline(batch.query, guidance_scale=1, generator=torch.Generator().manual_seed(0)).images
+    pictures = to_model_range(torch.from_numpy(np.stack([np.array(image) for image in drawn])))
+    errors = (pictures[:, None] - batch.images).square().mean((2, 3, 4))
+    assert errors.diagonal().max() < min(errors[0, 1], errors[1, 0]) / 4
+
+
+@pytest.mark.parametrize(
+    "death",
+    [
+        pytest.param({"checkpoints": {"killed_at": 8}}, id="just after a checkpoint"),
+        pytest.param({"checkpoints": {"killed_at": 8, "before": True}}, id="while a checkpoint is written"),
+        pytest.param({"data": 7}, id="between two checkpoints"),
+        pytest.param({"data": 2}, id="before the first checkpoint"),
+    ],
+)
+def test_a_killed_run_ends_as_an_unbroken_one_bit_for_bit(tmp_path: Path, death: dict[str, Any]) -> None:
+    whole, whole_average, whole_metrics = run(tmp_path / "whole")
+
+    folder = tmp_path / "broken"
+    with pytest.raises(Killed):
+        run(
+            folder,
+            Interrupted(death["data"]) if "data" in death else None,
+            checkpoints=FolderCheckpoints(folder, **death.get("checkpoints", {})),
+        )
+    kept = FolderCheckpoints(folder).steps
+    assert (
+        kept
+        == {8: [4, 8] if "before" not in death.get("checkpoints", {}) else [4], 7: [4], 2: []}[death.get("data", 8)]
+    )
+    others = build_transformer(tiny.size(), embedding_dimension=tiny.WIDTH, seed=99 if kept else 0)
+    resumed, resumed_average, resumed_metrics = run(folder, network=others)
+
+    require_equal(resumed, whole)
+    require_equal(resumed_average, whole_average)
+    assert FolderCheckpoints(folder).steps == [4, 8, 12]
+    first = kept[-1] // 2 if kept else 0  # a log every two steps
+    assert resumed_metrics["loss"] == whole_metrics["loss"][first:]
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    _, average, _ = run(tmp_path)
+    untouched = Interrupted(0)
+    _, again, metrics = run(tmp_path, untouched)
+    require_equal(again, average)
+    assert (untouched.asked, metrics.entries) == ([], [])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(tmp_path: Path, value: float) -> None:
+    data = Interrupted(5, value)
+    network = build_transformer(tiny.size(), embedding_dimension=tiny.WIDTH, seed=0)
+    with pytest.raises(ModelError, match=r"the loss is (nan|inf) after 24 images.*lower learning_rate"):
+        run(tmp_path, data, network=network)
+    assert len(data.asked) == 6, "found at the next log, not at the end"
+    checkpoints = FolderCheckpoints(tmp_path)
+    assert checkpoints.steps == [4]
+    state = torch.load(checkpoints.latest(), weights_only=True)
+    assert all(weight.isfinite().all() for weight in [*state["network"].values(), *state["average"].values()])
+    run(tmp_path)
+    assert checkpoints.steps == [4, 8, 12], "and the run goes on from there"
+
+
+@pytest.mark.parametrize("other", [{"head_width": 32}, {"layers": 2}, {"patch_size": 2}])
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
+    run(tmp_path)
+    network = build_transformer(tiny.size(**other), embedding_dimension=tiny.WIDTH, seed=0)
+    with pytest.raises(ModelError, match=r"(?s)checkpoint .*12\.pt is of another network.*remove its folder"):
+        run(tmp_path, network=network)
+
+
+def test_a_batch_that_does_not_divide_among_the_workers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="batch_size 4 does not divide among 3 workers"):
+        run(tmp_path, world=3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"images": 31}, {"images": 0, "batch_size": 0}, {"learning_rate": 0.0}, {"ema_decay": 1.0}, {"ema_decay": -0.1}],
+)
+def test_a_config_that_trains_nothing_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TrainingConfig(**wrong)
+
+
+def test_every_step_asks_once_for_its_share_and_leftover_images_make_no_step(tmp_path: Path) -> None:
+    data = Interrupted(1_000)
+    run(tmp_path, data, config=dataclasses.replace(SHORT, images=12 * BATCH + 3, seed=5))
+    assert data.asked == [{"step": step, "seed": 5, "size": BATCH, "rank": 0, "world": 1} for step in range(12)]
+
+
+def test_metrics_and_checkpoints_come_at_their_images(tmp_path: Path) -> None:
+    config = dataclasses.replace(SHORT, images=44, log_images=10, checkpoint_images=18)  # no multiples of the batch
+    _, _, metrics = run(tmp_path, config=config)
+    assert FolderCheckpoints(tmp_path).steps == [5, 9]
+    # Every tenth image, where a checkpoint is due (its loss is looked at first), and at the end.
+    assert [images for images, _ in metrics.entries] == [12, 20, 32, 36, 40, 44]
+    assert all(0.5 < loss < 5 for loss in metrics["loss"])
+    assert min(metrics["images_per_s"]) > 0
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine_to_a_fiftieth(tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        SHORT, images=40 * BATCH, log_images=BATCH, learning_rate=0.01, checkpoint_images=10**9
+    )
+    rates = run(tmp_path, config=config)[2]["learning_rate"]
+    assert len(rates) == 40
+    assert rates[0] == pytest.approx(0.01 / 4)
+    assert rates.index(max(rates)) == 3
+    assert rates[20] == pytest.approx(0.01 * 0.51)
+    assert all(late < early for early, late in itertools.pairwise(rates[3:]))
+    assert 0.01 / 50 < rates[-1] < 0.01 / 45
+
+
+def test_what_is_returned_is_the_average_ready_for_use(tmp_path: Path) -> None:
+    network, average, _ = run(tmp_path)
+    assert not average.training
+    assert not any(parameter.requires_grad for parameter in average.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(average.parameters(), network.parameters(), strict=True))
+    network, average, _ = run(tmp_path / "no average", config=dataclasses.replace(SHORT, ema_decay=0.0))
+    require_equal(average, network)
+
+
+def test_a_run_follows_from_its_seed_and_not_from_the_global_state(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    first, _, _ = run(tmp_path / "1")
+    before = torch.random.get_rng_state()
+    second, _, _ = run(tmp_path / "2")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    require_equal(first, second)
+    other, _, _ = run(tmp_path / "3", config=dataclasses.replace(SHORT, seed=1))
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+
+
+def test_every_parameter_has_one_optimizer_and_only_the_blocks_matrices_have_muon() -> None:
+    network = build_transformer(tiny.size(layers=2), embedding_dimension=tiny.WIDTH, seed=0)
+    adam, muon = build_optimizers(network, SHORT)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    held = [[names[id(p)] for group in optimizer.param_groups for p in group["params"]] for optimizer in (adam, muon)]
+    assert sorted(held[0] + held[1]) == sorted(names.values())
+    assert all(name.startswith("transformer_blocks.") and name.endswith(".weight") for name in held[1])
+    # Query, key, value and output of two attentions, two matrices of the feed-forward, in each of two blocks.
+    assert len(held[1]) == 2 * (4 + 4 + 2)
+    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(adam, torch.optim.AdamW)
