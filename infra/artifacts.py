@@ -97,9 +97,10 @@ class Manifest:
                 )
             raw["shards"] = tuple(_shard(shard) for shard in raw["shards"])
             manifest = cls(**raw)
-        except (ValueError, KeyError, TypeError) as error:
+            digest = manifest.content_digest()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise IntegrityError(f"{where} is not a manifest ({error}); delete its folder and run again") from error
-        if manifest.digest != manifest.content_digest():
+        if manifest.digest != digest:
             raise IntegrityError(f"{where} was changed after it was committed; delete its folder and run again")
         return manifest
 

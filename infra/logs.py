@@ -15,6 +15,8 @@ def setup(verbose: bool = False) -> None:
     if not verbose:
         for name in _CHATTER:
             logging.getLogger(name).setLevel(logging.WARNING)
+        for name in ("prefect.flow_runs", "prefect.task_runs"):  # they repeat, with a traceback, what is raised anyway
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore")
         logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("knn_diffusion").setLevel(logging.DEBUG if verbose else logging.INFO)

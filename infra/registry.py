@@ -14,7 +14,7 @@ import pkgutil
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
@@ -25,13 +25,14 @@ from mlflow.tracking import MlflowClient
 from infra import artifacts, storage
 from infra.errors import IntegrityError, NotFoundError
 from infra.settings import Settings, masked
-from infra.tracking import connect
+from infra.tracking import answering, connect, experiment_id
 
 DATABASE_PREFIX = "knn-database."
 GENERATOR_NAME = "knn-diffusion"
 CHAMPION = "champion"
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 _DIGEST_TAG = "digest"
+_ABSENT = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"})  # no such name or version; no such alias
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,10 +125,13 @@ class Registry:
             if "/" in reference:
                 raise NotFoundError(f"{reference} holds no committed {kind}: there is no {artifacts.MANIFEST} in it")
             reference = f"models:/{_full_name(reference, kind)}@{CHAMPION}"
-        version = self._resolve(reference, kind)
-        local = Path(mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{version.name}/{version.version}"))
+        with answering(self._settings):
+            version = self._resolve(reference, kind)
+            local = Path(mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{version.name}/{version.version}"))
         registered = artifacts.Manifest.from_json(_manifest_file(local).read_bytes(), reference)
         folder = version.tags.get("uri", "")
+        if registered.kind != kind:
+            raise NotFoundError(f"{folder} holds {registered.kind}, not a {kind}")
         if kind == "database" and self._checked(folder, kind).digest != registered.digest:
             raise IntegrityError(f"{folder} is no longer what {reference} registered; restore it or register it anew")
         return Pulled(
@@ -136,6 +140,10 @@ class Registry:
 
     def versions(self, kind: str) -> list[dict[str, Any]]:
         """Every registered version of a kind: name, version, aliases, tags, and when it was made."""
+        with answering(self._settings):
+            return self._versions(kind)
+
+    def _versions(self, kind: str) -> list[dict[str, Any]]:
         listed = []
         for model in self._client.search_registered_models():
             if not _is_kind(model.name, kind):
@@ -168,7 +176,7 @@ class Registry:
         with storage.scratch() as scratch:
             path = scratch / artifacts.MANIFEST
             path.write_text(manifest.to_json())
-            with mlflow.start_run(run_id=run_id) if run_id else mlflow.start_run(run_name=f"register {name}"):
+            with mlflow.start_run(run_id=run_id or self._new_run(name)):
                 info = mlflow.pyfunc.log_model(
                     name=name.replace(".", "-"),
                     python_model=str(script),
@@ -179,8 +187,14 @@ class Registry:
                 )
         with contextlib.suppress(MlflowException):  # it is there already
             self._client.create_registered_model(name)
-        created = self._client.create_model_version(name, info.model_uri, run_id=info.run_id, model_id=info.model_id)
+        created = self._client.create_model_version(
+            name, info.model_uri, run_id=info.run_id, model_id=info.model_id, tags={_DIGEST_TAG: manifest.digest}
+        )
         return str(created.version)
+
+    def _new_run(self, name: str) -> str:
+        experiment = experiment_id(self._client, "register", self._settings)
+        return str(self._client.create_run(experiment, run_name=name).info.run_id)
 
     def _version_of(self, name: str, digest: str) -> str | None:
         try:
@@ -198,15 +212,21 @@ class Registry:
             if alias:
                 return self._client.get_model_version_by_alias(name, alias)
             return self._client.get_model_version(name, version)
-        except MlflowException:
-            self._nothing(reference, kind)
+        except MlflowException as error:
+            if error.error_code not in _ABSENT:
+                raise
+            raise NotFoundError(
+                f"no {kind} is registered as {reference} at {masked(self._settings.tracking_uri)}; "
+                f"registered: {self._there(kind)}"
+            ) from None
 
-    def _nothing(self, reference: str, kind: str) -> NoReturn:
-        there = sorted({f"{entry['name']}@{alias}" for entry in self.versions(kind) for alias in entry["aliases"]})
-        listed = ", ".join(there) or "none at all"
-        raise NotFoundError(
-            f"no {kind} is registered as {reference} at {masked(self._settings.tracking_uri)}; registered: {listed}"
-        ) from None
+    def _there(self, kind: str) -> str:
+        """What there is of a kind, by alias, or by version where it has none."""
+        named = (
+            f"{entry['name']}@{entry['aliases'][0]}" if entry["aliases"] else f"{entry['name']}/{entry['version']}"
+            for entry in self.versions(kind)
+        )
+        return ", ".join(sorted(set(named))) or "none at all"
 
     def _checked(self, folder_uri: str, kind: str) -> artifacts.Manifest:
         manifest = artifacts.read_manifest(folder_uri)

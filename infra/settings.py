@@ -9,19 +9,22 @@ MLFLOW_ARTIFACTS              where registered files are kept                   
 AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION    read by s3fs itself
 """
 
+import re
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infra import storage
 
+_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s]+(@)")
+_SECRET_FIELD = re.compile(r"([?&](?:password|token|secret)=)[^&\s]+", re.IGNORECASE)
+
 
 class Settings(BaseSettings):
     """Where things are kept and run. ``Settings()`` reads the environment; arguments override it."""
 
-    model_config = SettingsConfigDict(env_prefix="KNN_DIFFUSION_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="KNN_DIFFUSION_", extra="ignore", frozen=True, populate_by_name=True)
 
     root: str = "knn-diffusion-data"
     cache: Path = Path("~/.cache/knn-diffusion")
@@ -51,8 +54,5 @@ class Settings(BaseSettings):
 
 
 def masked(uri: str) -> str:
-    """``uri`` fit for a log line: the password of ``scheme://user:password@host`` replaced."""
-    parts = urlsplit(uri)
-    if parts.password is None:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")))
+    """A URI, or a message that quotes one, fit for a log line: passwords replaced by asterisks."""
+    return _PASSWORD.sub(r"\1***\2", _SECRET_FIELD.sub(r"\1***", uri))

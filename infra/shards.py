@@ -3,6 +3,7 @@
 Rows keep the order of the file; nothing here decodes a picture.
 """
 
+import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,7 @@ PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 def read_pictures(tar: Path) -> Iterator[tuple[str, bytes]]:
     """(key, encoded picture) for each sample of a webdataset tar. Raises ``IntegrityError`` for a truncated one."""
     try:
+        _require_end(tar)
         with tarfile.open(tar, "r|") as archive:
             for member in archive:
                 name = PurePosixPath(member.name)
@@ -29,6 +31,14 @@ def read_pictures(tar: Path) -> Iterator[tuple[str, bytes]]:
                         yield name.stem, stream.read()
     except tarfile.TarError as error:
         raise IntegrityError(f"{tar} is no whole tar ({error}); delete its shard's marker and run again") from error
+
+
+def _require_end(tar: Path) -> None:
+    """Refuse a tar without the two empty blocks that end one: tarfile itself takes some cuts for the end."""
+    with tar.open("rb") as stream:
+        stream.seek(-min(2 * tarfile.BLOCKSIZE, tar.stat().st_size), os.SEEK_END)
+        if stream.read() != bytes(2 * tarfile.BLOCKSIZE):
+            raise tarfile.TarError("its end is missing")
 
 
 def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -55,12 +65,12 @@ def read_url_list(uri: str) -> pa.Table:
         data = pa.BufferReader(stream.read())
     try:
         table = _PARSERS.get(suffix, _parse_lines)(data)
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        if "url" in table.column_names:
+            table = table.set_column(table.schema.get_field_index("url"), "url", table["url"].cast(pa.string()))
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{uri} cannot be read as a {suffix or 'text'} URL list ({error})") from error
     if "url" not in table.column_names:
         raise InputError(f"{uri} has no column 'url', only {', '.join(table.column_names) or 'nothing'}; rename it")
-    if not pa.types.is_string(table.schema.field("url").type):
-        table = table.set_column(table.schema.get_field_index("url"), "url", table["url"].cast(pa.string()))
     if table.num_rows == 0:
         raise InputError(f"{uri} lists no URL; give it at least one row")
     return table.combine_chunks()
@@ -69,7 +79,7 @@ def read_url_list(uri: str) -> pa.Table:
 def read_lines(uri: str) -> list[str]:
     """The non-empty lines of a text file, stripped. Raises ``NotFoundError``, ``InputError``."""
     try:
-        lines = storage.read_bytes(uri).decode().splitlines()
+        lines = storage.read_bytes(uri).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{uri} is no UTF-8 text, one prompt a line ({error})") from error
     return [line.strip() for line in lines if line.strip()]
@@ -88,7 +98,7 @@ def _parse_json(data: pa.BufferReader) -> pa.Table:
 
 
 def _parse_lines(data: pa.BufferReader) -> pa.Table:
-    lines = [line.strip() for line in bytes(data.read()).decode().splitlines()]
+    lines = [line.strip() for line in bytes(data.read()).decode("utf-8-sig").splitlines()]
     return pa.table({"url": pa.array([line for line in lines if line and not line.startswith("#")], pa.string())})
 
 

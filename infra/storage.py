@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import fsspec
+from botocore.exceptions import ConnectTimeoutError, EndpointConnectionError, ReadTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
-from infra.errors import NotFoundError, TransientError
+from infra.errors import InputError, NotFoundError, TransientError
 
 _BLOCK_BYTES = 1 << 20
 
@@ -143,7 +144,10 @@ def scratch() -> Iterator[Path]:
 
 
 def _fs(uri: str) -> tuple[Any, str]:
-    fs, path = fsspec.core.url_to_fs(str(local_path(uri)) if is_local(uri) else uri)
+    if is_local(uri):
+        fs, path = fsspec.core.url_to_fs(str(local_path(uri)))
+    else:  # other processes write here too: a cached listing would hide what they commit
+        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
     return fs, cast(str, path)
 
 
@@ -166,5 +170,7 @@ def _told(uri: str) -> Iterator[None]:
         raise NotFoundError(f"{uri} does not exist; check the path, or run the stage that writes it") from error
     except PermissionError as error:
         raise NotFoundError(f"{uri} may not be accessed ({error}); check the credentials and the bucket") from error
-    except (ConnectionError, TimeoutError) as error:
+    except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        raise InputError(f"{uri} cannot be used: {error.strerror or error}; name another path") from error
+    except (ConnectionError, TimeoutError, EndpointConnectionError, ReadTimeoutError, ConnectTimeoutError) as error:
         raise TransientError(f"{uri} could not be reached: {error}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from infra.errors import TransientError
@@ -43,12 +44,8 @@ def start_run(settings: Settings, *, experiment: str, name: str) -> Iterator[Run
     """A run in ``experiment``, made when it is new; ended as finished or failed. Raises ``TransientError``."""
     connect(settings)
     client = MlflowClient(settings.tracking_uri)
-    try:
-        found = client.get_experiment_by_name(experiment)
-        identifier = found.experiment_id if found else client.create_experiment(experiment, settings.artifacts_uri)
-        run = client.create_run(identifier, run_name=name)
-    except (ConnectionError, mlflow.exceptions.MlflowException) as error:
-        raise TransientError(f"MLflow at {masked(settings.tracking_uri)} does not answer: {error}") from error
+    with answering(settings):
+        run = client.create_run(experiment_id(client, experiment, settings), run_name=name)
     try:
         yield Run(tracking_uri=settings.tracking_uri, run_id=run.info.run_id)
     except BaseException:
@@ -57,13 +54,34 @@ def start_run(settings: Settings, *, experiment: str, name: str) -> Iterator[Run
     client.set_terminated(run.info.run_id, "FINISHED")
 
 
+def experiment_id(client: MlflowClient, name: str, settings: Settings) -> str:
+    """The experiment of that name, made when it is new, with its artifacts where the settings say."""
+    found = client.get_experiment_by_name(name)
+    return str(found.experiment_id if found else client.create_experiment(name, settings.artifacts_uri))
+
+
+@contextmanager
+def answering(settings: Settings) -> Iterator[None]:
+    """Tell a server that does not answer as a ``TransientError``, without the password its URI may hold."""
+    try:
+        yield
+    except (ConnectionError, MlflowException) as error:
+        told = f"MLflow at {masked(settings.tracking_uri)} does not answer: {masked(str(error))}"
+        raise TransientError(told) from None
+
+
 def connect(settings: Settings) -> None:
     """Point this process's MLflow at the settings' store."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    configured = os.environ.get("MLFLOW_TRACKING_URI")
     if settings.tracking_uri.startswith("sqlite:///"):
         Path(settings.tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(settings.tracking_uri)
     mlflow.set_registry_uri(settings.tracking_uri)
+    # MLflow has put its URI into the environment, where the next Settings, of another root perhaps, would find it.
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    if configured is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = configured
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

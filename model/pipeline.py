@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
 from diffusers.utils import BaseOutput
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
 
@@ -86,12 +87,17 @@ class KNNDiffusionPipeline(DiffusionPipeline):
     @classmethod
     def open(cls, folder: Path | str, database: Database | None = None) -> Self:
         """Load a saved pipeline and plug a database in. Raises ``ModelError`` when the folder holds none."""
+        bars = diffusers_logging.is_progress_bar_enabled()
+        diffusers_logging.disable_progress_bar()  # two small files are no long work
         try:
             pipeline: Self = cls.from_pretrained(str(folder), torch_dtype=torch.float32, low_cpu_mem_usage=False)
         except Exception as error:  # diffusers and safetensors raise OSError, ValueError and types of their own
             raise ModelError(
                 f"{folder} holds no usable generator ({error}); train it again, or pull it anew"
             ) from error
+        finally:
+            if bars:
+                diffusers_logging.enable_progress_bar()
         if database is not None:
             pipeline.swap_database(database)
         return pipeline

@@ -6,7 +6,7 @@
 | up to 10 million | ``IVF{4√n},Flat`` | visits a few cells of exact rows; recall is a matter of nprobe alone |
 | beyond | ``OPQ{D/4}_{D},IVF{4√n}_HNSW32,PQ{D/4}x8`` | two bits a dimension |
 
-Any other FAISS factory string may be named instead. Inner product throughout: rows are unit vectors, so it is the cosine.
+Any other FAISS factory string may be named instead. Rows are unit vectors, so the inner product is the cosine.
 """
 
 import math

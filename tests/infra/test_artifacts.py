@@ -10,7 +10,7 @@ from stores import Bucket
 
 from infra import artifacts, storage
 from infra.artifacts import File, Manifest, Shard, Stage
-from infra.errors import IntegrityError, NotFoundError
+from infra.errors import InputError, IntegrityError, NotFoundError
 
 INPUTS = {"images": {"uri": "/data/images/1", "digest": "11" * 32}, "urls": {"uri": "s3://b/2", "digest": "22" * 32}}
 CONFIG = {"size": 64, "name": "ViT-B-32", "limits": {"max_side_px": 1024, "hosts": ["a", "b"]}}
@@ -160,7 +160,7 @@ def test_a_worker_that_dies_while_storing_commits_no_shard(tmp_path: Path) -> No
     (tmp_path / "local/a.tar").write_bytes(b"whole")
     (tmp_path / "local/b.tar").symlink_to(tmp_path / "local/a.tar")
     (tmp_path / "d/images" / made.key / "b.tar").mkdir(parents=True)  # where b.tar cannot go
-    with pytest.raises(OSError, match=r"b\.tar"):
+    with pytest.raises(InputError, match=r"b\.tar cannot be used"):
         artifacts.commit_shard(made.uri, "00000", tmp_path / "local", rows=1, info={})
     assert storage.exists(f"{made.uri}/a.tar")
     assert made.done() == {}

@@ -78,6 +78,12 @@ def test_every_kind_of_text_column_serves(urls: pa.Array, tmp_path: Path) -> Non
     assert table["url"].to_pylist() == URLS
 
 
+def test_row_groups_become_one_chunk(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": URLS * 3}), tmp_path / "a.parquet", row_group_size=1)
+    table = shards.read_url_list(str(tmp_path / "a.parquet"))
+    assert (table["url"].to_pylist(), table["url"].num_chunks) == (URLS * 3, 1)
+
+
 def test_a_remote_list_is_read(bucket: Bucket) -> None:
     bucket.write("lists/a.csv", TABLES["a.csv"])
     assert shards.read_url_list(f"{bucket.uri}/lists/a.csv")["url"].to_pylist() == URLS
