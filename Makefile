@@ -32,8 +32,8 @@ check: install  ## formatting, lint, types, import contracts
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: install  ## performance ratios, one JSON each under build/bench (NAME=… for one)
-	@$(BIN)/python -m pytest tests/benchmarks --benchmarks $(if $(NAME),-k $(NAME))
+bench: install  ## performance ratios, one JSON each under build/bench (NAME=search for one)
+	@$(BIN)/python tests/benchmarks/run.py $(NAME)
 
 clean:  ## remove what runs have made, not the environment
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
