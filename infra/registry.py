@@ -127,7 +127,12 @@ class Registry:
             reference = f"models:/{_full_name(reference, kind)}@{CHAMPION}"
         with answering(self._settings):
             version = self._resolve(reference, kind)
-            local = Path(mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{version.name}/{version.version}"))
+        uri = f"models:/{version.name}/{version.version}"
+        try:
+            local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+        except (MlflowException, OSError) as error:
+            told = f"the files of {uri} cannot be fetched ({masked(str(error))}); register it anew"
+            raise IntegrityError(told) from None
         registered = artifacts.Manifest.from_json(_manifest_file(local).read_bytes(), reference)
         folder = version.tags.get("uri", "")
         if registered.kind != kind:

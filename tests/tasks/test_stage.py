@@ -1,0 +1,83 @@
+"""What all stages share: skip, count what was lost, retry only what may pass."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra import artifacts, compute
+from infra.errors import InputError, StageError, TransientError
+from tasks.contracts import ImageShards
+from tasks.stage import map_stage, skip_or_make, stage_task
+
+
+class Counting:
+    """Commits a shard of as many rows as its item says; an item of 0 is beyond it."""
+
+    def __init__(self, uri: str, folder: str) -> None:
+        self.uri, self.folder = uri, Path(folder)
+
+    def __call__(self, item: tuple[str, int]) -> artifacts.Shard:
+        name, rows = item
+        if rows == 0:
+            raise InputError(f"{name} cannot be read")
+        local = self.folder / name
+        local.mkdir()
+        (local / f"{name}.txt").write_text("x" * rows)
+        return artifacts.commit_shard(self.uri, name, local, rows=rows, info={})
+
+
+def stage_at(folder: Path) -> artifacts.Stage:
+    return artifacts.Stage(str(folder / "base"), "images", inputs={}, config={"a": 1})
+
+
+def test_committed_output_is_not_made_again(tmp_path: Path) -> None:
+    stage, made = stage_at(tmp_path), []
+
+    def make() -> artifacts.Manifest:
+        made.append(1)
+        return stage.commit([], info={})
+
+    first, second = (skip_or_make(stage, ImageShards, make) for _ in range(2))
+    assert (first.skipped, second.skipped, len(made)) == (False, True, 1)
+    assert first.reference == second.reference
+
+
+def test_lost_shards_are_named_and_only_those_are_tried_again(tmp_path: Path) -> None:
+    stage = stage_at(tmp_path)
+    settings = (stage.uri, str(tmp_path))
+    items = [("00000", 3), ("00001", 0), ("00002", 2)]
+    with compute.cluster(cores=2):
+        with pytest.raises(StageError, match=r"1 of 3 shards failed \(InputError: 00001 cannot be read\).*other 2 are"):
+            map_stage(stage, items, Counting, settings, actors=1)
+        assert sorted(stage.done()) == ["00000", "00002"]
+        done, lost = map_stage(stage, items, Counting, settings, actors=1, max_lost_fraction=0.4)
+        assert [shard.rows for shard in done] == [3, 2]  # a second making of these would fail: their folders are there
+        assert lost == {"00001": "InputError: 00001 cannot be read"}
+        with pytest.raises(InputError, match="alone cannot be read"):
+            map_stage(stage, [("alone", 0)], Counting, settings, actors=1)
+
+
+def test_without_a_cluster_a_stage_says_so() -> None:
+    with pytest.raises(StageError, match="run stages inside compute"):
+        compute.run(abs, -1)
+
+
+@pytest.mark.parametrize(("error", "tries"), [(TransientError, 3), (InputError, 1), (ZeroDivisionError, 1)])
+def test_only_transient_errors_are_retried(prefect_server: None, error: type[Exception], tries: int) -> None:
+    tried: list[int] = []
+
+    @stage_task("fails twice")
+    def fails() -> str:
+        tried.append(1)
+        if len(tried) < 3:
+            raise error("no")
+        return "made"
+
+    impatient: Any = fails.with_options(retry_delay_seconds=0)  # type: ignore[attr-defined]
+    if tries == 1:
+        with pytest.raises(error):
+            impatient()
+    else:
+        assert impatient() == "made"
+    assert len(tried) == tries
