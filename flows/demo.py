@@ -27,14 +27,14 @@ from tasks.serve import pull_database, stored_pictures
 
 FIRST, SECOND = "twemoji", "twemoji-animals"
 PROMPTS = (
-    "a red car",
+    "a red heart",
     "a yellow smiling face",
-    "a green plant",
-    "a blue ball",
-    "an orange fruit",
-    "a pink heart",
-    "a brown house",
-    "a black and white flag",
+    "a blue square",
+    "an orange circle",
+    "a brown face",
+    "a green book",
+    "a red car",
+    "a black and white picture",
 )
 SHOWN_NEIGHBOURS, SHOWN_SAMPLES = 4, 4
 

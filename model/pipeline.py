@@ -225,7 +225,12 @@ def to_images(pictures: Tensor) -> list[Image.Image]:
 
 
 def new_pipeline(
-    transformer: PixArtTransformer2DModel, encoder: EncoderIdentity, *, prediction: Prediction, neighbours: int
+    transformer: PixArtTransformer2DModel,
+    encoder: EncoderIdentity,
+    *,
+    prediction: Prediction,
+    neighbours: int,
+    guidance_scale: float = 2.0,
 ) -> KNNDiffusionPipeline:
     """A pipeline around a freshly trained network; shift 2 spends the steps where 32 to 64 px need them."""
     return KNNDiffusionPipeline(
@@ -233,6 +238,7 @@ def new_pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
         encoder_identity=dataclasses.asdict(encoder),
         neighbours=neighbours,
+        guidance_scale=guidance_scale,
         prediction=prediction,
     )
 

@@ -49,6 +49,7 @@ class TrainConfig:
     workers: int = 1
     cpus_per_worker: int = 2
     use_gpu: bool = False
+    guidance_scale: float = 2.0  # the pipeline's default
     start_from: str | None = None  # a pipeline folder or "sticker-generator" to fine-tune; None: random weights
 
     def __post_init__(self) -> None:
@@ -201,6 +202,7 @@ def _loop(arguments: dict[str, Any]) -> None:
                 encoder,
                 prediction=config.transformer.prediction,
                 neighbours=config.conditioning.neighbours,
+                guidance_scale=config.guidance_scale,
             )
             pipeline.save_pretrained(scratch / "out" / PIPELINE, safe_serialization=True)
             info = {"images_seen": total, **metrics.last, "parameters": sum(p.numel() for p in average.parameters())}

@@ -100,6 +100,14 @@ def test_the_noise_levels_fall_from_1_and_linger_where_there_is_much_noise(datab
     np.testing.assert_allclose(oracle.sigmas, np.repeat(shifted[:, None], 2, axis=1), atol=1e-6)
 
 
+def test_what_overshoots_is_white_or_black(database: Database) -> None:
+    pipeline, _ = knowing(database, lambda condition: 3 * torch.sign(grey(condition)))
+    drawn = pixels(pipeline(PROMPTS, generator=seeded()).images)
+    expected = np.where(PROMPTS[:, 0] > 0, 255, 0)
+    assert len(set(expected.tolist())) == 2
+    np.testing.assert_array_equal(drawn, np.broadcast_to(expected[:, None, None, None], drawn.shape))
+
+
 def test_pictures_come_prompt_after_prompt(database: Database) -> None:
     pipeline, _ = knowing(database)
     single = pixels(pipeline(PROMPTS, generator=seeded()).images)

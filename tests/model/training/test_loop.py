@@ -53,6 +53,13 @@ class Interrupted:
         return dataclasses.replace(batch, images=batch.images * self.value)
 
 
+class SameOrder:
+    """Data whose batches are the same for every seed."""
+
+    def batch(self, step: int, *, seed: int, **share: int) -> Batch:
+        return training_set().batch(step, seed=0, **share)
+
+
 def run(
     folder: Path,
     data: TrainingData | None = None,
@@ -245,8 +252,15 @@ def test_a_run_follows_from_its_seed_and_not_from_the_global_state(tmp_path: Pat
     second, _, _ = run(tmp_path / "2")
     assert torch.equal(torch.random.get_rng_state(), before)
     require_equal(first, second)
-    other, _, _ = run(tmp_path / "3", config=dataclasses.replace(SHORT, seed=1))
-    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+
+
+def test_the_noise_follows_from_the_seed(tmp_path: Path) -> None:
+    first, same, other = (
+        run(tmp_path / str(number), SameOrder(), config=dataclasses.replace(SHORT, seed=seed))[2]["loss"]
+        for number, seed in enumerate((0, 0, 1))
+    )
+    assert first == same
+    assert all(one != another for one, another in zip(first, other, strict=True))
 
 
 def test_every_parameter_has_one_optimizer_and_only_the_blocks_matrices_have_muon() -> None:
