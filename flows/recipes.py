@@ -4,6 +4,7 @@ import dataclasses
 
 from flows.new_domain import NewDomainConfig
 from infra.downloader import DownloadPolicy
+from model.clip import EMBEDDED as EMBEDDED_ENCODER
 from model.diffusion.conditioning import ConditioningConfig
 from model.networks.dit import TransformerConfig
 from model.pipeline import EMBEDDED
@@ -71,6 +72,12 @@ def own_domain(
     ``knn-diffusion new-domain NAME --urls LIST``.
     """
     recipe = demo_cpu(domain, urls, root=root or "", texts=texts, allow_hosts=allow_hosts, train=train)
+    if recipe.train is not None and encoder not in (None, EMBEDDED_ENCODER):
+        # The embedded generator lives in the embedded encoder's space: another encoder starts from random weights.
+        training = dataclasses.replace(recipe.train.training, learning_rate=3e-3)
+        recipe = dataclasses.replace(
+            recipe, train=dataclasses.replace(recipe.train, start_from=None, training=training)
+        )
     policy = DownloadPolicy(allow_hosts=allow_hosts)
     return dataclasses.replace(
         recipe,

@@ -60,6 +60,11 @@ def cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 1))
 
 
+def _fitting(wanted: float) -> float:
+    """``wanted`` cores, or all that the largest machine has: more would wait for ever."""
+    return min(wanted, max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=wanted))
+
+
 class Lost(Generic[Item]):
     """A shard that could not be processed, and why."""
 
@@ -87,7 +92,7 @@ def map_shards(
     if not queue:
         return
     _start()
-    options = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor, "max_restarts": -1}
+    options = {"num_cpus": _fitting(cpus_per_actor), "num_gpus": gpus_per_actor, "max_restarts": -1}
     pool = [
         _ACTOR.options(**options, max_task_retries=SHARD_TRIES).remote(factory, settings)
         for _ in range(max(1, min(actors, len(queue))))
@@ -124,7 +129,7 @@ def map_shards(
 def run(function: Callable[..., Any], *arguments: Any, cpus: float = 1, gpus: float = 0) -> Any:
     """``function(*arguments)`` on a worker."""
     _start()
-    remote = ray.remote(_call).options(num_cpus=cpus, num_gpus=gpus, max_retries=SHARD_TRIES)
+    remote = ray.remote(_call).options(num_cpus=_fitting(cpus), num_gpus=gpus, max_retries=SHARD_TRIES)
     try:
         return ray.get(remote.remote(function, arguments))
     except RayTaskError as error:
@@ -156,7 +161,9 @@ def train(
         loop,
         train_loop_config=config,
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus_per_worker, "GPU": int(use_gpu)}
+            num_workers=workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": _fitting(cpus_per_worker), "GPU": int(use_gpu)},
         ),
         run_config=RunConfig(name="train", storage_path=state, failure_config=FailureConfig(max_failures=2)),
     )
@@ -224,16 +231,21 @@ def _drawn(folder_uri: str) -> Iterator[None]:
 
 _END = object()
 _CHECKOUT = Path(__file__).parent.parent
+_IS_CHECKOUT = (_CHECKOUT / "pyproject.toml").exists()
 _address: str | None = None
 _cores: int | None = None
 _depth = 0
 
 
 class _Actor:
+    """A worker in a process of its own, built at its first item, so that what building raises comes back as it is."""
+
     def __init__(self, factory: Callable[..., Worker[Any, Any]], settings: tuple[Any, ...]) -> None:
-        self._worker = factory(*settings)
+        self._factory, self._settings = factory, settings
+        self._worker: Worker[Any, Any] | None = None
 
     def run(self, item: Any) -> Any:
+        self._worker = self._worker or self._factory(*self._settings)
         return self._worker(item)
 
 
@@ -252,16 +264,14 @@ def _start() -> None:
         raise StageError("no cluster: run stages inside compute.cluster()")
     options: dict[str, Any] = {"address": _address, "runtime_env": _shipped_checkout()}
     if _address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local cluster listens on loopback alone
         options = {
             "address": "local",
             "num_cpus": _cores or len(os.sched_getaffinity(0)),
             "include_dashboard": False,
             "object_store_memory": 256 << 20,
-            "_node_ip_address": "127.0.0.1",
             "runtime_env": {
                 "env_vars": {
-                    "PYTHONPATH": str(_CHECKOUT),
+                    **({"PYTHONPATH": str(_CHECKOUT)} if _IS_CHECKOUT else {}),
                     "NO_ALBUMENTATIONS_UPDATE": "1",
                     "OMP_WAIT_POLICY": "PASSIVE",  # idle threads that spin starve each other when cores are shared
                 }
@@ -276,5 +286,7 @@ def _start() -> None:
 
 
 def _shipped_checkout() -> dict[str, Any]:
-    """On a cluster the four packages travel with the job."""
-    return {"working_dir": str(_CHECKOUT), "excludes": [".venv", "build", ".git", "tests"]}
+    """A checkout travels with the job; an installed distribution must be on the cluster's machines already."""
+    if not _IS_CHECKOUT:
+        return {}
+    return {"working_dir": str(_CHECKOUT), "excludes": [".venv", "build", ".git", "tests", "knn-diffusion-data"]}

@@ -8,12 +8,14 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from infra.errors import StageError
 
@@ -42,15 +44,18 @@ def prefect_api(home: Path | None = None) -> Iterator[None]:
         os.environ["PREFECT_HOME"] = str(home.absolute())
     port = _free_port()
     environment = {**os.environ, "PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}
-    with subprocess.Popen(  # noqa: S603 - our own interpreter and script
-        [sys.executable, "-c", _SERVER, str(port)],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    ) as server:
+    with (
+        tempfile.TemporaryFile() as words,
+        subprocess.Popen(  # noqa: S603 - our own interpreter and script
+            [sys.executable, "-c", _SERVER, str(port)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=words,
+            stderr=words,
+        ) as server,
+    ):
         try:
-            _await(server, f"http://127.0.0.1:{port}/api/health")
+            _await(server, words, f"http://127.0.0.1:{port}/api/health")
             os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
             yield
         finally:
@@ -58,12 +63,13 @@ def prefect_api(home: Path | None = None) -> Iterator[None]:
             server.kill()
 
 
-def _await(server: subprocess.Popen[bytes], health: str) -> None:
+def _await(server: subprocess.Popen[bytes], words: IO[bytes], health: str) -> None:
     deadline = time.monotonic() + STARTUP_S
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            words = (server.stderr.read() if server.stderr else b"").decode(errors="replace").strip().splitlines()
-            raise StageError(f"Prefect's server does not start ({words[-1] if words else server.returncode}); "
+            words.seek(0)
+            said = words.read().decode(errors="replace").strip().splitlines()
+            raise StageError(f"Prefect's server does not start ({said[-1] if said else server.returncode}); "
                              "set PREFECT_API_URL to a running one")  # fmt: skip
         try:
             with urllib.request.urlopen(health, timeout=5):  # noqa: S310 - a loopback address of our own

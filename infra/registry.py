@@ -62,9 +62,10 @@ class Registry:
 
     def __init__(self, settings: Settings) -> None:
         """Connect this process's MLflow to the settings' store."""
-        connect(settings)
         self._settings = settings
-        self._client = MlflowClient(settings.tracking_uri, settings.tracking_uri)
+        with answering(settings):
+            connect(settings)
+            self._client = MlflowClient(settings.tracking_uri, settings.tracking_uri)
 
     def register(
         self,
@@ -139,6 +140,9 @@ class Registry:
             raise NotFoundError(f"{folder} holds {registered.kind}, not a {kind}")
         if kind == "database" and self._checked(folder, kind).digest != registered.digest:
             raise IntegrityError(f"{folder} is no longer what {reference} registered; restore it or register it anew")
+        if kind == "generator":
+            for file in registered.files:
+                artifacts.fetch_file(str(local / "artifacts"), file, self._settings.cache_folder)  # checks the digest
         return Pulled(
             folder_uri=folder, manifest=registered, local=local, name=version.name, version=int(version.version)
         )
@@ -150,7 +154,7 @@ class Registry:
 
     def _versions(self, kind: str) -> list[dict[str, Any]]:
         listed = []
-        for model in self._client.search_registered_models():
+        for model in self._client.search_registered_models(max_results=1000):
             if not _is_kind(model.name, kind):
                 continue
             aliases = self._client.get_registered_model(model.name).aliases
@@ -162,7 +166,7 @@ class Registry:
                         "version": int(version.version),
                         "aliases": own,
                         "created_ms": version.creation_timestamp,
-                        **version.tags,
+                        **{name: _typed(name, value) for name, value in version.tags.items()},
                     }
                 )
         return sorted(listed, key=lambda entry: (entry["name"], entry["version"]))
@@ -248,6 +252,13 @@ def load_pipeline(model_uri: str, database_uri: str, settings: Settings | None =
     """
     open_pipeline = pkgutil.resolve_name("tasks.serve:open_pipeline")
     return open_pipeline(model_uri, database_uri, settings or Settings())
+
+
+def _typed(tag: str, value: str) -> str | int | float:
+    """A tag's value as what it is: tags are strings to MLflow."""
+    if tag in {"rows", "images_seen"}:
+        return int(value)
+    return float(value) if tag.startswith(("recall_", "clip_score_", "fd_")) else value
 
 
 def _manifest_file(local: Path) -> Path:

@@ -82,7 +82,10 @@ def read_lines(uri: str) -> list[str]:
         lines = storage.read_bytes(uri).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{uri} is no UTF-8 text, one prompt a line ({error})") from error
-    return [line.strip() for line in lines if line.strip()]
+    kept = [line.strip() for line in lines if line.strip()]
+    if not kept:
+        raise InputError(f"{uri} is empty; write one text a line")
+    return kept
 
 
 def _parse_csv(data: pa.BufferReader, delimiter: str = ",") -> pa.Table:

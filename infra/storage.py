@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import fsspec
-from botocore.exceptions import ConnectTimeoutError, EndpointConnectionError, ReadTimeoutError
+from botocore.exceptions import ConnectTimeoutError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from infra.errors import InputError, NotFoundError, TransientError
@@ -147,7 +147,10 @@ def _fs(uri: str) -> tuple[Any, str]:
     if is_local(uri):
         fs, path = fsspec.core.url_to_fs(str(local_path(uri)))
     else:  # other processes write here too: a cached listing would hide what they commit
-        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        try:
+            fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        except (ValueError, ImportError) as error:
+            raise InputError(f"{uri} cannot be opened: {error}; write a path or an s3:// address") from error
     return fs, cast(str, path)
 
 
@@ -172,5 +175,7 @@ def _told(uri: str) -> Iterator[None]:
         raise NotFoundError(f"{uri} may not be accessed ({error}); check the credentials and the bucket") from error
     except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
         raise InputError(f"{uri} cannot be used: {error.strerror or error}; name another path") from error
+    except NoCredentialsError as error:
+        raise NotFoundError(f"{uri} needs credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
     except (ConnectionError, TimeoutError, EndpointConnectionError, ReadTimeoutError, ConnectTimeoutError) as error:
         raise TransientError(f"{uri} could not be reached: {error}") from error

@@ -10,6 +10,7 @@ from typing import Any
 import mlflow
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
 
 from infra.errors import TransientError
 from infra.settings import Settings, masked
@@ -42,9 +43,9 @@ class Run:
 @contextmanager
 def start_run(settings: Settings, *, experiment: str, name: str) -> Iterator[Run]:
     """A run in ``experiment``, made when it is new; ended as finished or failed. Raises ``TransientError``."""
-    connect(settings)
-    client = MlflowClient(settings.tracking_uri)
     with answering(settings):
+        connect(settings)
+        client = MlflowClient(settings.tracking_uri)
         run = client.create_run(experiment_id(client, experiment, settings), run_name=name)
     try:
         yield Run(tracking_uri=settings.tracking_uri, run_id=run.info.run_id)
@@ -65,7 +66,7 @@ def answering(settings: Settings) -> Iterator[None]:
     """Tell a server that does not answer as a ``TransientError``, without the password its URI may hold."""
     try:
         yield
-    except (ConnectionError, MlflowException) as error:
+    except (ConnectionError, MlflowException, SQLAlchemyError) as error:
         told = f"MLflow at {masked(settings.tracking_uri)} does not answer: {masked(str(error))}"
         raise TransientError(told) from None
 

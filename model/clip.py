@@ -104,6 +104,14 @@ class Encoder:
         return int(self.embed_texts(["x"]).shape[-1])
 
 
+def encoder_for(identity: EncoderIdentity, *, device: torch.device | str = "cpu") -> Encoder:
+    """The encoder of that identity. Raises ``ModelError`` when the model of that name is no longer the same."""
+    encoder = Encoder(identity.name, device=device)
+    if not encoder.identity.same_space(identity):
+        raise ModelError(f"{encoder.identity} is not what was embedded with, {identity}; embed again, or restore it")
+    return encoder
+
+
 def _split(name: str) -> tuple[str, str | None]:
     if name == EMBEDDED:
         return f"local-dir:{_EMBEDDED_FOLDER}", None

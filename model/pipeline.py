@@ -10,6 +10,7 @@ runs. A call works with the database it started with.
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -23,7 +24,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
 
-from model.clip import Encoder, EncoderIdentity
+from model.clip import Encoder, EncoderIdentity, encoder_for
 from model.diffusion.conditioning import condition_tokens
 from model.diffusion.continuous import Denoiser, Prediction
 from model.diffusion.guidance import guided
@@ -127,10 +128,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
     def encoder(self) -> Encoder:
         """The encoder of the prompts, loaded when first needed and checked against the one trained with."""
         if self._encoder is None:
-            encoder = Encoder(self._identity.name, device=self.device)
-            if not encoder.identity.same_space(self._identity):
-                raise ModelError(f"encoder {encoder.identity} is not the one trained with, {self._identity}")
-            self._encoder = encoder
+            self._encoder = encoder_for(self._identity, device=self.device)
         return self._encoder
 
     @torch.inference_mode()
@@ -163,13 +161,16 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         Returns:
             P·M pictures, prompt after prompt, and the hits of each prompt.
         """
-        if num_images_per_prompt < 1:
-            raise ModelError("num_images_per_prompt must be at least 1")
-        steps = num_inference_steps or self.config.num_inference_steps
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        k = self.config.neighbours if neighbours is None else neighbours
+        if not math.isfinite(scale):
+            raise ModelError(f"guidance_scale is {scale}; give a number")
+        if min(num_images_per_prompt, steps, k) < 1:
+            raise ModelError("num_images_per_prompt, num_inference_steps and neighbours must be at least 1")
         embeddings = self._embed(prompts)
-        hits = self.database.search(embeddings.numpy(), neighbours or self.config.neighbours) if retrieve else None
-        tokens = self._condition(embeddings, hits, query or self.config.query)
+        hits = self.database.search(embeddings.numpy(), k) if retrieve else None
+        tokens = self._condition(embeddings, hits, k, query or (self.config.query if retrieve else "text"))
         tokens = tokens.repeat_interleave(num_images_per_prompt, dim=0)
         noise = self._noise(len(tokens), generator)
         denoiser = guided(as_denoiser(self.transformer.eval(), self.config.prediction), scale)
@@ -183,25 +184,36 @@ class KNNDiffusionPipeline(DiffusionPipeline):
 
     def _embed(self, prompts: str | Sequence[str] | Tensor) -> Tensor:
         if isinstance(prompts, Tensor):
+            if prompts.ndim != 2 or not len(prompts) or not prompts.isfinite().all():
+                raise ModelError(f"embeddings {tuple(prompts.shape)} must be finite rows (P, D), at least one")
             return F.normalize(prompts.float().cpu(), dim=-1)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts or not all(text.strip() for text in texts):
             raise ModelError("a prompt is empty; write what the picture should show")
         return self.encoder.embed_texts(texts)
 
-    def _condition(self, embeddings: Tensor, hits: Hits | None, query: str) -> Tensor:
-        found = None if hits is None else torch.from_numpy(hits.embeddings)
-        slot: Tensor | None = embeddings
-        if query == "none":
-            slot = None
-        elif query == "mean" and found is not None:
-            slot = F.normalize(found.mean(dim=1), dim=-1)
-        return condition_tokens(slot, found, dimension=self._identity.dimension, batch=len(embeddings))
+    def _condition(self, embeddings: Tensor, hits: Hits | None, k: int, query: str) -> Tensor:
+        dimension, batch = self._identity.dimension, len(embeddings)
+        # Without retrieval all K neighbours are hidden: the input that training has shown for it.
+        found = torch.zeros(batch, k, dimension) if hits is None else torch.from_numpy(hits.embeddings)
+        slot: Tensor | None
+        match query:
+            case "text":
+                slot = embeddings
+            case "mean" if hits is not None:
+                slot = F.normalize(found.mean(dim=1), dim=-1)
+            case "none":
+                slot = None
+            case _:
+                raise ModelError(f"query={query!r}: write 'text', 'none', or, with retrieval, 'mean'")
+        return condition_tokens(slot, found, dimension=dimension, batch=batch)
 
     def _noise(self, count: int, generator: torch.Generator | None) -> Tensor:
         """Noise drawn picture by picture on the CPU, so that neither the batch nor the device changes it."""
         side = self.transformer.config.sample_size
-        generator = generator or torch.Generator().manual_seed(torch.seed() % (1 << 63))
+        if generator is None:
+            generator = torch.Generator()
+            generator.seed()
         return torch.stack([torch.randn(3, side, side, generator=generator) for _ in range(count)])
 
     def _integrate(

@@ -57,9 +57,10 @@ def download_images(urls: str, base: str, config: DownloadConfig) -> Outcome[Ima
         for shard in done:
             outcomes.update(shard.info["outcomes"])
         if not outcomes["success"]:
+            storage.remove(storage.join(stage.uri, "shards"))  # perhaps the network was down: try all of them again
             raise StageError(
-                f"none of the {table.num_rows} URLs of {urls} could be downloaded ({histogram(outcomes)}); "
-                f"the outcome of each is in {stage.uri}/NNNNN.parquet"
+                f"none of the {table.num_rows} URLs of {urls} could be downloaded ({histogram(outcomes)}); the outcome "
+                f"of each is in {stage.uri}/NNNNN.parquet: mend the list or the network and run again"
             )
         info = {"requested": table.num_rows, "outcomes": dict(outcomes), "lost_shards": lost}
         return stage.commit(done, info=info)

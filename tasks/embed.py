@@ -65,6 +65,9 @@ def embed_images(images: ImageShards, base: str, config: EmbedConfig, *, cache: 
             outcomes.update(shard.info["outcomes"])
         if not outcomes["success"]:
             raise StageError(f"no picture of {images.uri} could be decoded ({dict(outcomes)}); look at its tars")
+        encoders = {shard.info["encoder"]["weights_digest"] for shard in done}
+        if len(encoders) > 1:
+            raise StageError(f"{config.encoder} changed while {stage.uri} was filled; delete that folder and run again")
         identity = {"encoder": done[0].info["encoder"]}
         return stage.commit(done, identity=identity, info={"outcomes": dict(outcomes), "lost_shards": lost})
 

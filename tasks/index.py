@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from infra import artifacts, compute, shards, storage
 from infra.errors import InputError, StageError
-from model.clip import Encoder
+from model.clip import encoder_for
 from model.retrieval.database import Database, ShardFiles
 from model.retrieval.factory import choose_index, fill_shard, train_index, training_rows
 from model.retrieval.recall import recall_at_k
@@ -183,14 +183,14 @@ def _tune(
     texts = np.empty((0, encoder.dimension), dtype=np.float32)
     if config.texts:
         chosen = rng.choice(len(config.texts), min(config.recall_queries, len(config.texts)), replace=False)
-        texts = Encoder(encoder.name).embed_texts([config.texts[i] for i in chosen]).numpy()
+        texts = encoder_for(encoder).embed_texts([config.texts[i] for i in chosen]).numpy()
     measured: dict[str, Any] = {}
     for nprobe in (1 << power for power in range(11)):
         database = Database(files, encoder=encoder, nprobe=nprobe)
         image = recall_at_k(database, rows, rows[picked].astype(np.float32), exclude=picked)
         text = recall_at_k(database, rows, texts) if config.texts else None
         measured = {"nprobe": nprobe, "recall_at_10_image": image, "recall_at_10_text": text}
-        if database.exact or min(image, 1.0 if text is None else text) >= config.target_recall:
+        if not database.nprobe_matters or min(image, 1.0 if text is None else text) >= config.target_recall:
             break
     return {**measured, "image_queries": len(picked), "text_queries": len(texts)}
 

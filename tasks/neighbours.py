@@ -64,7 +64,7 @@ class _Search:
             stop = min(start + _SEARCH_ROWS, len(rows))
             itself = None if offset is None else np.arange(start, stop, dtype=np.int64) + offset
             ids = self._database.search(rows[start:stop], self._k, exclude=itself).ids
-            if ids.shape[1] < self._k:
+            if ids.shape[1] < self._k or (ids < 0).any():
                 raise InputError(f"shard {name}: too many exact copies in the database for k = {self._k}; lower k")
             found[start:stop] = ids
         with storage.scratch() as folder:

@@ -12,8 +12,8 @@ from infra.errors import InputError
 from infra.pictures import to_rgb
 from infra.registry import GENERATOR_NAME, Registry
 from infra.settings import Settings
-from model.clip import Encoder
-from model.pipeline import KNNDiffusionPipeline
+from model.clip import encoder_for
+from model.pipeline import KNNDiffusionPipeline, pretrained_folder
 from model.retrieval.database import Database
 from tasks.contracts import DatabaseVersion, EmbeddingShards, Generator, ImageShards
 from tasks.index import Metadata, open_database
@@ -37,16 +37,20 @@ def search_text(reference: str, query: str, k: int, settings: Settings) -> list[
     if not query.strip():
         raise InputError("the query is empty; write what to look for")
     database = pull_database(reference, settings)
-    hits = database.search(Encoder(database.encoder.name).embed_texts([query]).numpy(), k)
-    rows = database.describe(hits.ids[0].tolist())
+    hits = database.search(encoder_for(database.encoder).embed_texts([query]).numpy(), k)
+    found = hits.ids[0] >= 0
+    rows = database.describe(hits.ids[0, found].tolist())
     return [
         {"rank": rank, "score": float(score), **row}
-        for rank, (score, row) in enumerate(zip(hits.scores[0], rows, strict=True), start=1)
+        for rank, (score, row) in enumerate(zip(hits.scores[0, found], rows, strict=True), start=1)
     ]
 
 
 def open_pipeline(model: str, database: str, settings: Settings) -> KNNDiffusionPipeline:
     """A pipeline of the generator and the database named. Raises ``ModelError`` when their encoders differ."""
+    plain = pretrained_folder(model)
+    if (plain / "model_index.json").exists():  # the embedded one, or what save_pretrained wrote
+        return KNNDiffusionPipeline.open(plain, pull_database(database, settings))
     pulled = Registry(settings).pull(model, kind="generator")
     if pulled.local is not None:
         folder = pulled.local / "artifacts" / PIPELINE

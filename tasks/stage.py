@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from infra import artifacts, compute, logs, storage
 from infra.errors import KNNDiffusionError, StageError, TransientError
 from infra.settings import Settings
+from model.errors import ModelError
 from tasks.contracts import Made, Outcome
 
 Item = TypeVar("Item")
@@ -73,24 +74,30 @@ def map_stage(
 
     Raises:
         StageError: more than ``max_lost_fraction`` of the shards were lost. The rest stay committed.
-        KNNDiffusionError: every shard was lost for the same reason; that reason.
+        KNNDiffusionError, ModelError: every shard was lost for one reason that the user can mend; that reason.
     """
     named = dict(items)
     done = stage.done()
     pending = {name: item for name, item in named.items() if name not in done}
     lost: dict[str, str] = {}
+    errors: list[BaseException] = []
     results = compute.map_shards(
         factory, settings, list(pending.items()), description=stage.kind, **{"actors": compute.cpus(), **resources}
     )
     for result in results:
         if isinstance(result, compute.Lost):
-            if len(named) == 1 and isinstance(result.error, KNNDiffusionError):
-                raise result.error
             name = result.item[0]
+            errors.append(result.error)
             lost[name] = f"{type(result.error).__name__}: {result.error}"
-            logs.get("stage").warning("%s: shard %s lost: %s", stage.kind, name, lost[name])
+            logs.get("stage").debug("%s: shard %s lost: %s", stage.kind, name, lost[name])
         else:
             done[result.name] = result
+    if (
+        len(lost) == len(named)
+        and len(set(lost.values())) == 1
+        and isinstance(errors[0], KNNDiffusionError | ModelError)
+    ):
+        raise errors[0]
     if len(lost) > max_lost_fraction * len(named):
         first = next(iter(lost.values()))
         raise StageError(

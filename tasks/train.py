@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from infra import artifacts, compute, shards, storage, tracking
-from infra.errors import InputError
+from infra.errors import EncoderMismatchError, InputError
 from infra.pictures import to_rgb
+from model.clip import EncoderIdentity
 from model.diffusion.conditioning import ConditioningConfig
 from model.networks.dit import TransformerConfig, build_transformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline, pretrained_folder, weights_digest
@@ -180,7 +181,7 @@ def _loop(arguments: dict[str, Any]) -> None:
         torch.set_num_threads(config.cpus_per_worker)
     encoder = encoder_of(inputs.embeddings.manifest())
     data = load_training_set(inputs, config.transformer.image_size, cache)
-    network = _initial_network(config, encoder.dimension)
+    network = _initial_network(config, encoder)
     with storage.scratch() as scratch:
         total = config.training.steps * config.training.batch_size
         metrics = _Metrics(compute.Progress(arguments["folder_uri"], total), arguments["run"])
@@ -254,10 +255,17 @@ def _database_rows(database: DatabaseVersion, cache: Path) -> NDArray[np.float16
     return np.concatenate([np.load(artifacts.fetch_file(embeddings.uri, file, cache)) for file in files])
 
 
-def _initial_network(config: TrainConfig, dimension: int) -> Any:
+def _initial_network(config: TrainConfig, encoder: EncoderIdentity) -> Any:
+    """Random weights, or those of ``start_from``; refused when its encoder or its size is another."""
+    dimension = encoder.dimension
     if config.start_from is None:
         return build_transformer(config.transformer, embedding_dimension=dimension, seed=config.training.seed)
     pipeline = KNNDiffusionPipeline.open(pretrained_folder(config.start_from))
+    if not pipeline.identity.same_space(encoder):
+        raise EncoderMismatchError(
+            f"{config.start_from} was trained with {pipeline.identity}, these pictures were embedded by {encoder}; "
+            "embed with its encoder, or start from random weights"
+        )
     network = pipeline.transformer.float().requires_grad_(True)
     wanted = build_transformer(config.transformer, embedding_dimension=dimension, seed=0)
     fits = {name: tensor.shape for name, tensor in wanted.state_dict().items()}

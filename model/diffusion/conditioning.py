@@ -37,7 +37,8 @@ class ConditioningConfig:
         """Refuse what cannot be sampled."""
         if self.neighbours < 1:
             raise ValueError("neighbours must be at least 1: the method retrieves")
-        if not 0 <= self.drop_all + self.drop_query + self.drop_neighbours <= 1:
+        drops = (self.drop_all, self.drop_query, self.drop_neighbours)
+        if min(drops) < 0 or sum(drops) > 1:
             raise ValueError("drop_all + drop_query + drop_neighbours must lie in [0, 1]: they exclude each other")
         if not (0 <= self.gap_probability <= 1 and 0 <= self.gap_weight < 1):
             raise ValueError("gap_probability must lie in [0, 1] and gap_weight in [0, 1)")

@@ -69,7 +69,7 @@ class Database:
         self._rows = [np.load(shard.embeddings, mmap_mode="r") for shard in shards]
         self._indexes = [_open_index(shard.index, nprobe) for shard in shards]
         for shard, index, rows in zip(shards, self._indexes, self._rows, strict=True):
-            if rows.shape != (index.ntotal, encoder.dimension):
+            if not rows.shape == (index.ntotal, index.d) == (index.ntotal, encoder.dimension):
                 raise ModelError(
                     f"{shard.index} indexes {index.ntotal} rows of {index.d}, but {shard.embeddings} holds "
                     f"{rows.shape}; rebuild the database"
@@ -89,8 +89,16 @@ class Database:
         """Whether every shard compares all of its rows."""
         return all(isinstance(index, faiss.IndexFlat) for index in self._indexes)
 
+    @property
+    def nprobe_matters(self) -> bool:
+        """Whether any shard has cells to visit more or fewer of."""
+        return any(faiss.try_extract_index_ivf(index) is not None for index in self._indexes)
+
     def search(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Hits:
-        """The ``k`` nearest rows of each query by cosine, re-ranked exactly; fewer when the database is smaller.
+        """The ``k`` nearest rows of each query by cosine, re-ranked exactly.
+
+        Every query gets min(k, rows that may be returned) places; where copies of the query leave nothing to fill
+        one with, the id is −1, the score −inf and the embedding zero, which is how a hidden neighbour looks.
 
         Args:
             queries: (Q, D) unit rows.
@@ -98,27 +106,26 @@ class Database:
             exclude: (Q,) a row id for each query that must not be returned, nor any exact copy of it: the query itself.
 
         Raises:
-            ModelError: the queries' width is not the database's.
+            ModelError: the queries' width is not the database's, or a value is not finite.
         """
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.encoder.dimension:
             raise ModelError(f"queries {queries.shape} do not fit database {self.name} of {self.encoder}")
+        if not len(queries) or not np.isfinite(queries).all():
+            raise ModelError("there is no query, or one that is not finite; look at what was embedded")
         if k < 1:
             raise ModelError(f"k is {k}; ask for at least one neighbour")
-        wanted = k if exclude is None else k + 1
-        candidates = self._propose(queries, wanted if self.exact else wanted * RERANK_FACTOR)
-        hits = self._rerank(queries, candidates, exclude)
-        short = (hits.ids < 0).sum(axis=1)
-        if (
-            exclude is not None
-            and min(k, len(self) - 1) > 0
-            and (hits.ids.shape[1] - short).min() < min(k, len(self) - 1)
-        ):
-            # Many exact copies of a query crowd its candidates out: look deeper, once, for all.
-            candidates = self._propose(queries, min(len(self), wanted * RERANK_FACTOR * 4))
-            hits = self._rerank(queries, candidates, exclude)
-        width = max(1, min(k, int((hits.ids >= 0).sum(axis=1).min())))
-        return Hits(scores=hits.scores[:, :width], ids=hits.ids[:, :width], embeddings=hits.embeddings[:, :width])
+        width = max(1, min(k, len(self) - (exclude is not None)))
+        wanted = width if exclude is None else width + 1
+        hits = self._rerank(queries, self._propose(queries, wanted if self.exact else wanted * RERANK_FACTOR), exclude)
+        ids, scores, embeddings = hits.ids[:, :width], hits.scores[:, :width], hits.embeddings[:, :width]
+        # Copies of the query, or cells without rows, can leave a query short: then all rows are looked at for it.
+        for query in np.flatnonzero((ids < 0).any(axis=1) | (ids.shape[1] < width)):
+            one = None if exclude is None else exclude[query : query + 1]
+            whole = self._rerank(queries[query : query + 1], np.arange(len(self), dtype=np.int64)[None], one)
+            ids[query], scores[query] = whole.ids[0, :width], whole.scores[0, :width]
+            embeddings[query] = whole.embeddings[0, :width]
+        return Hits(scores=scores, ids=ids, embeddings=np.where((ids < 0)[..., None], np.float32(0), embeddings))
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
         """Stored rows (*ids.shape, D) float16 of global ids."""
@@ -142,7 +149,8 @@ class Database:
         for index, offset in zip(self._indexes, self._offsets, strict=False):
             _, ids = index.search(queries, min(k, index.ntotal) or 1)
             found.append(np.where(ids < 0, -1, ids + offset))
-        return np.concatenate(found, axis=1)
+        ids = np.concatenate(found, axis=1)
+        return np.pad(ids, ((0, 0), (0, max(0, k - ids.shape[1]))), constant_values=-1)
 
     def _rerank(
         self, queries: NDArray[np.float32], candidates: NDArray[np.int64], exclude: NDArray[np.int64] | None
@@ -160,7 +168,11 @@ class Database:
 
 
 def _open_index(path: Path, nprobe: int) -> Any:
-    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    if not isinstance(index, faiss.IndexFlat):
-        faiss.ParameterSpace().set_index_parameter(index, "nprobe", nprobe)
+    try:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise ModelError(f"{path} is no readable FAISS index; rebuild the database") from error
+    cells = faiss.try_extract_index_ivf(index)
+    if cells is not None:
+        cells.nprobe = nprobe
     return index

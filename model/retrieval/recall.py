@@ -21,15 +21,17 @@ def recall(
 
     A found row counts when it scores as high as the last true one: which of several equal rows comes last is no merit.
     """
-    last = _scores(database, queries, truth).min(axis=1, keepdims=True)
-    good = _scores(database, queries, found) >= last - _TIE
-    return float((good.sum(axis=1) / truth.shape[1]).mean())
+    best = _scores(database, queries, truth)
+    last = np.where(truth < 0, np.inf, best).min(axis=1, keepdims=True)
+    good = (_scores(database, queries, found) >= last - _TIE).sum(axis=1)
+    wanted = (truth >= 0).sum(axis=1)
+    return float((good[wanted > 0] / wanted[wanted > 0]).mean()) if wanted.any() else 1.0
 
 
 def brute_force(
     rows: NDArray[np.float16], queries: NDArray[np.float32], k: int, *, exclude: NDArray[np.int64] | None = None
 ) -> NDArray[np.int64]:
-    """Ids (Q, K) of the exact top ``k``: rows (N, D) may be memory-mapped, queries (Q, D). Ties go to the lower id."""
+    """Ids (Q, K) of the exact top ``k``, −1 where nothing is left: rows (N, D) may be memory-mapped, queries (Q, D)."""
     best = np.full((len(queries), k), -np.inf, dtype=np.float32)
     ids = np.full((len(queries), k), -1, dtype=np.int64)
     own = None if exclude is None else rows[exclude]
@@ -47,7 +49,7 @@ def brute_force(
         )
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         best, ids = np.take_along_axis(scores, order, axis=1), np.take_along_axis(known, order, axis=1)
-    return ids
+    return np.where(np.isneginf(best), -1, ids)
 
 
 def recall_at_k(
@@ -67,5 +69,5 @@ def recall_at_k(
 
 
 def _scores(database: Database, queries: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    scores: NDArray[np.float32] = np.einsum("qd,qkd->qk", queries, database.rows(ids), dtype=np.float32)
-    return scores
+    scores = np.einsum("qd,qkd->qk", queries, database.rows(np.maximum(ids, 0)), dtype=np.float32)
+    return np.where(ids < 0, -np.inf, scores).astype(np.float32)

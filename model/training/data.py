@@ -52,7 +52,7 @@ class TrainingSet:
                 f"{len(pixels)} pictures, {len(embeddings)} embeddings and {len(neighbours)} neighbour lists do not "
                 "belong together; rebuild the stage that is shorter"
             )
-        if neighbours.max() >= len(database_rows):
+        if neighbours.min() < 0 or neighbours.max() >= len(database_rows):
             raise ModelError("the neighbours point past the database; they were searched in another version of it")
         self._pixels = torch.from_numpy(pixels)
         self._embeddings = torch.from_numpy(embeddings)

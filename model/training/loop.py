@@ -8,6 +8,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Protocol
 
 import torch
@@ -42,6 +43,8 @@ class TrainingConfig:
         """Refuse what would train nothing."""
         if self.images < self.batch_size or self.batch_size < 1:
             raise ValueError("images must be at least one batch_size, and batch_size at least 1")
+        if min(self.checkpoint_images, self.log_images) < 1:
+            raise ValueError("checkpoint_images and log_images must be at least 1")
         if self.learning_rate <= 0 or not 0 <= self.ema_decay < 1:
             raise ValueError("learning_rate must be above 0 and ema_decay in [0, 1)")
 
@@ -249,14 +252,14 @@ def _restore(
 ) -> int:
     if path is None:
         return 0
-    state = torch.load(path, map_location=device, weights_only=True)
     try:
+        state = torch.load(path, map_location=device, weights_only=True)
         network.load_state_dict(state["network"])
         average.load_state_dict(state["average"])
         for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"checkpoint {path} is of another network ({error}); remove its folder to start anew"
-        ) from error
+    except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        told = f"checkpoint {path} is damaged or of another network ({reason}); remove its folder to start anew"
+        raise ModelError(told) from error
     return int(state["step"])

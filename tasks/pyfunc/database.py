@@ -13,7 +13,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from infra.artifacts import Manifest
 from infra.settings import Settings
-from model.clip import Encoder
+from model.clip import Encoder, encoder_for
 from model.retrieval.database import Database
 from tasks.contracts import DatabaseVersion
 from tasks.index import open_database
@@ -31,7 +31,7 @@ class DatabaseModel(PythonModel):
         manifest = Manifest.from_json(path.read_bytes(), str(path))
         version = DatabaseVersion.of(manifest, context.model_config["uri"])
         self.database = open_database(version, Settings().cache_folder)
-        self.encoder = Encoder(self.database.encoder.name)
+        self.encoder = encoder_for(self.database.encoder)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

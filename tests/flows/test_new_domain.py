@@ -94,9 +94,9 @@ def test_registered_with_alias_tags_and_signature(domain: Any) -> None:
     (database,) = Registry(settings).versions("database")
     assert database["name"] == "knn-database.shapes"
     assert database["aliases"] == ["champion"]
-    assert (database["encoder"], database["rows"]) == ("sticker-clip", str(TAKEN))
+    assert (database["encoder"], database["rows"]) == ("sticker-clip", TAKEN)
     assert database["digest"] == domain.result.database.reference.digest
-    assert float(database["recall_at_10_image"]) == 1.0
+    assert database["recall_at_10_image"] == 1.0
     mlflow.set_tracking_uri(settings.tracking_uri)
     info = mlflow.models.get_model_info("models:/knn-diffusion@champion")
     assert [column.name for column in info.signature.inputs.inputs] == ["prompt"]

@@ -11,20 +11,26 @@ from tasks.contracts import ImageShards
 from tasks.stage import map_stage, skip_or_make, stage_task
 
 
-class Counting:
-    """Commits a shard of as many rows as its item says; an item of 0 is beyond it."""
+def counting() -> Any:
+    """A worker that commits a shard of as many rows as its item says; an item of 0 is beyond it.
 
-    def __init__(self, uri: str, folder: str) -> None:
-        self.uri, self.folder = uri, Path(folder)
+    Made in here so that it travels to Ray by value: its workers cannot import the tests.
+    """
 
-    def __call__(self, item: tuple[str, int]) -> artifacts.Shard:
-        name, rows = item
-        if rows == 0:
-            raise InputError(f"{name} cannot be read")
-        local = self.folder / name
-        local.mkdir()
-        (local / f"{name}.txt").write_text("x" * rows)
-        return artifacts.commit_shard(self.uri, name, local, rows=rows, info={})
+    class Counting:
+        def __init__(self, uri: str, folder: str) -> None:
+            self.uri, self.folder = uri, Path(folder)
+
+        def __call__(self, item: tuple[str, int]) -> artifacts.Shard:
+            name, rows = item
+            if rows == 0:
+                raise InputError(f"{name} cannot be read")
+            local = self.folder / name
+            local.mkdir()
+            (local / f"{name}.txt").write_text("x" * rows)
+            return artifacts.commit_shard(self.uri, name, local, rows=rows, info={})
+
+    return Counting
 
 
 def stage_at(folder: Path) -> artifacts.Stage:
@@ -49,13 +55,13 @@ def test_lost_shards_are_named_and_only_those_are_tried_again(tmp_path: Path) ->
     items = [("00000", 3), ("00001", 0), ("00002", 2)]
     with compute.cluster(cores=2):
         with pytest.raises(StageError, match=r"1 of 3 shards failed \(InputError: 00001 cannot be read\).*other 2 are"):
-            map_stage(stage, items, Counting, settings, actors=1)
+            map_stage(stage, items, counting(), settings, actors=1)
         assert sorted(stage.done()) == ["00000", "00002"]
-        done, lost = map_stage(stage, items, Counting, settings, actors=1, max_lost_fraction=0.4)
+        done, lost = map_stage(stage, items, counting(), settings, actors=1, max_lost_fraction=0.4)
         assert [shard.rows for shard in done] == [3, 2]  # a second making of these would fail: their folders are there
         assert lost == {"00001": "InputError: 00001 cannot be read"}
         with pytest.raises(InputError, match="alone cannot be read"):
-            map_stage(stage, [("alone", 0)], Counting, settings, actors=1)
+            map_stage(stage, [("alone", 0)], counting(), settings, actors=1)
 
 
 def test_without_a_cluster_a_stage_says_so() -> None:

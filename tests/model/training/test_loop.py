@@ -189,7 +189,9 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(tmp
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
     run(tmp_path)
     network = build_transformer(tiny.size(**other), embedding_dimension=tiny.WIDTH, seed=0)
-    with pytest.raises(ModelError, match=r"(?s)checkpoint .*12\.pt is of another network.*remove its folder"):
+    with pytest.raises(
+        ModelError, match=r"(?s)checkpoint .*12\.pt is damaged or of another network.*remove its folder"
+    ):
         run(tmp_path, network=network)
 
 
