@@ -141,8 +141,9 @@ class Registry:
         if kind == "database" and self._checked(folder, kind).digest != registered.digest:
             raise IntegrityError(f"{folder} is no longer what {reference} registered; restore it or register it anew")
         if kind == "generator":
-            for file in registered.files:
-                artifacts.fetch_file(str(local / "artifacts"), file, self._settings.cache_folder)  # checks the digest
+            for file in registered.files:  # those that came with the version are checked against their digest
+                if (local / "artifacts" / file.name).exists():
+                    artifacts.fetch_file(str(local / "artifacts"), file, self._settings.cache_folder)
         return Pulled(
             folder_uri=folder, manifest=registered, local=local, name=version.name, version=int(version.version)
         )

@@ -104,7 +104,7 @@ def test_a_registered_database_is_found_by_every_name(line: Line) -> None:
         assert (pulled.name, pulled.version) == (DATABASE, 1)
     (version,) = line.registry.versions("database")
     assert version["created_ms"] > 1_700_000_000_000
-    expected = {"encoder": "tiny", "rows": "3", "digest": manifest.digest, "uri": uri, "aliases": ["champion"]}
+    expected = {"encoder": "tiny", "rows": 3, "digest": manifest.digest, "uri": uri, "aliases": ["champion"]}
     assert version.items() >= {"name": DATABASE, "version": 1, **expected}.items()
 
 

@@ -240,7 +240,7 @@ def test_texts_are_embedded_by_the_encoder_trained_with(tmp_path: Path) -> None:
 def test_an_encoder_that_is_not_the_one_trained_with_is_refused(tmp_path: Path) -> None:
     changed = dataclasses.replace(Encoder().identity, weights_digest="f" * 64)
     pipeline = tiny.pipeline(tiny.database(tmp_path, tiny.unit_rows(4, 256), encoder=changed))
-    with pytest.raises(ModelError, match=r"sticker-clip \(256-d, .* is not the one trained with, sticker-clip.*ffff"):
+    with pytest.raises(ModelError, match=r"sticker-clip \(256-d, .* is not what was embedded with, sticker-clip.*ffff"):
         pipeline("an apple")
 
 
