@@ -29,12 +29,12 @@ FIRST, SECOND = "twemoji", "twemoji-animals"
 PROMPTS = (
     "a red heart",
     "a yellow smiling face",
-    "a blue square",
+    "a blue ball",
     "an orange circle",
-    "a brown face",
+    "an orange fruit",
     "a green book",
     "a red car",
-    "a black and white picture",
+    "a blue fish",
 )
 SHOWN_NEIGHBOURS, SHOWN_SAMPLES = 4, 4
 

