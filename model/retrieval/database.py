@@ -116,13 +116,12 @@ class Database:
         if k < 1:
             raise ModelError(f"k is {k}; ask for at least one neighbour")
         width = max(1, min(k, len(self) - (exclude is not None)))
-        wanted = width if exclude is None else width + 1
-        hits = self._rerank(queries, self._propose(queries, wanted if self.exact else wanted * RERANK_FACTOR), exclude)
-        ids, scores, embeddings = hits.ids[:, :width], hits.scores[:, :width], hits.embeddings[:, :width]
-        # Copies of the query, or cells without rows, can leave a query short: then all rows are looked at for it.
-        for query in np.flatnonzero((ids < 0).any(axis=1) | (ids.shape[1] < width)):
+        hits = self._search(queries, width, exclude, depth=width + (exclude is not None))
+        ids, scores, embeddings = hits.ids, hits.scores, hits.embeddings
+        # Cells without rows can leave a query short: then all rows are looked at for it.
+        for query in np.flatnonzero((ids < 0).any(axis=1)):
             one = None if exclude is None else exclude[query : query + 1]
-            whole = self._rerank(queries[query : query + 1], np.arange(len(self), dtype=np.int64)[None], one)
+            whole, _ = self._rerank(queries[query : query + 1], np.arange(len(self), dtype=np.int64)[None], one)
             ids[query], scores[query] = whole.ids[0, :width], whole.scores[0, :width]
             embeddings[query] = whole.embeddings[0, :width]
         return Hits(scores=scores, ids=ids, embeddings=np.where((ids < 0)[..., None], np.float32(0), embeddings))
@@ -143,6 +142,20 @@ class Database:
             return [{"id": int(row)} for row in ids]
         return [{"id": int(row), **known} for row, known in zip(ids, self._describe(ids), strict=True)]
 
+    def _search(self, queries: NDArray[np.float32], width: int, exclude: NDArray[np.int64] | None, depth: int) -> Hits:
+        """Propose ``depth`` of each shard and re-rank; where excluded copies took places, deeper until they do not."""
+        proposals = depth if self.exact else depth * RERANK_FACTOR
+        hits, copies = self._rerank(queries, self._propose(queries, proposals), exclude)
+        hits = Hits(scores=hits.scores[:, :width], ids=hits.ids[:, :width], embeddings=hits.embeddings[:, :width])
+        crowded = np.flatnonzero(copies > proposals - width)
+        if len(crowded) and proposals < max(index.ntotal for index in self._indexes):
+            deeper = self._search(
+                queries[crowded], width, None if exclude is None else exclude[crowded], width + int(copies.max())
+            )
+            hits.ids[crowded], hits.scores[crowded] = deeper.ids, deeper.scores
+            hits.embeddings[crowded] = deeper.embeddings
+        return hits
+
     def _propose(self, queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
         """Candidate ids (Q, shards × k), −1 where a shard had fewer."""
         found = []
@@ -154,17 +167,19 @@ class Database:
 
     def _rerank(
         self, queries: NDArray[np.float32], candidates: NDArray[np.int64], exclude: NDArray[np.int64] | None
-    ) -> Hits:
+    ) -> tuple[Hits, NDArray[np.int64]]:
+        """All candidates (Q, C) in exact order, and how many of each query's were excluded."""
         rows = self.rows(np.maximum(candidates, 0))
         scores = np.einsum("qd,qkd->qk", queries, rows, dtype=np.float32)
-        hidden = candidates < 0
+        hidden = absent = candidates < 0
         if exclude is not None:
-            hidden |= (rows == self.rows(exclude)[:, None]).all(axis=2) | (candidates == exclude[:, None])
+            hidden = absent | (rows == self.rows(exclude)[:, None]).all(axis=2) | (candidates == exclude[:, None])
         scores[hidden] = -np.inf
         order = np.lexsort((candidates, -scores), axis=1)  # ties go to the lower id, so results are reproducible
         pick = np.arange(len(queries))[:, None], order
         ids = np.where(hidden[pick], -1, candidates[pick])
-        return Hits(scores=scores[pick], ids=ids, embeddings=rows[pick].astype(np.float32))
+        hits = Hits(scores=scores[pick], ids=ids, embeddings=rows[pick].astype(np.float32))
+        return hits, (hidden & ~absent).sum(axis=1)
 
 
 def _open_index(path: Path, nprobe: int) -> Any:

@@ -169,3 +169,18 @@ def test_describe_joins_the_ids_with_what_is_known(tmp_path: Path) -> None:
     assert bare.describe(np.array([3, 1])) == [{"id": 3}, {"id": 1}]
     known = Database(files, encoder=tiny.identity(), describe=lambda ids: [{"key": f"{row:09d}"} for row in ids])
     assert known.describe([3, 1]) == [{"id": 3, "key": "000000003"}, {"id": 1, "key": "000000001"}]
+
+
+def test_copies_that_crowd_one_shard_cost_no_neighbour(tmp_path: Path) -> None:
+    """The copies and the true neighbours lie in one shard; the others have plenty of worse rows to offer."""
+    near = tiny.unit_rows(12)
+    first = np.concatenate([near[:1]] * 5 + [near])
+    far = -np.concatenate([near] * 2)
+    database = tiny.database(tmp_path, first, far)
+    rows = np.concatenate([first, far])
+    query = rows[:1].astype(np.float32)
+    found = database.search(query, 8, exclude=np.array([0]))
+    scores = rows.astype(np.float32) @ query[0]
+    scores[(rows.astype(np.float16) == rows[:1].astype(np.float16)).all(axis=1)] = -np.inf
+    assert found.scores[0] == pytest.approx(np.sort(scores)[::-1][:8], abs=2e-3)
+    assert not set(found.ids[0].tolist()) & set(range(6))
