@@ -65,6 +65,15 @@ def _fitting(wanted: float) -> float:
     return min(wanted, max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=wanted))
 
 
+def _room(cpus_each: float, gpus_each: float) -> int:
+    """How many actors of that size run at once: a shard given to one that never starts would wait for ever."""
+    there = ray.cluster_resources()
+    if gpus_each > there.get("GPU", 0):
+        raise StageError(f"{gpus_each:g} GPUs are asked for each worker, the cluster has {there.get('GPU', 0):g}")
+    rooms = [int(there.get(name, 0) // each) for name, each in (("CPU", cpus_each), ("GPU", gpus_each)) if each]
+    return max(1, min(rooms, default=1))
+
+
 class Lost(Generic[Item]):
     """A shard that could not be processed, and why."""
 
@@ -92,11 +101,10 @@ def map_shards(
     if not queue:
         return
     _start()
-    options = {"num_cpus": _fitting(cpus_per_actor), "num_gpus": gpus_per_actor, "max_restarts": -1}
-    pool = [
-        _ACTOR.options(**options, max_task_retries=SHARD_TRIES).remote(factory, settings)
-        for _ in range(max(1, min(actors, len(queue))))
-    ]
+    cpus_per_actor = _fitting(cpus_per_actor)
+    size = min(actors, len(queue), _room(cpus_per_actor, gpus_per_actor))
+    options = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor, "max_restarts": -1}
+    pool = [_ACTOR.options(**options, max_task_retries=SHARD_TRIES).remote(factory, settings) for _ in range(size)]
     pending: dict[Any, tuple[Any, Any]] = {}
     waiting = iter(queue)
 

@@ -64,6 +64,18 @@ def test_lost_shards_are_named_and_only_those_are_tried_again(tmp_path: Path) ->
             map_stage(stage, [("alone", 0)], counting(), settings, actors=1)
 
 
+def test_more_workers_than_cores_wait_for_nobody(tmp_path: Path) -> None:
+    stage = stage_at(tmp_path)
+    items = [(f"{number:05d}", number + 1) for number in range(6)]
+    with compute.cluster(cores=1):
+        settings = (stage.uri, str(tmp_path))
+        done, lost = map_stage(stage, items, counting(), settings, actors=3, cpus_per_actor=2)
+        assert compute.run(abs, -3, cpus=4) == 3
+        with pytest.raises(StageError, match="1 GPUs are asked for each worker, the cluster has 0"):
+            map_stage(stage, [("x", 1)], counting(), settings, gpus_per_actor=1)
+    assert ([shard.rows for shard in done], lost) == ([1, 2, 3, 4, 5, 6], {})
+
+
 def test_without_a_cluster_a_stage_says_so() -> None:
     with pytest.raises(StageError, match="run stages inside compute"):
         compute.run(abs, -1)
