@@ -21,7 +21,7 @@ def refused(result: Result, *parts: str) -> None:
     """One line on standard error that holds every part, nothing on standard output, exit code 1."""
     assert result.exit_code == 1, result.output
     assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if line.strip() and "shard/s]" not in line]
+    lines = [line for line in result.stderr.splitlines() if line.strip() and "%|" not in line]
     assert len(lines) == 1, result.stderr
     line = lines[0]
     assert line.startswith("knn-diffusion: ")
