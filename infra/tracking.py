@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from infra.errors import TransientError
+from infra.errors import InputError, TransientError
 from infra.settings import Settings, masked
 
 
@@ -76,7 +76,11 @@ def connect(settings: Settings) -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     configured = os.environ.get("MLFLOW_TRACKING_URI")
     if settings.tracking_uri.startswith("sqlite:///"):
-        Path(settings.tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(settings.tracking_uri.removeprefix("sqlite:///")).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder} cannot hold a registry ({error.strerror}); name a folder as --root") from error
     mlflow.set_tracking_uri(settings.tracking_uri)
     mlflow.set_registry_uri(settings.tracking_uri)
     # MLflow has put its URI into the environment, where the next Settings, of another root perhaps, would find it.
