@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.draws import Draw
 from model.errors import ModelError
 
 MARKER_CHANNELS = 1
@@ -24,9 +25,16 @@ MARKER_CHANNELS = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ConditioningConfig:
-    """How training hides parts of the condition. Probabilities are per sample and exclude each other."""
+    """How training hides parts of the condition. The drops are probabilities per sample and exclude each other.
+
+    A text's neighbours lie farther apart than a picture's own. So ``pool`` may be larger than ``neighbours``: half of
+    the samples then see a random choice of the pool instead of its nearest. ``fewer_neighbours`` is the share of
+    samples that see a random number of neighbours from 1 on, which frees k at inference from k in training.
+    """
 
     neighbours: int = 10
+    pool: int = 10  # neighbours searched for each picture, of which training shows ``neighbours``
+    fewer_neighbours: float = 0.1
     drop_all: float = 0.10
     drop_query: float = 0.15
     drop_neighbours: float = 0.10
@@ -37,9 +45,13 @@ class ConditioningConfig:
         """Refuse what cannot be sampled."""
         if self.neighbours < 1:
             raise ValueError("neighbours must be at least 1: the method retrieves")
+        if self.pool < self.neighbours:
+            raise ValueError(f"pool {self.pool} is less than neighbours {self.neighbours}; search at least as many")
         drops = (self.drop_all, self.drop_query, self.drop_neighbours)
         if min(drops) < 0 or sum(drops) > 1:
             raise ValueError("drop_all + drop_query + drop_neighbours must lie in [0, 1]: they exclude each other")
+        if not 0 <= self.fewer_neighbours <= 1:
+            raise ValueError("fewer_neighbours must lie in [0, 1]")
         if not (0 <= self.gap_probability <= 1 and 0 <= self.gap_weight < 1):
             raise ValueError("gap_probability must lie in [0, 1] and gap_weight in [0, 1)")
 
@@ -78,37 +90,52 @@ def null_condition(tokens: Tensor) -> Tensor:
     return hidden
 
 
-def bridge_text_gap(query: Tensor, config: ConditioningConfig, generator: torch.Generator) -> Tensor:
+def bridge_text_gap(query: Tensor, config: ConditioningConfig, draw: Draw) -> Tensor:
     """Mix unit rows (B, D) with random unit directions, in some of the samples, so that a text is no stranger."""
     batch = len(query)
-    mixed = torch.rand(batch, 1, generator=generator) < config.gap_probability
-    weight = torch.rand(batch, 1, generator=generator) * config.gap_weight * mixed
-    direction = F.normalize(torch.randn(query.shape, generator=generator), dim=1)
+    mixed = draw.uniform(batch, 1) < config.gap_probability
+    weight = draw.uniform(batch, 1) * config.gap_weight * mixed
+    direction = F.normalize(draw.normal(*query.shape), dim=1)
     return F.normalize((1 - weight) * query + weight * direction, dim=1)
 
 
-def training_condition(
-    query: Tensor, neighbours: Tensor, config: ConditioningConfig, generator: torch.Generator
-) -> Tensor:
+def choose_neighbours(neighbours: Tensor, config: ConditioningConfig, draw: Draw) -> Tensor:
+    """Of each pool (B, P, D), nearest first, the neighbours that are shown, hidden ones as zeros: (B, K, D)."""
+    batch, pool, dimension = neighbours.shape
+    shown = min(config.neighbours, pool)
+    if pool > shown:
+        scattered = draw.uniform(batch, 1) < 0.5
+        rank = torch.arange(pool, device=neighbours.device).expand(batch, pool) / pool
+        chosen = torch.where(scattered, draw.uniform(batch, pool), rank).topk(shown, dim=1, largest=False).indices
+        chosen = chosen.sort(dim=1).values[..., None].expand(batch, shown, dimension)
+        neighbours = neighbours.gather(1, chosen)
+    fewer = draw.uniform(batch, 1) < config.fewer_neighbours
+    count = torch.where(fewer, 1 + (draw.uniform(batch, 1) * shown).floor(), shown)
+    hidden = torch.arange(shown, device=neighbours.device) >= count
+    return neighbours.masked_fill(hidden[..., None], 0)
+
+
+def training_condition(query: Tensor, neighbours: Tensor, config: ConditioningConfig, draw: Draw) -> Tensor:
     """The tokens of a training batch: gap bridged, parts hidden at random.
 
     Args:
         query: (B, D) unit rows, the pictures' own embeddings.
-        neighbours: (B, K, D) unit rows.
+        neighbours: (B, P, D) unit rows, nearest first.
         config: what is hidden how often.
-        generator: source of all randomness, on the CPU.
+        draw: source of all randomness, on the device of the rows.
 
     Returns:
         (B, 1 + K, D + 1) float32.
     """
-    query = bridge_text_gap(query.float(), config, generator)
-    draw = torch.rand(len(query), generator=generator)
+    query = bridge_text_gap(query.float(), config, draw)
+    neighbours = choose_neighbours(neighbours.float(), config, draw)
+    dice = draw.uniform(len(query))
     all_below = config.drop_all
     query_below = all_below + config.drop_query
     neighbours_below = query_below + config.drop_neighbours
-    hide_all = draw < all_below
-    hide_query = hide_all | ((draw >= all_below) & (draw < query_below))
-    hide_neighbours = hide_all | ((draw >= query_below) & (draw < neighbours_below))
+    hide_all = dice < all_below
+    hide_query = hide_all | ((dice >= all_below) & (dice < query_below))
+    hide_neighbours = hide_all | ((dice >= query_below) & (dice < neighbours_below))
     query = query.masked_fill(hide_query[:, None], 0)
-    neighbours = neighbours.float().masked_fill(hide_neighbours[:, None, None], 0)
+    neighbours = neighbours.masked_fill(hide_neighbours[:, None, None], 0)
     return condition_tokens(query, neighbours, dimension=query.shape[1], batch=len(query))

@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from model.draws import Draw
+
 Prediction = Literal["velocity", "sample"]
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_σ (B, C, H, W), σ (B,), condition (B, T, E)) -> v̂ (B, C, H, W)."""
@@ -37,9 +39,9 @@ def to_velocity(output: Tensor, noisy: Tensor, sigma: Tensor, prediction: Predic
     return (noisy - output) / sigma[:, None, None, None].clamp(min=MIN_SIGMA)
 
 
-def sample_sigmas(batch: int, generator: torch.Generator) -> Tensor:
+def sample_sigmas(batch: int, draw: Draw) -> Tensor:
     """Logit-normal noise levels (B,) float32 in (0, 1)."""
-    return torch.sigmoid(torch.randn(batch, generator=generator))
+    return torch.sigmoid(draw.normal(batch))
 
 
 def flow_matching_loss(denoiser: Denoiser, images: Tensor, condition: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:

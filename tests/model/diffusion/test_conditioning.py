@@ -8,13 +8,21 @@ from torch import Tensor
 from model.diffusion.conditioning import (
     ConditioningConfig,
     bridge_text_gap,
+    choose_neighbours,
     condition_tokens,
     null_condition,
     training_condition,
 )
+from model.draws import Draw
 from model.errors import ModelError
 
-HIDE_NOTHING: dict[str, Any] = {"drop_all": 0.0, "drop_query": 0.0, "drop_neighbours": 0.0, "gap_probability": 0.0}
+HIDE_NOTHING: dict[str, Any] = {
+    "drop_all": 0.0,
+    "drop_query": 0.0,
+    "drop_neighbours": 0.0,
+    "gap_probability": 0.0,
+    "fewer_neighbours": 0.0,
+}
 
 
 def rows(*shape: int, seed: int = 0) -> Tensor:
@@ -22,8 +30,8 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
     return torch.nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def seeded(seed: int = 0) -> Draw:
+    return Draw(seed, 0)
 
 
 def test_tokens_are_the_query_then_its_neighbours_at_unit_variance_and_marked() -> None:
@@ -67,7 +75,7 @@ def test_the_null_condition_hides_every_embedding_and_keeps_the_marker() -> None
 
 
 def test_parts_are_hidden_as_often_as_configured_and_never_two_ways_at_once() -> None:
-    config = ConditioningConfig(drop_all=0.1, drop_query=0.25, drop_neighbours=0.4, gap_probability=0)
+    config = ConditioningConfig(drop_all=0.1, drop_query=0.25, drop_neighbours=0.4, gap_probability=0, fewer_neighbours=0)
     query, neighbours = rows(20_000, 4), rows(20_000, 2, 4, seed=1)
 
     tokens = training_condition(query, neighbours, config, seeded())
@@ -139,7 +147,7 @@ def test_the_gap_is_the_query_s_alone() -> None:
     assert (tokens[:, 0] - whole[:, 0]).abs().amax(1).min() > 1e-3
 
 
-def test_a_training_condition_follows_from_its_generator() -> None:
+def test_a_training_condition_follows_from_its_draw() -> None:
     query, neighbours = rows(50, 8), rows(50, 3, 8, seed=1)
     first, same, other = (
         training_condition(query, neighbours, ConditioningConfig(), seeded(seed)) for seed in (1, 1, 2)
@@ -155,12 +163,59 @@ def test_stored_half_precision_rows_become_float32_tokens() -> None:
     torch.testing.assert_close(tokens[:, 1:, : tiny.WIDTH], neighbours.float() * tiny.WIDTH**0.5)
 
 
+def numbered(batch: int, pool: int) -> Tensor:
+    """Neighbours (B, P, 2) that tell their rank: the first channel is 1 + it."""
+    ranks = torch.arange(1.0, pool + 1).expand(batch, pool)
+    return torch.stack([ranks, -ranks], dim=2)
+
+
+def ranks_shown(batch: int, pool: int, **settings: Any) -> Tensor:
+    """Of each sample, the ranks (1 …) of the neighbours that it sees, 0 for a hidden one."""
+    config = ConditioningConfig(pool=pool, **settings)
+    shown = choose_neighbours(numbered(batch, pool), config, seeded())
+    assert torch.equal(shown[..., 1], -shown[..., 0]), "whole rows are chosen"
+    return shown[..., 0].long()
+
+
+def test_a_pool_no_larger_than_what_is_shown_is_shown_as_it_is() -> None:
+    assert ranks_shown(50, 3, neighbours=3, fewer_neighbours=0).tolist() == [[1, 2, 3]] * 50
+    short = choose_neighbours(numbered(5, 2), ConditioningConfig(neighbours=3, fewer_neighbours=0), seeded())
+    assert short.shape == (5, 2, 2), "a database may hold fewer"
+
+
+def test_half_of_the_samples_see_the_nearest_of_a_pool_and_half_a_random_choice_in_order() -> None:
+    ranks = ranks_shown(20_000, 6, neighbours=3, fewer_neighbours=0)
+    assert (ranks.diff(dim=1) > 0).all(), "nearest first, none twice"
+    nearest = (ranks == torch.tensor([1, 2, 3])).all(1)
+    # A random choice of 3 out of 6 is the nearest three at times, one time in twenty.
+    assert nearest.float().mean().item() == pytest.approx(0.5 + 0.5 / 20, abs=0.014)
+    scattered = ranks[~nearest]
+    shares = torch.stack([(scattered == rank).any(1).float().mean() for rank in range(1, 7)])
+    assert shares[:3].tolist() == pytest.approx([9 / 19] * 3, abs=0.03)
+    assert shares[3:].tolist() == pytest.approx([10 / 19] * 3, abs=0.03)
+
+
+def test_some_samples_see_fewer_neighbours_the_nearest_ones_and_one_at_least() -> None:
+    ranks = ranks_shown(20_000, 4, neighbours=4, fewer_neighbours=0.5)
+    counts = (ranks > 0).sum(1)
+    assert torch.equal(ranks, torch.arange(1, 5) * (torch.arange(4) < counts[:, None]))
+    shares = [(counts == count).float().mean().item() for count in range(5)]
+    assert shares == pytest.approx([0, 0.125, 0.125, 0.125, 0.625], abs=0.014)
+
+
+def test_a_training_condition_shows_as_many_neighbours_as_are_asked_for() -> None:
+    config = ConditioningConfig(neighbours=3, pool=6)
+    assert training_condition(rows(5, 8), rows(5, 6, 8), config, seeded()).shape == (5, 4, 9)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         {"neighbours": 0},
         {"drop_all": 0.5, "drop_query": 0.4, "drop_neighbours": 0.2},
         {"gap_probability": 1.1},
+        {"fewer_neighbours": 1.1},
+        {"neighbours": 4, "pool": 3},
         {"gap_weight": 1.0},
     ],
 )
