@@ -8,23 +8,23 @@ and what its output means.
 """
 
 import dataclasses
+from typing import Literal
 
 import torch
 from diffusers import PixArtTransformer2DModel
-from torch import Tensor, nn
+from torch import nn
 
 from model.diffusion.conditioning import MARKER_CHANNELS
-from model.diffusion.continuous import Denoiser, Prediction, to_velocity
-
-TIMESTEPS = 1000
-"""The network's timestep is σ × 1000, the scale that its sinusoidal embedding was made for."""
+from model.diffusion.continuous import Prediction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TransformerConfig:
     """Size of the network, and what it predicts. Width is heads × head_width."""
 
-    image_size: int = 32
+    kind: Literal["transformer"] = "transformer"  # tells the networks apart in a form
+    image_size: int = 32  # of what is denoised: pixels, or latents
+    channels: int = 3  # 3 for pixels; a latent's own
     patch_size: int = 4
     layers: int = 6
     heads: int = 4
@@ -35,8 +35,8 @@ class TransformerConfig:
         """Refuse a picture that patches do not tile."""
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
-        if min(self.layers, self.heads, self.head_width) < 1:
-            raise ValueError("layers, heads and head_width must be at least 1")
+        if min(self.layers, self.heads, self.head_width, self.channels) < 1:
+            raise ValueError("layers, heads, head_width and channels must be at least 1")
 
 
 def build_transformer(config: TransformerConfig, *, embedding_dimension: int, seed: int) -> PixArtTransformer2DModel:
@@ -46,13 +46,14 @@ def build_transformer(config: TransformerConfig, *, embedding_dimension: int, se
         network = PixArtTransformer2DModel(
             num_attention_heads=config.heads,
             attention_head_dim=config.head_width,
-            in_channels=3,
-            out_channels=3,
+            in_channels=config.channels,
+            out_channels=config.channels,
             num_layers=config.layers,
             cross_attention_dim=config.heads * config.head_width,
             caption_channels=embedding_dimension + MARKER_CHANNELS,
             sample_size=config.image_size,
             patch_size=config.patch_size,
+            attention_bias=False,  # its gradients cost a pass over the batch each, and change nothing measurable
             use_additional_conditions=False,
         )
         initialise(network)
@@ -71,19 +72,3 @@ def initialise(network: PixArtTransformer2DModel) -> None:
     for block in network.transformer_blocks:
         nn.init.zeros_(block.attn1.to_out[0].weight)
         nn.init.normal_(block.attn2.to_out[0].weight, std=0.02)
-
-
-def as_denoiser(network: nn.Module, prediction: Prediction) -> Denoiser:
-    """``network`` as a function of (x_σ (B, 3, S, S), σ (B,), tokens (B, T, E)) to a velocity (B, 3, S, S)."""
-
-    def denoise(noisy: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
-        (output,) = network(
-            noisy,
-            encoder_hidden_states=condition,
-            timestep=sigma * TIMESTEPS,
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-            return_dict=False,
-        )
-        return to_velocity(output, noisy, sigma, prediction)
-
-    return denoise

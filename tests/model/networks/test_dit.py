@@ -7,7 +7,8 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from model.diffusion.conditioning import condition_tokens
-from model.networks.dit import TransformerConfig, as_denoiser, build_transformer
+from model.networks.denoiser import as_denoiser
+from model.networks.dit import TransformerConfig, build_transformer
 
 NOISY = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 SIGMA = torch.tensor([0.2, 0.5, 0.9])
@@ -59,7 +60,7 @@ def test_its_size_is_the_configured_one(image_size: int, patch_size: int, heads:
     )
 
 
-@pytest.mark.parametrize("wrong", [{"patch_size": 3}, {"layers": 0}, {"heads": 0}, {"head_width": 0}])
+@pytest.mark.parametrize("wrong", [{"patch_size": 3}, {"layers": 0}, {"heads": 0}, {"head_width": 0}, {"channels": 0}])
 def test_a_size_that_cannot_be_built_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TransformerConfig(**wrong)
@@ -69,6 +70,8 @@ def test_the_denoiser_tells_the_network_a_thousandfold_sigma_and_the_tokens() ->
     told: list[dict[str, Any]] = []
 
     class Spy(nn.Module):
+        dtype = torch.float32
+
         def forward(self, noisy: Tensor, **rest: Any) -> tuple[Tensor]:
             told.append({"noisy": noisy, **rest})
             return (noisy * 0.5,)
@@ -112,3 +115,8 @@ def test_neighbours_are_a_set_and_the_query_is_none_of_them(network: PixArtTrans
     torch.testing.assert_close(shuffled, base, atol=1e-4, rtol=1e-4)
     swapped = torch.cat([QUERY[:, None], NEIGHBOURS], dim=1)[:, [1, 0, 2, 3]]
     assert (velocity(network, condition=tokens(swapped[:, 0], swapped[:, 1:])) - base).abs().max() > 1e-2
+
+
+def test_a_networks_bytes_are_spent_on_no_bias_of_attention(network: PixArtTransformer2DModel) -> None:
+    biased = [name for name, _ in network.named_parameters() if ".to_" in name and name.endswith(".bias")]
+    assert all(".to_out." in name for name in biased)

@@ -1,0 +1,59 @@
+"""The continuous networks behind one signature, and the choice between them.
+
+Legend: ``B`` batch, ``C S S`` picture or latent, ``T`` condition tokens, ``E`` their channels.
+"""
+
+from typing import Any, TypeAlias
+
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+
+from model.diffusion.continuous import Denoiser, Prediction, to_velocity
+from model.networks.dit import TransformerConfig, build_transformer
+from model.networks.unet import UNetConfig, build_unet
+
+Network: TypeAlias = PixArtTransformer2DModel | UNet2DConditionModel
+NetworkConfig = TransformerConfig | UNetConfig
+
+TIMESTEPS = 1000
+"""A network's timestep is σ × 1000, the scale that its sinusoidal embedding was made for."""
+
+
+def build_network(config: NetworkConfig, *, embedding_dimension: int, seed: int) -> Network:
+    """The network of ``config`` with weights drawn from ``seed``."""
+    match config:
+        case TransformerConfig():
+            return build_transformer(config, embedding_dimension=embedding_dimension, seed=seed)
+        case UNetConfig():
+            return build_unet(config, embedding_dimension=embedding_dimension, seed=seed)
+
+
+def as_denoiser(network: nn.Module, prediction: Prediction) -> Denoiser:
+    """``network`` as a function of (x_σ (B, C, S, S), σ (B,), tokens (B, T, E)) to a velocity (B, C, S, S) float32.
+
+    What it is given is cast to the type of its weights, so a bfloat16 network needs no autocast.
+    """
+    inner = bare(network)
+    # PixArt asks for sizes that only its 1024-px models read.
+    extra = {} if isinstance(inner, UNet2DConditionModel) else {"added_cond_kwargs": _NO_SIZES}
+
+    def denoise(noisy: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
+        kind = inner.dtype
+        (output,) = network(
+            noisy.to(kind),
+            timestep=sigma * TIMESTEPS,
+            encoder_hidden_states=condition.to(kind),
+            return_dict=False,
+            **extra,
+        )
+        return to_velocity(output.float(), noisy[:, : output.shape[1]], sigma, prediction)
+
+    return denoise
+
+
+def bare(network: nn.Module) -> Any:
+    """The network itself where DistributedDataParallel wraps it."""
+    return getattr(network, "module", network)
+
+
+_NO_SIZES = {"resolution": None, "aspect_ratio": None}

@@ -1,0 +1,37 @@
+"""Pictures as an autoencoder's latents, for sizes where pixels are too many.
+
+Legend: ``B`` batch, ``S`` side, ``C s s`` latent.
+"""
+
+from typing import TypeAlias
+
+import torch
+from diffusers import AutoencoderKL, VQModel
+from torch import Tensor
+
+Autoencoder: TypeAlias = AutoencoderKL | VQModel
+
+
+@torch.no_grad()
+def encode_latents(autoencoder: Autoencoder, pictures: Tensor) -> Tensor:
+    """Pictures (B, 3, S, S) in [−1, 1] to latents (B, C, s, s) of about unit variance: a Gaussian's mean, unsampled."""
+    if isinstance(autoencoder, AutoencoderKL):
+        latents = autoencoder.encode(pictures).latent_dist.mode()
+    else:
+        latents = autoencoder.encode(pictures).latents
+    scaled: Tensor = (latents - _shift(autoencoder)) * autoencoder.config.scaling_factor
+    return scaled
+
+
+@torch.no_grad()
+def decode_latents(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
+    """Latents (B, C, s, s) to pictures (B, 3, S, S), not clamped."""
+    kind = next(autoencoder.parameters()).dtype
+    pictures: Tensor = autoencoder.decode(
+        (latents / autoencoder.config.scaling_factor + _shift(autoencoder)).to(kind)
+    ).sample
+    return pictures.float()
+
+
+def _shift(autoencoder: Autoencoder) -> float:
+    return getattr(autoencoder.config, "shift_factor", None) or 0.0

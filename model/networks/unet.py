@@ -1,0 +1,58 @@
+"""The U-Net denoiser: what the paper's continuous backbone is, at any size (Sheynin et al., §3.2).
+
+diffusers' ``UNet2DConditionModel`` as it stands, with the condition tokens as its encoder's hidden states. The
+transformer of :mod:`model.networks.dit` trains four times as many images a second at equal parameters; this one is here
+for who wants the paper's.
+"""
+
+import dataclasses
+from typing import Literal
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from model.diffusion.conditioning import MARKER_CHANNELS
+from model.diffusion.continuous import Prediction
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class UNetConfig:
+    """Size of the network: a level for each of ``widths``, halving the picture; attention in all but the first."""
+
+    kind: Literal["unet"] = "unet"
+    image_size: int = 64
+    channels: int = 3
+    widths: tuple[int, ...] = (64, 128, 192, 256)
+    layers: int = 2  # a level
+    head_width: int = 32
+    prediction: Prediction = "velocity"
+
+    def __post_init__(self) -> None:
+        """Refuse a picture that cannot be halved, and widths that heads or group norms do not divide."""
+        halvings = len(self.widths) - 1
+        if halvings < 1 or self.image_size % 2**halvings:
+            raise ValueError(f"image_size {self.image_size} cannot be halved {halvings} times; give 2 widths or more")
+        if any(width % 32 or width % self.head_width for width in self.widths):
+            raise ValueError(f"widths {self.widths} must be multiples of 32 and of head_width {self.head_width}")
+
+
+def build_unet(config: UNetConfig, *, embedding_dimension: int, seed: int) -> UNet2DConditionModel:
+    """The network with weights drawn from ``seed`` and a zero head; the global random state is left as it was."""
+    deeper = len(config.widths) - 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = UNet2DConditionModel(
+            sample_size=config.image_size,
+            in_channels=config.channels,
+            out_channels=config.channels,
+            layers_per_block=config.layers,
+            block_out_channels=config.widths,
+            down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * deeper,
+            up_block_types=("CrossAttnUpBlock2D",) * deeper + ("UpBlock2D",),
+            cross_attention_dim=embedding_dimension + MARKER_CHANNELS,
+            attention_head_dim=tuple(width // config.head_width for width in config.widths),
+        )
+        nn.init.zeros_(network.conv_out.weight)
+        nn.init.zeros_(network.conv_out.bias)
+    return network

@@ -1,0 +1,72 @@
+import dataclasses
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from model.networks.denoiser import as_denoiser
+from model.networks.unet import UNetConfig, build_unet
+
+SMALL = UNetConfig(image_size=8, widths=(32, 64), layers=1, head_width=32)
+
+
+def build(seed: int = 0, **changes: Any) -> Any:
+    return build_unet(dataclasses.replace(SMALL, **changes), embedding_dimension=tiny.WIDTH, seed=seed)
+
+
+def given(batch: int = 2, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(batch, channels, 8, 8, generator=generator),
+        torch.rand(batch, generator=generator),
+        torch.randn(batch, 3, tiny.WIDTH + 1, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_its_first_output_is_zero_and_of_the_pictures_shape(channels: int) -> None:
+    output = as_denoiser(build(channels=channels), "velocity")(*given(channels=channels))
+    assert output.shape == (2, channels, 8, 8)
+    assert not output.any()
+
+
+def test_its_output_follows_picture_level_and_condition() -> None:
+    network = build()
+    torch.nn.init.normal_(network.conv_out.weight, generator=torch.Generator().manual_seed(1))
+    denoise, (noisy, sigma, tokens) = as_denoiser(network.eval(), "velocity"), given()
+    first = denoise(noisy, sigma, tokens)
+    for changed in ((noisy + 1, sigma, tokens), (noisy, sigma / 2, tokens), (noisy, sigma, tokens.flip(0))):
+        assert (denoise(*changed) - first).abs().max() > 1e-4
+    torch.testing.assert_close(denoise(*(part[:1] for part in given())), first[:1], atol=1e-3, rtol=1e-3)
+
+
+def test_attention_is_at_every_level_but_the_first() -> None:
+    network = build(widths=(32, 64, 96))
+    attended = [hasattr(block, "attentions") for block in network.down_blocks]
+    assert attended == [False, True, True]
+    heads = [block.attentions[0].transformer_blocks[0].attn2.heads for block in network.down_blocks[1:]]
+    assert heads == [2, 3], "width / head_width"
+
+
+def test_the_weights_follow_from_the_seed_alone() -> None:
+    before = torch.random.get_rng_state()
+    first, same, other = (build(seed).state_dict() for seed in (0, 0, 1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(weight, same[name]) for name, weight in first.items())
+    assert any(not torch.equal(weight, other[name]) for name, weight in first.items())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"image_size": 9}, "cannot be halved 1 times"),
+        ({"image_size": 4, "widths": (32, 32, 32, 32)}, "cannot be halved 3 times"),
+        ({"widths": (32,)}, "give 2 widths or more"),
+        ({"widths": (32, 48)}, "multiples of 32"),
+        ({"widths": (32, 64), "head_width": 64}, "of head_width 64"),
+    ],
+)
+def test_what_does_not_fit_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(**wrong)

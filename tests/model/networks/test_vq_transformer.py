@@ -1,0 +1,137 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from model.diffusion.conditioning import condition_tokens
+from model.networks.vq_transformer import VQTransformer, VQTransformerConfig, build_vq_transformer
+
+SIZE: dict[str, Any] = {"codes": 12, "tokens": 9, "timesteps": 20, "layers": 2, "heads": 2, "head_width": 8}
+CODES = torch.randint(13, (3, 9), generator=torch.Generator().manual_seed(0))
+TIMES = torch.tensor([1, 8, 20])
+ROWS = torch.from_numpy(tiny.unit_rows(12)).float()
+QUERY, NEIGHBOURS = ROWS[:3], ROWS[3:].reshape(3, 3, -1)
+
+
+def tokens(query: Tensor = QUERY, neighbours: Tensor = NEIGHBOURS) -> Tensor:
+    return condition_tokens(query, neighbours, dimension=tiny.WIDTH, batch=len(query))
+
+
+def build(seed: int = 0, **changes: Any) -> VQTransformer:
+    return build_vq_transformer(VQTransformerConfig(**SIZE | changes), embedding_dimension=tiny.WIDTH, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def network() -> VQTransformer:
+    """One that has been trained for a while, as far as a test can tell: nothing in it is silent."""
+    network = build()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return network
+
+
+@torch.no_grad()
+def answer(network: nn.Module, codes: Tensor = CODES, times: Tensor = TIMES, condition: Tensor | None = None) -> Tensor:
+    logits: Tensor = network(codes, times, tokens() if condition is None else condition)
+    return logits
+
+
+def test_a_new_network_finds_every_code_alike_and_none_is_the_mask() -> None:
+    assert torch.equal(answer(build()), torch.zeros(3, 9, 12))
+
+
+def test_its_weights_follow_from_the_seed_and_the_global_state_is_left_alone() -> None:
+    before = torch.random.get_rng_state()
+    first, same, other = (nn.utils.parameters_to_vector(build(seed).parameters()) for seed in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert (first != other).float().mean() > 0.5
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_it_comes_back_from_disk_as_it_was(network: VQTransformer, tmp_path: Path) -> None:
+    network.save_pretrained(tmp_path)
+    again = VQTransformer.from_pretrained(tmp_path, local_files_only=True)
+    assert {name: again.config[name] for name in SIZE} == SIZE
+    assert again.config.condition_channels == tiny.WIDTH + 1
+    assert torch.equal(answer(again), answer(network))
+
+
+def test_the_default_size_is_about_twenty_million() -> None:
+    with torch.device("meta"):
+        network = VQTransformer(condition_channels=257)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    assert 20e6 < count < 23e6
+    assert network.blocks[0].own.query.weight.shape == (384, 384)
+
+
+def test_every_parameter_learns_once_the_head_does(network: VQTransformer) -> None:
+    network(CODES, TIMES, tokens()).square().sum().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+    network.zero_grad()
+
+
+def test_matrices_for_muon_are_those_of_the_blocks_alone(network: VQTransformer) -> None:
+    matrices = {name for name, p in network.named_parameters() if "blocks." in name and p.ndim == 2}
+    assert len(matrices) == 2 * (4 + 4 + 2)
+    assert all(name.endswith("weight") for name in matrices)
+
+
+def test_the_samples_of_a_batch_do_not_see_each_other_or_each_other_s_time(network: VQTransformer) -> None:
+    together = answer(network)
+    for position in range(3):
+        own = slice(position, position + 1)
+        alone = answer(network, CODES[own], TIMES[own], tokens()[own])
+        torch.testing.assert_close(alone, together[own], atol=1e-4, rtol=1e-4)
+
+
+def test_the_answer_depends_on_all_it_is_told(network: VQTransformer) -> None:
+    base = answer(network)
+    for name, other in {
+        "query": answer(network, condition=tokens(query=QUERY.roll(1, 0))),
+        "neighbours": answer(network, condition=tokens(neighbours=NEIGHBOURS.roll(1, 0))),
+        "time": answer(network, times=TIMES.roll(1)),
+        "codes": answer(network, codes=(CODES + 1) % 13),
+    }.items():
+        assert (other - base).abs().amax((1, 2)).min() > 1e-2, name
+
+
+def test_every_token_sees_every_other_and_knows_its_row_and_its_column(network: VQTransformer) -> None:
+    base = answer(network)
+    changed = CODES.clone()
+    changed[:, 8] = (changed[:, 8] + 1) % 13
+    assert (answer(network, changed) - base)[:, 0].abs().max() > 1e-4
+    alike = answer(network, torch.full((3, 9), 12))[0].unflatten(0, (3, 3))
+    assert alike.diff(dim=0).abs().amax(2).min() > 1e-3
+    assert alike.diff(dim=1).abs().amax(2).min() > 1e-3
+
+
+def test_neighbours_are_a_set_and_the_query_is_none_of_them(network: VQTransformer) -> None:
+    base = answer(network)
+    shuffled = answer(network, condition=tokens(neighbours=NEIGHBOURS[:, [2, 0, 1]]))
+    torch.testing.assert_close(shuffled, base, atol=1e-4, rtol=1e-4)
+    swapped = torch.cat([QUERY[:, None], NEIGHBOURS], dim=1)[:, [1, 0, 2, 3]]
+    assert (answer(network, condition=tokens(swapped[:, 0], swapped[:, 1:])) - base).abs().max() > 1e-2
+
+
+def test_its_dtype_is_that_of_its_weights(network: VQTransformer) -> None:
+    """In double precision here; half precision, which goes the same way, is for accelerators."""
+    double = VQTransformer.from_config(network.config)
+    double.load_state_dict(network.state_dict())
+    logits = answer(double.double())
+    assert logits.dtype == torch.float64
+    torch.testing.assert_close(logits.float(), answer(network), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"tokens": 8}, {"tokens": 0}, {"codes": 1}, {"timesteps": 1}, {"layers": 0}, {"heads": 0}]
+)
+def test_a_size_that_cannot_be_built_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        VQTransformerConfig(**wrong)
