@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from model.training.sharding import own_part
+
 
 def ema_decay(step: int, decay: float) -> float:
     """The decay at ``step`` (0, 1, …): rises as (step + 1)/(step + 10) until it meets ``decay``."""
@@ -19,6 +21,7 @@ def ema_copy(network: nn.Module) -> nn.Module:
 @torch.no_grad()
 def ema_update(average: nn.Module, network: nn.Module, decay: float) -> None:
     """Set average ← decay·average + (1 − decay)·network; buffers are copied."""
-    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+    old_parts, new_parts = ([own_part(p) for p in module.parameters()] for module in (average, network))
+    torch._foreach_lerp_(old_parts, new_parts, 1 - decay)
     for old, new in zip(average.buffers(), network.buffers(), strict=True):
         old.copy_(new)

@@ -1,27 +1,31 @@
-"""The training loop: a network, data, and two Protocols. Where metrics and checkpoints go is not its business.
+"""The training loop: a network, an objective, data. Where metrics and checkpoints go is not its business.
 
-Everything random in a step is drawn from (seed, step, rank), so on one worker a run that was killed and resumed ends
-with the weights of one that was not, bit for bit.
+Everything random in a step is drawn from (seed, step) for the whole global batch, so on one worker a run that was
+killed and resumed ends with the weights of one that was not, bit for bit, and on several it sees the same pictures and
+noise.
 """
 
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from model.diffusion.conditioning import ConditioningConfig, training_condition
-from model.diffusion.continuous import Denoiser, Prediction, flow_matching_loss, sample_sigmas
+from model.draws import Draw
 from model.errors import ModelError
-from model.networks.dit import as_denoiser
-from model.training.data import Batch, step_generator
+from model.training.checkpoint import restore, save
+from model.training.data import Batch
 from model.training.ema import ema_copy, ema_decay, ema_update
+from model.training.sharding import shard, whole
+from model.training.step import Step, learning_rate
+
+STOP_STEPS = 8
+"""Steps between two askings whether to stop, where workers must agree: an answer makes a GPU wait."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,22 +33,30 @@ class TrainingConfig:
     """How long and how fast. Lengths are counted in images, so they do not change with the batch."""
 
     images: int = 40_000
-    batch_size: int = 32  # global, over all workers
+    batch_size: int = 32  # global, over all workers and their pieces
+    pieces: int = 1  # of each worker's share, one after the other: gradient accumulation
     learning_rate: float = 3e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
     warmup_images: int = 1_600
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
     ema_decay: float = 0.995
+    compile: bool = True  # on CUDA; a CPU compiles for longer than it saves
+    bfloat16_copy: bool = True  # on CUDA; False computes under autocast, for objectives that write into the weights
+    sharding: Literal["ddp", "fsdp"] = "ddp"  # of several workers: each holds all weights, or a part of them
     checkpoint_images: int = 8_000
     log_images: int = 640
+    grid_images: int = 8_000
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what would train nothing."""
         if self.images < self.batch_size or self.batch_size < 1:
             raise ValueError("images must be at least one batch_size, and batch_size at least 1")
-        if min(self.checkpoint_images, self.log_images) < 1:
-            raise ValueError("checkpoint_images and log_images must be at least 1")
+        if self.pieces < 1 or self.batch_size % self.pieces:
+            raise ValueError(f"batch_size {self.batch_size} does not divide into {self.pieces} pieces")
+        if min(self.checkpoint_images, self.log_images, self.grid_images) < 1:
+            raise ValueError("checkpoint_images, log_images and grid_images must be at least 1")
         if self.learning_rate <= 0 or not 0 <= self.ema_decay < 1:
             raise ValueError("learning_rate must be above 0 and ema_decay in [0, 1)")
 
@@ -57,16 +69,28 @@ class TrainingConfig:
 class TrainingData(Protocol):
     """Where batches come from."""
 
-    def batch(self, step: int, *, seed: int, size: int, rank: int = 0, world: int = 1) -> Batch:
-        """One worker's share of a global batch."""
+    def batch(self, step: int, *, seed: int, size: int, part: int = 0, parts: int = 1) -> Batch:
+        """One part of a global batch."""
+        ...
+
+
+class Objective(Protocol):
+    """What a step minimises: a module, whose own state is kept with the checkpoint."""
+
+    def __call__(self, network: nn.Module, batch: Batch, draw: Draw) -> torch.Tensor:
+        """Mean loss of ``batch``, a scalar."""
         ...
 
 
 class Metrics(Protocol):
-    """Where numbers go."""
+    """Where numbers and pictures go."""
 
     def log(self, *, images: int, values: dict[str, float]) -> None:
         """Take the values at ``images`` images seen."""
+        ...
+
+    def grid(self, *, images: int, average: nn.Module) -> None:
+        """Draw samples of the averaged network at ``images`` images seen, if wanted."""
         ...
 
 
@@ -86,128 +110,123 @@ class Checkpoints(Protocol):
         ...
 
 
+class InterruptedTrainingError(Exception):
+    """Training was asked to stop; the checkpoint of the last step is kept."""
+
+
 def train(
     network: nn.Module,
+    objective: Objective,
     data: TrainingData,
     config: TrainingConfig,
-    conditioning: ConditioningConfig,
     *,
-    prediction: Prediction,
     checkpoints: Checkpoints,
     metrics: Metrics,
     device: torch.device | str = "cpu",
     rank: int = 0,
     world: int = 1,
+    stop: Callable[[], bool] = lambda: False,
 ) -> nn.Module:
     """Train ``network`` to the end of ``config`` from the latest checkpoint on; return its moving average.
 
     Args:
-        network: the transformer, the same initial weights on every worker.
-        data: batches.
+        network: what learns, float32, the same initial weights on every worker.
+        objective: what it learns.
+        data: batches on ``device``.
         config: lengths and rates.
-        conditioning: what is hidden how often.
-        prediction: what the network's output means.
         checkpoints: kept on rank 0, read on all.
         metrics: given values on rank 0.
-        device: where to train; bf16 autocast on CUDA, float32 elsewhere.
+        device: where to train; bfloat16 on CUDA, float32 elsewhere.
         rank: this worker.
         world: workers, between which a process group is up when there are several.
+        stop: asked after every step, by several workers every ``STOP_STEPS``; True keeps a checkpoint and ends the run
+            (a machine that is taken away, say).
 
     Raises:
-        ModelError: the loss is no longer finite, or a checkpoint does not fit the network.
+        ModelError: the loss is no longer finite, memory is out, or a checkpoint does not fit the network.
+        InterruptedTrainingError: ``stop`` said so.
     """
-    if config.batch_size % world:
-        raise ModelError(f"batch_size {config.batch_size} does not divide among {world} workers; choose a multiple")
+    if config.batch_size % (world * config.pieces):
+        told = f"batch_size {config.batch_size} does not divide among {world} workers of {config.pieces} pieces"
+        raise ModelError(f"{told}; choose a multiple")
     device = torch.device(device)
-    network = network.to(device).train()
-    average = ema_copy(network)
-    optimizers = build_optimizers(network, config)
-    start = _restore(checkpoints.latest(), network, average, optimizers, device)
-    replica = DistributedDataParallel(network) if world > 1 else network
-
-    denoiser = as_denoiser(replica, prediction)
-    losses: list[torch.Tensor] = []
-    logged_at, logged_step = time.monotonic(), start
-    for step in range(start, config.steps):
-        rate = _learning_rate(step, config)
-        loss = _loss(denoiser, data, step, config, conditioning, device, rank, world)
-        _optimize(optimizers, network, loss, rate, config)
-        ema_update(average, network, ema_decay(step, config.ema_decay))
-        losses.append(loss.detach())
-        seen = (step + 1) * config.batch_size
-        checkpoint_due = _passes(seen, config.checkpoint_images, config)
-        if checkpoint_due or _passes(seen, config.log_images, config) or step + 1 == config.steps:
-            value = _mean_loss(losses, world)
-            if not math.isfinite(value):
-                raise ModelError(f"the loss is {value} after {seen} images; lower learning_rate and run again")
-            speed = (step + 1 - logged_step) * config.batch_size / (time.monotonic() - logged_at)
+    average = Average(network.to(device), sharded=config.sharding == "fsdp" and world > 1, device=device)
+    step = Step(network.train(), objective, data, config, device, rank, world)
+    kept = {"network": step.network, "average": average.network, "objective": objective}
+    start = restore(checkpoints.latest(), kept, step.optimizers, device)
+    if start >= config.steps:
+        return average.whole()
+    step.prepare(start)
+    window = _Window(start, step)
+    for number in range(start, config.steps):
+        loss = step.take(number)
+        ema_update(average.network, step.network, ema_decay(number, config.ema_decay))
+        window.add(loss)
+        seen = (number + 1) * config.batch_size
+        stopping = _stopping(stop, number, world, device)
+        checkpoint_due = stopping or _passes(seen, config.checkpoint_images, config)
+        if checkpoint_due or _passes(seen, config.log_images, config) or number + 1 == config.steps:
+            values = window.close(number + 1, config, world)
             if rank == 0:
-                metrics.log(images=seen, values={"loss": value, "learning_rate": rate, "images_per_s": speed})
-            losses, logged_at, logged_step = [], time.monotonic(), step + 1
-            if rank == 0 and checkpoint_due:
-                _save(checkpoints, step + 1, network, average, optimizers)
-    return average
+                metrics.log(images=seen, values=values)
+            if checkpoint_due:
+                save(checkpoints, number + 1, kept, step.optimizers, rank=rank)
+        if stopping:
+            raise InterruptedTrainingError(f"stopped after {seen} images; run again to go on from there")
+        if _passes(seen, config.grid_images, config):
+            drawn = average.whole()
+            if rank == 0:
+                metrics.grid(images=seen, average=drawn)
+            window.skip()
+    return average.whole()
 
 
-def build_optimizers(network: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for everything else (embeddings, heads, norms, biases).
+class Average:
+    """The moving average of the network, split as the network is."""
 
-    Muon's orthogonalised steps reach the same loss in fewer images here; its rate is matched to AdamW's scale, so one
-    learning rate serves both (Moonshot 2502.16982, §2.2).
-    """
-    blocks = [p for name, p in network.named_parameters() if "blocks." in name and p.ndim == 2 and min(p.shape) > 8]
-    inside = {id(parameter) for parameter in blocks}
-    rest = [parameter for parameter in network.parameters() if id(parameter) not in inside]
-    decay = config.weight_decay
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=decay)]
-    if blocks:
-        optimizers.append(torch.optim.Muon(blocks, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+    def __init__(self, network: nn.Module, *, sharded: bool, device: torch.device) -> None:
+        """Start at ``network``, before it is split."""
+        self.network = ema_copy(network)
+        self._device, self._whole = device, self.network
+        if sharded:
+            self._whole = ema_copy(network).cpu()
+            shard(self.network, device)
 
-
-def _learning_rate(step: int, config: TrainingConfig) -> float:
-    """Linear warmup, then a cosine to 2% of the peak."""
-    seen = step * config.batch_size
-    warm = min(1.0, (seen + config.batch_size) / max(config.warmup_images, 1))
-    return config.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+    def whole(self) -> nn.Module:
+        """It with all of its weights, ready for use. All workers call this together."""
+        if self._whole is not self.network:
+            self._whole.load_state_dict(whole(self.network.state_dict()))
+        return self._whole.to(self._device)
 
 
-def _loss(
-    denoiser: Denoiser,
-    data: TrainingData,
-    step: int,
-    config: TrainingConfig,
-    conditioning: ConditioningConfig,
-    device: torch.device,
-    rank: int,
-    world: int,
-) -> torch.Tensor:
-    """The loss of this worker's share, with noise of its own: drawn from the seed, the step and the rank."""
-    batch = data.batch(step, seed=config.seed, size=config.batch_size, rank=rank, world=world)
-    generator = step_generator(config.seed, step * world + rank, 2)
-    condition = training_condition(batch.query, batch.neighbours, conditioning, generator)
-    sigma = sample_sigmas(len(batch.images), generator)
-    noise = torch.randn(batch.images.shape, generator=generator)
-    images, condition, sigma, noise = (tensor.to(device) for tensor in (batch.images, condition, sigma, noise))
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        return flow_matching_loss(denoiser, images, condition, sigma, noise)
+class _Window:
+    """The steps since numbers were last logged."""
 
+    def __init__(self, start: int, step: Step) -> None:
+        self._step, self._losses, self._start, self._since = step, list[torch.Tensor](), start, time.monotonic()
 
-def _optimize(
-    optimizers: list[torch.optim.Optimizer],
-    network: nn.Module,
-    loss: torch.Tensor,
-    rate: float,
-    config: TrainingConfig,
-) -> None:
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-    loss.backward()  # type: ignore[no-untyped-call]
-    nn.utils.clip_grad_norm_(network.parameters(), config.gradient_clip)
-    for optimizer in optimizers:
-        optimizer.step()
+    def add(self, loss: torch.Tensor) -> None:
+        self._losses.append(loss)
+
+    def close(self, end: int, config: TrainingConfig, world: int) -> dict[str, float]:
+        """The window's numbers, and a new window. Raises ``ModelError`` when the loss is no longer finite."""
+        loss = _mean_loss(self._losses, world)
+        if not math.isfinite(loss):
+            seen = end * config.batch_size
+            raise ModelError(f"the loss is {loss} after {seen} images; lower learning_rate and run again")
+        speed = (end - self._start) * config.batch_size / (time.monotonic() - self._since)
+        self._losses, self._start, self._since = [], end, time.monotonic()
+        return {
+            "loss": loss,
+            "learning_rate": learning_rate(end - 1, config),
+            "images_per_s": speed,
+            "model_flops_utilisation": speed * self._step.flops / (self._step.peak * world),
+        }
+
+    def skip(self) -> None:
+        """Leave the time since the last step out of the speed."""
+        if not self._losses:
+            self._since = time.monotonic()
 
 
 def _mean_loss(losses: list[torch.Tensor], world: int) -> float:
@@ -218,48 +237,17 @@ def _mean_loss(losses: list[torch.Tensor], world: int) -> float:
     return float(mean)
 
 
+def _stopping(stop: Callable[[], bool], number: int, world: int, device: torch.device) -> bool:
+    """Whether any worker is to stop. Several ask each other every few steps only."""
+    if world == 1:
+        return stop()
+    if (number + 1) % STOP_STEPS:
+        return False
+    asked = torch.tensor(float(stop()), device=device)
+    dist.all_reduce(asked, dist.ReduceOp.MAX)
+    return bool(asked)
+
+
 def _passes(seen: int, every: int, config: TrainingConfig) -> bool:
     """Whether the step that ends at ``seen`` images crosses a multiple of ``every``."""
     return seen // every > (seen - config.batch_size) // every
-
-
-def _save(
-    checkpoints: Checkpoints,
-    step: int,
-    network: nn.Module,
-    average: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-) -> None:
-    path = checkpoints.scratch()
-    torch.save(
-        {
-            "step": step,
-            "network": network.state_dict(),
-            "average": average.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        },
-        path,
-    )
-    checkpoints.save(step, path)
-
-
-def _restore(
-    path: Path | None,
-    network: nn.Module,
-    average: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    device: torch.device,
-) -> int:
-    if path is None:
-        return 0
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        network.load_state_dict(state["network"])
-        average.load_state_dict(state["average"])
-        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-    except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        told = f"checkpoint {path} is damaged or of another network ({reason}); remove its folder to start anew"
-        raise ModelError(told) from error
-    return int(state["step"])

@@ -1,37 +1,71 @@
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from model.errors import ModelError
-from model.training.data import TrainingSet, picture_to_array, step_generator, to_model_range
+from model.training.data import Batch, Rows, TrainingSet, picture_to_array, to_model_range
+from model.training.database_rows import DatabaseRows, JoinedRows
 
 N = 12
+DATABASE = tiny.unit_rows(2 * N, seed=1)
 
 
-def training_set() -> TrainingSet:
+def rows(first: int = 0, last: int = N) -> Rows:
     """Picture i is the flat grey 20·i, its embedding row i, its neighbours the database's rows i + 1 and 2·i."""
-    pixels = np.repeat(np.arange(N, dtype=np.uint8) * 20, 4 * 4 * 3).reshape(N, 4, 4, 3)
-    neighbours = np.stack([np.arange(N) + 1, np.arange(N) * 2], axis=1)
-    return TrainingSet(pixels, tiny.unit_rows(N), neighbours, tiny.unit_rows(2 * N, seed=1))
+    own = np.arange(first, last)
+    pixels = np.repeat(own.astype(np.uint8) * 20, 4 * 4 * 3).reshape(len(own), 4, 4, 3)
+    neighbours = np.stack([own + 1, own * 2], axis=1)
+    return Rows(pictures=pixels, embeddings=tiny.unit_rows(N)[first:last], neighbours=neighbours, reference=255 - pixels)
 
 
-def chosen(images: Tensor) -> list[int]:
+class Shard:
+    """Rows that are loaded when asked for, and count how often."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self._held, self.rows, self.loads = rows(first, last), last - first, 0
+
+    def load(self) -> Rows:
+        self.loads += 1
+        return self._held
+
+
+def shards(*sizes: int) -> list[Shard]:
+    ends = np.cumsum(sizes).tolist()
+    return [Shard(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def training_set(shards: Any = None, **options: Any) -> TrainingSet:
+    return TrainingSet(rows() if shards is None else shards, DATABASE, **options)
+
+
+def chosen(batch: Batch) -> list[int]:
     """Which pictures a batch holds."""
-    return ((images[:, 0, 0, 0] + 1) * 127.5 / 20).round().int().tolist()
+    own: list[int] = ((batch.images[:, 0, 0, 0] + 1) * 127.5 / 20).round().int().tolist()
+    return own
 
 
-def batches(data: TrainingSet, steps: int, size: int, **options: Any) -> list[int]:
-    return [i for step in range(steps) for i in chosen(data.batch(step, size=size, **{"seed": 0} | options).images)]
+def seen(data: TrainingSet, steps: int, size: int, **options: Any) -> list[int]:
+    return [i for step in range(steps) for i in chosen(data.batch(step, size=size, **{"seed": 0} | options))]
+
+
+def require_lockstep(batch: Batch) -> None:
+    """Pictures, embeddings, neighbours and references are of the same rows."""
+    own = np.array(chosen(batch))
+    np.testing.assert_array_equal(batch.query, tiny.unit_rows(N)[own])
+    np.testing.assert_array_equal(batch.neighbours[:, 0], DATABASE[own + 1])
+    np.testing.assert_array_equal(batch.neighbours[:, 1], DATABASE[own * 2])
+    assert batch.reference is not None
+    np.testing.assert_allclose(batch.reference, -batch.images, atol=1e-6)
 
 
 def test_pixels_become_the_range_of_the_model() -> None:
-    pixels = torch.tensor([[[[0, 51, 255]]]], dtype=torch.uint8)
-    scaled = to_model_range(pixels)
+    scaled = to_model_range(torch.tensor([[[[0, 51, 255]]]], dtype=torch.uint8))
     assert scaled.shape == (1, 3, 1, 1)
     assert scaled.flatten().tolist() == pytest.approx([-1, -0.6, 1])
 
@@ -44,66 +78,147 @@ def test_a_picture_is_its_centre_square() -> None:
     assert np.abs(array.astype(int) - [0, 0, 255]).max() < 20, "no more red than the filter takes from beside the crop"
 
 
-def test_picture_embedding_and_neighbours_stay_together() -> None:
-    data = training_set()
-    batch = data.batch(3, seed=5, size=6)
-    own = np.array(chosen(batch.images))
-    assert (batch.images.shape, batch.query.dtype, batch.neighbours.dtype) == (
-        (6, 3, 4, 4),
-        torch.float32,
-        torch.float32,
-    )
-    np.testing.assert_array_equal(batch.query, tiny.unit_rows(N)[own])
-    np.testing.assert_array_equal(batch.neighbours[:, 0], tiny.unit_rows(2 * N, seed=1)[own + 1])
-    np.testing.assert_array_equal(batch.neighbours[:, 1], tiny.unit_rows(2 * N, seed=1)[own * 2])
+def test_the_parts_of_a_row_stay_together() -> None:
+    batch = training_set().batch(3, seed=5, size=6)
+    assert batch.images.shape == (6, 3, 4, 4)
+    assert {part.dtype for part in (batch.images, batch.query, batch.neighbours)} == {torch.float32}
+    require_lockstep(batch)
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 8, 30])
-def test_every_picture_comes_once_an_epoch(size: int) -> None:
-    seen = batches(training_set(), 120 // size, size)
-    epochs = [seen[start : start + N] for start in range(0, 120, N)]
+@pytest.mark.parametrize("window_rows", [1, 5, 100])
+def test_every_picture_comes_once_an_epoch_and_in_lockstep(size: int, window_rows: int) -> None:
+    data = training_set(shards(3, 4, 1, 4), window_rows=window_rows)
+    for step in range(4):
+        require_lockstep(data.batch(step, seed=0, size=size))
+    pictures = seen(data, 120 // size, size)
+    epochs = [pictures[start : start + N] for start in range(0, 120, N)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(N))] * 10
     assert len({tuple(epoch) for epoch in epochs}) == 10, "every epoch has an order of its own"
 
 
 def test_the_order_follows_from_the_seed() -> None:
     data = training_set()
-    assert batches(data, 6, 4) == batches(training_set(), 6, 4)
-    assert batches(data, 6, 4) != batches(data, 6, 4, seed=1)
+    assert seen(data, 6, 4) == seen(training_set(), 6, 4)
+    assert seen(data, 6, 4) != seen(data, 6, 4, seed=1)
 
 
-@pytest.mark.parametrize("world", [2, 3, 6])
-def test_the_workers_slices_make_up_the_global_batch(world: int) -> None:
-    data = training_set()
+def test_shards_that_fit_in_one_window_are_shuffled_as_one_set_and_read_once() -> None:
+    parts = shards(3, 4, 5)
+    assert seen(training_set(parts, window_rows=N), 9, 4) == seen(training_set(), 9, 4)
+    assert [part.loads for part in parts] == [1, 1, 1]
+
+
+def test_a_large_set_comes_window_by_window() -> None:
+    data = training_set(shards(*[3] * 4), window_rows=6)
+    epochs = np.array(seen(data, 6, N)).reshape(6, 2, 6)  # of two windows each, of two shards each
+    held = [[{i // 3 for i in window} for window in epoch] for epoch in epochs.tolist()]
+    assert all(len(first) == len(second) == 2 for first, second in held)
+    assert len({frozenset(first) for first, _ in held}) > 1, "other shards meet in another epoch"
+
+
+def test_a_resumed_run_goes_on_with_the_same_rows() -> None:
+    unbroken = seen(training_set(shards(3, 4, 5), window_rows=5), 12, 5)
+    resumed = training_set(shards(3, 4, 5), window_rows=5)
+    assert [i for step in range(7, 12) for i in chosen(resumed.batch(step, seed=0, size=5))] == unbroken[7 * 5 :]
+
+
+def test_the_window_after_is_read_while_this_one_trains() -> None:
+    reading, go = threading.Event(), threading.Event()
+
+    class Slow(Shard):
+        def load(self) -> Rows:
+            self.loads += 1
+            if self.loads == 1 and len(opened) == 1:
+                reading.set()
+                assert go.wait(10)
+            opened.append(self)
+            return super().load()
+
+    opened: list[Shard] = []
+    data = training_set([Slow(0, 6), Slow(6, 12)], window_rows=6)
+    data.batch(0, seed=0, size=2)
+    assert reading.wait(10), "the second window is asked for by the first one's first batch"
+    assert len(data.batch(1, seed=0, size=2).images) == 2, "and does not hold it up"
+    go.set()
+    assert sorted(seen(data, 3, 4)) == list(range(N))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+@pytest.mark.parametrize("window_rows", [5, 100])
+def test_the_parts_make_up_the_global_batch(parts: int, window_rows: int) -> None:
+    data = training_set(shards(3, 4, 5), window_rows=window_rows)
     for step in range(7):
-        parts = [data.batch(step, seed=0, size=18, rank=rank, world=world) for rank in range(world)]
+        split = [data.batch(step, seed=0, size=18, part=part, parts=parts) for part in range(parts)]
         whole = data.batch(step, seed=0, size=18)
-        for name in ("images", "query", "neighbours"):
-            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), (name, step)
-        assert {len(part.images) for part in parts} == {18 // world}
+        for name in ("images", "query", "neighbours", "reference"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in split]), getattr(whole, name)), (name, step)
+        assert {len(part.images) for part in split} == {18 // parts}
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        (np.arange(N * 4, dtype=np.float16).reshape(N, 1, 2, 2), torch.float32),
+        (np.arange(N * 4, dtype=np.int32).reshape(N, 4), torch.int64),
+    ],
+    ids=["latents", "codes"],
+)
+def test_latents_and_codes_pass_unscaled(stored: NDArray[Any], expected: torch.dtype) -> None:
+    made = Rows(pictures=stored, embeddings=rows().embeddings, neighbours=rows().neighbours)
+    batch = TrainingSet(made, DATABASE).batch(0, seed=0, size=N)
+    assert batch.images.dtype == expected
+    assert sorted(batch.images.flatten().tolist()) == list(range(N * 4))
+    assert batch.reference is None
 
 
 @pytest.mark.parametrize(("pictures", "embeddings", "neighbours"), [(2, 3, 3), (3, 2, 3), (3, 3, 2), (0, 0, 0)])
 def test_what_does_not_belong_together_is_refused(pictures: int, embeddings: int, neighbours: int) -> None:
     message = f"{pictures} pictures, {embeddings} embeddings and {neighbours} neighbour lists.*rebuild"
     with pytest.raises(ModelError, match=message):
-        TrainingSet(
-            np.zeros((pictures, 4, 4, 3), np.uint8),
-            tiny.unit_rows(embeddings),
-            np.zeros((neighbours, 2), np.int64),
-            tiny.unit_rows(5),
+        Rows(
+            pictures=np.zeros((pictures, 4, 4, 3), np.uint8),
+            embeddings=tiny.unit_rows(embeddings),
+            neighbours=np.zeros((neighbours, 2), np.int64),
         )
+    with pytest.raises(ModelError, match="11 references for 12 pictures"):
+        Rows(pictures=rows().pictures, embeddings=rows().embeddings, neighbours=rows().neighbours,
+             reference=rows(0, 11).pictures)  # fmt: skip
 
 
-def test_neighbours_of_another_database_are_refused() -> None:
-    pixels, rows = np.zeros((2, 4, 4, 3), np.uint8), tiny.unit_rows(2)
-    assert len(TrainingSet(pixels, rows, np.array([[0, 4], [1, 2]]), tiny.unit_rows(5))) == 2
+def test_nothing_to_train_on_is_refused() -> None:
+    with pytest.raises(ModelError, match="nothing to train on"):
+        training_set([])
+
+
+@pytest.mark.parametrize("beyond", [-1, 2 * N])
+def test_neighbours_of_another_database_are_refused(beyond: int) -> None:
+    own = rows()
+    own.neighbours[3, 1] = beyond
     with pytest.raises(ModelError, match=r"past the database.*another version"):
-        TrainingSet(pixels, rows, np.array([[0, 5], [1, 2]]), tiny.unit_rows(5))
+        training_set(own).batch(0, seed=0, size=1)
 
 
-def test_every_step_and_stream_has_randomness_of_its_own() -> None:
-    keys = [(seed, step, stream) for seed in (0, 1) for step in (0, 1, 2, 1_000_000) for stream in (1, 2)]
-    draws = [torch.rand(4, generator=step_generator(*key)).tolist() for key in keys]
-    assert len({tuple(draw) for draw in draws}) == len(keys)
-    assert draws == [torch.rand(4, generator=step_generator(*key)).tolist() for key in keys]
+def test_joined_rows_are_one_array() -> None:
+    joined = JoinedRows([DATABASE[:5], DATABASE[5:6], DATABASE[6:]])
+    ids = np.random.default_rng(0).integers(0, 2 * N, (3, 7))
+    np.testing.assert_array_equal(joined[ids], DATABASE[ids])
+    np.testing.assert_array_equal(joined[:], DATABASE)
+    np.testing.assert_array_equal(joined[4:7], DATABASE[4:7])
+    assert (len(joined), joined.nbytes) == (2 * N, DATABASE.nbytes)
+    for outside in (-1, 2 * N):
+        with pytest.raises(IndexError, match=f"asked of {2 * N}"):
+            joined[np.array([0, outside])]
+    with pytest.raises(ModelError, match="one shape"):
+        JoinedRows([DATABASE, DATABASE[:, :4]])
+
+
+def test_rows_that_do_not_fit_are_read_from_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, joined = torch.tensor([[0, 23], [5, 5]]), JoinedRows([DATABASE[:5], DATABASE[5:]])
+    held = DatabaseRows(joined, "cpu")
+    monkeypatch.setattr(DatabaseRows, "LARGEST", DATABASE.nbytes - 1)
+    mapped = DatabaseRows(joined, "cpu")
+    monkeypatch.setattr(JoinedRows, "__getitem__", lambda *_: np.zeros((2, 2, 8), np.float16))
+    np.testing.assert_array_equal(held.take(ids), DATABASE[ids].astype(np.float32))
+    assert held.take(ids).dtype == torch.float32
+    assert not mapped.take(ids).any(), "asked at every call"

@@ -16,8 +16,11 @@ from model.diffusion.conditioning import ConditioningConfig
 from model.diffusion.continuous import Prediction
 from model.errors import ModelError
 from model.networks.dit import build_transformer
-from model.training.data import Batch, TrainingSet, to_model_range
-from model.training.loop import TrainingConfig, TrainingData, build_optimizers, train
+from model.training.data import Batch, Rows, TrainingSet, to_model_range
+from model.training.loop import InterruptedTrainingError, TrainingConfig, TrainingData, train
+from model.training.muon import Muon
+from model.training.objectives import FlowMatching
+from model.training.step import build_optimizers
 
 BATCH = 4
 SHORT = TrainingConfig(
@@ -27,14 +30,15 @@ SHORT = TrainingConfig(
     checkpoint_images=4 * BATCH,
     log_images=2 * BATCH,
 )
-CONDITIONING = ConditioningConfig(neighbours=2)
+CONDITIONING = ConditioningConfig(neighbours=2, pool=2)
 
 
 def training_set(pictures: int = 10, *, neighbours: Sequence[int] = (1, 2)) -> TrainingSet:
     """Random pictures of 8 px, each with the next two as neighbours."""
     pixels = np.random.default_rng(0).integers(0, 256, (pictures, 8, 8, 3), dtype=np.uint8)
     ids = (np.arange(pictures)[:, None] + neighbours) % pictures
-    return TrainingSet(pixels, tiny.unit_rows(pictures), ids, tiny.unit_rows(pictures))
+    rows = Rows(pictures=pixels, embeddings=tiny.unit_rows(pictures), neighbours=ids)
+    return TrainingSet(rows, tiny.unit_rows(pictures))
 
 
 class Interrupted:
@@ -44,8 +48,10 @@ class Interrupted:
         self.data, self.at, self.value, self.asked = training_set(), at, value, list[dict[str, int]]()
 
     def batch(self, step: int, **share: int) -> Batch:
-        self.asked.append({"step": step, **share})
         batch = self.data.batch(step, **share)
+        if len(batch.images) == 1:  # counting the operations of an image is no training
+            return batch
+        self.asked.append({"step": step, **share})
         if step < self.at:
             return batch
         if self.value is None:
@@ -68,6 +74,7 @@ def run(
     network: nn.Module | None = None,
     conditioning: ConditioningConfig = CONDITIONING,
     prediction: Prediction = "velocity",
+    objective: Any = None,
     checkpoints: FolderCheckpoints | None = None,
     **options: Any,
 ) -> tuple[nn.Module, nn.Module, MetricsLog]:
@@ -77,10 +84,9 @@ def run(
     metrics = MetricsLog()
     average = train(
         network,
+        objective or FlowMatching(conditioning, prediction),
         data or training_set(),
         config,
-        conditioning,
-        prediction=prediction,
         checkpoints=checkpoints or FolderCheckpoints(folder),
         metrics=metrics,
         **options,
@@ -114,7 +120,7 @@ def test_two_pictures_are_learned_and_drawn_from_their_embeddings(
     network = build_transformer(
         tiny.size(patch_size=patch_size, head_width=head_width), embedding_dimension=tiny.WIDTH, seed=0
     )
-    shown = ConditioningConfig(neighbours=1, drop_all=0, drop_query=0, drop_neighbours=0, gap_probability=0)
+    shown = ConditioningConfig(neighbours=1, pool=1, fewer_neighbours=0, drop_all=0, drop_query=0, drop_neighbours=0, gap_probability=0)
     _, average, metrics = run(tmp_path, data, config=config, network=network, conditioning=shown, prediction=prediction)
 
     assert metrics["loss"][-1] < metrics["loss"][0] / fall
@@ -202,7 +208,18 @@ def test_a_batch_that_does_not_divide_among_the_workers_is_refused(tmp_path: Pat
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"images": 31}, {"images": 0, "batch_size": 0}, {"learning_rate": 0.0}, {"ema_decay": 1.0}, {"ema_decay": -0.1}],
+    [
+        {"images": 31},
+        {"images": 0, "batch_size": 0},
+        {"learning_rate": 0.0},
+        {"ema_decay": 1.0},
+        {"ema_decay": -0.1},
+        {"pieces": 3},
+        {"pieces": 0},
+        {"checkpoint_images": 0},
+        {"log_images": 0},
+        {"grid_images": 0},
+    ],
 )
 def test_a_config_that_trains_nothing_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -212,7 +229,7 @@ def test_a_config_that_trains_nothing_is_refused(wrong: dict[str, Any]) -> None:
 def test_every_step_asks_once_for_its_share_and_leftover_images_make_no_step(tmp_path: Path) -> None:
     data = Interrupted(1_000)
     run(tmp_path, data, config=dataclasses.replace(SHORT, images=12 * BATCH + 3, seed=5))
-    assert data.asked == [{"step": step, "seed": 5, "size": BATCH, "rank": 0, "world": 1} for step in range(12)]
+    assert data.asked == [{"step": step, "seed": 5, "size": BATCH, "part": 0, "parts": 1} for step in range(12)]
 
 
 def test_metrics_and_checkpoints_come_at_their_images(tmp_path: Path) -> None:
@@ -274,5 +291,105 @@ def test_every_parameter_has_one_optimizer_and_only_the_blocks_matrices_have_muo
     assert all(name.startswith("transformer_blocks.") and name.endswith(".weight") for name in held[1])
     # Query, key, value and output of two attentions, two matrices of the feed-forward, in each of two blocks.
     assert len(held[1]) == 2 * (4 + 4 + 2)
-    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(muon, Muon)
     assert isinstance(adam, torch.optim.AdamW)
+
+
+def test_a_constant_rate_stays_after_the_warmup(tmp_path: Path) -> None:
+    config = dataclasses.replace(SHORT, schedule="constant", learning_rate=0.01, log_images=BATCH)
+    rates = run(tmp_path, config=config)[2]["learning_rate"]
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075] + [0.01] * 9)
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_in_pieces_a_batch_gives_the_same_weights(tmp_path: Path, pieces: int) -> None:
+    whole, whole_average, metrics = run(tmp_path / "1")
+    split, average, split_metrics = run(tmp_path / "2", config=dataclasses.replace(SHORT, pieces=pieces))
+    assert split_metrics["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
+    for one, other in ((split, whole), (average, whole_average)):
+        for (name, weight), expected in zip(one.named_parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(weight, expected, atol=2e-3, rtol=1e-2, msg=name)
+
+
+class Full(nn.Module):
+    """Flow matching on a device that holds so many pictures and no more."""
+
+    def __init__(self, largest: int) -> None:
+        super().__init__()
+        self.inner, self.largest, self.sizes = FlowMatching(CONDITIONING), largest, list[int]()
+
+    def forward(self, network: nn.Module, batch: Batch, draw: Any) -> torch.Tensor:
+        if len(batch.images) > 1 or self.largest == 0:
+            self.sizes.append(len(batch.images))
+        if self.largest and len(batch.images) > self.largest:
+            raise torch.OutOfMemoryError
+        loss: torch.Tensor = self.inner(network, batch, draw)
+        return loss
+
+
+def test_out_of_memory_halves_the_batch_once_and_the_run_goes_on(tmp_path: Path) -> None:
+    objective = Full(BATCH // 2)
+    _, _, metrics = run(tmp_path / "full", objective=objective)
+    assert objective.sizes == [BATCH] + [BATCH // 2] * 2 * 12, "all later steps are taken in halves at once"
+    _, _, expected = run(tmp_path / "free")
+    assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+
+def test_out_of_memory_again_ends_the_run_with_the_mend(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="the cpu is out of memory at pieces=2; raise pieces, or choose a smaller"):
+        run(tmp_path, objective=Full(BATCH // 4))
+    one = TrainingConfig(images=3, batch_size=1, checkpoint_images=1)
+    odd = dataclasses.replace(one, images=9, batch_size=3)
+    with pytest.raises(ModelError, match="out of memory at pieces=1"):
+        run(tmp_path, objective=Full(2), config=odd)
+
+
+def test_a_run_that_is_told_to_stop_keeps_the_step_in_hand_and_goes_on_from_it(tmp_path: Path) -> None:
+    whole, whole_average, metrics = run(tmp_path / "whole")
+    asked = iter([False] * 5 + [True])
+    folder = tmp_path / "stopped"
+    with pytest.raises(InterruptedTrainingError, match="stopped after 24 images; run again"):
+        run(folder, stop=lambda: next(asked))
+    assert FolderCheckpoints(folder).steps == [4, 6]
+    resumed, average, resumed_metrics = run(folder)
+    require_equal(resumed, whole)
+    require_equal(average, whole_average)
+    assert resumed_metrics["loss"] == metrics["loss"][3:]
+
+
+def test_pictures_come_at_their_images_of_the_average(tmp_path: Path) -> None:
+    shown: list[tuple[int, bool]] = []
+
+    class Shown(MetricsLog):
+        def grid(self, *, images: int, average: nn.Module) -> None:
+            shown.append((images, average.training))
+
+    network = build_transformer(tiny.size(), embedding_dimension=tiny.WIDTH, seed=0)
+    config = dataclasses.replace(SHORT, grid_images=18)
+    train(network, FlowMatching(CONDITIONING), training_set(), config,
+          checkpoints=FolderCheckpoints(tmp_path), metrics=Shown())  # fmt: skip
+    assert shown == [(20, False), (36, False)]
+
+
+def test_the_utilisation_is_the_speed_in_the_machines_measure(tmp_path: Path) -> None:
+    _, _, metrics = run(tmp_path)
+    shares = [used / speed for used, speed in zip(metrics["model_flops_utilisation"], metrics["images_per_s"], strict=True)]
+    assert 0 < min(metrics["model_flops_utilisation"]) < 1
+    assert shares == pytest.approx([shares[0]] * len(shares)), "one count and one peak for the whole run"
+
+
+def test_what_an_objective_learns_is_kept_with_the_checkpoint(tmp_path: Path) -> None:
+    class Counting(FlowMatching):
+        def __init__(self) -> None:
+            super().__init__(CONDITIONING)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, network: nn.Module, batch: Batch, draw: Any) -> torch.Tensor:
+            self.count += 1
+            return super().forward(network, batch, draw)
+
+    first, second = Counting(), Counting()
+    run(tmp_path, objective=first, config=dataclasses.replace(SHORT, images=8 * BATCH))
+    assert first.count == 8, "and counting operations is not told"
+    run(tmp_path, objective=second)
+    assert second.count == 12

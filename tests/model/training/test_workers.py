@@ -1,80 +1,141 @@
-"""Two workers are two processes. Run as a script, this file is both of them, so that they share what imports cost."""
+"""Two workers are two processes. Run as a script, this file is all of them, so that they share what imports cost."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from fakes import FolderCheckpoints, MetricsLog
 from torch import nn
 
 from model.diffusion.conditioning import ConditioningConfig
-from model.networks.dit import TransformerConfig, build_transformer
-from model.training.data import Batch, step_generator
-from model.training.loop import TrainingConfig, train
+from model.networks.dit import build_transformer
+from model.training.data import Rows, TrainingSet
+from model.training.loop import InterruptedTrainingError, TrainingConfig, train
+from model.training.objectives import FlowMatching
 
 ROOT = Path(__file__).parents[3]
-WIDTH = 8
+SHORT = TrainingConfig(
+    images=64, batch_size=16, learning_rate=1e-3, warmup_images=16, checkpoint_images=32, log_images=16, grid_images=48
+)
+RUNS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp": {"sharding": "fsdp"},
+    "ddp in pieces": {"pieces": 2},
+    "fsdp in pieces": {"sharding": "fsdp", "pieces": 2},
+}
 
 
-class BlackAndGrey:
-    """Black pictures for worker 0, mid-grey ones for worker 1: to a network that says zero, losses of 2 and of 1."""
-
-    def batch(self, step: int, *, seed: int, size: int, rank: int = 0, world: int = 1) -> Batch:
-        share = size // world
-        draw = torch.randn(share, 3, WIDTH, generator=step_generator(seed, step, rank))
-        rows = F.normalize(draw, dim=2)
-        return Batch(images=torch.full((share, 3, 8, 8), float(rank - 1)), query=rows[:, 0], neighbours=rows[:, 1:])
+def training_set() -> TrainingSet:
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
+    ids = (np.arange(10)[:, None] + (1, 2)) % 10
+    return TrainingSet(Rows(pictures=pixels, embeddings=tiny.unit_rows(10), neighbours=ids), tiny.unit_rows(10))
 
 
-def new_network() -> nn.Module:
-    config = TransformerConfig(image_size=8, patch_size=4, layers=1, heads=1, head_width=16)
-    return build_transformer(config, embedding_dimension=WIDTH, seed=0)
+def new_network(seed: int = 0) -> nn.Module:
+    return build_transformer(tiny.size(layers=2), embedding_dimension=tiny.WIDTH, seed=seed)
+
+
+def trained(folder: Path, *, rank: int = 0, world: int = 1, seed: int = 0, **options: Any) -> dict[str, Any]:
+    """Train in ``folder``; the average, what was told, and what was kept."""
+    stop = options.pop("stop", lambda: False)
+    (folder / str(rank)).mkdir(parents=True, exist_ok=True)
+    metrics, checkpoints = MetricsLog(), FolderCheckpoints(folder / "0")
+    average, stopped = None, ""
+    try:
+        average = train(
+            new_network(seed),
+            FlowMatching(ConditioningConfig(neighbours=2, pool=2)),
+            training_set(),
+            dataclasses.replace(SHORT, **options),
+            checkpoints=checkpoints,
+            metrics=metrics,
+            rank=rank,
+            world=world,
+            stop=stop,
+        )
+    except InterruptedTrainingError as error:
+        stopped = str(error)
+    return {
+        "average": average.state_dict() if average else {},
+        "metrics": metrics.entries,
+        "grids": metrics.grids,
+        "checkpoints": checkpoints.steps,
+        "stopped": stopped,
+    }
 
 
 def work(rank: int, folder: Path) -> None:
-    """Train as worker ``rank``, and leave what came of it in ``folder``."""
+    """Everything that worker ``rank`` does, left in ``folder``."""
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    (folder / str(rank)).mkdir()
-    network, metrics, checkpoints = new_network(), MetricsLog(), FolderCheckpoints(folder / str(rank))
-    average = train(
-        network,
-        BlackAndGrey(),
-        TrainingConfig(images=64, batch_size=16, warmup_images=16, checkpoint_images=32, log_images=16),
-        ConditioningConfig(neighbours=2),
-        prediction="velocity",
-        checkpoints=checkpoints,
-        metrics=metrics,
-        rank=rank,
-        world=2,
-    )
-    state = {"network": network.state_dict(), "average": average.state_dict()}
-    torch.save({**state, "metrics": metrics.entries, "checkpoints": checkpoints.steps}, folder / f"{rank}.pt")
+    told = {name: trained(folder / name, rank=rank, world=2, **options) for name, options in RUNS.items()}
+    # The checkpoint of one way is the other's: half of the way each, from other initial weights.
+    for name, first, second in (("to fsdp", "ddp", "fsdp"), ("to ddp", "fsdp", "ddp")):
+        half = {"images": 32, "learning_rate": 1e-3, "schedule": "constant"}
+        trained(folder / name, rank=rank, world=2, sharding=first, **half)
+        dist.barrier()
+        told[name] = trained(folder / name, rank=rank, world=2, seed=9, sharding=second, **half | {"images": 64})
+    told["one is stopped"] = trained(folder / "stop", rank=rank, world=2, images=16 * 20, stop=lambda: rank == 1)
+    torch.save(told, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo")
-def test_two_workers_train_one_network_and_the_first_one_tells_of_it(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two workers told of its runs."""
+    if not dist.is_gloo_available():
+        pytest.skip("this build of torch has no gloo")
+    folder = tmp_path_factory.mktemp("workers")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = os.environ | {"PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, __file__, str(tmp_path)], env=environment, timeout=120, check=True)
+    subprocess.run([sys.executable, __file__, str(folder)], env=environment, timeout=180, check=True)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    initial = new_network().state_dict()
-    for part in ("network", "average"):
-        for name, weight in first[part].items():
-            assert torch.equal(weight, second[part][name]), name
-        assert not torch.equal(first[part]["proj_out.weight"], initial["proj_out.weight"])
+
+def require_close(one: dict[str, Any], other: dict[str, Any], tolerance: float = 2e-3) -> None:
+    assert one["average"].keys() == other["average"].keys()
+    for name, weight in one["average"].items():
+        torch.testing.assert_close(weight, other["average"][name], atol=tolerance, rtol=1e-2, msg=name)
+    losses, expected = ([values["loss"] for _, values in run["metrics"]] for run in (one, other))
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_workers_train_what_one_does_and_the_first_one_tells_of_it(
+    told: list[dict[str, Any]], name: str, tmp_path: Path
+) -> None:
+    first, second = (worker[name] for worker in told)
+    for key, weight in first["average"].items():
+        assert torch.equal(weight, second["average"][key]), key
+    assert not torch.equal(first["average"]["proj_out.weight"], new_network().state_dict()["proj_out.weight"])
     assert [images for images, _ in first["metrics"]] == [16, 32, 48, 64]
-    assert first["metrics"][0][1]["loss"] == pytest.approx(1.5, abs=0.2), "the mean over both workers"
-    assert first["checkpoints"] == [2, 4]
-    assert (second["metrics"], second["checkpoints"]) == ([], [])
+    assert (first["checkpoints"], first["grids"]) == ([2, 4], [48])
+    assert (second["metrics"], second["grids"]) == ([], [])
+    require_close(first, trained(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["to fsdp", "to ddp"])
+def test_a_checkpoint_is_whole_and_loads_however_the_weights_are_split(
+    told: list[dict[str, Any]], name: str, tmp_path: Path
+) -> None:
+    expected = trained(tmp_path, schedule="constant")
+    expected["metrics"] = expected["metrics"][2:]
+    require_close(told[0][name], expected)
+
+
+def test_when_one_worker_is_told_to_stop_both_do(told: list[dict[str, Any]]) -> None:
+    runs = [worker["one is stopped"] for worker in told]
+    assert [run["stopped"] for run in runs] == ["stopped after 128 images; run again to go on from there"] * 2
+    assert runs[0]["checkpoints"] == [2, 4, 6, 8]
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     torch.multiprocessing.start_processes(work, args=(Path(sys.argv[1]),), nprocs=2, start_method="fork")

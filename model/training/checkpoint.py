@@ -1,0 +1,68 @@
+"""What a checkpoint holds, written and read. Where it is kept is for the caller's Protocol to say.
+
+Every tensor in it is whole, however many workers trained, so a run may go on with another number of them, or sharded
+where it was not.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from model.errors import ModelError
+from model.training.sharding import split, whole
+
+if TYPE_CHECKING:
+    from model.training.loop import Checkpoints
+
+
+def save(
+    checkpoints: "Checkpoints", step: int, kept: Mapping[str, Any], optimizers: Sequence[Any], *, rank: int = 0
+) -> None:
+    """Keep the state of the modules ``kept`` and of the optimizers as the checkpoint of ``step``.
+
+    All workers call it, for what is split over them is gathered; rank 0 writes.
+    """
+    states = {name: whole(module.state_dict()) for name, module in kept.items()}
+    stepped = [whole(optimizer.state_dict()) for optimizer in optimizers]
+    if rank == 0:
+        path = checkpoints.scratch()
+        torch.save({"step": step, **states, "optimizers": stepped}, path)
+        checkpoints.save(step, path)
+
+
+def restore(path: Path | None, kept: Mapping[str, Any], optimizers: Sequence[Any], device: torch.device | str) -> int:
+    """Load what :func:`save` kept; the step to go on from, 0 without a checkpoint.
+
+    Raises ``ModelError`` when the file is damaged or of another network.
+    """
+    if path is None:
+        return 0
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        for name, module in kept.items():
+            own = module.state_dict()
+            module.load_state_dict({key: split(part, own.get(key, part)) for key, part in state[name].items()})
+        for optimizer, old in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(_as_of(optimizer, old))
+    except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        told = f"checkpoint {path} is damaged or of another network ({reason}); remove its folder to start anew"
+        raise ModelError(told) from error
+    return int(state["step"])
+
+
+def _as_of(optimizer: Any, old: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's whole state, split where its parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    stepped = {
+        number: {
+            name: split(value, parameters[number]) if isinstance(value, Tensor) else value
+            for name, value in state.items()
+        }
+        for number, state in old["state"].items()
+    }
+    return {**old, "state": stepped}

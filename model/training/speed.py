@@ -1,0 +1,36 @@
+"""How fast training is against what the machine could: model FLOPs utilisation (Chowdhery et al. 2204.02311, §4.1)."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def flops_per_image(loss_of_one: Callable[[], Tensor]) -> int:
+    """Floating-point operations of one image's forward and backward pass; gradients are left in the parameters."""
+    with FlopCounterMode(display=False) as counter:
+        loss_of_one().backward()  # type: ignore[no-untyped-call]
+    return int(counter.get_total_flops())
+
+
+def matrix_peak(device: torch.device) -> float:
+    """Operations a second of a large matrix product here, now: bfloat16 on CUDA, float32 elsewhere."""
+    on_cuda = device.type == "cuda"
+    side, kind = (8192, torch.bfloat16) if on_cuda else (768, torch.float32)
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = (torch.randn(side, side, device=device, dtype=kind, generator=generator) for _ in range(2))
+    times = []
+    for _ in range(10 if on_cuda else 4):
+        _wait(device)
+        started = time.perf_counter()
+        left @ right
+        _wait(device)
+        times.append(time.perf_counter() - started)
+    return 2 * side**3 / min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

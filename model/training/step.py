@@ -1,0 +1,168 @@
+"""One optimizer step after another: the gradients of a global batch, clipped, into the weights.
+
+On one GPU, or on several under DDP, the network that computes is a bfloat16 copy; its gradients step the float32
+weights, which are copied back. This keeps the residual stream and the norms in bfloat16, where autocast would hold them
+in float32 and wait for memory. Sharded weights compute under autocast.
+"""
+
+import contextlib
+import copy
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model.draws import Draw
+from model.errors import ModelError
+from model.training.muon import Muon
+from model.training.sharding import repeated, shard
+from model.training.speed import flops_per_image, matrix_peak
+
+if TYPE_CHECKING:
+    from model.training.loop import Objective, TrainingConfig, TrainingData
+
+logger = logging.getLogger(__name__)
+
+_NOISE = 3  # the stream of randomness; 1 and 2 shuffle
+
+
+class Step:
+    """The network under training, its optimizers, and how fast it could be."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: "Objective",
+        data: "TrainingData",
+        config: "TrainingConfig",
+        device: torch.device,
+        rank: int,
+        world: int,
+    ) -> None:
+        """Split the weights if the config says so, and build the optimizers."""
+        self.network, self.config = network, config
+        self.flops, self.peak = 0, 0.0
+        self._objective, self._data, self._device = objective, data, device
+        self._rank, self._world, self._pieces = rank, world, config.pieces
+        self._sharded, self._halved = config.sharding == "fsdp" and world > 1, False
+        on_cuda = device.type == "cuda"
+        self._copied = on_cuda and config.bfloat16_copy and not self._sharded
+        self._autocast = on_cuda and not self._copied
+        if self._sharded:
+            shard(network, device)
+        self.optimizers = build_optimizers(network, config)
+
+    def prepare(self, start: int) -> None:
+        """Copy, count, compile and wrap: after the weights were restored."""
+        self._working = copy.deepcopy(self.network).to(torch.bfloat16) if self._copied else self.network
+        self._weights: list[torch.Tensor] = list(self.network.parameters())
+        self._copies: list[torch.Tensor] = list(self._working.parameters())
+        self._count(start)
+        for weight, working in zip(self._weights, self._copies, strict=True):
+            weight.grad = None if working.grad is None else torch.zeros_like(weight)
+        if self._device.type == "cuda" and self.config.compile:
+            for block in repeated(self._working):
+                block.compile()
+        self._replica: Any = self._working
+        if self._world > 1 and not self._sharded:
+            self._replica = DistributedDataParallel(self._working)
+
+    def take(self, number: int) -> torch.Tensor:
+        """Step ``number``; its mean loss over this worker's share."""
+        loss = self._fitting_gradients(number)
+        nn.utils.clip_grad_norm_(self._weights, self.config.gradient_clip)
+        rate = learning_rate(number, self.config)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        if self._working is not self.network:
+            with torch.no_grad():
+                torch._foreach_copy_(self._copies, self._weights)
+        return loss
+
+    def _count(self, start: int) -> None:
+        """Count the operations of an image, leaving its gradients, and measure the machine."""
+        seed, size = self.config.seed, self.config.batch_size
+        batch = self._data.batch(start, seed=seed, size=size, parts=size)
+        draw = Draw(seed, start, device=self._device)
+        objective = copy.deepcopy(self._objective)  # counting teaches it nothing
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+            self.flops = flops_per_image(lambda: objective(self._working, batch, draw))
+        self.peak = matrix_peak(self._device)
+
+    def _fitting_gradients(self, number: int) -> torch.Tensor:
+        """The gradients; when memory is out, once more in twice as many pieces."""
+        while True:
+            try:
+                return self._gradients(number)
+            except torch.OutOfMemoryError as error:
+                self._halve(error)
+            torch.cuda.empty_cache()  # out of the handler: the error held the activations
+
+    def _halve(self, error: torch.OutOfMemoryError) -> None:
+        # One worker that starts its step again would wait for the others for ever.
+        if self._halved or self._world > 1 or self.config.batch_size % (2 * self._pieces):
+            told = f"the {self._device.type} is out of memory at pieces={self._pieces}"
+            raise ModelError(f"{told}; raise pieces, or choose a smaller batch_size or network") from error
+        self._pieces, self._halved = 2 * self._pieces, True
+        logger.warning("%s is out of memory; training on with pieces=%d", self._device, self._pieces)
+
+    def _gradients(self, number: int) -> torch.Tensor:
+        for parameter in (*self._weights, *self._copies):
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        losses = []
+        for piece in range(self._pieces):
+            part, parts = self._rank * self._pieces + piece, self._world * self._pieces
+            seed, size = self.config.seed, self.config.batch_size
+            batch = self._data.batch(number, seed=seed, size=size, part=part, parts=parts)
+            draw = Draw(seed, number, stream=_NOISE, part=part, parts=parts, device=self._device)
+            with self._sharing(last=piece + 1 == self._pieces):
+                with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+                    loss = self._objective(self._replica, batch, draw) / self._pieces
+                loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        if self._working is not self.network:
+            with torch.no_grad():
+                torch._foreach_copy_(
+                    [weight.grad for weight in self._weights if weight.grad is not None],
+                    [copied.grad for copied in self._copies if copied.grad is not None],
+                )
+        return torch.stack(losses).sum()
+
+    def _sharing(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Workers add their gradients up at the last piece of a step."""
+        if self._sharded:
+            self._replica.set_requires_gradient_sync(last)
+        if last or not isinstance(self._replica, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self._replica.no_sync()
+
+
+def build_optimizers(network: nn.Module, config: "TrainingConfig") -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for everything else (embeddings, heads, norms, biases).
+
+    Muon's orthogonalised steps reach the same loss in fewer images here; its rate is matched to AdamW's scale, so one
+    learning rate serves both (Moonshot 2502.16982, §2.2).
+    """
+    blocks = [p for name, p in network.named_parameters() if "blocks." in name and p.ndim == 2 and min(p.shape) > 8]
+    inside = {id(parameter) for parameter in blocks}
+    rest = [parameter for parameter in network.parameters() if id(parameter) not in inside]
+    decay = config.weight_decay
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=decay)]
+    if blocks:
+        optimizers.append(Muon(blocks, weight_decay=decay))
+    return optimizers
+
+
+def learning_rate(step: int, config: "TrainingConfig") -> float:
+    """The rate of ``step``: linear warmup, then constant or a cosine to 2% of the peak."""
+    seen = step * config.batch_size
+    peak = config.learning_rate * min(1.0, (seen + config.batch_size) / max(config.warmup_images, 1))
+    if config.schedule == "constant":
+        return peak
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))

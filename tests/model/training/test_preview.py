@@ -1,0 +1,61 @@
+import pytest
+import tiny
+import torch
+
+from model.networks.editor import widen_input
+from model.networks.sizes import build_any
+from model.networks.unet import UNetConfig
+from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, decode_codes
+from model.networks.vq_transformer import VQTransformerConfig
+from model.training.data import Batch
+from model.training.preview import draw_preview, to_pictures
+
+VQ = AutoencoderConfig(image_size=8, downscale=4, codes=8, code_width=4, channels=(8, 8, 8))
+
+
+def batch(seed: int = 0) -> Batch:
+    rows = torch.from_numpy(tiny.unit_rows(9, seed=seed)).float()
+    return Batch(images=torch.zeros(3, 3, 8, 8), query=rows[:3], neighbours=rows[3:].reshape(3, 2, -1))
+
+
+@pytest.mark.parametrize("network", ["transformer", "editor", "unet", "vq-transformer"])
+def test_every_network_draws_what_its_batch_asks_for(network: str) -> None:
+    autoencoder = None
+    match network:
+        case "transformer":
+            built = tiny.network()
+        case "editor":
+            built = widen_input(tiny.network())
+        case "unet":
+            size = UNetConfig(image_size=8, widths=(32, 64), layers=1)
+            built = build_any(size, embedding_dimension=tiny.WIDTH, seed=0)
+            torch.nn.init.normal_(built.conv_out.weight, generator=torch.Generator().manual_seed(0))
+        case _:
+            autoencoder = build_autoencoder(VQ, seed=0)
+            codes = VQTransformerConfig(codes=8, tokens=4, timesteps=10, layers=1, heads=1, head_width=16)
+            built = build_any(codes, embedding_dimension=tiny.WIDTH, seed=0)
+            torch.nn.init.normal_(built.head.weight, std=2, generator=torch.Generator().manual_seed(0))
+            torch.nn.init.normal_(built.time_out.weight, std=2, generator=torch.Generator().manual_seed(0))
+    first, same, other = (
+        draw_preview(built, batch(seed), prediction="velocity", autoencoder=autoencoder) for seed in (0, 0, 1)
+    )
+    assert first.shape == (3, 3, 8, 8)
+    assert first.abs().max() <= 1
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other) or network == "vq-transformer"
+
+
+def test_an_editor_draws_as_its_base() -> None:
+    base = tiny.network()
+    drawn = [
+        draw_preview(network, batch(), prediction="velocity", autoencoder=None)
+        for network in (base, widen_input(base))
+    ]
+    torch.testing.assert_close(drawn[0], drawn[1])
+
+
+def test_codes_and_latents_become_pictures() -> None:
+    autoencoder, codes = build_autoencoder(VQ, seed=0), torch.arange(8).reshape(2, 4)
+    torch.testing.assert_close(to_pictures(codes, autoencoder), decode_codes(autoencoder, codes).clamp(-1, 1))
+    assert to_pictures(torch.zeros(2, 4, 2, 2), autoencoder).shape == (2, 3, 8, 8)
+    assert to_pictures(torch.full((1, 3, 2, 2), 2.0), None).unique().tolist() == [1]
