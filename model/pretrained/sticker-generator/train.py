@@ -1,37 +1,71 @@
-"""Train the embedded sticker generator: a plain script over the package's own loop, without Ray, Prefect or MLflow.
+"""Train the embedded sticker generators: a plain script over the package's own loop, without Ray, Prefect or MLflow.
 
-It reads the sticker parquet files (columns key, style, license, captions, webp), leaves OpenMoji and Twemoji out so
-that they stay unseen domains, embeds the rest with the embedded sticker-clip, finds each picture's neighbours among the
-others, and trains. Captions are never read. Killed at any point, the same command goes on from its last checkpoint.
+It reads the sticker parquet files (columns key, style, license, captions, webp; make_stickers.py beside this file makes
+them), leaves OpenMoji and Twemoji out so that they stay unseen domains, embeds the rest with the embedded sticker-clip,
+finds each picture's neighbours among the others, and trains. Captions are never read. Killed at any point, the same
+command goes on from its last checkpoint; ``samples-*.png`` in the folder shows it learn, drawn from OpenMoji.
 
-Hardware, run time and the figures reached are in README.md beside this file. Command:
+    base      the continuous generator, which draws and edits: a transformer under flow matching
+    codes     the discrete generator's autoencoder: a picture as 256 codes
+    discrete  the discrete generator: a transformer over those codes under mask-and-replace
 
-    python model/pretrained/sticker-generator/train.py --stickers STICKERS --out OUT --images 400000
-    python model/pretrained/sticker-generator/train.py --stickers STICKERS --out OUT --images 6000000 \
-        --size 64 --width 384 --layers 10 --batch 512 --device cuda        # the larger one, for a GPU
+Hardware, run times and the figures reached are in README.md beside this file. Commands:
+
+    python model/pretrained/sticker-generator/train.py base --stickers STICKERS --out OUT --device cuda
+    python model/pretrained/sticker-generator/train.py codes --stickers STICKERS --out OUT --device cuda --batch 256
+    python model/pretrained/sticker-generator/train.py discrete --stickers STICKERS --out OUT --device cuda
+    python model/pretrained/sticker-generator/train.py base --stickers STICKERS --out OUT --images 400000 \
+        --size 32 --width 192 --layers 6 --batch 32 --rate 3e-3        # what a CPU manages in some hours
 """
 
 import argparse
 import io
+import itertools
+import json
 import logging
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from diffusers import VQModel
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 from model.clip import Encoder
-from model.diffusion.conditioning import ConditioningConfig
+from model.diffusion.conditioning import ConditioningConfig, condition_tokens
+from model.diffusion.continuous import Denoiser, flow_matching_loss, sample_sigmas
+from model.diffusion.discrete import MaskAndReplace, Transitions
+from model.draws import Draw
+from model.networks.denoiser import as_denoiser
 from model.networks.dit import TransformerConfig, build_transformer
+from model.networks.editor import is_editor, widen_input, with_reference
+from model.networks.vq_autoencoder import (
+    AutoencoderConfig,
+    AutoencoderObjective,
+    build_autoencoder,
+    decode_codes,
+    encode_codes,
+)
+from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
 from model.pipeline import new_pipeline
-from model.training.data import TrainingSet, picture_to_array
-from model.training.loop import TrainingConfig, train
+from model.training.alignment import align_all
+from model.training.data import Rows, TrainingSet, picture_to_array, to_model_range
+from model.training.loop import Objective, TrainingConfig, train
+from model.training.restoration import Restoration, RestorationConfig
 
 UNSEEN = frozenset({"openmoji", "twemoji"})
-NEIGHBOURS = 10
+WATCHED = "openmoji"
+NEIGHBOURS, POOL = 10, 20
+DRAWN = 0.7
+"""Share of what the base sees with no picture to restore: it learns to draw there, and to edit in the rest."""
+CODES = AutoencoderConfig()
+CHANNEL_ORDERS = ((1, 2, 0), (2, 0, 1), (2, 1, 0), (0, 2, 1), (1, 0, 2))
 log = logging.getLogger("sticker-generator")
 
 
@@ -40,6 +74,7 @@ class Folder:
 
     def __init__(self, folder: Path) -> None:
         """Keep ``checkpoint.pt`` in ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
         self._state = folder / "checkpoint.pt"
 
     def latest(self) -> Path | None:
@@ -56,85 +91,272 @@ class Folder:
 
 
 class Log:
-    """Metrics as log lines."""
+    """Metrics as log lines and in ``metrics.jsonl``; samples as pictures."""
+
+    def __init__(self, folder: Path, unseen: "Unseen | None") -> None:
+        """Write into ``folder``; look at the ``unseen`` domain."""
+        self._folder, self._unseen = folder, unseen
 
     def log(self, *, images: int, values: dict[str, float]) -> None:
         """One line."""
         log.info("%9d images  %s", images, "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        with (self._folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"images": images, **values}) + "\n")
+
+    def grid(self, *, images: int, average: nn.Module) -> None:
+        """A sheet of samples from the unseen domain, and the loss there."""
+        if self._unseen is None:
+            return
+        self._unseen.draw(average, self._folder / f"samples-{images:09d}.png")
+        self.log(images=images, values={"unseen_loss": self._unseen.loss(average)})
 
 
-def load(stickers: Path, side: int, limit: int | None) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
-    """Pixels (N, side, side, 3) uint8 and embeddings (N, D) float16 of every style that may be seen."""
-    encoder = Encoder()
-    pixels, rows = [], []
-    for path in sorted(stickers.glob("*.parquet")):
-        if path.stem in UNSEEN:
-            continue
-        encoded = pq.read_table(path, columns=["webp"])["webp"].to_pylist()[:limit]
-        pictures = [Image.open(io.BytesIO(webp)).convert("RGB") for webp in encoded]
-        pixels.append(np.stack([picture_to_array(picture, side) for picture in pictures]))
-        rows.append(encoder.embed_images(pictures).numpy().astype(np.float16))
-        log.info("%-28s %5d pictures", path.stem, len(pictures))
-    return np.concatenate(pixels), np.concatenate(rows)
+class Unseen:
+    """Pictures of a domain that training leaves out and their neighbours in it, to watch the network with."""
+
+    def __init__(self, pixels: NDArray[np.uint8], rows: NDArray[np.float16], device: str, count: int = 512) -> None:
+        """Ask with ``count`` of the pictures (N, S, S, 3), rows (N, D); each finds its neighbours among the others."""
+        chosen = np.random.default_rng(0).permutation(len(rows))[:count]
+        found = rows[nearest(rows, min(NEIGHBOURS, len(rows) - 1), device)[chosen]]
+        query, near = (torch.from_numpy(part).float().to(device) for part in (rows[chosen], found))
+        self._images = to_model_range(torch.from_numpy(pixels[chosen]).to(device))
+        self._tokens = condition_tokens(query, near, dimension=rows.shape[1], batch=len(chosen))
+
+    @torch.inference_mode()
+    def loss(self, network: nn.Module) -> float:
+        """The flow matching loss with nothing hidden, under the same noise at every call."""
+        draw = Draw(0, 0, device=self._images.device)
+        sigma, noise = sample_sigmas(len(self._images), draw), draw.normal(*self._images.shape)
+        return float(flow_matching_loss(_drawing(network), self._images, self._tokens, sigma, noise))
+
+    @torch.inference_mode()
+    def draw(self, network: nn.Module, path: Path, steps: int = 20, count: int = 64) -> None:
+        """Euler steps without guidance, 8 pictures a row."""
+        tokens, device = self._tokens[:count], self._tokens.device
+        shape = (len(tokens), *self._images.shape[1:])
+        picture = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        levels = torch.linspace(1, 0, steps + 1, device=device)
+        levels = 2 * levels / (1 + levels)  # shift 2
+        for now, following in itertools.pairwise(levels):
+            picture += (following - now) * _drawing(network)(picture, now.expand(len(picture)), tokens)
+        pixels = ((picture.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).cpu().numpy()
+        sheet = [np.concatenate(list(pixels[start : start + 8]), axis=1) for start in range(0, len(pixels) - 7, 8)]
+        Image.fromarray(np.concatenate(sheet)).save(path)
 
 
-def nearest(rows: NDArray[np.float16], k: int) -> NDArray[np.int64]:
+def _drawing(network: nn.Module) -> Denoiser:
+    denoiser = as_denoiser(network, "velocity")
+    return with_reference(denoiser, None) if is_editor(network) else denoiser
+
+
+def load(path: Path, side: int, limit: int | None) -> NDArray[np.uint8]:
+    """The pictures of a style, (N, side, side, 3)."""
+    encoded = pq.read_table(path, columns=["webp"])["webp"].to_pylist()[:limit]
+
+    def decode(webp: bytes) -> NDArray[np.uint8]:
+        with Image.open(io.BytesIO(webp)) as image:
+            return picture_to_array(image.convert("RGB"), side)
+
+    with ThreadPoolExecutor() as pool:
+        return np.stack(list(pool.map(decode, encoded)))
+
+
+def nearest(rows: NDArray[np.float16], k: int, device: str) -> NDArray[np.int64]:
     """The k nearest other rows of each (N, D), as ids (N, k)."""
-    dense = torch.from_numpy(rows).float()
+    dense = torch.from_numpy(rows).float().to(device)
     found = []
     for start in range(0, len(dense), 1024):
         scores = dense[start : start + 1024] @ dense.T
         scores[torch.arange(len(scores)), torch.arange(start, start + len(scores))] = -2
         found.append(scores.topk(k, dim=1).indices)
-    return torch.cat(found).numpy()
+    return torch.cat(found).cpu().numpy()
 
 
-def main() -> None:
-    """Load, train, save the averaged weights as a float16 pipeline."""
-    options = _options()
-    options.out.mkdir(parents=True, exist_ok=True)
+def mirrored(pixels: NDArray[np.uint8], styles: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Left and right exchanged."""
+    return np.ascontiguousarray(pixels[:, :, ::-1])
+
+
+def recoloured(pixels: NDArray[np.uint8], styles: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Colour channels exchanged, alike throughout a style."""
+    orders = np.array(CHANNEL_ORDERS)[styles % len(CHANNEL_ORDERS)]
+    return np.take_along_axis(pixels, orders[:, None, None], axis=3)
+
+
+# A variant is a domain of its own, with embeddings and neighbours of its own: what the database shows must decide the
+# colours, for nothing else does. The number says how often an epoch shows it.
+Change = Callable[[NDArray[np.uint8], NDArray[np.int64]], NDArray[np.uint8]]
+VARIANTS: dict[str, tuple[int, Change]] = {
+    "as they are": (4, lambda pixels, styles: pixels),
+    "mirrored": (1, mirrored),
+    "recoloured": (1, recoloured),
+}
+
+
+def prepare(options: argparse.Namespace) -> dict[str, NDArray[Any]]:
+    """Pixels, embeddings, neighbours, aligned references and repeats of every variant, kept for the next command."""
     cache = options.out / f"data-{options.size}.npz"
-    if not cache.exists():
-        pixels, rows = load(options.stickers, options.size, options.limit)
-        np.savez(cache, pixels=pixels, rows=rows, neighbours=nearest(rows, NEIGHBOURS))
-    data = np.load(cache)
-    dataset = TrainingSet(data["pixels"], data["rows"], data["neighbours"], data["rows"])
-    log.info("%d pictures, %d px", len(dataset), options.size)
-    size = TransformerConfig(
-        image_size=options.size, layers=options.layers, heads=options.width // 32, head_width=32, patch_size=4
+    if cache.exists():
+        return dict(np.load(cache))
+    encoder = Encoder(device=options.device)
+    paths = {path.stem: path for path in sorted(options.stickers.glob("*.parquet"))}
+    loaded = {name: load(path, options.size, options.limit) for name, path in paths.items() if name not in UNSEEN}
+    pixels = np.concatenate(list(loaded.values()))
+    styles = np.repeat(np.arange(len(loaded)), [len(pictures) for pictures in loaded.values()])
+    for name, pictures in loaded.items():
+        log.info("%-28s %5d pictures", name, len(pictures))
+    pool = min(POOL, len(pixels) - 1)
+    aligned = align_all(pixels, nearest(embedded(pixels, encoder), pool, options.device))
+    log.info("%.0f%% of the first neighbours could be aligned", 100 * aligned.converged)
+    parts: dict[str, list[NDArray[Any]]] = {}
+    for number, (weight, change) in enumerate(VARIANTS.values()):
+        changed = change(pixels, styles)
+        rows = embedded(changed, encoder)
+        made: dict[str, NDArray[Any]] = {
+            "pixels": changed,
+            "rows": rows,
+            "neighbours": nearest(rows, pool, options.device) + number * len(pixels),
+            "references": change(aligned.pixels, styles),
+            "weights": np.full(len(pixels), weight),
+        }
+        for name, part in made.items():
+            parts.setdefault(name, []).append(part)
+    data = {name: np.concatenate(part) for name, part in parts.items()}
+    data["unseen_pixels"] = load(paths[WATCHED], options.size, options.limit)
+    data["unseen_rows"] = embedded(data["unseen_pixels"], encoder)
+    np.savez(cache, **data)  # type: ignore[arg-type]
+    return data
+
+
+def embedded(pixels: NDArray[np.uint8], encoder: Encoder) -> NDArray[np.float16]:
+    """Embeddings (N, D) as the embedding stage stores them."""
+    return encoder.embed_pixels(pixels).numpy().astype(np.float16)
+
+
+def training_set(data: dict[str, NDArray[Any]], device: str, *, references: bool = False) -> TrainingSet:
+    """Every picture as often as its weight says; with aligned neighbours for editing."""
+    chosen = np.repeat(np.arange(len(data["pixels"])), data["weights"])
+    rows = Rows(
+        pictures=data["pixels"][chosen],
+        embeddings=data["rows"][chosen],
+        neighbours=data["neighbours"][chosen],
+        reference=data["references"][chosen] if references else None,
     )
+    return TrainingSet(rows, data["rows"], device=device, window_rows=len(chosen))
+
+
+def run(
+    network: nn.Module,
+    objective: Objective,
+    dataset: TrainingSet,
+    options: argparse.Namespace,
+    unseen: "Unseen | None",
+    **settings: Any,
+) -> nn.Module:
+    """Train in the folder of the command and return the average, on the CPU."""
+    name = options.command
+    folder = options.out / name
+    checkpoints = Folder(folder)
     training = TrainingConfig(
         images=options.images,
         batch_size=options.batch,
         learning_rate=options.rate,
         warmup_images=200 * options.batch,
-        ema_decay=0.999,
-        checkpoint_images=500 * options.batch,
-        log_images=100 * options.batch,
+        ema_decay=options.ema,
+        weight_decay=0.05,
+        checkpoint_images=options.watch * options.batch,
+        log_images=200 * options.batch,
+        grid_images=options.watch * options.batch,
+        **settings,
     )
-    conditioning = ConditioningConfig(neighbours=NEIGHBOURS)
-    network = build_transformer(size, embedding_dimension=data["rows"].shape[1], seed=training.seed)
-    log.info("%.1fM parameters", sum(parameter.numel() for parameter in network.parameters()) / 1e6)
+    log.info("%s: %.1fM parameters, %d images", name, sum(p.numel() for p in network.parameters()) / 1e6, len(dataset))
     started = time.monotonic()
     average = train(
-        network, dataset, training, conditioning, prediction=size.prediction,
-        checkpoints=Folder(options.out), metrics=Log(), device=options.device,
+        network, objective, dataset, training,
+        checkpoints=checkpoints, metrics=Log(folder, unseen), device=options.device,
     )  # fmt: skip
     log.info("trained in %.0f s on %s", time.monotonic() - started, options.device)
-    pipeline = new_pipeline(average.cpu(), Encoder().identity, prediction=size.prediction, neighbours=NEIGHBOURS)
-    pipeline.to(dtype=torch.float16).save_pretrained(options.out / "pipeline")
+    return average.cpu()
+
+
+def save(network: Any, folder: Path, **settings: Any) -> None:
+    """Write the float16 pipeline around ``network`` into ``folder``."""
+    pipeline = new_pipeline(network.half(), Encoder().identity, neighbours=NEIGHBOURS, **settings)
+    pipeline.save_pretrained(folder / "pipeline")
+
+
+def base(options: argparse.Namespace) -> None:
+    """The continuous generator: a share of what it sees has a picture to restore, the rest has none."""
+    data = prepare(options)
+    size = TransformerConfig(
+        image_size=options.size, layers=options.layers, heads=options.width // options.head, head_width=options.head
+    )
+    network = widen_input(build_transformer(size, embedding_dimension=data["rows"].shape[1], seed=0))
+    conditioning = ConditioningConfig(neighbours=NEIGHBOURS, pool=POOL)
+    pasting = RestorationConfig(drop_reference=DRAWN)
+    objective = Restoration(conditioning, pasting, prediction=size.prediction)
+    dataset = training_set(data, options.device, references=True)
+    unseen = Unseen(data["unseen_pixels"], data["unseen_rows"], options.device)
+    average = run(network, objective, dataset, options, unseen)
+    save(average, options.out / "base", num_inference_steps=12, query="mean")
+
+
+def codes(options: argparse.Namespace) -> None:
+    """The autoencoder of the discrete generator."""
+    data = prepare(options)
+    objective = AutoencoderObjective(CODES.codes, restart_steps=options.images // options.batch // 2)
+    network = build_autoencoder(CODES, seed=0)
+    average = run(network, objective, training_set(data, options.device), options, None, bfloat16_copy=False)
+    assert isinstance(average, VQModel)  # noqa: S101 - what goes in comes out
+    average.save_pretrained(options.out / "codes" / "vae")
+    pictures = to_model_range(torch.from_numpy(data["unseen_pixels"][:512]))
+    found = encode_codes(average, pictures)
+    error = (decode_codes(average, found) - pictures).square().mean()
+    log.info("unseen: %d codes used, PSNR %.1f dB", len(torch.unique(found)), 10 * np.log10(4 / error.item()))
+
+
+def discrete(options: argparse.Namespace) -> None:
+    """The discrete generator."""
+    data = prepare(options)
+    autoencoder = VQModel.from_pretrained(options.out / "codes" / "vae").to(options.device)
+    chunks = torch.split(torch.from_numpy(data["pixels"]), 512)
+    found = [encode_codes(autoencoder, to_model_range(chunk.to(options.device))).short().cpu() for chunk in chunks]
+    data["pixels"] = torch.cat(found).numpy()
+    size = VQTransformerConfig(
+        codes=CODES.codes, layers=options.layers, heads=options.width // options.head, head_width=options.head
+    )
+    network = build_vq_transformer(size, embedding_dimension=data["rows"].shape[1], seed=0)
+    objective = MaskAndReplace(Transitions(codes=CODES.codes), ConditioningConfig(neighbours=NEIGHBOURS, pool=POOL))
+    average = run(network, objective, training_set(data, options.device), options, None)
+    save(average, options.out / "discrete", vae=autoencoder.cpu().half(), num_inference_steps=25)
+
+
+COMMANDS = {"base": base, "codes": codes, "discrete": discrete}
+LENGTHS = {"base": 2_048_000, "codes": 600_000, "discrete": 2_000_000}
+
+
+def main() -> None:
+    """Run the command."""
+    options = _options()
+    options.images = options.images or LENGTHS[options.command]
+    options.out.mkdir(parents=True, exist_ok=True)
+    COMMANDS[options.command](options)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--stickers", type=Path, required=True, help="folder of the parquet files, one a style")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the pipeline")
-    parser.add_argument("--images", type=int, default=400_000, help="images to see")
-    parser.add_argument("--size", type=int, default=32, help="side in px")
-    parser.add_argument("--width", type=int, default=192, help="a multiple of 32")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, samples and weights")
+    parser.add_argument("--images", type=int, help="images to see")
+    parser.add_argument("--size", type=int, default=64, help="side in px")
+    parser.add_argument("--width", type=int, default=512, help="a multiple of --head")
+    parser.add_argument("--head", type=int, default=64, help="width of an attention head")
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
+    parser.add_argument("--watch", type=int, default=2000, help="steps between checkpoints and looks at its samples")
     parser.add_argument("--limit", type=int, help="pictures a style, for a trial")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()
