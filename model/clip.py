@@ -9,17 +9,22 @@ Model strings are open_clip's own: ``ViT-B-32/laion2b_s34b_b79k``, ``hf-hub:org/
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from model.errors import ModelError
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED = "sticker-clip"
 _EMBEDDED_FOLDER = Path(__file__).parent / "pretrained" / "sticker-clip"
@@ -88,14 +93,34 @@ class Encoder:
             [self.embed_preprocessed(torch.stack([self.preprocess(i) for i in chunk])) for chunk in chunks]
         )
 
+    def embed_pixels(self, pixels: NDArray[np.uint8], *, batch_size: int = 1024) -> Tensor:
+        """Pictures of one size (N, H, W, 3) uint8 to (N, D) float32 unit rows.
+
+        Those of the model's own size need no resizing, only the last step of the preprocessing, batch by batch.
+        """
+        if pixels.shape[1:3] != tuple(self._model.visual.image_size):
+            return self.embed_images([Image.fromarray(picture) for picture in pixels])
+        normalise = self._preprocess.transforms[-1]
+        chunks = torch.split(torch.from_numpy(np.ascontiguousarray(pixels)), batch_size)
+        scaled = (chunk.to(self.device).permute(0, 3, 1, 2).float() / 255 for chunk in chunks)
+        return torch.cat([self.embed_preprocessed(normalise(chunk)) for chunk in scaled])
+
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
-        """Texts to (len(texts), D) float32 unit rows; a text past the context length is cut by the tokenizer."""
+        """Texts to (len(texts), D) float32 unit rows; a text past the context length is cut, and a warning says so."""
         if not texts:
             return torch.empty(0, self._dimension())
         chunks = [list(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
-        rows = [self._model.encode_text(self._tokenizer(chunk).to(self.device)).float() for chunk in chunks]
+        tokens = [self._tokenizer(chunk) for chunk in chunks]
+        self._warn_of_cut(texts, torch.cat(tokens))
+        rows = [self._model.encode_text(chunk.to(self.device)).float() for chunk in tokens]
         return F.normalize(torch.cat(rows), dim=-1).cpu()
+
+    def _warn_of_cut(self, texts: Sequence[str], tokens: Tensor) -> None:
+        """A row without padding is full: all but certainly a text that was cut."""
+        length = tokens.shape[1]
+        for number in (tokens[:, -1] != 0).nonzero().flatten().tolist():
+            logger.warning("the text %.40r … is longer than %d tokens; the rest is left out", texts[number], length - 2)
 
     def _dimension(self) -> int:
         width = getattr(self._model, "text_projection", None)

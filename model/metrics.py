@@ -1,7 +1,10 @@
 """How well pictures fit their prompts and their domain, measured on embeddings.
 
-Legend: ``N`` pictures, ``D`` embedding width. All rows are unit vectors of one encoder.
+Legend: ``N``, ``M`` pictures, ``D`` embedding width, ``P`` prompts, ``S`` seeds, ``K`` neighbours. All rows are unit
+vectors of one encoder; the distances hold for rows of any length. Sums are taken in float64.
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,13 +12,29 @@ from numpy.typing import NDArray
 from model.errors import ModelError
 
 Rows = NDArray[np.float32]
+Values = NDArray[np.float64]
+
+MMD_SIGMA = 10.0
+"""Width of the Gaussian kernel (Jayasumana et al. 2401.09603, section 4)."""
+MMD_SCALE = 1000.0
+"""What the published CMMD is multiplied with, to be read without exponents."""
+SAME_PICTURE = 1 - 1e-3
+"""Cosine from which two float16 rows are one picture stored twice."""
+_BLOCK_ROWS = 2048
+_TIE = 1e-9  # squared distances of equal float64 rows differ by less
 
 
 def clip_score(images: Rows, texts: Rows) -> float:
     """Mean cosine between picture i and text i, both (N, D): in [−1, 1], higher is better."""
+    return float(pair_cosines(images, texts).mean())
+
+
+def pair_cosines(images: Rows, texts: Rows) -> Values:
+    """(N,) cosine between picture i and text i, both (N, D)."""
     if images.shape != texts.shape:
         raise ModelError(f"{images.shape} pictures and {texts.shape} texts do not pair up")
-    return float(np.einsum("nd,nd->n", images, texts, dtype=np.float64).mean())
+    cosines: Values = np.einsum("nd,nd->n", images, texts, dtype=np.float64)
+    return cosines
 
 
 def frechet_distance(first: Rows, second: Rows) -> float:
@@ -24,9 +43,14 @@ def frechet_distance(first: Rows, second: Rows) -> float:
     ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½)   (Heusel et al. 1706.08500, eq. 6, on CLIP instead of Inception features).
     The estimate is biased upwards for few rows, so only distances of equally many rows compare.
     """
+    return weighted_frechet(first, np.ones(len(first)), second, np.ones(len(second)))
+
+
+def weighted_frechet(first: Rows, first_counts: Values, second: Rows, second_counts: Values) -> float:
+    """:func:`frechet_distance` where row i of each set counts ``counts[i]`` times: what a bootstrap asks for."""
     if min(len(first), len(second)) < 2:
         raise ModelError("a Fréchet distance needs at least two pictures on each side")
-    (mean_1, cov_1), (mean_2, cov_2) = _gaussian(first), _gaussian(second)
+    (mean_1, cov_1), (mean_2, cov_2) = _gaussian(first, first_counts), _gaussian(second, second_counts)
     # tr (Σ₁Σ₂)^½ = Σ √λ(Σ₁^½ Σ₂ Σ₁^½), a symmetric matrix: stable where few rows leave the covariances singular.
     values, vectors = np.linalg.eigh(cov_1)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
@@ -35,6 +59,103 @@ def frechet_distance(first: Rows, second: Rows) -> float:
     return float(max(distance, 0.0))
 
 
-def _gaussian(rows: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def mmd_distance(first: Rows, second: Rows) -> float:
+    """Maximum mean discrepancy between two sets (N, D) and (M, D), the CMMD of Jayasumana et al. (2401.09603).
+
+    1000 · (mean k(x, x′) + mean k(y, y′) − 2 mean k(x, y)),   k(a, b) = exp(−‖a − b‖² / 2σ²), σ = 10
+
+    The estimator is the biased one (a V-statistic, Gretton et al. 2012, eq. 5), as in the authors' code: a picture
+    counts as its own pair, so the value is at least 0, and 0 for identical sets. Its bias falls with 1/N and is about
+    2 · 1000 · (1 − mean k)/N, so only distances of equally many rows compare. It assumes no Gaussian. The
+    published figures are of ViT-L/14 at 336 px; those of another encoder do not compare with them.
+    """
+    if not len(first) or not len(second):
+        raise ModelError("an MMD needs at least one picture on each side")
+    inner_1, inner_2, cross = mmd_kernels(first, second)
+    return float(max(MMD_SCALE * (inner_1.mean() + inner_2.mean() - 2 * cross.mean()), 0.0))
+
+
+def mmd_kernels(first: Rows, second: Rows) -> tuple[Values, Values, Values]:
+    """The kernel less 1 within ``first`` (N, N), within ``second`` (M, M) and between them (N, M).
+
+    The 1 cancels in the distance; without it the values near 0 keep their digits.
+    """
+    return _kernel(first, first), _kernel(second, second), _kernel(first, second)
+
+
+def precision_recall(samples: Rows, real: Rows, k: int = 3) -> tuple[float, float]:
+    """Share of samples (N, D) that could be real, and of real pictures (M, D) that could be samples; each in [0, 1].
+
+    A set's manifold is the union of balls around its rows, each as wide as the distance to the row's ``k``-th nearest
+    other row (Kynkäänniemi et al. 1904.06991, eq. 1 and 2). Precision falls with odd samples, recall with missing ones.
+    """
+    inside, covered = on_manifold(samples, real, k), on_manifold(real, samples, k)
+    return float(inside.mean()), float(covered.mean())
+
+
+def on_manifold(rows: Rows, manifold: Rows, k: int = 3) -> NDArray[np.bool_]:
+    """(N,) whether each of ``rows`` (N, D) lies in a ball of :func:`precision_recall` around a row of ``manifold``."""
+    if len(manifold) <= k:
+        raise ModelError(f"precision and recall need more than k = {k} pictures on each side, here are {len(manifold)}")
+    radii = np.concatenate(  # place 0 is the row itself
+        [np.partition(block, k, axis=1)[:, k] for block in _squared_distances(manifold, manifold)]
+    )
+    return np.concatenate([(block <= radii + _TIE).any(axis=1) for block in _squared_distances(rows, manifold)])
+
+
+def copy_threshold(real_nearest: NDArray[np.floating], percentile: float = 95.0) -> float:
+    """The cosine above which a sample counts as a copy of its nearest database picture.
+
+    Args:
+        real_nearest: (N,) cosine of real pictures to their nearest *other* picture of the database.
+        percentile: of them that stays below: that many in 100 real pictures are no copies of another by this measure.
+
+    From ``SAME_PICTURE`` on, two real pictures are one stored twice: those say nothing about how near two
+    pictures are, and leave the distribution. A sample that near is a copy whatever the percentile.
+    """
+    apart = real_nearest[np.isfinite(real_nearest) & (real_nearest < SAME_PICTURE)]
+    if not len(apart):
+        return SAME_PICTURE
+    return float(np.percentile(apart.astype(np.float64), percentile))
+
+
+def copy_rate(sample_nearest: NDArray[np.floating], threshold: float) -> float:
+    """Share of samples whose cosine (N,) to their nearest database picture is above ``threshold``: in [0, 1]."""
+    return float((sample_nearest > threshold).mean())
+
+
+def diversity(rows: Rows) -> float:
+    """How different pictures of one prompt are: mean 1 − cosine over pairs of seeds, of (P, S, D); higher is wider."""
+    return float(prompt_diversity(rows).mean())
+
+
+def prompt_diversity(rows: Rows) -> Values:
+    """(P,) mean 1 − cosine over the pairs of different seeds of each prompt, of (P, S, D)."""
+    seeds = rows.shape[1]
+    if rows.ndim != 3 or seeds < 2:
+        raise ModelError(f"diversity needs (P, S, D) with at least two seeds, not {rows.shape}")
     wide = rows.astype(np.float64)
-    return wide.mean(axis=0), np.cov(wide, rowvar=False)
+    total = np.square(wide.sum(axis=1)).sum(axis=-1) - np.square(wide).sum(axis=(1, 2))  # Σ over i ≠ j
+    spread: Values = 1 - total / (seeds * (seeds - 1))
+    return spread
+
+
+def _kernel(first: Rows, second: Rows) -> Values:
+    blocks = [np.expm1(-block / (2 * MMD_SIGMA**2)) for block in _squared_distances(first, second)]
+    return np.concatenate(blocks)
+
+
+def _squared_distances(first: Rows, second: Rows) -> Iterator[Values]:
+    """‖a − b‖² of all pairs, at most 2,048 rows of ``first`` at a time."""
+    wide = second.astype(np.float64)
+    lengths = np.square(wide).sum(axis=1)
+    for start in range(0, len(first), _BLOCK_ROWS):
+        block = first[start : start + _BLOCK_ROWS].astype(np.float64)
+        yield (np.square(block).sum(axis=1)[:, None] + lengths - 2 * block @ wide.T).clip(min=0)
+
+
+def _gaussian(rows: Rows, counts: Values) -> tuple[Values, Values]:
+    total = counts.sum()
+    mean = counts @ rows.astype(np.float64) / total
+    centred = (rows - mean) * np.sqrt(counts / (total - 1))[:, None]
+    return mean, centred.T @ centred

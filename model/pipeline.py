@@ -1,24 +1,32 @@
 """KNNDiffusionPipeline: a diffusers pipeline with a database in it.
 
-Legend: ``P`` prompts, ``M`` pictures a prompt, ``K`` neighbours, ``D`` embedding width, ``C S S`` picture.
+Legend: ``P`` prompts, ``M`` pictures a prompt, ``K`` neighbours, ``D`` embedding width, ``S`` side.
 
-    prompt --encoder--> query (D) --database--> neighbours (K, D) --tokens--> denoiser, guided, σ 1 to 0 --> picture
+    prompt --encoder--> query (D) --database--> neighbours (K, D) --tokens--> network, guided --> picture
 
-The database is no part of what is saved: any one of the same encoder can be plugged in, and swapped while the pipeline
-runs. A call works with the database it started with.
+The network is a transformer or a U-Net over pixels or latents (flow matching), or a transformer over codes
+(VQ-Diffusion); the saved folder says which. The database is no part of what is saved: any one of the same encoder can
+be plugged in, and swapped while the pipeline runs. A call works with the database it started with.
 """
 
 import dataclasses
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtTransformer2DModel,
+    UNet2DConditionModel,
+    VQModel,
+)
 from diffusers.utils import BaseOutput
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
@@ -27,18 +35,30 @@ from torch import Tensor
 from model.clip import Encoder, EncoderIdentity, encoder_for
 from model.diffusion.conditioning import condition_tokens
 from model.diffusion.continuous import Denoiser, Prediction
-from model.diffusion.guidance import guided
+from model.diffusion.discrete import Transitions, sample_codes
+from model.diffusion.guidance import WHOLE, guided
+from model.editing import EditConfig, edit, on_white
 from model.errors import ModelError
-from model.networks.dit import as_denoiser
+from model.networks.denoiser import as_denoiser
+from model.networks.editor import is_editor, with_reference
+from model.networks.latents import decode_latents
+from model.networks.vq_autoencoder import decode_codes
+from model.networks.vq_transformer import VQTransformer
 from model.retrieval.database import Database, Hits
+from model.sampling import Told, draw_noise, draw_uniforms, in_batches, integrate, slerp
 
-QuerySlot = Literal["text", "mean", "none"]
-"""What stands in the query's slot: the prompt's embedding, the mean of its neighbours, or nothing."""
+logger = logging.getLogger(__name__)
+
+QuerySlot = Literal["text", "mean", "both", "none"]
+"""What stands in the query's slot: the prompt's embedding, its neighbours' mean, the mean of the two, or nothing."""
+
+Prompt = str | Image.Image
+Prompts = Prompt | Sequence[Prompt] | Tensor
+"""Texts and pictures, mixed as one likes, or embeddings (P, D) of the encoder."""
 
 EMBEDDED = "sticker-generator"
-"""The small generator that ships with this package; any other name is a folder."""
+"""The generator that ships with this package; any other name is a folder."""
 
-BATCH = 64
 _EMBEDDED_FOLDER = Path(__file__).parent / "pretrained" / "sticker-generator" / "pipeline"
 
 
@@ -51,35 +71,60 @@ class KNNDiffusionOutput(BaseOutput):
 
 
 class KNNDiffusionPipeline(DiffusionPipeline):
-    """Text or embedding to pictures, through the neighbours in ``database``."""
+    """Texts, pictures or embeddings to pictures, through the neighbours in ``database``."""
+
+    _optional_components = ["scheduler", "vae"]  # noqa: RUF012 - as diffusers declares it
 
     def __init__(
         self,
-        transformer: PixArtTransformer2DModel,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        transformer: PixArtTransformer2DModel | UNet2DConditionModel | VQTransformer,
+        scheduler: FlowMatchEulerDiscreteScheduler | None = None,
+        vae: AutoencoderKL | VQModel | None = None,
         encoder_identity: dict[str, Any] | None = None,
         neighbours: int = 10,
         guidance_scale: float = 2.0,
+        guidance_interval: tuple[float, ...] | list[float] = WHOLE,
         num_inference_steps: int = 25,
         query: str = "text",
         prediction: str = "velocity",
+        truncation: float = 0.86,
     ) -> None:
-        """Join the parts. ``neighbours`` … ``query`` are the defaults that a call may override.
+        """Join the parts. ``neighbours`` … ``truncation`` are the defaults; a call may override most.
 
-        Raises ``ModelError`` without an ``encoder_identity`` (the fields of :class:`model.clip.EncoderIdentity`); it
-        has a default only because diffusers takes an argument without one for a module.
+        Args:
+            transformer: the network: velocities of pixels or latents, or logits of codes.
+            scheduler: of the continuous networks; the discrete one needs none.
+            vae: what the network's latents or codes belong to; None where it works on pixels.
+            encoder_identity: the fields of :class:`model.clip.EncoderIdentity`.
+            neighbours: K.
+            guidance_scale: 1 follows the condition as trained.
+            guidance_interval: the noise levels σ at which guidance acts (continuous networks).
+            num_inference_steps: steps from noise to picture.
+            query: what stands in the query's slot.
+            prediction: what a continuous network answers with.
+            truncation: probability mass kept of every code (discrete network).
+
+        Raises:
+            ModelError: ``encoder_identity`` is missing (it has a default only because diffusers takes an argument
+                without one for a module), or a part that the network needs is.
         """
         super().__init__()
         if encoder_identity is None:
             raise ModelError("encoder_identity is missing: a generator is of use in its encoder's space alone")
-        self.register_modules(transformer=transformer, scheduler=scheduler)
+        if isinstance(transformer, VQTransformer) and vae is None:
+            raise ModelError("a network over codes needs the vae (a VQModel) that the codes belong to")
+        if not isinstance(transformer, VQTransformer) and scheduler is None:
+            raise ModelError("a continuous network needs a scheduler; give FlowMatchEulerDiscreteScheduler(shift=2.0)")
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(
             encoder_identity=dict(encoder_identity),
             neighbours=neighbours,
             guidance_scale=guidance_scale,
+            guidance_interval=list(guidance_interval),
             num_inference_steps=num_inference_steps,
             query=query,
             prediction=prediction,
+            truncation=truncation,
         )
         self._identity = EncoderIdentity(**encoder_identity)
         self._encoder: Encoder | None = None
@@ -89,7 +134,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
     def open(cls, folder: Path | str, database: Database | None = None) -> Self:
         """Load a saved pipeline and plug a database in. Raises ``ModelError`` when the folder holds none."""
         bars = diffusers_logging.is_progress_bar_enabled()
-        diffusers_logging.disable_progress_bar()  # two small files are no long work
+        diffusers_logging.disable_progress_bar()  # a few small files are no long work
         try:
             pipeline: Self = cls.from_pretrained(str(folder), torch_dtype=torch.float32, low_cpu_mem_usage=False)
         except Exception as error:  # diffusers and safetensors raise OSError, ValueError and types of their own
@@ -131,11 +176,20 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             self._encoder = encoder_for(self._identity, device=self.device)
         return self._encoder
 
+    @property
+    def side(self) -> int:
+        """Width and height of the pictures it draws, in px."""
+        if isinstance(self.transformer, VQTransformer):
+            return int(self.vae.config.sample_size)
+        scale = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return int(self.transformer.config.sample_size) * scale
+
     @torch.inference_mode()
     def __call__(
         self,
-        prompts: str | Sequence[str] | Tensor,
+        prompts: Prompts,
         *,
+        negative_prompts: Prompts | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
@@ -143,23 +197,29 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         neighbours: int | None = None,
         query: QuerySlot | None = None,
         retrieve: bool = True,
-        callback: Callable[[int, int], None] | None = None,
+        shared_noise: bool = False,
+        callback: Told | None = None,
     ) -> KNNDiffusionOutput:
         """Draw pictures.
 
         Args:
-            prompts: a text, texts, or embeddings (P, D) of the encoder (of pictures, say).
+            prompts: a text or a picture, several of them, or embeddings (P, D) of the encoder.
+            negative_prompts: what to keep away from, one for all or one for each; needs a guidance above 1.
             num_images_per_prompt: M, drawn from different noise.
             guidance_scale: 1 follows the condition as trained; above, more strongly.
-            num_inference_steps: Euler steps from noise to picture.
+            num_inference_steps: steps from noise to picture.
             generator: source of the noise; the same seed gives the same pictures whatever the batch.
             neighbours: K, free to differ from training.
             query: what stands in the query's slot.
             retrieve: False hides the neighbours: the ablation without retrieval.
+            shared_noise: whether all pictures start from one noise, so that only the prompts tell them apart.
             callback: called with (step, steps) of all batches together.
 
         Returns:
             P·M pictures, prompt after prompt, and the hits of each prompt.
+
+        Raises:
+            ModelError: a prompt is empty, a number makes no sense, or memory is out.
         """
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
@@ -168,66 +228,158 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             raise ModelError(f"guidance_scale is {scale}; give a number")
         if min(num_images_per_prompt, steps, k) < 1:
             raise ModelError("num_images_per_prompt, num_inference_steps and neighbours must be at least 1")
-        embeddings = self._embed(prompts)
-        hits = self.database.search(embeddings.numpy(), k) if retrieve else None
-        tokens = self._condition(embeddings, hits, k, query or (self.config.query if retrieve else "text"))
+        embeddings = self.embed(prompts)
+        tokens, hits = self.condition(embeddings, k, query, retrieve)
+        negative = None
+        if negative_prompts is not None:
+            negative, _ = self.condition(_each(self.embed(negative_prompts), len(embeddings)), k, query, retrieve)
+            negative = negative.repeat_interleave(num_images_per_prompt, dim=0)
         tokens = tokens.repeat_interleave(num_images_per_prompt, dim=0)
-        noise = self._noise(len(tokens), generator)
-        denoiser = guided(as_denoiser(self.transformer.eval(), self.config.prediction), scale)
-        starts = range(0, len(tokens), BATCH)
-        pictures = []
-        for number, start in enumerate(starts):
-            told = _offset(callback, number * steps, len(starts) * steps)
-            batch = slice(start, start + BATCH)
-            pictures.append(self._integrate(denoiser, noise[batch], tokens[batch], steps, told))
-        return KNNDiffusionOutput(images=to_images(torch.cat(pictures)), hits=hits)
+        draw = self._draw_codes if isinstance(self.transformer, VQTransformer) else self._draw_continuous
+        pictures = draw(tokens, negative, scale, steps, generator, shared_noise, callback)
+        return KNNDiffusionOutput(images=to_images(pictures), hits=hits)
 
-    def _embed(self, prompts: str | Sequence[str] | Tensor) -> Tensor:
+    def edit(
+        self,
+        images: Image.Image | Sequence[Image.Image],
+        prompts: Prompts,
+        *,
+        strength: float = 1.0,
+        method: Literal["restore", "sdedit"] = "restore",
+        guidance_scale: float | None = None,
+        image_guidance_scale: float = 1.0,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | None = None,
+        neighbours: int | None = None,
+        retrieve: bool = True,
+    ) -> list[Image.Image]:
+        """Edit pictures by texts, without a mask: what disagrees with the text is redrawn, the rest stays.
+
+        See :func:`model.editing.edit` and :class:`model.editing.EditConfig` for the arguments and errors.
+        """
+        config = EditConfig(
+            method=method,
+            strength=strength,
+            steps=num_inference_steps or self.config.num_inference_steps,
+            guidance_scale=self.config.guidance_scale if guidance_scale is None else guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            shift=self.scheduler.config.shift if self.scheduler is not None else 1.0,
+        )
+        return edit(self, images, prompts, config, generator=generator, neighbours=neighbours, retrieve=retrieve)
+
+    def interpolate(self, first: Prompt, second: Prompt, count: int = 8, **options: Any) -> KNNDiffusionOutput:
+        """``count`` pictures on the way from one prompt to the other, from one noise; ``options`` as of a call."""
+        if count < 2:
+            raise ModelError("an interpolation has two ends; ask for at least 2 pictures")
+        start, end = self.embed([first, second])
+        output: KNNDiffusionOutput = self(slerp(start, end, count), shared_noise=True, **options)
+        return output
+
+    def embed(self, prompts: Prompts) -> Tensor:
+        """Prompts as unit rows (P, D) on the CPU. Raises ``ModelError`` for an empty one."""
         if isinstance(prompts, Tensor):
             if prompts.ndim != 2 or not len(prompts) or not prompts.isfinite().all():
                 raise ModelError(f"embeddings {tuple(prompts.shape)} must be finite rows (P, D), at least one")
             return F.normalize(prompts.float().cpu(), dim=-1)
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not texts or not all(text.strip() for text in texts):
+        listed = [prompts] if isinstance(prompts, Prompt) else list(prompts)
+        if not listed or any(isinstance(prompt, str) and not prompt.strip() for prompt in listed):
             raise ModelError("a prompt is empty; write what the picture should show")
-        return self.encoder.embed_texts(texts)
+        rows = torch.empty(len(listed), self._identity.dimension)
+        texts = {number: prompt for number, prompt in enumerate(listed) if isinstance(prompt, str)}
+        pictures = {number: on_white(prompt) for number, prompt in enumerate(listed) if isinstance(prompt, Image.Image)}
+        if len(texts) + len(pictures) < len(listed):
+            raise ModelError("a prompt is neither text nor picture; give str, PIL images or embeddings (P, D)")
+        if texts:
+            rows[list(texts)] = self.encoder.embed_texts(list(texts.values()))
+        if pictures:
+            rows[list(pictures)] = self.encoder.embed_images(list(pictures.values()))
+        return rows
 
-    def _condition(self, embeddings: Tensor, hits: Hits | None, k: int, query: str) -> Tensor:
+    def condition(
+        self, embeddings: Tensor, k: int, query: str | None = None, retrieve: bool = True
+    ) -> tuple[Tensor, Hits | None]:
+        """The tokens (P, 1 + K, D + 1) of embeddings (P, D), and their hits.
+
+        Fewer neighbours than training showed, for ``k`` or the database is small, are filled up with hidden ones.
+        """
         dimension, batch = self._identity.dimension, len(embeddings)
+        hits = self.database.search(embeddings.numpy(), k) if retrieve else None
+        if hits is not None and k > len(self.database):
+            logger.warning("the database holds %d images, %d neighbours were asked for", len(self.database), k)
         # Without retrieval all K neighbours are hidden: the input that training has shown for it.
         found = torch.zeros(batch, k, dimension) if hits is None else torch.from_numpy(hits.embeddings)
+        mean = F.normalize(found.mean(dim=1), dim=-1)
         slot: Tensor | None
-        match query:
+        match query or (self.config.query if retrieve else "text"):
             case "text":
                 slot = embeddings
             case "mean" if hits is not None:
-                slot = F.normalize(found.mean(dim=1), dim=-1)
+                slot = mean
+            case "both" if hits is not None:
+                slot = F.normalize(embeddings + mean, dim=-1)
             case "none":
                 slot = None
-            case _:
-                raise ModelError(f"query={query!r}: write 'text', 'none', or, with retrieval, 'mean'")
-        return condition_tokens(slot, found, dimension=dimension, batch=batch)
+            case other:
+                raise ModelError(f"query={other!r}: write 'text', 'none', or, with retrieval, 'mean' or 'both'")
+        found = F.pad(found, (0, 0, 0, max(0, self.config.neighbours - found.shape[1])))
+        return condition_tokens(slot, found, dimension=dimension, batch=batch), hits
 
-    def _noise(self, count: int, generator: torch.Generator | None) -> Tensor:
-        """Noise drawn picture by picture on the CPU, so that neither the batch nor the device changes it."""
-        side = self.transformer.config.sample_size
-        if generator is None:
-            generator = torch.Generator()
-            generator.seed()
-        return torch.stack([torch.randn(3, side, side, generator=generator) for _ in range(count)])
+    def denoiser(self) -> Denoiser:
+        """The continuous network as a function of (x_σ, σ, tokens) to a velocity; an editor sees no picture to edit."""
+        denoiser = as_denoiser(self.transformer.eval(), self.config.prediction)
+        return with_reference(denoiser, None) if is_editor(self.transformer) else denoiser
 
-    def _integrate(
-        self, denoiser: Denoiser, noise: Tensor, condition: Tensor, steps: int, told: Callable[[int], None]
+    def _draw_continuous(
+        self,
+        tokens: Tensor,
+        negative: Tensor | None,
+        scale: float,
+        steps: int,
+        generator: torch.Generator | None,
+        shared: bool,
+        told: Told | None,
     ) -> Tensor:
-        """Euler from σ = 1 to 0 over the scheduler's (shifted) levels: (B, 3, S, S) in [−1, 1] on the CPU."""
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
-        picture, condition = noise.to(self.device), condition.to(self.device)
-        for number, (timestep, sigma) in enumerate(zip(scheduler.timesteps, scheduler.sigmas, strict=False)):
-            velocity = denoiser(picture, sigma.expand(len(picture)).to(self.device), condition)
-            picture = scheduler.step(velocity, timestep, picture, return_dict=False)[0]
-            told(number + 1)
-        return picture.clamp(-1, 1).float().cpu()
+        side, channels = self.transformer.config.sample_size, self.transformer.config.out_channels
+        noise = draw_noise(len(tokens), (channels, side, side), generator, shared=shared)
+        interval = (float(self.config.guidance_interval[0]), float(self.config.guidance_interval[1]))
+
+        def draw(rows: slice, step: Callable[[int], None]) -> Tensor:
+            away = None if negative is None else negative[rows].to(self.device)
+            denoiser = guided(self.denoiser(), scale, negative=away, interval=interval)
+            start, condition = noise[rows].to(self.device), tokens[rows].to(self.device)
+            drawn = integrate(denoiser, start, condition, self.scheduler, steps, step)
+            return (drawn if self.vae is None else decode_latents(self.vae, drawn)).clamp(-1, 1).float()
+
+        return in_batches(draw, len(tokens), steps, self.device, told)
+
+    def _draw_codes(
+        self,
+        tokens: Tensor,
+        negative: Tensor | None,
+        scale: float,
+        steps: int,
+        generator: torch.Generator | None,
+        shared: bool,
+        told: Told | None,
+    ) -> Tensor:
+        config = self.transformer.config
+        uniforms = draw_uniforms(len(tokens), (steps, config.tokens), generator, shared=shared)
+        transitions = Transitions(codes=config.codes, timesteps=config.timesteps)
+
+        def draw(rows: slice, step: Callable[[int], None]) -> Tensor:
+            codes = sample_codes(
+                self.transformer.eval(),
+                tokens[rows].to(self.device),
+                uniforms[rows].to(self.device),
+                transitions=transitions,
+                guidance_scale=scale,
+                truncation=self.config.truncation,
+                negative=None if negative is None else negative[rows].to(self.device),
+                callback=lambda number, _: step(number + 1),
+            )
+            return decode_codes(self.vae, codes).float()
+
+        return in_batches(draw, len(tokens), steps, self.device, told)
 
 
 def to_images(pictures: Tensor) -> list[Image.Image]:
@@ -237,21 +389,24 @@ def to_images(pictures: Tensor) -> list[Image.Image]:
 
 
 def new_pipeline(
-    transformer: PixArtTransformer2DModel,
+    network: PixArtTransformer2DModel | UNet2DConditionModel | VQTransformer,
     encoder: EncoderIdentity,
     *,
-    prediction: Prediction,
-    neighbours: int,
-    guidance_scale: float = 2.0,
+    prediction: Prediction = "velocity",
+    vae: AutoencoderKL | VQModel | None = None,
+    **defaults: Any,
 ) -> KNNDiffusionPipeline:
-    """A pipeline around a freshly trained network; shift 2 spends the steps where 32 to 64 px need them."""
+    """A pipeline around a freshly trained network; shift 2 spends the steps where 32 to 64 px need them.
+
+    ``defaults`` are those of :class:`KNNDiffusionPipeline`: neighbours, guidance_scale, query, ….
+    """
     return KNNDiffusionPipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
+        transformer=network,
+        scheduler=None if isinstance(network, VQTransformer) else FlowMatchEulerDiscreteScheduler(shift=2.0),
+        vae=vae,
         encoder_identity=dataclasses.asdict(encoder),
-        neighbours=neighbours,
-        guidance_scale=guidance_scale,
         prediction=prediction,
+        **defaults,
     )
 
 
@@ -273,9 +428,7 @@ def weights_digest(name: str) -> str:
     return digest.hexdigest()
 
 
-def _offset(callback: Callable[[int, int], None] | None, before: int, total: int) -> Callable[[int], None]:
-    def told(step: int) -> None:
-        if callback is not None:
-            callback(before + step, total)
-
-    return told
+def _each(embeddings: Tensor, count: int) -> Tensor:
+    if len(embeddings) not in (1, count):
+        raise ModelError(f"{len(embeddings)} negative prompts for {count} prompts; give one for all, or one for each")
+    return embeddings.expand(count, -1)

@@ -4,7 +4,18 @@ import tiny
 from numpy.typing import NDArray
 
 from model.errors import ModelError
-from model.metrics import clip_score, frechet_distance
+from model.metrics import (
+    SAME_PICTURE,
+    clip_score,
+    copy_rate,
+    copy_threshold,
+    diversity,
+    frechet_distance,
+    mmd_distance,
+    on_manifold,
+    precision_recall,
+    weighted_frechet,
+)
 
 
 def gaussian(
@@ -79,3 +90,95 @@ def test_the_clip_score_is_the_mean_cosine_of_pairs() -> None:
 def test_pictures_and_texts_must_pair_up() -> None:
     with pytest.raises(ModelError, match=r"\(3, 8\) pictures and \(2, 8\) texts"):
         clip_score(tiny.unit_rows(3).astype(np.float32), tiny.unit_rows(2).astype(np.float32))
+
+
+def test_a_row_that_counts_twice_is_the_row_twice() -> None:
+    first, second = tiny.unit_rows(9).astype(np.float32), tiny.unit_rows(7, seed=1).astype(np.float32)
+    counts = np.array([2.0, 0, 1, 1, 3, 0, 1, 1, 0]), np.array([1.0, 1, 0, 2, 2, 0, 1])
+    spelled = (np.repeat(rows, count.astype(int), axis=0) for rows, count in zip((first, second), counts, strict=True))
+    weighted = weighted_frechet(first, counts[0], second, counts[1])
+    assert weighted == pytest.approx(frechet_distance(*spelled), rel=1e-6)
+
+
+def mmd_by_hand(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
+    def mean(rows: NDArray[np.float32], others: NDArray[np.float32]) -> float:
+        wide = rows.astype(np.float64), others.astype(np.float64)
+        return float(np.mean([[np.exp(-np.square(a - b).sum() / (2 * 10**2)) for b in wide[1]] for a in wide[0]]))
+
+    return 1000 * (mean(first, first) + mean(second, second) - 2 * mean(first, second))
+
+
+def test_the_mmd_is_the_published_formula() -> None:
+    first, second = (tiny.unit_rows(count, seed=count).astype(np.float32) for count in (11, 17))
+    assert mmd_distance(first, second) == pytest.approx(mmd_by_hand(first, second), abs=1e-9)
+    assert mmd_distance(first, first[::-1]) == pytest.approx(0, abs=1e-9)
+    many = tiny.unit_rows(2_100, seed=3).astype(np.float32)  # more than a block
+    assert mmd_distance(many, many[::-1]) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_mmd_of_two_points_and_of_gaussians_is_known() -> None:
+    axes = np.eye(2, dtype=np.float32)
+    assert mmd_distance(axes[:1], axes[1:]) == pytest.approx(1000 * (2 - 2 * np.exp(-2 / 200)), rel=1e-6)
+    # E k(x, y) for x, y of N(0, s²) and N(m, s²) in D dimensions: (1 + 2s²/σ²)^(−D/2) exp(−m²/(2(σ² + 2s²))).
+    draw, spread, shift, width = np.random.default_rng(0).normal, 4.0, 6.0, 3
+    first = (draw(size=(3_000, width)) * spread).astype(np.float32)
+    second = (draw(size=(3_000, width)) * spread + [shift, 0, 0]).astype(np.float32)
+    inner = (1 + 2 * spread**2 / 100) ** (-width / 2)
+    expected = 1000 * 2 * inner * (1 - np.exp(-(shift**2) / (2 * (100 + 2 * spread**2))))
+    assert mmd_distance(first, second) == pytest.approx(expected, rel=0.05)
+
+
+def test_identical_sets_are_precise_and_complete_and_distant_ones_neither() -> None:
+    rows = tiny.unit_rows(40).astype(np.float32)
+    assert precision_recall(rows, rows[::-1]) == (1.0, 1.0)
+    assert precision_recall(np.repeat(rows[:2], 10, axis=0), np.repeat(rows[:2], 8, axis=0)) == (1.0, 1.0)
+    assert precision_recall(rows, rows + 100) == (0.0, 0.0)
+
+
+def test_samples_of_one_of_two_clusters_are_precise_and_cover_half() -> None:
+    noise = 0.01 * np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    near, far = noise[:30], noise[30:] + np.array([1, 0, 0, 0], np.float32)
+    assert precision_recall(near, np.concatenate([near, far])) == (1.0, 0.5)
+    assert precision_recall(np.concatenate([near, far]), far) == (0.5, 1.0)
+
+
+def test_balls_reach_to_the_third_neighbour() -> None:
+    line = np.array([[0.0], [1.0], [2.0], [4.0], [100.0]], np.float32)  # radii 4, 3, 2, 4, 99
+    asked = np.array([[-4.0], [-4.1], [8.0], [0.99 + 199], [199.1]], np.float32)
+    assert on_manifold(asked[[0, 1]], line[:4]).tolist() == [True, False]
+    assert on_manifold(asked[[2]], line[:4]).tolist() == [True]
+    assert on_manifold(asked[[3, 4]], line).tolist() == [False, False]
+    with pytest.raises(ModelError, match="more than k = 3 pictures on each side, here are 3"):
+        on_manifold(asked, line[:3])
+
+
+def test_copies_are_copies_and_held_out_pictures_are_at_the_percentile() -> None:
+    rows = tiny.unit_rows(2_000, 6).astype(np.float32)
+    cosines = rows @ rows.T
+    np.fill_diagonal(cosines, -np.inf)
+    threshold = copy_threshold(cosines[:1_000].max(axis=1), 90)
+    assert copy_rate(cosines[1_000:].max(axis=1), threshold) == pytest.approx(0.1, abs=0.03)
+    slightly = tiny.unit(rows + 1e-4 * tiny.unit_rows(2_000, 6, seed=1))
+    assert copy_rate((slightly @ rows.T).max(axis=1), threshold) == 1.0
+    assert copy_rate((tiny.unit(-rows[:, ::-1]) @ rows.T).max(axis=1), threshold) < 0.3
+
+
+def test_pictures_stored_twice_do_not_hide_copies() -> None:
+    apart = np.linspace(0.2, 0.7, 51)
+    for doubled in (1.0, 1.0003, SAME_PICTURE):
+        assert copy_threshold(np.append(apart, [doubled] * 500), 50) == pytest.approx(0.45)
+    assert copy_threshold(np.full(9, 1.0)) == SAME_PICTURE
+    assert copy_threshold(np.full(9, -np.inf)) == SAME_PICTURE
+
+
+def test_diversity_is_the_mean_over_pairs_of_seeds() -> None:
+    axes = np.eye(4, dtype=np.float32)
+    same, different = np.stack([axes[0]] * 3), axes[:3]
+    assert diversity(np.stack([same])) == pytest.approx(0)
+    assert diversity(np.stack([different])) == pytest.approx(1)
+    assert diversity(np.stack([same, different, different])) == pytest.approx(2 / 3)
+    rows = tiny.unit_rows(20).astype(np.float32).reshape(4, 5, -1)
+    pairs = [1 - rows[p, i] @ rows[p, j] for p in range(4) for i in range(5) for j in range(i)]
+    assert diversity(rows) == pytest.approx(np.mean(pairs), abs=2e-3)  # the rows are of float16 length
+    with pytest.raises(ModelError, match="at least two seeds"):
+        diversity(rows[:, :1])

@@ -17,7 +17,6 @@ from model.clip import EMBEDDED, Encoder
 from model.diffusion.conditioning import condition_tokens, null_condition
 from model.errors import ModelError
 from model.pipeline import (
-    BATCH,
     KNNDiffusionPipeline,
     new_pipeline,
     pretrained_folder,
@@ -25,7 +24,9 @@ from model.pipeline import (
     weights_digest,
 )
 from model.retrieval.database import Database
+from model.sampling import BATCH as BATCHES
 
+BATCH = BATCHES["cpu"]
 ROWS = tiny.unit_rows(40)
 PROMPTS = torch.nn.functional.normalize(torch.from_numpy(tiny.unit_rows(5, seed=1)).float())
 
@@ -55,7 +56,7 @@ class Oracle(nn.Module):
 
     def __init__(self, picture: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.config = SimpleNamespace(sample_size=8)
+        self.config = SimpleNamespace(sample_size=8, in_channels=3, out_channels=3)
         self.picture = picture
         self.sigmas: list[list[float]] = []
         self.conditions: list[Tensor] = []
@@ -131,6 +132,7 @@ def test_the_network_is_told_the_query_and_its_neighbours(database: Database) ->
         ({"neighbours": 6}, PROMPTS, found),
         ({"query": "none"}, None, found[:, :3]),
         ({"query": "mean", "neighbours": 6}, mean, found),
+        ({"query": "both", "neighbours": 6}, torch.nn.functional.normalize(PROMPTS + mean), found),
     ]:
         oracle.conditions.clear()
         output = pipeline(PROMPTS, num_inference_steps=1, generator=seeded(), **options)

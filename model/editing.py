@@ -1,0 +1,264 @@
+"""Editing a picture by a text, without a mask (Sheynin et al., text-only image manipulation).
+
+Legend: ``B`` pictures, ``S`` side, ``T`` condition tokens, ``E`` their channels, ``σ`` share of noise.
+
+    x_s = (1 − s)·source + s·ε                     s the strength: 1 starts from noise alone
+    σ from s to 0:  v = v̂(x_σ, reference = source, text and its neighbours), guided
+
+The network was trained (:mod:`model.training.restoration`) to redraw what disagrees with the condition and to leave the
+rest, so the picture itself, untouched, is the reference. Noise and guidance still shift every pixel a little;
+``keep_unchanged`` puts the source's pixels back where the edit hardly differs. :mod:`model.changes` measures an edit.
+"""
+
+import dataclasses
+import itertools
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from model.changes import difference
+from model.diffusion.conditioning import null_condition
+from model.diffusion.continuous import Denoiser, add_noise
+from model.diffusion.guidance import guided
+from model.errors import ModelError
+from model.networks.denoiser import as_denoiser
+from model.networks.editor import is_editor, with_reference
+from model.sampling import draw_noise, in_batches
+from model.training.data import picture_to_array, to_model_range
+
+if TYPE_CHECKING:
+    from model.pipeline import KNNDiffusionPipeline, Prompts
+
+logger = logging.getLogger(__name__)
+
+KEPT_BELOW, CHANGED_ABOVE = 0.06, 0.16
+"""Differences, as shares of the range, below which the source's pixels return, and above which the edited ones stay."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EditConfig:
+    """How to edit.
+
+    Attributes:
+        method: ``restore`` needs a network trained for editing; ``sdedit``, the baseline, takes any.
+        strength: the noise level to start from, in (0, 1]; small ones return the source.
+        steps: Euler steps, whatever the strength.
+        guidance_scale: how strongly to follow the text; 1 as trained.
+        image_guidance_scale: how strongly to follow the source; 1 as trained. ``restore`` alone.
+        contrast: push away from what the source shows, instead of from an empty condition.
+        keep: whether the source's pixels return where the edit hardly differs. ``restore`` alone.
+        shift: of the noise levels towards noise, as the generator's scheduler has it.
+    """
+
+    method: Literal["restore", "sdedit"] = "restore"
+    strength: float = 1.0
+    steps: int = 25
+    guidance_scale: float = 2.0
+    image_guidance_scale: float = 1.0
+    contrast: bool = False
+    keep: bool = True
+    shift: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        if self.method not in ("restore", "sdedit"):
+            raise ModelError(f"method={self.method!r}: write 'restore' or 'sdedit'")
+        if not 0 < self.strength <= 1:
+            raise ModelError(f"strength is {self.strength}; give a number above 0, and at most 1")
+        if self.steps < 1 or not self.shift > 0:
+            raise ModelError(f"steps is {self.steps} and shift {self.shift}; give at least 1 step and a shift above 0")
+        if not (math.isfinite(self.guidance_scale) and math.isfinite(self.image_guidance_scale)):
+            raise ModelError("guidance_scale and image_guidance_scale must be finite numbers")
+
+
+def edit_levels(config: EditConfig) -> Tensor:
+    """The noise levels (steps + 1,) float32 from the strength down to 0, spaced as the drawing's shifted ones."""
+    even = torch.linspace(1, 0, config.steps + 1)
+    return config.strength * config.shift * even / (1 + (config.shift - 1) * even)
+
+
+def edit_guided(denoiser: Denoiser, source: Tensor, config: EditConfig, *, negative: Tensor | None = None) -> Denoiser:
+    """A denoiser of six input channels that sees the source and is pushed towards the text and towards the source.
+
+    v = v(y, c−) + a·(v(y, c) − v(y, c−)) + (b − 1)·(v(y, ∅) − v(0, ∅)), with y the source (after InstructPix2Pix
+    2211.09800, eq. 3), a ``guidance_scale`` and b ``image_guidance_scale``, which costs two more network calls a step
+    unless it is 1. c− is ``negative`` (B, T, E), or ∅ where None.
+    """
+    shown = with_reference(denoiser, source)
+    towards_text = guided(shown, config.guidance_scale, negative=negative)
+    if config.image_guidance_scale == 1:
+        return towards_text
+    unshown = with_reference(denoiser, None)
+
+    def call(noisy: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
+        nothing = null_condition(condition)
+        towards_source = shown(noisy, sigma, nothing) - unshown(noisy, sigma, nothing)
+        return towards_text(noisy, sigma, condition) + (config.image_guidance_scale - 1) * towards_source
+
+    return call
+
+
+def edit_pictures(
+    denoiser: Denoiser,
+    source: Tensor,
+    condition: Tensor,
+    noise: Tensor,
+    config: EditConfig,
+    *,
+    negative: Tensor | None = None,
+) -> Tensor:
+    """Pictures edited by a network that was trained to restore.
+
+    Args:
+        denoiser: of six input channels, its output a velocity.
+        source: (B, 3, S, S) in [−1, 1].
+        condition: (B, T, E) tokens of the text and its neighbours.
+        noise: (B, 3, S, S) standard normal.
+        config: how.
+        negative: (B, T, E) tokens to push away from, those of the source say.
+
+    Returns:
+        (B, 3, S, S) float32 in [−1, 1].
+    """
+    edited = _integrate(edit_guided(denoiser, source, config, negative=negative), source, condition, noise, config)
+    return keep_unchanged(edited, source) if config.keep else edited
+
+
+def sdedit_pictures(
+    denoiser: Denoiser,
+    source: Tensor,
+    condition: Tensor,
+    noise: Tensor,
+    config: EditConfig,
+    *,
+    negative: Tensor | None = None,
+) -> Tensor:
+    """The baseline (SDEdit, 2108.01073): noise the source, denoise it under the text. Arguments as above.
+
+    The denoiser is the base's, of three input channels; nothing but the noise level keeps the source.
+    """
+    return _integrate(guided(denoiser, config.guidance_scale, negative=negative), source, condition, noise, config)
+
+
+def keep_unchanged(edited: Tensor, source: Tensor) -> Tensor:
+    """The edited pictures with the source's pixels where the two hardly differ: (B, 3, S, S) in [−1, 1].
+
+    The difference is averaged over 5×5 pixels; around what changed, 2 pixels of the edit stay and 2 more blend.
+    """
+    smooth = F.avg_pool2d(difference(edited, source), 5, stride=1, padding=2, count_include_pad=False)
+    changed = ((smooth - KEPT_BELOW) / (CHANGED_ABOVE - KEPT_BELOW)).clamp(0, 1)
+    widened = F.max_pool2d(changed, 5, stride=1, padding=2)
+    return torch.lerp(source, edited, F.avg_pool2d(widened, 5, stride=1, padding=2, count_include_pad=False))
+
+
+@torch.inference_mode()
+def edit(
+    pipeline: "KNNDiffusionPipeline",
+    images: Image.Image | Sequence[Image.Image],
+    prompts: "Prompts",
+    config: EditConfig,
+    *,
+    generator: torch.Generator | None = None,
+    neighbours: int | None = None,
+    retrieve: bool = True,
+) -> list[Image.Image]:
+    """Edit pictures by texts.
+
+    Args:
+        pipeline: a generator with a database plugged in.
+        images: what to edit. Transparency becomes white; the centre square is taken, at the generator's size.
+        prompts: what the pictures should show afterwards: a text for all or one for each, or embeddings (B, D).
+        config: how.
+        generator: source of the noise; the same seed gives the same pictures whatever the batch.
+        neighbours: K, the pipeline's own where None.
+        retrieve: False hides the neighbours.
+
+    Returns:
+        An RGB picture each, of the generator's size.
+
+    Raises:
+        ModelError: the generator was not trained for editing, or pictures and prompts do not fit.
+    """
+    from model.pipeline import to_images  # it imports this module
+
+    network = pipeline.transformer.eval()
+    if config.method == "restore" and not is_editor(network):
+        raise ModelError("this generator was not trained for editing; train one that is, or ask for method='sdedit'")
+    k = pipeline.config.neighbours if neighbours is None else neighbours
+    fitted = fit_images([images] if isinstance(images, Image.Image) else images, network.config.sample_size)
+    targets = _one_each(pipeline.embed(prompts), len(fitted))
+    tokens, _ = pipeline.condition(targets, k, retrieve=retrieve)
+    negative = None
+    if config.contrast:
+        negative, _ = pipeline.condition(pipeline.encoder.embed_pixels(fitted), k, retrieve=retrieve)
+    sources = to_model_range(torch.from_numpy(fitted))
+    noise = draw_noise(len(fitted), tuple(sources.shape[1:]), generator)
+
+    def draw(rows: slice, step: Callable[[int], None]) -> Tensor:
+        away = None if negative is None else negative[rows]
+        return _edit_batch(pipeline, sources[rows], tokens[rows], noise[rows], config, away)
+
+    return to_images(in_batches(draw, len(fitted), config.steps, pipeline.device, None))
+
+
+def fit_images(images: Sequence[Image.Image], side: int) -> NDArray[np.uint8]:
+    """Pictures of any mode and size to (B, side, side, 3) uint8: on white, the centre square, resized.
+
+    Logs how many were no squares of that side. Raises ``ModelError`` when there is none or one is no picture.
+    """
+    if not images or not all(isinstance(image, Image.Image) for image in images):
+        raise ModelError("there is no picture to edit; give at least one PIL image")
+    other = sum(image.size != (side, side) for image in images)
+    if other:
+        logger.warning(
+            "%d of %d pictures are cut to their centre square and resized to %d px", other, len(images), side
+        )
+    return np.stack([picture_to_array(on_white(image), side) for image in images])
+
+
+def _edit_batch(
+    pipeline: "KNNDiffusionPipeline",
+    source: Tensor,
+    condition: Tensor,
+    noise: Tensor,
+    config: EditConfig,
+    negative: Tensor | None,
+) -> Tensor:
+    """One batch on the pipeline's device: (B, 3, S, S) on the CPU."""
+    source, condition, noise = (part.to(pipeline.device) for part in (source, condition, noise))
+    negative = None if negative is None else negative.to(pipeline.device)
+    denoiser = as_denoiser(pipeline.transformer, pipeline.config.prediction)
+    if config.method == "restore":
+        return edit_pictures(denoiser, source, condition, noise, config, negative=negative).cpu()
+    return sdedit_pictures(pipeline.denoiser(), source, condition, noise, config, negative=negative).cpu()
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB, its transparency on white."""
+    if image.mode == "RGB":
+        return image
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer).convert("RGB")
+
+
+def _one_each(embeddings: Tensor, count: int) -> Tensor:
+    if len(embeddings) not in (1, count):
+        raise ModelError(f"{len(embeddings)} prompts for {count} pictures; give one for all, or one for each")
+    return embeddings.expand(count, -1).contiguous()
+
+
+def _integrate(denoiser: Denoiser, source: Tensor, condition: Tensor, noise: Tensor, config: EditConfig) -> Tensor:
+    """Euler along the levels, from the noised source on: (B, 3, S, S) in [−1, 1]."""
+    levels = edit_levels(config).to(source.device)
+    picture = add_noise(source, noise, levels[:1].expand(len(source)))
+    for level, following in itertools.pairwise(levels):
+        picture = picture + (following - level) * denoiser(picture, level.expand(len(picture)), condition)
+    return picture.clamp(-1, 1).float()

@@ -1,0 +1,71 @@
+"""All that embeddings say about one set of samples, each score with its interval.
+
+Legend: ``N`` samples, ``M`` real pictures, ``D`` embedding width.
+"""
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model import metrics
+from model.bootstrap import Score, Statistic, bootstrap_interval, frechet_of, mean_of, mmd_of
+from model.metrics import Rows
+
+_SHARE = (0.0, 1.0)
+_DISTANCE = (0.0, np.inf)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Yardstick:
+    """What samples are held against: real pictures (M, D), and the cosine above which a sample is a copy."""
+
+    real: Rows
+    threshold: float
+    resamples: int = 200
+    seed: int = 0
+
+
+def score_samples(rows: Rows, queries: Rows, near: NDArray[np.floating], yardstick: Yardstick) -> dict[str, Score]:
+    """The scores of samples (N, D) by name: clip_score, fd, mmd, precision, recall, nearest, copy_rate.
+
+    Args:
+        rows: of the samples.
+        queries: (N, D) what each was drawn from.
+        near: (N,) cosine of each to its nearest database picture.
+        yardstick: the real pictures.
+
+    For precision, recall and copy rate the manifolds and the threshold stay as they are from resample to resample.
+    """
+    real, sizes = yardstick.real, (len(rows), len(yardstick.real))
+    rng = np.random.default_rng(yardstick.seed)
+
+    def interval(statistic: Statistic, *sizes: int, bounds: tuple[float, float]) -> Score:
+        return bootstrap_interval(statistic, *sizes, resamples=yardstick.resamples, rng=rng, bounds=bounds)
+
+    return {
+        "clip_score": interval(mean_of(metrics.pair_cosines(rows, queries)), len(rows), bounds=(-1.0, 1.0)),
+        "fd": interval(frechet_of(rows, real), *sizes, bounds=_DISTANCE),
+        "mmd": interval(mmd_of(rows, real), *sizes, bounds=_DISTANCE),
+        "precision": interval(mean_of(metrics.on_manifold(rows, real)), len(rows), bounds=_SHARE),
+        "recall": interval(mean_of(metrics.on_manifold(real, rows)), len(real), bounds=_SHARE),
+        "nearest": interval(mean_of(near), len(rows), bounds=(-1.0, 1.0)),
+        "copy_rate": interval(mean_of(near > yardstick.threshold), len(rows), bounds=_SHARE),
+    }
+
+
+def score_mean(values: NDArray[np.floating], yardstick: Yardstick, *, bounds: tuple[float, float]) -> Score:
+    """The mean of values (N,) with its interval, drawn as the yardstick says."""
+    rng = np.random.default_rng(yardstick.seed)
+    return bootstrap_interval(mean_of(values), len(values), resamples=yardstick.resamples, rng=rng, bounds=bounds)
+
+
+def flat(scores: dict[str, Score], suffix: str = "") -> dict[str, float]:
+    """Scores as plain numbers: ``name_suffix``, and ``name_suffix_low`` and ``…_high`` where there is an interval."""
+    plain: dict[str, float] = {}
+    for name, score in scores.items():
+        key = f"{name}_{suffix}" if suffix else name
+        plain[key] = score.value
+        if score.low is not None and score.high is not None:
+            plain |= {f"{key}_low": score.low, f"{key}_high": score.high}
+    return plain

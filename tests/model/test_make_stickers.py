@@ -1,0 +1,206 @@
+"""The sticker set from icon packages: hand-made tarballs, no network."""
+
+import importlib.util
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageDraw
+
+SCRIPT = Path(__file__).parents[2] / "model" / "pretrained" / "sticker-generator" / "make_stickers.py"
+EMOJIS = [
+    {
+        "label": "raised hand",
+        "hexcode": "270B",
+        "tags": ["hand", "stop"],
+        "skins": [{"label": "raised hand: light skin tone", "hexcode": "270B-1F3FB"}],
+    },
+    {"label": "flag: Bahamas", "hexcode": "1F1E7-1F1F8"},
+]
+RED = '<path fill="red" d="M0 0h36v36H0z"/>'
+
+
+@pytest.fixture
+def make() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_stickers", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(make: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Run the command for the styles; returns the folder of the parquet files."""
+    put(tmp_path, make.NAMES, {"en/data.json": EMOJIS})
+
+    def command(*styles: str) -> Path:
+        out = tmp_path / "stickers"
+        words = ["make_stickers.py", "--out", out, "--packages", tmp_path, "--styles", *styles]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        make.main()
+        return out
+
+    return command
+
+
+def put(folder: Path, package: object, files: dict[str, object]) -> Path:
+    """A tarball as ``npm pack`` leaves it."""
+    tarball: Path = folder / package.tarball  # type: ignore[attr-defined]
+    with tarfile.open(tarball, "w:gz") as archive:
+        for path, content in files.items():
+            raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+            member = tarfile.TarInfo(f"package/{path}")
+            member.size = len(raw)
+            archive.addfile(member, io.BytesIO(raw))
+    return tarball
+
+
+def iconify(style: str, icons: dict[str, dict[str, object]], spdx: str, **size: int) -> dict[str, object]:
+    return {"icons.json": {"prefix": style, "icons": icons, **size}, "info.json": {"license": {"spdx": spdx}}}
+
+
+def webp(width: int, height: int) -> bytes:
+    picture = Image.new("RGBA", (width, height))
+    ImageDraw.Draw(picture).rectangle((0, 0, width, height), fill="blue")
+    picture.save(content := io.BytesIO(), "WEBP")
+    return content.getvalue()
+
+
+def fluent(make: ModuleType, folder: Path) -> Path:
+    files = {"package.json": {"license": "MIT"}, "assets/270b-1f3fb.webp": webp(64, 128), "assets/nothing.webp": b""}
+    return put(folder, make.STYLES["fluent-3d"], files)
+
+
+def test_pictures_are_named_and_framed(make: ModuleType, run: Callable[..., Path], tmp_path: Path) -> None:
+    fluent(make, tmp_path)
+    table = pq.read_table(run("fluent-3d") / "fluent-3d.parquet")
+    assert table.schema.equals(make.SCHEMA)
+    (row,) = table.to_pylist()
+    assert (row["key"], row["style"], row["license"]) == ("fluent-3d/270b-1f3fb", "fluent-3d", "MIT")
+    assert row["captions"] == ["raised hand light skin tone", "hand", "stop"]
+    picture = Image.open(io.BytesIO(row["webp"]))
+    assert picture.size == (64, 64)
+    assert picture.getpixel((32, 1))[2] > 200 > picture.getpixel((32, 1))[0]  # as high as the square
+    assert min(picture.getpixel((8, 32))) > 245  # white beside it
+
+
+def test_icons_are_drawn_and_chosen(make: ModuleType, run: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("resvg_py", reason="the stickers extra")
+    white, hidden = {"body": RED.replace("red", "white")}, {"body": RED, "hidden": True}
+    icons = {"raised-hand": {"body": RED}, "tall": {"body": RED, "height": 72}, "white": white, "old": hidden}
+    put(tmp_path, make.STYLES["twemoji"], iconify("twemoji", icons, "CC-BY-4.0", width=36, height=36))
+    flags = {"bs-4x3": {"body": RED}, "bs-1x1": {"body": RED}, "zz-4x3": {"body": RED}}
+    put(tmp_path, make.STYLES["flag"], iconify("flag", flags, "MIT", width=36, height=27))
+    numbered = {"raised-hand-2": {"body": RED}, "2": {"body": RED}}
+    put(tmp_path, make.STYLES["streamline-emojis"], iconify("streamline-emojis", numbered, "CC-BY-4.0"))
+
+    out = run("twemoji", "flag", "streamline-emojis")
+
+    def captions(style: str) -> dict[str, list[str]]:
+        return {row["key"]: row["captions"] for row in pq.read_table(out / f"{style}.parquet").to_pylist()}
+
+    assert captions("twemoji") == {"twemoji/raised-hand": ["raised hand", "hand", "stop"], "twemoji/tall": ["tall"]}
+    assert captions("flag") == {"flag/bs-4x3": ["flag of Bahamas", "Bahamas flag"]}
+    assert list(captions("streamline-emojis").values()) == [["raised hand", "hand", "stop"], ["2"]]
+    tall = Image.open(io.BytesIO(pq.read_table(out / "twemoji.parquet")["webp"][1].as_py()))
+    assert min(tall.getpixel((8, 10))) > 245 and tall.getpixel((32, 10))[0] > 200
+
+
+def test_a_style_that_is_there_is_skipped(make: ModuleType, run: Callable[..., Path], tmp_path: Path) -> None:
+    tarball = fluent(make, tmp_path)
+    before = (run("fluent-3d") / "fluent-3d.parquet").stat().st_mtime_ns
+    tarball.write_bytes(b"no longer asked for")
+    assert (run("fluent-3d") / "fluent-3d.parquet").stat().st_mtime_ns == before
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda whole: whole[: len(whole) // 2], "delete it"),
+        (lambda _: b"<html>", "delete it"),
+        (lambda _: b"", "delete it"),
+    ],
+    ids=["cut short", "no tarball", "empty"],
+)
+def test_a_spoilt_tarball_is_named(
+    make: ModuleType, run: Callable[..., Path], tmp_path: Path, spoil: Callable[[bytes], bytes], told: str
+) -> None:
+    tarball = fluent(make, tmp_path)
+    tarball.write_bytes(spoil(tarball.read_bytes()))
+    with pytest.raises(SystemExit) as stopped:
+        run("fluent-3d")
+    assert str(tarball) in str(stopped.value) and told in str(stopped.value)
+    assert "\n" not in str(stopped.value)
+    assert not list((tmp_path / "stickers").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"README.md": b""}, "KeyError: 'package.json'"),
+        ({"package.json": {"license": "MIT"}}, "no picture in it"),
+        ({"package.json": {"license": "MIT"}, "assets/270b.webp": b"torn"}, "cannot identify image"),
+        ({"package.json": {"license": "GPL-3.0"}}, "its licence is GPL-3.0, not MIT"),
+    ],
+    ids=["another package", "no picture", "a torn picture", "another licence"],
+)
+def test_a_package_that_is_not_it_is_told(
+    make: ModuleType, run: Callable[..., Path], tmp_path: Path, files: dict[str, object], told: str
+) -> None:
+    tarball = put(tmp_path, make.STYLES["fluent-3d"], files)
+    with pytest.raises(SystemExit, match=told) as stopped:
+        run("fluent-3d")
+    assert tarball.name in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+def test_a_file_in_place_of_the_folder(run: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "stickers").touch()
+    with pytest.raises(SystemExit, match="--out and --packages are to be folders"):
+        run("fluent-3d")
+
+
+def test_without_npm(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit, match=r"fluent-emoji-3d-1\.1\.0\.tgz is missing and npm .* install Node\.js"):
+        run("fluent-3d")
+
+
+def test_without_the_renderer(
+    make: ModuleType, run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, make.STYLES["twemoji"], iconify("twemoji", {"a": {"body": RED}}, "CC-BY-4.0"))
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(SystemExit, match=r"resvg_py.* pip install 'knn-diffusion\[stickers\]'"):
+        run("twemoji")
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_npm_brings_what_is_missing(
+    make: ModuleType, run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, works: bool
+) -> None:
+    served = tmp_path / "served"
+    served.mkdir()
+    tarball = fluent(make, served)
+    npm = tmp_path / "bin" / "npm"
+    npm.parent.mkdir()
+    body = f"cp '{tarball}' \"$4\"" if works else "echo 'npm error code E404' >&2; echo more >&2; exit 1"
+    npm.write_text(f"#!/bin/sh\n{body}\n")
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(npm.parent), prepend=":")
+    if works:
+        assert (run("fluent-3d") / "fluent-3d.parquet").exists()
+        assert (tmp_path / tarball.name).exists()
+    else:
+        with pytest.raises(
+            SystemExit, match=r"fluent-emoji-3d@1\.1\.0 cannot be downloaded \(npm error code E404\): try"
+        ):
+            run("fluent-3d")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("tmp")]

@@ -1,0 +1,233 @@
+"""The pipeline around each kind of network, and what a call may ask for beyond a prompt."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from model.clip import EMBEDDED, Encoder
+from model.errors import ModelError
+from model.networks.editor import widen_input
+from model.networks.unet import UNetConfig, build_unet
+from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder
+from model.networks.vq_transformer import VQTransformer, VQTransformerConfig, build_vq_transformer
+from model.pipeline import KNNDiffusionPipeline, new_pipeline
+from model.retrieval.database import Database
+
+ROWS = tiny.unit_rows(40)
+PROMPTS = torch.nn.functional.normalize(torch.from_numpy(tiny.unit_rows(3, seed=1)).float())
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pixels(images: list[Image.Image]) -> NDArray[np.int64]:
+    return np.stack([np.asarray(image) for image in images]).astype(np.int64)
+
+
+def drawn(pipeline: KNNDiffusionPipeline, prompts: Any = PROMPTS, **options: Any) -> NDArray[np.int64]:
+    return pixels(pipeline(prompts, **{"num_inference_steps": 3, "generator": seeded()} | options).images)
+
+
+def stirred(network: Any) -> Any:
+    """The network with every weight moved, its zero head too."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=seeded())
+    return network.eval()
+
+
+def unet_pipeline() -> KNNDiffusionPipeline:
+    size = UNetConfig(image_size=8, widths=(32, 32), layers=1)
+    return new_pipeline(stirred(build_unet(size, embedding_dimension=8, seed=0)), tiny.identity(), neighbours=3)
+
+
+def latent_pipeline() -> KNNDiffusionPipeline:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        sample_size=16,
+        norm_num_groups=8,
+    )
+    return new_pipeline(tiny.network(channels=4), tiny.identity(), vae=vae.eval(), neighbours=3)
+
+
+def discrete_pipeline() -> KNNDiffusionPipeline:
+    coding = AutoencoderConfig(image_size=16, downscale=4, codes=12, code_width=4, channels=(32, 32, 32), layers=1)
+    size = VQTransformerConfig(codes=12, tokens=16, timesteps=10, layers=1, heads=1, head_width=16)
+    network = stirred(build_vq_transformer(size, embedding_dimension=8, seed=0))
+    vae = build_autoencoder(coding, seed=0).eval()
+    return new_pipeline(network, tiny.identity(), vae=vae, neighbours=3)
+
+
+def editor_pipeline() -> KNNDiffusionPipeline:
+    return new_pipeline(widen_input(tiny.network()), tiny.identity(), neighbours=3)
+
+
+KINDS = {"unet": unet_pipeline, "latent": latent_pipeline, "discrete": discrete_pipeline, "editor": editor_pipeline}
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Database:
+    return tiny.database(tmp_path / "database", ROWS)
+
+
+@pytest.fixture(params=KINDS)
+def pipeline(request: pytest.FixtureRequest, database: Database) -> KNNDiffusionPipeline:
+    made = KINDS[request.param]()
+    made.swap_database(database)
+    return made
+
+
+def test_every_kind_draws_pictures_of_its_side(pipeline: KNNDiffusionPipeline) -> None:
+    images = drawn(pipeline)
+    assert images.shape == (3, pipeline.side, pipeline.side, 3)
+    assert pipeline.side == (8 if pipeline.vae is None else 16)
+    assert np.abs(images[0] - images[1]).max() > 0, "other prompts, other pictures"
+
+
+def test_every_kind_keeps_a_picture_whatever_its_batch(pipeline: KNNDiffusionPipeline) -> None:
+    alone, among = drawn(pipeline, PROMPTS[:1]), drawn(pipeline, PROMPTS.repeat(4, 1))
+    assert np.abs(alone[0] - among[0]).max() <= 1
+
+
+def test_every_kind_is_saved_and_opened_as_it_was(
+    pipeline: KNNDiffusionPipeline, database: Database, tmp_path: Path
+) -> None:
+    pipeline.save_pretrained(tmp_path / "saved")
+    opened = KNNDiffusionPipeline.open(tmp_path / "saved", database)
+    assert type(opened.transformer) is type(pipeline.transformer)
+    np.testing.assert_array_equal(drawn(opened), drawn(pipeline))
+
+
+def test_every_kind_follows_its_guidance(pipeline: KNNDiffusionPipeline) -> None:
+    plain, pushed = drawn(pipeline, guidance_scale=1.0), drawn(pipeline, guidance_scale=6.0)
+    assert np.abs(plain - pushed).max() > 0
+
+
+def test_every_kind_keeps_away_from_a_negative_prompt(pipeline: KNNDiffusionPipeline) -> None:
+    plain = drawn(pipeline, guidance_scale=4.0)
+    away = drawn(pipeline, guidance_scale=4.0, negative_prompts=PROMPTS[:1])
+    assert np.abs(plain - away).max() > 0
+    # Away from itself: v + s·(v − v) is the conditional model, whatever the scale.
+    itself = drawn(pipeline, guidance_scale=4.0, negative_prompts=PROMPTS)
+    assert np.abs(itself - drawn(pipeline, guidance_scale=1.0)).max() <= 1
+
+
+def test_an_editor_draws_as_the_network_it_was_widened_from(database: Database) -> None:
+    base, editor = tiny.pipeline(database, prediction="velocity"), editor_pipeline()
+    editor.swap_database(database)
+    np.testing.assert_array_equal(drawn(editor), drawn(base))
+
+
+def test_codes_do_without_a_scheduler_and_not_without_their_autoencoder() -> None:
+    made = discrete_pipeline()
+    assert made.scheduler is None
+    assert isinstance(made.transformer, VQTransformer)
+    with pytest.raises(ModelError, match="needs the vae"):
+        new_pipeline(made.transformer, tiny.identity())
+    with pytest.raises(ModelError, match="needs a scheduler"):
+        KNNDiffusionPipeline(tiny.network(), encoder_identity=dataclasses.asdict(tiny.identity()))
+
+
+def test_guidance_acts_within_its_interval_alone(database: Database) -> None:
+    def with_interval(low: float, high: float) -> NDArray[np.int64]:
+        made = new_pipeline(tiny.network(), tiny.identity(), neighbours=3, guidance_interval=(low, high))
+        made.swap_database(database)
+        return drawn(made, guidance_scale=5.0)
+
+    nowhere, plain = with_interval(2, 3), drawn(tiny.pipeline(database, prediction="velocity"), guidance_scale=1.0)
+    np.testing.assert_array_equal(nowhere, plain)
+    assert np.abs(with_interval(0, 1) - plain).max() > 0
+    assert np.abs(with_interval(0.5, 0.9) - with_interval(0, 1)).max() > 0
+
+
+def test_any_flow_matching_scheduler_may_be_plugged_in(database: Database) -> None:
+    from diffusers import DPMSolverMultistepScheduler
+
+    made = tiny.pipeline(database, prediction="velocity")
+    euler = drawn(made, num_inference_steps=200)
+    options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 2.0}
+    made.register_modules(scheduler=DPMSolverMultistepScheduler(**options))
+    other = drawn(made, num_inference_steps=200)
+    assert np.abs(euler - other).mean() < 3, "both solve one equation"
+    assert isinstance(tiny.pipeline(database).scheduler, FlowMatchEulerDiscreteScheduler)
+
+
+def test_an_interpolation_goes_from_one_prompt_to_the_other(tmp_path: Path) -> None:
+    encoder = Encoder()
+    rows = encoder.embed_texts([f"a picture of {name}" for name in ("rain", "a dog", "a car", "bread")]).numpy()
+    plugged = tiny.database(tmp_path / "texts", rows.astype(np.float16), encoder=encoder.identity)
+    made = tiny.pipeline(plugged, prediction="velocity")
+    options = {"num_inference_steps": 2, "neighbours": 2}
+    between = pixels(made.interpolate("a dog", "a car", 4, generator=seeded(), **options).images)
+    ends = pixels(made(["a dog", "a car"], generator=seeded(), shared_noise=True, **options).images)
+    assert len(between) == 4
+    assert np.abs(between[[0, -1]] - ends).max() <= 1
+    with pytest.raises(ModelError, match="two ends"):
+        made.interpolate("a dog", "a car", 1)
+
+
+def test_pictures_and_texts_are_prompts_alike(tmp_path: Path) -> None:
+    encoder = Encoder()
+    picture = Image.new("RGBA", (20, 30), (255, 0, 0, 128))
+    made = tiny.pipeline(None)
+    made = new_pipeline(tiny.network(256), encoder.identity, neighbours=2)
+    assert encoder.identity.name == EMBEDDED
+    rows = made.embed(["a red flag", picture, "rain"])
+    torch.testing.assert_close(rows[[0, 2]], encoder.embed_texts(["a red flag", "rain"]))
+    flat = Image.new("RGB", (20, 30), (255, 127, 127))
+    assert float((rows[1] * encoder.embed_images([flat])[0]).sum()) > 0.999, "transparency is white"
+    with pytest.raises(ModelError, match="neither text nor picture"):
+        made.embed([3.5])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_negative_prompts_are_one_for_all_or_one_for_each(database: Database, count: int) -> None:
+    made = tiny.pipeline(database)
+    with pytest.raises(ModelError):
+        made(PROMPTS, negative_prompts=PROMPTS[:count], guidance_scale=2.0)
+
+
+def test_more_neighbours_than_the_database_holds_is_said_and_the_rest_is_hidden(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = tiny.database(tmp_path / "small", tiny.unit_rows(2))
+    made = tiny.pipeline(small)
+    with caplog.at_level(logging.WARNING):
+        tokens, hits = made.condition(PROMPTS, 5)
+    assert "holds 2 images, 5 neighbours" in caplog.text
+    assert hits is not None
+    assert (hits.ids[:, 2:] == -1).all()
+    assert (tokens[:, 3:, :-1] == 0).all()
+    assert (tokens[:, 1:3, :-1] != 0).any(dim=2).all()
+
+
+def test_fewer_neighbours_than_trained_with_are_filled_up_with_hidden_ones(database: Database) -> None:
+    made: KNNDiffusionPipeline = tiny.pipeline(database, neighbours=4)
+    tokens, _ = made.condition(PROMPTS, 1)
+    assert tokens.shape[1] == 5
+    assert (tokens[:, 2:, :-1] == 0).all()
+
+
+def test_a_text_past_the_token_limit_is_cut_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    encoder = Encoder()
+    long: Tensor = encoder.embed_texts(["one two three"])
+    assert caplog.text == ""
+    with caplog.at_level(logging.WARNING):
+        long = encoder.embed_texts(["red " * 100, "rain"])
+    assert caplog.text.count("is longer than") == 1
+    assert long.shape == (2, encoder.identity.dimension)

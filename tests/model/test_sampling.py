@@ -1,0 +1,69 @@
+import logging
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.errors import ModelError
+from model.sampling import BATCH, draw_noise, draw_uniforms, in_batches, slerp
+
+CPU = torch.device("cpu")
+
+
+def short_of_memory(holds: int) -> tuple[Callable[[slice, Callable[[int], None]], Tensor], list[int]]:
+    """A function that draws at most ``holds`` rows at a time, and the sizes that it was asked for."""
+    asked: list[int] = []
+
+    def draw(rows: slice, step: Callable[[int], None]) -> Tensor:
+        numbers = torch.arange(100)[rows][: rows.stop - rows.start]
+        asked.append(len(numbers))
+        if len(numbers) > holds:
+            raise torch.OutOfMemoryError("out of memory")
+        step(1)
+        return numbers
+
+    return draw, asked
+
+
+def test_out_of_memory_halves_the_batch_once_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    draw, asked = short_of_memory(BATCH["cpu"] // 2)
+    with caplog.at_level(logging.WARNING):
+        drawn = in_batches(draw, 100, 1, CPU, None)
+    assert torch.equal(drawn, torch.arange(100))
+    assert asked[:3] == [8, 4, 4]
+    assert max(asked[1:]) == 4
+    assert caplog.text.count("out of memory; drawing 4 pictures at a time") == 1
+
+
+def test_out_of_memory_for_half_a_batch_is_told_with_the_mend() -> None:
+    draw, asked = short_of_memory(1)
+    with pytest.raises(ModelError, match="cpu is out of memory for 4 pictures at a time; free some"):
+        in_batches(draw, 100, 1, CPU, None)
+    assert asked == [8, 4]
+
+
+def test_steps_are_told_over_all_batches() -> None:
+    told: list[tuple[int, int]] = []
+    draw, _ = short_of_memory(100)
+    in_batches(draw, 20, 1, CPU, lambda step, steps: told.append((step, steps)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("draw", [draw_noise, draw_uniforms])
+def test_randomness_is_drawn_picture_by_picture(draw: Callable[..., Tensor]) -> None:
+    many, few = (draw(count, (3, 4), torch.Generator().manual_seed(5), shared=False) for count in (6, 2))
+    assert torch.equal(many[:2], few)
+    assert not torch.equal(many[0], many[1])
+    shared = draw(6, (3, 4), torch.Generator().manual_seed(5), shared=True)
+    assert torch.equal(shared, few[:1].expand(6, 3, 4))
+
+
+def test_slerp_stays_on_the_sphere_at_even_angles() -> None:
+    first, second = torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0])
+    way = slerp(first, second, 4)
+    torch.testing.assert_close(way.norm(dim=1), torch.ones(4))
+    angles = torch.arccos((way[:-1] * way[1:]).sum(1))
+    torch.testing.assert_close(angles, torch.full((3,), math.pi / 6))
+    torch.testing.assert_close(slerp(first, first, 3), first.expand(3, 3))
