@@ -75,7 +75,9 @@ def test_the_null_condition_hides_every_embedding_and_keeps_the_marker() -> None
 
 
 def test_parts_are_hidden_as_often_as_configured_and_never_two_ways_at_once() -> None:
-    config = ConditioningConfig(drop_all=0.1, drop_query=0.25, drop_neighbours=0.4, gap_probability=0, fewer_neighbours=0)
+    config = ConditioningConfig(
+        drop_all=0.1, drop_query=0.25, drop_neighbours=0.4, gap_probability=0, fewer_neighbours=0
+    )
     query, neighbours = rows(20_000, 4), rows(20_000, 2, 4, seed=1)
 
     tokens = training_condition(query, neighbours, config, seeded())

@@ -12,7 +12,6 @@ from model.diffusion.continuous import (
 )
 from model.draws import Draw
 
-
 SHAPE = (5, 3, 4, 4)
 SIGMA = torch.tensor([0.06, 0.25, 0.5, 0.75, 1.0])
 

@@ -21,7 +21,9 @@ def rows(first: int = 0, last: int = N) -> Rows:
     own = np.arange(first, last)
     pixels = np.repeat(own.astype(np.uint8) * 20, 4 * 4 * 3).reshape(len(own), 4, 4, 3)
     neighbours = np.stack([own + 1, own * 2], axis=1)
-    return Rows(pictures=pixels, embeddings=tiny.unit_rows(N)[first:last], neighbours=neighbours, reference=255 - pixels)
+    return Rows(
+        pictures=pixels, embeddings=tiny.unit_rows(N)[first:last], neighbours=neighbours, reference=255 - pixels
+    )
 
 
 class Shard:

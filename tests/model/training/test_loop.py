@@ -120,7 +120,9 @@ def test_two_pictures_are_learned_and_drawn_from_their_embeddings(
     network = build_transformer(
         tiny.size(patch_size=patch_size, head_width=head_width), embedding_dimension=tiny.WIDTH, seed=0
     )
-    shown = ConditioningConfig(neighbours=1, pool=1, fewer_neighbours=0, drop_all=0, drop_query=0, drop_neighbours=0, gap_probability=0)
+    shown = ConditioningConfig(
+        neighbours=1, pool=1, fewer_neighbours=0, drop_all=0, drop_query=0, drop_neighbours=0, gap_probability=0
+    )
     _, average, metrics = run(tmp_path, data, config=config, network=network, conditioning=shown, prediction=prediction)
 
     assert metrics["loss"][-1] < metrics["loss"][0] / fall
@@ -373,7 +375,9 @@ def test_pictures_come_at_their_images_of_the_average(tmp_path: Path) -> None:
 
 def test_the_utilisation_is_the_speed_in_the_machines_measure(tmp_path: Path) -> None:
     _, _, metrics = run(tmp_path)
-    shares = [used / speed for used, speed in zip(metrics["model_flops_utilisation"], metrics["images_per_s"], strict=True)]
+    shares = [
+        used / speed for used, speed in zip(metrics["model_flops_utilisation"], metrics["images_per_s"], strict=True)
+    ]
     assert 0 < min(metrics["model_flops_utilisation"]) < 1
     assert shares == pytest.approx([shares[0]] * len(shares)), "one count and one peak for the whole run"
 

@@ -48,8 +48,7 @@ def test_every_network_draws_what_its_batch_asks_for(network: str) -> None:
 def test_an_editor_draws_as_its_base() -> None:
     base = tiny.network()
     drawn = [
-        draw_preview(network, batch(), prediction="velocity", autoencoder=None)
-        for network in (base, widen_input(base))
+        draw_preview(network, batch(), prediction="velocity", autoencoder=None) for network in (base, widen_input(base))
     ]
     torch.testing.assert_close(drawn[0], drawn[1])
 
