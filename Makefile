@@ -17,7 +17,7 @@ install: $(BIN)/.installed  ## create .venv with exactly the versions that were 
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,demo,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,demo,dev,stickers,fid]'
 	@touch $@
 
 demo: install  ## the whole line on real pictures: download, embed, index, train, register, swap, draw
@@ -32,8 +32,8 @@ check: install  ## formatting, lint, types, import contracts
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: install  ## performance ratios, one JSON each under build/bench (NAME=search for one)
-	@$(BIN)/python tests/benchmarks/run.py $(NAME)
+bench: install  ## performance ratios, one JSON each under build/bench (NAME=search for one; NAME=generator SAMPLES=200)
+	@$(BIN)/python tests/benchmarks/run.py $(NAME) $(if $(SAMPLES),--samples $(SAMPLES))
 
 clean:  ## remove what runs have made, not the environment
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

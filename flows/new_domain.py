@@ -6,6 +6,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.adopt_generator import AdoptGeneratorConfig, adopt_generator
 from flows.train_generator import TrainedGenerator, TrainGeneratorConfig, train_generator
 from infra import compute
 from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Outcome
@@ -15,7 +16,7 @@ from tasks.evaluate import EvaluateConfig
 from tasks.index import IndexConfig, index
 from tasks.register import Named, register_database_task
 from tasks.stage import base_of, settings_of
-from tasks.train import TrainConfig
+from tasks.training_setup import TrainConfig
 
 _DOMAIN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
@@ -30,15 +31,18 @@ class NewDomainConfig:
     download: DownloadConfig = dataclasses.field(default_factory=DownloadConfig)
     embed: EmbedConfig = dataclasses.field(default_factory=EmbedConfig)
     index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
-    train: TrainConfig | None = None  # None: make the database alone
+    train: TrainConfig | None = None  # None: no training, and without ``generator`` the database alone
+    generator: str | None = None  # to adopt as it is: a saved pipeline's local folder, or "sticker-generator"
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
-        """Refuse a name that cannot be a folder and a registered model."""
+        """Refuse a name that cannot be a folder and a registered model, and two generators."""
         if not _DOMAIN.fullmatch(self.domain) or self.domain == "mlflow":  # the root's folder of registered files
             raise ValueError(
                 f"domain {self.domain!r} must be lower-case letters, digits and hyphens, such as 'twemoji'"
             )
+        if self.train is not None and self.generator is not None:
+            raise ValueError("train and generator are both given; what a training starts from is train.start_from")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +53,7 @@ class Domain:
     embeddings: Outcome[EmbeddingShards]
     database: Outcome[DatabaseVersion]
     registered: Named
-    trained: TrainedGenerator | None
+    trained: TrainedGenerator | None  # here, or elsewhere and adopted
     seconds: dict[str, float]
     skipped: dict[str, bool]
 
@@ -72,6 +76,16 @@ def new_domain(config: NewDomainConfig) -> Domain:
                     database=database.reference.uri,
                     root=config.root,
                     train=config.train,
+                    evaluate=config.evaluate,
+                )
+            )
+        elif config.generator is not None:
+            trained = adopt_generator(
+                AdoptGeneratorConfig(
+                    domain=config.domain,
+                    database=database.reference.uri,
+                    root=config.root,
+                    generator=config.generator,
                     evaluate=config.evaluate,
                 )
             )

@@ -11,7 +11,9 @@ from tasks.evaluate import EvaluateConfig, Evaluation, evaluate
 from tasks.neighbours import neighbours
 from tasks.register import Named, register_generator_task
 from tasks.stage import base_of, settings_of
-from tasks.train import TrainConfig, TrainingInputs, train_task
+from tasks.train import train_task
+from tasks.training_data import TrainingInputs
+from tasks.training_setup import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +51,7 @@ def train_generator(config: TrainGeneratorConfig) -> TrainedGenerator:
         tracking.start_run(settings, experiment="train-generator", name=config.domain) as run,
     ):
         run.params(dataclasses.asdict(config))
-        found = neighbours(embeddings, database, base, config.train.conditioning.neighbours, cache)
+        found = neighbours(embeddings, database, base, config.train.conditioning.pool, cache)
         inputs = TrainingInputs(images=images, embeddings=embeddings, database=database, neighbours=found.reference)
         generator = train_task(inputs, base, config.train, cache, run)
         evaluation = evaluate(generator.reference, database, base, config.evaluate, cache)

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 from tqdm.auto import tqdm
 
-from infra import storage
+from infra import stopping, storage
 from infra.errors import NotFoundError, StageError, TransientError
 
 Item = TypeVar("Item", contravariant=True)
@@ -168,6 +168,7 @@ def train(
     trainer = TorchTrainer(
         loop,
         train_loop_config=config,
+        torch_config=stopping.listening_torch_config(),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=use_gpu,

@@ -255,11 +255,16 @@ def load_pipeline(model_uri: str, database_uri: str, settings: Settings | None =
     return open_pipeline(model_uri, database_uri, settings or Settings())
 
 
+_MEASURED = (
+    "recall_", "clip_score_", "fd_", "fid_", "mmd_", "precision_", "nearest_", "copy_rate_", "diversity_",
+)  # fmt: skip
+
+
 def _typed(tag: str, value: str) -> str | int | float:
     """A tag's value as what it is: tags are strings to MLflow."""
     if tag in {"rows", "images_seen"}:
         return int(value)
-    return float(value) if tag.startswith(("recall_", "clip_score_", "fd_")) else value
+    return float(value) if tag.startswith(_MEASURED) else value
 
 
 def _manifest_file(local: Path) -> Path:

@@ -35,9 +35,9 @@ class Run:
         for name, value in _flat(values):
             client.log_param(self.run_id, name, str(value)[:6000])
 
-    def file(self, path: Path) -> None:
-        """Keep a figure or a table with the run."""
-        MlflowClient(self.tracking_uri).log_artifact(self.run_id, str(path))
+    def file(self, path: Path, folder: str | None = None) -> None:
+        """Keep a figure or a table with the run, in ``folder`` of its artifacts."""
+        MlflowClient(self.tracking_uri).log_artifact(self.run_id, str(path), folder)
 
 
 @contextmanager

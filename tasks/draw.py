@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 CELL_PX = 72
-_GAP_PX, _GROUP_GAP_PX, _MARGIN_PX = 6, 26, 20
+_GAP_PX, _GROUP_GAP_PX, _MARGIN_PX, _NOTE_PX = 6, 26, 20, 34
 _INK, _FAINT, _PAPER, _SHADE = (25, 28, 33), (110, 116, 125), (255, 255, 255), (244, 245, 247)
 
 
@@ -18,8 +18,8 @@ class SwapRow:
     groups: tuple[Sequence[Image.Image], ...]
 
 
-def draw_swap(rows: Sequence[SwapRow], titles: Sequence[str]) -> Image.Image:
-    """A labelled grid: a row a prompt, a titled group of columns for each entry of ``titles``.
+def draw_swap(rows: Sequence[SwapRow], titles: Sequence[str], note: str = "") -> Image.Image:
+    """A labelled grid: a row a prompt, a titled group of columns for each entry of ``titles``, ``note`` below.
 
     Every second group (what was drawn) stands on a shade, so that neighbours and samples are told apart.
     """
@@ -29,8 +29,9 @@ def draw_swap(rows: Sequence[SwapRow], titles: Sequence[str]) -> Image.Image:
     lefts = [_MARGIN_PX + label_px + sum(widths[:n]) + n * _GROUP_GAP_PX for n in range(len(widths))]
     top = _MARGIN_PX + 34
     height = top + len(rows) * (CELL_PX + _GAP_PX) + _MARGIN_PX
-    sheet = Image.new("RGB", (lefts[-1] + widths[-1] + _MARGIN_PX, height), _PAPER)
+    sheet = Image.new("RGB", (lefts[-1] + widths[-1] + _MARGIN_PX, height + (_NOTE_PX if note else 0)), _PAPER)
     canvas = ImageDraw.Draw(sheet)
+    canvas.text((_MARGIN_PX, height), note, font=small, fill=_FAINT)
     for number, (left, width, title) in enumerate(zip(lefts, widths, titles, strict=True)):
         if number % 2:
             box = (left - 9, _MARGIN_PX - 10, left + width + 9, height - _MARGIN_PX + 6)

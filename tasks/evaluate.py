@@ -1,176 +1,107 @@
 """Evaluate: how well samples fit their prompts and the database's domain, with neighbours and without."""
 
-import csv
 import dataclasses
-import io
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
-from PIL import Image
-from tqdm.auto import tqdm
-
 from infra import artifacts, compute, storage
-from model import metrics
-from model.pipeline import KNNDiffusionPipeline
-from tasks.contracts import DatabaseVersion, Generator, Outcome, Reference, config_of, encoder_of
-from tasks.index import open_database
+from infra.errors import InputError
+from tasks.contracts import DatabaseVersion, Generator, Outcome, Reference, config_of
+from tasks.measure import SAMPLES, EvaluateConfig, Subject, measure
+from tasks.sample import ABLATIONS, contact_sheet
 from tasks.stage import skip_or_make, stage_task
-from tasks.train import generator_folder
+from tasks.tabulate import table, table_line
 
-SAMPLES = "samples"
-_CONDITIONS = {"knn": True, "no_knn": False}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateConfig:
-    """What is drawn for the measurement."""
-
-    prompts: tuple[str, ...] = ()
-    samples: int = 256
-    steps: int = 12
-    guidance: float = 2.0
-    seed: int = 0
-    use_gpu: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse a sample too small for a covariance."""
-        if self.samples < 2:
-            raise ValueError("samples must be at least 2: a Fréchet distance needs a covariance")
+__all__ = ["EvaluateConfig", "Evaluation", "contact_sheet", "evaluate", "evaluate_generator", "table", "table_line"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation(Reference):
-    """``scores.csv`` and the samples. Rows are samples of each condition."""
+    """``scores.csv``, the samples, and the worst copies beside their sources. Rows are samples of each condition."""
 
     kind: ClassVar[str] = "evaluation"
 
     def scores(self) -> dict[str, float]:
-        """clip_score_… and fd_… of each condition, and what real pictures score."""
+        """METRIC_knn, METRIC_no_knn, each with _low and _high, and what real pictures score.
+
+        METRIC is clip_score, fd, mmd, precision, recall, nearest (mean cosine to the nearest stored picture),
+        copy_rate, diversity (with neighbours only), and fid where there were weights (without an interval). Real
+        pictures have fd_real_split, mmd_real_split, nearest_real, copy_rate_real, and clip_score_real where their
+        texts are known.
+        """
         return dict(self.manifest().info["scores"])
+
+    def ablations(self) -> dict[str, dict[str, float]]:
+        """The scores of each ablation by its name (no_neighbours, query_…, k_…); empty when none was asked for."""
+        found = self.manifest().info["ablations"]
+        return {name: found[name] for name in ABLATIONS if name in found}  # JSON has sorted them by name
+
+    def swap(self) -> dict[str, float]:
+        """Fréchet distance of the samples to each domain, its own among them; empty when no other was given."""
+        return dict(self.manifest().info["swap"])
 
 
 def evaluate_generator(
-    generator: Generator, database: DatabaseVersion, base: str, config: EvaluateConfig, *, cache: Path
+    generator: Generator,
+    database: DatabaseVersion,
+    base: str,
+    config: EvaluateConfig,
+    *,
+    cache: Path,
+    others: Mapping[str, DatabaseVersion] | None = None,
 ) -> Outcome[Evaluation]:
-    """Draw ``config.samples`` pictures with neighbours and as many without, and score both in one table.
+    """Draw ``config.samples`` pictures with neighbours and as many without, and score both by every metric.
 
     Without prompts, pictures of the database stand in as queries; each finds itself, so the CLIP score is then one of
-    reconstruction.
+    reconstruction. ``others`` are further domains, by name, that the samples are held against: a row of
+    the swap matrix.
+
+    Raises:
+        InputError: there are no Inception weights where the config says.
     """
+    others = dict(sorted((others or {}).items()))
     inputs = {"generator": generator.as_input(), "database": database.as_input()}
-    stage = artifacts.Stage(base, Evaluation.kind, inputs=inputs, config=config_of(config, without=("use_gpu",)))
+    inputs |= {f"other.{name}": other.as_input() for name, other in others.items()} | _weights_input(config)
+    asked = config_of(config, without=("use_gpu", "inception_weights"))
+    stage = artifacts.Stage(base, Evaluation.kind, inputs=inputs, config=asked)
+    subject = Subject(generator=generator, name=domain_of(database), database=database, others=others, config=config)
 
     def make() -> artifacts.Manifest:
         done = stage.done().get(SAMPLES) or compute.run(
-            _evaluate, generator, database, stage.uri, config, cache, cpus=compute.cpus(), gpus=int(config.use_gpu)
+            measure, subject, stage.uri, cache, cpus=compute.cpus(), gpus=int(config.use_gpu)
         )
         return stage.commit([done], info=done.info)
 
     return skip_or_make(stage, Evaluation, make, note=lambda manifest: table_line(manifest.info["scores"]))
 
 
-def table(scores: dict[str, float]) -> str:
-    """The scores as the one table: a row a condition."""
-    lines = ["                    CLIP score ↑   Fréchet distance ↓"]
-    for label, name in (("with neighbours", "knn"), ("without neighbours", "no_knn")):
-        lines.append(f"{label:18}  {scores[f'clip_score_{name}']:12.3f}   {scores[f'fd_{name}']:18.3f}")
-    if "fd_real_split" in scores:
-        lines.append(f"{'real pictures':18}  {'':12}   {scores['fd_real_split']:18.3f}")
-    return "\n".join(lines)
+def domain_of(database: DatabaseVersion) -> str:
+    """The name of the domain whose folder holds the version."""
+    return storage.join(database.uri).rsplit("/", 3)[-3]
 
 
-def table_line(scores: dict[str, float]) -> str:
-    """The same in one clause."""
-    return (
-        f"CLIP score {scores['clip_score_knn']:.3f} with neighbours, {scores['clip_score_no_knn']:.3f} without; "
-        f"Fréchet distance {scores['fd_knn']:.3f} and {scores['fd_no_knn']:.3f}"
-    )
-
-
-def _evaluate(
-    generator: Generator, version: DatabaseVersion, folder_uri: str, config: EvaluateConfig, cache: Path
-) -> artifacts.Shard:
-    """Sample, embed, score; on a worker."""
-    database = open_database(version, cache)
-    pipeline = KNNDiffusionPipeline.open(generator_folder(generator, cache), database)
-    if config.use_gpu:
-        pipeline.to("cuda")
-    queries = _queries(pipeline, config)
-    real = _real_rows(len(database), config)
-    reference = database.rows(real[: config.samples]).astype(np.float32)
-    split = database.rows(real[config.samples :]).astype(np.float32)
-    scores = {"fd_real_split": metrics.frechet_distance(split, reference)} if len(split) > 1 else {}
-    with storage.scratch() as folder:
-        for name, retrieve in _CONDITIONS.items():
-            images = _draw(pipeline, queries, config, retrieve, name)
-            rows = pipeline.encoder.embed_images([image.convert("RGB") for image in images]).numpy()
-            scores[f"clip_score_{name}"] = metrics.clip_score(rows, queries.numpy())
-            scores[f"fd_{name}"] = metrics.frechet_distance(rows, reference)
-            contact_sheet(images[:64]).save(folder / f"{name}.png")
-        (folder / "scores.csv").write_text(_csv(scores))
-        info: dict[str, Any] = {"scores": scores, "encoder": dataclasses.asdict(encoder_of(version.manifest()))}
-        return artifacts.commit_shard(folder_uri, SAMPLES, folder, rows=config.samples, info=info)
-
-
-def _queries(pipeline: KNNDiffusionPipeline, config: EvaluateConfig) -> torch.Tensor:
-    """(samples, D): the prompts' embeddings in order, over and over; without prompts, random database rows."""
-    if config.prompts:
-        embedded = pipeline.encoder.embed_texts(config.prompts)
-        return embedded[torch.arange(config.samples) % len(embedded)]
-    rows = np.random.default_rng(config.seed).choice(len(pipeline.database), config.samples)
-    return torch.from_numpy(pipeline.database.rows(rows).astype(np.float32))
-
-
-def _real_rows(count: int, config: EvaluateConfig) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Up to twice ``samples`` random rows: the domain's reference, and a second set to compare it with itself."""
-    return np.random.default_rng(config.seed + 1).permutation(count)[: 2 * config.samples]
-
-
-def _draw(
-    pipeline: KNNDiffusionPipeline, queries: torch.Tensor, config: EvaluateConfig, retrieve: bool, name: str
-) -> list[Image.Image]:
-    with tqdm(desc=f"evaluate {name}", unit="step", leave=False) as progress:
-
-        def told(step: int, steps: int) -> None:
-            progress.total = steps
-            progress.update(step - progress.n)
-
-        return list(
-            pipeline(
-                queries,
-                num_inference_steps=config.steps,
-                guidance_scale=config.guidance,
-                generator=torch.Generator().manual_seed(config.seed),
-                retrieve=retrieve,
-                callback=told,
-            ).images
+def _weights_input(config: EvaluateConfig) -> dict[str, dict[str, str]]:
+    """The Inception weights by what they hold, not by where they lie."""
+    uri = config.inception_weights
+    if uri is None:
+        return {}
+    if not storage.exists(uri):
+        raise InputError(
+            f"there are no Inception weights at {uri}; give the path of torch-fidelity's "
+            "weights-inception-2015-12-05-6726825d.pth, or leave it out"
         )
-
-
-def contact_sheet(images: Sequence[Image.Image], columns: int = 8) -> Image.Image:
-    """Pictures of one size in rows of ``columns``."""
-    width, height = images[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
-    for image, (row, column) in zip(images, itertools.product(range(len(images)), range(columns)), strict=False):
-        sheet.paste(image, (column * width, row * height))
-    return sheet
-
-
-def _csv(scores: dict[str, float]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer)
-    writer.writerow(["metric", "value"])
-    writer.writerows((name, f"{value:.6f}") for name, value in sorted(scores.items()))
-    return buffer.getvalue()
+    return {"inception": {"uri": uri, "digest": storage.sha256(uri)}}
 
 
 @stage_task(name="evaluate")
 def evaluate(
-    generator: Generator, database: DatabaseVersion, base: str, config: EvaluateConfig, cache: Path
+    generator: Generator,
+    database: DatabaseVersion,
+    base: str,
+    config: EvaluateConfig,
+    cache: Path,
+    others: dict[str, Any] | None = None,
 ) -> Outcome[Evaluation]:
     """Task of :func:`evaluate_generator`."""
-    return evaluate_generator(generator, database, base, config, cache=cache)
+    return evaluate_generator(generator, database, base, config, cache=cache, others=others)

@@ -1,6 +1,7 @@
 """Register: a database and a generator to MLflow as champions, each loadable by its URI alone."""
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 
@@ -20,17 +21,6 @@ DATABASE_SIGNATURE = ModelSignature(
     inputs=_PROMPTS,
     outputs=Schema([ColSpec(DataType.string, "prompt"), ColSpec(DataType.string, "neighbours")]),
     params=ParamSchema([ParamSpec("k", DataType.long, 10)]),
-)
-GENERATOR_SIGNATURE = ModelSignature(
-    inputs=_PROMPTS,
-    outputs=Schema([ColSpec(DataType.string, "prompt"), ColSpec(DataType.binary, "png")]),
-    params=ParamSchema(
-        [
-            ParamSpec("seed", DataType.long, 0),
-            ParamSpec("steps", DataType.long, 25),
-            ParamSpec("guidance", DataType.double, 2.0),
-        ]
-    ),
 )
 
 
@@ -74,24 +64,39 @@ def register_generator(
 
     ``database_uri`` is what the pyfunc model draws from unless told otherwise; ``scores`` become tags.
     """
-    manifest = generator.manifest()
+    manifest, folder = generator.manifest(), generator_folder(generator, settings.cache_folder)
+    origin: dict[str, str] = {
+        name: str(manifest.info[name]) for name in ("images_seen", "adopted") if name in manifest.info
+    }
     started = time.monotonic()
     registered = Registry(settings).register(
         GENERATOR_NAME,
         generator.uri,
         script=_SCRIPTS / "generator.py",
-        signature=GENERATOR_SIGNATURE,
+        signature=generator_signature(folder),
         tags={
             **_tags(manifest),
-            "images_seen": str(manifest.info["images_seen"]),
+            **origin,
             "database": database_uri,
             **{name: f"{value:.4f}" for name, value in scores.items()},
         },
-        files={PIPELINE: generator_folder(generator, settings.cache_folder)},
+        files={PIPELINE: folder},
         model_config={"database": database_uri},
         run_id=run_id,
     )
     return _told(registered, time.monotonic() - started)
+
+
+def generator_signature(pipeline: Path) -> ModelSignature:
+    """Prompts to PNG pictures; the parameters' defaults are the saved pipeline's own."""
+    defaults = json.loads((pipeline / "model_index.json").read_text())
+    params = [
+        ParamSpec("seed", DataType.long, 0),
+        ParamSpec("steps", DataType.long, defaults["num_inference_steps"]),
+        ParamSpec("guidance", DataType.double, float(defaults["guidance_scale"])),
+    ]
+    outputs = Schema([ColSpec(DataType.string, "prompt"), ColSpec(DataType.binary, "png")])
+    return ModelSignature(inputs=_PROMPTS, outputs=outputs, params=ParamSchema(params))
 
 
 def _tags(manifest: artifacts.Manifest) -> dict[str, str]:

@@ -1,22 +1,20 @@
 """Serve: from names to things that answer. What a user of the registry calls, and what the commands are made of."""
 
-import io
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from infra import artifacts, shards
 from infra.errors import InputError
-from infra.pictures import to_rgb
 from infra.registry import GENERATOR_NAME, Registry
 from infra.settings import Settings
 from model.clip import encoder_for
 from model.pipeline import KNNDiffusionPipeline, pretrained_folder
 from model.retrieval.database import Database
-from tasks.contracts import DatabaseVersion, EmbeddingShards, Generator, ImageShards
-from tasks.index import Metadata, open_database
+from tasks.contracts import DatabaseVersion, Generator
+from tasks.fetch import fetch_pictures
+from tasks.index import open_database
 from tasks.train import PIPELINE, generator_folder
 
 DEFAULT_MODEL = GENERATOR_NAME
@@ -62,21 +60,6 @@ def open_pipeline(model: str, database: str, settings: Settings) -> KNNDiffusion
 def stored_pictures(reference: str, ids: NDArray[np.int64], settings: Settings) -> list[list[Image.Image]]:
     """The pictures behind rows (Q, K) of a database, read from its image shards."""
     pulled = Registry(settings).pull(reference, kind="database")
-    embeddings = EmbeddingShards.open(pulled.manifest.inputs["embeddings"]["uri"])
-    images = ImageShards.open(embeddings.manifest().inputs["images"]["uri"])
-    cache = settings.cache_folder
-    lookup = Metadata(embeddings.uri, embeddings.manifest(), cache)
-    keys = {int(row): lookup.row(int(row))["key"] for row in ids.reshape(-1)}
-    wanted = {
-        lookup.shard(row): {keys[other] for other in keys if lookup.shard(other) == lookup.shard(row)} for row in keys
-    }
-    found: dict[str, Image.Image] = {}
-    for shard in images.manifest().shards:
-        if shard.name not in wanted:
-            continue
-        (tar,) = (file for file in shard.files if file.name.endswith(".tar"))
-        for key, encoded in shards.read_pictures(artifacts.fetch_file(images.uri, tar, cache)):
-            if key in wanted[shard.name]:
-                with Image.open(io.BytesIO(encoded)) as image:
-                    found[key] = to_rgb(image)
-    return [[found[keys[int(row)]] for row in rows] for rows in ids]
+    version = DatabaseVersion.of(pulled.manifest, pulled.folder_uri)
+    pictures = iter(fetch_pictures(version, ids.reshape(-1).tolist(), settings.cache_folder))
+    return [[next(pictures) for _ in rows] for rows in ids]

@@ -2,75 +2,32 @@
 
 import contextlib
 import dataclasses
-import io
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
-from infra import artifacts, compute, shards, storage, tracking
-from infra.errors import EncoderMismatchError, InputError
-from infra.pictures import to_rgb
+from infra import artifacts, compute, stopping, storage, tracking
 from model.clip import EncoderIdentity
-from model.diffusion.conditioning import ConditioningConfig
-from model.networks.dit import TransformerConfig, build_transformer
-from model.pipeline import KNNDiffusionPipeline, new_pipeline, pretrained_folder, weights_digest
-from model.training.data import TrainingSet, picture_to_array
-from model.training.loop import TrainingConfig, train
-from tasks.contracts import (
-    DatabaseVersion,
-    EmbeddingShards,
-    Generator,
-    ImageShards,
-    Neighbours,
-    Outcome,
-    config_of,
-    encoder_of,
-    require_same_encoder,
-)
+from model.networks.vq_transformer import VQTransformerConfig
+from model.pipeline import new_pipeline, pretrained_folder, to_images, weights_digest
+from model.training.data import Rows, TrainingSet
+from model.training.loop import train
+from model.training.preview import draw_preview, to_pictures
+from tasks.contracts import Generator, Outcome, config_of, encoder_of, require_same_encoder
 from tasks.stage import skip_or_make, stage_task
+from tasks.training_data import TrainingInputs, Treatment, database_rows, load_training_set, training_shards
+from tasks.training_setup import Setup, TrainConfig, objective_of, set_up
 
 PIPELINE = "pipeline"
 """The folder, below a generator's, that ``KNNDiffusionPipeline.from_pretrained`` loads."""
 CHECKPOINTS_KEPT = 2
-MAX_PICTURE_BYTES = 8 << 30
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """The network, what it is told, how long it learns, and on how many workers."""
-
-    transformer: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
-    conditioning: ConditioningConfig = dataclasses.field(default_factory=ConditioningConfig)
-    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
-    workers: int = 1
-    cpus_per_worker: int = 2
-    use_gpu: bool = False
-    guidance_scale: float = 2.0  # the pipeline's default
-    start_from: str | None = None  # a pipeline folder or "sticker-generator" to fine-tune; None: random weights
-
-    def __post_init__(self) -> None:
-        """Refuse a run without workers."""
-        if self.workers < 1 or self.cpus_per_worker < 1:
-            raise ValueError("workers and cpus_per_worker must be at least 1")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingInputs:
-    """Everything a training run reads, as references."""
-
-    images: ImageShards
-    embeddings: EmbeddingShards
-    database: DatabaseVersion
-    neighbours: Neighbours
-
-    def as_inputs(self) -> dict[str, dict[str, str]]:
-        """How they stand in the generator's manifest."""
-        return {field.name: getattr(self, field.name).as_input() for field in dataclasses.fields(self)}
+PREVIEWED = 16
+"""Pictures on the sheet that shows a network learn."""
 
 
 def train_generator(
@@ -81,24 +38,20 @@ def train_generator(
     Killed at any point, the same call goes on from the last checkpoint.
 
     Raises:
-        EncoderMismatchError: the inputs were made by different encoders.
-        InputError: the pictures do not fit in memory.
+        EncoderMismatchError: the inputs, or the generator to start from, were made by different encoders.
+        InputError: the network, its autoencoder and the size of the pictures do not fit each other.
         StageError: the loss diverged or a worker died too often; the last checkpoint is kept.
     """
-    sources = inputs.as_inputs()
-    if config.start_from is not None:
-        sources["start_from"] = {"uri": config.start_from, "digest": weights_digest(config.start_from)}
+    config, sources = _located(config), inputs.as_inputs()
+    for name in ("start_from", "autoencoder"):
+        if (folder := getattr(config, name)) is not None:
+            sources[name] = {"uri": folder, "digest": weights_digest(folder)}
     stage = artifacts.Stage(base, Generator.kind, inputs=sources, config=_decisive(config))
 
     def make() -> artifacts.Manifest:
         embeddings, database = inputs.embeddings.manifest(), inputs.database.manifest()
         require_same_encoder(embeddings=embeddings, database=database, neighbours=inputs.neighbours.manifest())
-        needed = embeddings.rows * config.transformer.image_size**2 * 3
-        if needed > MAX_PICTURE_BYTES:
-            raise InputError(
-                f"{embeddings.rows} pictures of {config.transformer.image_size} px are {needed >> 30} GiB; "
-                f"training holds them in memory, at most {MAX_PICTURE_BYTES >> 30} GiB: choose a smaller image_size"
-            )
+        set_up(config, encoder_of(embeddings))  # what does not fit is told here, before workers start
         if PIPELINE not in stage.done():
             compute.train(
                 _loop,
@@ -158,10 +111,10 @@ class _Checkpoints:
 
 
 class _Metrics:
-    """The loop's numbers: to the bar of whoever watches, and to the tracking server."""
+    """The loop's numbers: to the bar of whoever watches, and to the tracking server; its pictures to the latter."""
 
-    def __init__(self, progress: compute.Progress, run: tracking.Run | None) -> None:
-        self._progress, self._run = progress, run
+    def __init__(self, progress: compute.Progress, run: tracking.Run | None, preview: "_Preview") -> None:
+        self._progress, self._run, self._preview = progress, run, preview
         self.last: dict[str, float] = {}
 
     def log(self, *, images: int, values: dict[str, float]) -> None:
@@ -170,116 +123,127 @@ class _Metrics:
         if self._run is not None:
             self._run.log(step=images, values=values)
 
+    def grid(self, *, images: int, average: nn.Module) -> None:
+        if self._run is not None:
+            with storage.scratch() as folder:
+                path = folder / f"{images:09d}.png"
+                self._preview.sheet(average).save(path)
+                self._run.file(path, "samples")
+
+
+class _Preview:
+    """Sheets of a few fixed pictures of the training set, each beside what the network draws for it."""
+
+    COLUMNS = 4
+
+    def __init__(self, inputs: TrainingInputs, setup: Setup, treatment: Treatment, cache: Path) -> None:
+        self._inputs, self._setup, self._cache = inputs, setup, cache
+        self._treatment = dataclasses.replace(treatment, editing=False)
+        self._data: TrainingSet | None = None
+
+    def sheet(self, average: nn.Module) -> Image.Image:
+        """Pairs in rows of four: the picture, and what is drawn from its embedding and its neighbours'."""
+        self._data = self._data or self._first()
+        batch = self._data.batch(0, seed=0, size=len(self._data))
+        near = batch.neighbours[:, : self._setup.defaults["neighbours"]]
+        autoencoder = self._setup.autoencoder
+        drawn = draw_preview(
+            average,
+            dataclasses.replace(batch, neighbours=near),
+            prediction=self._setup.prediction,
+            autoencoder=autoencoder,
+        )
+        own = to_pictures(batch.images, autoencoder)
+        cells = [np.asarray(image) for pair in zip(to_images(own), to_images(drawn), strict=True) for image in pair]
+        width = 2 * self.COLUMNS
+        cells += [np.full_like(cells[0], 255)] * (-len(cells) % width)
+        return Image.fromarray(
+            np.concatenate([np.concatenate(cells[at : at + width], axis=1) for at in range(0, len(cells), width)])
+        )
+
+    def _first(self) -> TrainingSet:
+        rows = training_shards(self._inputs, self._treatment, self._cache)[0].load()
+        first = Rows(
+            pictures=rows.pictures[:PREVIEWED],
+            embeddings=rows.embeddings[:PREVIEWED],
+            neighbours=rows.neighbours[:PREVIEWED],
+        )
+        return TrainingSet(first, database_rows(self._inputs.database, self._cache), device=self._treatment.device)
+
 
 def _loop(arguments: dict[str, Any]) -> None:
     """What every Ray Train worker runs."""
     inputs: TrainingInputs = arguments["inputs"]
     config: TrainConfig = arguments["config"]
     cache: Path = arguments["cache"]
+    folder_uri: str = arguments["folder_uri"]
     rank, world = compute.worker_rank()
     if not config.use_gpu:
         torch.set_num_threads(config.cpus_per_worker)
-    encoder = encoder_of(inputs.embeddings.manifest())
-    data = load_training_set(inputs, config.transformer.image_size, cache)
-    network = _initial_network(config, encoder)
-    with storage.scratch() as scratch:
-        total = config.training.steps * config.training.batch_size
-        metrics = _Metrics(compute.Progress(arguments["folder_uri"], total), arguments["run"])
+    setup = set_up(config, encoder_of(inputs.embeddings.manifest()))
+    treatment = _treatment(config, setup)
+    data = load_training_set(inputs, treatment, cache, window_bytes=config.window_bytes)
+    total = config.training.steps * config.training.batch_size
+    with storage.scratch() as scratch, stopping.listening():
+        preview = _Preview(inputs, setup, treatment, cache)
+        metrics = _Metrics(compute.Progress(folder_uri, total), arguments["run"], preview)
         average = train(
-            network,
+            setup.network,
+            objective_of(config, setup),
             data,
             config.training,
-            config.conditioning,
-            prediction=config.transformer.prediction,
-            checkpoints=_Checkpoints(arguments["folder_uri"], scratch, cache),
+            checkpoints=_Checkpoints(folder_uri, scratch, cache),
             metrics=metrics,
-            device="cuda" if config.use_gpu else "cpu",
+            device=treatment.device,
             rank=rank,
             world=world,
+            stop=stopping.asked_to_stop,
         )
         if rank == 0:
-            pipeline = new_pipeline(
-                average.cpu(),
-                encoder,
-                prediction=config.transformer.prediction,
-                neighbours=config.conditioning.neighbours,
-                guidance_scale=config.guidance_scale,
-            )
-            pipeline.save_pretrained(scratch / "out" / PIPELINE, safe_serialization=True)
             info = {"images_seen": total, **metrics.last, "parameters": sum(p.numel() for p in average.parameters())}
-            folder, rows = scratch / "out", len(data)
-            artifacts.commit_shard(arguments["folder_uri"], PIPELINE, folder, rows=rows, info=info)
+            _keep(average, setup, encoder_of(inputs.embeddings.manifest()), scratch / "out" / PIPELINE)
+            artifacts.commit_shard(folder_uri, PIPELINE, scratch / "out", rows=len(data), info=info)
 
 
-def load_training_set(inputs: TrainingInputs, side: int, cache: Path) -> TrainingSet:
-    """Pictures, embeddings and neighbours in lockstep: the key in the metadata says which picture a row is."""
-    images = {shard.name: shard for shard in inputs.images.manifest().shards}
-    pixels, embeddings, found = [], [], []
-    lists = {shard.name: shard for shard in inputs.neighbours.manifest().shards}
-    for shard in inputs.embeddings.manifest().shards:
-        files = {
-            Path(file.name).suffix: artifacts.fetch_file(inputs.embeddings.uri, file, cache) for file in shard.files
-        }
-        keys = shards.read_table(files[".parquet"], ["key"])["key"].to_pylist()
-        (tar,) = (file for file in images[shard.name].files if file.name.endswith(".tar"))
-        pixels.append(_read_pixels(artifacts.fetch_file(inputs.images.uri, tar, cache), keys, side))
-        embeddings.append(np.load(files[".npy"]))
-        path = artifacts.fetch_file(inputs.neighbours.uri, lists[shard.name].files[0], cache)
-        found.append(np.load(path))
-    return TrainingSet(
-        np.concatenate(pixels),
-        np.concatenate(embeddings),
-        np.concatenate(found),
-        _database_rows(inputs.database, cache),
+def _keep(average: nn.Module, setup: Setup, encoder: EncoderIdentity, folder: Path) -> None:
+    """Save the pipeline around the trained network."""
+    autoencoder = None if setup.autoencoder is None else setup.autoencoder.cpu()
+    pipeline = new_pipeline(
+        average.cpu(),
+        encoder,
+        prediction=setup.prediction,
+        vae=autoencoder,
+        **setup.defaults,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def _treatment(config: TrainConfig, setup: Setup) -> Treatment:
+    # By its number: a thread that reads ahead does not know which GPU is this worker's.
+    device = f"cuda:{torch.cuda.current_device()}" if config.use_gpu else "cpu"
+    autoencoder = None if setup.autoencoder is None else setup.autoencoder.to(device)
+    return Treatment(
+        side=setup.image_size,
+        autoencoder=autoencoder,
+        autoencoder_digest=weights_digest(str(config.autoencoder or config.start_from)) if autoencoder else "",
+        codes=isinstance(setup.size, VQTransformerConfig),
+        editing=config.editing,
+        device=device,
+        threads=config.cpus_per_worker,
     )
 
 
-def _read_pixels(tar: Path, keys: list[str], side: int) -> NDArray[np.uint8]:
-    """(len(keys), side, side, 3) uint8 in the order of ``keys``."""
-    position = {key: number for number, key in enumerate(keys)}
-    pixels = np.empty((len(keys), side, side, 3), dtype=np.uint8)
-    for key, encoded in shards.read_pictures(tar):
-        if key in position:
-            with Image.open(io.BytesIO(encoded)) as image:
-                pixels[position.pop(key)] = picture_to_array(to_rgb(image), side)
-    if position:
-        raise InputError(
-            f"{tar} lacks {len(position)} pictures that were embedded, {next(iter(position))} first; embed again"
-        )
-    return pixels
-
-
-def _database_rows(database: DatabaseVersion, cache: Path) -> NDArray[np.float16]:
-    embeddings = EmbeddingShards.open(database.manifest().inputs["embeddings"]["uri"])
-    files = [file for file in embeddings.manifest().files if file.name.endswith(".npy")]
-    return np.concatenate([np.load(artifacts.fetch_file(embeddings.uri, file, cache)) for file in files])
-
-
-def _initial_network(config: TrainConfig, encoder: EncoderIdentity) -> Any:
-    """Random weights, or those of ``start_from``; refused when its encoder or its size is another."""
-    dimension = encoder.dimension
-    if config.start_from is None:
-        return build_transformer(config.transformer, embedding_dimension=dimension, seed=config.training.seed)
-    pipeline = KNNDiffusionPipeline.open(pretrained_folder(config.start_from))
-    if not pipeline.identity.same_space(encoder):
-        raise EncoderMismatchError(
-            f"{config.start_from} was trained with {pipeline.identity}, these pictures were embedded by {encoder}; "
-            "embed with its encoder, or start from random weights"
-        )
-    network = pipeline.transformer.float().requires_grad_(True)
-    wanted = build_transformer(config.transformer, embedding_dimension=dimension, seed=0)
-    fits = {name: tensor.shape for name, tensor in wanted.state_dict().items()}
-    if fits != {name: tensor.shape for name, tensor in network.state_dict().items()}:
-        raise InputError(
-            f"{config.start_from} has another size than {config.transformer}; name the size it was trained with"
-        )
-    return network
+def _located(config: TrainConfig) -> TrainConfig:
+    """The config with its folders named in full: a worker stands elsewhere."""
+    start = None if config.start_from is None else str(pretrained_folder(config.start_from).absolute())
+    autoencoder = None if config.autoencoder is None else str(Path(config.autoencoder).absolute())
+    return dataclasses.replace(config, start_from=start, autoencoder=autoencoder)
 
 
 def _decisive(config: TrainConfig) -> dict[str, Any]:
-    """What decides the weights: all but how often something is logged or kept."""
-    settings = config_of(config, without=("cpus_per_worker",))
-    for name in ("log_images", "checkpoint_images"):
+    """What decides the weights: all but how often something is logged or kept, and where folders are."""
+    settings = config_of(config, without=("cpus_per_worker", "start_from", "autoencoder"))
+    for name in ("log_images", "checkpoint_images", "grid_images"):
         settings["training"].pop(name)
     return settings
 

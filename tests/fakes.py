@@ -134,13 +134,17 @@ class FolderCheckpoints:
 
 
 class MetricsLog:
-    """Metrics in a list, as (images seen, values)."""
+    """Metrics in a list, as (images seen, values); of pictures, how many images were seen."""
 
     def __init__(self) -> None:
         self.entries: list[tuple[int, dict[str, float]]] = []
+        self.grids: list[int] = []
 
     def log(self, *, images: int, values: dict[str, float]) -> None:
         self.entries.append((images, values))
+
+    def grid(self, *, images: int, average: Any) -> None:
+        self.grids.append(images)
 
     def __getitem__(self, name: str) -> list[float]:
         """Every value of one metric, in order."""

@@ -105,12 +105,18 @@ def small_config(urls: Path, root: Path, host: str, *, train: bool = True, image
     from tasks.embed import EmbedConfig
     from tasks.evaluate import EvaluateConfig
     from tasks.index import IndexConfig
-    from tasks.train import TrainConfig
+    from tasks.training_setup import TrainConfig
 
     texts = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
     policy = DownloadPolicy(allow_hosts=(host,), threads=4, retries=0)
     training = TrainingConfig(
-        images=images, batch_size=8, warmup_images=64, checkpoint_images=64, log_images=32, ema_decay=0.9
+        images=images,
+        batch_size=8,
+        warmup_images=64,
+        checkpoint_images=64,
+        log_images=32,
+        ema_decay=0.9,
+        grid_images=256,
     )
     return NewDomainConfig(
         domain="shapes",
@@ -120,8 +126,8 @@ def small_config(urls: Path, root: Path, host: str, *, train: bool = True, image
         embed=EmbedConfig(workers=1, batch_size=8),
         index=IndexConfig(texts=texts, recall_queries=32),
         train=TrainConfig(
-            transformer=TransformerConfig(image_size=16, patch_size=4, layers=2, heads=2, head_width=16),
-            conditioning=ConditioningConfig(neighbours=NEIGHBOURS),
+            network=TransformerConfig(image_size=16, patch_size=4, layers=2, heads=2, head_width=16),
+            conditioning=ConditioningConfig(neighbours=NEIGHBOURS, pool=NEIGHBOURS),
             training=training,
             cpus_per_worker=1,
         )

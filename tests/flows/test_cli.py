@@ -32,7 +32,7 @@ def refused(result: Result, *parts: str) -> None:
 def test_help_names_every_command() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("demo", "new-domain", "search", "generate", "databases"):
+    for command in ("demo", "new-domain", "search", "generate", "edit", "evaluate", "databases"):
         assert command in result.stdout
         assert run(command, "--help").exit_code == 0
 
@@ -85,6 +85,49 @@ def test_generate_writes_a_picture_a_prompt_and_repeats_itself(domain: Any, tmp_
     assert pictures[0].shape == (16, 32, 3)
     assert (pictures[0] == pictures[1]).all()
     assert (pictures[0] != pictures[2]).any()
+
+
+def test_generate_takes_pictures_for_prompts_and_goes_from_one_to_another(domain: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30), "blue").save(tmp_path / "blue.png")
+    options = ["--database", "shapes", "--steps", "2", "--root", str(domain.root), "--out"]
+    result = run("generate", str(tmp_path / "blue.png"), "red bar", *options, str(tmp_path / "a.png"), "--between", "3")
+    assert result.exit_code == 0, result.stderr
+    assert Image.open(tmp_path / "a.png").size == (48, 16)
+    result = run("generate", "a", "b", "c", *options, str(tmp_path / "a.png"), "--between", "3")
+    refused(result, "--between goes from one prompt to another; 3 were given")
+
+
+def test_edit_writes_the_edited_picture_with_the_embedded_generator(domain: Any, tmp_path: Path) -> None:
+    Image.new("RGBA", (90, 70), (0, 0, 255, 200)).save(tmp_path / "blue.png")
+    options = ["--database", "shapes", "--model", "sticker-generator", "--root", str(domain.root)]
+    out = tmp_path / "edited.png"
+    result = run("edit", str(tmp_path / "blue.png"), "red ring", *options, "--out", str(out))
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip() == str(out)
+    assert Image.open(out).size == (64, 64)
+
+
+def test_edit_refuses_what_is_no_picture_and_a_generator_that_cannot(domain: Any, tmp_path: Path) -> None:
+    options = ["--database", "shapes", "--root", str(domain.root), "--out", str(tmp_path / "a.png")]
+    refused(run("edit", f"{tmp_path}/none.png", "a", *options), "none.png does not exist")
+    (tmp_path / "torn.png").write_bytes(b"no picture")
+    refused(run("edit", f"{tmp_path}/torn.png", "a", *options), "torn.png is no picture that can be read")
+    Image.new("RGB", (16, 16)).save(tmp_path / "fine.png")
+    refused(run("edit", f"{tmp_path}/fine.png", "a", *options), "was not trained for editing")
+    embedded = ["--model", "sticker-generator", "--strength", "2"]
+    refused(run("edit", f"{tmp_path}/fine.png", "a", *options, *embedded), "strength is 2.0; give a number above 0")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--recipe", "nope"), "no recipe nope; there are own_domain"),
+        (("--recipe", "photos_h100"), "name their --autoencoder FOLDER"),
+        (("--recipe", "stickers_h100", "--train"), "takes no --train; it decides that itself"),
+    ],
+)
+def test_new_domain_refuses_recipes_that_do_not_fit(prefect_server: None, options: tuple[str, ...], told: str) -> None:
+    refused(run("new-domain", "x", "--urls", "list.txt", *options), told)
 
 
 def test_unknown_database_says_what_there_is(domain: Any) -> None:

@@ -78,7 +78,10 @@ def test_scores_are_in_one_table(domain: Any) -> None:
     from tasks.evaluate import table
 
     scores = domain.result.trained.evaluation.reference.scores()
-    assert set(scores) == {"clip_score_knn", "clip_score_no_knn", "fd_knn", "fd_no_knn", "fd_real_split"}
+    metrics = ("clip_score", "fd", "mmd", "precision", "recall", "nearest", "copy_rate")
+    drawn = {f"{metric}_{condition}" for metric in metrics for condition in ("knn", "no_knn")} | {"diversity_knn"}
+    real = {"fd_real_split", "mmd_real_split", "nearest_real", "copy_rate_real"}
+    assert set(scores) == drawn | {f"{name}_{end}" for name in drawn for end in ("low", "high")} | real
     assert all(-1 <= scores[name] <= 1 for name in ("clip_score_knn", "clip_score_no_knn"))
     assert 0 < scores["fd_real_split"] < scores["fd_knn"]  # a network this small does not pass for real
     assert f"{scores['fd_knn']:.3f}" in table(scores)
@@ -201,7 +204,8 @@ from tasks.download import download_images
 from tasks.embed import embed_images
 from tasks.index import build_database
 from tasks.neighbours import find_neighbours
-from tasks.train import TrainingInputs, train_generator
+from tasks.train import train_generator
+from tasks.training_data import TrainingInputs
 config = small_config(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
 base, cache = sys.argv[3] + "/shapes", Path(sys.argv[3]) / "cache"
 with compute.cluster():

@@ -51,10 +51,13 @@ def test_files_are_kept_where_the_settings_say(mlflow_settings: Settings, tmp_pa
     (tmp_path / "samples.png").write_bytes(b"\x89PNG")
     with start_run(mlflow_settings, experiment="twemoji", name="draw") as run:
         run.file(tmp_path / "samples.png")
+        run.file(tmp_path / "samples.png", "samples")
     (tmp_path / "samples.png").unlink()
-    (kept,) = Path(mlflow_settings.artifacts_uri).rglob("samples.png")
-    assert kept.read_bytes() == b"\x89PNG"
-    assert [entry.path for entry in MlflowClient(run.tracking_uri).list_artifacts(run.run_id)] == ["samples.png"]
+    kept = list(Path(mlflow_settings.artifacts_uri).rglob("samples.png"))
+    assert [path.read_bytes() for path in kept] == [b"\x89PNG"] * 2
+    client = MlflowClient(run.tracking_uri)
+    assert [entry.path for entry in client.list_artifacts(run.run_id)] == ["samples", "samples.png"]
+    assert [entry.path for entry in client.list_artifacts(run.run_id, "samples")] == ["samples/samples.png"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt(), SystemExit(3)])

@@ -23,6 +23,8 @@ import io
 import itertools
 import json
 import logging
+import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +58,7 @@ from model.networks.vq_transformer import VQTransformerConfig, build_vq_transfor
 from model.pipeline import new_pipeline
 from model.training.alignment import align_all
 from model.training.data import Rows, TrainingSet, picture_to_array, to_model_range
-from model.training.loop import Objective, TrainingConfig, train
+from model.training.loop import InterruptedTrainingError, Objective, TrainingConfig, train
 from model.training.restoration import Restoration, RestorationConfig
 
 UNSEEN = frozenset({"openmoji", "twemoji"})
@@ -270,11 +272,15 @@ def run(
         **settings,
     )
     log.info("%s: %.1fM parameters, %d images", name, sum(p.numel() for p in network.parameters()) / 1e6, len(dataset))
-    started = time.monotonic()
-    average = train(
-        network, objective, dataset, training,
-        checkpoints=checkpoints, metrics=Log(folder, unseen), device=options.device,
-    )  # fmt: skip
+    told_to_stop, started = threading.Event(), time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: told_to_stop.set())  # the step in hand is finished and kept first
+    try:
+        average = train(
+            network, objective, dataset, training,
+            checkpoints=checkpoints, metrics=Log(folder, unseen), device=options.device, stop=told_to_stop.is_set,
+        )  # fmt: skip
+    except InterruptedTrainingError as interruption:
+        raise SystemExit(f"{name}: {interruption}") from None
     log.info("trained in %.0f s on %s", time.monotonic() - started, options.device)
     return average.cpu()
 

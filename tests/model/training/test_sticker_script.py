@@ -31,9 +31,8 @@ def write_style(path: Path, colours: tuple[str, ...]) -> None:
 
 def command(stickers: Path, out: Path, images: int) -> list[str]:
     size = ["--size", "16", "--width", "16", "--head", "16", "--layers", "1", "--batch", "4", "--watch", "2"]
-    return [
-        sys.executable, str(SCRIPT), "base", "--stickers", str(stickers), "--out", str(out), "--images", str(images), *size,
-    ]  # fmt: skip
+    folders = ["--stickers", str(stickers), "--out", str(out)]
+    return [sys.executable, str(SCRIPT), "base", *folders, "--images", str(images), *size]
 
 
 def test_told_to_end_it_keeps_the_step_in_hand_and_goes_on_from_it(tmp_path: Path) -> None:

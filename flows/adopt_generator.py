@@ -1,0 +1,57 @@
+"""The flow that puts a saved generator beside a database, without training: adopt -> evaluate -> register."""
+
+import dataclasses
+from typing import Any
+
+from prefect import flow
+
+from flows.train_generator import TrainedGenerator
+from infra import compute, tracking
+from model.pipeline import EMBEDDED
+from tasks.adopt import adopt
+from tasks.contracts import DatabaseVersion, Outcome
+from tasks.evaluate import EvaluateConfig, evaluate
+from tasks.register import Named, register_generator_task
+from tasks.stage import base_of, settings_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AdoptGeneratorConfig:
+    """Which generator, for which database, and how it is judged."""
+
+    domain: str
+    database: str  # the committed folder of a database version
+    root: str | None = None
+    generator: str = EMBEDDED  # or the local folder of a saved pipeline
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+
+
+@flow(name="adopt-generator", flow_run_name="adopt-{config.domain}", validate_parameters=True)
+def adopt_generator(config: AdoptGeneratorConfig) -> TrainedGenerator:
+    """Keep a generator with the domain, score it on the database, and register it as ``knn-diffusion``'s champion."""
+    settings = settings_of(config.root)
+    base, cache = base_of(settings, config.domain), settings.cache_folder
+    database = DatabaseVersion.open(config.database)
+    with (
+        compute.cluster(settings.ray_address, settings.cpus),
+        tracking.start_run(settings, experiment="adopt-generator", name=config.domain) as run,
+    ):
+        run.params(dataclasses.asdict(config))
+        generator = adopt(config.generator, base)
+        evaluation = evaluate(generator.reference, database, base, config.evaluate, cache)
+        scores = evaluation.reference.scores()
+        run.log(step=0, values=scores)
+        database_uri = f"models:/knn-database.{config.domain}@champion"
+        registered = register_generator_task(generator.reference, database_uri, scores, settings, run.run_id)
+    stages: dict[str, Outcome[Any] | Named] = {
+        "adopt": generator,
+        "evaluate": evaluation,
+        "register_generator": registered,
+    }
+    return TrainedGenerator(
+        generator=generator,
+        evaluation=evaluation,
+        registered=registered,
+        seconds={name: stage.seconds for name, stage in stages.items()},
+        skipped={name: stage.skipped for name, stage in stages.items()},
+    )

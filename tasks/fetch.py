@@ -1,0 +1,42 @@
+"""Fetch: the stored pictures behind rows of a database."""
+
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from infra import artifacts, shards
+from infra.errors import IntegrityError
+from infra.pictures import to_rgb
+from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards
+from tasks.index import Metadata
+
+
+def fetch_pictures(version: DatabaseVersion, ids: Sequence[int], cache: Path) -> list[Image.Image]:
+    """The RGB pictures of rows, in their order; a row may come twice. Reads the image shards that hold them.
+
+    Raises:
+        IntegrityError: a tar differs from what was committed, or lacks a picture that was embedded.
+    """
+    embeddings = EmbeddingShards.open(version.manifest().inputs["embeddings"]["uri"])
+    images = ImageShards.open(embeddings.manifest().inputs["images"]["uri"])
+    lookup = Metadata(embeddings.uri, embeddings.manifest(), cache)
+    keys = {row: lookup.row(row)["key"] for row in set(ids)}
+    wanted: dict[str, set[str]] = defaultdict(set)
+    for row, key in keys.items():
+        wanted[lookup.shard(row)].add(key)
+    found: dict[str, Image.Image] = {}
+    for shard in images.manifest().shards:
+        if shard.name not in wanted:
+            continue
+        (tar,) = (file for file in shard.files if file.name.endswith(".tar"))
+        for key, encoded in shards.read_pictures(artifacts.fetch_file(images.uri, tar, cache)):
+            if key in wanted[shard.name]:
+                with Image.open(io.BytesIO(encoded)) as image:
+                    found[key] = to_rgb(image)
+    absent = sorted(set(keys.values()) - set(found))
+    if absent:
+        raise IntegrityError(f"{images.uri} lacks {len(absent)} embedded pictures, {absent[0]} first; embed it again")
+    return [found[keys[row]] for row in ids]

@@ -1,0 +1,256 @@
+"""The training stage with Ray's part played by the calling process."""
+
+import dataclasses
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_training
+import tiny
+import torch
+from PIL import Image
+from small_training import COUNT, POOL, small_kl
+
+from infra import compute, stopping
+from infra.errors import EncoderMismatchError, InputError
+from model.diffusion.conditioning import ConditioningConfig
+from model.diffusion.discrete import MaskAndReplace
+from model.networks.dit import TransformerConfig
+from model.networks.editor import is_editor, widen_input
+from model.networks.sizes import size_of
+from model.networks.unet import UNetConfig
+from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder
+from model.networks.vq_transformer import VQTransformer, VQTransformerConfig
+from model.pipeline import KNNDiffusionPipeline, new_pipeline, pretrained_folder
+from model.training.data import picture_to_array
+from model.training.loop import InterruptedTrainingError, TrainingConfig
+from model.training.objectives import FlowMatching
+from model.training.restoration import Restoration
+from tasks.contracts import Generator, Outcome
+from tasks.train import generator_folder, train_generator
+from tasks.training_data import TrainingInputs
+from tasks.training_setup import TrainConfig, objective_of, set_up
+
+SHORT = TrainingConfig(
+    images=24, batch_size=4, warmup_images=8, checkpoint_images=8, log_images=8, grid_images=24, ema_decay=0.5
+)
+SMALL = tiny.size(image_size=16)
+VQ = AutoencoderConfig(image_size=16, downscale=4, codes=16, code_width=4, channels=(8, 8, 8))
+CODES = VQTransformerConfig(codes=16, tokens=16, timesteps=10, layers=1, heads=1, head_width=16)
+UNET = UNetConfig(image_size=16, widths=(32, 64), layers=1)
+LATENTS = tiny.size(image_size=8, channels=4, patch_size=2)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> TrainingInputs:
+    return small_training.stored_inputs(tmp_path_factory.mktemp("stored"))
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker: this process."""
+
+    def run(loop: Callable[[dict[str, Any]], None], config: dict[str, Any], **_: Any) -> None:
+        loop(config)
+
+    monkeypatch.setattr(compute, "train", run)
+    monkeypatch.setattr(compute, "worker_rank", lambda: (0, 1))
+
+
+class Run:
+    """A tracked run in memory."""
+
+    def __init__(self) -> None:
+        self.values: list[tuple[int, dict[str, float]]] = []
+        self.files: dict[str, bytes] = {}
+
+    def log(self, *, step: int, values: dict[str, float]) -> None:
+        self.values.append((step, dict(values)))
+
+    def file(self, path: Path, folder: str | None = None) -> None:
+        self.files[f"{folder}/{path.name}"] = path.read_bytes()
+
+
+def configured(**changes: Any) -> TrainConfig:
+    conditioning = ConditioningConfig(neighbours=2, pool=POOL)
+    return TrainConfig(**{"conditioning": conditioning, "training": SHORT, "cpus_per_worker": 1} | changes)
+
+
+def trained(inputs: TrainingInputs, base: Path, *, run: Any = None, **changes: Any) -> Outcome[Generator]:
+    return train_generator(inputs, str(base), configured(**changes), cache=base / "cache", run=run)
+
+
+def opened(outcome: Outcome[Generator], base: Path) -> KNNDiffusionPipeline:
+    return KNNDiffusionPipeline.open(generator_folder(outcome.reference, base / "cache"))
+
+
+def autoencoders(folder: Path) -> dict[str, str]:
+    """A saved autoencoder of each kind."""
+    made: dict[str, Any] = {"kl": small_kl(), "vq": build_autoencoder(VQ, seed=0)}
+    for name, autoencoder in made.items():
+        autoencoder.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in made}
+
+
+def saved(folder: Path, *, network: Any = None, **defaults: Any) -> str:
+    """A generator to start from."""
+    network = network or tiny.network(image_size=16)
+    new_pipeline(network, tiny.identity(), **{"neighbours": 3} | defaults).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "unet", "editor", "latents", "codes"])
+@pytest.mark.usefixtures("alone")
+def test_every_network_is_trained_saved_and_draws(inputs: TrainingInputs, tmp_path: Path, kind: str) -> None:
+    folders = autoencoders(tmp_path)
+    changes: dict[str, Any] = {
+        "transformer": {"network": SMALL},
+        "unet": {"network": UNET},
+        "editor": {"network": SMALL, "editing": True},
+        "latents": {"network": LATENTS, "autoencoder": folders["kl"], "image_size": 16},
+        "codes": {"network": CODES, "autoencoder": folders["vq"], "image_size": 16},
+    }[kind]
+    run = Run()
+    outcome = trained(inputs, tmp_path, run=run, **changes)
+
+    info = outcome.reference.manifest().info
+    assert info["images_seen"] == 24
+    assert [images for images, _ in run.values] == [8, 16, 24]
+    assert set(run.values[0][1]) == {"loss", "learning_rate", "images_per_s", "model_flops_utilisation"}
+    assert list(run.files) == ["samples/000000024.png"]
+    with Image.open(io.BytesIO(run.files["samples/000000024.png"])) as sheet:
+        assert sheet.size == (4 * 2 * 16, 2 * 16), "the first shard's five pictures, each beside what is drawn for it"
+        cells = np.asarray(sheet).reshape(2, 16, 8, 16, 3).transpose(0, 2, 1, 3, 4).reshape(16, 16, 16, 3)
+    if changes["network"] in (SMALL, UNET):
+        pictures = [picture_to_array(small_training.picture(number), 16) for number in range(5)]
+        assert {cell.tobytes() for cell in pictures} == {cell.tobytes() for cell in cells[:10:2]}
+    assert (cells[10:] == 255).all()
+    pipeline = opened(outcome, tmp_path)
+    assert is_editor(pipeline.transformer) == (kind == "editor")
+    assert size_of(pipeline.transformer, "velocity") == changes["network"]
+    assert pipeline.config.neighbours == 2
+    pipeline.swap_database(tiny.database(tmp_path / "db", tiny.unit_rows(COUNT)))
+    query = torch.from_numpy(tiny.unit_rows(2)).float()
+    images = pipeline(query, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+    assert [image.size for image in images] == [(16, 16)] * 2
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_run_that_hears_a_signal_keeps_its_step_and_goes_on_from_it(
+    inputs: TrainingInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken = trained(inputs, tmp_path / "whole", network=SMALL).reference.manifest()
+    asked = iter([False, False, True])
+    monkeypatch.setattr(stopping, "asked_to_stop", lambda: next(asked))
+    with pytest.raises(InterruptedTrainingError, match="stopped after 12 images"):
+        trained(inputs, tmp_path / "broken", network=SMALL)
+    (folder,) = (tmp_path / "broken").glob("generator/*/checkpoints/shards")
+    assert [path.stem for path in sorted(folder.iterdir())] == ["000000002", "000000003"]
+    monkeypatch.setattr(stopping, "asked_to_stop", lambda: False)
+    resumed = trained(inputs, tmp_path / "broken", network=SMALL).reference.manifest()
+    assert resumed.digest == unbroken.digest
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_same_request_is_skipped_wherever_its_folders_are(inputs: TrainingInputs, tmp_path: Path) -> None:
+    first, copy = saved(tmp_path / "a"), saved(tmp_path / "b")
+    made = trained(inputs, tmp_path, start_from=first)
+    assert trained(inputs, tmp_path, start_from=copy).skipped
+    logged = dataclasses.replace(SHORT, grid_images=8, log_images=4)
+    assert trained(inputs, tmp_path, start_from=first, training=logged, cpus_per_worker=2).skipped
+    other = saved(tmp_path / "c", network=tiny.network(image_size=16, seed=1))
+    assert trained(inputs, tmp_path, start_from=other).reference.digest != made.reference.digest
+
+
+def test_a_start_gives_its_size_its_defaults_and_its_weights(tmp_path: Path) -> None:
+    network = tiny.network(image_size=16, layers=2)
+    start = saved(tmp_path, network=network, guidance_scale=3.5, num_inference_steps=7, query="mean")
+    setup = set_up(configured(start_from=start), tiny.identity())
+    assert setup.size == tiny.size(image_size=16, layers=2)
+    assert (setup.image_size, setup.autoencoder) == (16, None)
+    kept = {name: setup.defaults[name] for name in ("guidance_scale", "num_inference_steps", "query", "neighbours")}
+    assert kept == {"guidance_scale": 3.5, "num_inference_steps": 7, "query": "mean", "neighbours": 2}
+    for name, weight in setup.network.state_dict().items():
+        torch.testing.assert_close(weight, network.state_dict()[name])
+    assert all(parameter.requires_grad for parameter in setup.network.parameters())
+    assert set_up(configured(start_from=start, guidance_scale=1.0), tiny.identity()).defaults["guidance_scale"] == 1
+    assert set_up(configured(start_from=start, network=setup.size), tiny.identity()).size == setup.size
+    with pytest.raises(InputError, match="leave network out to take its own size"):
+        set_up(configured(start_from=start, network=SMALL), tiny.identity())
+    with pytest.raises(EncoderMismatchError, match="start from random weights"):
+        set_up(configured(start_from=start), tiny.identity(name="other", weights="f" * 64))
+
+
+def test_the_embedded_generator_is_taken_as_it_is() -> None:
+    pipeline = KNNDiffusionPipeline.open(pretrained_folder("sticker-generator"))
+    setup = set_up(configured(start_from="sticker-generator"), pipeline.identity)
+    assert setup.size == TransformerConfig(image_size=64, patch_size=4, layers=6, heads=8, head_width=64)
+    assert is_editor(setup.network)
+    assert isinstance(objective_of(configured(start_from="sticker-generator"), setup), FlowMatching)
+    assert isinstance(objective_of(configured(start_from="sticker-generator", editing=True), setup), Restoration)
+
+
+def test_editing_widens_a_network_that_only_draws(tmp_path: Path) -> None:
+    start = saved(tmp_path / "base")
+    assert is_editor(set_up(configured(start_from=start, editing=True), tiny.identity()).network)
+    editor = saved(tmp_path / "editor", network=widen_input(tiny.network(image_size=16)))
+    for editing in (False, True):
+        setup = set_up(configured(start_from=editor, editing=editing), tiny.identity())
+        assert is_editor(setup.network), "an editor stays one"
+    unet = saved(
+        tmp_path / "unet", network=set_up(configured(network=UNetConfig(widths=(32, 32))), tiny.identity()).network
+    )
+    with pytest.raises(InputError, match="editing is learned by a transformer over pixels"):
+        set_up(configured(start_from=unet, editing=True), tiny.identity())
+
+
+def test_a_start_over_codes_brings_its_autoencoder(tmp_path: Path) -> None:
+    network = set_up(configured(network=CODES, autoencoder=autoencoders(tmp_path)["vq"]), tiny.identity()).network
+    assert isinstance(network, VQTransformer)
+    start = saved(tmp_path / "start", network=network, vae=build_autoencoder(VQ, seed=0))
+    setup = set_up(configured(start_from=start), tiny.identity())
+    assert (setup.size, setup.image_size) == (CODES, 16)
+    assert setup.autoencoder is not None
+    objective = objective_of(configured(start_from=start), setup)
+    assert isinstance(objective, MaskAndReplace)
+    assert (objective.transitions.codes, objective.transitions.timesteps) == (16, 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"network": SMALL, "image_size": 32}, "image_size is 32 px, but the network works on pictures of 16 px"),
+        ({"network": LATENTS}, "takes 4 channels, a picture has 3; name its autoencoder"),
+        ({"network": SMALL, "autoencoder": "kl"}, "takes 3 channels, the autoencoder's latents have 4"),
+        ({"network": LATENTS, "autoencoder": "kl", "image_size": 8}, "works on pictures of 16 px"),
+        ({"network": CODES, "autoencoder": "kl"}, "need a VQModel of 16 codes at 8 px, the autoencoder has no codes"),
+        ({"network": dataclasses.replace(CODES, codes=8), "autoencoder": "vq"}, "8 codes.* has 16 codes at 16 px"),
+        ({"network": dataclasses.replace(CODES, tokens=64), "autoencoder": "vq"}, "at 32 px, .* has 16 codes at 16 px"),
+        ({"network": LATENTS, "autoencoder": "nowhere"}, "nowhere holds no autoencoder"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_training(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    folders = autoencoders(tmp_path) | {"nowhere": str(tmp_path / "nowhere")}
+    if "autoencoder" in changes:
+        changes = changes | {"autoencoder": folders[changes["autoencoder"]]}
+    with pytest.raises(InputError, match=message):
+        set_up(configured(**changes), tiny.identity())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"workers": 0}, "workers"),
+        ({"cpus_per_worker": 0}, "cpus_per_worker"),
+        ({"window_bytes": 0}, "window_bytes"),
+        ({"network": CODES}, "folder of a VQModel"),
+        ({"editing": True, "autoencoder": "x"}, "over pixels"),
+        ({"editing": True, "network": UNetConfig()}, "transformer over pixels"),
+    ],
+)
+def test_a_config_that_cannot_be_right_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**wrong)

@@ -1,0 +1,132 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_training
+import tiny
+import torch
+from small_training import COUNT, POOL, SIZES, nearest, picture, small_kl
+
+from infra.errors import InputError
+from model.networks.latents import encode_latents
+from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, encode_codes
+from model.training.alignment import align_all
+from model.training.data import Rows, TrainingSet, picture_to_array, to_model_range
+from tasks import training_data
+from tasks.training_data import TrainingInputs, Treatment, kept, load_training_set, read_pixels, training_shards
+
+SIDE = 16
+PIXELS = np.stack([picture_to_array(picture(number), SIDE) for number in range(COUNT)])
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> TrainingInputs:
+    return small_training.stored_inputs(tmp_path_factory.mktemp("stored"))
+
+
+def loaded(inputs: TrainingInputs, cache: Path, **treatment: Any) -> list[Rows]:
+    return [shard.load() for shard in training_shards(inputs, Treatment(**{"side": SIDE} | treatment), cache)]
+
+
+def test_a_shard_holds_pictures_embeddings_and_neighbours_of_the_same_rows(
+    inputs: TrainingInputs, tmp_path: Path
+) -> None:
+    parts = loaded(inputs, tmp_path)
+    assert [len(part.pictures) for part in parts] == list(SIZES)
+    np.testing.assert_array_equal(np.concatenate([part.pictures for part in parts]), PIXELS)
+    np.testing.assert_array_equal(np.concatenate([part.embeddings for part in parts]), tiny.unit_rows(COUNT))
+    np.testing.assert_array_equal(np.concatenate([part.neighbours for part in parts]), nearest())
+    assert all(part.reference is None for part in parts)
+    assert not any(tmp_path.iterdir()), "pictures are not kept twice"
+
+
+def test_pictures_are_brought_to_the_side_asked_for(inputs: TrainingInputs, tmp_path: Path) -> None:
+    assert loaded(inputs, tmp_path, side=8)[0].pictures.shape == (SIZES[0], 8, 8, 3)
+
+
+def test_streamed_windows_hold_what_one_held_set_does(inputs: TrainingInputs, tmp_path: Path) -> None:
+    treatment = Treatment(side=SIDE)
+    row_bytes = treatment.row_bytes() + 2 * tiny.WIDTH + 8 * POOL
+    database = tiny.unit_rows(COUNT)
+    whole = load_training_set(inputs, treatment, tmp_path, window_bytes=row_bytes * COUNT)
+    held = Rows(pictures=PIXELS, embeddings=database, neighbours=nearest())
+    expected = TrainingSet(held, database)
+    for step in range(6):
+        one, other = (data.batch(step, seed=3, size=5) for data in (whole, expected))
+        for name in ("images", "query", "neighbours"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), (name, step)
+    streamed = load_training_set(inputs, treatment, tmp_path, window_bytes=row_bytes * (COUNT - 1))
+    queries = streamed.batch(0, seed=0, size=COUNT).query
+    assert len(queries.unique(dim=0)) == COUNT, "every row once an epoch"
+    firsts = [streamed.batch(epoch * COUNT, seed=0, size=1).query for epoch in range(4)]
+    assert len(firsts) == 4
+    shard = [set(map(tuple, database[start : start + size].tolist())) for start, size in ((0, 5), (5, 7))]
+    first_five = {tuple(row) for row in streamed.batch(0, seed=1, size=COUNT).query[:5].half().numpy().tolist()}
+    assert any(first_five <= rows for rows in shard), "a window is a shard here"
+
+
+def test_references_are_the_aligned_first_neighbours_wherever_they_are_stored(
+    inputs: TrainingInputs, tmp_path: Path
+) -> None:
+    parts = loaded(inputs, tmp_path, editing=True)
+    expected = align_all(PIXELS, nearest()).pixels
+    np.testing.assert_array_equal(
+        np.concatenate([part.reference for part in parts if part.reference is not None]), expected
+    )
+    assert (expected != PIXELS).any(axis=(1, 2, 3)).all()
+
+
+def test_what_is_dear_is_made_once(inputs: TrainingInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = loaded(inputs, tmp_path, editing=True)
+    monkeypatch.setattr(training_data, "align_all", None)
+    again = loaded(inputs, tmp_path, editing=True)
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one.reference, other.reference)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        loaded(inputs, tmp_path, editing=True, side=8)
+
+
+@pytest.mark.parametrize("kind", ["latents", "codes"])
+def test_an_autoencoder_encodes_each_shard_once(
+    inputs: TrainingInputs, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = to_model_range(torch.from_numpy(PIXELS))
+    if kind == "latents":
+        autoencoder: Any = small_kl()
+        expected = encode_latents(autoencoder, pictures).half().numpy()
+    else:
+        config = AutoencoderConfig(image_size=SIDE, downscale=4, codes=16, code_width=4, channels=(8, 8, 8))
+        autoencoder = build_autoencoder(config, seed=0).eval()
+        expected = encode_codes(autoencoder, pictures).numpy()
+    settings: dict[str, Any] = {
+        "autoencoder": autoencoder, "autoencoder_digest": kind, "codes": kind == "codes",
+    }  # fmt: skip
+    made = np.concatenate([part.pictures for part in loaded(inputs, tmp_path, **settings)])
+    np.testing.assert_allclose(made.astype(np.float32), expected.astype(np.float32), atol=5e-3)
+    assert made.dtype == (np.float16 if kind == "latents" else np.int32)
+    monkeypatch.setattr(training_data, "read_pixels", None)
+    again = np.concatenate([part.pictures for part in loaded(inputs, tmp_path, **settings)])
+    np.testing.assert_array_equal(made, again)
+    with pytest.raises(TypeError):
+        loaded(inputs, tmp_path, **settings | {"autoencoder_digest": "another"})
+
+
+def test_a_tar_without_an_embedded_picture_is_refused(inputs: TrainingInputs) -> None:
+    (tar, _) = sorted(Path(inputs.images.uri).glob("*.tar"))
+    with pytest.raises(InputError, match=r"lacks 1 pictures that were embedded, 000000009 first; embed again"):
+        read_pixels(tar, ["000000001", "000000009"], SIDE)
+
+
+def test_what_is_kept_is_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "rows.npy"
+
+    def broken() -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept(path, broken)
+    assert not path.exists()
+    np.testing.assert_array_equal(kept(path, lambda: np.arange(3)), [0, 1, 2])
+    np.testing.assert_array_equal(kept(path, broken), [0, 1, 2])
+    assert isinstance(kept(path, broken), np.memmap)
