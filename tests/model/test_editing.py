@@ -26,6 +26,7 @@ from model.editing import (
 from model.errors import ModelError
 from model.networks.editor import widen_input
 from model.pipeline import KNNDiffusionPipeline
+from model.sampling import BATCH
 
 GENERATOR = torch.Generator().manual_seed(0)
 SOURCE = torch.rand(2, 3, 8, 8, generator=GENERATOR) * 2 - 1
@@ -197,8 +198,8 @@ def test_contrast_asks_the_encoder_what_the_picture_shows(
     editor: KNNDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Eye:
-        def embed_images(self, images: list[Image.Image]) -> Tensor:
-            np.testing.assert_array_equal(pixels(images), pixels([picture()]))
+        def embed_pixels(self, shown: NDArray[np.uint8]) -> Tensor:
+            np.testing.assert_array_equal(shown, pixels([picture()]))
             return -PROMPT
 
     monkeypatch.setattr(editor, "_encoder", Eye())
