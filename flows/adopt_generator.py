@@ -36,7 +36,7 @@ def adopt_generator(config: AdoptGeneratorConfig) -> TrainedGenerator:
         compute.cluster(settings.ray_address, settings.cpus),
         tracking.start_run(settings, experiment="adopt-generator", name=config.domain) as run,
     ):
-        run.params(dataclasses.asdict(config))
+        run.params({"config": dataclasses.asdict(config)})  # MLflow takes the plain names for the model it registers
         generator = adopt(config.generator, base)
         evaluation = evaluate(generator.reference, database, base, config.evaluate, cache)
         scores = evaluation.reference.scores()

@@ -69,7 +69,7 @@ def evaluate_generator(
 
     def make() -> artifacts.Manifest:
         done = stage.done().get(SAMPLES) or compute.run(
-            measure, subject, stage.uri, cache, cpus=compute.cpus(), gpus=int(config.use_gpu)
+            measure, subject, stage.uri, cache, cpus=compute.cpus(), gpus=int(config.use_gpu), watch=stage.uri
         )
         return stage.commit([done], info=done.info)
 

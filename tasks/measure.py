@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infra import artifacts, storage
+from infra import artifacts, compute, storage
 from model import metrics
 from model.bootstrap import Score
 from model.inception import inception_distance, require_inception
@@ -85,7 +85,7 @@ def pipeline_folder(generator: Generator, cache: Path) -> Path:
 def measure(subject: Subject, folder_uri: str, cache: Path) -> artifacts.Shard:
     """Sample, embed, score, and commit what is worth showing."""
     weights = _weights(subject.config, cache)
-    worker = _Measurement(subject, cache)
+    worker = _Measurement(subject, folder_uri, cache)
     with storage.scratch() as folder:
         scores = worker.main(folder, weights)
         info: dict[str, Any] = {
@@ -105,7 +105,7 @@ def measure(subject: Subject, folder_uri: str, cache: Path) -> artifacts.Shard:
 class _Measurement:
     """The samples of each condition, drawn once and scored by everything."""
 
-    def __init__(self, subject: Subject, cache: Path) -> None:
+    def __init__(self, subject: Subject, folder_uri: str, cache: Path) -> None:
         self._subject, self._config, self._cache = subject, subject.config, cache
         self._database = open_database(subject.database, cache)
         self._pipeline = KNNDiffusionPipeline.open(pipeline_folder(subject.generator, cache), self._database)
@@ -113,7 +113,10 @@ class _Measurement:
             self._pipeline.to("cuda")
         config = self._config
         queries, self.labels = queries_of(self._pipeline, config.prompts, config.samples, config.seed)
-        self._sampler = Sampler(self._pipeline, queries, steps=config.steps, guidance=config.guidance, seed=config.seed)
+        told = compute.Progress(folder_uri, "step")
+        self._sampler = Sampler(
+            self._pipeline, queries, steps=config.steps, guidance=config.guidance, seed=config.seed, told=told
+        )
         self._scores: dict[Condition, dict[str, Score]] = {}
         count = config.samples
         self._real_ids = random_rows(len(self._database), 2 * count, self._config.seed)

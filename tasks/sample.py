@@ -5,13 +5,12 @@ Legend: ``N`` samples, ``S`` seeds, ``D`` embedding width.
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from model.metrics import Rows
 from model.pipeline import KNNDiffusionPipeline, QuerySlot
@@ -45,10 +44,20 @@ class Sampler:
     """Pictures and their embeddings by condition; what has been drawn is kept."""
 
     def __init__(
-        self, pipeline: KNNDiffusionPipeline, queries: Tensor, *, steps: int | None, guidance: float | None, seed: int
+        self,
+        pipeline: KNNDiffusionPipeline,
+        queries: Tensor,
+        *,
+        steps: int | None,
+        guidance: float | None,
+        seed: int,
+        told: Callable[[str, int, int], None] = lambda what, done, total: None,
     ) -> None:
-        """Draw from ``queries`` (N, D), always from the same noise: conditions differ by nothing else."""
-        self._pipeline, self.queries = pipeline, queries
+        """Draw from ``queries`` (N, D), always from the same noise: conditions differ by nothing else.
+
+        ``told`` is called with (what is drawn, step, steps).
+        """
+        self._pipeline, self.queries, self._told = pipeline, queries, told
         self._steps, self._guidance, self._seed = steps, guidance, seed
         self._kept: dict[Condition, tuple[list[Image.Image], Rows]] = {}
 
@@ -74,21 +83,15 @@ class Sampler:
         )
 
     def _draw(self, queries: Tensor, condition: Condition, each: int) -> tuple[list[Image.Image], Rows]:
-        with tqdm(desc=f"evaluate {condition}", unit="step", leave=False) as progress:
-
-            def told(step: int, steps: int) -> None:
-                progress.total = steps
-                progress.update(step - progress.n)
-
-            output = self._pipeline(
-                queries,
-                num_images_per_prompt=each,
-                num_inference_steps=self._steps,
-                guidance_scale=self._guidance,
-                generator=torch.Generator().manual_seed(self._seed),
-                callback=told,
-                **dataclasses.asdict(condition),
-            )
+        output = self._pipeline(
+            queries,
+            num_images_per_prompt=each,
+            num_inference_steps=self._steps,
+            guidance_scale=self._guidance,
+            generator=torch.Generator().manual_seed(self._seed),
+            callback=lambda step, steps: self._told(f"draw {len(queries) * each}, {condition}", step, steps),
+            **dataclasses.asdict(condition),
+        )
         images = list(output.images)
         return images, self._pipeline.encoder.embed_images([image.convert("RGB") for image in images]).numpy()
 

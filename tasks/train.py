@@ -113,12 +113,13 @@ class _Checkpoints:
 class _Metrics:
     """The loop's numbers: to the bar of whoever watches, and to the tracking server; its pictures to the latter."""
 
-    def __init__(self, progress: compute.Progress, run: tracking.Run | None, preview: "_Preview") -> None:
-        self._progress, self._run, self._preview = progress, run, preview
+    def __init__(self, folder_uri: str, total: int, run: tracking.Run | None, preview: "_Preview") -> None:
+        self._progress, self._total, self._run, self._preview = compute.Progress(folder_uri), total, run, preview
         self.last: dict[str, float] = {}
 
     def log(self, *, images: int, values: dict[str, float]) -> None:
-        self._progress(images, values)
+        note = f"loss {values['loss']:.4f}, {values['images_per_s']:.0f} images/s"
+        self._progress("train", images, self._total, note)
         self.last = values
         if self._run is not None:
             self._run.log(step=images, values=values)
@@ -186,7 +187,7 @@ def _loop(arguments: dict[str, Any]) -> None:
     total = config.training.steps * config.training.batch_size
     with storage.scratch() as scratch, stopping.listening():
         preview = _Preview(inputs, setup, treatment, cache)
-        metrics = _Metrics(compute.Progress(folder_uri, total), arguments["run"], preview)
+        metrics = _Metrics(folder_uri, total, arguments["run"], preview)
         average = train(
             setup.network,
             objective_of(config, setup),

@@ -1,8 +1,10 @@
 """Performance as ratios, each measured in one run against a named reference: ``make bench``, or one by NAME=search.
 
-Writes one JSON for each benchmark below ``build/bench`` and prints what it holds.
+Writes one JSON for each benchmark below ``build/bench`` and prints what it holds. What is committed under ``results``
+was copied from there by hand. A GPU is used by what draws pictures (generator, edit) where there is one.
 """
 
+import argparse
 import io
 import json
 import os
@@ -32,6 +34,7 @@ from tasks.embed import EmbedConfig, _Embed
 OUT = Path("build/bench")
 WIDTH = 256
 ROUNDS = 5
+FULL_SAMPLES, FEW_SAMPLES = 2000, 64
 
 
 def clustered(rows: int, seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -113,26 +116,76 @@ def bench_embed() -> dict[str, Any]:
     return {"images": count, "ratio_bare_forward": bare / ours}
 
 
-BENCHMARKS = {"search": bench_search, "embed": bench_embed}
+def bench_generator(samples: int | None, named: bool) -> dict[str, Any]:
+    """The embedded generator with neighbours and without, see generator.py; drawn in full only when asked for."""
+    from generator import bench_generator as bench
+
+    if samples is None:
+        samples = FULL_SAMPLES if named else FEW_SAMPLES
+        print(
+            f"generator: {samples} samples; SAMPLES=… for another number. Its figures are stated for {FULL_SAMPLES}, "
+            "hours on a CPU; a killed run goes on where it was"
+        )
+    return bench(samples, _device())
+
+
+def bench_edit() -> dict[str, Any]:
+    """Editing by text, see edit.py."""
+    from edit import bench_edit as bench
+
+    return bench()
 
 
 def main() -> int:
-    """Run what the first argument names, or all."""
-    chosen = sys.argv[1:] or list(BENCHMARKS)
-    unknown = set(chosen) - set(BENCHMARKS)
+    """Run what is named, or all."""
+    benchmarks = ("search", "embed", "generator", "edit")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(benchmarks)}; all unless told")
+    parser.add_argument("--samples", type=int, help=f"of the generator: {FULL_SAMPLES}, or {FEW_SAMPLES} without NAME")
+    options = parser.parse_args()
+    unknown = set(options.names) - set(benchmarks)
     if unknown:
-        print(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
+        print(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(benchmarks)}", file=sys.stderr)
         return 2
+    run: dict[str, Callable[[], dict[str, Any]]] = {
+        "search": bench_search,
+        "embed": bench_embed,
+        "generator": lambda: bench_generator(options.samples, named=bool(options.names)),
+        "edit": bench_edit,
+    }
     OUT.mkdir(parents=True, exist_ok=True)
-    machine = {"processor": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "faiss": faiss.__version__}
-    for name in chosen:
-        result = BENCHMARKS[name]()
+    for name in options.names or benchmarks:
+        torch.set_num_threads(_cores())
+        result = run[name]()
+        machine = _machine(result.get("device", "cpu"))
         (OUT / f"{name}.json").write_text(json.dumps({**result, "machine": machine, "versions": versions}, indent=1))
         print(name)
-        for key, value in result.items():
-            print(f"  {key:24} {value:.3f}" if isinstance(value, float) else f"  {key:24} {value}")
+        show(result)
     return 0
+
+
+def show(values: dict[str, Any], indent: str = "  ") -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            print(f"{indent}{key}")
+            show(value, indent + "  ")
+        else:
+            print(f"{indent}{key:26} {value:.3f}" if isinstance(value, float) else f"{indent}{key:26} {value}")
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _machine(device: str) -> dict[str, Any]:
+    """What was measured on; the GPU where one was used."""
+    machine: dict[str, Any] = {"processor": platform.processor() or platform.machine(), "cores": _cores()}
+    return machine | ({"gpu": torch.cuda.get_device_name()} if device.startswith("cuda") else {})
 
 
 if __name__ == "__main__":

