@@ -25,7 +25,7 @@ from tasks.draw import SwapRow, draw_swap
 from tasks.evaluate import table
 from tasks.serve import pull_database, stored_pictures
 
-PROMPTS = ("a red heart", "a sad face", "a birthday cake", "a red car", "a cat", "a blue bird")
+PROMPTS = ("a red heart", "a sad face", "a green tree", "a red apple", "the sun", "a flower")
 SHOWN_NEIGHBOURS, SHOWN_SAMPLES = 3, 3
 STEPS = 12
 EVALUATION_SAMPLES, DIVERSITY_SEEDS, DIVERSITY_PROMPTS = 48, 2, 8  # what two CPU cores draw in three minutes
@@ -109,10 +109,11 @@ def _draw_all(pipeline: Any, database: str, settings: Settings) -> Groups:
             list(PROMPTS),
             num_images_per_prompt=SHOWN_SAMPLES,
             num_inference_steps=STEPS,
+            neighbours=SHOWN_NEIGHBOURS,  # those that stand beside the samples, and no others
             generator=torch.Generator().manual_seed(7),
             callback=told,
         )
-    near = stored_pictures(database, output.hits.ids[:, :SHOWN_NEIGHBOURS], settings)
+    near = stored_pictures(database, output.hits.ids, settings)
     samples = [output.images[start : start + SHOWN_SAMPLES] for start in range(0, len(output.images), SHOWN_SAMPLES)]
     return list(zip(near, samples, strict=True))
 

@@ -129,16 +129,9 @@ def bench_generator(samples: int | None, named: bool) -> dict[str, Any]:
     return bench(samples, _device())
 
 
-def bench_edit() -> dict[str, Any]:
-    """Editing by text, see edit.py."""
-    from edit import bench_edit as bench
-
-    return bench()
-
-
 def main() -> int:
     """Run what is named, or all."""
-    benchmarks = ("search", "embed", "generator", "edit")
+    benchmarks = ("search", "embed", "generator")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(benchmarks)}; all unless told")
     parser.add_argument("--samples", type=int, help=f"of the generator: {FULL_SAMPLES}, or {FEW_SAMPLES} without NAME")
@@ -151,7 +144,6 @@ def main() -> int:
         "search": bench_search,
         "embed": bench_embed,
         "generator": lambda: bench_generator(options.samples, named=bool(options.names)),
-        "edit": bench_edit,
     }
     OUT.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "faiss": faiss.__version__}

@@ -134,6 +134,7 @@ def test_the_report_tells_of_a_training_only_when_there_was_one(trained: bool) -
     assert report["total_seconds"] == 3.0
 
 
+@pytest.mark.slow
 def test_from_urls_to_the_picture_of_the_swap(domain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from infra.registry import load_pipeline
     from infra.settings import Settings
