@@ -1,7 +1,7 @@
 """Performance as ratios, each measured in one run against a named reference: ``make bench``, or one by NAME=search.
 
 Writes one JSON for each benchmark below ``build/bench`` and prints what it holds. What is committed under ``results``
-was copied from there by hand. A GPU is used by what draws pictures (generator, edit) where there is one.
+was copied from there by hand. A GPU is used by what draws pictures (generator) where there is one.
 """
 
 import argparse
