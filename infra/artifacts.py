@@ -36,12 +36,25 @@ class File:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """A committed shard: its files, how many rows they hold, and what the worker counted and timed."""
+    """A committed shard: its files, how many rows they hold, and what the worker counted and timed.
+
+    ``folder`` is where its files are when they belong to an earlier version, from which this one took the shard over.
+    """
 
     name: str
     rows: int
     files: tuple[File, ...]
     info: dict[str, Any]
+    folder: str | None = None
+
+    def taken_over(self, folder_uri: str) -> Self:
+        """This shard of the folder at ``folder_uri`` as a shard of another version; its files stay where they are."""
+        return dataclasses.replace(self, folder=self.folder or folder_uri)
+
+    def file(self, suffix: str) -> File:
+        """Its only file of that suffix. Raises ``ValueError`` when there is none, or more."""
+        (found,) = (file for file in self.files if file.name.endswith(suffix))
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,6 +205,11 @@ def read_manifest(folder_uri: str) -> Manifest:
             f"{folder_uri} holds no {MANIFEST}: it is no committed artifact; run the stage that makes it"
         )
     return Manifest.from_json(storage.read_bytes(uri), uri)
+
+
+def fetch_shard(folder_uri: str, shard: Shard, suffix: str, cache: Path) -> Path:
+    """A verified local path of a shard's only file of that suffix, wherever an earlier version keeps it."""
+    return fetch_file(shard.folder or folder_uri, shard.file(suffix), cache)
 
 
 def fetch_file(folder_uri: str, file: File, cache: Path) -> Path:

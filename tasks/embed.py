@@ -88,7 +88,8 @@ class _Embed:
         started = time.monotonic()
         name, source = item
         paths = {
-            Path(file.name).suffix: artifacts.fetch_file(self._images_uri, file, self._cache) for file in source.files
+            suffix: artifacts.fetch_shard(self._images_uri, source, suffix, self._cache)
+            for suffix in (".tar", ".parquet")
         }
         records = {row["key"]: row for row in shards.read_table(paths[".parquet"]).to_pylist()}
         rows, metadata, outcomes = self._embed(paths[".tar"], records)

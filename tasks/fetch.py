@@ -31,8 +31,7 @@ def fetch_pictures(version: DatabaseVersion, ids: Sequence[int], cache: Path) ->
     for shard in images.manifest().shards:
         if shard.name not in wanted:
             continue
-        (tar,) = (file for file in shard.files if file.name.endswith(".tar"))
-        for key, encoded in shards.read_pictures(artifacts.fetch_file(images.uri, tar, cache)):
+        for key, encoded in shards.read_pictures(artifacts.fetch_shard(images.uri, shard, ".tar", cache)):
             if key in wanted[shard.name]:
                 with Image.open(io.BytesIO(encoded)) as image:
                     found[key] = to_rgb(image)

@@ -57,8 +57,7 @@ class _Search:
 
     def __call__(self, item: tuple[str, tuple[artifacts.Shard, int | None]]) -> artifacts.Shard:
         name, (shard, offset) = item
-        (file,) = (file for file in shard.files if file.name.endswith(".npy"))
-        rows = np.load(artifacts.fetch_file(self._embeddings_uri, file, self._cache), mmap_mode="r")
+        rows = np.load(artifacts.fetch_shard(self._embeddings_uri, shard, ".npy", self._cache), mmap_mode="r")
         found = np.empty((len(rows), self._k), dtype=np.int64)
         for start in range(0, len(rows), _SEARCH_ROWS):
             stop = min(start + _SEARCH_ROWS, len(rows))

@@ -102,8 +102,8 @@ def training_shards(inputs: TrainingInputs, treatment: Treatment, cache: Path) -
 def database_rows(database: DatabaseVersion, cache: Path) -> Rows16:
     """The embeddings (M, D) float16 that the neighbours point into, memory-mapped."""
     embeddings = EmbeddingShards.open(database.manifest().inputs["embeddings"]["uri"])
-    files = [file for file in embeddings.manifest().files if file.name.endswith(".npy")]
-    return JoinedRows([np.load(artifacts.fetch_file(embeddings.uri, file, cache), mmap_mode="r") for file in files])
+    parts = [artifacts.fetch_shard(embeddings.uri, shard, ".npy", cache) for shard in embeddings.manifest().shards]
+    return JoinedRows([np.load(part, mmap_mode="r") for part in parts])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,8 +132,7 @@ class StoredShard:
         return artifacts.digest_of([[file.sha256 for file in (*self.images.files, *self.embeddings.files)], *with_what])
 
     def _fetch(self, uri: str, shard: artifacts.Shard, suffix: str) -> Path:
-        (file,) = (file for file in shard.files if file.name.endswith(suffix))
-        return artifacts.fetch_file(uri, file, self.cache)
+        return artifacts.fetch_shard(uri, shard, suffix, self.cache)
 
 
 class DecodedDatabase:
