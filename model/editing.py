@@ -5,9 +5,11 @@ Legend: ``B`` pictures, ``S`` side, ``T`` condition tokens, ``E`` their channels
     x_s = (1 − s)·source + s·ε                     s the strength: 1 starts from noise alone
     σ from s to 0:  v = v̂(x_σ, reference = source, text and its neighbours), guided
 
-The network was trained (:mod:`model.training.restoration`) to redraw what disagrees with the condition and to leave the
-rest, so the picture itself, untouched, is the reference. Noise and guidance still shift every pixel a little;
-``keep_unchanged`` puts the source's pixels back where the edit hardly differs. :mod:`model.changes` measures an edit.
+Three methods. ``local`` finds regions where text and source disagree, draws one of them anew, and leaves the rest
+(:mod:`model.local_editing`); it needs no special training. ``restore`` is for a network trained (:mod:`model.training.
+restoration`) to redraw what disagrees with the condition and to leave the rest, so the picture itself is the reference.
+``sdedit`` is the baseline. Each may draw several candidates and keep one. Noise and guidance still shift every pixel a
+little; ``keep_unchanged`` puts the source's pixels back where the edit hardly differs. :mod:`model.changes` measures.
 """
 
 import dataclasses
@@ -29,6 +31,7 @@ from model.diffusion.conditioning import null_condition
 from model.diffusion.continuous import Denoiser, add_noise
 from model.diffusion.guidance import guided
 from model.errors import ModelError
+from model.local_editing import CONTRAST_DRAWS, choose, draw_inside, propose_regions, text_contrast
 from model.networks.denoiser import as_denoiser
 from model.networks.editor import is_editor, with_reference
 from model.sampling import draw_noise, in_batches
@@ -47,36 +50,53 @@ KEPT_BELOW, CHANGED_ABOVE = 0.06, 0.16
 class EditConfig:
     """How to edit.
 
+    The defaults were measured with the embedded generator on 24 edits of Twemoji and OpenMoji, which it has never seen:
+    the CLIP score towards the text rose from 0.315 to 0.355, and outside of the changed region all kept 25 dB. One draw
+    alone does not raise it (0.299 in the first region): the choice among eight does. ``tests/benchmarks/edit.py``
+    measures ten edits more.
+
     Attributes:
-        method: ``restore`` needs a network trained for editing; ``sdedit``, the baseline, takes any.
+        method: ``restore`` needs a network trained for editing; ``local`` and ``sdedit``, the baseline, take any.
         strength: the noise level to start from, in (0, 1]; small ones return the source.
         steps: Euler steps, whatever the strength.
         guidance_scale: how strongly to follow the text; 1 as trained.
         image_guidance_scale: how strongly to follow the source; 1 as trained. ``restore`` alone.
         contrast: push away from what the source shows, instead of from an empty condition.
-        keep: whether the source's pixels return where the edit hardly differs. ``restore`` alone.
+        keep: whether the source's pixels return where the edit hardly differs. Not ``sdedit``.
+        candidates: edits drawn of each picture, at so many times the cost. The one closest to the text, as the encoder
+            sees it, is kept among those that keep the rest. ``local`` draws two each in half as many regions.
+        kept_db: PSNR outside of the changed region from which on the rest counts as kept.
+        largest_region: share of the picture that a region may cover, in (0, 1]. ``local`` alone; 1 lets an object
+            change that fills the picture.
         shift: of the noise levels towards noise, as the generator's scheduler has it.
     """
 
-    method: Literal["restore", "sdedit"] = "restore"
+    method: Literal["local", "restore", "sdedit"] = "local"
     strength: float = 1.0
-    steps: int = 25
-    guidance_scale: float = 2.0
+    steps: int = 12
+    guidance_scale: float = 4.0
     image_guidance_scale: float = 1.0
     contrast: bool = False
     keep: bool = True
+    candidates: int = 8
+    kept_db: float = 25.0
+    largest_region: float = 0.4
     shift: float = 2.0
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
-        if self.method not in ("restore", "sdedit"):
-            raise ModelError(f"method={self.method!r}: write 'restore' or 'sdedit'")
+        if self.method not in ("local", "restore", "sdedit"):
+            raise ModelError(f"method={self.method!r}: write 'local', 'restore' or 'sdedit'")
         if not 0 < self.strength <= 1:
             raise ModelError(f"strength is {self.strength}; give a number above 0, and at most 1")
         if self.steps < 1 or not self.shift > 0:
             raise ModelError(f"steps is {self.steps} and shift {self.shift}; give at least 1 step and a shift above 0")
         if not (math.isfinite(self.guidance_scale) and math.isfinite(self.image_guidance_scale)):
             raise ModelError("guidance_scale and image_guidance_scale must be finite numbers")
+        if self.candidates < 1 or not 0 < self.largest_region <= 1 or math.isnan(self.kept_db):
+            raise ModelError(
+                "give at least 1 of candidates, largest_region above 0 and at most 1, and kept_db a number"
+            )
 
 
 def edit_levels(config: EditConfig) -> Tensor:
@@ -189,22 +209,30 @@ def edit(
     """
     from model.pipeline import to_images  # it imports this module
 
+    if pipeline.vae is not None:
+        raise ModelError("this generator draws latents or codes; editing needs one that draws pixels")
     network = pipeline.transformer.eval()
     if config.method == "restore" and not is_editor(network):
-        raise ModelError("this generator was not trained for editing; train one that is, or ask for method='sdedit'")
+        raise ModelError("this generator was not trained for editing; train one that is, or ask for method='local'")
     k = pipeline.config.neighbours if neighbours is None else neighbours
     fitted = fit_images([images] if isinstance(images, Image.Image) else images, network.config.sample_size)
     targets = _one_each(pipeline.embed(prompts), len(fitted))
     tokens, _ = pipeline.condition(targets, k, retrieve=retrieve)
-    negative = None
-    if config.contrast:
-        negative, _ = pipeline.condition(pipeline.encoder.embed_pixels(fitted), k, retrieve=retrieve)
+    shown = None
+    if config.contrast or config.method == "local":
+        shown, _ = pipeline.condition(pipeline.encoder.embed_pixels(fitted), k, retrieve=retrieve)
     sources = to_model_range(torch.from_numpy(fitted))
-    noise = draw_noise(len(fitted), tuple(sources.shape[1:]), generator)
+    draws = config.candidates + (CONTRAST_DRAWS if config.method == "local" else 0)
+    shape = tuple(sources.shape[1:])
+    noise = draw_noise(len(fitted) * draws, shape, generator).reshape(len(fitted), draws, *shape)
 
     def draw(rows: slice, step: Callable[[int], None]) -> Tensor:
-        away = None if negative is None else negative[rows]
-        return _edit_batch(pipeline, sources[rows], tokens[rows], noise[rows], config, away)
+        itself = None if shown is None else shown[rows]
+        edited = _candidates(pipeline, sources[rows], tokens[rows], noise[rows], config, itself)
+        if len(edited) == 1:
+            return edited[0]
+        scores = [(pipeline.encoder.embed_pixels(_to_pixels(one)) * targets[rows]).sum(1) for one in edited]
+        return choose(sources[rows], edited, torch.stack(scores), kept_db=config.kept_db)
 
     return to_images(in_batches(draw, len(fitted), config.steps, pipeline.device, None))
 
@@ -224,21 +252,39 @@ def fit_images(images: Sequence[Image.Image], side: int) -> NDArray[np.uint8]:
     return np.stack([picture_to_array(on_white(image), side) for image in images])
 
 
-def _edit_batch(
+def _candidates(
     pipeline: "KNNDiffusionPipeline",
     source: Tensor,
     condition: Tensor,
     noise: Tensor,
     config: EditConfig,
-    negative: Tensor | None,
-) -> Tensor:
-    """One batch on the pipeline's device: (B, 3, S, S) on the CPU."""
+    shown: Tensor | None,
+) -> list[Tensor]:
+    """The candidates of one batch, drawn on the pipeline's device: each (B, 3, S, S) on the CPU."""
     source, condition, noise = (part.to(pipeline.device) for part in (source, condition, noise))
-    negative = None if negative is None else negative.to(pipeline.device)
-    denoiser = as_denoiser(pipeline.transformer, pipeline.config.prediction)
+    shown = None if shown is None else shown.to(pipeline.device)
+    negative = shown if config.contrast else None
+    draws = noise[:, : config.candidates].unbind(1)
     if config.method == "restore":
-        return edit_pictures(denoiser, source, condition, noise, config, negative=negative).cpu()
-    return sdedit_pictures(pipeline.denoiser(), source, condition, noise, config, negative=negative).cpu()
+        denoiser = as_denoiser(pipeline.transformer, pipeline.config.prediction)
+        return [edit_pictures(denoiser, source, condition, one, config, negative=negative).cpu() for one in draws]
+    denoiser = pipeline.denoiser()
+    if config.method == "sdedit":
+        return [sdedit_pictures(denoiser, source, condition, one, config, negative=negative).cpu() for one in draws]
+    assert shown is not None  # noqa: S101 - the caller describes the source for this method
+    contrast = text_contrast(denoiser, source, condition, shown, noise[:, config.candidates :])
+    regions = propose_regions(contrast, math.ceil(config.candidates / 2), largest=config.largest_region).unbind(1)
+    pushed, levels = guided(denoiser, config.guidance_scale, negative=negative), edit_levels(config).to(source.device)
+    edited = [
+        draw_inside(pushed, source, region, condition, one, levels)
+        for region, one in zip(itertools.cycle(regions), draws, strict=False)
+    ]
+    return [(keep_unchanged(one, source) if config.keep else one).cpu() for one in edited]
+
+
+def _to_pixels(pictures: Tensor) -> NDArray[np.uint8]:
+    """(B, 3, S, S) in [−1, 1] to (B, S, S, 3) uint8."""
+    return ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def on_white(image: Image.Image) -> Image.Image:

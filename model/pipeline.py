@@ -245,25 +245,24 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         prompts: Prompts,
         *,
         strength: float = 1.0,
-        method: Literal["restore", "sdedit"] = "restore",
-        guidance_scale: float | None = None,
-        image_guidance_scale: float = 1.0,
+        method: Literal["local", "restore", "sdedit"] = "local",
         num_inference_steps: int | None = None,
         generator: torch.Generator | None = None,
         neighbours: int | None = None,
         retrieve: bool = True,
+        **options: Any,
     ) -> list[Image.Image]:
         """Edit pictures by texts, without a mask: what disagrees with the text is redrawn, the rest stays.
 
-        See :func:`model.editing.edit` and :class:`model.editing.EditConfig` for the arguments and errors.
+        See :func:`model.editing.edit` for arguments and errors; ``options`` (guidance_scale, candidates, …) are
+        those of :class:`model.editing.EditConfig`, whose defaults were measured.
         """
         config = EditConfig(
             method=method,
             strength=strength,
             steps=num_inference_steps or self.config.num_inference_steps,
-            guidance_scale=self.config.guidance_scale if guidance_scale is None else guidance_scale,
-            image_guidance_scale=image_guidance_scale,
             shift=self.scheduler.config.shift if self.scheduler is not None else 1.0,
+            **options,
         )
         return edit(self, images, prompts, config, generator=generator, neighbours=neighbours, retrieve=retrieve)
 

@@ -164,7 +164,7 @@ def editor(base: KNNDiffusionPipeline) -> KNNDiffusionPipeline:
 
 def drawn(pipeline: KNNDiffusionPipeline, images: Any, prompts: Any = PROMPT, **options: Any) -> list[Image.Image]:
     call = {name: options.pop(name) for name in ("neighbours", "retrieve") if name in options}
-    config = EditConfig(**{"steps": 3} | options)
+    config = EditConfig(**{"method": "restore", "steps": 3, "candidates": 1} | options)
     return edit(pipeline, images, prompts, config, generator=torch.Generator().manual_seed(0), **call)
 
 
@@ -181,7 +181,7 @@ def test_every_picture_is_edited_as_it_is_alone(editor: KNNDiffusionPipeline) ->
     "option",
     [
         {"strength": 0.5},
-        {"guidance_scale": 4.0},
+        {"guidance_scale": 2.0},
         {"image_guidance_scale": 2.0},
         {"neighbours": 1},
         {"retrieve": False},
@@ -194,16 +194,50 @@ def test_every_option_changes_the_picture(editor: KNNDiffusionPipeline, option: 
     assert (pixels(drawn(editor, picture())) != pixels(drawn(editor, picture(), **option))).any()
 
 
-def test_contrast_asks_the_encoder_what_the_picture_shows(
-    editor: KNNDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Eye:
-        def embed_pixels(self, shown: NDArray[np.uint8]) -> Tensor:
-            np.testing.assert_array_equal(shown, pixels([picture()]))
-            return -PROMPT
+class Eye:
+    """An encoder to which a picture is the closer to the prompt the redder it is."""
 
-    monkeypatch.setattr(editor, "_encoder", Eye())
+    def __init__(self) -> None:
+        self.shown: list[NDArray[np.uint8]] = []
+
+    def embed_pixels(self, pictures: NDArray[np.uint8]) -> Tensor:
+        self.shown.append(pictures)
+        cosine = torch.from_numpy(pictures[..., :1].astype(np.float32)).mean((1, 2)) / 255
+        other = torch.nn.functional.normalize(PROMPT.roll(1, 1) - (PROMPT.roll(1, 1) @ PROMPT.T) * PROMPT)
+        return cosine * PROMPT + (1 - cosine**2).sqrt() * other
+
+
+@pytest.fixture
+def eye(editor: KNNDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> Eye:
+    monkeypatch.setattr(editor, "_encoder", seen := Eye())
+    return seen
+
+
+def test_contrast_asks_the_encoder_what_the_picture_shows(editor: KNNDiffusionPipeline, eye: Eye) -> None:
     assert (pixels(drawn(editor, picture(), contrast=True)) != pixels(drawn(editor, picture()))).any()
+    np.testing.assert_array_equal(eye.shown[0], pixels([picture()]))
+
+
+@pytest.mark.parametrize("method", ["restore", "sdedit"])
+def test_of_several_candidates_the_closest_to_the_text_is_kept(
+    editor: KNNDiffusionPipeline, eye: Eye, method: str
+) -> None:
+    (kept,) = pixels(drawn(editor, picture(), method=method, candidates=4, kept_db=-100))
+    reds = [shown[0, ..., 0].mean() for shown in eye.shown]
+    assert len(reds) == 4
+    assert np.ptp(reds) > 1
+    np.testing.assert_array_equal(kept, eye.shown[int(np.argmax(reds))][0])
+
+
+def test_a_local_edit_changes_its_region_alone(editor: KNNDiffusionPipeline, eye: Eye) -> None:
+    images = [picture(seed=seed) for seed in range(BATCH["cpu"] + 1)]
+    options: dict[str, Any] = {"method": "local", "candidates": 2, "largest_region": 0.5, "keep": False}
+    together = pixels(drawn(editor, images, **options))
+    same = (np.abs(together - pixels(images)).max(-1) <= 1).mean((1, 2))
+    assert (same > 0.1).all()
+    assert (same < 1).any()
+    alone = pixels(drawn(editor, images[:1], **options))
+    assert np.abs(alone - together[:1]).max() <= 1
 
 
 @pytest.mark.parametrize("method", ["restore", "sdedit"])
@@ -212,7 +246,7 @@ def test_hardly_any_strength_returns_the_picture(editor: KNNDiffusionPipeline, m
 
 
 def test_a_generator_that_was_not_trained_for_it_is_refused_but_has_the_baseline(base: KNNDiffusionPipeline) -> None:
-    with pytest.raises(ModelError, match=r"not trained for editing; .*method='sdedit'"):
+    with pytest.raises(ModelError, match=r"not trained for editing; .*method='local'"):
         drawn(base, picture())
     assert len(drawn(base, [picture()] * 2, method="sdedit")) == 2
 
@@ -255,7 +289,9 @@ def test_bad_input_is_told_in_one_line(editor: KNNDiffusionPipeline, images: Any
         ({"strength": float("nan")}, "strength is nan"),
         ({"steps": 0}, "at least 1 step"),
         ({"guidance_scale": float("inf")}, "finite"),
-        ({"method": "paint"}, "'restore' or 'sdedit'"),
+        ({"candidates": 0}, "at least 1 of candidates"),
+        ({"largest_region": 0}, "largest_region above 0"),
+        ({"method": "paint"}, "'local', 'restore' or 'sdedit'"),
     ],
 )
 def test_a_config_without_meaning_is_refused(wrong: dict[str, Any], message: str) -> None:
