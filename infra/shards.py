@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from infra import storage
 from infra.errors import InputError, IntegrityError
 
+_TEXT_COLUMNS = {name: pa.string() for name in ("url", "sha256", "key")}  # a key is digits: its zeros must stay
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
 
@@ -60,19 +61,28 @@ def read_url_list(uri: str) -> pa.Table:
 
     Raises ``NotFoundError`` when it is not there, ``InputError`` when it is empty or has no ``url`` column.
     """
+    table = read_list(uri, "URL")
+    if "url" not in table.column_names:
+        raise InputError(f"{uri} has no column 'url', only {', '.join(table.column_names) or 'nothing'}; rename it")
+    if table.num_rows == 0:
+        raise InputError(f"{uri} lists no URL; give it at least one row")
+    return table
+
+
+def read_list(uri: str, what: str) -> pa.Table:
+    """A list in any of a URL list's formats; url, sha256 and key are text. ``what`` it lists is for the message.
+
+    Raises ``NotFoundError`` when it is not there, ``InputError`` when it cannot be read.
+    """
     suffix = PurePosixPath(uri).suffix.lower()
     with storage.open_read(uri) as stream:
         data = pa.BufferReader(stream.read())
     try:
         table = _PARSERS.get(suffix, _parse_lines)(data)
-        if "url" in table.column_names:
-            table = table.set_column(table.schema.get_field_index("url"), "url", table["url"].cast(pa.string()))
+        for name in _TEXT_COLUMNS.keys() & set(table.column_names):
+            table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(pa.string()))
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{uri} cannot be read as a {suffix or 'text'} URL list ({error})") from error
-    if "url" not in table.column_names:
-        raise InputError(f"{uri} has no column 'url', only {', '.join(table.column_names) or 'nothing'}; rename it")
-    if table.num_rows == 0:
-        raise InputError(f"{uri} lists no URL; give it at least one row")
+        raise InputError(f"{uri} cannot be read as a {suffix or 'text'} {what} list ({error})") from error
     return table.combine_chunks()
 
 
@@ -91,7 +101,11 @@ def read_lines(uri: str) -> list[str]:
 def _parse_csv(data: pa.BufferReader, delimiter: str = ",") -> pa.Table:
     import pyarrow.csv as csv
 
-    return csv.read_csv(data, parse_options=csv.ParseOptions(delimiter=delimiter))
+    return csv.read_csv(
+        data,
+        parse_options=csv.ParseOptions(delimiter=delimiter),
+        convert_options=csv.ConvertOptions(column_types=_TEXT_COLUMNS),
+    )
 
 
 def _parse_json(data: pa.BufferReader) -> pa.Table:

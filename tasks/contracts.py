@@ -83,6 +83,13 @@ class DatabaseVersion(Reference):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Takedown(Reference):
+    """``takedown.parquet``: every url, sha256 and key that a domain may never show again. Rows are entries."""
+
+    kind: ClassVar[str] = "takedown"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Neighbours(Reference):
     """``NNNNN.npy`` (n, K) int64 rows of a database for every row of embedding shards, itself excluded."""
 

@@ -1,0 +1,204 @@
+"""Takedown: what a domain may never show again, and which rows of its database that is.
+
+A list names pictures by url, sha256 (of the bytes as downloaded) or key, a picture by any of them. Lists add up: an
+artifact holds its own entries and all that were there before. From the next index on the rows it names are hidden;
+compaction (``tasks/compact.py``) takes their bytes out of the shards.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from infra import artifacts, shards, storage
+from infra.errors import InputError
+from tasks.contracts import EmbeddingShards, ImageShards, Outcome, Takedown
+from tasks.stage import skip_or_make, stage_task
+
+COLUMNS = ("url", "sha256", "key")
+_SCHEMA = pa.schema([("column", pa.string()), ("value", pa.string())])
+_NAMED_FIRST = 3  # entries that a message quotes
+_SHA256_DIGITS = 64
+_READERS = 8
+_ASKED_COLUMNS = ["url", "sha256", "key", "error_class"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entries:
+    """What is taken down, by the column that names it."""
+
+    url: frozenset[str] = frozenset()
+    sha256: frozenset[str] = frozenset()
+    key: frozenset[str] = frozenset()
+
+    def __or__(self, other: "Entries") -> "Entries":
+        return Entries(*(getattr(self, name) | getattr(other, name) for name in COLUMNS))
+
+    def __sub__(self, other: "Entries") -> "Entries":
+        return Entries(*(getattr(self, name) - getattr(other, name) for name in COLUMNS))
+
+    def __len__(self) -> int:
+        return sum(len(getattr(self, name)) for name in COLUMNS)
+
+    def listed(self) -> list[dict[str, str]]:
+        """Every entry as {column, value}, sorted."""
+        return [{"column": name, "value": value} for name in COLUMNS for value in sorted(getattr(self, name))]
+
+
+class Matcher:
+    """Entries prepared for comparing many tables with them."""
+
+    def __init__(self, entries: Entries) -> None:
+        """Keep the entries as Arrow value sets."""
+        self._sets = {
+            name: pc.SetLookupOptions(pa.array(sorted(values), pa.string()))
+            for name in COLUMNS
+            if (values := getattr(entries, name))
+        }
+
+    def mask(self, table: pa.Table) -> NDArray[np.bool_]:
+        """(n,) which rows of ``table`` any entry names, by whichever of the columns it has."""
+        named = np.zeros(table.num_rows, dtype=np.bool_)
+        for name in self._sets.keys() & set(table.column_names):
+            named |= pc.is_in(table[name], options=self._sets[name]).to_numpy(zero_copy_only=False)
+        return named
+
+
+def take_down(
+    listed: str, images: ImageShards, base: str, *, cache: Path, previous: Takedown | None = None
+) -> Outcome[Takedown]:
+    """Add what the list at ``listed`` names in ``images`` to ``previous``, into ``base/takedown/<key>``.
+
+    A key is kept as the sha256 of the picture that bears it, since keys repeat once databases are merged; so is the
+    url of a picture that was left out as a copy of another, for that other shows the same.
+
+    Raises:
+        InputError: entries that name no picture, now or before, or keys that more than one picture bears.
+    """
+    before = entries_of(previous, cache) if previous is not None else Entries()
+    asked = read_takedown_list(listed)
+    entries = before | _resolved(asked, before, images, cache, listed)
+    if previous is not None and entries == before:
+        return Outcome(reference=previous, skipped=True, seconds=0.0, note="nothing that was not taken down before")
+    return commit_takedown(entries, base, info={"list": storage.absolute(listed)})
+
+
+def commit_takedown(entries: Entries, base: str, *, info: Mapping[str, str]) -> Outcome[Takedown]:
+    """Store ``entries``; the same entries find the same folder, however they came together."""
+    stage = artifacts.Stage(base, Takedown.kind, inputs={}, config={"entries": artifacts.digest_of(entries.listed())})
+
+    def make() -> artifacts.Manifest:
+        with storage.scratch() as folder:
+            shards.write_table(entries.listed(), _SCHEMA, folder / "takedown.parquet")
+            shard = artifacts.commit_shard(stage.uri, "00000", folder, rows=len(entries), info={})
+        return stage.commit([shard], info=info)
+
+    return skip_or_make(stage, Takedown, make)
+
+
+def entries_of(takedown: Takedown, cache: Path) -> Entries:
+    """What a takedown artifact holds."""
+    (shard,) = takedown.manifest().shards
+    rows = shards.read_table(artifacts.fetch_shard(takedown.uri, shard, ".parquet", cache)).to_pylist()
+    return Entries(*(frozenset(row["value"] for row in rows if row["column"] == name) for name in COLUMNS))
+
+
+def rows_named(takedown: Takedown, embeddings: EmbeddingShards, cache: Path) -> NDArray[np.int64]:
+    """Dense row ids of ``embeddings`` that ``takedown`` names, ascending."""
+    masks = masks_named(takedown, embeddings, embeddings.manifest().shards, cache)
+    return np.flatnonzero(np.concatenate(masks)) if masks else np.empty(0, dtype=np.int64)
+
+
+def masks_named(
+    takedown: Takedown, source: EmbeddingShards | ImageShards, of: Iterable[artifacts.Shard], cache: Path
+) -> list[NDArray[np.bool_]]:
+    """For each shard ``of`` the source, which rows of its parquet are named."""
+    matcher = Matcher(entries_of(takedown, cache))
+
+    def mask(shard: artifacts.Shard) -> NDArray[np.bool_]:
+        path = artifacts.fetch_shard(source.uri, shard, ".parquet", cache)
+        return matcher.mask(shards.read_table(path, list(COLUMNS)))
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(mask, of))
+
+
+def read_takedown_list(uri: str) -> Entries:
+    """The entries of a list: any of a URL list's formats, with a column url, sha256 or key, or several.
+
+    Raises ``NotFoundError`` when it is not there, ``InputError`` when it cannot be read or names nothing.
+    """
+    table = shards.read_list(uri, "takedown")
+    if not set(COLUMNS) & set(table.column_names):
+        raise InputError(
+            f"{uri} has none of the columns url, sha256 and key, only {', '.join(table.column_names) or 'nothing'}; "
+            "rename the one that names pictures"
+        )
+    values = {
+        name: frozenset(text.strip() for text in table[name].to_pylist() if text and text.strip())
+        for name in set(COLUMNS) & set(table.column_names)
+    }
+    digests = frozenset(digest.lower() for digest in values.get("sha256", ()))
+    if wrong := [d for d in sorted(digests) if len(d) != _SHA256_DIGITS or set(d) - set("0123456789abcdef")]:
+        raise InputError(f"{uri}: {wrong[0]!r} is no sha256, which is {_SHA256_DIGITS} hex digits; mend the list")
+    entries = Entries(**{**values, "sha256": digests})
+    if not len(entries):
+        raise InputError(f"{uri} is a takedown list naming nothing: every entry is empty; give it at least one")
+    return entries
+
+
+def _resolved(asked: Entries, before: Entries, images: ImageShards, cache: Path, listed: str) -> Entries:
+    """``asked`` as it is kept: checked against the pictures of ``images``, keys and copies by their sha256."""
+    found, bearers = _pictures_named(asked, images, cache)
+    there = Entries(*(frozenset(row[name] for row in found) for name in COLUMNS)) | before
+    if absent := (asked - there).listed():
+        first = ", ".join(f"{entry['column']} {entry['value']}" for entry in absent[:_NAMED_FIRST])
+        raise InputError(
+            f"{listed} is a takedown list naming nothing in {len(absent)} of {len(asked)} entries ({first}"
+            f"{', …' if len(absent) > _NAMED_FIRST else ''}): no picture of {images.uri} has them; take them out"
+        )
+    if repeated := sorted(key for key, count in bearers.items() if count > 1):
+        raise InputError(
+            f"{listed}: key {repeated[0]} is borne by {bearers[repeated[0]]} pictures of {images.uri}, a merged "
+            "database; name the one meant by its url or sha256"
+        )
+    by_key = [row for row in found if row["key"] in asked.key]
+    copies = [row for row in found if row["url"] in asked.url and row["error_class"] == "duplicate_content"]
+    return Entries(
+        url=asked.url,
+        sha256=asked.sha256 | {row["sha256"] for row in (*by_key, *copies) if row["sha256"]},
+        key=frozenset(row["key"] for row in by_key if not row["sha256"]) | (asked.key & before.key),
+    )
+
+
+def _pictures_named(asked: Entries, images: ImageShards, cache: Path) -> tuple[list[dict[str, str]], Counter[str]]:
+    """The rows of pictures, kept or taken out, that an entry names, and how many bear each key that was asked."""
+    matcher = Matcher(asked)
+
+    def named(shard: artifacts.Shard) -> list[dict[str, str]]:
+        table = shards.read_table(artifacts.fetch_shard(images.uri, shard, ".parquet", cache), _ASKED_COLUMNS)
+        table = table.filter(pa.array(matcher.mask(table)))
+        rows: list[dict[str, str]] = table.filter(pc.is_in(table["error_class"], pa.array(_SHOWN))).to_pylist()
+        return rows
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = [row for rows in pool.map(named, images.manifest().shards) for row in rows]
+    return found, Counter(row["key"] for row in found if row["key"] in asked.key)
+
+
+_SHOWN = ("success", "duplicate_content", "taken_down")
+"""Outcomes of rows that are or were a picture, or copies of one."""
+
+
+@stage_task(name="takedown")
+def takedown_task(
+    listed: str, images: ImageShards, base: str, cache: Path, previous: Takedown | None
+) -> Outcome[Takedown]:
+    """Task of :func:`take_down`."""
+    return take_down(listed, images, base, cache=cache, previous=previous)
