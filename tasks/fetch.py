@@ -11,7 +11,7 @@ from infra import artifacts, shards
 from infra.errors import IntegrityError
 from infra.pictures import to_rgb
 from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards
-from tasks.index import Metadata
+from tasks.databases import Metadata
 
 
 def fetch_pictures(version: DatabaseVersion, ids: Sequence[int], cache: Path) -> list[Image.Image]:

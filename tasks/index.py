@@ -1,8 +1,16 @@
-"""Index: embedding shards to an immutable database version, its recall measured before anyone relies on it."""
+"""Index: embedding shards to an immutable database version, its recall measured before anyone relies on it.
 
-import bisect
+    quantizer.faiss       trained once on a sample, frozen: the template of every index shard
+    index/NNNNN.faiss     an index shard over the embedding shards from NNNNN on, until shard_rows are reached
+    rows-hidden, rows-true    what no search returns; held-out queries and their true neighbours
+    recall.png            recall against latency
+
+A version may grow from an earlier one: index shards whose rows are the same are taken over, new rows are added with the
+frozen quantizer, and only they are looked at for near-duplicates and for the truth. When the quantizer's error on the
+new rows has drifted, or the database has outgrown it, everything is indexed anew.
+"""
+
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,17 +18,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infra import artifacts, compute, shards, storage
-from infra.errors import InputError, StageError
-from model.clip import encoder_for
-from model.retrieval.database import Database, ShardFiles
-from model.retrieval.factory import choose_index, fill_shard, train_index, training_rows
-from model.retrieval.recall import recall_at_k
-from tasks.contracts import DatabaseVersion, EmbeddingShards, Outcome, config_of, encoder_of
+from infra import artifacts, compute, logs, storage
+from infra.errors import StageError
+from model.retrieval.factory import (
+    FLAT_ROWS,
+    MEMORY_BYTES,
+    choose_index,
+    fill_shard,
+    quantization_error,
+    train_index,
+    training_rows,
+)
+from tasks.contracts import DatabaseVersion, EmbeddingShards, Outcome, Takedown, config_of, encoder_of
+from tasks.databases import QUANTIZER, embeddings_of
+from tasks.hide import Grown, hide_rows
 from tasks.stage import map_stage, skip_or_make, stage_task
+from tasks.tune import tune_database
 
-QUANTIZER = "quantizer"
-"""The pseudo-shard that keeps the trained, empty index: the template of every other."""
+OUTGROWN = 4
+"""A quantizer is trained anew when the database has so many times the rows that it had then."""
+_DRIFT_ROWS = 16_384
+_SMALL_SHARDS = 16  # so many index shards under a quarter of shard_rows, and they are filled anew as fewer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,125 +46,128 @@ class IndexConfig:
     """Which index, and what it must reach."""
 
     index: str = "auto"  # or any FAISS factory string
+    memory_bytes: int = MEMORY_BYTES  # what a searching process may hold of the index; decides what auto takes
     target_recall: float = 0.95  # at 10, image queries and text queries alike
     recall_queries: int = 256
     texts: tuple[str, ...] = ()  # text queries for the recall measurement
+    shard_rows: int = 262_144  # of an index shard
+    near_duplicate_cosine: float = 0.995  # from which on two rows count as near-duplicates; 1 looks for none
+    dedup: bool = False  # whether searches return only one of each group of near-duplicates
+    max_drift: float = 0.25  # growth of the quantizer's error on new rows after which it is trained anew
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse a target nobody can reach or measure."""
         if not 0 <= self.target_recall <= 1:
             raise ValueError("target_recall is a share, between 0 and 1")
-        if self.recall_queries < 1:
-            raise ValueError("recall_queries must be at least 1")
+        if self.recall_queries < 1 or self.shard_rows < 1 or self.memory_bytes < 1:
+            raise ValueError("recall_queries, shard_rows and memory_bytes must be at least 1")
+        if not 0 < self.near_duplicate_cosine <= 1 or self.max_drift < 0:
+            raise ValueError("near_duplicate_cosine lies above 0 and at most at 1, max_drift at 0 or above")
 
 
 def build_database(
-    embeddings: EmbeddingShards, base: str, config: IndexConfig, *, cache: Path
+    embeddings: EmbeddingShards,
+    base: str,
+    config: IndexConfig,
+    *,
+    cache: Path,
+    previous: DatabaseVersion | None = None,
+    takedown: Takedown | None = None,
 ) -> Outcome[DatabaseVersion]:
-    """Index every row of ``embeddings`` into ``base/database/<key>``, one FAISS file for each shard.
+    """Index every row of ``embeddings`` into ``base/database/<key>``, in shards over neighbouring embedding shards.
+
+    Args:
+        embeddings: the rows.
+        base: the domain's folder.
+        config: which index.
+        cache: local files by digest.
+        previous: an earlier version of the same domain, to grow from where its quantizer still serves.
+        takedown: what must not be returned.
 
     Raises:
         ModelError: an unusable factory string.
         StageError: recall below the target, by how much; the version is then not committed.
     """
+    source = embeddings.manifest()
+    encoder = encoder_of(source)
+    kept = None if previous is None else _kept_quantizer(previous, embeddings, config, cache)
     inputs = {"embeddings": embeddings.as_input()}
-    stage = artifacts.Stage(base, DatabaseVersion.kind, inputs=inputs, config=config_of(config))
+    if takedown is not None:
+        inputs["takedown"] = takedown.as_input()
+    asked = config_of(config)
+    if previous is not None and kept is not None:
+        asked["grown_from"] = previous.digest  # it decides quantizer and shards; they say where their files are
+    stage = artifacts.Stage(base, DatabaseVersion.kind, inputs=inputs, config=asked)
 
     def make() -> artifacts.Manifest:
-        source = embeddings.manifest()
-        encoder = encoder_of(source)
-        factory = choose_index(source.rows, encoder.dimension) if config.index == "auto" else config.index
-        template = stage.done().get(QUANTIZER) or compute.run(
-            _train_quantizer, embeddings, stage.uri, factory, config.seed, cache
+        if kept is None:
+            factory = config.index
+            if factory == "auto":
+                factory = choose_index(source.rows, encoder.dimension, config.memory_bytes)
+            template = stage.done().get(QUANTIZER) or compute.run(
+                _train_quantizer, embeddings, stage.uri, factory, config.seed, cache, cpus=compute.cpus()
+            )
+        else:
+            template, factory = kept, kept.info["factory"]
+        done = _fill_shards(stage, embeddings, template, config, previous if kept is not None else None, cache)
+        grown = None if previous is None or kept is None else _grown_from(previous, embeddings)
+        indexed = [template, *done]
+        hidden = hide_rows(
+            stage.uri, indexed, embeddings, cache,
+            takedown=takedown, bound=config.near_duplicate_cosine, dedup=config.dedup, grown=grown,
+        )  # fmt: skip
+        truth, measured = compute.run(
+            tune_database, stage.uri, indexed, hidden, embeddings, cache, config, grown, cpus=compute.cpus()
         )
-        items = [(shard.name, shard) for shard in source.shards]
-        done, _ = map_stage(stage, items, _Fill, (embeddings.uri, stage.uri, template, cache))
-        measured = compute.run(_tune, embeddings, stage.uri, done, config, cache, cpus=compute.cpus())
-        recalls = {name: measured[name] for name in ("recall_at_10_image", "recall_at_10_text")}
-        missed = {name: value for name, value in recalls.items() if value is not None and value < config.target_recall}
-        if missed:
-            told = ", ".join(f"{name} {value:.3f}" for name, value in missed.items())
-            raise StageError(f"{factory} reaches {told}, the target is {config.target_recall}; take a finer index")
-        info = {"factory": factory, "exact": factory == "Flat", **measured}
-        return stage.commit([template, *done], identity=source.identity, info=info)
+        _require_recall(factory, measured, config)
+        taken_over = sum(shard.folder is not None for shard in done)
+        info = {"factory": factory, **measured, **hidden.info, "shards_taken_over": taken_over}
+        return stage.commit([*indexed, hidden, truth], identity=source.identity, info=info)
 
     return skip_or_make(stage, DatabaseVersion, make, note=_note)
 
 
-def open_database(version: DatabaseVersion, cache: Path, *, name: str | None = None) -> Database:
-    """Open a version for searching: every file verified against its digest, then memory-mapped.
-
-    Raises:
-        IntegrityError: an index or embedding file differs from what was committed.
-    """
-    manifest = version.manifest()
-    embeddings = EmbeddingShards.open(manifest.inputs["embeddings"]["uri"])
-    source = embeddings.manifest()
-    if source.digest != manifest.inputs["embeddings"]["digest"]:
-        raise InputError(f"{embeddings.uri} is not what {version.uri} was built from; rebuild the database")
-    indexes = {shard.name: shard.files[0] for shard in manifest.shards if shard.name != QUANTIZER}
-    files = [
-        ShardFiles(
-            index=artifacts.fetch_file(version.uri, indexes[shard.name], cache),
-            embeddings=artifacts.fetch_file(embeddings.uri, _embedding_file(shard), cache),
-        )
-        for shard in source.shards
-    ]
-    lookup = Metadata(embeddings.uri, source, cache)
-    return Database(
-        files,
-        encoder=encoder_of(manifest),
-        name=name or storage.join(version.uri).rsplit("/", 3)[-3],
-        nprobe=manifest.info["nprobe"],
-        describe=lookup,
-    )
-
-
-class Metadata:
-    """Metadata of global rows, a shard's parquet read when first asked for."""
-
-    def __init__(self, uri: str, manifest: artifacts.Manifest, cache: Path) -> None:
-        """Look rows of the embedding shards at ``uri`` up."""
-        self._uri, self._shards, self._cache = uri, manifest.shards, cache
-        self._offsets = [0, *itertools.accumulate(shard.rows for shard in manifest.shards)]
-        self._tables: dict[int, list[dict[str, Any]]] = {}
-
-    def __call__(self, ids: Sequence[int]) -> list[dict[str, Any]]:
-        """Key, url, sha256, width and height of each row."""
-        return [self.row(int(row)) for row in ids]
-
-    def shard(self, row: int) -> str:
-        """The name of the shard that holds ``row``."""
-        return self._shards[self._number(row)].name
-
-    def row(self, row: int) -> dict[str, Any]:
-        """What is known of ``row``."""
-        number = self._number(row)
-        if number not in self._tables:
-            (file,) = (file for file in self._shards[number].files if file.name.endswith(".parquet"))
-            path = artifacts.fetch_file(self._uri, file, self._cache)
-            self._tables[number] = shards.read_table(path).to_pylist()
-        known = self._tables[number][row - self._offsets[number]]
-        return {name: known[name] for name in ("key", "url", "sha256", "width", "height")}
-
-    def _number(self, row: int) -> int:
-        return bisect.bisect_right(self._offsets, row) - 1
+def _kept_quantizer(
+    previous: DatabaseVersion, embeddings: EmbeddingShards, config: IndexConfig, cache: Path
+) -> artifacts.Shard | None:
+    """The quantizer of ``previous`` if it serves the new rows too, else None, and why in the log."""
+    before, source = previous.manifest(), embeddings.manifest()
+    (shard,) = (shard for shard in before.shards if shard.name == QUANTIZER)
+    factory, trained_for = shard.info["factory"], shard.info["database_rows"]
+    why = None
+    if not encoder_of(before).same_space(encoder_of(source)):
+        why = "another encoder"
+    elif config.index not in ("auto", factory):
+        why = f"{config.index} is asked for"
+    elif config.index == "auto" and (
+        source.rows > FLAT_ROWS if factory == "Flat" else source.rows > OUTGROWN * trained_for
+    ):
+        why = f"{source.rows} rows have outgrown the {factory} of {trained_for}"
+    else:
+        known = {file.sha256 for file in embeddings_of(previous).manifest().files}
+        new = [one for one in source.shards if one.file(".npy").sha256 not in known]
+        drift = _drift(shard.taken_over(previous.uri), embeddings, new, cache)
+        if drift > config.max_drift:
+            why = f"its error on new rows grew by {drift:.0%}, beyond max_drift {config.max_drift:.0%}"
+    if why is None:
+        return shard.taken_over(previous.uri)
+    logs.get("stage").info("%-11s the quantizer is trained anew: %s", DatabaseVersion.kind, why)
+    return None
 
 
-class _Fill:
-    """One shard of the index, on a worker."""
+def _drift(
+    quantizer: artifacts.Shard, embeddings: EmbeddingShards, new: Sequence[artifacts.Shard], cache: Path
+) -> float:
+    """Growth of the quantizer's error from the rows it was trained on to new ones; 0 without either."""
+    trained_error, total = float(quantizer.info["error"]), sum(shard.rows for shard in new)
+    if not trained_error or not total:
+        return 0.0
+    import faiss
 
-    def __init__(self, embeddings_uri: str, folder_uri: str, template: artifacts.Shard, cache: Path) -> None:
-        self._embeddings_uri, self._folder_uri, self._cache = embeddings_uri, folder_uri, cache
-        self._template = artifacts.fetch_file(folder_uri, template.files[0], cache)
-
-    def __call__(self, item: tuple[str, artifacts.Shard]) -> artifacts.Shard:
-        name, source = item
-        rows = np.load(artifacts.fetch_file(self._embeddings_uri, _embedding_file(source), self._cache), mmap_mode="r")
-        with storage.scratch() as folder:
-            fill_shard(self._template, rows, folder / "index" / f"{name}.faiss")
-            return artifacts.commit_shard(self._folder_uri, name, folder, rows=len(rows), info={})
+    index = faiss.read_index(str(artifacts.fetch_shard("", quantizer, ".faiss", cache)))
+    chosen = np.sort(np.random.default_rng(0).choice(total, min(total, _DRIFT_ROWS), replace=False))
+    return quantization_error(index, _pick(embeddings, new, chosen, cache)) / trained_error - 1
 
 
 def _train_quantizer(
@@ -156,70 +177,163 @@ def _train_quantizer(
     import faiss
 
     source = embeddings.manifest()
-    dimension = encoder_of(source).dimension
     wanted = training_rows(factory, source.rows)
-    sample = np.empty((0, dimension), dtype=np.float32)
-    if wanted:
-        chosen = np.sort(np.random.default_rng(seed).choice(source.rows, wanted, replace=False))
-        sample = np.concatenate([rows[pick].astype(np.float32) for rows, pick in _pick(embeddings, chosen, cache)])
-    index = train_index(factory, dimension, sample)
+    chosen = np.sort(np.random.default_rng(seed).choice(source.rows, wanted, replace=False))
+    sample = _pick(embeddings, source.shards, chosen, cache)
+    index = train_index(factory, encoder_of(source).dimension, sample)
+    info = {
+        "factory": factory,
+        "trained_on": len(sample),
+        "database_rows": source.rows,
+        "error": quantization_error(index, sample[:: max(1, len(sample) // _DRIFT_ROWS)]),
+    }
     with storage.scratch() as folder:
         faiss.write_index(index, str(folder / f"{QUANTIZER}.faiss"))
-        return artifacts.commit_shard(folder_uri, QUANTIZER, folder, rows=0, info={"trained_on": len(sample)})
+        return artifacts.commit_shard(folder_uri, QUANTIZER, folder, rows=0, info=info)
 
 
-def _tune(
-    embeddings: EmbeddingShards, folder_uri: str, done: list[artifacts.Shard], config: IndexConfig, cache: Path
-) -> dict[str, Any]:
-    """Recall@10 of both kinds of query at the smallest nprobe that reaches the target for both."""
-    source = embeddings.manifest()
-    encoder = encoder_of(source)
-    indexes = {shard.name: artifacts.fetch_file(folder_uri, shard.files[0], cache) for shard in done}
-    paths = [artifacts.fetch_file(embeddings.uri, _embedding_file(shard), cache) for shard in source.shards]
-    files = [ShardFiles(index=indexes[s.name], embeddings=path) for s, path in zip(source.shards, paths, strict=True)]
-    rows = np.concatenate([np.load(path, mmap_mode="r") for path in paths])
-    rng = np.random.default_rng(config.seed)
-    picked = rng.choice(len(rows), min(config.recall_queries, len(rows)), replace=False)
-    texts = np.empty((0, encoder.dimension), dtype=np.float32)
-    if config.texts:
-        chosen = rng.choice(len(config.texts), min(config.recall_queries, len(config.texts)), replace=False)
-        texts = encoder_for(encoder).embed_texts([config.texts[i] for i in chosen]).numpy()
-    measured: dict[str, Any] = {}
-    for nprobe in (1 << power for power in range(11)):
-        database = Database(files, encoder=encoder, nprobe=nprobe)
-        image = recall_at_k(database, rows, rows[picked].astype(np.float32), exclude=picked)
-        text = recall_at_k(database, rows, texts) if config.texts else None
-        measured = {"nprobe": nprobe, "recall_at_10_image": image, "recall_at_10_text": text}
-        if not database.nprobe_matters or min(image, 1.0 if text is None else text) >= config.target_recall:
-            break
-    return {**measured, "image_queries": len(picked), "text_queries": len(texts)}
+def _fill_shards(
+    stage: artifacts.Stage,
+    embeddings: EmbeddingShards,
+    template: artifacts.Shard,
+    config: IndexConfig,
+    previous: DatabaseVersion | None,
+    cache: Path,
+) -> list[artifacts.Shard]:
+    """All index shards in row order: those of ``previous`` that still hold the same rows, the others filled."""
+    groups = _grouped(embeddings.manifest().shards, config.shard_rows, previous)
+    held: dict[str, artifacts.Shard] = {}
+    if previous is not None:
+        before = previous.manifest().shards
+        held = {one.info["source"]: one.taken_over(previous.uri) for one in before if "source" in one.info}
+    plan: list[artifacts.Shard | None] = []
+    items = []
+    for ordinal, members in groups:
+        taken = held.get(_source(template, ordinal, members))
+        plan.append(taken)
+        if taken is None:
+            items.append((members[0].name, (ordinal, members)))
+    settings = (embeddings.uri, stage.uri, template, cache)
+    filled, _ = map_stage(stage, items, _Fill, settings)
+    made = iter(filled)
+    return [taken or next(made) for taken in plan]
+
+
+def _grouped(
+    shards: Sequence[artifacts.Shard], shard_rows: int, previous: DatabaseVersion | None
+) -> list[tuple[int, list[artifacts.Shard]]]:
+    """(ordinal, embedding shards) of each index shard, in row order: as before where there was a before.
+
+    The ordinal is the number in the name of the group's first shard; it lies in the ids that the index holds, so that
+    shards of several versions can be searched as one.
+    """
+    starts: set[str] = set()
+    grouped_before: set[str] = set()
+    if previous is not None:
+        groups = [shard for shard in previous.manifest().shards if "members" in shard.info]
+        grouped_before = {member for group in groups for member in group.info["members"]}
+        starts = {group.info["members"][0] for group in groups}
+        if sum(group.rows < shard_rows // 4 for group in groups) > _SMALL_SHARDS:
+            starts = {group.info["members"][0] for group in groups if group.rows >= shard_rows // 4}
+    found: list[list[artifacts.Shard]] = []
+    for number, shard in enumerate(shards):
+        held = sum(one.rows for one in found[-1]) if found else 0
+        full = bool(held) and held + shard.rows > shard_rows
+        begins = shard.name in starts or (
+            bool(grouped_before) and shard.name not in grouped_before and shards[number - 1].name in grouped_before
+        )
+        if not found or full or begins:
+            found.append([])
+        found[-1].append(shard)
+    names = [members[0].name for members in found]
+    numbered = all(name.isdigit() for name in names)
+    return [(int(name) if numbered else n, members) for n, (name, members) in enumerate(zip(names, found, strict=True))]
+
+
+def _source(template: artifacts.Shard, ordinal: int, members: Sequence[artifacts.Shard]) -> str:
+    """Names what an index shard is made of: the same quantizer, number and rows make the same file."""
+    rows = [[one.name, one.file(".npy").sha256] for one in members]
+    return artifacts.digest_of([template.file(".faiss").sha256, ordinal, rows])
+
+
+class _Fill:
+    """One shard of the index, on a worker."""
+
+    def __init__(self, embeddings_uri: str, folder_uri: str, template: artifacts.Shard, cache: Path) -> None:
+        self._embeddings_uri, self._folder_uri, self._cache = embeddings_uri, folder_uri, cache
+        self._template, self._path = template, artifacts.fetch_shard(folder_uri, template, ".faiss", cache)
+
+    def __call__(self, item: tuple[str, tuple[int, list[artifacts.Shard]]]) -> artifacts.Shard:
+        name, (ordinal, members) = item
+        rows = (
+            np.load(artifacts.fetch_shard(self._embeddings_uri, one, ".npy", self._cache), mmap_mode="r")
+            for one in members
+        )
+        with storage.scratch() as folder:
+            error = fill_shard(self._path, rows, folder / "index" / f"{name}.faiss", ordinal=ordinal)
+            info = {
+                "members": [one.name for one in members],
+                "ordinal": ordinal,
+                "error": error,
+                "source": _source(self._template, ordinal, members),
+            }
+            count = sum(one.rows for one in members)
+            return artifacts.commit_shard(self._folder_uri, name, folder, rows=count, info=info)
+
+
+def _grown_from(previous: DatabaseVersion, embeddings: EmbeddingShards) -> Grown | None:
+    """What ``previous`` knows of rows that are all still there, at their ids; None after a compaction."""
+    before, now = embeddings_of(previous).manifest().shards, embeddings.manifest().shards
+    same = [(one.name, one.file(".npy").sha256) for one in before]
+    if same != [(one.name, one.file(".npy").sha256) for one in now[: len(before)]]:
+        return None
+    return Grown(version=previous, shards=len(before), rows=sum(shard.rows for shard in before))
 
 
 def _pick(
-    embeddings: EmbeddingShards, chosen: NDArray[np.int64], cache: Path
-) -> list[tuple[NDArray[np.float16], NDArray[np.int64]]]:
-    """For each shard, its memory-mapped rows and which of them are chosen."""
-    picked, offset = [], 0
-    for shard in embeddings.manifest().shards:
-        path = artifacts.fetch_file(embeddings.uri, _embedding_file(shard), cache)
+    embeddings: EmbeddingShards, shards: Sequence[artifacts.Shard], chosen: NDArray[np.int64], cache: Path
+) -> NDArray[np.float32]:
+    """Chosen rows (n, D), ascending, counted over ``shards`` of the embeddings."""
+    picked = [np.zeros((0, encoder_of(embeddings.manifest()).dimension), np.float32)]
+    offset = 0
+    for shard in shards:
         here = chosen[(chosen >= offset) & (chosen < offset + shard.rows)] - offset
-        picked.append((np.load(path, mmap_mode="r"), here))
         offset += shard.rows
-    return picked
+        if len(here):
+            rows = np.load(artifacts.fetch_shard(embeddings.uri, shard, ".npy", cache), mmap_mode="r")
+            picked.append(rows[here].astype(np.float32))
+    return np.concatenate(picked)
 
 
-def _embedding_file(shard: artifacts.Shard) -> artifacts.File:
-    (file,) = (file for file in shard.files if file.name.endswith(".npy"))
-    return file
+def _require_recall(factory: str, measured: dict[str, Any], config: IndexConfig) -> None:
+    recalls = {name: measured[name] for name in ("recall_at_10_image", "recall_at_10_text")}
+    missed = {name: value for name, value in recalls.items() if value is not None and value < config.target_recall}
+    if missed:
+        told = ", ".join(f"{name} {value:.3f}" for name, value in missed.items())
+        raise StageError(
+            f"{factory} reaches {told}, the target is {config.target_recall}; raise memory_bytes for a finer index, "
+            "or name one"
+        )
 
 
 def _note(manifest: artifacts.Manifest) -> str:
     info = manifest.info
     text = "no texts to measure with" if info["recall_at_10_text"] is None else f"text {info['recall_at_10_text']:.3f}"
-    return f"{info['factory']}, recall@10 image {info['recall_at_10_image']:.3f}, {text}"
+    further = [f"{info[name]} {told}" for name, told in _TOLD.items() if info[name]]
+    return ", ".join([info["factory"], f"recall@10 image {info['recall_at_10_image']:.3f}", text, *further])
+
+
+_TOLD = {"near_duplicates": "near-duplicates", "hidden": "hidden", "shards_taken_over": "index shards taken over"}
 
 
 @stage_task(name="index")
-def index(embeddings: EmbeddingShards, base: str, config: IndexConfig, cache: Path) -> Outcome[DatabaseVersion]:
+def index(
+    embeddings: EmbeddingShards,
+    base: str,
+    config: IndexConfig,
+    cache: Path,
+    previous: DatabaseVersion | None = None,
+    takedown: Takedown | None = None,
+) -> Outcome[DatabaseVersion]:
     """Task of :func:`build_database`."""
-    return build_database(embeddings, base, config, cache=cache)
+    return build_database(embeddings, base, config, cache=cache, previous=previous, takedown=takedown)

@@ -20,8 +20,8 @@ from model.pipeline import KNNDiffusionPipeline, pretrained_folder
 from model.retrieval.database import Database
 from model.scoring import Yardstick, flat, score_mean, score_samples
 from tasks.contracts import DatabaseVersion, Generator, encoder_of
+from tasks.databases import open_database
 from tasks.fetch import fetch_pictures
-from tasks.index import open_database
 from tasks.sample import ABLATIONS, MAIN, Condition, Sampler, contact_sheet, queries_of
 from tasks.train import generator_folder
 
@@ -119,7 +119,7 @@ class _Measurement:
         )
         self._scores: dict[Condition, dict[str, Score]] = {}
         count = config.samples
-        self._real_ids = random_rows(len(self._database), 2 * count, self._config.seed)
+        self._real_ids = random_rows(self._database, 2 * count, self._config.seed)
         real = self._database.rows(self._real_ids).astype(np.float32)
         near = self._database.search(real, 1, exclude=self._real_ids).scores[:, 0]
         self._held_out, self._real_near = real[count:], near
@@ -210,7 +210,7 @@ class _Measurement:
     def _own_texts(self) -> dict[str, Score]:
         """CLIP score of real pictures with the texts that describe them, over those that the database holds."""
         wanted = dict(zip(self._config.prompt_urls, self._config.prompts, strict=True))
-        known = self._database.describe(range(len(self._database)))
+        known = self._database.describe(self._database.ids().tolist())
         pairs = [(row["id"], wanted[row["url"]]) for row in known if row["url"] in wanted]
         if not pairs:
             return {}
@@ -219,13 +219,13 @@ class _Measurement:
         return {"clip_score": score_mean(metrics.pair_cosines(rows, texts), self.yardstick, bounds=(-1.0, 1.0))}
 
 
-def random_rows(count: int, wanted: int, seed: int) -> NDArray[np.int64]:
-    """Up to ``wanted`` different rows of ``count``."""
-    return np.random.default_rng(seed + 1).permutation(count)[:wanted]
+def random_rows(database: Database, wanted: int, seed: int) -> NDArray[np.int64]:
+    """Ids of up to ``wanted`` different rows, none of them hidden."""
+    return np.random.default_rng(seed + 1).permutation(database.ids())[:wanted]
 
 
 def _some_rows(database: Database, count: int, seed: int) -> Rows:
-    return database.rows(random_rows(len(database), count, seed)).astype(np.float32)
+    return database.rows(random_rows(database, count, seed)).astype(np.float32)
 
 
 def _weights(config: EvaluateConfig, cache: Path) -> Path | None:

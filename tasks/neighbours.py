@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+import faiss
 import numpy as np
 
 from infra import artifacts, compute, storage
 from infra.errors import InputError
 from tasks.contracts import DatabaseVersion, EmbeddingShards, Neighbours, Outcome, require_same_encoder
-from tasks.index import open_database
+from tasks.databases import open_database
 from tasks.stage import map_stage, skip_or_make, stage_task
 
 _SEARCH_ROWS = 1024
@@ -32,9 +33,15 @@ def find_neighbours(
         source, target = embeddings.manifest(), database.manifest()
         require_same_encoder(embeddings=source, database=target)
         own = target.inputs["embeddings"]["digest"] == source.digest
-        if k > target.rows - own:
+        if own and target.info["taken_down"]:
             raise InputError(
-                f"{k} neighbours are asked of {database.uri}, which has {target.rows} rows"
+                f"{target.info['taken_down']} pictures of {database.uri} were taken down and are still among those to "
+                "train on; compact the database first (rebuild-index --compact)"
+            )
+        visible = target.rows - target.info["hidden"]
+        if k > visible - own:
+            raise InputError(
+                f"{k} neighbours are asked of {database.uri}, which has {visible} rows"
                 f"{', the picture itself among them' if own else ''}; lower k or add images"
             )
         offset, items = 0, []
@@ -42,7 +49,7 @@ def find_neighbours(
             items.append((shard.name, (shard, offset if own else None)))
             offset += shard.rows
         settings = (embeddings.uri, database, stage.uri, k, cache)
-        done, _ = map_stage(stage, items, _Search, settings, actors=max(1, compute.cpus() // 2), cpus_per_actor=2)
+        done, _ = map_stage(stage, items, _Search, settings, actors=compute.cpus())
         return stage.commit(done, identity=source.identity, info={"itself_excluded": own})
 
     return skip_or_make(stage, Neighbours, make, note=lambda manifest: f"k = {k}")
@@ -54,6 +61,7 @@ class _Search:
     def __init__(self, embeddings_uri: str, database: DatabaseVersion, folder_uri: str, k: int, cache: Path) -> None:
         self._embeddings_uri, self._folder_uri, self._k, self._cache = embeddings_uri, folder_uri, k, cache
         self._database = open_database(database, cache)
+        faiss.omp_set_num_threads(1)  # a worker a core: re-ranking then runs beside another's search
 
     def __call__(self, item: tuple[str, tuple[artifacts.Shard, int | None]]) -> artifacts.Shard:
         name, (shard, offset) = item

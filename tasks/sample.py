@@ -108,7 +108,7 @@ def queries_of(
         order = np.resize(rng.permutation(len(prompts)), samples).tolist()
         texts = [prompts[number] for number in order]
         return pipeline.encoder.embed_texts(texts), texts
-    rows = rng.choice(len(pipeline.database), samples)
+    rows = rng.choice(pipeline.database.ids(), samples)
     return torch.from_numpy(pipeline.database.rows(rows).astype(np.float32)), [""] * samples
 
 

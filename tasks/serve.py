@@ -13,8 +13,8 @@ from model.clip import encoder_for
 from model.pipeline import KNNDiffusionPipeline, pretrained_folder
 from model.retrieval.database import Database
 from tasks.contracts import DatabaseVersion, Generator
+from tasks.databases import open_database
 from tasks.fetch import fetch_pictures
-from tasks.index import open_database
 from tasks.train import PIPELINE, generator_folder
 
 DEFAULT_MODEL = GENERATOR_NAME

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from model.clip import EncoderIdentity
 from model.networks.dit import TransformerConfig, build_transformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
-from model.retrieval.database import Database, ShardFiles
+from model.retrieval.database import Database, SearchEffort, ShardFiles
 from model.retrieval.factory import fill_shard, train_index
 
 WIDTH = 8
@@ -41,9 +41,10 @@ def shard_files(folder: Path, *shards: NDArray[np.float16], factory: str = "Flat
     faiss.write_index(train_index(factory, trained_on.shape[1], trained_on), str(template))
     files = []
     for number, rows in enumerate(shards):
-        shard = ShardFiles(index=folder / f"{number}.faiss", embeddings=folder / f"{number}.npy")
-        fill_shard(template, rows, shard.index)
-        np.save(shard.embeddings, rows)
+        kept = folder / f"{number}.npy"
+        shard = ShardFiles(index=folder / f"{number}.faiss", embeddings=(kept,), ordinal=number)
+        fill_shard(template, [rows], shard.index, ordinal=number)
+        np.save(kept, rows)
         files.append(shard)
     return files
 
@@ -53,10 +54,14 @@ def database(
     *shards: NDArray[np.float16],
     factory: str = "Flat",
     encoder: EncoderIdentity | None = None,
+    nprobe: int = 1,
+    candidates: int = 100,
     **options: Any,
 ) -> Database:
     files = shard_files(folder, *shards, factory=factory)
-    return Database(files, encoder=encoder or identity(shards[0].shape[1]), **options)
+    effort = SearchEffort(nprobe=nprobe, candidates=candidates)
+    identified = encoder or identity(shards[0].shape[1])
+    return Database(files, encoder=identified, quantizer=folder / "quantizer.faiss", effort=effort, **options)
 
 
 def size(**changes: Any) -> TransformerConfig:

@@ -1,6 +1,6 @@
-"""An open database: sharded FAISS proposes, the stored float16 rows decide.
+"""An open database: an index proposes, the stored float16 rows decide.
 
-Legend: ``Q`` queries, ``K`` neighbours, ``D`` embedding width, ``N`` rows over all shards.
+Legend: ``Q`` queries, ``K`` neighbours, ``C`` candidates, ``D`` embedding width, ``N`` rows over all shards.
 
 Row ids are global: shard after shard in order, position within the shard. What a search returns is always scored with
 the stored rows, never with an index's reconstruction, so an approximate index costs recall but never precision.
@@ -10,25 +10,45 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import faiss
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from model.clip import EncoderIdentity
 from model.errors import ModelError
+from model.retrieval.proposers import Proposer, TorchRows, open_proposer
 
-RERANK_FACTOR = 10
-"""Candidates an approximate index proposes for each neighbour wanted."""
+_BLOCK_ROWS = 65_536
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ShardFiles:
-    """Local files of one shard: the FAISS index, and the (n, D) float16 rows it was built from."""
+    """Local files of one index shard: the FAISS index, and the (n, D) float16 rows it was built from, in their order.
+
+    ``ordinal`` is what :func:`model.retrieval.factory.fill_shard` was told.
+    """
 
     index: Path
-    embeddings: Path
+    embeddings: tuple[Path, ...]
+    ordinal: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SearchEffort:
+    """How hard to look: cells visited, and candidates re-ranked for each query (at least the neighbours wanted).
+
+    An index that scores rows as they are stored re-ranks only the neighbours wanted.
+    """
+
+    nprobe: int = 1
+    candidates: int = 100
+
+    def __post_init__(self) -> None:
+        """Refuse a search that finds nothing."""
+        if self.nprobe < 1 or self.candidates < 1:
+            raise ModelError(f"nprobe is {self.nprobe} and candidates {self.candidates}; give at least 1 of each")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +58,30 @@ class Hits:
     scores: NDArray[np.float32]
     ids: NDArray[np.int64]
     embeddings: NDArray[np.float32]
+
+    def put(self, queries: NDArray[np.int64], better: "Hits") -> None:
+        """Put the answers ``better`` in the place of those to ``queries``."""
+        for mine, theirs in (
+            (self.scores, better.scores),
+            (self.ids, better.ids),
+            (self.embeddings, better.embeddings),
+        ):
+            mine[queries] = theirs
+
+
+class Searchable(Protocol):
+    """What a pipeline needs of a database, wherever its shards are."""
+
+    name: str
+    encoder: EncoderIdentity
+
+    def __len__(self) -> int:
+        """Rows that a search may return."""
+        ...
+
+    def search(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Hits:
+        """The ``k`` nearest rows of each query; see :meth:`Database.search`."""
+        ...
 
 
 class Database:
@@ -49,7 +93,9 @@ class Database:
         *,
         encoder: EncoderIdentity,
         name: str = "database",
-        nprobe: int = 1,
+        quantizer: Path | None = None,
+        effort: SearchEffort | None = None,
+        hidden: NDArray[np.int64] | None = None,
         describe: Callable[[Sequence[int]], list[dict[str, Any]]] | None = None,
     ) -> None:
         """Open the shards, in row order.
@@ -58,41 +104,68 @@ class Database:
             shards: local files.
             encoder: whose space the rows live in.
             name: for messages and pictures.
-            nprobe: cells an IVF index visits, as tuned when it was built.
+            quantizer: the trained template of shards that hold inverted lists alone.
+            effort: as tuned when the database was built.
+            hidden: sorted ids of rows that are never returned: taken down, or near-duplicates of others.
             describe: metadata (key, url, …) of global row ids.
 
         Raises:
             ModelError: nothing to search, or index and rows of a shard do not agree.
         """
-        self.name, self.encoder = name, encoder
+        self.name, self.encoder, self.effort = name, encoder, effort or SearchEffort()
         self._describe = describe
-        self._rows = [np.load(shard.embeddings, mmap_mode="r") for shard in shards]
-        self._indexes = [_open_index(shard.index, nprobe) for shard in shards]
-        for shard, index, rows in zip(shards, self._indexes, self._rows, strict=True):
-            if not rows.shape == (index.ntotal, index.d) == (index.ntotal, encoder.dimension):
+        self._hidden = np.zeros(0, np.int64) if hidden is None else np.asarray(hidden, dtype=np.int64)
+        parts = [[np.load(path, mmap_mode="r") for path in shard.embeddings] for shard in shards]
+        self._parts = list(itertools.chain.from_iterable(parts))
+        self._proposer = open_proposer([s.index for s in shards], [s.ordinal for s in shards], quantizer)
+        for shard, held, rows in zip(shards, parts, self._proposer.rows, strict=True):
+            widths = {part.shape[1] for part in held}
+            if sum(map(len, held)) != rows or not widths <= {encoder.dimension}:
                 raise ModelError(
-                    f"{shard.index} indexes {index.ntotal} rows of {index.d}, but {shard.embeddings} holds "
-                    f"{rows.shape}; rebuild the database"
+                    f"{shard.index} indexes {rows} rows, but beside it are {sum(map(len, held))} of "
+                    f"{sorted(widths)} dimensions, the encoder's {encoder.dimension}; rebuild the database"
                 )
-        self._offsets = np.array([0, *itertools.accumulate(len(rows) for rows in self._rows)], dtype=np.int64)
-        if len(self) == 0:
+        self._starts = np.array([0, *itertools.accumulate(map(len, self._parts))], dtype=np.int64)
+        if len(self) < 1:
             raise ModelError(
                 f"database {name} is empty: there is nothing to retrieve; build it from at least one image"
             )
 
     def __len__(self) -> int:
-        """Rows over all shards."""
-        return int(self._offsets[-1])
+        """Rows that a search may return."""
+        return self.stored - len(self._hidden)
+
+    @property
+    def stored(self) -> int:
+        """Rows over all shards, hidden ones included; ids are below it."""
+        return int(self._starts[-1])
 
     @property
     def exact(self) -> bool:
-        """Whether every shard compares all of its rows."""
-        return all(isinstance(index, faiss.IndexFlat) for index in self._indexes)
+        """Whether every row is compared as it is stored."""
+        return self._proposer.exact and not self._proposer.cells
 
     @property
-    def nprobe_matters(self) -> bool:
-        """Whether any shard has cells to visit more or fewer of."""
-        return any(faiss.try_extract_index_ivf(index) is not None for index in self._indexes)
+    def proposer(self) -> Proposer:
+        """Where candidates come from."""
+        return self._proposer
+
+    def ids(self) -> NDArray[np.int64]:
+        """Ids of all rows that a search may return, ascending."""
+        return np.setdiff1d(np.arange(self.stored, dtype=np.int64), self._hidden, assume_unique=True)
+
+    def with_effort(self, effort: SearchEffort) -> "Database":
+        """The same open files, searched harder or less hard."""
+        other = object.__new__(Database)
+        other.__dict__.update(self.__dict__)
+        other.effort = effort
+        return other
+
+    def to(self, device: torch.device | str) -> "Database":
+        """The same database searched exactly on an accelerator, to which its rows are copied; files stay mapped."""
+        other = self.with_effort(self.effort)
+        other._proposer = TorchRows(self._parts, device)
+        return other
 
     def search(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Hits:
         """The ``k`` nearest rows of each query by cosine, re-ranked exactly.
@@ -108,6 +181,10 @@ class Database:
         Raises:
             ModelError: the queries' width is not the database's, or a value is not finite.
         """
+        return self.search_without(queries, k, None if exclude is None else self.rows(exclude))
+
+    def search_without(self, queries: NDArray[Any], k: int, own: NDArray[np.float16] | None) -> Hits:
+        """As :meth:`search`, the excluded rows (Q, D) given as they are stored, here or in another database."""
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.encoder.dimension:
             raise ModelError(f"queries {queries.shape} do not fit database {self.name} of {self.encoder}")
@@ -115,25 +192,32 @@ class Database:
             raise ModelError("there is no query, or one that is not finite; look at what was embedded")
         if k < 1:
             raise ModelError(f"k is {k}; ask for at least one neighbour")
-        width = max(1, min(k, len(self) - (exclude is not None)))
-        hits = self._search(queries, width, exclude, depth=width + (exclude is not None))
-        ids, scores, embeddings = hits.ids, hits.scores, hits.embeddings
-        # Cells without rows can leave a query short: then all rows are looked at for it.
-        for query in np.flatnonzero((ids < 0).any(axis=1)):
-            one = None if exclude is None else exclude[query : query + 1]
-            whole, _ = self._rerank(queries[query : query + 1], np.arange(len(self), dtype=np.int64)[None], one)
-            ids[query], scores[query] = whole.ids[0, :width], whole.scores[0, :width]
-            embeddings[query] = whole.embeddings[0, :width]
-        return Hits(scores=scores, ids=ids, embeddings=np.where((ids < 0)[..., None], np.float32(0), embeddings))
+        width = max(1, min(k, len(self) - (own is not None)))
+        hits = self._search(queries, width, own, extra=int(own is not None), nprobe=self.effort.nprobe)
+        nprobe = self.effort.nprobe
+        # Cells without enough rows leave a query short: then more cells are visited, and at last all rows looked at.
+        while len(short := np.flatnonzero((hits.ids < 0).any(axis=1))) and nprobe < self._proposer.cells:
+            nprobe = min(8 * nprobe, self._proposer.cells)
+            theirs = None if own is None else own[short]
+            hits.put(short, self._search(queries[short], width, theirs, extra=int(own is not None), nprobe=nprobe))
+        if not self._proposer.exact:
+            for query in short:
+                theirs = None if own is None else own[query : query + 1]
+                hits.put(np.array([query]), self._look_at_all(queries[query : query + 1], theirs, width))
+        hits.embeddings[hits.ids < 0] = 0
+        return hits
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
         """Stored rows (*ids.shape, D) float16 of global ids."""
         flat = ids.reshape(-1)
+        if len(self._parts) == 1:
+            return np.take(self._parts[0], flat, axis=0).reshape(*ids.shape, -1)
         output = np.empty((len(flat), self.encoder.dimension), dtype=np.float16)
-        shard_of = np.searchsorted(self._offsets, flat, side="right") - 1
-        for shard in np.unique(shard_of):
-            here = shard_of == shard
-            output[here] = self._rows[shard][flat[here] - self._offsets[shard]]
+        holder = np.searchsorted(self._starts, flat, side="right") - 1
+        order = np.argsort(holder, kind="stable")
+        numbers, firsts = np.unique(holder[order], return_index=True)
+        for number, here in zip(numbers, np.split(order, firsts[1:]), strict=True):
+            output[here] = self._parts[number][flat[here] - self._starts[number]]
         return output.reshape(*ids.shape, -1)
 
     def describe(self, ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -142,52 +226,52 @@ class Database:
             return [{"id": int(row)} for row in ids]
         return [{"id": int(row), **known} for row, known in zip(ids, self._describe(ids), strict=True)]
 
-    def _search(self, queries: NDArray[np.float32], width: int, exclude: NDArray[np.int64] | None, depth: int) -> Hits:
-        """Propose ``depth`` of each shard and re-rank; where excluded copies took places, deeper until they do not."""
-        proposals = depth if self.exact else depth * RERANK_FACTOR
-        hits, copies = self._rerank(queries, self._propose(queries, proposals), exclude)
-        hits = Hits(scores=hits.scores[:, :width], ids=hits.ids[:, :width], embeddings=hits.embeddings[:, :width])
-        crowded = np.flatnonzero(copies > proposals - width)
-        if len(crowded) and proposals < max(index.ntotal for index in self._indexes):
-            deeper = self._search(
-                queries[crowded], width, None if exclude is None else exclude[crowded], width + int(copies.max())
-            )
-            hits.ids[crowded], hits.scores[crowded] = deeper.ids, deeper.scores
-            hits.embeddings[crowded] = deeper.embeddings
+    def _search(
+        self, queries: NDArray[np.float32], width: int, own: NDArray[np.float16] | None, *, extra: int, nprobe: int
+    ) -> Hits:
+        """Propose ``width + extra`` and re-rank; where rows that may not be returned took places, deeper."""
+        wanted = width + extra
+        count = min(self.stored, wanted if self._proposer.exact else max(wanted, self.effort.candidates))
+        ids = self._proposer.propose(queries, count, nprobe)
+        ids = np.pad(ids, ((0, 0), (0, max(0, width - ids.shape[1]))), constant_values=-1)
+        hits, barred = self._rank(queries, ids, own, width)
+        crowded = np.flatnonzero(barred > count - width)
+        if len(crowded) and count < self.stored:
+            more = max(2 * count, width + int(barred.max())) - width
+            theirs = None if own is None else own[crowded]
+            hits.put(crowded, self._search(queries[crowded], width, theirs, extra=more, nprobe=nprobe))
         return hits
 
-    def _propose(self, queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-        """Candidate ids (Q, shards × k), −1 where a shard had fewer."""
-        found = []
-        for index, offset in zip(self._indexes, self._offsets, strict=False):
-            _, ids = index.search(queries, min(k, index.ntotal) or 1)
-            found.append(np.where(ids < 0, -1, ids + offset))
-        ids = np.concatenate(found, axis=1)
-        return np.pad(ids, ((0, 0), (0, max(0, k - ids.shape[1]))), constant_values=-1)
+    def _look_at_all(self, query: NDArray[np.float32], own: NDArray[np.float16] | None, width: int) -> Hits:
+        """The best of all rows for one query (1, D), a block at a time."""
+        kept = np.zeros((1, 0), dtype=np.int64)
+        for start in range(0, self.stored, _BLOCK_ROWS):
+            block = np.arange(start, min(start + _BLOCK_ROWS, self.stored))[None]
+            hits, _ = self._rank(query, np.concatenate([kept, block], axis=1), own, width)
+            kept = hits.ids
+        return self._rank(query, np.pad(kept, ((0, 0), (0, width - kept.shape[1])), constant_values=-1), own, width)[0]
 
-    def _rerank(
-        self, queries: NDArray[np.float32], candidates: NDArray[np.int64], exclude: NDArray[np.int64] | None
+    def _rank(
+        self, queries: NDArray[np.float32], candidates: NDArray[np.int64], own: NDArray[np.float16] | None, width: int
     ) -> tuple[Hits, NDArray[np.int64]]:
-        """All candidates (Q, C) in exact order, and how many of each query's were excluded."""
+        """The best ``width`` of the candidates (Q, C) in exact order, and how many of each query's were barred."""
         rows = self.rows(np.maximum(candidates, 0))
-        scores = np.einsum("qd,qkd->qk", queries, rows, dtype=np.float32)
-        hidden = absent = candidates < 0
-        if exclude is not None:
-            hidden = absent | (rows == self.rows(exclude)[:, None]).all(axis=2) | (candidates == exclude[:, None])
-        scores[hidden] = -np.inf
-        order = np.lexsort((candidates, -scores), axis=1)  # ties go to the lower id, so results are reproducible
+        scores = np.einsum("qd,qkd->qk", queries, rows.astype(np.float32))
+        absent = candidates < 0
+        barred = np.zeros_like(absent)
+        if len(self._hidden):
+            places = np.minimum(np.searchsorted(self._hidden, candidates), len(self._hidden) - 1)
+            barred |= self._hidden[places] == candidates
+        if own is not None:
+            barred |= (rows.view(np.uint16) == own.view(np.uint16)[:, None]).all(axis=2)
+        barred &= ~absent
+        scores[absent | barred] = -np.inf
+        order = np.lexsort((candidates, -scores), axis=1)[:, :width]  # ties go to the lower id: reproducible
         pick = np.arange(len(queries))[:, None], order
-        ids = np.where(hidden[pick], -1, candidates[pick])
-        hits = Hits(scores=scores[pick], ids=ids, embeddings=rows[pick].astype(np.float32))
-        return hits, (hidden & ~absent).sum(axis=1)
-
-
-def _open_index(path: Path, nprobe: int) -> Any:
-    try:
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
-        raise ModelError(f"{path} is no readable FAISS index; rebuild the database") from error
-    cells = faiss.try_extract_index_ivf(index)
-    if cells is not None:
-        cells.nprobe = nprobe
-    return index
+        best = scores[pick]
+        hits = Hits(
+            scores=best,
+            ids=np.where(np.isneginf(best), -1, candidates[pick]),
+            embeddings=rows[pick].astype(np.float32),
+        )
+        return hits, barred.sum(axis=1)

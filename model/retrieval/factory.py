@@ -1,77 +1,205 @@
-"""Which FAISS index for which size.
+"""Which FAISS index for which size; training it once, and filling its shards.
 
-| rows | factory string | why |
-| --- | --- | --- |
-| up to 100,000 | ``Flat`` | exact within milliseconds; nothing to train or tune |
-| up to 10 million | ``IVF{4√n},Flat`` | visits a few cells of exact rows; recall is a matter of nprobe alone |
-| beyond | ``OPQ{D/4}_{D},IVF{4√n}_HNSW32,PQ{D/4}x8`` | two bits a dimension |
+Legend: ``n`` rows, ``D`` embedding width, ``b`` bytes a row that the memory budget leaves beside an id.
 
-Any other FAISS factory string may be named instead. Rows are unit vectors, so the inner product is the cosine.
+| rows | b | factory string | why |
+| --- | --- | --- | --- |
+| up to 100,000 | any | ``Flat`` | exact within milliseconds; nothing to train or tune |
+| more | 2D | ``IVF{4√n},SQfp16`` | visits a few cells; codes are the stored rows: only nprobe costs recall |
+| more | D | ``IVF{4√n},SQ8`` | as fast in half the memory; 20 candidates re-ranked make up for rounding |
+| more | less | ``OPQ{M},IVF{4√n},PQ{M}x8`` | M = D/2, D/4 or D/8 bytes, the most that fits: no effort mends few bits |
+
+Beyond 8,192 cells these are found by clustering in two levels and searched by a graph (``_HNSW32``), since comparing
+each query with all of them would cost more than the rows of the cells. PQ fast-scan is not chosen: 4 bits a part stop
+at a recall of 0.82 where 8 reach 0.99, and its blocks cannot be searched across shards at once; a FAISS factory string
+that names it, or anything else, is taken as it is. Rows are unit vectors, so the inner product is the cosine.
 """
 
 import math
+import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
+from faiss.contrib.clustering import two_level_clustering
 from numpy.typing import NDArray
 
 from model.errors import ModelError
 
 FLAT_ROWS = 100_000
-IVF_FLAT_ROWS = 10_000_000
+GRAPH_CELLS = 8_192
 TRAIN_ROWS_PER_CELL = 40  # FAISS warns below 39
+PQ_TRAIN_ROWS = 16_384  # 64 for each of a part's 256 centroids; more bring nothing and cost minutes
+MEMORY_BYTES = 8 << 30
+FIRST_ID_SHIFT = 32
+"""A row's id in a stacked index: its index shard's ordinal above, its position in the shard below."""
 
 
-def choose_index(rows: int, dimension: int) -> str:
-    """The factory string for ``rows`` × ``dimension``, by the table above."""
+def choose_index(rows: int, dimension: int, memory_bytes: int = MEMORY_BYTES) -> str:
+    """The factory string for ``rows`` × ``dimension`` by the table above. Raises ``ModelError`` when nothing fits.
+
+    ``memory_bytes`` is what a process that searches may hold of the index; the stored rows are read from disk.
+    """
     if rows <= FLAT_ROWS:
         return "Flat"
     cells = 1 << round(math.log2(4 * math.sqrt(rows)))
-    if rows <= IVF_FLAT_ROWS:
-        return f"IVF{cells},Flat"
-    parts = max(1, dimension // 4)
-    return f"OPQ{parts}_{parts * 4},IVF{cells}_HNSW32,PQ{parts}x8"
+    coarse = f"IVF{cells}" + ("_HNSW32" if cells > GRAPH_CELLS else "")
+    budget = memory_bytes / rows - 8  # an id each
+    if budget >= 2 * dimension:
+        return f"{coarse},SQfp16"
+    if budget >= dimension:
+        return f"{coarse},SQ8"
+    for width in (2, 4, 8):
+        parts = dimension // width
+        if 0 < parts <= budget:
+            return f"OPQ{parts}_{parts * width},{coarse},PQ{parts}x8"
+    raise ModelError(
+        f"an index of {rows} rows of {dimension} needs {(dimension // 8 + 8) * rows >> 20} MiB at least, "
+        f"memory_bytes allows {memory_bytes >> 20}; raise it, or spread the database over machines"
+    )
 
 
 def train_index(factory: str, dimension: int, sample: NDArray[np.float32]) -> faiss.Index:
-    """An empty index whose quantizer is trained on ``sample`` (n, D) float32. Raises ``ModelError``.
+    """An empty index whose quantizer is trained on ``sample`` (n, D) float32, on all GPUs that faiss has.
 
-    One trained index is the template of every shard, so that shards are comparable and can be merged.
+    One trained index is the template of every shard, so that shards are comparable and can be searched as one.
+
+    Raises:
+        ModelError: no such index, or too few rows for it.
     """
     try:
         index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ModelError(f"{factory!r} is no FAISS factory string for {dimension} dimensions ({reason})") from error
-    if not index.is_trained:
-        try:
-            index.train(sample)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise ModelError(
-                f"{factory!r} cannot be trained on {len(sample)} rows ({reason}); take a smaller one"
-            ) from error
+    cells = cells_of(index)
+    if isinstance(cells, faiss.IndexIVFScalarQuantizer) and lossless(index):
+        cells.by_residual = False  # the code of a row is then the row itself
+    _bound_training(index, cells)
+    if index.is_trained:
+        return index
+    try:
+        if cells is not None and faiss.get_num_gpus():
+            flat = faiss.IndexFlatIP(cells.d)
+            cells.clustering_index = faiss.index_cpu_to_all_gpus(flat)
+        if isinstance(cells, faiss.IndexIVF) and cells.nlist > GRAPH_CELLS:
+            _cluster_in_two_levels(index, cells, sample)
+        index.train(sample)
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).strip().splitlines()[-1:] or ["too few rows"]
+        raise ModelError(
+            f"{factory!r} cannot be trained on {len(sample)} rows ({told[0]}); take a smaller one"
+        ) from error
     return index
 
 
 def training_rows(factory: str, rows: int) -> int:
     """How many rows the quantizer of ``factory`` wants to see, at most ``rows``; 0 when there is nothing to train."""
-    probe = faiss.index_factory(64, factory, faiss.METRIC_INNER_PRODUCT) if factory == "Flat" else None
-    if probe is not None and probe.is_trained:
+    if factory == "Flat":
         return 0
-    cells = 256
-    for part in factory.split(","):
-        digits = part.removeprefix("IVF").split("_")[0]
-        if part.startswith("IVF") and digits.isdigit():
-            cells = max(cells, int(digits))
-    return min(rows, cells * TRAIN_ROWS_PER_CELL)
+    cells = [int(number) for number in re.findall(r"IVF(\d+)", factory)]
+    wanted = max(256 * TRAIN_ROWS_PER_CELL, *(number * TRAIN_ROWS_PER_CELL for number in cells), 0)
+    return min(rows, max(wanted, PQ_TRAIN_ROWS) if "PQ" in factory else wanted)
 
 
-def fill_shard(template: Path, rows: NDArray[np.float16], output: Path) -> None:
-    """Add ``rows`` (n, D) to a copy of the trained ``template`` and write it to ``output``; ids are positions."""
+def cells_of(index: Any) -> Any:
+    """The IVF part of an index as what it is, or None when it has no cells."""
+    cells = faiss.try_extract_index_ivf(index)
+    return None if cells is None else faiss.downcast_index(cells)
+
+
+def lossless(index: Any) -> bool:
+    """Whether an index scores rows as they are stored: float32, or the same float16 values."""
+    if isinstance(index, faiss.IndexFlat):
+        return True
+    if isinstance(index, faiss.IndexPreTransform):
+        return False
+    cells = cells_of(index)
+    if isinstance(cells, faiss.IndexIVFScalarQuantizer):
+        return bool(cells.sq.qtype == faiss.ScalarQuantizer.QT_fp16)
+    return isinstance(cells, faiss.IndexIVFFlat)
+
+
+def stackable(index: Any) -> bool:
+    """Whether shards of this index can be searched as one: inverted lists of plain codes, of one quantizer."""
+    cells = cells_of(index)
+    plain = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
+    return isinstance(cells, plain)
+
+
+def fill_shard(template: Path, rows: Iterable[NDArray[np.float16]], output: Path, *, ordinal: int = 0) -> float:
+    """Write a shard of the trained ``template`` that indexes ``rows``, arrays (n, D), one after the other.
+
+    A stackable shard holds its inverted lists alone, without the quantizer that all share; its ids are
+    ``ordinal << 32 | position``. Any other is a whole index whose ids are positions.
+
+    Returns:
+        The quantization error: mean of 1 − cosine between a row and the centroid of its cell; 0 without cells.
+    """
     index = faiss.read_index(str(template))
-    for start in range(0, len(rows), 65_536):
-        index.add(np.ascontiguousarray(rows[start : start + 65_536], dtype=np.float32))
+    cells, total, lost = cells_of(index), 0, 0.0
+    stacked = stackable(index)
+    for block in _blocks(rows):
+        if cells is not None:
+            transformed = _transformed(index, block)
+            lost += float((1 - cells.quantizer.search(transformed, 1)[0]).sum())
+        if stacked:
+            index.add_with_ids(block, np.arange(total, total + len(block)) + (ordinal << FIRST_ID_SHIFT))
+        else:
+            index.add(block)
+        total += len(block)
+    if stacked:
+        empty = faiss.IndexFlatIP(cells.d)
+        cells.own_fields = False
+        cells.quantizer = empty
     output.parent.mkdir(parents=True, exist_ok=True)
     faiss.write_index(index, str(output))
+    return lost / max(1, total)
+
+
+def quantization_error(index: Any, sample: NDArray[np.float32]) -> float:
+    """Mean of 1 − cosine between a row of ``sample`` (n, D) and the centroid of its cell; 0 without cells or rows."""
+    cells = cells_of(index)
+    if cells is None or not len(sample):
+        return 0.0
+    return float((1 - cells.quantizer.search(_transformed(index, sample), 1)[0]).mean())
+
+
+def _transformed(index: Any, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The rows as the cells see them: OPQ turns them first."""
+    rotation = _rotation(index)
+    return rows if rotation is None else rotation.apply(rows)
+
+
+def _rotation(index: Any) -> Any:
+    """What turns rows before they reach the cells, or None."""
+    return faiss.downcast_VectorTransform(index.chain.at(0)) if hasattr(index, "chain") else None
+
+
+def _bound_training(index: Any, cells: Any) -> None:
+    """Codebooks and rotation learn from ``PQ_TRAIN_ROWS``: more bring nothing measurable and cost minutes."""
+    if isinstance(cells, faiss.IndexIVFPQ):
+        cells.pq.cp.max_points_per_centroid = PQ_TRAIN_ROWS // cells.pq.ksub
+    rotation = _rotation(index)
+    if isinstance(rotation, faiss.OPQMatrix):
+        rotation.max_train_points, rotation.niter = PQ_TRAIN_ROWS, 10
+
+
+def _cluster_in_two_levels(index: Any, cells: Any, sample: NDArray[np.float32]) -> None:
+    """Give ``cells`` its centroids: √nlist clusters, each cut again, at a fraction of what all at once would cost."""
+    if (rotation := _rotation(index)) is not None:
+        rotation.train(sample)
+    centroids, _ = two_level_clustering(
+        _transformed(index, sample), round(math.sqrt(cells.nlist)), cells.nlist, clustering_niter=10, spherical=True
+    )
+    centroids = np.ascontiguousarray(centroids, dtype=np.float32)
+    cells.quantizer.train(centroids)
+    cells.quantizer.add(centroids)
+
+
+def _blocks(rows: Iterable[NDArray[np.float16]], size: int = 65_536) -> Iterable[NDArray[np.float32]]:
+    for part in rows:
+        for start in range(0, len(part), size):
+            yield np.ascontiguousarray(part[start : start + size], dtype=np.float32)

@@ -16,7 +16,7 @@ from infra.settings import Settings
 from model.clip import Encoder, encoder_for
 from model.retrieval.database import Database
 from tasks.contracts import DatabaseVersion
-from tasks.index import open_database
+from tasks.databases import open_database
 
 
 class DatabaseModel(PythonModel):

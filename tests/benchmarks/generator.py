@@ -176,9 +176,9 @@ def opened(kept: Path, encoder: Encoder) -> Database:
     if not index.exists():
         rows = np.load(kept)
         faiss.write_index(train_index("Flat", rows.shape[1], rows[:1].astype(np.float32)), str(template))
-        fill_shard(template, rows, partial := index.with_suffix(f".{os.getpid()}"))
+        fill_shard(template, [rows], partial := index.with_suffix(f".{os.getpid()}"))
         partial.rename(index)
-    return Database([ShardFiles(index=index, embeddings=kept)], encoder=encoder.identity, name=OWN)
+    return Database([ShardFiles(index=index, embeddings=(kept,))], encoder=encoder.identity, name=OWN)
 
 
 def settings_of(pipeline: KNNDiffusionPipeline, own: Rows, captions: list[str], device: str) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def test_damaged_tar_is_found_by_its_digest(domain: Any, tmp_path: Path) -> None
 
 def test_damaged_embeddings_are_found_when_the_database_is_opened(domain: Any, tmp_path: Path) -> None:
     from infra.errors import IntegrityError
-    from tasks.index import open_database
+    from tasks.databases import open_database
 
     (npy, *_) = sorted(Path(domain.result.embeddings.reference.uri).glob("img_emb/*.npy"))
     whole = npy.read_bytes()

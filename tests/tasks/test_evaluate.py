@@ -147,7 +147,7 @@ def test_real_pictures_are_scored_with_their_own_texts(version: DatabaseVersion,
 
 
 def test_prompts_are_all_used_before_any_comes_again(domain: Any, version: DatabaseVersion, tmp_path: Path) -> None:
-    from tasks.index import open_database
+    from tasks.databases import open_database
 
     pipeline: Any = Standin(open_database(version, tmp_path))
     prompts = [f"text {number}" for number in range(7)]
@@ -201,7 +201,7 @@ def test_what_cannot_be_measured_is_refused(changes: dict[str, Any], message: st
 def test_pictures_of_rows_come_in_the_order_asked(domain: Any, tmp_path: Path) -> None:
     from model.clip import encoder_for
     from tasks.contracts import encoder_of
-    from tasks.index import open_database
+    from tasks.databases import open_database
 
     version = domain.result.database.reference
     ids = [17, 3, 17, 40, 0]

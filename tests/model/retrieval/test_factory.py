@@ -6,25 +6,71 @@ import pytest
 import tiny
 
 from model.errors import ModelError
-from model.retrieval.factory import choose_index, fill_shard, train_index, training_rows
+from model.retrieval.factory import (
+    choose_index,
+    fill_shard,
+    lossless,
+    quantization_error,
+    stackable,
+    train_index,
+    training_rows,
+)
+
+GIB = 1 << 30
 
 
 @pytest.mark.parametrize(
-    ("rows", "dimension", "factory"),
+    ("rows", "dimension", "memory_bytes", "factory"),
     [
-        (1, 512, "Flat"),
-        (100_000, 512, "Flat"),
-        (100_001, 512, "IVF1024,Flat"),
-        (1_000_000, 512, "IVF4096,Flat"),
-        (10_000_000, 512, "IVF16384,Flat"),
-        (10_000_001, 512, "OPQ128_512,IVF16384_HNSW32,PQ128x8"),
-        (400_000_000, 768, "OPQ192_768,IVF65536_HNSW32,PQ192x8"),
-        (10_000_001, 510, "OPQ127_508,IVF16384_HNSW32,PQ127x8"),
+        (1, 512, GIB, "Flat"),
+        (100_000, 512, GIB, "Flat"),
+        (100_001, 512, GIB, "IVF1024,SQfp16"),
+        (1_000_000, 512, 8 * GIB, "IVF4096,SQfp16"),
+        (1_000_000, 512, 3 * GIB // 4, "IVF4096,SQ8"),
+        (10_000_000, 256, 8 * GIB, "IVF16384_HNSW32,SQfp16"),
+        (10_000_000, 256, 4 * GIB, "IVF16384_HNSW32,SQ8"),
+        (10_000_000, 256, 2 * GIB, "OPQ128_256,IVF16384_HNSW32,PQ128x8"),
+        (400_000_000, 768, 64 * GIB, "OPQ96_768,IVF65536_HNSW32,PQ96x8"),
+        (1_000_000, 509, GIB // 4, "OPQ254_508,IVF4096,PQ254x8"),
     ],
 )
-def test_the_index_follows_the_size(rows: int, dimension: int, factory: str) -> None:
-    assert choose_index(rows, dimension) == factory
+def test_the_index_follows_size_and_memory(rows: int, dimension: int, memory_bytes: int, factory: str) -> None:
+    assert choose_index(rows, dimension, memory_bytes) == factory
     assert faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT).d == dimension
+
+
+def test_what_fits_into_no_memory_is_refused_with_what_it_would_need() -> None:
+    with pytest.raises(
+        ModelError, match=r"1000000 rows of 256 needs 38 MiB at least, memory_bytes allows 16; raise it"
+    ):
+        choose_index(1_000_000, 256, 16 << 20)
+
+
+def test_only_codes_that_are_the_stored_rows_count_as_lossless() -> None:
+    sample = tiny.unit_rows(400).astype(np.float32)
+    exact = {name: lossless(train_index(name, tiny.WIDTH, sample)) for name in ("Flat", "IVF4,Flat", "IVF4,SQfp16")}
+    rounded = {
+        name: lossless(train_index(name, tiny.WIDTH, sample)) for name in ("IVF4,SQ8", "IVF4,PQ4x4", "OPQ4,IVF4,SQfp16")
+    }
+    assert set(exact.values()) == {True}
+    assert set(rounded.values()) == {False}
+
+
+@pytest.mark.parametrize(
+    ("factory", "stacked"),
+    [("Flat", False), ("HNSW8", False), ("IVF4,PQ4x4fs", False), ("IVF4,SQ8", True), ("OPQ4,IVF4,PQ4x4", True)],
+)
+def test_inverted_lists_of_plain_codes_can_be_searched_as_one(factory: str, stacked: bool) -> None:
+    assert stackable(train_index(factory, tiny.WIDTH, tiny.unit_rows(400).astype(np.float32))) == stacked
+
+
+def test_many_cells_are_clustered_in_two_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.retrieval.factory.GRAPH_CELLS", 16)
+    sample = tiny.unit_rows(4_000).astype(np.float32)
+    index = train_index("IVF64_HNSW32,SQ8", tiny.WIDTH, sample)
+    assert (index.is_trained, index.ntotal, index.quantizer.ntotal) == (True, 0, 64)
+    one_level = train_index("IVF16,SQ8", tiny.WIDTH, sample)
+    assert quantization_error(index, sample) < 0.75 * quantization_error(one_level, sample)
 
 
 def test_a_trained_index_is_empty_and_compares_by_inner_product() -> None:
@@ -53,7 +99,7 @@ def test_too_few_rows_to_train_on_are_refused_with_the_mend() -> None:
         ("IVF4096,Flat", 1_000_000, 4096 * 40),
         ("IVF4096,Flat", 1_000, 1_000),
         ("OPQ128_512,IVF16384_HNSW32,PQ128x8", 20_000_000, 16384 * 40),
-        ("IVF4,PQ4x8", 1_000_000, 256 * 40),  # the product quantizer has 256 centroids of its own
+        ("IVF4,PQ4x8", 1_000_000, 16_384),  # the product quantizer has 256 centroids of its own
     ],
 )
 def test_the_quantizer_sees_forty_rows_a_cell(factory: str, rows: int, wanted: int) -> None:
@@ -65,10 +111,27 @@ def test_a_shard_is_the_template_with_its_rows(tmp_path: Path) -> None:
     faiss.write_index(train_index("Flat", 4, rows.astype(np.float32)), str(template))
     output = tmp_path / "index" / "00000.faiss"
 
-    fill_shard(template, rows, output)
+    fill_shard(template, [rows[:100], rows[100:]], output)
 
     index = faiss.read_index(str(output))
     assert index.ntotal == 70_000
     for row in (0, 65_535, 65_536, 69_999):  # on both sides of where the rows are converted in parts
         np.testing.assert_array_equal(index.reconstruct(row), rows[row].astype(np.float32))
     assert faiss.read_index(str(template)).ntotal == 0
+
+
+def test_a_stackable_shard_leaves_the_quantizer_to_all(tmp_path: Path) -> None:
+    rows, template = tiny.unit_rows(2_000), tmp_path / "template.faiss"
+    trained = train_index("IVF64,SQ8", tiny.WIDTH, rows.astype(np.float32))
+    faiss.write_index(trained, str(template))
+
+    error = fill_shard(template, [rows], tmp_path / "00007.faiss", ordinal=7)
+
+    index = faiss.read_index(str(tmp_path / "00007.faiss"))
+    assert (index.ntotal, index.quantizer.ntotal) == (2_000, 0)
+    ids = np.concatenate(
+        [faiss.rev_swig_ptr(index.invlists.get_ids(cell), index.invlists.list_size(cell)) for cell in range(64)]
+    )
+    assert sorted(ids.tolist()) == [(7 << 32) + row for row in range(2_000)]
+    assert error == pytest.approx(quantization_error(trained, rows.astype(np.float32)), abs=1e-6)
+    assert 0 < error < 1

@@ -6,7 +6,14 @@ import tiny
 
 from model.retrieval.database import Database
 from model.retrieval.factory import fill_shard
-from model.retrieval.recall import brute_force, recall_at_k
+from model.retrieval.recall import brute_force, find_truth, recall
+
+
+def recall_at_k(
+    database: Database, rows: np.ndarray, queries: np.ndarray, k: int, exclude: np.ndarray | None = None
+) -> float:
+    own = None if exclude is None else rows[exclude]
+    return recall(database, find_truth([rows[:33], rows[33:]], queries, own=exclude, own_rows=own), k)
 
 
 @pytest.mark.parametrize("exclude", [None, np.arange(12)])
@@ -23,7 +30,7 @@ def test_recall_is_the_share_of_the_true_neighbours_found(tmp_path: Path) -> Non
     files = tiny.shard_files(tmp_path, rows)
     crippled = rows.copy()
     crippled[120:] = 0  # the index has lost the last 80 rows
-    fill_shard(tmp_path / "quantizer.faiss", crippled, files[0].index)
+    fill_shard(tmp_path / "quantizer.faiss", [crippled], files[0].index)
 
     value = recall_at_k(Database(files, encoder=tiny.identity()), rows, queries, k=10)
 

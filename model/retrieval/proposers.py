@@ -1,0 +1,154 @@
+"""Where candidates come from: FAISS shards on their own, cells stacked over shards, or products on an accelerator.
+
+Legend: ``Q`` queries, ``C`` candidates, ``D`` embedding width, ``N`` rows over all shards.
+
+A proposer answers with row ids that run over all shards: shard after shard, position within the shard. What it proposes
+is scored again with the stored rows (:mod:`model.retrieval.database`), so its own scores stay here.
+"""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import faiss
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.errors import ModelError
+from model.retrieval.factory import FIRST_ID_SHIFT, cells_of, lossless
+
+_POSITION = (1 << FIRST_ID_SHIFT) - 1
+_TORCH_BLOCK_ROWS = 1 << 20
+
+
+class Proposer(Protocol):
+    """Candidates for queries."""
+
+    rows: tuple[int, ...]
+    """How many each shard has."""
+    exact: bool
+    """Whether its order is that of the stored rows among what it looks at: no more than wanted need be proposed."""
+    cells: int
+    """How many cells there are to visit; 0 when all rows are looked at anyway."""
+
+    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> NDArray[np.int64]:
+        """Ids (Q, C) of ``count`` candidates, or of ``count`` in each shard; −1 where there were fewer."""
+        ...
+
+
+class SeparateShards:
+    """Whole indexes, one a shard, each searched on its own."""
+
+    def __init__(self, indexes: Sequence[Any]) -> None:
+        """Search ``indexes``, whose ids are positions."""
+        self._indexes = list(indexes)
+        self.rows = tuple(int(index.ntotal) for index in indexes)
+        self.exact = all(lossless(index) for index in indexes)
+        self._cells = [cells_of(index) for index in indexes]
+        self.cells = max((cells.nlist for cells in self._cells if cells is not None), default=0)
+
+    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> NDArray[np.int64]:
+        """Ids (Q, shards × count)."""
+        found, first = [], 0
+        for index, cells, rows in zip(self._indexes, self._cells, self.rows, strict=True):
+            if cells is not None:
+                cells.nprobe = nprobe
+            _, ids = index.search(queries, min(count, rows) or 1)
+            found.append(np.where(ids < 0, -1, ids + first))
+            first += rows
+        return np.concatenate(found, axis=1)
+
+
+class StackedCells:
+    """One IVF over the memory-mapped inverted lists of all shards: a query is assigned to cells once, not per shard."""
+
+    def __init__(self, quantizer: Any, shards: Sequence[Any], ordinals: Sequence[int]) -> None:
+        """Put ``shards`` (indexes without a quantizer) under the trained ``quantizer``, an index without rows."""
+        self._index, self._kept = quantizer, [*shards]
+        self._ivf = cells_of(quantizer)
+        self.rows = tuple(int(shard.ntotal) for shard in shards)
+        self.exact, self.cells = lossless(quantizer), int(self._ivf.nlist)
+        lists = [cells_of(shard).invlists for shard in shards]
+        if len(lists) > 1:
+            pointers: Any = faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]
+            for one in lists:
+                pointers.push_back(one)
+            stacked = faiss.HStackInvertedLists(pointers.size(), pointers.data())
+        else:
+            (stacked,) = lists
+        self._kept.append(stacked)
+        self._ivf.replace_invlists(stacked, False)
+        for part in {id(part): part for part in (self._index, self._ivf)}.values():
+            part.ntotal = sum(self.rows)
+        self._graph = faiss.downcast_index(self._ivf.quantizer)
+        first = np.zeros(max(ordinals, default=0) + 1, dtype=np.int64)
+        first[list(ordinals)] = [0, *itertools.accumulate(self.rows)][:-1]
+        self._first = first
+
+    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> NDArray[np.int64]:
+        """Ids (Q, count)."""
+        self._ivf.nprobe = nprobe
+        if isinstance(self._graph, faiss.IndexHNSW):
+            self._graph.hnsw.efSearch = max(32, 2 * nprobe)
+        _, ids = self._index.search(queries, count)
+        found: NDArray[np.int64] = np.where(ids < 0, -1, self._first[ids >> FIRST_ID_SHIFT] + (ids & _POSITION))
+        return found
+
+
+class TorchRows:
+    """All rows on an accelerator, compared by matrix products: exact, and fast there."""
+
+    exact, cells = True, 0
+
+    def __init__(self, parts: Sequence[NDArray[np.float16]], device: torch.device | str) -> None:
+        """Copy the stored rows (n, D) of every shard to ``device``."""
+        self.rows = tuple(len(part) for part in parts)
+        self._device = torch.device(device)
+        kept = torch.float16 if self._device.type == "cuda" else torch.float32
+        self._parts = [torch.from_numpy(np.array(part)).to(self._device, kept) for part in parts if len(part)]
+
+    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> NDArray[np.int64]:
+        """Ids (Q, count)."""
+        best, ids, first = None, None, 0
+        for part in self._parts:
+            asked = torch.from_numpy(queries).to(self._device, part.dtype)
+            for block in torch.split(part, _TORCH_BLOCK_ROWS):
+                scores, places = (asked @ block.T).float().topk(min(count, len(block)), dim=1)
+                places = places + first
+                first += len(block)
+                if best is not None and ids is not None:
+                    scores, order = torch.cat([best, scores], dim=1).topk(
+                        min(count, best.shape[1] + scores.shape[1]), dim=1
+                    )
+                    places = torch.cat([ids, places], dim=1).gather(1, order)
+                best, ids = scores, places
+        if ids is None:
+            return np.full((len(queries), 1), -1, dtype=np.int64)
+        found: NDArray[np.int64] = ids.cpu().numpy().astype(np.int64)
+        return found
+
+
+def open_proposer(indexes: Sequence[Path], ordinals: Sequence[int], quantizer: Path | None) -> Proposer:
+    """Memory-map the index files. Raises ``ModelError`` when one cannot be read or belongs elsewhere."""
+    opened = [_open(path) for path in indexes]
+    bare = [cells_of(index) is not None and cells_of(index).quantizer.ntotal == 0 for index in opened]
+    if not any(bare):
+        return SeparateShards(opened)
+    if quantizer is None or not all(bare):
+        raise ModelError(f"{indexes[0]} holds cells without their quantizer; rebuild the database")
+    template = _open(quantizer)
+    for path, index in zip(indexes, opened, strict=True):
+        if (index.d, cells_of(index).nlist, cells_of(index).code_size) != (
+            template.d, cells_of(template).nlist, cells_of(template).code_size,
+        ):  # fmt: skip
+            raise ModelError(f"{path} was not filled from {quantizer}; rebuild the database")
+    return StackedCells(template, opened, ordinals)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise ModelError(f"{path} is no readable FAISS index; rebuild the database") from error

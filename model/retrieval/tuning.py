@@ -1,0 +1,98 @@
+"""The least effort that reaches a recall: cells visited and candidates re-ranked, tuned together.
+
+With few bits a row, recall stops below the target at any number of cells unless more candidates are re-ranked; with few
+candidates, at any number of bits. So both are tried, and what costs least is taken.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from model.retrieval.database import Database, SearchEffort
+from model.retrieval.recall import Truth, recall
+
+CANDIDATES = (20, 50, 100, 200, 500, 1000)
+MOST_PROBES = 2_048  # what faiss-gpu takes
+BEYOND = 2
+"""Further numbers of cells that are measured once the target is reached, for the curve."""
+_TIMED_QUERIES = 64
+_READ_COST = 4.0  # reading a stored row at random, against one code of a list that is read in order
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One measurement: the effort, recall@10 by kind of query, and how long one query takes on its own."""
+
+    effort: SearchEffort
+    recalls: Mapping[str, float]
+    latency_ms: float
+
+    def as_row(self) -> dict[str, Any]:
+        """Plain values, for a manifest."""
+        named = {f"recall_at_10_{kind}": value for kind, value in self.recalls.items()}
+        return {**dataclasses.asdict(self.effort), **named, "latency_ms": round(self.latency_ms, 4)}
+
+
+def tune(database: Database, truths: Mapping[str, Truth], target: float) -> tuple[Point, list[Point]]:
+    """The cheapest effort whose recall@10 reaches ``target`` for every kind of query, and all that was measured.
+
+    Cost is counted, not timed (codes compared, and candidates read), so that a busy machine tunes like an idle one.
+    Where nothing reaches the target, the point whose worst recall is best.
+    """
+    proposer = database.proposer
+    probes = [1]
+    while probes[-1] * 2 <= min(proposer.cells, MOST_PROBES):
+        probes.append(probes[-1] * 2)
+    depths = CANDIDATES[:1] if proposer.exact else CANDIDATES
+    measured: list[Point] = []
+    left = BEYOND
+    for nprobe in probes:
+        points = _deepen(database, truths, target, nprobe, depths)
+        measured += points
+        if _worst(points[-1]) >= target:
+            if left == 0:
+                break
+            left -= 1
+    reaching = [point for point in measured if _worst(point) >= target]
+    if reaching:
+        return min(reaching, key=lambda point: _cost(database, point.effort)), measured
+    return max(measured, key=_worst), measured
+
+
+def _deepen(
+    database: Database, truths: Mapping[str, Truth], target: float, nprobe: int, depths: tuple[int, ...]
+) -> list[Point]:
+    """More and more candidates until they reach the target or no longer help."""
+    points: list[Point] = []
+    for candidates in depths:
+        point = measure(database.with_effort(SearchEffort(nprobe=nprobe, candidates=candidates)), truths)
+        stuck = bool(points) and _worst(point) - _worst(points[-1]) < 1e-3
+        points.append(point)
+        if stuck or _worst(point) >= target:
+            break
+    return points
+
+
+def measure(database: Database, truths: Mapping[str, Truth]) -> Point:
+    """Recall@10 and latency of a database as it is."""
+    recalls = {kind: recall(database, truth) for kind, truth in truths.items()}
+    queries = next((truth.queries[:_TIMED_QUERIES] for truth in truths.values() if len(truth)), None)
+    seconds = 0.0
+    if queries is not None:
+        database.search(queries[:1], 10)
+        started = time.perf_counter()
+        for query in queries:
+            database.search(query[None], 10)
+        seconds = (time.perf_counter() - started) / len(queries)
+    return Point(effort=database.effort, recalls=recalls, latency_ms=1e3 * seconds)
+
+
+def _worst(point: Point) -> float:
+    return min(point.recalls.values(), default=1.0)
+
+
+def _cost(database: Database, effort: SearchEffort) -> float:
+    proposer = database.proposer
+    read = 10 if proposer.exact else effort.candidates
+    return effort.nprobe * database.stored / max(1, proposer.cells) + _READ_COST * read

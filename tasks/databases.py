@@ -1,0 +1,120 @@
+"""Databases, opened: a committed version's files verified, mapped into memory and searched as one."""
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infra import artifacts, shards, storage
+from infra.errors import InputError, IntegrityError
+from model.retrieval.database import Database, SearchEffort, ShardFiles
+from tasks.contracts import DatabaseVersion, EmbeddingShards, encoder_of
+
+QUANTIZER = "quantizer"
+"""The pseudo-shard that keeps the trained, empty index: the template of every other."""
+HIDDEN = "rows-hidden"
+"""The pseudo-shard of what is never returned: ``taken.npy``, ``pairs.npy`` of near-duplicates, ``hidden.npy``."""
+TRUTH = "rows-true"
+"""The pseudo-shard of held-out queries and their true neighbours, ``image.npz`` and ``text.npz``."""
+
+
+def open_database(version: DatabaseVersion, cache: Path, *, name: str | None = None) -> Database:
+    """Open a version for searching: every file verified against its digest, then memory-mapped.
+
+    Raises:
+        IntegrityError: an index or embedding file differs from what was committed.
+    """
+    manifest = version.manifest()
+    embeddings = embeddings_of(version)
+    (hidden,) = (shard for shard in manifest.shards if shard.name == HIDDEN)
+    return open_shards(
+        version.uri,
+        manifest.shards,
+        embeddings,
+        cache,
+        name=name or storage.join(version.uri).rsplit("/", 3)[-3],
+        effort=SearchEffort(**manifest.info["effort"]),
+        hidden=artifacts.fetch_shard(version.uri, hidden, "hidden.npy", cache),
+    )
+
+
+def embeddings_of(version: DatabaseVersion) -> EmbeddingShards:
+    """The embeddings that a version indexes. Raises ``InputError`` when they are no longer the same."""
+    source = version.manifest().inputs["embeddings"]
+    embeddings = EmbeddingShards.open(source["uri"])
+    if embeddings.digest != source["digest"]:
+        raise InputError(f"{embeddings.uri} is not what {version.uri} was built from; rebuild the database")
+    return embeddings
+
+
+def open_shards(
+    uri: str,
+    indexed: Sequence[artifacts.Shard],
+    embeddings: EmbeddingShards,
+    cache: Path,
+    *,
+    name: str,
+    effort: SearchEffort,
+    hidden: Path | None = None,
+) -> Database:
+    """Open index shards, committed as a version at ``uri`` or not yet, over the embedding shards that they index."""
+    source = embeddings.manifest()
+    rows = {shard.name: shard for shard in source.shards}
+    files, quantizer = [], None
+    for shard in indexed:
+        if shard.name == QUANTIZER:
+            quantizer = artifacts.fetch_shard(uri, shard, ".faiss", cache)
+        elif "members" in shard.info:
+            absent = [member for member in shard.info["members"] if member not in rows]
+            if absent:
+                raise IntegrityError(f"{embeddings.uri} lacks shard {absent[0]}, which {uri} indexes; build it again")
+            members = [rows[member] for member in shard.info["members"]]
+            files.append(
+                ShardFiles(
+                    index=artifacts.fetch_shard(uri, shard, ".faiss", cache),
+                    embeddings=tuple(artifacts.fetch_shard(embeddings.uri, one, ".npy", cache) for one in members),
+                    ordinal=shard.info["ordinal"],
+                )
+            )
+    return Database(
+        files,
+        encoder=encoder_of(source),
+        name=name,
+        quantizer=quantizer,
+        effort=effort,
+        hidden=None if hidden is None else np.load(hidden),
+        describe=Metadata(embeddings.uri, source, cache),
+    )
+
+
+class Metadata:
+    """Metadata of global rows, a shard's parquet read when first asked for."""
+
+    def __init__(self, uri: str, manifest: artifacts.Manifest, cache: Path) -> None:
+        """Look rows of the embedding shards at ``uri`` up."""
+        self._uri, self._shards, self._cache = uri, manifest.shards, cache
+        self._offsets = [0, *itertools.accumulate(shard.rows for shard in manifest.shards)]
+        self._tables: dict[int, list[dict[str, Any]]] = {}
+
+    def __call__(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """Key, url, sha256, width and height of each row."""
+        return [self.row(int(row)) for row in ids]
+
+    def shard(self, row: int) -> str:
+        """The name of the shard that holds ``row``."""
+        return self._shards[self._number(row)].name
+
+    def row(self, row: int) -> dict[str, Any]:
+        """What is known of ``row``."""
+        number = self._number(row)
+        if number not in self._tables:
+            path = artifacts.fetch_shard(self._uri, self._shards[number], ".parquet", self._cache)
+            self._tables[number] = shards.read_table(path).to_pylist()
+        known = self._tables[number][row - self._offsets[number]]
+        return {name: known[name] for name in ("key", "url", "sha256", "width", "height")}
+
+    def _number(self, row: int) -> int:
+        return bisect.bisect_right(self._offsets, row) - 1

@@ -1,0 +1,103 @@
+"""Hide: the rows of a database that no search returns, because they were taken down or nearly repeat an earlier row."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra import artifacts, compute, storage
+from infra.errors import StageError
+from model.retrieval.database import SearchEffort
+from model.retrieval.duplicates import find_pairs, later_ones
+from tasks.contracts import DatabaseVersion, EmbeddingShards, Takedown
+from tasks.databases import HIDDEN, open_shards
+from tasks.takedown import masks_named, rows_named
+
+_EFFORT = SearchEffort(nprobe=8, candidates=50)  # near-duplicates share a cell, or lie in the next
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Grown:
+    """A version to which rows were only added: what was found out about its rows still holds."""
+
+    version: DatabaseVersion
+    shards: int  # embedding shards
+    rows: int
+
+    def array(self, name: str, cache: Path) -> NDArray[np.int64]:
+        """One of its files of hidden rows."""
+        (shard,) = (shard for shard in self.version.manifest().shards if shard.name == HIDDEN)
+        found: NDArray[np.int64] = np.load(artifacts.fetch_shard(self.version.uri, shard, name, cache))
+        return found
+
+
+def hide_rows(
+    folder_uri: str,
+    indexed: Sequence[artifacts.Shard],
+    embeddings: EmbeddingShards,
+    cache: Path,
+    *,
+    takedown: Takedown | None,
+    bound: float,
+    dedup: bool,
+    grown: Grown | None,
+) -> artifacts.Shard:
+    """Find rows to hide among those of index shards that are not committed as a version yet, and commit them.
+
+    Near-duplicates (cosine at least ``bound``) are counted, and hidden when ``dedup`` asks for it. What ``grown`` knows
+    is taken over, so that only new rows are searched.
+    """
+    taken = _taken_down(embeddings, cache, takedown, grown)
+    pairs = [] if grown is None else [grown.array("pairs.npy", cache)]
+    first, items = 0, []
+    known = 0 if grown is None else grown.shards
+    for number, shard in enumerate(embeddings.manifest().shards):
+        if number >= known:
+            items.append((shard, first))
+        first += shard.rows
+    if bound < 1 and items:
+        settings = (folder_uri, list(indexed), embeddings, cache, bound)
+        cores = compute.cpus()
+        for found in compute.map_shards(_Pairs, settings, items, actors=cores, description="near-duplicates"):
+            if isinstance(found, compute.Lost):
+                raise StageError(f"near-duplicates could not be looked for ({found.error}); run again") from found.error
+            pairs.append(found)
+    joined = np.unique(np.concatenate([np.zeros((0, 2), np.int64), *pairs]), axis=0)
+    repeated = later_ones(joined)
+    hidden = np.union1d(taken, repeated) if dedup else taken
+    info = {"taken_down": len(taken), "near_duplicates": len(repeated), "hidden": len(hidden)}
+    with storage.scratch() as folder:
+        for name, values in {"taken": taken, "pairs": joined, "hidden": hidden}.items():
+            np.save(folder / f"{name}.npy", values)
+        return artifacts.commit_shard(folder_uri, HIDDEN, folder, rows=0, info=info)
+
+
+def _taken_down(
+    embeddings: EmbeddingShards, cache: Path, takedown: Takedown | None, grown: Grown | None
+) -> NDArray[np.int64]:
+    if takedown is None:
+        return np.zeros(0, np.int64)
+    before = None if grown is None else grown.version.manifest().inputs.get("takedown")
+    if grown is None or before is None or before["digest"] != takedown.digest:
+        return rows_named(takedown, embeddings, cache)
+    masks = masks_named(takedown, embeddings, embeddings.manifest().shards[grown.shards :], cache)
+    new = np.flatnonzero(np.concatenate(masks)) + grown.rows if masks else np.zeros(0, np.int64)
+    return np.concatenate([grown.array("taken.npy", cache), new])
+
+
+class _Pairs:
+    """The near-duplicates of one shard's rows, on a worker."""
+
+    def __init__(
+        self, uri: str, indexed: Sequence[Any], embeddings: EmbeddingShards, cache: Path, bound: float
+    ) -> None:
+        self._database = open_shards(uri, indexed, embeddings, cache, name="duplicates", effort=_EFFORT)
+        self._embeddings, self._cache, self._bound = embeddings, cache, bound
+
+    def __call__(self, item: tuple[artifacts.Shard, int]) -> NDArray[np.int64]:
+        shard, first = item
+        rows = np.load(artifacts.fetch_shard(self._embeddings.uri, shard, ".npy", self._cache), mmap_mode="r")
+        return find_pairs(self._database, rows, first, self._bound)
