@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -132,6 +132,39 @@ def map_shards(
                 yield result
     finally:
         for actor in pool:
+            ray.kill(actor)
+
+
+class Placed:
+    """Workers that stay where they are placed and answer together; one that dies is built again where there is room."""
+
+    def __init__(self, actors: Sequence[Any]) -> None:
+        """Ask ``actors``."""
+        self._actors = list(actors)
+
+    def ask(self, item: Any, of: int | None = None) -> list[Any]:
+        """What every worker, or the one with number ``of``, returns for ``item``, in order. Raises as it was raised."""
+        asked = self._actors if of is None else [self._actors[of]]
+        try:
+            return list(ray.get([actor.run.remote(item) for actor in asked]))
+        except RayTaskError as error:
+            raise (error.cause or error) from None
+        except (RayActorError, WorkerCrashedError) as error:
+            raise TransientError(f"a worker was lost and could not be built again ({error}); ask again") from error
+
+
+@contextmanager
+def placed(
+    factory: Callable[..., Worker[Any, Any]], settings: Sequence[tuple[Any, ...]], *, cpus_each: float = 1
+) -> Iterator[Placed]:
+    """A worker ``factory(*one)`` for each of ``settings``, spread over the machines of the cluster, until the end."""
+    _start()
+    options = {"num_cpus": cpus_each, "max_restarts": -1, "scheduling_strategy": "SPREAD"}
+    actors = [_ACTOR.options(**options, max_task_retries=SHARD_TRIES).remote(factory, one) for one in settings]
+    try:
+        yield Placed(actors)
+    finally:
+        for actor in actors:
             ray.kill(actor)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from infra import artifacts, shards, storage
 from infra.errors import InputError, IntegrityError
@@ -27,18 +28,33 @@ def open_database(version: DatabaseVersion, cache: Path, *, name: str | None = N
     Raises:
         IntegrityError: an index or embedding file differs from what was committed.
     """
-    manifest = version.manifest()
-    embeddings = embeddings_of(version)
-    (hidden,) = (shard for shard in manifest.shards if shard.name == HIDDEN)
-    return open_shards(
+    return open_part(version, index_shards(version), cache, name=name)[0]
+
+
+def index_shards(version: DatabaseVersion) -> list[artifacts.Shard]:
+    """The shards of a version that index rows, in row order."""
+    return [shard for shard in version.manifest().shards if "members" in shard.info]
+
+
+def open_part(
+    version: DatabaseVersion, part: Sequence[artifacts.Shard], cache: Path, *, name: str | None = None
+) -> tuple[Database, int]:
+    """Neighbouring index shards of a version as a database of their own, and the id of its first row in the whole."""
+    manifest, embeddings = version.manifest(), embeddings_of(version)
+    special = {shard.name: shard for shard in manifest.shards if shard.name in (QUANTIZER, HIDDEN)}
+    before = itertools.takewhile(lambda shard: shard.name != part[0].name, index_shards(version))
+    first = sum(shard.rows for shard in before)
+    hidden = np.load(artifacts.fetch_shard(version.uri, special[HIDDEN], "hidden.npy", cache)) - first
+    database = open_shards(
         version.uri,
-        manifest.shards,
+        [special[QUANTIZER], *part],
         embeddings,
         cache,
         name=name or storage.join(version.uri).rsplit("/", 3)[-3],
         effort=SearchEffort(**manifest.info["effort"]),
-        hidden=artifacts.fetch_shard(version.uri, hidden, "hidden.npy", cache),
+        hidden=hidden[(hidden >= 0) & (hidden < sum(shard.rows for shard in part))],
     )
+    return database, first
 
 
 def embeddings_of(version: DatabaseVersion) -> EmbeddingShards:
@@ -58,7 +74,7 @@ def open_shards(
     *,
     name: str,
     effort: SearchEffort,
-    hidden: Path | None = None,
+    hidden: NDArray[np.int64] | None = None,
 ) -> Database:
     """Open index shards, committed as a version at ``uri`` or not yet, over the embedding shards that they index."""
     source = embeddings.manifest()
@@ -85,7 +101,7 @@ def open_shards(
         name=name,
         quantizer=quantizer,
         effort=effort,
-        hidden=None if hidden is None else np.load(hidden),
+        hidden=hidden,
         describe=Metadata(embeddings.uri, source, cache),
     )
 

@@ -16,6 +16,7 @@ from tasks.contracts import DatabaseVersion, EmbeddingShards, Takedown
 from tasks.databases import HIDDEN, open_shards
 from tasks.takedown import masks_named, rows_named
 
+_FEW_SHARDS = 16  # embedding shards; starting actors for so few takes longer than the search
 _EFFORT = SearchEffort(nprobe=8, candidates=50)  # near-duplicates share a cell, or lie in the next
 
 
@@ -58,13 +59,8 @@ def hide_rows(
         if number >= known:
             items.append((shard, first))
         first += shard.rows
-    if bound < 1 and items:
-        settings = (folder_uri, list(indexed), embeddings, cache, bound)
-        cores = compute.cpus()
-        for found in compute.map_shards(_Pairs, settings, items, actors=cores, description="near-duplicates"):
-            if isinstance(found, compute.Lost):
-                raise StageError(f"near-duplicates could not be looked for ({found.error}); run again") from found.error
-            pairs.append(found)
+    if bound < 1:
+        pairs += _search_pairs((folder_uri, list(indexed), embeddings, cache, bound), items)
     joined = np.unique(np.concatenate([np.zeros((0, 2), np.int64), *pairs]), axis=0)
     repeated = later_ones(joined)
     hidden = np.union1d(taken, repeated) if dedup else taken
@@ -86,6 +82,22 @@ def _taken_down(
     masks = masks_named(takedown, embeddings, embeddings.manifest().shards[grown.shards :], cache)
     new = np.flatnonzero(np.concatenate(masks)) + grown.rows if masks else np.zeros(0, np.int64)
     return np.concatenate([grown.array("taken.npy", cache), new])
+
+
+def _search_pairs(settings: tuple[Any, ...], items: list[tuple[artifacts.Shard, int]]) -> list[NDArray[np.int64]]:
+    """The pairs of every item: few in one task, many over actors."""
+    if len(items) <= _FEW_SHARDS:
+        return list(compute.run(_search_few, settings, items, cpus=compute.cpus())) if items else []
+    found = list(compute.map_shards(_Pairs, settings, items, actors=compute.cpus(), description="near-duplicates"))
+    for lost in found:
+        if isinstance(lost, compute.Lost):
+            raise StageError(f"near-duplicates could not be looked for ({lost.error}); run again") from lost.error
+    return found
+
+
+def _search_few(settings: tuple[Any, ...], items: list[tuple[artifacts.Shard, int]]) -> list[NDArray[np.int64]]:
+    worker = _Pairs(*settings)
+    return [worker(item) for item in items]
 
 
 class _Pairs:

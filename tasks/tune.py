@@ -35,15 +35,12 @@ def tune_database(
     A database that ``grown`` describes keeps its queries: of these only the new rows are looked at for the truth.
     ``config`` is the :class:`tasks.index.IndexConfig`. The curve is drawn into the folder as ``recall.png``.
     """
-    hidden_file = artifacts.fetch_shard(folder_uri, hidden, "hidden.npy", cache)
-    database = open_shards(
-        folder_uri, indexed, embeddings, cache, name="tuned", effort=SearchEffort(), hidden=hidden_file
-    )
+    barred = np.load(artifacts.fetch_shard(folder_uri, hidden, "hidden.npy", cache))
+    database = open_shards(folder_uri, indexed, embeddings, cache, name="tuned", effort=SearchEffort(), hidden=barred)
     parts = [
         np.load(artifacts.fetch_shard(embeddings.uri, shard, ".npy", cache), mmap_mode="r")
         for shard in embeddings.manifest().shards
     ]
-    barred = np.load(hidden_file)
     if grown is not None:
         truths = {
             kind: _grown(database, parts, truth, grown.rows, barred) for kind, truth in _read(grown, cache).items()

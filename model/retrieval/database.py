@@ -181,18 +181,19 @@ class Database:
         Raises:
             ModelError: the queries' width is not the database's, or a value is not finite.
         """
-        return self.search_without(queries, k, None if exclude is None else self.rows(exclude))
+        if k < 1:
+            raise ModelError(f"k is {k}; ask for at least one neighbour")
+        width = max(1, min(k, len(self) - (exclude is not None)))
+        return self.search_without(queries, width, None if exclude is None else self.rows(exclude))
 
-    def search_without(self, queries: NDArray[Any], k: int, own: NDArray[np.float16] | None) -> Hits:
-        """As :meth:`search`, the excluded rows (Q, D) given as they are stored, here or in another database."""
+    def search_without(self, queries: NDArray[Any], width: int, own: NDArray[np.float16] | None) -> Hits:
+        """``width`` neighbours as :meth:`search` has them, what to exclude (Q, D) given as it is stored anywhere."""
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.encoder.dimension:
             raise ModelError(f"queries {queries.shape} do not fit database {self.name} of {self.encoder}")
         if not len(queries) or not np.isfinite(queries).all():
             raise ModelError("there is no query, or one that is not finite; look at what was embedded")
-        if k < 1:
-            raise ModelError(f"k is {k}; ask for at least one neighbour")
-        width = max(1, min(k, len(self) - (own is not None)))
+        width = min(width, len(self))
         hits = self._search(queries, width, own, extra=int(own is not None), nprobe=self.effort.nprobe)
         nprobe = self.effort.nprobe
         # Cells without enough rows leave a query short: then more cells are visited, and at last all rows looked at.
@@ -201,7 +202,7 @@ class Database:
             theirs = None if own is None else own[short]
             hits.put(short, self._search(queries[short], width, theirs, extra=int(own is not None), nprobe=nprobe))
         if not self._proposer.exact:
-            for query in short:
+            for query in np.flatnonzero((hits.ids < 0).any(axis=1)):
                 theirs = None if own is None else own[query : query + 1]
                 hits.put(np.array([query]), self._look_at_all(queries[query : query + 1], theirs, width))
         hits.embeddings[hits.ids < 0] = 0

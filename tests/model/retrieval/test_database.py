@@ -7,7 +7,7 @@ import tiny
 from numpy.typing import NDArray
 
 from model.errors import ModelError
-from model.retrieval.database import Database, Hits, ShardFiles
+from model.retrieval.database import Database, Hits, SearchEffort, ShardFiles
 
 
 def ranked(queries: NDArray[Any], rows: NDArray[np.float16]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -181,3 +181,54 @@ def test_copies_that_crowd_one_shard_cost_no_neighbour(tmp_path: Path) -> None:
     scores[(rows.astype(np.float16) == rows[:1].astype(np.float16)).all(axis=1)] = -np.inf
     assert found.scores[0] == pytest.approx(np.sort(scores)[::-1][:8], abs=2e-3)
     assert not set(found.ids[0].tolist()) & set(range(6))
+
+
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8,SQfp16", "IVF8,SQ8", "OPQ4,IVF8,PQ4x4"])
+def test_cells_stacked_over_shards_are_searched_as_those_of_one(tmp_path: Path, factory: str) -> None:
+    rows, queries = tiny.unit_rows(900), tiny.unit_rows(20, seed=1).astype(np.float32)
+    whole = tiny.database(tmp_path / "one", rows, factory=factory, nprobe=2, candidates=60)
+    parts = tiny.database(tmp_path / "many", *np.split(rows, [50, 50, 600]), factory=factory, nprobe=2, candidates=60)
+    assert type(parts.proposer).__name__ == "StackedCells"
+    np.testing.assert_array_equal(parts.search(queries, 10).ids, whole.search(queries, 10).ids)
+
+
+def test_shards_of_versions_are_told_apart_by_their_ordinals(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(300)
+    files = tiny.shard_files(tmp_path, rows[:100], rows[100:180], rows[180:], factory="IVF4,SQfp16")
+    quantizer, effort = tmp_path / "quantizer.faiss", SearchEffort(nprobe=4)
+    without = Database([files[0], files[2]], encoder=tiny.identity(), quantizer=quantizer, effort=effort)
+    kept = np.concatenate([rows[:100], rows[180:]])
+    require_exact(without.search(kept[:50], 5), kept[:50], kept, 5)
+
+
+def test_cells_without_their_quantizer_are_refused(tmp_path: Path) -> None:
+    files = tiny.shard_files(tmp_path, tiny.unit_rows(200), factory="IVF4,SQ8")
+    with pytest.raises(ModelError, match=r"0\.faiss holds cells without their quantizer; rebuild"):
+        Database(files, encoder=tiny.identity())
+    other = tiny.shard_files(tmp_path / "other", tiny.unit_rows(200), factory="IVF8,SQ8")
+    with pytest.raises(ModelError, match=r"0\.faiss was not filled from .*rebuild"):
+        Database(other, encoder=tiny.identity(), quantizer=tmp_path / "quantizer.faiss")
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,SQfp16", "IVF4,SQ8"])
+def test_hidden_rows_are_never_returned_however_near(tmp_path: Path, factory: str) -> None:
+    rows = tiny.unit_rows(400)
+    queries = rows[:5].astype(np.float32)
+    near = np.unique(ranked(queries, rows)[0][:, :60])
+    visible = np.setdiff1d(np.arange(400), near)
+    database = tiny.database(tmp_path, rows[:250], rows[250:], factory=factory, hidden=near, nprobe=4, candidates=20)
+    assert (len(database), database.stored) == (len(visible), 400)
+    np.testing.assert_array_equal(database.ids(), visible)
+    found = database.search(queries, 10)
+    order, _ = ranked(queries, rows)
+    for ids, best in zip(found.ids.tolist(), order.tolist(), strict=True):
+        assert ids == [row for row in best if row not in near][:10]
+
+
+def test_a_query_whose_cells_are_empty_visits_more(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(64)
+    hits = tiny.database(tmp_path, rows, factory="IVF16,SQfp16", nprobe=1).search(rows[:8], 30)
+    assert hits.ids.shape == (8, 30)
+    assert (hits.ids >= 0).all()
+    assert hits.ids[:, 0].tolist() == list(range(8))
+    require_exact(tiny.database(tmp_path, rows, factory="IVF16,SQfp16").search(rows[:8], 64), rows[:8], rows, 64)

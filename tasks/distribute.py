@@ -1,0 +1,110 @@
+"""Distribute: a database larger than one machine, on Ray actors, behind the interface of one that is not.
+
+Every actor opens neighbouring index shards as a database of its own; all are asked at once, and the best of their
+answers are the answer. A machine holds what its actors were given, and fetches nothing else.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra import artifacts, compute
+from infra.errors import InputError
+from model.clip import EncoderIdentity
+from model.errors import ModelError
+from model.retrieval.database import Hits
+from tasks.contracts import DatabaseVersion, encoder_of
+from tasks.databases import Metadata, embeddings_of, index_shards, open_part
+
+
+@contextmanager
+def distributed_database(
+    version: DatabaseVersion, cache: Path, *, actors: int, cpus_each: float = 1
+) -> Iterator["DistributedDatabase"]:
+    """Open a version on ``actors`` workers, at most one for each index shard, inside of :func:`compute.cluster`.
+
+    Raises:
+        InputError: fewer than one actor.
+    """
+    if actors < 1:
+        raise InputError(f"{actors} actors cannot hold a database; give at least 1")
+    parts = _balanced(index_shards(version), actors)
+    with compute.placed(_Part, [(version, part, cache) for part in parts], cpus_each=cpus_each) as placed:
+        yield DistributedDatabase(version, parts, placed, cache)
+
+
+class DistributedDatabase:
+    """A database on actors: what a pipeline, and anyone who searches, needs of one."""
+
+    def __init__(
+        self, version: DatabaseVersion, parts: Sequence[Sequence[artifacts.Shard]], placed: compute.Placed, cache: Path
+    ) -> None:
+        """Ask ``placed`` workers, which hold ``parts`` in row order."""
+        manifest, embeddings = version.manifest(), embeddings_of(version)
+        self.name = version.uri.rsplit("/", 3)[-3]
+        self.encoder: EncoderIdentity = encoder_of(manifest)
+        self._placed, self._rows = placed, manifest.rows - int(manifest.info["hidden"])
+        self._starts = np.cumsum([0, *(sum(shard.rows for shard in part) for part in parts)])
+        self._describe = Metadata(embeddings.uri, embeddings.manifest(), cache)
+
+    def __len__(self) -> int:
+        """Rows that a search may return."""
+        return self._rows
+
+    def search(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Hits:
+        """The ``k`` nearest rows of each query; see :meth:`model.retrieval.database.Database.search`."""
+        if k < 1:
+            raise ModelError(f"k is {k}; ask for at least one neighbour")
+        width = max(1, min(k, len(self) - (exclude is not None)))
+        own = None if exclude is None else self.rows(exclude)
+        answers: list[Hits] = self._placed.ask(("search", (queries, width, own)))
+        shifted = [
+            np.where(hits.ids < 0, -1, hits.ids + first) for hits, first in zip(answers, self._starts[:-1], strict=True)
+        ]
+        scores, ids = np.concatenate([hits.scores for hits in answers], axis=1), np.concatenate(shifted, axis=1)
+        order = np.lexsort((ids, -scores), axis=1)[:, :width]
+        pick = np.arange(len(ids))[:, None], order
+        embeddings = np.concatenate([hits.embeddings for hits in answers], axis=1)
+        return Hits(scores=scores[pick], ids=ids[pick], embeddings=embeddings[pick])
+
+    def rows(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
+        """Stored rows (*ids.shape, D) float16 of global ids, each asked of the actor that holds it."""
+        flat = np.asarray(ids).reshape(-1)
+        holder = np.searchsorted(self._starts, flat, side="right") - 1
+        found = np.empty((len(flat), self.encoder.dimension), dtype=np.float16)
+        for number in np.unique(holder):
+            here = holder == number
+            (found[here],) = self._placed.ask(("rows", (flat[here] - self._starts[number],)), of=int(number))
+        return found.reshape(*np.shape(ids), -1)
+
+    def describe(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """What is known of rows (key, url, …)."""
+        return [{"id": int(row), **known} for row, known in zip(ids, self._describe(ids), strict=True)]
+
+
+class _Part:
+    """Neighbouring index shards, open on a worker."""
+
+    def __init__(self, version: DatabaseVersion, part: Sequence[artifacts.Shard], cache: Path) -> None:
+        self._database, _ = open_part(version, part, cache)
+
+    def __call__(self, item: tuple[str, tuple[Any, ...]]) -> Any:
+        what, arguments = item
+        return self._database.search_without(*arguments) if what == "search" else self._database.rows(*arguments)
+
+
+def _balanced(shards: Sequence[artifacts.Shard], actors: int) -> list[list[artifacts.Shard]]:
+    """Neighbouring shards in at most ``actors`` parts of about equally many rows."""
+    total, held = sum(shard.rows for shard in shards), 0
+    parts: list[list[artifacts.Shard]] = []
+    for shard in shards:
+        if not parts or held >= total * len(parts) / min(actors, len(shards)):
+            parts.append([shard])
+        else:
+            parts[-1].append(shard)
+        held += shard.rows
+    return parts

@@ -1,0 +1,415 @@
+"""Databases of seeded rows: the index that ``auto`` takes beside others', shards, swaps, and neighbours of all rows.
+
+    make bench NAME=index       (ROWS=1000000 for one size; the 10 million take half an hour and 8 GB of disk)
+    make bench NAME=shards | swap | neighbours
+
+Rows are 256 wide, unit, in 1,000 seeded clusters. Databases are built by the real stage and kept below
+``build/bench/retrieval``. Two others are measured where they are at hand, each in an environment of its own:
+
+    python3.11 -m venv A && A/bin/pip install autofaiss==2.18.0 faiss-cpu==1.12.0 'numpy<2' pyarrow==25.0.1
+    python3.11 -m venv H && H/bin/pip install hnswlib numpy
+    AUTOFAISS_PYTHON=A/bin/python HNSWLIB_PYTHON=H/bin/python make bench NAME=index
+
+autofaiss is given the memory that our index takes, and its index is searched by this FAISS at the least effort that has
+our recall (or its best, where it never has). hnswlib (M 16, ef_construction 100) is searched likewise. What is timed of
+ours is ``Database.search``, re-ranking and the neighbours' embeddings included; of theirs the bare search.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from infra import artifacts, compute, storage
+from infra.shards import write_table
+from model.clip import EncoderIdentity
+from model.networks.dit import TransformerConfig, build_transformer
+from model.pipeline import KNNDiffusionPipeline, new_pipeline
+from model.retrieval.database import Database, SearchEffort, ShardFiles
+from model.retrieval.factory import choose_index, fill_shard, train_index, training_rows
+from model.retrieval.recall import Truth, find_truth, recall
+from tasks.contracts import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards
+from tasks.databases import open_database
+from tasks.index import IndexConfig, build_database
+from tasks.neighbours import find_neighbours
+
+WIDTH = 256
+SHARD_ROWS = 100_000
+FOLDER = Path("build/bench/retrieval")
+IDENTITY = EncoderIdentity(name="seeded", weights_digest="0" * 64, preprocess_digest="0" * 64, dimension=WIDTH)
+QUERIES = 1_000
+SIZES = (100_000, 1_000_000, 10_000_000)
+COMPARED_ROWS = 1_000_000  # beyond, the others take hours to build on two cores
+ROUNDS = 5
+
+
+def clustered(rows: int, seed: int) -> NDArray[np.float32]:
+    """Unit rows (rows, WIDTH) around 1,000 seeded centres, as embeddings are."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(0).standard_normal((1000, WIDTH), dtype=np.float32)
+    points = centres[rng.integers(1000, size=rows)] + 0.7 * rng.standard_normal((rows, WIDTH), dtype=np.float32)
+    unit: NDArray[np.float32] = points / np.linalg.norm(points, axis=1, keepdims=True)
+    return unit
+
+
+def seeded_embeddings(rows: int) -> EmbeddingShards:
+    """Committed embedding shards of so many seeded rows; made once. Their metadata has no rows: nobody asks for it."""
+    stage = artifacts.Stage(str(FOLDER / str(rows)), EmbeddingShards.kind, inputs={}, config={"rows": rows})
+    manifest = stage.committed()
+    if manifest is None:
+        done = []
+        for number, start in enumerate(range(0, rows, SHARD_ROWS)):
+            name = f"{number:05d}"
+            with storage.scratch() as folder:
+                (folder / "img_emb").mkdir()
+                part = clustered(min(SHARD_ROWS, rows - start), seed=1 + number).astype(np.float16)
+                np.save(folder / "img_emb" / f"img_emb_{name}.npy", part)
+                write_table([], METADATA_SCHEMA, folder / "metadata" / f"metadata_{name}.parquet")
+                done.append(artifacts.commit_shard(stage.uri, name, folder, rows=len(part), info={}))
+        manifest = stage.commit(done, identity={"encoder": dataclasses.asdict(IDENTITY)}, info={})
+    return EmbeddingShards.of(manifest, stage.uri)
+
+
+def seeded_database(rows: int) -> tuple[DatabaseVersion, float]:
+    """The version that the index stage builds of them, and the seconds that took; 0 when it was there."""
+    config = IndexConfig(near_duplicate_cosine=1.0)  # random rows have no near-duplicates to look for
+    with compute.cluster(None, None):
+        outcome = build_database(seeded_embeddings(rows), str(FOLDER / str(rows)), config, cache=FOLDER / "cache")
+    return outcome.reference, 0.0 if outcome.skipped else outcome.seconds
+
+
+def bench_index() -> dict[str, Any]:
+    """Build, memory, recall on held-out queries and queries/s of what ``auto`` takes, for each size."""
+    sizes = [int(os.environ["ROWS"])] if os.environ.get("ROWS") else SIZES
+    return {"dimension": WIDTH, "queries": QUERIES, "sizes": {f"{rows:,}": _index(rows) for rows in sizes}}
+
+
+def _index(rows: int) -> dict[str, Any]:
+    with _peak_memory() as peak:
+        version, seconds = seeded_database(rows)
+    told = FOLDER / str(rows) / "built.json"
+    if seconds:
+        told.write_text(json.dumps({"build_seconds": seconds, "peak_mb": peak[0]}))
+    database, manifest = open_database(version, FOLDER / "cache"), version.manifest()
+    truth = _held_out(rows)
+    bytes_ = sum(file.bytes for shard in manifest.shards if "members" in shard.info for file in shard.files)
+    bytes_ += sum(file.bytes for shard in manifest.shards if shard.name == "quantizer" for file in shard.files)
+    found = {
+        "factory": manifest.info["factory"],
+        **(json.loads(told.read_text()) if told.exists() else {}),
+        "bytes_a_row": bytes_ / rows,
+        "nprobe": database.effort.nprobe,
+        "recall_at_10": recall(database, truth),
+        "queries_s": QUERIES / _seconds(lambda: database.search(truth.queries, 10)),
+    }
+    if rows <= COMPARED_ROWS:
+        parts = [np.load(path, mmap_mode="r") for path in _row_files(rows)]
+        flat = faiss.IndexFlatIP(WIDTH)
+        for part in parts:
+            flat.add(part.astype(np.float32))
+        found["queries_s_flat"] = QUERIES / _seconds(lambda: flat.search(truth.queries, 10), rounds=2)
+        del flat
+        found |= _autofaiss(rows, bytes_, truth, found["recall_at_10"])
+        found |= _hnswlib(rows, truth, found["recall_at_10"])
+        again = QUERIES / _seconds(lambda: database.search(truth.queries, 10))
+        found["queries_s"] = statistics.mean([found["queries_s"], again])  # before and after the others
+        for other in ("flat", "autofaiss", "hnswlib"):
+            if f"queries_s_{other}" in found:
+                found[f"qps_ratio_{other}"] = found["queries_s"] / found[f"queries_s_{other}"]
+    return found
+
+
+def _held_out(rows: int) -> Truth:
+    """Queries of the same clusters that are no rows, and their true neighbours; kept, for they take a while."""
+    kept = FOLDER / str(rows) / "truth.npz"
+    if not kept.exists():
+        parts = [np.load(path, mmap_mode="r") for path in _row_files(rows)]
+        truth = find_truth(parts, clustered(QUERIES, seed=10_000_019), depth=10)
+        np.savez(kept, queries=truth.queries, own=truth.own, ids=truth.ids, scores=truth.scores)
+    with np.load(kept) as found:
+        return Truth(**found)
+
+
+def _row_files(rows: int) -> list[Path]:
+    embeddings = seeded_embeddings(rows)
+    shards = embeddings.manifest().shards
+    return [artifacts.fetch_shard(embeddings.uri, shard, ".npy", FOLDER / "cache") for shard in shards]
+
+
+def _autofaiss(rows: int, bytes_: int, truth: Truth, wanted: float) -> dict[str, Any]:
+    python = os.environ.get("AUTOFAISS_PYTHON")
+    if not python:
+        print("index: AUTOFAISS_PYTHON is not set, so autofaiss is left out; the benchmark's head says how to have it")
+        return {}
+    path = FOLDER / str(rows) / "autofaiss.index"
+    if not path.exists():
+        folder = _row_files(rows)[0].parent
+        script = (
+            "import sys; from autofaiss import build_index; "
+            "build_index(embeddings=sys.argv[1], index_path=sys.argv[2], "
+            "index_infos_path=sys.argv[2] + '.json', metric_type='ip', max_index_memory_usage=sys.argv[3], "
+            "current_memory_available='8G', save_on_disk=True)"
+        )
+        memory = f"{bytes_ / 2**20:.0f}MB"
+        started = time.monotonic()
+        subprocess.run([python, "-c", script, str(folder), str(path), memory], check=True, capture_output=True)
+        path.with_suffix(".seconds").write_text(str(time.monotonic() - started))
+    index = faiss.read_index(str(path))
+    infos = json.loads(Path(f"{path}.json").read_text())
+    knob = "nprobe" if faiss.try_extract_index_ivf(index) is not None else "efSearch"
+    best = (0.0, 0.0)
+    for value in (1 << power for power in range(12)):
+        faiss.ParameterSpace().set_index_parameter(index, knob, value)
+        got = _recall_of(index.search(truth.queries, 10)[1], truth)
+        if got > best[0] + 1e-3:
+            best = got, QUERIES / _seconds(lambda: index.search(truth.queries, 10))
+        if got >= min(wanted, 0.999):
+            break
+    return {
+        "autofaiss": infos.get("index_key", ""),
+        "recall_at_10_autofaiss": best[0],
+        "queries_s_autofaiss": best[1],
+        "bytes_a_row_autofaiss": path.stat().st_size / rows,
+        "build_seconds_autofaiss": float(path.with_suffix(".seconds").read_text()),
+    }
+
+
+_HNSWLIB = """
+import json, sys, time, os
+import hnswlib, numpy as np
+files, queries, truth, wanted, kept = json.loads(sys.argv[1]), np.load(sys.argv[2]), np.load(sys.argv[3]), float(sys.argv[4]), sys.argv[5]
+threads, rows = len(os.sched_getaffinity(0)), sum(len(np.load(f, mmap_mode="r")) for f in files)
+index = hnswlib.Index(space="ip", dim=queries.shape[1]); started = time.monotonic()
+if os.path.exists(kept):
+    index.load_index(kept, max_elements=rows); seconds = float(open(kept + ".seconds").read())
+else:
+    index.init_index(max_elements=rows, M=16, ef_construction=100)
+    first = 0
+    for f in files:
+        part = np.load(f).astype(np.float32); index.add_items(part, np.arange(first, first + len(part)), num_threads=threads); first += len(part)
+    seconds = time.monotonic() - started; index.save_index(kept); open(kept + ".seconds", "w").write(str(seconds))
+for ef in (10, 15, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640):
+    index.set_ef(ef); times = []
+    for _ in range(5):
+        begun = time.perf_counter(); ids, _ = index.knn_query(queries, k=10, num_threads=threads); times.append(time.perf_counter() - begun)
+    recall = float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids.tolist(), truth.tolist())]))
+    if recall >= wanted: break
+print(json.dumps({"hnswlib": f"M 16, ef {ef}", "recall_at_10_hnswlib": recall, "queries_s_hnswlib": len(queries) / sorted(times)[2], "bytes_a_row_hnswlib": os.path.getsize(kept) / rows, "build_seconds_hnswlib": seconds}))
+"""  # noqa: E501
+
+
+def _hnswlib(rows: int, truth: Truth, wanted: float) -> dict[str, Any]:
+    python = os.environ.get("HNSWLIB_PYTHON")
+    if not python:
+        print("index: HNSWLIB_PYTHON is not set, so hnswlib is left out; the benchmark's head says how to have it")
+        return {}
+    folder = FOLDER / str(rows)
+    np.save(folder / "queries.npy", truth.queries)
+    np.save(folder / "true.npy", truth.ids[:, :10])
+    files = json.dumps([str(path) for path in _row_files(rows)])
+    arguments = [files, folder / "queries.npy", folder / "true.npy", str(wanted), folder / "hnswlib.index"]
+    done = subprocess.run([python, "-c", _HNSWLIB, *map(str, arguments)], check=True, capture_output=True, text=True)
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def _recall_of(ids: NDArray[np.int64], truth: Truth) -> float:
+    return float(
+        np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids.tolist(), truth.ids[:, :10].tolist(), strict=True)])
+    )
+
+
+def bench_shards() -> dict[str, Any]:
+    """Latency of one database in 16 index shards against the same rows in one."""
+    rows = int(os.environ.get("ROWS", 1_000_000))
+    parts = [np.load(path, mmap_mode="r") for path in _row_files(rows)]
+    folder = FOLDER / str(rows) / "shards"
+    template = folder / "quantizer.faiss"
+    if not template.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        factory = choose_index(rows, WIDTH)
+        wanted = training_rows(factory, rows)
+        sample = np.concatenate([part[: wanted // len(parts) + 1].astype(np.float32) for part in parts])
+        faiss.write_index(train_index(factory, WIDTH, sample), str(template))
+    whole = np.concatenate(parts)
+
+    def opened(count: int) -> Database:
+        files = []
+        for number, part in enumerate(np.array_split(whole, count)):
+            one = folder / f"{count}-{number}"
+            files.append(
+                ShardFiles(index=one.with_suffix(".faiss"), embeddings=(one.with_suffix(".npy"),), ordinal=number)
+            )
+            if not one.with_suffix(".faiss").exists():
+                np.save(one.with_suffix(".npy"), part)
+                fill_shard(template, [part], one.with_suffix(".faiss"), ordinal=number)
+        return Database(files, encoder=IDENTITY, quantizer=template, effort=SearchEffort(nprobe=4))
+
+    one, sixteen = opened(1), opened(16)
+    queries = clustered(QUERIES, seed=10_000_019)
+    same = bool((one.search(queries, 10).ids == sixteen.search(queries, 10).ids).all())
+    single = [
+        (lambda d=database: [d.search(query[None], 10) for query in queries[:200]]) for database in (sixteen, one)
+    ]
+    batch = [(lambda d=database: d.search(queries, 10)) for database in (sixteen, one)]
+    ours, whole_s = _paired(*single)
+    ours_batch, whole_batch = _paired(*batch)
+    return {
+        "rows": rows, "shards": 16, "same_neighbours": same,
+        "overhead": ours / whole_s, "overhead_batch": ours_batch / whole_batch,
+    }  # fmt: skip
+
+
+def bench_swap() -> dict[str, Any]:
+    """Seconds until a running pipeline draws from another database, and requests lost meanwhile."""
+    sizes = (10_000, 100_000, 1_000_000)
+    versions = {rows: seeded_database(rows)[0] for rows in sizes}
+    network = build_transformer(
+        TransformerConfig(image_size=8, patch_size=4, layers=1, heads=1, head_width=16), embedding_dimension=WIDTH
+    )
+    pipeline = new_pipeline(network, IDENTITY)
+    for version in versions.values():
+        open_database(version, FOLDER / "cache")  # warm: files verified once
+    pipeline.swap_database(open_database(versions[10_000], FOLDER / "cache"))
+    swaps: dict[str, float] = {}
+    with _requests(pipeline) as counts:
+        for rows, version in versions.items():
+            times = []
+            for _ in range(ROUNDS):
+                pipeline.swap_database(open_database(versions[10_000], FOLDER / "cache"))
+                started = time.perf_counter()
+                pipeline.swap_database(open_database(version, FOLDER / "cache"))
+                times.append(time.perf_counter() - started)
+            swaps[f"{rows:,}"] = statistics.median(times)
+    return {"swap_s": swaps, "requests": counts["answered"] + counts["lost"], "lost": counts["lost"]}
+
+
+@contextmanager
+def _requests(pipeline: KNNDiffusionPipeline) -> Iterator[dict[str, int]]:
+    """Requests all the time from a second thread, each for the tokens of eight queries."""
+    import torch
+
+    counts, ended = {"answered": 0, "lost": 0}, threading.Event()
+    queries = torch.from_numpy(clustered(8, seed=3))
+
+    def ask() -> None:
+        while not ended.is_set():
+            try:
+                tokens, hits = pipeline.condition(queries, 10)
+                whole = hits is not None and bool((hits.ids >= 0).all()) and bool(tokens.isfinite().all())
+            except Exception:
+                whole = False
+            counts["answered" if whole else "lost"] += 1
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield counts
+    finally:
+        ended.set()
+        thread.join()
+
+
+def bench_neighbours() -> dict[str, Any]:
+    """Rows/s of the job that finds every row's neighbours against FAISS's own search of the same index."""
+    rows, k = int(os.environ.get("ROWS", 1_000_000)), 10
+    version, _ = seeded_database(rows)
+    embeddings, cache = seeded_embeddings(rows), FOLDER / "cache"
+    database = open_database(version, cache)
+    parts = [np.load(path, mmap_mode="r") for path in _row_files(rows)]
+
+    def faiss_alone() -> None:
+        for part in parts:
+            for start in range(0, len(part), 1024):
+                queries = part[start : start + 1024].astype(np.float32)
+                database.proposer.propose(queries, k + 1, database.effort.nprobe)
+
+    times: dict[str, list[float]] = {"ours": [], "faiss": []}
+    with compute.cluster(None, None):
+        for number in range(2):
+            started = time.perf_counter()
+            base = FOLDER / str(rows) / f"run-{os.getpid()}-{number}"
+            find_neighbours(embeddings, version, str(base), k, cache=cache)
+            times["ours"].append(time.perf_counter() - started)
+            storage.remove(str(base))
+            started = time.perf_counter()
+            faiss_alone()
+            times["faiss"].append(time.perf_counter() - started)
+    ours, theirs = min(times["ours"]), min(times["faiss"])
+    return {"rows": rows, "k": k, "nprobe": database.effort.nprobe, "ratio_faiss": theirs / ours}
+
+
+def _seconds(function: Callable[[], object], rounds: int = ROUNDS) -> float:
+    """Median seconds after a warm-up."""
+    function()
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def _paired(ours: Callable[[], object], reference: Callable[[], object]) -> tuple[float, float]:
+    """Median seconds of both, run in turn, so that a drifting machine drifts for both."""
+    ours(), reference()
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(2 * ROUNDS + 1):
+        for function, kept in zip((ours, reference), times, strict=True):
+            started = time.perf_counter()
+            function()
+            kept.append(time.perf_counter() - started)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+@contextmanager
+def _peak_memory() -> Iterator[list[float]]:
+    """Most MB that this process and all below it (Ray's own among them) held at once, mapped files not counted."""
+    peak, ended = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(1.0):
+            peak[0] = max(peak[0], sum(map(_anonymous_mb, _family(os.getpid()))))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _family(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except (OSError, IndexError):
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    found, waiting = [], [pid]
+    while waiting:
+        found.append(waiting.pop())
+        waiting += children.get(found[-1], [])
+    return found
+
+
+def _anonymous_mb(pid: int) -> float:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("Anonymous:")), 0.0)

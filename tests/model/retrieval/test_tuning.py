@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from model.retrieval.database import Database, SearchEffort
+from model.retrieval.recall import Truth, find_truth, recall
+from model.retrieval.tuning import CANDIDATES, tune
+
+
+def truths_of(rows: np.ndarray, count: int = 40) -> dict[str, Truth]:
+    own = np.arange(0, len(rows), len(rows) // count)[:count]
+    return {
+        "image": find_truth([rows], rows[own].astype(np.float32), own=own, own_rows=rows[own]),
+        "text": find_truth([rows], tiny.unit_rows(count, seed=5).astype(np.float32)),
+    }
+
+
+def test_an_exact_database_needs_no_effort(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(300)
+    best, measured = tune(tiny.database(tmp_path, rows), truths_of(rows), 1.0)
+    assert best.recalls == {"image": 1.0, "text": 1.0}
+    assert (best.effort.nprobe, len(measured)) == (1, 1)
+    assert best.latency_ms > 0
+
+
+def test_the_least_cells_that_reach_the_target_for_both_kinds_are_visited(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(2_000)
+    database, truths = tiny.database(tmp_path, rows[:900], rows[900:], factory="IVF32,SQfp16"), truths_of(rows)
+    best, measured = tune(database, truths, 0.9)
+    assert min(best.recalls.values()) >= 0.9
+    fewer = database.with_effort(SearchEffort(nprobe=best.effort.nprobe // 2, candidates=best.effort.candidates))
+    assert min(recall(fewer, truth) for truth in truths.values()) < 0.9
+    assert [point.effort.nprobe for point in measured] == [1 << power for power in range(len(measured))]
+    assert best.effort.nprobe < measured[-1].effort.nprobe, "the curve goes on beyond the point that was chosen"
+
+
+def test_few_bits_are_made_up_for_by_candidates(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(3_000)
+    database = tiny.database(tmp_path, rows, factory="IVF4,PQ4x4")
+    best, measured = tune(database, truths_of(rows), 0.9)
+    assert min(best.recalls.values()) >= 0.9
+    assert best.effort.candidates > CANDIDATES[0]
+    shallow = [point for point in measured if point.effort.candidates == CANDIDATES[0]]
+    assert max(min(point.recalls.values()) for point in shallow) < 0.9, "cells alone do not do it"
+
+
+def test_what_cannot_be_reached_gives_its_best(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(500)
+    files = tiny.shard_files(tmp_path, rows)
+    np.save(files[0].embeddings[0], np.roll(rows, 1, axis=0))  # the index proposes what the rows do not bear out
+    database = Database(files, encoder=tiny.identity(), effort=SearchEffort(candidates=10))
+    best, _ = tune(database, truths_of(rows), 0.95)
+    assert min(best.recalls.values()) < 0.95
+
+
+def test_a_kind_without_queries_asks_for_nothing(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(300)
+    none = {"text": find_truth([rows], np.zeros((0, tiny.WIDTH), np.float32))}
+    best, _ = tune(tiny.database(tmp_path, rows), {**truths_of(rows), **none}, 0.95)
+    assert best.recalls["text"] == 1.0
+
+
+def test_truth_grows_with_the_rows_and_forgets_what_is_hidden() -> None:
+    rows = tiny.unit_rows(900)
+    own = np.array([3, 400, 77])
+    first = find_truth([rows[:600]], rows[own].astype(np.float32), own=own, own_rows=rows[own])
+    hidden = np.sort(np.array([int(first.ids[0, 0]), int(first.ids[1, 2]), 700]))
+    grown = find_truth(
+        [rows[:500], rows[500:]], first.queries, own=own, own_rows=rows[own], hidden=hidden, grown_from=(first, 600)
+    )
+    whole = find_truth([rows], first.queries, own=own, own_rows=rows[own], hidden=hidden)
+    np.testing.assert_array_equal(grown.ids[:, :10], whole.ids[:, :10])
+    assert not np.isin(grown.ids, hidden).any()
+    assert (grown.ids[:, :10] >= 600).any(), "new rows are among the nearest"
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_products_on_a_device_find_what_flat_finds(tmp_path: Path, device: str) -> None:
+    rows, queries = tiny.unit_rows(300), tiny.unit_rows(9, seed=1).astype(np.float32)
+    database = tiny.database(tmp_path, rows[:120], rows[120:], factory="IVF8,SQ8", hidden=np.array([5, 130]))
+    there = database.to(device).search(queries, 7)
+    flat = tiny.database(tmp_path / "flat", rows[:120], rows[120:], hidden=np.array([5, 130])).search(queries, 7)
+    np.testing.assert_array_equal(there.ids, flat.ids)
+    np.testing.assert_allclose(there.scores, flat.scores, atol=1e-6)

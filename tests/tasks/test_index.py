@@ -1,0 +1,246 @@
+"""The index stage on seeded rows: shards, growth from an earlier version, hidden rows, faults."""
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from numpy.typing import NDArray
+
+from infra import artifacts, compute, storage
+from infra.errors import IntegrityError, StageError
+from infra.shards import write_table
+from model.errors import ModelError
+from tasks.contracts import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards
+from tasks.databases import HIDDEN, index_shards, open_database
+from tasks.distribute import distributed_database
+from tasks.index import IndexConfig, build_database
+from tasks.takedown import Entries, commit_takedown
+
+CONFIG = IndexConfig(index="IVF8,SQfp16", shard_rows=250, recall_queries=30, near_duplicate_cosine=0.9999)
+Parts = Sequence[NDArray[np.float16]]
+
+
+@pytest.fixture(autouse=True)
+def alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Workers in this process, except for the tests that are about them."""
+    if "on_ray" in request.keywords:
+        with compute.cluster(None, 2):
+            yield
+        return
+
+    def map_shards(factory: Any, settings: tuple[Any, ...], items: Iterable[Any], **_: Any) -> Iterator[Any]:
+        items = list(items)
+        worker = factory(*settings) if items else None
+        yield from (worker(item) for item in items)
+
+    monkeypatch.setattr(compute, "run", lambda function, *arguments, **_: function(*arguments))
+    monkeypatch.setattr(compute, "map_shards", map_shards)
+    monkeypatch.setattr(compute, "cpus", lambda: 1)
+    yield
+
+
+def stored(base: Path, parts: Parts, *, first: int = 0, previous: EmbeddingShards | None = None) -> EmbeddingShards:
+    """Embedding shards of ``parts``, numbered from ``first``, behind those of ``previous``; urls tell row from row."""
+    identity = {"encoder": dataclasses.asdict(tiny.identity())}
+    total = sum(map(len, parts)) + (previous.rows if previous else 0)
+    stage = artifacts.Stage(str(base), EmbeddingShards.kind, inputs={}, config={"rows": total, "first": first})
+    done = [] if previous is None else [one.taken_over(previous.uri) for one in previous.manifest().shards]
+    for number, rows in enumerate(parts, start=first):
+        name = f"{number:05d}"
+        with storage.scratch() as folder:
+            (folder / "img_emb").mkdir()
+            np.save(folder / "img_emb" / f"img_emb_{name}.npy", rows)
+            urls = [{"row": n, "key": f"{name}{n:04d}", "url": f"http://{name}/{n}"} for n in range(len(rows))]
+            write_table(urls, METADATA_SCHEMA, folder / "metadata" / f"metadata_{name}.parquet")
+            done.append(artifacts.commit_shard(stage.uri, name, folder, rows=len(rows), info={}))
+    return EmbeddingShards.of(stage.commit(done, identity=identity, info={}), stage.uri)
+
+
+def build(embeddings: EmbeddingShards, base: Path, config: IndexConfig = CONFIG, **options: Any) -> DatabaseVersion:
+    return build_database(embeddings, str(base), config, cache=base / "cache", **options).reference
+
+
+def exact(queries: NDArray[Any], rows: NDArray[np.float16], k: int, without: set[int] = frozenset()) -> list[list[int]]:  # type: ignore[assignment]
+    order = np.argsort(-(queries.astype(np.float64) @ rows.astype(np.float64).T), axis=1, kind="stable")
+    return [[row for row in one if row not in without][:k] for one in order.tolist()]
+
+
+def everything(version: DatabaseVersion, base: Path) -> Any:
+    """The open version, visiting every cell."""
+    database = open_database(version, base / "cache")
+    return database.with_effort(dataclasses.replace(database.effort, nprobe=max(1, database.proposer.cells)))
+
+
+def test_embedding_shards_are_gathered_into_index_shards(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(600)
+    version = build(stored(tmp_path, np.split(rows, 6)), tmp_path)
+    manifest = version.manifest()
+    assert [shard.info["members"] for shard in index_shards(version)] == [
+        ["00000", "00001"], ["00002", "00003"], ["00004", "00005"],
+    ]  # fmt: skip
+    assert (manifest.rows, manifest.info["factory"]) == (600, "IVF8,SQfp16")
+    assert manifest.info["recall_at_10_image"] >= 0.95
+    assert {"nprobe", "candidates", "recall_at_10_image", "latency_ms"} <= manifest.info["curve"][0].keys()
+    assert storage.read_bytes(storage.join(version.uri, "recall.png")).startswith(b"\x89PNG")
+    queries = tiny.unit_rows(9, seed=3)
+    assert everything(version, tmp_path).search(queries, 5).ids.tolist() == exact(queries, rows, 5)
+
+
+def test_a_version_grows_by_what_is_new_alone(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(700)
+    before = stored(tmp_path, np.split(rows[:600], 6))
+    first = build(before, tmp_path)
+    after = stored(tmp_path, [rows[600:]], first=6, previous=before)
+
+    second = build(after, tmp_path, previous=first)
+
+    folders = [shard.folder for shard in index_shards(second)]
+    assert folders == [first.uri, first.uri, first.uri, None]
+    assert second.manifest().info["shards_taken_over"] == 3
+    written = {file.name for shard in second.manifest().shards if shard.folder is None for file in shard.files}
+    assert {name for name in written if name.endswith(".faiss")} == {"index/00006.faiss"}
+    assert second.manifest().info["recall_at_10_image"] >= 0.95
+    queries = np.concatenate([tiny.unit_rows(9, seed=3), rows[650:652]])
+    assert everything(second, tmp_path).search(queries, 5).ids.tolist() == exact(queries, rows, 5)
+    again = build_database(after, str(tmp_path), CONFIG, cache=tmp_path / "cache", previous=first)
+    assert (again.skipped, again.reference) == (True, second)
+
+
+def test_rows_taken_down_and_near_duplicates_are_hidden(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(300)
+    rows[250] = rows[20]
+    embeddings = stored(tmp_path, np.split(rows, 3))
+    takedown = commit_takedown(Entries(url=frozenset({"http://00001/7", "http://00002/99"})), str(tmp_path), info={})
+    config = dataclasses.replace(CONFIG, dedup=True)
+
+    version = build(embeddings, tmp_path, config, takedown=takedown.reference)
+
+    info = version.manifest().info
+    assert (info["taken_down"], info["near_duplicates"], info["hidden"]) == (2, 1, 3)
+    database = everything(version, tmp_path)
+    assert len(database) == 297
+    assert database.search(rows[[107, 299, 20]], 4).ids.tolist() == exact(
+        rows[[107, 299, 20]], rows, 4, {107, 299, 250}
+    )
+    counted = build(embeddings, tmp_path, takedown=takedown.reference).manifest().info
+    assert (counted["near_duplicates"], counted["hidden"]) == (1, 2), "counted, and returned, unless told otherwise"
+
+
+def test_what_was_hidden_stays_hidden_in_what_grows_from_it(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(400)
+    rows[350] = rows[30]
+    before = stored(tmp_path, np.split(rows[:300], 3))
+    config = dataclasses.replace(CONFIG, dedup=True)
+    takedown = commit_takedown(Entries(url=frozenset({"http://00001/7"})), str(tmp_path), info={}).reference
+    first = build(before, tmp_path, config, takedown=takedown)
+    more = commit_takedown(
+        Entries(url=frozenset({"http://00001/7", "http://00003/5"})), str(tmp_path), info={}
+    ).reference
+    after = stored(tmp_path, [rows[300:]], first=3, previous=before)
+    for asked, hidden in ((takedown, {107, 350}), (more, {107, 305, 350})):
+        version = build(after, tmp_path, config, previous=first, takedown=asked)
+        assert set(np.setdiff1d(np.arange(400), open_database(version, tmp_path / "cache").ids()).tolist()) == hidden
+
+
+def test_a_quantizer_that_no_longer_fits_is_trained_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    near = tiny.unit(np.eye(tiny.WIDTH)[0] + 0.2 * np.random.default_rng(0).normal(size=(600, tiny.WIDTH)))
+    before = stored(tmp_path, np.split(near.astype(np.float16), 6))
+    first = build(before, tmp_path)
+    after = stored(tmp_path, [-near[:50].astype(np.float16)], first=6, previous=before)
+    with caplog.at_level(logging.INFO):
+        logging.getLogger("knn_diffusion").addHandler(caplog.handler)
+        second = build(after, tmp_path, previous=first)
+        logging.getLogger("knn_diffusion").removeHandler(caplog.handler)
+    assert {shard.folder for shard in second.manifest().shards} == {None}
+    assert "trained anew: its error on new rows grew by" in caplog.text
+    unmoved = dataclasses.replace(CONFIG, max_drift=1e9)
+    kept = build(after, tmp_path, unmoved, previous=first)
+    assert kept.manifest().info["shards_taken_over"] == 3
+
+
+def test_after_compaction_only_the_shards_that_changed_are_filled(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(600)
+    parts = np.split(rows, 6)
+    before = stored(tmp_path, parts)
+    first = build(before, tmp_path)
+    smaller = stored(tmp_path / "smaller", [*parts[:2], parts[2][10:], *parts[3:]])
+
+    second = build(smaller, tmp_path, previous=first)
+
+    assert [shard.folder is None for shard in index_shards(second)] == [False, True, False]
+    kept = np.delete(rows, np.arange(200, 210), axis=0)
+    queries = tiny.unit_rows(9, seed=3)
+    assert everything(second, tmp_path).search(queries, 5).ids.tolist() == exact(queries, kept, 5)
+
+
+def test_a_recall_below_the_target_is_not_committed(tmp_path: Path) -> None:
+    embeddings = stored(tmp_path, [tiny.unit_rows(3_000)])
+    config = dataclasses.replace(CONFIG, index="PQ1x4", target_recall=1.0)
+    with pytest.raises(StageError, match=r"PQ1x4 reaches recall_at_10_image 0\.\d+, the target is 1\.0; raise memory"):
+        build(embeddings, tmp_path, config)
+    folders = list((tmp_path / "database").iterdir())
+    assert not any((folder / "manifest.json").exists() for folder in folders)
+
+
+@pytest.mark.parametrize("which", ["00002.faiss", "quantizer.faiss"])
+def test_a_flipped_byte_in_an_index_is_found(tmp_path: Path, which: str) -> None:
+    version = build(stored(tmp_path, np.split(tiny.unit_rows(600), 6)), tmp_path)
+    (path,) = Path(version.uri).rglob(which)
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(IntegrityError, match=rf"{which} differs from its committed digest"):
+        open_database(version, tmp_path / "cache")
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    version = build(stored(tmp_path, np.split(tiny.unit_rows(600), 6)), tmp_path)
+    (path,) = Path(version.uri).rglob("00002.faiss")
+    path.unlink()
+    with pytest.raises(IntegrityError, match=r"00002\.faiss is missing though it was committed"):
+        open_database(version, tmp_path / "cache")
+
+
+@pytest.mark.on_ray
+def test_a_database_on_actors_answers_as_one(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(600)
+    rows[500] = rows[3]
+    takedown = commit_takedown(Entries(url=frozenset({"http://00004/9"})), str(tmp_path), info={}).reference
+    version = build(stored(tmp_path, np.split(rows, 6)), tmp_path, takedown=takedown)
+    whole = open_database(version, tmp_path / "cache")
+    queries, own = rows[[3, 5, 409]], np.array([3, 5, 409])
+    with distributed_database(version, tmp_path / "cache", actors=2, cpus_each=0.5) as spread:
+        assert len(spread) == len(whole) == 599
+        for options in ({}, {"exclude": own}):
+            ours, theirs = spread.search(queries, 7, **options), whole.search(queries, 7, **options)
+            np.testing.assert_array_equal(ours.ids, theirs.ids)
+            np.testing.assert_array_equal(ours.embeddings, theirs.embeddings)
+        np.testing.assert_array_equal(spread.rows(np.array([[0, 599], [300, 1]])), rows[[[0, 599], [300, 1]]])
+        assert spread.describe([407])[0]["url"] == "http://00004/7"
+        with pytest.raises(ModelError, match="k is 0"):
+            spread.search(queries, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"near_duplicate_cosine": 0.0}, "near_duplicate_cosine lies above 0"),
+        ({"shard_rows": 0}, "must be at least 1"),
+        ({"target_recall": 1.5}, "between 0 and 1"),
+        ({"max_drift": -1.0}, "max_drift at 0 or above"),
+    ],
+)
+def test_a_config_that_cannot_be_right_is_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        IndexConfig(**changes)
+
+
+def test_hidden_rows_are_files_of_the_version(tmp_path: Path) -> None:
+    version = build(stored(tmp_path, np.split(tiny.unit_rows(300), 3)), tmp_path)
+    (hidden,) = (shard for shard in version.manifest().shards if shard.name == HIDDEN)
+    assert {file.name for file in hidden.files} == {"hidden.npy", "pairs.npy", "taken.npy"}
