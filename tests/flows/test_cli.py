@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from small_domain import write_urls
+from small_domain import drawn, write_urls
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
@@ -97,25 +97,44 @@ def test_generate_takes_pictures_for_prompts_and_goes_from_one_to_another(domain
     refused(result, "--between goes from one prompt to another; 3 were given")
 
 
-def test_edit_writes_the_edited_picture_with_the_embedded_generator(domain: Any, tmp_path: Path) -> None:
-    Image.new("RGBA", (90, 70), (0, 0, 255, 200)).save(tmp_path / "blue.png")
+def test_edit_changes_a_region_with_the_embedded_generator(domain: Any, tmp_path: Path) -> None:
+    source = drawn("blue", "circle", 64)
+    source.save(tmp_path / "blue.png")
     options = ["--database", "shapes", "--model", "sticker-generator", "--root", str(domain.root)]
     out = tmp_path / "edited.png"
-    result = run("edit", str(tmp_path / "blue.png"), "red ring", *options, "--out", str(out))
+    result = run("edit", str(tmp_path / "blue.png"), "red ring", *options, "--candidates", "2", "--out", str(out))
     assert result.exit_code == 0, result.stderr
     assert result.stdout.strip() == str(out)
-    assert Image.open(out).size == (64, 64)
+    edited = np.asarray(Image.open(out))
+    assert edited.shape == (64, 64, 3)
+    same = (edited == np.asarray(source)).all(-1).mean()
+    assert 0.4 < same < 0.98
 
 
-def test_edit_refuses_what_is_no_picture_and_a_generator_that_cannot(domain: Any, tmp_path: Path) -> None:
+def test_edit_takes_any_generator_that_draws_pixels_and_repeats_itself(domain: Any, tmp_path: Path) -> None:
+    Image.new("RGBA", (90, 70), (0, 0, 255, 200)).save(tmp_path / "blue.png")
+    options = ["--database", "shapes", "--candidates", "1", "--largest-region", "1", "--root", str(domain.root)]
+    pictures = []
+    for name, seed in (("a.png", "5"), ("b.png", "5"), ("c.png", "6")):
+        out = tmp_path / name
+        result = run("edit", str(tmp_path / "blue.png"), "red", *options, "--seed", seed, "--out", str(out))
+        assert result.exit_code == 0, result.stderr
+        pictures.append(np.asarray(Image.open(out)))
+    assert pictures[0].shape == (16, 16, 3)
+    assert (pictures[0] == pictures[1]).all()
+    assert (pictures[0] != pictures[2]).any()
+
+
+def test_edit_refuses_what_is_no_picture_and_numbers_without_meaning(domain: Any, tmp_path: Path) -> None:
     options = ["--database", "shapes", "--root", str(domain.root), "--out", str(tmp_path / "a.png")]
     refused(run("edit", f"{tmp_path}/none.png", "a", *options), "none.png does not exist")
     (tmp_path / "torn.png").write_bytes(b"no picture")
     refused(run("edit", f"{tmp_path}/torn.png", "a", *options), "torn.png is no picture that can be read")
     Image.new("RGB", (16, 16)).save(tmp_path / "fine.png")
-    refused(run("edit", f"{tmp_path}/fine.png", "a", *options), "was not trained for editing")
-    embedded = ["--model", "sticker-generator", "--strength", "2"]
-    refused(run("edit", f"{tmp_path}/fine.png", "a", *options, *embedded), "strength is 2.0; give a number above 0")
+    refused(run("edit", f"{tmp_path}/fine.png", " ", *options), "a prompt is empty")
+    told = "strength is 2.0; give a number above 0"
+    refused(run("edit", f"{tmp_path}/fine.png", "a", *options, "--strength", "2"), told)
+    refused(run("edit", f"{tmp_path}/fine.png", "a", *options, "--largest-region", "0"), "largest_region above 0")
 
 
 @pytest.mark.parametrize(
