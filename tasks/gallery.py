@@ -105,7 +105,7 @@ def _figure(row: dict[str, Any], picture: Image.Image) -> str:
     address, linked = html.escape(_short(url)), len(url) <= LONGEST_LINK and _is_web(url)
     link = f'<a href="{html.escape(url)}" rel="noopener noreferrer">{address}</a>' if linked else address
     alt = html.escape(_short(_file_name(url)) or f"picture {row['key']}")
-    words = f"<b>{row['score']:.3f}</b> · no. {row['rank']} · key {key} · row {row['id']}<br>{link}"
+    words = f"<b>{row['score']:.3f}</b> · no. {row['rank']}<br>key {key} · row {row['id']}<br>{link}"
     shown = f'<img src="{_inlined(picture)}" alt="{alt}">'
     return f"<li><figure>{shown}<figcaption>{words}</figcaption></figure></li>"
 
