@@ -1,43 +1,24 @@
 """The ``knn-diffusion`` command. JSON goes to standard output alone, everything else to standard error.
 
 Exit code 0 for success, 1 for a failure told in one line, 2 for wrong usage. Heavy imports wait inside the commands, so
-that ``--help`` answers at once.
+that ``--help`` answers at once. What looks into databases is in :mod:`flows.cli_databases`.
 """
 
 import inspect
-import json
-import os
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.cli_databases import databases, search
+from flows.terminal import DATABASE, MODEL, PICTURES, Root, Verbose, open_picture, settings, told, writable
 from infra.prefect_api import prefect_api
 
 if TYPE_CHECKING:
-    from infra.settings import Settings
-
-_PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
-
-app = typer.Typer(
-    help="Image generation from a database of images: download, embed, index, train, search, swap.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-Root = Annotated[str | None, typer.Option("--root", help="Where artifacts are kept: a folder or s3://… .")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks, and what the libraries say.")]
-_MODEL = "Generator: short name, models:/…, a folder, or sticker-generator, which ships with this package."
-_DATABASE = "Short name (its champion), models:/NAME@ALIAS, models:/NAME/VERSION, or a folder."
+    from PIL import Image
 
 
-@app.command()
 def demo(
     folder: Annotated[Path, typer.Option(help="Where everything the demo makes is kept.")] = Path("build/demo"),
     port: Annotated[int | None, typer.Option(help="Port of the stand-in web server; any free one by default.")] = None,
@@ -47,7 +28,7 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """Run the whole line on real pictures and end with one: download, embed, index, register, draw, swap."""
-    with _told(verbose), prefect_api(folder / "prefect"):
+    with told(verbose), prefect_api(folder / "prefect"):
         from flows.demo import run_demo
 
         picture, report = run_demo(folder, port, train)
@@ -56,7 +37,6 @@ def demo(
         print(report)
 
 
-@app.command()
 def new_domain(
     name: Annotated[str, typer.Argument(help="The domain: lower-case letters, digits, hyphens.")],
     urls: Annotated[str, typer.Option(help="URL list: parquet, csv, tsv, json lines or text; a column 'url'.")],
@@ -80,7 +60,7 @@ def new_domain(
     verbose: Verbose = False,
 ) -> None:
     """Make a domain from a URL list: its database, and a generator with --train. Both become champions."""
-    with _told(verbose), prefect_api():
+    with told(verbose), prefect_api():
         from flows.new_domain import new_domain as flow
         from flows.recipes import RECIPES
         from infra.errors import InputError
@@ -109,32 +89,11 @@ def new_domain(
             print(domain.trained.registered.alias_uri)
 
 
-@app.command()
-def search(
-    database: Annotated[str, typer.Argument(help=_DATABASE)],
-    query: Annotated[str, typer.Argument(help="What to look for.")],
-    k: Annotated[int, typer.Option(help="Neighbours to show.", min=1)] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON list on standard output.")] = False,
-    root: Root = None,
-    verbose: Verbose = False,
-) -> None:
-    """Show the nearest images of a text."""
-    with _told(verbose):
-        from tasks.serve import search_text
-
-        found = search_text(database, query, k, _settings(root))
-        if as_json:
-            print(json.dumps(found, indent=1))
-        else:
-            _table(found, {"rank": "rank", "score": "score", "id": "id", "url": "url"})
-
-
-@app.command()
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="What to draw, a picture each.")],
-    database: Annotated[str, typer.Option(help=_DATABASE)],
+    database: Annotated[str, typer.Option(help=DATABASE)],
     out: Annotated[Path, typer.Option(help="PNG to write; more prompts make a row.")],
-    model: Annotated[str, typer.Option(help=_MODEL)] = "knn-diffusion",
+    model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",
     between: Annotated[int | None, typer.Option(help="Pictures from the first of two prompts to the second.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same pictures.", min=0, max=2**63 - 1)] = 0,
     steps: Annotated[
@@ -152,15 +111,15 @@ def generate(
 
     With two prompts and --between N, N pictures on the way from the first to the second.
     """
-    with _told(verbose):
+    with told(verbose):
         import torch
 
         from infra.errors import InputError
         from infra.registry import load_pipeline
         from tasks.evaluate import contact_sheet
 
-        _writable(out)
-        pipeline = load_pipeline(model, database, _settings(root))
+        writable(out, "picture", PICTURES)
+        pipeline = load_pipeline(model, database, settings(root))
         asked = [_picture_or_text(prompt) for prompt in prompts]
         options = {
             "negative_prompts": negative,
@@ -179,39 +138,53 @@ def generate(
         print(out)
 
 
-@app.command()
 def edit(
     image: Annotated[Path, typer.Argument(help="The picture to edit; its centre square is taken.")],
     prompt: Annotated[str, typer.Argument(help="What it should show afterwards.")],
-    database: Annotated[str, typer.Option(help=_DATABASE)],
+    database: Annotated[str, typer.Option(help=DATABASE)],
     out: Annotated[Path, typer.Option(help="PNG to write.")],
-    model: Annotated[str, typer.Option(help=_MODEL)] = "knn-diffusion",
-    strength: Annotated[float | None, typer.Option(help="Above 0, at most 1: how much may change.")] = None,
+    model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",
+    strength: Annotated[
+        float | None, typer.Option(help="Above 0, at most 1: how much of what is there the region may lose.")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompt.")] = None,
+    candidates: Annotated[
+        int | None, typer.Option(help="Edits to choose among; 1 takes an eighth of the time.", min=1, max=64)
+    ] = None,
+    largest_region: Annotated[
+        float | None, typer.Option(help="Share of the picture that may change, above 0; 1 for what fills it.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same picture.", min=0, max=2**63 - 1)] = 0,
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
-    """Change a picture by a text, without a mask: what disagrees with the text is redrawn, the rest stays."""
-    with _told(verbose):
+    """Change a picture by a text, without a mask: a region that disagrees with it is drawn anew, the rest stays.
+
+    Of eight edits in four regions, the one closest to the text is kept.
+    """
+    with told(verbose):
         import torch
 
         from infra.registry import load_pipeline
 
-        _writable(out)
-        source = _open_picture(image)
-        pipeline = load_pipeline(model, database, _settings(root))
-        given = {"strength": strength, "guidance_scale": guidance}
+        writable(out, "picture", PICTURES)
+        source = open_picture(image)
+        pipeline = load_pipeline(model, database, settings(root))
+        given = {
+            "strength": strength,
+            "guidance_scale": guidance,
+            "candidates": candidates,
+            "largest_region": largest_region,
+        }
         options = {name: value for name, value in given.items() if value is not None}
         (edited,) = pipeline.edit(source, prompt, generator=torch.Generator().manual_seed(seed), **options)
         edited.save(out)
         print(out)
 
 
-@app.command()
 def evaluate(
-    databases: Annotated[list[str], typer.Argument(help=f"Databases to draw from. {_DATABASE}")],
-    model: Annotated[str, typer.Option(help=_MODEL)] = "knn-diffusion",
+    databases: Annotated[list[str], typer.Argument(help=f"Databases to draw from. {DATABASE}")],
+    model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",
     texts: Annotated[
         str | None, typer.Option(help="Text file, a prompt a line; without, pictures are prompts.")
     ] = None,
@@ -223,7 +196,7 @@ def evaluate(
     verbose: Verbose = False,
 ) -> None:
     """Score a generator on databases, swap them, and put scores, figures and worst copies on one page."""
-    with _told(verbose), prefect_api():
+    with told(verbose), prefect_api():
         from flows.evaluate_generator import EvaluateGeneratorConfig, evaluate_generator
         from tasks.evaluate import EvaluateConfig
 
@@ -234,134 +207,29 @@ def evaluate(
         print(evaluate_generator(config).report.reference.uri + "/evaluation.html")
 
 
-@app.command()
-def databases(
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON list on standard output.")] = False,
-    root: Root = None,
-    verbose: Verbose = False,
-) -> None:
-    """List registered databases: name, version, rows, recall, encoder, aliases."""
-    with _told(verbose):
-        from infra.registry import Registry
+def _picture_or_text(prompt: str) -> "str | Image.Image":
+    """The picture where ``prompt`` names the file of one, else the text."""
+    path = Path(prompt)
+    return open_picture(path) if path.suffix.lower() in PICTURES and path.is_file() else prompt
 
-        listed = Registry(_settings(root)).versions("database")
-        if as_json:
-            print(json.dumps(listed, indent=1))
-        else:
-            shown = [{**entry, "aliases": ", ".join(entry["aliases"])} for entry in listed]
-            names = ("name", "version", "rows", "recall_at_10_image", "recall_at_10_text", "encoder", "aliases")
-            _table(shown, {name: name.replace("_at_10", "@10").replace("_", " ") for name in names})
+
+app = typer.Typer(
+    help="Image generation from a database of images: download, embed, index, train, search, swap.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_LISTED = {"Start": (demo,), "Databases": (new_domain, search, databases), "Generator": (generate, edit, evaluate)}
+"""The commands as ``--help`` lists them."""
+for _panel, _commands in _LISTED.items():
+    for _command in _commands:
+        app.command(rich_help_panel=_panel)(_command)
 
 
 def main() -> None:
     """Entry point of the ``knn-diffusion`` command."""
     app()
-
-
-def _settings(root: str | None) -> "Settings":
-    from tasks.stage import settings_of
-
-    return settings_of(root)
-
-
-@contextmanager
-def _told(verbose: bool) -> Iterator[None]:
-    """Run a command with logs set up, and tell what the user can mend in one line. Ctrl-C exits with 130."""
-    _quiet_environment(verbose)
-    from infra import logs
-
-    logs.setup(verbose)
-    from infra.errors import KNNDiffusionError
-
-    try:
-        yield
-    except (KNNDiffusionError, ValueError, OSError) as error:
-        if verbose or not _mendable(error):
-            raise
-        print(f"knn-diffusion: {' '.join(str(error).split())}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        print("knn-diffusion: interrupted; what is committed is kept, run again to go on", file=sys.stderr)
-        raise typer.Exit(130) from None
-
-
-def _mendable(error: Exception) -> bool:
-    """Whether the user can mend it: our own errors, the file system's, and settings that do not parse.
-
-    Any other ValueError counts when this project raised it, and is a bug with its traceback when something below did.
-    """
-    from pydantic import ValidationError
-
-    from infra.errors import KNNDiffusionError
-    from model.errors import ModelError
-
-    if isinstance(error, KNNDiffusionError | ModelError | OSError | ValidationError):
-        return True
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
-    return module.split(".")[0] in {"flows", "tasks", "model", "infra"}
-
-
-def _quiet_environment(verbose: bool) -> None:
-    """Libraries read these once, at import: no telemetry, no start-up banners."""
-    warnings.filterwarnings("ignore")
-    quiet = {
-        "DO_NOT_TRACK": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "NO_ALBUMENTATIONS_UPDATE": "1",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if not verbose:
-        quiet |= {"PREFECT_LOGGING_LEVEL": "CRITICAL", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
-
-
-def _picture_or_text(prompt: str) -> Any:
-    """The picture where ``prompt`` names the file of one, else the text."""
-    path = Path(prompt)
-    return _open_picture(path) if path.suffix.lower() in _PICTURES and path.is_file() else prompt
-
-
-def _open_picture(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    from infra.errors import InputError
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; name a picture") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is no picture that can be read ({error}); name a PNG, JPEG or WebP") from error
-
-
-def _writable(out: Path) -> None:
-    from infra.errors import InputError
-
-    if out.suffix.lower() not in _PICTURES:
-        raise InputError(f"{out} is no picture name; end it in .png")
-    if not out.parent.is_dir():
-        raise InputError(f"the folder {out.parent} does not exist; make it, or write elsewhere")
-    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
-        raise InputError(f"{out} cannot be written to; name another file")
-
-
-def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns.values(), box=None, header_style="bold", pad_edge=False)
-    for row in rows:
-        values = (row.get(name, "") for name in columns)
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 if __name__ == "__main__":

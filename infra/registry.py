@@ -262,7 +262,7 @@ _MEASURED = (
 
 def _typed(tag: str, value: str) -> str | int | float:
     """A tag's value as what it is: tags are strings to MLflow."""
-    if tag in {"rows", "images_seen"}:
+    if tag in {"rows", "bytes", "images_seen"}:
         return int(value)
     return float(value) if tag.startswith(_MEASURED) else value
 

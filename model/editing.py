@@ -35,7 +35,7 @@ from model.local_editing import CONTRAST_DRAWS, choose, draw_inside, propose_reg
 from model.networks.denoiser import as_denoiser
 from model.networks.editor import is_editor, with_reference
 from model.sampling import draw_noise, in_batches
-from model.training.data import picture_to_array, to_model_range
+from model.training.data import picture_to_array, to_model_range, to_pixels
 
 if TYPE_CHECKING:
     from model.pipeline import KNNDiffusionPipeline, Prompts
@@ -207,8 +207,6 @@ def edit(
     Raises:
         ModelError: the generator was not trained for editing, or pictures and prompts do not fit.
     """
-    from model.pipeline import to_images  # it imports this module
-
     if pipeline.vae is not None:
         raise ModelError("this generator draws latents or codes; editing needs one that draws pixels")
     network = pipeline.transformer.eval()
@@ -231,10 +229,11 @@ def edit(
         edited = _candidates(pipeline, sources[rows], tokens[rows], noise[rows], config, itself)
         if len(edited) == 1:
             return edited[0]
-        scores = [(pipeline.encoder.embed_pixels(_to_pixels(one)) * targets[rows]).sum(1) for one in edited]
+        scores = [(pipeline.encoder.embed_pixels(to_pixels(one)) * targets[rows]).sum(1) for one in edited]
         return choose(sources[rows], edited, torch.stack(scores), kept_db=config.kept_db)
 
-    return to_images(in_batches(draw, len(fitted), config.steps, pipeline.device, None))
+    pictures = to_pixels(in_batches(draw, len(fitted), config.steps, pipeline.device, None))
+    return [Image.fromarray(picture) for picture in pictures]
 
 
 def fit_images(images: Sequence[Image.Image], side: int) -> NDArray[np.uint8]:
@@ -280,11 +279,6 @@ def _candidates(
         for region, one in zip(itertools.cycle(regions), draws, strict=False)
     ]
     return [(keep_unchanged(one, source) if config.keep else one).cpu() for one in edited]
-
-
-def _to_pixels(pictures: Tensor) -> NDArray[np.uint8]:
-    """(B, 3, S, S) in [−1, 1] to (B, S, S, 3) uint8."""
-    return ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def on_white(image: Image.Image) -> Image.Image:

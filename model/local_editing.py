@@ -24,12 +24,15 @@ from model.diffusion.continuous import Denoiser, add_noise
 
 CONTRAST_LEVEL = 0.95
 CONTRAST_DRAWS = 4
+"""Draws of noise that the contrast is the mean over."""
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Shares of a picture's pixels, those of most contrast, in which connected patches are looked for."""
 SMALLEST_REGION = 0.02
+"""Share of a picture below which a patch is a speck."""
 ALIKE = 0.6
 """Intersection over union from which on two regions count as one."""
 GROW_PX = 2
+"""Pixels that join what lies so near to each other; one of them comes off again at the rim."""
 
 
 def text_contrast(denoiser: Denoiser, source: Tensor, condition: Tensor, shown: Tensor, noises: Tensor) -> Tensor:
@@ -101,7 +104,7 @@ def choose(source: Tensor, candidates: Sequence[Tensor], scores: Tensor, *, kept
         kept_db: least PSNR outside of the changed region.
     """
     kept = torch.stack([psnr_outside(source, one, changed_region(source, one)) for one in candidates]).cpu()
-    best = torch.where(kept >= kept_db, scores.cpu(), kept - 1e6).argmax(dim=0)
+    best = torch.where(kept >= kept_db, scores.cpu(), kept - 1e3).argmax(dim=0)
     return torch.stack([candidates[int(number)][row] for row, number in enumerate(best)])
 
 

@@ -46,6 +46,7 @@ from model.networks.vq_autoencoder import decode_codes
 from model.networks.vq_transformer import VQTransformer
 from model.retrieval.database import Database, Hits
 from model.sampling import Told, draw_noise, draw_uniforms, in_batches, integrate, slerp
+from model.training.data import to_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +261,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         config = EditConfig(
             method=method,
             strength=strength,
-            steps=num_inference_steps or self.config.num_inference_steps,
+            steps=self.config.num_inference_steps if num_inference_steps is None else num_inference_steps,
             shift=self.scheduler.config.shift if self.scheduler is not None else 1.0,
             **options,
         )
@@ -383,8 +384,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
 
 def to_images(pictures: Tensor) -> list[Image.Image]:
     """(B, 3, S, S) in [−1, 1] to RGB pictures."""
-    pixels = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(picture) for picture in pixels]
+    return [Image.fromarray(picture) for picture in to_pixels(pictures)]
 
 
 def new_pipeline(

@@ -11,7 +11,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from infra import artifacts, logs
 from infra.registry import DATABASE_PREFIX, GENERATOR_NAME, Registered, Registry
 from infra.settings import Settings
-from tasks.contracts import DatabaseVersion, Generator, encoder_of
+from tasks.contracts import DatabaseVersion, EmbeddingShards, Generator, encoder_of
 from tasks.stage import stage_task
 from tasks.train import PIPELINE, generator_folder
 
@@ -39,6 +39,7 @@ def register_database(domain: str, database: DatabaseVersion, settings: Settings
     manifest = database.manifest()
     tags = {
         **_tags(manifest),
+        "bytes": str(_stored_bytes(manifest)),
         "index": manifest.info["factory"],
         "recall_at_10_image": f"{manifest.info['recall_at_10_image']:.4f}",
     }
@@ -101,6 +102,12 @@ def generator_signature(pipeline: Path) -> ModelSignature:
 
 def _tags(manifest: artifacts.Manifest) -> dict[str, str]:
     return {"encoder": encoder_of(manifest).name, "rows": str(manifest.rows)}
+
+
+def _stored_bytes(manifest: artifacts.Manifest) -> int:
+    """Bytes of a database's index and of the embeddings behind it, wherever an earlier version keeps them."""
+    embeddings = EmbeddingShards.open(manifest.inputs["embeddings"]["uri"]).manifest()
+    return sum(file.bytes for part in (manifest, embeddings) for file in part.files)
 
 
 def _told(registered: Registered, seconds: float) -> Named:

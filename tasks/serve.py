@@ -1,5 +1,6 @@
 """Serve: from names to things that answer. What a user of the registry calls, and what the commands are made of."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from infra.errors import InputError
+from infra.pictures import to_rgb
 from infra.registry import GENERATOR_NAME, Registry
 from infra.settings import Settings
 from model.clip import encoder_for
@@ -20,28 +22,47 @@ from tasks.train import PIPELINE, generator_folder
 DEFAULT_MODEL = GENERATOR_NAME
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What a search found: the version that was searched, its name, and its nearest rows, best first.
+
+    A row is {rank, score, id, key, url, …}; ``score`` is the cosine to the query.
+    """
+
+    version: DatabaseVersion
+    name: str
+    rows: list[dict[str, Any]]
+
+
 def pull_database(reference: str, settings: Settings) -> Database:
     """The open database that ``reference`` (MLflow URI, short name or folder) names.
 
     Raises ``NotFoundError`` listing what there is, and ``IntegrityError`` for damaged files.
     """
-    pulled = Registry(settings).pull(reference, kind="database")
-    version = DatabaseVersion.of(pulled.manifest, pulled.folder_uri)
+    version, _ = _pull_version(reference, settings)
     return open_database(version, settings.cache_folder)
 
 
-def search_text(reference: str, query: str, k: int, settings: Settings) -> list[dict[str, Any]]:
-    """The ``k`` nearest rows of a text as {rank, score, id, key, url, …}, best first."""
-    if not query.strip():
+def search_database(reference: str, query: str | Image.Image, k: int, settings: Settings) -> Found:
+    """The ``k`` nearest rows of a text or a picture, in the database named.
+
+    Raises ``InputError`` for an empty text, ``NotFoundError`` and ``IntegrityError`` as :func:`pull_database`.
+    """
+    if isinstance(query, str) and not query.strip():
         raise InputError("the query is empty; write what to look for")
-    database = pull_database(reference, settings)
-    hits = database.search(encoder_for(database.encoder).embed_texts([query]).numpy(), k)
+    version, name = _pull_version(reference, settings)
+    database = open_database(version, settings.cache_folder)
+    encoder = encoder_for(database.encoder)
+    # As the pictures of the database were made when they were downloaded: 8 bit, on white.
+    embedded = encoder.embed_texts([query]) if isinstance(query, str) else encoder.embed_images([to_rgb(query)])
+    hits = database.search(embedded.numpy(), k)
     found = hits.ids[0] >= 0
-    rows = database.describe(hits.ids[0, found].tolist())
-    return [
+    described = database.describe(hits.ids[0, found].tolist())
+    rows = [
         {"rank": rank, "score": float(score), **row}
-        for rank, (score, row) in enumerate(zip(hits.scores[0, found], rows, strict=True), start=1)
+        for rank, (score, row) in enumerate(zip(hits.scores[0, found], described, strict=True), start=1)
     ]
+    return Found(version=version, name=name, rows=rows)
 
 
 def open_pipeline(model: str, database: str, settings: Settings) -> KNNDiffusionPipeline:
@@ -59,7 +80,13 @@ def open_pipeline(model: str, database: str, settings: Settings) -> KNNDiffusion
 
 def stored_pictures(reference: str, ids: NDArray[np.int64], settings: Settings) -> list[list[Image.Image]]:
     """The pictures behind rows (Q, K) of a database, read from its image shards."""
-    pulled = Registry(settings).pull(reference, kind="database")
-    version = DatabaseVersion.of(pulled.manifest, pulled.folder_uri)
+    version, _ = _pull_version(reference, settings)
     pictures = iter(fetch_pictures(version, ids.reshape(-1).tolist(), settings.cache_folder))
     return [[next(pictures) for _ in rows] for rows in ids]
+
+
+def _pull_version(reference: str, settings: Settings) -> tuple[DatabaseVersion, str]:
+    """The version that ``reference`` names, and what it is called: models:/NAME/VERSION, or its folder."""
+    pulled = Registry(settings).pull(reference, kind="database")
+    version = DatabaseVersion.of(pulled.manifest, pulled.folder_uri)
+    return version, pulled.folder_uri if pulled.name is None else f"models:/{pulled.name}/{pulled.version}"

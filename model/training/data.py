@@ -38,6 +38,12 @@ def to_model_range(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def to_pixels(pictures: Tensor) -> NDArray[np.uint8]:
+    """float32 (B, 3, S, S) in [−1, 1], on the CPU, to uint8 (B, S, S, 3): the way back."""
+    pixels: NDArray[np.uint8] = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return pixels
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """One worker's part of a step, on the training device.

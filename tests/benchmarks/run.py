@@ -1,7 +1,7 @@
 """Performance as ratios, each measured in one run against a named reference: ``make bench``, or one by NAME=search.
 
 Writes one JSON for each benchmark below ``build/bench`` and prints what it holds. What is committed under ``results``
-was copied from there by hand. A GPU is used by what draws pictures (generator) where there is one.
+was copied from there by hand. A GPU is used by what draws pictures (generator, edit) where there is one.
 """
 
 import argparse
@@ -129,9 +129,16 @@ def bench_generator(samples: int | None, named: bool) -> dict[str, Any]:
     return bench(samples, _device())
 
 
+def bench_edit() -> dict[str, Any]:
+    """Ten edits by the embedded generator, see edit.py."""
+    from edit import bench_edit as bench
+
+    return bench(_device())
+
+
 def main() -> int:
     """Run what is named, or all."""
-    benchmarks = ("search", "embed", "generator")
+    benchmarks = ("search", "embed", "generator", "edit")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(benchmarks)}; all unless told")
     parser.add_argument("--samples", type=int, help=f"of the generator: {FULL_SAMPLES}, or {FEW_SAMPLES} without NAME")
@@ -144,6 +151,7 @@ def main() -> int:
         "search": bench_search,
         "embed": bench_embed,
         "generator": lambda: bench_generator(options.samples, named=bool(options.names)),
+        "edit": bench_edit,
     }
     OUT.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "faiss": faiss.__version__}

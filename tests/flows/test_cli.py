@@ -1,16 +1,21 @@
 """The command as a user meets it: what it prints where, and how it says no."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from small_domain import write_urls
+from small_domain import drawn, write_urls
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
+from flows.terminal import age, size
 
 
 def run(*arguments: str) -> Result:
@@ -29,19 +34,32 @@ def refused(result: Result, *parts: str) -> None:
         assert part in line
 
 
-def test_help_names_every_command() -> None:
+def test_help_names_every_command_in_order() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("demo", "new-domain", "search", "generate", "edit", "evaluate", "databases"):
-        assert command in result.stdout
+    commands = ("demo", "new-domain", "search", "databases", "generate", "edit", "evaluate")
+    places = [result.stdout.index(f" {command} ") for command in commands]
+    assert places == sorted(places)
+    for command in commands:
         assert run(command, "--help").exit_code == 0
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, flows.cli; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert {"typer", "flows"} <= set(told.stdout.split())
+    assert set(told.stdout.split()).isdisjoint({"torch", "numpy", "PIL", "mlflow", "ray", "pyarrow", "prefect"})
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
         ("nonsense",),
+        ("search",),
         ("search", "shapes"),
+        ("search", "shapes", "a", "--text", "b"),
+        ("search", "shapes", "a", "--image", "b.png"),
+        ("search", "shapes", "--text", "a", "--image", "b.png"),
         ("new-domain", "shapes"),
         ("generate", "a"),
         ("search", "a", "b", "--k", "0"),
@@ -69,10 +87,111 @@ def test_search_takes_all_three_names_of_a_database(domain: Any) -> None:
     assert "blue" in outputs.pop()
 
 
+def test_a_search_without_one_query_says_how() -> None:
+    told = " ".join(run("search", "shapes").stderr.replace("│", " ").split())
+    assert "give one query: words, or --text TEXT, or --image FILE" in told
+
+
+def test_search_takes_the_text_as_an_option_too(domain: Any) -> None:
+    options = ["--json", "--root", str(domain.root)]
+    told = run("search", "shapes", "--text", "a red circle", *options)
+    assert told.stdout == run("search", "shapes", "a red circle", *options).stdout
+    assert len(json.loads(told.stdout)) == 10
+
+
+def test_search_by_image_finds_the_picture_whatever_its_mode(domain: Any, tmp_path: Path) -> None:
+    circle = drawn("blue", "circle")
+    circle.save(tmp_path / "plain.png")
+    circle.convert("RGBA").save(tmp_path / "alpha.webp", lossless=True)
+    turned = circle.getexif()
+    turned[0x0112] = 6
+    drawn("purple", "triangle").rotate(90).save(tmp_path / "turned.png", exif=turned)
+    for name, found in (("plain.png", "blue-circle"), ("alpha.webp", "blue-circle"), ("turned.png", "purple-triangle")):
+        options = ["--image", str(tmp_path / name), "--json", "--k", "2", "--root", str(domain.root)]
+        result = run("search", "shapes", *options)
+        assert result.exit_code == 0, result.stderr
+        first, second = json.loads(result.stdout)
+        assert first["url"].endswith(f"/{found}.png")
+        assert first["score"] > 0.99
+        assert first["score"] > second["score"]
+
+
+def test_search_writes_a_page_of_the_pictures(domain: Any, tmp_path: Path) -> None:
+    page, root = tmp_path / "page.html", ["--root", str(domain.root)]
+    result = run("search", "shapes", "a red circle", "--k", "3", "--html", str(page), *root)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip() == str(page)
+    written = page.read_text(encoding="utf-8")
+    assert written.count("data:image/webp;base64,") == 3
+    result = run("search", "shapes", "a red circle", "--k", "3", "--html", str(page), "--json", *root)
+    assert page.read_text(encoding="utf-8") == written
+    for row in json.loads(result.stdout):
+        assert f'href="{row["url"]}"' in written
+        assert f"{row['score']:.3f}" in written
+        assert row["key"] in written
+    drawn("red", "circle").save(tmp_path / "mine.png")
+    run("search", "shapes", "--image", str(tmp_path / "mine.png"), "--k", "3", "--html", str(page), *root)
+    assert page.read_text(encoding="utf-8").count("data:image/webp;base64,") == 4
+    assert "mine.png" in page.read_text(encoding="utf-8")
+
+
+def test_search_refuses_what_cannot_be_sought_or_written(domain: Any, tmp_path: Path) -> None:
+    root = ["--root", str(domain.root)]
+    refused(run("search", "shapes", "--text", " ", *root), "the query is empty")
+    refused(run("search", "shapes", "--image", f"{tmp_path}/no.png", *root), "no.png does not exist; name a picture")
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    refused(run("search", "shapes", "--image", f"{tmp_path}/torn.png", *root), "torn.png is no picture")
+    refused(run("search", "shapes", "a", "--html", f"{tmp_path}/page.png", *root), "no page name; end it in .html")
+    refused(run("search", "shapes", "a", "--html", f"{tmp_path}/no/page.html", *root), "the folder", "does not exist")
+    page = ["--html", f"{tmp_path}/page.html"]
+    refused(run("search", "shapes", "a", "--k", "501", *page, *root), "at most 500 pictures, 501 were asked for")
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_databases_lists_what_is_registered(domain: Any) -> None:
     (entry,) = json.loads(run("databases", "--json", "--root", str(domain.root)).stdout)
     assert (entry["name"], entry["version"], entry["aliases"]) == ("knn-database.shapes", 1, ["champion"])
-    assert "knn-database.shapes" in run("databases", "--root", str(domain.root)).stdout
+    version = domain.result.database.reference.manifest()
+    embeddings = Path(version.inputs["embeddings"]["uri"])
+    stored = [Path(domain.result.database.reference.uri) / file.name for file in version.files]
+    stored += [*embeddings.glob("img_emb/*"), *embeddings.glob("metadata/*")]
+    assert entry["bytes"] == sum(path.stat().st_size for path in stored)
+    heads, row = run("databases", "--root", str(domain.root)).stdout.splitlines()
+    for head in ("name", "rows", "recall@10 image", "recall@10 text", "encoder", "aliases", "size", "age"):
+        assert head in heads
+    for part in ("knn-database.shapes", str(entry["rows"]), "1.000", "sticker-clip", "champion", "kB"):
+        assert part in row
+    assert row.split()[-1] in {"s", "min"}
+
+
+def test_a_version_that_was_registered_without_its_size_shows_a_dash(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from infra.registry import Registry
+
+    entry = {"name": "knn-database.old", "version": 1, "rows": 9, "aliases": [], "encoder": "[red]x", "created_ms": 0}
+    monkeypatch.setattr(Registry, "versions", lambda self, kind: [entry])
+    _, row = run("databases", "--root", str(tmp_path)).stdout.splitlines()
+    assert row.split()[:6] == ["knn-database.old", "1", "9", "–", "–", "[red]x"]
+    assert row.split()[6] == "–"
+    assert row.split()[-1] == "d"
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1549, "1.5 kB"), (9_960, "10 kB"), (23_400_000, "23 MB"),
+     (999_700, "1.0 MB"), (2 * 10**12, "2.0 TB"), (5 * 10**15, "5000 TB")],
+)  # fmt: skip
+def test_sizes_are_told_in_words(count: int, told: str) -> None:
+    assert size(count) == told
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(-5, "0 s"), (59, "59 s"), (3 * 60 + 1, "3 min"), (2.5 * 3600, "2 h"), (86_400, "1 d"), (400 * 86_400, "400 d")],
+)
+def test_ages_are_told_in_words(seconds: float, told: str) -> None:
+    assert age(int((time.time() - seconds) * 1000)) == told
 
 
 def test_generate_writes_a_picture_a_prompt_and_repeats_itself(domain: Any, tmp_path: Path) -> None:
@@ -97,25 +216,44 @@ def test_generate_takes_pictures_for_prompts_and_goes_from_one_to_another(domain
     refused(result, "--between goes from one prompt to another; 3 were given")
 
 
-def test_edit_writes_the_edited_picture_with_the_embedded_generator(domain: Any, tmp_path: Path) -> None:
-    Image.new("RGBA", (90, 70), (0, 0, 255, 200)).save(tmp_path / "blue.png")
+def test_edit_changes_a_region_with_the_embedded_generator(domain: Any, tmp_path: Path) -> None:
+    source = drawn("blue", "circle", 64)
+    source.save(tmp_path / "blue.png")
     options = ["--database", "shapes", "--model", "sticker-generator", "--root", str(domain.root)]
     out = tmp_path / "edited.png"
-    result = run("edit", str(tmp_path / "blue.png"), "red ring", *options, "--out", str(out))
+    result = run("edit", str(tmp_path / "blue.png"), "red ring", *options, "--candidates", "2", "--out", str(out))
     assert result.exit_code == 0, result.stderr
     assert result.stdout.strip() == str(out)
-    assert Image.open(out).size == (64, 64)
+    edited = np.asarray(Image.open(out))
+    assert edited.shape == (64, 64, 3)
+    same = (edited == np.asarray(source)).all(-1).mean()
+    assert 0.4 < same < 0.98
 
 
-def test_edit_refuses_what_is_no_picture_and_a_generator_that_cannot(domain: Any, tmp_path: Path) -> None:
+def test_edit_takes_any_generator_that_draws_pixels_and_repeats_itself(domain: Any, tmp_path: Path) -> None:
+    Image.new("RGBA", (90, 70), (0, 0, 255, 200)).save(tmp_path / "blue.png")
+    options = ["--database", "shapes", "--candidates", "1", "--largest-region", "1", "--root", str(domain.root)]
+    pictures = []
+    for name, seed in (("a.png", "5"), ("b.png", "5"), ("c.png", "6")):
+        out = tmp_path / name
+        result = run("edit", str(tmp_path / "blue.png"), "red", *options, "--seed", seed, "--out", str(out))
+        assert result.exit_code == 0, result.stderr
+        pictures.append(np.asarray(Image.open(out)))
+    assert pictures[0].shape == (16, 16, 3)
+    assert (pictures[0] == pictures[1]).all()
+    assert (pictures[0] != pictures[2]).any()
+
+
+def test_edit_refuses_what_is_no_picture_and_numbers_without_meaning(domain: Any, tmp_path: Path) -> None:
     options = ["--database", "shapes", "--root", str(domain.root), "--out", str(tmp_path / "a.png")]
     refused(run("edit", f"{tmp_path}/none.png", "a", *options), "none.png does not exist")
     (tmp_path / "torn.png").write_bytes(b"no picture")
     refused(run("edit", f"{tmp_path}/torn.png", "a", *options), "torn.png is no picture that can be read")
     Image.new("RGB", (16, 16)).save(tmp_path / "fine.png")
-    refused(run("edit", f"{tmp_path}/fine.png", "a", *options), "was not trained for editing")
-    embedded = ["--model", "sticker-generator", "--strength", "2"]
-    refused(run("edit", f"{tmp_path}/fine.png", "a", *options, *embedded), "strength is 2.0; give a number above 0")
+    refused(run("edit", f"{tmp_path}/fine.png", " ", *options), "a prompt is empty")
+    told = "strength is 2.0; give a number above 0"
+    refused(run("edit", f"{tmp_path}/fine.png", "a", *options, "--strength", "2"), told)
+    refused(run("edit", f"{tmp_path}/fine.png", "a", *options, "--largest-region", "0"), "largest_region above 0")
 
 
 @pytest.mark.parametrize(

@@ -297,3 +297,14 @@ def test_bad_input_is_told_in_one_line(editor: KNNDiffusionPipeline, images: Any
 def test_a_config_without_meaning_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         EditConfig(**wrong)
+
+
+def test_the_pipeline_passes_on_what_it_is_given(base: KNNDiffusionPipeline) -> None:
+    def edited(**options: Any) -> NDArray[np.int64]:
+        made = base.edit(picture(), PROMPT, generator=torch.Generator().manual_seed(0), method="sdedit", **options)
+        return pixels(made)
+
+    expected = pixels(drawn(base, picture(), method="sdedit", steps=2, strength=0.7, candidates=1, shift=2.0))
+    np.testing.assert_array_equal(edited(num_inference_steps=2, strength=0.7, candidates=1), expected)
+    with pytest.raises(ModelError, match="at least 1 step"):
+        edited(num_inference_steps=0, candidates=1)
