@@ -123,6 +123,14 @@ class RadosGateway:
         finally:
             self._script("thaw")
 
+    def is_up(self) -> bool:
+        """Whether it answers."""
+        try:
+            urllib.request.urlopen(self.endpoint, timeout=5).close()
+        except OSError:
+            return False
+        return True
+
     def kill(self) -> None:
         """It dies at once."""
         self._script("kill")

@@ -231,7 +231,7 @@ def test_a_store_that_is_not_there_is_one_clear_line(
         assert message.endswith("; is the store up? then run again")
 
 
-def test_a_listing_of_several_pages_is_whole(folder: str, request: pytest.FixtureRequest) -> None:
+def test_a_listing_of_several_pages_is_whole(folder: str) -> None:
     count = 1203
     names = [f"{number:05d}.json" for number in range(count)]
     with ThreadPoolExecutor(16) as pool:

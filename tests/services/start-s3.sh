@@ -58,6 +58,7 @@ install_packages() {
 
 configure() {
   local fsid=$1 monitor_port=$2 gateway_port=$3
+  # The watch timeout: a gateway that was killed is missed by the next one until then.
   cat >"$conf" <<END
 [global]
 fsid = $fsid
@@ -80,6 +81,7 @@ bluestore block size = 8589934592
 osd pool default size = 1
 osd pool default pg num = 8
 osd crush chooseleaf type = 0
+osd client watch timeout = 5
 rgw frontends = beast endpoint=127.0.0.1:$gateway_port
 END
   echo "http://127.0.0.1:$gateway_port" >"$home/endpoint"
