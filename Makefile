@@ -8,7 +8,9 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help install demo test check bench clean
+SHELL := /bin/bash
+
+.PHONY: help install demo test test-s3 check bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +27,10 @@ demo: install  ## the whole line on real pictures: download, embed, index, train
 
 test: install  ## every test, offline
 	@$(BIN)/python -m pytest
+
+test-s3: install  ## the tests of a real object store: starts a Ceph RadosGW on loopback (as root on Debian), ends it
+	@trap 'tests/services/start-s3.sh stop' EXIT; \
+	started=$$(tests/services/start-s3.sh start) && eval "$$started" && $(BIN)/python -m pytest -m s3 $(TESTS)
 
 check: install  ## formatting, lint, types, import contracts
 	@$(BIN)/ruff format --check .

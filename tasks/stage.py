@@ -1,5 +1,6 @@
 """What all stages share: skip what is committed, run what is not, count what was lost, say it in one line."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
@@ -12,6 +13,9 @@ from infra.errors import KNNDiffusionError, StageError, TransientError
 from infra.settings import Settings
 from model.errors import ModelError
 from tasks.contracts import Made, Outcome
+
+TRANSIENT_IN_A_ROW = 3
+"""So many shards lost one after another to what may pass, and the rest is not tried now: the store is down."""
 
 Item = TypeVar("Item")
 P = ParamSpec("P")
@@ -73,6 +77,7 @@ def map_stage(
     """Run the shards of ``stage`` that are not committed yet; return all of them and those lost, by name.
 
     Raises:
+        TransientError: a shard could not be read or stored, but may be later; the task is tried again.
         StageError: more than ``max_lost_fraction`` of the shards were lost. The rest stay committed.
         KNNDiffusionError, ModelError: every shard was lost for one reason that the user can mend; that reason.
     """
@@ -81,17 +86,27 @@ def map_stage(
     pending = {name: item for name, item in named.items() if name not in done}
     lost: dict[str, str] = {}
     errors: list[BaseException] = []
-    results = compute.map_shards(
+    results: Any = compute.map_shards(
         factory, settings, list(pending.items()), description=stage.kind, **{"actors": compute.cpus(), **resources}
     )
-    for result in results:
-        if isinstance(result, compute.Lost):
+    in_a_row = 0
+    with contextlib.closing(results):  # what is in hand elsewhere ends with it
+        for result in results:
+            if not isinstance(result, compute.Lost):
+                done[result.name], in_a_row = result, 0
+                continue
             name = result.item[0]
             errors.append(result.error)
             lost[name] = f"{type(result.error).__name__}: {result.error}"
             logs.get("stage").debug("%s: shard %s lost: %s", stage.kind, name, lost[name])
-        else:
-            done[result.name] = result
+            in_a_row = in_a_row + 1 if isinstance(result.error, TransientError) else 0
+            if in_a_row == TRANSIENT_IN_A_ROW:
+                break
+    if passing := [error for error in errors if isinstance(error, TransientError)]:
+        raise TransientError(
+            f"{stage.kind}: {len(named) - len(done)} of {len(named)} shards have to wait ({passing[0]}); "
+            f"the other {len(done)} are committed"
+        )
     if (
         len(lost) == len(named)
         and len(set(lost.values())) == 1

@@ -1,7 +1,10 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import resource
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +13,19 @@ from stores import Bucket
 
 from infra import artifacts, storage
 from infra.artifacts import File, Manifest, Shard, Stage
-from infra.errors import InputError, IntegrityError, NotFoundError
+from infra.errors import InputError, IntegrityError, NotFoundError, StageError
 
 INPUTS = {"images": {"uri": "/data/images/1", "digest": "11" * 32}, "urls": {"uri": "s3://b/2", "digest": "22" * 32}}
 CONFIG = {"size": 64, "name": "ViT-B-32", "limits": {"max_side_px": 1024, "hosts": ["a", "b"]}}
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "moto", pytest.param("radosgw", marks=pytest.mark.s3)])
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A domain's folder."""
-    if request.param == "s3":
-        bucket: Bucket = request.getfixturevalue("bucket")
-        return f"{bucket.uri}/twemoji"
-    return str(tmp_path / "twemoji")
+    if request.param == "local":
+        return str(tmp_path / "twemoji")
+    bucket: Bucket = request.getfixturevalue(f"{request.param}_bucket")
+    return f"{bucket.uri}/twemoji"
 
 
 def stage(base: str, **changes: Any) -> Stage:
@@ -166,6 +169,54 @@ def test_a_worker_that_dies_while_storing_commits_no_shard(tmp_path: Path) -> No
     assert made.done() == {}
 
 
+@contextmanager
+def full_disk(after_bytes: int) -> Iterator[None]:
+    """No file can grow past ``after_bytes``."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (after_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("room", [0, 100, 600_000])
+def test_a_disk_that_fills_up_loses_nothing_that_was_committed(room: int, tmp_path: Path) -> None:
+    sizes = {"00000": 10, "00001": 1_000_000}
+    whole, broken = (stage(str(tmp_path / name)) for name in ("whole", "broken"))
+    unbroken = whole.commit([fill(whole, name, {f"{name}.tar": bytes(size)}) for name, size in sizes.items()], info={})
+    first = fill(broken, "00000", {"00000.tar": bytes(10)})
+
+    with storage.scratch() as scratch:
+        (scratch / "00001.tar").write_bytes(bytes(1_000_000))
+        with full_disk(room), pytest.raises(StageError) as caught:
+            artifacts.commit_shard(broken.uri, "00001", scratch, rows=3, info={})
+    assert str(caught.value).startswith(f"no space left for {broken.uri}/00001.tar; free some, or name another place")
+    assert str(caught.value).endswith("and run again: what is committed stays")
+    assert broken.done() == {"00000": first}
+    with full_disk(min(room, 100)), pytest.raises(StageError, match=r"^no space left for .*manifest\.json; free some"):
+        broken.commit([first], info={})
+    assert broken.committed() is None
+    assert [path.name for path in Path(broken.uri).rglob("*") if path.is_file()] == ["00000.tar", "00000.json"]
+
+    second = fill(broken, "00001", {"00001.tar": bytes(1_000_000)})
+    assert broken.commit([*broken.done().values()], info={}).digest == unbroken.digest
+    assert broken.done()["00001"] == second
+
+
+def test_more_shards_than_a_page_lists_are_all_done(base: str) -> None:
+    made = stage(base)
+    markers = {f"{number:05d}": Shard(name=f"{number:05d}", rows=1, files=(), info={}) for number in range(1050)}
+
+    def commit(shard: Shard) -> None:
+        text = json.dumps(dataclasses.asdict(shard)).encode()
+        storage.write_bytes(f"{made.uri}/shards/{shard.name}.json", text)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(commit, markers.values()))
+    assert made.done() == markers
+
+
 def test_a_damaged_marker_says_what_to_do(base: str) -> None:
     made = stage(base)
     fill(made, "00000", {"00000.tar": b"a"})
@@ -297,7 +348,7 @@ def test_a_local_file_is_used_where_it_is(tmp_path: Path) -> None:
     made, manifest = committed(str(tmp_path / "d"))
     path = artifacts.fetch_file(made.uri, manifest.files[0], tmp_path / "cache")
     assert path == Path(made.uri) / "00000.tar"
-    assert not (tmp_path / "cache").exists()
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == ["verified"]  # no copy, only a stamp
 
 
 @pytest.mark.parametrize("data", [b"tar zer", b"", b"tar zerO", b"tar zero and more"])
@@ -333,7 +384,7 @@ def test_a_remote_file_is_kept_under_its_digest_and_not_fetched_again(bucket: Bu
     file = manifest.files[0]
     kept = artifacts.fetch_file(made.uri, file, cache)
     assert kept == cache / file.sha256[:2] / f"{file.sha256}.tar"
-    assert [path for path in cache.rglob("*") if path.is_file()] == [kept]
+    assert list(cache.rglob("*.tar")) == [kept]
 
     storage.remove(made.uri)
     assert bucket.keys() == []

@@ -13,7 +13,7 @@ GUARDED = "postgresql://keeper:hunter2@db.internal:5432/mlflow"
 def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """None of the variables that settings read."""
     for name in list(os.environ):
-        if name.startswith(("KNN_DIFFUSION_", "MLFLOW_")):
+        if name.startswith(("KNN_DIFFUSION_", "MLFLOW_", "AWS_ENDPOINT_URL")):
             monkeypatch.delenv(name)
 
 
@@ -23,6 +23,7 @@ def test_every_variable_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     settings = Settings()
     assert (settings.root, settings.ray_address, settings.cpus) == ("knn-diffusion-data", None, None)
     assert settings.cache_folder == Path("/home/someone/.cache/knn-diffusion")
+    assert (settings.cache_bytes, settings.object_store) == (50_000_000_000, None)
     assert settings.tracking_uri == f"sqlite:///{tmp_path}/knn-diffusion-data/mlflow.db"
     assert settings.artifacts_uri == f"{tmp_path}/knn-diffusion-data/mlflow"
 
@@ -31,6 +32,8 @@ def test_the_environment_is_read_when_settings_are_made(monkeypatch: pytest.Monk
     variables = {
         "KNN_DIFFUSION_ROOT": "s3://bucket/line",
         "KNN_DIFFUSION_CACHE": "/var/cache/line",
+        "KNN_DIFFUSION_CACHE_BYTES": "1000000",
+        "AWS_ENDPOINT_URL": "http://store.internal",
         "KNN_DIFFUSION_RAY_ADDRESS": "auto",
         "KNN_DIFFUSION_CPUS": "3",
         "MLFLOW_TRACKING_URI": "https://mlflow.internal",
@@ -42,6 +45,7 @@ def test_the_environment_is_read_when_settings_are_made(monkeypatch: pytest.Monk
     settings = Settings()
     assert (settings.root, settings.ray_address, settings.cpus) == ("s3://bucket/line", "auto", 3)
     assert settings.cache_folder == Path("/var/cache/line")
+    assert (settings.cache_bytes, settings.object_store) == (1_000_000, "http://store.internal")
     assert settings.tracking_uri == "https://mlflow.internal"
     assert settings.artifacts_uri == "s3://bucket/mlflow"
     monkeypatch.setenv("KNN_DIFFUSION_CPUS", "4")
@@ -60,6 +64,13 @@ def test_an_argument_overrides_the_environment(tmp_path: Path, monkeypatch: pyte
 def test_a_number_of_cores_that_cannot_be_is_refused(cpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KNN_DIFFUSION_CPUS", cpus)
     with pytest.raises(ValidationError, match=r"(?s)^1 validation error for Settings\ncpus\n"):
+        Settings()
+
+
+@pytest.mark.parametrize("size", ["-1", "50 GB"])
+def test_a_bound_of_the_cache_that_is_no_number_is_refused(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KNN_DIFFUSION_CACHE_BYTES", size)
+    with pytest.raises(ValidationError, match=r"(?s)^1 validation error for Settings\ncache_bytes\n"):
         Settings()
 
 

@@ -37,6 +37,36 @@ def stage_at(folder: Path) -> artifacts.Stage:
     return artifacts.Stage(str(folder / "base"), "images", inputs={}, config={"a": 1})
 
 
+def unreachable() -> Any:
+    """A worker whose store is down, save for items of more than 0."""
+
+    class Unreachable:
+        def __init__(self, uri: str, folder: str) -> None:
+            self.uri, self.folder = uri, Path(folder)
+
+        def __call__(self, item: tuple[str, int]) -> artifacts.Shard:
+            name, rows = item
+            (self.folder / f"tried-{name}").touch()
+            if rows == 0:
+                raise TransientError("the store could not be reached")
+            (self.folder / name).mkdir()
+            return artifacts.commit_shard(self.uri, name, self.folder / name, rows=rows, info={})
+
+    return Unreachable
+
+
+def test_a_store_that_is_down_ends_the_stage_early_and_may_pass(tmp_path: Path) -> None:
+    stage = stage_at(tmp_path)
+    items = [(f"{number:05d}", int(number == 0)) for number in range(30)]
+    with compute.cluster(cores=1), pytest.raises(TransientError) as caught:
+        map_stage(stage, items, unreachable(), (stage.uri, str(tmp_path)), actors=1, max_lost_fraction=1.0)
+    assert str(caught.value) == (
+        "images: 29 of 30 shards have to wait (the store could not be reached); the other 1 are committed"
+    )
+    assert list(stage.done()) == ["00000"]
+    assert len(list(tmp_path.glob("tried-*"))) < 10
+
+
 def test_committed_output_is_not_made_again(tmp_path: Path) -> None:
     stage, made = stage_at(tmp_path), []
 

@@ -1,0 +1,84 @@
+"""The whole line with its root in an object store, metadata in a sqlite beside; drawn from on another machine."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import LoopbackServer
+from small_domain import NEIGHBOURS, good_replies, small_config, write_urls
+from stores import Bucket
+
+from infra.settings import Settings
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Settings:
+    """Settings of a machine that has nothing but the names."""
+    return Settings(
+        root="s3://none/of/its/own", cache=tmp_path / "elsewhere", tracking=f"sqlite:///{tmp_path}/mlflow.db"
+    )
+
+
+def made_and_made_again(bucket: Bucket, folder: Path, monkeypatch: pytest.MonkeyPatch, *, train: bool) -> Any:
+    """The small domain's outcome; a second run skips all of it."""
+    from flows.new_domain import new_domain
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+    monkeypatch.setenv("KNN_DIFFUSION_CACHE", str(folder / "cache"))
+    replies = good_replies()
+    with LoopbackServer(replies) as server:
+        urls = write_urls(folder / "urls", [server.url(path) for path in replies])
+        bucket.write("urls.jsonl", urls.read_bytes())
+        config = small_config(f"{bucket.uri}/urls.jsonl", f"{bucket.uri}/line", server.host, train=train, images=128)
+        made = new_domain(config)
+        asked = len(server.requests)
+        again = new_domain(config)
+        assert len(server.requests) == asked
+    assert all(again.skipped.values()), again.skipped
+    return made
+
+
+def assert_found(made: Any, settings: Settings) -> None:
+    from tasks.serve import pull_database, search_text
+
+    for name in ("shapes", made.database.reference.uri):
+        assert len(pull_database(name, settings)) == len(good_replies())
+    found = search_text("shapes", "red circle", 3, settings)
+    assert [row["rank"] for row in found] == [1, 2, 3]
+    assert all(row["url"].endswith(".png") for row in found)
+
+
+def test_a_database_lives_in_an_object_store(
+    prefect_server: None, moto_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: Settings
+) -> None:
+    assert_found(made_and_made_again(moto_bucket, tmp_path, monkeypatch, train=False), elsewhere)
+
+
+@pytest.mark.slow
+@pytest.mark.s3
+def test_the_whole_line_lives_in_a_real_object_store(
+    prefect_server: None, radosgw_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: Settings
+) -> None:
+    import torch
+
+    from infra.registry import load_pipeline
+
+    made = made_and_made_again(radosgw_bucket, tmp_path, monkeypatch, train=True)
+    keys = radosgw_bucket.keys()
+    for kind in ("images", "embeddings", "database", "neighbours", "generator", "evaluation"):
+        assert sum(key.startswith(f"line/shapes/{kind}/") and key.endswith("/manifest.json") for key in keys) == 1, kind
+    assert any(key.startswith("line/mlflow/") and key.endswith(".safetensors") for key in keys)
+    assert not [key for key in keys if "/ray/" in key or key.endswith((".partial", "progress.json"))]
+
+    assert_found(made, elsewhere)
+    pictures = []
+    for generator, database in (
+        ("models:/knn-diffusion@champion", "shapes"),
+        (made.trained.generator.reference.uri, made.database.reference.uri),
+    ):
+        pipeline = load_pipeline(generator, database, elsewhere)
+        drawn = pipeline("red circle", generator=torch.Generator().manual_seed(1), num_inference_steps=2)
+        assert drawn.hits.ids.shape == (1, NEIGHBOURS)
+        pictures.append(np.asarray(drawn.images[0]))
+    assert np.array_equal(*pictures)
