@@ -18,13 +18,13 @@ _DROPPED = "dropped"
 _ON_RECORD = frozenset({"url", "key", "sha256", "status", "error_message", "error_class"})
 
 
-def drop_pictures(tar: Path, parquet: Path, folder: Path, reasons: Mapping[str, str]) -> dict[str, int]:
-    """Write both files below ``folder`` without the pictures that ``reasons`` names.
+def drop_pictures(tar: Path, parquet: Path, stem: Path, reasons: Mapping[str, str]) -> dict[str, int]:
+    """Write both files as ``stem`` with their suffixes, without the pictures that ``reasons`` names.
 
     Args:
         tar: of webdataset samples.
         parquet: beside it, a row for each URL that was asked for.
-        folder: where the files of the same names are written.
+        stem: where to, without suffix: folder and name of the shard.
         reasons: the error class that a dropped key's row gets; of its picture the row keeps url and sha256 alone.
 
     Returns:
@@ -44,8 +44,8 @@ def drop_pictures(tar: Path, parquet: Path, folder: Path, reasons: Mapping[str, 
     for name, value in told.items():
         index = table.schema.get_field_index(name)
         table = table.set_column(index, pa.field(name, pa.string()), pc.if_else(gone, value, table[name]))
-    pq.write_table(table, folder / parquet.name)
-    _copy_members(tar, folder / tar.name, reasons)
+    pq.write_table(table, stem.with_suffix(".parquet"))
+    _copy_members(tar, stem.with_suffix(".tar"), reasons)
     return dict(sorted(Counter(table["error_class"].to_pylist()).items()))
 
 

@@ -178,7 +178,7 @@ class _Delta:
             artifacts.fetch_shard(self.stage.uri, shard, suffix, self.cache) for suffix in (".tar", ".parquet")
         )
         with storage.scratch() as folder:
-            outcomes = drop_pictures(tar, parquet, folder, reasons)
+            outcomes = drop_pictures(tar, parquet, folder / shard.name, reasons)
             # Killed in between, the shard has no marker and is downloaded again: files and marker never disagree.
             storage.remove(storage.join(self.stage.uri, "shards", f"{shard.name}.json"))
             info = {**shard.info, "outcomes": outcomes}

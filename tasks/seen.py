@@ -76,6 +76,10 @@ class Seen:
         """Which bytes, by hex sha256, were given already."""
         return _among(hash_digests(digests), [part.content for part in self._parts])
 
+    def kept(self, folder_uri: str) -> list[dict[str, Any]]:
+        """The files as they are; written below ``folder_uri`` first where there are none."""
+        return self._files or [write_seen(folder_uri, Hashes.joined(self._parts))]
+
     def extended(self, folder_uri: str, added: Hashes) -> list[dict[str, Any]]:
         """Write ``added`` beside the shards at ``folder_uri``; the list of files for that version's ``info``."""
         parts, files = list(self._parts), list(self._files)
