@@ -2,17 +2,21 @@
 
 KNN_DIFFUSION_ROOT            where artifacts are kept (a folder or s3://…)      ./knn-diffusion-data
 KNN_DIFFUSION_CACHE           local cache of remote files, by digest             ~/.cache/knn-diffusion
+KNN_DIFFUSION_CACHE_BYTES     how large that may grow, on each machine           50000000000
 KNN_DIFFUSION_RAY_ADDRESS     "auto" on a cluster; unset starts a local one
 KNN_DIFFUSION_CPUS            cores for a local Ray; unset takes all
 MLFLOW_TRACKING_URI           sqlite:///…, postgresql://… or http://…            sqlite below the root
 MLFLOW_ARTIFACTS              where registered files are kept                    a folder below the root
 AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION    read by s3fs itself
+
+The cache's bound belongs to a machine, not to a run: every process that fetches reads it there. It is meant for what
+nobody uses: files in use are kept even above it (see ``infra.cache``).
 """
 
 import re
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infra import storage
@@ -28,10 +32,14 @@ class Settings(BaseSettings):
 
     root: str = "knn-diffusion-data"
     cache: Path = Path("~/.cache/knn-diffusion")
+    cache_bytes: int = Field(default=50_000_000_000, ge=0)
     ray_address: str | None = None
     cpus: int | None = Field(default=None, ge=1)
     tracking: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI", repr=False)
     artifacts: str | None = Field(default=None, validation_alias="MLFLOW_ARTIFACTS")
+    object_store: str | None = Field(
+        default=None, validation_alias=AliasChoices("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), repr=False
+    )
 
     @property
     def tracking_uri(self) -> str:

@@ -2,22 +2,28 @@
 
 A URI is a local path, ``file://…``, ``s3://…`` or any other fsspec scheme. Folders are URIs without a trailing slash.
 Writers here are all-or-nothing: a reader sees the whole object or none of it, which is what a commit marker needs.
+Nothing is renamed in an object store: it would be a copy and a deletion. A multipart upload whose writer died never
+becomes an object; the store's own lifecycle rule (AbortIncompleteMultipartUpload) frees its parts.
 """
 
+import errno
 import hashlib
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
 import fsspec
-from botocore.exceptions import ConnectTimeoutError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
-from infra.errors import InputError, NotFoundError, TransientError
+from infra.errors import InputError
+from infra.store_errors import patiently, room_in, told
 
+PART_BYTES = 8 << 20
+"""Of a multipart upload, which begins at two parts; ten parts are in flight and in memory at once."""
 _BLOCK_BYTES = 1 << 20
 
 
@@ -44,66 +50,107 @@ def local_path(uri: str) -> Path:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder is there. Raises ``NotFoundError`` when even the bucket is not."""
     fs, path = _fs(uri)
-    with _told(uri):
-        return bool(fs.exists(path))
+    return patiently(uri, lambda: _info(fs, path) is not None)
 
 
 def size(uri: str) -> int:
     """Size in bytes. Raises ``NotFoundError``."""
     fs, path = _fs(uri)
-    with _told(uri):
-        return int(fs.size(path))
+    return patiently(uri, lambda: int(fs.size(path)))
+
+
+def modified(uri: str) -> float:
+    """When the object was written last, by the store's own clock; seconds since 1970. Raises ``NotFoundError``."""
+    fs, path = _fs(uri)
+    return patiently(uri, lambda: float(fs.modified(path).timestamp()))
 
 
 def names(uri: str) -> list[str]:
     """Sorted base names directly below a folder; empty when the folder is not there."""
     fs, path = _fs(uri)
-    with _told(uri):
-        if not fs.exists(path):
+
+    def listed() -> list[str]:
+        if _info(fs, path) is None:
             return []
         return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+
+    return patiently(uri, listed)
 
 
 @contextmanager
 def open_read(uri: str) -> Iterator[IO[bytes]]:
-    """A binary reader. Raises ``NotFoundError`` when nothing is there."""
+    """A binary reader; of a remote file, it asks for the ranges that are read. Raises ``NotFoundError``."""
     fs, path = _fs(uri)
-    with _told(uri), fs.open(path, "rb") as stream:
+    stream = patiently(uri, lambda: fs.open(path, "rb"))
+    with told(uri), stream:
         yield stream
 
 
 def read_bytes(uri: str) -> bytes:
     """The whole object. Raises ``NotFoundError``."""
-    with open_read(uri) as stream:
-        return stream.read()
+    fs, path = _fs(uri)
+    return patiently(uri, lambda: bytes(fs.cat_file(path)))
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write the whole object at once: a local file by rename after fsync, a remote one by a single PUT."""
     fs, path = _fs(uri)
-    with _told(uri):
+
+    def write() -> None:
         if isinstance(fs, LocalFileSystem):
-            _replace(Path(path), data)
+            with _replacing(Path(path)) as stream:
+                stream.write(data)
         else:
             fs.pipe_file(path, data)
 
+    patiently(uri, write)
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Write a small object unless there is one; of many writers exactly one is told True.
+
+    Locally by a hard link, which comes into being with its content; in S3 by ``If-None-Match: *``. ``data`` must be
+    the writer's own (hold a token, say): a PUT whose answer was lost is recognised by it.
+    """
+    fs, path = _fs(uri)
+
+    def create() -> bool:
+        if isinstance(fs, LocalFileSystem):
+            return _link_new(Path(path), data)
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            pass
+        except OSError as error:  # a store that does not name the condition
+            if error.errno != errno.EINVAL or not _is_precondition(error):
+                raise
+        else:
+            return True
+        try:
+            return bool(fs.cat_file(path) == data)
+        except FileNotFoundError:  # gone since
+            return False
+
+    return patiently(uri, create)
+
 
 def put(local: Path, uri: str) -> None:
-    """Copy a local file to ``uri``; the destination is whole or absent."""
+    """Copy a local file to ``uri``; the destination is whole or absent. Above 16 MiB in parts, several at once."""
     fs, path = _fs(uri)
-    with _told(uri):
+
+    def copy() -> None:
         if isinstance(fs, LocalFileSystem):
-            destination = Path(path)
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
-            with open(local, "rb") as source, open(partial, "wb") as target:
+            with open(local, "rb") as source, _replacing(Path(path)) as target:
                 for block in iter(lambda: source.read(_BLOCK_BYTES), b""):
                     target.write(block)
-            partial.replace(destination)
+        elif _is_s3(uri):
+            fs.put_file(str(local), path, chunksize=PART_BYTES)
         else:
             fs.put_file(str(local), path)
+
+    patiently(uri, copy)
 
 
 def fetch(uri: str, local: Path) -> Path:
@@ -111,20 +158,30 @@ def fetch(uri: str, local: Path) -> Path:
     if is_local(uri):
         return local_path(uri)
     fs, path = _fs(uri)
-    local.parent.mkdir(parents=True, exist_ok=True)
-    with _told(uri):
-        partial = local.with_name(f".{local.name}.{os.getpid()}.partial")
-        fs.get_file(path, str(partial))
-        partial.replace(local)
-    return local
+
+    def copy() -> Path:
+        local.parent.mkdir(parents=True, exist_ok=True)
+        partial = _partial(local)
+        try:
+            fs.get_file(path, str(partial))
+            partial.replace(local)
+        finally:
+            partial.unlink(missing_ok=True)
+        return local
+
+    return patiently(uri, copy)
 
 
 def remove(uri: str) -> None:
     """Delete a file or a folder with all it holds; nothing happens when it is not there."""
     fs, path = _fs(uri)
-    with _told(uri):
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
+
+    def delete() -> None:
+        if _info(fs, path) is not None:
+            with suppress(FileNotFoundError):  # somebody else was quicker
+                fs.rm(path, recursive=True)
+
+    patiently(uri, delete)
 
 
 def sha256(uri: str) -> str:
@@ -138,44 +195,87 @@ def sha256(uri: str) -> str:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A local working folder that is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="knn-diffusion-") as folder:
+    """A local working folder that is gone afterwards. Raises ``StageError`` when the disk fills up meanwhile."""
+    with tempfile.TemporaryDirectory(prefix="knn-diffusion-") as folder, room_in(Path(folder)):
         yield Path(folder)
 
 
 def _fs(uri: str) -> tuple[Any, str]:
     if is_local(uri):
         fs, path = fsspec.core.url_to_fs(str(local_path(uri)))
-    else:  # other processes write here too: a cached listing would hide what they commit
-        try:
-            fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
-        except (ValueError, ImportError) as error:
-            raise InputError(f"{uri} cannot be opened: {error}; write a path or an s3:// address") from error
+        return fs, cast(str, path)
+    options: dict[str, Any] = {"use_listings_cache": False}  # others write here too: it would hide what they commit
+    if _is_s3(uri):
+        options["config_kwargs"] = {"retries": {"mode": "standard", "total_max_attempts": 2}}
+    try:
+        fs, path = fsspec.core.url_to_fs(uri, **options)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{uri} cannot be opened: {error}; write a path or an s3:// address") from error
+    if _is_s3(uri):
+        fs.retries = 2
     return fs, cast(str, path)
 
 
-def _replace(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+def _is_s3(uri: str) -> bool:
+    return uri.startswith("s3://")
+
+
+def _info(fs: Any, path: str) -> dict[str, Any] | None:
+    """What is known of a file or folder; None when there is none. A bucket that is not there is an error."""
+    try:
+        return cast(dict[str, Any], fs.info(path))
+    except FileNotFoundError as error:
+        if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") == "NoSuchBucket":
+            raise
+        return None
+
+
+def _is_precondition(error: OSError) -> bool:
+    return getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") in {"PreconditionFailed", "412"}
 
 
 @contextmanager
-def _told(uri: str) -> Iterator[None]:
-    """Turn the many errors of object stores into the two that a caller can act on."""
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A stream that becomes ``path`` when the block ends well, after fsync; otherwise nothing has happened."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
     try:
-        yield
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{uri} does not exist; check the path, or run the stage that writes it") from error
-    except PermissionError as error:
-        raise NotFoundError(f"{uri} may not be accessed ({error}); check the credentials and the bucket") from error
-    except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
-        raise InputError(f"{uri} cannot be used: {error.strerror or error}; name another path") from error
-    except NoCredentialsError as error:
-        raise NotFoundError(f"{uri} needs credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
-    except (ConnectionError, TimeoutError, EndpointConnectionError, ReadTimeoutError, ConnectTimeoutError) as error:
-        raise TransientError(f"{uri} could not be reached: {error}") from error
+        with open(partial, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _link_new(path: Path, data: bytes) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    try:
+        with open(partial, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            return path.read_bytes() == data
+        _sync(path.parent)
+        return True
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename in ``folder`` outlast a power cut."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")

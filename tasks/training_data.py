@@ -253,5 +253,6 @@ def kept(path: Path, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
         with partial.open("wb") as stream:
             np.save(stream, make())
         partial.replace(path)
+    os.utime(path)  # its last use, for the cache's bound
     found: NDArray[Any] = np.load(path, mmap_mode="r")
     return found

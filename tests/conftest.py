@@ -25,6 +25,62 @@ for name in ("KNN_DIFFUSION_ROOT", "KNN_DIFFUSION_RAY_ADDRESS", "MLFLOW_TRACKING
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a real object store wait for one."""
+    if "S3_STORE_DIR" not in os.environ:
+        for item in items:
+            if item.get_closest_marker("s3"):
+                item.add_marker(pytest.mark.skip(reason="needs a real object store: make test-s3"))
+
+
+STORES = ["moto", pytest.param("radosgw", marks=pytest.mark.s3)]
+"""Object stores on loopback: a mock, and with ``make test-s3`` a real one."""
+
+
+@pytest.fixture(scope="session")
+def moto_store() -> Iterator[Any]:
+    from stores import ObjectStore
+
+    store = ObjectStore()
+    yield store
+    store.stop()
+
+
+@pytest.fixture(scope="session")
+def radosgw_store() -> Any:
+    from stores import RadosGateway
+
+    return RadosGateway()
+
+
+@pytest.fixture(params=STORES)
+def bucket(request: pytest.FixtureRequest) -> Any:
+    """An empty bucket that ``s3://`` URIs reach, of each store in turn."""
+    return request.getfixturevalue(f"{request.param}_bucket")
+
+
+@pytest.fixture
+def moto_bucket(moto_store: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    yield from reached(moto_store, monkeypatch)
+
+
+@pytest.fixture
+def radosgw_bucket(radosgw_store: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    yield from reached(radosgw_store, monkeypatch)
+
+
+def reached(store: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A bucket of ``store``, which the environment names; fsspec remembers nothing of earlier ones."""
+    import s3fs
+
+    for name, value in store.keys.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield store.bucket()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Prefect's API, the way the command brings it up."""

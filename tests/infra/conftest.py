@@ -4,29 +4,9 @@ from pathlib import Path
 
 import mlflow
 import pytest
-import s3fs
-from stores import KEYS, Bucket, ObjectStore
 
 from infra import tracking
 from infra.settings import Settings
-
-
-@pytest.fixture(scope="session")
-def object_store() -> Iterator[ObjectStore]:
-    store = ObjectStore()
-    yield store
-    store.stop()
-
-
-@pytest.fixture
-def bucket(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    """An empty bucket that ``s3://`` URIs reach; fsspec remembers nothing of earlier ones."""
-    for name, value in KEYS.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", object_store.endpoint)
-    s3fs.S3FileSystem.clear_instance_cache()
-    yield object_store.bucket()
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="session")

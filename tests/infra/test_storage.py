@@ -1,31 +1,44 @@
+import errno
 import hashlib
 import itertools
 import resource
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import botocore.exceptions
 import fsspec
+import numpy as np
 import pytest
+import s3fs
 from fsspec.implementations.memory import MemoryFileSystem
-from stores import Bucket, ObjectStore
+from stores import Bucket, RadosGateway
 
-from infra import storage
-from infra.errors import NotFoundError, TransientError
+from infra import storage, store_errors
+from infra.errors import KNNDiffusionError, NotFoundError, StageError, TransientError
 
 ABSENT = "{} does not exist; check the path, or run the stage that writes it"
 
 
-@pytest.fixture(params=["path", "file://", "s3://"])
+@pytest.fixture(params=["path", "file://", "moto", pytest.param("radosgw", marks=pytest.mark.s3)])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A folder that is not there yet, by each way of naming one."""
-    if request.param == "s3://":
-        bucket: Bucket = request.getfixturevalue("bucket")
-        return f"{bucket.uri}/deep/folder"
-    return str(tmp_path / "deep/folder") if request.param == "path" else f"file://{tmp_path}/deep/folder"
+    if request.param in {"path", "file://"}:
+        return f"{'' if request.param == 'path' else 'file://'}{tmp_path}/deep/folder"
+    bucket: Bucket = request.getfixturevalue(f"{request.param}_bucket")
+    return f"{bucket.uri}/deep/folder"
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tries follow each other without a pause."""
+    monkeypatch.setattr(store_errors, "PAUSES_S", (0.0, 0.0))
 
 
 @contextmanager
@@ -140,23 +153,33 @@ def test_a_missing_bucket_is_one_clear_line(bucket: Bucket, tmp_path: Path) -> N
     for touch in (
         lambda: storage.read_bytes(uri),
         lambda: storage.write_bytes(uri, b"x"),
+        lambda: storage.create_bytes(uri, b"x"),
         lambda: storage.put(tmp_path / "a", uri),
         lambda: storage.fetch(uri, tmp_path / "b"),
+        lambda: storage.exists(uri),
+        lambda: storage.size(uri),
+        lambda: storage.names("s3://no-such-bucket/d"),
+        lambda: storage.remove(uri),
     ):
         with pytest.raises(NotFoundError) as caught:
             touch()
-        assert one_line(caught) == ABSENT.format(uri)
-    assert not storage.exists(uri)
-    assert storage.names("s3://no-such-bucket/d") == []
+        message = one_line(caught)
+        assert message.startswith("s3://no-such-bucket/d")
+        assert message.endswith(
+            f": there is no bucket no-such-bucket at {bucket.store.endpoint}; make it, or name another root"
+        )
 
 
-def test_refused_credentials_are_one_clear_line(object_store: ObjectStore, bucket: Bucket) -> None:
+def test_refused_credentials_are_one_clear_line(bucket: Bucket, tmp_path: Path) -> None:
     bucket.write("d/a", b"x")
+    (tmp_path / "a").write_bytes(b"y")
     uri = f"{bucket.uri}/d/a"
-    with object_store.locked():
+    with bucket.store.locked():
         for touch in (
             lambda: storage.read_bytes(uri),
             lambda: storage.write_bytes(uri, b"y"),
+            lambda: storage.create_bytes(uri, b"y"),
+            lambda: storage.put(tmp_path / "a", uri),
             lambda: storage.exists(uri),
             lambda: storage.names(uri),
             lambda: storage.remove(uri),
@@ -164,51 +187,184 @@ def test_refused_credentials_are_one_clear_line(object_store: ObjectStore, bucke
             with pytest.raises(NotFoundError) as caught:
                 touch()
             message = one_line(caught)
-            assert message.startswith(f"{uri} may not be accessed (")
+            assert message.startswith(f"{uri} may not be accessed at {bucket.store.endpoint} (")
             assert message.endswith("); check the credentials and the bucket")
     assert bucket.read("d/a") == b"x"
 
 
+def test_wrong_and_missing_keys_are_told(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bucket.write("d/a", b"x")
+    uri = f"{bucket.uri}/d/a"
+    if isinstance(bucket.store, RadosGateway):  # moto admits everybody
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            with monkeypatch.context() as patch:
+                patch.setenv(name, "wrong")
+                s3fs.S3FileSystem.clear_instance_cache()
+                with pytest.raises(
+                    NotFoundError, match=r"may not be accessed .*; check the credentials and the bucket$"
+                ):
+                    storage.read_bytes(uri)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(NotFoundError) as caught:
+        storage.read_bytes(uri)
+    assert one_line(caught).startswith(f"{uri} needs credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (")
+
+
+def test_a_store_that_is_not_there_is_one_clear_line(
+    moto_bucket: Bucket, hasty: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    s3fs.S3FileSystem.clear_instance_cache()
+    for touch in (storage.exists, storage.read_bytes, storage.names):
+        with pytest.raises(TransientError) as caught:
+            touch("s3://bucket/a")
+        message = one_line(caught)
+        assert message.startswith(f"s3://bucket/a could not be reached at {endpoint}: Could not connect")
+        assert message.endswith("; is the store up? then run again")
+
+
+def test_a_listing_of_several_pages_is_whole(folder: str, request: pytest.FixtureRequest) -> None:
+    count = 1203
+    names = [f"{number:05d}.json" for number in range(count)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: storage.write_bytes(f"{folder}/shards/{name}", b"{}"), names))
+    assert storage.names(f"{folder}/shards") == names
+    assert storage.names(folder) == ["shards"]
+    storage.remove(f"{folder}/shards")  # a store deletes a thousand at once
+    assert storage.names(folder) == []
+
+
+def test_a_big_file_goes_up_in_parts_and_is_read_by_ranges(bucket: Bucket, tmp_path: Path) -> None:
+    data = np.random.default_rng(0).bytes(30_000_000)
+    (tmp_path / "big").write_bytes(data)
+    uri = f"{bucket.uri}/d/big.npy"
+    storage.put(tmp_path / "big", uri)
+    assert bucket.parts("d/big.npy") == 4
+    assert bucket.uploads() == []
+    assert storage.sha256(uri) == hashlib.sha256(data).hexdigest()
+    assert storage.fetch(uri, tmp_path / "there").read_bytes() == data
+    with storage.open_read(uri) as stream:
+        for start in (29_999_990, 12_345_678, 0):
+            stream.seek(start)
+            assert stream.read(10) == data[start : start + 10]
+
+
+def test_of_many_writers_one_creates(folder: str) -> None:
+    uri = f"{folder}/first.json"
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda number: storage.create_bytes(uri, b"writer %d" % number), range(8)))
+    assert sum(won) == 1
+    assert storage.read_bytes(uri) == b"writer %d" % won.index(True)
+    assert not storage.create_bytes(uri, b"later")
+    assert storage.create_bytes(uri, b"writer %d" % won.index(True))  # its answer was lost, and it asks again
+    storage.remove(uri)
+    assert storage.create_bytes(uri, b"later")
+    assert storage.names(folder) == ["first.json"]
+
+
+def test_when_a_file_was_written_is_told_by_the_stores_clock(folder: str) -> None:
+    before = time.time()
+    storage.write_bytes(f"{folder}/a", b"1")
+    assert before - 2 <= storage.modified(f"{folder}/a") <= time.time() + 2
+    with pytest.raises(NotFoundError):
+        storage.modified(f"{folder}/none")
+
+
 class BreakingFileSystem(MemoryFileSystem):
-    """``breaking://``: reads and writes break off half way with ``error``."""
+    """``breaking://``: reads and writes break off half way with ``error``, the first ``times``."""
 
     protocol = "breaking"
     error: OSError
+    times = 0
 
     def get_file(self, rpath: str, lpath: str, **_: Any) -> None:
         Path(lpath).write_bytes(b"hal")
-        raise self.error
+        self._break()
+        Path(lpath).write_bytes(b"whole")
 
     def pipe_file(self, path: str, value: bytes, **_: Any) -> None:
-        raise self.error
+        self._break()
+
+    def _break(self) -> None:
+        type(self).times -= 1
+        if self.times >= 0:
+            raise self.error
 
 
 @pytest.fixture
-def breaking() -> type[BreakingFileSystem]:
+def breaking(hasty: None) -> type[BreakingFileSystem]:
     fsspec.register_implementation("breaking", BreakingFileSystem, clobber=True)
     return BreakingFileSystem
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError("reset by peer"), TimeoutError("no answer in 60 s")])
+LOST = [
+    ConnectionResetError("reset by peer"),
+    TimeoutError("no answer in 60 s"),
+    OSError(errno.EREMOTEIO, "We encountered an internal error"),
+    OSError(errno.EBUSY, "Please reduce your request rate"),
+    aiohttp.ClientPayloadError("the body\nbroke off"),
+    botocore.exceptions.ConnectionClosedError(endpoint_url="http://store"),
+]
+
+
+@pytest.mark.parametrize("error", LOST)
 def test_a_lost_connection_may_pass(error: OSError, breaking: type[BreakingFileSystem], tmp_path: Path) -> None:
-    breaking.error = error
     for touch in (
         lambda: storage.write_bytes("breaking://x/a", b"data"),
         lambda: storage.fetch("breaking://x/a", tmp_path / "a"),
     ):
+        breaking.error, breaking.times = error, 2
+        touch()
+        assert breaking.times == -1
+        breaking.times = 3
         with pytest.raises(TransientError) as caught:
             touch()
-        assert one_line(caught) == f"breaking://x/a could not be reached: {error}"
+        assert breaking.times == 0
+        said = " ".join(str(error.strerror if error.args[1:] else error).split())
+        assert one_line(caught) == f"breaking://x/a could not be reached: {said}; is the store up? then run again"
+    assert (tmp_path / "a").read_bytes() == b"whole"
+
+
+def test_what_will_not_pass_is_not_tried_again(breaking: type[BreakingFileSystem]) -> None:
+    for error in (PermissionError("no"), FileNotFoundError(), OSError(errno.ENOSPC, "No space left on device")):
+        breaking.error, breaking.times = error, 3
+        with pytest.raises(KNNDiffusionError):
+            storage.write_bytes("breaking://x/a", b"data")
+        assert breaking.times == 2
+
+
+def test_pauses_grow_and_a_long_failure_is_not_repeated(
+    breaking: type[BreakingFileSystem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_errors, "PAUSES_S", (0.05, 0.1, 0.2))
+    breaking.error, breaking.times = ConnectionResetError("reset"), 3
+    started = time.monotonic()
+    storage.write_bytes("breaking://x/a", b"data")
+    assert 0.35 <= time.monotonic() - started < 3
+    monkeypatch.setattr(store_errors, "NO_RETRY_AFTER_S", -1.0)
+    breaking.times = 3
+    with pytest.raises(TransientError):
+        storage.write_bytes("breaking://x/a", b"data")
+    assert breaking.times == 2
 
 
 def test_a_fetch_that_breaks_off_leaves_what_was_there(breaking: type[BreakingFileSystem], tmp_path: Path) -> None:
     breaking.error = ConnectionResetError("reset by peer")
-    (tmp_path / "old").write_bytes(b"whole")
+    (tmp_path / "old").write_bytes(b"before")
     for name in ("old", "fresh"):
+        breaking.times = 3
         with pytest.raises(TransientError):
             storage.fetch("breaking://x/a", tmp_path / name)
-    assert (tmp_path / "old").read_bytes() == b"whole"
-    assert not (tmp_path / "fresh").exists()
+    assert (tmp_path / "old").read_bytes() == b"before"
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
 @pytest.mark.parametrize("how", ["write_bytes", "put"])
@@ -225,10 +381,12 @@ def test_a_local_write_that_breaks_off_leaves_what_was_there(how: str, tmp_path:
 
     storage.write_bytes(str(tmp_path / "out/old"), b"old")
     for name in ("old", "fresh"):
-        with full_disk(after_bytes=1_500_000), pytest.raises(OSError, match="File too large"):
+        with full_disk(after_bytes=1_500_000), pytest.raises(StageError) as caught:
             write(name)
+        assert one_line(caught).startswith(f"no space left for {tmp_path}/out/{name}; free some, or name another place")
+        assert one_line(caught).endswith("and run again: what is committed stays")
     assert (tmp_path / "out/old").read_bytes() == b"old"
-    assert not storage.exists(str(tmp_path / "out/fresh"))
+    assert storage.names(str(tmp_path / "out")) == ["old"]
     for name in ("old", "fresh"):  # what was left over is not in the way
         write(name)
         assert (tmp_path / "out" / name).read_bytes() == new
@@ -299,3 +457,11 @@ def test_scratch_is_gone_afterwards_even_after_an_error() -> None:
         (folder / "a/b").write_bytes(b"x")
         raise ZeroDivisionError
     assert not folder.exists()
+
+
+def test_a_disk_that_fills_up_in_scratch_is_told_whoever_notices() -> None:
+    with pytest.raises(StageError) as caught, storage.scratch() as folder, full_disk(after_bytes=1_000_000):
+        np.save(folder / "rows.npy", np.zeros(1_000_000))
+    assert one_line(caught).startswith(f"no space left for {folder}; free some, or name another place")
+    with pytest.raises(OSError, match="its own reason"), storage.scratch():
+        raise OSError("its own reason")

@@ -1,0 +1,273 @@
+"""Remote files kept on this machine under their digest, bounded, shared by all its processes.
+
+    <cache>/ab/abcdef….npy      a remote file, by its sha256
+    <cache>/verified/           stamps: see ``infra.verified``
+    <cache>/fetching/abcdef…/   a file on its way, locked by the process that fetches it
+    <cache>/uses, lock          what is in use; who looks or evicts
+    <cache>/pixels, encoded, …  what stages derive and keep; counts towards the bound
+
+When more than a hundredth of ``Settings.cache_bytes`` has come in, the files used least recently go until the rest
+fits. A file is in use, and stays, while the path that was handed out is referenced anywhere in its process: the path
+holds a shared lock on one byte of ``uses``, the digest's own, which the kernel frees when a process dies. A file that
+is open or memory-mapped may go all the same: an unlinked file lives on until its last user closes it, on every POSIX
+system. What stages derive has no such lock and is left alone for an hour after its last use.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import threading
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Iterator
+from pathlib import Path, PosixPath
+from typing import Any
+
+from infra import logs, storage
+from infra.errors import InputError
+from infra.settings import Settings
+from infra.store_errors import room_in
+from infra.verified import is_verified, stamp_file, write_stamp
+
+DERIVED_SPARED_S = 3600.0
+_STAMPS_KEPT_S = 90 * 86_400.0
+_BOOKKEEPING = frozenset({"verified", "fetching", "uses", "lock"})
+
+
+class DamagedError(Exception):
+    """The bytes are not those of the digest."""
+
+
+class HeldPath(PosixPath):
+    """A path in the cache; while it is referenced, the file is not evicted. A pickled copy is a plain path."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path, (str(self),)
+
+
+def fetch(uri: str, sha256: str, size: int, cache: Path) -> Path:
+    """The file at a remote ``uri`` in ``cache``, verified; fetched if it is not there, by one process at a time.
+
+    Raises:
+        NotFoundError: it is not at ``uri`` either.
+        DamagedError: what came are other bytes; they are not kept.
+        StageError: the disk is full.
+        InputError: the cache cannot be written.
+    """
+    path = cache / sha256[:2] / (sha256 + Path(uri).suffix)
+    with room_in(cache):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held = _held(path, sha256, cache)
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            told = f"{cache} cannot hold the cache ({error.strerror}); set KNN_DIFFUSION_CACHE to a folder that can"
+            raise InputError(told) from error
+        if path.exists() and is_verified(path, sha256, size, cache):
+            return held
+        with _alone(cache / "fetching" / sha256) as folder:
+            if not is_verified(path, sha256, size, cache):  # another process may have fetched it meanwhile
+                path.unlink(missing_ok=True)
+                arrived = storage.fetch(uri, folder / "file")
+                if arrived.stat().st_size != size or storage.sha256(str(arrived)) != sha256:
+                    raise DamagedError
+                arrived.replace(path)
+                write_stamp(stamp_file(cache, sha256, path), path.stat())
+    _came_in(cache, size)
+    return held
+
+
+def evict(cache: Path, limit_bytes: int) -> int:
+    """Remove the files used least recently until at most ``limit_bytes`` are left; return what is left.
+
+    Files in use stay, and may keep the cache above its bound. What dead processes were fetching goes too.
+    """
+    with _locked(cache / "lock", fcntl.LOCK_EX):
+        _drop_abandoned(cache)
+        files = _inventory(cache)
+        total = sum(size for _, size, _ in files)
+        for _, size, paths in files:
+            if total <= limit_bytes:
+                break
+            if not any(_in_use(cache, path) for path in paths):
+                for path in paths:
+                    path.unlink(missing_ok=True)
+                    stamp_file(cache, path.stem, path).unlink(missing_ok=True)
+                total -= size
+    if total > limit_bytes:
+        logs.get("cache").warning(
+            "%s holds %d bytes in use, its bound is %d; raise KNN_DIFFUSION_CACHE_BYTES", cache, total, limit_bytes
+        )
+    return total
+
+
+class _Uses:
+    """This process's locks on bytes of a cache's ``uses``: one descriptor, however many files."""
+
+    def __init__(self, cache: Path) -> None:
+        # Never closed: closing any descriptor of the file would free the process's locks on it.
+        self._number = os.open(cache / "uses", os.O_RDWR | os.O_CREAT, 0o666)
+        self._counts: Counter[int] = Counter()
+        self._let_go: deque[int] = deque()
+        self._lock = threading.Lock()
+
+    def hold(self, byte: int) -> None:
+        with self._lock:
+            self._drain()
+            self._counts[byte] += 1
+            if self._counts[byte] == 1:
+                fcntl.lockf(self._number, fcntl.LOCK_SH, 1, byte)
+
+    def let_go(self, byte: int) -> None:
+        """Called when a path is collected: that may happen anywhere, even while this thread is in here."""
+        self._let_go.append(byte)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._drain()
+            finally:
+                self._lock.release()
+
+    def held(self, byte: int) -> bool:
+        """Whether this or another process holds the byte."""
+        with self._lock:
+            self._drain()
+            if byte in self._counts:
+                return True
+            try:
+                fcntl.lockf(self._number, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+            except OSError:
+                return True
+            fcntl.lockf(self._number, fcntl.LOCK_UN, 1, byte)
+            return False
+
+    def _drain(self) -> None:
+        while self._let_go:
+            byte = self._let_go.popleft()
+            self._counts[byte] -= 1
+            if not self._counts[byte]:
+                del self._counts[byte]
+                fcntl.lockf(self._number, fcntl.LOCK_UN, 1, byte)
+
+
+_uses: dict[tuple[int, str], _Uses] = {}  # by process, since a fork inherits no such locks, and by cache
+_uses_lock = threading.Lock()
+_came: dict[tuple[int, str], int] = {}
+
+
+def _uses_of(cache: Path) -> _Uses:
+    key = (os.getpid(), os.path.realpath(cache))
+    with _uses_lock:
+        if key not in _uses:
+            _uses[key] = _Uses(cache)
+        return _uses[key]
+
+
+def _held(path: Path, sha256: str, cache: Path) -> HeldPath:
+    """``path``, held from now on. The lock keeps it from falling between an eviction's look and its deed."""
+    uses, byte, held = _uses_of(cache), _byte(sha256), HeldPath(path)
+    with _locked(cache / "lock", fcntl.LOCK_SH):
+        uses.hold(byte)
+    weakref.finalize(held, _let_go, uses, byte, os.getpid()).atexit = False
+    return held
+
+
+def _let_go(uses: _Uses, byte: int, process: int) -> None:
+    if os.getpid() == process:  # a fork has a copy of the path, and none of the locks
+        uses.let_go(byte)
+
+
+def _in_use(cache: Path, path: Path) -> bool:
+    if path.parent.parent == cache and path.stem.startswith(path.parent.name):
+        return _uses_of(cache).held(_byte(path.stem))
+    status = path.stat()
+    return time.time() - max(status.st_atime, status.st_mtime) < DERIVED_SPARED_S
+
+
+def _byte(sha256: str) -> int:
+    return int(sha256[:15], 16)
+
+
+def _came_in(cache: Path, size: int) -> None:
+    limit, key = Settings().cache_bytes, (os.getpid(), str(cache))
+    _came[key] = _came.get(key, limit) + size  # the first time, whatever came: others may have left much
+    if _came[key] > limit // 100:
+        _came[key] = 0
+        evict(cache, limit)
+
+
+def _inventory(cache: Path) -> list[tuple[float, int, list[Path]]]:
+    """(last use, bytes, paths) of each file, oldest use first; one that has several names once."""
+    found: dict[int, tuple[float, int, list[Path]]] = {}
+    for top in cache.iterdir():
+        if top.name in _BOOKKEEPING:
+            continue
+        for path in [top] if top.is_file() else top.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.lstat()
+                if not path.is_file():
+                    continue
+                used = max(status.st_mtime, _last_use(cache, path) or status.st_atime)
+                before = found.get(status.st_ino, (0.0, 0, []))
+                found[status.st_ino] = (max(used, before[0]), status.st_size, [*before[2], path])
+    return sorted(found.values(), key=lambda entry: entry[0])
+
+
+def _last_use(cache: Path, path: Path) -> float | None:
+    try:
+        return stamp_file(cache, path.stem, path).stat().st_mtime
+    except OSError:
+        return None
+
+
+def _drop_abandoned(cache: Path) -> None:
+    """Remove what dead processes left on its way, and stamps that nobody has asked for in a long time."""
+    for folder in cache.glob("fetching/*"):
+        with contextlib.suppress(OSError), _alone(folder, wait=False):
+            pass
+    for stamp in cache.glob("verified/*/*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - stamp.stat().st_mtime > _STAMPS_KEPT_S:
+                stamp.unlink()
+
+
+@contextlib.contextmanager
+def _locked(path: Path, how: int) -> Iterator[None]:
+    number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(number, how)
+        yield
+    finally:
+        os.close(number)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, *, wait: bool = True) -> Iterator[Path]:
+    """``folder`` for this thread alone; it is gone afterwards. Raises ``BlockingIOError`` instead of waiting."""
+    lock = folder / "lock"
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            number = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # who had it before has removed it between these two lines
+            continue
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if lock.exists() and os.fstat(number).st_ino == lock.stat().st_ino:
+                break
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(number)
+            raise
+        os.close(number)
+    try:
+        yield folder
+    finally:
+        for left in folder.iterdir():
+            if left.name != lock.name:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        lock.unlink()
+        with contextlib.suppress(OSError):  # another one has come already
+            folder.rmdir()
+        os.close(number)

@@ -1,0 +1,163 @@
+"""What object stores and disks raise, as the errors a caller can act on; and what may pass, tried again.
+
+Retries are in three layers, each for what the others do not see: botocore tries a request twice (a 503, a refused
+connection), s3fs a part or a range twice (a body cut off), and :func:`patiently` a whole call, for about ten seconds.
+Then it is a ``TransientError``, after which the task waits for minutes.
+"""
+
+import errno
+import functools
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from botocore import exceptions as boto
+
+from infra.errors import InputError, KNNDiffusionError, NotFoundError, StageError, TransientError
+
+T = TypeVar("T")
+
+PAUSES_S: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+"""Before each further try of a call; up to half as much is added, so that workers do not come back in step."""
+NO_RETRY_AFTER_S = 60.0
+"""A call that has failed for so long already, by timeouts inside it, is not tried again."""
+
+_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_OUT_OF_ORDER = frozenset({errno.EREMOTEIO, errno.EBUSY})  # what s3fs makes of 500, 503 and SlowDown
+_DISK_FULL_BYTES = 1 << 20
+_SHORT_WRITE = re.compile(rf"{os.strerror(errno.ENOSPC)}|\d+ requested and \d+ written")  # faiss | numpy
+
+
+def patiently(uri: str, call: Callable[[], T]) -> T:
+    """What ``call`` returns; tried again after a pause while its errors may pass. Raises as :func:`told`."""
+    started = time.monotonic()
+    for pause in PAUSES_S:
+        try:
+            with told(uri):
+                return call()
+        except TransientError:
+            if time.monotonic() - started > NO_RETRY_AFTER_S:
+                raise
+            time.sleep(pause * random.uniform(1.0, 1.5))
+    with told(uri):
+        return call()
+
+
+@contextmanager
+def told(uri: str) -> Iterator[None]:
+    """Turn what goes wrong at ``uri`` into one of our errors, in one line.
+
+    Raises:
+        NotFoundError: no such object, no such bucket, or no access to it.
+        InputError: the address cannot be used.
+        StageError: the disk is full.
+        TransientError: what may pass.
+    """
+    try:
+        yield
+    except KNNDiffusionError:
+        raise
+    except Exception as error:
+        translated = _translated(uri, error)
+        if translated is None:
+            raise
+        raise translated from error
+
+
+@contextmanager
+def room_in(folder: Path) -> Iterator[None]:
+    """Tell of a disk that fills up while the block writes below ``folder``, whichever library finds out."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # faiss raises the latter; numpy an OSError without a number
+        if not _is_full(error, folder):
+            raise
+        raise no_space(str(folder)) from error
+
+
+def no_space(where: str) -> StageError:
+    """The disk under ``where`` is full."""
+    return StageError(
+        f"no space left for {where}; free some, or name another place (--root, KNN_DIFFUSION_CACHE, TMPDIR), and run "
+        "again: what is committed stays"
+    )
+
+
+def _translated(uri: str, error: Exception) -> KNNDiffusionError | None:
+    """Ours for ``error``, or None when it says nothing of the store."""
+    said = _said(error)
+    code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code", "")
+    match error:
+        case _ if code == "NoSuchBucket" or code == "InvalidBucketName":
+            return NotFoundError(f"{uri}: there is no bucket {_bucket(uri)}{_at(uri)}; make it, or name another root")
+        case FileNotFoundError():
+            return NotFoundError(f"{uri} does not exist; check the path, or run the stage that writes it")
+        case PermissionError():
+            return NotFoundError(f"{uri} may not be accessed{_at(uri)} ({said}); check the credentials and the bucket")
+        case boto.NoCredentialsError() | boto.PartialCredentialsError() | boto.ProfileNotFound():
+            return NotFoundError(f"{uri} needs credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY ({said})")
+        case IsADirectoryError() | NotADirectoryError() | FileExistsError():
+            return InputError(f"{uri} cannot be used: {said}; name another path")
+        case OSError(errno=number) if number in _DISK_FULL:
+            return no_space(str(error.filename or uri))
+        case OSError(errno=number) if number in _OUT_OF_ORDER and _remote(uri):
+            return TransientError(f"{uri} could not be reached{_at(uri)}: {said}; is the store up? then run again")
+        case _ if isinstance(error, _passing()):
+            return TransientError(f"{uri} could not be reached{_at(uri)}: {said}; is the store up? then run again")
+        case boto.BotoCoreError():
+            return InputError(f"{uri} cannot be used{_at(uri)}: {said}; mend the address or AWS_ENDPOINT_URL")
+        case OSError() if code:  # an answer of the store's that has no class of its own
+            return InputError(f"{uri}: the store refuses{_at(uri)}: {code}, {said}; mend the address or its rights")
+    return None
+
+
+@functools.cache
+def _passing() -> tuple[type[Exception], ...]:
+    """Errors of connections. Imported when one has happened: aiohttp takes its time."""
+    from aiohttp import ClientError
+    from botocore.parsers import ResponseParserError
+    from fsspec.exceptions import FSTimeoutError
+
+    return (
+        ConnectionError, TimeoutError, ClientError, ResponseParserError, FSTimeoutError,
+        boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError,
+    )  # fmt: skip
+
+
+def _said(error: Exception) -> str:
+    """What the error says, in one line; RadosGW sends codes without a message."""
+    text = getattr(error, "strerror", None) or str(error)
+    if text in {"", "None"}:
+        text = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code", type(error).__name__)
+    return " ".join(str(text).split())
+
+
+def _is_full(error: Any, folder: Path) -> bool:
+    if getattr(error, "errno", None) in _DISK_FULL or _SHORT_WRITE.search(str(error)):
+        return True
+    try:
+        disk = os.statvfs(folder)
+    except OSError:
+        return False
+    return disk.f_bavail * disk.f_frsize < _DISK_FULL_BYTES
+
+
+def _remote(uri: str) -> bool:
+    return "://" in uri and not uri.startswith("file://")
+
+
+def _bucket(uri: str) -> str:
+    return uri.partition("://")[2].partition("/")[0]
+
+
+def _at(uri: str) -> str:
+    """Which store, when it is not Amazon's own: the usual mistake is the wrong one."""
+    from infra.settings import Settings  # which needs storage, and that this
+
+    endpoint = Settings().object_store if uri.startswith("s3://") else None
+    return f" at {endpoint}" if endpoint else ""
