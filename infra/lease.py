@@ -32,7 +32,6 @@ from infra import logs, storage
 from infra.errors import KNNDiffusionError, NotFoundError, StageError
 
 FOLDER = "lease"
-_STORE_TICK_S = 2.0  # an object store's times are whole seconds, of two files
 _POLL_S = 1.0
 
 
@@ -108,14 +107,16 @@ def lease(folder_uri: str, *, holder: str, ttl_s: float = 60.0, wait_s: float = 
     Args:
         folder_uri: what is to have one writer, a domain's folder say.
         holder: what the others are told, "rebuild-index twemoji" say.
-        ttl_s: a holder that dies loses it after this long; at least 3, since stores count whole seconds.
+        ttl_s: a holder that dies loses it after this long; at least 3 in an object store, which counts whole seconds.
         wait_s: how long to wait for another holder to end.
 
     Raises:
         StageError: another one holds it, and who; or, when the block ends, it was lost meanwhile.
     """
-    if ttl_s < 3:
-        raise ValueError(f"ttl_s is {ttl_s}; give at least 3, since object stores count whole seconds")
+    if ttl_s < 1.5 * _tick_s(folder_uri):
+        raise ValueError(
+            f"ttl_s is {ttl_s:g}; give at least {1.5 * _tick_s(folder_uri):g}: the store's clock is coarse"
+        )
     folder_uri = storage.absolute(folder_uri)
     deadline = _now() + wait_s
     while (held := _acquire(folder_uri, holder, ttl_s)) is None:
@@ -158,7 +159,7 @@ def _left_s(folder_uri: str, number: int) -> float | None:
         written = storage.modified(_file(folder_uri, number))
     except NotFoundError:
         return None
-    return holder.ttl_s + _STORE_TICK_S - (_store_time(folder_uri) - written)
+    return holder.ttl_s + _tick_s(folder_uri) - (_store_time(folder_uri) - written)
 
 
 def _store_time(folder_uri: str) -> float:
@@ -169,6 +170,11 @@ def _store_time(folder_uri: str) -> float:
         return storage.modified(probe)
     finally:
         storage.remove(probe)
+
+
+def _tick_s(folder_uri: str) -> float:
+    """How far apart the store's clock may be for two files written at one time: object stores count whole seconds."""
+    return 0.1 if storage.is_local(folder_uri) else 2.0
 
 
 def _refusal(folder_uri: str) -> str:
