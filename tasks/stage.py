@@ -1,5 +1,6 @@
 """What all stages share: skip what is committed, run what is not, count what was lost, say it in one line."""
 
+import re
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
@@ -13,6 +14,7 @@ from infra.settings import Settings
 from model.errors import ModelError
 from tasks.contracts import Made, Outcome
 
+_DOMAIN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 Item = TypeVar("Item")
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -110,6 +112,12 @@ def map_stage(
 def settings_of(root: str | None) -> Settings:
     """The environment's settings, with ``root`` in the place of theirs when one is given."""
     return Settings() if root is None else Settings(root=root)
+
+
+def require_domain(domain: str) -> None:
+    """Refuse a name that cannot be a folder and a registered model. Raises ``ValueError``."""
+    if not _DOMAIN.fullmatch(domain) or domain == "mlflow":  # the root's folder of registered files
+        raise ValueError(f"domain {domain!r} must be lower-case letters, digits and hyphens, such as 'twemoji'")
 
 
 def base_of(settings: Settings, domain: str) -> str:
