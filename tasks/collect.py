@@ -15,12 +15,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from infra import artifacts, logs, storage
-from infra.errors import IntegrityError, NotFoundError, StageError
+from infra.errors import InputError, IntegrityError, StageError
 from infra.registry import DATABASE_PREFIX, Registry
 from infra.settings import Settings, masked
 from tasks.stage import base_of, stage_task
 
 _KEY = re.compile(r"[0-9a-f]{16}")
+_LISTS = frozenset({"urls"})  # inputs that may be anywhere on the web
 DAY_S = 86_400.0
 
 
@@ -93,20 +94,28 @@ def reachable(roots: Iterable[str]) -> Reachable:
         uri = waiting.pop()
         if uri in kept.folders:
             continue
+        if not _is_artifact(uri):
+            continue
         try:
             manifest = artifacts.read_manifest(uri)
-        except NotFoundError:  # no artifact but a URL list, or a version whose folder is gone
-            continue
         except IntegrityError as error:
             raise IntegrityError(f"{error}; until then nothing is collected, for it may refer to anything") from error
         kept.folders.add(uri)
-        waiting += [storage.absolute(source["uri"]) for source in manifest.inputs.values()]
+        waiting += [storage.absolute(source["uri"]) for name, source in manifest.inputs.items() if name not in _LISTS]
         for shard in manifest.shards:
             if shard.folder is not None:
                 kept.files[storage.absolute(shard.folder)].update(file.name for file in shard.files)
         for file in manifest.info.get("seen", ()):
             _keep_seen(kept, file)
     return kept
+
+
+def _is_artifact(uri: str) -> bool:
+    """Whether a manifest is there: not below a file of weights, nor where a version's folder is gone."""
+    try:
+        return storage.exists(storage.join(uri, artifacts.MANIFEST))
+    except InputError:
+        return False
 
 
 def _keep_seen(kept: Reachable, entry: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Stand-ins for the outside world. Whatever listens, listens on loopback."""
 
+import contextlib
 import shutil
 import socketserver
 import ssl
@@ -119,7 +120,7 @@ class WithoutRay:
         """In the place of the functions that stages call; ``patch`` is pytest's monkeypatch."""
         from infra import compute
 
-        for name in ("map_shards", "run", "cpus"):
+        for name in ("map_shards", "run", "cpus", "cluster"):
             patch.setattr(compute, name, getattr(self, name))
 
     def map_shards(self, factory: Any, settings: Any, items: Any, *, description: str, **_: Any) -> Iterator[Any]:
@@ -139,6 +140,10 @@ class WithoutRay:
 
     def cpus(self) -> int:
         return 1
+
+    @contextlib.contextmanager
+    def cluster(self, *_: Any) -> Iterator[None]:
+        yield
 
 
 class FolderCheckpoints:
