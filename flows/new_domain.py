@@ -1,7 +1,6 @@
 """The flow of the whole line, for one domain: download -> embed -> index -> register, and a generator if asked for."""
 
 import dataclasses
-import re
 from typing import Any
 
 from prefect import flow
@@ -15,10 +14,8 @@ from tasks.embed import EmbedConfig, embed
 from tasks.evaluate import EvaluateConfig
 from tasks.index import IndexConfig, index
 from tasks.register import Named, register_database_task
-from tasks.stage import base_of, settings_of
+from tasks.stage import base_of, require_domain, settings_of
 from tasks.training_setup import TrainConfig
-
-_DOMAIN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,10 +34,7 @@ class NewDomainConfig:
 
     def __post_init__(self) -> None:
         """Refuse a name that cannot be a folder and a registered model, and two generators."""
-        if not _DOMAIN.fullmatch(self.domain) or self.domain == "mlflow":  # the root's folder of registered files
-            raise ValueError(
-                f"domain {self.domain!r} must be lower-case letters, digits and hyphens, such as 'twemoji'"
-            )
+        require_domain(self.domain)
         if self.train is not None and self.generator is not None:
             raise ValueError("train and generator are both given; what a training starts from is train.start_from")
 

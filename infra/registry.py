@@ -153,6 +153,11 @@ class Registry:
         with answering(self._settings):
             return self._versions(kind)
 
+    def tag(self, name: str, version: int, key: str, value: str) -> None:
+        """Put a tag on a version."""
+        with answering(self._settings):
+            self._client.set_model_version_tag(name, str(version), key, value)
+
     def _versions(self, kind: str) -> list[dict[str, Any]]:
         listed = []
         for model in self._client.search_registered_models(max_results=1000):

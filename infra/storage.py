@@ -6,6 +6,7 @@ Nothing is renamed in an object store: it would be a copy and a deletion. A mult
 becomes an object; the store's own lifecycle rule (AbortIncompleteMultipartUpload) frees its parts.
 """
 
+import dataclasses
 import errno
 import hashlib
 import os
@@ -77,6 +78,31 @@ def names(uri: str) -> list[str]:
         return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
 
     return patiently(uri, listed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """An object that is there: its size in bytes, and when it was written, as :func:`modified` tells."""
+
+    uri: str
+    bytes: int
+    modified: float
+
+
+def walk(uri: str) -> list[Stored]:
+    """Every object below a folder, sorted by URI; none when the folder is not there."""
+    fs, path = _fs(uri)
+
+    def found() -> list[Stored]:
+        if _info(fs, path) is None:
+            return []
+        entries = fs.find(path, detail=True)
+        return [
+            Stored(uri=join(uri, name.removeprefix(path)), bytes=int(entry["size"]), modified=_written(entry))
+            for name, entry in sorted(entries.items())
+        ]
+
+    return patiently(uri, found)
 
 
 @contextmanager
@@ -228,6 +254,12 @@ def _info(fs: Any, path: str) -> dict[str, Any] | None:
         if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") == "NoSuchBucket":
             raise
         return None
+
+
+def _written(entry: dict[str, Any]) -> float:
+    """When a listed object was written: a local file's ``mtime`` or a store's ``LastModified``."""
+    when: Any = entry["mtime"] if "mtime" in entry else entry["LastModified"]
+    return float(when.timestamp() if hasattr(when, "timestamp") else when)
 
 
 def _is_precondition(error: OSError) -> bool:

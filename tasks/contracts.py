@@ -6,13 +6,22 @@ Opening a reference reads its manifest; its rows stay where they are until a wor
 """
 
 import dataclasses
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import pyarrow as pa
+from pydantic import TypeAdapter
 
 from infra import artifacts
 from infra.errors import EncoderMismatchError, InputError, IntegrityError
 from model.clip import EncoderIdentity
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Config = TypeVar("Config", bound=DataclassInstance)
+else:
+    Config = TypeVar("Config")
 
 # One row of metadata_NNNNN.parquet; position in the file is the row of img_emb_NNNNN.npy beside it.
 METADATA_SCHEMA = pa.schema(
@@ -118,6 +127,12 @@ def require_same_encoder(**manifests: artifacts.Manifest) -> EncoderIdentity:
                 "rebuild one with the other's encoder"
             )
     return first
+
+
+def config_from(of: type[Config], stored: Mapping[str, Any]) -> Config:
+    """A config dataclass from what a manifest keeps of it; what it does not keep is as by default."""
+    names = {field.name for field in dataclasses.fields(of)}
+    return TypeAdapter(of).validate_python({name: value for name, value in stored.items() if name in names})
 
 
 def config_of(config: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Fetch: the stored pictures behind rows of a database."""
 
 import io
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,19 +22,20 @@ def fetch_pictures(version: DatabaseVersion, ids: Sequence[int], cache: Path) ->
     embeddings = EmbeddingShards.open(version.manifest().inputs["embeddings"]["uri"])
     images = ImageShards.open(embeddings.manifest().inputs["images"]["uri"])
     lookup = Metadata(embeddings.uri, embeddings.manifest(), cache)
-    keys = {row: lookup.row(row)["key"] for row in set(ids)}
-    wanted: dict[str, set[str]] = defaultdict(set)
-    for row, key in keys.items():
-        wanted[lookup.shard(row)].add(key)
-    found: dict[str, Image.Image] = {}
+    # By shard too: in a union of databases the same key is borne by a picture of each.
+    places = {row: (lookup.shard(row), lookup.row(row)["key"]) for row in set(ids)}
+    wanted = set(places.values())
+    found: dict[tuple[str, str], Image.Image] = {}
     for shard in images.manifest().shards:
-        if shard.name not in wanted:
+        if not any(name == shard.name for name, _ in wanted):
             continue
         for key, encoded in shards.read_pictures(artifacts.fetch_shard(images.uri, shard, ".tar", cache)):
-            if key in wanted[shard.name]:
+            if (shard.name, key) in wanted:
                 with Image.open(io.BytesIO(encoded)) as image:
-                    found[key] = to_rgb(image)
-    absent = sorted(set(keys.values()) - set(found))
-    if absent:
-        raise IntegrityError(f"{images.uri} lacks {len(absent)} embedded pictures, {absent[0]} first; embed it again")
-    return [found[keys[row]] for row in ids]
+                    found[shard.name, key] = to_rgb(image)
+    if absent := sorted(wanted - found.keys()):
+        raise IntegrityError(
+            f"{images.uri} lacks {len(absent)} embedded pictures, {absent[0][1]} of shard {absent[0][0]} first; "
+            "embed it again"
+        )
+    return [found[places[row]] for row in ids]

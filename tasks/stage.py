@@ -1,6 +1,7 @@
 """What all stages share: skip what is committed, run what is not, count what was lost, say it in one line."""
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
@@ -17,6 +18,7 @@ from tasks.contracts import Made, Outcome
 TRANSIENT_IN_A_ROW = 3
 """So many shards lost one after another to what may pass, and the rest is not tried now: the store is down."""
 
+_DOMAIN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 Item = TypeVar("Item")
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -125,6 +127,12 @@ def map_stage(
 def settings_of(root: str | None) -> Settings:
     """The environment's settings, with ``root`` in the place of theirs when one is given."""
     return Settings() if root is None else Settings(root=root)
+
+
+def require_domain(domain: str) -> None:
+    """Refuse a name that cannot be a folder and a registered model. Raises ``ValueError``."""
+    if not _DOMAIN.fullmatch(domain) or domain == "mlflow":  # the root's folder of registered files
+        raise ValueError(f"domain {domain!r} must be lower-case letters, digits and hyphens, such as 'twemoji'")
 
 
 def base_of(settings: Settings, domain: str) -> str:

@@ -17,8 +17,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from infra import artifacts, shards, storage
+from infra.dropping import DUPLICATE
 from infra.errors import InputError
 from tasks.contracts import EmbeddingShards, ImageShards, Outcome, Takedown
+from tasks.seen import ANSWERED
 from tasks.stage import skip_or_make, stage_task
 
 COLUMNS = ("url", "sha256", "key")
@@ -169,7 +171,7 @@ def _resolved(asked: Entries, before: Entries, images: ImageShards, cache: Path,
             "database; name the one meant by its url or sha256"
         )
     by_key = [row for row in found if row["key"] in asked.key]
-    copies = [row for row in found if row["url"] in asked.url and row["error_class"] == "duplicate_content"]
+    copies = [row for row in found if row["url"] in asked.url and row["error_class"] == DUPLICATE]
     return Entries(
         url=asked.url,
         sha256=asked.sha256 | {row["sha256"] for row in (*by_key, *copies) if row["sha256"]},
@@ -184,16 +186,12 @@ def _pictures_named(asked: Entries, images: ImageShards, cache: Path) -> tuple[l
     def named(shard: artifacts.Shard) -> list[dict[str, str]]:
         table = shards.read_table(artifacts.fetch_shard(images.uri, shard, ".parquet", cache), _ASKED_COLUMNS)
         table = table.filter(pa.array(matcher.mask(table)))
-        rows: list[dict[str, str]] = table.filter(pc.is_in(table["error_class"], pa.array(_SHOWN))).to_pylist()
+        rows: list[dict[str, str]] = table.filter(pc.is_in(table["error_class"], pa.array(ANSWERED))).to_pylist()
         return rows
 
     with ThreadPoolExecutor(_READERS) as pool:
         found = [row for rows in pool.map(named, images.manifest().shards) for row in rows]
     return found, Counter(row["key"] for row in found if row["key"] in asked.key)
-
-
-_SHOWN = ("success", "duplicate_content", "taken_down")
-"""Outcomes of rows that are or were a picture, or copies of one."""
 
 
 @stage_task(name="takedown")

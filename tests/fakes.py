@@ -1,5 +1,6 @@
 """Stand-ins for the outside world. Whatever listens, listens on loopback."""
 
+import contextlib
 import shutil
 import socketserver
 import ssl
@@ -107,6 +108,42 @@ class _Handler(BaseHTTPRequestHandler):
 
 class Killed(BaseException):
     """The end of a process, as far as code that catches ``Exception`` can tell."""
+
+
+class WithoutRay:
+    """Stands in for ``infra.compute`` where what a worker does matters and not where: its start costs seconds."""
+
+    def __init__(self) -> None:
+        self.items: list[tuple[str, Any]] = []
+
+    def install(self, patch: Any) -> None:
+        """In the place of the functions that stages call; ``patch`` is pytest's monkeypatch."""
+        from infra import compute
+
+        for name in ("map_shards", "run", "cpus", "cluster"):
+            patch.setattr(compute, name, getattr(self, name))
+
+    def map_shards(self, factory: Any, settings: Any, items: Any, *, description: str, **_: Any) -> Iterator[Any]:
+        from infra.compute import Lost
+
+        queue = list(items)
+        worker = factory(*settings) if queue else None
+        for item in queue:
+            self.items.append((description, item))
+            try:
+                yield worker(item)
+            except Exception as error:
+                yield Lost(item, error)
+
+    def run(self, function: Any, *arguments: Any, **_: Any) -> Any:
+        return function(*arguments)
+
+    def cpus(self) -> int:
+        return 1
+
+    @contextlib.contextmanager
+    def cluster(self, *_: Any) -> Iterator[None]:
+        yield
 
 
 class FolderCheckpoints:

@@ -65,7 +65,7 @@ def test_a_key_that_two_pictures_bear_is_refused(tmp_path: Path) -> None:
     from tasks.combine import merged_images
 
     parts = [image_shards(tmp_path / name, [PICTURES[n : n + 1]]) for n, name in enumerate("ab")]
-    both = merged_images(parts, str(tmp_path / "c")).reference
+    both = merged_images(parts, str(tmp_path / "c"), cache=tmp_path).reference
     with pytest.raises(InputError, match=r"key 000000000 is borne by 2 pictures .* by its url or sha256"):
         take_down(listed(tmp_path, {"key": "000000000"}), both, str(tmp_path), cache=tmp_path)
 

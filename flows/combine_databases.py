@@ -1,0 +1,105 @@
+"""The flows that make a database of others without downloading or embedding: the union of several, a part of one."""
+
+import dataclasses
+
+from prefect import flow
+
+from infra import compute
+from infra.lease import lease
+from infra.registry import Registry
+from infra.settings import Settings
+from tasks.combine import Combined, merge_task, subset_task
+from tasks.contracts import DatabaseVersion, Outcome, config_from
+from tasks.index import IndexConfig, index
+from tasks.register import Named, register_database_task
+from tasks.stage import base_of, require_domain, settings_of
+from tasks.where import parse_where
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MergeDatabasesConfig:
+    """Which databases make up the new domain, each by short name, models:/… or folder."""
+
+    domain: str
+    databases: tuple[str, ...]
+    root: str | None = None
+    index: IndexConfig | None = None  # None: the first one's
+    wait_s: float = 0.0  # for another writer of the domain to end, before this one is refused
+
+    def __post_init__(self) -> None:
+        """Refuse a union of one."""
+        require_domain(self.domain)
+        if len(self.databases) < 2:
+            raise ValueError("databases names two or more, whose union is wanted")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SubsetDatabaseConfig:
+    """Which rows of a database make up the new domain."""
+
+    domain: str
+    database: str
+    where: str  # such as: width >= 64 and url like "%cat%"
+    root: str | None = None
+    index: IndexConfig | None = None  # None: the database's own
+    wait_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse a filter that cannot be read."""
+        require_domain(self.domain)
+        parse_where(self.where)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class NewDatabase:
+    """The database of the new domain, and its name in the registry."""
+
+    combined: Combined
+    database: Outcome[DatabaseVersion]
+    registered: Named
+
+
+@flow(name="merge-databases", flow_run_name="merge-databases-{config.domain}", validate_parameters=True)
+def merge_databases(config: MergeDatabasesConfig) -> NewDatabase:
+    """Register the union of several databases as a domain's champion. What any of them has taken down stays hidden."""
+    settings = settings_of(config.root)
+    base = base_of(settings, config.domain)
+    with (
+        lease(base, holder=f"merge-databases {config.domain}", wait_s=config.wait_s),
+        compute.cluster(settings.ray_address, settings.cpus),
+    ):
+        databases = {name: _pulled(name, settings) for name in config.databases}
+        combined = merge_task(databases, base, settings.cache_folder)
+        return _registered(
+            config.domain, combined, config.index or _config_of(databases[config.databases[0]]), settings
+        )
+
+
+@flow(name="subset-database", flow_run_name="subset-database-{config.domain}", validate_parameters=True)
+def subset_database(config: SubsetDatabaseConfig) -> NewDatabase:
+    """Register the rows of a database that a filter takes as a domain's champion."""
+    settings = settings_of(config.root)
+    base = base_of(settings, config.domain)
+    with (
+        lease(base, holder=f"subset-database {config.domain}", wait_s=config.wait_s),
+        compute.cluster(settings.ray_address, settings.cpus),
+    ):
+        database = _pulled(config.database, settings)
+        combined = subset_task(database, config.where, base, settings.cache_folder)
+        return _registered(config.domain, combined, config.index or _config_of(database), settings)
+
+
+def _registered(domain: str, combined: Combined, config: IndexConfig, settings: Settings) -> NewDatabase:
+    base = base_of(settings, domain)
+    built = index(combined.embeddings.reference, base, config, settings.cache_folder, None, combined.takedown)
+    registered = register_database_task(domain, built.reference, settings, None)
+    return NewDatabase(combined=combined, database=built, registered=registered)
+
+
+def _pulled(name: str, settings: Settings) -> DatabaseVersion:
+    pulled = Registry(settings).pull(name, kind="database")
+    return DatabaseVersion.of(pulled.manifest, pulled.folder_uri)
+
+
+def _config_of(database: DatabaseVersion) -> IndexConfig:
+    return config_from(IndexConfig, database.manifest().config)

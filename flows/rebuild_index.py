@@ -1,0 +1,169 @@
+"""The flow that keeps a domain's database up to date: add what is new, hide what was taken down, register the result.
+
+Every step is keyed by the champion it starts from and by what it is given, and the champion moves last: a rebuild that
+was killed goes on where it was, and one that finds nothing to do makes no version.
+"""
+
+import dataclasses
+
+from prefect import flow
+
+from infra import compute, logs
+from infra.lease import lease
+from infra.registry import Registry
+from infra.settings import Settings
+from tasks.combine import images_of, takedown_of
+from tasks.compact import compact_task
+from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Made, Outcome, Takedown, config_from
+from tasks.databases import embeddings_of
+from tasks.download import DownloadConfig, download
+from tasks.embed import EmbedConfig, embed
+from tasks.index import IndexConfig, index
+from tasks.register import Named, register_database_task
+from tasks.stage import base_of, require_domain, settings_of
+from tasks.takedown import rows_named, takedown_task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RebuildIndexConfig:
+    """What changes in a domain's champion. Settings of a stage that are not given are those it was made with."""
+
+    domain: str
+    urls: str | None = None  # a list as new-domain takes it: all URLs, or new ones alone
+    takedown: str | None = None  # a list of url, sha256 or key; adds to what was taken down before
+    compact: bool = False  # rewrite the shards that hold something taken down, however little
+    compact_above: float = 0.1  # and without being told, from this fraction of the rows on
+    root: str | None = None
+    retry_failed: bool = False  # ask again for listed URLs that failed
+    wait_s: float = 0.0  # for another writer of this domain to end, before this one is refused
+    download: DownloadConfig | None = None
+    embed: EmbedConfig | None = None
+    index: IndexConfig | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a name that is none, and a bound that cannot be one."""
+        require_domain(self.domain)
+        if not 0 < self.compact_above <= 1 or self.wait_s < 0:
+            raise ValueError("compact_above is a fraction of the rows, above 0 and at most 1; wait_s is 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class State:
+    """A database and what it is made from."""
+
+    database: DatabaseVersion
+    embeddings: EmbeddingShards
+    images: ImageShards
+    takedown: Takedown | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Rebuilt:
+    """The champion before and after, and what each stage that had to do with it took."""
+
+    before: State
+    after: State
+    registered: Named | None  # None: nothing changed
+    seconds: dict[str, float]
+    skipped: dict[str, bool]
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether there was nothing to do."""
+        return self.registered is None
+
+
+@flow(name="rebuild-index", flow_run_name="rebuild-index-{config.domain}", validate_parameters=True)
+def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
+    """Add new URLs to a domain's champion, hide and compact what was taken down; register the result as champion."""
+    settings = settings_of(config.root)
+    with lease(base_of(settings, config.domain), holder=f"rebuild-index {config.domain}", wait_s=config.wait_s) as held:
+        before = champion_of(config.domain, settings)
+        steps = _Steps(config, settings, before)
+        with compute.cluster(settings.ray_address, settings.cpus):
+            after = steps.run()
+            held.check()
+            registered = None
+            if after is not before:
+                registered = register_database_task(config.domain, after.database, settings, None)
+    if registered is None:
+        logs.get("stage").info(
+            "%-11s %s: nothing new, nothing taken down; the champion stays", "rebuild", config.domain
+        )
+    return Rebuilt(before=before, after=after, registered=registered, seconds=steps.seconds, skipped=steps.skipped)
+
+
+def champion_of(domain: str, settings: Settings) -> State:
+    """The domain's champion and what it was made from. Raises ``NotFoundError`` when there is none."""
+    pulled = Registry(settings).pull(domain, kind="database")
+    database = DatabaseVersion.of(pulled.manifest, pulled.folder_uri)
+    embeddings = embeddings_of(database)
+    return State(database=database, embeddings=embeddings, images=images_of(embeddings), takedown=takedown_of(database))
+
+
+class _Steps:
+    """The stages in their order, each only where the one before has changed something."""
+
+    def __init__(self, config: RebuildIndexConfig, settings: Settings, before: State) -> None:
+        self._config, self._before = config, before
+        self._base, self._cache = base_of(settings, config.domain), settings.cache_folder
+        self.seconds: dict[str, float] = {}
+        self.skipped: dict[str, bool] = {}
+
+    def run(self) -> State:
+        """The new state, or the one before itself."""
+        takedown = self._taken_down()
+        images = self._downloaded(takedown)
+        embeddings = self._before.embeddings
+        if images != self._before.images:
+            made = embed(images, self._base, self._embed_config(), self._cache, embeddings)
+            embeddings = self._note("embed", made)
+        images, embeddings = self._compacted(images, embeddings, takedown)
+        if embeddings == self._before.embeddings and takedown == self._before.takedown:
+            self.skipped["index"] = True
+            return self._before
+        config = self._config.index or config_from(IndexConfig, self._before.database.manifest().config)
+        built = index(embeddings, self._base, config, self._cache, self._before.database, takedown)
+        database = self._note("index", built)
+        return State(database=database, embeddings=embeddings, images=images, takedown=takedown)
+
+    def _taken_down(self) -> Takedown | None:
+        if self._config.takedown is None:
+            return self._before.takedown
+        made = takedown_task(self._config.takedown, self._before.images, self._base, self._cache, self._before.takedown)
+        return self._note("takedown", made)
+
+    def _downloaded(self, takedown: Takedown | None) -> ImageShards:
+        images = self._before.images
+        if self._config.urls is None:
+            return images
+        config = self._config.download or config_from(DownloadConfig, images.manifest().config)
+        config = dataclasses.replace(config, retry_failed=self._config.retry_failed or config.retry_failed)
+        return self._note("download", download(self._config.urls, self._base, config, self._cache, images, takedown))
+
+    def _embed_config(self) -> EmbedConfig:
+        """As the champion was embedded: on a GPU if it was, since that decides the precision."""
+        stored = self._before.embeddings.manifest().config
+        config = self._config.embed or config_from(EmbedConfig, stored)
+        if self._config.embed is None and stored.get("precision") == "bfloat16":
+            config = dataclasses.replace(config, gpus_per_worker=1)
+        return config
+
+    def _compacted(
+        self, images: ImageShards, embeddings: EmbeddingShards, takedown: Takedown | None
+    ) -> tuple[ImageShards, EmbeddingShards]:
+        if takedown is None:
+            return images, embeddings
+        if not self._config.compact:
+            named = self._before.database.manifest().info["taken_down"]
+            if takedown != self._before.takedown:
+                named = len(rows_named(takedown, embeddings, self._cache))
+            if named <= self._config.compact_above * embeddings.rows:
+                return images, embeddings
+        slimmer, rows = compact_task(images, embeddings, takedown, self._base, self._cache)
+        self._note("compact", rows)
+        return slimmer.reference, rows.reference
+
+    def _note(self, name: str, outcome: Outcome[Made]) -> Made:
+        self.seconds[name], self.skipped[name] = outcome.seconds, outcome.skipped
+        return outcome.reference

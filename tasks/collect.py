@@ -1,0 +1,203 @@
+"""Collect: what no kept version refers to, listed, and deleted when told.
+
+Kept is, of every registered name, what has an alias and the newest ``keep_versions``; what their manifests name as
+inputs, and theirs in turn; and single files of other folders that a kept version has taken over. So is whatever is
+younger than ``grace_s``: it may belong to a run that is not over, or was killed and will go on.
+"""
+
+import dataclasses
+import json
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from infra import artifacts, logs, storage
+from infra.errors import InputError, IntegrityError, StageError
+from infra.registry import DATABASE_PREFIX, Registry
+from infra.settings import Settings, masked
+from tasks.stage import base_of, stage_task
+
+_KEY = re.compile(r"[0-9a-f]{16}")
+_LISTS = frozenset({"urls"})  # inputs that may be anywhere on the web
+DAY_S = 86_400.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Garbage:
+    """Files that no kept version refers to: (uri, bytes), and whether they are gone."""
+
+    domain: str
+    files: tuple[tuple[str, int], ...]
+    deleted: bool
+
+    @property
+    def bytes(self) -> int:
+        """What they hold together."""
+        return sum(size for _, size in self.files)
+
+
+def collect(
+    domain: str, settings: Settings, *, keep_versions: int = 2, dry_run: bool = True, grace_s: float = DAY_S
+) -> Garbage:
+    """List what can go below the domain's folder; delete it unless ``dry_run``. The caller holds the domain's lease.
+
+    Manifests go first and shard markers next, so that what is half deleted is taken for committed by nobody.
+
+    Raises:
+        StageError: nothing of the domain is registered: more likely the wrong registry than a domain of garbage.
+        IntegrityError: a kept version's manifest cannot be read, so what it refers to is not known.
+    """
+    registry = Registry(settings)
+    versions = [version for kind in ("database", "generator") for version in registry.versions(kind)]
+    base = base_of(settings, domain)
+    folders = _folders(base)
+    if folders and not any(version["name"] == DATABASE_PREFIX + domain for version in versions):
+        raise StageError(
+            f"no version of {domain} is registered at {masked(settings.tracking_uri)}, so all of {base} would go; "
+            "name the registry that it was registered in, or delete the folder yourself"
+        )
+    since = time.time() - grace_s
+    young = {folder for folder, files in folders.items() if max(file.modified for file in files) > since}
+    kept = reachable([*_kept(versions, keep_versions), *young])
+    doomed: list[storage.Stored] = []
+    for folder, files in folders.items():
+        if folder not in kept.folders | young:
+            doomed += _unreferenced(folder, files, kept.files[folder])
+    doomed.sort(key=lambda file: (_rank(file.uri), file.uri))
+    if not dry_run:
+        for file in doomed:
+            storage.remove(file.uri)
+        _remove_empty(folders, {file.uri for file in doomed})
+        _mark(registry, versions, doomed)
+    garbage = Garbage(domain=domain, files=tuple((file.uri, file.bytes) for file in doomed), deleted=not dry_run)
+    state = "deleted" if garbage.deleted else "would go; nothing was deleted"
+    logs.get("stage").info("%-11s %7d files %d bytes of %s  %s", "gc", len(doomed), garbage.bytes, domain, state)
+    return garbage
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reachable:
+    """Folders kept as they are, and of other folders the names of files that are kept."""
+
+    folders: set[str]
+    files: defaultdict[str, set[str]]
+
+
+def reachable(roots: Iterable[str]) -> Reachable:
+    """What the versions at ``roots`` refer to, themselves included."""
+    kept = Reachable(set(), defaultdict(set))
+    waiting = [storage.absolute(uri) for uri in roots]
+    while waiting:
+        uri = waiting.pop()
+        if uri in kept.folders:
+            continue
+        if not _is_artifact(uri):
+            continue
+        try:
+            manifest = artifacts.read_manifest(uri)
+        except IntegrityError as error:
+            raise IntegrityError(f"{error}; until then nothing is collected, for it may refer to anything") from error
+        kept.folders.add(uri)
+        waiting += [storage.absolute(source["uri"]) for name, source in manifest.inputs.items() if name not in _LISTS]
+        for shard in manifest.shards:
+            if shard.folder is not None:
+                kept.files[storage.absolute(shard.folder)].update(file.name for file in shard.files)
+        for file in manifest.info.get("seen", ()):
+            _keep_seen(kept, file)
+    return kept
+
+
+def _is_artifact(uri: str) -> bool:
+    """Whether a manifest is there: not below a file of weights, nor where a version's folder is gone."""
+    try:
+        return storage.exists(storage.join(uri, artifacts.MANIFEST))
+    except InputError:
+        return False
+
+
+def _keep_seen(kept: Reachable, entry: dict[str, Any]) -> None:
+    """A file of ``info["seen"]``; after a union its folder lies below an artifact's."""
+    folder, name = storage.absolute(entry["folder"]), entry["file"]["name"]
+    above, _, last = folder.rpartition("/")
+    kept.files[folder].add(name)
+    kept.files[above].add(f"{last}/{name}")
+
+
+def _kept(versions: list[dict[str, Any]], keep_versions: int) -> list[str]:
+    """The folders of versions that have an alias or are among the newest of their name."""
+    named: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for version in versions:
+        named[version["name"]].append(version)
+    kept = []
+    for several in named.values():
+        newest = {version["version"] for version in sorted(several, key=lambda v: -v["version"])[:keep_versions]}
+        kept += [v["uri"] for v in several if v.get("uri") and (v["aliases"] or v["version"] in newest)]
+    return kept
+
+
+def _folders(base: str) -> dict[str, list[storage.Stored]]:
+    """Every artifact folder ``base/kind/key``, committed or not, and its files."""
+    found: defaultdict[str, list[storage.Stored]] = defaultdict(list)
+    for file in storage.walk(base):
+        kind, _, rest = file.uri.removeprefix(base).lstrip("/").partition("/")
+        key, slash, _ = rest.partition("/")
+        if slash and _KEY.fullmatch(key):
+            found[storage.join(base, kind, key)].append(file)
+    return dict(found)
+
+
+def _unreferenced(folder: str, files: list[storage.Stored], kept: set[str]) -> list[storage.Stored]:
+    """The files of a folder but those ``kept``, by name, and the markers of shards that are kept whole.
+
+    Without its marker a shard would be made again, over files that a version relies on.
+    """
+    going = []
+    for file in files:
+        name = file.uri.removeprefix(folder).lstrip("/")
+        if name in kept or (kept and _is_marker(name) and _names(file.uri) <= kept):
+            continue
+        going.append(file)
+    return going
+
+
+def _names(marker_uri: str) -> set[str]:
+    """The files that a shard's marker lists; one that cannot be read lists what nobody keeps."""
+    try:
+        return {file["name"] for file in json.loads(storage.read_bytes(marker_uri))["files"]}
+    except (ValueError, KeyError, TypeError):
+        return {marker_uri}
+
+
+def _is_marker(name: str) -> bool:
+    return name.startswith("shards/") and name.endswith(".json")
+
+
+def _rank(uri: str) -> int:
+    """Manifests first, markers next."""
+    return 0 if uri.endswith("/" + artifacts.MANIFEST) else 1 if "/shards/" in uri else 2
+
+
+def _remove_empty(folders: dict[str, list[storage.Stored]], gone: set[str]) -> None:
+    """Folders that lost all of their files."""
+    for folder, files in folders.items():
+        if all(file.uri in gone for file in files):
+            storage.remove(folder)
+
+
+def _mark(registry: Registry, versions: list[dict[str, Any]], gone: list[storage.Stored]) -> None:
+    """Say in the registry which versions cannot be pulled any more."""
+    uris = {file.uri for file in gone}
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    for version in versions:
+        uri = version.get("uri")
+        if uri and storage.join(storage.absolute(uri), artifacts.MANIFEST) in uris:
+            registry.tag(version["name"], version["version"], "collected", when)
+
+
+@stage_task(name="collect")
+def collect_task(domain: str, settings: Settings, keep_versions: int, dry_run: bool, grace_s: float) -> Garbage:
+    """Task of :func:`collect`."""
+    return collect(domain, settings, keep_versions=keep_versions, dry_run=dry_run, grace_s=grace_s)

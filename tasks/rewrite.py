@@ -1,0 +1,47 @@
+"""Rewrite: embedding shards without some of their rows. What compaction and a subset share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra import artifacts, shards, storage
+from tasks.contracts import METADATA_SCHEMA
+
+Rewriting = tuple[artifacts.Shard, NDArray[np.bool_], str]
+"""An embedding shard, which of its rows stay, and the digest of the tar that these are the rows of."""
+
+
+class KeepRows:
+    """Some rows of an embedding shard, on a worker: copied, not computed."""
+
+    def __init__(self, source_uri: str, folder_uri: str, cache: Path) -> None:
+        """Read the shards of ``source_uri``, write below ``folder_uri``."""
+        self._source_uri, self._folder_uri, self._cache = source_uri, folder_uri, cache
+
+    def __call__(self, item: tuple[str, Rewriting]) -> artifacts.Shard:
+        """Write the shard anew under its name."""
+        name, (shard, stays, tar_digest) = item
+        path, table = (
+            artifacts.fetch_shard(self._source_uri, shard, suffix, self._cache) for suffix in (".npy", ".parquet")
+        )
+        rows = np.load(path, mmap_mode="r")[stays]
+        known = shards.read_table(table).filter(stays).to_pylist()
+        metadata = [{**row, "row": number} for number, row in enumerate(known)]
+        outcomes = {**shard.info["outcomes"], "success": len(rows)}
+        with storage.scratch() as folder:
+            (folder / "img_emb").mkdir()
+            np.save(folder / "img_emb" / f"img_emb_{name}.npy", rows)
+            shards.write_table(metadata, METADATA_SCHEMA, folder / "metadata" / f"metadata_{name}.parquet")
+            info = {**shard.info, "outcomes": outcomes, "source": tar_digest}
+            return artifacts.commit_shard(self._folder_uri, name, folder, rows=len(rows), info=info)
+
+
+def counted(done: Sequence[artifacts.Shard]) -> dict[str, int]:
+    """The outcomes of shards, added up, most frequent first."""
+    total: dict[str, int] = {}
+    for shard in done:
+        for outcome, count in shard.info["outcomes"].items():
+            total[outcome] = total.get(outcome, 0) + count
+    return dict(sorted(total.items(), key=lambda entry: -entry[1]))

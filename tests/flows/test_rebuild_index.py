@@ -1,0 +1,390 @@
+"""A living database: what a rebuild costs, what a takedown hides and removes, and what survives being killed."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import LoopbackServer, Reply, WithoutRay
+from small_domain import COLOURS, SHAPES, drawn, encoded, write_urls
+
+from infra import compute
+from infra.errors import InputError, IntegrityError, NotFoundError, StageError
+from infra.lease import lease
+from infra.registry import Registry
+from infra.settings import Settings
+from tasks.contracts import DatabaseVersion
+from tasks.databases import embeddings_of, open_database
+
+NAMES = [f"/{c}-{s}.png" for c in COLOURS for s in SHAPES]
+BODY = {path: encoded(drawn(*path[1:-4].split("-"))) for path in NAMES}
+FIRST = 12
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> WithoutRay:
+    fake = WithoutRay()
+    fake.install(monkeypatch)
+    return fake
+
+
+class Living:
+    """A domain of drawn pictures, its server, and shorthands for what is done with it."""
+
+    def __init__(self, server: LoopbackServer, folder: Path) -> None:
+        self.server, self.folder = server, folder
+        self.root = folder / "data"
+        self.settings = Settings(root=str(self.root))
+
+    def listed(self, *rows: Any, name: str = "urls.jsonl") -> str:
+        """A list of paths of the server, or of entries as they are."""
+        path = self.folder / name
+        if rows and isinstance(rows[0], str):
+            return str(write_urls(path, [self.server.url(row) for row in rows]))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    def build(self, names: list[str], domain: str = "shapes") -> Any:
+        from flows.new_domain import NewDomainConfig, new_domain
+        from infra.downloader import DownloadPolicy
+        from tasks.download import DownloadConfig
+        from tasks.embed import EmbedConfig
+        from tasks.index import IndexConfig
+
+        policy = DownloadPolicy(allow_hosts=(self.server.host,), threads=4, retries=0)
+        return new_domain(
+            NewDomainConfig(
+                domain=domain,
+                urls=self.listed(*names, name=f"{domain}.jsonl"),
+                root=str(self.root),
+                download=DownloadConfig(shard_rows=4, policy=policy, workers=1),
+                embed=EmbedConfig(workers=1, batch_size=4),
+                index=IndexConfig(recall_queries=4),
+            )
+        )
+
+    def rebuild(self, **options: Any) -> Any:
+        from flows.rebuild_index import RebuildIndexConfig, rebuild_index
+
+        self.server.requests.clear()
+        return rebuild_index(RebuildIndexConfig(domain="shapes", root=str(self.root), **options))
+
+    def collect(self, **options: Any) -> Any:
+        from flows.collect_garbage import CollectGarbageConfig, collect_garbage
+
+        options = {"domain": "shapes", "grace_s": 0, "keep_versions": 1, **options}
+        return collect_garbage(CollectGarbageConfig(root=str(self.root), **options))
+
+    def versions(self) -> list[dict[str, Any]]:
+        return Registry(self.settings).versions("database")
+
+    def found(self, database: DatabaseVersion) -> set[str]:
+        """The paths of all rows that a search for everything returns."""
+        opened = open_database(database, self.folder / "cache")
+        rows = opened.rows(np.arange(len(opened))).astype(np.float32)
+        hits = opened.search(rows / np.linalg.norm(rows, axis=1, keepdims=True), len(opened))
+        ids = np.unique(hits.ids[hits.ids >= 0]).tolist()
+        return {"/" + row["url"].rsplit("/", 1)[-1] for row in opened.describe(ids)}
+
+    def files(self) -> dict[str, bytes]:
+        """Every file below the domain, the lease's apart."""
+        base = self.root / "shapes"
+        found = {str(path.relative_to(base)): path for path in base.rglob("*") if path.is_file()}
+        return {name: path.read_bytes() for name, path in found.items() if not name.startswith("lease/")}
+
+
+@pytest.fixture
+def living(prefect_server: None, tmp_path: Path) -> Iterator[Living]:
+    with LoopbackServer({path: Reply(body=body) for path, body in BODY.items()}) as server:
+        yield Living(server, tmp_path)
+
+
+def test_three_new_urls_cost_three_downloads_and_the_same_list_nothing(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:FIRST])
+    ray.items.clear()
+    whole = living.listed(*NAMES[: FIRST + 3])
+    rebuilt = living.rebuild(urls=whole)
+    assert sorted(living.server.requests) == sorted(NAMES[FIRST : FIRST + 3])
+    embedded = [item[0] for description, item in ray.items if description == "embeddings"]
+    assert embedded == ["00003"]
+    assert rebuilt.after.database.rows == FIRST + 3
+    assert living.found(rebuilt.after.database) == set(NAMES[: FIRST + 3])
+    after = rebuilt.after.embeddings.manifest()
+    assert [shard.folder for shard in after.shards] == [rebuilt.before.embeddings.uri] * 3 + [None]
+    assert [(v["version"], v["aliases"]) for v in living.versions()] == [(1, []), (2, ["champion"])]
+
+    files = living.files()
+    again = living.rebuild(urls=whole)
+    assert (again.unchanged, living.server.requests) == (True, [])
+    assert all(again.skipped.values())
+    assert again.after == rebuilt.after
+    assert len(living.versions()) == 2
+    assert living.files() == files
+
+
+def test_what_is_taken_down_is_hidden_at_once_then_compacted_then_collected(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:FIRST])
+    digest = hashlib.sha256(BODY[NAMES[5]]).hexdigest()
+    down = living.listed({"url": living.server.url(NAMES[1])}, {"sha256": digest}, name="down.jsonl")
+    gone = {NAMES[1], NAMES[5]}
+    hidden = living.rebuild(takedown=down, compact_above=0.5)
+    assert living.found(hidden.after.database) == set(NAMES[:FIRST]) - gone
+    assert hidden.after.embeddings == hidden.before.embeddings  # hidden, no shard rewritten
+    assert living.rebuild(takedown=down, compact_above=0.5).unchanged
+
+    ray.items.clear()
+    compacted = living.rebuild(compact=True)
+    assert "embeddings" in [description for description, _ in ray.items]
+    assert "embed" not in compacted.seconds  # no model was asked
+    assert compacted.after.database.rows == FIRST - 2
+    assert living.found(compacted.after.database) == set(NAMES[:FIRST]) - gone
+    assert living.rebuild(compact=True).unchanged
+    assert living.rebuild(urls=living.listed(*NAMES[:FIRST])).unchanged  # what was taken down is not asked for again
+    assert living.server.requests == []
+
+    before = living.files()
+    assert any(BODY[NAMES[1]] in data for data in before.values())
+    (listed,) = living.collect()
+    assert living.files() == before
+    assert listed.files and not listed.deleted
+    (removed,) = living.collect(dry_run=False)
+    assert removed.files == listed.files
+    after = living.files()
+    assert len(before) - len(after) == len(removed.files)
+    assert not any(BODY[name] in data for name in gone for data in after.values())
+    assert living.found(compacted.after.database) == set(NAMES[:FIRST]) - gone
+    assert [bool(version.get("collected")) for version in living.versions()] == [True, True, False]
+    grown = living.rebuild(urls=living.listed(*NAMES[: FIRST + 2]))  # and it goes on living
+    assert living.found(grown.after.database) == set(NAMES[: FIRST + 2]) - gone
+
+
+def test_much_that_is_hidden_is_compacted_unasked(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:FIRST])
+    down = living.listed(*({"url": living.server.url(name)} for name in NAMES[:3]), name="down.jsonl")
+    rebuilt = living.rebuild(takedown=down)
+    assert rebuilt.after.database.rows == FIRST - 3
+    assert [shard.folder is None for shard in rebuilt.after.embeddings.manifest().shards] == [True, False, False]
+
+
+def test_a_takedown_list_naming_nothing_is_refused_and_nothing_is_registered(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:4])
+    with pytest.raises(InputError, match="takedown list naming nothing in 1 of 1 entries") as caught:
+        living.rebuild(takedown=living.listed({"url": "http://host/none.png"}, name="down.jsonl"))
+    assert "\n" not in str(caught.value)
+    assert len(living.versions()) == 1
+
+
+def test_garbage_is_never_what_an_alias_or_another_domain_reaches(living: Living, ray: WithoutRay) -> None:
+    from flows.combine_databases import SubsetDatabaseConfig, subset_database
+
+    first = living.build(NAMES[:FIRST]).database.reference
+    part = subset_database(
+        SubsetDatabaseConfig(domain="part", database="shapes", where='url like "%circle%"', root=str(living.root))
+    )
+    living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[0])}, name="down.jsonl"), compact=True)
+    registry = Registry(living.settings)
+    registry._client.set_registered_model_alias("knn-database.shapes", "kept", "1")
+    (nothing,) = living.collect(dry_run=False)
+    assert living.found(first) == set(NAMES[:FIRST])
+    assert not [uri for uri, _ in nothing.files if "/images/" in uri or "/embeddings/" in uri]
+    registry._client.delete_registered_model_alias("knn-database.shapes", "kept")
+    living.collect(dry_run=False)
+    with pytest.raises(NotFoundError, match="no committed artifact"):
+        open_database(first, living.folder / "cache")
+    circles = {name for name in NAMES[:FIRST] if "circle" in name}
+    assert living.found(part.database.reference) == circles  # its shards lie in the folders of "shapes"
+    from tasks.fetch import fetch_pictures
+
+    assert len(fetch_pictures(part.database.reference, [0, 1], living.folder / "cache")) == 2
+
+
+def test_young_and_half_done_folders_are_left_alone(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:4])
+    half = living.root / "shapes" / "embeddings" / ("0" * 16) / "shards"
+    half.mkdir(parents=True)
+    (half / "00000.json").write_text("{}")
+    (young,) = living.collect(dry_run=False, grace_s=3600)
+    assert (young.files, half.exists()) == ((), True)
+    (old,) = living.collect(dry_run=False)
+    assert [uri.rsplit("/", 1)[-1] for uri, _ in old.files] == ["00000.json"]
+    assert not half.parent.exists()
+
+
+def test_an_unknown_registry_is_no_reason_to_delete_everything(living: Living, ray: WithoutRay, tmp_path: Path) -> None:
+    from tasks.collect import collect
+
+    living.build(NAMES[:4])
+    other = Settings(root=str(living.root), tracking=f"sqlite:///{tmp_path}/other.db")
+    with pytest.raises(StageError, match=r"no version of shapes is registered at .*other\.db"):
+        collect("shapes", other, dry_run=False, grace_s=0)
+    with pytest.raises(ValueError, match="keep_versions must be at least 1"):
+        living.collect(keep_versions=0)
+
+
+def test_a_damaged_manifest_stops_the_collection(living: Living, ray: WithoutRay) -> None:
+    built = living.build(NAMES[:4])
+    path = Path(built.images.reference.uri) / "manifest.json"
+    path.write_text(path.read_text()[:-20])
+    files = living.files()
+    with pytest.raises(IntegrityError, match="until then nothing is collected"):
+        living.collect(dry_run=False)
+    assert living.files() == files
+
+
+def test_of_two_rebuilds_at_once_the_second_is_refused_or_waits(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:4])
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slowly() -> Iterator[bytes]:
+        inside.set()
+        go_on.wait(30)
+        yield BODY[NAMES[4]]
+
+    living.server.replies[NAMES[4]] = Reply(body=slowly)
+    listed = living.listed(*NAMES[:5])
+    results: list[Any] = []
+    first = threading.Thread(target=lambda: results.append(living.rebuild(urls=listed)))
+    first.start()
+    assert inside.wait(30)
+    with pytest.raises(StageError, match=r"is being written by rebuild-index shapes .* run again") as caught:
+        living.rebuild(urls=listed)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(StageError, match="is being written by rebuild-index"):
+        living.collect()
+    threading.Timer(1, go_on.set).start()
+    second = living.rebuild(urls=listed, wait_s=30)
+    first.join()
+    assert second.unchanged
+    assert second.before == results[0].after
+    assert [version["version"] for version in living.versions()] == [1, 2]
+
+
+def test_killed_before_it_was_registered_it_goes_on_where_it_was(
+    living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import flows.rebuild_index as module
+
+    living.build(NAMES[:4])
+    listed = living.listed(*NAMES[:7])
+    register = module.register_database_task
+
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "register_database_task", killed)
+    with pytest.raises(BaseException):  # noqa: B017  # as Prefect tells of it
+        living.rebuild(urls=listed)
+    assert len(living.versions()) == 1
+    monkeypatch.setattr(module, "register_database_task", register)
+    ray.items.clear()
+    again = living.rebuild(urls=listed)
+    assert (living.server.requests, ray.items) == ([], [])
+    assert again.skipped == {"download": True, "embed": True, "index": True}
+    assert living.found(again.after.database) == set(NAMES[:7])
+    assert len(living.versions()) == 2
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".npy"])
+def test_a_missing_shard_is_told_with_its_name(living: Living, ray: WithoutRay, suffix: str) -> None:
+    built = living.build(NAMES[:8])
+    source = built.images if suffix == ".tar" else built.embeddings
+    shard = source.reference.manifest().shards[1]
+    (Path(source.reference.uri) / shard.file(suffix).name).unlink()
+    down = living.listed({"url": living.server.url(NAMES[5])}, name="down.jsonl")
+    name = re.escape(shard.file(suffix).name)
+    with pytest.raises((IntegrityError, StageError), match=f"{name} is missing though it was committed; restore it"):
+        living.rebuild(takedown=down, compact=True)
+    assert len(living.versions()) == 1
+
+
+@pytest.mark.slow
+def test_a_worker_killed_in_the_middle_of_a_rebuild_costs_its_shard(living: Living) -> None:
+    from flows.rebuild_index import RebuildIndexConfig, rebuild_index
+
+    with pytest.MonkeyPatch.context() as patch:
+        WithoutRay().install(patch)
+        living.build(NAMES[:4])
+    with compute.cluster(cores=2):
+        killed: list[int] = []
+
+        def kill_worker() -> Iterator[bytes]:
+            """Ends the worker that is asking, the first time."""
+            if not killed:
+                (worker,) = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _asks(p, living)]
+                killed.append(worker)
+                os.kill(worker, signal.SIGKILL)
+                time.sleep(0.2)
+            yield BODY[NAMES[9]]
+
+        living.server.replies[NAMES[9]] = Reply(body=kill_worker)
+        living.server.requests.clear()
+        rebuilt = rebuild_index(
+            RebuildIndexConfig(domain="shapes", root=str(living.root), urls=living.listed(*NAMES[:12]))
+        )
+        assert len(killed) == 1
+        counts = {name: living.server.requests.count(name) for name in NAMES[:12]}
+        assert all(counts[name] == 0 for name in NAMES[:4])
+        assert all(counts[name] == 1 for name in NAMES[4:8])  # the shard before was committed
+        assert counts[NAMES[9]] == 2
+        assert living.found(rebuilt.after.database) == set(NAMES[:12])
+        assert rebuilt.after.images.manifest().info["outcomes"] == {"success": 12}
+
+
+def _asks(process: Path, living: Living) -> bool:
+    """Whether it is a Ray worker of this machine that holds a connection to the server."""
+    try:
+        if b"ray::" not in (process / "cmdline").read_bytes():
+            return False
+        sockets = {str(link.readlink()) for link in (process / "fd").iterdir() if link.is_symlink()}
+        table = (process / "net" / "tcp").read_text().splitlines()[1:]
+    except OSError:
+        return False
+    port = f":{living.server.port:04X}"
+    inodes = {f"socket:[{line.split()[9]}]" for line in table if line.split()[2].endswith(port)}
+    return bool(sockets & inodes)
+
+
+def test_databases_are_merged_by_the_flow(living: Living, ray: WithoutRay) -> None:
+    from flows.combine_databases import MergeDatabasesConfig, merge_databases
+    from tasks.serve import pull_database
+
+    living.build(NAMES[:6])
+    living.build(NAMES[6:10], domain="others")
+    ray.items.clear()
+    merged = merge_databases(MergeDatabasesConfig(domain="both", databases=("shapes", "others"), root=str(living.root)))
+    assert {description for description, _ in ray.items} & {"images", "embeddings"} == set()
+    assert living.found(merged.database.reference) == set(NAMES[:10])
+    assert len(pull_database("both", living.settings)) == 10
+    from flows.rebuild_index import RebuildIndexConfig, rebuild_index
+
+    living.server.requests.clear()
+    listed = living.listed(*NAMES[:11])
+    grown = rebuild_index(RebuildIndexConfig(domain="both", root=str(living.root), urls=listed))
+    assert living.server.requests == [NAMES[10]]
+    assert living.found(grown.after.database) == set(NAMES[:11])
+    assert dataclasses.replace(embeddings_of(grown.after.database)).rows == 11
+
+
+def test_a_lease_that_is_lost_registers_nothing(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:4])
+
+    def stolen() -> Iterator[bytes]:
+        for path in (living.root / "shapes" / "lease").glob("*.json"):
+            path.rename(path.with_name(f"{int(path.stem) + 1:06d}.json"))
+        yield BODY[NAMES[4]]
+
+    living.server.replies[NAMES[4]] = Reply(body=stolen)
+    with pytest.raises(StageError, match=r"the lease on .* was lost"):
+        living.rebuild(urls=living.listed(*NAMES[:5]))
+    assert len(living.versions()) == 1
+    with pytest.raises(StageError), lease(str(living.root / "shapes"), holder="test"):
+        raise AssertionError("the other one holds it")
