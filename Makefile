@@ -38,7 +38,7 @@ check: install  ## formatting, lint, types, import contracts
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: install  ## performance ratios, one JSON each under build/bench (NAME=search for one; NAME=generator SAMPLES=200)
+bench: install  ## performance ratios, one JSON each under build/bench (NAME=swap for one; NAME=generator SAMPLES=200)
 	@$(BIN)/python tests/benchmarks/run.py $(NAME) $(if $(SAMPLES),--samples $(SAMPLES))
 
 clean:  ## remove what runs have made, not the environment
