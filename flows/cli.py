@@ -1,7 +1,8 @@
 """The ``knn-diffusion`` command. JSON goes to standard output alone, everything else to standard error.
 
 Exit code 0 for success, 1 for a failure told in one line, 2 for wrong usage. Heavy imports wait inside the commands, so
-that ``--help`` answers at once. What looks into databases is in :mod:`flows.cli_databases`.
+that ``--help`` answers at once. What looks into databases is in :mod:`flows.cli_databases`, what keeps
+them in :mod:`flows.cli_upkeep`.
 """
 
 import inspect
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli_databases import databases, search
+from flows.cli_upkeep import gc, merge, rebuild_index, subset
 from flows.terminal import DATABASE, MODEL, PICTURES, Root, Verbose, open_picture, settings, told, writable
 from infra.prefect_api import prefect_api
 
@@ -220,7 +222,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_LISTED = {"Start": (demo,), "Databases": (new_domain, search, databases), "Generator": (generate, edit, evaluate)}
+_LISTED = {
+    "Start": (demo,),
+    "Databases": (new_domain, rebuild_index, search, databases),
+    "Generator": (generate, edit, evaluate),
+    "Upkeep": (merge, subset, gc),
+}
 """The commands as ``--help`` lists them."""
 for _panel, _commands in _LISTED.items():
     for _command in _commands:

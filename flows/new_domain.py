@@ -8,7 +8,12 @@ from prefect import flow
 from flows.adopt_generator import AdoptGeneratorConfig, adopt_generator
 from flows.train_generator import TrainedGenerator, TrainGeneratorConfig, train_generator
 from infra import compute
-from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Outcome
+from infra.errors import NotFoundError
+from infra.lease import lease
+from infra.registry import Registry
+from infra.settings import Settings
+from tasks.combine import takedown_of
+from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Outcome, Takedown
 from tasks.download import DownloadConfig, download
 from tasks.embed import EmbedConfig, embed
 from tasks.evaluate import EvaluateConfig
@@ -52,16 +57,28 @@ class Domain:
     skipped: dict[str, bool]
 
 
+def _taken_down(domain: str, settings: Settings) -> Takedown | None:
+    """What the domain's champion may not show, if there is one: a new list must not bring it back."""
+    try:
+        pulled = Registry(settings).pull(domain, kind="database")
+    except NotFoundError:
+        return None
+    return takedown_of(DatabaseVersion.of(pulled.manifest, pulled.folder_uri))
+
+
 @flow(name="new-domain", flow_run_name="new-domain-{config.domain}", validate_parameters=True)
 def new_domain(config: NewDomainConfig) -> Domain:
     """Make a domain's database from a URL list, and a generator if one is asked for; register both as champions."""
     settings = settings_of(config.root)
     base, cache = base_of(settings, config.domain), settings.cache_folder
     with compute.cluster(settings.ray_address, settings.cpus):
-        images = download(config.urls, base, config.download)
-        embeddings = embed(images.reference, base, config.embed, cache)
-        database = index(embeddings.reference, base, config.index, cache)
-        registered = register_database_task(config.domain, database.reference, settings, None)
+        with lease(base, holder=f"new-domain {config.domain}") as held:
+            takedown = _taken_down(config.domain, settings)
+            images = download(config.urls, base, config.download, cache, None, takedown)
+            embeddings = embed(images.reference, base, config.embed, cache)
+            database = index(embeddings.reference, base, config.index, cache, None, takedown)
+            held.check()
+            registered = register_database_task(config.domain, database.reference, settings, None)
         trained = None
         if config.train is not None:
             trained = train_generator(

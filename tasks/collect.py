@@ -154,6 +154,8 @@ def _unreferenced(folder: str, files: list[storage.Stored], kept: set[str]) -> l
 
     Without its marker a shard would be made again, over files that a version relies on.
     """
+    if artifacts.MANIFEST in kept:
+        return []  # a kept version keeps its folder: figures and timings lie beside what the manifest lists
     going = []
     for file in files:
         name = file.uri.removeprefix(folder).lstrip("/")

@@ -39,6 +39,7 @@ def register_database(domain: str, database: DatabaseVersion, settings: Settings
     manifest = database.manifest()
     tags = {
         **_tags(manifest),
+        "rows": str(manifest.rows - manifest.info["hidden"]),
         "bytes": str(_stored_bytes(manifest)),
         "index": manifest.info["factory"],
         "recall_at_10_image": f"{manifest.info['recall_at_10_image']:.4f}",
