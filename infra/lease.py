@@ -2,10 +2,10 @@
 
     <folder>/lease/000007.json      who holds it; the highest number counts
 
-A holder writes its file anew every third of ``ttl_s``. Whoever finds the highest file released, or not written for
-``ttl_s``, creates the next number, which the store grants to exactly one (a hard link; ``If-None-Match: *``), and then
-deletes the lower ones. The highest is never deleted, so a number is never used twice and one who was slow finds a
-higher one than its own.
+A holder writes its file anew every third of ``ttl_s``. Whoever finds the highest file released, not written for
+``ttl_s``, or of a process of this machine that runs no more, creates the next number, which the store grants to exactly
+one (a hard link; ``If-None-Match: *``), and then deletes the lower ones. The highest is never deleted, so a number is
+never used twice and one who was slow finds a higher one than its own.
 
 **Clocks.** The age of a file is told by the store's own clock alone: when it was written, against when a probe written
 just now was. Machines may disagree about the time as they like. A holder counts on its own clock how long ago it last
@@ -26,6 +26,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from infra import logs, storage
@@ -46,6 +47,19 @@ class Holder:
     since: str
     ttl_s: float
     released: bool = False
+    machine: str = ""  # where ``process`` is a number that means something; empty: unknown
+
+    def is_dead(self) -> bool:
+        """Whether it ran on this machine and runs no more: then nobody need wait for its lease to end."""
+        if not self.machine or self.machine != _machine():
+            return False
+        try:
+            os.kill(self.process, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return False
 
     def __str__(self) -> str:
         return f"{self.name} (process {self.process} on {self.host}) since {self.since}"
@@ -136,7 +150,8 @@ def _acquire(folder_uri: str, name: str, ttl_s: float) -> Lease | None:
     if highest and (_left_s(folder_uri, highest) or 0) > 0:
         return None
     mine = Holder(
-        name=name, host=socket.gethostname(), process=os.getpid(), token=uuid.uuid4().hex, since=_time(), ttl_s=ttl_s
+        name=name, host=socket.gethostname(), process=os.getpid(), token=uuid.uuid4().hex, since=_time(), ttl_s=ttl_s,
+        machine=_machine(),
     )  # fmt: skip
     number, began = highest + 1, _now()
     if not storage.create_bytes(_file(folder_uri, number), _body(mine)):
@@ -154,7 +169,7 @@ def _left_s(folder_uri: str, number: int) -> float | None:
     """Seconds for which a generation is still held, by the store's clock; None when it was released or is gone."""
     try:
         holder = _read(folder_uri, number)
-        if holder is None or holder.released:
+        if holder is None or holder.released or holder.is_dead():
             return None
         written = storage.modified(_file(folder_uri, number))
     except NotFoundError:
@@ -217,6 +232,15 @@ def _file(folder_uri: str, number: int) -> str:
 
 def _body(holder: Holder) -> bytes:
     return json.dumps(dataclasses.asdict(holder), sort_keys=True).encode()
+
+
+def _machine() -> str:
+    """This boot of this machine and its space of process numbers, where the system tells; else empty."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return ""
 
 
 def _time() -> str:

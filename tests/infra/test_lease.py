@@ -123,7 +123,8 @@ def test_a_living_holder_keeps_it_for_longer_than_its_time(place: Domain) -> Non
         assert place.files() == ["000001.json"]
 
 
-def test_a_dead_holder_loses_it_and_a_second_one_may_wait(domain: Domain) -> None:
+def test_a_dead_holder_loses_it_and_a_second_one_may_wait(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "_machine", lambda: "another machine")
     with holding(domain) as other:
         other.kill()
         other.wait()
@@ -133,6 +134,15 @@ def test_a_dead_holder_loses_it_and_a_second_one_may_wait(domain: Domain) -> Non
         assert time.monotonic() - started < domain.ttl_s + 6
         held.check()
         assert domain.files() == ["000002.json"]
+
+
+def test_nobody_waits_for_a_process_of_this_machine_that_is_dead(place: Domain) -> None:
+    with holding(place) as other:
+        assert f"process {other.pid}" in place.refusal()
+        other.kill()
+        other.wait()
+    with place.lease("second"):
+        assert place.files() == ["000002.json"]
 
 
 def test_who_waits_gets_it_when_the_first_one_ends(place: Domain) -> None:
