@@ -41,6 +41,8 @@ def open_part(
 ) -> tuple[Database, int]:
     """Neighbouring index shards of a version as a database of their own, and the id of its first row in the whole."""
     manifest, embeddings = version.manifest(), embeddings_of(version)
+    if "effort" not in manifest.info:
+        raise IntegrityError(f"{version.uri} was indexed by an earlier release; index it again (new-domain)")
     special = {shard.name: shard for shard in manifest.shards if shard.name in (QUANTIZER, HIDDEN)}
     before = itertools.takewhile(lambda shard: shard.name != part[0].name, index_shards(version))
     first = sum(shard.rows for shard in before)

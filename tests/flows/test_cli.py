@@ -37,7 +37,8 @@ def refused(result: Result, *parts: str) -> None:
 def test_help_names_every_command_in_order() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    commands = ("demo", "new-domain", "search", "databases", "generate", "edit", "evaluate")
+    databases = ("new-domain", "rebuild-index", "search", "databases")
+    commands = ("demo", *databases, "generate", "edit", "evaluate", "merge", "subset", "gc")
     places = [result.stdout.index(f" {command} ") for command in commands]
     assert places == sorted(places)
     for command in commands:
@@ -63,6 +64,9 @@ def test_help_imports_nothing_heavy() -> None:
         ("new-domain", "shapes"),
         ("generate", "a"),
         ("search", "a", "b", "--k", "0"),
+        ("rebuild-index",),
+        ("subset", "reds", "shapes"),
+        ("gc", "shapes", "--keep", "0"),
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
@@ -319,3 +323,27 @@ def test_without_permission_loopback_is_not_downloaded_from(domain: Any, tmp_pat
     result = run("new-domain", "rings", "--urls", str(urls), "--root", str(tmp_path / "data"))
     refused(result, "none of the 1 URLs", "blocked_address 1")
     assert len(domain.server.requests) == asked
+
+
+def test_a_rebuild_with_nothing_to_do_says_so(domain: Any) -> None:
+    result = run("rebuild-index", "shapes", "--urls", str(domain.urls), "--root", str(domain.root))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == ["models:/knn-database.shapes@champion stays as it is"]
+
+
+def test_gc_lists_and_deletes_nothing_unless_told_to(domain: Any) -> None:
+    before = sorted(path for path in Path(domain.root).rglob("*.tar"))
+    result = run("gc", "shapes", "--grace-h", "0", "--root", str(domain.root))
+    assert result.exit_code == 0, result.output
+    assert "to delete (--delete does)" in result.stderr
+    assert sorted(path for path in Path(domain.root).rglob("*.tar")) == before
+
+
+def test_what_upkeep_cannot_do_is_said_in_one_line(domain: Any, tmp_path: Path) -> None:
+    root = ("--root", str(domain.root))
+    refused(run("rebuild-index", "birds", *root), "no database is registered as models:/knn-database.birds@champion")
+    refused(run("merge", "all", "shapes", *root), "databases names two or more")
+    refused(run("subset", "reds", "shapes", "--where", "colour == 1", *root), "colour")
+    empty = tmp_path / "takedown.txt"
+    empty.write_text("http://nowhere/at-all.png\n")
+    refused(run("rebuild-index", "shapes", "--takedown", str(empty), *root), "naming nothing", "at-all.png")
