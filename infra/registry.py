@@ -25,6 +25,7 @@ from mlflow.tracking import MlflowClient
 from infra import artifacts, storage
 from infra.errors import IntegrityError, NotFoundError
 from infra.settings import Settings, masked
+from infra.store_errors import told
 from infra.tracking import answering, connect, experiment_id
 
 DATABASE_PREFIX = "knn-database."
@@ -129,11 +130,12 @@ class Registry:
         with answering(self._settings):
             version = self._resolve(reference, kind)
         uri = f"models:/{version.name}/{version.version}"
-        try:
-            local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
-        except (MlflowException, OSError) as error:
-            told = f"the files of {uri} cannot be fetched ({masked(str(error))}); register it anew"
-            raise IntegrityError(told) from None
+        with told(self._settings.artifacts_uri):
+            try:
+                local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+            except (MlflowException, OSError) as error:
+                why = f"the files of {uri} cannot be fetched ({masked(str(error))}); register it anew"
+                raise IntegrityError(why) from None
         registered = artifacts.Manifest.from_json(_manifest_file(local).read_bytes(), reference)
         folder = version.tags.get("uri", "")
         if registered.kind != kind:
@@ -191,7 +193,7 @@ class Registry:
         with storage.scratch() as scratch:
             path = scratch / artifacts.MANIFEST
             path.write_text(manifest.to_json())
-            with mlflow.start_run(run_id=run_id or self._new_run(name)):
+            with mlflow.start_run(run_id=run_id or self._new_run(name)), told(self._settings.artifacts_uri):
                 info = mlflow.pyfunc.log_model(
                     name=name.replace(".", "-"),
                     python_model=str(script),

@@ -7,7 +7,6 @@ becomes an object; the store's own lifecycle rule (AbortIncompleteMultipartUploa
 """
 
 import dataclasses
-import errno
 import hashlib
 import os
 import tempfile
@@ -21,7 +20,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from infra.errors import InputError
-from infra.store_errors import patiently, room_in, told
+from infra.store_errors import code_of, patiently, room_in, told
 
 PART_BYTES = 8 << 20
 """Of a multipart upload, which begins at two parts; ten parts are in flight and in memory at once."""
@@ -150,7 +149,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
         except FileExistsError:
             pass
         except OSError as error:  # a store that does not name the condition
-            if error.errno != errno.EINVAL or not _is_precondition(error):
+            if code_of(error) not in {"PreconditionFailed", "412"}:
                 raise
         else:
             return True
@@ -251,7 +250,7 @@ def _info(fs: Any, path: str) -> dict[str, Any] | None:
     try:
         return cast(dict[str, Any], fs.info(path))
     except FileNotFoundError as error:
-        if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") == "NoSuchBucket":
+        if code_of(error) == "NoSuchBucket":
             raise
         return None
 
@@ -260,10 +259,6 @@ def _written(entry: dict[str, Any]) -> float:
     """When a listed object was written: a local file's ``mtime`` or a store's ``LastModified``."""
     when: Any = entry["mtime"] if "mtime" in entry else entry["LastModified"]
     return float(when.timestamp() if hasattr(when, "timestamp") else when)
-
-
-def _is_precondition(error: OSError) -> bool:
-    return getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") in {"PreconditionFailed", "412"}
 
 
 @contextmanager

@@ -29,6 +29,7 @@ NO_RETRY_AFTER_S = 60.0
 
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _OUT_OF_ORDER = frozenset({errno.EREMOTEIO, errno.EBUSY})  # what s3fs makes of 500, 503 and SlowDown
+_NO_ACCESS = frozenset({"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"})
 _DISK_FULL_BYTES = 1 << 20
 _SHORT_WRITE = re.compile(rf"{os.strerror(errno.ENOSPC)}|\d+ requested and \d+ written")  # faiss | numpy
 
@@ -88,13 +89,25 @@ def no_space(where: str) -> StageError:
     )
 
 
+def code_of(error: BaseException) -> str:
+    """The store's own name for the error, which s3fs keeps in the cause; empty when it has not answered."""
+    for said in (error, error.__cause__):
+        response = getattr(said, "response", None)
+        if isinstance(response, dict) and "Code" in response.get("Error", {}):
+            return str(response["Error"]["Code"])
+    return ""
+
+
 def _translated(uri: str, error: Exception) -> KNNDiffusionError | None:
     """Ours for ``error``, or None when it says nothing of the store."""
-    said = _said(error)
-    code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code", "")
+    if type(error).__module__ == "boto3.exceptions" and isinstance(error.__context__, Exception):
+        error = error.__context__  # an upload of MLflow's, which hides the reason behind one of its own
+    said, code = _said(error), code_of(error)
     match error:
         case _ if code == "NoSuchBucket" or code == "InvalidBucketName":
             return NotFoundError(f"{uri}: there is no bucket {_bucket(uri)}{_at(uri)}; make it, or name another root")
+        case boto.ClientError() if code in _NO_ACCESS:
+            return NotFoundError(f"{uri} may not be accessed{_at(uri)} ({said}); check the credentials and the bucket")
         case FileNotFoundError():
             return NotFoundError(f"{uri} does not exist; check the path, or run the stage that writes it")
         case PermissionError():
@@ -111,7 +124,7 @@ def _translated(uri: str, error: Exception) -> KNNDiffusionError | None:
             return TransientError(f"{uri} could not be reached{_at(uri)}: {said}; is the store up? then run again")
         case boto.BotoCoreError():
             return InputError(f"{uri} cannot be used{_at(uri)}: {said}; mend the address or AWS_ENDPOINT_URL")
-        case OSError() if code:  # an answer of the store's that has no class of its own
+        case OSError() | boto.ClientError() if code:  # an answer of the store's that has no class of its own
             return InputError(f"{uri}: the store refuses{_at(uri)}: {code}, {said}; mend the address or its rights")
     return None
 
@@ -133,7 +146,7 @@ def _said(error: Exception) -> str:
     """What the error says, in one line; RadosGW sends codes without a message."""
     text = getattr(error, "strerror", None) or str(error)
     if text in {"", "None"}:
-        text = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code", type(error).__name__)
+        text = code_of(error) or type(error).__name__
     return " ".join(str(text).split())
 
 

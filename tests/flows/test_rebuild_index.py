@@ -1,5 +1,6 @@
 """A living database: what a rebuild costs, what a takedown hides and removes, and what survives being killed."""
 
+import contextvars
 import dataclasses
 import hashlib
 import json
@@ -252,7 +253,8 @@ def test_of_two_rebuilds_at_once_the_second_is_refused_or_waits(living: Living, 
     living.server.replies[NAMES[4]] = Reply(body=slowly)
     listed = living.listed(*NAMES[:5])
     results: list[Any] = []
-    first = threading.Thread(target=lambda: results.append(living.rebuild(urls=listed)))
+    context = contextvars.copy_context()  # the server that the tests share
+    first = threading.Thread(target=context.run, args=(lambda: results.append(living.rebuild(urls=listed)),))
     first.start()
     assert inside.wait(30)
     with pytest.raises(StageError, match=r"is being written by rebuild-index shapes .* run again") as caught:

@@ -12,7 +12,7 @@ from stores import Bucket
 
 from infra import artifacts, storage, tracking
 from infra.artifacts import Manifest
-from infra.errors import IntegrityError, NotFoundError
+from infra.errors import IntegrityError, KNNDiffusionError, NotFoundError
 from infra.registry import DATABASE_PREFIX, GENERATOR_NAME, Registered, Registry
 from infra.settings import Settings
 
@@ -126,6 +126,31 @@ def test_a_remote_folder_is_registered_and_pulled(line: Line, bucket: Bucket) ->
     assert line.refusal(f"{bucket.uri}/nothing", kind="database") == (
         f"{bucket.uri}/nothing holds no committed database: there is no manifest.json in it"
     )
+
+
+def test_registered_files_live_in_an_object_store_and_its_refusal_is_told(
+    mlflow_settings: Settings, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = mlflow_settings.model_copy(update={"artifacts": f"{bucket.uri}/mlflow"})
+    line = Line(settings, tmp_path)
+    (tmp_path / "words.txt").write_text("three words here")
+    uri, manifest = line.folder("generator", base=f"{bucket.uri}/twemoji")
+    line.register(GENERATOR_NAME, uri, files={"words": tmp_path / "words.txt"})
+    assert any(key.startswith("mlflow/") and key.endswith("/words.txt") for key in list(bucket.keys()))
+    pulled = line.registry.pull(GENERATOR_NAME, kind="generator")
+    assert pulled.manifest == manifest
+    assert pulled.local is not None
+    assert (pulled.local / "artifacts/words.txt").read_text() == "three words here"
+    other, _ = line.folder("generator", rows=4)
+    with bucket.store.locked():
+        for touch in (
+            lambda: line.registry.pull(GENERATOR_NAME, kind="generator"),
+            lambda: line.register(GENERATOR_NAME, other),
+        ):
+            with pytest.raises(KNNDiffusionError) as caught:
+                touch()
+            assert "\n" not in str(caught.value)
+            assert f"{bucket.uri}/mlflow" in str(caught.value) or "cannot be fetched" in str(caught.value)
 
 
 def test_the_same_content_is_found_again_not_registered_twice(line: Line) -> None:
