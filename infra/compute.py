@@ -61,6 +61,12 @@ def cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 1))
 
 
+def gpus() -> float:
+    """GPUs of the cluster."""
+    _start()
+    return float(ray.cluster_resources().get("GPU", 0))
+
+
 def _fitting(wanted: float) -> float:
     """``wanted`` cores, or all that the largest machine has: more would wait for ever."""
     return min(wanted, max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=wanted))
@@ -91,12 +97,14 @@ def map_shards(
     actors: int,
     cpus_per_actor: float = 1,
     gpus_per_actor: float = 0,
+    concurrency: int = 1,
     description: str,
 ) -> Iterator[Any]:
     """Results in order of completion; a :class:`Lost` stands for a shard that failed.
 
     Each actor builds ``factory(*settings)`` once and holds at most two shards, so a dead one costs little. Ray starts
-    another in its place and hands it the same shards again.
+    another in its place and hands it the same shards again. With a ``concurrency`` of 2, two threads of the actor call
+    what was built, each with a shard.
     """
     queue = list(items)
     if not queue:
@@ -105,6 +113,7 @@ def map_shards(
     cpus_per_actor = _fitting(cpus_per_actor)
     size = min(actors, len(queue), _room(cpus_per_actor, gpus_per_actor))
     options = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor, "max_restarts": -1}
+    options["max_concurrency"] = concurrency
     pool = [_ACTOR.options(**options, max_task_retries=SHARD_TRIES).remote(factory, settings) for _ in range(size)]
     pending: dict[Any, tuple[Any, Any]] = {}
     waiting = iter(queue)
@@ -264,9 +273,11 @@ class _Actor:
     def __init__(self, factory: Callable[..., Worker[Any, Any]], settings: tuple[Any, ...]) -> None:
         self._factory, self._settings = factory, settings
         self._worker: Worker[Any, Any] | None = None
+        self._building = threading.Lock()
 
     def run(self, item: Any) -> Any:
-        self._worker = self._worker or self._factory(*self._settings)
+        with self._building:
+            self._worker = self._worker or self._factory(*self._settings)
         return self._worker(item)
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,12 @@ class EncoderIdentity:
 
 
 class Encoder:
-    """Pictures and texts to unit rows in one space. Inference only; float32."""
+    """Pictures and texts to unit rows in one space. Inference only; float32 unless told."""
 
-    def __init__(self, name: str = EMBEDDED, *, device: torch.device | str = "cpu") -> None:
-        """Load the model ``name``. Raises ``ModelError`` when there is none."""
+    def __init__(
+        self, name: str = EMBEDDED, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Load the model ``name`` and compute in ``dtype``. Raises ``ModelError`` when there is none."""
         self.name = name
         self.device = torch.device(device)
         architecture, pretrained = _split(name)
@@ -73,6 +75,14 @@ class Encoder:
             preprocess_digest=_preprocess_digest(model),
             dimension=self._dimension(),
         )
+        self._dtype = dtype
+        self._model.to(dtype)  # after the digest, which is of the float32 weights
+
+    @property
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """What :meth:`preprocess` does, to be sent to another process without the model."""
+        transform: Callable[[Image.Image], Tensor] = self._preprocess
+        return transform
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """One picture (any size, RGB) to the model's input (3, H, W) float32."""
@@ -80,9 +90,13 @@ class Encoder:
         return tensor
 
     @torch.inference_mode()
+    def forward(self, batch: Tensor) -> Tensor:
+        """(B, 3, H, W) from :meth:`preprocess` to (B, D) float32 unit rows on the model's device."""
+        return F.normalize(self._model.encode_image(batch.to(self.device, self._dtype)).float(), dim=-1)
+
     def embed_preprocessed(self, batch: Tensor) -> Tensor:
         """(B, 3, H, W) from :meth:`preprocess` to (B, D) float32 unit rows on the CPU."""
-        return F.normalize(self._model.encode_image(batch.to(self.device)).float(), dim=-1).cpu()
+        return self.forward(batch).cpu()
 
     def embed_images(self, images: Sequence[Image.Image], *, batch_size: int = 128) -> Tensor:
         """Pictures to (len(images), D) float32 unit rows."""

@@ -1,24 +1,18 @@
 """Embed: image shards to CLIP embeddings in clip-retrieval's layout, one output shard for each input shard."""
 
 import dataclasses
-import io
-import itertools
-import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-
-from infra import artifacts, compute, shards, storage
+from infra import artifacts, compute
 from infra.errors import StageError
-from infra.pictures import to_rgb
-from model.clip import EMBEDDED, Encoder
-from tasks.contracts import METADATA_SCHEMA, EmbeddingShards, ImageShards, Outcome
+from model.clip import EMBEDDED, Encoder, EncoderIdentity
+from tasks.contracts import EmbeddingShards, ImageShards, Outcome, encoder_of
+from tasks.embed_shard import SECONDS, EmbedShard, Feeding
 from tasks.stage import map_stage, skip_or_make, stage_task
+
+_MOST_DECODERS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,117 +21,137 @@ class EmbedConfig:
 
     encoder: str = EMBEDDED
     batch_size: int = 128
-    workers: int | None = None  # None: one for each core of the cluster, or for each GPU
-    gpus_per_worker: float = 0
-    decode_threads: int = 2
+    workers: int | None = None  # None: one for each core of the cluster, or as many as its GPUs hold
+    gpus_per_worker: float = 0  # 0: on the CPU, float32; else on CUDA, bfloat16; 0.5 lets two share a GPU
+    decoders: int | None = None  # of each worker; None: one on the CPU, else its share of the cores
     max_lost_fraction: float = 0.01
 
     def __post_init__(self) -> None:
         """Refuse an empty batch."""
-        if self.batch_size < 1 or self.decode_threads < 1:
-            raise ValueError("batch_size and decode_threads must be at least 1")
+        if self.batch_size < 1 or (self.decoders is not None and self.decoders < 1):
+            raise ValueError("batch_size and decoders must be at least 1")
+        if self.gpus_per_worker < 0:
+            raise ValueError(f"gpus_per_worker is {self.gpus_per_worker}; give 0 for the CPU, or 0.5, 1, …")
 
 
-def embed_images(images: ImageShards, base: str, config: EmbedConfig, *, cache: Path) -> Outcome[EmbeddingShards]:
+def embed_images(
+    images: ImageShards, base: str, config: EmbedConfig, *, cache: Path, previous: EmbeddingShards | None = None
+) -> Outcome[EmbeddingShards]:
     """Embed every picture of ``images`` into ``base/embeddings/<key>``.
+
+    What ``previous`` holds already is not embedded again, if the same encoder made it with the same settings: a shard
+    whose tar is the same is taken over, and of a tar that was rewritten the rows of the pictures that stayed are
+    copied. The output is the same with and without it, and so is its key.
 
     Raises:
         ModelError: no such encoder.
         StageError: no picture could be decoded, or too many shards were lost.
     """
-    # The batch size stays in the key: float16 rows may differ in the last bit between batch shapes.
-    settings = {"encoder": config.encoder, "batch_size": config.batch_size}
-    stage = artifacts.Stage(base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=settings)
+    stage = artifacts.Stage(base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=_settings(config))
 
     def make() -> artifacts.Manifest:
-        items = [(shard.name, shard) for shard in images.manifest().shards]
-        done, lost = map_stage(
-            stage,
-            items,
-            _Embed,
-            (images.uri, stage.uri, config, cache),
-            max_lost_fraction=config.max_lost_fraction,
-            actors=config.workers or compute.cpus(),
-            gpus_per_actor=config.gpus_per_worker,
+        sources = images.manifest().shards
+        earlier = _reusable(previous, config, {shard.name for shard in sources}) if previous else {}
+        taken = {
+            shard.name: earlier[shard.name]
+            for shard in sources
+            if shard.name in earlier and earlier[shard.name].info.get("source") == shard.file(".tar").sha256
+        }
+        items = [(shard.name, (shard, earlier.get(shard.name))) for shard in sources if shard.name not in taken]
+        settings = (images.uri, stage.uri, _feeding(config), cache)
+        made, lost = map_stage(
+            stage, items, EmbedShard, settings, max_lost_fraction=config.max_lost_fraction, **_resources(config)
         )
-        outcomes: Counter[str] = Counter()
-        for shard in done:
-            outcomes.update(shard.info["outcomes"])
+        done = [*taken.values(), *made]
+        outcomes = _summed(done, "outcomes")
         if not outcomes["success"]:
             raise StageError(f"no picture of {images.uri} could be decoded ({dict(outcomes)}); look at its tars")
         encoders = {shard.info["encoder"]["weights_digest"] for shard in done}
         if len(encoders) > 1:
             raise StageError(f"{config.encoder} changed while {stage.uri} was filled; delete that folder and run again")
-        identity = {"encoder": done[0].info["encoder"]}
-        return stage.commit(done, identity=identity, info={"outcomes": dict(outcomes), "lost_shards": lost})
+        # A shard that was taken over may know the same encoder by another name.
+        identity = {"encoder": {**done[0].info["encoder"], "name": config.encoder}}
+        info = {"outcomes": dict(outcomes), "lost_shards": lost, "shards_taken_over": len(taken), **_measured(made)}
+        return stage.commit(done, identity=identity, info=info)
 
-    return skip_or_make(stage, EmbeddingShards, make, note=lambda manifest: manifest.identity["encoder"]["name"])
+    return skip_or_make(stage, EmbeddingShards, make, note=_note)
 
 
-class _Embed:
-    """The encoder on a worker: decode in threads, embed in batches, write rows in the order of the tar."""
+def _settings(config: EmbedConfig) -> dict[str, Any]:
+    """What decides the rows. The batch size does: float16 rows may differ in the last bit between batch shapes."""
+    precision = "bfloat16" if config.gpus_per_worker else "float32"
+    return {"encoder": config.encoder, "batch_size": config.batch_size, "precision": precision}
 
-    def __init__(self, images_uri: str, folder_uri: str, config: EmbedConfig, cache: Path) -> None:
-        self._images_uri, self._folder_uri, self._config, self._cache = images_uri, folder_uri, config, cache
-        device = "cuda" if config.gpus_per_worker else "cpu"
-        if device == "cpu":
-            torch.set_num_threads(1)  # a worker a core: threads would only get in each other's way
-        self._encoder = Encoder(config.encoder, device=device)
 
-    def __call__(self, item: tuple[str, artifacts.Shard]) -> artifacts.Shard:
-        started = time.monotonic()
-        name, source = item
-        paths = {
-            suffix: artifacts.fetch_shard(self._images_uri, source, suffix, self._cache)
-            for suffix in (".tar", ".parquet")
-        }
-        records = {row["key"]: row for row in shards.read_table(paths[".parquet"]).to_pylist()}
-        rows, metadata, outcomes = self._embed(paths[".tar"], records)
-        info: dict[str, Any] = {
-            "outcomes": outcomes,
-            "encoder": dataclasses.asdict(self._encoder.identity),
-            "seconds": time.monotonic() - started,
-        }
-        with storage.scratch() as folder:
-            (folder / "img_emb").mkdir()
-            np.save(folder / "img_emb" / f"img_emb_{name}.npy", rows)
-            shards.write_table(metadata, METADATA_SCHEMA, folder / "metadata" / f"metadata_{name}.parquet")
-            return artifacts.commit_shard(self._folder_uri, name, folder, rows=len(rows), info=info)
+def _feeding(config: EmbedConfig) -> Feeding:
+    cuda = config.gpus_per_worker > 0
+    decoders = config.decoders or (_decoders_of_a_gpu_worker(config.gpus_per_worker) if cuda else 1)
+    return Feeding(encoder=config.encoder, batch_size=config.batch_size, cuda=cuda, decoders=decoders)
 
-    def _embed(
-        self, tar: Path, records: dict[str, dict[str, Any]]
-    ) -> tuple[np.ndarray[Any, np.dtype[np.float16]], list[dict[str, Any]], dict[str, int]]:
-        """(n, D) float16 rows, their metadata, and how decoding went."""
-        embedded: list[torch.Tensor] = []
-        metadata: list[dict[str, Any]] = []
-        outcomes: Counter[str] = Counter()
-        samples = shards.read_pictures(tar)
-        with ThreadPoolExecutor(self._config.decode_threads) as pool:
-            while chunk := list(itertools.islice(samples, self._config.batch_size)):
-                batch = []
-                for key, picture in pool.map(self._decode, chunk):
-                    outcomes["success" if picture is not None else "decode_error"] += 1
-                    if picture is None:
-                        continue
-                    record = records.get(key, {})
-                    known = {name: record.get(name) for name in ("url", "sha256", "width", "height")}
-                    metadata.append({"row": len(metadata), "key": key, "status": "success", **known})
-                    batch.append(picture)
-                if batch:
-                    embedded.append(self._encoder.embed_preprocessed(torch.stack(batch)))
-        rows = torch.cat(embedded) if embedded else torch.empty(0, self._encoder.identity.dimension)
-        return rows.numpy().astype(np.float16), metadata, dict(outcomes)
 
-    def _decode(self, sample: tuple[str, bytes]) -> tuple[str, torch.Tensor | None]:
-        key, encoded = sample
-        try:
-            with Image.open(io.BytesIO(encoded)) as image:
-                return key, self._encoder.preprocess(to_rgb(image))
-        except (OSError, ValueError, Image.DecompressionBombError):
-            return key, None
+def _resources(config: EmbedConfig) -> dict[str, Any]:
+    """Two shards for a worker: what comes before and after the computing of one goes beside that of the other."""
+    cores = 1 + _feeding(config).decoders if config.gpus_per_worker else 1
+    return {
+        "actors": config.workers or compute.cpus(),
+        "cpus_per_actor": cores,
+        "gpus_per_actor": config.gpus_per_worker,
+        "concurrency": 2,
+    }
+
+
+def _decoders_of_a_gpu_worker(gpus_each: float) -> int:
+    """Its share of the cores, less its own."""
+    workers = max(1, int(compute.gpus() / gpus_each))
+    return max(1, min(_MOST_DECODERS, compute.cpus() // workers - 1))
+
+
+def _reusable(previous: EmbeddingShards, config: EmbedConfig, names: set[str]) -> dict[str, artifacts.Shard]:
+    """The shards of ``previous`` of these names, by name; none where its rows are not what ``config`` would give."""
+    manifest = previous.manifest()
+    decisive = {name: value for name, value in _settings(config).items() if name != "encoder"}
+    there = {shard.name: shard.taken_over(previous.uri) for shard in manifest.shards if shard.name in names}
+    if not there or any(manifest.config.get(name) != value for name, value in decisive.items()):
+        return {}
+    # Under one name there may be other weights today; only loading them tells.
+    encoder: EncoderIdentity = compute.run(_identity_of, config.encoder)
+    return there if encoder.same_space(encoder_of(manifest)) else {}
+
+
+def _identity_of(encoder: str) -> EncoderIdentity:
+    return Encoder(encoder).identity
+
+
+def _summed(done: list[artifacts.Shard], name: str) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for shard in done:
+        total.update(shard.info[name])
+    return total
+
+
+def _measured(made: list[artifacts.Shard]) -> dict[str, Any]:
+    """What was counted and timed of the shards that were made, summed; ``accelerator_busy`` is a fraction."""
+    summed: dict[str, Any] = {name: sum(shard.info[name] for shard in made) for name in ("copied", *SECONDS)}
+    busy = summed["compute_s"] / summed["turn_s"] if summed["turn_s"] else 0.0
+    return {**summed, "embedded": sum(shard.rows for shard in made) - summed["copied"], "accelerator_busy": busy}
+
+
+def _note(manifest: artifacts.Manifest) -> str:
+    """The encoder, where the time went, and what needed none."""
+    info, parts = manifest.info, [manifest.identity["encoder"]["name"]]
+    if info.get("embedded"):
+        parts += [f"{name.removesuffix('_s')} {info[name]:.1f} s" for name in SECONDS if name != "turn_s"]
+        parts.append(f"accelerator {info['accelerator_busy']:.0%} busy")
+    if info.get("copied"):
+        parts.append(f"{info['copied']} rows copied")
+    if info.get("shards_taken_over"):
+        parts.append(f"{info['shards_taken_over']} of {len(manifest.shards)} shards taken over")
+    return ", ".join(parts)
 
 
 @stage_task(name="embed")
-def embed(images: ImageShards, base: str, config: EmbedConfig, cache: Path) -> Outcome[EmbeddingShards]:
+def embed(
+    images: ImageShards, base: str, config: EmbedConfig, cache: Path, previous: EmbeddingShards | None = None
+) -> Outcome[EmbeddingShards]:
     """Task of :func:`embed_images`."""
-    return embed_images(images, base, config, cache=cache)
+    return embed_images(images, base, config, cache=cache, previous=previous)
