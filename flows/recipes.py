@@ -119,7 +119,7 @@ def photos_h100(
         urls=urls,
         root=root,
         download=DownloadConfig(shard_rows=10_000, policy=DownloadPolicy(allow_hosts=allow_hosts, max_side_px=384)),
-        embed=EmbedConfig(encoder="ViT-B-32/laion2b_s34b_b79k", gpus_per_worker=1),
+        embed=EmbedConfig(encoder="ViT-B-32/laion2b_s34b_b79k", gpus_per_worker=1, batch_size=256),
         index=IndexConfig(texts=texts),
         train=TrainConfig(
             network=TransformerConfig(image_size=32, channels=4, patch_size=2, layers=12, heads=12, head_width=64),

@@ -20,7 +20,7 @@ class EmbedConfig:
     """Which encoder, and how it is fed."""
 
     encoder: str = EMBEDDED
-    batch_size: int = 128
+    batch_size: int = 64
     workers: int | None = None  # None: one for each core of the cluster, or as many as its GPUs hold
     gpus_per_worker: float = 0  # 0: on the CPU, float32; else on CUDA, bfloat16; 0.5 lets two share a GPU
     decoders: int | None = None  # of each worker; None: one on the CPU, else its share of the cores

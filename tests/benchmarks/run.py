@@ -5,13 +5,11 @@ was copied from there by hand. A GPU is used by what draws pictures (generator) 
 """
 
 import argparse
-import io
 import json
 import os
 import platform
 import statistics
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,15 +19,10 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from PIL import Image
 
-from infra.artifacts import Shard, commit_shard
-from infra.shards import write_table
-from model.clip import Encoder, EncoderIdentity
+from model.clip import EncoderIdentity
 from model.retrieval.database import Database, ShardFiles
 from model.retrieval.factory import fill_shard, train_index
-from tasks.contracts import METADATA_SCHEMA
-from tasks.embed import EmbedConfig, _Embed
 
 OUT = Path("build/bench")
 WIDTH = 256
@@ -90,30 +83,17 @@ def bench_search() -> dict[str, Any]:
 
 
 def bench_embed() -> dict[str, Any]:
-    """Images/s from a tar to stored rows, decoding and writing included, against the bare forward pass; one thread."""
-    torch.set_num_threads(1)
-    count, rng = 512, np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        records = []
-        with tarfile.open(folder / "00000.tar", "w") as archive:
-            for number in range(count):
-                pixels = rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)
-                buffer = io.BytesIO()
-                Image.fromarray(pixels).resize((72, 72)).save(buffer, "PNG")
-                entry = tarfile.TarInfo(f"{number:09d}.png")
-                entry.size = len(buffer.getvalue())
-                archive.addfile(entry, io.BytesIO(buffer.getvalue()))
-                records.append({"row": number, "key": f"{number:09d}", "status": "success"})
-        write_table(records, METADATA_SCHEMA, folder / "00000.parquet")
-        source: Shard = commit_shard(str(folder / "images"), "00000", folder, rows=count, info={})
-        worker = _Embed(str(folder / "images"), str(folder / "out"), EmbedConfig(), folder)
-        encoder = Encoder()
-        batch = torch.randn(128, 3, 64, 64)
-        ours, bare = paired(
-            lambda: worker(("00000", source)), lambda: [encoder.embed_preprocessed(batch) for _ in range(count // 128)]
-        )
-    return {"images": count, "ratio_bare_forward": bare / ours}
+    """Embedding against the bare model and clip-retrieval, see embed.py."""
+    from embed import bench_embed as bench
+
+    return bench()
+
+
+def bench_download() -> dict[str, Any]:
+    """The guarded download against plain img2dataset, see download.py."""
+    from download import bench_download as bench
+
+    return bench()
 
 
 def bench_generator(samples: int | None, named: bool) -> dict[str, Any]:
@@ -131,7 +111,7 @@ def bench_generator(samples: int | None, named: bool) -> dict[str, Any]:
 
 def main() -> int:
     """Run what is named, or all."""
-    benchmarks = ("search", "embed", "generator")
+    benchmarks = ("search", "embed", "download", "generator")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(benchmarks)}; all unless told")
     parser.add_argument("--samples", type=int, help=f"of the generator: {FULL_SAMPLES}, or {FEW_SAMPLES} without NAME")
@@ -143,6 +123,7 @@ def main() -> int:
     run: dict[str, Callable[[], dict[str, Any]]] = {
         "search": bench_search,
         "embed": bench_embed,
+        "download": bench_download,
         "generator": lambda: bench_generator(options.samples, named=bool(options.names)),
     }
     OUT.mkdir(parents=True, exist_ok=True)

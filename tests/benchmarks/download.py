@@ -1,0 +1,164 @@
+"""The guarded download against plain img2dataset: the same list, nginx on loopback, processes, threads and settings.
+
+Both store webdataset shards of PNG pictures at zlib's level 6, at most 512 px, with sha256 of what came. Ours is the
+stage, with the guard, the checks of every picture, the order of keys and the commit of each shard; theirs is
+``download()``. The rate is that from the first shard's start to the last one's end, so neither Ray's start nor that of
+their pool counts; the seconds with them are given beside. nginx must be on the PATH (``apt-get install nginx-light``).
+"""
+
+import contextlib
+import json
+import os
+import pwd
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flows.demo_pictures import twemoji_folder
+from infra import compute
+from infra.downloader import DownloadPolicy
+from tasks.download import DownloadConfig, download_images
+
+COPIES, SHARD_ROWS, PROCESSES, THREADS, ROUNDS = 4, 2000, 2, 32, 5
+
+CONFIGURATION = """
+daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log; {user}
+events {{ worker_connections 1024; }}
+http {{
+  types {{ image/png png; }}
+  access_log off; sendfile on; keepalive_timeout 65;
+  client_body_temp_path {folder}/t1; proxy_temp_path {folder}/t2; fastcgi_temp_path {folder}/t3;
+  uwsgi_temp_path {folder}/t4; scgi_temp_path {folder}/t5;
+  server {{ listen 127.0.0.1:{port}; root {root}; }}
+}}
+"""
+
+
+def bench_download() -> dict[str, Any]:
+    """Images/s of the download stage over those of img2dataset's ``download``."""
+    if shutil.which("nginx") is None:
+        missing = "there is no nginx on the PATH; install it (apt-get install nginx-light)"
+        print(f"download: {missing}")
+        return {"skipped": missing}
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        host = stack.enter_context(nginx(folder / "nginx", twemoji_folder()))
+        # Several URLs for one picture: a run of seconds would say little.
+        names = sorted(path.name for path in twemoji_folder().glob("*.png"))[:4000]
+        files = [f"{name}?{copy}" for copy in range(COPIES) for name in names]
+        urls = folder / "urls.parquet"
+        pq.write_table(pa.table({"url": [f"http://{host}/{file}" for file in files]}), urls)
+        stack.enter_context(compute.cluster(cores=PROCESSES))
+        runs: dict[str, list[tuple[float, float]]] = {"ours": [], "img2dataset": []}
+        load = os.getloadavg()[0]
+        for number in range(ROUNDS + 1):  # the first one warms up
+            ours = of_ours(urls, folder / f"ours-{number}", host, len(files))
+            theirs = of_theirs(urls, folder / f"theirs-{number}", len(files))
+            if number:
+                runs["ours"].append(ours)
+                runs["img2dataset"].append(theirs)
+    rates = {who: len(files) / statistics.median(inner for inner, _ in times) for who, times in runs.items()}
+    return {
+        "images": len(files),
+        "processes": PROCESSES,
+        "threads": THREADS,
+        "shard_rows": SHARD_ROWS,
+        "rounds": ROUNDS,
+        "ratio_img2dataset": rates["ours"] / rates["img2dataset"],
+        **{f"images_s_{who}": rate for who, rate in rates.items()},
+        "seconds": {who: [inner for inner, _ in times] for who, times in runs.items()},
+        "seconds_with_start": {who: [whole for _, whole in times] for who, times in runs.items()},
+        "load_before": load,
+    }
+
+
+@contextmanager
+def nginx(folder: Path, root: Path) -> Iterator[str]:
+    """nginx for the files of ``root`` on a free port of loopback; yields host:port."""
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    user = f"user {pwd.getpwuid(0).pw_name};" if os.getuid() == 0 else ""  # else it would become nobody
+    (folder / "nginx.conf").write_text(CONFIGURATION.format(folder=folder, port=port, root=root, user=user))
+    process = subprocess.Popen(["nginx", "-c", folder / "nginx.conf", "-p", folder], stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.05)
+        else:
+            raise SystemExit(f"download: nginx does not answer on port {port}; see {folder / 'error.log'}")
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def of_ours(urls: Path, folder: Path, host: str, images: int) -> tuple[float, float]:
+    """Seconds of the shards, and of the whole stage."""
+    policy = DownloadPolicy(allow_hosts=(host,), threads=THREADS, retries=0)
+    config = DownloadConfig(shard_rows=SHARD_ROWS, policy=policy, workers=PROCESSES)
+    started = time.perf_counter()
+    reference = download_images(str(urls), str(folder), config).reference
+    whole = time.perf_counter() - started
+    assert reference.rows == images, f"{reference.rows} of {images}"
+    markers = (Path(reference.uri) / "shards").glob("*.json")
+    return max(path.stat().st_mtime for path in markers) - first_start(Path(reference.uri)), whole
+
+
+def of_theirs(urls: Path, folder: Path, images: int) -> tuple[float, float]:
+    """Seconds of the shards, and of the whole run."""
+    started = time.perf_counter()
+    command = [sys.executable, __file__, str(urls), str(folder)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"})
+    whole = time.perf_counter() - started
+    stats = [json.loads(path.read_text()) for path in folder.glob("*_stats.json")]
+    assert sum(shard["successes"] for shard in stats) == images
+    return max(shard["end_time"] for shard in stats) - first_start(folder), whole
+
+
+def first_start(folder: Path) -> float:
+    """When the first shard was begun, by img2dataset's own statistics, which both write."""
+    return min(float(json.loads(path.read_text())["start_time"]) for path in folder.glob("*_stats.json"))
+
+
+def plain(urls: str, folder: str) -> None:
+    """In a process of its own: img2dataset as it comes."""
+    from img2dataset import download
+
+    download(
+        urls,
+        input_format="parquet",
+        output_folder=folder,
+        output_format="webdataset",
+        processes_count=PROCESSES,
+        thread_count=THREADS,
+        number_sample_per_shard=SHARD_ROWS,
+        image_size=512,
+        resize_mode="keep_ratio_largest",
+        resize_only_if_bigger=True,
+        encode_format="png",
+        encode_quality=6,
+        min_image_size=8,
+        extract_exif=False,
+        compute_hash="sha256",
+        timeout=10,
+        retries=0,
+        user_agent_token="img2dataset",  # noqa: S106
+    )
+
+
+if __name__ == "__main__":
+    plain(*sys.argv[1:])
