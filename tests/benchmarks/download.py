@@ -30,7 +30,7 @@ from infra import compute
 from infra.downloader import DownloadPolicy
 from tasks.download import DownloadConfig, download_images
 
-COPIES, SHARD_ROWS, PROCESSES, THREADS, ROUNDS = 4, 2000, 2, 32, 5
+COPIES, SHARD_ROWS, PROCESSES, THREADS, ROUNDS = 4, 2000, 2, 32, 3
 
 CONFIGURATION = """
 daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log; {user}
@@ -62,12 +62,11 @@ def bench_download() -> dict[str, Any]:
         stack.enter_context(compute.cluster(cores=PROCESSES))
         runs: dict[str, list[tuple[float, float]]] = {"ours": [], "img2dataset": []}
         load = os.getloadavg()[0]
-        for number in range(ROUNDS + 1):  # the first one warms up
-            ours = of_ours(urls, folder / f"ours-{number}", host, len(files))
-            theirs = of_theirs(urls, folder / f"theirs-{number}", len(files))
-            if number:
-                runs["ours"].append(ours)
-                runs["img2dataset"].append(theirs)
+        for number in range(ROUNDS):
+            runs["ours"].append(of_ours(urls, folder / f"ours-{number}", host, len(files)))
+            runs["img2dataset"].append(of_theirs(urls, folder / f"theirs-{number}", len(files)))
+            for who, times in runs.items():
+                print(f"  {who:26} {times[-1][0]:7.1f} s, load {os.getloadavg()[0]:.1f}", flush=True)
     rates = {who: len(files) / statistics.median(inner for inner, _ in times) for who, times in runs.items()}
     return {
         "images": len(files),
