@@ -181,9 +181,9 @@ def outcome_of(status: str, error_message: str | None) -> str:
 
 
 class _ShardWriter:
-    """Stands in for img2dataset's sample writer: keeps what comes in any order, and writes all in key order at last.
+    """Stands in for img2dataset's sample writer: takes samples in any order, and writes them in key order.
 
-    Pictures wait in ``spool``, a file, since a shard's worth of them may not fit in memory.
+    A picture waits in ``spool``, a file, until all before it have come: a shard's worth may not fit in memory.
     """
 
     def __init__(
@@ -209,21 +209,27 @@ class _ShardWriter:
         self._results: dict[str, dict[str, Any]] = {}
         self._pictures: dict[str, tuple[int, int]] = {}  # key -> offset and size in the spool
         self._failure: OSError | None = None
+        self._written = 0
+        self._tar = tarfile.open(self._stem.with_suffix(".tar"), "w")  # noqa: SIM115  # close() closes it
 
     def write(self, img_str: bytes | None, key: str, caption: str | None, meta: dict[str, Any]) -> None:
-        if img_str is not None:
-            try:
-                offset = self._spool.tell()
+        try:
+            if img_str is not None:
+                self._pictures[key] = (self._spool.seek(0, os.SEEK_END), len(img_str))
                 self._spool.write(img_str)
-            except OSError as error:  # img2dataset would swallow a full disk as a lost row
-                self._failure = error
-                raise
-            self._pictures[key] = (offset, len(img_str))
-        self._results[key] = meta
+            self._results[key] = meta
+            while self._written < len(self._keys) and self._keys[self._written] in self._results:
+                self._add_next()  # while others are still downloaded
+        except OSError as error:  # img2dataset would swallow a full disk as a lost row
+            self._failure = error
+            raise
 
     def close(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+        with self._tar:
+            if self._failure is not None:
+                raise self._failure
+            while self._written < len(self._keys):
+                self._add_next()
         results = [self._results.get(key) or _lost(key) for key in self._keys]
         table = self._rows.combine_chunks()
         for field in self._schema:
@@ -233,13 +239,15 @@ class _ShardWriter:
         classes = [outcome_of(result["status"], result["error_message"]) for result in results]
         table = table.append_column(pa.field("error_class", pa.string()), pa.array(classes, pa.string()))
         pq.write_table(table, self._stem.with_suffix(".parquet"))
-        with tarfile.open(self._stem.with_suffix(".tar"), "w") as tar:
-            for key in filter(self._pictures.__contains__, self._keys):
-                self._add_sample(tar, key)
 
-    def _add_sample(self, tar: tarfile.TarFile, key: str) -> None:
+    def _add_next(self) -> None:
+        """Append the sample whose turn it is, if it has a picture."""
+        key = self._keys[self._written]
+        self._written += 1
+        if key not in self._pictures:
+            return
         meta = self._results[key]
-        offset, size = self._pictures[key]
+        offset, size = self._pictures.pop(key)
         self._spool.seek(offset)
         members = {"json": json.dumps(meta, indent=4, default=str).encode(), self._suffix: self._spool.read(size)}
         if self._save_caption:
@@ -247,7 +255,7 @@ class _ShardWriter:
         for suffix, data in members.items():
             member = tarfile.TarInfo(f"{key}.{suffix}")  # no owner and no time: the same bytes on every run
             member.size = len(data)
-            tar.addfile(member, BytesIO(data))
+            self._tar.addfile(member, BytesIO(data))
 
 
 def _lost(key: str) -> dict[str, Any]:

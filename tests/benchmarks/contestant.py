@@ -4,12 +4,15 @@ Both sides talk in lines: the process says ``ready`` once, then answers each ``g
 waits for a line, so all contestants can be at hand and alternate: a machine that drifts, drifts for all.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +26,40 @@ def serve(prepare: Callable[[], Callable[[], object]]) -> None:
     for _ in sys.stdin:
         run()
         print("done", file=lines, flush=True)
+
+
+@dataclass
+class Spent:
+    """What a round took: seconds by the clock, and seconds of processors, those of ended processes included."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+
+@contextmanager
+def spent(roots: Iterable[int], *, without: Iterable[int] = ()) -> Iterator[Spent]:
+    """What the block took of the clock, and of the processors for the processes ``roots`` and all below them."""
+    roots, without, taken = set(roots), set(without), Spent()
+    before, started = _cpu_s(roots, without), time.perf_counter()
+    yield taken
+    taken.wall_s = time.perf_counter() - started
+    taken.cpu_s = _cpu_s(roots, without) - before
+
+
+def _cpu_s(roots: set[int], without: set[int]) -> float:
+    below: dict[int, list[int]] = {}
+    ticks: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+            below.setdefault(int(fields[1]), []).append(int(path.name))
+            ticks[int(path.name)] = sum(map(int, fields[11:15]))
+    total, pending = 0, list(roots)
+    while pending:
+        pid = pending.pop()
+        total += ticks.get(pid, 0)
+        pending += [child for child in below.get(pid, ()) if child not in without]
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 class Contestant:
@@ -52,13 +89,17 @@ class Contestant:
             process.kill()
             process.wait()
 
-    def seconds(self) -> float:
-        """Of one round of all processes together."""
-        started = time.perf_counter()
-        for process in self._processes:
-            print("go", file=process.stdin, flush=True)
-        self._expect("done")
-        return time.perf_counter() - started
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
+    def round(self) -> "Spent":
+        """One round of all processes together."""
+        with spent(self.pids) as taken:
+            for process in self._processes:
+                print("go", file=process.stdin, flush=True)
+            self._expect("done")
+        return taken
 
     def _expect(self, word: str) -> None:
         for process in self._processes:

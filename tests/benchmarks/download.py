@@ -2,8 +2,9 @@
 
 Both store webdataset shards of PNG pictures at zlib's level 6, at most 512 px, with sha256 of what came. Ours is the
 stage, with the guard, the checks of every picture, the order of keys and the commit of each shard; theirs is
-``download()``. The rate is that from the first shard's start to the last one's end, so neither Ray's start nor that of
-their pool counts; the seconds with them are given beside. nginx must be on the PATH (``apt-get install nginx-light``).
+``download()``. A shard's seconds go from its start to its commit, or to its statistics, which img2dataset writes last;
+the rate is that of a process times their number, so neither Ray's start nor that of their pool counts. The seconds
+with them are given beside. nginx must be on the PATH (``apt-get install nginx-light``).
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from infra import compute
 from infra.downloader import DownloadPolicy
 from tasks.download import DownloadConfig, download_images
 
-COPIES, SHARD_ROWS, PROCESSES, THREADS, ROUNDS = 4, 2000, 2, 32, 5
+COPIES, SHARD_ROWS, PROCESSES, THREADS, ROUNDS = 4, 2000, 2, 32, 3
 
 CONFIGURATION = """
 daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log; {user}
@@ -62,12 +63,11 @@ def bench_download() -> dict[str, Any]:
         stack.enter_context(compute.cluster(cores=PROCESSES))
         runs: dict[str, list[tuple[float, float]]] = {"ours": [], "img2dataset": []}
         load = os.getloadavg()[0]
-        for number in range(ROUNDS + 1):  # the first one warms up
-            ours = of_ours(urls, folder / f"ours-{number}", host, len(files))
-            theirs = of_theirs(urls, folder / f"theirs-{number}", len(files))
-            if number:
-                runs["ours"].append(ours)
-                runs["img2dataset"].append(theirs)
+        for number in range(ROUNDS):
+            runs["ours"].append(of_ours(urls, folder / f"ours-{number}", host, len(files)))
+            runs["img2dataset"].append(of_theirs(urls, folder / f"theirs-{number}", len(files)))
+            for who, times in runs.items():
+                print(f"  {who:26} {times[-1][0]:7.1f} s, load {os.getloadavg()[0]:.1f}", flush=True)
     rates = {who: len(files) / statistics.median(inner for inner, _ in times) for who, times in runs.items()}
     return {
         "images": len(files),
@@ -114,8 +114,7 @@ def of_ours(urls: Path, folder: Path, host: str, images: int) -> tuple[float, fl
     reference = download_images(str(urls), str(folder), config).reference
     whole = time.perf_counter() - started
     assert reference.rows == images, f"{reference.rows} of {images}"
-    markers = (Path(reference.uri) / "shards").glob("*.json")
-    return max(path.stat().st_mtime for path in markers) - first_start(Path(reference.uri)), whole
+    return shard_seconds(Path(reference.uri), "shards/{}.json") / PROCESSES, whole
 
 
 def of_theirs(urls: Path, folder: Path, images: int) -> tuple[float, float]:
@@ -124,14 +123,17 @@ def of_theirs(urls: Path, folder: Path, images: int) -> tuple[float, float]:
     command = [sys.executable, __file__, str(urls), str(folder)]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"})
     whole = time.perf_counter() - started
-    stats = [json.loads(path.read_text()) for path in folder.glob("*_stats.json")]
-    assert sum(shard["successes"] for shard in stats) == images
-    return max(shard["end_time"] for shard in stats) - first_start(folder), whole
+    assert sum(json.loads(path.read_text())["successes"] for path in folder.glob("*_stats.json")) == images
+    return shard_seconds(folder, "{}_stats.json") / PROCESSES, whole
 
 
-def first_start(folder: Path) -> float:
-    """When the first shard was begun, by img2dataset's own statistics, which both write."""
-    return min(float(json.loads(path.read_text())["start_time"]) for path in folder.glob("*_stats.json"))
+def shard_seconds(folder: Path, last: str) -> float:
+    """Of all shards together, each from its start, by img2dataset's own statistics, to the file written ``last``."""
+    total = 0.0
+    for path in folder.glob("*_stats.json"):
+        end = (folder / last.format(path.name.removesuffix("_stats.json"))).stat().st_mtime
+        total += end - float(json.loads(path.read_text())["start_time"])
+    return total
 
 
 def plain(urls: str, folder: str) -> None:

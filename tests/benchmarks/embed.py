@@ -24,14 +24,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import ray
 import torch
-from contestant import Contestant, serve
+from contestant import Contestant, Spent, serve, spent
 
 import model.clip
 from flows.demo_pictures import twemoji_folder
@@ -43,53 +42,70 @@ from tasks.contracts import METADATA_SCHEMA
 from tasks.embed import EmbedConfig
 from tasks.embed_shard import EmbedShard, Feeding
 
-SHARDS, SHARD_ROWS, ROUNDS = 4, 1000, 3
+SHARDS, SHARD_ROWS, ROUNDS = 4, 500, 2
 BATCH = EmbedConfig().batch_size
 ENVIRONMENT = "CLIP_RETRIEVAL_PYTHON"
 CORES = len(os.sched_getaffinity(0))
 SHIPPED = Path(model.clip.__file__).parent / "pretrained" / "sticker-clip"
 HERE = Path(__file__).parent
 
-Timed = Callable[[], float]
-"""Runs a round and returns its seconds."""
+Round = Callable[[], Spent]
 
 
 def bench_embed() -> dict[str, Any]:
     """Images/s of the stage's workers over those of the bare model, and over those of clip-retrieval's inference."""
-    if not os.environ.get(ENVIRONMENT):
+    python = os.environ.get(ENVIRONMENT)
+    if not python:
         print(f"embed: {ENVIRONMENT} is not set, so clip-retrieval is left out; embed.py says how to install it")
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder, images = Path(name), SHARDS * SHARD_ROWS
         shards = write_shards(folder / "images")
-        bare = {form: stack.enter_context(c).seconds for form, c in bare_forms(images).items()}
-        theirs = {form: stack.enter_context(c).seconds for form, c in their_forms(folder, shards).items()}
-        ours = stack.enter_context(our_workers(folder, shards))
-        first = {form: timed() for form, timed in {**bare, **theirs}.items()}  # the warm-up of ours is its own
-        chosen = {"ours": ours, "bare": bare[min(bare, key=first.__getitem__)]}
-        if theirs:
-            chosen["clip_retrieval"] = theirs[min(theirs, key=first.__getitem__)]
+        others = {**bare_forms(images), **their_forms(folder, shards)}
+        rounds: dict[str, Round] = {form: stack.enter_context(it).round for form, it in others.items()}
+        idle = [pid for contestant in others.values() for pid in contestant.pids]
+        ours = stack.enter_context(our_workers(folder, shards, idle))
+        first = {form: told(form, one()) for form, one in rounds.items()}  # ours has had its own
+        chosen = {"ours": ours}
+        for who in ("bare", "clip_retrieval")[: 2 if python else 1]:
+            forms = [form for form in rounds if form.startswith(who)]
+            chosen[who] = rounds[min(forms, key=lambda form: first[form].wall_s)]
         load = os.getloadavg()[0]
-        seconds = in_turn(chosen)
-        agreement = compared(folder) if theirs else {}
-    rates = {f"images_s_{who}": images / statistics.median(times) for who, times in seconds.items()}
-    ratios = {
-        f"ratio_{'bare_forward' if who == 'bare' else who}": rates["images_s_ours"] / rates[f"images_s_{who}"]
-        for who in chosen
-        if who != "ours"
-    }
-    forms = {f"images_s_{form}": images / elapsed for form, elapsed in first.items()}
+        taken = in_turn(chosen)
+        agreement = compared(folder) if python else {}
     settings = {"images": images, "shards": SHARDS, "batch_size": BATCH, "cores": CORES, "rounds": ROUNDS}
-    return {**settings, **ratios, **rates, "forms": forms, "seconds": seconds, "load_before": load, **agreement}
+    first_rates = {f"images_s_{form}": images / it.wall_s for form, it in first.items()}
+    return {**settings, **ratios(taken, images), "first_round": first_rates, "load_before": load, **agreement}
 
 
-def in_turn(contestants: dict[str, Timed]) -> dict[str, list[float]]:
-    """Seconds of every round, and the bare model once more at the end."""
-    seconds: dict[str, list[float]] = {who: [] for who in contestants}
-    for _ in range(ROUNDS):
-        for who in ("bare", *(who for who in contestants if who != "bare")):
-            seconds[who].append(contestants[who]())
-    seconds["bare"].append(contestants["bare"]())
-    return seconds
+def ratios(taken: dict[str, list[Spent]], images: int) -> dict[str, Any]:
+    """Rates by the clock, and by the processors' own seconds, which a busy machine disturbs less."""
+    wall = {who: images / statistics.median(it.wall_s for it in rounds) for who, rounds in taken.items()}
+    cpu = {who: images / statistics.median(it.cpu_s for it in rounds) for who, rounds in taken.items()}
+    named = {"bare": "bare_forward", "clip_retrieval": "clip_retrieval"}
+    return {
+        **{f"ratio_{named[who]}": wall["ours"] / rate for who, rate in wall.items() if who != "ours"},
+        **{f"ratio_{named[who]}_by_cpu": cpu["ours"] / rate for who, rate in cpu.items() if who != "ours"},
+        **{f"images_s_{who}": rate for who, rate in wall.items()},
+        **{f"images_cpu_s_{who}": rate for who, rate in cpu.items()},
+        "wall_s": {who: [it.wall_s for it in rounds] for who, rounds in taken.items()},
+        "cpu_s": {who: [it.cpu_s for it in rounds] for who, rounds in taken.items()},
+    }
+
+
+def in_turn(contestants: dict[str, Round]) -> dict[str, list[Spent]]:
+    """Every round of everybody, and the bare model once more at the end."""
+    taken: dict[str, list[Spent]] = {who: [] for who in contestants}
+    order = ["bare", *(who for who in contestants if who != "bare")]
+    for who in order * ROUNDS + ["bare"]:
+        taken[who].append(told(who, contestants[who]()))
+    return taken
+
+
+def told(who: str, taken: Spent) -> Spent:
+    """``taken``, said: a run takes minutes."""
+    load = os.getloadavg()[0]
+    print(f"  {who:26} {taken.wall_s:7.1f} s, processors {taken.cpu_s:7.1f} s, load {load:.1f}", flush=True)
+    return taken
 
 
 def write_shards(folder: Path) -> list[artifacts.Shard]:
@@ -115,8 +131,8 @@ def write_shards(folder: Path) -> list[artifacts.Shard]:
 
 
 @contextmanager
-def our_workers(folder: Path, shards: list[artifacts.Shard]) -> Iterator[Timed]:
-    """An actor a core, each holding two shards at once, as the stage has them."""
+def our_workers(folder: Path, shards: list[artifacts.Shard], others: list[int]) -> Iterator[Round]:
+    """An actor a core, each holding two shards at once, as the stage has them. All of Ray's processors count."""
     feeding = Feeding(encoder="sticker-clip", batch_size=BATCH, cuda=False, decoders=1)
     arguments = (str(folder / "images"), str(folder / "ours"), feeding, folder)
     with compute.cluster(cores=CORES):
@@ -124,14 +140,15 @@ def our_workers(folder: Path, shards: list[artifacts.Shard]) -> Iterator[Timed]:
         kind: Any = ray.remote(EmbedShard).options(num_cpus=1, max_concurrency=2)
         actors = [kind.remote(*arguments) for _ in range(CORES)]
 
-        def seconds() -> float:
-            started = perf_counter()
-            given = [actors[n % CORES].__call__.remote((shard.name, (shard, None))) for n, shard in enumerate(shards)]
-            assert sum(shard.rows for shard in ray.get(given)) == SHARDS * SHARD_ROWS
-            return perf_counter() - started
+        def one_round() -> Spent:
+            with spent([os.getpid()], without=others) as taken:
+                items = [(shard.name, (shard, None)) for shard in shards]
+                given = [actors[n % CORES].__call__.remote(item) for n, item in enumerate(items)]
+                assert sum(shard.rows for shard in ray.get(given)) == SHARDS * SHARD_ROWS
+            return taken
 
-        seconds()
-        yield seconds
+        one_round()
+        yield one_round
 
 
 def bare_forms(images: int) -> dict[str, Contestant]:

@@ -20,7 +20,7 @@ from fakes import LoopbackServer, Reply
 from PIL import Image
 
 from infra.downloader import ERROR_CLASSES, DownloadPolicy, ShardCounts, download_shard, outcome_of
-from infra.errors import InputError
+from infra.errors import InputError, StageError
 from infra.guard import Limits, guarded
 from infra.pictures import PictureNormaliser
 
@@ -257,7 +257,10 @@ def test_a_full_disk_fails_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyP
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("infra.downloader.tempfile.TemporaryFile", lambda **_: Full())
-    with LoopbackServer({"/": Reply(body=picture(1))}) as server, pytest.raises(OSError, match="No space left"):
+    with (
+        LoopbackServer({"/": Reply(body=picture(1))}) as server,
+        pytest.raises(StageError, match="no space left .* run again"),
+    ):
         download_shard(0, urls(server, "/"), tmp_path, policy(server))
 
 
