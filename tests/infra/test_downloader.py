@@ -259,7 +259,7 @@ def test_a_full_disk_fails_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("infra.downloader.tempfile.TemporaryFile", lambda **_: Full())
     with (
         LoopbackServer({"/": Reply(body=picture(1))}) as server,
-        pytest.raises(StageError, match="no space left .* run again"),
+        pytest.raises(StageError, match=r"no space left .* run again"),
     ):
         download_shard(0, urls(server, "/"), tmp_path, policy(server))
 
