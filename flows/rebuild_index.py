@@ -115,14 +115,15 @@ class _Steps:
         takedown = self._taken_down()
         images = self._downloaded(takedown)
         embeddings = self._before.embeddings
-        if images != self._before.images:
-            made = embed(images, self._base, self._embed_config(), self._cache, embeddings)
-            embeddings = self._note("embed", made)
+        if images != self._before.images or self._config.embed is not None:
+            made = self._note("embed", embed(images, self._base, self._embed_config(), self._cache, embeddings))
+            embeddings = made if made.digest != embeddings.digest else embeddings
         images, embeddings = self._compacted(images, embeddings, takedown)
-        if embeddings == self._before.embeddings and takedown == self._before.takedown:
+        stored = config_from(IndexConfig, self._before.database.manifest().config)
+        config = self._config.index or stored
+        if (embeddings, takedown, config) == (self._before.embeddings, self._before.takedown, stored):
             self.skipped["index"] = True
             return self._before
-        config = self._config.index or config_from(IndexConfig, self._before.database.manifest().config)
         built = index(embeddings, self._base, config, self._cache, self._before.database, takedown)
         database = self._note("index", built)
         return State(database=database, embeddings=embeddings, images=images, takedown=takedown)

@@ -65,7 +65,7 @@ def download_images(
     cache = cache or Settings().cache_folder
     seen = Seen.of(previous, cache) if previous is not None else None
     refused = entries_of(takedown, cache) if takedown is not None else Entries()
-    table = _new_rows(shards.read_url_list(urls), seen, refused, config)
+    table = new_rows(shards.read_url_list(urls), seen, refused, config)
     if table.num_rows == 0:
         if previous is None:
             raise InputError(f"{urls} lists nothing that was not taken down; give it another URL")
@@ -199,7 +199,7 @@ def counted(done: list[artifacts.Shard]) -> dict[str, int]:
     return dict(outcomes)
 
 
-def _new_rows(table: pa.Table, seen: Seen | None, refused: Entries, config: DownloadConfig) -> pa.Table:
+def new_rows(table: pa.Table, seen: Seen | None, refused: Entries, config: DownloadConfig) -> pa.Table:
     """The rows to ask for. Without a version before, all that are not refused, a URL that comes twice included."""
     urls = table["url"].to_pylist()
     wanted = np.array([url not in refused.url for url in urls], dtype=np.bool_)

@@ -34,7 +34,7 @@ def sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def image_shards(base: Path, parts: Sequence[Sequence[tuple[str, bytes | None]]], **config: Any) -> ImageShards:
+def image_shards(base: Path | str, parts: Sequence[Sequence[tuple[str, bytes | None]]], **config: Any) -> ImageShards:
     """Committed image shards: for each picture its url and bytes; without bytes, a URL that answered 404."""
     stage = artifacts.Stage(
         str(base), ImageShards.kind, inputs={}, config={"made": str(base), "shard_rows": 4, **config}
@@ -66,14 +66,14 @@ def _image_shard(uri: str, name: str, part: Sequence[tuple[str, bytes | None]], 
     return artifacts.commit_shard(uri, name, folder, rows=kept, info={"outcomes": {"success": kept}})
 
 
-def embedding_shards(base: Path, images: ImageShards, seed: int = 0) -> EmbeddingShards:
+def embedding_shards(base: Path | str, images: ImageShards, seed: int = 0) -> EmbeddingShards:
     """An embedding for each picture of ``images``: seeded, by the picture's digest, so that the same are alike."""
     stage = artifacts.Stage(
         str(base), EmbeddingShards.kind, inputs={"images": images.as_input()}, config={"encoder": "made", "seed": seed}
     )
     done = []
     for shard in images.manifest().shards:
-        table = pq.read_table(storage.join(shard.folder or images.uri, shard.file(".parquet").name))
+        table = _table(images, shard)
         taken = [row for row in table.to_pylist() if row["error_class"] == "success"]
         rows = np.array([embedding(row["sha256"]) for row in taken], dtype=np.float16).reshape(-1, DIMENSION)
         known = ("key", "url", "sha256", "width", "height", "status")
@@ -96,8 +96,9 @@ def embedding(sha256: str) -> np.ndarray[Any, Any]:
 def urls_of(source: ImageShards | EmbeddingShards) -> list[str]:
     """The url of every row of the parquets, in order."""
     manifest = source.manifest()
-    tables = [
-        pq.read_table(storage.join(s.folder or source.uri, s.file(".parquet").name), columns=["url"])
-        for s in manifest.shards
-    ]
-    return [url for table in tables for url in table["url"].to_pylist()]
+    return [url for shard in manifest.shards for url in _table(source, shard)["url"].to_pylist()]
+
+
+def _table(source: ImageShards | EmbeddingShards, shard: artifacts.Shard) -> pa.Table:
+    uri = storage.join(shard.folder or source.uri, shard.file(".parquet").name)
+    return pq.read_table(io.BytesIO(storage.read_bytes(uri)))

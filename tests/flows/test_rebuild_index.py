@@ -124,12 +124,17 @@ def test_three_new_urls_cost_three_downloads_and_the_same_list_nothing(living: L
     assert [(v["version"], v["aliases"]) for v in living.versions()] == [(1, []), (2, ["champion"])]
 
     files = living.files()
-    again = living.rebuild(urls=whole)
+    from tasks.index import IndexConfig
+
+    again = living.rebuild(urls=whole, index=IndexConfig(recall_queries=4))
     assert (again.unchanged, living.server.requests) == (True, [])
     assert all(again.skipped.values())
     assert again.after == rebuilt.after
     assert len(living.versions()) == 2
     assert living.files() == files
+    finer = living.rebuild(urls=whole, index=IndexConfig(recall_queries=5))
+    assert finer.after.embeddings == again.after.embeddings
+    assert finer.after.database.manifest().config["recall_queries"] == 5
 
 
 def test_what_is_taken_down_is_hidden_at_once_then_compacted_then_collected(living: Living, ray: WithoutRay) -> None:

@@ -101,6 +101,18 @@ def test_a_local_file_is_fetched_without_a_copy(tmp_path: Path) -> None:
     assert not (tmp_path / "copy").exists()
 
 
+def test_every_object_below_a_folder_is_listed_with_its_size_and_time(folder: str) -> None:
+    assert storage.walk(folder) == []
+    for name in ("b/1.txt", "a.txt", "b/c/d/2.txt"):
+        storage.write_bytes(storage.join(folder, name), name.encode())
+    found = storage.walk(folder)
+    assert [(file.uri, file.bytes) for file in found] == [
+        (storage.join(folder, name), len(name)) for name in ("a.txt", "b/1.txt", "b/c/d/2.txt")
+    ]
+    assert all(abs(file.modified - storage.modified(file.uri)) < 1 for file in found)
+    assert all(abs(file.modified - time.time()) < 60 for file in found)
+
+
 def test_names_are_sorted_base_names_of_files_and_folders(folder: str) -> None:
     assert storage.names(folder) == []
     for name in ("b.tar", "a.tar", "sub/c.tar"):

@@ -89,3 +89,20 @@ def test_where_nothing_is_named_the_version_stays(tmp_path: Path) -> None:
     again = compact(images, embeddings, taken(tmp_path, 0), str(tmp_path), cache=tmp_path)
     assert [outcome.reference for outcome in again] == [outcome.reference for outcome in first]
     assert all(outcome.skipped for outcome in again)
+
+
+def test_in_an_object_store_shards_of_a_union_are_rewritten_under_their_own_names(bucket: Any, tmp_path: Path) -> None:
+    from tasks.combine import merged_images
+
+    parts = [image_shards(f"{bucket.uri}/{name}", [PICTURES[n : n + 2]]) for name, n in (("a", 0), ("b", 2))]
+    union = merged_images(parts, f"{bucket.uri}/c", cache=tmp_path).reference
+    rows = embedding_shards(f"{bucket.uri}/c", union)
+    down = commit_takedown(Entries(frozenset({PICTURES[0][0], PICTURES[3][0]})), f"{bucket.uri}/c", info={}).reference
+    slim, kept = compact(union, rows, down, f"{bucket.uri}/c", cache=tmp_path)
+    names = [file.name for shard in slim.reference.manifest().shards for file in shard.files]
+    assert names == ["00000.parquet", "00000.tar", "00001.parquet", "00001.tar"]
+    assert urls_of(kept.reference) == [PICTURES[1][0], PICTURES[2][0]]
+    keys: list[str] = bucket.keys()
+    tars = [bucket.read(key) for key in keys if key.startswith("c/images") and key.endswith(".tar")]
+    assert len(tars) == 2
+    assert not any(PICTURES[n][1] in tar for n in (0, 3) for tar in tars)
