@@ -4,11 +4,9 @@ Workers get references and settings, and read the data themselves. What they rai
 """
 
 import contextlib
-import json
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +17,8 @@ from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 from tqdm.auto import tqdm
 
 from infra import stopping, storage
-from infra.errors import NotFoundError, StageError, TransientError
+from infra.errors import StageError, TransientError
+from infra.progress import drawn
 
 Item = TypeVar("Item", contravariant=True)
 Result = TypeVar("Result", covariant=True)
@@ -184,7 +183,7 @@ def run(
     _start()
     remote = ray.remote(_call).options(num_cpus=_fitting(cpus), num_gpus=gpus, max_retries=SHARD_TRIES)
     try:
-        with _drawn(watch, function.__name__) if watch else contextlib.nullcontext():
+        with drawn(watch, function.__name__) if watch else contextlib.nullcontext():
             return ray.get(remote.remote(function, arguments))
     except RayTaskError as error:
         raise (error.cause or error) from None
@@ -223,7 +222,7 @@ def train(
         run_config=RunConfig(name="train", storage_path=state, failure_config=FailureConfig(max_failures=2)),
     )
     try:
-        with _drawn(folder_uri, "train"):
+        with drawn(folder_uri, "train"):
             trainer.fit()
     except TrainingFailedError as error:
         causes = getattr(error, "worker_failures", None) or {}
@@ -241,55 +240,6 @@ def worker_rank() -> tuple[int, int]:
 
     context = get_context()
     return context.get_world_rank(), context.get_world_size()
-
-
-class Progress:
-    """How far a worker is, as a small file in the stage's folder that the flow, or anyone, can read."""
-
-    FILE = "progress.json"
-    EVERY_S = 1.0
-
-    def __init__(self, folder_uri: str, unit: str = "image") -> None:
-        """Report to ``folder_uri`` in ``unit``."""
-        self._uri, self._unit, self._written = storage.join(folder_uri, self.FILE), unit, -self.EVERY_S
-
-    def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
-        """Write the state of now, unless the last one is young and this is not the end."""
-        if time.monotonic() - self._written < self.EVERY_S and done < total:
-            return
-        self._written = time.monotonic()
-        state = {"what": what, "unit": self._unit, "done": done, "total": total, "note": note}
-        storage.write_bytes(self._uri, json.dumps(state).encode())
-
-
-@contextmanager
-def _drawn(folder_uri: str, what: str) -> Iterator[None]:
-    """A bar that follows the progress file until the block ends."""
-    uri, ended = storage.join(folder_uri, Progress.FILE), threading.Event()
-    storage.remove(uri)
-
-    def follow() -> None:
-        with tqdm(total=0, desc=what, leave=False, unit_scale=True) as bar:
-            while not ended.wait(1.0):
-                with contextlib.suppress(NotFoundError, TransientError, ValueError):
-                    state = json.loads(storage.read_bytes(uri))
-                    if (state["what"], state["total"]) != (bar.desc.removesuffix(": "), bar.total):
-                        # The first report of this part: what was done before it took no time now.
-                        bar.unit = state["unit"]
-                        bar.set_description(state["what"], refresh=False)
-                        bar.reset(state["total"])
-                        bar.initial = bar.n = state["done"]
-                    bar.set_postfix_str(state["note"])
-                    bar.update(state["done"] - bar.n)
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        storage.remove(uri)
 
 
 _END = object()

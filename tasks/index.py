@@ -16,28 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from infra import artifacts, compute, logs, storage
+from infra import artifacts, compute, storage
 from infra.errors import StageError
-from model.retrieval.factory import (
-    FLAT_ROWS,
-    MEMORY_BYTES,
-    choose_index,
-    fill_shard,
-    quantization_error,
-    train_index,
-    training_rows,
-)
+from model.retrieval.factory import MEMORY_BYTES, choose_index, fill_shard
 from tasks.contracts import DatabaseVersion, EmbeddingShards, Outcome, Takedown, config_of, encoder_of
 from tasks.databases import QUANTIZER, embeddings_of
 from tasks.hide import Grown, hide_rows
+from tasks.quantize import kept_quantizer, train_quantizer
 from tasks.stage import map_stage, skip_or_make, stage_task
 from tasks.tune import tune_database
 
-OUTGROWN = 4
-"""A quantizer is trained anew when the database has so many times the rows that it had then."""
-_DRIFT_ROWS = 16_384
 _SMALL_SHARDS = 16  # so many index shards under a quarter of shard_rows, and they are filled anew as fewer
 
 
@@ -91,7 +80,7 @@ def build_database(
     """
     source = embeddings.manifest()
     encoder = encoder_of(source)
-    kept = None if previous is None else _kept_quantizer(previous, embeddings, config, cache)
+    kept = None if previous is None else kept_quantizer(previous, embeddings, config.index, config.max_drift, cache)
     inputs = {"embeddings": embeddings.as_input()}
     if takedown is not None:
         inputs["takedown"] = takedown.as_input()
@@ -106,7 +95,7 @@ def build_database(
             if factory == "auto":
                 factory = choose_index(source.rows, encoder.dimension, config.memory_bytes)
             template = stage.done().get(QUANTIZER) or compute.run(
-                _train_quantizer, embeddings, stage.uri, factory, config.seed, cache, cpus=compute.cpus()
+                train_quantizer, embeddings, stage.uri, factory, config.seed, cache, cpus=compute.cpus()
             )
         else:
             template, factory = kept, kept.info["factory"]
@@ -126,70 +115,6 @@ def build_database(
         return stage.commit([*indexed, hidden, truth], identity=source.identity, info=info)
 
     return skip_or_make(stage, DatabaseVersion, make, note=_note)
-
-
-def _kept_quantizer(
-    previous: DatabaseVersion, embeddings: EmbeddingShards, config: IndexConfig, cache: Path
-) -> artifacts.Shard | None:
-    """The quantizer of ``previous`` if it serves the new rows too, else None, and why in the log."""
-    before, source = previous.manifest(), embeddings.manifest()
-    (shard,) = (shard for shard in before.shards if shard.name == QUANTIZER)
-    factory, trained_for = shard.info["factory"], shard.info["database_rows"]
-    why = None
-    if not encoder_of(before).same_space(encoder_of(source)):
-        why = "another encoder"
-    elif config.index not in ("auto", factory):
-        why = f"{config.index} is asked for"
-    elif config.index == "auto" and (
-        source.rows > FLAT_ROWS if factory == "Flat" else source.rows > OUTGROWN * trained_for
-    ):
-        why = f"{source.rows} rows have outgrown the {factory} of {trained_for}"
-    else:
-        known = {file.sha256 for file in embeddings_of(previous).manifest().files}
-        new = [one for one in source.shards if one.file(".npy").sha256 not in known]
-        drift = _drift(shard.taken_over(previous.uri), embeddings, new, cache)
-        if drift > config.max_drift:
-            why = f"its error on new rows grew by {drift:.0%}, beyond max_drift {config.max_drift:.0%}"
-    if why is None:
-        return shard.taken_over(previous.uri)
-    logs.get("stage").info("%-11s the quantizer is trained anew: %s", DatabaseVersion.kind, why)
-    return None
-
-
-def _drift(
-    quantizer: artifacts.Shard, embeddings: EmbeddingShards, new: Sequence[artifacts.Shard], cache: Path
-) -> float:
-    """Growth of the quantizer's error from the rows it was trained on to new ones; 0 without either."""
-    trained_error, total = float(quantizer.info["error"]), sum(shard.rows for shard in new)
-    if not trained_error or not total:
-        return 0.0
-    import faiss
-
-    index = faiss.read_index(str(artifacts.fetch_shard("", quantizer, ".faiss", cache)))
-    chosen = np.sort(np.random.default_rng(0).choice(total, min(total, _DRIFT_ROWS), replace=False))
-    return quantization_error(index, _pick(embeddings, new, chosen, cache)) / trained_error - 1
-
-
-def _train_quantizer(
-    embeddings: EmbeddingShards, folder_uri: str, factory: str, seed: int, cache: Path
-) -> artifacts.Shard:
-    """Train the template on a random sample over all shards and commit it as a shard without rows."""
-    import faiss
-
-    source = embeddings.manifest()
-    wanted = training_rows(factory, source.rows)
-    chosen = np.sort(np.random.default_rng(seed).choice(source.rows, wanted, replace=False))
-    sample = _pick(embeddings, source.shards, chosen, cache)
-    index = train_index(factory, encoder_of(source).dimension, sample)
-    info = {
-        "factory": factory,
-        "trained_on": len(sample),
-        "database_rows": source.rows,
-        "error": quantization_error(index, sample[:: max(1, len(sample) // _DRIFT_ROWS)]),
-    }
-    with storage.scratch() as folder:
-        faiss.write_index(index, str(folder / f"{QUANTIZER}.faiss"))
-        return artifacts.commit_shard(folder_uri, QUANTIZER, folder, rows=0, info=info)
 
 
 def _fill_shards(
@@ -288,21 +213,6 @@ def _grown_from(previous: DatabaseVersion, embeddings: EmbeddingShards) -> Grown
     if same != [(one.name, one.file(".npy").sha256) for one in now[: len(before)]]:
         return None
     return Grown(version=previous, shards=len(before), rows=sum(shard.rows for shard in before))
-
-
-def _pick(
-    embeddings: EmbeddingShards, shards: Sequence[artifacts.Shard], chosen: NDArray[np.int64], cache: Path
-) -> NDArray[np.float32]:
-    """Chosen rows (n, D), ascending, counted over ``shards`` of the embeddings."""
-    picked = [np.zeros((0, encoder_of(embeddings.manifest()).dimension), np.float32)]
-    offset = 0
-    for shard in shards:
-        here = chosen[(chosen >= offset) & (chosen < offset + shard.rows)] - offset
-        offset += shard.rows
-        if len(here):
-            rows = np.load(artifacts.fetch_shard(embeddings.uri, shard, ".npy", cache), mmap_mode="r")
-            picked.append(rows[here].astype(np.float32))
-    return np.concatenate(picked)
 
 
 def _require_recall(factory: str, measured: dict[str, Any], config: IndexConfig) -> None:

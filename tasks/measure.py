@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infra import artifacts, compute, storage
+from infra import artifacts, storage
+from infra.progress import Progress
 from model import metrics
 from model.bootstrap import Score
 from model.inception import inception_distance, require_inception
@@ -113,7 +114,7 @@ class _Measurement:
             self._pipeline.to("cuda")
         config = self._config
         queries, self.labels = queries_of(self._pipeline, config.prompts, config.samples, config.seed)
-        told = compute.Progress(folder_uri, "step")
+        told = Progress(folder_uri, "step")
         self._sampler = Sampler(
             self._pipeline, queries, steps=config.steps, guidance=config.guidance, seed=config.seed, told=told
         )

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from infra import artifacts, compute, stopping, storage, tracking
+from infra.progress import Progress
 from model.clip import EncoderIdentity
 from model.networks.vq_transformer import VQTransformerConfig
 from model.pipeline import new_pipeline, pretrained_folder, to_images, weights_digest
@@ -114,7 +115,7 @@ class _Metrics:
     """The loop's numbers: to the bar of whoever watches, and to the tracking server; its pictures to the latter."""
 
     def __init__(self, folder_uri: str, total: int, run: tracking.Run | None, preview: "_Preview") -> None:
-        self._progress, self._total, self._run, self._preview = compute.Progress(folder_uri), total, run, preview
+        self._progress, self._total, self._run, self._preview = Progress(folder_uri), total, run, preview
         self.last: dict[str, float] = {}
 
     def log(self, *, images: int, values: dict[str, float]) -> None:

@@ -1,0 +1,62 @@
+"""How far a worker is: a small file that it writes, and the bar that is drawn from it where the flow runs."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm.auto import tqdm
+
+from infra import storage
+from infra.errors import NotFoundError, TransientError
+
+
+class Progress:
+    """How far a worker is, as a small file in the stage's folder that the flow, or anyone, can read."""
+
+    FILE = "progress.json"
+    EVERY_S = 1.0
+
+    def __init__(self, folder_uri: str, unit: str = "image") -> None:
+        """Report to ``folder_uri`` in ``unit``."""
+        self._uri, self._unit, self._written = storage.join(folder_uri, self.FILE), unit, -self.EVERY_S
+
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Write the state of now, unless the last one is young and this is not the end."""
+        if time.monotonic() - self._written < self.EVERY_S and done < total:
+            return
+        self._written = time.monotonic()
+        state = {"what": what, "unit": self._unit, "done": done, "total": total, "note": note}
+        storage.write_bytes(self._uri, json.dumps(state).encode())
+
+
+@contextmanager
+def drawn(folder_uri: str, what: str) -> Iterator[None]:
+    """A bar that follows the progress file until the block ends."""
+    uri, ended = storage.join(folder_uri, Progress.FILE), threading.Event()
+    storage.remove(uri)
+
+    def follow() -> None:
+        with tqdm(total=0, desc=what, leave=False, unit_scale=True) as bar:
+            while not ended.wait(1.0):
+                with contextlib.suppress(NotFoundError, TransientError, ValueError):
+                    state = json.loads(storage.read_bytes(uri))
+                    if (state["what"], state["total"]) != (bar.desc.removesuffix(": "), bar.total):
+                        # The first report of this part: what was done before it took no time now.
+                        bar.unit = state["unit"]
+                        bar.set_description(state["what"], refresh=False)
+                        bar.reset(state["total"])
+                        bar.initial = bar.n = state["done"]
+                    bar.set_postfix_str(state["note"])
+                    bar.update(state["done"] - bar.n)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        storage.remove(uri)

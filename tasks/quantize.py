@@ -1,0 +1,92 @@
+"""Quantize: the trained, empty index that all shards of a database share, and whether it still serves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from infra import artifacts, logs, storage
+from model.retrieval.factory import FLAT_ROWS, quantization_error, train_index, training_rows
+from tasks.contracts import DatabaseVersion, EmbeddingShards, encoder_of
+from tasks.databases import QUANTIZER, embeddings_of
+
+OUTGROWN = 4
+"""A quantizer is trained anew when the database has so many times the rows that it had then."""
+_DRIFT_ROWS = 4_096
+
+
+def kept_quantizer(
+    previous: DatabaseVersion, embeddings: EmbeddingShards, factory_asked: str, max_drift: float, cache: Path
+) -> artifacts.Shard | None:
+    """The quantizer of ``previous`` if it serves the new rows too, else None, and why in the log."""
+    before, source = previous.manifest(), embeddings.manifest()
+    (shard,) = (shard for shard in before.shards if shard.name == QUANTIZER)
+    factory, trained_for = shard.info["factory"], shard.info["database_rows"]
+    why = None
+    if not encoder_of(before).same_space(encoder_of(source)):
+        why = "another encoder"
+    elif factory_asked not in ("auto", factory):
+        why = f"{factory_asked} is asked for"
+    elif factory_asked == "auto" and (
+        source.rows > FLAT_ROWS if factory == "Flat" else source.rows > OUTGROWN * trained_for
+    ):
+        why = f"{source.rows} rows have outgrown the {factory} of {trained_for}"
+    else:
+        known = {file.sha256 for file in embeddings_of(previous).manifest().files}
+        new = [one for one in source.shards if one.file(".npy").sha256 not in known]
+        drift = _drift(shard.taken_over(previous.uri), embeddings, new, cache)
+        if drift > max_drift:
+            why = f"its error on new rows grew by {drift:.0%}, beyond max_drift {max_drift:.0%}"
+    if why is None:
+        return shard.taken_over(previous.uri)
+    logs.get("stage").info("%-11s the quantizer is trained anew: %s", DatabaseVersion.kind, why)
+    return None
+
+
+def _drift(
+    quantizer: artifacts.Shard, embeddings: EmbeddingShards, new: Sequence[artifacts.Shard], cache: Path
+) -> float:
+    """Growth of the quantizer's error from the rows it was trained on to new ones; 0 without either."""
+    trained_error, total = float(quantizer.info["error"]), sum(shard.rows for shard in new)
+    if not trained_error or not total:
+        return 0.0
+    index = faiss.read_index(str(artifacts.fetch_shard("", quantizer, ".faiss", cache)))
+    chosen = np.sort(np.random.default_rng(0).choice(total, min(total, _DRIFT_ROWS), replace=False))
+    return quantization_error(index, _pick(embeddings, new, chosen, cache)) / trained_error - 1
+
+
+def train_quantizer(
+    embeddings: EmbeddingShards, folder_uri: str, factory: str, seed: int, cache: Path
+) -> artifacts.Shard:
+    """Train the template on a random sample over all shards and commit it as a shard without rows."""
+    source = embeddings.manifest()
+    wanted = training_rows(factory, source.rows)
+    chosen = np.sort(np.random.default_rng(seed).choice(source.rows, wanted, replace=False))
+    sample = _pick(embeddings, source.shards, chosen, cache)
+    index = train_index(factory, encoder_of(source).dimension, sample)
+    info = {
+        "factory": factory,
+        "trained_on": len(sample),
+        "database_rows": source.rows,
+        "error": quantization_error(index, sample[:: max(1, len(sample) // _DRIFT_ROWS)]),
+    }
+    with storage.scratch() as folder:
+        faiss.write_index(index, str(folder / f"{QUANTIZER}.faiss"))
+        return artifacts.commit_shard(folder_uri, QUANTIZER, folder, rows=0, info=info)
+
+
+def _pick(
+    embeddings: EmbeddingShards, shards: Sequence[artifacts.Shard], chosen: NDArray[np.int64], cache: Path
+) -> NDArray[np.float32]:
+    """Chosen rows (n, D), ascending, counted over ``shards`` of the embeddings."""
+    picked = [np.zeros((0, encoder_of(embeddings.manifest()).dimension), np.float32)]
+    offset = 0
+    for shard in shards:
+        here = chosen[(chosen >= offset) & (chosen < offset + shard.rows)] - offset
+        offset += shard.rows
+        if len(here):
+            rows = np.load(artifacts.fetch_shard(embeddings.uri, shard, ".npy", cache), mmap_mode="r")
+            picked.append(rows[here].astype(np.float32))
+    return np.concatenate(picked)
