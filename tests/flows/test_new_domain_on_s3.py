@@ -40,11 +40,11 @@ def made_and_made_again(bucket: Bucket, folder: Path, monkeypatch: pytest.Monkey
 
 
 def assert_found(made: Any, settings: Settings) -> None:
-    from tasks.serve import pull_database, search_text
+    from tasks.serve import pull_database, search_database
 
     for name in ("shapes", made.database.reference.uri):
         assert len(pull_database(name, settings)) == len(good_replies())
-    found = search_text("shapes", "red circle", 3, settings)
+    found = search_database("shapes", "red circle", 3, settings).rows
     assert [row["rank"] for row in found] == [1, 2, 3]
     assert all(row["url"].endswith(".png") for row in found)
 
