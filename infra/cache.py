@@ -249,7 +249,7 @@ def _alone(folder: Path, *, wait: bool = True) -> Iterator[Path]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             number = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # who had it before has removed it between these two lines
+        except (FileNotFoundError, FileExistsError):  # who had it before has just removed it
             continue
         try:
             fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

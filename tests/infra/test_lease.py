@@ -55,7 +55,8 @@ class Domain:
             "def held(**options):\n    return lease(folder, holder='rebuild-index twemoji', ttl_s=ttl_s, **options)\n"
         )
         command = [sys.executable, "-c", head + script, self.folder, str(self.ttl_s), *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, text=True, **pipes)
 
 
 @pytest.fixture(params=["local", "moto", REAL])
