@@ -21,6 +21,7 @@ from model.errors import ModelError
 from model.retrieval.proposers import Proposer, TorchRows, open_proposer
 
 _BLOCK_ROWS = 65_536
+_FEW_ROWS = 64  # so few are read one by one sooner than gathered by the part that holds them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +116,8 @@ class Database:
         self.name, self.encoder, self.effort = name, encoder, effort or SearchEffort()
         self._describe = describe
         self._hidden = np.zeros(0, np.int64) if hidden is None else np.asarray(hidden, dtype=np.int64)
-        parts = [[np.load(path, mmap_mode="r") for path in shard.embeddings] for shard in shards]
+        # As plain arrays: a memmap's own indexing costs more than reading a row.
+        parts = [[np.load(path, mmap_mode="r").view(np.ndarray) for path in shard.embeddings] for shard in shards]
         self._parts = list(itertools.chain.from_iterable(parts))
         self._proposer = open_proposer([s.index for s in shards], [s.ordinal for s in shards], quantizer)
         for shard, held, rows in zip(shards, parts, self._proposer.rows, strict=True):
@@ -215,6 +217,10 @@ class Database:
             return np.take(self._parts[0], flat, axis=0).reshape(*ids.shape, -1)
         output = np.empty((len(flat), self.encoder.dimension), dtype=np.float16)
         holder = np.searchsorted(self._starts, flat, side="right") - 1
+        if len(flat) <= _FEW_ROWS:
+            for place, (number, position) in enumerate(zip(holder, flat - self._starts[holder], strict=True)):
+                output[place] = self._parts[number][position]
+            return output.reshape(*ids.shape, -1)
         order = np.argsort(holder, kind="stable")
         numbers, firsts = np.unique(holder[order], return_index=True)
         for number, here in zip(numbers, np.split(order, firsts[1:]), strict=True):
