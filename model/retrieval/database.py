@@ -21,6 +21,7 @@ from model.errors import ModelError
 from model.retrieval.proposers import Proposer, TorchRows, open_proposer
 
 _BLOCK_ROWS = 65_536
+_COPY_MARGIN = 1e-4
 _FEW_ROWS = 64  # so few are read one by one sooner than gathered by the part that holds them
 
 
@@ -263,14 +264,19 @@ class Database:
     ) -> tuple[Hits, NDArray[np.int64]]:
         """The best ``width`` of the candidates (Q, C) in exact order, and how many of each query's were barred."""
         rows = self.rows(np.maximum(candidates, 0))
-        scores = np.einsum("qd,qkd->qk", queries, rows.astype(np.float32))
+        values = rows.astype(np.float32)
+        scores = np.einsum("qd,qkd->qk", queries, values)
         absent = candidates < 0
         barred = np.zeros_like(absent)
         if len(self._hidden):
             places = np.minimum(np.searchsorted(self._hidden, candidates), len(self._hidden) - 1)
             barred |= self._hidden[places] == candidates
         if own is not None:
-            barred |= (rows.view(np.uint16) == own.view(np.uint16)[:, None]).all(axis=2)
+            # A copy scores as the row itself, to rounding: only what does is compared value by value.
+            itself = np.einsum("qd,qd->q", queries, own.astype(np.float32))
+            query, place = np.nonzero(np.abs(scores - itself[:, None]) < _COPY_MARGIN)
+            same = (rows[query, place].view(np.uint16) == own[query].view(np.uint16)).all(axis=1)
+            barred[query[same], place[same]] = True
         barred &= ~absent
         scores[absent | barred] = -np.inf
         order = np.lexsort((candidates, -scores), axis=1)[:, :width]  # ties go to the lower id: reproducible
@@ -279,6 +285,6 @@ class Database:
         hits = Hits(
             scores=best,
             ids=np.where(np.isneginf(best), -1, candidates[pick]),
-            embeddings=rows[pick].astype(np.float32),
+            embeddings=values[pick],
         )
         return hits, barred.sum(axis=1)
