@@ -6,7 +6,6 @@ Model strings are open_clip's own: ``ViT-B-32/laion2b_s34b_b79k``, ``hf-hub:org/
 ``sticker-clip``, names the small model that ships with this package and needs no download.
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -22,30 +21,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "sticker-clip"
 _EMBEDDED_FOLDER = Path(__file__).parent / "pretrained" / "sticker-clip"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class EncoderIdentity:
-    """What must agree for two embeddings to be comparable. ``name`` is for people; the digests decide."""
-
-    name: str
-    weights_digest: str
-    preprocess_digest: str
-    dimension: int
-
-    def same_space(self, other: "EncoderIdentity") -> bool:
-        """Whether embeddings of both may be compared."""
-        return dataclasses.replace(self, name="") == dataclasses.replace(other, name="")
-
-    def __str__(self) -> str:
-        """Name, width and the short digests, as error messages show it."""
-        return f"{self.name} ({self.dimension}-d, {self.weights_digest[:8]}/{self.preprocess_digest[:8]})"
 
 
 class Encoder:

@@ -32,12 +32,13 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
 
-from model.clip import Encoder, EncoderIdentity, encoder_for
+from model.clip import Encoder, encoder_for
 from model.diffusion.conditioning import condition_tokens
 from model.diffusion.continuous import Denoiser, Prediction
 from model.diffusion.discrete import Transitions, sample_codes
 from model.diffusion.guidance import WHOLE, guided
 from model.editing import EditConfig, edit, on_white
+from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
 from model.networks.denoiser import as_denoiser
 from model.networks.editor import is_editor, with_reference

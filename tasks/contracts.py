@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from infra import artifacts
 from infra.errors import EncoderMismatchError, InputError, IntegrityError
-from model.clip import EncoderIdentity
+from model.encoder_identity import EncoderIdentity
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from infra import artifacts, compute
 from infra.errors import InputError
-from model.clip import EncoderIdentity
+from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
 from model.retrieval.database import Hits
 from tasks.contracts import DatabaseVersion, encoder_of

@@ -7,7 +7,8 @@ from typing import Any
 
 from infra import artifacts, compute
 from infra.errors import StageError
-from model.clip import EMBEDDED, Encoder, EncoderIdentity
+from model.clip import EMBEDDED, Encoder
+from model.encoder_identity import EncoderIdentity
 from tasks.contracts import EmbeddingShards, ImageShards, Outcome, encoder_of
 from tasks.embed_shard import SECONDS, EmbedShard, Feeding
 from tasks.stage import map_stage, skip_or_make, stage_task

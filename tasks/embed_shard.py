@@ -25,7 +25,8 @@ from PIL import Image
 
 from infra import artifacts, shards, storage
 from infra.pictures import to_rgb
-from model.clip import Encoder, EncoderIdentity
+from model.clip import Encoder
+from model.encoder_identity import EncoderIdentity
 from model.feeding import embed_stream
 from tasks.contracts import METADATA_SCHEMA
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from infra import artifacts, compute, stopping, storage, tracking
 from infra.progress import Progress
-from model.clip import EncoderIdentity
+from model.encoder_identity import EncoderIdentity
 from model.networks.vq_transformer import VQTransformerConfig
 from model.pipeline import new_pipeline, pretrained_folder, to_images, weights_digest
 from model.training.data import Rows, TrainingSet

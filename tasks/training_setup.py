@@ -9,10 +9,10 @@ from typing import Any, get_args
 from diffusers import PixArtTransformer2DModel, VQModel
 
 from infra.errors import EncoderMismatchError, InputError
-from model.clip import EncoderIdentity
 from model.diffusion.conditioning import ConditioningConfig
 from model.diffusion.continuous import Prediction
 from model.diffusion.discrete import MaskAndReplace, Transitions
+from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
 from model.networks.dit import TransformerConfig
 from model.networks.editor import is_editor, widen_input

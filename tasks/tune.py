@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from infra import artifacts, storage
-from model.clip import encoder_for
 from model.retrieval.database import Database, SearchEffort
 from model.retrieval.recall import Truth, find_truth
 from model.retrieval.tuning import Point, tune
@@ -82,6 +80,8 @@ def _chosen(
     picked = rng.choice(database.ids(), min(config.recall_queries, len(database)), replace=False)
     texts = np.empty((0, encoder.dimension), dtype=np.float32)
     if config.texts:
+        from model.clip import encoder_for  # only texts need the encoder, which takes seconds to import
+
         chosen = rng.choice(len(config.texts), min(config.recall_queries, len(config.texts)), replace=False)
         texts = encoder_for(encoder).embed_texts([config.texts[i] for i in chosen]).numpy()
     own = database.rows(picked)
@@ -125,6 +125,8 @@ def _read(grown: Grown, cache: Path) -> dict[str, Truth]:
 
 def _drawn(points: Sequence[Point], best: Point, target: float) -> bytes:
     """The recall/latency curve as PNG."""
+    from matplotlib.figure import Figure  # the stage's many other workers draw nothing
+
     figure = Figure(figsize=(6, 4), dpi=120, facecolor="white", layout="constrained")
     axes = figure.subplots()
     for kind, colour in (("image", "#1b6ca8"), ("text", "#e08e45")):

@@ -9,7 +9,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from numpy.typing import NDArray
 
-from model.clip import EncoderIdentity
+from model.encoder_identity import EncoderIdentity
 from model.networks.dit import TransformerConfig, build_transformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 from model.retrieval.database import Database, SearchEffort, ShardFiles

@@ -10,15 +10,17 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from model.clip import EncoderIdentity
+from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
-from model.retrieval.proposers import Proposer, TorchRows, open_proposer
+from model.retrieval.proposers import Proposer, open_proposer
+
+if TYPE_CHECKING:
+    import torch
 
 _BLOCK_ROWS = 65_536
 _COPY_MARGIN = 1e-4
@@ -164,8 +166,10 @@ class Database:
         other.effort = effort
         return other
 
-    def to(self, device: torch.device | str) -> "Database":
+    def to(self, device: "torch.device | str") -> "Database":
         """The same database searched exactly on an accelerator, to which its rows are copied; files stay mapped."""
+        from model.retrieval.torch_rows import TorchRows  # workers that search with FAISS never load torch
+
         other = self.with_effort(self.effort)
         other._proposer = TorchRows(self._parts, device)
         return other

@@ -1,4 +1,4 @@
-"""Where candidates come from: FAISS shards on their own, cells stacked over shards, or products on an accelerator.
+"""Where candidates come from: FAISS shards on their own, or cells stacked over shards.
 
 Legend: ``Q`` queries, ``C`` candidates, ``D`` embedding width, ``N`` rows over all shards.
 
@@ -13,14 +13,12 @@ from typing import Any, Protocol
 
 import faiss
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from model.errors import ModelError
 from model.retrieval.factory import FIRST_ID_SHIFT, cells_of, lossless
 
 _POSITION = (1 << FIRST_ID_SHIFT) - 1
-_TORCH_BLOCK_ROWS = 1 << 20
 
 
 class Proposer(Protocol):
@@ -94,39 +92,6 @@ class StackedCells:
             self._graph.hnsw.efSearch = max(32, 2 * nprobe)
         _, ids = self._index.search(queries, count)
         found: NDArray[np.int64] = np.where(ids < 0, -1, self._first[ids >> FIRST_ID_SHIFT] + (ids & _POSITION))
-        return found
-
-
-class TorchRows:
-    """All rows on an accelerator, compared by matrix products: exact, and fast there."""
-
-    exact, cells = True, 0
-
-    def __init__(self, parts: Sequence[NDArray[np.float16]], device: torch.device | str) -> None:
-        """Copy the stored rows (n, D) of every shard to ``device``."""
-        self.rows = tuple(len(part) for part in parts)
-        self._device = torch.device(device)
-        kept = torch.float16 if self._device.type == "cuda" else torch.float32
-        self._parts = [torch.from_numpy(np.array(part)).to(self._device, kept) for part in parts if len(part)]
-
-    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> NDArray[np.int64]:
-        """Ids (Q, count)."""
-        best, ids, first = None, None, 0
-        for part in self._parts:
-            asked = torch.from_numpy(queries).to(self._device, part.dtype)
-            for block in torch.split(part, _TORCH_BLOCK_ROWS):
-                scores, places = (asked @ block.T).float().topk(min(count, len(block)), dim=1)
-                places = places + first
-                first += len(block)
-                if best is not None and ids is not None:
-                    scores, order = torch.cat([best, scores], dim=1).topk(
-                        min(count, best.shape[1] + scores.shape[1]), dim=1
-                    )
-                    places = torch.cat([ids, places], dim=1).gather(1, order)
-                best, ids = scores, places
-        if ids is None:
-            return np.full((len(queries), 1), -1, dtype=np.int64)
-        found: NDArray[np.int64] = ids.cpu().numpy().astype(np.int64)
         return found
 
 

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from model.retrieval.database import Database
@@ -68,16 +67,16 @@ def find_truth(
         grown_from: what was true of these queries when there were so many rows: only later ones are looked at.
     """
     count = len(queries)
-    scores = torch.full((count, depth), -torch.inf)
-    ids = torch.full((count, depth), -1)
+    scores = np.full((count, depth), -np.inf, dtype=np.float32)
+    ids = np.full((count, depth), -1, dtype=np.int64)
     known = 0
     if grown_from is not None:
         before, known = grown_from
-        scores, ids = torch.from_numpy(before.scores.copy()), torch.from_numpy(before.ids.copy())
+        scores, ids = before.scores.copy(), before.ids.copy()
     barred = np.zeros(0, np.int64) if hidden is None else hidden
-    gone = torch.from_numpy(np.isin(ids.numpy(), barred))
-    scores[gone], ids[gone] = -torch.inf, -1
-    asked, first = torch.from_numpy(queries), 0
+    gone = np.isin(ids, barred)
+    scores[gone], ids[gone] = -np.inf, -1
+    first = 0
     for part in parts:
         for start in range(0, len(part), _BLOCK_ROWS):
             begin, end = first + start, first + min(start + _BLOCK_ROWS, len(part))
@@ -85,21 +84,24 @@ def find_truth(
                 continue
             begin = max(begin, known)
             block = np.ascontiguousarray(part[begin - first : end - first])
-            found = asked @ torch.from_numpy(block.astype(np.float32)).T
-            found[:, barred[(barred >= begin) & (barred < end)] - begin] = -torch.inf
+            found = queries @ block.astype(np.float32).T
+            found[:, barred[(barred >= begin) & (barred < end)] - begin] = -np.inf
             if own_rows is not None:
                 _leave_out_copies(found, block, own_rows)
-            best, places = found.topk(min(depth, end - begin), dim=1)
-            scores, order = torch.cat([scores, best], dim=1).topk(depth, dim=1)
-            ids = torch.cat([ids, places + begin], dim=1).gather(1, order)
+            better = np.flatnonzero((found > scores.min(axis=1, keepdims=True)).any(axis=0))
+            scores = np.concatenate([scores, found[:, better]], axis=1)
+            ids = np.concatenate([ids, np.broadcast_to(better + begin, (count, len(better)))], axis=1)
+            if len(better):
+                best = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
+                scores, ids = np.take_along_axis(scores, best, axis=1), np.take_along_axis(ids, best, axis=1)
         first += len(part)
-    ids[scores == -torch.inf] = -1
-    order_ = np.lexsort((ids.numpy(), -scores.numpy()), axis=1)
+    ids[np.isneginf(scores)] = -1
+    order = np.lexsort((ids, -scores), axis=1)
     return Truth(
         queries=queries,
         own=np.full(count, -1, np.int64) if own is None else own,
-        ids=np.take_along_axis(ids.numpy(), order_, axis=1),
-        scores=np.take_along_axis(scores.numpy(), order_, axis=1),
+        ids=np.take_along_axis(ids, order, axis=1),
+        scores=np.take_along_axis(scores, order, axis=1),
     )
 
 
@@ -127,10 +129,10 @@ def brute_force(
     return find_truth([rows], queries, own=exclude, own_rows=own_rows, depth=k).ids
 
 
-def _leave_out_copies(scores: torch.Tensor, block: NDArray[np.float16], own: NDArray[np.float16]) -> None:
+def _leave_out_copies(scores: NDArray[np.float32], block: NDArray[np.float16], own: NDArray[np.float16]) -> None:
     """Give the rows of ``block`` (n, D) that equal a query's own row no chance in its scores (Q, n)."""
     bits = block.view(np.uint16)
-    near = scores > scores.amax(dim=1, keepdim=True) - _COPY_MARGIN
-    for query, place in near.nonzero().tolist():
+    near = scores > scores.max(axis=1, keepdims=True) - _COPY_MARGIN
+    for query, place in np.argwhere(near):
         if (bits[place] == own[query].view(np.uint16)).all():
-            scores[query, place] = -torch.inf
+            scores[query, place] = -np.inf

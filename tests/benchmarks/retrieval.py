@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from infra import artifacts, compute, storage
 from infra.shards import write_table
-from model.clip import EncoderIdentity
+from model.encoder_identity import EncoderIdentity
 from model.networks.dit import TransformerConfig, build_transformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 from model.retrieval.database import Database, SearchEffort, ShardFiles

@@ -8,7 +8,8 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 import model.clip
-from model.clip import EMBEDDED, Encoder, EncoderIdentity
+from model.clip import EMBEDDED, Encoder
+from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
 
 SHIPPED = Path(model.clip.__file__).parent / "pretrained" / "sticker-clip"

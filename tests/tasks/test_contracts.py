@@ -7,7 +7,7 @@ import pytest
 from infra import artifacts, storage
 from infra.artifacts import Manifest
 from infra.errors import EncoderMismatchError, InputError, IntegrityError, NotFoundError
-from model.clip import EncoderIdentity
+from model.encoder_identity import EncoderIdentity
 from tasks import contracts
 from tasks.contracts import DatabaseVersion, EmbeddingShards, Generator, ImageShards, Neighbours, Reference
 
