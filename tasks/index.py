@@ -1,33 +1,29 @@
 """Index: embedding shards to an immutable database version, its recall measured before anyone relies on it.
 
     quantizer.faiss       trained once on a sample, frozen: the template of every index shard
-    index/NNNNN.faiss     an index shard over the embedding shards from NNNNN on, until shard_rows are reached
+    index/NNNNN.faiss     its shards (tasks.fill)
     rows-hidden, rows-true    what no search returns; held-out queries and their true neighbours
     recall.png            recall against latency
 
-A version may grow from an earlier one: index shards whose rows are the same are taken over, new rows are added with the
-frozen quantizer, and only they are looked at for near-duplicates and for the truth. When the quantizer's error on the
+A version may grow from an earlier one: new rows are added with the frozen quantizer, and only they are looked at for
+near-duplicates and for the truth. When the quantizer's error on the
 new rows has drifted, or the database has outgrown it, everything is indexed anew.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from infra import artifacts, compute, storage
+from infra import artifacts, compute
 from infra.errors import StageError
-from model.retrieval.factory import MEMORY_BYTES, choose_index, fill_shard
+from model.retrieval.factory import MEMORY_BYTES, choose_index
 from tasks.contracts import DatabaseVersion, EmbeddingShards, Outcome, Takedown, config_of, encoder_of
 from tasks.databases import QUANTIZER, embeddings_of
+from tasks.fill import fill_shards
 from tasks.hide import Grown, hide_rows
 from tasks.quantize import kept_quantizer, train_quantizer
-from tasks.stage import map_stage, skip_or_make, stage_task
+from tasks.stage import skip_or_make, stage_task
 from tasks.tune import tune_database
-
-_SMALL_SHARDS = 16  # so many index shards under a quarter of shard_rows, and they are filled anew as fewer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +35,7 @@ class IndexConfig:
     target_recall: float = 0.95  # at 10, image queries and text queries alike
     recall_queries: int = 256
     texts: tuple[str, ...] = ()  # text queries for the recall measurement
-    shard_rows: int = 262_144  # of an index shard
+    shard_rows: int = 4_194_304  # most of an index shard; merging holds one in memory (2 GB at 256 dimensions)
     near_duplicate_cosine: float = 0.995  # from which on two rows count as near-duplicates; 1 looks for none
     dedup: bool = False  # whether searches return only one of each group of near-duplicates
     max_drift: float = 0.25  # growth of the quantizer's error on new rows after which it is trained anew
@@ -99,7 +95,8 @@ def build_database(
             )
         else:
             template, factory = kept, kept.info["factory"]
-        done = _fill_shards(stage, embeddings, template, config, previous if kept is not None else None, cache)
+        before = previous if kept is not None else None
+        done = fill_shards(stage, embeddings, template, config.shard_rows, before, cache)
         grown = None if previous is None or kept is None else _grown_from(previous, embeddings)
         indexed = [template, *done]
         hidden = hide_rows(
@@ -115,95 +112,6 @@ def build_database(
         return stage.commit([*indexed, hidden, truth], identity=source.identity, info=info)
 
     return skip_or_make(stage, DatabaseVersion, make, note=_note)
-
-
-def _fill_shards(
-    stage: artifacts.Stage,
-    embeddings: EmbeddingShards,
-    template: artifacts.Shard,
-    config: IndexConfig,
-    previous: DatabaseVersion | None,
-    cache: Path,
-) -> list[artifacts.Shard]:
-    """All index shards in row order: those of ``previous`` that still hold the same rows, the others filled."""
-    groups = _grouped(embeddings.manifest().shards, config.shard_rows, previous)
-    held: dict[str, artifacts.Shard] = {}
-    if previous is not None:
-        before = previous.manifest().shards
-        held = {one.info["source"]: one.taken_over(previous.uri) for one in before if "source" in one.info}
-    plan: list[artifacts.Shard | None] = []
-    items = []
-    for ordinal, members in groups:
-        taken = held.get(_source(template, ordinal, members))
-        plan.append(taken)
-        if taken is None:
-            items.append((members[0].name, (ordinal, members)))
-    settings = (embeddings.uri, stage.uri, template, cache)
-    filled, _ = map_stage(stage, items, _Fill, settings)
-    made = iter(filled)
-    return [taken or next(made) for taken in plan]
-
-
-def _grouped(
-    shards: Sequence[artifacts.Shard], shard_rows: int, previous: DatabaseVersion | None
-) -> list[tuple[int, list[artifacts.Shard]]]:
-    """(ordinal, embedding shards) of each index shard, in row order: as before where there was a before.
-
-    The ordinal is the number in the name of the group's first shard; it lies in the ids that the index holds, so that
-    shards of several versions can be searched as one.
-    """
-    starts: set[str] = set()
-    grouped_before: set[str] = set()
-    if previous is not None:
-        groups = [shard for shard in previous.manifest().shards if "members" in shard.info]
-        grouped_before = {member for group in groups for member in group.info["members"]}
-        starts = {group.info["members"][0] for group in groups}
-        if sum(group.rows < shard_rows // 4 for group in groups) > _SMALL_SHARDS:
-            starts = {group.info["members"][0] for group in groups if group.rows >= shard_rows // 4}
-    found: list[list[artifacts.Shard]] = []
-    for number, shard in enumerate(shards):
-        held = sum(one.rows for one in found[-1]) if found else 0
-        full = bool(held) and held + shard.rows > shard_rows
-        begins = shard.name in starts or (
-            bool(grouped_before) and shard.name not in grouped_before and shards[number - 1].name in grouped_before
-        )
-        if not found or full or begins:
-            found.append([])
-        found[-1].append(shard)
-    names = [members[0].name for members in found]
-    numbered = all(name.isdigit() for name in names)
-    return [(int(name) if numbered else n, members) for n, (name, members) in enumerate(zip(names, found, strict=True))]
-
-
-def _source(template: artifacts.Shard, ordinal: int, members: Sequence[artifacts.Shard]) -> str:
-    """Names what an index shard is made of: the same quantizer, number and rows make the same file."""
-    rows = [[one.name, one.file(".npy").sha256] for one in members]
-    return artifacts.digest_of([template.file(".faiss").sha256, ordinal, rows])
-
-
-class _Fill:
-    """One shard of the index, on a worker."""
-
-    def __init__(self, embeddings_uri: str, folder_uri: str, template: artifacts.Shard, cache: Path) -> None:
-        self._embeddings_uri, self._folder_uri, self._cache = embeddings_uri, folder_uri, cache
-        self._template, self._path = template, artifacts.fetch_shard(folder_uri, template, ".faiss", cache)
-
-    def __call__(self, item: tuple[str, tuple[int, list[artifacts.Shard]]]) -> artifacts.Shard:
-        name, (ordinal, members) = item
-        rows = (
-            np.load(artifacts.fetch_shard(self._embeddings_uri, one, ".npy", self._cache), mmap_mode="r")
-            for one in members
-        )
-        with storage.scratch() as folder:
-            error = fill_shard(self._path, rows, folder / "index" / f"{name}.faiss", ordinal=ordinal)
-            info = {
-                "members": [one.name for one in members],
-                "ordinal": ordinal,
-                "error": error,
-                "source": _source(self._template, ordinal, members),
-            }
-            count = sum(one.rows for one in members)
-            return artifacts.commit_shard(self._folder_uri, name, folder, rows=count, info=info)
 
 
 def _grown_from(previous: DatabaseVersion, embeddings: EmbeddingShards) -> Grown | None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import artifacts, logs, storage
-from model.retrieval.factory import FLAT_ROWS, quantization_error, train_index, training_rows
+from model.retrieval.factory import FLAT_ROWS, quantization_error, stackable, train_index, training_rows
 from tasks.contracts import DatabaseVersion, EmbeddingShards, encoder_of
 from tasks.databases import QUANTIZER, embeddings_of
 
@@ -70,6 +70,7 @@ def train_quantizer(
         "factory": factory,
         "trained_on": len(sample),
         "database_rows": source.rows,
+        "mergeable": stackable(index),
         "error": quantization_error(index, sample[:: max(1, len(sample) // _DRIFT_ROWS)]),
     }
     with storage.scratch() as folder:

@@ -17,7 +17,7 @@ that names it, or anything else, is taken as it is. Rows are unit vectors, so th
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,32 @@ def fill_shard(template: Path, rows: Iterable[NDArray[np.float16]], output: Path
     output.parent.mkdir(parents=True, exist_ok=True)
     faiss.write_index(index, str(output))
     return sum(errors) / max(1, total)
+
+
+def merge_shards(parts: Sequence[tuple[Path, int]], output: Path) -> None:
+    """Write the rows of several stackable shards as one, each cell's codes in one place again.
+
+    A search then touches each cell it visits once, not once a shard. ``parts`` are files that :func:`fill_shard` wrote
+    from one template, in row order, and what is to be added to the ids of each. The output is byte for byte what
+    ``fill_shard`` writes of all rows at once.
+    """
+    opened = [faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC) for path, _ in parts]
+    whole, cells = opened[0], cells_of(opened[0])
+    lists = [(cells_of(index).invlists, shift) for index, (_, shift) in zip(opened, parts, strict=True)]
+    merged: Any = faiss.ArrayInvertedLists(cells.nlist, cells.code_size)
+    for cell in range(cells.nlist):
+        sizes = [held.list_size(cell) for held, _ in lists]
+        merged.resize(cell, sum(sizes))
+        begin = 0
+        for (held, shift), size in zip(lists, sizes, strict=True):
+            if size:
+                ids = faiss.rev_swig_ptr(held.get_ids(cell), size) + shift
+                merged.update_entries(cell, begin, size, faiss.swig_ptr(ids), held.get_codes(cell))
+                begin += size
+    cells.replace_invlists(merged, False)
+    whole.ntotal = cells.ntotal = sum(index.ntotal for index in opened)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    faiss.write_index(whole, str(output))
 
 
 def quantization_error(index: Any, sample: NDArray[np.float32]) -> float:

@@ -15,6 +15,7 @@ from infra import artifacts, compute, storage
 from infra.errors import IntegrityError, StageError
 from infra.shards import write_table
 from model.errors import ModelError
+from tasks import fill
 from tasks.contracts import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards
 from tasks.databases import HIDDEN, index_shards, open_database
 from tasks.distribute import distributed_database
@@ -25,6 +26,12 @@ CONFIG = IndexConfig(index="IVF8,SQfp16", shard_rows=250, recall_queries=30, nea
 Parts = Sequence[NDArray[np.float16]]
 
 
+def in_this_process(factory: Any, settings: tuple[Any, ...], items: Iterable[Any], **_: Any) -> Iterator[Any]:
+    items = list(items)
+    worker = factory(*settings) if items else None
+    yield from (worker(item) for item in items)
+
+
 @pytest.fixture(autouse=True)
 def alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Workers in this process, except for the tests that are about them."""
@@ -33,13 +40,8 @@ def alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
             yield
         return
 
-    def map_shards(factory: Any, settings: tuple[Any, ...], items: Iterable[Any], **_: Any) -> Iterator[Any]:
-        items = list(items)
-        worker = factory(*settings) if items else None
-        yield from (worker(item) for item in items)
-
     monkeypatch.setattr(compute, "run", lambda function, *arguments, **_: function(*arguments))
-    monkeypatch.setattr(compute, "map_shards", map_shards)
+    monkeypatch.setattr(compute, "map_shards", in_this_process)
     monkeypatch.setattr(compute, "cpus", lambda: 1)
     yield
 
@@ -109,6 +111,79 @@ def test_a_version_grows_by_what_is_new_alone(tmp_path: Path) -> None:
     assert everything(second, tmp_path).search(queries, 5).ids.tolist() == exact(queries, rows, 5)
     again = build_database(after, str(tmp_path), CONFIG, cache=tmp_path / "cache", previous=first)
     assert (again.skipped, again.reference) == (True, second)
+
+
+def test_a_shard_filled_in_parts_is_the_one_filled_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings = stored(tmp_path, np.split(tiny.unit_rows(600), 6))
+    config = dataclasses.replace(CONFIG, shard_rows=400)
+    monkeypatch.setattr(fill, "PART_ROWS", 150)
+
+    merged = build(embeddings, tmp_path / "parts", config)
+
+    monkeypatch.setattr(fill, "PART_ROWS", 1000)
+    whole = build(embeddings, tmp_path / "whole", config)
+    assert merged.digest == whole.digest
+    assert [len(shard.info["members"]) for shard in index_shards(merged)] == [4, 2]
+    assert not list(Path(merged.uri).glob("parts*")), "parts are gone once they are merged"
+    ours, theirs = (shard.info["error"] for version in (merged, whole) for shard in index_shards(version)[:1])
+    assert ours == pytest.approx(theirs, rel=0.2)  # of other rows of the sample
+
+
+def test_a_build_killed_between_parts_and_merge_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings = stored(tmp_path, np.split(tiny.unit_rows(600), 6))
+    config = dataclasses.replace(CONFIG, shard_rows=600)
+    monkeypatch.setattr(fill, "PART_ROWS", 150)
+    asked: list[str] = []
+
+    def killed(factory: Any, settings: tuple[Any, ...], items: Iterable[Any], **options: Any) -> Iterator[Any]:
+        items = list(items)
+        asked.extend(name for name, _ in items)
+        if factory is fill._Merge:
+            raise KeyboardInterrupt
+        return in_this_process(factory, settings, items, **options)
+
+    monkeypatch.setattr(compute, "map_shards", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build(embeddings, tmp_path, config)
+    assert asked == ["00000", "00001", "00002", "00003", "00004", "00005", "00000"]
+    monkeypatch.setattr(compute, "map_shards", in_this_process)
+    monkeypatch.setattr(fill, "_Fill", None)  # nothing is filled again
+
+    version = build(embeddings, tmp_path, config)
+
+    assert [shard.rows for shard in index_shards(version)] == [600]
+
+
+def test_shards_that_rows_were_added_in_are_merged_as_they_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tiny.unit_rows(1300)
+    config = dataclasses.replace(CONFIG, shard_rows=1000)
+    embeddings = stored(tmp_path, np.split(rows[:800], 8))
+    version = build(embeddings, tmp_path, config)
+    seen = []
+    for number in range(8, 13):
+        more = rows[100 * number : 100 * (number + 1)]
+        embeddings = stored(tmp_path, [more], first=number, previous=embeddings)
+        version = build(embeddings, tmp_path, config, previous=version)
+        seen.append([shard.rows for shard in index_shards(version)])
+    # The first would be merged too when the others have 400 rows, were it not for shard_rows.
+    assert seen == [[800, 100], [800, 200], [800, 300], [800, 300, 100], [800, 500]]
+    queries = np.concatenate([tiny.unit_rows(9, seed=3), rows[[850, 1010, 1250]]])
+    assert everything(version, tmp_path).search(queries, 5).ids.tolist() == exact(queries, rows, 5)
+
+
+def test_an_index_that_cannot_be_merged_is_filled_anew_from_its_rows(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(500)
+    config = dataclasses.replace(CONFIG, index="HNSW8", shard_rows=1000)
+    before = stored(tmp_path, np.split(rows[:300], 3))
+    first = build(before, tmp_path, config)
+    after = stored(tmp_path, np.split(rows[300:], 2), first=3, previous=before)
+
+    second = build(after, tmp_path, config, previous=first)
+
+    assert [(shard.rows, shard.folder) for shard in index_shards(second)] == [(500, None)]
+    assert second.manifest().info["recall_at_10_image"] >= 0.95
 
 
 def test_rows_taken_down_and_near_duplicates_are_hidden(tmp_path: Path) -> None:

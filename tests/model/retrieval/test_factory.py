@@ -10,6 +10,7 @@ from model.retrieval.factory import (
     choose_index,
     fill_shard,
     lossless,
+    merge_shards,
     quantization_error,
     stackable,
     train_index,
@@ -135,3 +136,19 @@ def test_a_stackable_shard_leaves_the_quantizer_to_all(tmp_path: Path) -> None:
     assert sorted(ids.tolist()) == [(7 << 32) + row for row in range(2_000)]
     assert error == pytest.approx(quantization_error(trained, rows[::16].astype(np.float32)), abs=1e-6)
     assert 0 < error < 1
+
+
+@pytest.mark.parametrize("factory", ["IVF16,SQfp16", "IVF16,SQ8", "OPQ4_8,IVF4,PQ4x4"])
+def test_parts_merged_are_what_is_filled_at_once(tmp_path: Path, factory: str) -> None:
+    rows, template = tiny.unit_rows(900), tmp_path / "template.faiss"
+    faiss.write_index(train_index(factory, tiny.WIDTH, rows.astype(np.float32)), str(template))
+    fill_shard(template, [rows], tmp_path / "whole.faiss", ordinal=7)
+    parts, first = [], 0
+    for number, part in enumerate((rows[:400], rows[400:401], rows[401:])):
+        fill_shard(template, [part], tmp_path / f"{number}.faiss", ordinal=number)
+        parts.append((tmp_path / f"{number}.faiss", ((7 - number) << 32) + first))
+        first += len(part)
+
+    merge_shards(parts, tmp_path / "merged.faiss")
+
+    assert (tmp_path / "merged.faiss").read_bytes() == (tmp_path / "whole.faiss").read_bytes()
