@@ -11,6 +11,7 @@ resumed and one that was not can be held against each other.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -91,7 +92,7 @@ class Manifest:
             {
                 "kind": self.kind,
                 "rows": self.rows,
-                "shards": [[shard.name, shard.rows, [_plain(file) for file in shard.files]] for shard in self.shards],
+                "shards": [[shard.name, shard.rows, shard.files] for shard in self.shards],
                 "inputs": {name: source["digest"] for name, source in self.inputs.items()},
                 "identity": self.identity,
             }
@@ -99,7 +100,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """Readable JSON, keys sorted."""
-        return json.dumps(_plain(self), indent=1, sort_keys=True)
+        return json.dumps(self, indent=1, sort_keys=True, default=_plain)
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Self:
@@ -188,7 +189,7 @@ def commit_shard(folder_uri: str, name: str, local: Path, *, rows: int, info: Ma
         if not relative.endswith("_stats.json"):
             files.append(File(name=relative, sha256=storage.sha256(str(path)), bytes=path.stat().st_size))
     shard = Shard(name=name, rows=rows, files=tuple(files), info=json.loads(canonical_json(info)))
-    marker = json.dumps(_plain(shard), indent=1, sort_keys=True)
+    marker = json.dumps(shard, indent=1, sort_keys=True, default=_plain)
     storage.write_bytes(storage.join(folder_uri, "shards", f"{name}.json"), marker.encode())
     return shard
 
@@ -206,14 +207,13 @@ def read_manifest(folder_uri: str) -> Manifest:
     """The manifest of a committed folder. Raises ``NotFoundError`` and ``IntegrityError``."""
     uri = storage.join(folder_uri, MANIFEST)
     try:
-        text = storage.read_bytes(uri)
+        return _manifest_of(uri, storage.modified(uri))
     except NotFoundError:
         if storage.exists(uri):  # raises what else is wrong: the bucket, the credentials
             raise
         raise NotFoundError(
             f"{folder_uri} holds no {MANIFEST}: it is no committed artifact; run the stage that makes it"
         ) from None
-    return Manifest.from_json(text, uri)
 
 
 def fetch_shard(folder_uri: str, shard: Shard, suffix: str, cache: Path) -> Path:
@@ -262,9 +262,15 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain)
 
 
+@functools.lru_cache(maxsize=16)
+def _manifest_of(uri: str, modified: float) -> Manifest:
+    """One of thousands of shards takes a while to parse and to check, and a stage asks for a few again and again."""
+    return Manifest.from_json(storage.read_bytes(uri), uri)
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 

@@ -35,16 +35,10 @@ def tune_database(
     """
     barred = np.load(artifacts.fetch_shard(folder_uri, hidden, "hidden.npy", cache))
     database = open_shards(folder_uri, indexed, embeddings, cache, name="tuned", effort=SearchEffort(), hidden=barred)
-    parts = [
-        np.load(artifacts.fetch_shard(embeddings.uri, shard, ".npy", cache), mmap_mode="r")
-        for shard in embeddings.manifest().shards
-    ]
     if grown is not None:
-        truths = {
-            kind: _grown(database, parts, truth, grown.rows, barred) for kind, truth in _read(grown, cache).items()
-        }
+        truths = {kind: _grown(database, truth, grown.rows, barred) for kind, truth in _read(grown, cache).items()}
     else:
-        truths = _chosen(database, parts, barred, embeddings, config)
+        truths = _chosen(database, barred, embeddings, config)
     best, measured = tune(database, truths, config.target_recall)
     storage.write_bytes(storage.join(folder_uri, CURVE), _drawn(measured, best, config.target_recall))
     recalls = {f"recall_at_10_{kind}": best.recalls[kind] if len(truth) else None for kind, truth in truths.items()}
@@ -69,7 +63,6 @@ def tune_database(
 
 def _chosen(
     database: Database,
-    parts: Sequence[NDArray[np.float16]],
     hidden: NDArray[np.int64],
     embeddings: EmbeddingShards,
     config: Any,
@@ -86,25 +79,25 @@ def _chosen(
         texts = encoder_for(encoder).embed_texts([config.texts[i] for i in chosen]).numpy()
     own = database.rows(picked)
     return {
-        "image": find_truth(parts, own.astype(np.float32), own=picked, own_rows=own, hidden=hidden),
-        "text": find_truth(parts, texts, hidden=hidden),
+        "image": find_truth(database.parts, own.astype(np.float32), own=picked, own_rows=own, hidden=hidden),
+        "text": find_truth(database.parts, texts, hidden=hidden),
     }
 
 
-def _grown(
-    database: Database, parts: Sequence[NDArray[np.float16]], before: Truth, rows: int, hidden: NDArray[np.int64]
-) -> Truth:
+def _grown(database: Database, before: Truth, rows: int, hidden: NDArray[np.int64]) -> Truth:
     """The truth of the same queries over more rows; queries that were hidden meanwhile are left out."""
     before = before.only(~np.isin(before.own, hidden))
     own = None if (before.own < 0).all() else before.own
     own_rows = None if own is None else database.rows(own)
     lost = np.isin(before.ids, hidden).sum(axis=1)
-    truth = find_truth(parts, before.queries, own=own, own_rows=own_rows, hidden=hidden, grown_from=(before, rows))
+    truth = find_truth(
+        database.parts, before.queries, own=own, own_rows=own_rows, hidden=hidden, grown_from=(before, rows)
+    )
     # So many true neighbours were hidden that those kept may not be the nearest any more: look at all rows again.
     again = np.flatnonzero(lost > before.ids.shape[1] - 10)
     if len(again):
         some = find_truth(
-            parts,
+            database.parts,
             truth.queries[again],
             own=None if own is None else own[again],
             own_rows=None if own_rows is None else own_rows[again],

@@ -3,7 +3,8 @@
 Legend: ``Q`` queries, ``K`` neighbours, ``C`` candidates, ``D`` embedding width, ``N`` rows over all shards.
 
 Row ids are global: shard after shard in order, position within the shard. What a search returns is always scored with
-the stored rows, never with an index's reconstruction, so an approximate index costs recall but never precision.
+the stored rows, never with an index's reconstruction, so an approximate index costs recall but never precision. Where
+the index holds the stored rows themselves, its scores are those.
 """
 
 import dataclasses
@@ -56,21 +57,24 @@ class SearchEffort:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Nearest:
+    """Neighbours, best first: scores (Q, K) float32 cosines, ids (Q, K) int64."""
+
+    scores: NDArray[np.float32]
+    ids: NDArray[np.int64]
+
+    def put(self, queries: NDArray[np.int64], better: "Nearest") -> None:
+        """Put the answers ``better`` in the place of those to ``queries``."""
+        self.scores[queries], self.ids[queries] = better.scores, better.ids
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Hits:
     """Neighbours, best first: scores (Q, K) float32 cosines, ids (Q, K) int64, embeddings (Q, K, D) float32."""
 
     scores: NDArray[np.float32]
     ids: NDArray[np.int64]
     embeddings: NDArray[np.float32]
-
-    def put(self, queries: NDArray[np.int64], better: "Hits") -> None:
-        """Put the answers ``better`` in the place of those to ``queries``."""
-        for mine, theirs in (
-            (self.scores, better.scores),
-            (self.ids, better.ids),
-            (self.embeddings, better.embeddings),
-        ):
-            mine[queries] = theirs
 
 
 class Searchable(Protocol):
@@ -151,6 +155,11 @@ class Database:
         return self._proposer.exact and not self._proposer.cells
 
     @property
+    def parts(self) -> list[NDArray[np.float16]]:
+        """The stored rows, an array (n, D) for each file, in order; memory-mapped."""
+        return list(self._parts)
+
+    @property
     def proposer(self) -> Proposer:
         """Where candidates come from."""
         return self._proposer
@@ -175,7 +184,7 @@ class Database:
         return other
 
     def search(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Hits:
-        """The ``k`` nearest rows of each query by cosine, re-ranked exactly.
+        """The ``k`` nearest rows of each query by cosine, as they are stored.
 
         Every query gets min(k, rows that may be returned) places; where copies of the query leave nothing to fill
         one with, the id is −1, the score −inf and the embedding zero, which is how a hidden neighbour looks.
@@ -188,32 +197,18 @@ class Database:
         Raises:
             ModelError: the queries' width is not the database's, or a value is not finite.
         """
+        return self._with_rows(self.nearest(queries, k, exclude=exclude))
+
+    def nearest(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Nearest:
+        """What :meth:`search` finds, without reading the rows: for jobs that want ids alone."""
         if k < 1:
             raise ModelError(f"k is {k}; ask for at least one neighbour")
         width = max(1, min(k, len(self) - (exclude is not None)))
-        return self.search_without(queries, width, None if exclude is None else self.rows(exclude))
+        return self._nearest(queries, width, None if exclude is None else self.rows(exclude))
 
     def search_without(self, queries: NDArray[Any], width: int, own: NDArray[np.float16] | None) -> Hits:
         """``width`` neighbours as :meth:`search` has them, what to exclude (Q, D) given as it is stored anywhere."""
-        queries = np.ascontiguousarray(queries, dtype=np.float32)
-        if queries.ndim != 2 or queries.shape[1] != self.encoder.dimension:
-            raise ModelError(f"queries {queries.shape} do not fit database {self.name} of {self.encoder}")
-        if not len(queries) or not np.isfinite(queries).all():
-            raise ModelError("there is no query, or one that is not finite; look at what was embedded")
-        width = min(width, len(self))
-        hits = self._search(queries, width, own, extra=int(own is not None), nprobe=self.effort.nprobe)
-        nprobe = self.effort.nprobe
-        # Cells without enough rows leave a query short: then more cells are visited, and at last all rows looked at.
-        while len(short := np.flatnonzero((hits.ids < 0).any(axis=1))) and nprobe < self._proposer.cells:
-            nprobe = min(8 * nprobe, self._proposer.cells)
-            theirs = None if own is None else own[short]
-            hits.put(short, self._search(queries[short], width, theirs, extra=int(own is not None), nprobe=nprobe))
-        if not self._proposer.exact:
-            for query in np.flatnonzero((hits.ids < 0).any(axis=1)):
-                theirs = None if own is None else own[query : query + 1]
-                hits.put(np.array([query]), self._look_at_all(queries[query : query + 1], theirs, width))
-        hits.embeddings[hits.ids < 0] = 0
-        return hits
+        return self._with_rows(self._nearest(queries, width, own))
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
         """Stored rows (*ids.shape, D) float16 of global ids."""
@@ -238,38 +233,72 @@ class Database:
             return [{"id": int(row)} for row in ids]
         return [{"id": int(row), **known} for row, known in zip(ids, self._describe(ids), strict=True)]
 
-    def _search(
+    def _with_rows(self, found: Nearest) -> Hits:
+        embeddings = self.rows(np.maximum(found.ids, 0)).astype(np.float32)
+        embeddings[found.ids < 0] = 0
+        return Hits(scores=found.scores, ids=found.ids, embeddings=embeddings)
+
+    def _nearest(self, queries: NDArray[Any], width: int, own: NDArray[np.float16] | None) -> Nearest:
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        if queries.ndim != 2 or queries.shape[1] != self.encoder.dimension:
+            raise ModelError(f"queries {queries.shape} do not fit database {self.name} of {self.encoder}")
+        if not len(queries) or not np.isfinite(queries).all():
+            raise ModelError("there is no query, or one that is not finite; look at what was embedded")
+        width, extra, nprobe = min(width, len(self)), int(own is not None), self.effort.nprobe
+        found = self._proposed(queries, width, own, extra=extra, nprobe=nprobe)
+        # Cells without enough rows leave a query short: then more cells are visited, and at last all rows looked at.
+        while len(short := np.flatnonzero((found.ids < 0).any(axis=1))) and nprobe < self._proposer.cells:
+            nprobe = min(8 * nprobe, self._proposer.cells)
+            theirs = None if own is None else own[short]
+            found.put(short, self._proposed(queries[short], width, theirs, extra=extra, nprobe=nprobe))
+        if not self._proposer.exact:
+            for query in np.flatnonzero((found.ids < 0).any(axis=1)):
+                theirs = None if own is None else own[query : query + 1]
+                found.put(np.array([query]), self._look_at_all(queries[query : query + 1], theirs, width))
+        return found
+
+    def _proposed(
         self, queries: NDArray[np.float32], width: int, own: NDArray[np.float16] | None, *, extra: int, nprobe: int
-    ) -> Hits:
-        """Propose ``width + extra`` and re-rank; where rows that may not be returned took places, deeper."""
+    ) -> Nearest:
+        """Propose ``width + extra`` and rank; where rows that may not be returned took places, deeper."""
         wanted = width + extra
         count = min(self.stored, wanted if self._proposer.exact else max(wanted, self.effort.candidates))
-        ids = self._proposer.propose(queries, count, nprobe)
-        ids = np.pad(ids, ((0, 0), (0, max(0, width - ids.shape[1]))), constant_values=-1)
-        hits, barred = self._rank(queries, ids, own, width)
+        ids, scores = self._proposer.propose(queries, count, nprobe)
+        lacking = ((0, 0), (0, max(0, width - ids.shape[1])))
+        ids = np.pad(ids, lacking, constant_values=-1)
+        scores = None if scores is None else np.pad(scores, lacking)
+        found, barred = self._ranked(queries, ids, own, width, scores)
         crowded = np.flatnonzero(barred > count - width)
         if len(crowded) and count < self.stored:
             more = max(2 * count, width + int(barred.max())) - width
             theirs = None if own is None else own[crowded]
-            hits.put(crowded, self._search(queries[crowded], width, theirs, extra=more, nprobe=nprobe))
-        return hits
+            found.put(crowded, self._proposed(queries[crowded], width, theirs, extra=more, nprobe=nprobe))
+        return found
 
-    def _look_at_all(self, query: NDArray[np.float32], own: NDArray[np.float16] | None, width: int) -> Hits:
+    def _look_at_all(self, query: NDArray[np.float32], own: NDArray[np.float16] | None, width: int) -> Nearest:
         """The best of all rows for one query (1, D), a block at a time."""
-        kept = np.zeros((1, 0), dtype=np.int64)
+        kept = np.full((1, width), -1, dtype=np.int64)
         for start in range(0, self.stored, _BLOCK_ROWS):
             block = np.arange(start, min(start + _BLOCK_ROWS, self.stored))[None]
-            hits, _ = self._rank(query, np.concatenate([kept, block], axis=1), own, width)
-            kept = hits.ids
-        return self._rank(query, np.pad(kept, ((0, 0), (0, width - kept.shape[1])), constant_values=-1), own, width)[0]
+            found, _ = self._ranked(query, np.concatenate([kept, block], axis=1), own, width)
+            kept = found.ids
+        return found
 
-    def _rank(
-        self, queries: NDArray[np.float32], candidates: NDArray[np.int64], own: NDArray[np.float16] | None, width: int
-    ) -> tuple[Hits, NDArray[np.int64]]:
-        """The best ``width`` of the candidates (Q, C) in exact order, and how many of each query's were barred."""
-        rows = self.rows(np.maximum(candidates, 0))
-        values = rows.astype(np.float32)
-        scores = np.einsum("qd,qkd->qk", queries, values)
+    def _ranked(
+        self,
+        queries: NDArray[np.float32],
+        candidates: NDArray[np.int64],
+        own: NDArray[np.float16] | None,
+        width: int,
+        scores: NDArray[np.float32] | None = None,
+    ) -> tuple[Nearest, NDArray[np.int64]]:
+        """The best ``width`` of the candidates (Q, C) in exact order, and how many of each query's were barred.
+
+        ``scores`` are given where they are those of the stored rows already.
+        """
+        if scores is None:
+            rows = self.rows(np.maximum(candidates, 0)).astype(np.float32)
+            scores = np.einsum("qd,qkd->qk", queries, rows)
         absent = candidates < 0
         barred = np.zeros_like(absent)
         if len(self._hidden):
@@ -278,17 +307,13 @@ class Database:
         if own is not None:
             # A copy scores as the row itself, to rounding: only what does is compared value by value.
             itself = np.einsum("qd,qd->q", queries, own.astype(np.float32))
-            query, place = np.nonzero(np.abs(scores - itself[:, None]) < _COPY_MARGIN)
-            same = (rows[query, place].view(np.uint16) == own[query].view(np.uint16)).all(axis=1)
+            query, place = np.nonzero(~absent & (np.abs(scores - itself[:, None]) < _COPY_MARGIN))
+            near = self.rows(candidates[query, place])
+            same = (near.view(np.uint16) == own[query].view(np.uint16)).all(axis=1)
             barred[query[same], place[same]] = True
         barred &= ~absent
-        scores[absent | barred] = -np.inf
+        scores = np.where(absent | barred, -np.inf, scores)
         order = np.lexsort((candidates, -scores), axis=1)[:, :width]  # ties go to the lower id: reproducible
-        pick = np.arange(len(queries))[:, None], order
-        best = scores[pick]
-        hits = Hits(
-            scores=best,
-            ids=np.where(np.isneginf(best), -1, candidates[pick]),
-            embeddings=values[pick],
-        )
-        return hits, barred.sum(axis=1)
+        best = np.take_along_axis(scores, order, axis=1)
+        ids = np.where(np.isneginf(best), -1, np.take_along_axis(candidates, order, axis=1))
+        return Nearest(scores=best, ids=ids), barred.sum(axis=1)

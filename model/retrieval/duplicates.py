@@ -26,7 +26,7 @@ def find_pairs(
     """
     found = [np.zeros((0, 2), np.int64)]
     for start in range(0, len(rows), batch):
-        hits = database.search(rows[start : start + batch], min(NEAREST + 1, len(database)))
+        hits = database.nearest(rows[start : start + batch], min(NEAREST + 1, len(database)))
         own = first + start + np.arange(len(hits.ids))[:, None]
         # float16 leaves rows a little off length 1: exact copies must count under any bound.
         length = np.square(rows[start : start + batch].astype(np.float32)).sum(axis=1, keepdims=True)

@@ -3,7 +3,7 @@
 Legend: ``Q`` queries, ``C`` candidates, ``D`` embedding width, ``N`` rows over all shards.
 
 A proposer answers with row ids that run over all shards: shard after shard, position within the shard. What it proposes
-is scored again with the stored rows (:mod:`model.retrieval.database`), so its own scores stay here.
+is scored with the stored rows (:mod:`model.retrieval.database`) unless its own scores are of those.
 """
 
 import itertools
@@ -21,6 +21,10 @@ from model.retrieval.factory import FIRST_ID_SHIFT, cells_of, lossless
 _POSITION = (1 << FIRST_ID_SHIFT) - 1
 
 
+Proposed = tuple[NDArray[np.int64], NDArray[np.float32] | None]
+"""Ids (Q, C) of candidates, −1 where there were fewer, and their scores (Q, C) if those are the stored rows'."""
+
+
 class Proposer(Protocol):
     """Candidates for queries."""
 
@@ -31,8 +35,8 @@ class Proposer(Protocol):
     cells: int
     """How many cells there are to visit; 0 when all rows are looked at anyway."""
 
-    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> NDArray[np.int64]:
-        """Ids (Q, C) of ``count`` candidates, or of ``count`` in each shard; −1 where there were fewer."""
+    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
+        """``count`` candidates, or ``count`` of each shard."""
         ...
 
 
@@ -47,7 +51,7 @@ class SeparateShards:
         self._cells = [cells_of(index) for index in indexes]
         self.cells = max((cells.nlist for cells in self._cells if cells is not None), default=0)
 
-    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> NDArray[np.int64]:
+    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
         """Ids (Q, shards × count)."""
         found, first = [], 0
         for index, cells, rows in zip(self._indexes, self._cells, self.rows, strict=True):
@@ -56,7 +60,7 @@ class SeparateShards:
             _, ids = index.search(queries, min(count, rows) or 1)
             found.append(np.where(ids < 0, -1, ids + first))
             first += rows
-        return np.concatenate(found, axis=1)
+        return np.concatenate(found, axis=1), None
 
 
 class StackedCells:
@@ -85,14 +89,14 @@ class StackedCells:
         first[list(ordinals)] = [0, *itertools.accumulate(self.rows)][:-1]
         self._first = first
 
-    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> NDArray[np.int64]:
-        """Ids (Q, count)."""
+    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
+        """Ids (Q, count), and scores where codes are the rows."""
         self._ivf.nprobe = nprobe
         if isinstance(self._graph, faiss.IndexHNSW):
             self._graph.hnsw.efSearch = max(32, 2 * nprobe)
-        _, ids = self._index.search(queries, count)
-        found: NDArray[np.int64] = np.where(ids < 0, -1, self._first[ids >> FIRST_ID_SHIFT] + (ids & _POSITION))
-        return found
+        scores, ids = self._index.search(queries, count)
+        found = np.where(ids < 0, -1, self._first[ids >> FIRST_ID_SHIFT] + (ids & _POSITION))
+        return found, scores if self.exact else None
 
 
 def open_proposer(indexes: Sequence[Path], ordinals: Sequence[int], quantizer: Path | None) -> Proposer:

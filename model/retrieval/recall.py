@@ -113,7 +113,7 @@ def recall(database: Database, truth: Truth, k: int = 10) -> float:
     if not len(truth):
         return 1.0
     own = None if (truth.own < 0).all() else truth.own
-    found = database.search(truth.queries, k, exclude=own)
+    found = database.nearest(truth.queries, k, exclude=own)
     wanted, scores = truth.ids[:, :k] >= 0, truth.scores[:, :k]
     last = np.where(wanted, scores, np.inf).min(axis=1, keepdims=True)
     good = (found.scores >= last - _TIE).sum(axis=1)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model.retrieval.proposers import Proposed
+
 _BLOCK_ROWS = 1 << 20
 
 
@@ -24,7 +26,7 @@ class TorchRows:
         kept = torch.float16 if self._device.type == "cuda" else torch.float32
         self._parts = [torch.from_numpy(np.array(part)).to(self._device, kept) for part in parts if len(part)]
 
-    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> NDArray[np.int64]:
+    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
         """Ids (Q, count)."""
         best, ids, first = None, None, 0
         for part in self._parts:
@@ -40,6 +42,5 @@ class TorchRows:
                     places = torch.cat([ids, places], dim=1).gather(1, order)
                 best, ids = scores, places
         if ids is None:
-            return np.full((len(queries), 1), -1, dtype=np.int64)
-        found: NDArray[np.int64] = ids.cpu().numpy().astype(np.int64)
-        return found
+            return np.full((len(queries), 1), -1, dtype=np.int64), None
+        return ids.cpu().numpy().astype(np.int64), None

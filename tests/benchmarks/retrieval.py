@@ -19,7 +19,6 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from typing import Any
 import faiss
 import numpy as np
 from numpy.typing import NDArray
+from other_indexes import ROUNDS, autofaiss, hnswlib, seconds
 
 from infra import artifacts, compute, storage
 from infra.shards import write_table
@@ -37,7 +37,14 @@ from model.encoder_identity import EncoderIdentity
 from model.networks.dit import TransformerConfig, build_transformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 from model.retrieval.database import Database, SearchEffort, ShardFiles
-from model.retrieval.factory import choose_index, fill_shard, train_index, training_rows
+from model.retrieval.factory import (
+    FIRST_ID_SHIFT,
+    choose_index,
+    fill_shard,
+    merge_shards,
+    train_index,
+    training_rows,
+)  # fmt: skip
 from model.retrieval.recall import Truth, find_truth, recall
 from tasks.contracts import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards
 from tasks.databases import open_database
@@ -51,7 +58,6 @@ IDENTITY = EncoderIdentity(name="seeded", weights_digest="0" * 64, preprocess_di
 QUERIES = 1_000
 SIZES = (100_000, 1_000_000, 10_000_000)
 COMPARED_ROWS = 1_000_000  # beyond, the others take hours to build on two cores
-ROUNDS = 5
 
 
 def clustered(rows: int, seed: int) -> NDArray[np.float32]:
@@ -90,17 +96,24 @@ def seeded_database(rows: int) -> tuple[DatabaseVersion, float]:
 
 
 def bench_index() -> dict[str, Any]:
-    """Build, memory, recall on held-out queries and queries/s of what ``auto`` takes, for each size."""
-    sizes = [int(os.environ["ROWS"])] if os.environ.get("ROWS") else SIZES
-    return {"dimension": WIDTH, "queries": QUERIES, "sizes": {f"{rows:,}": _index(rows) for rows in sizes}}
+    """Build, memory, recall on held-out queries and queries/s of what ``auto`` takes, for each size.
+
+    With ROWS it is that size beside those that were measured before.
+    """
+    before = Path("build/bench/index.json")
+    asked = os.environ.get("ROWS")
+    sizes = json.loads(before.read_text())["sizes"] if asked and before.exists() else {}
+    for rows in [int(asked)] if asked else SIZES:
+        sizes[f"{rows:,}"] = _index(rows)
+    return {"dimension": WIDTH, "queries": QUERIES, "sizes": sizes}
 
 
 def _index(rows: int) -> dict[str, Any]:
     with _peak_memory() as peak:
-        version, seconds = seeded_database(rows)
+        version, took = seeded_database(rows)
     told = FOLDER / str(rows) / "built.json"
-    if seconds:
-        told.write_text(json.dumps({"build_seconds": seconds, "peak_mb": peak[0]}))
+    if took:
+        told.write_text(json.dumps({"build_seconds": took, "peak_mb": peak[0]}))
     database, manifest = open_database(version, FOLDER / "cache"), version.manifest()
     truth = _held_out(rows)
     bytes_ = sum(file.bytes for shard in manifest.shards if "members" in shard.info for file in shard.files)
@@ -111,18 +124,19 @@ def _index(rows: int) -> dict[str, Any]:
         "bytes_a_row": bytes_ / rows,
         "nprobe": database.effort.nprobe,
         "recall_at_10": recall(database, truth),
-        "queries_s": QUERIES / _seconds(lambda: database.search(truth.queries, 10)),
+        "queries_s": QUERIES / seconds(lambda: database.search(truth.queries, 10)),
     }
     if rows <= COMPARED_ROWS:
         parts = [np.load(path, mmap_mode="r") for path in _row_files(rows)]
         flat = faiss.IndexFlatIP(WIDTH)
         for part in parts:
             flat.add(part.astype(np.float32))
-        found["queries_s_flat"] = QUERIES / _seconds(lambda: flat.search(truth.queries, 10), rounds=2)
+        found["queries_s_flat"] = QUERIES / seconds(lambda: flat.search(truth.queries, 10), rounds=2)
         del flat
-        found |= _autofaiss(rows, bytes_, truth, found["recall_at_10"])
-        found |= _hnswlib(rows, truth, found["recall_at_10"])
-        again = QUERIES / _seconds(lambda: database.search(truth.queries, 10))
+        folder = FOLDER / str(rows)
+        found |= autofaiss(_row_files(rows), folder, bytes_, truth, found["recall_at_10"])
+        found |= hnswlib(_row_files(rows), folder, truth, found["recall_at_10"])
+        again = QUERIES / seconds(lambda: database.search(truth.queries, 10))
         found["queries_s"] = statistics.mean([found["queries_s"], again])  # before and after the others
         for other in ("flat", "autofaiss", "hnswlib"):
             if f"queries_s_{other}" in found:
@@ -147,129 +161,57 @@ def _row_files(rows: int) -> list[Path]:
     return [artifacts.fetch_shard(embeddings.uri, shard, ".npy", FOLDER / "cache") for shard in shards]
 
 
-def _autofaiss(rows: int, bytes_: int, truth: Truth, wanted: float) -> dict[str, Any]:
-    python = os.environ.get("AUTOFAISS_PYTHON")
-    if not python:
-        print("index: AUTOFAISS_PYTHON is not set, so autofaiss is left out; the benchmark's head says how to have it")
-        return {}
-    path = FOLDER / str(rows) / "autofaiss.index"
-    if not path.exists():
-        folder = _row_files(rows)[0].parent
-        script = (
-            "import sys; from autofaiss import build_index; "
-            "build_index(embeddings=sys.argv[1], index_path=sys.argv[2], "
-            "index_infos_path=sys.argv[2] + '.json', metric_type='ip', max_index_memory_usage=sys.argv[3], "
-            "current_memory_available='8G', save_on_disk=True)"
-        )
-        memory = f"{bytes_ / 2**20:.0f}MB"
-        started = time.monotonic()
-        subprocess.run([python, "-c", script, str(folder), str(path), memory], check=True, capture_output=True)
-        path.with_suffix(".seconds").write_text(str(time.monotonic() - started))
-    index = faiss.read_index(str(path))
-    infos = json.loads(Path(f"{path}.json").read_text())
-    knob = "nprobe" if faiss.try_extract_index_ivf(index) is not None else "efSearch"
-    best = (0.0, 0.0)
-    for value in (1 << power for power in range(12)):
-        faiss.ParameterSpace().set_index_parameter(index, knob, value)
-        got = _recall_of(index.search(truth.queries, 10)[1], truth)
-        if got > best[0] + 1e-3:
-            best = got, QUERIES / _seconds(lambda: index.search(truth.queries, 10))
-        if got >= min(wanted, 0.999):
-            break
-    return {
-        "autofaiss": infos.get("index_key", ""),
-        "recall_at_10_autofaiss": best[0],
-        "queries_s_autofaiss": best[1],
-        "bytes_a_row_autofaiss": path.stat().st_size / rows,
-        "build_seconds_autofaiss": float(path.with_suffix(".seconds").read_text()),
-    }
-
-
-_HNSWLIB = """
-import json, sys, time, os
-import hnswlib, numpy as np
-files, queries, truth, wanted, kept = json.loads(sys.argv[1]), np.load(sys.argv[2]), np.load(sys.argv[3]), float(sys.argv[4]), sys.argv[5]
-threads, rows = len(os.sched_getaffinity(0)), sum(len(np.load(f, mmap_mode="r")) for f in files)
-index = hnswlib.Index(space="ip", dim=queries.shape[1]); started = time.monotonic()
-if os.path.exists(kept):
-    index.load_index(kept, max_elements=rows); seconds = float(open(kept + ".seconds").read())
-else:
-    index.init_index(max_elements=rows, M=16, ef_construction=100)
-    first = 0
-    for f in files:
-        part = np.load(f).astype(np.float32); index.add_items(part, np.arange(first, first + len(part)), num_threads=threads); first += len(part)
-    seconds = time.monotonic() - started; index.save_index(kept); open(kept + ".seconds", "w").write(str(seconds))
-for ef in (10, 15, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640):
-    index.set_ef(ef); times = []
-    for _ in range(5):
-        begun = time.perf_counter(); ids, _ = index.knn_query(queries, k=10, num_threads=threads); times.append(time.perf_counter() - begun)
-    recall = float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids.tolist(), truth.tolist())]))
-    if recall >= wanted: break
-print(json.dumps({"hnswlib": f"M 16, ef {ef}", "recall_at_10_hnswlib": recall, "queries_s_hnswlib": len(queries) / sorted(times)[2], "bytes_a_row_hnswlib": os.path.getsize(kept) / rows, "build_seconds_hnswlib": seconds}))
-"""  # noqa: E501
-
-
-def _hnswlib(rows: int, truth: Truth, wanted: float) -> dict[str, Any]:
-    python = os.environ.get("HNSWLIB_PYTHON")
-    if not python:
-        print("index: HNSWLIB_PYTHON is not set, so hnswlib is left out; the benchmark's head says how to have it")
-        return {}
-    folder = FOLDER / str(rows)
-    np.save(folder / "queries.npy", truth.queries)
-    np.save(folder / "true.npy", truth.ids[:, :10])
-    files = json.dumps([str(path) for path in _row_files(rows)])
-    arguments = [files, folder / "queries.npy", folder / "true.npy", str(wanted), folder / "hnswlib.index"]
-    done = subprocess.run([python, "-c", _HNSWLIB, *map(str, arguments)], check=True, capture_output=True, text=True)
-    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return measured
-
-
-def _recall_of(ids: NDArray[np.int64], truth: Truth) -> float:
-    return float(
-        np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids.tolist(), truth.ids[:, :10].tolist(), strict=True)])
-    )
-
-
 def bench_shards() -> dict[str, Any]:
-    """Latency of one database in 16 index shards against the same rows in one."""
-    rows = int(os.environ.get("ROWS", 1_000_000))
-    parts = [np.load(path, mmap_mode="r") for path in _row_files(rows)]
-    folder = FOLDER / str(rows) / "shards"
-    template = folder / "quantizer.faiss"
-    if not template.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        factory = choose_index(rows, WIDTH)
-        wanted = training_rows(factory, rows)
-        sample = np.concatenate([part[: wanted // len(parts) + 1].astype(np.float32) for part in parts])
-        faiss.write_index(train_index(factory, WIDTH, sample), str(template))
-    whole = np.concatenate(parts)
-    sixteenths = [folder / f"{number}.npy" for number in range(16)]  # the rows of both, in the same files
-    for path, part in zip(sixteenths, np.array_split(whole, 16), strict=True):
-        np.save(path, part)
+    """Latency of one database filled in 16 shards against the same rows filled as one.
 
-    def opened(count: int) -> Database:
-        files = []
-        for number, part in enumerate(np.array_split(whole, count)):
-            one = folder / f"{count}-{number}"
-            held = sixteenths if count == 1 else [sixteenths[number]]
-            files.append(ShardFiles(index=one.with_suffix(".faiss"), embeddings=tuple(held), ordinal=number))
-            if not one.with_suffix(".faiss").exists():
-                fill_shard(template, [part], one.with_suffix(".faiss"), ordinal=number)
+    ``overhead`` is what a build leaves, the 16 merged; ``overhead_grown`` of 14 merged and two that were added since;
+    ``overhead_unmerged`` of all 16 as they were filled. Queries come one by one; ``_batch`` is of 1,000 at once.
+    """
+    rows = int(os.environ.get("ROWS", 1_000_000))
+    whole = np.concatenate([np.load(path, mmap_mode="r") for path in _row_files(rows)])
+    folder = FOLDER / str(rows) / "shards"
+    folder.mkdir(parents=True, exist_ok=True)
+    template = folder / "quantizer.faiss"
+    factory = choose_index(rows, WIDTH)
+    sample = whole[:: max(1, rows // training_rows(factory, rows))].astype(np.float32)
+    faiss.write_index(train_index(factory, WIDTH, sample), str(template))
+    sixteenths = [folder / f"{number}.npy" for number in range(16)]  # the rows of all, in the same files
+    filled = [folder / f"{number}.faiss" for number in range(16)]
+    first, parts = 0, []
+    for number, part in enumerate(np.array_split(whole, 16)):
+        np.save(sixteenths[number], part)
+        fill_shard(template, [part], filled[number], ordinal=number)
+        parts.append((filled[number], first - (number << FIRST_ID_SHIFT)))
+        first += len(part)
+    fill_shard(template, [whole], folder / "one.faiss")
+    merge_shards(parts, folder / "merged.faiss")
+    merge_shards(parts[:14], folder / "most.faiss")
+
+    def opened(*shards: tuple[Path, range]) -> Database:
+        files = [
+            ShardFiles(index=index, embeddings=tuple(sixteenths[n] for n in held), ordinal=held.start)
+            for index, held in shards
+        ]
         return Database(files, encoder=IDENTITY, quantizer=template, effort=SearchEffort(nprobe=4))
 
-    one, sixteen = opened(1), opened(16)
+    singles = [(filled[number], range(number, number + 1)) for number in range(16)]
+    one = opened((folder / "one.faiss", range(16)))
+    others = {
+        "overhead": opened((folder / "merged.faiss", range(16))),
+        "overhead_grown": opened((folder / "most.faiss", range(14)), *singles[14:]),
+        "overhead_unmerged": opened(*singles),
+    }
     queries = clustered(QUERIES, seed=10_000_019)
-    same = bool((one.search(queries, 10).ids == sixteen.search(queries, 10).ids).all())
-    single = [
-        (lambda d=database: [d.search(query[None], 10) for query in queries[:200]]) for database in (sixteen, one)
-    ]
-    batch = [(lambda d=database: d.search(queries, 10)) for database in (sixteen, one)]
-    ours, whole_s = _paired(*single)
-    ours_batch, whole_batch = _paired(*batch)
-    return {
-        "rows": rows, "shards": 16, "same_neighbours": same,
-        "overhead": ours / whole_s, "overhead_batch": ours_batch / whole_batch,
-    }  # fmt: skip
+    told: dict[str, Any] = {"rows": rows, "shards": 16, "nprobe": 4}
+    wanted = one.search(queries, 10).ids
+    told["same_neighbours"] = all(bool((other.search(queries, 10).ids == wanted).all()) for other in others.values())
+    for name, other in others.items():
+        single = [(lambda d=each: [d.search(query[None], 10) for query in queries[:200]]) for each in (other, one)]
+        batch = [(lambda d=each: d.search(queries, 10)) for each in (other, one)]
+        for suffix, pair in (("", single), ("_batch", batch)):
+            ours, reference = _paired(*pair)
+            told[name + suffix] = ours / reference
+    return told
 
 
 def bench_swap() -> dict[str, Any]:
@@ -352,17 +294,6 @@ def bench_neighbours() -> dict[str, Any]:
             times["faiss"].append(time.perf_counter() - started)
     ours, theirs = min(times["ours"]), min(times["faiss"])
     return {"rows": rows, "k": k, "nprobe": database.effort.nprobe, "ratio_faiss": theirs / ours}
-
-
-def _seconds(function: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """Median seconds after a warm-up."""
-    function()
-    times = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
 def _paired(ours: Callable[[], object], reference: Callable[[], object]) -> tuple[float, float]:

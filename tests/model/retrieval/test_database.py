@@ -49,7 +49,7 @@ def test_what_an_approximate_index_proposes_is_scored_and_ordered_by_the_stored_
 
     # 300 candidates are all there are: the index's own order must leave no trace.
     require_exact(database.search(queries, 20), queries, rows, 20)
-    proposed = database.proposer.propose(queries, 20, 4)
+    proposed, _ = database.proposer.propose(queries, 20, 4)
     assert (proposed != ranked(queries, rows)[0][:, :20]).any(), "the index alone would have been exact"
 
     few = database.search(queries, 3)
