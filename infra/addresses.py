@@ -1,5 +1,6 @@
 """Which numeric addresses belong to the public internet."""
 
+import functools
 import ipaddress
 
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
@@ -12,6 +13,7 @@ _ALSO_REFUSED = (
 )
 
 
+@functools.lru_cache(maxsize=4096)
 def is_public(address: str) -> bool:
     """Whether the whole internet can reach ``address``; IPv4 carried in IPv6 (mapped, 6to4, NAT64) is judged as IPv4.
 

@@ -40,6 +40,7 @@ _OF_PICTURES = ("not_an_image", "decode_error", "too_small", "too_many_pixels", 
 ERROR_CLASSES = frozenset({"success", *_OF_URLS, *_OF_TRANSFERS, *_OF_PICTURES, "internal_error"})
 """Every outcome of a row, besides ``http_404`` and its like."""
 
+_SPOOL_BYTES = 64 << 20  # of pictures that wait for their turn are held in memory, more on disk
 _SHARD_DIGITS = 5
 _ROW_DIGITS = 4
 _PILLOW_MOST_PIXELS = 178_956_970  # Pillow refuses more, whatever is asked for
@@ -131,7 +132,11 @@ def download_shard(shard_id: int, rows: pa.Table, folder: Path, policy: Download
 
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    with storage.scratch() as scratch, tempfile.TemporaryFile(dir=scratch) as spool, guarded(policy.limits()):
+    with (
+        storage.scratch() as scratch,
+        tempfile.SpooledTemporaryFile(_SPOOL_BYTES, mode="w+b", dir=scratch) as spool,
+        guarded(policy.limits()),
+    ):
         rows_file = scratch / "rows.arrow"
         with pa.ipc.new_file(str(rows_file), rows.schema) as sink:
             sink.write_table(rows)
@@ -183,7 +188,7 @@ def outcome_of(status: str, error_message: str | None) -> str:
 class _ShardWriter:
     """Stands in for img2dataset's sample writer: takes samples in any order, and writes them in key order.
 
-    A picture waits in ``spool``, a file, until all before it have come: a shard's worth may not fit in memory.
+    A picture waits in ``spool`` until all before it have come: a shard's worth may not fit in memory.
     """
 
     def __init__(
@@ -249,7 +254,7 @@ class _ShardWriter:
         meta = self._results[key]
         offset, size = self._pictures.pop(key)
         self._spool.seek(offset)
-        members = {"json": json.dumps(meta, indent=4, default=str).encode(), self._suffix: self._spool.read(size)}
+        members = {"json": json.dumps(meta, default=str).encode(), self._suffix: self._spool.read(size)}
         if self._save_caption:
             members["txt"] = ("" if meta["caption"] is None else str(meta["caption"])).encode()
         for suffix, data in members.items():

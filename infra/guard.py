@@ -1,7 +1,8 @@
 """A guarded ``urllib`` opener: what a list of strangers' URLs may reach, for how long, and how much it may send.
 
 Only http and https. Every address a name resolves to must be public, and the connection goes to an address that was
-checked: the name is not resolved again in between, and each redirect is checked anew. TLS still verifies the name. No
+checked: the name is not resolved again in between, and each redirect is checked anew. A thread that asks the same place
+again does so over the same connection, if the last answer was read to its end. TLS still verifies the name. No
 proxy is taken from the environment. Status line, headers and body share one wall-clock deadline, which a server that
 sends a byte now and then cannot stretch, since each receive waits at most for what is left. Only the system's name
 resolution, bounded by its own settings, cannot be interrupted; the deadline is checked right after it.
@@ -15,10 +16,9 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.message import Message
-from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, InvalidURL
 from typing import IO, Any, cast
 from urllib.error import HTTPError, URLError
@@ -158,14 +158,33 @@ class _Connector(urllib.request.AbstractHTTPHandler):
         self.limits = limits
         self._resolve = resolve
         self._tls = tls
+        self._kept = threading.local()  # one connection a thread: lists name many pictures of a host in a row
 
     def http_open(self, req: _Hop) -> HTTPResponse:
-        return self.do_open(partial(_Connection, connector=self, deadline=req.deadline, tls=None), req)
+        return self._answered(req, None)
 
     def https_open(self, req: _Hop) -> HTTPResponse:
-        return self.do_open(partial(_Connection, connector=self, deadline=req.deadline, tls=self._tls), req)
+        return self._answered(req, self._tls)
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def _answered(self, req: _Hop, tls: ssl.SSLContext | None) -> HTTPResponse:
+        """The answer over the connection that this thread has kept to the same place, or over a new one."""
+        place, kept = (req.type, req.host), self._kept_to(req.type, req.host)
+        response = None
+        if kept is not None:
+            with suppress(ConnectionError, HTTPException):  # the server has ended it meanwhile
+                response = kept.ask(req)
+        if response is None:
+            kept = _Connection(req.host, connector=self, deadline=req.deadline, tls=tls)
+            response = kept.ask(req)
+        self._kept.place, self._kept.connection = place, kept
+        return response
+
+    def _kept_to(self, *place: str) -> "_Connection | None":
+        connection: _Connection | None = vars(self._kept).pop("connection", None)
+        usable = connection is not None and connection.is_free and self._kept.place == place
+        return connection if usable else None
 
     def connected(self, host: str, port: int, deadline: _Deadline) -> socket.socket:
         problem: OSError | None = None
@@ -199,33 +218,55 @@ class _Connector(urllib.request.AbstractHTTPHandler):
 
 
 class _Connection(HTTPConnection):
-    """A connection that leaves name resolution to the connector and its clock to the deadline."""
+    """A connection that leaves name resolution to the connector and its clock to the deadline of what it asks."""
 
     def __init__(
         self, host: str, *, connector: _Connector, deadline: _Deadline, tls: ssl.SSLContext | None, **options: Any
     ) -> None:
         self.default_port = 80 if tls is None else 443
         super().__init__(host, **options)
-        self._connector, self._deadline, self._tls = connector, deadline, tls
-        response = partial(_Response, deadline=deadline, max_body_bytes=connector.limits.max_body_bytes)
-        self.response_class = cast(type[HTTPResponse], response)  # only ever called
+        self._connector, self._tls = connector, tls
+        self.deadline, self.max_body_bytes = deadline, connector.limits.max_body_bytes
+        self.is_free = False  # whether the last answer was read to its end, and another can be asked for
+
+    def __del__(self) -> None:
+        if self.is_free:
+            self.close()
+
+    def ask(self, req: _Hop) -> HTTPResponse:
+        """The answer to ``req``, its body not read yet."""
+        self.is_free, self.deadline = False, req.deadline
+        if self.sock is not None:
+            self.sock.settimeout(self.deadline.allowance_s())
+        headers = {name.title(): value for name, value in (*req.headers.items(), *req.unredirected_hdrs.items())}
+        try:
+            self.request(req.get_method(), req.selector, headers=headers)
+            response = self.getresponse()
+        except BaseException:
+            self.close()
+            raise
+        response.url, response.msg = req.full_url, response.reason  # type: ignore[assignment]
+        return response
 
     def connect(self) -> None:
-        self.sock = self._connector.connected(self.host, self.port, self._deadline)
-        self.sock.settimeout(self._deadline.allowance_s())
+        self.sock = self._connector.connected(self.host, self.port, self.deadline)
+        self.sock.settimeout(self.deadline.allowance_s())
         if self._tls is not None:
             self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
-            self.sock.settimeout(self._deadline.allowance_s())
+            self.sock.settimeout(self.deadline.allowance_s())
+
+    def response_class(self, sock: socket.socket, **options: Any) -> HTTPResponse:  # type: ignore[override]
+        return _Response(sock, connection=self, **options)
 
 
 class _Response(HTTPResponse):
     """A response whose every receive is held to the deadline and whose body is bounded, declared or not."""
 
-    def __init__(self, sock: socket.socket, *args: Any, deadline: _Deadline, max_body_bytes: int, **options: Any):
-        super().__init__(sock, *args, **options)
-        self.fp = io.BufferedReader(_TimedReader(sock, self.fp.detach(), deadline))
-        self._deadline = deadline
-        self._max_body_bytes = max_body_bytes
+    def __init__(self, sock: socket.socket, *, connection: _Connection, **options: Any):
+        super().__init__(sock, **options)
+        self._connection, self._deadline = connection, connection.deadline
+        self.fp = io.BufferedReader(_TimedReader(sock, self.fp.detach(), self._deadline))
+        self._max_body_bytes = connection.max_body_bytes
         self._taken_bytes = 0
 
     def begin(self) -> None:
@@ -240,8 +281,10 @@ class _Response(HTTPResponse):
             block = super().read(amt)
         self._taken_bytes += len(block)
         self._check(self._taken_bytes)
-        if amt and not block and self.length:
-            raise FetchError("connection_error", f"the body ended {self.length} bytes early")
+        if amt and not block:
+            if self.length:
+                raise FetchError("connection_error", f"the body ended {self.length} bytes early")
+            self._connection.is_free = True
         return block
 
     def _check(self, body_bytes: int) -> None:

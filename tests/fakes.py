@@ -21,6 +21,7 @@ class Reply:
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
     raw: bool = False  # body is the whole answer, status line and headers included
+    hangs_up: bool = False  # afterwards, without having said so
 
     @classmethod
     def redirect(cls, target: str, status: int = 302) -> "Reply":
@@ -30,11 +31,18 @@ class Reply:
 class LoopbackServer:
     """A threaded HTTP server with scripted replies: one per path, or several that are given in turn.
 
-    ``requests`` lists the paths asked for and ``hosts`` the Host headers that came with them.
+    ``requests`` lists the paths asked for and ``hosts`` the Host headers that came with them. With ``keeps_alive`` a
+    connection may ask again.
     """
 
-    def __init__(self, replies: Mapping[str, Reply | Sequence[Reply]], tls: ssl.SSLContext | None = None) -> None:
-        self.replies = dict(replies)
+    def __init__(
+        self,
+        replies: Mapping[str, Reply | Sequence[Reply]],
+        tls: ssl.SSLContext | None = None,
+        *,
+        keeps_alive: bool = False,
+    ) -> None:
+        self.replies, self.keeps_alive = dict(replies), keeps_alive
         self.requests: list[str] = []
         self.hosts: list[str | None] = []
         self._asked: Counter[str] = Counter()
@@ -88,6 +96,10 @@ class _Server(socketserver.ThreadingTCPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
+    def setup(self) -> None:
+        super().setup()
+        self.protocol_version = "HTTP/1.1" if self.server.owner.keeps_alive else "HTTP/1.0"
+
     def do_GET(self) -> None:
         reply = self.server.owner.answer(self.path, self.headers.get("Host"))
         pieces = [reply.body] if isinstance(reply.body, bytes) else reply.body()
@@ -101,6 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
         for piece in pieces:
             self.wfile.write(piece)
+        self.close_connection = self.close_connection or reply.hangs_up
 
     def log_message(self, *_: Any) -> None:
         """Quiet."""

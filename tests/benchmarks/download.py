@@ -60,6 +60,8 @@ def bench_download() -> dict[str, Any]:
         files = [f"{name}?{copy}" for copy in range(COPIES) for name in names]
         urls = folder / "urls.parquet"
         pq.write_table(pa.table({"url": [f"http://{host}/{file}" for file in files]}), urls)
+        # Else Ray runs its workers at a lower priority than nginx and the pool of img2dataset have.
+        os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
         stack.enter_context(compute.cluster(cores=PROCESSES))
         runs: dict[str, list[tuple[float, float]]] = {"ours": [], "img2dataset": []}
         load = os.getloadavg()[0]

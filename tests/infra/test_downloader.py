@@ -256,7 +256,7 @@ def test_a_full_disk_fails_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyP
         def write(self, _: Any) -> int:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("infra.downloader.tempfile.TemporaryFile", lambda **_: Full())
+    monkeypatch.setattr("infra.downloader.tempfile.SpooledTemporaryFile", lambda *_, **__: Full())
     with (
         LoopbackServer({"/": Reply(body=picture(1))}) as server,
         pytest.raises(StageError, match=r"no space left .* run again"),
