@@ -134,7 +134,7 @@ def download_shard(shard_id: int, rows: pa.Table, folder: Path, policy: Download
     folder.mkdir(parents=True, exist_ok=True)
     with (
         storage.scratch() as scratch,
-        tempfile.SpooledTemporaryFile(_SPOOL_BYTES, mode="w+b", dir=scratch) as spool,
+        tempfile.SpooledTemporaryFile(_SPOOL_BYTES, mode="w+b", dir=str(scratch)) as spool,
         guarded(policy.limits()),
     ):
         rows_file = scratch / "rows.arrow"
