@@ -10,21 +10,18 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 from tqdm.auto import tqdm
 
-from infra import stopping, storage
+from infra.crew import SHARD_TRIES, Crew
 from infra.errors import StageError, TransientError
 from infra.progress import drawn
 
 Item = TypeVar("Item", contravariant=True)
 Result = TypeVar("Result", covariant=True)
-
-SHARD_TRIES = 3
-"""How often a shard is tried when its worker dies under it; errors that a worker raises are not tried again here."""
 
 
 class Worker(Protocol[Item, Result]):
@@ -56,17 +53,17 @@ def cluster(address: str | None = None, cores: int | None = None) -> Iterator[No
 
 def cpus() -> int:
     """Cores of the cluster."""
-    _start()
+    start()
     return int(ray.cluster_resources().get("CPU", 1))
 
 
 def gpus() -> float:
     """GPUs of the cluster."""
-    _start()
+    start()
     return float(ray.cluster_resources().get("GPU", 0))
 
 
-def _fitting(wanted: float) -> float:
+def fitting(wanted: float) -> float:
     """``wanted`` cores, or all that the largest machine has: more would wait for ever."""
     return min(wanted, max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=wanted))
 
@@ -80,14 +77,6 @@ def _room(cpus_each: float, gpus_each: float) -> int:
     return max(1, min(rooms, default=1))
 
 
-class Lost(Generic[Item]):
-    """A shard that could not be processed, and why."""
-
-    def __init__(self, item: Item, error: BaseException) -> None:
-        """Keep the item and the error that ended it."""
-        self.item, self.error = item, error
-
-
 def map_shards(
     factory: Callable[..., Worker[Any, Any]],
     settings: tuple[Any, ...],
@@ -99,48 +88,27 @@ def map_shards(
     concurrency: int = 1,
     description: str,
 ) -> Iterator[Any]:
-    """Results in order of completion; a :class:`Lost` stands for a shard that failed.
+    """Results in order of completion; a :class:`infra.crew.Lost` stands for a shard that failed.
 
-    Each actor builds ``factory(*settings)`` once and holds at most two shards, so a dead one costs little. Ray starts
-    another in its place and hands it the same shards again. With a ``concurrency`` of 2, two threads of the actor call
-    what was built, each with a shard.
+    Each actor builds ``factory(*settings)`` once and holds two shards at most, so a dead one costs little: its shards
+    go to the others and to a new one, which is given some once it runs, for where its machine died there may be no
+    room.
+    With a ``concurrency`` of 2, two threads of the actor call what was built, each with a shard.
     """
     queue = list(items)
     if not queue:
         return
-    _start()
-    cpus_per_actor = _fitting(cpus_per_actor)
+    start()
+    cpus_per_actor = fitting(cpus_per_actor)
+    kind = _ACTOR.options(num_cpus=cpus_per_actor, num_gpus=gpus_per_actor, max_concurrency=concurrency)
     size = min(actors, len(queue), _room(cpus_per_actor, gpus_per_actor))
-    options = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor, "max_restarts": -1}
-    options["max_concurrency"] = concurrency
-    pool = [_ACTOR.options(**options, max_task_retries=SHARD_TRIES).remote(factory, settings) for _ in range(size)]
-    pending: dict[Any, tuple[Any, Any]] = {}
-    waiting = iter(queue)
-
-    def feed(actor: Any) -> None:
-        item = next(waiting, _END)
-        if item is not _END:
-            pending[actor.run.remote(item)] = (actor, item)
-
-    for actor in pool * 2:
-        feed(actor)
-    try:
-        with tqdm(total=len(queue), desc=description, unit="shard", leave=False) as progress:
-            while pending:
-                (done,), _ = ray.wait(list(pending), num_returns=1)
-                actor, item = pending.pop(done)
-                try:
-                    result = ray.get(done)
-                except RayTaskError as error:
-                    result = Lost(item, error.cause or error)
-                except (RayActorError, WorkerCrashedError) as error:
-                    result = Lost(item, error)
-                feed(actor)
-                progress.update()
-                yield result
-    finally:
-        for actor in pool:
-            ray.kill(actor)
+    with (
+        tqdm(total=len(queue), desc=description, unit="shard", leave=False) as progress,
+        contextlib.closing(Crew(lambda: kind.remote(factory, settings), queue, size)) as crew,
+    ):
+        for result in crew.results():
+            progress.update()
+            yield result
 
 
 class Placed:
@@ -166,7 +134,7 @@ def placed(
     factory: Callable[..., Worker[Any, Any]], settings: Sequence[tuple[Any, ...]], *, cpus_each: float = 1
 ) -> Iterator[Placed]:
     """A worker ``factory(*one)`` for each of ``settings``, spread over the machines of the cluster, until the end."""
-    _start()
+    start()
     options = {"num_cpus": cpus_each, "max_restarts": -1, "scheduling_strategy": "SPREAD"}
     actors = [_ACTOR.options(**options, max_task_retries=SHARD_TRIES).remote(factory, one) for one in settings]
     try:
@@ -180,8 +148,8 @@ def run(
     function: Callable[..., Any], *arguments: Any, cpus: float = 1, gpus: float = 0, watch: str | None = None
 ) -> Any:
     """``function(*arguments)`` on a worker; what it reports with :class:`Progress` to ``watch`` is drawn here."""
-    _start()
-    remote = ray.remote(_call).options(num_cpus=_fitting(cpus), num_gpus=gpus, max_retries=SHARD_TRIES)
+    start()
+    remote = ray.remote(_call).options(num_cpus=fitting(cpus), num_gpus=gpus, max_retries=SHARD_TRIES)
     try:
         with drawn(watch, function.__name__) if watch else contextlib.nullcontext():
             return ray.get(remote.remote(function, arguments))
@@ -189,60 +157,6 @@ def run(
         raise (error.cause or error) from None
 
 
-def train(
-    loop: Callable[[dict[str, Any]], None],
-    config: dict[str, Any],
-    *,
-    workers: int,
-    cpus_per_worker: int,
-    use_gpu: bool,
-    folder_uri: str,
-) -> None:
-    """Run ``loop(config)`` on ``workers`` Ray Train workers with a process group between them.
-
-    A worker that dies is started again and finds the loop's own checkpoints; Ray's state below ``folder_uri`` is gone
-    afterwards. What the loop reports with :class:`Progress` is drawn here. Raises ``StageError`` with the cause.
-    """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
-
-    _start()
-    state = storage.join(folder_uri, "ray")
-    storage.remove(state)
-    trainer = TorchTrainer(
-        loop,
-        train_loop_config=config,
-        torch_config=stopping.listening_torch_config(),
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": _fitting(cpus_per_worker), "GPU": int(use_gpu)},
-        ),
-        run_config=RunConfig(name="train", storage_path=state, failure_config=FailureConfig(max_failures=2)),
-    )
-    try:
-        with drawn(folder_uri, "train"):
-            trainer.fit()
-    except TrainingFailedError as error:
-        causes = getattr(error, "worker_failures", None) or {}
-        cause = next(iter(causes.values()), error)
-        raise StageError(
-            f"training stopped: {cause}; the last checkpoint is kept, run again to go on from it"
-        ) from error
-    finally:
-        storage.remove(state)
-
-
-def worker_rank() -> tuple[int, int]:
-    """(rank, world size) of the calling Ray Train worker."""
-    from ray.train import get_context
-
-    context = get_context()
-    return context.get_world_rank(), context.get_world_size()
-
-
-_END = object()
 _CHECKOUT = Path(__file__).parent.parent
 _IS_CHECKOUT = (_CHECKOUT / "pyproject.toml").exists()
 _address: str | None = None
@@ -258,6 +172,9 @@ class _Actor:
         self._worker: Worker[Any, Any] | None = None
         self._building = threading.Lock()
 
+    def ready(self) -> None:
+        """Answered once there is a process."""
+
     def run(self, item: Any) -> Any:
         with self._building:
             self._worker = self._worker or self._factory(*self._settings)
@@ -271,7 +188,7 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     return function(*arguments)
 
 
-def _start() -> None:
+def start() -> None:
     """Start or join Ray, once. Raises ``StageError`` outside of :func:`cluster`, or when nothing answers."""
     if ray.is_initialized():
         return

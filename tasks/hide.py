@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import artifacts, compute, storage
+from infra.crew import Lost
 from infra.errors import StageError
 from model.retrieval.database import SearchEffort
 from model.retrieval.duplicates import find_pairs, later_ones
@@ -90,7 +91,7 @@ def _search_pairs(settings: tuple[Any, ...], items: list[tuple[artifacts.Shard, 
         return list(compute.run(_search_few, settings, items, cpus=compute.cpus())) if items else []
     found = list(compute.map_shards(_Pairs, settings, items, actors=compute.cpus(), description="near-duplicates"))
     for lost in found:
-        if isinstance(lost, compute.Lost):
+        if isinstance(lost, Lost):
             raise StageError(f"near-duplicates could not be looked for ({lost.error}); run again") from lost.error
     return found
 

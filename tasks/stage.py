@@ -10,6 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from infra import artifacts, compute, logs, storage
+from infra.crew import Lost
 from infra.errors import KNNDiffusionError, StageError, TransientError
 from infra.settings import Settings
 from model.errors import ModelError
@@ -94,7 +95,7 @@ def map_stage(
     in_a_row = 0
     with contextlib.closing(results):  # what is in hand elsewhere ends with it
         for result in results:
-            if not isinstance(result, compute.Lost):
+            if not isinstance(result, Lost):
                 done[result.name], in_a_row = result, 0
                 continue
             name = result.item[0]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from infra import artifacts, compute, stopping, storage, tracking
+from infra import artifacts, ray_train, stopping, storage, tracking
 from infra.progress import Progress
 from model.encoder_identity import EncoderIdentity
 from model.networks.vq_transformer import VQTransformerConfig
@@ -54,7 +54,7 @@ def train_generator(
         require_same_encoder(embeddings=embeddings, database=database, neighbours=inputs.neighbours.manifest())
         set_up(config, encoder_of(embeddings))  # what does not fit is told here, before workers start
         if PIPELINE not in stage.done():
-            compute.train(
+            ray_train.train(
                 _loop,
                 {"inputs": inputs, "folder_uri": stage.uri, "config": config, "cache": cache, "run": run},
                 workers=config.workers,
@@ -179,7 +179,7 @@ def _loop(arguments: dict[str, Any]) -> None:
     config: TrainConfig = arguments["config"]
     cache: Path = arguments["cache"]
     folder_uri: str = arguments["folder_uri"]
-    rank, world = compute.worker_rank()
+    rank, world = ray_train.worker_rank()
     if not config.use_gpu:
         torch.set_num_threads(config.cpus_per_worker)
     setup = set_up(config, encoder_of(inputs.embeddings.manifest()))

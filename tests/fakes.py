@@ -137,7 +137,7 @@ class WithoutRay:
             patch.setattr(compute, name, getattr(self, name))
 
     def map_shards(self, factory: Any, settings: Any, items: Any, *, description: str, **_: Any) -> Iterator[Any]:
-        from infra.compute import Lost
+        from infra.crew import Lost
 
         queue = list(items)
         worker = factory(*settings) if queue else None

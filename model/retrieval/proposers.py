@@ -93,7 +93,7 @@ class StackedCells:
         """Ids (Q, count), and scores where codes are the rows."""
         self._ivf.nprobe = nprobe
         if isinstance(self._graph, faiss.IndexHNSW):
-            self._graph.hnsw.efSearch = max(32, 2 * nprobe)
+            self._graph.hnsw.efSearch = max(64, 2 * nprobe)
         scores, ids = self._index.search(queries, count)
         found = np.where(ids < 0, -1, self._first[ids >> FIRST_ID_SHIFT] + (ids & _POSITION))
         return found, scores if self.exact else None

@@ -3,7 +3,6 @@
 import contextvars
 import dataclasses
 import hashlib
-import json
 import os
 import re
 import signal
@@ -13,22 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from fakes import LoopbackServer, Reply, WithoutRay
-from small_domain import COLOURS, SHAPES, drawn, encoded, write_urls
+from living import BODY, FIRST, NAMES, Living
 
 from infra import compute
 from infra.errors import InputError, IntegrityError, NotFoundError, StageError
 from infra.lease import lease
 from infra.registry import Registry
 from infra.settings import Settings
-from tasks.contracts import DatabaseVersion
 from tasks.databases import embeddings_of, open_database
-
-NAMES = [f"/{c}-{s}.png" for c in COLOURS for s in SHAPES]
-BODY = {path: encoded(drawn(*path[1:-4].split("-"))) for path in NAMES}
-FIRST = 12
 
 
 @pytest.fixture
@@ -36,71 +29,6 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> WithoutRay:
     fake = WithoutRay()
     fake.install(monkeypatch)
     return fake
-
-
-class Living:
-    """A domain of drawn pictures, its server, and shorthands for what is done with it."""
-
-    def __init__(self, server: LoopbackServer, folder: Path) -> None:
-        self.server, self.folder = server, folder
-        self.root = folder / "data"
-        self.settings = Settings(root=str(self.root))
-
-    def listed(self, *rows: Any, name: str = "urls.jsonl") -> str:
-        """A list of paths of the server, or of entries as they are."""
-        path = self.folder / name
-        if rows and isinstance(rows[0], str):
-            return str(write_urls(path, [self.server.url(row) for row in rows]))
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return str(path)
-
-    def build(self, names: list[str], domain: str = "shapes") -> Any:
-        from flows.new_domain import NewDomainConfig, new_domain
-        from infra.downloader import DownloadPolicy
-        from tasks.download import DownloadConfig
-        from tasks.embed import EmbedConfig
-        from tasks.index import IndexConfig
-
-        policy = DownloadPolicy(allow_hosts=(self.server.host,), threads=4, retries=0)
-        return new_domain(
-            NewDomainConfig(
-                domain=domain,
-                urls=self.listed(*names, name=f"{domain}.jsonl"),
-                root=str(self.root),
-                download=DownloadConfig(shard_rows=4, policy=policy, workers=1),
-                embed=EmbedConfig(workers=1, batch_size=4),
-                index=IndexConfig(recall_queries=4),
-            )
-        )
-
-    def rebuild(self, **options: Any) -> Any:
-        from flows.rebuild_index import RebuildIndexConfig, rebuild_index
-
-        self.server.requests.clear()
-        return rebuild_index(RebuildIndexConfig(domain="shapes", root=str(self.root), **options))
-
-    def collect(self, **options: Any) -> Any:
-        from flows.collect_garbage import CollectGarbageConfig, collect_garbage
-
-        options = {"domain": "shapes", "grace_s": 0, "keep_versions": 1, **options}
-        return collect_garbage(CollectGarbageConfig(root=str(self.root), **options))
-
-    def versions(self) -> list[dict[str, Any]]:
-        return Registry(self.settings).versions("database")
-
-    def found(self, database: DatabaseVersion) -> set[str]:
-        """The paths of all rows that a search for everything returns."""
-        opened = open_database(database, self.folder / "cache")
-        rows = opened.rows(np.arange(len(opened))).astype(np.float32)
-        hits = opened.search(rows / np.linalg.norm(rows, axis=1, keepdims=True), len(opened))
-        ids = np.unique(hits.ids[hits.ids >= 0]).tolist()
-        return {"/" + row["url"].rsplit("/", 1)[-1] for row in opened.describe(ids)}
-
-    def files(self) -> dict[str, bytes]:
-        """Every file below the domain, the lease's apart."""
-        base = self.root / "shapes"
-        found = {str(path.relative_to(base)): path for path in base.rglob("*") if path.is_file()}
-        return {name: path.read_bytes() for name, path in found.items() if not name.startswith("lease/")}
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ with stopping.listening():
 TRAINING = """
 import os, sys, time
 from pathlib import Path
-from infra import compute, stopping
+from infra import compute, ray_train, stopping
 
 folder = Path(sys.argv[1])
 
@@ -46,7 +46,7 @@ def loop(config):
     (folder / "finished").touch()
 
 with compute.cluster(cores=1):
-    compute.train(loop, {}, workers=1, cpus_per_worker=1, use_gpu=False, folder_uri=str(folder / "stage"))
+    ray_train.train(loop, {}, workers=1, cpus_per_worker=1, use_gpu=False, folder_uri=str(folder / "stage"))
 """
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from small_training import COUNT, POOL, small_kl
 
-from infra import compute, stopping
+from infra import ray_train, stopping
 from infra.errors import EncoderMismatchError, InputError
 from model.diffusion.conditioning import ConditioningConfig
 from model.diffusion.discrete import MaskAndReplace
@@ -56,8 +56,8 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(loop: Callable[[dict[str, Any]], None], config: dict[str, Any], **_: Any) -> None:
         loop(config)
 
-    monkeypatch.setattr(compute, "train", run)
-    monkeypatch.setattr(compute, "worker_rank", lambda: (0, 1))
+    monkeypatch.setattr(ray_train, "train", run)
+    monkeypatch.setattr(ray_train, "worker_rank", lambda: (0, 1))
 
 
 class Run:

@@ -1,0 +1,116 @@
+"""A crew of Ray actors that share a queue of shards, and what becomes of the shards when one dies."""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
+
+from infra.errors import StageError
+
+SHARD_TRIES = 3
+"""How often a shard is tried when its worker dies under it; errors that a worker raises are not tried again here."""
+_HELD = 2  # shards of an actor: one in hand, one that waits for it
+
+
+class Lost:
+    """A shard that could not be processed, and why."""
+
+    def __init__(self, item: Any, error: BaseException) -> None:
+        """Keep the item and the error that ended it."""
+        self.item, self.error = item, error
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Seat:
+    """An actor, whether it runs yet, and how many shards it holds."""
+
+    actor: Any
+    runs: bool = False
+    held: int = 0
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Shard:
+    """A shard, and how many actors have died under it."""
+
+    item: Any
+    deaths: int = 0
+
+
+class Crew:
+    """Actors with methods ``ready()`` and ``run(item)``.
+
+    The shards of one that dies go to the others, and to a new one in its place. An actor is given shards once it runs:
+    where a machine died there may be no room for another.
+    """
+
+    def __init__(self, start: Callable[[], Any], items: Iterable[Any], size: int) -> None:
+        """Have ``size`` actors, each made by ``start()``, run ``items``."""
+        self._start, self._size = start, size
+        self._waiting = deque(_Shard(item) for item in items)
+        self._seats: list[_Seat] = []
+        self._pending: dict[Any, tuple[_Seat, _Shard | None]] = {}
+        self._failed_starts = 0
+        for _ in range(size):
+            self._take_seat()
+
+    def results(self) -> Iterator[Any]:
+        """What ``run`` returned, in order of completion; a :class:`Lost` for a shard that failed.
+
+        Raises ``StageError`` when actors die before they run.
+        """
+        while self._waiting or any(shard for _, shard in self._pending.values()):
+            (done,), _ = ray.wait(list(self._pending), num_returns=1)
+            seat, shard = self._pending.pop(done)
+            try:
+                result = ray.get(done)
+            except RayTaskError as error:
+                result = Lost(shard.item if shard else None, error.cause or error)
+            except (RayActorError, WorkerCrashedError) as error:
+                self._replace(seat)
+                if shard is None:
+                    self._failed_starts += 1
+                    if self._failed_starts > SHARD_TRIES * self._size:
+                        raise StageError(f"no worker could be started ({error}); see Ray's logs") from error
+                    continue
+                shard.deaths += 1
+                if shard.deaths < SHARD_TRIES:
+                    self._waiting.appendleft(shard)
+                    self._feed()
+                    continue
+                result = Lost(shard.item, error)
+            if shard is None:
+                seat.runs = True
+                self._feed()
+                continue
+            seat.held -= 1
+            self._feed()
+            yield result
+
+    def close(self) -> None:
+        """End the actors, whatever they have in hand."""
+        for seat in self._seats:
+            ray.kill(seat.actor)
+
+    def _take_seat(self) -> None:
+        seat = _Seat(self._start())
+        self._seats.append(seat)
+        self._pending[seat.actor.ready.remote()] = (seat, None)
+
+    def _replace(self, seat: _Seat) -> None:
+        if seat in self._seats:  # not yet for another of its shards
+            self._seats.remove(seat)
+            ray.kill(seat.actor)
+            self._take_seat()
+
+    def _feed(self) -> None:
+        """Give every running actor one shard before any has two."""
+        for held in range(_HELD):
+            for seat in self._seats:
+                if self._waiting and seat.runs and seat.held <= held:
+                    shard = self._waiting.popleft()
+                    self._pending[seat.actor.run.remote(shard.item)] = (seat, shard)
+                    seat.held += 1

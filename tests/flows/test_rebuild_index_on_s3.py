@@ -1,0 +1,59 @@
+"""A living database in an object store: it grows, forgets, is compacted, and its garbage is collected."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fakes import LoopbackServer, Reply, WithoutRay
+from living import BODY, FIRST, NAMES, Living
+from stores import Bucket
+
+from infra.errors import StageError
+from infra.lease import lease
+
+
+@pytest.fixture
+def living(prefect_server: None, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Living]:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("KNN_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    WithoutRay().install(monkeypatch)
+    with LoopbackServer({path: Reply(body=body) for path, body in BODY.items()}) as server:
+        yield Living(server, tmp_path, f"{bucket.uri}/line")
+
+
+def test_a_database_lives_on_in_an_object_store(living: Living, bucket: Bucket) -> None:
+    living.build(NAMES[:FIRST])
+    down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")
+
+    grown = living.rebuild(urls=living.listed(*NAMES[: FIRST + 3]), takedown=down, compact_above=0.5)
+
+    assert sorted(living.server.requests) == sorted(NAMES[FIRST : FIRST + 3])
+    left = set(NAMES[: FIRST + 3]) - {NAMES[1]}
+    assert living.found(grown.after.database) == left
+    folders = [shard.folder for shard in grown.after.embeddings.manifest().shards]
+    assert folders == [grown.before.embeddings.uri] * 3 + [None]
+    assert living.rebuild(urls=living.listed(*NAMES[: FIRST + 3]), takedown=down, compact_above=0.5).unchanged
+
+    compacted = living.rebuild(compact=True)
+    assert compacted.after.database.rows == len(left)
+
+    def holding_it() -> list[str]:
+        keys = bucket.keys()
+        return [key for key in keys if BODY[NAMES[1]] in bucket.read(key)]
+
+    assert holding_it(), "versions before still have it"
+    (listed,) = living.collect()
+    assert listed.files and holding_it(), "a dry run deletes nothing"
+    (removed,) = living.collect(dry_run=False)
+    assert removed.files == listed.files
+    assert not holding_it()
+    shutil.rmtree(living.folder / "cache")  # from the store alone
+    assert living.found(compacted.after.database) == left
+
+
+def test_a_second_rebuild_in_an_object_store_is_refused_while_the_first_runs(living: Living) -> None:
+    living.build(NAMES[:4])
+    with lease(f"{living.root}/shapes", holder="another"), pytest.raises(StageError, match="another"):
+        living.rebuild(urls=living.listed(*NAMES[:5]))
+    assert living.rebuild(urls=living.listed(*NAMES[:5])).after.database.rows == 5
