@@ -12,12 +12,12 @@ from infra.errors import NotFoundError
 from infra.lease import lease
 from infra.registry import Registry
 from infra.settings import Settings
-from tasks.combine import takedown_of
 from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Outcome, Takedown
 from tasks.download import DownloadConfig, download
 from tasks.embed import EmbedConfig, embed
 from tasks.evaluate import EvaluateConfig
 from tasks.index import IndexConfig, index
+from tasks.lineage import takedown_of
 from tasks.register import Named, register_database_task
 from tasks.stage import base_of, require_domain, settings_of
 from tasks.training_setup import TrainConfig

@@ -12,13 +12,12 @@ from infra import compute, logs
 from infra.lease import lease
 from infra.registry import Registry
 from infra.settings import Settings
-from tasks.combine import images_of, takedown_of
 from tasks.compact import compact_task
 from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Made, Outcome, Takedown, config_from
-from tasks.databases import embeddings_of
 from tasks.download import DownloadConfig, download
 from tasks.embed import EmbedConfig, embed
 from tasks.index import IndexConfig, index
+from tasks.lineage import embeddings_of, images_of, takedown_of
 from tasks.register import Named, register_database_task
 from tasks.stage import base_of, require_domain, settings_of
 from tasks.takedown import rows_named, takedown_task

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from infra import artifacts, shards
 from infra.errors import EncoderMismatchError, InputError
 from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Outcome, Takedown, encoder_of
-from tasks.databases import embeddings_of
+from tasks.lineage import embeddings_of, images_of, takedown_of
 from tasks.rewrite import KeepRows, counted
 from tasks.seen import Hashes, Seen, hash_digests, hash_texts, write_seen
 from tasks.stage import map_stage, skip_or_make, stage_task
@@ -37,21 +37,6 @@ class Combined:
 
     embeddings: Outcome[EmbeddingShards]
     takedown: Takedown | None
-
-
-def images_of(embeddings: EmbeddingShards) -> ImageShards:
-    """The image shards that were embedded. Raises ``InputError`` when they are no longer the same."""
-    source = embeddings.manifest().inputs["images"]
-    images = ImageShards.open(source["uri"])
-    if images.digest != source["digest"]:
-        raise InputError(f"{images.uri} is not what {embeddings.uri} was made from; embed it again")
-    return images
-
-
-def takedown_of(database: DatabaseVersion) -> Takedown | None:
-    """What a version hides on somebody's word, if anything."""
-    source = database.manifest().inputs.get("takedown")
-    return Takedown.open(source["uri"]) if source else None
 
 
 def merge(databases: Mapping[str, DatabaseVersion], base: str, *, cache: Path) -> Combined:

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import artifacts, shards, storage
-from infra.errors import InputError, IntegrityError
+from infra.errors import IntegrityError
 from model.retrieval.database import Database, SearchEffort, ShardFiles
 from tasks.contracts import DatabaseVersion, EmbeddingShards, encoder_of
+from tasks.lineage import embeddings_of
 
 QUANTIZER = "quantizer"
 """The pseudo-shard that keeps the trained, empty index: the template of every other."""
@@ -57,15 +58,6 @@ def open_part(
         hidden=hidden[(hidden >= 0) & (hidden < sum(shard.rows for shard in part))],
     )
     return database, first
-
-
-def embeddings_of(version: DatabaseVersion) -> EmbeddingShards:
-    """The embeddings that a version indexes. Raises ``InputError`` when they are no longer the same."""
-    source = version.manifest().inputs["embeddings"]
-    embeddings = EmbeddingShards.open(source["uri"])
-    if embeddings.digest != source["digest"]:
-        raise InputError(f"{embeddings.uri} is not what {version.uri} was built from; rebuild the database")
-    return embeddings
 
 
 def open_shards(

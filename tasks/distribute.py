@@ -18,7 +18,8 @@ from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
 from model.retrieval.database import Hits
 from tasks.contracts import DatabaseVersion, encoder_of
-from tasks.databases import Metadata, embeddings_of, index_shards, open_part
+from tasks.databases import Metadata, index_shards, open_part
+from tasks.lineage import embeddings_of
 
 
 @contextmanager

@@ -18,9 +18,10 @@ from infra import artifacts, compute
 from infra.errors import StageError
 from model.retrieval.factory import MEMORY_BYTES, choose_index
 from tasks.contracts import DatabaseVersion, EmbeddingShards, Outcome, Takedown, config_of, encoder_of
-from tasks.databases import QUANTIZER, embeddings_of
+from tasks.databases import QUANTIZER
 from tasks.fill import fill_shards
 from tasks.hide import Grown, hide_rows
+from tasks.lineage import embeddings_of
 from tasks.quantize import kept_quantizer, train_quantizer
 from tasks.stage import skip_or_make, stage_task
 from tasks.tune import tune_database

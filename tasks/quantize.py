@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from infra import artifacts, logs, storage
 from model.retrieval.factory import FLAT_ROWS, quantization_error, stackable, train_index, training_rows
 from tasks.contracts import DatabaseVersion, EmbeddingShards, encoder_of
-from tasks.databases import QUANTIZER, embeddings_of
+from tasks.databases import QUANTIZER
+from tasks.lineage import embeddings_of
 
 OUTGROWN = 4
 """A quantizer is trained anew when the database has so many times the rows that it had then."""

@@ -21,7 +21,8 @@ from infra.errors import InputError, IntegrityError, NotFoundError, StageError
 from infra.lease import lease
 from infra.registry import Registry
 from infra.settings import Settings
-from tasks.databases import embeddings_of, open_database
+from tasks.databases import open_database
+from tasks.lineage import embeddings_of
 
 
 @pytest.fixture

@@ -81,8 +81,8 @@ def test_a_union_hides_what_either_has_taken_down_and_goes_on_after_its_shards(t
     assert entries_of(union.takedown, tmp_path).url == {PICTURES[4][0]}
     both = indexed(union, tmp_path / "c")
     assert all(PICTURES[4][0] not in urls for urls in found(both, tmp_path, k=6))
-    from tasks.combine import images_of
     from tasks.contracts import config_from
+    from tasks.lineage import images_of
 
     images = images_of(union.embeddings.reference)
     assert Seen.of(images, tmp_path).asked([url for url, _ in PICTURES[:7]], failed_too=True).tolist() == [True] * 6 + [
