@@ -208,6 +208,8 @@ def read_manifest(folder_uri: str) -> Manifest:
     uri = storage.join(folder_uri, MANIFEST)
     try:
         return _manifest_of(uri, storage.modified(uri))
+    except NotImplementedError:  # a store that does not tell, plain http say
+        return Manifest.from_json(storage.read_bytes(uri), uri)
     except NotFoundError:
         if storage.exists(uri):  # raises what else is wrong: the bucket, the credentials
             raise

@@ -2,19 +2,21 @@
 
 Only http and https. Every address a name resolves to must be public, and the connection goes to an address that was
 checked: the name is not resolved again in between, and each redirect is checked anew. A thread that asks the same place
-again does so over the same connection, if the last answer was read to its end. TLS still verifies the name. No
-proxy is taken from the environment. Status line, headers and body share one wall-clock deadline, which a server that
-sends a byte now and then cannot stretch, since each receive waits at most for what is left. Only the system's name
-resolution, bounded by its own settings, cannot be interrupted; the deadline is checked right after it.
+again does so over the same connection, if the last answer was read to its end and nothing came after it. TLS still
+verifies the name. No proxy is taken from the environment. Status line, headers and body share one wall-clock deadline,
+which a server that sends a byte now and then cannot stretch, since each receive waits at most for what is left. Only
+the system's name resolution, bounded by its own settings, cannot be interrupted; the deadline is checked right after.
 """
 
 import io
+import select
 import socket
 import ssl
 import string
 import threading
 import time
 import urllib.request
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ Resolve = Callable[..., list[tuple[Any, ...]]]
 """Called and answering as ``socket.getaddrinfo(host, port, type=…)``."""
 
 _BLOCK_BYTES = 1 << 16
+_KEPT_S = 10.0  # idle for longer, a router on the way may have forgotten it
 _INSTALLED = threading.RLock()
 
 
@@ -173,7 +176,7 @@ class _Connector(urllib.request.AbstractHTTPHandler):
         place, kept = (req.type, req.host), self._kept_to(req.type, req.host)
         response = None
         if kept is not None:
-            with suppress(ConnectionError, HTTPException):  # the server has ended it meanwhile
+            with suppress(ConnectionError, HTTPException, ssl.SSLError):  # the server has ended it meanwhile
                 response = kept.ask(req)
         if response is None:
             kept = _Connection(req.host, connector=self, deadline=req.deadline, tls=tls)
@@ -183,7 +186,7 @@ class _Connector(urllib.request.AbstractHTTPHandler):
 
     def _kept_to(self, *place: str) -> "_Connection | None":
         connection: _Connection | None = vars(self._kept).pop("connection", None)
-        usable = connection is not None and connection.is_free and self._kept.place == place
+        usable = connection is not None and self._kept.place == place and connection.is_silent()
         return connection if usable else None
 
     def connected(self, host: str, port: int, deadline: _Deadline) -> socket.socket:
@@ -227,15 +230,23 @@ class _Connection(HTTPConnection):
         super().__init__(host, **options)
         self._connector, self._tls = connector, tls
         self.deadline, self.max_body_bytes = deadline, connector.limits.max_body_bytes
-        self.is_free = False  # whether the last answer was read to its end, and another can be asked for
+        self.free_since: float | None = None  # when the last answer was read to its end, and another can be asked for
 
     def __del__(self) -> None:
-        if self.is_free:
+        if self.free_since is not None:
             self.close()
+
+    def is_silent(self) -> bool:
+        """Whether the next answer can only be that to the next question: nothing has come since the last one ended."""
+        if self.free_since is None or self.sock is None or time.monotonic() - self.free_since > _KEPT_S:
+            return False
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return not poll.poll(0)
 
     def ask(self, req: _Hop) -> HTTPResponse:
         """The answer to ``req``, its body not read yet."""
-        self.is_free, self.deadline = False, req.deadline
+        self.free_since, self.deadline = None, req.deadline
         if self.sock is not None:
             self.sock.settimeout(self.deadline.allowance_s())
         headers = {name.title(): value for name, value in (*req.headers.items(), *req.unredirected_hdrs.items())}
@@ -264,7 +275,7 @@ class _Response(HTTPResponse):
 
     def __init__(self, sock: socket.socket, *, connection: _Connection, **options: Any):
         super().__init__(sock, **options)
-        self._connection, self._deadline = connection, connection.deadline
+        self._connection, self._deadline = weakref.ref(connection), connection.deadline  # no cycle: sockets are few
         self.fp = io.BufferedReader(_TimedReader(sock, self.fp.detach(), self._deadline))
         self._max_body_bytes = connection.max_body_bytes
         self._taken_bytes = 0
@@ -284,7 +295,8 @@ class _Response(HTTPResponse):
         if amt and not block:
             if self.length:
                 raise FetchError("connection_error", f"the body ended {self.length} bytes early")
-            self._connection.is_free = True
+            if (connection := self._connection()) is not None:
+                connection.free_since = time.monotonic()
         return block
 
     def _check(self, body_bytes: int) -> None:

@@ -87,6 +87,7 @@ def open_shards(
                     index=artifacts.fetch_shard(uri, shard, ".faiss", cache),
                     embeddings=tuple(artifacts.fetch_shard(embeddings.uri, one, ".npy", cache) for one in members),
                     ordinal=shard.info["ordinal"],
+                    rows=tuple(one.rows for one in members),
                 )
             )
     return Database(

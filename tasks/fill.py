@@ -76,7 +76,8 @@ def fill_shards(
     members = embeddings.manifest().shards
     groups = group_shards(members, shard_rows, previous)
     held = {} if previous is None else _held(previous, members, template)
-    parts = artifacts.Stage(stage.uri, "parts", inputs={}, config={})  # never committed: gone once they are merged
+    # Never committed: gone once they are merged.
+    parts = artifacts.Stage(stage.uri, "parts", inputs={}, config={"rows": PART_ROWS})
     found, there = {}, stage.done()
     fills: list[tuple[str, Group]] = []
     part_fills: list[tuple[str, Group]] = []
@@ -210,7 +211,7 @@ class _Merge:
             shard = piece.shard or self._parts[piece.group.name]
             shift = ((group.ordinal - piece.group.ordinal) << FIRST_ID_SHIFT) + first
             files.append((artifacts.fetch_shard(self._parts_uri, shard, ".faiss", self._cache), shift))
-            error += shard.info["error"] * shard.rows / group.rows
+            error += shard.info["error"] * shard.rows / max(1, group.rows)
             first += shard.rows
         with storage.scratch() as folder:
             merge_shards(files, folder / "index" / f"{name}.faiss")

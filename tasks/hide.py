@@ -18,7 +18,7 @@ from tasks.databases import HIDDEN, open_shards
 from tasks.takedown import masks_named, rows_named
 
 _FEW_SHARDS = 16  # embedding shards; starting actors for so few takes longer than the search
-_EFFORT = SearchEffort(nprobe=8, candidates=50)  # near-duplicates share a cell, or lie in the next
+_EFFORT = SearchEffort(nprobe=4, candidates=50)  # near-duplicates share a cell, or lie in the next
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
 from model.retrieval.proposers import Proposer, open_proposer
+from model.retrieval.stored_rows import StoredRows
 
 if TYPE_CHECKING:
     import torch
@@ -32,12 +33,13 @@ _FEW_ROWS = 64  # so few are read one by one sooner than gathered by the part th
 class ShardFiles:
     """Local files of one index shard: the FAISS index, and the (n, D) float16 rows it was built from, in their order.
 
-    ``ordinal`` is what :func:`model.retrieval.factory.fill_shard` was told.
+    ``ordinal`` is what :func:`model.retrieval.factory.fill_shard` was told; ``rows`` is n of each file, where known.
     """
 
     index: Path
     embeddings: tuple[Path, ...]
     ordinal: int = 0
+    rows: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,17 +125,16 @@ class Database:
         self.name, self.encoder, self.effort = name, encoder, effort or SearchEffort()
         self._describe = describe
         self._hidden = np.zeros(0, np.int64) if hidden is None else np.asarray(hidden, dtype=np.int64)
-        # As plain arrays: a memmap's own indexing costs more than reading a row.
-        parts = [[np.load(path, mmap_mode="r").view(np.ndarray) for path in shard.embeddings] for shard in shards]
-        self._parts = list(itertools.chain.from_iterable(parts))
         self._proposer = open_proposer([s.index for s in shards], [s.ordinal for s in shards], quantizer)
-        for shard, held, rows in zip(shards, parts, self._proposer.rows, strict=True):
-            widths = {part.shape[1] for part in held}
-            if sum(map(len, held)) != rows or not widths <= {encoder.dimension}:
+        self._parts: list[StoredRows] = []
+        for shard, rows in zip(shards, self._proposer.rows, strict=True):
+            known = shard.rows or [None] * len(shard.embeddings)
+            held = [StoredRows(path, encoder.dimension, n) for path, n in zip(shard.embeddings, known, strict=True)]
+            if sum(map(len, held)) != rows:
                 raise ModelError(
-                    f"{shard.index} indexes {rows} rows, but beside it are {sum(map(len, held))} of "
-                    f"{sorted(widths)} dimensions, the encoder's {encoder.dimension}; rebuild the database"
+                    f"{shard.index} indexes {rows} rows, but beside it are {sum(map(len, held))}; rebuild the database"
                 )
+            self._parts += held
         self._starts = np.array([0, *itertools.accumulate(map(len, self._parts))], dtype=np.int64)
         if len(self) < 1:
             raise ModelError(
@@ -155,8 +156,8 @@ class Database:
         return self._proposer.exact and not self._proposer.cells
 
     @property
-    def parts(self) -> list[NDArray[np.float16]]:
-        """The stored rows, an array (n, D) for each file, in order; memory-mapped."""
+    def parts(self) -> list[StoredRows]:
+        """The stored rows of each file, in order."""
         return list(self._parts)
 
     @property
@@ -180,7 +181,7 @@ class Database:
         from model.retrieval.torch_rows import TorchRows  # workers that search with FAISS never load torch
 
         other = self.with_effort(self.effort)
-        other._proposer = TorchRows(self._parts, device)
+        other._proposer = TorchRows([part.array for part in self._parts], device)
         return other
 
     def search(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Hits:
@@ -214,7 +215,7 @@ class Database:
         """Stored rows (*ids.shape, D) float16 of global ids."""
         flat = ids.reshape(-1)
         if len(self._parts) == 1:
-            return np.take(self._parts[0], flat, axis=0).reshape(*ids.shape, -1)
+            return np.take(self._parts[0].array, flat, axis=0).reshape(*ids.shape, -1)
         output = np.empty((len(flat), self.encoder.dimension), dtype=np.float16)
         holder = np.searchsorted(self._starts, flat, side="right") - 1
         if len(flat) <= _FEW_ROWS:
@@ -313,7 +314,9 @@ class Database:
             barred[query[same], place[same]] = True
         barred &= ~absent
         scores = np.where(absent | barred, -np.inf, scores)
-        order = np.lexsort((candidates, -scores), axis=1)[:, :width]  # ties go to the lower id: reproducible
+        order = np.lexsort((candidates, -scores), axis=1)[
+            :, :width
+        ]  # of equal ones among the candidates, the lower id first
         best = np.take_along_axis(scores, order, axis=1)
         ids = np.where(np.isneginf(best), -1, np.take_along_axis(candidates, order, axis=1))
         return Nearest(scores=best, ids=ids), barred.sum(axis=1)

@@ -129,7 +129,7 @@ def stackable(index: Any) -> bool:
     """Whether shards of this index can be searched as one: inverted lists of plain codes, of one quantizer."""
     cells = cells_of(index)
     plain = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
-    return isinstance(cells, plain)
+    return isinstance(cells, plain) and not isinstance(index, faiss.IndexRefine)
 
 
 def fill_shard(template: Path, rows: Iterable[NDArray[np.float16]], output: Path, *, ordinal: int = 0) -> float:

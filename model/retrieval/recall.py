@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.retrieval.database import Database
+from model.retrieval.stored_rows import StoredRows
 
 DEPTH = 32
 """True neighbours that are kept of each query: more than recall looks at, so that some can be taken down."""
@@ -46,7 +47,7 @@ class Truth:
 
 
 def find_truth(
-    parts: Sequence[NDArray[np.float16]],
+    parts: Sequence[NDArray[np.float16] | StoredRows],
     queries: NDArray[np.float32],
     *,
     own: NDArray[np.int64] | None = None,

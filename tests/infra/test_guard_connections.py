@@ -1,8 +1,11 @@
 """Connections that the guard keeps: one for each thread, to the place that it asked last."""
 
+import contextlib
+import gc
 import socket
 import time
 import urllib.request
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -89,6 +92,55 @@ def test_an_answer_that_was_not_read_is_not_taken_for_the_next(connects: list[An
         urllib.request.urlopen(server.url("/long")).close()
         assert fetch(server.url("/a")) == b"first"
     assert len(connects) == 2
+
+
+def test_what_comes_unasked_is_not_taken_for_the_next_answer(connects: list[Any]) -> None:
+    twice = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n%s"
+
+    def body() -> Iterator[bytes]:
+        yield twice % b"mine"
+        time.sleep(0.05)
+        yield twice % b"more"
+
+    replies = {**REPLIES, "/two": Reply(body=body, raw=True)}
+    with LoopbackServer(replies, keeps_alive=True) as server, guarded(limits(server)):
+        assert fetch(server.url("/two")) == b"mine"
+        time.sleep(0.15)
+        assert [fetch(server.url(path)) for path in ("/a", "/b")] == [b"first", b"second"]
+    assert len(connects) == 2
+
+
+def test_a_connection_that_was_idle_for_long_is_not_used_again(
+    connects: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infra.guard._KEPT_S", 0.05)
+    with LoopbackServer(REPLIES, keeps_alive=True) as server, guarded(limits(server)):
+        assert fetch(server.url("/a")) == b"first"
+        time.sleep(0.1)
+        assert fetch(server.url("/a")) == b"first"
+    assert len(connects) == 2
+
+
+def test_a_thread_holds_one_socket_however_many_places_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    connect = socket.socket.connect
+
+    def recorded(sock: socket.socket, address: Any) -> None:
+        opened.append(weakref.ref(sock))
+        connect(sock, address)
+
+    monkeypatch.setattr(socket.socket, "connect", recorded)
+    gc.disable()  # which would close what is only forgotten
+    try:
+        with contextlib.ExitStack() as stack:
+            servers = [stack.enter_context(LoopbackServer(REPLIES, keeps_alive=True)) for _ in range(12)]
+            stack.enter_context(guarded(limits(*servers)))
+            for server in servers:
+                fetch(server.url("/a"))
+            assert len([sock for sock in opened if sock() is not None and sock().fileno() >= 0]) == 1
+            assert len(opened) == 12
+    finally:
+        gc.enable()
 
 
 def test_after_a_body_that_was_too_large_comes_a_new_connection(connects: list[Any]) -> None:

@@ -173,6 +173,17 @@ def test_shards_that_rows_were_added_in_are_merged_as_they_grow(
     assert everything(version, tmp_path).search(queries, 5).ids.tolist() == exact(queries, rows, 5)
 
 
+def test_growing_by_nothing_twice_changes_nothing(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(300)
+    embeddings = stored(tmp_path, np.split(rows, 3))
+    version = build(embeddings, tmp_path)
+    for number in (3, 4):  # every new picture was a copy, or gone
+        embeddings = stored(tmp_path, [rows[:0]], first=number, previous=embeddings)
+        version = build(embeddings, tmp_path, previous=version)
+    queries = tiny.unit_rows(9, seed=3)
+    assert everything(version, tmp_path).search(queries, 5).ids.tolist() == exact(queries, rows, 5)
+
+
 def test_an_index_that_cannot_be_merged_is_filled_anew_from_its_rows(tmp_path: Path) -> None:
     rows = tiny.unit_rows(500)
     config = dataclasses.replace(CONFIG, index="HNSW8", shard_rows=1000)
