@@ -99,8 +99,10 @@ class Manifest:
         )
 
     def to_json(self) -> str:
-        """Readable JSON, keys sorted."""
-        return json.dumps(self, indent=1, sort_keys=True, default=_plain)
+        """Readable JSON, keys sorted, a shard a line."""
+        text = json.dumps(dataclasses.replace(self, shards=()), indent=1, sort_keys=True, default=_plain)
+        lines = ",".join(f"\n  {json.dumps(shard, sort_keys=True, default=_plain)}" for shard in self.shards)
+        return text.replace('\n "shards": []', f'\n "shards": [{lines}\n ]', 1)
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Self:

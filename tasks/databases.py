@@ -3,6 +3,7 @@
 import bisect
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,13 @@ def open_shards(
     name: str,
     effort: SearchEffort,
     hidden: NDArray[np.int64] | None = None,
+    rows_at_once: bool = True,
 ) -> Database:
-    """Open index shards, committed as a version at ``uri`` or not yet, over the embedding shards that they index."""
+    """Open index shards, committed as a version at ``uri`` or not yet, over the embedding shards that they index.
+
+    Without ``rows_at_once``, embeddings are fetched and verified when rows of theirs are first asked for: a job that
+    looks at what is new costs no more for what is old.
+    """
     source = embeddings.manifest()
     rows = {shard.name: shard for shard in source.shards}
     files, quantizer = [], None
@@ -82,10 +88,11 @@ def open_shards(
             if absent:
                 raise IntegrityError(f"{embeddings.uri} lacks shard {absent[0]}, which {uri} indexes; build it again")
             members = [rows[member] for member in shard.info["members"]]
+            fetches = tuple(partial(artifacts.fetch_shard, embeddings.uri, one, ".npy", cache) for one in members)
             files.append(
                 ShardFiles(
                     index=artifacts.fetch_shard(uri, shard, ".faiss", cache),
-                    embeddings=tuple(artifacts.fetch_shard(embeddings.uri, one, ".npy", cache) for one in members),
+                    embeddings=tuple(fetch() for fetch in fetches) if rows_at_once else fetches,
                     ordinal=shard.info["ordinal"],
                     rows=tuple(one.rows for one in members),
                 )

@@ -107,7 +107,9 @@ class _Pairs:
     def __init__(
         self, uri: str, indexed: Sequence[Any], embeddings: EmbeddingShards, cache: Path, bound: float
     ) -> None:
-        self._database = open_shards(uri, indexed, embeddings, cache, name="duplicates", effort=_EFFORT)
+        self._database = open_shards(
+            uri, indexed, embeddings, cache, name="duplicates", effort=_EFFORT, rows_at_once=False
+        )
         self._embeddings, self._cache, self._bound = embeddings, cache, bound
 
     def __call__(self, item: tuple[artifacts.Shard, int]) -> NDArray[np.int64]:

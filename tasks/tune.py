@@ -34,7 +34,9 @@ def tune_database(
     ``config`` is the :class:`tasks.index.IndexConfig`. The curve is drawn into the folder as ``recall.png``.
     """
     barred = np.load(artifacts.fetch_shard(folder_uri, hidden, "hidden.npy", cache))
-    database = open_shards(folder_uri, indexed, embeddings, cache, name="tuned", effort=SearchEffort(), hidden=barred)
+    database = open_shards(
+        folder_uri, indexed, embeddings, cache, name="tuned", effort=SearchEffort(), hidden=barred, rows_at_once=False
+    )
     if grown is not None:
         truths = {kind: _grown(database, truth, grown.rows, barred) for kind, truth in _read(grown, cache).items()}
     else:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
 from model.retrieval.proposers import Proposer, open_proposer
-from model.retrieval.stored_rows import StoredRows
+from model.retrieval.stored_rows import Located, StoredRows
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class ShardFiles:
     """
 
     index: Path
-    embeddings: tuple[Path, ...]
+    embeddings: tuple[Located, ...]
     ordinal: int = 0
     rows: tuple[int, ...] | None = None
 
@@ -129,7 +129,7 @@ class Database:
         self._parts: list[StoredRows] = []
         for shard, rows in zip(shards, self._proposer.rows, strict=True):
             known = shard.rows or [None] * len(shard.embeddings)
-            held = [StoredRows(path, encoder.dimension, n) for path, n in zip(shard.embeddings, known, strict=True)]
+            held = [StoredRows(file, encoder.dimension, n) for file, n in zip(shard.embeddings, known, strict=True)]
             if sum(map(len, held)) != rows:
                 raise ModelError(
                     f"{shard.index} indexes {rows} rows, but beside it are {sum(map(len, held))}; rebuild the database"
