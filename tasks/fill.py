@@ -115,7 +115,7 @@ def group_shards(shards: Sequence[artifacts.Shard], shard_rows: int, previous: D
         if not found or begins or _rows(found[-1]) + shard.rows > shard_rows:
             found.append([])
         found[-1].append(shard)
-    if found[-1][0].name not in starts:
+    if found and found[-1][0].name not in starts:
         while len(found) > 1 and _joins(found[-2], found[-1], shard_rows):
             found[-2:] = [found[-2] + found[-1]]
     numbered = all(group[0].name.isdigit() for group in found)

@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import json
 import resource
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import LoopbackServer, Reply
 from stores import Bucket
 
 from infra import artifacts, storage
@@ -77,6 +79,22 @@ def test_a_committed_folder_reads_back_as_it_was_committed(base: str) -> None:
     assert artifacts.read_manifest(made.uri) == manifest
     assert storage.names(made.uri) == ["00000.tar", "00001.tar", "manifest.json", "shards"]
     assert storage.read_bytes(f"{made.uri}/00001.tar") == b"tar one"
+
+
+def test_a_manifest_is_read_where_the_store_does_not_tell_when_it_was_written(tmp_path: Path) -> None:
+    made, manifest = committed(str(tmp_path))
+    body = storage.read_bytes(f"{made.uri}/manifest.json")
+    with LoopbackServer({"/v/manifest.json": Reply(body=body)}) as server:
+        assert artifacts.read_manifest(server.url("/v")) == manifest
+
+
+def test_a_manifest_that_was_replaced_is_read_again(base: str) -> None:
+    made, manifest = committed(base)
+    assert artifacts.read_manifest(made.uri) is artifacts.read_manifest(made.uri)
+    other = dataclasses.replace(manifest, info={"seconds": 2.5})
+    time.sleep(1.1)  # an object store tells whole seconds
+    storage.write_bytes(f"{made.uri}/manifest.json", other.to_json().encode())
+    assert artifacts.read_manifest(made.uri) == other
 
 
 def test_the_same_request_finds_what_was_committed(base: str) -> None:
