@@ -1,4 +1,3 @@
-import datetime
 import pickle
 import socket
 import ssl
@@ -14,9 +13,7 @@ from typing import Any
 from urllib.error import HTTPError
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from certificates import certificate
 from fakes import LoopbackServer, Reply
 
 from infra.addresses import is_public
@@ -366,25 +363,6 @@ def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch
 def test_nothing_is_sent() -> None:
     with guarded(LIMITS), pytest.raises(ValueError, match="send no data"):
         urllib.request.urlopen("http://127.0.0.1/", data=b"x")
-
-
-def certificate(folder: Path, name: str) -> Path:
-    """A self-signed certificate for ``name`` with its key, in one file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    signed = (
-        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    path = folder / f"{name}.pem"
-    path.write_bytes(secret + signed.public_bytes(pem))
-    return path
 
 
 def test_tls_verifies_the_name_that_was_asked_for(tmp_path: Path) -> None:

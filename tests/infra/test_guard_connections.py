@@ -3,14 +3,18 @@
 import contextlib
 import gc
 import socket
+import ssl
 import time
 import urllib.request
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from certificates import certificate
 from fakes import LoopbackServer, Reply
 
 from infra.guard import FetchError, Limits, guarded
@@ -59,6 +63,23 @@ def test_the_same_place_is_asked_over_one_connection(connects: list[Any]) -> Non
             b"first",
         ]
     assert connects == [("127.0.0.1", server.port)]
+
+
+def test_a_tls_connection_is_kept_too(connects: list[Any], tmp_path: Path) -> None:
+    path = certificate(tmp_path, "pictures.example")
+    server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_side.load_cert_chain(path)
+    believing = ssl.create_default_context(cafile=str(path))
+    with LoopbackServer(REPLIES, tls=server_side, keeps_alive=True) as server:
+
+        def resolve(host: str, port: int, **_: Any) -> list[tuple[Any, ...]]:
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", server.port))]
+
+        allowed = replace(limits(), allow_hosts=("pictures.example:443",))
+        with guarded(allowed, resolve=resolve, tls=believing):
+            found = [fetch(f"https://pictures.example{path}") for path in ("/a", "/b", "/a")]
+    assert found == [b"first", b"second", b"first"]
+    assert len(connects) == 1
 
 
 def test_another_place_has_a_connection_of_its_own(connects: list[Any]) -> None:
