@@ -92,8 +92,7 @@ def map_shards(
 
     Each actor builds ``factory(*settings)`` once and holds two shards at most, so a dead one costs little: its shards
     go to the others and to a new one, which is given some once it runs, for where its machine died there may be no
-    room.
-    With a ``concurrency`` of 2, two threads of the actor call what was built, each with a shard.
+    room. With a ``concurrency`` of 2, two threads of the actor call what was built, each with a shard.
     """
     queue = list(items)
     if not queue:

@@ -201,7 +201,7 @@ class Database:
         return self._with_rows(self.nearest(queries, k, exclude=exclude))
 
     def nearest(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Nearest:
-        """What :meth:`search` finds, without reading the rows: for jobs that want ids alone."""
+        """What :meth:`search` finds, without the rows, which are not read where the index holds them itself."""
         if k < 1:
             raise ModelError(f"k is {k}; ask for at least one neighbour")
         width = max(1, min(k, len(self) - (exclude is not None)))
@@ -314,9 +314,8 @@ class Database:
             barred[query[same], place[same]] = True
         barred &= ~absent
         scores = np.where(absent | barred, -np.inf, scores)
-        order = np.lexsort((candidates, -scores), axis=1)[
-            :, :width
-        ]  # of equal ones among the candidates, the lower id first
+        # Of candidates that score alike, the lower id comes first.
+        order = np.lexsort((candidates, -scores), axis=1)[:, :width]
         best = np.take_along_axis(scores, order, axis=1)
         ids = np.where(np.isneginf(best), -1, np.take_along_axis(candidates, order, axis=1))
         return Nearest(scores=best, ids=ids), barred.sum(axis=1)

@@ -26,7 +26,7 @@ class StoredRows:
         self._array: NDArray[np.float16] | None = None
 
     def __len__(self) -> int:
-        """N."""
+        """How many rows."""
         return len(self.array) if self._rows is None else self._rows
 
     def __getitem__(self, place: Any) -> Any:

@@ -108,16 +108,17 @@ def told(who: str, taken: Spent) -> Spent:
     return taken
 
 
-def write_shards(folder: Path) -> list[artifacts.Shard]:
-    """Twemoji as the download stage stores it, in shards of ``SHARD_ROWS``."""
+def write_shards(folder: Path, shards: int = SHARDS, shard_rows: int = SHARD_ROWS) -> list[artifacts.Shard]:
+    """Twemoji as the download stage stores it, some pictures more than once where there are not so many."""
     normalise = PictureNormaliser(max_pixels=10**6, min_side_px=1, max_side_px=512)
-    files = sorted(twemoji_folder().glob("*.png"))[: SHARDS * SHARD_ROWS]
+    files = sorted(twemoji_folder().glob("*.png"))
     done = []
-    for number in range(SHARDS):
+    for number in range(shards):
+        chosen = [files[place % len(files)] for place in range(number * shard_rows, (number + 1) * shard_rows)]
         records, local, name = [], folder.parent / "local" / str(number), f"{number:05d}"
         local.mkdir(parents=True)
         with tarfile.open(local / f"{name}.tar", "w") as tar:
-            for row, path in enumerate(files[number * SHARD_ROWS : (number + 1) * SHARD_ROWS]):
+            for row, path in enumerate(chosen):
                 encoded, width, height, *_ = normalise(io.BytesIO(path.read_bytes()))
                 assert encoded is not None
                 member = tarfile.TarInfo(f"{name}{row:04d}.png")

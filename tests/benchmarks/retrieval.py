@@ -44,7 +44,7 @@ from model.retrieval.factory import (
     merge_shards,
     train_index,
     training_rows,
-)  # fmt: skip
+)
 from model.retrieval.recall import Truth, find_truth, recall
 from tasks.contracts import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards
 from tasks.databases import open_database
@@ -164,8 +164,9 @@ def _row_files(rows: int) -> list[Path]:
 def bench_shards() -> dict[str, Any]:
     """Latency of one database filled in 16 shards against the same rows filled as one.
 
-    ``overhead`` is what a build leaves, the 16 merged; ``overhead_grown`` of 14 merged and two that were added since;
-    ``overhead_unmerged`` of all 16 as they were filled. Queries come one by one; ``_batch`` is of 1,000 at once.
+    ``overhead`` is of all 16 as they were filled; ``overhead_grown`` of 14 merged and two that were added since;
+    ``overhead_merged`` of the 16 merged, the one file that a build leaves of so many rows. Queries come one by one;
+    ``_batch`` is of 1,000 at once.
     """
     rows = int(os.environ.get("ROWS", 1_000_000))
     whole = np.concatenate([np.load(path, mmap_mode="r") for path in _row_files(rows)])
@@ -197,9 +198,9 @@ def bench_shards() -> dict[str, Any]:
     singles = [(filled[number], range(number, number + 1)) for number in range(16)]
     one = opened((folder / "one.faiss", range(16)))
     others = {
-        "overhead": opened((folder / "merged.faiss", range(16))),
+        "overhead": opened(*singles),
         "overhead_grown": opened((folder / "most.faiss", range(14)), *singles[14:]),
-        "overhead_unmerged": opened(*singles),
+        "overhead_merged": opened((folder / "merged.faiss", range(16))),
     }
     queries = clustered(QUERIES, seed=10_000_019)
     told: dict[str, Any] = {"rows": rows, "shards": 16, "nprobe": 4}
