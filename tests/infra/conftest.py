@@ -1,6 +1,8 @@
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -40,3 +42,18 @@ def mlflow_settings(migrated_database: Path, tmp_path: Path, monkeypatch: pytest
 def _disconnect() -> None:
     mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
     mlflow.set_registry_uri(None)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def connects(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The addresses connected to; one that is not loopback fails the test instead of leaving the machine."""
+    made: list[Any] = []
+    connect = socket.socket.connect
+
+    def recorded(sock: socket.socket, address: Any) -> None:
+        made.append(address[:2])
+        assert address[0] in ("127.0.0.1", "::1"), f"connecting to {address}"
+        connect(sock, address)
+
+    monkeypatch.setattr(socket.socket, "connect", recorded)
+    return made

@@ -23,20 +23,7 @@ LIMITS = Limits(allow_hosts=(), max_body_bytes=1000, deadline_s=5.0, timeout_s=2
 PUBLIC = "93.184.215.14"
 TLS = ssl.create_default_context()  # slow to build: once for all tests
 
-
-@pytest.fixture(autouse=True)
-def connects(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The addresses connected to; one that is not loopback fails the test instead of leaving the machine."""
-    made: list[Any] = []
-    connect = socket.socket.connect
-
-    def recorded(sock: socket.socket, address: Any) -> None:
-        made.append(address[:2])
-        assert address[0] in ("127.0.0.1", "::1"), f"connecting to {address}"
-        connect(sock, address)
-
-    monkeypatch.setattr(socket.socket, "connect", recorded)
-    return made
+pytestmark = pytest.mark.usefixtures("connects")
 
 
 def fetch(url: str, *, resolve: Resolve = socket.getaddrinfo, tls: ssl.SSLContext = TLS, **changes: Any) -> bytes:

@@ -20,20 +20,6 @@ from fakes import LoopbackServer, Reply
 from infra.guard import FetchError, Limits, guarded
 
 
-@pytest.fixture
-def connects(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The addresses connected to."""
-    made: list[Any] = []
-    connect = socket.socket.connect
-
-    def recorded(sock: socket.socket, address: Any) -> None:
-        made.append(address[:2])
-        connect(sock, address)
-
-    monkeypatch.setattr(socket.socket, "connect", recorded)
-    return made
-
-
 def limits(*servers: LoopbackServer, **changes: Any) -> Limits:
     hosts = tuple(server.host for server in servers)
     usual = {"max_body_bytes": 200_000, "deadline_s": 5.0, "timeout_s": 2.0, "max_redirects": 3}
