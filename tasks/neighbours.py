@@ -70,7 +70,7 @@ class _Search:
         for start in range(0, len(rows), _SEARCH_ROWS):
             stop = min(start + _SEARCH_ROWS, len(rows))
             itself = None if offset is None else np.arange(start, stop, dtype=np.int64) + offset
-            ids = self._database.nearest(rows[start:stop], self._k, exclude=itself).ids
+            ids = self._database.nearest(rows[start:stop], self._k, exclude=itself, excluded=rows[start:stop]).ids
             if ids.shape[1] < self._k or (ids < 0).any():
                 raise InputError(f"shard {name}: too many exact copies in the database for k = {self._k}; lower k")
             found[start:stop] = ids

@@ -41,7 +41,8 @@ def tune_database(
         truths = {kind: _grown(database, truth, grown.rows, barred) for kind, truth in _read(grown, cache).items()}
     else:
         truths = _chosen(database, barred, embeddings, config)
-    best, measured = tune(database, truths, config.target_recall)
+    before = None if grown is None else SearchEffort(**grown.version.manifest().info["effort"])
+    best, measured = tune(database, truths, config.target_recall, before=before)
     storage.write_bytes(storage.join(folder_uri, CURVE), _drawn(measured, best, config.target_recall))
     recalls = {f"recall_at_10_{kind}": best.recalls[kind] if len(truth) else None for kind, truth in truths.items()}
     info = {
@@ -89,8 +90,8 @@ def _chosen(
 def _grown(database: Database, before: Truth, rows: int, hidden: NDArray[np.int64]) -> Truth:
     """The truth of the same queries over more rows; queries that were hidden meanwhile are left out."""
     before = before.only(~np.isin(before.own, hidden))
-    own = None if (before.own < 0).all() else before.own
-    own_rows = None if own is None else database.rows(own)
+    own_rows = before.own_rows
+    own = None if own_rows is None else before.own
     lost = np.isin(before.ids, hidden).sum(axis=1)
     truth = find_truth(
         database.parts, before.queries, own=own, own_rows=own_rows, hidden=hidden, grown_from=(before, rows)

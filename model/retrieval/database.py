@@ -71,6 +71,21 @@ class Nearest:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Own:
+    """What a query must not find: the row that it is, and exact copies of it.
+
+    ``ids`` (Q,) int64, −1 where that row lies elsewhere; ``rows`` (Q, D) float16, as they are stored.
+    """
+
+    ids: NDArray[np.int64]
+    rows: NDArray[np.float16]
+
+    def of(self, queries: NDArray[np.int64]) -> "Own":
+        """Those of some queries."""
+        return Own(ids=self.ids[queries], rows=self.rows[queries])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Hits:
     """Neighbours, best first: scores (Q, K) float32 cosines, ids (Q, K) int64, embeddings (Q, K, D) float32."""
 
@@ -200,33 +215,47 @@ class Database:
         """
         return self._with_rows(self.nearest(queries, k, exclude=exclude))
 
-    def nearest(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Nearest:
-        """What :meth:`search` finds, without the rows, which are not read where the index holds them itself."""
+    def nearest(
+        self,
+        queries: NDArray[Any],
+        k: int,
+        *,
+        exclude: NDArray[np.int64] | None = None,
+        excluded: NDArray[np.float16] | None = None,
+    ) -> Nearest:
+        """What :meth:`search` finds, without the rows, which are not read where the index holds them itself.
+
+        ``excluded`` are the rows (Q, D) of ``exclude``, where they are at hand.
+        """
         if k < 1:
             raise ModelError(f"k is {k}; ask for at least one neighbour")
         width = max(1, min(k, len(self) - (exclude is not None)))
-        return self._nearest(queries, width, None if exclude is None else self.rows(exclude))
+        if exclude is None:
+            return self._nearest(queries, width, None)
+        own = Own(ids=exclude, rows=self.rows(exclude) if excluded is None else excluded)
+        return self._nearest(queries, width, own)
 
-    def search_without(self, queries: NDArray[Any], width: int, own: NDArray[np.float16] | None) -> Hits:
-        """``width`` neighbours as :meth:`search` has them, what to exclude (Q, D) given as it is stored anywhere."""
+    def search_without(self, queries: NDArray[Any], width: int, excluded: NDArray[np.float16] | None) -> Hits:
+        """``width`` neighbours as :meth:`search` has them; what to exclude (Q, D) may lie in another database."""
+        own = None if excluded is None else Own(ids=np.full(len(excluded), -1, np.int64), rows=excluded)
         return self._with_rows(self._nearest(queries, width, own))
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
         """Stored rows (*ids.shape, D) float16 of global ids."""
         flat = ids.reshape(-1)
         if len(self._parts) == 1:
-            return np.take(self._parts[0].array, flat, axis=0).reshape(*ids.shape, -1)
+            return np.take(self._parts[0].array, flat, axis=0).reshape(*ids.shape, self.encoder.dimension)
         output = np.empty((len(flat), self.encoder.dimension), dtype=np.float16)
         holder = np.searchsorted(self._starts, flat, side="right") - 1
         if len(flat) <= _FEW_ROWS:
             for place, (number, position) in enumerate(zip(holder, flat - self._starts[holder], strict=True)):
                 output[place] = self._parts[number][position]
-            return output.reshape(*ids.shape, -1)
+            return output.reshape(*ids.shape, self.encoder.dimension)
         order = np.argsort(holder, kind="stable")
         numbers, firsts = np.unique(holder[order], return_index=True)
         for number, here in zip(numbers, np.split(order, firsts[1:]), strict=True):
             output[here] = self._parts[number][flat[here] - self._starts[number]]
-        return output.reshape(*ids.shape, -1)
+        return output.reshape(*ids.shape, self.encoder.dimension)
 
     def describe(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """What is known of rows (key, url, …); only the id where the database was opened without metadata."""
@@ -239,7 +268,7 @@ class Database:
         embeddings[found.ids < 0] = 0
         return Hits(scores=found.scores, ids=found.ids, embeddings=embeddings)
 
-    def _nearest(self, queries: NDArray[Any], width: int, own: NDArray[np.float16] | None) -> Nearest:
+    def _nearest(self, queries: NDArray[Any], width: int, own: Own | None) -> Nearest:
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.encoder.dimension:
             raise ModelError(f"queries {queries.shape} do not fit database {self.name} of {self.encoder}")
@@ -250,16 +279,17 @@ class Database:
         # Cells without enough rows leave a query short: then more cells are visited, and at last all rows looked at.
         while len(short := np.flatnonzero((found.ids < 0).any(axis=1))) and nprobe < self._proposer.cells:
             nprobe = min(8 * nprobe, self._proposer.cells)
-            theirs = None if own is None else own[short]
+            theirs = None if own is None else own.of(short)
             found.put(short, self._proposed(queries[short], width, theirs, extra=extra, nprobe=nprobe))
         if not self._proposer.exact:
             for query in np.flatnonzero((found.ids < 0).any(axis=1)):
-                theirs = None if own is None else own[query : query + 1]
-                found.put(np.array([query]), self._look_at_all(queries[query : query + 1], theirs, width))
+                one = np.array([query])
+                theirs = None if own is None else own.of(one)
+                found.put(one, self._look_at_all(queries[one], theirs, width))
         return found
 
     def _proposed(
-        self, queries: NDArray[np.float32], width: int, own: NDArray[np.float16] | None, *, extra: int, nprobe: int
+        self, queries: NDArray[np.float32], width: int, own: Own | None, *, extra: int, nprobe: int
     ) -> Nearest:
         """Propose ``width + extra`` and rank; where rows that may not be returned took places, deeper."""
         wanted = width + extra
@@ -272,11 +302,11 @@ class Database:
         crowded = np.flatnonzero(barred > count - width)
         if len(crowded) and count < self.stored:
             more = max(2 * count, width + int(barred.max())) - width
-            theirs = None if own is None else own[crowded]
+            theirs = None if own is None else own.of(crowded)
             found.put(crowded, self._proposed(queries[crowded], width, theirs, extra=more, nprobe=nprobe))
         return found
 
-    def _look_at_all(self, query: NDArray[np.float32], own: NDArray[np.float16] | None, width: int) -> Nearest:
+    def _look_at_all(self, query: NDArray[np.float32], own: Own | None, width: int) -> Nearest:
         """The best of all rows for one query (1, D), a block at a time."""
         kept = np.full((1, width), -1, dtype=np.int64)
         for start in range(0, self.stored, _BLOCK_ROWS):
@@ -289,7 +319,7 @@ class Database:
         self,
         queries: NDArray[np.float32],
         candidates: NDArray[np.int64],
-        own: NDArray[np.float16] | None,
+        own: Own | None,
         width: int,
         scores: NDArray[np.float32] | None = None,
     ) -> tuple[Nearest, NDArray[np.int64]]:
@@ -306,12 +336,14 @@ class Database:
             places = np.minimum(np.searchsorted(self._hidden, candidates), len(self._hidden) - 1)
             barred |= self._hidden[places] == candidates
         if own is not None:
-            # A copy scores as the row itself, to rounding: only what does is compared value by value.
-            itself = np.einsum("qd,qd->q", queries, own.astype(np.float32))
-            query, place = np.nonzero(~absent & (np.abs(scores - itself[:, None]) < _COPY_MARGIN))
-            near = self.rows(candidates[query, place])
-            same = (near.view(np.uint16) == own[query].view(np.uint16)).all(axis=1)
-            barred[query[same], place[same]] = True
+            barred |= candidates == own.ids[:, None]
+            # A copy scores as the row itself, to rounding: only what does is read and compared value by value.
+            itself = np.einsum("qd,qd->q", queries, own.rows.astype(np.float32))
+            query, place = np.nonzero(~(absent | barred) & (np.abs(scores - itself[:, None]) < _COPY_MARGIN))
+            if len(query):
+                near = self.rows(candidates[query, place])
+                same = (near.view(np.uint16) == own.rows[query].view(np.uint16)).all(axis=1)
+                barred[query[same], place[same]] = True
         barred &= ~absent
         scores = np.where(absent | barred, -np.inf, scores)
         # Of candidates that score alike, the lower id comes first.

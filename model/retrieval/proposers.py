@@ -92,6 +92,9 @@ class StackedCells:
     def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
         """Ids (Q, count), and scores where codes are the rows."""
         self._ivf.nprobe = nprobe
+        # A single query has the cells it visits shared out among the cores: gathering each from many shards takes
+        # longer than scanning it. In one shard that would save little and keep all cores from others.
+        self._ivf.parallel_mode = int(len(self.rows) > 1 and len(queries) == 1)
         if isinstance(self._graph, faiss.IndexHNSW):
             self._graph.hnsw.efSearch = max(64, 2 * nprobe)
         scores, ids = self._index.search(queries, count)

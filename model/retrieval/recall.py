@@ -39,6 +39,11 @@ class Truth:
         """Q."""
         return len(self.queries)
 
+    @property
+    def own_rows(self) -> NDArray[np.float16] | None:
+        """The queries' own rows (Q, D) as they are stored, since queries are those; None for texts."""
+        return None if (self.own < 0).all() else self.queries.astype(np.float16)
+
     def only(self, queries: NDArray[np.int64] | NDArray[np.bool_]) -> "Truth":
         """Some of the queries."""
         return Truth(
@@ -113,8 +118,9 @@ def recall(database: Database, truth: Truth, k: int = 10) -> float:
     """
     if not len(truth):
         return 1.0
-    own = None if (truth.own < 0).all() else truth.own
-    found = database.nearest(truth.queries, k, exclude=own)
+    own_rows = truth.own_rows
+    own = None if own_rows is None else truth.own
+    found = database.nearest(truth.queries, k, exclude=own, excluded=own_rows)
     wanted, scores = truth.ids[:, :k] >= 0, truth.scores[:, :k]
     last = np.where(wanted, scores, np.inf).min(axis=1, keepdims=True)
     good = (found.scores >= last - _TIE).sum(axis=1)

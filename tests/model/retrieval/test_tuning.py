@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,14 @@ from model.retrieval.database import Database, SearchEffort
 from model.retrieval.recall import Truth, find_truth, recall
 from model.retrieval.tuning import CANDIDATES, tune
 
+WIDE = 32
+
 
 def truths_of(rows: np.ndarray, count: int = 40) -> dict[str, Truth]:
     own = np.arange(0, len(rows), len(rows) // count)[:count]
     return {
         "image": find_truth([rows], rows[own].astype(np.float32), own=own, own_rows=rows[own]),
-        "text": find_truth([rows], tiny.unit_rows(count, seed=5).astype(np.float32)),
+        "text": find_truth([rows], tiny.unit_rows(count, rows.shape[1], seed=5).astype(np.float32)),
     }
 
 
@@ -84,3 +87,29 @@ def test_products_on_a_device_find_what_flat_finds(tmp_path: Path, device: str) 
     flat = tiny.database(tmp_path / "flat", rows[:120], rows[120:], hidden=np.array([5, 130])).search(queries, 7)
     np.testing.assert_array_equal(there.ids, flat.ids)
     np.testing.assert_allclose(there.scores, flat.scores, atol=1e-6)
+
+
+def test_what_grew_begins_with_half_of_what_it_needed(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(2_000)
+    database, truths = tiny.database(tmp_path, rows, factory="IVF32,SQfp16"), truths_of(rows)
+    anew, measured = tune(database, truths, 0.9)
+    assert anew.effort.nprobe >= 4, "else the next lines show nothing"
+    again, fewer = tune(database, truths, 0.9, before=anew.effort)
+    assert (again.effort, fewer[0].effort.nprobe) == (anew.effort, anew.effort.nprobe // 2)
+    assert len(fewer) < len(measured)
+
+
+def test_tuning_asks_for_no_rows_where_the_index_holds_them(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(2_000, WIDE)  # no two of them score alike
+    (files,) = tiny.shard_files(tmp_path, rows, factory="IVF32,SQfp16")
+
+    def far_away() -> Path:
+        raise AssertionError("a database of a billion rows would fetch thousands of files")
+
+    asked = dataclasses.replace(files, embeddings=(far_away,), rows=(len(rows),))
+    database = Database([asked], encoder=tiny.identity(WIDE), quantizer=tmp_path / "quantizer.faiss")
+    truths = truths_of(rows)
+    best, _ = tune(database, truths, 0.9)
+    assert min(best.recalls.values()) >= 0.9
+    with pytest.raises(AssertionError, match="fetch"):
+        database.search(truths["text"].queries, 10)
