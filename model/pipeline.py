@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -35,18 +35,16 @@ from torch import Tensor
 from model.clip import Encoder, encoder_for
 from model.diffusion.conditioning import condition_tokens
 from model.diffusion.continuous import Denoiser, Prediction
-from model.diffusion.discrete import Transitions, sample_codes
-from model.diffusion.guidance import WHOLE, guided
+from model.diffusion.guidance import WHOLE
+from model.drawing import Asked, draw
 from model.editing import EditConfig, edit, on_white
 from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
 from model.networks.denoiser import as_denoiser
 from model.networks.editor import is_editor, with_reference
-from model.networks.latents import decode_latents
-from model.networks.vq_autoencoder import decode_codes
 from model.networks.vq_transformer import VQTransformer
 from model.retrieval.database import Database, Hits
-from model.sampling import Told, draw_noise, draw_uniforms, in_batches, integrate, slerp
+from model.sampling import Told, slerp
 from model.training.data import to_pixels
 
 logger = logging.getLogger(__name__)
@@ -237,9 +235,16 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             negative, _ = self.condition(_each(self.embed(negative_prompts), len(embeddings)), k, query, retrieve)
             negative = negative.repeat_interleave(num_images_per_prompt, dim=0)
         tokens = tokens.repeat_interleave(num_images_per_prompt, dim=0)
-        draw = self._draw_codes if isinstance(self.transformer, VQTransformer) else self._draw_continuous
-        pictures = draw(tokens, negative, scale, steps, generator, shared_noise, callback)
-        return KNNDiffusionOutput(images=to_images(pictures), hits=hits)
+        asked = Asked(
+            tokens=tokens,
+            negative=negative,
+            guidance_scale=scale,
+            steps=steps,
+            generator=generator,
+            shared_noise=shared_noise,
+            told=callback,
+        )
+        return KNNDiffusionOutput(images=to_images(draw(self, asked)), hits=hits)
 
     def edit(
         self,
@@ -329,58 +334,6 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         """The continuous network as a function of (x_σ, σ, tokens) to a velocity; an editor sees no picture to edit."""
         denoiser = as_denoiser(self.transformer.eval(), self.config.prediction)
         return with_reference(denoiser, None) if is_editor(self.transformer) else denoiser
-
-    def _draw_continuous(
-        self,
-        tokens: Tensor,
-        negative: Tensor | None,
-        scale: float,
-        steps: int,
-        generator: torch.Generator | None,
-        shared: bool,
-        told: Told | None,
-    ) -> Tensor:
-        side, channels = self.transformer.config.sample_size, self.transformer.config.out_channels
-        noise = draw_noise(len(tokens), (channels, side, side), generator, shared=shared)
-        interval = (float(self.config.guidance_interval[0]), float(self.config.guidance_interval[1]))
-
-        def draw(rows: slice, step: Callable[[int], None]) -> Tensor:
-            away = None if negative is None else negative[rows].to(self.device)
-            denoiser = guided(self.denoiser(), scale, negative=away, interval=interval)
-            start, condition = noise[rows].to(self.device), tokens[rows].to(self.device)
-            drawn = integrate(denoiser, start, condition, self.scheduler, steps, step)
-            return (drawn if self.vae is None else decode_latents(self.vae, drawn)).clamp(-1, 1).float()
-
-        return in_batches(draw, len(tokens), steps, self.device, told)
-
-    def _draw_codes(
-        self,
-        tokens: Tensor,
-        negative: Tensor | None,
-        scale: float,
-        steps: int,
-        generator: torch.Generator | None,
-        shared: bool,
-        told: Told | None,
-    ) -> Tensor:
-        config = self.transformer.config
-        uniforms = draw_uniforms(len(tokens), (steps, config.tokens), generator, shared=shared)
-        transitions = Transitions(codes=config.codes, timesteps=config.timesteps)
-
-        def draw(rows: slice, step: Callable[[int], None]) -> Tensor:
-            codes = sample_codes(
-                self.transformer.eval(),
-                tokens[rows].to(self.device),
-                uniforms[rows].to(self.device),
-                transitions=transitions,
-                guidance_scale=scale,
-                truncation=self.config.truncation,
-                negative=None if negative is None else negative[rows].to(self.device),
-                callback=lambda number, _: step(number + 1),
-            )
-            return decode_codes(self.vae, codes).float()
-
-        return in_batches(draw, len(tokens), steps, self.device, told)
 
 
 def to_images(pictures: Tensor) -> list[Image.Image]:

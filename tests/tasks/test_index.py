@@ -2,13 +2,14 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+from fakes import Killed, WithoutRay
 from numpy.typing import NDArray
 
 from infra import artifacts, compute, storage
@@ -26,24 +27,13 @@ CONFIG = IndexConfig(index="IVF8,SQfp16", shard_rows=250, recall_queries=30, nea
 Parts = Sequence[NDArray[np.float16]]
 
 
-def in_this_process(factory: Any, settings: tuple[Any, ...], items: Iterable[Any], **_: Any) -> Iterator[Any]:
-    items = list(items)
-    worker = factory(*settings) if items else None
-    yield from (worker(item) for item in items)
-
-
 @pytest.fixture(autouse=True)
 def alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Workers in this process, except for the tests that are about them."""
-    if "on_ray" in request.keywords:
-        with compute.cluster(None, 2):
-            yield
-        return
-
-    monkeypatch.setattr(compute, "run", lambda function, *arguments, **_: function(*arguments))
-    monkeypatch.setattr(compute, "map_shards", in_this_process)
-    monkeypatch.setattr(compute, "cpus", lambda: 1)
-    yield
+    if "on_ray" not in request.keywords:
+        WithoutRay().install(monkeypatch)
+    with compute.cluster(None, 2):
+        yield
 
 
 def stored(base: Path, parts: Parts, *, first: int = 0, previous: EmbeddingShards | None = None) -> EmbeddingShards:
@@ -133,20 +123,15 @@ def test_a_build_killed_between_parts_and_merge_goes_on(tmp_path: Path, monkeypa
     embeddings = stored(tmp_path, np.split(tiny.unit_rows(600), 6))
     config = dataclasses.replace(CONFIG, shard_rows=600)
     monkeypatch.setattr(fill, "PART_ROWS", 150)
-    asked: list[str] = []
+    merge = fill._Merge
 
-    def killed(factory: Any, settings: tuple[Any, ...], items: Iterable[Any], **options: Any) -> Iterator[Any]:
-        items = list(items)
-        asked.extend(name for name, _ in items)
-        if factory is fill._Merge:
-            raise KeyboardInterrupt
-        return in_this_process(factory, settings, items, **options)
+    def killed(*_: Any) -> None:
+        raise Killed
 
-    monkeypatch.setattr(compute, "map_shards", killed)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(fill, "_Merge", killed)
+    with pytest.raises(Killed):
         build(embeddings, tmp_path, config)
-    assert asked == ["00000", "00001", "00002", "00003", "00004", "00005", "00000"]
-    monkeypatch.setattr(compute, "map_shards", in_this_process)
+    monkeypatch.setattr(fill, "_Merge", merge)
     monkeypatch.setattr(fill, "_Fill", None)  # nothing is filled again
 
     version = build(embeddings, tmp_path, config)

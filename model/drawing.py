@@ -1,0 +1,89 @@
+"""What a pipeline's network draws from condition tokens: velocities integrated to pictures, or codes sampled.
+
+Legend: ``B`` pictures, ``S`` side, ``T`` condition tokens, ``E`` their channels.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from model.diffusion.discrete import Transitions, sample_codes
+from model.diffusion.guidance import guided
+from model.networks.latents import decode_latents
+from model.networks.vq_autoencoder import decode_codes
+from model.networks.vq_transformer import VQTransformer
+from model.sampling import Told, draw_noise, draw_uniforms, in_batches, integrate
+
+if TYPE_CHECKING:
+    from model.pipeline import KNNDiffusionPipeline
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What is to be drawn, and how.
+
+    Attributes:
+        tokens: (B, T, E), on the CPU.
+        negative: (B, T, E) to keep away from; None: the hidden condition.
+        guidance_scale: 1 follows the condition as trained.
+        steps: from noise to picture.
+        generator: source of the noise, on the CPU.
+        shared_noise: whether all start from the same.
+        told: called with (step, steps) of all batches together.
+    """
+
+    tokens: Tensor
+    negative: Tensor | None
+    guidance_scale: float
+    steps: int
+    generator: torch.Generator | None
+    shared_noise: bool
+    told: Told | None
+
+
+def draw(pipeline: "KNNDiffusionPipeline", asked: Asked) -> Tensor:
+    """(B, 3, S, S) float32 in [−1, 1] on the CPU. Raises ``ModelError`` when memory is out."""
+    discrete = isinstance(pipeline.transformer, VQTransformer)
+    return _sampled(pipeline, asked) if discrete else _integrated(pipeline, asked)
+
+
+def _integrated(pipeline: "KNNDiffusionPipeline", asked: Asked) -> Tensor:
+    network, device = pipeline.transformer.config, pipeline.device
+    shape = (network.out_channels, network.sample_size, network.sample_size)
+    noise = draw_noise(len(asked.tokens), shape, asked.generator, shared=asked.shared_noise)
+    first, last = pipeline.config.guidance_interval
+
+    def batch(rows: slice, step: Callable[[int], None]) -> Tensor:
+        away = None if asked.negative is None else asked.negative[rows].to(device)
+        interval = (float(first), float(last))
+        denoiser = guided(pipeline.denoiser(), asked.guidance_scale, negative=away, interval=interval)
+        start, condition = noise[rows].to(device), asked.tokens[rows].to(device)
+        drawn = integrate(denoiser, start, condition, pipeline.scheduler, asked.steps, step)
+        return (drawn if pipeline.vae is None else decode_latents(pipeline.vae, drawn)).clamp(-1, 1).float()
+
+    return in_batches(batch, len(asked.tokens), asked.steps, device, asked.told)
+
+
+def _sampled(pipeline: "KNNDiffusionPipeline", asked: Asked) -> Tensor:
+    network, device = pipeline.transformer.config, pipeline.device
+    shape = (asked.steps, network.tokens)
+    uniforms = draw_uniforms(len(asked.tokens), shape, asked.generator, shared=asked.shared_noise)
+    transitions = Transitions(codes=network.codes, timesteps=network.timesteps)
+
+    def batch(rows: slice, step: Callable[[int], None]) -> Tensor:
+        codes = sample_codes(
+            pipeline.transformer.eval(),
+            asked.tokens[rows].to(device),
+            uniforms[rows].to(device),
+            transitions=transitions,
+            guidance_scale=asked.guidance_scale,
+            truncation=pipeline.config.truncation,
+            negative=None if asked.negative is None else asked.negative[rows].to(device),
+            callback=lambda number, _: step(number + 1),
+        )
+        return decode_codes(pipeline.vae, codes).float()
+
+    return in_batches(batch, len(asked.tokens), asked.steps, device, asked.told)
