@@ -1,167 +1,205 @@
-"""What adding rows costs beside what is there: the same 10,000 new rows onto 100,000 and onto 1,000,000.
+"""What adding pictures costs beside what is there: the flow rebuild-index, with 10,000 new ones, on two sizes.
 
-``time_ratio`` is of what a rebuild does itself: looking the URL list up in what the database has seen, the manifests of
-the new versions, and the index with its near-duplicates and its effort. The shards are seeded and written beforehand.
+Both domains are made up, as the flows would have left them: rows around the embeddings of Twemoji, their manifests, the
+lists of what was seen, a registered champion; only their tars are empty. What is added are Twemoji turned a little, by
+another angle in each round, from nginx on loopback; the list names them alone.
 
-``with_embedding_ratio`` adds the seconds that the embedding stage takes for 10,000 pictures of Twemoji, once for each
-size. It sees the new pictures alone, so its seconds are the same but for noise; they say how much of a rebuild the rest
-is. Fetching is left out of both.
+``time_ratio`` is of the whole flow: fetching, embedding, indexing, registering. ``index_ratio`` is of the index stage,
+where alone the size matters: there are √10 times as many cells to compare with, and each holds √10 times as many rows.
+nginx must be on the PATH (``apt-get install nginx-light``).
 """
 
+import contextlib
+import dataclasses
 import hashlib
+import os
+import shutil
 import statistics
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from embed import write_shards
+from download import nginx
+from numpy.typing import NDArray
+from PIL import Image
 
-from infra import artifacts, compute, shards, storage
-from model.retrieval.factory import choose_index
-from tasks.contracts import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards, ImageShards
-from tasks.download import DownloadConfig, new_rows
-from tasks.embed import EmbedConfig, embed_images
+from flows.demo_pictures import twemoji_folder
+from infra import artifacts, compute, storage
+from infra.downloader import DownloadPolicy
+from infra.prefect_api import prefect_api
+from infra.settings import Settings
+from model.clip import Encoder
+from tasks.contracts import METADATA_SCHEMA, EmbeddingShards, ImageShards, config_of
+from tasks.download import DownloadConfig
+from tasks.embed import EmbedConfig
 from tasks.index import IndexConfig, build_database
-from tasks.seen import Seen, hashes_of, write_seen
-from tasks.takedown import Entries
+from tasks.register import register_database
+from tasks.seen import hashes_of, write_seen
+from tasks.stage import base_of
 
-WIDTH = 256
 SHARD_ROWS = 1000
 ADDED = 10_000
 SIZES = (100_000, 1_000_000)
-ROUNDS = 3
-IDENTITY = {
-    "encoder": {"name": "seeded", "weights_digest": "0" * 64, "preprocess_digest": "0" * 64, "dimension": WIDTH}
-}
+ROUNDS = 2
+SPREAD = 0.7  # length of what a row is off its centre; their cosine is 0.82
+STAGES = ("download", "embed", "index")
 
 
-def clustered(rows: int, seed: int) -> np.ndarray[Any, np.dtype[np.float16]]:
-    """Unit rows (rows, WIDTH) around 1,000 seeded centres, as embeddings are."""
-    rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(0).standard_normal((1000, WIDTH), dtype=np.float32)
-    points = centres[rng.integers(1000, size=rows)] + 0.7 * rng.standard_normal((rows, WIDTH), dtype=np.float32)
-    return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float16)
+def bench_delta(sizes: tuple[int, int] = SIZES, added: int = ADDED) -> dict[str, Any]:
+    """Median seconds of a rebuild of each size, in turn after a small one to warm up, and their ratios."""
+    if shutil.which("nginx") is None:
+        missing = "there is no nginx on the PATH; install it (apt-get install nginx-light)"
+        print(f"delta: {missing}")
+        return {"skipped": missing}
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        lists = [turned_pictures(folder / "www", number, added) for number in range(ROUNDS)]
+        lists.insert(0, turned_pictures(folder / "www", ROUNDS, SHARD_ROWS))
+        host = stack.enter_context(nginx(folder / "nginx", folder / "www"))
+        stack.enter_context(at_hand(folder))
+        stack.enter_context(compute.cluster())
+        encoder = Encoder()
+        centres = encoder.embed_images(
+            [Image.open(path).convert("RGB") for path in sorted(twemoji_folder().glob("*.png"))]
+        ).numpy()
+        domains = [MadeUp(folder / "data", rows, host, encoder, centres) for rows in sizes]
+        times: list[list[dict[str, float]]] = [[], []]
+        for number, files in enumerate(lists):
+            for domain, kept in zip(domains, times, strict=True):
+                kept.append(domain.grown(number, files))
+                print(f"  onto {domain.rows:9,}: {kept[-1]}, load {os.getloadavg()[0]:.1f}", flush=True)
+    medians = [{part: statistics.median(time[part] for time in kept[1:]) for part in kept[0]} for kept in times]
+    smaller, larger = medians
+    return {
+        "added": added,
+        **{f"onto_{rows}": told for rows, told in zip(sizes, medians, strict=True)},
+        "index_ratio": larger["index_s"] / smaller["index_s"],
+        "time_ratio": larger["seconds"] / smaller["seconds"],
+    }
 
 
-class Grower:
-    """A database of ``rows`` made-up pictures, and rounds of adding to it."""
+class MadeUp:
+    """A domain of made-up rows, its database the champion."""
 
-    def __init__(self, folder: Path, rows: int, added: int) -> None:
-        self.folder, self.cache, self.added = folder, folder / "cache", added
-        self.images = self._images_stage("base", rows)
-        done = [self._image_shard(self.images.uri, n, f"base{rows}") for n in range(rows // SHARD_ROWS)]
-        seen = [write_seen(self.images.uri, hashes_of(self.images.uri, done, self.cache))]
-        self.base_images = ImageShards.of(self.images.commit(done, info={"seen": seen}), self.images.uri)
-        stage = self._embeddings_stage(self.base_images)
-        filled = [self._embedding_shard(stage.uri, n, f"base{rows}", n) for n in range(rows // SHARD_ROWS)]
-        self.base_rows = EmbeddingShards.of(stage.commit(filled, identity=IDENTITY, info={}), stage.uri)
-        self.config = IndexConfig(index=choose_index(max(rows, 100_001), WIDTH))
-        built = build_database(self.base_rows, str(folder), self.config, cache=self.cache)
-        self.database: DatabaseVersion = built.reference
+    def __init__(self, root: Path, rows: int, host: str, encoder: Encoder, centres: NDArray[np.float32]) -> None:
+        """Make ``rows`` of them, and the manifests that download, embed and index leave."""
+        self.rows, self._root, self._host, self._name = rows, root, host, f"rows-{rows}"
+        self._settings = Settings(root=str(root))
+        self._base, cache = base_of(self._settings, self._name), self._settings.cache_folder
+        policy = DownloadPolicy(allow_hosts=(host,), threads=32, retries=0)
+        download = config_of(DownloadConfig(shard_rows=SHARD_ROWS, policy=policy, workers=os.cpu_count() or 1))
+        stage = artifacts.Stage(self._base, ImageShards.kind, inputs={}, config=download)
+        numbers = range(rows // SHARD_ROWS)
+        done = [self._image_shard(stage.uri, number) for number in numbers]
+        info = {"seen": [write_seen(stage.uri, hashes_of(stage.uri, done, cache))], "outcomes": {"success": rows}}
+        images = ImageShards.of(stage.commit(done, info=info), stage.uri)
+        embed = {**config_of(EmbedConfig()), "precision": "float32"}
+        stage = artifacts.Stage(self._base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=embed)
+        known = {"encoder": dataclasses.asdict(encoder.identity), "outcomes": {"success": SHARD_ROWS}}
+        filled = [self._embedding_shard(stage.uri, shard, number, centres, known) for number, shard in enumerate(done)]
+        identity = {"encoder": dataclasses.asdict(encoder.identity)}
+        embeddings = EmbeddingShards.of(stage.commit(filled, identity=identity, info={}), stage.uri)
+        built = build_database(embeddings, self._base, IndexConfig(), cache=cache)
+        register_database(self._name, built.reference, self._settings)
 
-    def grow(self, number: int) -> dict[str, float]:
-        """Add ``added`` rows to the base; seconds of each part."""
-        stage, name = self._images_stage(f"delta{number}", 0), f"delta{number}-{self.database.rows}"
-        first = self.database.rows // SHARD_ROWS
-        numbers = range(first, first + self.added // SHARD_ROWS)
-        pictures = [self._image_shard(stage.uri, n, name) for n in numbers]
-        rows_uri = storage.join(str(self.folder), "rows", name)
-        filled = [self._embedding_shard(rows_uri, n, name, 10_000 * (number + 1) + n) for n in numbers]
-        listed = self.folder / f"{name}.parquet"
-        pq.write_table(pa.table({"url": [url for n in numbers for url in urls(name, n)]}), listed)
+    def grown(self, number: int, files: list[str]) -> dict[str, float]:
+        """Rebuild with ``files``; seconds of the flow and of its stages."""
+        from flows.rebuild_index import RebuildIndexConfig, rebuild_index  # Prefect reads its settings when imported
 
-        clock = [time.perf_counter()]
-        seen = Seen.of(self.base_images, self.cache)
-        asked = new_rows(shards.read_url_list(str(listed)), seen, Entries(), DownloadConfig())
-        assert asked.num_rows == self.added
-        clock.append(time.perf_counter())
-        taken = [shard.taken_over(self.base_images.uri) for shard in self.base_images.manifest().shards]
-        info = {"seen": seen.extended(stage.uri, hashes_of(stage.uri, pictures, self.cache))}
-        images = ImageShards.of(stage.commit([*taken, *pictures], info=info), stage.uri)
-        rows = self._embeddings_stage(images)
-        before = [shard.taken_over(self.base_rows.uri) for shard in self.base_rows.manifest().shards]
-        after = [shard.taken_over(rows_uri) for shard in filled]
-        embeddings = EmbeddingShards.of(rows.commit([*before, *after], identity=IDENTITY, info={}), rows.uri)
-        clock.append(time.perf_counter())
-        grown = build_database(
-            embeddings, str(self.folder), self.config, cache=self.cache, previous=self.database
-        ).reference
-        clock.append(time.perf_counter())
-        assert grown.manifest().info["shards_taken_over"] > 0
-        assert grown.rows == self.database.rows + self.added
-        return dict(zip(("lookup_s", "manifests_s", "index_s"), np.diff(clock).tolist(), strict=True))
+        listed = self._root / f"{self._name}-{number}.parquet"
+        pq.write_table(pa.table({"url": [f"http://{self._host}/{file}" for file in files]}), listed)
+        started = time.perf_counter()
+        rebuilt = rebuild_index(RebuildIndexConfig(domain=self._name, urls=str(listed), root=str(self._root)))
+        seconds = time.perf_counter() - started
+        after = rebuilt.after.database.manifest()
+        new = after.rows - rebuilt.before.database.rows
+        # A few pictures look the same from all sides, and the download leaves copies out.
+        assert 0.95 * len(files) < new <= len(files), f"{new} of {len(files)} were added"
+        assert after.info["shards_taken_over"] > 0, "everything was indexed anew"
+        return {"seconds": seconds, **{f"{name}_s": rebuilt.seconds[name] for name in STAGES}}
 
-    def _images_stage(self, name: str, rows: int) -> artifacts.Stage:
-        return artifacts.Stage(str(self.folder), "images", inputs={}, config={"made": name, "rows": rows})
-
-    def _embeddings_stage(self, images: ImageShards) -> artifacts.Stage:
-        return artifacts.Stage(str(self.folder), "embeddings", inputs={"images": images.as_input()}, config={})
-
-    def _image_shard(self, uri: str, number: int, name: str) -> artifacts.Shard:
-        listed = urls(name, number)
-        columns = {"url": listed, "sha256": digests(listed), "error_class": ["success"] * SHARD_ROWS}
+    def _image_shard(self, uri: str, number: int) -> artifacts.Shard:
+        urls, name = self._urls(number), f"{number:05d}"
+        columns = {"url": urls, "sha256": digests(urls), "error_class": ["success"] * SHARD_ROWS}
         with storage.scratch() as folder:
-            pq.write_table(pa.table({"key": keys(number), **columns}), folder / f"{number:05d}.parquet")
-            tarfile.open(folder / f"{number:05d}.tar", "w").close()
-            return artifacts.commit_shard(uri, f"{number:05d}", folder, rows=SHARD_ROWS, info={})
+            pq.write_table(pa.table({"key": keys(number), **columns}), folder / f"{name}.parquet")
+            tarfile.open(folder / f"{name}.tar", "w").close()
+            info = {"outcomes": {"success": SHARD_ROWS}}
+            return artifacts.commit_shard(uri, name, folder, rows=SHARD_ROWS, info=info)
 
-    def _embedding_shard(self, uri: str, number: int, name: str, seed: int) -> artifacts.Shard:
-        listed, sides = urls(name, number), pa.array(np.full(SHARD_ROWS, 64, np.int32))
-        columns = [
-            pa.array(range(SHARD_ROWS)), keys(number), listed, digests(listed), sides, sides, ["success"] * SHARD_ROWS,
-        ]  # fmt: skip
+    def _embedding_shard(
+        self, uri: str, images: artifacts.Shard, number: int, centres: NDArray[np.float32], known: dict[str, Any]
+    ) -> artifacts.Shard:
+        urls, sides = self._urls(number), pa.array(np.full(SHARD_ROWS, 64, np.int32))
+        positions, fine = pa.array(range(SHARD_ROWS)), ["success"] * SHARD_ROWS
+        table = pa.table([positions, keys(number), urls, digests(urls), sides, sides, fine], schema=METADATA_SCHEMA)
         with storage.scratch() as folder:
             (folder / "img_emb").mkdir()
             (folder / "metadata").mkdir()
-            np.save(folder / "img_emb" / f"img_emb_{number:05d}.npy", clustered(SHARD_ROWS, seed + 1))
-            pq.write_table(
-                pa.table(columns, schema=METADATA_SCHEMA), folder / "metadata" / f"metadata_{number:05d}.parquet"
-            )
-            return artifacts.commit_shard(uri, f"{number:05d}", folder, rows=SHARD_ROWS, info={})
+            np.save(folder / "img_emb" / f"img_emb_{images.name}.npy", around(centres, seed=number))
+            pq.write_table(table, folder / "metadata" / f"metadata_{images.name}.parquet")
+            info = {**known, "source": images.file(".tar").sha256}
+            return artifacts.commit_shard(uri, images.name, folder, rows=SHARD_ROWS, info=info)
+
+    def _urls(self, number: int) -> list[str]:
+        return [f"http://host/{self._name}/{number}/{row}.png" for row in range(SHARD_ROWS)]
 
 
-def urls(name: str, number: int) -> list[str]:
-    return [f"http://host/{name}/{number}/{row}.png" for row in range(SHARD_ROWS)]
+@contextmanager
+def at_hand(folder: Path) -> Iterator[None]:
+    """A Prefect API and a cache of our own for the length of the block."""
+    before = os.environ.get("KNN_DIFFUSION_CACHE")
+    os.environ["KNN_DIFFUSION_CACHE"] = str(folder / "cache")
+    try:
+        with prefect_api(folder / "prefect"):
+            from prefect.settings import PREFECT_API_URL, temporary_settings
+
+            with temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]}):
+                yield
+    finally:
+        os.environ.pop("KNN_DIFFUSION_CACHE")
+        if before is not None:
+            os.environ["KNN_DIFFUSION_CACHE"] = before
 
 
-def digests(listed: list[str]) -> list[str]:
-    return [hashlib.sha256(url.encode()).hexdigest() for url in listed]
+def turned_pictures(folder: Path, number: int, count: int) -> list[str]:
+    """Write ``count`` pictures below ``folder``, each as it is nowhere else; their names."""
+    files = sorted(twemoji_folder().glob("*.png"))
+    (folder / str(number)).mkdir(parents=True)
+    names = [f"{number}/{place}.png" for place in range(count)]
+    sources = [files[place % len(files)] for place in range(count)]
+    angles = [5.0 + 7.0 * number + 2.0 * (place // len(files)) for place in range(count)]
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(_turn, sources, [folder / name for name in names], angles, chunksize=100))
+    return names
+
+
+def around(centres: NDArray[np.float32], seed: int) -> NDArray[np.float16]:
+    """Unit rows (SHARD_ROWS, D), each near one of ``centres``."""
+    rng = np.random.default_rng(seed)
+    width = centres.shape[1]
+    off = rng.standard_normal((SHARD_ROWS, width), dtype=np.float32) * (SPREAD / np.sqrt(width))
+    points = centres[rng.integers(len(centres), size=SHARD_ROWS)] + off
+    unit: NDArray[np.float16] = (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float16)
+    return unit
+
+
+def digests(urls: list[str]) -> list[str]:
+    return [hashlib.sha256(url.encode()).hexdigest() for url in urls]
 
 
 def keys(number: int) -> list[str]:
     return [f"{number:05d}{row:04d}" for row in range(SHARD_ROWS)]
 
 
-def bench_delta(sizes: tuple[int, int] = SIZES, added: int = ADDED) -> dict[str, Any]:
-    """Median seconds of a delta onto each size, in turn after a warm-up, and the larger's over the smaller's."""
-    with tempfile.TemporaryDirectory() as name, compute.cluster():
-        folder = Path(name)
-        growers = [Grower(folder / str(rows), rows, added) for rows in sizes]
-        times: list[list[dict[str, float]]] = [[], []]
-        for number in range(ROUNDS + 1):
-            for grower, kept in zip(growers, times, strict=True):
-                kept.append(grower.grow(number))
-        stage = artifacts.Stage(str(folder), "images", inputs={}, config={"pictures": added})
-        done = write_shards(Path(stage.uri), added // SHARD_ROWS, SHARD_ROWS)
-        new, embeds = ImageShards.of(stage.commit(done, info={}), stage.uri), []
-        for grower in growers:
-            started = time.perf_counter()
-            made = embed_images(new, str(grower.folder), EmbedConfig(), cache=grower.cache)
-            assert made.reference.rows == added
-            embeds.append(time.perf_counter() - started)
-    parts = [{part: statistics.median(time[part] for time in kept[1:]) for part in kept[0]} for kept in times]
-    indexed = [statistics.median(sum(time.values()) for time in kept[1:]) for kept in times]
-    return {
-        "added": added,
-        **{
-            f"onto_{rows}": {"seconds": total, **part, "index": grower.config.index, "embed_s": embed}
-            for rows, total, embed, part, grower in zip(sizes, indexed, embeds, parts, growers, strict=True)
-        },
-        "time_ratio": indexed[1] / indexed[0],
-        "with_embedding_ratio": (indexed[1] + embeds[1]) / (indexed[0] + embeds[0]),
-    }
+def _turn(source: Path, output: Path, angle: float) -> None:
+    with Image.open(source) as picture:
+        picture.convert("RGBA").rotate(angle, resample=Image.Resampling.BICUBIC).save(output)
