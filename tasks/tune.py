@@ -17,6 +17,7 @@ from tasks.databases import TRUTH, open_shards
 from tasks.hide import Grown
 
 CURVE = "recall.png"
+RECALL_AT = 10
 
 
 def tune_database(
@@ -41,7 +42,7 @@ def tune_database(
         truths = {kind: _grown(database, truth, grown.rows, barred) for kind, truth in _read(grown, cache).items()}
     else:
         truths = _chosen(database, barred, embeddings, config)
-    before = None if grown is None else SearchEffort(**grown.version.manifest().info["effort"])
+    before = None if grown is None else _effort_before(grown, config.target_recall)
     best, measured = tune(database, truths, config.target_recall, before=before)
     storage.write_bytes(storage.join(folder_uri, CURVE), _drawn(measured, best, config.target_recall))
     recalls = {f"recall_at_10_{kind}": best.recalls[kind] if len(truth) else None for kind, truth in truths.items()}
@@ -92,12 +93,14 @@ def _grown(database: Database, before: Truth, rows: int, hidden: NDArray[np.int6
     before = before.only(~np.isin(before.own, hidden))
     own_rows = before.own_rows
     own = None if own_rows is None else before.own
-    lost = np.isin(before.ids, hidden).sum(axis=1)
+    # Rows that were there before are known down to the last of those kept: below it, one of them may be nearer.
+    lowest = np.where(before.ids >= 0, before.scores, np.inf).min(axis=1, keepdims=True)
     truth = find_truth(
         database.parts, before.queries, own=own, own_rows=own_rows, hidden=hidden, grown_from=(before, rows)
     )
-    # So many true neighbours were hidden that those kept may not be the nearest any more: look at all rows again.
-    again = np.flatnonzero(lost > before.ids.shape[1] - 10)
+    unknown = truth.scores < lowest
+    truth.ids[unknown], truth.scores[unknown] = -1, -np.inf
+    again = np.flatnonzero((truth.ids >= 0).sum(axis=1) < RECALL_AT)
     if len(again):
         some = find_truth(
             database.parts,
@@ -108,6 +111,13 @@ def _grown(database: Database, before: Truth, rows: int, hidden: NDArray[np.int6
         )
         truth.ids[again], truth.scores[again] = some.ids, some.scores
     return truth
+
+
+def _effort_before(grown: Grown, target: float) -> SearchEffort | None:
+    """What the version before needs for the same target."""
+    manifest = grown.version.manifest()
+    same = manifest.config["target_recall"] == target
+    return SearchEffort(**manifest.info["effort"]) if same else None
 
 
 def _read(grown: Grown, cache: Path) -> dict[str, Truth]:
@@ -134,7 +144,7 @@ def _drawn(points: Sequence[Point], best: Point, target: float) -> bytes:
     axes.axhline(target, color="#6e747d", linewidth=0.8, linestyle="--", label=f"target {target}")
     axes.axvline(best.latency_ms, color="#4a8f5b", linewidth=0.8)
     told = f"nprobe {best.effort.nprobe}, candidates {best.effort.candidates}"
-    axes.set(xlabel="latency of one query, ms", ylabel="recall@10", title=f"chosen: {told}")
+    axes.set(xlabel="to find the ids of one query's neighbours, ms", ylabel="recall@10", title=f"chosen: {told}")
     axes.legend(frameon=False)
     encoded = io.BytesIO()
     figure.savefig(encoded, format="png")

@@ -6,7 +6,9 @@ A proposer answers with row ids that run over all shards: shard after shard, pos
 is scored with the stored rows (:mod:`model.retrieval.database`) unless its own scores are of those.
 """
 
+import contextlib
 import itertools
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,22 +51,29 @@ class SeparateShards:
         self.rows = tuple(int(index.ntotal) for index in indexes)
         self.exact = all(lossless(index) for index in indexes)
         self._cells = [cells_of(index) for index in indexes]
+        self._one_at_a_time = threading.Lock()  # an index of any make takes nprobe as its own state alone
         self.cells = max((cells.nlist for cells in self._cells if cells is not None), default=0)
 
     def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
         """Ids (Q, shards × count)."""
         found, first = [], 0
         for index, cells, rows in zip(self._indexes, self._cells, self.rows, strict=True):
-            if cells is not None:
-                cells.nprobe = nprobe
-            _, ids = index.search(queries, min(count, rows) or 1)
+            with self._one_at_a_time if cells is not None else contextlib.nullcontext():
+                if cells is not None:
+                    cells.nprobe = nprobe
+                _, ids = index.search(queries, min(count, rows) or 1)
             found.append(np.where(ids < 0, -1, ids + first))
             first += rows
         return np.concatenate(found, axis=1), None
 
 
 class StackedCells:
-    """One IVF over the memory-mapped inverted lists of all shards: a query is assigned to cells once, not per shard."""
+    """One IVF over the memory-mapped inverted lists of all shards: a query is assigned to cells once, not per shard.
+
+    A query is one thread's work, however many shards there are. Sharing its cells out among cores (``parallel_mode``)
+    took a tenth off where they were idle and a hundred times as long where they were not, and which of several exact
+    copies it found varied from run to run.
+    """
 
     def __init__(self, quantizer: Any, shards: Sequence[Any], ordinals: Sequence[int]) -> None:
         """Put ``shards`` (indexes without a quantizer) under the trained ``quantizer``, an index without rows."""
@@ -91,15 +100,20 @@ class StackedCells:
 
     def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
         """Ids (Q, count), and scores where codes are the rows."""
-        self._ivf.nprobe = nprobe
-        # A single query has the cells it visits shared out among the cores: gathering each from many shards takes
-        # longer than scanning it. In one shard that would save little and keep all cores from others.
-        self._ivf.parallel_mode = int(len(self.rows) > 1 and len(queries) == 1)
-        if isinstance(self._graph, faiss.IndexHNSW):
-            self._graph.hnsw.efSearch = max(64, 2 * nprobe)
-        scores, ids = self._index.search(queries, count)
+        scores, ids = self._index.search(queries, count, params=self._effort(nprobe))
         found = np.where(ids < 0, -1, self._first[ids >> FIRST_ID_SHIFT] + (ids & _POSITION))
         return found, scores if self.exact else None
+
+    def _effort(self, nprobe: int) -> Any:
+        """The effort of one search, told to it alone: threads search the same index, and not all equally hard."""
+        cells: Any = faiss.SearchParametersIVF
+        graph: Any = faiss.SearchParametersHNSW  # type: ignore[attr-defined]
+        turned: Any = faiss.SearchParametersPreTransform
+        if isinstance(self._graph, faiss.IndexHNSW):
+            effort = cells(nprobe=nprobe, quantizer_params=graph(efSearch=max(64, 2 * nprobe)))
+        else:
+            effort = cells(nprobe=nprobe)
+        return turned(index_params=effort) if isinstance(self._index, faiss.IndexPreTransform) else effort
 
 
 def open_proposer(indexes: Sequence[Path], ordinals: Sequence[int], quantizer: Path | None) -> Proposer:

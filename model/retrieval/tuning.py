@@ -22,7 +22,7 @@ _READ_COST = 4.0  # reading a stored row at random, against one code of a list t
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One measurement: the effort, recall@10 by kind of query, and how long one query takes on its own."""
+    """One measurement: the effort, recall@10 by kind of query, and how long the ids of one query's neighbours take."""
 
     effort: SearchEffort
     recalls: Mapping[str, float]

@@ -5,7 +5,7 @@ lists of what was seen, a registered champion; only their tars are empty. What i
 another angle in each round, from nginx on loopback; the list names them alone.
 
 ``time_ratio`` is of the whole flow: fetching, embedding, indexing, registering. ``index_ratio`` is of the index stage,
-where alone the size matters: there are √10 times as many cells to compare with, and each holds √10 times as many rows.
+where alone the size matters: there are 4 times as many cells to compare with, and each holds 2.4 times as many rows.
 nginx must be on the PATH (``apt-get install nginx-light``).
 """
 

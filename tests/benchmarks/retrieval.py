@@ -165,8 +165,8 @@ def bench_shards() -> dict[str, Any]:
     """Latency of one database filled in 16 shards against the same rows filled as one.
 
     ``overhead`` is of all 16 as they were filled; ``overhead_grown`` of 14 merged and two that were added since;
-    ``overhead_merged`` of the 16 merged, the one file that a build leaves of so many rows. Queries come one by one, and
-    several shards are then searched on all cores, as :class:`Database` has it; ``_batch`` is of 1,000 at once.
+    ``overhead_merged`` of the 16 merged, the one file that a build leaves of so many rows. Queries come one by one;
+    ``_batch`` is of 1,000 at once.
     """
     rows = int(os.environ.get("ROWS", 1_000_000))
     whole = np.concatenate([np.load(path, mmap_mode="r") for path in _row_files(rows)])

@@ -249,6 +249,14 @@ def test_after_compaction_only_the_shards_that_changed_are_filled(tmp_path: Path
     assert everything(second, tmp_path).search(queries, 5).ids.tolist() == exact(queries, kept, 5)
 
 
+def test_another_target_is_tuned_for_anew_and_not_from_what_the_last_one_needed(tmp_path: Path) -> None:
+    embeddings = stored(tmp_path, np.split(tiny.unit_rows(600), 6))
+    strict = build(embeddings, tmp_path, dataclasses.replace(CONFIG, target_recall=0.99))
+    assert strict.manifest().info["effort"]["nprobe"] >= 4, "else the next line shows nothing"
+    lax = build(embeddings, tmp_path, dataclasses.replace(CONFIG, target_recall=0.1), previous=strict)
+    assert lax.manifest().info["effort"]["nprobe"] == 1
+
+
 def test_a_recall_below_the_target_is_not_committed(tmp_path: Path) -> None:
     embeddings = stored(tmp_path, [tiny.unit_rows(3_000)])
     config = dataclasses.replace(CONFIG, index="PQ1x4", target_recall=1.0)

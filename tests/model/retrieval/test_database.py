@@ -1,5 +1,7 @@
 import dataclasses
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +255,26 @@ def test_a_query_whose_cells_are_empty_visits_more(tmp_path: Path) -> None:
     assert (hits.ids >= 0).all()
     assert hits.ids[:, 0].tolist() == list(range(8))
     require_exact(tiny.database(tmp_path, rows, factory="IVF16,SQfp16").search(rows[:8], 64), rows[:8], rows, 64)
+
+
+@pytest.mark.parametrize("factory", ["IVF32,SQfp16", "OPQ4_8,IVF16,PQ4x4"])
+def test_threads_that_search_with_other_efforts_do_not_disturb_each_other(tmp_path: Path, factory: str) -> None:
+    rows = tiny.unit_rows(3_000)
+    usual = tiny.database(tmp_path, rows[:1000], rows[1000:], factory=factory, candidates=20)
+    queries = tiny.unit_rows(20, seed=3).astype(np.float32)
+    alone = {count: usual.nearest(queries[:count], 10).ids for count in (1, 20)}
+    ended = threading.Event()
+
+    def search_harder() -> None:
+        harder = usual.with_effort(SearchEffort(nprobe=16, candidates=200))
+        while not ended.is_set():
+            harder.nearest(queries[:1], 10)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(search_harder)
+        try:
+            for count in [1, 20] * 100:
+                assert (usual.nearest(queries[:count], 10).ids == alone[count]).all()
+        finally:
+            ended.set()
+        other.result()
