@@ -55,10 +55,10 @@ def _integrated(pipeline: "KNNDiffusionPipeline", asked: Asked) -> Tensor:
     shape = (network.out_channels, network.sample_size, network.sample_size)
     noise = draw_noise(len(asked.tokens), shape, asked.generator, shared=asked.shared_noise)
     first, last = pipeline.config.guidance_interval
+    interval = (float(first), float(last))
 
     def batch(rows: slice, step: Callable[[int], None]) -> Tensor:
         away = None if asked.negative is None else asked.negative[rows].to(device)
-        interval = (float(first), float(last))
         denoiser = guided(pipeline.denoiser(), asked.guidance_scale, negative=away, interval=interval)
         start, condition = noise[rows].to(device), asked.tokens[rows].to(device)
         drawn = integrate(denoiser, start, condition, pipeline.scheduler, asked.steps, step)

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-import shutil
 import statistics
 import tarfile
 import tempfile
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from download import nginx
+from download import nginx, without_nginx
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -55,10 +54,8 @@ STAGES = ("download", "embed", "index")
 
 def bench_delta(sizes: tuple[int, int] = SIZES, added: int = ADDED) -> dict[str, Any]:
     """Median seconds of a rebuild of each size, in turn after a small one to warm up, and their ratios."""
-    if shutil.which("nginx") is None:
-        missing = "there is no nginx on the PATH; install it (apt-get install nginx-light)"
-        print(f"delta: {missing}")
-        return {"skipped": missing}
+    if missing := without_nginx("delta"):
+        return missing
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         lists = [turned_pictures(folder / "www", number, added) for number in range(ROUNDS)]
