@@ -28,12 +28,13 @@ Parts = Sequence[NDArray[np.float16]]
 
 
 @pytest.fixture(autouse=True)
-def alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[WithoutRay]:
     """Workers in this process, except for the tests that are about them."""
+    fake = WithoutRay()
     if "on_ray" not in request.keywords:
-        WithoutRay().install(monkeypatch)
+        fake.install(monkeypatch)
     with compute.cluster(None, 2):
-        yield
+        yield fake
 
 
 def stored(base: Path, parts: Parts, *, first: int = 0, previous: EmbeddingShards | None = None) -> EmbeddingShards:
@@ -119,18 +120,23 @@ def test_a_shard_filled_in_parts_is_the_one_filled_at_once(tmp_path: Path, monke
     assert ours == pytest.approx(theirs, rel=0.2)  # of other rows of the sample
 
 
-def test_a_build_killed_between_parts_and_merge_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_killed_between_parts_and_merge_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: WithoutRay
+) -> None:
     embeddings = stored(tmp_path, np.split(tiny.unit_rows(600), 6))
     config = dataclasses.replace(CONFIG, shard_rows=600)
     monkeypatch.setattr(fill, "PART_ROWS", 150)
     merge = fill._Merge
 
-    def killed(*_: Any) -> None:
-        raise Killed
+    class KilledMerge(merge):
+        def __call__(self, item: Any) -> Any:
+            raise Killed
 
-    monkeypatch.setattr(fill, "_Merge", killed)
+    monkeypatch.setattr(fill, "_Merge", KilledMerge)
     with pytest.raises(Killed):
         build(embeddings, tmp_path, config)
+    asked = [name for _, (name, _) in alone.items]
+    assert asked == ["00000", "00001", "00002", "00003", "00004", "00005", "00000"]
     monkeypatch.setattr(fill, "_Merge", merge)
     monkeypatch.setattr(fill, "_Fill", None)  # nothing is filled again
 
