@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from infra import artifacts, compute, storage
+from infra import artifacts, storage
 from model.retrieval.factory import FIRST_ID_SHIFT, fill_shard, merge_shards
 from tasks.contracts import DatabaseVersion, EmbeddingShards
 from tasks.stage import map_stage
@@ -96,8 +96,7 @@ def fill_shards(
     made = map_stage(stage, fills, _Fill, (*settings, stage.uri))[0]
     if merges:
         filled = {part.name: part for part in map_stage(parts, part_fills, _Fill, (*settings, parts.uri))[0]}
-        at_once = max(1, compute.cpus() // 4)  # each holds a shard in memory
-        made += map_stage(stage, merges, _Merge, (*settings[1:], parts.uri, filled), actors=at_once)[0]
+        made += map_stage(stage, merges, _Merge, (*settings[1:], parts.uri, filled))[0]
         storage.remove(storage.join(stage.uri, parts.kind))
     found |= {shard.name: shard for shard in made}
     return [found[group.name] for group in groups]

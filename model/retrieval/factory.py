@@ -37,6 +37,9 @@ MEMORY_BYTES = 8 << 30
 FIRST_ID_SHIFT = 32
 """A row's id in a stacked index: its index shard's ordinal above, its position in the shard below."""
 
+_NO_ROWS = b"sprs" + bytes(8)
+"""The sizes of cells that are all empty, in FAISS's files."""
+
 
 def choose_index(rows: int, dimension: int, memory_bytes: int = MEMORY_BYTES) -> str:
     """The factory string for ``rows`` × ``dimension`` by the table above. Raises ``ModelError`` when nothing fits.
@@ -163,27 +166,40 @@ def fill_shard(template: Path, rows: Iterable[NDArray[np.float16]], output: Path
 def merge_shards(parts: Sequence[tuple[Path, int]], output: Path) -> None:
     """Write the rows of several stackable shards as one, each cell's codes in one place again.
 
-    A search then touches each cell it visits once, not once a shard. ``parts`` are files that :func:`fill_shard` wrote
-    from one template, in row order, and what is to be added to the ids of each. The output is byte for byte what
+    A search then reads each cell it visits in one piece, not one a shard. ``parts`` are files that :func:`fill_shard`
+    wrote from one template, in row order, and what is to be added to the ids of each. The output is byte for byte what
     ``fill_shard`` writes of all rows at once.
+
+    FAISS writes what it holds in memory alone; here no more than a cell is held. Its file of an index with cells ends
+    in their number, their code size, their sizes, then cell after cell its codes and its ids (``write_InvertedLists``).
     """
     opened = [faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC) for path, _ in parts]
-    whole, cells = opened[0], cells_of(opened[0])
-    lists = [(cells_of(index).invlists, shift) for index, (_, shift) in zip(opened, parts, strict=True)]
-    merged: Any = faiss.ArrayInvertedLists(cells.nlist, cells.code_size)
-    for cell in range(cells.nlist):
-        sizes = [held.list_size(cell) for held, _ in lists]
-        merged.resize(cell, sum(sizes))
-        begin = 0
-        for (held, shift), size in zip(lists, sizes, strict=True):
-            if size:
-                ids = faiss.rev_swig_ptr(held.get_ids(cell), size) + shift
-                merged.update_entries(cell, begin, size, faiss.swig_ptr(ids), held.get_codes(cell))
-                begin += size
-    cells.replace_invlists(merged, False)
-    whole.ntotal = cells.ntotal = sum(index.ntotal for index in opened)
+    shifts = [shift for _, shift in parts]
+    held = [cells_of(index).invlists for index in opened]
+    whole = faiss.read_index(str(parts[0][0]), faiss.IO_FLAG_MMAP_IFC)
+    cells = cells_of(whole)
+    sizes = np.array([[lists.list_size(cell) for lists in held] for cell in range(cells.nlist)], dtype=np.int64)
+    no_rows: Any = faiss.ArrayInvertedLists(cells.nlist, cells.code_size)
+    cells.replace_invlists(no_rows, False)
+    whole.ntotal = cells.ntotal = int(sizes.sum())
     output.parent.mkdir(parents=True, exist_ok=True)
-    faiss.write_index(whole, str(output))
+    with output.open("wb") as file:
+        file.write(faiss.serialize_index(whole)[: -len(_NO_ROWS)].tobytes())
+        file.write(_told_sizes(sizes.sum(axis=1)))
+        for cell, of_parts in enumerate(sizes):
+            present = [one for one in zip(held, shifts, of_parts.tolist(), strict=True) if one[2]]
+            for lists, _, size in present:
+                file.write(faiss.rev_swig_ptr(lists.get_codes(cell), size * cells.code_size).data)
+            for lists, shift, size in present:
+                file.write((faiss.rev_swig_ptr(lists.get_ids(cell), size) + shift).data)
+
+
+def _told_sizes(sizes: NDArray[np.int64]) -> bytes:
+    """The sizes of the cells, as FAISS writes them: all, or where most are empty those that are not."""
+    filled = np.flatnonzero(sizes)
+    many = len(filled) > len(sizes) // 2
+    told = sizes if many else np.stack([filled, sizes[filled]], axis=1)
+    return (b"full" if many else b"sprs") + np.uint64(told.size).tobytes() + told.astype(np.uint64).tobytes()
 
 
 def quantization_error(index: Any, sample: NDArray[np.float32]) -> float:

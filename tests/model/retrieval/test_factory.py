@@ -138,10 +138,12 @@ def test_a_stackable_shard_leaves_the_quantizer_to_all(tmp_path: Path) -> None:
     assert 0 < error < 1
 
 
-@pytest.mark.parametrize("factory", ["IVF16,SQfp16", "IVF16,SQ8", "OPQ4_8,IVF4,PQ4x4"])
-def test_parts_merged_are_what_is_filled_at_once(tmp_path: Path, factory: str) -> None:
+@pytest.mark.parametrize("count", [900, 404], ids=["most cells filled", "few cells filled"])
+@pytest.mark.parametrize("factory", ["IVF16,SQfp16", "IVF16,SQ8", "OPQ4_8,IVF16,PQ4x4"])
+def test_parts_merged_are_what_is_filled_at_once(tmp_path: Path, factory: str, count: int) -> None:
     rows, template = tiny.unit_rows(900), tmp_path / "template.faiss"
     faiss.write_index(train_index(factory, tiny.WIDTH, rows.astype(np.float32)), str(template))
+    rows = rows[:count] if count == 900 else np.repeat(rows[:4], 101, axis=0)
     fill_shard(template, [rows], tmp_path / "whole.faiss", ordinal=7)
     parts, first = [], 0
     for number, part in enumerate((rows[:400], rows[400:401], rows[401:])):
