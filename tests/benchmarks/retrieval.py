@@ -18,13 +18,14 @@ ours is ``Database.search``, re-ranking and the neighbours' embeddings included;
 import dataclasses
 import json
 import os
+import re
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import faiss
 import numpy as np
@@ -162,57 +163,73 @@ def _row_files(rows: int) -> list[Path]:
 
 
 def bench_shards() -> dict[str, Any]:
-    """Latency of one database filled in 16 shards against the same rows filled as one.
+    """Latency of a database in 16 shards against the same rows in one.
 
-    ``overhead`` is of all 16 as they were filled; ``overhead_grown`` of 14 merged and two that were added since;
-    ``overhead_merged`` of the 16 merged, the one file that a build leaves of so many rows. Queries come one by one;
+    ``overhead`` is of 16 as a build leaves them: full, 268 million rows in all. Those do not fit here: a million rows
+    in a 256th of the cells stand for them, so that a cell is as long, and in as many pieces, in the code that ``auto``
+    takes of 64 GB. All else is of a million rows in the cells that ``auto`` gives a million: ``overhead_small`` of 16
+    shards as workers fill them, before they are merged; ``overhead_grown`` of 14 merged and two that were added since;
+    ``overhead_merged`` of the 16 merged, the one file that a build leaves of so many. Queries come one by one;
     ``_batch`` is of 1,000 at once.
     """
-    rows = int(os.environ.get("ROWS", 1_000_000))
-    whole = np.concatenate([np.load(path, mmap_mode="r") for path in _row_files(rows)])
-    folder = FOLDER / str(rows) / "shards"
-    folder.mkdir(parents=True, exist_ok=True)
-    template = folder / "quantizer.faiss"
-    factory = choose_index(rows, WIDTH)
-    sample = whole[:: max(1, rows // training_rows(factory, rows))].astype(np.float32)
-    faiss.write_index(train_index(factory, WIDTH, sample), str(template))
-    sixteenths = [folder / f"{number}.npy" for number in range(16)]  # the rows of all, in the same files
-    filled = [folder / f"{number}.faiss" for number in range(16)]
-    first, parts = 0, []
-    for number, part in enumerate(np.array_split(whole, 16)):
-        np.save(sixteenths[number], part)
-        fill_shard(template, [part], filled[number], ordinal=number)
-        parts.append((filled[number], first - (number << FIRST_ID_SHIFT)))
-        first += len(part)
-    fill_shard(template, [whole], folder / "one.faiss")
-    merge_shards(parts, folder / "merged.faiss")
-    merge_shards(parts[:14], folder / "most.faiss")
-
-    def opened(*shards: tuple[Path, range]) -> Database:
-        files = [
-            ShardFiles(index=index, embeddings=tuple(sixteenths[n] for n in held), ordinal=held.start)
-            for index, held in shards
-        ]
-        return Database(files, encoder=IDENTITY, quantizer=template, effort=SearchEffort(nprobe=4))
-
-    singles = [(filled[number], range(number, number + 1)) for number in range(16)]
-    one = opened((folder / "one.faiss", range(16)))
-    others = {
-        "overhead": opened(*singles),
-        "overhead_grown": opened((folder / "most.faiss", range(14)), *singles[14:]),
-        "overhead_merged": opened((folder / "merged.faiss", range(16))),
-    }
-    queries = clustered(QUERIES, seed=10_000_019)
-    told: dict[str, Any] = {"rows": rows, "shards": 16, "nprobe": 4}
-    wanted = one.search(queries, 10).ids
-    told["same_neighbours"] = all(bool((other.search(queries, 10).ids == wanted).all()) for other in others.values())
-    for name, other in others.items():
-        single = [(lambda d=each: [d.search(query[None], 10) for query in queries[:200]]) for each in (other, one)]
-        batch = [(lambda d=each: d.search(queries, 10)) for each in (other, one)]
+    rows, full = int(os.environ.get("ROWS", 1_000_000)), 16 * IndexConfig().shard_rows
+    factory = choose_index(full, WIDTH, memory_bytes=64 << 30)
+    (cells,) = re.findall(r"IVF(\d+)", factory)
+    fewer = re.sub(r"IVF\d+(_HNSW32)?", f"IVF{int(cells) * rows // full}", factory)
+    large = Sixteenths(rows, "full", fewer, SearchEffort(nprobe=4, candidates=50))
+    small = Sixteenths(rows, "shards", choose_index(rows, WIDTH), SearchEffort(nprobe=4))
+    told: dict[str, Any] = {"rows": rows, "shards": 16, "stands_for": full, "stands_for_index": factory}
+    told["recall_at_10"] = recall(large.opened("apart"), _held_out(rows))
+    queries, same = clustered(QUERIES, seed=10_000_019), []
+    for name, database, reference in (
+        ("overhead", large.opened("apart"), large.opened("one")),
+        ("overhead_small", small.opened("apart"), small.opened("one")),
+        ("overhead_grown", small.opened("grown"), small.opened("one")),
+        ("overhead_merged", small.opened("merged"), small.opened("one")),
+    ):
+        both = (database, reference)
+        single = [(lambda d=each: [d.search(query[None], 10) for query in queries[:200]]) for each in both]
+        batch = [(lambda d=each: d.search(queries, 10)) for each in both]
         for suffix, pair in (("", single), ("_batch", batch)):
-            ours, reference = _paired(*pair)
-            told[name + suffix] = ours / reference
-    return told
+            ours, theirs = _paired(*pair)
+            told[name + suffix] = ours / theirs
+        same.append(np.array_equal(database.search(queries, 10).ids, reference.search(queries, 10).ids))
+    return told | {"same_neighbours": all(same)}
+
+
+class Sixteenths:
+    """The same rows in index files cut in several ways."""
+
+    def __init__(self, rows: int, name: str, factory: str, effort: SearchEffort) -> None:
+        """Fill one of all rows, 16 of a sixteenth each, and merge these."""
+        self._folder, self._effort = FOLDER / str(rows) / name, effort
+        self._folder.mkdir(parents=True, exist_ok=True)
+        whole = np.concatenate([np.load(path, mmap_mode="r") for path in _row_files(rows)])
+        sample = whole[:: max(1, rows // training_rows(factory, rows))].astype(np.float32)
+        self._template = self._folder / "quantizer.faiss"
+        faiss.write_index(train_index(factory, WIDTH, sample), str(self._template))
+        first, parts = 0, []
+        for number, part in enumerate(np.array_split(whole, 16)):
+            np.save(self._folder / f"{number}.npy", part)
+            fill_shard(self._template, [part], self._index(number), ordinal=number)
+            parts.append((self._index(number), first - (number << FIRST_ID_SHIFT)))
+            first += len(part)
+        fill_shard(self._template, [whole], self._index("one"))
+        merge_shards(parts, self._index("merged"))
+        merge_shards(parts[:14], self._index("most"))
+
+    def opened(self, cut: Literal["apart", "grown", "merged", "one"]) -> Database:
+        """The rows in 16, in 14 merged and two, in 16 merged, or filled at once."""
+        apart = [(self._index(number), range(number, number + 1)) for number in range(16)]
+        cuts = {"apart": apart, "grown": [(self._index("most"), range(14)), *apart[14:]]}
+        files = [
+            ShardFiles(index=index, embeddings=tuple(self._folder / f"{n}.npy" for n in held), ordinal=held.start)
+            for index, held in cuts.get(cut, [(self._index(cut), range(16))])
+        ]
+        return Database(files, encoder=IDENTITY, quantizer=self._template, effort=self._effort)
+
+    def _index(self, name: str | int) -> Path:
+        return self._folder / f"{name}.faiss"
 
 
 def bench_swap() -> dict[str, Any]:
