@@ -36,7 +36,7 @@ class IndexConfig:
     target_recall: float = 0.95  # at 10, image queries and text queries alike
     recall_queries: int = 256
     texts: tuple[str, ...] = ()  # text queries for the recall measurement
-    shard_rows: int = 16_777_216  # most of an index shard: 8 GB of 256 dimensions in full; cells then stay long
+    shard_rows: int = 16_777_216  # most of an index shard (8 GB at 256 dimensions of float16); short ones cut cells
     near_duplicate_cosine: float = 0.995  # from which on two rows count as near-duplicates; 1 looks for none
     dedup: bool = False  # whether searches return only one of each group of near-duplicates
     max_drift: float = 0.25  # growth of the quantizer's error on new rows after which it is trained anew

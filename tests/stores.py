@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import pytest
 from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
@@ -157,3 +158,10 @@ def client(endpoint: str, key: str, secret: str) -> Any:
         aws_secret_access_key=secret,
         config=Config(s3={"addressing_style": "path"}),
     )
+
+
+def one_line(caught: pytest.ExceptionInfo[BaseException]) -> str:
+    """The message of what was caught, which is one line."""
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
