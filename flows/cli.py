@@ -104,7 +104,11 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="1 follows the prompt as trained, more exaggerates.")] = None,
     negative: Annotated[str | None, typer.Option(help="What the pictures are to keep away from.")] = None,
     neighbours: Annotated[
-        int | None, typer.Option(help="Neighbours to draw from; as trained if unset.", min=1, max=1000)
+        int | None, typer.Option(help="Neighbours to draw from; the generator's default if unset.", min=1, max=1000)
+    ] = None,
+    candidates: Annotated[
+        int | None,
+        typer.Option(help="Pictures to choose each from; the generator's default if unset.", min=1, max=64),
     ] = None,
     root: Root = None,
     verbose: Verbose = False,
@@ -128,6 +132,7 @@ def generate(
             "num_inference_steps": steps,
             "guidance_scale": guidance,
             "neighbours": neighbours,
+            "candidates": candidates,
             "generator": torch.Generator().manual_seed(seed),
         }
         if between is None:

@@ -27,7 +27,6 @@ from tasks.serve import pull_database, stored_pictures
 
 PROMPTS = ("a red heart", "a sad face", "a green tree", "a red apple", "the sun", "a flower")
 SHOWN_NEIGHBOURS, SHOWN_SAMPLES = 3, 3
-STEPS = 12
 EVALUATION_SAMPLES, DIVERSITY_SEEDS, DIVERSITY_PROMPTS = 48, 2, 8  # what two CPU cores draw in three minutes
 
 Groups = list[tuple[list[Image.Image], list[Image.Image]]]
@@ -62,7 +61,7 @@ def run_demo(root: Path, port: int | None = None, train: bool = False) -> tuple[
     report = report_of(domains, swap_s, seconds)
     path = root / "report.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
-    told = f"{report['evaluation_samples']} samples of each condition on {FIRST}, {STEPS} steps:"
+    told = f"{report['evaluation_samples']} samples of each condition on {FIRST}:"
     logs.get("demo").info("%s\n\n%s\n", told, table(made_of(domains).evaluation.reference.scores()))
     return picture, path
 
@@ -72,7 +71,6 @@ def judged(config: NewDomainConfig) -> NewDomainConfig:
     evaluate = dataclasses.replace(
         config.evaluate,
         samples=EVALUATION_SAMPLES,
-        steps=STEPS,
         seeds=DIVERSITY_SEEDS,
         diversity_prompts=DIVERSITY_PROMPTS,
     )
@@ -108,7 +106,6 @@ def _draw_all(pipeline: Any, database: str, settings: Settings) -> Groups:
         output = pipeline(
             list(PROMPTS),
             num_images_per_prompt=SHOWN_SAMPLES,
-            num_inference_steps=STEPS,
             neighbours=SHOWN_NEIGHBOURS,  # those that stand beside the samples, and no others
             generator=torch.Generator().manual_seed(7),
             callback=told,
@@ -151,7 +148,6 @@ def report_of(domains: Mapping[str, Domain], swap_s: float, seconds: Mapping[str
         **training,
         **{name: round(value, 4) for name, value in evaluation.scores().items()},
         "evaluation_samples": evaluation.rows,
-        "sampling_steps": STEPS,
         "swap_s": round(swap_s, 6),
         "model_uri": made.registered.uri,
         "database_uris": {name: domain.registered.uri for name, domain in domains.items()},

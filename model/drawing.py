@@ -1,6 +1,6 @@
 """What a pipeline's network draws from condition tokens: velocities integrated to pictures, or codes sampled.
 
-Legend: ``B`` pictures, ``S`` side, ``T`` condition tokens, ``E`` their channels.
+Legend: ``B`` pictures drawn, ``S`` side, ``T`` condition tokens, ``E`` their channels, ``D`` embedding width.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from model.networks.latents import decode_latents
 from model.networks.vq_autoencoder import decode_codes
 from model.networks.vq_transformer import VQTransformer
 from model.sampling import Told, draw_noise, draw_uniforms, in_batches, integrate
+from model.training.data import to_pixels
 
 if TYPE_CHECKING:
     from model.pipeline import KNNDiffusionPipeline
@@ -26,7 +27,9 @@ class Asked:
     """What is to be drawn, and how.
 
     Attributes:
-        tokens: (B, T, E), on the CPU.
+        tokens: (B, T, E), on the CPU; those of one picture's candidates stand together.
+        targets: (B / candidates, D) unit rows, what each picture is to be close to.
+        candidates: pictures drawn for each that is returned.
         negative: (B, T, E) to keep away from; None: the hidden condition.
         guidance_scale: 1 follows the condition as trained.
         steps: from noise to picture.
@@ -36,6 +39,8 @@ class Asked:
     """
 
     tokens: Tensor
+    targets: Tensor
+    candidates: int
     negative: Tensor | None
     guidance_scale: float
     steps: int
@@ -45,9 +50,17 @@ class Asked:
 
 
 def draw(pipeline: "KNNDiffusionPipeline", asked: Asked) -> Tensor:
-    """(B, 3, S, S) float32 in [−1, 1] on the CPU. Raises ``ModelError`` when memory is out."""
+    """(B / candidates, 3, S, S) float32 in [−1, 1] on the CPU. Raises ``ModelError`` when memory is out."""
     discrete = isinstance(pipeline.transformer, VQTransformer)
-    return _sampled(pipeline, asked) if discrete else _integrated(pipeline, asked)
+    pictures = _sampled(pipeline, asked) if discrete else _integrated(pipeline, asked)
+    return pictures if asked.candidates == 1 else _closest(pipeline, pictures, asked)
+
+
+def _closest(pipeline: "KNNDiffusionPipeline", pictures: Tensor, asked: Asked) -> Tensor:
+    """Of each picture's candidates the one that the encoder sees closest to its target."""
+    rows = pipeline.encoder.embed_pixels(to_pixels(pictures)).unflatten(0, (-1, asked.candidates))
+    best = (rows @ asked.targets[:, :, None]).squeeze(2).argmax(1)
+    return pictures.unflatten(0, (-1, asked.candidates))[torch.arange(len(best)), best]
 
 
 def _integrated(pipeline: "KNNDiffusionPipeline", asked: Asked) -> Tensor:

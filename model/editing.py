@@ -68,7 +68,7 @@ class EditConfig:
         kept_db: PSNR outside of the changed region from which on the rest counts as kept.
         largest_region: share of the picture that a region may cover, in (0, 1]. ``local`` alone; 1 lets an object
             change that fills the picture.
-        shift: of the noise levels towards noise, as the generator's scheduler has it.
+        shift: of the noise levels towards noise, as new generators are drawn with.
     """
 
     method: Literal["local", "restore", "sdedit"] = "local"
@@ -215,10 +215,10 @@ def edit(
     k = pipeline.config.neighbours if neighbours is None else neighbours
     fitted = fit_images([images] if isinstance(images, Image.Image) else images, network.config.sample_size)
     targets = _one_each(pipeline.embed(prompts), len(fitted))
-    tokens, _ = pipeline.condition(targets, k, retrieve=retrieve)
+    tokens = pipeline.condition(targets, k, retrieve=retrieve).tokens
     shown = None
     if config.contrast or config.method == "local":
-        shown, _ = pipeline.condition(pipeline.encoder.embed_pixels(fitted), k, retrieve=retrieve)
+        shown = pipeline.condition(pipeline.encoder.embed_pixels(fitted), k, retrieve=retrieve).tokens
     sources = to_model_range(torch.from_numpy(fitted))
     draws = config.candidates + (CONTRAST_DRAWS if config.method == "local" else 0)
     shape = tuple(sources.shape[1:])

@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     PixArtTransformer2DModel,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
     VQModel,
 )
 from diffusers.utils import BaseOutput
@@ -44,7 +45,7 @@ from model.networks.denoiser import as_denoiser
 from model.networks.editor import is_editor, with_reference
 from model.networks.vq_transformer import VQTransformer
 from model.retrieval.database import Database, Hits
-from model.sampling import Told, slerp
+from model.sampling import Told, new_scheduler, slerp
 from model.training.data import to_pixels
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,20 @@ class KNNDiffusionOutput(BaseOutput):
     hits: Hits | None
 
 
+class Conditioned(NamedTuple):
+    """What the network is told of P prompts, and where it comes from.
+
+    Attributes:
+        tokens: (P, 1 + K, D + 1), hidden neighbours among them where training showed more.
+        query: (P, D) unit rows, what stands in the query's slot; None: nothing.
+        hits: the neighbours; None without retrieval.
+    """
+
+    tokens: Tensor
+    query: Tensor | None
+    hits: Hits | None
+
+
 class KNNDiffusionPipeline(DiffusionPipeline):
     """Texts, pictures or embeddings to pictures, through the neighbours in ``database``."""
 
@@ -78,10 +93,12 @@ class KNNDiffusionPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: PixArtTransformer2DModel | UNet2DConditionModel | VQTransformer,
-        scheduler: FlowMatchEulerDiscreteScheduler | None = None,
+        scheduler: UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler | None = None,
         vae: AutoencoderKL | VQModel | None = None,
         encoder_identity: dict[str, Any] | None = None,
         neighbours: int = 10,
+        trained_neighbours: int | None = None,
+        candidates: int = 1,
         guidance_scale: float = 2.0,
         guidance_interval: tuple[float, ...] | list[float] = WHOLE,
         num_inference_steps: int = 25,
@@ -97,6 +114,8 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             vae: what the network's latents or codes belong to; None where it works on pixels.
             encoder_identity: the fields of :class:`model.clip.EncoderIdentity`.
             neighbours: K.
+            trained_neighbours: the most that training has shown at once; None: K.
+            candidates: pictures drawn for each that is returned.
             guidance_scale: 1 follows the condition as trained.
             guidance_interval: the noise levels σ at which guidance acts (continuous networks).
             num_inference_steps: steps from noise to picture.
@@ -114,11 +133,13 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         if isinstance(transformer, VQTransformer) and vae is None:
             raise ModelError("a network over codes needs the vae (a VQModel) that the codes belong to")
         if not isinstance(transformer, VQTransformer) and scheduler is None:
-            raise ModelError("a continuous network needs a scheduler; give FlowMatchEulerDiscreteScheduler(shift=2.0)")
+            raise ModelError("a continuous network needs a scheduler; give that of model.sampling.new_scheduler")
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(
             encoder_identity=dict(encoder_identity),
             neighbours=neighbours,
+            trained_neighbours=trained_neighbours,
+            candidates=candidates,
             guidance_scale=guidance_scale,
             guidance_interval=list(guidance_interval),
             num_inference_steps=num_inference_steps,
@@ -195,6 +216,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         generator: torch.Generator | None = None,
         neighbours: int | None = None,
+        candidates: int | None = None,
         query: QuerySlot | None = None,
         retrieve: bool = True,
         shared_noise: bool = False,
@@ -210,9 +232,12 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             num_inference_steps: steps from noise to picture.
             generator: source of the noise; the same seed gives the same pictures whatever the batch.
             neighbours: K, free to differ from training.
+            candidates: pictures drawn for each that is returned, at so many times the cost. The one whose embedding is
+                closest to what stands in the query's slot (to the prompt's, where nothing does) is kept.
             query: what stands in the query's slot.
             retrieve: False hides the neighbours: the ablation without retrieval.
-            shared_noise: whether all pictures start from one noise, so that only the prompts tell them apart.
+            shared_noise: whether all pictures start from one noise, so that only the prompts tell them apart; there is
+                no choice among candidates then.
             callback: called with (step, steps) of all batches together.
 
         Returns:
@@ -224,19 +249,24 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         k = self.config.neighbours if neighbours is None else neighbours
+        choice = self.config.candidates if candidates is None else candidates
         if not math.isfinite(scale):
             raise ModelError(f"guidance_scale is {scale}; give a number")
-        if min(num_images_per_prompt, steps, k) < 1:
-            raise ModelError("num_images_per_prompt, num_inference_steps and neighbours must be at least 1")
+        if min(num_images_per_prompt, steps, k, choice) < 1:
+            raise ModelError("num_images_per_prompt, num_inference_steps, neighbours and candidates must be at least 1")
         embeddings = self.embed(prompts)
-        tokens, hits = self.condition(embeddings, k, query, retrieve)
+        choice = 1 if shared_noise else choice
+        condition = self.condition(embeddings, k, query, retrieve)
         negative = None
         if negative_prompts is not None:
-            negative, _ = self.condition(_each(self.embed(negative_prompts), len(embeddings)), k, query, retrieve)
-            negative = negative.repeat_interleave(num_images_per_prompt, dim=0)
-        tokens = tokens.repeat_interleave(num_images_per_prompt, dim=0)
+            against = _each(self.embed(negative_prompts), len(embeddings))
+            negative = self.condition(against, k, query, retrieve).tokens
+            negative = negative.repeat_interleave(num_images_per_prompt * choice, dim=0)
+        target = embeddings if condition.query is None else condition.query
         asked = Asked(
-            tokens=tokens,
+            tokens=condition.tokens.repeat_interleave(num_images_per_prompt * choice, dim=0),
+            targets=target.repeat_interleave(num_images_per_prompt, dim=0),
+            candidates=choice,
             negative=negative,
             guidance_scale=scale,
             steps=steps,
@@ -244,7 +274,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             shared_noise=shared_noise,
             told=callback,
         )
-        return KNNDiffusionOutput(images=to_images(draw(self, asked)), hits=hits)
+        return KNNDiffusionOutput(images=to_images(draw(self, asked)), hits=condition.hits)
 
     def edit(
         self,
@@ -264,13 +294,9 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         See :func:`model.editing.edit` for arguments and errors; ``options`` (guidance_scale, candidates, …) are
         those of :class:`model.editing.EditConfig`, whose defaults were measured.
         """
-        config = EditConfig(
-            method=method,
-            strength=strength,
-            steps=self.config.num_inference_steps if num_inference_steps is None else num_inference_steps,
-            shift=self.scheduler.config.shift if self.scheduler is not None else 1.0,
-            **options,
-        )
+        if num_inference_steps is not None:
+            options["steps"] = num_inference_steps
+        config = EditConfig(method=method, strength=strength, **options)
         return edit(self, images, prompts, config, generator=generator, neighbours=neighbours, retrieve=retrieve)
 
     def interpolate(self, first: Prompt, second: Prompt, count: int = 8, **options: Any) -> KNNDiffusionOutput:
@@ -301,10 +327,8 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             rows[list(pictures)] = self.encoder.embed_images(list(pictures.values()))
         return rows
 
-    def condition(
-        self, embeddings: Tensor, k: int, query: str | None = None, retrieve: bool = True
-    ) -> tuple[Tensor, Hits | None]:
-        """The tokens (P, 1 + K, D + 1) of embeddings (P, D), and their hits.
+    def condition(self, embeddings: Tensor, k: int, query: str | None = None, retrieve: bool = True) -> Conditioned:
+        """What the network is told of embeddings (P, D).
 
         Fewer neighbours than training showed, for ``k`` or the database is small, are filled up with hidden ones.
         """
@@ -327,8 +351,9 @@ class KNNDiffusionPipeline(DiffusionPipeline):
                 slot = None
             case other:
                 raise ModelError(f"query={other!r}: write 'text', 'none', or, with retrieval, 'mean' or 'both'")
-        found = F.pad(found, (0, 0, 0, max(0, self.config.neighbours - found.shape[1])))
-        return condition_tokens(slot, found, dimension=dimension, batch=batch), hits
+        trained = self.config.trained_neighbours or self.config.neighbours
+        found = F.pad(found, (0, 0, 0, max(0, trained - found.shape[1])))
+        return Conditioned(condition_tokens(slot, found, dimension=dimension, batch=batch), slot, hits)
 
     def denoiser(self) -> Denoiser:
         """The continuous network as a function of (x_σ, σ, tokens) to a velocity; an editor sees no picture to edit."""
@@ -349,13 +374,13 @@ def new_pipeline(
     vae: AutoencoderKL | VQModel | None = None,
     **defaults: Any,
 ) -> KNNDiffusionPipeline:
-    """A pipeline around a freshly trained network; shift 2 spends the steps where 32 to 64 px need them.
+    """A pipeline around a freshly trained network, drawn with :func:`model.sampling.new_scheduler`.
 
     ``defaults`` are those of :class:`KNNDiffusionPipeline`: neighbours, guidance_scale, query, ….
     """
     return KNNDiffusionPipeline(
         transformer=network,
-        scheduler=None if isinstance(network, VQTransformer) else FlowMatchEulerDiscreteScheduler(shift=2.0),
+        scheduler=None if isinstance(network, VQTransformer) else new_scheduler(),
         vae=vae,
         encoder_identity=dataclasses.asdict(encoder),
         prediction=prediction,

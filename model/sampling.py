@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from model.diffusion.continuous import Denoiser
@@ -78,6 +78,15 @@ def in_batches(
             continue
         start += size
     return torch.cat(drawn)
+
+
+def new_scheduler() -> UniPCMultistepScheduler:
+    """What a new generator is drawn with: UniPC (Zhao et al. 2302.04867) on the flow's straight path.
+
+    It uses the last step's velocity too, for no further network call: 6 of its steps drew what 8 of Euler's did. Shift
+    2 spends the steps where 32 to 64 px need them (Esser et al. 2403.03206, eq. 23).
+    """
+    return UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.0)
 
 
 def integrate(

@@ -96,6 +96,7 @@ def generator_signature(pipeline: Path) -> ModelSignature:
         ParamSpec("seed", DataType.long, 0),
         ParamSpec("steps", DataType.long, defaults["num_inference_steps"]),
         ParamSpec("guidance", DataType.double, float(defaults["guidance_scale"])),
+        ParamSpec("candidates", DataType.long, defaults.get("candidates", 1)),
     ]
     outputs = Schema([ColSpec(DataType.string, "prompt"), ColSpec(DataType.binary, "png")])
     return ModelSignature(inputs=_PROMPTS, outputs=outputs, params=ParamSchema(params))

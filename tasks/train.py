@@ -147,7 +147,7 @@ class _Preview:
         """Pairs in rows of four: the picture, and what is drawn from its embedding and its neighbours'."""
         self._data = self._data or self._first()
         batch = self._data.batch(0, seed=0, size=len(self._data))
-        near = batch.neighbours[:, : self._setup.defaults["neighbours"]]
+        near = batch.neighbours[:, : self._setup.defaults["trained_neighbours"]]
         autoencoder = self._setup.autoencoder
         drawn = draw_preview(
             average,

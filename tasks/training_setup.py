@@ -78,7 +78,8 @@ def set_up(config: TrainConfig, encoder: EncoderIdentity) -> Setup:
         EncoderMismatchError: ``start_from`` lives in another encoder's space.
         InputError: ``start_from``, ``network``, ``autoencoder`` and ``image_size`` do not fit each other.
     """
-    defaults: dict[str, Any] = {"neighbours": config.conditioning.neighbours, "guidance_scale": 2.0}
+    shown = config.conditioning.neighbours
+    defaults: dict[str, Any] = {"neighbours": shown, "trained_neighbours": shown, "guidance_scale": 2.0}
     autoencoder = None if config.autoencoder is None else load_autoencoder(config.autoencoder)
     if config.start_from is None:
         size = config.network or TransformerConfig()
@@ -92,8 +93,9 @@ def set_up(config: TrainConfig, encoder: EncoderIdentity) -> Setup:
                 f"{config.start_from} is {size}, not {config.network}; leave network out to take its own size"
             )
         autoencoder = autoencoder or pipeline.vae
-        kept = ("guidance_scale", "guidance_interval", "num_inference_steps", "query", "truncation")
+        kept = ("candidates", "guidance_scale", "guidance_interval", "num_inference_steps", "query", "truncation")
         defaults |= {name: pipeline.config[name] for name in kept}
+        defaults["neighbours"] = min(shown, pipeline.config.neighbours)
     if config.editing and not is_editor(network):
         network = _widened(network, autoencoder)
     if config.guidance_scale is not None:

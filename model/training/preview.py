@@ -4,7 +4,6 @@ Legend: ``B`` pictures, ``S`` side.
 """
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from model.diffusion.conditioning import condition_tokens
@@ -16,7 +15,7 @@ from model.networks.latents import Autoencoder, decode_latents
 from model.networks.sizes import AnyNetwork
 from model.networks.vq_autoencoder import decode_codes
 from model.networks.vq_transformer import VQTransformer
-from model.sampling import draw_noise, draw_uniforms, integrate
+from model.sampling import draw_noise, draw_uniforms, integrate, new_scheduler
 from model.training.data import Batch
 
 STEPS = 8
@@ -46,8 +45,7 @@ def draw_preview(
             denoiser = with_reference(denoiser, None)
         shape = (config.out_channels, config.sample_size, config.sample_size)
         noise = draw_noise(count, shape, generator).to(tokens.device)
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
-        drawn = integrate(denoiser, noise, tokens, scheduler, STEPS, lambda _: None)
+        drawn = integrate(denoiser, noise, tokens, new_scheduler(), STEPS, lambda _: None)
     return to_pictures(drawn, autoencoder)
 
 

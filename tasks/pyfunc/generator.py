@@ -31,13 +31,14 @@ class GeneratorModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Columns ``prompt`` and ``png`` (bytes) for each row's ``prompt``; params: seed, steps, guidance."""
+        """Columns ``prompt`` and ``png`` (bytes) of each row; params: seed, steps, guidance, candidates."""
         chosen = params or {}
         prompts = model_input["prompt"].astype(str).tolist()
         output = self.pipeline(
             prompts,
             num_inference_steps=chosen.get("steps"),
             guidance_scale=chosen.get("guidance"),
+            candidates=chosen.get("candidates"),
             generator=torch.Generator().manual_seed(int(chosen.get("seed", 0))),
         )
         encoded = []

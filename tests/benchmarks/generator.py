@@ -63,7 +63,8 @@ SHOWN = 64
 DRAWN_SIDE = 128
 """Height that SVG is drawn at and scaled down from, which keeps thin lines."""
 DEFAULTS = (
-    "num_inference_steps", "guidance_scale", "guidance_interval", "neighbours", "query", "prediction", "truncation"
+    "num_inference_steps", "guidance_scale", "guidance_interval", "neighbours", "trained_neighbours", "candidates",
+    "query", "prediction", "truncation",
 )  # fmt: skip
 
 

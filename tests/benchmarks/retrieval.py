@@ -270,7 +270,7 @@ def _requests(pipeline: KNNDiffusionPipeline) -> Iterator[dict[str, int]]:
     def ask() -> None:
         while not ended.is_set():
             try:
-                tokens, hits = pipeline.condition(queries, 10)
+                tokens, _, hits = pipeline.condition(queries, 10)
                 whole = hits is not None and bool((hits.ids >= 0).all()) and bool(tokens.isfinite().all())
             except Exception:
                 whole = False

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -155,16 +160,20 @@ def test_guidance_acts_within_its_interval_alone(database: Database) -> None:
     assert np.abs(with_interval(0.5, 0.9) - with_interval(0, 1)).max() > 0
 
 
-def test_any_flow_matching_scheduler_may_be_plugged_in(database: Database) -> None:
-    from diffusers import DPMSolverMultistepScheduler
-
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=2.0),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0),
+    ],
+)
+def test_any_flow_matching_scheduler_may_be_plugged_in(database: Database, scheduler: Any) -> None:
     made = tiny.pipeline(database, prediction="velocity")
-    euler = drawn(made, num_inference_steps=200)
-    options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 2.0}
-    made.register_modules(scheduler=DPMSolverMultistepScheduler(**options))
+    assert isinstance(made.scheduler, UniPCMultistepScheduler)
+    own = drawn(made, num_inference_steps=200)
+    made.register_modules(scheduler=scheduler)
     other = drawn(made, num_inference_steps=200)
-    assert np.abs(euler - other).mean() < 3, "both solve one equation"
-    assert isinstance(tiny.pipeline(database).scheduler, FlowMatchEulerDiscreteScheduler)
+    assert np.abs(own - other).mean() < 3, "both solve one equation"
 
 
 def test_an_interpolation_goes_from_one_prompt_to_the_other(tmp_path: Path) -> None:
@@ -208,7 +217,7 @@ def test_more_neighbours_than_the_database_holds_is_said_and_the_rest_is_hidden(
     small = tiny.database(tmp_path / "small", tiny.unit_rows(2))
     made = tiny.pipeline(small)
     with caplog.at_level(logging.WARNING):
-        tokens, hits = made.condition(PROMPTS, 5)
+        tokens, _, hits = made.condition(PROMPTS, 5)
     assert "holds 2 images, 5 neighbours" in caplog.text
     assert hits is not None
     assert (hits.ids[:, 2:] == -1).all()
@@ -218,9 +227,16 @@ def test_more_neighbours_than_the_database_holds_is_said_and_the_rest_is_hidden(
 
 def test_fewer_neighbours_than_trained_with_are_filled_up_with_hidden_ones(database: Database) -> None:
     made: KNNDiffusionPipeline = tiny.pipeline(database, neighbours=4)
-    tokens, _ = made.condition(PROMPTS, 1)
+    tokens = made.condition(PROMPTS, 1).tokens
     assert tokens.shape[1] == 5
     assert (tokens[:, 2:, :-1] == 0).all()
+    made.register_to_config(neighbours=2, trained_neighbours=6)
+    tokens, _, hits = made.condition(PROMPTS, made.config.neighbours)
+    assert hits is not None
+    assert hits.ids.shape == (3, 2)
+    assert tokens.shape[1] == 7
+    assert (tokens[:, 1:3, :-1] != 0).any(dim=2).all()
+    assert (tokens[:, 3:, :-1] == 0).all()
 
 
 def test_a_text_past_the_token_limit_is_cut_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -71,4 +71,4 @@ def test_registered_it_draws_with_its_own_defaults(saved: Path) -> None:
     index = saved / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"guidance_scale": 3, "num_inference_steps": 7}))
     params = {param.name: param.default for param in generator_signature(saved).params}
-    assert params == {"seed": 0, "steps": 7, "guidance": 3.0}
+    assert params == {"seed": 0, "steps": 7, "guidance": 3.0, "candidates": 1}

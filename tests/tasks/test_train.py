@@ -167,12 +167,20 @@ def test_the_same_request_is_skipped_wherever_its_folders_are(inputs: TrainingIn
 
 def test_a_start_gives_its_size_its_defaults_and_its_weights(tmp_path: Path) -> None:
     network = tiny.network(image_size=16, layers=2)
-    start = saved(tmp_path, network=network, guidance_scale=3.5, num_inference_steps=7, query="mean")
+    start = saved(tmp_path, network=network, guidance_scale=3.5, num_inference_steps=7, query="mean", candidates=4)
     setup = set_up(configured(start_from=start), tiny.identity())
     assert setup.size == tiny.size(image_size=16, layers=2)
     assert (setup.image_size, setup.autoencoder) == (16, None)
-    kept = {name: setup.defaults[name] for name in ("guidance_scale", "num_inference_steps", "query", "neighbours")}
-    assert kept == {"guidance_scale": 3.5, "num_inference_steps": 7, "query": "mean", "neighbours": 2}
+    assert setup.defaults == {
+        "guidance_scale": 3.5,
+        "guidance_interval": [0.0, 1.0],
+        "num_inference_steps": 7,
+        "query": "mean",
+        "truncation": 0.86,
+        "neighbours": 2,
+        "trained_neighbours": 2,
+        "candidates": 4,
+    }
     for name, weight in setup.network.state_dict().items():
         torch.testing.assert_close(weight, network.state_dict()[name])
     assert all(parameter.requires_grad for parameter in setup.network.parameters())
