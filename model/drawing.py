@@ -58,9 +58,10 @@ def draw(pipeline: "KNNDiffusionPipeline", asked: Asked) -> Tensor:
 
 def _closest(pipeline: "KNNDiffusionPipeline", pictures: Tensor, asked: Asked) -> Tensor:
     """Of each picture's candidates the one that the encoder sees closest to its target."""
-    rows = pipeline.encoder.embed_pixels(to_pixels(pictures)).unflatten(0, (-1, asked.candidates))
-    best = (rows @ asked.targets[:, :, None]).squeeze(2).argmax(1)
-    return pictures.unflatten(0, (-1, asked.candidates))[torch.arange(len(best)), best]
+    rows = pipeline.encoder.embed_pixels(to_pixels(pictures))
+    cosines = (rows * asked.targets.repeat_interleave(asked.candidates, dim=0)).sum(1)
+    best = cosines.reshape(-1, asked.candidates).argmax(1)
+    return pictures[torch.arange(len(best)) * asked.candidates + best]
 
 
 def _integrated(pipeline: "KNNDiffusionPipeline", asked: Asked) -> Tensor:
