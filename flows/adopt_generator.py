@@ -7,7 +7,7 @@ from prefect import flow
 
 from flows.train_generator import TrainedGenerator
 from infra import compute, tracking
-from model.pipeline import EMBEDDED
+from model.saved import EMBEDDED
 from tasks.adopt import adopt
 from tasks.contracts import DatabaseVersion, Outcome
 from tasks.evaluate import EvaluateConfig, evaluate

@@ -20,7 +20,7 @@ from infra import logs
 from infra.errors import StageError
 from infra.registry import load_pipeline
 from infra.settings import Settings
-from model.pipeline import EMBEDDED
+from model.saved import EMBEDDED
 from tasks.draw import SwapRow, draw_swap
 from tasks.evaluate import table
 from tasks.serve import pull_database, stored_pictures

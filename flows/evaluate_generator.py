@@ -11,7 +11,7 @@ from infra import compute, storage, tracking
 from infra.registry import GENERATOR_NAME, Registry
 from infra.settings import Settings
 from infra.shards import read_lines
-from model.pipeline import pretrained_folder, weights_digest
+from model.saved import pretrained_folder, weights_digest
 from tasks.contracts import DatabaseVersion, Generator, Outcome
 from tasks.evaluate import EvaluateConfig, Evaluation, domain_of, evaluate
 from tasks.report import FIGURE, MARKDOWN, Report, preview, report

@@ -8,7 +8,7 @@ from infra.downloader import DownloadPolicy
 from model.clip import EMBEDDED as EMBEDDED_ENCODER
 from model.diffusion.conditioning import ConditioningConfig
 from model.networks.dit import TransformerConfig
-from model.pipeline import EMBEDDED
+from model.saved import EMBEDDED
 from model.training.loop import TrainingConfig
 from tasks.download import DownloadConfig
 from tasks.embed import EmbedConfig

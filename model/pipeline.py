@@ -10,7 +10,6 @@ be plugged in, and swapped while the pipeline runs. A call works with the databa
 """
 
 import dataclasses
-import hashlib
 import logging
 import math
 from collections.abc import Sequence
@@ -56,11 +55,6 @@ QuerySlot = Literal["text", "mean", "both", "none"]
 Prompt = str | Image.Image
 Prompts = Prompt | Sequence[Prompt] | Tensor
 """Texts and pictures, mixed as one likes, or embeddings (P, D) of the encoder."""
-
-EMBEDDED = "sticker-generator"
-"""The generator that ships with this package; any other name is a folder."""
-
-_EMBEDDED_FOLDER = Path(__file__).parent / "pretrained" / "sticker-generator" / "pipeline"
 
 
 @dataclasses.dataclass
@@ -386,24 +380,6 @@ def new_pipeline(
         prediction=prediction,
         **defaults,
     )
-
-
-def pretrained_folder(name: str) -> Path:
-    """The folder of a saved pipeline: ``sticker-generator`` is the embedded one."""
-    return _EMBEDDED_FOLDER if name == EMBEDDED else Path(name)
-
-
-def weights_digest(name: str) -> str:
-    """Hex sha256 over the weight files of a saved pipeline. Raises ``ModelError`` when there are none."""
-    digest = hashlib.sha256()
-    files = sorted(pretrained_folder(name).rglob("*.safetensors"))
-    if not files:
-        raise ModelError(
-            f"{name} holds no weights (*.safetensors); name a folder that save_pretrained wrote, or {EMBEDDED}"
-        )
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _each(embeddings: Tensor, count: int) -> Tensor:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from infra import artifacts, storage
 from infra.errors import InputError
-from model.pipeline import EMBEDDED, KNNDiffusionPipeline, pretrained_folder
+from model.pipeline import KNNDiffusionPipeline
+from model.saved import EMBEDDED, pretrained_folder
 from tasks.contracts import Generator, Outcome, config_of
 from tasks.stage import skip_or_make, stage_task
 from tasks.train import PIPELINE

@@ -17,8 +17,9 @@ from model import metrics
 from model.bootstrap import Score
 from model.inception import inception_distance, require_inception
 from model.metrics import Rows
-from model.pipeline import KNNDiffusionPipeline, pretrained_folder
+from model.pipeline import KNNDiffusionPipeline
 from model.retrieval.database import Database
+from model.saved import pretrained_folder
 from model.scoring import Yardstick, flat, score_mean, score_samples
 from tasks.contracts import DatabaseVersion, Generator, encoder_of
 from tasks.databases import open_database

@@ -12,8 +12,9 @@ from infra.pictures import to_rgb
 from infra.registry import GENERATOR_NAME, Registry
 from infra.settings import Settings
 from model.clip import encoder_for
-from model.pipeline import KNNDiffusionPipeline, pretrained_folder
+from model.pipeline import KNNDiffusionPipeline
 from model.retrieval.database import Database
+from model.saved import pretrained_folder
 from tasks.contracts import DatabaseVersion, Generator
 from tasks.databases import open_database
 from tasks.fetch import fetch_pictures

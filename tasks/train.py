@@ -15,7 +15,8 @@ from infra import artifacts, ray_train, stopping, storage, tracking
 from infra.progress import Progress
 from model.encoder_identity import EncoderIdentity
 from model.networks.vq_transformer import VQTransformerConfig
-from model.pipeline import new_pipeline, pretrained_folder, to_images, weights_digest
+from model.pipeline import new_pipeline, to_images
+from model.saved import pretrained_folder, weights_digest
 from model.training.data import Rows, TrainingSet
 from model.training.loop import train
 from model.training.preview import draw_preview, to_pictures

@@ -19,7 +19,8 @@ from model.networks.editor import is_editor, widen_input
 from model.networks.latents import Autoencoder
 from model.networks.sizes import AnyNetwork, AnyNetworkConfig, build_any, size_of
 from model.networks.vq_transformer import VQTransformerConfig
-from model.pipeline import KNNDiffusionPipeline, pretrained_folder
+from model.pipeline import KNNDiffusionPipeline
+from model.saved import pretrained_folder
 from model.training.loop import Objective, TrainingConfig
 from model.training.objectives import FlowMatching
 from model.training.restoration import Restoration, RestorationConfig

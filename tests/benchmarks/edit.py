@@ -25,7 +25,8 @@ from model.changes import changed_region, psnr_outside
 from model.clip import Encoder
 from model.editing import EditConfig, fit_images
 from model.metrics import clip_score
-from model.pipeline import EMBEDDED, KNNDiffusionPipeline, pretrained_folder, weights_digest
+from model.pipeline import KNNDiffusionPipeline
+from model.saved import EMBEDDED, pretrained_folder, weights_digest
 from model.training.data import to_model_range
 
 EDITS = (

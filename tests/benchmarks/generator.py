@@ -40,9 +40,10 @@ from model.clip import Encoder
 from model.draws import mixed_seed
 from model.editing import on_white
 from model.metrics import Rows
-from model.pipeline import EMBEDDED, KNNDiffusionPipeline, pretrained_folder, weights_digest
+from model.pipeline import KNNDiffusionPipeline
 from model.retrieval.database import Database, ShardFiles
 from model.retrieval.factory import fill_shard, train_index
+from model.saved import EMBEDDED, pretrained_folder, weights_digest
 from model.scoring import Yardstick, flat, score_mean, score_samples
 from model.training.data import picture_to_array
 from tasks.sample import MAIN, Condition, contact_sheet, queries_of

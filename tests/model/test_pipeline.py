@@ -13,16 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from model.clip import EMBEDDED, Encoder
+from model.clip import Encoder
 from model.diffusion.conditioning import condition_tokens, null_condition
 from model.errors import ModelError
-from model.pipeline import (
-    KNNDiffusionPipeline,
-    new_pipeline,
-    pretrained_folder,
-    to_images,
-    weights_digest,
-)
+from model.pipeline import KNNDiffusionPipeline, new_pipeline, to_images
 from model.retrieval.database import Database
 from model.sampling import BATCH as BATCHES
 
@@ -363,29 +357,6 @@ def test_a_database_of_another_encoder_is_refused_on_opening(pipeline: KNNDiffus
     stranger = tiny.database(tmp_path / "other", ROWS, encoder=tiny.identity(weights="f" * 64))
     with pytest.raises(ModelError, match="rebuild the database"):
         KNNDiffusionPipeline.open(tmp_path / "saved", stranger)
-
-
-def test_the_weights_digest_is_of_the_weights_alone(tmp_path: Path) -> None:
-    for name, seed, neighbours in (("a", 0, 3), ("same", 0, 4), ("other", 1, 3)):
-        network = tiny.network(seed=seed)
-        new_pipeline(network, tiny.identity(), prediction="sample", neighbours=neighbours).save_pretrained(
-            tmp_path / name
-        )
-    digests = {name: weights_digest(str(tmp_path / name)) for name in ("a", "same", "other")}
-    assert digests["a"] == digests["same"] != digests["other"]
-    assert len(digests["a"]) == 64
-
-
-def test_a_folder_without_weights_has_no_digest(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"holds no weights .*or sticker-generator"):
-        weights_digest(str(tmp_path))
-
-
-def test_a_name_is_a_folder_but_for_the_embedded_one(tmp_path: Path) -> None:
-    assert pretrained_folder(str(tmp_path)) == tmp_path
-    embedded = pretrained_folder("sticker-generator")
-    assert embedded.parts[-4:] == ("model", "pretrained", "sticker-generator", "pipeline")
-    assert EMBEDDED not in embedded.parts
 
 
 def test_pictures_are_the_rounded_range_of_the_model() -> None:

@@ -24,7 +24,8 @@ from model.networks.sizes import size_of
 from model.networks.unet import UNetConfig
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder
 from model.networks.vq_transformer import VQTransformer, VQTransformerConfig
-from model.pipeline import KNNDiffusionPipeline, new_pipeline, pretrained_folder
+from model.pipeline import KNNDiffusionPipeline, new_pipeline
+from model.saved import pretrained_folder
 from model.training.data import picture_to_array
 from model.training.loop import InterruptedTrainingError, TrainingConfig
 from model.training.objectives import FlowMatching

@@ -1,0 +1,29 @@
+"""Saved generators: where one lies, and what tells its weights from others."""
+
+import hashlib
+from pathlib import Path
+
+from model.errors import ModelError
+
+EMBEDDED = "sticker-generator"
+"""The generator that ships with this package; any other name is a folder."""
+
+_EMBEDDED_FOLDER = Path(__file__).parent / "pretrained" / EMBEDDED / "pipeline"
+
+
+def pretrained_folder(name: str) -> Path:
+    """The folder of a saved pipeline: ``sticker-generator`` is the embedded one."""
+    return _EMBEDDED_FOLDER if name == EMBEDDED else Path(name)
+
+
+def weights_digest(name: str) -> str:
+    """Hex sha256 over the weight files of a saved pipeline. Raises ``ModelError`` when there are none."""
+    digest = hashlib.sha256()
+    files = sorted(pretrained_folder(name).rglob("*.safetensors"))
+    if not files:
+        raise ModelError(
+            f"{name} holds no weights (*.safetensors); name a folder that save_pretrained wrote, or {EMBEDDED}"
+        )
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
