@@ -198,7 +198,7 @@ def edit(
         prompts: what the pictures should show afterwards: a text for all or one for each, or embeddings (B, D).
         config: how.
         generator: source of the noise; the same seed gives the same pictures whatever the batch.
-        neighbours: K, the pipeline's own where None.
+        neighbours: K; as many as training has shown where None, which is what the defaults were measured with.
         retrieve: False hides the neighbours.
 
     Returns:
@@ -212,7 +212,7 @@ def edit(
     network = pipeline.transformer.eval()
     if config.method == "restore" and not is_editor(network):
         raise ModelError("this generator was not trained for editing; train one that is, or ask for method='local'")
-    k = pipeline.config.neighbours if neighbours is None else neighbours
+    k = neighbours or pipeline.config.trained_neighbours or pipeline.config.neighbours
     fitted = fit_images([images] if isinstance(images, Image.Image) else images, network.config.sample_size)
     targets = _one_each(pipeline.embed(prompts), len(fitted))
     tokens = pipeline.condition(targets, k, retrieve=retrieve).tokens
