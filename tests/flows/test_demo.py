@@ -94,7 +94,7 @@ def test_only_the_first_domain_has_a_generator_and_it_is_trained_when_asked_for(
         config = demo.judged(demo_cpu(FIRST, "urls.parquet", root="data", train=train))
         assert (config.train is not None) is train
         assert config.generator == (None if train else "sticker-generator")
-        assert (config.evaluate.samples, config.evaluate.steps) == (demo.EVALUATION_SAMPLES, demo.STEPS)
+        assert (config.evaluate.samples, config.evaluate.steps) == (demo.EVALUATION_SAMPLES, None)
 
 
 def standin(**manifests: Any) -> Any:
@@ -150,7 +150,7 @@ def test_from_urls_to_the_picture_of_the_swap(domain: Any, tmp_path: Path, monke
 
     drawings = demo_pictures.openmoji_drawings()[:24]
     monkeypatch.setattr(demo_pictures, "openmoji_drawings", lambda: drawings)
-    changes = {"write_lists": few, "EMBEDDED": tiny, "PROMPTS": ("a red heart", "a cat"), "STEPS": 2}
+    changes = {"write_lists": few, "EMBEDDED": tiny, "PROMPTS": ("a red heart", "a cat")}
     for name, value in {**changes, "EVALUATION_SAMPLES": 8, "DIVERSITY_PROMPTS": 1}.items():
         monkeypatch.setattr(demo, name, value)
     picture, path = demo.run_demo(tmp_path)
