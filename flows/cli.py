@@ -108,14 +108,14 @@ def generate(
     ] = None,
     candidates: Annotated[
         int | None,
-        typer.Option(help="Pictures to choose each from; the generator's default if unset.", min=1, max=64),
+        typer.Option(help="Draws to choose each picture from; the generator's default if unset.", min=1, max=64),
     ] = None,
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
     """Draw pictures from prompts, through a database's neighbours. A prompt that names a picture file is that picture.
 
-    With two prompts and --between N, N pictures on the way from the first to the second.
+    With two prompts and --between N, N pictures on the way from the first to the second, without a choice among draws.
     """
     with told(verbose):
         import torch

@@ -212,7 +212,7 @@ def edit(
     network = pipeline.transformer.eval()
     if config.method == "restore" and not is_editor(network):
         raise ModelError("this generator was not trained for editing; train one that is, or ask for method='local'")
-    k = neighbours or pipeline.config.trained_neighbours or pipeline.config.neighbours
+    k = pipeline.config.trained_neighbours if neighbours is None else neighbours
     fitted = fit_images([images] if isinstance(images, Image.Image) else images, network.config.sample_size)
     targets = _one_each(pipeline.embed(prompts), len(fitted))
     tokens = pipeline.condition(targets, k, retrieve=retrieve).tokens

@@ -132,7 +132,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         self.register_to_config(
             encoder_identity=dict(encoder_identity),
             neighbours=neighbours,
-            trained_neighbours=trained_neighbours,
+            trained_neighbours=trained_neighbours or neighbours,
             candidates=candidates,
             guidance_scale=guidance_scale,
             guidance_interval=list(guidance_interval),
@@ -248,17 +248,17 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             raise ModelError(f"guidance_scale is {scale}; give a number")
         if min(num_images_per_prompt, steps, k, choice) < 1:
             raise ModelError("num_images_per_prompt, num_inference_steps, neighbours and candidates must be at least 1")
-        embeddings = self.embed(prompts)
         choice = 1 if shared_noise else choice
+        each = num_images_per_prompt * choice
+        embeddings = self.embed(prompts)
         condition = self.condition(embeddings, k, query, retrieve)
         negative = None
         if negative_prompts is not None:
             against = _each(self.embed(negative_prompts), len(embeddings))
-            negative = self.condition(against, k, query, retrieve).tokens
-            negative = negative.repeat_interleave(num_images_per_prompt * choice, dim=0)
+            negative = self.condition(against, k, query, retrieve).tokens.repeat_interleave(each, dim=0)
         target = embeddings if condition.query is None else condition.query
         asked = Asked(
-            tokens=condition.tokens.repeat_interleave(num_images_per_prompt * choice, dim=0),
+            tokens=condition.tokens.repeat_interleave(each, dim=0),
             targets=target.repeat_interleave(num_images_per_prompt, dim=0),
             candidates=choice,
             negative=negative,
@@ -345,8 +345,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
                 slot = None
             case other:
                 raise ModelError(f"query={other!r}: write 'text', 'none', or, with retrieval, 'mean' or 'both'")
-        trained = self.config.trained_neighbours or self.config.neighbours
-        found = F.pad(found, (0, 0, 0, max(0, trained - found.shape[1])))
+        found = F.pad(found, (0, 0, 0, max(0, self.config.trained_neighbours - found.shape[1])))
         return Conditioned(condition_tokens(slot, found, dimension=dimension, batch=batch), slot, hits)
 
     def denoiser(self) -> Denoiser:

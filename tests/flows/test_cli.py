@@ -200,14 +200,26 @@ def test_ages_are_told_in_words(seconds: float, told: str) -> None:
 
 def test_generate_writes_a_picture_a_prompt_and_repeats_itself(domain: Any, tmp_path: Path) -> None:
     pictures = []
-    for name, seed in (("a.png", "5"), ("b.png", "5"), ("c.png", "6")):
-        options = ["--seed", seed, "--steps", "2", "--out", str(tmp_path / name), "--root", str(domain.root)]
+    for name, seed, candidates in (("a.png", "5", "1"), ("b.png", "5", "1"), ("c.png", "6", "1"), ("d.png", "5", "9")):
+        options = [
+            "--seed",
+            seed,
+            "--steps",
+            "2",
+            "--candidates",
+            candidates,
+            "--out",
+            str(tmp_path / name),
+            "--root",
+            str(domain.root),
+        ]
         result = run("generate", "red circle", "blue bar", "--database", "shapes", *options)
         assert result.exit_code == 0, result.stderr
         pictures.append(np.asarray(Image.open(tmp_path / name)))
     assert pictures[0].shape == (16, 32, 3)
     assert (pictures[0] == pictures[1]).all()
     assert (pictures[0] != pictures[2]).any()
+    assert (pictures[0] != pictures[3]).any()
 
 
 def test_generate_takes_pictures_for_prompts_and_goes_from_one_to_another(domain: Any, tmp_path: Path) -> None:
