@@ -45,7 +45,7 @@ EDITS = (
 SEED = 0
 WEAKER = 0.6
 """The strength at which SDEdit keeps about as much as the edits do."""
-SETTINGS = ("strength", "guidance_scale", "candidates", "kept_db", "largest_region")
+SETTINGS = ("steps", "strength", "guidance_scale", "candidates", "kept_db", "largest_region")
 
 
 def bench_edit(device: str) -> dict[str, Any]:
@@ -113,7 +113,6 @@ def bench_edit(device: str) -> dict[str, Any]:
         "device": device,
         "weights": weights_digest(EMBEDDED),
         "sdedit_weaker_strength": WEAKER,
-        "num_inference_steps": pipeline.config.num_inference_steps,
         **{name: defaults[name] for name in SETTINGS},
     }
 

@@ -201,19 +201,9 @@ def test_ages_are_told_in_words(seconds: float, told: str) -> None:
 def test_generate_writes_a_picture_a_prompt_and_repeats_itself(domain: Any, tmp_path: Path) -> None:
     pictures = []
     for name, seed, candidates in (("a.png", "5", "1"), ("b.png", "5", "1"), ("c.png", "6", "1"), ("d.png", "5", "9")):
-        options = [
-            "--seed",
-            seed,
-            "--steps",
-            "2",
-            "--candidates",
-            candidates,
-            "--out",
-            str(tmp_path / name),
-            "--root",
-            str(domain.root),
-        ]
-        result = run("generate", "red circle", "blue bar", "--database", "shapes", *options)
+        options = ["--seed", seed, "--steps", "2", "--candidates", candidates, "--root", str(domain.root)]
+        asked = ("red circle", "blue bar", "--database", "shapes", "--out", str(tmp_path / name))
+        result = run("generate", *asked, *options)
         assert result.exit_code == 0, result.stderr
         pictures.append(np.asarray(Image.open(tmp_path / name)))
     assert pictures[0].shape == (16, 32, 3)
