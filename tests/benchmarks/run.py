@@ -10,10 +10,11 @@
 | swap | seconds until a running pipeline draws from another database, and requests lost | retrieval.py |
 | neighbours | all rows' neighbours against FAISS's own search of the same index | retrieval.py |
 | generator | the embedded generator with neighbours and without (SAMPLES=2000) | generator.py |
+| ablations | the same without neighbours, with each kind of query, 1 to 20 neighbours (SAMPLES=64) | generator.py |
 | edit | ten edits by the embedded generator | edit.py |
 
 Writes one JSON for each benchmark below ``build/bench`` and prints what it holds. What is committed under ``results``
-was copied from there by hand. A GPU is used by what draws pictures (generator, edit) where there is one.
+was copied from there by hand. A GPU is used by what draws pictures (generator, ablations, edit) where there is one.
 """
 
 import argparse
@@ -30,7 +31,10 @@ import faiss
 import torch
 
 OUT = Path("build/bench")
-FULL_SAMPLES, FEW_SAMPLES = 2000, 64
+SAMPLES = {"generator": 2000, "ablations": 64}
+"""What the figures are stated for."""
+FEW_SAMPLES = 64
+"""Of a benchmark that was not named."""
 MODULES = {
     "download": "download",
     "embed": "embed",
@@ -40,6 +44,7 @@ MODULES = {
     "swap": "retrieval",
     "neighbours": "retrieval",
     "generator": "generator",
+    "ablations": "generator",
     "edit": "edit",
 }
 
@@ -48,7 +53,7 @@ def main() -> int:
     """Run what is named, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODULES)}; all unless told")
-    parser.add_argument("--samples", type=int, help=f"of the generator: {FULL_SAMPLES}, or {FEW_SAMPLES} without NAME")
+    parser.add_argument("--samples", type=int, help=f"of generator and ablations; {FEW_SAMPLES} without NAME")
     options = parser.parse_args()
     unknown = set(options.names) - set(MODULES)
     if unknown:
@@ -67,17 +72,17 @@ def main() -> int:
 
 
 def benchmark(name: str, samples: int | None, *, named: bool) -> Callable[[], dict[str, Any]]:
-    """What measures ``name``; the generator in full only when it was asked for."""
+    """What measures ``name``; what draws many pictures in full only when it was asked for."""
     function: Callable[..., dict[str, Any]] = getattr(importlib.import_module(MODULES[name]), f"bench_{name}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "edit":
         return lambda: function(device)
-    if name != "generator":
+    if name not in SAMPLES:
         return function
-    count = samples or (FULL_SAMPLES if named else FEW_SAMPLES)
+    count = samples or (SAMPLES[name] if named else FEW_SAMPLES)
     print(
-        f"generator: {count} samples; SAMPLES=… for another number. Its figures are stated for {FULL_SAMPLES}, "
-        "hours on a CPU; a killed run goes on where it was"
+        f"{name}: {count} samples; SAMPLES=… for another number. Its figures are stated for {SAMPLES[name]}, "
+        "long on a CPU; a killed run goes on where it was"
     )
     return lambda: function(count, device)
 
