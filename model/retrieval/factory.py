@@ -235,7 +235,12 @@ def _cluster_in_two_levels(index: Any, cells: Any, sample: NDArray[np.float32]) 
     if (rotation := _rotation(index)) is not None:
         rotation.train(sample)
     centroids, _ = two_level_clustering(
-        _transformed(index, sample), round(math.sqrt(cells.nlist)), cells.nlist, clustering_niter=10, spherical=True
+        _transformed(index, sample),
+        round(math.sqrt(cells.nlist)),
+        cells.nlist,
+        clustering_niter=10,
+        spherical=True,
+        gpu=faiss.get_num_gpus() > 0,
     )
     centroids = np.ascontiguousarray(centroids, dtype=np.float32)
     cells.quantizer.train(centroids)

