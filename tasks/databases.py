@@ -57,6 +57,7 @@ def open_part(
         name=name or storage.join(version.uri).rsplit("/", 3)[-3],
         effort=SearchEffort(**manifest.info["effort"]),
         hidden=hidden[(hidden >= 0) & (hidden < sum(shard.rows for shard in part))],
+        part=len(part) < len(index_shards(version)),
     )
     return database, first
 
@@ -71,11 +72,12 @@ def open_shards(
     effort: SearchEffort,
     hidden: NDArray[np.int64] | None = None,
     rows_at_once: bool = True,
+    part: bool = False,
 ) -> Database:
     """Open index shards, committed as a version at ``uri`` or not yet, over the embedding shards that they index.
 
     Without ``rows_at_once``, embeddings are fetched and verified when rows of theirs are first asked for: a job that
-    looks at what is new costs no more for what is old.
+    looks at what is new costs no more for what is old. A ``part`` of a version may hide all its rows.
     """
     source = embeddings.manifest()
     rows = {shard.name: shard for shard in source.shards}
@@ -105,6 +107,7 @@ def open_shards(
         effort=effort,
         hidden=hidden,
         describe=Metadata(embeddings.uri, source, cache),
+        part=part,
     )
 
 

@@ -16,7 +16,8 @@ from infra import artifacts, compute
 from infra.errors import InputError
 from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
-from model.retrieval.database import Hits
+from model.retrieval.asking import checked_count, checked_exclusion, checked_ids, checked_queries, checked_rows
+from model.retrieval.database import Hits, Nearest
 from tasks.contracts import DatabaseVersion, encoder_of
 from tasks.databases import Metadata, index_shards, open_part
 from tasks.lineage import embeddings_of
@@ -49,6 +50,8 @@ class DistributedDatabase:
         self.name = version.uri.rsplit("/", 3)[-3]
         self.encoder: EncoderIdentity = encoder_of(manifest)
         self._placed, self._rows = placed, manifest.rows - int(manifest.info["hidden"])
+        if self._rows < 1:
+            raise ModelError(f"database {self.name} is empty: every row of {version.uri} is hidden")
         self._starts = np.cumsum([0, *(sum(shard.rows for shard in part) for part in parts)])
         self._describe = Metadata(embeddings.uri, embeddings.manifest(), cache)
 
@@ -56,12 +59,17 @@ class DistributedDatabase:
         """Rows that a search may return."""
         return self._rows
 
+    @property
+    def stored(self) -> int:
+        """Rows over all actors, hidden ones included; ids are below it."""
+        return int(self._starts[-1])
+
     def search(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Hits:
         """The ``k`` nearest rows of each query; see :meth:`model.retrieval.database.Database.search`."""
-        if k < 1:
-            raise ModelError(f"k is {k}; ask for at least one neighbour")
+        k, queries, own = checked_count(k), checked_queries(queries, self.name, self.encoder), None
         width = max(1, min(k, len(self) - (exclude is not None)))
-        own = None if exclude is None else self.rows(exclude)
+        if exclude is not None:
+            own = self.rows(checked_exclusion(exclude, len(queries), self.stored, self.name))
         answers: list[Hits] = self._placed.ask(("search", (queries, width, own)))
         shifted = [
             np.where(hits.ids < 0, -1, hits.ids + first) for hits, first in zip(answers, self._starts[:-1], strict=True)
@@ -72,9 +80,14 @@ class DistributedDatabase:
         embeddings = np.concatenate([hits.embeddings for hits in answers], axis=1)
         return Hits(scores=scores[pick], ids=ids[pick], embeddings=embeddings[pick])
 
+    def nearest(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Nearest:
+        """What :meth:`search` finds, without the rows."""
+        found = self.search(queries, k, exclude=exclude)
+        return Nearest(scores=found.scores, ids=found.ids)
+
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
         """Stored rows (*ids.shape, D) float16 of global ids, each asked of the actor that holds it."""
-        flat = np.asarray(ids).reshape(-1)
+        flat = checked_ids(ids, self.stored, self.name).reshape(-1)
         holder = np.searchsorted(self._starts, flat, side="right") - 1
         found = np.empty((len(flat), self.encoder.dimension), dtype=np.float16)
         for number in np.unique(holder):
@@ -83,8 +96,9 @@ class DistributedDatabase:
         return found.reshape(*np.shape(ids), -1)
 
     def describe(self, ids: Sequence[int]) -> list[dict[str, Any]]:
-        """What is known of rows (key, url, …)."""
-        return [{"id": int(row), **known} for row, known in zip(ids, self._describe(ids), strict=True)]
+        """What is known of rows (key, url, …); see :meth:`model.retrieval.database.Database.describe`."""
+        rows = checked_rows(ids, self.stored, self.name)
+        return [{"id": row, **known} for row, known in zip(rows, self._describe(rows), strict=True)]
 
 
 class _Part:

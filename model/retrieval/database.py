@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
+from model.retrieval.asking import checked_count, checked_exclusion, checked_queries, checked_rows
 from model.retrieval.proposers import Proposer, open_proposer
 from model.retrieval.stored_rows import Located, StoredRows
 
@@ -122,6 +123,7 @@ class Database:
         effort: SearchEffort | None = None,
         hidden: NDArray[np.int64] | None = None,
         describe: Callable[[Sequence[int]], list[dict[str, Any]]] | None = None,
+        part: bool = False,
     ) -> None:
         """Open the shards, in row order.
 
@@ -133,6 +135,7 @@ class Database:
             effort: as tuned when the database was built.
             hidden: sorted ids of rows that are never returned: taken down, or near-duplicates of others.
             describe: metadata (key, url, …) of global row ids.
+            part: whether it is searched as one of several, and finds nothing where all its rows are hidden.
 
         Raises:
             ModelError: nothing to search, or index and rows of a shard do not agree.
@@ -151,7 +154,7 @@ class Database:
                 )
             self._parts += held
         self._starts = np.array([0, *itertools.accumulate(map(len, self._parts))], dtype=np.int64)
-        if len(self) < 1:
+        if len(self) < 1 and not part:
             raise ModelError(
                 f"database {name} is empty: there is nothing to retrieve; build it from at least one image"
             )
@@ -211,7 +214,7 @@ class Database:
             exclude: (Q,) a row id for each query that must not be returned, nor any exact copy of it: the query itself.
 
         Raises:
-            ModelError: the queries' width is not the database's, or a value is not finite.
+            ModelError: queries that are no finite unit rows of the database's width, k below 1, an unknown row id.
         """
         return self._with_rows(self.nearest(queries, k, exclude=exclude))
 
@@ -225,20 +228,20 @@ class Database:
     ) -> Nearest:
         """What :meth:`search` finds, without the rows, which are not read where the index holds them itself.
 
-        ``excluded`` are the rows (Q, D) of ``exclude``, where they are at hand.
+        ``excluded`` are the rows (Q, D) of ``exclude``, where they are at hand; alone, they are rows from elsewhere of
+        which no exact copy must be returned.
         """
-        if k < 1:
-            raise ModelError(f"k is {k}; ask for at least one neighbour")
-        width = max(1, min(k, len(self) - (exclude is not None)))
+        k, queries = checked_count(k), checked_queries(queries, self.name, self.encoder)
         if exclude is None:
-            return self._nearest(queries, width, None)
-        own = Own(ids=exclude, rows=self.rows(exclude) if excluded is None else excluded)
-        return self._nearest(queries, width, own)
+            own = None if excluded is None else _elsewhere(excluded)
+            return self._nearest(queries, k, own)
+        ids = checked_exclusion(exclude, len(queries), self.stored, self.name)
+        own = Own(ids=ids, rows=self.rows(ids) if excluded is None else excluded)
+        return self._nearest(queries, max(1, min(k, len(self) - 1)), own)
 
-    def search_without(self, queries: NDArray[Any], width: int, excluded: NDArray[np.float16] | None) -> Hits:
+    def search_without(self, queries: NDArray[np.float32], width: int, excluded: NDArray[np.float16] | None) -> Hits:
         """``width`` neighbours as :meth:`search` has them; what to exclude (Q, D) may lie in another database."""
-        own = None if excluded is None else Own(ids=np.full(len(excluded), -1, np.int64), rows=excluded)
-        return self._with_rows(self._nearest(queries, width, own))
+        return self._with_rows(self._nearest(queries, width, None if excluded is None else _elsewhere(excluded)))
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
         """Stored rows (*ids.shape, D) float16 of global ids."""
@@ -258,23 +261,25 @@ class Database:
         return output.reshape(*ids.shape, self.encoder.dimension)
 
     def describe(self, ids: Sequence[int]) -> list[dict[str, Any]]:
-        """What is known of rows (key, url, …); only the id where the database was opened without metadata."""
+        """What is known of rows (key, url, …); only the id where the database was opened without metadata.
+
+        Raises:
+            ModelError: there is no such row.
+        """
+        rows = checked_rows(ids, self.stored, self.name)
         if self._describe is None:
-            return [{"id": int(row)} for row in ids]
-        return [{"id": int(row), **known} for row, known in zip(ids, self._describe(ids), strict=True)]
+            return [{"id": row} for row in rows]
+        return [{"id": row, **known} for row, known in zip(rows, self._describe(rows), strict=True)]
 
     def _with_rows(self, found: Nearest) -> Hits:
         embeddings = self.rows(np.maximum(found.ids, 0)).astype(np.float32)
         embeddings[found.ids < 0] = 0
         return Hits(scores=found.scores, ids=found.ids, embeddings=embeddings)
 
-    def _nearest(self, queries: NDArray[Any], width: int, own: Own | None) -> Nearest:
-        queries = np.ascontiguousarray(queries, dtype=np.float32)
-        if queries.ndim != 2 or queries.shape[1] != self.encoder.dimension:
-            raise ModelError(f"queries {queries.shape} do not fit database {self.name} of {self.encoder}")
-        if not len(queries) or not np.isfinite(queries).all():
-            raise ModelError("there is no query, or one that is not finite; look at what was embedded")
+    def _nearest(self, queries: NDArray[np.float32], width: int, own: Own | None) -> Nearest:
         width, extra, nprobe = min(width, len(self)), int(own is not None), self.effort.nprobe
+        if width == 0:
+            return Nearest(scores=np.zeros((len(queries), 0), np.float32), ids=np.zeros((len(queries), 0), np.int64))
         found = self._proposed(queries, width, own, extra=extra, nprobe=nprobe)
         # Cells without enough rows leave a query short: then more cells are visited, and at last all rows looked at.
         while len(short := np.flatnonzero((found.ids < 0).any(axis=1))) and nprobe < self._proposer.cells:
@@ -351,3 +356,8 @@ class Database:
         best = np.take_along_axis(scores, order, axis=1)
         ids = np.where(np.isneginf(best), -1, np.take_along_axis(candidates, order, axis=1))
         return Nearest(scores=best, ids=ids), barred.sum(axis=1)
+
+
+def _elsewhere(rows: NDArray[np.float16]) -> Own:
+    """Rows (Q, D) of which the database may hold copies, and which are none of its own."""
+    return Own(ids=np.full(len(rows), -1, np.int64), rows=rows)

@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model.errors import ModelError
 from model.retrieval.proposers import Proposed
 
 _BLOCK_ROWS = 1 << 20
+_SPARE = 32
+"""Candidates beyond those wanted: products are rounded (to float16 on CUDA), and what they tie apart is re-ranked."""
 
 
 class TorchRows:
@@ -20,15 +23,15 @@ class TorchRows:
     exact, cells = True, 0
 
     def __init__(self, parts: Sequence[NDArray[np.float16]], device: torch.device | str) -> None:
-        """Copy the stored rows (n, D) of every shard to ``device``."""
+        """Copy the stored rows (n, D) of every shard to ``device``. Raises ``ModelError`` when there is none such."""
         self.rows = tuple(len(part) for part in parts)
-        self._device = torch.device(device)
+        self._device = _available(device)
         kept = torch.float16 if self._device.type == "cuda" else torch.float32
         self._parts = [torch.from_numpy(np.array(part)).to(self._device, kept) for part in parts if len(part)]
 
     def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
-        """Ids (Q, count)."""
-        best, ids, first = None, None, 0
+        """Ids (Q, count and some to spare)."""
+        best, ids, first, count = None, None, 0, count + _SPARE
         for part in self._parts:
             asked = torch.from_numpy(queries).to(self._device, part.dtype)
             for block in torch.split(part, _BLOCK_ROWS):
@@ -44,3 +47,13 @@ class TorchRows:
         if ids is None:
             return np.full((len(queries), 1), -1, dtype=np.int64), None
         return ids.cpu().numpy().astype(np.int64), None
+
+
+def _available(device: torch.device | str) -> torch.device:
+    try:
+        asked = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"there is no device {device!r}; name cpu, or cuda where there is a GPU") from error
+    if asked.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"torch finds no GPU for {asked}; search on the CPU, with the database as it was opened")
+    return asked
