@@ -16,7 +16,7 @@ from typing import Any
 
 from infra import artifacts, compute
 from infra.errors import StageError
-from model.retrieval.factory import MEMORY_BYTES, choose_index
+from model.retrieval.factory import MEMORY_BYTES, choose_index, require_factory
 from tasks.contracts import DatabaseVersion, EmbeddingShards, Outcome, Takedown, config_of, encoder_of
 from tasks.databases import QUANTIZER
 from tasks.fill import fill_shards
@@ -77,7 +77,13 @@ def build_database(
     """
     source = embeddings.manifest()
     encoder = encoder_of(source)
-    kept = None if previous is None else kept_quantizer(previous, embeddings, config.index, config.max_drift, cache)
+    if config.index != "auto":
+        require_factory(config.index, encoder.dimension)
+    kept = (
+        None
+        if previous is None
+        else kept_quantizer(previous, embeddings, config.index, config.max_drift, config.memory_bytes, cache)
+    )
     inputs = {"embeddings": embeddings.as_input()}
     if takedown is not None:
         inputs["takedown"] = takedown.as_input()
@@ -129,10 +135,8 @@ def _require_recall(factory: str, measured: dict[str, Any], config: IndexConfig)
     missed = {name: value for name, value in recalls.items() if value is not None and value < config.target_recall}
     if missed:
         told = ", ".join(f"{name} {value:.3f}" for name, value in missed.items())
-        raise StageError(
-            f"{factory} reaches {told}, the target is {config.target_recall}; raise memory_bytes for a finer index, "
-            "or name one"
-        )
+        mend = "raise memory_bytes for a finer index" if config.index == "auto" else "name a finer index, or auto"
+        raise StageError(f"{factory} reaches {told}, the target is {config.target_recall}; {mend}")
 
 
 def _note(manifest: artifacts.Manifest) -> str:

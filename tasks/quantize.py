@@ -8,7 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import artifacts, logs, storage
-from model.retrieval.factory import FLAT_ROWS, quantization_error, stackable, train_index, training_rows
+from model.retrieval.factory import (
+    FLAT_ROWS,
+    choose_index,
+    codes_of,
+    memory_needed,
+    quantization_error,
+    stackable,
+    train_index,
+    training_rows,
+)
 from tasks.contracts import DatabaseVersion, EmbeddingShards, encoder_of
 from tasks.databases import QUANTIZER
 from tasks.lineage import embeddings_of
@@ -19,9 +28,18 @@ _DRIFT_ROWS = 4_096
 
 
 def kept_quantizer(
-    previous: DatabaseVersion, embeddings: EmbeddingShards, factory_asked: str, max_drift: float, cache: Path
+    previous: DatabaseVersion,
+    embeddings: EmbeddingShards,
+    factory_asked: str,
+    max_drift: float,
+    memory_bytes: int,
+    cache: Path,
 ) -> artifacts.Shard | None:
-    """The quantizer of ``previous`` if it serves the new rows too, else None, and why in the log."""
+    """The quantizer of ``previous`` if it serves the new rows too, else None, and why in the log.
+
+    Raises:
+        ModelError: no index of so many rows fits into ``memory_bytes``.
+    """
     before, source = previous.manifest(), embeddings.manifest()
     (shard,) = (shard for shard in before.shards if shard.name == QUANTIZER)
     factory, trained_for = shard.info["factory"], shard.info["database_rows"]
@@ -34,6 +52,8 @@ def kept_quantizer(
         source.rows > FLAT_ROWS if factory == "Flat" else source.rows > OUTGROWN * trained_for
     ):
         why = f"{source.rows} rows have outgrown the {factory} of {trained_for}"
+    elif factory_asked == "auto" and (told := _beside_memory(before, factory, source, memory_bytes)):
+        why = told
     else:
         known = {file.sha256 for file in embeddings_of(previous).manifest().files}
         new = [one for one in source.shards if one.file(".npy").sha256 not in known]
@@ -43,6 +63,22 @@ def kept_quantizer(
     if why is None:
         return shard.taken_over(previous.uri)
     logs.get("stage").info("%-11s the quantizer is trained anew: %s", DatabaseVersion.kind, why)
+    return None
+
+
+def _beside_memory(
+    before: artifacts.Manifest, factory: str, source: artifacts.Manifest, memory_bytes: int
+) -> str | None:
+    """Why ``factory`` is not what ``memory_bytes`` should hold; None where it is."""
+    if factory == "Flat":
+        return None
+    needed = memory_needed(factory, source.rows, encoder_of(source).dimension)
+    if needed > memory_bytes:
+        return f"{source.rows} rows in {factory} take {needed / 2**20:.0f} MiB, beyond memory_bytes {memory_bytes}"
+    if memory_bytes != before.config["memory_bytes"]:
+        better = choose_index(source.rows, encoder_of(source).dimension, memory_bytes)
+        if codes_of(better) != codes_of(factory):
+            return f"memory_bytes {memory_bytes} is for {better}, not {factory}"
     return None
 
 

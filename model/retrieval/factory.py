@@ -37,6 +37,11 @@ MEMORY_BYTES = 8 << 30
 FIRST_ID_SHIFT = 32
 """A row's id in a stacked index: its index shard's ordinal above, its position in the shard below."""
 
+_UNFIT = {
+    "IDMap": "its ids are the rows' positions already",
+    "NSG": "its graph cannot take rows in portions",
+}
+"""Parts of factory strings that FAISS takes and shards cannot be made of, and why."""
 _NO_ROWS = b"sprs" + bytes(8)
 """The sizes of cells that are all empty, in FAISS's files."""
 
@@ -73,11 +78,7 @@ def train_index(factory: str, dimension: int, sample: NDArray[np.float32]) -> fa
     Raises:
         ModelError: no such index, or too few rows for it.
     """
-    try:
-        index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ModelError(f"{factory!r} is no FAISS factory string for {dimension} dimensions ({reason})") from error
+    index = require_factory(factory, dimension)
     cells = cells_of(index)
     if isinstance(cells, faiss.IndexIVFScalarQuantizer) and lossless(index):
         cells.by_residual = False  # the code of a row is then the row itself
@@ -94,11 +95,42 @@ def train_index(factory: str, dimension: int, sample: NDArray[np.float32]) -> fa
             _cluster_in_two_levels(index, cells, sample)
         index.train(sample)
     except (RuntimeError, AssertionError) as error:
-        told = str(error).strip().splitlines()[-1:] or ["too few rows"]
         raise ModelError(
-            f"{factory!r} cannot be trained on {len(sample)} rows ({told[0]}); take a smaller one"
+            f"{factory!r} cannot be trained on {len(sample)} rows ({_told(error)}); take a smaller one"
         ) from error
     return index
+
+
+def require_factory(factory: str, dimension: int) -> faiss.Index:
+    """The index that a factory string names, not yet trained. Raises ``ModelError`` unless shards can be made of it."""
+    try:
+        index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{factory!r} is no FAISS factory string for {dimension} dimensions ({_told(error)}); "
+            "take auto, or one such as IVF1024,SQfp16"
+        ) from error
+    for name, why in _UNFIT.items():
+        if re.search(rf"\b{name}", factory):
+            raise ModelError(f"{factory!r} cannot be a database's index: {why}; take auto, or leave {name} out")
+    return index
+
+
+def codes_of(factory: str) -> str:
+    """How the rows of ``factory`` are coded, whatever the number of its cells."""
+    return re.sub(r"IVF\d+(_HNSW\d+)?", "IVF", factory)
+
+
+def memory_needed(factory: str, rows: int, dimension: int) -> int:
+    """Bytes of codes and ids that an index of ``rows`` × ``dimension`` holds; 0 for one without cells."""
+    cells = cells_of(faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT))
+    return 0 if cells is None else rows * (int(cells.code_size) + 8)
+
+
+def _told(error: Exception) -> str:
+    """The reason in FAISS's message, without where in its sources it was found."""
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return re.sub(r"^Error in .*? at \S+:\d+: ", "", lines[-1]).removeprefix("Error: ").strip()
 
 
 def training_rows(factory: str, rows: int) -> int:
