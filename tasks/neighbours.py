@@ -19,15 +19,17 @@ def find_neighbours(
 ) -> Outcome[Neighbours]:
     """The ``k`` nearest database rows of each row of ``embeddings`` into ``base/neighbours/<key>``.
 
-    When the database was built from these embeddings, a row's own entry and its exact copies are excluded: in
-    training, a picture must not be handed to the network as its own neighbour.
+    A row's own entry and exact copies of it are excluded, wherever the database has them from (these embeddings, an
+    earlier version, a union, a part): in training, a picture must not be handed to the network as its own neighbour.
 
     Raises:
         EncoderMismatchError: the two were made by different encoders.
         InputError: the database has too few rows for ``k``.
     """
     inputs = {"embeddings": embeddings.as_input(), "database": database.as_input()}
-    stage = artifacts.Stage(base, Neighbours.kind, inputs=inputs, config={"k": k})
+    stage = artifacts.Stage(
+        base, Neighbours.kind, inputs=inputs, config={"k": k, "excluded": "itself and exact copies"}
+    )
 
     def make() -> artifacts.Manifest:
         source, target = embeddings.manifest(), database.manifest()
@@ -50,7 +52,7 @@ def find_neighbours(
             offset += shard.rows
         settings = (embeddings.uri, database, stage.uri, k, cache)
         done, _ = map_stage(stage, items, _Search, settings, actors=compute.cpus())
-        return stage.commit(done, identity=source.identity, info={"itself_excluded": own})
+        return stage.commit(done, identity=source.identity, info={})
 
     return skip_or_make(stage, Neighbours, make, note=lambda manifest: f"k = {k}")
 
