@@ -5,10 +5,11 @@ that ``--help`` answers at once. What looks into databases is in :mod:`flows.cli
 them in :mod:`flows.cli_upkeep`.
 """
 
+import dataclasses
 import inspect
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -59,6 +60,16 @@ def new_domain(
     autoencoder: Annotated[
         str | None, typer.Option(help="photos_h100: folder of a diffusers AutoencoderKL or VQModel.")
     ] = None,
+    index: Annotated[str | None, typer.Option(help="FAISS factory string; by rows and memory if unset.")] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of the index that a searching process may hold; 8 if unset.")
+    ] = None,
+    target_recall: Annotated[
+        float | None, typer.Option(help="Recall at 10 to reach, or nothing is registered; 0.95 if unset.")
+    ] = None,
+    dedup: Annotated[
+        bool | None, typer.Option("--dedup/--no-dedup", help="Return one of each group of near-duplicates.")
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Make a domain from a URL list: its database, and a generator with --train. Both become champions."""
@@ -85,6 +96,14 @@ def new_domain(
             allow_hosts=tuple(allow_host or ()),
             **options,
         )
+        wanted: dict[str, Any] = {
+            "index": index,
+            "memory_bytes": None if memory is None else int(memory * 2**30),
+            "target_recall": target_recall,
+            "dedup": dedup,
+        }
+        asked = {option: value for option, value in wanted.items() if value is not None}
+        config = dataclasses.replace(config, index=dataclasses.replace(config.index, **asked))
         domain = flow(config)
         print(domain.registered.alias_uri)
         if domain.trained is not None:

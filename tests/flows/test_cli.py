@@ -16,6 +16,8 @@ from typer.testing import CliRunner, Result
 
 from flows.cli import app
 from flows.terminal import age, size
+from infra.errors import InputError
+from model.retrieval.factory import MEMORY_BYTES
 
 
 def run(*arguments: str) -> Result:
@@ -272,6 +274,23 @@ def test_edit_refuses_what_is_no_picture_and_numbers_without_meaning(domain: Any
 )
 def test_new_domain_refuses_recipes_that_do_not_fit(prefect_server: None, options: tuple[str, ...], told: str) -> None:
     refused(run("new-domain", "x", "--urls", "list.txt", *options), told)
+
+
+def test_new_domain_passes_on_what_the_index_is_to_be(prefect_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[Any] = []
+
+    def stopped(config: Any) -> None:
+        configs.append(config)
+        raise InputError("far enough")
+
+    monkeypatch.setattr("flows.new_domain.new_domain", stopped)
+    options = ("--index", "IVF64,SQ8", "--memory", "0.5", "--target-recall", "0.9", "--dedup")
+    refused(run("new-domain", "x", "--urls", "list.txt", *options), "far enough")
+    refused(run("new-domain", "x", "--urls", "list.txt"), "far enough")
+    told, untold = (config.index for config in configs)
+    assert (told.index, told.memory_bytes, told.target_recall, told.dedup) == ("IVF64,SQ8", 1 << 29, 0.9, True)
+    assert (untold.index, untold.memory_bytes, untold.dedup) == ("auto", MEMORY_BYTES, False)
+    refused(run("new-domain", "x", "--urls", "list.txt", "--target-recall", "2"), "target_recall is a share")
 
 
 def test_unknown_database_says_what_there_is(domain: Any) -> None:

@@ -21,6 +21,7 @@ from tasks.contracts import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards
 from tasks.databases import HIDDEN, index_shards, open_database
 from tasks.distribute import distributed_database
 from tasks.index import IndexConfig, build_database
+from tasks.neighbours import find_neighbours
 from tasks.takedown import Entries, commit_takedown
 
 CONFIG = IndexConfig(index="IVF8,SQfp16", shard_rows=250, recall_queries=30, near_duplicate_cosine=0.9999)
@@ -266,7 +267,7 @@ def test_another_target_is_tuned_for_anew_and_not_from_what_the_last_one_needed(
 def test_a_recall_below_the_target_is_not_committed(tmp_path: Path) -> None:
     embeddings = stored(tmp_path, [tiny.unit_rows(3_000)])
     config = dataclasses.replace(CONFIG, index="PQ1x4", target_recall=1.0)
-    with pytest.raises(StageError, match=r"PQ1x4 reaches recall_at_10_image 0\.\d+, the target is 1\.0; raise memory"):
+    with pytest.raises(StageError, match=r"PQ1x4 reaches recall_at_10_image 0\.\d+, the target is 1\.0; name a finer"):
         build(embeddings, tmp_path, config)
     folders = list((tmp_path / "database").iterdir())
     assert not any((folder / "manifest.json").exists() for folder in folders)
@@ -309,6 +310,19 @@ def test_a_database_on_actors_answers_as_one(tmp_path: Path) -> None:
         assert spread.describe([407])[0]["url"] == "http://00004/7"
         with pytest.raises(ModelError, match="k is 0"):
             spread.search(queries, 0)
+        with pytest.raises(ModelError, match="has no row 600; its ids go from 0 to 599"):
+            spread.describe([600])
+    all_of_a_part = commit_takedown(
+        Entries(url=frozenset(f"http://{shard:05d}/{n}" for shard in (4, 5) for n in range(100))),
+        str(tmp_path),
+        info={},
+    ).reference
+    version = build(stored(tmp_path, np.split(rows, 6)), tmp_path, takedown=all_of_a_part)
+    whole = open_database(version, tmp_path / "cache")
+    with distributed_database(version, tmp_path / "cache", actors=3, cpus_each=0.5) as spread:
+        for options in ({}, {"exclude": own}):
+            ours, theirs = spread.nearest(queries, 7, **options), whole.nearest(queries, 7, **options)
+            np.testing.assert_array_equal(ours.ids, theirs.ids)
 
 
 @pytest.mark.parametrize(
@@ -329,3 +343,53 @@ def test_hidden_rows_are_files_of_the_version(tmp_path: Path) -> None:
     version = build(stored(tmp_path, np.split(tiny.unit_rows(300), 3)), tmp_path)
     (hidden,) = (shard for shard in version.manifest().shards if shard.name == HIDDEN)
     assert {file.name for file in hidden.files} == {"hidden.npy", "pairs.npy", "taken.npy"}
+
+
+def test_a_version_that_outgrows_its_memory_is_coded_anew_in_fewer_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.retrieval.factory.FLAT_ROWS", 100)
+    monkeypatch.setattr("tasks.quantize.FLAT_ROWS", 100)
+    rows = tiny.unit_rows(1200)
+    auto = dataclasses.replace(CONFIG, index="auto", memory_bytes=1200 * (tiny.WIDTH + 8))
+    first = stored(tmp_path, np.split(rows[:600], 6))
+    small = build(first, tmp_path, auto)
+    assert small.manifest().info["factory"].endswith("SQfp16")
+    more = stored(tmp_path, np.split(rows[600:], 6), first=6, previous=first)
+    assert build(more, tmp_path, auto, previous=small).manifest().info["factory"].endswith("SQ8")
+    with pytest.raises(ModelError, match="memory_bytes allows 0; raise it"):
+        build(more, tmp_path, dataclasses.replace(auto, memory_bytes=1200 * 8), previous=small)
+
+
+def test_more_memory_is_used_by_the_next_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.retrieval.factory.FLAT_ROWS", 100)
+    monkeypatch.setattr("tasks.quantize.FLAT_ROWS", 100)
+    embeddings = stored(tmp_path, np.split(tiny.unit_rows(600), 6))
+    tight = dataclasses.replace(CONFIG, index="auto", memory_bytes=600 * (tiny.WIDTH + 8))
+    small = build(embeddings, tmp_path, tight)
+    assert small.manifest().info["factory"].endswith("SQ8")
+    wide = dataclasses.replace(tight, memory_bytes=600 * (2 * tiny.WIDTH + 8))
+    assert build(embeddings, tmp_path, wide, previous=small).manifest().info["factory"].endswith("SQfp16")
+
+
+@pytest.mark.parametrize("factory", ["IDMap,Flat", "NSG16", "LSH", "IVFoops", ""])
+def test_a_factory_string_that_no_shards_can_be_made_of_is_refused_before_anything_is_written(
+    factory: str, tmp_path: Path
+) -> None:
+    embeddings = stored(tmp_path, [tiny.unit_rows(50)])
+    with pytest.raises(ModelError, match="take auto, or") as raised:
+        build(embeddings, tmp_path, dataclasses.replace(CONFIG, index=factory))
+    assert "faiss::" not in str(raised.value)
+    assert not list(tmp_path.glob("database/*"))
+
+
+def test_a_row_is_not_its_own_neighbour_wherever_the_database_has_it_from(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(600)
+    ours = stored(tmp_path / "ours", np.split(rows[:300], 3))
+    elsewhere = np.concatenate([rows[300:], rows[100:200][::-1]])
+    database = build(stored(tmp_path / "theirs", np.split(elsewhere, 4)), tmp_path / "theirs")
+    found = find_neighbours(ours, database, str(tmp_path / "ours"), 5, cache=tmp_path / "cache").reference
+    for shard, theirs in zip(found.manifest().shards, np.split(rows[:300], 3), strict=True):
+        neighbours = elsewhere[np.load(artifacts.fetch_shard(found.uri, shard, ".npy", tmp_path / "cache"))]
+        assert neighbours.shape == (100, 5, tiny.WIDTH)
+        assert not (neighbours == theirs[:, None]).all(axis=2).any()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import torch
 from numpy.typing import NDArray
 
 from model.errors import ModelError
@@ -278,3 +279,57 @@ def test_threads_that_search_with_other_efforts_do_not_disturb_each_other(tmp_pa
         finally:
             ended.set()
         other.result()
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"queries": np.array([["a red cat"]])}, "not numbers; embed texts"),
+        ({"queries": 2 * tiny.unit_rows(3)}, "query 0 to database database has length 2, a cosine takes unit rows"),
+        ({"k": 2.5}, "k is 2.5; ask for a whole number"),
+        ({"exclude": np.array([0, 1])}, r"exclude has shape \(2,\) for 3 queries; give one row id each"),
+        ({"exclude": np.array([0, 1, 40])}, "has no row 40; its ids go from 0 to 39"),
+        ({"exclude": np.array([0, 1, -1])}, "has no row -1"),
+        ({"exclude": np.array([0.5, 1, 2])}, "are whole numbers, not float64"),
+    ],
+)
+def test_what_no_search_can_answer_is_refused_in_one_line(tmp_path: Path, asked: dict[str, Any], told: str) -> None:
+    database = tiny.database(tmp_path, tiny.unit_rows(40))
+    with pytest.raises(ModelError, match=told):
+        database.search(**{"queries": tiny.unit_rows(3), "k": 2, **asked})
+
+
+@pytest.mark.parametrize(("row", "told"), [(40, "has no row 40"), (-1, "has no row -1")])
+def test_an_unknown_row_has_no_description(tmp_path: Path, row: int, told: str) -> None:
+    with pytest.raises(ModelError, match=told):
+        tiny.database(tmp_path, tiny.unit_rows(40)).describe([row])
+
+
+def test_a_part_may_hide_all_its_rows_and_then_finds_nothing(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(40)
+    part = Database(
+        tiny.shard_files(tmp_path, rows), encoder=tiny.identity(), hidden=np.arange(40, dtype=np.int64), part=True
+    )
+    hits = part.search_without(rows[:3].astype(np.float32), 5, rows[:3])
+    assert hits.ids.shape == hits.scores.shape == (3, 0)
+    assert hits.embeddings.shape == (3, 0, tiny.WIDTH)
+    np.testing.assert_array_equal(part.rows(np.array([7])), rows[[7]])
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
+    database = tiny.database(tmp_path, tiny.unit_rows(40))
+    with pytest.raises(ModelError, match="there is no device 'gpu'"):
+        database.to("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ModelError, match="torch finds no GPU for cuda"):
+            database.to("cuda")
+
+
+def test_products_that_are_rounded_cost_no_neighbour(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(5_000)
+    whole = tiny.database(tmp_path, rows)
+    rounded = whole.to("cpu")
+    for part in rounded.proposer._parts:  # type: ignore[attr-defined]
+        part.copy_((part * 512).round() / 512)
+    queries = tiny.unit_rows(200, seed=1)
+    np.testing.assert_array_equal(rounded.search(queries, 10).ids, whole.search(queries, 10).ids)
