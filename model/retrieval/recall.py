@@ -1,4 +1,4 @@
-"""Recall@k against brute force on the stored rows, for queries the index was not built from.
+"""Recall@k against brute force on the stored rows, for queries that are not among the rows looked at.
 
 Legend: ``Q`` queries, ``P`` true neighbours kept of each, ``D`` embedding width, ``N`` rows.
 

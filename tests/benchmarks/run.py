@@ -22,6 +22,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -100,9 +101,17 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def _processor() -> str:
+    """The model's name where the system tells it, else the architecture."""
+    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    named = re.search(r"^model name\s*:\s*(.+)$", told, re.MULTILINE)
+    return named.group(1).strip() if named else platform.processor() or platform.machine()
+
+
 def _machine(device: str) -> dict[str, Any]:
     """What was measured on; the GPU where one was used."""
-    machine: dict[str, Any] = {"processor": platform.processor() or platform.machine(), "cores": _cores()}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine: dict[str, Any] = {"processor": _processor(), "cores": _cores(), "memory_gib": round(memory / 2**30)}
     return machine | ({"gpu": torch.cuda.get_device_name()} if device.startswith("cuda") else {})
 
 
