@@ -38,8 +38,9 @@ def collect_garbage(config: CollectGarbageConfig) -> list[Garbage]:
     domains = [config.domain] if config.domain else _domains(settings.root)
     collected = []
     for domain in domains:
-        with lease(base_of(settings, domain), holder=f"collect-garbage {domain}", wait_s=config.wait_s):
-            collected.append(collect_task(domain, settings, config.keep_versions, config.dry_run, config.grace_s))
+        with lease(base_of(settings, domain), holder=f"collect-garbage {domain}", wait_s=config.wait_s) as held:
+            asked = (config.keep_versions, config.dry_run, config.grace_s)
+            collected.append(collect_task(domain, settings, *asked, held.check))
     return collected
 
 

@@ -5,7 +5,7 @@ import dataclasses
 from prefect import flow
 
 from infra import compute
-from infra.lease import lease
+from infra.lease import Lease, lease
 from infra.registry import Registry
 from infra.settings import Settings
 from tasks.combine import Combined, merge_task, subset_task
@@ -13,6 +13,7 @@ from tasks.contracts import DatabaseVersion, Outcome, config_from
 from tasks.index import IndexConfig, index
 from tasks.register import Named, register_database_task
 from tasks.stage import base_of, require_domain, settings_of
+from tasks.standing import standing_takedown
 from tasks.where import parse_where
 
 
@@ -65,13 +66,13 @@ def merge_databases(config: MergeDatabasesConfig) -> NewDatabase:
     settings = settings_of(config.root)
     base = base_of(settings, config.domain)
     with (
-        lease(base, holder=f"merge-databases {config.domain}", wait_s=config.wait_s),
+        lease(base, holder=f"merge-databases {config.domain}", wait_s=config.wait_s) as held,
         compute.cluster(settings.ray_address, settings.cpus),
     ):
         databases = {name: _pulled(name, settings) for name in config.databases}
         combined = merge_task(databases, base, settings.cache_folder)
         return _registered(
-            config.domain, combined, config.index or _config_of(databases[config.databases[0]]), settings
+            config.domain, combined, config.index or _config_of(databases[config.databases[0]]), settings, held
         )
 
 
@@ -81,17 +82,20 @@ def subset_database(config: SubsetDatabaseConfig) -> NewDatabase:
     settings = settings_of(config.root)
     base = base_of(settings, config.domain)
     with (
-        lease(base, holder=f"subset-database {config.domain}", wait_s=config.wait_s),
+        lease(base, holder=f"subset-database {config.domain}", wait_s=config.wait_s) as held,
         compute.cluster(settings.ray_address, settings.cpus),
     ):
         database = _pulled(config.database, settings)
         combined = subset_task(database, config.where, base, settings.cache_folder)
-        return _registered(config.domain, combined, config.index or _config_of(database), settings)
+        return _registered(config.domain, combined, config.index or _config_of(database), settings, held)
 
 
-def _registered(domain: str, combined: Combined, config: IndexConfig, settings: Settings) -> NewDatabase:
-    base = base_of(settings, domain)
-    built = index(combined.embeddings.reference, base, config, settings.cache_folder, None, combined.takedown)
+def _registered(domain: str, combined: Combined, config: IndexConfig, settings: Settings, held: Lease) -> NewDatabase:
+    """Indexed and registered; what was taken down in the domain before stays hidden, too."""
+    base, cache = base_of(settings, domain), settings.cache_folder
+    takedown = standing_takedown(domain, settings, cache, combined.takedown)
+    built = index(combined.embeddings.reference, base, config, cache, None, takedown)
+    held.check()
     registered = register_database_task(domain, built.reference, settings, None)
     return NewDatabase(combined=combined, database=built, registered=registered)
 

@@ -8,18 +8,15 @@ from prefect import flow
 from flows.adopt_generator import AdoptGeneratorConfig, adopt_generator
 from flows.train_generator import TrainedGenerator, TrainGeneratorConfig, train_generator
 from infra import compute
-from infra.errors import NotFoundError
 from infra.lease import lease
-from infra.registry import Registry
-from infra.settings import Settings
-from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Outcome, Takedown
+from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Outcome
 from tasks.download import DownloadConfig, download
 from tasks.embed import EmbedConfig, embed
 from tasks.evaluate import EvaluateConfig
 from tasks.index import IndexConfig, index
-from tasks.lineage import takedown_of
 from tasks.register import Named, register_database_task
 from tasks.stage import base_of, require_domain, settings_of
+from tasks.standing import standing_takedown
 from tasks.training_setup import TrainConfig
 
 
@@ -57,15 +54,6 @@ class Domain:
     skipped: dict[str, bool]
 
 
-def _taken_down(domain: str, settings: Settings) -> Takedown | None:
-    """What the domain's champion may not show, if there is one: a new list must not bring it back."""
-    try:
-        pulled = Registry(settings).pull(domain, kind="database")
-    except NotFoundError:
-        return None
-    return takedown_of(DatabaseVersion.of(pulled.manifest, pulled.folder_uri))
-
-
 @flow(name="new-domain", flow_run_name="new-domain-{config.domain}", validate_parameters=True)
 def new_domain(config: NewDomainConfig) -> Domain:
     """Make a domain's database from a URL list, and a generator if one is asked for; register both as champions."""
@@ -73,7 +61,7 @@ def new_domain(config: NewDomainConfig) -> Domain:
     base, cache = base_of(settings, config.domain), settings.cache_folder
     with compute.cluster(settings.ray_address, settings.cpus):
         with lease(base, holder=f"new-domain {config.domain}") as held:
-            takedown = _taken_down(config.domain, settings)
+            takedown = standing_takedown(config.domain, settings, cache)
             images = download(config.urls, base, config.download, cache, None, takedown)
             embeddings = embed(images.reference, base, config.embed, cache)
             database = index(embeddings.reference, base, config.index, cache, None, takedown)

@@ -10,7 +10,7 @@ import json
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -40,11 +40,18 @@ class Garbage:
 
 
 def collect(
-    domain: str, settings: Settings, *, keep_versions: int = 2, dry_run: bool = True, grace_s: float = DAY_S
+    domain: str,
+    settings: Settings,
+    *,
+    keep_versions: int = 2,
+    dry_run: bool = True,
+    grace_s: float = DAY_S,
+    check: Callable[[], None] = lambda: None,
 ) -> Garbage:
     """List what can go below the domain's folder; delete it unless ``dry_run``. The caller holds the domain's lease.
 
-    Manifests go first and shard markers next, so that what is half deleted is taken for committed by nobody.
+    Manifests go first and shard markers next, so that what is half deleted is taken for committed by nobody. ``check``
+    is called before every deletion, and raises when the lease is lost: another may have made a champion meanwhile.
 
     Raises:
         StageError: nothing of the domain is registered: more likely the wrong registry than a domain of garbage.
@@ -69,7 +76,9 @@ def collect(
     doomed.sort(key=lambda file: (_rank(file.uri), file.uri))
     if not dry_run:
         for file in doomed:
+            check()
             storage.remove(file.uri)
+        check()
         _remove_empty(folders, {file.uri for file in doomed})
         _mark(registry, versions, doomed)
     garbage = Garbage(domain=domain, files=tuple((file.uri, file.bytes) for file in doomed), deleted=not dry_run)
@@ -200,6 +209,8 @@ def _mark(registry: Registry, versions: list[dict[str, Any]], gone: list[storage
 
 
 @stage_task(name="collect")
-def collect_task(domain: str, settings: Settings, keep_versions: int, dry_run: bool, grace_s: float) -> Garbage:
+def collect_task(
+    domain: str, settings: Settings, keep_versions: int, dry_run: bool, grace_s: float, check: Callable[[], None]
+) -> Garbage:
     """Task of :func:`collect`."""
-    return collect(domain, settings, keep_versions=keep_versions, dry_run=dry_run, grace_s=grace_s)
+    return collect(domain, settings, keep_versions=keep_versions, dry_run=dry_run, grace_s=grace_s, check=check)

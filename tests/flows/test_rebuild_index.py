@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from infra.errors import InputError, IntegrityError, NotFoundError, StageError
 from infra.lease import lease
 from infra.registry import Registry
 from infra.settings import Settings
+from tasks.contracts import DatabaseVersion
 from tasks.databases import open_database
 from tasks.lineage import embeddings_of
 
@@ -324,3 +326,53 @@ def test_a_lease_that_is_lost_registers_nothing(living: Living, ray: WithoutRay)
     assert len(living.versions()) == 1
     with pytest.raises(StageError), lease(str(living.root / "shapes"), holder="test"):
         raise AssertionError("the other one holds it")
+
+
+def champion_shows(living: Living) -> set[str]:
+    pulled = Registry(living.settings).pull("shapes", kind="database")
+    return living.found(DatabaseVersion.of(pulled.manifest, pulled.folder_uri))
+
+
+def test_what_was_taken_down_stays_so_when_databases_are_combined_again(living: Living, ray: WithoutRay) -> None:
+    from flows.combine_databases import (
+        MergeDatabasesConfig,
+        SubsetDatabaseConfig,
+        merge_databases,
+        subset_database,
+    )
+
+    living.build(NAMES[:4], domain="a")
+    living.build(NAMES[4:8], domain="b")
+    union = MergeDatabasesConfig(domain="shapes", databases=("a", "b"), root=str(living.root))
+    merge_databases(union)
+    living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"))
+    merge_databases(union)
+    assert champion_shows(living) == set(NAMES[:8]) - {NAMES[1]}
+    subset_database(SubsetDatabaseConfig(domain="shapes", database="a", where="width > 0", root=str(living.root)))
+    assert champion_shows(living) == set(NAMES[:4]) - {NAMES[1]}
+
+
+def test_what_was_taken_down_stays_so_when_the_champion_is_gone_from_disk(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:4])
+    rebuilt = living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"))
+    shutil.rmtree(rebuilt.after.database.uri)
+    living.build(NAMES[:4])
+    assert champion_shows(living) == set(NAMES[:4]) - {NAMES[1]}
+
+
+def test_a_collection_that_lost_its_lease_deletes_nothing_more(
+    living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    living.build(NAMES[:4])
+    for name in NAMES[4:6]:
+        living.rebuild(urls=living.listed(*NAMES[:4], name))
+    assert living.collect()[0].files
+    before = living.files()
+
+    def lost(self: Any) -> None:
+        raise StageError("the lease was lost")
+
+    monkeypatch.setattr("infra.lease.Lease.check", lost)
+    with pytest.raises(StageError, match="the lease was lost"):
+        living.collect(dry_run=False)
+    assert living.files() == before
