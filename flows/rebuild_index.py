@@ -1,10 +1,12 @@
 """The flow that keeps a domain's database up to date: add what is new, hide what was taken down, register the result.
 
 Every step is keyed by the champion it starts from and by what it is given, and the champion moves last: a rebuild that
-was killed goes on where it was, and one that finds nothing to do makes no version.
+was killed goes on where it was, and one that finds nothing to do makes no version. What is to be taken down waits for
+no download: it is hidden in a version of its own, which is the champion before the first new URL is asked for.
 """
 
 import dataclasses
+from collections import Counter
 
 from prefect import flow
 
@@ -77,19 +79,30 @@ def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
     """Add new URLs to a domain's champion, hide and compact what was taken down; register the result as champion."""
     settings = settings_of(config.root)
     with lease(base_of(settings, config.domain), holder=f"rebuild-index {config.domain}", wait_s=config.wait_s) as held:
-        before = champion_of(config.domain, settings)
-        steps = _Steps(config, settings, before)
+        before = after = champion_of(config.domain, settings)
+        registered, seconds, skipped = None, Counter[str](), {}
         with compute.cluster(settings.ray_address, settings.cpus):
-            after = steps.run()
-            held.check()
-            registered = None
-            if after is not before:
-                registered = register_database_task(config.domain, after.database, settings, None)
+            for part in _in_turn(config):
+                steps = _Steps(part, settings, after)
+                made = steps.run()
+                held.check()
+                if made is not after:
+                    registered, after = register_database_task(config.domain, made.database, settings, None), made
+                seconds.update(steps.seconds)
+                skipped |= {name: was and skipped.get(name, True) for name, was in steps.skipped.items()}
     if registered is None:
         logs.get("stage").info(
             "%-11s %s: nothing new, nothing taken down; the champion stays", "rebuild", config.domain
         )
-    return Rebuilt(before=before, after=after, registered=registered, seconds=steps.seconds, skipped=steps.skipped)
+    return Rebuilt(before=before, after=after, registered=registered, seconds=dict(seconds), skipped=skipped)
+
+
+def _in_turn(config: RebuildIndexConfig) -> list[RebuildIndexConfig]:
+    """What is rebuilt in one version: where something is taken down and something added, the first alone before."""
+    if config.takedown is None or config.urls is None:
+        return [config]
+    hide = dataclasses.replace(config, urls=None, embed=None, index=None, compact=False, compact_above=1.0)
+    return [hide, dataclasses.replace(config, takedown=None)]
 
 
 def champion_of(domain: str, settings: Settings) -> State:

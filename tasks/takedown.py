@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from infra import artifacts, shards, storage
-from infra.dropping import DUPLICATE
+from infra import artifacts, logs, shards, storage
 from infra.errors import InputError
 from tasks.contracts import EmbeddingShards, ImageShards, Outcome, Takedown
 from tasks.seen import ANSWERED
@@ -28,7 +27,7 @@ _SCHEMA = pa.schema([("column", pa.string()), ("value", pa.string())])
 _NAMED_FIRST = 3  # entries that a message quotes
 _SHA256_DIGITS = 64
 _READERS = 8
-_ASKED_COLUMNS = ["url", "sha256", "key", "error_class"]
+_ASKED_COLUMNS = [*COLUMNS, "error_class"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,11 +76,12 @@ def take_down(
 ) -> Outcome[Takedown]:
     """Add what the list at ``listed`` names in ``images`` to ``previous``, into ``base/takedown/<key>``.
 
-    A key is kept as the sha256 of the picture that bears it, since keys repeat once databases are merged; so is the
-    url of a picture that was left out as a copy of another, for that other shows the same.
+    A picture is its bytes: beside a url stands the sha256 of what it served, so that copies at other URLs go too, and
+    a key is kept as that sha256 alone, since keys repeat once databases are merged. A url or sha256 that names no
+    picture yet is refused when it comes.
 
     Raises:
-        InputError: entries that name no picture, now or before, or keys that more than one picture bears.
+        InputError: no entry names a picture, now or before, or a key is borne by more than one.
     """
     before = entries_of(previous, cache) if previous is not None else Entries()
     asked = read_takedown_list(listed)
@@ -156,26 +156,32 @@ def read_takedown_list(uri: str) -> Entries:
 
 
 def _resolved(asked: Entries, before: Entries, images: ImageShards, cache: Path, listed: str) -> Entries:
-    """``asked`` as it is kept: checked against the pictures of ``images``, keys and copies by their sha256."""
+    """``asked`` as it is kept: checked against the pictures of ``images``, with the sha256 of each that it names."""
     found, bearers = _pictures_named(asked, images, cache)
     there = Entries(*(frozenset(row[name] for row in found) for name in COLUMNS)) | before
     if absent := (asked - there).listed():
-        first = ", ".join(f"{entry['column']} {entry['value']}" for entry in absent[:_NAMED_FIRST])
-        raise InputError(
-            f"{listed} is a takedown list naming nothing in {len(absent)} of {len(asked)} entries ({first}"
-            f"{', …' if len(absent) > _NAMED_FIRST else ''}): no picture of {images.uri} has them; take them out"
-        )
+        _tell_absent(absent, len(asked), images, listed)
     if repeated := sorted(key for key, count in bearers.items() if count > 1):
         raise InputError(
             f"{listed}: key {repeated[0]} is borne by {bearers[repeated[0]]} pictures of {images.uri}, a merged "
             "database; name the one meant by its url or sha256"
         )
-    by_key = [row for row in found if row["key"] in asked.key]
-    copies = [row for row in found if row["url"] in asked.url and row["error_class"] == DUPLICATE]
     return Entries(
         url=asked.url,
-        sha256=asked.sha256 | {row["sha256"] for row in (*by_key, *copies) if row["sha256"]},
-        key=frozenset(row["key"] for row in by_key if not row["sha256"]) | (asked.key & before.key),
+        sha256=asked.sha256 | {row["sha256"] for row in found if row["sha256"]},
+        key=frozenset(row["key"] for row in found if row["key"] in asked.key and not row["sha256"])
+        | (asked.key & before.key),
+    )
+
+
+def _tell_absent(absent: list[dict[str, str]], asked: int, images: ImageShards, listed: str) -> None:
+    """Warn of entries that name no picture; refuse a list of nothing else, which is more likely the wrong one."""
+    first = ", ".join(f"{entry['column']} {entry['value']}" for entry in absent[:_NAMED_FIRST])
+    told = f"{len(absent)} of {asked} entries ({first}{', …' if len(absent) > _NAMED_FIRST else ''})"
+    if len(absent) == asked:
+        raise InputError(f"{listed} is a takedown list naming nothing in {told}: no picture of {images.uri} has them")
+    logs.get("stage").warning(
+        "%s names no picture of %s in %s; urls and sha256 among them are refused from now on", listed, images.uri, told
     )
 
 

@@ -120,6 +120,30 @@ def test_a_takedown_list_naming_nothing_is_refused_and_nothing_is_registered(liv
     assert len(living.versions()) == 1
 
 
+def test_what_is_taken_down_waits_for_no_download(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:4])
+    down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")
+
+    def seen_meanwhile() -> Iterator[bytes]:
+        shown.append(champion_shows(living))
+        yield BODY[NAMES[4]]
+
+    shown: list[set[str]] = []
+    living.server.replies[NAMES[4]] = Reply(body=seen_meanwhile)
+    living.server.replies[NAMES[5]] = Reply(status=503)
+    with pytest.raises(StageError, match="none of the 1 URLs"):
+        living.rebuild(takedown=down, urls=living.listed(NAMES[5]))
+    assert champion_shows(living) == set(NAMES[:4]) - {NAMES[1]}  # though the download failed
+    further = living.listed({"url": living.server.url(NAMES[2])}, name="down.jsonl")
+    rebuilt = living.rebuild(takedown=further, urls=living.listed(*NAMES[:5]), compact=True)
+    assert shown == [{NAMES[0], NAMES[3]}]
+    assert living.found(rebuilt.after.database) == champion_shows(living) == {NAMES[0], NAMES[3], NAMES[4]}
+    assert rebuilt.after.database.rows == 3  # compacted, too
+    assert rebuilt.skipped == {"takedown": False, "download": False, "embed": False, "compact": False, "index": False}
+    assert len(living.versions()) == 4
+    assert living.rebuild(takedown=further, urls=living.listed(*NAMES[:5]), compact=True).unchanged
+
+
 def test_garbage_is_never_what_an_alias_or_another_domain_reaches(living: Living, ray: WithoutRay) -> None:
     from flows.combine_databases import SubsetDatabaseConfig, subset_database
 

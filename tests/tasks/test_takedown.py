@@ -47,18 +47,44 @@ def test_lists_add_up_and_the_same_list_makes_nothing(tmp_path: Path) -> None:
     assert rows_named(both.reference, embedding_shards(tmp_path, images), tmp_path).tolist() == [0, 4]
 
 
-def test_what_names_no_picture_is_refused_unless_it_was_taken_down_before(tmp_path: Path) -> None:
+def test_a_list_naming_nothing_is_refused_unless_it_was_taken_down_before(tmp_path: Path) -> None:
     images = three_shards(tmp_path)
     wrong = [{"url": f"http://host/none-{n}.png"} for n in range(4)] + [{"url": "http://host/gone.png"}]
-    with pytest.raises(InputError, match=r"naming nothing in 5 of 6 entries \(url http://host/gone.png, url .*, …\)"):
-        take_down(listed(tmp_path, {"url": PICTURES[0][0]}, *wrong), images, str(tmp_path), cache=tmp_path)
+    with pytest.raises(InputError, match=r"naming nothing in 5 of 5 entries \(url http://host/gone.png, url .*, …\)"):
+        take_down(listed(tmp_path, *wrong), images, str(tmp_path), cache=tmp_path)
     first = take_down(listed(tmp_path, {"url": PICTURES[0][0]}), images, str(tmp_path), cache=tmp_path).reference
     others = image_shards(tmp_path / "others", [PICTURES[5:7]])  # as after a split: the picture is not there any more
-    asked = listed(tmp_path, {"url": PICTURES[0][0]}, {"url": PICTURES[5][0]})
-    with pytest.raises(InputError, match="naming nothing in 1 of 2 entries"):
+    asked = listed(tmp_path, {"url": PICTURES[0][0]})
+    with pytest.raises(InputError, match="naming nothing in 1 of 1 entries"):
         take_down(asked, others, str(tmp_path), cache=tmp_path)
-    more = take_down(asked, others, str(tmp_path), cache=tmp_path, previous=first)
-    assert more.reference.rows == 2
+    again = take_down(asked, others, str(tmp_path), cache=tmp_path, previous=first)
+    assert (again.skipped, again.reference) == (True, first)
+
+
+def test_an_entry_that_names_no_picture_keeps_none_of_the_others_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images, absent = three_shards(tmp_path), "http://host/none.png"
+    rows = [{"url": PICTURES[0][0]}, {"url": absent}, {"url": "http://host/gone.png"}, {"key": "000099999"}]
+    with caplog.at_level("WARNING"):
+        taken = take_down(listed(tmp_path, *rows), images, str(tmp_path), cache=tmp_path).reference
+    assert (
+        "names no picture" in caplog.text and f"3 of 4 entries (url http://host/gone.png, url {absent}" in caplog.text
+    )
+    assert rows_named(taken, embedding_shards(tmp_path, images), tmp_path).tolist() == [0]
+    kept = entries_of(taken, tmp_path)
+    assert kept.url == {PICTURES[0][0], absent, "http://host/gone.png"}  # refused when they come
+    assert kept.key == set()  # whose picture may be another's tomorrow
+
+
+@pytest.mark.parametrize("by", ["url", "key", "sha256"])
+def test_the_same_bytes_at_another_url_go_too(by: str, tmp_path: Path) -> None:
+    url, body = PICTURES[0]
+    images = image_shards(tmp_path, [[PICTURES[1], (url, body)], [("http://host/copy.png", body), PICTURES[2]]])
+    entry = {"url": url, "key": "000000001", "sha256": sha(body)}[by]
+    taken = take_down(listed(tmp_path, {by: entry}), images, str(tmp_path), cache=tmp_path).reference
+    assert rows_named(taken, embedding_shards(tmp_path, images), tmp_path).tolist() == [1, 2]
+    assert entries_of(taken, tmp_path).sha256 == {sha(body)}
 
 
 def test_a_key_that_two_pictures_bear_is_refused(tmp_path: Path) -> None:
