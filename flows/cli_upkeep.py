@@ -9,6 +9,7 @@ from infra.prefect_api import prefect_api
 
 Domain = Annotated[str, typer.Argument(help="The domain: lower-case letters, digits, hyphens.")]
 Wait = Annotated[float, typer.Option("--wait", help="Seconds to wait while another writes this domain.", min=0)]
+Replace = Annotated[bool, typer.Option("--replace", help="Even where NAME holds pictures of its own.")]
 
 
 def rebuild_index(
@@ -49,6 +50,7 @@ def rebuild_index(
 def merge(
     name: Domain,
     databases: Annotated[list[str], typer.Argument(help=f"Two or more. {DATABASE}")],
+    replace: Replace = False,
     wait: Wait = 0.0,
     root: Root = None,
     verbose: Verbose = False,
@@ -57,7 +59,7 @@ def merge(
     with told(verbose), prefect_api():
         from flows.combine_databases import MergeDatabasesConfig, merge_databases
 
-        config = MergeDatabasesConfig(domain=name, databases=tuple(databases), root=root, wait_s=wait)
+        config = MergeDatabasesConfig(domain=name, databases=tuple(databases), replace=replace, root=root, wait_s=wait)
         print(merge_databases(config).registered.alias_uri)
 
 
@@ -67,6 +69,7 @@ def subset(
     where: Annotated[
         str, typer.Option(help="Filter on url, key, sha256, width, height: 'width >= 64 and url like \"%cat%\"'.")
     ],
+    replace: Replace = False,
     wait: Wait = 0.0,
     root: Root = None,
     verbose: Verbose = False,
@@ -75,7 +78,9 @@ def subset(
     with told(verbose), prefect_api():
         from flows.combine_databases import SubsetDatabaseConfig, subset_database
 
-        config = SubsetDatabaseConfig(domain=name, database=database, where=where, root=root, wait_s=wait)
+        config = SubsetDatabaseConfig(
+            domain=name, database=database, where=where, replace=replace, root=root, wait_s=wait
+        )
         print(subset_database(config).registered.alias_uri)
 
 

@@ -13,7 +13,7 @@ from tasks.contracts import DatabaseVersion, Outcome, config_from
 from tasks.index import IndexConfig, index
 from tasks.register import Named, register_database_task
 from tasks.stage import base_of, require_domain, settings_of
-from tasks.standing import standing_takedown
+from tasks.standing import require_replaceable, standing_takedown
 from tasks.where import parse_where
 
 
@@ -25,6 +25,7 @@ class MergeDatabasesConfig:
     databases: tuple[str, ...]
     root: str | None = None
     index: IndexConfig | None = None  # None: the first one's
+    replace: bool = False  # a champion of the domain that holds pictures of its own
     wait_s: float = 0.0  # for another writer of the domain to end, before this one is refused
 
     def __post_init__(self) -> None:
@@ -43,6 +44,7 @@ class SubsetDatabaseConfig:
     where: str  # such as: width >= 64 and url like "%cat%"
     root: str | None = None
     index: IndexConfig | None = None  # None: the database's own
+    replace: bool = False
     wait_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -70,6 +72,8 @@ def merge_databases(config: MergeDatabasesConfig) -> NewDatabase:
         compute.cluster(settings.ray_address, settings.cpus),
     ):
         databases = {name: _pulled(name, settings) for name in config.databases}
+        if not config.replace:
+            require_replaceable(config.domain, databases.values(), settings)
         combined = merge_task(databases, base, settings.cache_folder)
         return _registered(
             config.domain, combined, config.index or _config_of(databases[config.databases[0]]), settings, held
@@ -86,6 +90,8 @@ def subset_database(config: SubsetDatabaseConfig) -> NewDatabase:
         compute.cluster(settings.ray_address, settings.cpus),
     ):
         database = _pulled(config.database, settings)
+        if not config.replace:
+            require_replaceable(config.domain, [database], settings)
         combined = subset_task(database, config.where, base, settings.cache_folder)
         return _registered(config.domain, combined, config.index or _config_of(database), settings, held)
 

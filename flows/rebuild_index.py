@@ -6,7 +6,6 @@ no download: it is hidden in a version of its own, which is the champion before 
 """
 
 import dataclasses
-from collections import Counter
 
 from prefect import flow
 
@@ -80,7 +79,9 @@ def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
     settings = settings_of(config.root)
     with lease(base_of(settings, config.domain), holder=f"rebuild-index {config.domain}", wait_s=config.wait_s) as held:
         before = after = champion_of(config.domain, settings)
-        registered, seconds, skipped = None, Counter[str](), {}
+        registered: Named | None = None
+        seconds: dict[str, float] = {}
+        skipped: dict[str, bool] = {}
         with compute.cluster(settings.ray_address, settings.cpus):
             for part in _in_turn(config):
                 steps = _Steps(part, settings, after)
@@ -88,13 +89,13 @@ def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
                 held.check()
                 if made is not after:
                     registered, after = register_database_task(config.domain, made.database, settings, None), made
-                seconds.update(steps.seconds)
+                seconds |= {name: took + seconds.get(name, 0.0) for name, took in steps.seconds.items()}
                 skipped |= {name: was and skipped.get(name, True) for name, was in steps.skipped.items()}
     if registered is None:
         logs.get("stage").info(
             "%-11s %s: nothing new, nothing taken down; the champion stays", "rebuild", config.domain
         )
-    return Rebuilt(before=before, after=after, registered=registered, seconds=dict(seconds), skipped=skipped)
+    return Rebuilt(before=before, after=after, registered=registered, seconds=seconds, skipped=skipped)
 
 
 def _in_turn(config: RebuildIndexConfig) -> list[RebuildIndexConfig]:

@@ -27,6 +27,7 @@ from infra.errors import IntegrityError, NotFoundError
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 _MARKERS_AT_ONCE = 16
+_PLACES = frozenset({"uri", "folder"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +67,7 @@ class Manifest:
     """What a committed folder holds and where it came from.
 
     ``identity`` is the part of the description that belongs to the content (the encoder, say) and enters the digest;
-    ``info`` is what was counted and timed on the way and does not.
+    ``info`` is what was counted and timed on the way and does not. ``checksum`` is of all of it but places.
     """
 
     kind: str
@@ -80,6 +81,7 @@ class Manifest:
     digest: str = ""
     created_at: str = ""
     schema_version: int = SCHEMA_VERSION
+    checksum: str = ""  # empty in manifests of releases that did not write it
 
     @property
     def files(self) -> tuple[File, ...]:
@@ -114,12 +116,13 @@ class Manifest:
                     f"{where} has schema version {raw['schema_version']}, this release reads {SCHEMA_VERSION}; "
                     "rebuild it, or use the release that wrote it"
                 )
+            checksum = _checksum(raw)
             raw["shards"] = tuple(_shard(shard) for shard in raw["shards"])
             manifest = cls(**raw)
-            digest = manifest.content_digest()
+            changed = manifest.digest != manifest.content_digest() or manifest.checksum not in ("", checksum)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise IntegrityError(f"{where} is not a manifest ({error}); delete its folder and run again") from error
-        if manifest.digest != digest:
+        if changed:
             raise IntegrityError(f"{where} was changed after it was committed; delete its folder and run again")
         return manifest
 
@@ -175,6 +178,7 @@ class Stage:
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         manifest = dataclasses.replace(manifest, digest=manifest.content_digest())
+        manifest = dataclasses.replace(manifest, checksum=_checksum(json.loads(manifest.to_json())))
         storage.write_bytes(storage.join(self.uri, MANIFEST), manifest.to_json().encode())
         return manifest
 
@@ -270,6 +274,18 @@ def canonical_json(value: Any) -> str:
 def _manifest_of(uri: str, modified: float) -> Manifest:
     """One of thousands of shards takes a while to parse and to check, and a stage asks for a few again and again."""
     return Manifest.from_json(storage.read_bytes(uri), uri)
+
+
+def _checksum(raw: dict[str, Any]) -> str:
+    """Digest of everything in a manifest but where things lie, which may move: a byte that changed on disk shows."""
+    return digest_of(_placeless({**raw, "checksum": ""}))
+
+
+def _placeless(value: Any) -> Any:
+    """A JSON value without what says where something is."""
+    if isinstance(value, dict):
+        return {name: _placeless(inner) for name, inner in value.items() if name not in _PLACES}
+    return [_placeless(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Any:

@@ -90,12 +90,15 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Let the next one in at once. A store that does not answer lets it in after ``ttl_s``."""
+        """Let the next one in at once, from a full disk too. A store that does not answer does so after ``ttl_s``."""
         self._ended.set()
         self._thread.join()
         with contextlib.suppress(KNNDiffusionError):
             self.check()
-            self._write(dataclasses.replace(self.holder, released=True))
+            try:
+                self._write(dataclasses.replace(self.holder, released=True))
+            except KNNDiffusionError:
+                storage.outdate(self._uri)
 
     def _renew(self) -> None:
         while not self._ended.wait(self.holder.ttl_s / 3):

@@ -67,6 +67,13 @@ def modified(uri: str) -> float:
     return patiently(uri, lambda: float(fs.modified(path).timestamp()))
 
 
+def outdate(uri: str) -> None:
+    """Let a local file seem written long ago, which needs no room on a full disk; a remote object stays as it is."""
+    if is_local(uri):
+        with told(uri):
+            os.utime(local_path(uri), (0, 0))
+
+
 def names(uri: str) -> list[str]:
     """Sorted base names directly below a folder; empty when the folder is not there."""
     fs, path = _fs(uri)

@@ -73,6 +73,11 @@ def require_one_encoder(manifests: Mapping[str, artifacts.Manifest]) -> None:
             )
 
 
+def is_combined(images: ImageShards) -> bool:
+    """Whether they were taken over from other databases, as :func:`merge` and :func:`subset` do, and nothing since."""
+    return bool({"merged", "where"} & images.manifest().config.keys())
+
+
 def merged_images(parts: Sequence[ImageShards], base: str, *, cache: Path) -> Outcome[ImageShards]:
     """All shards of ``parts`` under new numbers, in ``base/images/<key>``; later downloads go on as the first's did."""
     sources = [part.manifest() for part in parts]

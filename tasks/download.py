@@ -4,6 +4,7 @@ With the version before, only what is new: URLs it was not asked for, pictures w
 """
 
 import dataclasses
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,7 +57,7 @@ def download_images(
     The same list (content and order, not file name) and config find the same folder. With ``previous`` its shards are
     taken over, and of the list only URLs that it was not asked for are fetched, into shards numbered after its own;
     pictures whose bytes it has, or that come twice, are dropped, and so is what ``takedown`` names. A list without
-    anything new is answered with ``previous`` itself.
+    anything new is answered with ``previous`` itself, and so is one of failures that all fail again.
 
     Raises:
         InputError: the list is empty, unreadable or lacks a ``url`` column.
@@ -81,12 +82,21 @@ def download_images(
         base, ImageShards.kind, inputs=inputs, config={**config_of(config, without=without), **lineage}
     )
     delta = _Delta(stage=stage, table=table, urls=urls, previous=previous, seen=seen, refused=refused, cache=cache)
-    return skip_or_make(stage, ImageShards, lambda: delta.make(config), note=_note)
+    started = time.monotonic()
+    try:
+        return skip_or_make(stage, ImageShards, lambda: delta.make(config), note=_note)
+    except _StillFailingError as error:
+        assert previous is not None  # noqa: S101  # what failed before, failed for a version
+        return Outcome(reference=previous, skipped=False, seconds=time.monotonic() - started, note=str(error))
 
 
 def histogram(outcomes: dict[str, int]) -> str:
     """Outcomes, most frequent first, as one clause."""
     return ", ".join(f"{name} {count}" for name, count in Counter(outcomes).most_common())
+
+
+class _StillFailingError(Exception):
+    """Everything that was asked again has failed again; its message counts how."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +126,7 @@ class _Delta:
         done, lost = map_stage(
             self.stage, items, _Download, settings, max_lost_fraction=config.max_lost_fraction, actors=config.workers
         )
+        self._require_news(counted(done))
         self._require_any(counted(done))
         if self.seen is not None or self.refused.sha256:
             done = self._without_what_is_there(done, config.workers)
@@ -133,6 +144,14 @@ class _Delta:
             info |= {"outcomes": dict(total), "added": {"requested": self.table.num_rows, "outcomes": outcomes}}
             info["requested"] += before.info.get("requested", before.rows)
         return self.stage.commit([*taken, *done], info=info)
+
+    def _require_news(self, outcomes: dict[str, int]) -> None:
+        """End a download of URLs that failed before and all failed again: there is nothing new to record."""
+        if self.seen is None or outcomes.get("success"):
+            return
+        if self.seen.asked(self.table["url"].to_pylist(), failed_too=True).all():
+            storage.remove(self.stage.uri)  # the next time they are asked again
+            raise _StillFailingError(f"still failing: {histogram(outcomes)}")
 
     def _require_any(self, outcomes: dict[str, int]) -> None:
         """Refuse a download of nothing; URLs added to a database may all be dead, but not the network."""

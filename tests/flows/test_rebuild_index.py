@@ -376,6 +376,37 @@ def test_what_was_taken_down_stays_so_when_databases_are_combined_again(living: 
     assert champion_shows(living) == set(NAMES[:4]) - {NAMES[1]}
 
 
+def test_pictures_of_a_domain_s_own_are_not_put_out_of_sight_by_a_merge_or_a_subset(
+    living: Living, ray: WithoutRay
+) -> None:
+    from flows.combine_databases import (
+        MergeDatabasesConfig,
+        SubsetDatabaseConfig,
+        merge_databases,
+        subset_database,
+    )
+
+    living.build(NAMES[:4])
+    for number, domain in enumerate("ab"):
+        living.build(NAMES[4 + number : 6 + number], domain=domain)
+    into: dict[str, Any] = {"domain": "shapes", "root": str(living.root)}
+    part = SubsetDatabaseConfig(database="a", where="width > 0", **into)
+    told = "shapes is a database of 4 pictures of its own, .* name another domain, or say --replace"
+    with pytest.raises(InputError, match=told) as caught:
+        merge_databases(MergeDatabasesConfig(databases=("a", "b"), **into))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=told):
+        subset_database(part)
+    assert champion_shows(living) == set(NAMES[:4])
+    merge_databases(MergeDatabasesConfig(databases=("shapes", "a"), **into))  # nothing of it is lost
+    assert champion_shows(living) == set(NAMES[:6])
+    living.rebuild(urls=living.listed(*NAMES[:8]))
+    with pytest.raises(InputError, match="shapes is a database of 8 pictures of its own"):
+        subset_database(part)
+    subset_database(dataclasses.replace(part, replace=True))
+    assert champion_shows(living) == set(NAMES[4:6])
+
+
 def test_what_was_taken_down_stays_so_when_the_champion_is_gone_from_disk(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:4])
     rebuilt = living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"))

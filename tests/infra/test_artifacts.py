@@ -91,9 +91,9 @@ def test_a_manifest_is_read_where_the_store_does_not_tell_when_it_was_written(tm
 def test_a_manifest_that_was_replaced_is_read_again(base: str) -> None:
     made, manifest = committed(base)
     assert artifacts.read_manifest(made.uri) is artifacts.read_manifest(made.uri)
-    other = dataclasses.replace(manifest, info={"seconds": 2.5})
     time.sleep(1.1)  # an object store tells whole seconds
-    storage.write_bytes(f"{made.uri}/manifest.json", other.to_json().encode())
+    other = made.commit(manifest.shards, identity=manifest.identity, info={"seconds": 2.5})
+    assert other != manifest
     assert artifacts.read_manifest(made.uri) == other
 
 
@@ -313,6 +313,10 @@ def drop_a_shard(raw: dict[str, Any]) -> None:
         lambda raw: raw["shards"][0]["files"][0].update(bytes=9),
         lambda raw: raw["inputs"]["images"].update(digest="33" * 32),
         lambda raw: raw.update(digest="00" * 32),
+        lambda raw: raw["config"].update(size=65),
+        lambda raw: raw["info"].update(seconds=2.5),
+        lambda raw: raw["shards"][0]["info"].update(more=1),
+        lambda raw: raw.update(checksum="00" * 32),
         drop_a_shard,
     ],
 )
@@ -328,6 +332,13 @@ def test_a_manifest_changed_by_hand_is_refused(change: Callable[[dict[str, Any]]
 def test_a_manifest_whose_inputs_moved_is_still_whole(tmp_path: Path) -> None:
     made, manifest = committed(str(tmp_path))
     rewritten(made.uri, lambda raw: raw["inputs"]["images"].update(uri="s3://moved"))
+    rewritten(made.uri, lambda raw: raw["shards"][0].update(folder="s3://moved"))
+    assert artifacts.read_manifest(made.uri).digest == manifest.digest
+
+
+def test_a_manifest_from_before_checksums_is_read(tmp_path: Path) -> None:
+    made, manifest = committed(str(tmp_path))
+    rewritten(made.uri, lambda raw: raw.pop("checksum"))
     assert artifacts.read_manifest(made.uri).digest == manifest.digest
 
 

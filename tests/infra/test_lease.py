@@ -285,3 +285,16 @@ def test_a_time_that_a_store_cannot_tell_is_refused(tmp_path: Path) -> None:
     for folder, least in (("s3://bucket/domain", 3), (str(tmp_path), 0.15)):
         with pytest.raises(ValueError, match=f"give at least {least}"), lease(folder, holder="first", ttl_s=0.1):
             pass
+
+
+def test_a_full_disk_keeps_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(tmp_path / "twemoji")
+
+    def full(uri: str, data: bytes) -> None:
+        raise store_errors.no_space(uri)
+
+    with lease(folder, holder="first"):
+        monkeypatch.setattr(storage, "write_bytes", full)
+    monkeypatch.undo()
+    with lease(folder, holder="second") as held:
+        held.check()

@@ -127,6 +127,18 @@ def test_failures_are_asked_for_again_only_when_told(lists: Lists) -> None:
     assert lists([NAMES[0], "/gone.png"], previous=second.reference, retry_failed=True).skipped
 
 
+@pytest.mark.parametrize("status", [404, 503])
+def test_what_fails_again_makes_no_version_and_is_asked_again(lists: Lists, status: int) -> None:
+    first = lists([NAMES[0], "/gone.png"]).reference
+    lists.server.replies["/gone.png"] = Reply(status=status)
+    again = lists([NAMES[0], "/gone.png"], previous=first, retry_failed=True)
+    assert (again.reference, again.note, lists.server.requests) == (
+        first, f"still failing: http_{status} 1", ["/gone.png"]
+    )  # fmt: skip
+    lists.server.replies["/gone.png"] = Reply(body=BODY[NAMES[1]])
+    assert lists([NAMES[0], "/gone.png"], previous=first, retry_failed=True).reference.rows == 2
+
+
 def test_a_dead_url_is_recorded_but_a_dead_network_is_not(lists: Lists, tmp_path: Path) -> None:
     first = lists(NAMES[:2]).reference
     second = lists(["/gone.png"], previous=first).reference

@@ -182,7 +182,7 @@ def without_source(embeddings: EmbeddingShards) -> EmbeddingShards:
         for shard in manifest.shards
     ]
     path = Path(embeddings.uri) / artifacts.MANIFEST
-    path.write_text(dataclasses.replace(manifest, shards=tuple(bare)).to_json())
+    path.write_text(dataclasses.replace(manifest, shards=tuple(bare), checksum="").to_json())
     return EmbeddingShards.open(embeddings.uri)
 
 
