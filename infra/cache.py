@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -90,16 +90,29 @@ def evict(cache: Path, limit_bytes: int) -> int:
         for _, size, paths in files:
             if total <= limit_bytes:
                 break
-            if not any(_in_use(cache, path) for path in paths):
-                for path in paths:
-                    path.unlink(missing_ok=True)
-                    stamp_file(cache, path.stem, path).unlink(missing_ok=True)
+            if _dropped(cache, paths):
                 total -= size
     if total > limit_bytes:
         logs.get("cache").warning(
             "%s holds %d bytes in use, its bound is %d; raise KNN_DIFFUSION_CACHE_BYTES", cache, total, limit_bytes
         )
     return total
+
+
+def forget(digests: Collection[str], cache: Path) -> int:
+    """Remove what is kept under ``digests`` and whatever stages derived, unless in use; return the bytes that went.
+
+    Of what was derived nobody knows what went into it, and it can be derived again.
+    """
+    if not cache.exists():
+        return 0
+    with _locked(cache / "lock", fcntl.LOCK_EX):
+        named = [
+            (size, paths)
+            for _, size, paths in _inventory(cache)
+            if any(path.stem in digests or not _is_fetched(cache, path) for path in paths)
+        ]
+        return sum(size for size, paths in named if _dropped(cache, paths))
 
 
 class _Uses:
@@ -177,8 +190,22 @@ def _let_go(uses: _Uses, byte: int, process: int) -> None:
         uses.let_go(byte)
 
 
+def _dropped(cache: Path, paths: list[Path]) -> bool:
+    """Remove a file by all of its names, and their stamps, unless it is in use; whether it went."""
+    if any(_in_use(cache, path) for path in paths):
+        return False
+    for path in paths:
+        path.unlink(missing_ok=True)
+        stamp_file(cache, path.stem, path).unlink(missing_ok=True)
+    return True
+
+
+def _is_fetched(cache: Path, path: Path) -> bool:
+    return path.parent.parent == cache and path.stem.startswith(path.parent.name)
+
+
 def _in_use(cache: Path, path: Path) -> bool:
-    if path.parent.parent == cache and path.stem.startswith(path.parent.name):
+    if _is_fetched(cache, path):
         return _uses_of(cache).held(_byte(path.stem))
     status = path.stat()
     return time.time() - max(status.st_atime, status.st_mtime) < DERIVED_SPARED_S

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any
 
-from infra import artifacts, logs, storage
+from infra import artifacts, cache, logs, storage
 from infra.errors import InputError, IntegrityError, StageError
 from infra.registry import DATABASE_PREFIX, Registry
 from infra.settings import Settings, masked
@@ -52,6 +52,7 @@ def collect(
 
     Manifests go first and shard markers next, so that what is half deleted is taken for committed by nobody. ``check``
     is called before every deletion, and raises when the lease is lost: another may have made a champion meanwhile.
+    With image shards, this machine's copies and what was derived of pictures go from its cache.
 
     Raises:
         StageError: nothing of the domain is registered: more likely the wrong registry than a domain of garbage.
@@ -75,12 +76,15 @@ def collect(
             doomed += _unreferenced(folder, files, kept.files[folder])
     doomed.sort(key=lambda file: (_rank(file.uri), file.uri))
     if not dry_run:
+        digests = _digests(folders, doomed)
         for file in doomed:
             check()
             storage.remove(file.uri)
         check()
         _remove_empty(folders, {file.uri for file in doomed})
         _mark(registry, versions, doomed)
+        if any(file.uri.endswith(".tar") for file in doomed):  # pictures go from this machine's cache, too
+            cache.forget(digests, settings.cache_folder)
     garbage = Garbage(domain=domain, files=tuple((file.uri, file.bytes) for file in doomed), deleted=not dry_run)
     state = "deleted" if garbage.deleted else "would go; nothing was deleted"
     logs.get("stage").info("%-11s %7d files %d bytes of %s  %s", "gc", len(doomed), garbage.bytes, domain, state)
@@ -172,6 +176,17 @@ def _unreferenced(folder: str, files: list[storage.Stored], kept: set[str]) -> l
             continue
         going.append(file)
     return going
+
+
+def _digests(folders: dict[str, list[storage.Stored]], going: list[storage.Stored]) -> set[str]:
+    """The sha256 of remote files that go, under which caches keep them."""
+    uris = {file.uri for file in going}
+    found = set()
+    for folder in folders:
+        if not storage.is_local(folder) and storage.join(folder, artifacts.MANIFEST) in uris:
+            files = artifacts.read_manifest(folder).files
+            found |= {file.sha256 for file in files if storage.join(folder, file.name) in uris}
+    return found
 
 
 def _names(marker_uri: str) -> set[str]:

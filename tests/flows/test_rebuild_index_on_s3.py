@@ -22,6 +22,12 @@ def living(prefect_server: None, bucket: Bucket, tmp_path: Path, monkeypatch: py
         yield Living(server, tmp_path, f"{bucket.uri}/line")
 
 
+def cached(living: Living, body: bytes) -> list[Path]:
+    """The files of the local cache that hold a picture."""
+    files = [path for path in (living.folder / "cache").rglob("*") if path.is_file()]
+    return [path for path in files if body in path.read_bytes()]
+
+
 def test_a_database_lives_on_in_an_object_store(living: Living, bucket: Bucket) -> None:
     living.build(NAMES[:FIRST])
     down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")
@@ -45,9 +51,11 @@ def test_a_database_lives_on_in_an_object_store(living: Living, bucket: Bucket) 
     assert holding_it(), "versions before still have it"
     (listed,) = living.collect()
     assert listed.files and holding_it(), "a dry run deletes nothing"
+    assert cached(living, BODY[NAMES[1]])
     (removed,) = living.collect(dry_run=False)
     assert removed.files == listed.files
     assert not holding_it()
+    assert not cached(living, BODY[NAMES[1]])
     shutil.rmtree(living.folder / "cache")  # from the store alone
     assert living.found(compacted.after.database) == left
 

@@ -300,3 +300,22 @@ def test_a_full_disk_is_told_and_leaves_nothing(shelf: Shelf) -> None:
     assert shelf.there() == []
     assert list((shelf.folder / "fetching").iterdir()) == []
     assert shelf.fetch(0).read_bytes() == shelf.data[0]
+
+
+def test_what_is_forgotten_goes_unless_it_is_in_use(shelf: Shelf) -> None:
+    held = shelf.fetch(0)
+    for number in (1, 2):
+        shelf.fetch(number)
+    old, new = (shelf.folder / "pixels" / f"{name}.npy" for name in ("old", "new"))
+    for path in (old, new):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"derived")
+    os.utime(old, (0, 0))
+    freed = caching.forget({shelf.file(number)[1] for number in (0, 1)}, shelf.folder)
+    assert (freed, shelf.there(), old.exists(), new.exists()) == (SIZE + 7, [0, 2], False, True)
+    assert shelf.fetch(1).read_bytes() == shelf.data[1]
+    del held
+    gc.collect()
+    caching.forget({shelf.file(0)[1]}, shelf.folder)
+    assert shelf.there() == [1, 2]
+    assert caching.forget({"0" * 64}, shelf.folder / "none") == 0
