@@ -195,6 +195,18 @@ def fill_shard(template: Path, rows: Iterable[NDArray[np.float16]], output: Path
     return sum(errors) / max(1, total)
 
 
+def map_shard(path: Path) -> Any:
+    """A stackable shard over its memory-mapped file, of which nothing but the sizes of its cells is read.
+
+    FAISS's other mapping (``IO_FLAG_MMAP_IFC``) copies the ids, which takes 9 ms a million rows.
+    """
+    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    if (cells := cells_of(index)) is not None:
+        lists: Any = faiss.downcast_InvertedLists(cells.invlists)
+        lists.prefetch_nthread = 0  # by default each search starts threads that read ahead
+    return index
+
+
 def merge_shards(parts: Sequence[tuple[Path, int]], output: Path) -> None:
     """Write the rows of several stackable shards as one, each cell's codes in one place again.
 
@@ -205,10 +217,10 @@ def merge_shards(parts: Sequence[tuple[Path, int]], output: Path) -> None:
     FAISS writes what it holds in memory alone; here no more than a cell is held. Its file of an index with cells ends
     in their number, their code size, their sizes, then cell after cell its codes and its ids (``write_InvertedLists``).
     """
-    opened = [faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC) for path, _ in parts]
+    opened = [map_shard(path) for path, _ in parts]
     shifts = [shift for _, shift in parts]
     held = [cells_of(index).invlists for index in opened]
-    whole = faiss.read_index(str(parts[0][0]), faiss.IO_FLAG_MMAP_IFC)
+    whole = map_shard(parts[0][0])
     cells = cells_of(whole)
     sizes = np.array([[lists.list_size(cell) for lists in held] for cell in range(cells.nlist)], dtype=np.int64)
     no_rows: Any = faiss.ArrayInvertedLists(cells.nlist, cells.code_size)

@@ -9,7 +9,7 @@ is scored with the stored rows (:mod:`model.retrieval.database`) unless its own 
 import contextlib
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.errors import ModelError
-from model.retrieval.factory import FIRST_ID_SHIFT, cells_of, lossless
+from model.retrieval.factory import FIRST_ID_SHIFT, cells_of, lossless, map_shard, stackable
 
 _POSITION = (1 << FIRST_ID_SHIFT) - 1
 
@@ -118,23 +118,33 @@ class StackedCells:
 
 def open_proposer(indexes: Sequence[Path], ordinals: Sequence[int], quantizer: Path | None) -> Proposer:
     """Memory-map the index files. Raises ``ModelError`` when one cannot be read or belongs elsewhere."""
-    opened = [_open(path) for path in indexes]
-    bare = [cells_of(index) is not None and cells_of(index).quantizer.ntotal == 0 for index in opened]
-    if not any(bare):
+    template = None if quantizer is None else _open(quantizer)
+    if template is None or not stackable(template):
+        opened = [_open(path) for path in indexes]
+        if any(map(_is_bare, opened)):
+            raise ModelError(f"{indexes[0]} holds cells without their quantizer; rebuild the database")
         return SeparateShards(opened)
-    if quantizer is None or not all(bare):
-        raise ModelError(f"{indexes[0]} holds cells without their quantizer; rebuild the database")
-    template = _open(quantizer)
+    opened = [_open(path, map_shard) for path in indexes]
     for path, index in zip(indexes, opened, strict=True):
-        if (index.d, cells_of(index).nlist, cells_of(index).code_size) != (
+        if not _is_bare(index) or (index.d, cells_of(index).nlist, cells_of(index).code_size) != (
             template.d, cells_of(template).nlist, cells_of(template).code_size,
         ):  # fmt: skip
             raise ModelError(f"{path} was not filled from {quantizer}; rebuild the database")
     return StackedCells(template, opened, ordinals)
 
 
-def _open(path: Path) -> Any:
+def _is_bare(index: Any) -> bool:
+    """Whether it has cells, and not their centroids."""
+    cells = cells_of(index)
+    return cells is not None and cells.quantizer.ntotal == 0
+
+
+def _mapped(path: Path) -> Any:
+    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+
+
+def _open(path: Path, read: Callable[[Path], Any] = _mapped) -> Any:
     try:
-        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        return read(path)
     except RuntimeError as error:
         raise ModelError(f"{path} is no readable FAISS index; rebuild the database") from error

@@ -1,22 +1,8 @@
-"""Databases of seeded rows: the index that ``auto`` takes beside others', shards, swaps, and neighbours of all rows.
+"""Databases of seeded rows: shards, swaps, and neighbours of all rows.
 
-    make bench NAME=index       (ROWS=1000000 for one size; the 10 million take half an hour and 8 GB of disk)
-    make bench NAME=shards | swap | neighbours
-
-Rows are 256 wide, unit, in 1,000 seeded clusters. Databases are built by the real stage and kept below
-``build/bench/retrieval``. Two others are measured where they are at hand, each in an environment of its own:
-
-    python3.11 -m venv A && A/bin/pip install autofaiss==2.18.0 faiss-cpu==1.12.0 'numpy<2' pyarrow==25.0.1
-    python3.11 -m venv H && H/bin/pip install hnswlib numpy
-    AUTOFAISS_PYTHON=A/bin/python HNSWLIB_PYTHON=H/bin/python make bench NAME=index
-
-autofaiss is given the memory that our index takes, and its index is searched by this FAISS at the least effort that has
-our recall (or its best, where it never has). hnswlib (M 16, ef_construction 100) is searched likewise. What is timed of
-ours is ``Database.search``, re-ranking and the neighbours' embeddings included; of theirs the bare search.
+make bench NAME=shards | swap | neighbours
 """
 
-import dataclasses
-import json
 import os
 import re
 import statistics
@@ -29,12 +15,10 @@ from typing import Any, Literal
 
 import faiss
 import numpy as np
-from numpy.typing import NDArray
-from other_indexes import ROUNDS, autofaiss, hnswlib, seconds
+from other_indexes import ROUNDS
+from seeded import FOLDER, IDENTITY, QUERIES, WIDTH, clustered, held_out, row_files, seeded_database, seeded_embeddings
 
-from infra import artifacts, compute, storage
-from infra.shards import write_table
-from model.encoder_identity import EncoderIdentity
+from infra import compute, storage
 from model.networks.dit import TransformerConfig, build_transformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 from model.retrieval.database import Database, SearchEffort, ShardFiles
@@ -46,120 +30,10 @@ from model.retrieval.factory import (
     train_index,
     training_rows,
 )
-from model.retrieval.recall import Truth, find_truth, recall
-from tasks.contracts import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards
+from model.retrieval.recall import recall
 from tasks.databases import open_database
-from tasks.index import IndexConfig, build_database
+from tasks.index import IndexConfig
 from tasks.neighbours import find_neighbours
-
-WIDTH = 256
-SHARD_ROWS = 100_000
-FOLDER = Path("build/bench/retrieval")
-IDENTITY = EncoderIdentity(name="seeded", weights_digest="0" * 64, preprocess_digest="0" * 64, dimension=WIDTH)
-QUERIES = 1_000
-SIZES = (100_000, 1_000_000, 10_000_000)
-COMPARED_ROWS = 1_000_000  # beyond, the others take hours to build on two cores
-
-
-def clustered(rows: int, seed: int) -> NDArray[np.float32]:
-    """Unit rows (rows, WIDTH) around 1,000 seeded centres, as embeddings are."""
-    rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(0).standard_normal((1000, WIDTH), dtype=np.float32)
-    points = centres[rng.integers(1000, size=rows)] + 0.7 * rng.standard_normal((rows, WIDTH), dtype=np.float32)
-    unit: NDArray[np.float32] = points / np.linalg.norm(points, axis=1, keepdims=True)
-    return unit
-
-
-def seeded_embeddings(rows: int) -> EmbeddingShards:
-    """Committed embedding shards of so many seeded rows; made once. Their metadata has no rows: nobody asks for it."""
-    stage = artifacts.Stage(str(FOLDER / str(rows)), EmbeddingShards.kind, inputs={}, config={"rows": rows})
-    manifest = stage.committed()
-    if manifest is None:
-        done = []
-        for number, start in enumerate(range(0, rows, SHARD_ROWS)):
-            name = f"{number:05d}"
-            with storage.scratch() as folder:
-                (folder / "img_emb").mkdir()
-                part = clustered(min(SHARD_ROWS, rows - start), seed=1 + number).astype(np.float16)
-                np.save(folder / "img_emb" / f"img_emb_{name}.npy", part)
-                write_table([], METADATA_SCHEMA, folder / "metadata" / f"metadata_{name}.parquet")
-                done.append(artifacts.commit_shard(stage.uri, name, folder, rows=len(part), info={}))
-        manifest = stage.commit(done, identity={"encoder": dataclasses.asdict(IDENTITY)}, info={})
-    return EmbeddingShards.of(manifest, stage.uri)
-
-
-def seeded_database(rows: int) -> tuple[DatabaseVersion, float]:
-    """The version that the index stage builds of them, and the seconds that took; 0 when it was there."""
-    config = IndexConfig(near_duplicate_cosine=1.0)  # random rows have no near-duplicates to look for
-    with compute.cluster(None, None):
-        outcome = build_database(seeded_embeddings(rows), str(FOLDER / str(rows)), config, cache=FOLDER / "cache")
-    return outcome.reference, 0.0 if outcome.skipped else outcome.seconds
-
-
-def bench_index() -> dict[str, Any]:
-    """Build, memory, recall on held-out queries and queries/s of what ``auto`` takes, for each size.
-
-    With ROWS it is that size beside those that were measured before.
-    """
-    before = Path("build/bench/index.json")
-    asked = os.environ.get("ROWS")
-    sizes = json.loads(before.read_text())["sizes"] if asked and before.exists() else {}
-    for rows in [int(asked)] if asked else SIZES:
-        sizes[f"{rows:,}"] = _index(rows)
-    return {"dimension": WIDTH, "queries": QUERIES, "sizes": sizes}
-
-
-def _index(rows: int) -> dict[str, Any]:
-    with _peak_memory() as peak:
-        version, took = seeded_database(rows)
-    told = FOLDER / str(rows) / "built.json"
-    if took:
-        told.write_text(json.dumps({"build_seconds": took, "peak_mb": peak[0]}))
-    database, manifest = open_database(version, FOLDER / "cache"), version.manifest()
-    truth = _held_out(rows)
-    bytes_ = sum(file.bytes for shard in manifest.shards if "members" in shard.info for file in shard.files)
-    bytes_ += sum(file.bytes for shard in manifest.shards if shard.name == "quantizer" for file in shard.files)
-    found = {
-        "factory": manifest.info["factory"],
-        **(json.loads(told.read_text()) if told.exists() else {}),
-        "bytes_a_row": bytes_ / rows,
-        "nprobe": database.effort.nprobe,
-        "recall_at_10": recall(database, truth),
-        "queries_s": QUERIES / seconds(lambda: database.search(truth.queries, 10)),
-    }
-    if rows <= COMPARED_ROWS:
-        parts = [np.load(path, mmap_mode="r") for path in _row_files(rows)]
-        flat = faiss.IndexFlatIP(WIDTH)
-        for part in parts:
-            flat.add(part.astype(np.float32))
-        found["queries_s_flat"] = QUERIES / seconds(lambda: flat.search(truth.queries, 10), rounds=2)
-        del flat
-        folder = FOLDER / str(rows)
-        found |= autofaiss(_row_files(rows), folder, bytes_, truth, found["recall_at_10"])
-        found |= hnswlib(_row_files(rows), folder, truth, found["recall_at_10"])
-        again = QUERIES / seconds(lambda: database.search(truth.queries, 10))
-        found["queries_s"] = statistics.mean([found["queries_s"], again])  # before and after the others
-        for other in ("flat", "autofaiss", "hnswlib"):
-            if f"queries_s_{other}" in found:
-                found[f"qps_ratio_{other}"] = found["queries_s"] / found[f"queries_s_{other}"]
-    return found
-
-
-def _held_out(rows: int) -> Truth:
-    """Queries of the same clusters that are no rows, and their true neighbours; kept, for they take a while."""
-    kept = FOLDER / str(rows) / "truth.npz"
-    if not kept.exists():
-        parts = [np.load(path, mmap_mode="r") for path in _row_files(rows)]
-        truth = find_truth(parts, clustered(QUERIES, seed=10_000_019), depth=10)
-        np.savez(kept, queries=truth.queries, own=truth.own, ids=truth.ids, scores=truth.scores)
-    with np.load(kept) as found:
-        return Truth(**found)
-
-
-def _row_files(rows: int) -> list[Path]:
-    embeddings = seeded_embeddings(rows)
-    shards = embeddings.manifest().shards
-    return [artifacts.fetch_shard(embeddings.uri, shard, ".npy", FOLDER / "cache") for shard in shards]
 
 
 def bench_shards() -> dict[str, Any]:
@@ -179,7 +53,7 @@ def bench_shards() -> dict[str, Any]:
     large = Sixteenths(rows, "full", fewer, SearchEffort(nprobe=4, candidates=50))
     small = Sixteenths(rows, "shards", choose_index(rows, WIDTH), SearchEffort(nprobe=4))
     told: dict[str, Any] = {"rows": rows, "shards": 16, "stands_for": full, "stands_for_index": factory}
-    told["recall_at_10"] = recall(large.opened("apart"), _held_out(rows))
+    told["recall_at_10"] = recall(large.opened("apart"), held_out(rows))
     queries, same = clustered(QUERIES, seed=10_000_019), []
     for name, database, reference in (
         ("overhead", large.opened("apart"), large.opened("one")),
@@ -204,7 +78,7 @@ class Sixteenths:
         """Fill one of all rows, 16 of a sixteenth each, and merge these."""
         self._folder, self._effort = FOLDER / str(rows) / name, effort
         self._folder.mkdir(parents=True, exist_ok=True)
-        whole = np.concatenate([np.load(path, mmap_mode="r") for path in _row_files(rows)])
+        whole = np.concatenate([np.load(path, mmap_mode="r") for path in row_files(rows)])
         sample = whole[:: max(1, rows // training_rows(factory, rows))].astype(np.float32)
         self._template = self._folder / "quantizer.faiss"
         faiss.write_index(train_index(factory, WIDTH, sample), str(self._template))
@@ -291,13 +165,15 @@ def bench_neighbours() -> dict[str, Any]:
     version, _ = seeded_database(rows)
     embeddings, cache = seeded_embeddings(rows), FOLDER / "cache"
     database = open_database(version, cache)
-    parts = [np.load(path, mmap_mode="r") for path in _row_files(rows)]
+    parts = [np.load(path, mmap_mode="r") for path in row_files(rows)]
+
+    index = database.proposer._index  # FAISS's own, over the same memory-mapped cells
+    effort: Any = faiss.SearchParametersIVF(nprobe=database.effort.nprobe)
 
     def faiss_alone() -> None:
         for part in parts:
             for start in range(0, len(part), 1024):
-                queries = part[start : start + 1024].astype(np.float32)
-                database.proposer.propose(queries, k + 1, database.effort.nprobe)
+                index.search(part[start : start + 1024].astype(np.float32), k + 1, params=effort)
 
     times: dict[str, list[float]] = {"ours": [], "faiss": []}
     with compute.cluster(None, None):
@@ -324,45 +200,3 @@ def _paired(ours: Callable[[], object], reference: Callable[[], object]) -> tupl
             function()
             kept.append(time.perf_counter() - started)
     return statistics.median(times[0]), statistics.median(times[1])
-
-
-@contextmanager
-def _peak_memory() -> Iterator[list[float]]:
-    """Most MB that this process and all below it (Ray's own among them) held at once, mapped files not counted."""
-    peak, ended = [0.0], threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(1.0):
-            peak[0] = max(peak[0], sum(map(_anonymous_mb, _family(os.getpid()))))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        ended.set()
-        thread.join()
-
-
-def _family(pid: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except (OSError, IndexError):
-                continue
-            children.setdefault(parent, []).append(int(entry.name))
-    found, waiting = [], [pid]
-    while waiting:
-        found.append(waiting.pop())
-        waiting += children.get(found[-1], [])
-    return found
-
-
-def _anonymous_mb(pid: int) -> float:
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("Anonymous:")), 0.0)

@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | download | our guarded download against plain img2dataset, from nginx on loopback | download.py |
 | embed | images/s from tars to rows against the bare model, and against clip-retrieval | embed.py |
-| index | what ``auto`` takes, at 100k, 1M and 10M rows, beside FAISS Flat, autofaiss and hnswlib | retrieval.py |
+| index | what ``auto`` takes, at 100k, 1M and 10M rows, beside FAISS Flat, autofaiss and hnswlib | indexes.py |
 | shards | latency of 16 index shards over one of the same rows | retrieval.py |
 | delta | adding 10k rows to 100k and to 1M | delta.py |
 | swap | seconds until a running pipeline draws from another database, and requests lost | retrieval.py |
@@ -39,7 +39,7 @@ FEW_SAMPLES = 64
 MODULES = {
     "download": "download",
     "embed": "embed",
-    "index": "retrieval",
+    "index": "indexes",
     "shards": "retrieval",
     "delta": "delta",
     "swap": "retrieval",

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 import tiny
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from model.errors import ModelError
 from model.retrieval.database import Database, Hits, SearchEffort, ShardFiles
+from model.retrieval.factory import cells_of
 
 
 def ranked(queries: NDArray[Any], rows: NDArray[np.float16]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -214,6 +216,13 @@ def test_cells_stacked_over_shards_are_searched_as_those_of_one(tmp_path: Path, 
     parts = tiny.database(tmp_path / "many", *np.split(rows, [50, 50, 600]), factory=factory, nprobe=2, candidates=60)
     assert type(parts.proposer).__name__ == "StackedCells"
     np.testing.assert_array_equal(parts.search(queries, 10).ids, whole.search(queries, 10).ids)
+
+
+def test_opening_copies_no_ids_and_a_search_starts_no_threads_that_read_ahead(tmp_path: Path) -> None:
+    database = tiny.database(tmp_path, tiny.unit_rows(60), tiny.unit_rows(0), factory="IVF8,SQfp16")
+    shards = [part for part in database.proposer._kept if isinstance(part, faiss.Index)]  # type: ignore[attr-defined]
+    mapped = [faiss.downcast_InvertedLists(cells_of(shard).invlists) for shard in shards]
+    assert [(type(lists), lists.prefetch_nthread) for lists in mapped] == [(faiss.OnDiskInvertedLists, 0)] * 2
 
 
 def test_shards_of_versions_are_told_apart_by_their_ordinals(tmp_path: Path) -> None:

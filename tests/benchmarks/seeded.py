@@ -1,0 +1,76 @@
+"""Seeded rows and their databases, kept below ``build/bench/retrieval``: what the benches of retrieval search.
+
+Rows are 256 wide, unit, in 1,000 seeded clusters. Databases are built by the real stage.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra import artifacts, compute, storage
+from infra.shards import write_table
+from model.encoder_identity import EncoderIdentity
+from model.retrieval.recall import Truth, find_truth
+from tasks.contracts import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards
+from tasks.index import IndexConfig, build_database
+
+WIDTH = 256
+SHARD_ROWS = 100_000
+FOLDER = Path("build/bench/retrieval")
+IDENTITY = EncoderIdentity(name="seeded", weights_digest="0" * 64, preprocess_digest="0" * 64, dimension=WIDTH)
+QUERIES = 1_000
+
+
+def clustered(rows: int, seed: int) -> NDArray[np.float32]:
+    """Unit rows (rows, WIDTH) around 1,000 seeded centres, as embeddings are."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(0).standard_normal((1000, WIDTH), dtype=np.float32)
+    points = centres[rng.integers(1000, size=rows)] + 0.7 * rng.standard_normal((rows, WIDTH), dtype=np.float32)
+    unit: NDArray[np.float32] = points / np.linalg.norm(points, axis=1, keepdims=True)
+    return unit
+
+
+def seeded_embeddings(rows: int) -> EmbeddingShards:
+    """Committed embedding shards of so many seeded rows; made once. Their metadata has no rows: nobody asks for it."""
+    stage = artifacts.Stage(str(FOLDER / str(rows)), EmbeddingShards.kind, inputs={}, config={"rows": rows})
+    manifest = stage.committed()
+    if manifest is None:
+        done = []
+        for number, start in enumerate(range(0, rows, SHARD_ROWS)):
+            name = f"{number:05d}"
+            with storage.scratch() as folder:
+                (folder / "img_emb").mkdir()
+                part = clustered(min(SHARD_ROWS, rows - start), seed=1 + number).astype(np.float16)
+                np.save(folder / "img_emb" / f"img_emb_{name}.npy", part)
+                write_table([], METADATA_SCHEMA, folder / "metadata" / f"metadata_{name}.parquet")
+                done.append(artifacts.commit_shard(stage.uri, name, folder, rows=len(part), info={}))
+        manifest = stage.commit(done, identity={"encoder": dataclasses.asdict(IDENTITY)}, info={})
+    return EmbeddingShards.of(manifest, stage.uri)
+
+
+def seeded_database(rows: int, **config: Any) -> tuple[DatabaseVersion, float]:
+    """The version that the index stage builds of them, and the seconds that took; 0 when it was there."""
+    embeddings, base = seeded_embeddings(rows), str(FOLDER / str(rows))
+    with compute.cluster(None, None):
+        outcome = build_database(embeddings, base, IndexConfig(**config), cache=FOLDER / "cache")
+    return outcome.reference, 0.0 if outcome.skipped else outcome.seconds
+
+
+def held_out(rows: int) -> Truth:
+    """Queries of the same clusters that are no rows, and their true neighbours; kept, for they take a while."""
+    kept = FOLDER / str(rows) / "truth.npz"
+    if not kept.exists():
+        parts = [np.load(path, mmap_mode="r") for path in row_files(rows)]
+        truth = find_truth(parts, clustered(QUERIES, seed=10_000_019), depth=10)
+        np.savez(kept, queries=truth.queries, own=truth.own, ids=truth.ids, scores=truth.scores)
+    with np.load(kept) as found:
+        return Truth(**found)
+
+
+def row_files(rows: int) -> list[Path]:
+    embeddings = seeded_embeddings(rows)
+    shards = embeddings.manifest().shards
+    return [artifacts.fetch_shard(embeddings.uri, shard, ".npy", FOLDER / "cache") for shard in shards]
