@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
 from model.retrieval.asking import checked_count, checked_exclusion, checked_queries, checked_rows
-from model.retrieval.proposers import Proposer, open_proposer
+from model.retrieval.proposers import Proposer, StackedCells, open_proposer
 from model.retrieval.stored_rows import Located, StoredRows
 
 if TYPE_CHECKING:
@@ -195,11 +196,20 @@ class Database:
         return other
 
     def to(self, device: "torch.device | str") -> "Database":
-        """The same database searched exactly on an accelerator, to which its rows are copied; files stay mapped."""
-        from model.retrieval.torch_rows import TorchRows  # workers that search with FAISS never load torch
+        """The same database searched on an accelerator; files stay mapped.
 
-        other = self.with_effort(self.effort)
-        other._proposer = TorchRows([part.array for part in self._parts], device)
+        Where faiss-gpu is installed the cells of the index are copied there, if it has any; else the rows are, and all
+        of them compared.
+        """
+        from model.retrieval.torch_rows import TorchRows, available  # workers that search with FAISS never load torch
+
+        other, place = self.with_effort(self.effort), available(device)
+        if place.type == "cuda" and faiss.get_num_gpus() and isinstance(self._proposer, StackedCells):
+            from model.retrieval.gpu_cells import GpuCells
+
+            other._proposer = GpuCells(self._proposer, place.index or 0)
+        else:
+            other._proposer = TorchRows([part.array for part in self._parts], place)
         return other
 
     def search(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Hits:

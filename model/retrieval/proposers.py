@@ -77,7 +77,7 @@ class StackedCells:
 
     def __init__(self, quantizer: Any, shards: Sequence[Any], ordinals: Sequence[int]) -> None:
         """Put ``shards`` (indexes without a quantizer) under the trained ``quantizer``, an index without rows."""
-        self._index, self._kept = quantizer, [*shards]
+        self.index, self._kept = quantizer, [*shards]
         self._ivf = cells_of(quantizer)
         self.rows = tuple(int(shard.ntotal) for shard in shards)
         self.exact, self.cells = lossless(quantizer), int(self._ivf.nlist)
@@ -91,7 +91,7 @@ class StackedCells:
             (stacked,) = lists
         self._kept.append(stacked)
         self._ivf.replace_invlists(stacked, False)
-        for part in {id(part): part for part in (self._index, self._ivf)}.values():
+        for part in {id(part): part for part in (self.index, self._ivf)}.values():
             part.ntotal = sum(self.rows)
         self._graph = faiss.downcast_index(self._ivf.quantizer)
         first = np.zeros(max(ordinals, default=0) + 1, dtype=np.int64)
@@ -100,9 +100,13 @@ class StackedCells:
 
     def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
         """Ids (Q, count), and scores where codes are the rows."""
-        scores, ids = self._index.search(queries, count, params=self._effort(nprobe))
-        found = np.where(ids < 0, -1, self._first[ids >> FIRST_ID_SHIFT] + (ids & _POSITION))
-        return found, scores if self.exact else None
+        scores, ids = self.index.search(queries, count, params=self._effort(nprobe))
+        return self.dense(ids), scores if self.exact else None
+
+    def dense(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows as they are counted over all shards, of ids as the cells hold them; −1 stays."""
+        found: NDArray[np.int64] = np.where(ids < 0, -1, self._first[ids >> FIRST_ID_SHIFT] + (ids & _POSITION))
+        return found
 
     def _effort(self, nprobe: int) -> Any:
         """The effort of one search, told to it alone: threads search the same index, and not all equally hard."""
@@ -113,7 +117,7 @@ class StackedCells:
             effort = cells(nprobe=nprobe, quantizer_params=graph(efSearch=max(64, 2 * nprobe)))
         else:
             effort = cells(nprobe=nprobe)
-        return turned(index_params=effort) if isinstance(self._index, faiss.IndexPreTransform) else effort
+        return turned(index_params=effort) if isinstance(self.index, faiss.IndexPreTransform) else effort
 
 
 def open_proposer(indexes: Sequence[Path], ordinals: Sequence[int], quantizer: Path | None) -> Proposer:

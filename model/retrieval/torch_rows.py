@@ -22,10 +22,10 @@ class TorchRows:
 
     exact, cells = True, 0
 
-    def __init__(self, parts: Sequence[NDArray[np.float16]], device: torch.device | str) -> None:
-        """Copy the stored rows (n, D) of every shard to ``device``. Raises ``ModelError`` when there is none such."""
+    def __init__(self, parts: Sequence[NDArray[np.float16]], device: torch.device) -> None:
+        """Copy the stored rows (n, D) of every shard to ``device``."""
         self.rows = tuple(len(part) for part in parts)
-        self._device = _available(device)
+        self._device = device
         kept = torch.float16 if self._device.type == "cuda" else torch.float32
         self._parts = [torch.from_numpy(np.array(part)).to(self._device, kept) for part in parts if len(part)]
 
@@ -49,7 +49,8 @@ class TorchRows:
         return ids.cpu().numpy().astype(np.int64), None
 
 
-def _available(device: torch.device | str) -> torch.device:
+def available(device: torch.device | str) -> torch.device:
+    """The device of that name. Raises ``ModelError`` when there is none such."""
     try:
         asked = torch.device(device)
     except RuntimeError as error:

@@ -167,7 +167,7 @@ def bench_neighbours() -> dict[str, Any]:
     database = open_database(version, cache)
     parts = [np.load(path, mmap_mode="r") for path in row_files(rows)]
 
-    index = database.proposer._index  # FAISS's own, over the same memory-mapped cells
+    index = database.proposer.index  # FAISS's own, over the same memory-mapped cells
     effort: Any = faiss.SearchParametersIVF(nprobe=database.effort.nprobe)
 
     def faiss_alone() -> None:
