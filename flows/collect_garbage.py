@@ -4,12 +4,11 @@ import dataclasses
 
 from prefect import flow
 
-from infra import storage
+from infra.errors import KNNDiffusionError, NotFoundError, StageError
 from infra.lease import lease
-from tasks.collect import DAY_S, Garbage, collect_task
+from infra.settings import Settings
+from tasks.collect import DAY_S, Garbage, collect_task, domains_of
 from tasks.stage import base_of, require_domain, settings_of
-
-_NO_DOMAINS = ("mlflow", "mlflow.db")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,18 +32,28 @@ class CollectGarbageConfig:
 
 @flow(name="collect-garbage", flow_run_name="collect-garbage-{config.domain}", validate_parameters=True)
 def collect_garbage(config: CollectGarbageConfig) -> list[Garbage]:
-    """List the files that no kept version refers to, one entry a domain; delete them when ``dry_run`` is off."""
+    """List the files that no kept version refers to, one entry a domain; delete them when ``dry_run`` is off.
+
+    A domain that cannot be collected keeps no other one up; at the end it is told.
+    """
     settings = settings_of(config.root)
-    domains = [config.domain] if config.domain else _domains(settings.root)
-    collected = []
-    for domain in domains:
-        with lease(base_of(settings, domain), holder=f"collect-garbage {domain}", wait_s=config.wait_s) as held:
-            asked = (config.keep_versions, config.dry_run, config.grace_s)
-            collected.append(collect_task(domain, settings, *asked, held.check))
+    there = domains_of(settings.root)
+    if config.domain is not None and config.domain not in there:
+        told = f"{settings.root} holds no domain {config.domain}; there are {', '.join(there) or 'none'}"
+        raise NotFoundError(told)
+    collected, refused = [], []
+    for domain in [config.domain] if config.domain else there:
+        try:
+            collected.append(_collected(domain, settings, config))
+        except KNNDiffusionError as error:
+            if config.domain:
+                raise
+            refused.append(f"{domain}: {error}")
+    if refused:
+        raise StageError(f"{len(refused)} of {len(there)} domains were not collected; {'; '.join(refused)}")
     return collected
 
 
-def _domains(root: str) -> list[str]:
-    """The folders below the root that hold image shards or databases."""
-    names = [name for name in storage.names(root) if name not in _NO_DOMAINS]
-    return [name for name in names if {"images", "database"} & set(storage.names(storage.join(root, name)))]
+def _collected(domain: str, settings: Settings, config: CollectGarbageConfig) -> Garbage:
+    with lease(base_of(settings, domain), holder=f"collect-garbage {domain}", wait_s=config.wait_s) as held:
+        return collect_task(domain, settings, config.keep_versions, config.dry_run, config.grace_s, held.check)

@@ -67,11 +67,11 @@ def merge_databases(config: MergeDatabasesConfig) -> NewDatabase:
     """Register the union of several databases as a domain's champion. What any of them has taken down stays hidden."""
     settings = settings_of(config.root)
     base = base_of(settings, config.domain)
+    databases = {name: _pulled(name, settings) for name in config.databases}
     with (
         lease(base, holder=f"merge-databases {config.domain}", wait_s=config.wait_s) as held,
         compute.cluster(settings.ray_address, settings.cpus),
     ):
-        databases = {name: _pulled(name, settings) for name in config.databases}
         if not config.replace:
             require_replaceable(config.domain, databases.values(), settings)
         combined = merge_task(databases, base, settings.cache_folder)
@@ -85,11 +85,11 @@ def subset_database(config: SubsetDatabaseConfig) -> NewDatabase:
     """Register the rows of a database that a filter takes as a domain's champion."""
     settings = settings_of(config.root)
     base = base_of(settings, config.domain)
+    database = _pulled(config.database, settings)
     with (
         lease(base, holder=f"subset-database {config.domain}", wait_s=config.wait_s) as held,
         compute.cluster(settings.ray_address, settings.cpus),
     ):
-        database = _pulled(config.database, settings)
         if not config.replace:
             require_replaceable(config.domain, [database], settings)
         combined = subset_task(database, config.where, base, settings.cache_folder)

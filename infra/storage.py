@@ -9,6 +9,7 @@ becomes an object; the store's own lifecycle rule (AbortIncompleteMultipartUploa
 import dataclasses
 import hashlib
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -34,7 +35,15 @@ def join(uri: str, *parts: str) -> str:
 
 def absolute(uri: str) -> str:
     """``uri`` made independent of the working directory: references must mean the same on every worker."""
-    return str(Path(local_path(uri)).absolute()) if is_local(uri) else uri.rstrip("/")
+    if is_local(uri):
+        return str(Path(local_path(uri)).absolute())
+    scheme, _, path = uri.partition("://")
+    return f"{scheme}://{re.sub('/+', '/', path).rstrip('/')}" if _is_s3(uri) else uri.rstrip("/")
+
+
+def canonical(uri: str) -> str:
+    """The one spelling of a place that several spell differently: links and ``..`` of a local path resolved."""
+    return str(local_path(uri).resolve()) if is_local(uri) else absolute(uri)
 
 
 def is_local(uri: str) -> bool:

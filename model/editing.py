@@ -215,10 +215,13 @@ def edit(
     k = pipeline.config.trained_neighbours if neighbours is None else neighbours
     fitted = fit_images([images] if isinstance(images, Image.Image) else images, network.config.sample_size)
     targets = _one_each(pipeline.embed(prompts), len(fitted))
-    tokens = pipeline.condition(targets, k, retrieve=retrieve).tokens
+    database = pipeline.database if retrieve else None  # another may be swapped in meanwhile
+    tokens = pipeline.condition(targets, k, retrieve=retrieve, database=database).tokens
     shown = None
     if config.contrast or config.method == "local":
-        shown = pipeline.condition(pipeline.encoder.embed_pixels(fitted), k, retrieve=retrieve).tokens
+        shown = pipeline.condition(
+            pipeline.encoder.embed_pixels(fitted), k, retrieve=retrieve, database=database
+        ).tokens
     sources = to_model_range(torch.from_numpy(fitted))
     draws = config.candidates + (CONTRAST_DRAWS if config.method == "local" else 0)
     shape = tuple(sources.shape[1:])

@@ -251,11 +251,14 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         choice = 1 if shared_noise else choice
         each = num_images_per_prompt * choice
         embeddings = self.embed(prompts)
-        condition = self.condition(embeddings, k, query, retrieve)
+        database = self.database if retrieve else None  # another may be swapped in meanwhile
+        condition = self.condition(embeddings, k, query, retrieve, database=database)
         negative = None
         if negative_prompts is not None:
             against = _each(self.embed(negative_prompts), len(embeddings))
-            negative = self.condition(against, k, query, retrieve).tokens.repeat_interleave(each, dim=0)
+            negative = self.condition(against, k, query, retrieve, database=database).tokens.repeat_interleave(
+                each, dim=0
+            )
         target = embeddings if condition.query is None else condition.query
         asked = Asked(
             tokens=condition.tokens.repeat_interleave(each, dim=0),
@@ -321,15 +324,25 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             rows[list(pictures)] = self.encoder.embed_images(list(pictures.values()))
         return rows
 
-    def condition(self, embeddings: Tensor, k: int, query: str | None = None, retrieve: bool = True) -> Conditioned:
-        """What the network is told of embeddings (P, D).
+    def condition(
+        self,
+        embeddings: Tensor,
+        k: int,
+        query: str | None = None,
+        retrieve: bool = True,
+        *,
+        database: Database | None = None,
+    ) -> Conditioned:
+        """What the network is told of embeddings (P, D), by ``database``, the one plugged in where None.
 
         Fewer neighbours than training showed, for ``k`` or the database is small, are filled up with hidden ones.
         """
-        dimension, batch = self._identity.dimension, len(embeddings)
-        hits = self.database.search(embeddings.numpy(), k) if retrieve else None
-        if hits is not None and k > len(self.database):
-            logger.warning("the database holds %d images, %d neighbours were asked for", len(self.database), k)
+        dimension, batch, hits = self._identity.dimension, len(embeddings), None
+        if retrieve:
+            database = self.database if database is None else database
+            hits = database.search(embeddings.numpy(), k)
+            if k > len(database):
+                logger.warning("the database holds %d images, %d neighbours were asked for", len(database), k)
         # Without retrieval all K neighbours are hidden: the input that training has shown for it.
         found = torch.zeros(batch, k, dimension) if hits is None else torch.from_numpy(hits.embeddings)
         mean = F.normalize(found.mean(dim=1), dim=-1)

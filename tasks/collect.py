@@ -2,7 +2,8 @@
 
 Kept is, of every registered name, what has an alias and the newest ``keep_versions``; what their manifests name as
 inputs, and theirs in turn; and single files of other folders that a kept version has taken over. So is whatever is
-younger than ``grace_s``: it may belong to a run that is not over, or was killed and will go on.
+younger than ``grace_s``, and what it refers to, in all domains of the root: it may belong to a run that is not over, or
+was killed and will go on. What is kept is known by where it lies, however the root is spelled.
 """
 
 import dataclasses
@@ -11,18 +12,22 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
 from infra import artifacts, cache, logs, storage
-from infra.errors import InputError, IntegrityError, StageError
+from infra.errors import InputError, IntegrityError, NotFoundError, StageError
 from infra.registry import DATABASE_PREFIX, Registry
 from infra.settings import Settings, masked
 from tasks.stage import base_of, stage_task
 
 _KEY = re.compile(r"[0-9a-f]{16}")
+_NO_DOMAINS = ("mlflow", "mlflow.db")
 _LISTS = frozenset({"urls"})  # inputs that may be anywhere on the web
 DAY_S = 86_400.0
+_UNTIL_THEN = "until then nothing is collected, for it may refer to anything"
+_READERS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,12 +60,13 @@ def collect(
     With image shards, this machine's copies and what was derived of pictures go from its cache.
 
     Raises:
+        NotFoundError: there is no such domain.
         StageError: nothing of the domain is registered: more likely the wrong registry than a domain of garbage.
-        IntegrityError: a kept version's manifest cannot be read, so what it refers to is not known.
+        IntegrityError: a kept version's manifest cannot be read or is not there, so what it refers to is not known.
     """
     registry = Registry(settings)
     versions = [version for kind in ("database", "generator") for version in registry.versions(kind)]
-    base = base_of(settings, domain)
+    base = storage.canonical(base_of(settings, domain))
     folders = _folders(base)
     if folders and not any(version["name"] == DATABASE_PREFIX + domain for version in versions):
         raise StageError(
@@ -69,7 +75,8 @@ def collect(
         )
     since = time.time() - grace_s
     young = {folder for folder, files in folders.items() if max(file.modified for file in files) > since}
-    kept = reachable([*_kept(versions, keep_versions), *young])
+    committed = filter(_is_artifact, young)
+    kept = reachable([*_kept(versions, keep_versions, base), *committed, *_young_elsewhere(settings, domain, since)])
     doomed: list[storage.Stored] = []
     for folder, files in folders.items():
         if folder not in kept.folders | young:
@@ -102,22 +109,24 @@ class Reachable:
 def reachable(roots: Iterable[str]) -> Reachable:
     """What the versions at ``roots`` refer to, themselves included."""
     kept = Reachable(set(), defaultdict(set))
-    waiting = [storage.absolute(uri) for uri in roots]
+    waiting = [storage.canonical(uri) for uri in roots]
     while waiting:
         uri = waiting.pop()
         if uri in kept.folders:
             continue
         if not _is_artifact(uri):
+            if _KEY.fullmatch(uri.rpartition("/")[2]) and storage.names(uri):
+                raise IntegrityError(f"{uri} has lost its {artifacts.MANIFEST}; restore it, {_UNTIL_THEN}")
             continue
         try:
             manifest = artifacts.read_manifest(uri)
         except IntegrityError as error:
-            raise IntegrityError(f"{error}; until then nothing is collected, for it may refer to anything") from error
+            raise IntegrityError(f"{error}; {_UNTIL_THEN}") from error
         kept.folders.add(uri)
-        waiting += [storage.absolute(source["uri"]) for name, source in manifest.inputs.items() if name not in _LISTS]
+        waiting += [storage.canonical(source["uri"]) for name, source in manifest.inputs.items() if name not in _LISTS]
         for shard in manifest.shards:
             if shard.folder is not None:
-                kept.files[storage.absolute(shard.folder)].update(file.name for file in shard.files)
+                kept.files[storage.canonical(shard.folder)].update(file.name for file in shard.files)
         for file in manifest.info.get("seen", ()):
             _keep_seen(kept, file)
     return kept
@@ -133,22 +142,58 @@ def _is_artifact(uri: str) -> bool:
 
 def _keep_seen(kept: Reachable, entry: dict[str, Any]) -> None:
     """A file of ``info["seen"]``; after a union its folder lies below an artifact's."""
-    folder, name = storage.absolute(entry["folder"]), entry["file"]["name"]
+    folder, name = storage.canonical(entry["folder"]), entry["file"]["name"]
     above, _, last = folder.rpartition("/")
     kept.files[folder].add(name)
     kept.files[above].add(f"{last}/{name}")
 
 
-def _kept(versions: list[dict[str, Any]], keep_versions: int) -> list[str]:
-    """The folders of versions that have an alias or are among the newest of their name."""
+def _kept(versions: list[dict[str, Any]], keep_versions: int, base: str) -> list[str]:
+    """The folders of versions that have an alias or are among the newest of their name.
+
+    Raises ``IntegrityError`` where one was lost, not collected; but for other domains that are gone altogether.
+    """
     named: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for version in versions:
         named[version["name"]].append(version)
+    own = DATABASE_PREFIX + base.rpartition("/")[2]
     kept = []
-    for several in named.values():
+    for name, several in named.items():
         newest = {version["version"] for version in sorted(several, key=lambda v: -v["version"])[:keep_versions]}
-        kept += [v["uri"] for v in several if v.get("uri") and (v["aliases"] or v["version"] in newest)]
+        for version in several:
+            if not version.get("uri") or not (version["aliases"] or version["version"] in newest):
+                continue
+            uri = storage.canonical(version["uri"])
+            if _is_artifact(uri):
+                kept.append(uri)
+            elif not version.get("collected") and (name == own or uri.startswith(base + "/") or storage.exists(uri)):
+                raise IntegrityError(
+                    f"{name} version {version['version']} was registered at {uri}, where no {artifacts.MANIFEST} is; "
+                    f"restore it, name the root that it lies in, or delete it in the registry; {_UNTIL_THEN}"
+                )
     return kept
+
+
+def domains_of(root: str) -> list[str]:
+    """The folders below the root that hold image shards or databases."""
+    names = [name for name in storage.names(root) if name not in _NO_DOMAINS]
+    return [name for name in names if {"images", "database"} & set(storage.names(storage.join(root, name)))]
+
+
+def _young_elsewhere(settings: Settings, domain: str, since: float) -> list[str]:
+    """Artifacts of the root's other domains that were committed lately: a run there may not have registered yet."""
+    bases = [base_of(settings, other) for other in domains_of(settings.root) if other != domain]
+    kinds = [storage.join(base, kind) for base in bases for kind in storage.names(base)]
+    folders = [storage.join(kind, key) for kind in kinds for key in storage.names(kind) if _KEY.fullmatch(key)]
+
+    def is_young(folder: str) -> bool:
+        try:
+            return storage.modified(storage.join(folder, artifacts.MANIFEST)) > since
+        except NotFoundError:
+            return False
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return [folder for folder, young in zip(folders, pool.map(is_young, folders), strict=True) if young]
 
 
 def _folders(base: str) -> dict[str, list[storage.Stored]]:
@@ -219,7 +264,7 @@ def _mark(registry: Registry, versions: list[dict[str, Any]], gone: list[storage
     when = datetime.now(UTC).isoformat(timespec="seconds")
     for version in versions:
         uri = version.get("uri")
-        if uri and storage.join(storage.absolute(uri), artifacts.MANIFEST) in uris:
+        if uri and storage.join(storage.canonical(uri), artifacts.MANIFEST) in uris:
             registry.tag(version["name"], version["version"], "collected", when)
 
 

@@ -62,8 +62,8 @@ class Living:
     def collect(self, **options: Any) -> Any:
         from flows.collect_garbage import CollectGarbageConfig, collect_garbage
 
-        options = {"domain": "shapes", "grace_s": 0, "keep_versions": 1, **options}
-        return collect_garbage(CollectGarbageConfig(root=str(self.root), **options))
+        options = {"domain": "shapes", "root": str(self.root), "grace_s": 0, "keep_versions": 1, **options}
+        return collect_garbage(CollectGarbageConfig(**options))
 
     def versions(self) -> list[dict[str, Any]]:
         return Registry(self.settings).versions("database")
@@ -75,6 +75,11 @@ class Living:
         hits = opened.search(rows / np.linalg.norm(rows, axis=1, keepdims=True), len(opened))
         ids = np.unique(hits.ids[hits.ids >= 0]).tolist()
         return {"/" + row["url"].rsplit("/", 1)[-1] for row in opened.describe(ids)}
+
+    def champion(self) -> set[str]:
+        """The paths of what the champion shows."""
+        pulled = Registry(self.settings).pull("shapes", kind="database")
+        return self.found(DatabaseVersion.of(pulled.manifest, pulled.folder_uri))
 
     def files(self) -> dict[str, bytes]:
         """Every file below the domain, the lease's apart."""

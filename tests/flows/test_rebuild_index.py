@@ -1,7 +1,6 @@
 """A living database: what a rebuild costs, what a takedown hides and removes, and what survives being killed."""
 
 import contextvars
-import dataclasses
 import hashlib
 import os
 import re
@@ -14,30 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import LoopbackServer, Reply, WithoutRay
+from fakes import Reply, WithoutRay
 from living import BODY, FIRST, NAMES, Living
 
 from infra import compute
-from infra.errors import InputError, IntegrityError, NotFoundError, StageError
+from infra.errors import InputError, IntegrityError, StageError
 from infra.lease import lease
-from infra.registry import Registry
-from infra.settings import Settings
-from tasks.contracts import DatabaseVersion
-from tasks.databases import open_database
-from tasks.lineage import embeddings_of
-
-
-@pytest.fixture
-def ray(monkeypatch: pytest.MonkeyPatch) -> WithoutRay:
-    fake = WithoutRay()
-    fake.install(monkeypatch)
-    return fake
-
-
-@pytest.fixture
-def living(prefect_server: None, tmp_path: Path) -> Iterator[Living]:
-    with LoopbackServer({path: Reply(body=body) for path, body in BODY.items()}) as server:
-        yield Living(server, tmp_path)
 
 
 def test_three_new_urls_cost_three_downloads_and_the_same_list_nothing(living: Living, ray: WithoutRay) -> None:
@@ -125,7 +106,7 @@ def test_what_is_taken_down_waits_for_no_download(living: Living, ray: WithoutRa
     down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")
 
     def seen_meanwhile() -> Iterator[bytes]:
-        shown.append(champion_shows(living))
+        shown.append(living.champion())
         yield BODY[NAMES[4]]
 
     shown: list[set[str]] = []
@@ -133,72 +114,15 @@ def test_what_is_taken_down_waits_for_no_download(living: Living, ray: WithoutRa
     living.server.replies[NAMES[5]] = Reply(status=503)
     with pytest.raises(StageError, match="none of the 1 URLs"):
         living.rebuild(takedown=down, urls=living.listed(NAMES[5]))
-    assert champion_shows(living) == set(NAMES[:4]) - {NAMES[1]}  # though the download failed
+    assert living.champion() == set(NAMES[:4]) - {NAMES[1]}  # though the download failed
     further = living.listed({"url": living.server.url(NAMES[2])}, name="down.jsonl")
     rebuilt = living.rebuild(takedown=further, urls=living.listed(*NAMES[:5]), compact=True)
     assert shown == [{NAMES[0], NAMES[3]}]
-    assert living.found(rebuilt.after.database) == champion_shows(living) == {NAMES[0], NAMES[3], NAMES[4]}
+    assert living.found(rebuilt.after.database) == living.champion() == {NAMES[0], NAMES[3], NAMES[4]}
     assert rebuilt.after.database.rows == 3  # compacted, too
     assert rebuilt.skipped == {"takedown": False, "download": False, "embed": False, "compact": False, "index": False}
     assert len(living.versions()) == 4
     assert living.rebuild(takedown=further, urls=living.listed(*NAMES[:5]), compact=True).unchanged
-
-
-def test_garbage_is_never_what_an_alias_or_another_domain_reaches(living: Living, ray: WithoutRay) -> None:
-    from flows.combine_databases import SubsetDatabaseConfig, subset_database
-
-    first = living.build(NAMES[:FIRST]).database.reference
-    part = subset_database(
-        SubsetDatabaseConfig(domain="part", database="shapes", where='url like "%circle%"', root=str(living.root))
-    )
-    living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[0])}, name="down.jsonl"), compact=True)
-    registry = Registry(living.settings)
-    registry._client.set_registered_model_alias("knn-database.shapes", "kept", "1")
-    (nothing,) = living.collect(dry_run=False)
-    assert living.found(first) == set(NAMES[:FIRST])
-    assert not [uri for uri, _ in nothing.files if "/images/" in uri or "/embeddings/" in uri]
-    registry._client.delete_registered_model_alias("knn-database.shapes", "kept")
-    living.collect(dry_run=False)
-    with pytest.raises(NotFoundError, match="no committed artifact"):
-        open_database(first, living.folder / "cache")
-    circles = {name for name in NAMES[:FIRST] if "circle" in name}
-    assert living.found(part.database.reference) == circles  # its shards lie in the folders of "shapes"
-    from tasks.fetch import fetch_pictures
-
-    assert len(fetch_pictures(part.database.reference, [0, 1], living.folder / "cache")) == 2
-
-
-def test_young_and_half_done_folders_are_left_alone(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:4])
-    half = living.root / "shapes" / "embeddings" / ("0" * 16) / "shards"
-    half.mkdir(parents=True)
-    (half / "00000.json").write_text("{}")
-    (young,) = living.collect(dry_run=False, grace_s=3600)
-    assert (young.files, half.exists()) == ((), True)
-    (old,) = living.collect(dry_run=False)
-    assert [uri.rsplit("/", 1)[-1] for uri, _ in old.files] == ["00000.json"]
-    assert not half.parent.exists()
-
-
-def test_an_unknown_registry_is_no_reason_to_delete_everything(living: Living, ray: WithoutRay, tmp_path: Path) -> None:
-    from tasks.collect import collect
-
-    living.build(NAMES[:4])
-    other = Settings(root=str(living.root), tracking=f"sqlite:///{tmp_path}/other.db")
-    with pytest.raises(StageError, match=r"no version of shapes is registered at .*other\.db"):
-        collect("shapes", other, dry_run=False, grace_s=0)
-    with pytest.raises(ValueError, match="keep_versions must be at least 1"):
-        living.collect(keep_versions=0)
-
-
-def test_a_damaged_manifest_stops_the_collection(living: Living, ray: WithoutRay) -> None:
-    built = living.build(NAMES[:4])
-    path = Path(built.images.reference.uri) / "manifest.json"
-    path.write_text(path.read_text()[:-20])
-    files = living.files()
-    with pytest.raises(IntegrityError, match="until then nothing is collected"):
-        living.collect(dry_run=False)
-    assert living.files() == files
 
 
 def test_of_two_rebuilds_at_once_the_second_is_refused_or_waits(living: Living, ray: WithoutRay) -> None:
@@ -315,27 +239,6 @@ def _asks(process: Path, living: Living) -> bool:
     return bool(sockets & inodes)
 
 
-def test_databases_are_merged_by_the_flow(living: Living, ray: WithoutRay) -> None:
-    from flows.combine_databases import MergeDatabasesConfig, merge_databases
-    from tasks.serve import pull_database
-
-    living.build(NAMES[:6])
-    living.build(NAMES[6:10], domain="others")
-    ray.items.clear()
-    merged = merge_databases(MergeDatabasesConfig(domain="both", databases=("shapes", "others"), root=str(living.root)))
-    assert {description for description, _ in ray.items} & {"images", "embeddings"} == set()
-    assert living.found(merged.database.reference) == set(NAMES[:10])
-    assert len(pull_database("both", living.settings)) == 10
-    from flows.rebuild_index import RebuildIndexConfig, rebuild_index
-
-    living.server.requests.clear()
-    listed = living.listed(*NAMES[:11])
-    grown = rebuild_index(RebuildIndexConfig(domain="both", root=str(living.root), urls=listed))
-    assert living.server.requests == [NAMES[10]]
-    assert living.found(grown.after.database) == set(NAMES[:11])
-    assert dataclasses.replace(embeddings_of(grown.after.database)).rows == 11
-
-
 def test_a_lease_that_is_lost_registers_nothing(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:4])
 
@@ -352,82 +255,9 @@ def test_a_lease_that_is_lost_registers_nothing(living: Living, ray: WithoutRay)
         raise AssertionError("the other one holds it")
 
 
-def champion_shows(living: Living) -> set[str]:
-    pulled = Registry(living.settings).pull("shapes", kind="database")
-    return living.found(DatabaseVersion.of(pulled.manifest, pulled.folder_uri))
-
-
-def test_what_was_taken_down_stays_so_when_databases_are_combined_again(living: Living, ray: WithoutRay) -> None:
-    from flows.combine_databases import (
-        MergeDatabasesConfig,
-        SubsetDatabaseConfig,
-        merge_databases,
-        subset_database,
-    )
-
-    living.build(NAMES[:4], domain="a")
-    living.build(NAMES[4:8], domain="b")
-    union = MergeDatabasesConfig(domain="shapes", databases=("a", "b"), root=str(living.root))
-    merge_databases(union)
-    living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"))
-    merge_databases(union)
-    assert champion_shows(living) == set(NAMES[:8]) - {NAMES[1]}
-    subset_database(SubsetDatabaseConfig(domain="shapes", database="a", where="width > 0", root=str(living.root)))
-    assert champion_shows(living) == set(NAMES[:4]) - {NAMES[1]}
-
-
-def test_pictures_of_a_domain_s_own_are_not_put_out_of_sight_by_a_merge_or_a_subset(
-    living: Living, ray: WithoutRay
-) -> None:
-    from flows.combine_databases import (
-        MergeDatabasesConfig,
-        SubsetDatabaseConfig,
-        merge_databases,
-        subset_database,
-    )
-
-    living.build(NAMES[:4])
-    for number, domain in enumerate("ab"):
-        living.build(NAMES[4 + number : 6 + number], domain=domain)
-    into: dict[str, Any] = {"domain": "shapes", "root": str(living.root)}
-    part = SubsetDatabaseConfig(database="a", where="width > 0", **into)
-    told = "shapes is a database of 4 pictures of its own, .* name another domain, or say --replace"
-    with pytest.raises(InputError, match=told) as caught:
-        merge_databases(MergeDatabasesConfig(databases=("a", "b"), **into))
-    assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match=told):
-        subset_database(part)
-    assert champion_shows(living) == set(NAMES[:4])
-    merge_databases(MergeDatabasesConfig(databases=("shapes", "a"), **into))  # nothing of it is lost
-    assert champion_shows(living) == set(NAMES[:6])
-    living.rebuild(urls=living.listed(*NAMES[:8]))
-    with pytest.raises(InputError, match="shapes is a database of 8 pictures of its own"):
-        subset_database(part)
-    subset_database(dataclasses.replace(part, replace=True))
-    assert champion_shows(living) == set(NAMES[4:6])
-
-
 def test_what_was_taken_down_stays_so_when_the_champion_is_gone_from_disk(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:4])
     rebuilt = living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"))
     shutil.rmtree(rebuilt.after.database.uri)
     living.build(NAMES[:4])
-    assert champion_shows(living) == set(NAMES[:4]) - {NAMES[1]}
-
-
-def test_a_collection_that_lost_its_lease_deletes_nothing_more(
-    living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    living.build(NAMES[:4])
-    for name in NAMES[4:6]:
-        living.rebuild(urls=living.listed(*NAMES[:4], name))
-    assert living.collect()[0].files
-    before = living.files()
-
-    def lost(self: Any) -> None:
-        raise StageError("the lease was lost")
-
-    monkeypatch.setattr("infra.lease.Lease.check", lost)
-    with pytest.raises(StageError, match="the lease was lost"):
-        living.collect(dry_run=False)
-    assert living.files() == before
+    assert living.champion() == set(NAMES[:4]) - {NAMES[1]}

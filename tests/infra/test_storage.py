@@ -284,3 +284,11 @@ def test_a_disk_that_fills_up_in_scratch_is_told_whoever_notices() -> None:
     assert one_line(caught).startswith(f"no space left for {folder}; free some, or name another place")
     with pytest.raises(OSError, match="its own reason"), storage.scratch():
         raise OSError("its own reason")
+
+
+def test_a_place_has_one_spelling(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert storage.canonical(f"{tmp_path}/link/../{tmp_path.name}/link/a/") == str(tmp_path / "a")
+    for uri in ("s3://bucket//line//x/", "s3://bucket/line/x"):
+        assert storage.absolute(uri) == storage.canonical(uri) == "s3://bucket/line/x"
+    assert storage.absolute("http://host//a//") == "http://host//a"  # what a server means by it is its own affair

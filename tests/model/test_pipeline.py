@@ -293,6 +293,23 @@ def test_a_call_works_with_the_database_it_started_with(pipeline: KNNDiffusionPi
     np.testing.assert_array_equal(output.hits.ids, undisturbed.hits.ids)
 
 
+def test_what_to_keep_away_from_is_looked_up_where_the_prompts_are(
+    pipeline: KNNDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = pipeline(PROMPTS, negative_prompts=PROMPTS.flip(0), guidance_scale=2, generator=seeded())
+    first, other = pipeline.database, tiny.database(tmp_path / "other", tiny.unit_rows(40, seed=9))
+    search = first.search
+
+    def swapped_meanwhile(*arguments: Any, **options: Any) -> Any:
+        pipeline.swap_database(other)
+        return search(*arguments, **options)
+
+    monkeypatch.setattr(first, "search", swapped_meanwhile)
+    output = pipeline(PROMPTS, negative_prompts=PROMPTS.flip(0), guidance_scale=2, generator=seeded())
+    np.testing.assert_array_equal(pixels(output.images), pixels(undisturbed.images))
+    assert pipeline.database is other
+
+
 def test_without_a_database_there_is_no_retrieval_and_drawing_without_it_works() -> None:
     pipeline = tiny.pipeline(None)
     with pytest.raises(ModelError, match=r"no database yet.*swap_database"):

@@ -1,0 +1,21 @@
+"""What tests of a living database share: workers without Ray, and the database itself."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fakes import LoopbackServer, Reply, WithoutRay
+from living import BODY, Living
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> WithoutRay:
+    fake = WithoutRay()
+    fake.install(monkeypatch)
+    return fake
+
+
+@pytest.fixture
+def living(prefect_server: None, tmp_path: Path) -> Iterator[Living]:
+    with LoopbackServer({path: Reply(body=body) for path, body in BODY.items()}) as server:
+        yield Living(server, tmp_path)

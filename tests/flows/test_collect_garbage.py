@@ -1,0 +1,168 @@
+"""What no kept version needs is deleted, and nothing else, whatever is lost, moved or running meanwhile."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import WithoutRay
+from living import FIRST, NAMES, Living
+
+from infra.errors import IntegrityError, NotFoundError, StageError
+from infra.registry import Registry
+from infra.settings import Settings
+from tasks.databases import open_database
+
+
+def test_garbage_is_never_what_an_alias_or_another_domain_reaches(living: Living, ray: WithoutRay) -> None:
+    from flows.combine_databases import SubsetDatabaseConfig, subset_database
+
+    first = living.build(NAMES[:FIRST]).database.reference
+    part = subset_database(
+        SubsetDatabaseConfig(domain="part", database="shapes", where='url like "%circle%"', root=str(living.root))
+    )
+    living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[0])}, name="down.jsonl"), compact=True)
+    registry = Registry(living.settings)
+    registry._client.set_registered_model_alias("knn-database.shapes", "kept", "1")
+    (nothing,) = living.collect(dry_run=False)
+    assert living.found(first) == set(NAMES[:FIRST])
+    assert not [uri for uri, _ in nothing.files if "/images/" in uri or "/embeddings/" in uri]
+    registry._client.delete_registered_model_alias("knn-database.shapes", "kept")
+    living.collect(dry_run=False)
+    with pytest.raises(NotFoundError, match="no committed artifact"):
+        open_database(first, living.folder / "cache")
+    circles = {name for name in NAMES[:FIRST] if "circle" in name}
+    assert living.found(part.database.reference) == circles  # its shards lie in the folders of "shapes"
+    from tasks.fetch import fetch_pictures
+
+    assert len(fetch_pictures(part.database.reference, [0, 1], living.folder / "cache")) == 2
+
+
+def test_young_and_half_done_folders_are_left_alone(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:4])
+    half = living.root / "shapes" / "embeddings" / ("0" * 16) / "shards"
+    half.mkdir(parents=True)
+    (half / "00000.json").write_text("{}")
+    (young,) = living.collect(dry_run=False, grace_s=3600)
+    assert (young.files, half.exists()) == ((), True)
+    (old,) = living.collect(dry_run=False)
+    assert [uri.rsplit("/", 1)[-1] for uri, _ in old.files] == ["00000.json"]
+    assert not half.parent.exists()
+
+
+def test_an_unknown_registry_is_no_reason_to_delete_everything(living: Living, ray: WithoutRay, tmp_path: Path) -> None:
+    from tasks.collect import collect
+
+    living.build(NAMES[:4])
+    other = Settings(root=str(living.root), tracking=f"sqlite:///{tmp_path}/other.db")
+    with pytest.raises(StageError, match=r"no version of shapes is registered at .*other\.db"):
+        collect("shapes", other, dry_run=False, grace_s=0)
+    with pytest.raises(ValueError, match="keep_versions must be at least 1"):
+        living.collect(keep_versions=0)
+
+
+def test_a_damaged_manifest_stops_the_collection(living: Living, ray: WithoutRay) -> None:
+    built = living.build(NAMES[:4])
+    path = Path(built.images.reference.uri) / "manifest.json"
+    path.write_text(path.read_text()[:-20])
+    files = living.files()
+    with pytest.raises(IntegrityError, match="until then nothing is collected"):
+        living.collect(dry_run=False)
+    assert living.files() == files
+
+
+@pytest.mark.parametrize("spelled", ["link", "above", "slash"])
+def test_what_a_champion_needs_stays_however_the_root_is_spelled(living: Living, ray: WithoutRay, spelled: str) -> None:
+    built = living.build(NAMES[:4])
+    link = living.root.with_name("link")
+    link.symlink_to(living.root)
+    root = {"link": link, "above": f"{living.root}/../{living.root.name}", "slash": f"{living.root}/"}[spelled]
+    files = living.files()
+    (nothing,) = living.collect(root=str(root), dry_run=False)
+    assert (nothing.files, living.files()) == ((), files)
+    assert living.found(built.database.reference) == set(NAMES[:4])
+
+
+def test_a_root_that_moved_is_not_taken_for_garbage(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:4])
+    files = living.files()
+    moved = living.root.rename(living.root.with_name("moved"))
+    with pytest.raises(IntegrityError, match=r"knn-database.shapes version 1 was registered at .*data/shapes/database"):
+        living.collect(root=str(moved), dry_run=False)
+    moved.rename(living.root)
+    assert living.files() == files
+
+
+@pytest.mark.parametrize("kind", ["database", "embeddings", "images"])
+def test_a_lost_manifest_stops_the_collection(living: Living, ray: WithoutRay, kind: str) -> None:
+    living.build(NAMES[:4])
+    (manifest,) = (living.root / "shapes" / kind).glob("*/manifest.json")
+    manifest.unlink()
+    files = living.files()
+    with pytest.raises(IntegrityError, match=r"manifest\.json.*restore it.*until then nothing is collected") as caught:
+        living.collect(dry_run=False)
+    assert "\n" not in str(caught.value)
+    assert living.files() == files
+
+
+def test_what_a_merge_elsewhere_is_made_of_stays_while_it_runs(
+    living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import flows.combine_databases as module
+
+    living.build(NAMES[:4])
+    living.build(NAMES[4:6], domain="others")
+    union = module.MergeDatabasesConfig(domain="both", databases=("shapes", "others"), root=str(living.root))
+    register = module.register_database_task
+
+    def meanwhile(*arguments: Any) -> Any:
+        down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")
+        living.rebuild(takedown=down, compact=True)
+        for path in (living.root / "shapes").rglob("*"):
+            os.utime(path, (0, 0))
+        assert living.collect(grace_s=3600, dry_run=False)[0].files
+        return register(*arguments)
+
+    monkeypatch.setattr(module, "register_database_task", meanwhile)
+    merged = module.merge_databases(union).database.reference
+    assert living.found(merged) == set(NAMES[:6])
+    from tasks.fetch import fetch_pictures
+
+    assert len(fetch_pictures(merged, list(range(6)), living.folder / "cache")) == 6
+
+
+def test_a_domain_that_cannot_be_collected_keeps_no_other_one_up(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:4])
+    living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
+    never = living.root / "aa" / "images" / ("0" * 16) / "00000.tar"
+    never.parent.mkdir(parents=True)
+    never.write_bytes(b"x")
+    before = living.files()
+    with pytest.raises(StageError, match="1 of 2 domains were not collected; aa: no version of aa is registered"):
+        living.collect(domain=None, dry_run=False)
+    assert len(living.files()) < len(before)
+    assert never.exists()
+
+
+def test_an_unknown_domain_is_named_and_nothing_is_written(living: Living, ray: WithoutRay) -> None:
+    with pytest.raises(NotFoundError, match="holds no domain shapes; there are none"):
+        living.collect()
+    assert not living.root.exists()
+
+
+def test_a_collection_that_lost_its_lease_deletes_nothing_more(
+    living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    living.build(NAMES[:4])
+    for name in NAMES[4:6]:
+        living.rebuild(urls=living.listed(*NAMES[:4], name))
+    assert living.collect()[0].files
+    before = living.files()
+
+    def lost(self: Any) -> None:
+        raise StageError("the lease was lost")
+
+    monkeypatch.setattr("infra.lease.Lease.check", lost)
+    with pytest.raises(StageError, match="the lease was lost"):
+        living.collect(dry_run=False)
+    assert living.files() == before

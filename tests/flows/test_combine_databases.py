@@ -1,0 +1,82 @@
+"""Databases made of others by the flows, and what they may not replace or bring back."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from fakes import WithoutRay
+from living import NAMES, Living
+
+from infra.errors import InputError
+from tasks.lineage import embeddings_of
+
+
+def test_databases_are_merged_by_the_flow(living: Living, ray: WithoutRay) -> None:
+    from flows.combine_databases import MergeDatabasesConfig, merge_databases
+    from tasks.serve import pull_database
+
+    living.build(NAMES[:6])
+    living.build(NAMES[6:10], domain="others")
+    ray.items.clear()
+    merged = merge_databases(MergeDatabasesConfig(domain="both", databases=("shapes", "others"), root=str(living.root)))
+    assert {description for description, _ in ray.items} & {"images", "embeddings"} == set()
+    assert living.found(merged.database.reference) == set(NAMES[:10])
+    assert len(pull_database("both", living.settings)) == 10
+    from flows.rebuild_index import RebuildIndexConfig, rebuild_index
+
+    living.server.requests.clear()
+    listed = living.listed(*NAMES[:11])
+    grown = rebuild_index(RebuildIndexConfig(domain="both", root=str(living.root), urls=listed))
+    assert living.server.requests == [NAMES[10]]
+    assert living.found(grown.after.database) == set(NAMES[:11])
+    assert dataclasses.replace(embeddings_of(grown.after.database)).rows == 11
+
+
+def test_what_was_taken_down_stays_so_when_databases_are_combined_again(living: Living, ray: WithoutRay) -> None:
+    from flows.combine_databases import (
+        MergeDatabasesConfig,
+        SubsetDatabaseConfig,
+        merge_databases,
+        subset_database,
+    )
+
+    living.build(NAMES[:4], domain="a")
+    living.build(NAMES[4:8], domain="b")
+    union = MergeDatabasesConfig(domain="shapes", databases=("a", "b"), root=str(living.root))
+    merge_databases(union)
+    living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"))
+    merge_databases(union)
+    assert living.champion() == set(NAMES[:8]) - {NAMES[1]}
+    subset_database(SubsetDatabaseConfig(domain="shapes", database="a", where="width > 0", root=str(living.root)))
+    assert living.champion() == set(NAMES[:4]) - {NAMES[1]}
+
+
+def test_pictures_of_a_domain_s_own_are_not_put_out_of_sight_by_a_merge_or_a_subset(
+    living: Living, ray: WithoutRay
+) -> None:
+    from flows.combine_databases import (
+        MergeDatabasesConfig,
+        SubsetDatabaseConfig,
+        merge_databases,
+        subset_database,
+    )
+
+    living.build(NAMES[:4])
+    for number, domain in enumerate("ab"):
+        living.build(NAMES[4 + number : 6 + number], domain=domain)
+    into: dict[str, Any] = {"domain": "shapes", "root": str(living.root)}
+    part = SubsetDatabaseConfig(database="a", where="width > 0", **into)
+    told = "shapes is a database of 4 pictures of its own, .* name another domain, or say --replace"
+    with pytest.raises(InputError, match=told) as caught:
+        merge_databases(MergeDatabasesConfig(databases=("a", "b"), **into))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=told):
+        subset_database(part)
+    assert living.champion() == set(NAMES[:4])
+    merge_databases(MergeDatabasesConfig(databases=("shapes", "a"), **into))  # nothing of it is lost
+    assert living.champion() == set(NAMES[:6])
+    living.rebuild(urls=living.listed(*NAMES[:8]))
+    with pytest.raises(InputError, match="shapes is a database of 8 pictures of its own"):
+        subset_database(part)
+    subset_database(dataclasses.replace(part, replace=True))
+    assert living.champion() == set(NAMES[4:6])
