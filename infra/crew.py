@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 from infra.errors import StageError
 
 SHARD_TRIES = 3
-"""How often a shard is tried when its worker dies under it; errors that a worker raises are not tried again here."""
+"""How often a shard is tried when its worker dies under it alone; what a worker raises is not tried again here."""
 _HELD = 2  # shards of an actor: one in hand, one that waits for it
 
 
@@ -24,27 +24,33 @@ class Lost:
 
 
 @dataclasses.dataclass(eq=False, slots=True)
-class _Seat:
-    """An actor, whether it runs yet, and how many shards it holds."""
-
-    actor: Any
-    runs: bool = False
-    held: int = 0
-
-
-@dataclasses.dataclass(eq=False, slots=True)
 class _Shard:
-    """A shard, and how many actors have died under it."""
+    """A shard, and how many actors have died under it alone."""
 
     item: Any
     deaths: int = 0
+    suspect: bool = False  # an actor died while it held this one, perhaps for another's sake
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Seat:
+    """An actor, whether it runs yet, and the shards it holds."""
+
+    actor: Any
+    runs: bool = False
+    held: list[_Shard] = dataclasses.field(default_factory=list)
+
+    def takes(self, shard: _Shard) -> bool:
+        """Whether there is room: a suspect is alone with its actor, so that no other pays for it."""
+        return not self.held or (len(self.held) < _HELD and not shard.suspect and not self.held[0].suspect)
 
 
 class Crew:
     """Actors with methods ``ready()`` and ``run(item)``.
 
-    The shards of one that dies go to the others, and to a new one in its place. An actor is given shards once it runs:
-    where a machine died there may be no room for another.
+    The shards of one that dies go to the others, and to a new one in its place, each alone from then on: which of them
+    it died of shows when it dies again. An actor is given shards once it runs: where a machine died there may be no
+    room for another.
     """
 
     def __init__(self, start: Callable[[], Any], items: Iterable[Any], size: int) -> None:
@@ -76,7 +82,8 @@ class Crew:
                     if self._failed_starts > SHARD_TRIES * self._size:
                         raise StageError(f"no worker could be started ({error}); see Ray's logs") from error
                     continue
-                shard.deaths += 1
+                shard.deaths += len(seat.held) == 1
+                shard.suspect = True
                 if shard.deaths < SHARD_TRIES:
                     self._waiting.appendleft(shard)
                     self._feed()
@@ -86,7 +93,7 @@ class Crew:
                 seat.runs = True
                 self._feed()
                 continue
-            seat.held -= 1
+            seat.held.remove(shard)
             self._feed()
             yield result
 
@@ -110,7 +117,7 @@ class Crew:
         """Give every running actor one shard before any has two."""
         for held in range(_HELD):
             for seat in self._seats:
-                if self._waiting and seat.runs and seat.held <= held:
+                if self._waiting and seat.runs and len(seat.held) <= held and seat.takes(self._waiting[0]):
                     shard = self._waiting.popleft()
                     self._pending[seat.actor.run.remote(shard.item)] = (seat, shard)
-                    seat.held += 1
+                    seat.held.append(shard)
