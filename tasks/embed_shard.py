@@ -194,7 +194,7 @@ def _decode(transform: Callable[[Image.Image], torch.Tensor], chunk: list[tuple[
         try:
             with Image.open(io.BytesIO(encoded)) as image:
                 pictures.append(transform(to_rgb(image)))
-        except (OSError, ValueError, Image.DecompressionBombError):
+        except Exception:  # Pillow's plugins raise what they like on damaged data
             failed.append(key)
     batch = torch.stack(pictures) if pictures else None
     return _Decoded(pictures=batch, failed=failed, seconds=time.monotonic() - started)

@@ -7,9 +7,11 @@ import io
 import os
 import shutil
 import signal
+import struct
 import tarfile
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -200,6 +202,21 @@ def test_nothing_that_can_be_decoded_is_an_error(cluster: None, tmp_path: Path) 
     images = image_shards(tmp_path, s00000=[b"no picture", b"nor this"])
     with pytest.raises(StageError, match=r"no picture of .* could be decoded \(\{'decode_error': 2\}\)"):
         embedded(images, tmp_path)
+
+
+def test_a_picture_that_pillow_finds_no_class_of_error_for_costs_itself_alone(cluster: None, tmp_path: Path) -> None:
+    start = PICTURES[0].index(b"IDAT") - 4
+    (length,) = struct.unpack_from(">I", PICTURES[0], start)
+    data = PICTURES[0][start + 8 : start + 8 + length // 2]
+    broken = PICTURES[0][:start] + png_chunk(b"IDAT", data) + png_chunk(b"ID\0T", b"")
+    with Image.open(io.BytesIO(broken)) as image, pytest.raises(SyntaxError, match="broken PNG file"):
+        image.load()
+    images = image_shards(tmp_path, s00000=[PICTURES[1], broken, PICTURES[2]])
+    assert embedded(images, tmp_path).manifest().info["outcomes"] == {"success": 2, "decode_error": 1}
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def workers_of(driver: int) -> list[int]:
