@@ -67,11 +67,11 @@ def embed_images(
         outcomes = _summed(done, "outcomes")
         if not outcomes["success"]:
             raise StageError(f"no picture of {images.uri} could be decoded ({dict(outcomes)}); look at its tars")
-        encoders = {shard.info["encoder"]["weights_digest"] for shard in done}
-        if len(encoders) > 1:
+        first, *others = (EncoderIdentity(**shard.info["encoder"]) for shard in done)
+        if not all(first.same_space(other) for other in others):
             raise StageError(f"{config.encoder} changed while {stage.uri} was filled; delete that folder and run again")
         # A shard that was taken over may know the same encoder by another name.
-        identity = {"encoder": {**done[0].info["encoder"], "name": config.encoder}}
+        identity = {"encoder": {**dataclasses.asdict(first), "name": config.encoder}}
         info = {"outcomes": dict(outcomes), "lost_shards": lost, "shards_taken_over": len(taken), **_measured(made)}
         return stage.commit(done, identity=identity, info=info)
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -196,6 +197,21 @@ def test_the_same_model_by_another_name_shares_its_rows(cluster: None, tmp_path:
     manifest = embedded(images, tmp_path, named, previous=earlier).manifest()
     assert manifest.info["shards_taken_over"] == 1
     assert manifest.identity["encoder"]["name"] == named.encoder
+
+
+def test_an_encoder_that_changed_between_two_shards_is_found(cluster: None, tmp_path: Path) -> None:
+    folder = tmp_path / "clip"
+    shutil.copytree(SHIPPED, folder)
+    config = dataclasses.replace(CONFIG, encoder=f"local-dir:{folder}")
+    images = image_shards(tmp_path, s00000=PICTURES[:3], s00001=PICTURES[3:5])
+    whole = Path(embedded(images, tmp_path, config).uri)
+    for left_out in (artifacts.MANIFEST, "shards/00001.json"):  # as after a kill
+        (whole / left_out).unlink()
+    settings = json.loads((folder / "open_clip_config.json").read_text())
+    settings["preprocess_cfg"]["mean"] = [0.9, 0.1, 0.5]
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    with pytest.raises(StageError, match=r"changed while .* was filled; delete that folder and run again"):
+        embedded(images, tmp_path, config)
 
 
 def test_nothing_that_can_be_decoded_is_an_error(cluster: None, tmp_path: Path) -> None:
