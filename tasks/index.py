@@ -98,7 +98,7 @@ def build_database(
             if factory == "auto":
                 factory = choose_index(source.rows, encoder.dimension, config.memory_bytes)
             template = stage.done().get(QUANTIZER) or compute.run(
-                train_quantizer, embeddings, stage.uri, factory, config.seed, cache, cpus=compute.cpus()
+                train_quantizer, embeddings, stage.uri, factory, config.seed, cache, previous, cpus=compute.cpus()
             )
         else:
             template, factory = kept, kept.info["factory"]

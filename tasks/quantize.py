@@ -55,9 +55,7 @@ def kept_quantizer(
     elif factory_asked == "auto" and (told := _beside_memory(before, factory, source, memory_bytes)):
         why = told
     else:
-        known = {file.sha256 for file in embeddings_of(previous).manifest().files}
-        new = [one for one in source.shards if one.file(".npy").sha256 not in known]
-        drift = _drift(shard.taken_over(previous.uri), embeddings, new, cache)
+        drift = _drift(shard.taken_over(previous.uri), embeddings, previous, cache)
         if drift > max_drift:
             why = f"its error on new rows grew by {drift:.0%}, beyond max_drift {max_drift:.0%}"
     if why is None:
@@ -82,37 +80,55 @@ def _beside_memory(
     return None
 
 
-def _drift(
-    quantizer: artifacts.Shard, embeddings: EmbeddingShards, new: Sequence[artifacts.Shard], cache: Path
-) -> float:
-    """Growth of the quantizer's error from the rows it was trained on to new ones; 0 without either."""
-    trained_error, total = float(quantizer.info["error"]), sum(shard.rows for shard in new)
-    if not trained_error or not total:
+def _drift(quantizer: artifacts.Shard, embeddings: EmbeddingShards, previous: DatabaseVersion, cache: Path) -> float:
+    """Growth of the quantizer's error from what was accepted to the rows new since ``previous``; 0 without cells."""
+    accepted = float(quantizer.info["error"])
+    if not accepted:
         return 0.0
     index = faiss.read_index(str(artifacts.fetch_shard("", quantizer, ".faiss", cache)))
-    chosen = np.sort(np.random.default_rng(0).choice(total, min(total, _DRIFT_ROWS), replace=False))
-    return quantization_error(index, _pick(embeddings, new, chosen, cache)) / trained_error - 1
+    return quantization_error(index, _new_rows(embeddings, previous, cache)) / accepted - 1
 
 
 def train_quantizer(
-    embeddings: EmbeddingShards, folder_uri: str, factory: str, seed: int, cache: Path
+    embeddings: EmbeddingShards,
+    folder_uri: str,
+    factory: str,
+    seed: int,
+    cache: Path,
+    previous: DatabaseVersion | None = None,
 ) -> artifacts.Shard:
-    """Train the template on a random sample over all shards and commit it as a shard without rows."""
+    """Train the template on a random sample over all shards and commit it as a shard without rows.
+
+    The error it is accepted with is the sample's, or that of the rows new since ``previous`` where it is larger: some
+    rows no cells describe well, and measured against the sample, more of their kind would have it trained each time.
+    """
     source = embeddings.manifest()
     wanted = training_rows(factory, source.rows)
     chosen = np.sort(np.random.default_rng(seed).choice(source.rows, wanted, replace=False))
     sample = _pick(embeddings, source.shards, chosen, cache)
     index = train_index(factory, encoder_of(source).dimension, sample)
+    errors = [quantization_error(index, sample[:: max(1, len(sample) // _DRIFT_ROWS)])]
+    if previous is not None:
+        errors.append(quantization_error(index, _new_rows(embeddings, previous, cache)))
     info = {
         "factory": factory,
         "trained_on": len(sample),
         "database_rows": source.rows,
         "mergeable": stackable(index),
-        "error": quantization_error(index, sample[:: max(1, len(sample) // _DRIFT_ROWS)]),
+        "error": max(errors),
     }
     with storage.scratch() as folder:
         faiss.write_index(index, str(folder / f"{QUANTIZER}.faiss"))
         return artifacts.commit_shard(folder_uri, QUANTIZER, folder, rows=0, info=info)
+
+
+def _new_rows(embeddings: EmbeddingShards, previous: DatabaseVersion, cache: Path) -> NDArray[np.float32]:
+    """A sample (n, D) of the rows in shards that ``previous`` has not."""
+    known = {file.sha256 for file in embeddings_of(previous).manifest().files}
+    new = [shard for shard in embeddings.manifest().shards if shard.file(".npy").sha256 not in known]
+    total = sum(shard.rows for shard in new)
+    chosen = np.sort(np.random.default_rng(0).choice(total, min(total, _DRIFT_ROWS), replace=False))
+    return _pick(embeddings, new, chosen, cache)
 
 
 def _pick(

@@ -18,7 +18,7 @@ from infra.shards import write_table
 from model.errors import ModelError
 from tasks import fill
 from tasks.contracts import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards
-from tasks.databases import HIDDEN, index_shards, open_database
+from tasks.databases import HIDDEN, QUANTIZER, index_shards, open_database
 from tasks.distribute import distributed_database
 from tasks.index import IndexConfig, build_database
 from tasks.neighbours import find_neighbours
@@ -239,6 +239,22 @@ def test_a_quantizer_that_no_longer_fits_is_trained_anew(tmp_path: Path, caplog:
     unmoved = dataclasses.replace(CONFIG, max_drift=1e9)
     kept = build(after, tmp_path, unmoved, previous=first)
     assert kept.manifest().info["shards_taken_over"] == 3
+
+
+def test_rows_that_no_cells_describe_well_have_the_quantizer_trained_once(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    near = tiny.unit(np.eye(tiny.WIDTH)[0] + 0.2 * random.normal(size=(600, tiny.WIDTH)))
+    hard = random.normal(size=(400, tiny.WIDTH))
+    hard[:, [0, -1]] = 0
+    embeddings = stored(tmp_path, np.split(near.astype(np.float16), 6))
+    version, trained = build(embeddings, tmp_path), []
+    nights = [*np.split(tiny.unit(hard), 4), -near[:50]]  # the last are harder still
+    for number, rows in enumerate(nights, start=6):
+        embeddings = stored(tmp_path, [rows.astype(np.float16)], first=number, previous=embeddings)
+        version = build(embeddings, tmp_path, previous=version)
+        (quantizer,) = (shard for shard in version.manifest().shards if shard.name == QUANTIZER)
+        trained.append(quantizer.folder is None)
+    assert trained == [True, False, False, False, True]
 
 
 def test_after_compaction_only_the_shards_that_changed_are_filled(tmp_path: Path) -> None:
