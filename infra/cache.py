@@ -207,7 +207,10 @@ def _is_fetched(cache: Path, path: Path) -> bool:
 def _in_use(cache: Path, path: Path) -> bool:
     if _is_fetched(cache, path):
         return _uses_of(cache).held(_byte(path.stem))
-    status = path.stat()
+    try:
+        status = path.stat()
+    except FileNotFoundError:  # whoever derives it has just given it its name
+        return False
     return time.time() - max(status.st_atime, status.st_mtime) < DERIVED_SPARED_S
 
 

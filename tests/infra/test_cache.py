@@ -256,6 +256,22 @@ def test_what_stages_keep_counts_and_goes_when_it_was_long_unused(shelf: Shelf) 
     assert (new.exists(), shelf.there()) == (True, [1, 2])
 
 
+def test_what_is_renamed_while_an_eviction_looks_does_no_harm(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial, whole = shelf.folder / "pixels/.a.npy.partial", shelf.folder / "pixels/a.npy"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(bytes(SIZE))
+    listed = caching._inventory
+
+    def outdated(cache: Path) -> Any:
+        found = listed(cache)
+        partial.rename(whole)  # as its writer does, just then
+        return found
+
+    monkeypatch.setattr(caching, "_inventory", outdated)
+    assert caching.evict(shelf.folder, 0) == 0
+    assert whole.exists()
+
+
 def test_a_second_name_of_a_file_goes_with_it(shelf: Shelf) -> None:
     path = shelf.fetch(0)
     link = shelf.folder / "generators/abc/model.npy"
