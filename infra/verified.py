@@ -18,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from infra import storage
+from infra.errors import NotFoundError
 
 FOLDER = "verified"
 _TICK_S = 0.01  # of a file system's clock: times that are younger cannot tell two writes apart
 
 
 def is_verified(path: Path, sha256: str, size: int, cache: Path) -> bool:
-    """Whether ``path`` holds the bytes of that digest: by its stamp, else by hashing, which leaves a stamp."""
+    """Whether ``path`` holds the bytes of that digest: by its stamp, else by hashing, which leaves a stamp.
+
+    Raises ``NotFoundError`` when it may not be read.
+    """
     try:
         before = path.stat()
     except FileNotFoundError:
@@ -37,8 +41,13 @@ def is_verified(path: Path, sha256: str, size: int, cache: Path) -> bool:
             os.utime(stamp)  # its last use; the file's own times stay as they are
         return True
     time.sleep(min(_TICK_S, max(0.0, before.st_ctime + _TICK_S - time.time())))
-    if storage.sha256(str(path)) != sha256 or _identity(path.stat()) != _identity(before):
-        return False
+    try:
+        if storage.sha256(str(path)) != sha256 or _identity(path.stat()) != _identity(before):
+            return False
+    except (FileNotFoundError, NotFoundError) as error:
+        if isinstance(error.__cause__ or error, FileNotFoundError):  # another process found it damaged, and removed it
+            return False
+        raise
     write_stamp(stamp, before)
     return True
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from infra import verified
+from infra import storage, verified
+from infra.errors import NotFoundError
+from infra.store_errors import told
 from infra.verified import is_verified
 
 
@@ -90,6 +92,36 @@ def test_a_change_right_after_the_first_look_is_found(tmp_path: Path, cache: Pat
         assert is_verified(path, digest, size, cache)
         flip(path)
         assert not is_verified(path, digest, size, cache)
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_a_file_that_another_process_removes_meanwhile_is_not_verified(
+    hashed: bool, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, digest, size = file_of(tmp_path / "a", b"right bytes")
+
+    def removed(uri: str) -> str:
+        if hashed:
+            assert storage_sha256(uri) == digest
+        path.unlink()
+        return digest if hashed else storage_sha256(uri)
+
+    storage_sha256 = storage.sha256
+    monkeypatch.setattr(storage, "sha256", removed)
+    assert not is_verified(path, digest, size, cache)
+    assert stamps(cache) == []
+
+
+def test_a_file_that_may_not_be_read_is_told(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, digest, size = file_of(tmp_path / "a", b"right bytes")
+
+    def refused(uri: str) -> str:
+        with told(uri):
+            raise PermissionError("no")  # root, who runs tests, may read everything
+
+    monkeypatch.setattr(storage, "sha256", refused)
+    with pytest.raises(NotFoundError, match="may not be accessed"):
+        is_verified(path, digest, size, cache)
 
 
 def test_a_stamp_belongs_to_one_place(tmp_path: Path, cache: Path) -> None:
