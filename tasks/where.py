@@ -24,6 +24,7 @@ _COMPARE = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
 }  # fmt: skip
 _DEEPEST = 50  # brackets and nots within each other
+_MOST_DIGITS = 18  # that fit into 64 bits, whichever they are
 
 
 def parse_where(text: str) -> Any:
@@ -109,6 +110,10 @@ class _Parser:
             self._at -= 1
             raise self._wrong(
                 f'text in quotes for {column}, such as "…"' if wanted is str else f"a number for {column}"
+            )
+        if kind == "number" and len(value.lstrip("-0")) > _MOST_DIGITS:
+            raise InputError(
+                f"the filter {self._text[:40]!r}… has a number of more than {_MOST_DIGITS} digits; give {column} in px"
             )
         return value[1:-1] if kind == "text" else int(value)
 

@@ -148,6 +148,8 @@ ROWS = pa.table(
         ('url = "http://b/\'q\'.png"', [3]),
         ('sha256 <> "aa"', [1, 2]),
         ("width > -1", [0, 1, 2]),
+        ("width < 999999999999999999 and height > -999999999999999999", [0, 1, 2]),
+        ("width in (00000000000000000000064, 999999999999999999)", [0]),
         ('url like "http://_/dog.png"', [1]),
     ],
 )  # fmt: skip
@@ -169,6 +171,9 @@ def test_filters(where: str, rows: list[int]) -> None:
         ("__import__('os')", "has __import__ where one of the columns"),
         ("width > 3; drop", "cannot be read from '; drop' on"),
         ("not " * 200 + "width > 3", "more than 50 brackets"),
+        ("width > 99999999999999999999999", "a number of more than 18 digits; give width in px"),
+        ("height not in (8, -9999999999999999999)", "a number of more than 18 digits; give height in px"),
+        ("width = " + "9" * 5000, "a number of more than 18 digits"),
     ],
 )
 def test_filters_that_cannot_be_read_say_where(where: str, told: str) -> None:
