@@ -5,6 +5,7 @@ Rows keep the order of the file; nothing here decodes a picture.
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -79,6 +80,8 @@ def read_list(uri: str, what: str) -> pa.Table:
         data = pa.BufferReader(stream.read())
     try:
         table = _PARSERS.get(suffix, _parse_lines)(data)
+        if twice := sorted(name for name, count in Counter(table.column_names).items() if count > 1):
+            raise InputError(f"{uri} has several columns {twice[0]!r}; leave one of them in the list")
         for name in _TEXT_COLUMNS.keys() & set(table.column_names):
             table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(pa.string()))
     except (pa.ArrowException, UnicodeDecodeError) as error:

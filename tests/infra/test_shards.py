@@ -108,6 +108,18 @@ def test_a_list_without_a_url_column_tells_what_there_is(name: str, data: bytes,
 
 
 @pytest.mark.parametrize(
+    ("name", "data", "twice"),
+    [
+        ("a.csv", b"url,url\nhttps://host/1.png,https://host/2.png\n", "url"),
+        ("a.tsv", b"url\tid\tid\nhttps://host/1.png\t1\t2\n", "id"),
+    ],
+)
+def test_a_column_that_is_there_twice_is_named(name: str, data: bytes, twice: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    assert refused(path, data) == f"{path} has several columns {twice!r}; leave one of them in the list"
+
+
+@pytest.mark.parametrize(
     ("name", "data"),
     [
         ("a.txt", b""),
