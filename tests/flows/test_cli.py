@@ -264,6 +264,13 @@ def test_edit_refuses_what_is_no_picture_and_numbers_without_meaning(domain: Any
     refused(run("edit", f"{tmp_path}/fine.png", "a", *options, "--largest-region", "0"), "largest_region above 0")
 
 
+def test_search_refuses_a_picture_that_pillow_finds_no_class_of_error_for(tmp_path: Path) -> None:
+    (tmp_path / "bad.ppm").write_bytes(b"P6 x 3 255\n")
+    with pytest.raises(ValueError, match="invalid literal"):
+        Image.open(tmp_path / "bad.ppm")
+    refused(run("search", "shapes", "--image", f"{tmp_path}/bad.ppm"), "bad.ppm is no picture that can be read (inv")
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
