@@ -10,6 +10,7 @@ import functools
 import os
 import random
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -137,7 +138,7 @@ def _passing() -> tuple[type[Exception], ...]:
     from fsspec.exceptions import FSTimeoutError
 
     return (
-        ConnectionError, TimeoutError, ClientError, ResponseParserError, FSTimeoutError,
+        ConnectionError, TimeoutError, socket.gaierror, ClientError, ResponseParserError, FSTimeoutError,
         boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError,
     )  # fmt: skip
 

@@ -138,6 +138,7 @@ def breaking(hasty: None) -> type[BreakingFileSystem]:
 LOST = [
     ConnectionResetError("reset by peer"),
     TimeoutError("no answer in 60 s"),
+    socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
     OSError(errno.EREMOTEIO, "We encountered an internal error"),
     OSError(errno.EBUSY, "Please reduce your request rate"),
     aiohttp.ClientPayloadError("the body\nbroke off"),
