@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from infra import artifacts, compute
+from infra import artifacts, compute, storage
 from infra.errors import StageError
 from model.clip import EMBEDDED, Encoder
 from model.encoder_identity import EncoderIdentity
@@ -13,6 +13,7 @@ from tasks.contracts import EmbeddingShards, ImageShards, Outcome, encoder_of
 from tasks.embed_shard import SECONDS, EmbedShard, Feeding
 from tasks.stage import map_stage, skip_or_make, stage_task
 
+_LOCAL = "local-dir:"
 _MOST_DECODERS = 16
 
 
@@ -28,11 +29,14 @@ class EmbedConfig:
     max_lost_fraction: float = 0.01
 
     def __post_init__(self) -> None:
-        """Refuse an empty batch."""
+        """Refuse an empty batch; name a local encoder by a path that means the same from every working directory."""
         if self.batch_size < 1 or (self.decoders is not None and self.decoders < 1):
             raise ValueError("batch_size and decoders must be at least 1")
         if self.gpus_per_worker < 0:
             raise ValueError(f"gpus_per_worker is {self.gpus_per_worker}; give 0 for the CPU, or 0.5, 1, …")
+        if self.encoder.startswith(_LOCAL):
+            folder = storage.absolute(self.encoder.removeprefix(_LOCAL))
+            object.__setattr__(self, "encoder", _LOCAL + folder)
 
 
 def embed_images(

@@ -316,3 +316,16 @@ def test_a_config_that_feeds_nothing_is_refused() -> None:
     for options in ({"batch_size": 0}, {"decoders": 0}, {"gpus_per_worker": -1}):
         with pytest.raises(ValueError, match=r"at least 1|give 0 for the CPU"):
             EmbedConfig(**options)
+
+
+def test_a_local_encoder_is_the_same_from_every_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    whole = EmbedConfig(encoder="local-dir:clips/mine").encoder
+    assert whole == f"local-dir:{tmp_path}/clips/mine"
+    assert EmbedConfig(encoder=whole).encoder == whole
+    assert EmbedConfig(encoder="local-dir:~/mine").encoder == "local-dir:/home/somebody/mine"
+    for name in ("sticker-clip", "hf-hub:org/name", "ViT-B-32/laion2b_s34b_b79k"):
+        assert EmbedConfig(encoder=name).encoder == name
