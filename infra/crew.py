@@ -85,7 +85,7 @@ class Crew:
                 shard.deaths += len(seat.held) == 1
                 shard.suspect = True
                 if shard.deaths < SHARD_TRIES:
-                    self._waiting.appendleft(shard)
+                    self._waiting.insert(sum(other.suspect for other in self._waiting), shard)  # suspects go first
                     self._feed()
                     continue
                 result = Lost(shard.item, error)
