@@ -262,6 +262,7 @@ def test_a_killed_worker_costs_the_shards_in_hand(cluster: None, tmp_path: Path)
         while time.monotonic() < deadline:
             markers = {path.stem for path in (tmp_path / "embeddings").glob("*/shards/[0-9]*.json")}
             if markers:
+                time.sleep(0.05)  # until its result has come back: before, it counts as in hand
                 (worker,) = workers_of(os.getpid())
                 os.kill(worker, signal.SIGKILL)
                 killed.append(markers)
