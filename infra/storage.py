@@ -249,7 +249,8 @@ def _fs(uri: str) -> tuple[Any, str]:
     if _is_s3(uri):
         options["config_kwargs"] = {"retries": {"mode": "standard", "total_max_attempts": 2}}
     try:
-        fs, path = fsspec.core.url_to_fs(uri, **options)
+        with told(uri):  # some connect here already, ftp for one
+            fs, path = fsspec.core.url_to_fs(uri, **options)
     except (ValueError, ImportError) as error:
         raise InputError(f"{uri} cannot be opened: {error}; write a path or an s3:// address") from error
     if _is_s3(uri):

@@ -1,19 +1,22 @@
 import hashlib
 import itertools
 import resource
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from stores import Bucket, one_line
 
 from infra import storage
-from infra.errors import NotFoundError, StageError
+from infra.errors import NotFoundError, StageError, TransientError
 
 ABSENT = "{} does not exist; check the path, or run the stage that writes it"
 
@@ -292,3 +295,12 @@ def test_a_place_has_one_spelling(tmp_path: Path) -> None:
     for uri in ("s3://bucket//line//x/", "s3://bucket/line/x"):
         assert storage.absolute(uri) == storage.canonical(uri) == "s3://bucket/line/x"
     assert storage.absolute("http://host//a//") == "http://host//a"  # what a server means by it is its own affair
+
+
+def test_a_host_that_is_not_known_is_told_with_the_uri(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connects_at_once(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", connects_at_once)
+    with pytest.raises(TransientError, match=r"^ftp://nowhere/x could not be reached: Name or service not known;"):
+        storage.exists("ftp://nowhere/x")

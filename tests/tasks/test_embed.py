@@ -78,7 +78,9 @@ def commit_pictures(uri: str, name: str, pictures: Sequence[bytes], scratch: Pat
 
 
 def rows_of(embeddings: EmbeddingShards, shard: artifacts.Shard) -> np.ndarray[Any, Any]:
-    rows: np.ndarray[Any, Any] = np.load(artifacts.fetch_shard(embeddings.uri, shard, ".npy", Path("unused")))
+    rows: np.ndarray[Any, Any] = np.load(
+        artifacts.fetch_shard(embeddings.uri, shard, ".npy", Path(embeddings.uri, "cache"))
+    )
     return rows
 
 
