@@ -6,6 +6,7 @@ younger than ``grace_s``, and what it refers to, in all domains of the root: it 
 was killed and will go on. What is kept is known by where it lies, however the root is spelled.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -60,13 +61,12 @@ def collect(
     With image shards, this machine's copies and what was derived of pictures go from its cache.
 
     Raises:
-        NotFoundError: there is no such domain.
         StageError: nothing of the domain is registered: more likely the wrong registry than a domain of garbage.
         IntegrityError: a kept version's manifest cannot be read or is not there, so what it refers to is not known.
     """
     registry = Registry(settings)
     versions = [version for kind in ("database", "generator") for version in registry.versions(kind)]
-    base = storage.canonical(base_of(settings, domain))
+    base = base_of(settings, domain)
     folders = _folders(base)
     if folders and not any(version["name"] == DATABASE_PREFIX + domain for version in versions):
         raise StageError(
@@ -76,11 +76,13 @@ def collect(
     since = time.time() - grace_s
     young = {folder for folder, files in folders.items() if max(file.modified for file in files) > since}
     committed = filter(_is_artifact, young)
-    kept = reachable([*_kept(versions, keep_versions, base), *committed, *_young_elsewhere(settings, domain, since)])
+    named = _kept(versions, keep_versions, storage.canonical(base))
+    kept = reachable([*named, *committed, *_young_elsewhere(settings, domain, since)])
     doomed: list[storage.Stored] = []
     for folder, files in folders.items():
-        if folder not in kept.folders | young:
-            doomed += _unreferenced(folder, files, kept.files[folder])
+        place = storage.canonical(folder)
+        if place not in kept.folders and folder not in young:
+            doomed += _unreferenced(folder, files, kept.files[place])
     doomed.sort(key=lambda file: (_rank(file.uri), file.uri))
     if not dry_run:
         digests = _digests(folders, doomed)
@@ -116,7 +118,7 @@ def reachable(roots: Iterable[str]) -> Reachable:
             continue
         if not _is_artifact(uri):
             if _KEY.fullmatch(uri.rpartition("/")[2]) and storage.names(uri):
-                raise IntegrityError(f"{uri} has lost its {artifacts.MANIFEST}; restore it, {_UNTIL_THEN}")
+                raise IntegrityError(f"{uri} has lost its {artifacts.MANIFEST}; restore it; {_UNTIL_THEN}")
             continue
         try:
             manifest = artifacts.read_manifest(uri)
@@ -229,8 +231,9 @@ def _digests(folders: dict[str, list[storage.Stored]], going: list[storage.Store
     found = set()
     for folder in folders:
         if not storage.is_local(folder) and storage.join(folder, artifacts.MANIFEST) in uris:
-            files = artifacts.read_manifest(folder).files
-            found |= {file.sha256 for file in files if storage.join(folder, file.name) in uris}
+            with contextlib.suppress(IntegrityError):  # what a damaged one lists is not known
+                files = artifacts.read_manifest(folder).files
+                found |= {file.sha256 for file in files if storage.join(folder, file.name) in uris}
     return found
 
 
@@ -260,7 +263,7 @@ def _remove_empty(folders: dict[str, list[storage.Stored]], gone: set[str]) -> N
 
 def _mark(registry: Registry, versions: list[dict[str, Any]], gone: list[storage.Stored]) -> None:
     """Say in the registry which versions cannot be pulled any more."""
-    uris = {file.uri for file in gone}
+    uris = {storage.canonical(file.uri) for file in gone if file.uri.endswith(artifacts.MANIFEST)}
     when = datetime.now(UTC).isoformat(timespec="seconds")
     for version in versions:
         uri = version.get("uri")

@@ -71,12 +71,16 @@ def test_a_damaged_manifest_stops_the_collection(living: Living, ray: WithoutRay
     assert living.files() == files
 
 
-@pytest.mark.parametrize("spelled", ["link", "above", "slash"])
+@pytest.mark.parametrize("spelled", ["link", "above", "slash", "disk"])
 def test_what_a_champion_needs_stays_however_the_root_is_spelled(living: Living, ray: WithoutRay, spelled: str) -> None:
     built = living.build(NAMES[:4])
     link = living.root.with_name("link")
     link.symlink_to(living.root)
-    root = {"link": link, "above": f"{living.root}/../{living.root.name}", "slash": f"{living.root}/"}[spelled]
+    other = {"link": link, "above": f"{living.root}/../{living.root.name}", "slash": f"{living.root}/"}
+    root = other.get(spelled, living.root)
+    if spelled == "disk":  # one that was larger
+        images = living.root / "shapes" / "images"
+        images.symlink_to(images.rename(living.root.with_name("larger")))
     files = living.files()
     (nothing,) = living.collect(root=str(root), dry_run=False)
     assert (nothing.files, living.files()) == ((), files)
