@@ -13,6 +13,7 @@ from infra import compute, logs
 from infra.lease import lease
 from infra.registry import Registry
 from infra.settings import Settings
+from model.errors import ModelError
 from tasks.compact import compact_task
 from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Made, Outcome, Takedown, config_from
 from tasks.download import DownloadConfig, download
@@ -85,7 +86,13 @@ def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
         with compute.cluster(settings.ray_address, settings.cpus):
             for part in _in_turn(config):
                 steps = _Steps(part, settings, after)
-                made = steps.run()
+                try:
+                    made = steps.run()
+                except ModelError as error:  # nothing would be left to search: hidden together with what is added
+                    if part is config:
+                        raise
+                    logs.get("stage").warning("%-11s not before the download: %s", "takedown", error)
+                    continue
                 held.check()
                 if made is not after:
                     registered, after = register_database_task(config.domain, made.database, settings, None), made
@@ -103,7 +110,7 @@ def _in_turn(config: RebuildIndexConfig) -> list[RebuildIndexConfig]:
     if config.takedown is None or config.urls is None:
         return [config]
     hide = dataclasses.replace(config, urls=None, embed=None, index=None, compact=False, compact_above=1.0)
-    return [hide, dataclasses.replace(config, takedown=None)]
+    return [hide, config]
 
 
 def champion_of(domain: str, settings: Settings) -> State:

@@ -19,6 +19,7 @@ from living import BODY, FIRST, NAMES, Living
 from infra import compute
 from infra.errors import InputError, IntegrityError, StageError
 from infra.lease import lease
+from model.errors import ModelError
 
 
 def test_three_new_urls_cost_three_downloads_and_the_same_list_nothing(living: Living, ray: WithoutRay) -> None:
@@ -123,6 +124,18 @@ def test_what_is_taken_down_waits_for_no_download(living: Living, ray: WithoutRa
     assert rebuilt.skipped == {"takedown": False, "download": False, "embed": False, "compact": False, "index": False}
     assert len(living.versions()) == 4
     assert living.rebuild(takedown=further, urls=living.listed(*NAMES[:5]), compact=True).unchanged
+
+
+def test_all_pictures_may_be_taken_down_and_others_put_in_their_place(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:4])
+    down = living.listed(*({"url": living.server.url(name)} for name in NAMES[:4]), name="down.jsonl")
+    living.rebuild(takedown=down, urls=living.listed(*NAMES[4:8]))
+    assert living.champion() == set(NAMES[4:8])
+    with pytest.raises(ModelError, match="is empty"):
+        living.rebuild(
+            takedown=living.listed(*({"url": living.server.url(name)} for name in NAMES[4:8]), name="down.jsonl")
+        )
+    assert living.champion() == set(NAMES[4:8])
 
 
 def test_of_two_rebuilds_at_once_the_second_is_refused_or_waits(living: Living, ray: WithoutRay) -> None:
