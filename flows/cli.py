@@ -1,4 +1,4 @@
-"""The ``knn-diffusion`` command. JSON goes to standard output alone, everything else to standard error.
+"""The ``knn-diffusion`` command. What was asked for goes to standard output (with --json nothing else); the rest does not.
 
 Exit code 0 for success, 1 for a failure told in one line, 2 for wrong usage. Heavy imports wait inside the commands, so
 that ``--help`` answers at once. What looks into databases is in :mod:`flows.cli_databases`, what keeps
@@ -55,7 +55,7 @@ def new_domain(
         str | None, typer.Option(help="open_clip model: ViT-B-32/laion2b_s34b_b79k, hf-hub:…, local-dir:… .")
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="own_domain, or stickers_h100, photos_h100: the settings of flows/recipes.py.")
+        str, typer.Option(help="own_domain, or demo_cpu, stickers_h100, photos_h100: the settings of flows/recipes.py.")
     ] = "own_domain",
     autoencoder: Annotated[
         str | None, typer.Option(help="photos_h100: folder of a diffusers AutoencoderKL or VQModel.")
@@ -113,7 +113,7 @@ def new_domain(
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="What to draw, a picture each.")],
     database: Annotated[str, typer.Option(help=DATABASE)],
-    out: Annotated[Path, typer.Option(help="PNG to write; more prompts make a row.")],
+    out: Annotated[Path, typer.Option(help="PNG, JPEG or WebP to write; more prompts make a row.")],
     model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",
     between: Annotated[int | None, typer.Option(help="Pictures from the first of two prompts to the second.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same pictures.", min=0, max=2**63 - 1)] = 0,
@@ -168,7 +168,7 @@ def edit(
     image: Annotated[Path, typer.Argument(help="The picture to edit; its centre square is taken.")],
     prompt: Annotated[str, typer.Argument(help="What it should show afterwards.")],
     database: Annotated[str, typer.Option(help=DATABASE)],
-    out: Annotated[Path, typer.Option(help="PNG to write.")],
+    out: Annotated[Path, typer.Option(help="PNG, JPEG or WebP to write.")],
     model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",
     strength: Annotated[
         float | None, typer.Option(help="Above 0, at most 1: how much of what is there the region may lose.")

@@ -18,6 +18,7 @@ from tasks.databases import HIDDEN, open_shards
 from tasks.takedown import masks_named, rows_named
 
 _FEW_SHARDS = 16  # embedding shards; starting actors for so few takes longer than the search
+_GROUP_ROWS = 262_144
 _EFFORT = SearchEffort(nprobe=4, candidates=50)  # near-duplicates share a cell, or lie in the next
 
 
@@ -87,22 +88,40 @@ def _taken_down(
 
 def _search_pairs(settings: tuple[Any, ...], items: list[tuple[artifacts.Shard, int]]) -> list[NDArray[np.int64]]:
     """The pairs of every item: few in one task, many over actors."""
+    if not items:
+        return []
     if len(items) <= _FEW_SHARDS:
-        return list(compute.run(_search_few, settings, items, cpus=compute.cpus())) if items else []
-    found = list(compute.map_shards(_Pairs, settings, items, actors=compute.cpus(), description="near-duplicates"))
+        return list(compute.run(_search_few, settings, _grouped(items, _GROUP_ROWS), cpus=compute.cpus()))
+    actors = compute.cpus()
+    share = sum(shard.rows for shard, _ in items) // actors + 1
+    groups = _grouped(items, min(_GROUP_ROWS, share))
+    found = list(compute.map_shards(_Pairs, settings, groups, actors=actors, description="near-duplicates"))
     for lost in found:
         if isinstance(lost, Lost):
             raise StageError(f"near-duplicates could not be looked for ({lost.error}); run again") from lost.error
     return found
 
 
-def _search_few(settings: tuple[Any, ...], items: list[tuple[artifacts.Shard, int]]) -> list[NDArray[np.int64]]:
+def _grouped(items: list[tuple[artifacts.Shard, int]], most: int) -> list[list[tuple[artifacts.Shard, int]]]:
+    """Neighbouring shards of ``most`` rows together, if one has no more: many rows are looked for sooner at once."""
+    groups: list[list[tuple[artifacts.Shard, int]]] = []
+    rows = 0
+    for shard, first in items:
+        if not groups or rows + shard.rows > most:
+            groups.append([])
+            rows = 0
+        groups[-1].append((shard, first))
+        rows += shard.rows
+    return groups
+
+
+def _search_few(settings: tuple[Any, ...], groups: list[list[tuple[artifacts.Shard, int]]]) -> list[NDArray[np.int64]]:
     worker = _Pairs(*settings)
-    return [worker(item) for item in items]
+    return [worker(group) for group in groups]
 
 
 class _Pairs:
-    """The near-duplicates of one shard's rows, on a worker."""
+    """The near-duplicates of neighbouring shards' rows, on a worker."""
 
     def __init__(
         self, uri: str, indexed: Sequence[Any], embeddings: EmbeddingShards, cache: Path, bound: float
@@ -112,7 +131,7 @@ class _Pairs:
         )
         self._embeddings, self._cache, self._bound = embeddings, cache, bound
 
-    def __call__(self, item: tuple[artifacts.Shard, int]) -> NDArray[np.int64]:
-        shard, first = item
-        rows = np.load(artifacts.fetch_shard(self._embeddings.uri, shard, ".npy", self._cache), mmap_mode="r")
-        return find_pairs(self._database, rows, first, self._bound)
+    def __call__(self, group: list[tuple[artifacts.Shard, int]]) -> NDArray[np.int64]:
+        paths = [artifacts.fetch_shard(self._embeddings.uri, shard, ".npy", self._cache) for shard, _ in group]
+        rows = np.concatenate([np.load(path, mmap_mode="r") for path in paths])
+        return find_pairs(self._database, rows, group[0][1], self._bound)

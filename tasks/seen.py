@@ -6,7 +6,7 @@ before it (``info["seen"]``); a file takes in the ones before it that are not mu
 thousand nights has about ten. Looking 10,000 URLs up among a million rows takes 0.03 s, most of it the file's digest;
 reading the column of the shards themselves would take seconds.
 
-Two URLs of 10⁹ share a hash with probability 5 %, and a new one meets an old hash once in 10¹⁰: it would be left out.
+Two URLs of 10⁹ share a hash with probability 3 %, and a new one meets an old hash once in 10¹⁰: it would be left out.
 """
 
 import dataclasses

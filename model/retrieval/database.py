@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 _BLOCK_ROWS = 65_536
+_GATHERED_VALUES = 1 << 26  # of candidates' rows at once, 6 bytes each
 _COPY_MARGIN = 1e-4
 _FEW_ROWS = 64  # so few are read one by one sooner than gathered by the part that holds them
 
@@ -66,6 +67,11 @@ class Nearest:
 
     scores: NDArray[np.float32]
     ids: NDArray[np.int64]
+
+    @classmethod
+    def nothing(cls, queries: int, width: int) -> "Nearest":
+        """No neighbour found yet."""
+        return cls(scores=np.full((queries, width), -np.inf, np.float32), ids=np.full((queries, width), -1, np.int64))
 
     def put(self, queries: NDArray[np.int64], better: "Nearest") -> None:
         """Put the answers ``better`` in the place of those to ``queries``."""
@@ -289,7 +295,7 @@ class Database:
     def _nearest(self, queries: NDArray[np.float32], width: int, own: Own | None) -> Nearest:
         width, extra, nprobe = min(width, len(self)), int(own is not None), self.effort.nprobe
         if width == 0:
-            return Nearest(scores=np.zeros((len(queries), 0), np.float32), ids=np.zeros((len(queries), 0), np.int64))
+            return Nearest.nothing(len(queries), 0)
         found = self._proposed(queries, width, own, extra=extra, nprobe=nprobe)
         # Cells without enough rows leave a query short: then more cells are visited, and at last all rows looked at.
         while len(short := np.flatnonzero((found.ids < 0).any(axis=1))) and nprobe < self._proposer.cells:
@@ -309,6 +315,13 @@ class Database:
         """Propose ``width + extra`` and rank; where rows that may not be returned took places, deeper."""
         wanted = width + extra
         count = min(self.stored, wanted if self._proposer.exact else max(wanted, self.effort.candidates))
+        most = max(1, _GATHERED_VALUES // (count * self.encoder.dimension))
+        if len(queries) > most:  # so that the rows of all candidates fit into memory, however many there are
+            found = Nearest.nothing(len(queries), width)
+            for few in np.array_split(np.arange(len(queries)), -(-len(queries) // most)):
+                theirs = None if own is None else own.of(few)
+                found.put(few, self._proposed(queries[few], width, theirs, extra=extra, nprobe=nprobe))
+            return found
         ids, scores = self._proposer.propose(queries, count, nprobe)
         lacking = ((0, 0), (0, max(0, width - ids.shape[1])))
         ids = np.pad(ids, lacking, constant_values=-1)

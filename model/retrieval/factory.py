@@ -15,9 +15,10 @@ at a recall of 0.82 where 8 reach 0.99, and its blocks cannot be searched across
 that names it, or anything else, is taken as it is. Rows are unit vectors, so the inner product is the cosine.
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,13 +187,22 @@ def fill_shard(template: Path, rows: Iterable[NDArray[np.float16]], output: Path
         else:
             index.add(block)
         total += len(block)
-    if stacked:
-        empty = faiss.IndexFlatIP(cells.d)
-        cells.own_fields = False
-        cells.quantizer = empty
     output.parent.mkdir(parents=True, exist_ok=True)
-    faiss.write_index(index, str(output))
+    with _without_quantizer(cells) if stacked else contextlib.nullcontext():
+        faiss.write_index(index, str(output))
     return sum(errors) / max(1, total)
+
+
+@contextlib.contextmanager
+def _without_quantizer(cells: Any) -> Iterator[None]:
+    """An empty quantizer in the place of the cells' own, which comes back, to be freed with them."""
+    kept, empty = cells.quantizer, faiss.IndexFlatIP(cells.d)
+    cells.quantizer = empty
+    try:
+        yield
+    finally:
+        cells.quantizer = kept
+        empty.this.own(True)  # what is assigned is no longer Python's to free
 
 
 def map_shard(path: Path) -> Any:

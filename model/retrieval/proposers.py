@@ -38,7 +38,7 @@ class Proposer(Protocol):
     """How many cells there are to visit; 0 when all rows are looked at anyway."""
 
     def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
-        """``count`` candidates, or ``count`` of each shard."""
+        """``count`` candidates for each query, or a few more."""
         ...
 
 
@@ -55,16 +55,21 @@ class SeparateShards:
         self.cells = max((cells.nlist for cells in self._cells if cells is not None), default=0)
 
     def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
-        """Ids (Q, shards × count)."""
-        found, first = [], 0
+        """Ids (Q, count), of all shards those that their indexes score best."""
+        scores, found, first = [], [], 0
         for index, cells, rows in zip(self._indexes, self._cells, self.rows, strict=True):
             with self._one_at_a_time if cells is not None else contextlib.nullcontext():
                 if cells is not None:
                     cells.nprobe = nprobe
-                _, ids = index.search(queries, min(count, rows) or 1)
+                some, ids = index.search(queries, min(count, rows) or 1)
+            scores.append(np.where(ids < 0, -np.inf, some))
             found.append(np.where(ids < 0, -1, ids + first))
             first += rows
-        return np.concatenate(found, axis=1), None
+        together = np.concatenate(found, axis=1)
+        if len(found) == 1 or together.shape[1] <= count:
+            return together, None
+        best = np.argpartition(-np.concatenate(scores, axis=1), count - 1, axis=1)[:, :count]
+        return np.take_along_axis(together, best, axis=1), None
 
 
 class StackedCells:
@@ -103,6 +108,24 @@ class StackedCells:
         scores, ids = self.index.search(queries, count, params=self._effort(nprobe))
         return self.dense(ids), scores if self.exact else None
 
+    def visited(self, queries: NDArray[np.float32], nprobe: int) -> NDArray[np.int64]:
+        """The cells (Q, nprobe) that a search visits, nearest first; −1 where the graph over them found no more."""
+        effort = self._graph_effort(nprobe)
+        found: NDArray[np.int64] = self._graph.search(queries, min(nprobe, self.cells), params=effort)[1]
+        return found
+
+    def cell(self, number: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The rows (n, D) of a cell and their ids (n,), ascending, where codes are the rows (``exact``)."""
+        lists, ivf = self._ivf.invlists, self._ivf
+        size, codes, ids = lists.list_size(number), lists.get_codes(number), lists.get_ids(number)
+        try:
+            stored = np.float16 if ivf.code_size == 2 * ivf.d else np.float32
+            held = faiss.rev_swig_ptr(codes, size * ivf.code_size).view(stored).reshape(size, ivf.d)
+            return held.astype(np.float32), self.dense(faiss.rev_swig_ptr(ids, size))
+        finally:
+            lists.release_codes(number, codes)
+            lists.release_ids(number, ids)
+
     def dense(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows as they are counted over all shards, of ids as the cells hold them; −1 stays."""
         found: NDArray[np.int64] = np.where(ids < 0, -1, self._first[ids >> FIRST_ID_SHIFT] + (ids & _POSITION))
@@ -111,13 +134,13 @@ class StackedCells:
     def _effort(self, nprobe: int) -> Any:
         """The effort of one search, told to it alone: threads search the same index, and not all equally hard."""
         cells: Any = faiss.SearchParametersIVF
-        graph: Any = faiss.SearchParametersHNSW  # type: ignore[attr-defined]
         turned: Any = faiss.SearchParametersPreTransform
-        if isinstance(self._graph, faiss.IndexHNSW):
-            effort = cells(nprobe=nprobe, quantizer_params=graph(efSearch=max(64, 2 * nprobe)))
-        else:
-            effort = cells(nprobe=nprobe)
+        effort = cells(nprobe=nprobe, quantizer_params=self._graph_effort(nprobe))
         return turned(index_params=effort) if isinstance(self.index, faiss.IndexPreTransform) else effort
+
+    def _graph_effort(self, nprobe: int) -> Any:
+        graph: Any = faiss.SearchParametersHNSW  # type: ignore[attr-defined]
+        return graph(efSearch=max(64, 2 * nprobe)) if isinstance(self._graph, faiss.IndexHNSW) else None
 
 
 def open_proposer(indexes: Sequence[Path], ordinals: Sequence[int], quantizer: Path | None) -> Proposer:

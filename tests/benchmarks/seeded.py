@@ -1,9 +1,11 @@
 """Seeded rows and their databases, kept below ``build/bench/retrieval``: what the benches of retrieval search.
 
-Rows are 256 wide, unit, in 1,000 seeded clusters. Databases are built by the real stage.
+Rows are 256 wide, unit, in 1,000 seeded clusters, in as many files as the largest shards of pictures make of them.
+Databases are built by the real stage.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import artifacts, compute, storage
+from infra.downloader import SHARD_ROWS
 from infra.shards import write_table
 from model.encoder_identity import EncoderIdentity
 from model.retrieval.recall import Truth, find_truth
@@ -18,7 +21,7 @@ from tasks.contracts import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards
 from tasks.index import IndexConfig, build_database
 
 WIDTH = 256
-SHARD_ROWS = 100_000
+DRAWN_ROWS = 100_000  # from one seed
 FOLDER = Path("build/bench/retrieval")
 IDENTITY = EncoderIdentity(name="seeded", weights_digest="0" * 64, preprocess_digest="0" * 64, dimension=WIDTH)
 QUERIES = 1_000
@@ -35,20 +38,27 @@ def clustered(rows: int, seed: int) -> NDArray[np.float32]:
 
 def seeded_embeddings(rows: int) -> EmbeddingShards:
     """Committed embedding shards of so many seeded rows; made once. Their metadata has no rows: nobody asks for it."""
-    stage = artifacts.Stage(str(FOLDER / str(rows)), EmbeddingShards.kind, inputs={}, config={"rows": rows})
+    config = {"rows": rows, "shard_rows": SHARD_ROWS}
+    stage = artifacts.Stage(str(FOLDER / str(rows)), EmbeddingShards.kind, inputs={}, config=config)
     manifest = stage.committed()
     if manifest is None:
-        done = []
-        for number, start in enumerate(range(0, rows, SHARD_ROWS)):
-            name = f"{number:05d}"
-            with storage.scratch() as folder:
-                (folder / "img_emb").mkdir()
-                part = clustered(min(SHARD_ROWS, rows - start), seed=1 + number).astype(np.float16)
-                np.save(folder / "img_emb" / f"img_emb_{name}.npy", part)
-                write_table([], METADATA_SCHEMA, folder / "metadata" / f"metadata_{name}.parquet")
-                done.append(artifacts.commit_shard(stage.uri, name, folder, rows=len(part), info={}))
+        done = [_commit(stage, f"{number:05d}", part) for number, part in enumerate(_parts(rows))]
         manifest = stage.commit(done, identity={"encoder": dataclasses.asdict(IDENTITY)}, info={})
     return EmbeddingShards.of(manifest, stage.uri)
+
+
+def _parts(rows: int) -> Iterator[NDArray[np.float16]]:
+    for seed, start in enumerate(range(0, rows, DRAWN_ROWS), 1):
+        drawn = clustered(min(DRAWN_ROWS, rows - start), seed).astype(np.float16)
+        yield from np.split(drawn, range(SHARD_ROWS, len(drawn), SHARD_ROWS))
+
+
+def _commit(stage: artifacts.Stage, name: str, part: NDArray[np.float16]) -> artifacts.Shard:
+    with storage.scratch() as folder:
+        (folder / "img_emb").mkdir()
+        np.save(folder / "img_emb" / f"img_emb_{name}.npy", part)
+        write_table([], METADATA_SCHEMA, folder / "metadata" / f"metadata_{name}.parquet")
+        return artifacts.commit_shard(stage.uri, name, folder, rows=len(part), info={})
 
 
 def seeded_database(rows: int, **config: Any) -> tuple[DatabaseVersion, float]:

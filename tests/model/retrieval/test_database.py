@@ -12,6 +12,7 @@ import tiny
 import torch
 from numpy.typing import NDArray
 
+import model.retrieval.database
 from model.errors import ModelError
 from model.retrieval.database import Database, Hits, SearchEffort, ShardFiles
 from model.retrieval.factory import cells_of
@@ -105,6 +106,39 @@ def test_a_crowd_of_copies_does_not_hide_the_neighbours_behind_it(tmp_path: Path
     hits = tiny.database(tmp_path, rows).search(rows[:1], 5, exclude=np.array([0]))
     order, _ = ranked(rows[:1], rows)
     assert hits.ids[0].tolist() == [row for row in order[0] if row >= 100][:5]
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,SQfp16", "OPQ4_8,IVF4,PQ4x4"])
+def test_candidates_that_do_not_fit_into_memory_are_ranked_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str
+) -> None:
+    rows = tiny.unit_rows(300)
+    rows[40:90] = rows[3]
+    database = tiny.database(tmp_path, rows[:100], rows[100:], factory=factory, nprobe=4, candidates=20)
+    own = np.arange(120)
+    whole = database.search(rows[own], 10, exclude=own)
+    asked = []
+    propose = database.proposer.propose
+
+    def counted(queries: NDArray[np.float32], count: int, nprobe: int) -> Any:
+        asked.append(len(queries) * count * tiny.WIDTH)
+        return propose(queries, count, nprobe)
+
+    monkeypatch.setattr(database.proposer, "propose", counted)
+    monkeypatch.setattr(model.retrieval.database, "_GATHERED_VALUES", 4000)
+    in_turn = database.search(rows[own], 10, exclude=own)
+    assert max(asked) <= 4000
+    np.testing.assert_array_equal(in_turn.ids, whole.ids)
+    np.testing.assert_array_equal(in_turn.scores, whole.scores)
+
+
+def test_of_shards_on_their_own_the_best_candidates_are_ranked(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(400)
+    database = tiny.database(tmp_path, rows[:150], rows[150:155], rows[155:], factory="IVF4,PQ4x4fs", nprobe=4)
+    proposed, _ = database.proposer.propose(rows[:7].astype(np.float32), 60, 4)
+    assert proposed.shape == (7, 60)
+    best = database.search(rows[:7], 1)
+    np.testing.assert_array_equal(best.ids[:, 0], np.arange(7))
 
 
 def test_a_small_database_gives_what_it_has(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import faiss
@@ -136,6 +137,22 @@ def test_a_stackable_shard_leaves_the_quantizer_to_all(tmp_path: Path) -> None:
     assert sorted(ids.tolist()) == [(7 << 32) + row for row in range(2_000)]
     assert error == pytest.approx(quantization_error(trained, rows[::16].astype(np.float32)), abs=1e-6)
     assert 0 < error < 1
+
+
+def test_a_shard_that_was_filled_leaves_no_quantizer_in_memory(tmp_path: Path) -> None:
+    centroids = np.random.default_rng(0).standard_normal((8192, 256), dtype=np.float32)  # 8 MB
+    quantizer = faiss.IndexFlatIP(256)
+    quantizer.add(centroids)
+    template = faiss.IndexIVFScalarQuantizer(
+        quantizer, 256, 8192, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+    )
+    template.train(centroids[:10])
+    faiss.write_index(template, str(tmp_path / "quantizer.faiss"))
+    held = []
+    for _ in range(12):
+        fill_shard(tmp_path / "quantizer.faiss", [tiny.unit_rows(20, 256)], tmp_path / "0.faiss")
+        held.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    assert held[-1] - held[2] < 16 << 20  # nine of them would be 72 MB
 
 
 @pytest.mark.parametrize("count", [900, 404], ids=["most cells filled", "few cells filled"])
