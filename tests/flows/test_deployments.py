@@ -1,5 +1,8 @@
 """Every deployment of prefect.yaml loads for real, and takes the parameters that stand there."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +37,25 @@ def test_parameters_that_cannot_be_right_are_refused_with_the_mend() -> None:
 
     with pytest.raises((ParameterTypeError, ValueError), match="domain 'A B' must be lower-case letters"):
         new_domain.validate_parameters({"config": {"domain": "A B", "urls": "x.csv"}})
+
+
+@pytest.mark.slow
+def test_all_are_deployed_as_the_readme_says(tmp_path: Path) -> None:
+    deploy = """
+import subprocess, sys
+from pathlib import Path
+from infra.prefect_api import prefect_api
+with prefect_api(Path(sys.argv[1])):
+    for words in (["work-pool", "create", "knn-diffusion", "--type", "process"], ["--no-prompt", "deploy", "--all"]):
+        subprocess.run([sys.executable, "-m", "prefect", *words], check=True)
+    subprocess.run([sys.executable, "-m", "prefect", "deployment", "ls"], check=True)
+"""
+    environment = {**os.environ, "KNN_DIFFUSION_CHECKOUT": str(CHECKOUT), "COLUMNS": "200"}
+    environment.pop("PREFECT_API_URL", None)
+    done = subprocess.run(
+        [sys.executable, "-c", deploy, str(tmp_path)], cwd=CHECKOUT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    listed = done.stdout.rpartition("Deployments")[2]
+    for deployment in DEPLOYMENTS:
+        assert f"{deployment['name']}/{deployment['name']}" in listed
