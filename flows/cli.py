@@ -1,4 +1,4 @@
-"""The ``knn-diffusion`` command. What was asked for goes to standard output (with --json nothing else); the rest does not.
+"""The ``knn-diffusion`` command. What was asked for goes to standard output, alone where it is JSON; the rest does not.
 
 Exit code 0 for success, 1 for a failure told in one line, 2 for wrong usage. Heavy imports wait inside the commands, so
 that ``--help`` answers at once. What looks into databases is in :mod:`flows.cli_databases`, what keeps
