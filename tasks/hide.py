@@ -131,7 +131,7 @@ class _Pairs:
         )
         self._embeddings, self._cache, self._bound = embeddings, cache, bound
 
-    def __call__(self, group: list[tuple[artifacts.Shard, int]]) -> NDArray[np.int64]:
-        paths = [artifacts.fetch_shard(self._embeddings.uri, shard, ".npy", self._cache) for shard, _ in group]
+    def __call__(self, item: list[tuple[artifacts.Shard, int]]) -> NDArray[np.int64]:
+        paths = [artifacts.fetch_shard(self._embeddings.uri, shard, ".npy", self._cache) for shard, _ in item]
         rows = np.concatenate([np.load(path, mmap_mode="r") for path in paths])
-        return find_pairs(self._database, rows, group[0][1], self._bound)
+        return find_pairs(self._database, rows, item[0][1], self._bound)

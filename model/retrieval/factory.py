@@ -196,7 +196,8 @@ def fill_shard(template: Path, rows: Iterable[NDArray[np.float16]], output: Path
 @contextlib.contextmanager
 def _without_quantizer(cells: Any) -> Iterator[None]:
     """An empty quantizer in the place of the cells' own, which comes back, to be freed with them."""
-    kept, empty = cells.quantizer, faiss.IndexFlatIP(cells.d)
+    kept = cells.quantizer
+    empty: Any = faiss.IndexFlatIP(cells.d)
     cells.quantizer = empty
     try:
         yield
