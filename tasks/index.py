@@ -141,9 +141,13 @@ def _require_recall(factory: str, measured: dict[str, Any], config: IndexConfig)
 
 def _note(manifest: artifacts.Manifest) -> str:
     info = manifest.info
-    text = "no texts to measure with" if info["recall_at_10_text"] is None else f"text {info['recall_at_10_text']:.3f}"
+    image, text = info["recall_at_10_image"], info["recall_at_10_text"]
+    recalls = [
+        "no pictures to measure with" if image is None else f"recall@10 image {image:.3f}",
+        "no texts to measure with" if text is None else f"text {text:.3f}",
+    ]
     further = [f"{info[name]} {told}" for name, told in _TOLD.items() if info[name]]
-    return ", ".join([info["factory"], f"recall@10 image {info['recall_at_10_image']:.3f}", text, *further])
+    return ", ".join([info["factory"], *recalls, *further])
 
 
 _TOLD = {"near_duplicates": "near-duplicates", "hidden": "hidden", "shards_taken_over": "index shards taken over"}

@@ -42,10 +42,10 @@ def register_database(domain: str, database: DatabaseVersion, settings: Settings
         "rows": str(manifest.rows - manifest.info["hidden"]),
         "bytes": str(_stored_bytes(manifest)),
         "index": manifest.info["factory"],
-        "recall_at_10_image": f"{manifest.info['recall_at_10_image']:.4f}",
     }
-    if manifest.info["recall_at_10_text"] is not None:
-        tags["recall_at_10_text"] = f"{manifest.info['recall_at_10_text']:.4f}"
+    for name in ("recall_at_10_image", "recall_at_10_text"):
+        if manifest.info[name] is not None:  # else there was nothing to measure it with
+            tags[name] = f"{manifest.info[name]:.4f}"
     started = time.monotonic()
     registered = Registry(settings).register(
         DATABASE_PREFIX + domain,

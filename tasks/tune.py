@@ -12,7 +12,7 @@ from infra import artifacts, storage
 from model.retrieval.database import Database, SearchEffort
 from model.retrieval.recall import Truth, find_truth
 from model.retrieval.tuning import Point, tune
-from tasks.contracts import EmbeddingShards, encoder_of
+from tasks.contracts import EmbeddingShards
 from tasks.databases import TRUTH, open_shards
 from tasks.hide import Grown
 
@@ -31,18 +31,20 @@ def tune_database(
 ) -> tuple[artifacts.Shard, dict[str, Any]]:
     """The shard of queries with their true neighbours, and what the manifest tells of effort and recall.
 
-    A database that ``grown`` describes keeps its queries: of these only the new rows are looked at for the truth.
+    A database that ``grown`` describes keeps its queries, and only the new rows are looked at for the truth of these;
+    image queries are drawn anew when too few are left of them, or when it has twice the rows that they were drawn from.
     ``config`` is the :class:`tasks.index.IndexConfig`. The curve is drawn into the folder as ``recall.png``.
     """
     barred = np.load(artifacts.fetch_shard(folder_uri, hidden, "hidden.npy", cache))
     database = open_shards(
         folder_uri, indexed, embeddings, cache, name="tuned", effort=SearchEffort(), hidden=barred, rows_at_once=False
     )
-    if grown is not None:
-        truths = {kind: _grown(database, truth, grown.rows, barred) for kind, truth in _read(grown, cache).items()}
-    else:
-        truths = _chosen(database, barred, embeddings, config)
-    before = None if grown is None else _effort_before(grown, config.target_recall)
+    kept, drawn_from = ({}, database.stored) if grown is None else _kept(database, barred, grown, config, cache)
+    truths = {
+        "image": kept["image"] if "image" in kept else _pictures(database, barred, config),
+        "text": kept["text"] if "text" in kept else _texts(database, barred, config),
+    }
+    before = None if grown is None or kept.keys() != truths.keys() else _effort_before(grown, config.target_recall)
     best, measured = tune(database, truths, config.target_recall, before=before)
     storage.write_bytes(storage.join(folder_uri, CURVE), _drawn(measured, best, config.target_recall))
     recalls = {f"recall_at_10_{kind}": best.recalls[kind] if len(truth) else None for kind, truth in truths.items()}
@@ -62,30 +64,44 @@ def tune_database(
                 ids=truth.ids,
                 scores=truth.scores.round(6),
             )
-        return artifacts.commit_shard(folder_uri, TRUTH, folder, rows=0, info={}), info
+        return artifacts.commit_shard(folder_uri, TRUTH, folder, rows=0, info={"drawn_from": drawn_from}), info
 
 
-def _chosen(
-    database: Database,
-    hidden: NDArray[np.int64],
-    embeddings: EmbeddingShards,
-    config: Any,
-) -> dict[str, Truth]:
-    """Queries drawn by the config's seed, and their truth."""
-    encoder = encoder_of(embeddings.manifest())
-    rng = np.random.default_rng(config.seed)
-    picked = rng.choice(database.ids(), min(config.recall_queries, len(database)), replace=False)
-    texts = np.empty((0, encoder.dimension), dtype=np.float32)
+def _pictures(database: Database, hidden: NDArray[np.int64], config: Any) -> Truth:
+    """Rows drawn by the config's seed as queries, and their truth."""
+    wanted = _image_queries(database, config)
+    picked = np.random.default_rng(config.seed).choice(database.ids(), wanted, replace=False)
+    own = database.rows(picked)
+    return find_truth(database.parts, own.astype(np.float32), own=picked, own_rows=own, hidden=hidden)
+
+
+def _texts(database: Database, hidden: NDArray[np.int64], config: Any) -> Truth:
+    """Texts drawn by the config's seed as queries, and their truth."""
+    texts = np.empty((0, database.encoder.dimension), dtype=np.float32)
     if config.texts:
         from model.clip import encoder_for  # only texts need the encoder, which takes seconds to import
 
-        chosen = rng.choice(len(config.texts), min(config.recall_queries, len(config.texts)), replace=False)
-        texts = encoder_for(encoder).embed_texts([config.texts[i] for i in chosen]).numpy()
-    own = database.rows(picked)
-    return {
-        "image": find_truth(database.parts, own.astype(np.float32), own=picked, own_rows=own, hidden=hidden),
-        "text": find_truth(database.parts, texts, hidden=hidden),
-    }
+        wanted = min(config.recall_queries, len(config.texts))
+        chosen = np.random.default_rng(config.seed).choice(len(config.texts), wanted, replace=False)
+        texts = encoder_for(database.encoder).embed_texts([config.texts[i] for i in chosen]).numpy()
+    return find_truth(database.parts, texts, hidden=hidden)
+
+
+def _image_queries(database: Database, config: Any) -> int:
+    return int(min(config.recall_queries, len(database)))
+
+
+def _kept(
+    database: Database, hidden: NDArray[np.int64], grown: Grown, config: Any, cache: Path
+) -> tuple[dict[str, Truth], int]:
+    """The truth over all rows of those queries that still serve, and how many rows the pictures were drawn from."""
+    (shard,) = (shard for shard in grown.version.manifest().shards if shard.name == TRUTH)
+    truths, drawn_from = _read(grown, shard, cache), shard.info.get("drawn_from", grown.rows)
+    left = len(truths["image"]) - int(np.isin(truths["image"].own, hidden).sum())
+    if 2 * left < _image_queries(database, config) or database.stored >= 2 * drawn_from:
+        del truths["image"]
+        drawn_from = database.stored
+    return {kind: _grown(database, truth, grown.rows, hidden) for kind, truth in truths.items()}, drawn_from
 
 
 def _grown(database: Database, before: Truth, rows: int, hidden: NDArray[np.int64]) -> Truth:
@@ -120,8 +136,7 @@ def _effort_before(grown: Grown, target: float) -> SearchEffort | None:
     return SearchEffort(**manifest.info["effort"]) if same else None
 
 
-def _read(grown: Grown, cache: Path) -> dict[str, Truth]:
-    (shard,) = (shard for shard in grown.version.manifest().shards if shard.name == TRUTH)
+def _read(grown: Grown, shard: artifacts.Shard, cache: Path) -> dict[str, Truth]:
     truths = {}
     for kind in ("image", "text"):
         with np.load(artifacts.fetch_shard(grown.version.uri, shard, f"{kind}.npz", cache)) as kept:

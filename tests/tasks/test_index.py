@@ -14,14 +14,18 @@ from numpy.typing import NDArray
 
 from infra import artifacts, compute, storage
 from infra.errors import IntegrityError, StageError
+from infra.registry import Registry
+from infra.settings import Settings
 from infra.shards import write_table
 from model.errors import ModelError
-from tasks import fill
-from tasks.contracts import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards
-from tasks.databases import HIDDEN, QUANTIZER, index_shards, open_database
+from model.retrieval.recall import Truth, find_truth
+from tasks import fill, tune
+from tasks.contracts import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards, Takedown
+from tasks.databases import HIDDEN, QUANTIZER, TRUTH, index_shards, open_database
 from tasks.distribute import distributed_database
 from tasks.index import IndexConfig, build_database
 from tasks.neighbours import find_neighbours
+from tasks.register import register_database
 from tasks.takedown import Entries, commit_takedown
 
 CONFIG = IndexConfig(index="IVF8,SQfp16", shard_rows=250, recall_queries=30, near_duplicate_cosine=0.9999)
@@ -223,6 +227,71 @@ def test_what_was_hidden_stays_hidden_in_what_grows_from_it(tmp_path: Path) -> N
     for asked, hidden in ((takedown, {107, 350}), (more, {107, 305, 350})):
         version = build(after, tmp_path, config, previous=first, takedown=asked)
         assert set(np.setdiff1d(np.arange(400), open_database(version, tmp_path / "cache").ids()).tolist()) == hidden
+
+
+def queries_of(version: DatabaseVersion, base: Path) -> NDArray[np.int64]:
+    """The rows that are a version's image queries."""
+    (shard,) = (shard for shard in version.manifest().shards if shard.name == TRUTH)
+    own: NDArray[np.int64] = np.load(artifacts.fetch_shard(version.uri, shard, "image.npz", base / "cache"))["own"]
+    return own
+
+
+def without(rows: NDArray[np.int64], base: Path) -> Takedown:
+    """A takedown of some of :func:`stored`'s rows, in parts of 100."""
+    urls = frozenset(f"http://{row // 100:05d}/{row % 100}" for row in rows.tolist())
+    return commit_takedown(Entries(url=urls), str(base), info={}).reference
+
+
+@pytest.mark.parametrize(("gone", "drawn_anew"), [(15, False), (16, True), (30, True)])
+def test_queries_that_were_taken_down_are_replaced_when_few_are_left(
+    tmp_path: Path, gone: int, drawn_anew: bool
+) -> None:
+    embeddings = stored(tmp_path, np.split(tiny.unit_rows(300), 3))
+    first = build(embeddings, tmp_path)
+    queries = queries_of(first, tmp_path)
+    assert len(queries) == 30
+
+    second = build(embeddings, tmp_path, previous=first, takedown=without(queries[:gone], tmp_path))
+
+    assert second.manifest().info["image_queries"] == (30 if drawn_anew else 30 - gone)
+    assert second.manifest().info["recall_at_10_image"] >= 0.95
+    assert not np.isin(queries[:gone], queries_of(second, tmp_path)).any()
+
+
+def test_queries_are_drawn_anew_from_twice_the_rows(tmp_path: Path) -> None:
+    rows, config = tiny.unit_rows(200), dataclasses.replace(CONFIG, max_drift=1e9)
+    embeddings = stored(tmp_path, [rows[:100]])
+    version = build(embeddings, tmp_path, config)
+    drawn = [queries_of(version, tmp_path)]
+    for number, more in enumerate((rows[100:150], rows[150:]), start=1):
+        embeddings = stored(tmp_path, [more], first=number, previous=embeddings)
+        version = build(embeddings, tmp_path, config, previous=version)
+        drawn.append(queries_of(version, tmp_path))
+    np.testing.assert_array_equal(drawn[1], drawn[0])
+    assert len(drawn[2]) == 30
+    assert drawn[2].max() >= 150, "the first new rows were half as many, these are as many as there were"
+
+
+def test_a_version_without_pictures_to_measure_with_is_told_of_registered_and_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embeddings = stored(tmp_path, np.split(tiny.unit_rows(300), 3))
+
+    def none_left(database: Any, *_: Any) -> Truth:
+        return find_truth(database.parts, np.empty((0, tiny.WIDTH), np.float32))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune, "_pictures", none_left)
+        built = build_database(embeddings, str(tmp_path), CONFIG, cache=tmp_path / "cache")
+    assert built.note.startswith("IVF8,SQfp16, no pictures to measure with, no texts to measure with")
+    settings = Settings(root=str(tmp_path / "data"))
+    register_database("shapes", built.reference, settings)
+    (listed,) = Registry(settings).versions("database")
+    assert listed["index"] == "IVF8,SQfp16"
+    assert "recall_at_10_image" not in listed
+    takedown = without(np.arange(3), tmp_path)
+    after = build(embeddings, tmp_path, previous=built.reference, takedown=takedown)
+    assert after.manifest().info["image_queries"] == 30
 
 
 def test_a_quantizer_that_no_longer_fits_is_trained_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
