@@ -50,8 +50,8 @@ def hide_rows(
 ) -> artifacts.Shard:
     """Find rows to hide among those of index shards that are not committed as a version yet, and commit them.
 
-    Near-duplicates (cosine at least ``bound``) are counted, and hidden when ``dedup`` asks for it. What ``grown`` knows
-    is taken over, so that only new rows are searched.
+    Near-duplicates (cosine at least ``bound``) among rows that are not taken down are counted, and hidden when
+    ``dedup`` asks for it. What ``grown`` knows is taken over, so that only new rows are searched.
     """
     taken = _taken_down(embeddings, cache, takedown, grown)
     pairs = [] if grown is None else [grown.array("pairs.npy", cache)]
@@ -64,7 +64,8 @@ def hide_rows(
     if bound < 1:
         pairs += _search_pairs((folder_uri, list(indexed), embeddings, cache, bound), items)
     joined = np.unique(np.concatenate([np.zeros((0, 2), np.int64), *pairs]), axis=0)
-    repeated = later_ones(joined)
+    # What repeats only what is taken down is shown in its place.
+    repeated = later_ones(joined[~np.isin(joined, taken).any(axis=1)])
     hidden = np.union1d(taken, repeated) if dedup else taken
     info = {"taken_down": len(taken), "near_duplicates": len(repeated), "hidden": len(hidden)}
     with storage.scratch() as folder:

@@ -1,5 +1,6 @@
 """Tune: how hard a new database must look to reach its recall, measured with held-out queries of both kinds."""
 
+import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,16 +102,28 @@ def _kept(
     if 2 * left < _image_queries(database, config) or database.stored >= 2 * drawn_from:
         del truths["image"]
         drawn_from = database.stored
-    return {kind: _grown(database, truth, grown.rows, hidden) for kind, truth in truths.items()}, drawn_from
+    shown = np.setdiff1d(grown.array("hidden.npy", cache), hidden)
+    return {kind: _grown(database, truth, grown.rows, hidden, shown) for kind, truth in truths.items()}, drawn_from
 
 
-def _grown(database: Database, before: Truth, rows: int, hidden: NDArray[np.int64]) -> Truth:
-    """The truth of the same queries over more rows; queries that were hidden meanwhile are left out."""
+def _grown(database: Database, before: Truth, rows: int, hidden: NDArray[np.int64], shown: NDArray[np.int64]) -> Truth:
+    """The truth of the same queries over more rows, and over those ``shown`` again that were hidden before.
+
+    Queries that were hidden meanwhile are left out.
+    """
     before = before.only(~np.isin(before.own, hidden))
     own_rows = before.own_rows
     own = None if own_rows is None else before.own
     # Rows that were there before are known down to the last of those kept: below it, one of them may be nearer.
     lowest = np.where(before.ids >= 0, before.scores, np.inf).min(axis=1, keepdims=True)
+    if len(shown):
+        found = find_truth([database.rows(shown)], before.queries, own_rows=own_rows)
+        ids = np.where(found.ids >= 0, shown[found.ids], -1)
+        before = dataclasses.replace(
+            before,
+            ids=np.concatenate([before.ids, ids], axis=1),
+            scores=np.concatenate([before.scores, found.scores], axis=1),
+        )
     truth = find_truth(
         database.parts, before.queries, own=own, own_rows=own_rows, hidden=hidden, grown_from=(before, rows)
     )

@@ -70,7 +70,8 @@ def find_truth(
         own_rows: (Q, D) those rows as they are stored.
         hidden: sorted ids that must not be found at all.
         depth: P.
-        grown_from: what was true of these queries when there were so many rows: only later ones are looked at.
+        grown_from: what was true of these queries when there were so many rows, with as many neighbours or more: only
+            later ones are looked at.
     """
     count = len(queries)
     scores = np.full((count, depth), -np.inf, dtype=np.float32)
@@ -102,7 +103,7 @@ def find_truth(
                 scores, ids = np.take_along_axis(scores, best, axis=1), np.take_along_axis(ids, best, axis=1)
         first += len(part)
     ids[np.isneginf(scores)] = -1
-    order = np.lexsort((ids, -scores), axis=1)
+    order = np.lexsort((ids, -scores), axis=1)[:, :depth]
     return Truth(
         queries=queries,
         own=np.full(count, -1, np.int64) if own is None else own,

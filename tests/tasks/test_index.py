@@ -226,7 +226,32 @@ def test_what_was_hidden_stays_hidden_in_what_grows_from_it(tmp_path: Path) -> N
     after = stored(tmp_path, [rows[300:]], first=3, previous=before)
     for asked, hidden in ((takedown, {107, 350}), (more, {107, 305, 350})):
         version = build(after, tmp_path, config, previous=first, takedown=asked)
-        assert set(np.setdiff1d(np.arange(400), open_database(version, tmp_path / "cache").ids()).tolist()) == hidden
+        assert hidden_in(version, tmp_path) == hidden
+
+
+def test_of_a_group_of_near_duplicates_another_is_shown_when_the_first_is_taken_down(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(300)
+    rows[[250, 270]] = rows[20]
+    turned = tiny.unit(rows[[30]] + 0.1 * tiny.unit_rows(2, seed=5))  # 30 joins two that are no near-duplicates
+    rows[[150, 160]] = turned
+    config = dataclasses.replace(CONFIG, dedup=True, near_duplicate_cosine=0.992)
+    near = rows.astype(np.float32)[[150, 160, 30]] @ rows.astype(np.float32)[[150, 160, 30]].T
+    assert near[2, :2].min() > 0.992 > near[0, 1]
+    embeddings = stored(tmp_path, np.split(rows, 3))
+    first = build(embeddings, tmp_path, config)
+    assert hidden_in(first, tmp_path) == {150, 160, 250, 270}
+
+    second = build(embeddings, tmp_path, config, previous=first, takedown=without(np.array([20, 30]), tmp_path))
+
+    assert hidden_in(second, tmp_path) == {20, 30, 270}
+    info = second.manifest().info
+    assert (info["taken_down"], info["near_duplicates"], info["hidden"]) == (2, 1, 3)
+
+
+def hidden_in(version: DatabaseVersion, base: Path) -> set[int]:
+    """The rows that an open version does not show."""
+    database = open_database(version, base / "cache")
+    return set(np.setdiff1d(np.arange(database.stored), database.ids()).tolist())
 
 
 def queries_of(version: DatabaseVersion, base: Path) -> NDArray[np.int64]:
