@@ -51,12 +51,14 @@ def hide_rows(
     """Find rows to hide among those of index shards that are not committed as a version yet, and commit them.
 
     Near-duplicates (cosine at least ``bound``) among rows that are not taken down are counted, and hidden when
-    ``dedup`` asks for it. What ``grown`` knows is taken over, so that only new rows are searched.
+    ``dedup`` asks for it. What ``grown`` knows is taken over (of pairs only those of the same ``bound``), so that only
+    new rows are searched.
     """
     taken = _taken_down(embeddings, cache, takedown, grown)
-    pairs = [] if grown is None else [grown.array("pairs.npy", cache)]
-    first, items = 0, []
-    known = 0 if grown is None else grown.shards
+    pairs: list[NDArray[np.int64]] = []
+    first, items, known = 0, [], 0
+    if grown is not None and grown.version.manifest().config["near_duplicate_cosine"] == bound:
+        pairs, known = [grown.array("pairs.npy", cache)], grown.shards
     for number, shard in enumerate(embeddings.manifest().shards):
         if number >= known:
             items.append((shard, first))

@@ -6,7 +6,7 @@
     recall.png            recall against latency
 
 A version may grow from an earlier one: new rows are added with the frozen quantizer, and only they are looked at for
-near-duplicates and for the truth. When the quantizer's error on the
+near-duplicates and for the truth, unless settings that decide these have changed. When the quantizer's error on the
 new rows has drifted, or the database has outgrown it, everything is indexed anew.
 """
 

@@ -48,6 +48,12 @@ def kept_quantizer(
         why = "another encoder"
     elif factory_asked not in ("auto", factory):
         why = f"{factory_asked} is asked for"
+    elif (
+        factory_asked == "auto"
+        and before.config["index"] != "auto"
+        and factory != (better := choose_index(source.rows, encoder_of(source).dimension, memory_bytes))
+    ):
+        why = f"auto is asked for, and takes {better} for {source.rows} rows, not {factory}"
     elif factory_asked == "auto" and (
         source.rows > FLAT_ROWS if factory == "Flat" else source.rows > OUTGROWN * trained_for
     ):

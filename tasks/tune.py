@@ -13,12 +13,14 @@ from infra import artifacts, storage
 from model.retrieval.database import Database, SearchEffort
 from model.retrieval.recall import Truth, find_truth
 from model.retrieval.tuning import Point, tune
-from tasks.contracts import EmbeddingShards
+from tasks.contracts import EmbeddingShards, config_from
 from tasks.databases import TRUTH, open_shards
 from tasks.hide import Grown
 
 CURVE = "recall.png"
 RECALL_AT = 10
+_DECIDES_TRUTH = ("texts", "recall_queries", "seed", "dedup", "near_duplicate_cosine")
+"""Settings without which queries and truth are others."""
 
 
 def tune_database(
@@ -33,7 +35,8 @@ def tune_database(
     """The shard of queries with their true neighbours, and what the manifest tells of effort and recall.
 
     A database that ``grown`` describes keeps its queries, and only the new rows are looked at for the truth of these;
-    image queries are drawn anew when too few are left of them, or when it has twice the rows that they were drawn from.
+    image queries are drawn anew when too few are left of them, or when it has twice the rows that they were drawn from,
+    and all when other settings ask for other ones.
     ``config`` is the :class:`tasks.index.IndexConfig`. The curve is drawn into the folder as ``recall.png``.
     """
     barred = np.load(artifacts.fetch_shard(folder_uri, hidden, "hidden.npy", cache))
@@ -96,7 +99,11 @@ def _kept(
     database: Database, hidden: NDArray[np.int64], grown: Grown, config: Any, cache: Path
 ) -> tuple[dict[str, Truth], int]:
     """The truth over all rows of those queries that still serve, and how many rows the pictures were drawn from."""
-    (shard,) = (shard for shard in grown.version.manifest().shards if shard.name == TRUTH)
+    before = grown.version.manifest()
+    stored = config_from(type(config), before.config)
+    if any(getattr(stored, name) != getattr(config, name) for name in _DECIDES_TRUTH):
+        return {}, database.stored
+    (shard,) = (shard for shard in before.shards if shard.name == TRUTH)
     truths, drawn_from = _read(grown, shard, cache), shard.info.get("drawn_from", grown.rows)
     left = len(truths["image"]) - int(np.isin(truths["image"].own, hidden).sum())
     if 2 * left < _image_queries(database, config) or database.stored >= 2 * drawn_from:

@@ -48,6 +48,7 @@ def test_three_new_urls_cost_three_downloads_and_the_same_list_nothing(living: L
     finer = living.rebuild(urls=whole, index=IndexConfig(recall_queries=5))
     assert finer.after.embeddings == again.after.embeddings
     assert finer.after.database.manifest().config["recall_queries"] == 5
+    assert finer.after.database.manifest().info["image_queries"] == 5
 
 
 def test_what_is_taken_down_is_hidden_at_once_then_compacted_then_collected(living: Living, ray: WithoutRay) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import torch
 from fakes import Killed, WithoutRay
 from numpy.typing import NDArray
 
@@ -17,6 +18,7 @@ from infra.errors import IntegrityError, StageError
 from infra.registry import Registry
 from infra.settings import Settings
 from infra.shards import write_table
+from model import clip
 from model.errors import ModelError
 from model.retrieval.recall import Truth, find_truth
 from tasks import fill, tune
@@ -254,11 +256,15 @@ def hidden_in(version: DatabaseVersion, base: Path) -> set[int]:
     return set(np.setdiff1d(np.arange(database.stored), database.ids()).tolist())
 
 
+def truth_of(version: DatabaseVersion, kind: str, base: Path) -> dict[str, NDArray[Any]]:
+    """A version's queries of a kind and their true neighbours."""
+    (shard,) = (shard for shard in version.manifest().shards if shard.name == TRUTH)
+    return dict(np.load(artifacts.fetch_shard(version.uri, shard, f"{kind}.npz", base / "cache")))
+
+
 def queries_of(version: DatabaseVersion, base: Path) -> NDArray[np.int64]:
     """The rows that are a version's image queries."""
-    (shard,) = (shard for shard in version.manifest().shards if shard.name == TRUTH)
-    own: NDArray[np.int64] = np.load(artifacts.fetch_shard(version.uri, shard, "image.npz", base / "cache"))["own"]
-    return own
+    return truth_of(version, "image", base)["own"]
 
 
 def without(rows: NDArray[np.int64], base: Path) -> Takedown:
@@ -295,6 +301,62 @@ def test_queries_are_drawn_anew_from_twice_the_rows(tmp_path: Path) -> None:
     np.testing.assert_array_equal(drawn[1], drawn[0])
     assert len(drawn[2]) == 30
     assert drawn[2].max() >= 150, "the first new rows were half as many, these are as many as there were"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"texts": ("one", "two", "three", "four")},
+        {"texts": ()},
+        {"recall_queries": 40},
+        {"seed": 1},
+        {"near_duplicate_cosine": 0.9},
+        {"near_duplicate_cosine": 1.0},
+        {"dedup": False},
+    ],
+    ids=str,
+)
+def test_changed_settings_hold_in_what_grows_as_in_what_is_built_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(clip, "encoder_for", lambda identity: Words())
+    rows = tiny.unit_rows(400)
+    rows[150:180] = rows[10:40]
+    before = stored(tmp_path, np.split(rows[:300], 3))
+    config = dataclasses.replace(CONFIG, dedup=True, texts=("one", "two"), max_drift=1e9)
+    first = build(before, tmp_path, config)
+    after = stored(tmp_path, [rows[300:]], first=3, previous=before)
+    changed = dataclasses.replace(config, **changes)
+
+    grown = build(after, tmp_path, changed, previous=first)
+
+    anew = build(after, tmp_path / "anew", changed)
+    assert grown.manifest().info["shards_taken_over"] > 0
+    assert hidden_in(grown, tmp_path) == hidden_in(anew, tmp_path)
+    for name in ("near_duplicates", "image_queries", "text_queries"):
+        assert grown.manifest().info[name] == anew.manifest().info[name]
+    for kind in ("image", "text"):
+        ours, theirs = (truth_of(version, kind, tmp_path) for version in (grown, anew))
+        np.testing.assert_array_equal(ours["queries"], theirs["queries"])
+        np.testing.assert_array_equal(ours["ids"], theirs["ids"])
+
+
+class Words:
+    """An encoder of texts."""
+
+    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([tiny.unit_rows(1, seed=len(text)) for text in texts])).float()
+
+
+def test_auto_takes_its_own_choice_where_another_index_was_asked_for_before(tmp_path: Path) -> None:
+    embeddings = stored(tmp_path, np.split(tiny.unit_rows(600), 6))
+    first = build(embeddings, tmp_path)
+    auto = dataclasses.replace(CONFIG, index="auto")
+    second = build(embeddings, tmp_path, auto, previous=first)
+    assert second.manifest().info["factory"] == "Flat"
+    flat = build(embeddings, tmp_path / "flat", dataclasses.replace(CONFIG, index="Flat"))
+    same = build(embeddings, tmp_path / "flat", auto, previous=flat)
+    assert same.manifest().info["shards_taken_over"] == 3, "what it would take itself is kept"
 
 
 def test_a_version_without_pictures_to_measure_with_is_told_of_registered_and_followed(
