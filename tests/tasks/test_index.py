@@ -21,7 +21,7 @@ from infra.shards import write_table
 from model import clip
 from model.errors import ModelError
 from model.retrieval.recall import Truth, find_truth
-from tasks import fill, tune
+from tasks import fill, hide, tune
 from tasks.contracts import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards, Takedown
 from tasks.databases import HIDDEN, QUANTIZER, TRUTH, index_shards, open_database
 from tasks.distribute import distributed_database
@@ -565,3 +565,22 @@ def test_a_row_is_not_its_own_neighbour_wherever_the_database_has_it_from(tmp_pa
         neighbours = elsewhere[np.load(artifacts.fetch_shard(found.uri, shard, ".npy", tmp_path / "cache"))]
         assert neighbours.shape == (100, 5, tiny.WIDTH)
         assert not (neighbours == theirs[:, None]).all(axis=2).any()
+
+
+def test_near_duplicates_of_many_shards_are_looked_for_in_groups(
+    tmp_path: Path, alone: WithoutRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tiny.unit_rows(600)
+    rows[[29, 30, 599]] = rows[[580, 3, 31]]
+    monkeypatch.setattr(hide, "_GROUP_ROWS", 100)
+    version = build(stored(tmp_path, np.split(rows, 20)), tmp_path)
+    groups = [item for what, item in alone.items if what == "near-duplicates"]
+    assert [[first for _, first in group] for group in groups] == [
+        [0, 30, 60], [90, 120, 150], [180, 210, 240], [270, 300, 330], [360, 390, 420], [450, 480, 510], [540, 570],
+    ]  # fmt: skip
+    (hidden,) = (shard for shard in version.manifest().shards if shard.name == HIDDEN)
+    pairs = np.load(artifacts.fetch_shard(version.uri, hidden, "pairs.npy", tmp_path / "cache"))
+    unit = tiny.unit(rows.astype(np.float64))
+    cosines = np.triu(unit @ unit.T, 1)
+    assert pairs.tolist() == np.argwhere(cosines >= CONFIG.near_duplicate_cosine).tolist()
+    assert {(3, 30), (29, 580), (31, 599)} <= set(map(tuple, pairs.tolist()))
