@@ -215,7 +215,7 @@ class Database:
 
             other._proposer = GpuCells(self._proposer, place.index or 0)
         else:
-            other._proposer = TorchRows([part.array for part in self._parts], place)
+            other._proposer = TorchRows(self._parts, place)
         return other
 
     def search(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Hits:

@@ -85,12 +85,14 @@ def find_truth(
     scores[gone], ids[gone] = -np.inf, -1
     first = 0
     for part in parts:
+        rows = None  # a file is not opened for rows that are known, nor kept mapped for those that are not
         for start in range(0, len(part), _BLOCK_ROWS):
             begin, end = first + start, first + min(start + _BLOCK_ROWS, len(part))
             if end <= known:
                 continue
             begin = max(begin, known)
-            block = np.ascontiguousarray(part[begin - first : end - first])
+            rows = np.asarray(part) if rows is None else rows
+            block = np.ascontiguousarray(rows[begin - first : end - first])
             found = queries @ block.astype(np.float32).T
             found[:, barred[(barred >= begin) & (barred < end)] - begin] = -np.inf
             if own_rows is not None:

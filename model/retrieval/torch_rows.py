@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from model.errors import ModelError
 from model.retrieval.proposers import Proposed
+from model.retrieval.stored_rows import StoredRows
 
 _BLOCK_ROWS = 1 << 20
 _SPARE = 32
@@ -22,7 +23,7 @@ class TorchRows:
 
     exact, cells = True, 0
 
-    def __init__(self, parts: Sequence[NDArray[np.float16]], device: torch.device) -> None:
+    def __init__(self, parts: Sequence[NDArray[np.float16] | StoredRows], device: torch.device) -> None:
         """Copy the stored rows (n, D) of every shard to ``device``."""
         self.rows = tuple(len(part) for part in parts)
         self._device = device
