@@ -3,11 +3,12 @@
 import bisect
 import itertools
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from infra import artifacts, shards, storage
@@ -22,6 +23,8 @@ HIDDEN = "rows-hidden"
 """The pseudo-shard of what is never returned: ``taken.npy``, ``pairs.npy`` of near-duplicates, ``hidden.npy``."""
 TRUTH = "rows-true"
 """The pseudo-shard of held-out queries and their true neighbours, ``image.npz`` and ``text.npz``."""
+_TOLD = ["key", "url", "sha256", "width", "height"]
+_TABLES_KEPT = 32  # of at most some 2 MB: the rows of all would take a gigabyte a million
 
 
 def open_database(version: DatabaseVersion, cache: Path, *, name: str | None = None) -> Database:
@@ -112,17 +115,28 @@ def open_shards(
 
 
 class Metadata:
-    """Metadata of global rows, a shard's parquet read when first asked for."""
+    """Metadata of global rows, a shard's parquet read when asked for; the columns of a few are kept, as Arrow has them.
+
+    Threads may share it.
+    """
 
     def __init__(self, uri: str, manifest: artifacts.Manifest, cache: Path) -> None:
         """Look rows of the embedding shards at ``uri`` up."""
         self._uri, self._shards, self._cache = uri, manifest.shards, cache
         self._offsets = [0, *itertools.accumulate(shard.rows for shard in manifest.shards)]
-        self._tables: dict[int, list[dict[str, Any]]] = {}
+        self._table = lru_cache(_TABLES_KEPT)(self._read)
 
     def __call__(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """Key, url, sha256, width and height of each row."""
-        return [self.row(int(row)) for row in ids]
+        places: dict[int, list[int]] = {}
+        for place, row in enumerate(ids):
+            places.setdefault(self._number(row), []).append(place)
+        found: list[dict[str, Any]] = [{}] * len(ids)
+        for number, here in places.items():
+            rows = self._table(number).take([int(ids[place]) - self._offsets[number] for place in here])
+            for place, known in zip(here, rows.to_pylist(), strict=True):
+                found[place] = known
+        return found
 
     def shard(self, row: int) -> str:
         """The name of the shard that holds ``row``."""
@@ -130,12 +144,11 @@ class Metadata:
 
     def row(self, row: int) -> dict[str, Any]:
         """What is known of ``row``."""
-        number = self._number(row)
-        if number not in self._tables:
-            path = artifacts.fetch_shard(self._uri, self._shards[number], ".parquet", self._cache)
-            self._tables[number] = shards.read_table(path).to_pylist()
-        known = self._tables[number][row - self._offsets[number]]
-        return {name: known[name] for name in ("key", "url", "sha256", "width", "height")}
+        return self([row])[0]
+
+    def _read(self, number: int) -> pa.Table:
+        path = artifacts.fetch_shard(self._uri, self._shards[number], ".parquet", self._cache)
+        return shards.read_table(path, _TOLD)
 
     def _number(self, row: int) -> int:
         return bisect.bisect_right(self._offsets, row) - 1
