@@ -74,7 +74,7 @@ def tune_database(
 def _pictures(database: Database, hidden: NDArray[np.int64], config: Any) -> Truth:
     """Rows drawn by the config's seed as queries, and their truth."""
     wanted = _image_queries(database, config)
-    picked = np.random.default_rng(config.seed).choice(database.ids(), wanted, replace=False)
+    picked = _drawn_ids(database, hidden, wanted, np.random.default_rng(config.seed))
     own = database.rows(picked)
     return find_truth(database.parts, own.astype(np.float32), own=picked, own_rows=own, hidden=hidden)
 
@@ -89,6 +89,22 @@ def _texts(database: Database, hidden: NDArray[np.int64], config: Any) -> Truth:
         chosen = np.random.default_rng(config.seed).choice(len(config.texts), wanted, replace=False)
         texts = encoder_for(database.encoder).embed_texts([config.texts[i] for i in chosen]).numpy()
     return find_truth(database.parts, texts, hidden=hidden)
+
+
+def _drawn_ids(
+    database: Database, hidden: NDArray[np.int64], count: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Ids (count,) of rows that a search may return, each at most once. ``hidden`` are sorted."""
+    if 4 * count > len(database):
+        return rng.choice(database.ids(), count, replace=False)
+    # Of a billion rows the ids alone would take gigabytes: drawn from all, what is hidden or drawn before is left out.
+    picked = np.zeros(0, dtype=np.int64)
+    while len(picked) < count:
+        picked = np.concatenate([picked, rng.integers(database.stored, size=2 * count)])
+        _, firsts = np.unique(picked, return_index=True)
+        picked = picked[np.sort(firsts)]
+        picked = picked[np.searchsorted(hidden, picked, "left") == np.searchsorted(hidden, picked, "right")]
+    return picked[:count]
 
 
 def _image_queries(database: Database, config: Any) -> int:

@@ -1,11 +1,12 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 
 from model.retrieval.recall import find_truth
-from tasks.tune import _grown
+from tasks.tune import _drawn_ids, _grown
 
 WIDE = 16
 
@@ -40,3 +41,36 @@ def test_rows_that_are_shown_again_are_among_the_true_neighbours(tmp_path: Path,
     assert np.isin(shown, anew.ids[:, :10]).all()
     np.testing.assert_array_equal(truth.ids[:, :10], anew.ids[:, :10])
     assert truth.ids.shape == known.ids.shape
+
+
+@pytest.mark.parametrize("count", [20, 100, 150])
+def test_queries_are_drawn_once_each_from_what_is_not_hidden(tmp_path: Path, count: int) -> None:
+    hidden = np.arange(0, 300, 2)
+    database = tiny.database(tmp_path, tiny.unit_rows(300), hidden=hidden)
+    drawn = [_drawn_ids(database, hidden, count, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert (drawn[0] != drawn[2]).any()
+    for ids in drawn:
+        assert len(np.unique(ids)) == len(ids) == count
+        assert (ids % 2 == 1).all()
+        assert ids.max() < 300
+
+
+def test_every_row_is_as_likely_to_be_drawn(tmp_path: Path) -> None:
+    hidden = np.arange(20)
+    database, rng = tiny.database(tmp_path, tiny.unit_rows(100), hidden=hidden), np.random.default_rng(0)
+    times = np.bincount(np.concatenate([_drawn_ids(database, hidden, 10, rng) for _ in range(4_000)]), minlength=100)
+    assert times[:20].sum() == 0
+    assert np.abs(times[20:] - 500).max() < 100, "500 each, give or take 21"
+
+
+def test_few_queries_of_a_billion_rows_are_drawn_without_a_list_of_them() -> None:
+    class Huge:
+        stored = 10**9
+
+        def __len__(self) -> int:
+            return self.stored - 3
+
+    database: Any = Huge()
+    ids = _drawn_ids(database, np.array([1, 2, 3]), 256, np.random.default_rng(0))
+    assert len(np.unique(ids)) == 256
