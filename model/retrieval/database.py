@@ -204,18 +204,17 @@ class Database:
     def to(self, device: "torch.device | str") -> "Database":
         """The same database searched on an accelerator; files stay mapped.
 
-        Where faiss-gpu is installed the cells of the index are copied there, if it has any; else the rows are, and all
-        of them compared.
+        Where faiss-gpu is installed the cells of the index are copied there, if it has any that a GPU can search; else
+        the rows are, and all of them compared.
         """
         from model.retrieval.torch_rows import TorchRows, available  # workers that search with FAISS never load torch
 
-        other, place = self.with_effort(self.effort), available(device)
+        other, place, cells = self.with_effort(self.effort), available(device), None
         if place.type == "cuda" and faiss.get_num_gpus() and isinstance(self._proposer, StackedCells):
-            from model.retrieval.gpu_cells import GpuCells
+            from model.retrieval.gpu_cells import cells_on_gpu
 
-            other._proposer = GpuCells(self._proposer, place.index or 0)
-        else:
-            other._proposer = TorchRows(self._parts, place)
+            cells = cells_on_gpu(self._proposer, place.index or 0)
+        other._proposer = cells or TorchRows(self._parts, place)
         return other
 
     def search(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Hits:

@@ -29,11 +29,14 @@ class TorchRows:
     exact, cells = True, 0
 
     def __init__(self, parts: Sequence[NDArray[np.float16] | StoredRows], device: torch.device) -> None:
-        """Copy the stored rows (n, D) of every shard to ``device``."""
+        """Copy the stored rows (n, D) of every shard to ``device``. Raises ``ModelError`` where they do not fit."""
         self.rows = tuple(len(part) for part in parts)
         self._device = device
         kept = torch.float16 if self._device.type == "cuda" else torch.float32
-        self._parts = [torch.from_numpy(np.array(part)).to(self._device, kept) for part in parts if len(part)]
+        try:
+            self._parts = [torch.from_numpy(np.array(part)).to(self._device, kept) for part in parts if len(part)]
+        except torch.OutOfMemoryError as error:
+            raise ModelError(f"{sum(self.rows)} rows do not fit the memory of {device}; search on the CPU") from error
 
     def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
         """Ids (Q, count and some to spare)."""

@@ -56,7 +56,7 @@ def test_cells_on_a_gpu_are_searched_as_those_of_the_database(
     moved = database.to("cuda:1")
     assert isinstance(moved.proposer, GpuCells)
     assert [(device, vars(options)) for device, options in card.copied] == [
-        (1, {"allowCpuCoarseQuantizer": True, "indicesOptions": 3})
+        (1, {"allowCpuCoarseQuantizer": True, "indicesOptions": 3, "useFloat16": True})
     ]
     for exclude in (None, np.arange(9, dtype=np.int64)):
         ours, theirs = (each.search(queries, 10, exclude=exclude) for each in (moved, database))
@@ -97,6 +97,41 @@ def test_what_does_not_fit_is_told_in_one_line(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ModelError, match=r"cannot be copied to GPU 0 \(out of memory\); search on the CPU") as caught:
         database.to("cuda")
     assert "\n" not in str(caught.value)
+
+
+def test_where_a_gpu_refuses_the_index_all_rows_are_compared_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: object) -> None:
+        raise RuntimeError(
+            "Error in void faiss::gpu::GpuIndexIVFPQ::verifyPQSettings_() const\n"
+            "Device 0 has 49152 bytes of shared memory, while 8 bits per code and 128 sub-quantizers requires 65536"
+        )
+
+    monkeypatch.setattr(
+        "model.retrieval.torch_rows.TorchRows", lambda parts, device: TorchRows(parts, torch.device("cpu"))
+    )
+    rows = tiny.unit_rows(60)
+    database = tiny.database(tmp_path, rows, factory="IVF8,SQfp16", nprobe=8)
+    Card(monkeypatch)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", refused)
+    moved = database.to("cuda")
+    assert isinstance(moved.proposer, TorchRows)
+    np.testing.assert_array_equal(moved.search(rows[:3], 5).ids, database.search(rows[:3], 5).ids)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("GPU 0 cannot search this index (Device 0 has 49152 bytes of shared memory, while 8 bits")
+    assert told.endswith("requires 65536); all rows are compared there instead")
+
+
+def test_rows_that_do_not_fit_are_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    database = tiny.database(tmp_path, tiny.unit_rows(60))
+    Card(monkeypatch)
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    with pytest.raises(ModelError, match="60 rows do not fit the memory of cuda; search on the CPU"):
+        database.to("cuda")
 
 
 @pytest.mark.skipif(not faiss.get_num_gpus(), reason="needs faiss-gpu and a GPU")
