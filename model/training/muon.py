@@ -79,7 +79,10 @@ def _whole(part: Tensor, like: Tensor) -> Tensor:
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly: (n, A, B) to bfloat16 with singular values in about [0.7, 1.2]."""
+    """The nearest semi-orthogonal matrices (n, A, B), roughly: singular values are in about [0.7, 1.2].
+
+    They are bfloat16 on a GPU, float32 on a CPU.
+    """
     a, b, c = COEFFICIENTS
     wide = matrices.shape[1] <= matrices.shape[2]
     # On a CPU without bfloat16 products float32 is the type that works, and the sharper one.

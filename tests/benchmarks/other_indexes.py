@@ -1,4 +1,4 @@
-"""What others take for the same rows, each by its own means, in an environment of its own; see retrieval.py."""
+"""What others take for the same rows, each by its own means, in an environment of its own; see indexes.py."""
 
 import json
 import os
