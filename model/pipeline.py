@@ -43,7 +43,7 @@ from model.errors import ModelError
 from model.networks.denoiser import as_denoiser
 from model.networks.editor import is_editor, with_reference
 from model.networks.vq_transformer import VQTransformer
-from model.retrieval.database import Database, Hits
+from model.retrieval.database import Hits, Searchable
 from model.sampling import Told, new_scheduler, slerp
 from model.training.data import to_pixels
 
@@ -143,10 +143,10 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         )
         self._identity = EncoderIdentity(**encoder_identity)
         self._encoder: Encoder | None = None
-        self._database: Database | None = None
+        self._database: Searchable | None = None
 
     @classmethod
-    def open(cls, folder: Path | str, database: Database | None = None) -> Self:
+    def open(cls, folder: Path | str, database: Searchable | None = None) -> Self:
         """Load a saved pipeline and plug a database in. Raises ``ModelError`` when the folder holds none."""
         bars = diffusers_logging.is_progress_bar_enabled()
         diffusers_logging.disable_progress_bar()  # a few small files are no long work
@@ -164,13 +164,13 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         return pipeline
 
     @property
-    def database(self) -> Database:
+    def database(self) -> Searchable:
         """The database in use. Raises ``ModelError`` when none is plugged in."""
         if self._database is None:
             raise ModelError("this pipeline has no database yet; give it one with swap_database")
         return self._database
 
-    def swap_database(self, database: Database) -> None:
+    def swap_database(self, database: Searchable) -> None:
         """Draw from ``database`` from the next call on. Raises ``ModelError`` when another encoder made it."""
         if not database.encoder.same_space(self._identity):
             raise ModelError(
@@ -331,7 +331,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         query: str | None = None,
         retrieve: bool = True,
         *,
-        database: Database | None = None,
+        database: Searchable | None = None,
     ) -> Conditioned:
         """What the network is told of embeddings (P, D), by ``database``, the one plugged in where None.
 

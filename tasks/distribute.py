@@ -17,7 +17,7 @@ from infra.errors import InputError
 from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
 from model.retrieval.asking import checked_count, checked_exclusion, checked_ids, checked_queries, checked_rows
-from model.retrieval.database import Hits, Nearest
+from model.retrieval.database import Hits, Nearest, Searchable
 from tasks.contracts import DatabaseVersion, encoder_of
 from tasks.databases import Metadata, index_shards, open_part
 from tasks.lineage import embeddings_of
@@ -39,7 +39,7 @@ def distributed_database(
         yield DistributedDatabase(version, parts, placed, cache)
 
 
-class DistributedDatabase:
+class DistributedDatabase(Searchable):
     """A database on actors: what a pipeline, and anyone who searches, needs of one."""
 
     def __init__(

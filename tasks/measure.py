@@ -114,7 +114,7 @@ class _Measurement:
         if self._config.use_gpu:
             self._pipeline.to("cuda")
         config = self._config
-        queries, self.labels = queries_of(self._pipeline, config.prompts, config.samples, config.seed)
+        queries, self.labels = queries_of(self._pipeline, self._database, config.prompts, config.samples, config.seed)
         told = Progress(folder_uri, "step")
         self._sampler = Sampler(
             self._pipeline, queries, steps=config.steps, guidance=config.guidance, seed=config.seed, told=told

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.metrics import Rows
 from model.pipeline import KNNDiffusionPipeline, QuerySlot
+from model.retrieval.database import Database
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,19 +98,19 @@ class Sampler:
 
 
 def queries_of(
-    pipeline: KNNDiffusionPipeline, prompts: Sequence[str], samples: int, seed: int
+    pipeline: KNNDiffusionPipeline, database: Database, prompts: Sequence[str], samples: int, seed: int
 ) -> tuple[Tensor, list[str]]:
     """(N, D) what is drawn from, and the text of each: random prompts, all of them before any comes again.
 
-    Without prompts, random database rows stand in, and their texts are empty.
+    Without prompts, random rows of ``database`` stand in, and their texts are empty.
     """
     rng = np.random.default_rng(seed)
     if prompts:
         order = np.resize(rng.permutation(len(prompts)), samples).tolist()
         texts = [prompts[number] for number in order]
         return pipeline.encoder.embed_texts(texts), texts
-    rows = rng.choice(pipeline.database.ids(), samples)
-    return torch.from_numpy(pipeline.database.rows(rows).astype(np.float32)), [""] * samples
+    rows = rng.choice(database.ids(), samples)
+    return torch.from_numpy(database.rows(rows).astype(np.float32)), [""] * samples
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int = 8) -> Image.Image:

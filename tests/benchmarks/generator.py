@@ -142,11 +142,12 @@ class Scene:
         encoder = Encoder(device=device)
         kept = embedded(twemoji(), encoder)
         own = rows_of(kept)
-        pipeline = KNNDiffusionPipeline.open(pretrained_folder(EMBEDDED), opened(kept, encoder)).to(device)
+        database = opened(kept, encoder)
+        pipeline = KNNDiffusionPipeline.open(pretrained_folder(EMBEDDED), database).to(device)
         captions = twemoji_captions(twemoji_files())
-        queries, texts = queries_of(pipeline, list(captions), samples, SEED)
+        queries, texts = queries_of(pipeline, database, list(captions), samples, SEED)
         # A real picture's nearest is looked for among the others: the threshold says how near two of them are.
-        near = pipeline.database.search(own, 1, exclude=np.arange(len(own))).scores[:, 0]
+        near = database.search(own, 1, exclude=np.arange(len(own))).scores[:, 0]
         return cls(
             encoder=encoder,
             own=own,

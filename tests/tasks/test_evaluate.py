@@ -149,12 +149,14 @@ def test_real_pictures_are_scored_with_their_own_texts(version: DatabaseVersion,
 def test_prompts_are_all_used_before_any_comes_again(domain: Any, version: DatabaseVersion, tmp_path: Path) -> None:
     from tasks.databases import open_database
 
-    pipeline: Any = Standin(open_database(version, tmp_path))
+    database = open_database(version, tmp_path)
+    pipeline: Any = Standin(database)
     prompts = [f"text {number}" for number in range(7)]
-    queries, texts = queries_of(pipeline, prompts, 16, seed=0)
+    queries, texts = queries_of(pipeline, database, prompts, 16, seed=0)
     assert sorted(texts[:7]) == sorted(texts[7:14]) == prompts != texts[:7]
     assert torch.equal(queries, pipeline.encoder.embed_texts(texts))
-    assert queries_of(pipeline, prompts, 16, seed=0)[1] == texts != queries_of(pipeline, prompts, 16, seed=1)[1]
+    assert queries_of(pipeline, database, prompts, 16, seed=0)[1] == texts
+    assert queries_of(pipeline, database, prompts, 16, seed=1)[1] != texts
 
 
 def test_the_stage_is_skipped_for_what_it_has_measured(domain: Any, tmp_path: Path) -> None:

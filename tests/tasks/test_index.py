@@ -478,6 +478,11 @@ def test_a_database_on_actors_answers_as_one(tmp_path: Path) -> None:
             ours, theirs = spread.search(queries, 7, **options), whole.search(queries, 7, **options)
             np.testing.assert_array_equal(ours.ids, theirs.ids)
             np.testing.assert_array_equal(ours.embeddings, theirs.embeddings)
+        pipeline = tiny.pipeline(None)
+        pipeline.swap_database(spread)
+        asked = torch.from_numpy(queries).float()
+        conditioned = pipeline.condition(asked, 3)
+        assert torch.equal(conditioned.tokens, pipeline.condition(asked, 3, database=whole).tokens)
         np.testing.assert_array_equal(spread.rows(np.array([[0, 599], [300, 1]])), rows[[[0, 599], [300, 1]]])
         assert spread.describe([407])[0]["url"] == "http://00004/7"
         with pytest.raises(ModelError, match="k is 0"):
