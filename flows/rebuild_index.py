@@ -22,6 +22,7 @@ from tasks.index import IndexConfig, index
 from tasks.lineage import embeddings_of, images_of, takedown_of
 from tasks.register import Named, register_database_task
 from tasks.stage import base_of, require_domain, settings_of
+from tasks.standing import ever_taken_down
 from tasks.takedown import rows_named, takedown_task
 
 
@@ -80,12 +81,13 @@ def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
     settings = settings_of(config.root)
     with lease(base_of(settings, config.domain), holder=f"rebuild-index {config.domain}", wait_s=config.wait_s) as held:
         before = after = champion_of(config.domain, settings)
+        standing = ever_taken_down(base_of(settings, config.domain), settings.cache_folder, before.takedown)
         registered: Named | None = None
         seconds: dict[str, float] = {}
         skipped: dict[str, bool] = {}
         with compute.cluster(settings.ray_address, settings.cpus):
             for part in _in_turn(config):
-                steps = _Steps(part, settings, after)
+                steps = _Steps(part, settings, after, standing)
                 try:
                     made = steps.run()
                 except ModelError as error:  # nothing would be left to search: hidden together with what is added
@@ -96,6 +98,7 @@ def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
                 held.check()
                 if made is not after:
                     registered, after = register_database_task(config.domain, made.database, settings, None), made
+                standing = after.takedown
                 seconds |= {name: took + seconds.get(name, 0.0) for name, took in steps.seconds.items()}
                 skipped |= {name: was and skipped.get(name, True) for name, was in steps.skipped.items()}
     if registered is None:
@@ -122,10 +125,15 @@ def champion_of(domain: str, settings: Settings) -> State:
 
 
 class _Steps:
-    """The stages in their order, each only where the one before has changed something."""
+    """The stages in their order, each only where the one before has changed something.
 
-    def __init__(self, config: RebuildIndexConfig, settings: Settings, before: State) -> None:
-        self._config, self._before = config, before
+    ``standing`` is what was ever taken down, more than the state before hides where the champion was moved back.
+    """
+
+    def __init__(
+        self, config: RebuildIndexConfig, settings: Settings, before: State, standing: Takedown | None
+    ) -> None:
+        self._config, self._before, self._standing = config, before, standing
         self._base, self._cache = base_of(settings, config.domain), settings.cache_folder
         self.seconds: dict[str, float] = {}
         self.skipped: dict[str, bool] = {}
@@ -150,8 +158,8 @@ class _Steps:
 
     def _taken_down(self) -> Takedown | None:
         if self._config.takedown is None:
-            return self._before.takedown
-        made = takedown_task(self._config.takedown, self._before.images, self._base, self._cache, self._before.takedown)
+            return self._standing
+        made = takedown_task(self._config.takedown, self._before.images, self._base, self._cache, self._standing)
         return self._note("takedown", made)
 
     def _downloaded(self, takedown: Takedown | None) -> ImageShards:

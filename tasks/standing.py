@@ -1,9 +1,12 @@
-"""Standing: what a domain's champion binds whatever is registered there next to.
+"""Standing: what binds whatever is registered in a domain next.
 
 What was taken down stays down, and pictures that were downloaded for the domain are not put out of sight unasked.
 """
 
+import functools
+import operator
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from infra import artifacts, logs, storage
@@ -16,31 +19,38 @@ from tasks.lineage import embeddings_of, images_of, takedown_of
 from tasks.stage import base_of
 from tasks.takedown import Entries, commit_takedown, entries_of
 
+_READERS = 16
+
 
 def standing_takedown(domain: str, settings: Settings, cache: Path, further: Takedown | None = None) -> Takedown | None:
-    """What the domain's champion may not show, and ``further``; None where nothing was ever taken down.
-
-    Where the champion cannot be read any more, it is all that was ever taken down in the domain's folder: a damaged
-    version must not bring a picture back.
+    """What may not be shown in the domain: all that was ever taken down in it, and ``further``; None where nothing was.
 
     Raises:
         StageError: the registry does not answer.
+        IntegrityError: a takedown in the domain's folder is damaged; nobody knows what it named.
     """
-    base = base_of(settings, domain)
+    own = None
     try:
         champion = _champion(domain, settings)
-        if champion is None:
-            return further
-        takedown = takedown_of(champion)
-        before = [] if takedown is None else [takedown]
+        own = None if champion is None else takedown_of(champion)
     except (NotFoundError, IntegrityError) as error:
         logs.get("stage").warning("the champion of %s cannot be read, all takedowns below it hold: %s", domain, error)
-        before = _ever(base)
-    lists = [*before, *([] if further is None else [further])]
-    together = Entries()
-    for takedown in lists:
-        together |= entries_of(takedown, cache)
-    return commit_takedown(together, base, info={"of": domain}).reference if len(together) else None
+    return ever_taken_down(base_of(settings, domain), cache, own, further)
+
+
+def ever_taken_down(base: str, cache: Path, own: Takedown | None, further: Takedown | None = None) -> Takedown | None:
+    """``own``, the champion's, with ``further`` and all takedowns below ``base``; ``own`` itself where it has them all.
+
+    What a champion hides is not enough: the alias may be missing in another registry, or have been moved back to a
+    version of before. Raises ``IntegrityError`` where one is damaged.
+    """
+    every = list(dict.fromkeys(one for one in (own, further, *_below(base)) if one is not None))
+    with ThreadPoolExecutor(_READERS) as pool:
+        held = dict(zip(every, pool.map(lambda one: entries_of(one, cache), every), strict=True))
+    together = functools.reduce(operator.or_, held.values(), Entries())
+    if own is not None and held[own] == together:
+        return own
+    return commit_takedown(together, base, info={"of": base}).reference if len(together) else None
 
 
 def require_replaceable(domain: str, sources: Iterable[DatabaseVersion], settings: Settings) -> None:
@@ -71,6 +81,12 @@ def _champion(domain: str, settings: Settings) -> DatabaseVersion | None:
     return DatabaseVersion.of(pulled.manifest, pulled.folder_uri)
 
 
-def _ever(base: str) -> list[Takedown]:
+def _below(base: str) -> list[Takedown]:
+    """Every committed takedown below the domain's folder."""
     folders = [storage.join(base, Takedown.kind, name) for name in storage.names(storage.join(base, Takedown.kind))]
-    return [Takedown.open(one) for one in folders if storage.exists(storage.join(one, artifacts.MANIFEST))]
+
+    def opened(folder: str) -> Takedown | None:
+        return Takedown.open(folder) if storage.exists(storage.join(folder, artifacts.MANIFEST)) else None
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return [one for one in pool.map(opened, folders) if one is not None]

@@ -19,6 +19,8 @@ from living import BODY, FIRST, NAMES, Living
 from infra import compute
 from infra.errors import InputError, IntegrityError, StageError
 from infra.lease import lease
+from infra.registry import Registry
+from infra.settings import Settings
 from model.errors import ModelError
 
 
@@ -275,3 +277,33 @@ def test_what_was_taken_down_stays_so_when_the_champion_is_gone_from_disk(living
     shutil.rmtree(rebuilt.after.database.uri)
     living.build(NAMES[:4])
     assert living.champion() == set(NAMES[:4]) - {NAMES[1]}
+
+
+@pytest.mark.parametrize("lost", ["alias", "registry"])
+def test_what_was_taken_down_stays_so_where_there_is_no_champion(
+    living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    living.build(NAMES[:4])
+    living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"))
+    if lost == "alias":
+        Registry(living.settings)._client.delete_registered_model_alias("knn-database.shapes", "champion")
+    else:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{living.folder}/other.db")
+        living.settings = Settings(root=str(living.root))
+        assert living.versions() == []
+    living.build(NAMES[:4])
+    assert living.champion() == set(NAMES[:4]) - {NAMES[1]}
+
+
+def test_what_was_taken_down_is_hidden_again_when_the_champion_was_moved_back(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:4])
+    for name in NAMES[1:3]:
+        living.rebuild(takedown=living.listed({"url": living.server.url(name)}, name="down.jsonl"), compact_above=1)
+    Registry(living.settings)._client.set_registered_model_alias("knn-database.shapes", "champion", "1")
+    assert living.champion() == set(NAMES[:4])
+    rebuilt = living.rebuild(urls=living.listed(*NAMES[:5]), compact_above=1)
+    assert living.champion() == {NAMES[0], NAMES[3], NAMES[4]}
+    assert living.rebuild(urls=living.listed(*NAMES[:5]), compact_above=1).after == rebuilt.after
+    Registry(living.settings)._client.set_registered_model_alias("knn-database.shapes", "champion", "2")
+    living.rebuild(compact_above=1)
+    assert living.champion() == {NAMES[0], NAMES[3]}
