@@ -14,10 +14,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from infra import artifacts, compute
+from infra import artifacts, compute, logs
 from infra.errors import StageError
 from model.retrieval.factory import MEMORY_BYTES, choose_index, require_factory
-from tasks.contracts import DatabaseVersion, EmbeddingShards, Outcome, Takedown, config_of, encoder_of
+from tasks.contracts import DatabaseVersion, EmbeddingShards, Outcome, Takedown, config_from, config_of, encoder_of
 from tasks.databases import QUANTIZER
 from tasks.fill import fill_shards
 from tasks.hide import Grown, hide_rows
@@ -73,7 +73,8 @@ def build_database(
 
     Raises:
         ModelError: an unusable factory string.
-        StageError: recall below the target, by how much; the version is then not committed.
+        StageError: recall below the target, by how much; the version is then not committed, unless all that it does
+            is to hide more of the version before.
     """
     source = embeddings.manifest()
     encoder = encoder_of(source)
@@ -113,7 +114,7 @@ def build_database(
         truth, measured = compute.run(
             tune_database, stage.uri, indexed, hidden, embeddings, cache, config, grown, cpus=compute.cpus()
         )
-        _require_recall(factory, measured, config)
+        _require_recall(factory, measured, config, hides_only=_hides_only(embeddings, config, previous))
         taken_over = sum(shard.folder is not None for shard in done)
         info = {"factory": factory, **measured, **hidden.info, "shards_taken_over": taken_over}
         return stage.commit([*indexed, hidden, truth], identity=source.identity, info=info)
@@ -130,13 +131,27 @@ def _grown_from(previous: DatabaseVersion, embeddings: EmbeddingShards) -> Grown
     return Grown(version=previous, shards=len(before), rows=sum(shard.rows for shard in before))
 
 
-def _require_recall(factory: str, measured: dict[str, Any], config: IndexConfig) -> None:
+def _hides_only(embeddings: EmbeddingShards, config: IndexConfig, previous: DatabaseVersion | None) -> bool:
+    """Whether rows and settings are those of the version before, so that only what is hidden differs."""
+    if previous is None:
+        return False
+    before = previous.manifest()
+    same_rows = before.inputs["embeddings"]["digest"] == embeddings.digest
+    return same_rows and config == config_from(IndexConfig, before.config)
+
+
+def _require_recall(factory: str, measured: dict[str, Any], config: IndexConfig, *, hides_only: bool) -> None:
+    """Refuse a version that misses the target; what is taken down is hidden even so, and the miss told."""
     recalls = {name: measured[name] for name in ("recall_at_10_image", "recall_at_10_text")}
     missed = {name: value for name, value in recalls.items() if value is not None and value < config.target_recall}
-    if missed:
-        told = ", ".join(f"{name} {value:.3f}" for name, value in missed.items())
-        mend = "raise memory_bytes for a finer index" if config.index == "auto" else "name a finer index, or auto"
-        raise StageError(f"{factory} reaches {told}, the target is {config.target_recall}; {mend}")
+    if not missed:
+        return
+    told = ", ".join(f"{name} {value:.3f}" for name, value in missed.items())
+    mend = "raise memory_bytes for a finer index" if config.index == "auto" else "name a finer index, or auto"
+    message = f"{factory} reaches {told}, the target is {config.target_recall}; {mend}"
+    if not hides_only:
+        raise StageError(message)
+    logs.get("stage").warning("%-11s hides what was taken down all the same: %s", "index", message)
 
 
 def _note(manifest: artifacts.Manifest) -> str:

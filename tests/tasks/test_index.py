@@ -13,6 +13,7 @@ import torch
 from fakes import Killed, WithoutRay
 from numpy.typing import NDArray
 
+import tasks.index
 from infra import artifacts, compute, storage
 from infra.errors import IntegrityError, StageError
 from infra.registry import Registry
@@ -443,6 +444,35 @@ def test_a_recall_below_the_target_is_not_committed(tmp_path: Path) -> None:
         build(embeddings, tmp_path, config)
     folders = list((tmp_path / "database").iterdir())
     assert not any((folder / "manifest.json").exists() for folder in folders)
+
+
+def test_what_is_taken_down_is_hidden_though_recall_then_misses_its_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = tiny.unit_rows(400)
+    embeddings = stored(tmp_path, np.split(rows[:300], 3))
+    first = build(embeddings, tmp_path)
+    down = commit_takedown(Entries(url=frozenset({"http://00001/7"})), str(tmp_path), info={}).reference
+    tuned = tasks.index.tune_database
+
+    def just_below(*arguments: Any) -> Any:
+        shard, measured = tuned(*arguments)
+        return shard, {**measured, "recall_at_10_image": 0.9473}
+
+    monkeypatch.setattr("tasks.index.tune_database", just_below)
+    more = stored(tmp_path, [rows[300:]], first=3, previous=embeddings)
+    finer = dataclasses.replace(CONFIG, recall_queries=29)
+    for other in (
+        lambda: build(embeddings, tmp_path, takedown=down),
+        lambda: build(more, tmp_path, previous=first, takedown=down),
+        lambda: build(embeddings, tmp_path, finer, previous=first, takedown=down),
+    ):
+        with pytest.raises(StageError, match=r"reaches recall_at_10_image 0\.947, the target is 0\.95"):
+            other()
+    with caplog.at_level("WARNING"):
+        version = build(embeddings, tmp_path, previous=first, takedown=down)
+    assert version.manifest().info["taken_down"] == 1
+    assert "hides what was taken down all the same: IVF8,SQfp16 reaches recall_at_10_image 0.947" in caplog.text
 
 
 @pytest.mark.parametrize("which", ["00002.faiss", "quantizer.faiss"])
