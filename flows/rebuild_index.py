@@ -2,7 +2,8 @@
 
 Every step is keyed by the champion it starts from and by what it is given, and the champion moves last: a rebuild that
 was killed goes on where it was, and one that finds nothing to do makes no version. What is to be taken down waits for
-no download: it is hidden in a version of its own, which is the champion before the first new URL is asked for.
+nothing: it is hidden in a version of its own, which is the champion before the first new URL is asked for, anything is
+embedded anew or a tar is read for compaction, and stays it when that fails.
 """
 
 import dataclasses
@@ -85,15 +86,16 @@ def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
         registered: Named | None = None
         seconds: dict[str, float] = {}
         skipped: dict[str, bool] = {}
+        hides = config.takedown is not None or standing != before.takedown
         with compute.cluster(settings.ray_address, settings.cpus):
-            for part in _in_turn(config):
+            for part in _in_turn(config, hides):
                 steps = _Steps(part, settings, after, standing)
                 try:
                     made = steps.run()
                 except ModelError as error:  # nothing would be left to search: hidden together with what is added
                     if part is config:
                         raise
-                    logs.get("stage").warning("%-11s not before the download: %s", "takedown", error)
+                    logs.get("stage").warning("%-11s not hidden by itself: %s", "takedown", error)
                     continue
                 held.check()
                 if made is not after:
@@ -108,9 +110,9 @@ def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
     return Rebuilt(before=before, after=after, registered=registered, seconds=seconds, skipped=skipped)
 
 
-def _in_turn(config: RebuildIndexConfig) -> list[RebuildIndexConfig]:
-    """What is rebuilt in one version: where something is taken down and something added, the first alone before."""
-    if config.takedown is None or config.urls is None:
+def _in_turn(config: RebuildIndexConfig, hides: bool) -> list[RebuildIndexConfig]:
+    """What is rebuilt in one version each: where something is taken down, that alone, and then whatever else is due."""
+    if not hides:
         return [config]
     hide = dataclasses.replace(config, urls=None, embed=None, index=None, compact=False, compact_above=1.0)
     return [hide, config]

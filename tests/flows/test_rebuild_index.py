@@ -94,6 +94,8 @@ def test_much_that_is_hidden_is_compacted_unasked(living: Living, ray: WithoutRa
     down = living.listed(*({"url": living.server.url(name)} for name in NAMES[:3]), name="down.jsonl")
     rebuilt = living.rebuild(takedown=down)
     assert rebuilt.after.database.rows == FIRST - 3
+    assert rebuilt.skipped == {"takedown": False, "compact": False, "index": False}
+    assert len(living.versions()) == 3  # one hid them before
     assert [shard.folder is None for shard in rebuilt.after.embeddings.manifest().shards] == [True, False, False]
 
 
@@ -139,6 +141,22 @@ def test_all_pictures_may_be_taken_down_and_others_put_in_their_place(living: Li
             takedown=living.listed(*({"url": living.server.url(name)} for name in NAMES[4:8]), name="down.jsonl")
         )
     assert living.champion() == set(NAMES[4:8])
+
+
+def test_what_is_taken_down_waits_for_no_embedding(
+    living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks.embed import EmbedConfig
+
+    def fails(*_: Any) -> Any:
+        raise StageError("the disk is full")
+
+    living.build(NAMES[:4])
+    monkeypatch.setattr("flows.rebuild_index.embed", fails)
+    down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")
+    with pytest.raises(StageError, match="the disk is full"):
+        living.rebuild(takedown=down, embed=EmbedConfig(workers=1, batch_size=2))
+    assert living.champion() == set(NAMES[:4]) - {NAMES[1]}
 
 
 def test_of_two_rebuilds_at_once_the_second_is_refused_or_waits(living: Living, ray: WithoutRay) -> None:
@@ -195,8 +213,8 @@ def test_killed_before_it_was_registered_it_goes_on_where_it_was(
     assert len(living.versions()) == 2
 
 
-@pytest.mark.parametrize("suffix", [".tar", ".npy"])
-def test_a_missing_shard_is_told_with_its_name(living: Living, ray: WithoutRay, suffix: str) -> None:
+@pytest.mark.parametrize(("suffix", "hidden"), [(".tar", True), (".npy", False)])
+def test_a_missing_shard_is_told_with_its_name(living: Living, ray: WithoutRay, suffix: str, hidden: bool) -> None:
     built = living.build(NAMES[:8])
     source = built.images if suffix == ".tar" else built.embeddings
     shard = source.reference.manifest().shards[1]
@@ -205,7 +223,9 @@ def test_a_missing_shard_is_told_with_its_name(living: Living, ray: WithoutRay, 
     name = re.escape(shard.file(suffix).name)
     with pytest.raises((IntegrityError, StageError), match=f"{name} is missing though it was committed; restore it"):
         living.rebuild(takedown=down, compact=True)
-    assert len(living.versions()) == 1
+    assert len(living.versions()) == 1 + hidden  # for which no tar is read, but the rows that are searched
+    if hidden:
+        assert living.champion() == set(NAMES[:8]) - {NAMES[5]}
 
 
 @pytest.mark.slow
@@ -301,6 +321,10 @@ def test_what_was_taken_down_is_hidden_again_when_the_champion_was_moved_back(li
         living.rebuild(takedown=living.listed({"url": living.server.url(name)}, name="down.jsonl"), compact_above=1)
     Registry(living.settings)._client.set_registered_model_alias("knn-database.shapes", "champion", "1")
     assert living.champion() == set(NAMES[:4])
+    living.server.replies[NAMES[5]] = Reply(status=503)
+    with pytest.raises(StageError, match="none of the 1 URLs"):
+        living.rebuild(urls=living.listed(NAMES[5]), compact_above=1)
+    assert living.champion() == {NAMES[0], NAMES[3]}
     rebuilt = living.rebuild(urls=living.listed(*NAMES[:5]), compact_above=1)
     assert living.champion() == {NAMES[0], NAMES[3], NAMES[4]}
     assert living.rebuild(urls=living.listed(*NAMES[:5]), compact_above=1).after == rebuilt.after
