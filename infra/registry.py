@@ -33,6 +33,7 @@ GENERATOR_NAME = "knn-diffusion"
 CHAMPION = "champion"
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 _DIGEST_TAG = "digest"
+_FOLDER_TAG = "uri"
 _ABSENT = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"})  # no such name or version; no such alias
 
 
@@ -94,14 +95,15 @@ class Registry:
             run_id: the run that made it.
             alias: moved to this version; None leaves aliases alone.
 
-        A version of the same digest is found again, not registered twice.
+        The same folder with the same digest is found again, not registered twice. The same content in another folder
+        is another version: the one before stays with the folder that it was registered with.
         """
         manifest = artifacts.read_manifest(folder_uri)
-        existing = self._version_of(name, manifest.digest)
+        existing = self._version_of(name, manifest.digest, folder_uri)
         version = existing or self._create(
             name, folder_uri, manifest, script, signature, files or {}, model_config or {}, run_id
         )
-        for key, value in {**tags, _DIGEST_TAG: manifest.digest, "uri": folder_uri}.items():
+        for key, value in tags.items():
             self._client.set_model_version_tag(name, version, key, value)
         if alias:
             self._client.set_registered_model_alias(name, alias, version)
@@ -137,7 +139,7 @@ class Registry:
                 why = f"the files of {uri} cannot be fetched ({masked(str(error))}); register it anew"
                 raise IntegrityError(why) from None
         registered = artifacts.Manifest.from_json(_manifest_file(local).read_bytes(), reference)
-        folder = version.tags.get("uri", "")
+        folder = version.tags.get(_FOLDER_TAG, "")
         if registered.kind != kind:
             raise NotFoundError(f"{folder} holds {registered.kind}, not a {kind}")
         if kind == "database" and self._checked(folder, kind).digest != registered.digest:
@@ -205,7 +207,11 @@ class Registry:
         with contextlib.suppress(MlflowException):  # it is there already
             self._client.create_registered_model(name)
         created = self._client.create_model_version(
-            name, info.model_uri, run_id=info.run_id, model_id=info.model_id, tags={_DIGEST_TAG: manifest.digest}
+            name,
+            info.model_uri,
+            run_id=info.run_id,
+            model_id=info.model_id,
+            tags={_DIGEST_TAG: manifest.digest, _FOLDER_TAG: folder_uri},
         )
         return str(created.version)
 
@@ -213,12 +219,20 @@ class Registry:
         experiment = experiment_id(self._client, "register", self._settings)
         return str(self._client.create_run(experiment, run_name=name).info.run_id)
 
-    def _version_of(self, name: str, digest: str) -> str | None:
+    def _version_of(self, name: str, digest: str, folder_uri: str) -> str | None:
+        """The version that the folder was registered as; the newest, should there be several."""
         try:
             versions = self._client.search_model_versions(f"name='{name}'")
         except MlflowException:
             return None
-        return next((str(v.version) for v in versions if v.tags.get(_DIGEST_TAG) == digest), None)
+        place = storage.canonical(folder_uri)
+        same = (
+            int(version.version)
+            for version in versions
+            if version.tags.get(_DIGEST_TAG) == digest and storage.canonical(version.tags.get(_FOLDER_TAG, "")) == place
+        )
+        newest = max(same, default=None)
+        return None if newest is None else str(newest)
 
     def _resolve(self, reference: str, kind: str) -> ModelVersion:
         match = _URI.match(reference)

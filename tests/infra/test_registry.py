@@ -165,6 +165,22 @@ def test_the_same_content_is_found_again_not_registered_twice(line: Line) -> Non
     assert (other.existed, other.version) == (False, 1)
 
 
+def test_the_same_content_in_another_folder_is_another_version(line: Line, tmp_path: Path) -> None:
+    uri, manifest = line.folder()
+    stage = artifacts.Stage(f"{line.settings.root}/twemoji", "database", inputs={}, config={"rows": 3, "nprobe": 9})
+    assert fill(stage, rows=3).digest == manifest.digest
+    assert line.register(DATABASE, uri, tags={"recall": "0.90"}).version == 1
+    assert line.register(DATABASE, stage.uri, tags={"recall": "0.99"}).version == 2
+    assert [(one["uri"], one["recall"]) for one in line.registry.versions("database")] == [
+        (uri, "0.90"), (stage.uri, "0.99")
+    ]  # fmt: skip
+    assert line.registry.pull(f"models:/{DATABASE}/1", kind="database").folder_uri == uri
+    assert line.registry.pull("twemoji", kind="database").folder_uri == stage.uri
+    (tmp_path / "link").symlink_to(uri)
+    assert line.register(DATABASE, str(tmp_path / "link")).version == 1  # another spelling is no other folder
+    assert line.registry.pull(f"models:/{DATABASE}/1", kind="database").folder_uri == uri
+
+
 def test_the_alias_moves_to_what_is_registered_last(line: Line) -> None:
     first_uri, first = line.folder(rows=3)
     second_uri, second = line.folder(rows=4)
