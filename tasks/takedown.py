@@ -85,7 +85,8 @@ def take_down(
     """
     before = entries_of(previous, cache) if previous is not None else Entries()
     asked = read_takedown_list(listed)
-    entries = before | _resolved(asked, before, images, cache, listed)
+    known = not asked.key and not len(asked - before)  # what a key names is looked up: it is kept as a sha256
+    entries = before if known else before | _resolved(asked, before, images, cache, listed)
     if previous is not None and entries == before:
         return Outcome(reference=previous, skipped=True, seconds=0.0, note="nothing that was not taken down before")
     return commit_takedown(entries, base, info={"list": storage.absolute(listed)})

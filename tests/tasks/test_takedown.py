@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from made_shards import PICTURES, embedding_shards, image_shards, sha, urls_of
 
+from infra import artifacts
 from infra.errors import InputError
 from tasks.contracts import ImageShards
 from tasks.takedown import entries_of, read_takedown_list, rows_named, take_down
@@ -45,6 +46,30 @@ def test_lists_add_up_and_the_same_list_makes_nothing(tmp_path: Path) -> None:
     )
     assert (again.skipped, again.reference) == (True, both.reference)
     assert rows_named(both.reference, embedding_shards(tmp_path, images), tmp_path).tolist() == [0, 4]
+
+
+def test_a_list_that_was_taken_down_before_is_told_without_a_look_at_the_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = three_shards(tmp_path)
+    read: list[str] = []
+    fetch = artifacts.fetch_shard
+
+    def fetched(uri: str, *arguments: Any) -> Path:
+        read.append(uri)
+        return fetch(uri, *arguments)
+
+    monkeypatch.setattr(artifacts, "fetch_shard", fetched)
+    same = listed(tmp_path, {"url": PICTURES[0][0]}, {"sha256": sha(PICTURES[2][1])}, {"url": "http://host/none.png"})
+    first = take_down(same, images, str(tmp_path), cache=tmp_path).reference
+    assert images.uri in read
+    read.clear()
+    again = take_down(same, images, str(tmp_path), cache=tmp_path, previous=first)
+    assert (again.skipped, again.reference) == (True, first)
+    assert images.uri not in read
+    by_key = listed(tmp_path, {"key": "000000001"}, name="key.jsonl")
+    more = take_down(by_key, images, str(tmp_path), cache=tmp_path, previous=first).reference
+    assert entries_of(more, tmp_path).sha256 >= {sha(PICTURES[1][1])}
 
 
 def test_a_list_naming_nothing_is_refused_unless_it_was_taken_down_before(tmp_path: Path) -> None:
