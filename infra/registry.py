@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import pkgutil
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
+from mlflow.store.entities.paged_list import PagedList
 from mlflow.tracking import MlflowClient
 
 from infra import artifacts, storage
@@ -164,11 +165,11 @@ class Registry:
 
     def _versions(self, kind: str) -> list[dict[str, Any]]:
         listed = []
-        for model in self._client.search_registered_models(max_results=1000):
+        for model in _every(self._client.search_registered_models, max_results=1000):
             if not _is_kind(model.name, kind):
                 continue
             aliases = self._client.get_registered_model(model.name).aliases
-            for version in self._client.search_model_versions(f"name='{model.name}'"):
+            for version in _every(self._client.search_model_versions, filter_string=f"name='{model.name}'"):
                 own = sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))
                 listed.append(
                     {
@@ -222,7 +223,7 @@ class Registry:
     def _version_of(self, name: str, digest: str, folder_uri: str) -> str | None:
         """The version that the folder was registered as; the newest, should there be several."""
         try:
-            versions = self._client.search_model_versions(f"name='{name}'")
+            versions = list(_every(self._client.search_model_versions, filter_string=f"name='{name}'"))
         except MlflowException:
             return None
         place = storage.canonical(folder_uri)
@@ -279,6 +280,17 @@ def load_pipeline(model_uri: str, database_uri: str, settings: Settings | None =
 _MEASURED = (
     "recall_", "clip_score_", "fd_", "fid_", "mmd_", "precision_", "nearest_", "copy_rate_", "diversity_",
 )  # fmt: skip
+
+
+def _every(search: Callable[..., PagedList[Any]], **asked: Any) -> Iterator[Any]:
+    """What a search of MLflow's finds, page after page."""
+    token = None
+    while True:
+        page = search(**asked, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def _typed(tag: str, value: str) -> str | int | float:

@@ -249,6 +249,29 @@ def test_kinds_are_listed_apart_and_in_order(line: Line) -> None:
     assert named(line.registry.versions("generator")) == [("knn-diffusion", 1, ["champion"])]
 
 
+def test_what_a_search_finds_on_further_pages_is_listed_and_found_again(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uris = [line.folder(rows=rows)[0] for rows in (3, 4)]
+    for name in ("ants", "bees", "cats"):
+        line.register(DATABASE_PREFIX + name, uris[0])
+    line.register(f"{DATABASE_PREFIX}cats", uris[1])
+    for search in ("search_registered_models", "search_model_versions"):
+        whole = getattr(mlflow.MlflowClient, search)
+
+        def one_a_page(*given: Any, whole: Any = whole, **asked: Any) -> Any:
+            return whole(*given, **{**asked, "max_results": 1})
+
+        monkeypatch.setattr(mlflow.MlflowClient, search, one_a_page)
+    assert named(line.registry.versions("database")) == [
+        ("knn-database.ants", 1, ["champion"]),
+        ("knn-database.bees", 1, ["champion"]),
+        ("knn-database.cats", 1, []),
+        ("knn-database.cats", 2, ["champion"]),
+    ]
+    assert [line.register(f"{DATABASE_PREFIX}cats", uri).version for uri in uris] == [1, 2]
+
+
 def test_a_wrong_name_lists_what_there_is(line: Line) -> None:
     store = line.settings.tracking_uri
     assert line.refusal("twemoij", kind="database") == (
