@@ -23,7 +23,7 @@ from mlflow.models import ModelSignature
 from mlflow.store.entities.paged_list import PagedList
 from mlflow.tracking import MlflowClient
 
-from infra import artifacts, storage
+from infra import artifacts, logs, storage
 from infra.errors import IntegrityError, NotFoundError
 from infra.settings import Settings, masked
 from infra.store_errors import told
@@ -97,7 +97,8 @@ class Registry:
             alias: moved to this version; None leaves aliases alone.
 
         The same folder with the same digest is found again, not registered twice. The same content in another folder
-        is another version: the one before stays with the folder that it was registered with.
+        is another version: the one before stays with the folder that it was registered with. An alias that moves back
+        to an older version is told.
         """
         manifest = artifacts.read_manifest(folder_uri)
         existing = self._version_of(name, manifest.digest, folder_uri)
@@ -107,6 +108,8 @@ class Registry:
         for key, value in tags.items():
             self._client.set_model_version_tag(name, version, key, value)
         if alias:
+            if existing is not None:
+                self._tell_older(name, alias, existing)
             self._client.set_registered_model_alias(name, alias, version)
         return Registered(
             name=name,
@@ -215,6 +218,17 @@ class Registry:
             tags={_DIGEST_TAG: manifest.digest, _FOLDER_TAG: folder_uri},
         )
         return str(created.version)
+
+    def _tell_older(self, name: str, alias: str, version: str) -> None:
+        """Warn where ``alias`` is at a newer version than this: what was added since is out of sight."""
+        try:
+            now = self._client.get_model_version_by_alias(name, alias)
+        except MlflowException:
+            return  # it is nowhere yet
+        if int(version) < int(now.version):
+            then = self._client.get_model_version(name, version)
+            old, new = (f"version {v.version} ({v.tags.get('rows', 'unknown')} rows)" for v in (then, now))
+            logs.get("stage").warning("%-11s %s@%s goes back from %s to %s", "register", name, alias, new, old)
 
     def _new_run(self, name: str) -> str:
         experiment = experiment_id(self._client, "register", self._settings)

@@ -195,6 +195,19 @@ def test_the_alias_moves_to_what_is_registered_last(line: Line) -> None:
     assert named(line.registry.versions("database")) == [(DATABASE, 1, ["champion"]), (DATABASE, 2, [])]
 
 
+def test_an_alias_that_goes_back_to_an_older_version_is_told(line: Line, caplog: pytest.LogCaptureFixture) -> None:
+    uris = [line.folder(rows=rows)[0] for rows in (3, 4)]
+    with caplog.at_level("WARNING", logger="knn_diffusion"):
+        for uri, rows in ((uris[0], "3"), (uris[1], "4"), (uris[1], "4")):
+            line.register(DATABASE, uri, tags={"rows": rows})
+        line.register(DATABASE, uris[0], tags={"rows": "3"}, alias="other")
+        assert not caplog.messages
+        line.register(DATABASE, uris[0], tags={"rows": "3"})
+    (told,) = caplog.messages
+    assert told.endswith(f"{DATABASE}@champion goes back from version 2 (4 rows) to version 1 (3 rows)")
+    assert line.registry.pull("twemoji", kind="database").version == 1
+
+
 def test_other_aliases_and_none_leave_the_champion(line: Line) -> None:
     uris = [line.folder(rows=rows)[0] for rows in (3, 4, 5)]
     line.register(DATABASE, uris[0])
