@@ -98,7 +98,9 @@ def merged_images(parts: Sequence[ImageShards], base: str, *, cache: Path) -> Ou
             file for number, part in enumerate(parts) for file in Seen.of(part, cache).kept(f"{stage.uri}/{number}")
         ]
         requested = sum(source.info.get("requested", source.rows) for source in sources)
-        return stage.commit(_renumbered(every), info={"requested": requested, "outcomes": dict(outcomes), "seen": seen})
+        info = {"requested": requested, "outcomes": dict(outcomes), "seen": seen}
+        chosen = [source.identity for source in sources]  # of a part that is a subset, which it is
+        return stage.commit(_renumbered(every), identity={"of": chosen} if any(chosen) else {}, info=info)
 
     return skip_or_make(stage, ImageShards, make, note=lambda manifest: f"{len(parts)} databases joined")
 
@@ -112,7 +114,9 @@ def _merged_embeddings(
 ) -> Outcome[EmbeddingShards]:
     """All embedding shards, each under the name that its image shard has now."""
     sources = [part.manifest() for part in parts]
-    stage = artifacts.Stage(base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=sources[0].config)
+    # Of the same pictures there may be other rows: of other weights under one name, or of shards lost at first.
+    config = {**sources[0].config, "merged": [part.digest for part in parts]}
+    stage = artifacts.Stage(base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=config)
 
     def make() -> artifacts.Manifest:
         every, first = [], 0
@@ -159,8 +163,9 @@ def subset(database: DatabaseVersion, where: str, base: str, *, cache: Path) -> 
     masks = {name: stays for name, (stays, _) in found.items() if stays.any()}
     if not masks:
         raise InputError(f"no row of {database.uri} is taken by the filter {where!r}; make it wider")
-    images = _subset_images(images_of(embeddings), masks, [hashes for _, hashes in found.values()], where, base)
-    rows = _subset_embeddings(embeddings, images.reference, masks, where, base, cache)
+    selection = {"where": where, "of": database.digest}
+    images = _subset_images(images_of(embeddings), masks, [hashes for _, hashes in found.values()], selection, base)
+    rows = _subset_embeddings(embeddings, images.reference, masks, selection, base, cache)
     listed = None
     if takedown is not None:
         listed = commit_takedown(entries_of(takedown, cache), base, info={"of": database.uri}).reference
@@ -168,12 +173,14 @@ def subset(database: DatabaseVersion, where: str, base: str, *, cache: Path) -> 
 
 
 def _subset_images(
-    images: ImageShards, masks: Mapping[str, Any], seen: Sequence[Hashes], where: str, base: str
+    images: ImageShards, masks: Mapping[str, Any], seen: Sequence[Hashes], selection: Mapping[str, str], base: str
 ) -> Outcome[ImageShards]:
-    """The shards that hold a wanted picture. What is left out counts as never asked for: it may be added again."""
+    """The shards that hold a wanted picture. What is left out counts as never asked for: it may be added again.
+
+    Two filters may want pictures of the same shards: ``selection`` tells them apart, and what is made from them.
+    """
     source = images.manifest()
-    config = {**source.config, "where": where, "of": images.digest}
-    stage = artifacts.Stage(base, ImageShards.kind, inputs={}, config=config)
+    stage = artifacts.Stage(base, ImageShards.kind, inputs={}, config={**source.config, **selection})
 
     def make() -> artifacts.Manifest:
         kept = [shard.taken_over(images.uri) for shard in source.shards if shard.name in masks]
@@ -182,21 +189,21 @@ def _subset_images(
             "outcomes": counted(kept),
             "seen": [write_seen(stage.uri, Hashes.joined(seen))],
         }
-        return stage.commit(kept, info=info)
+        return stage.commit(kept, identity=selection, info=info)
 
-    return skip_or_make(stage, ImageShards, make, note=lambda manifest: f"those that hold {where}")
+    return skip_or_make(stage, ImageShards, make, note=lambda manifest: f"those that hold {selection['where']}")
 
 
 def _subset_embeddings(
     embeddings: EmbeddingShards,
     images: ImageShards,
     masks: Mapping[str, NDArray[np.bool_]],
-    where: str,
+    selection: Mapping[str, str],
     base: str,
     cache: Path,
 ) -> Outcome[EmbeddingShards]:
     source = embeddings.manifest()
-    config = {**source.config, "where": where, "of": embeddings.digest}
+    config = {**source.config, **selection}
     stage = artifacts.Stage(base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=config)
 
     def make() -> artifacts.Manifest:
@@ -212,7 +219,7 @@ def _subset_embeddings(
         kept = [rewritten.get(shard.name) or shard.taken_over(embeddings.uri) for shard in wanted]
         return stage.commit(kept, identity=source.identity, info={"outcomes": counted(kept), "lost_shards": {}})
 
-    return skip_or_make(stage, EmbeddingShards, make, note=lambda manifest: where)
+    return skip_or_make(stage, EmbeddingShards, make, note=lambda manifest: selection["where"])
 
 
 @stage_task(name="merge")

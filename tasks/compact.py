@@ -53,7 +53,7 @@ def compact_images(images: ImageShards, takedown: Takedown, base: str, *, cache:
             "shards_rewritten": len(done),
             "pictures_dropped": sum(len(keys) for keys in named.values()),
         }
-        return stage.commit(kept, info=info)
+        return stage.commit(kept, identity=source.identity, info=info)
 
     return skip_or_make(stage, ImageShards, make, note=_note)
 

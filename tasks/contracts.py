@@ -72,7 +72,11 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ImageShards(Reference):
-    """img2dataset's webdataset output: ``NNNNN.tar``, ``NNNNN.parquet``, ``NNNNN_stats.json``. Rows are images."""
+    """img2dataset's webdataset output: ``NNNNN.tar``, ``NNNNN.parquet``, ``NNNNN_stats.json``. Rows are images.
+
+    Whole shards may stand for some of their pictures: then the identity, which goes along with whatever is grown from
+    them, says which (``tasks/combine.py``).
+    """
 
     kind: ClassVar[str] = "images"
 

@@ -143,7 +143,7 @@ class _Delta:
             total.update(outcomes)
             info |= {"outcomes": dict(total), "added": {"requested": self.table.num_rows, "outcomes": outcomes}}
             info["requested"] += before.info.get("requested", before.rows)
-        return self.stage.commit([*taken, *done], info=info)
+        return self.stage.commit([*taken, *done], identity=before.identity if before is not None else None, info=info)
 
     def _require_news(self, outcomes: dict[str, int]) -> None:
         """End a download of URLs that failed before and all failed again: there is nothing new to record."""

@@ -80,3 +80,21 @@ def test_pictures_of_a_domain_s_own_are_not_put_out_of_sight_by_a_merge_or_a_sub
         subset_database(part)
     subset_database(dataclasses.replace(part, replace=True))
     assert living.champion() == set(NAMES[4:6])
+
+
+def test_a_subset_that_is_rebuilt_holds_what_its_filter_takes_and_what_was_added(
+    living: Living, ray: WithoutRay
+) -> None:
+    from flows.combine_databases import SubsetDatabaseConfig, subset_database
+
+    living.build(NAMES[:8], domain="a")
+    added = living.listed(*NAMES[8:10])
+    for shape in ("circle", "square"):
+        wanted = {name for name in NAMES[:8] if shape in name}
+        assert 0 < len(wanted) < 8
+        where = f'url like "%{shape}%"'
+        subset_database(
+            SubsetDatabaseConfig(domain="shapes", database="a", where=where, root=str(living.root), replace=True)
+        )
+        living.rebuild(urls=added)
+        assert living.champion() == wanted | set(NAMES[8:10])

@@ -12,11 +12,13 @@ from small_domain import encoded
 from infra import artifacts
 from infra.errors import EncoderMismatchError, InputError
 from tasks.combine import Combined, merge, require_one_encoder, subset
-from tasks.contracts import DatabaseVersion
+from tasks.compact import compact
+from tasks.contracts import DatabaseVersion, config_from
 from tasks.databases import open_database
 from tasks.download import DownloadConfig
 from tasks.fetch import fetch_pictures
 from tasks.index import IndexConfig, build_database
+from tasks.lineage import images_of
 from tasks.seen import Seen
 from tasks.takedown import Entries, commit_takedown, entries_of
 from tasks.where import parse_where
@@ -81,14 +83,39 @@ def test_a_union_hides_what_either_has_taken_down_and_goes_on_after_its_shards(t
     assert entries_of(union.takedown, tmp_path).url == {PICTURES[4][0]}
     both = indexed(union, tmp_path / "c")
     assert all(PICTURES[4][0] not in urls for urls in found(both, tmp_path, k=6))
-    from tasks.contracts import config_from
-    from tasks.lineage import images_of
-
     images = images_of(union.embeddings.reference)
     assert Seen.of(images, tmp_path).asked([url for url, _ in PICTURES[:7]], failed_too=True).tolist() == [True] * 6 + [
         False
     ]
     assert config_from(DownloadConfig, images.manifest().config).shard_rows == 4
+
+
+def test_a_union_follows_its_parts_though_they_hold_the_same_shards(tmp_path: Path) -> None:
+    whole = database(tmp_path / "a", PICTURES[:6], PICTURES[6:12])
+    other = database(tmp_path / "b", PICTURES[12:15])
+    made = []
+    for where in ('url like "%circle%"', 'url like "%square%"'):
+        part = indexed(subset(whole, where, str(tmp_path / "part"), cache=tmp_path), tmp_path / "part")
+        made.append(merge({"b": other, "part": part}, str(tmp_path / "c"), cache=tmp_path).embeddings)
+    wanted = [url for url, _ in PICTURES[:12] if "square" in url]
+    assert wanted
+    assert urls_of(made[1].reference) == [url for url, _ in PICTURES[12:15]] + wanted
+    assert [outcome.skipped for outcome in made] == [False, False]
+    assert images_of(made[0].reference).digest != images_of(made[1].reference).digest
+
+
+def test_what_is_made_of_a_subset_is_not_what_is_made_of_another(tmp_path: Path) -> None:
+    """Though every shard of both is the same: what they have seen is not."""
+    whole = database(tmp_path / "a", PICTURES[:6], PICTURES[6:12])
+    down = commit_takedown(Entries(frozenset({PICTURES[0][0]})), str(tmp_path), info={}).reference
+    slim = []
+    for where in ('url like "%circle%"', 'url like "%square%"'):
+        rows = subset(whole, where, str(tmp_path / "part"), cache=tmp_path).embeddings.reference
+        slim.append(compact(images_of(rows), rows, down, str(tmp_path / "part"), cache=tmp_path)[0])
+    one, other = (outcome.reference.manifest() for outcome in slim)
+    assert [shard.files for shard in one.shards] == [shard.files for shard in other.shards]
+    assert (slim[1].skipped, one.digest == other.digest) == (False, False)
+    assert [manifest.identity["where"] for manifest in (one, other)] == ['url like "%circle%"', 'url like "%square%"']
 
 
 def test_databases_of_two_encoders_are_refused_naming_both(tmp_path: Path) -> None:
