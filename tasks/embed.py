@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def embed_images(
 
     What ``previous`` holds already is not embedded again, if the same encoder made it with the same settings: a shard
     whose tar is the same is taken over, and of a tar that was rewritten the rows of the pictures that stayed are
-    copied. The output is the same with and without it, and so is its key.
+    copied. The output is the same with and without it, and so is its key. But of a tar of which it holds a part, as
+    the subset of a database does, only that part is embedded, by whatever encoder.
 
     Raises:
         ModelError: no such encoder.
@@ -57,12 +59,17 @@ def embed_images(
     def make() -> artifacts.Manifest:
         sources = images.manifest().shards
         earlier = _reusable(previous, config, {shard.name for shard in sources}) if previous else {}
+        parts = _parts(previous, sources) if previous else {}
         taken = {
             shard.name: earlier[shard.name]
             for shard in sources
             if shard.name in earlier and earlier[shard.name].info.get("source") == shard.file(".tar").sha256
         }
-        items = [(shard.name, (shard, earlier.get(shard.name))) for shard in sources if shard.name not in taken]
+        items = [
+            (shard.name, (shard, earlier.get(shard.name), parts.get(shard.name)))
+            for shard in sources
+            if shard.name not in taken
+        ]
         settings = (images.uri, stage.uri, _feeding(config), cache)
         made, lost = map_stage(
             stage, items, EmbedShard, settings, max_lost_fraction=config.max_lost_fraction, **_resources(config)
@@ -121,6 +128,18 @@ def _reusable(previous: EmbeddingShards, config: EmbedConfig, names: set[str]) -
     # Under one name there may be other weights today; only loading them tells.
     encoder: EncoderIdentity = compute.run(_identity_of, config.encoder)
     return there if encoder.same_space(encoder_of(manifest)) else {}
+
+
+def _parts(previous: EmbeddingShards, sources: Sequence[artifacts.Shard]) -> dict[str, artifacts.Shard]:
+    """The shards of ``previous``, by name, that were made of fewer pictures than the same tar holds in ``sources``."""
+    tars = {shard.name: shard for shard in sources}
+    return {
+        shard.name: shard.taken_over(previous.uri)
+        for shard in previous.manifest().shards
+        if (tar := tars.get(shard.name)) is not None
+        and shard.info.get("source") == tar.file(".tar").sha256
+        and sum(shard.info["outcomes"].values()) < tar.rows
+    }
 
 
 def _identity_of(encoder: str) -> EncoderIdentity:

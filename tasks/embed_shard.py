@@ -34,8 +34,8 @@ Row = np.ndarray[Any, np.dtype[np.float16]]
 Picture = tuple[str, str, int, int]
 """Key, sha256 of the bytes as downloaded, width and height as stored: two with the same are one picture."""
 Clock = dict[str, float]
-Work = tuple[str, tuple[artifacts.Shard, artifacts.Shard | None]]
-"""A shard's name, its pictures, and what an earlier version holds of it."""
+Work = tuple[str, tuple[artifacts.Shard, artifacts.Shard | None, artifacts.Shard | None]]
+"""A shard's name, its pictures, what an earlier version holds of it, and one that has those alone that are wanted."""
 
 SECONDS = ("read_s", "decode_s", "compute_s", "write_s", "turn_s")
 """What a shard's info times. ``decode_s`` adds up over the decoders; ``turn_s`` is how long the device was this
@@ -83,14 +83,14 @@ class EmbedShard:
     def _made(self, item: Work, decoders: Executor) -> artifacts.Shard:
         if not self._feeding.cuda:
             torch.set_num_threads(1)  # a worker a core: threads would only get in each other's way
-        name, (source, earlier) = item
+        name, (source, earlier, part) = item
         clock = dict.fromkeys(SECONDS, 0.0)
         started = time.monotonic()
         tar, table = (
             artifacts.fetch_shard(self._images_uri, source, suffix, self._cache) for suffix in (".tar", ".parquet")
         )
         records = {record["key"]: record for record in shards.read_table(table).to_pylist()}
-        filling = _Filling(records, self._rows_of(earlier))
+        filling = _Filling(records, self._rows_of(earlier), self._keys_of(part))
         clock["read_s"] += time.monotonic() - started
         rows = self._embedded(filling, tar, decoders, clock)
 
@@ -131,12 +131,21 @@ class EmbedShard:
         rows = np.load(artifacts.fetch_shard(folder, earlier, ".npy", self._cache))
         return {_picture(record): rows[record["row"]] for record in table.to_pylist() if record["sha256"]}
 
+    def _keys_of(self, part: artifacts.Shard | None) -> set[str] | None:
+        """The keys of the pictures that are wanted; None for all."""
+        if part is None:
+            return None
+        table = artifacts.fetch_shard(str(part.folder), part, ".parquet", self._cache)
+        return set(shards.read_table(table, ["key"])["key"].to_pylist())
+
 
 class _Filling:
     """What is collected of a shard while its pictures go by, in the order of the tar."""
 
-    def __init__(self, records: dict[str, dict[str, Any]], earlier: dict[Picture, Row]) -> None:
-        self._records, self._earlier = records, earlier
+    def __init__(
+        self, records: dict[str, dict[str, Any]], earlier: dict[Picture, Row], wanted: set[str] | None
+    ) -> None:
+        self._records, self._earlier, self._wanted = records, earlier, wanted
         self._taken: list[tuple[str, Row | None]] = []  # key, and its row if it is known already
         self._undecoded: set[str] = set()
         self.outcomes: Counter[str] = Counter()
@@ -146,6 +155,8 @@ class _Filling:
     def new(self, samples: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
         """The samples that must be embedded; the rows of the others are copied."""
         for key, encoded in samples:
+            if self._wanted is not None and key not in self._wanted:
+                continue
             row = self._earlier.get(_picture(self._record(key)))
             self._taken.append((key, row))
             if row is None:

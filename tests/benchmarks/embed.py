@@ -143,7 +143,7 @@ def our_workers(folder: Path, shards: list[artifacts.Shard], others: list[int]) 
 
         def one_round() -> Spent:
             with spent([os.getpid()], without=others) as taken:
-                items = [(shard.name, (shard, None)) for shard in shards]
+                items = [(shard.name, (shard, None, None)) for shard in shards]
                 given = [actors[n % CORES].__call__.remote(item) for n, item in enumerate(items)]
                 assert sum(shard.rows for shard in ray.get(given)) == SHARDS * SHARD_ROWS
             return taken

@@ -86,6 +86,7 @@ def test_a_subset_that_is_rebuilt_holds_what_its_filter_takes_and_what_was_added
     living: Living, ray: WithoutRay
 ) -> None:
     from flows.combine_databases import SubsetDatabaseConfig, subset_database
+    from tasks.embed import EmbedConfig
 
     living.build(NAMES[:8], domain="a")
     added = living.listed(*NAMES[8:10])
@@ -97,4 +98,7 @@ def test_a_subset_that_is_rebuilt_holds_what_its_filter_takes_and_what_was_added
             SubsetDatabaseConfig(domain="shapes", database="a", where=where, root=str(living.root), replace=True)
         )
         living.rebuild(urls=added)
+        assert living.champion() == wanted | set(NAMES[8:10])
+        embedded = living.rebuild(embed=EmbedConfig(workers=1, batch_size=2))
+        assert not embedded.skipped["embed"]
         assert living.champion() == wanted | set(NAMES[8:10])

@@ -32,8 +32,9 @@ from infra.shards import read_table, write_table
 from model.clip import Encoder
 from tasks import embed_shard
 from tasks.contracts import METADATA_SCHEMA, EmbeddingShards, ImageShards
-from tasks.embed import EmbedConfig, _reusable, embed_images
+from tasks.embed import EmbedConfig, _parts, _reusable, embed_images
 from tasks.embed_shard import EmbedShard, Feeding
+from tasks.rewrite import KeepRows
 
 SHIPPED = Path(model.clip.__file__).parent / "pretrained" / "sticker-clip"
 CONFIG = EmbedConfig(workers=1, batch_size=8)
@@ -201,6 +202,29 @@ def test_the_same_model_by_another_name_shares_its_rows(cluster: None, tmp_path:
     assert manifest.identity["encoder"]["name"] == named.encoder
 
 
+def test_what_a_subset_left_out_stays_out_whatever_embeds_it(cluster: None, tmp_path: Path) -> None:
+    images = image_shards(tmp_path, s00000=PICTURES[:6], s00001=[b"no picture", *PICTURES[6:10]])
+    whole = embedded(images, tmp_path)
+    keep = KeepRows(whole.uri, str(tmp_path / "embeddings" / "part"), tmp_path / "cache")
+    first, second = whole.manifest().shards
+    tar = images.manifest().shards[0].file(".tar").sha256
+    part = keep((first.name, (first, np.arange(6) % 2 == 0, tar)))
+    stage = artifacts.Stage(str(tmp_path), EmbeddingShards.kind, inputs={"images": images.as_input()}, config={})
+    every = [part.taken_over(str(tmp_path / "embeddings" / "part")), second.taken_over(whole.uri)]
+    earlier = EmbeddingShards.of(stage.commit(every, identity=whole.manifest().identity, info={}), stage.uri)
+
+    grown = image_shards(
+        tmp_path / "grown", s00000=PICTURES[:6], s00001=[b"no picture", *PICTURES[6:10]], s00002=PICTURES[10:12]
+    )
+    other = dataclasses.replace(CONFIG, batch_size=2)
+    again = embedded(grown, tmp_path / "again", other, previous=earlier)
+    manifest = again.manifest()
+    assert [shard.rows for shard in manifest.shards] == [3, 4, 2]
+    assert manifest.info["outcomes"] == {"success": 9, "decode_error": 1}, "what could not be decoded is tried again"
+    np.testing.assert_allclose(rows_of(again, manifest.shards[0]), rows_of(whole, first)[::2], atol=1e-3)
+    assert set(_parts(again, grown.manifest().shards)) == {"00000"}, "and at the next time, too"
+
+
 def test_an_encoder_that_changed_between_two_shards_is_found(cluster: None, tmp_path: Path) -> None:
     folder = tmp_path / "clip"
     shutil.copytree(SHIPPED, folder)
@@ -311,7 +335,7 @@ def test_decoders_that_were_killed_are_replaced(tmp_path: Path) -> None:
         process.join()
     worker._decoders = doomed
     (source,) = images.manifest().shards
-    assert worker(("00000", (source, None))).rows == 5
+    assert worker(("00000", (source, None, None))).rows == 5
     assert worker._decoders is not doomed
 
 
