@@ -4,6 +4,7 @@ With the version before, only what is new: URLs it was not asked for, pictures w
 """
 
 import dataclasses
+import json
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -71,8 +72,7 @@ def download_images(
         if previous is None:
             raise InputError(f"{urls} lists nothing that was not taken down; give it another URL")
         return Outcome(reference=previous, skipped=True, seconds=0.0, note=f"{urls} lists nothing new")
-    digest = artifacts.digest_of([table.column_names, *(table[name].to_pylist() for name in table.column_names)])
-    inputs = {"urls": {"uri": urls, "digest": digest}}
+    inputs = {"urls": {"uri": urls, "digest": _digest_of(table)}}
     if takedown is not None:
         inputs["takedown"] = takedown.as_input()
     # The version before is no input, or nothing that it alone refers to could ever be collected.
@@ -229,6 +229,12 @@ def new_rows(table: pa.Table, seen: Seen | None, refused: Entries, config: Downl
             wanted[row] = urls[row] not in first
             first.add(urls[row])
     return table if wanted.all() else table.filter(pa.array(wanted)).combine_chunks()
+
+
+def _digest_of(table: pa.Table) -> str:
+    """Of the names and values of its columns; of what JSON lacks (a date, bytes, a decimal) by its text form."""
+    columns = [table.column_names, *(table[name].to_pylist() for name in table.column_names)]
+    return artifacts.digest_of(json.loads(json.dumps(columns, default=str)))
 
 
 def _note(manifest: artifacts.Manifest) -> str:

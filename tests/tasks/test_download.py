@@ -1,11 +1,15 @@
 """What a second list costs: only URLs that were not asked for, only bytes that are not there."""
 
+import datetime
+import decimal
 import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fakes import LoopbackServer, Reply, WithoutRay
 from made_shards import image_shards, sha
@@ -187,6 +191,48 @@ def test_files_of_a_thousand_nights_are_few(tmp_path: Path) -> None:
         files = Seen(parts, files).extended(str(tmp_path / str(night)), added)
     assert len(files) <= 9
     assert sum(entry["rows"] for entry in files) == 900
+
+
+def test_columns_of_every_kind_are_kept(lists: Lists, tmp_path: Path) -> None:
+    day = datetime.date(2024, 1, 2)
+    further = {
+        "taken": pa.array([day, None, day]),
+        "seen": pa.array([datetime.datetime(2024, 1, 2, 3, 4, 5, 6, datetime.UTC)] * 3, pa.timestamp("us", "UTC")),
+        "fine": pa.array([1, 2, 3], pa.timestamp("ns")),
+        "at": pa.array([datetime.time(3, 4), None, None]),
+        "lasts": pa.array([datetime.timedelta(seconds=3)] * 3),
+        "raw": pa.array([b"\xff\x00", b"", None]),
+        "price": pa.array([decimal.Decimal("1.10"), None, decimal.Decimal("2.20")]),
+        "nested": pa.array([{"day": day, "tags": ["a"]}] * 3),
+        "score": pa.array([0.5, float("nan"), 2.0]),
+    }
+    # The third is a copy of the first, and dropped: its further columns are empty then, and keep their type.
+    paths = [NAMES[0], NAMES[1], "/copy.png"]
+    listed = pa.table({"url": [lists.server.url(path) for path in paths], **further})
+    first = lists(NAMES[2:3]).reference
+    made = []
+    for days in (further["taken"], pa.array([day, day, day])):
+        table = listed.set_column(1, "taken", days)
+        pq.write_table(table, tmp_path / "urls.parquet")
+        config = DownloadConfig(policy=lists.policy)
+        options: Any = {"cache": tmp_path, "previous": first}
+        made += [download_images(str(tmp_path / "urls.parquet"), str(tmp_path), config, **options) for _ in range(2)]
+    assert [outcome.skipped for outcome in made] == [False, True, False, True]
+    assert made[0].reference.uri != made[2].reference.uri, "another date is another list"
+    shard = made[0].reference.manifest().shards[-1]
+    kept = shards.read_table(Path(made[0].reference.uri) / shard.file(".parquet").name)
+    assert kept["error_class"].to_pylist() == ["success", "success", "duplicate_content"]
+    for name, values in further.items():
+        assert kept.schema.field(name).type == values.type
+        assert kept[name].slice(0, 2).to_pylist()[0] == values[0].as_py()
+        assert not kept[name][2].is_valid
+
+
+def test_a_list_is_known_by_the_digest_that_earlier_releases_gave_it(lists: Lists, tmp_path: Path) -> None:
+    (tmp_path / "urls.csv").write_text(f"url,likes,score,name\n{lists.server.url(NAMES[0])},3,0.1,ä\n")
+    made = download_images(str(tmp_path / "urls.csv"), str(tmp_path), DownloadConfig(policy=lists.policy))
+    columns = [["url", "likes", "score", "name"], [lists.server.url(NAMES[0])], [3], [0.1], ["ä"]]
+    assert made.reference.manifest().inputs["urls"]["digest"] == artifacts.digest_of(columns)
 
 
 def test_a_list_of_which_everything_was_taken_down_is_told(lists: Lists) -> None:
