@@ -6,8 +6,9 @@ from typing import Any
 from prefect import flow
 
 from infra import compute, tracking
-from tasks.contracts import DatabaseVersion, EmbeddingShards, Generator, ImageShards, Outcome
+from tasks.contracts import DatabaseVersion, Generator, Outcome
 from tasks.evaluate import EvaluateConfig, Evaluation, evaluate
+from tasks.lineage import embeddings_of, images_of
 from tasks.neighbours import neighbours
 from tasks.register import Named, register_generator_task
 from tasks.stage import base_of, settings_of
@@ -44,8 +45,8 @@ def train_generator(config: TrainGeneratorConfig) -> TrainedGenerator:
     settings = settings_of(config.root)
     base, cache = base_of(settings, config.domain), settings.cache_folder
     database = DatabaseVersion.open(config.database)
-    embeddings = EmbeddingShards.open(database.manifest().inputs["embeddings"]["uri"])
-    images = ImageShards.open(embeddings.manifest().inputs["images"]["uri"])
+    embeddings = embeddings_of(database)
+    images = images_of(embeddings)
     with (
         compute.cluster(settings.ray_address, settings.cpus),
         tracking.start_run(settings, experiment="train-generator", name=config.domain) as run,

@@ -9,18 +9,20 @@ from PIL import Image
 from infra import artifacts, shards
 from infra.errors import IntegrityError
 from infra.pictures import to_rgb
-from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards
+from tasks.contracts import DatabaseVersion
 from tasks.databases import Metadata
+from tasks.lineage import embeddings_of, images_of
 
 
 def fetch_pictures(version: DatabaseVersion, ids: Sequence[int], cache: Path) -> list[Image.Image]:
     """The RGB pictures of rows, in their order; a row may come twice. Reads the image shards that hold them.
 
     Raises:
+        InputError: the version's embeddings or images are no longer what it was made from.
         IntegrityError: a tar differs from what was committed, or lacks a picture that was embedded.
     """
-    embeddings = EmbeddingShards.open(version.manifest().inputs["embeddings"]["uri"])
-    images = ImageShards.open(embeddings.manifest().inputs["images"]["uri"])
+    embeddings = embeddings_of(version)
+    images = images_of(embeddings)
     lookup = Metadata(embeddings.uri, embeddings.manifest(), cache)
     # By shard too: in a union of databases the same key is borne by a picture of each.
     places = {row: (lookup.shard(row), lookup.row(row)["key"]) for row in set(ids)}

@@ -11,7 +11,8 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from infra import artifacts, logs
 from infra.registry import DATABASE_PREFIX, GENERATOR_NAME, Registered, Registry
 from infra.settings import Settings
-from tasks.contracts import DatabaseVersion, EmbeddingShards, Generator, encoder_of
+from tasks.contracts import DatabaseVersion, Generator, encoder_of
+from tasks.lineage import embeddings_of
 from tasks.stage import stage_task
 from tasks.train import PIPELINE, generator_folder
 
@@ -40,7 +41,7 @@ def register_database(domain: str, database: DatabaseVersion, settings: Settings
     tags = {
         **_tags(manifest),
         "rows": str(manifest.rows - manifest.info["hidden"]),
-        "bytes": str(_stored_bytes(manifest)),
+        "bytes": str(_stored_bytes(database)),
         "index": manifest.info["factory"],
     }
     for name in ("recall_at_10_image", "recall_at_10_text"):
@@ -106,10 +107,10 @@ def _tags(manifest: artifacts.Manifest) -> dict[str, str]:
     return {"encoder": encoder_of(manifest).name, "rows": str(manifest.rows)}
 
 
-def _stored_bytes(manifest: artifacts.Manifest) -> int:
+def _stored_bytes(database: DatabaseVersion) -> int:
     """Bytes of a database's index and of the embeddings behind it, wherever an earlier version keeps them."""
-    embeddings = EmbeddingShards.open(manifest.inputs["embeddings"]["uri"]).manifest()
-    return sum(file.bytes for part in (manifest, embeddings) for file in part.files)
+    parts = (database.manifest(), embeddings_of(database).manifest())
+    return sum(file.bytes for part in parts for file in part.files)
 
 
 def _told(registered: Registered, seconds: float) -> Named:

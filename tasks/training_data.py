@@ -31,6 +31,7 @@ from model.training.alignment import align_all
 from model.training.data import Rows, TrainingSet, picture_to_array, to_model_range
 from model.training.database_rows import JoinedRows, Rows16
 from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Neighbours
+from tasks.lineage import embeddings_of, images_of
 
 ALIGNED_AT_ONCE = 256
 CANDIDATES = 4
@@ -101,7 +102,7 @@ def training_shards(inputs: TrainingInputs, treatment: Treatment, cache: Path) -
 
 def database_rows(database: DatabaseVersion, cache: Path) -> Rows16:
     """The embeddings (M, D) float16 that the neighbours point into, memory-mapped."""
-    embeddings = EmbeddingShards.open(database.manifest().inputs["embeddings"]["uri"])
+    embeddings = embeddings_of(database)
     parts = [artifacts.fetch_shard(embeddings.uri, shard, ".npy", cache) for shard in embeddings.manifest().shards]
     return JoinedRows([np.load(part, mmap_mode="r") for part in parts])
 
@@ -140,8 +141,8 @@ class DecodedDatabase:
 
     def __init__(self, database: DatabaseVersion, treatment: Treatment, cache: Path) -> None:
         """Over the pictures that ``database`` was embedded from, at ``treatment.side`` px."""
-        embeddings = EmbeddingShards.open(database.manifest().inputs["embeddings"]["uri"])
-        images = ImageShards.open(embeddings.manifest().inputs["images"]["uri"])
+        embeddings = embeddings_of(database)
+        images = images_of(embeddings)
         pictures = {shard.name: shard for shard in images.manifest().shards}
         self.digest = database.digest
         self._shards = [
