@@ -12,8 +12,8 @@ from infra.registry import GENERATOR_NAME, Registry
 from infra.settings import Settings
 from infra.shards import read_lines
 from model.saved import pretrained_folder, weights_digest
-from tasks.contracts import DatabaseVersion, Generator, Outcome
-from tasks.evaluate import EvaluateConfig, Evaluation, domain_of, evaluate
+from tasks.contracts import DatabaseVersion, Generator, Outcome, domain_of
+from tasks.evaluate import EvaluateConfig, Evaluation, evaluate
 from tasks.report import FIGURE, MARKDOWN, Report, preview, report
 from tasks.stage import base_of, settings_of
 

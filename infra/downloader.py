@@ -31,8 +31,8 @@ from infra.errors import InputError
 from infra.guard import Limits, guarded
 from infra.pictures import PictureNormaliser
 
-SHARD_ROWS = 10_000
-"""Most rows of a shard: a key is five digits of the shard and four of the row."""
+SHARD_ROWS, SHARDS = 10_000, 100_000
+"""Most rows of a shard, and most shards: a key is five digits of the shard and four of the row."""
 
 _OF_URLS = ("invalid_url", "blocked_scheme", "blocked_address", "dns_error", "too_many_redirects", "robots_disallowed")
 _OF_TRANSFERS = ("connection_error", "timeout", "deadline_exceeded", "body_too_large", "empty_body")
@@ -270,7 +270,7 @@ def _lost(key: str) -> dict[str, Any]:
 
 
 def _check_rows(shard_id: int, rows: pa.Table) -> None:
-    if not 0 <= shard_id < 10**_SHARD_DIGITS:
+    if not 0 <= shard_id < SHARDS:
         raise InputError(f"shard {shard_id} has no key of {_SHARD_DIGITS} digits; use fewer or larger shards")
     if rows.num_rows > SHARD_ROWS:
         raise InputError(f"shard {shard_id} has {rows.num_rows} rows, but keys for {SHARD_ROWS}; use smaller shards")

@@ -16,16 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import artifacts, shards
-from infra.errors import EncoderMismatchError, InputError
-from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Outcome, Takedown, encoder_of
+from infra.downloader import SHARDS
+from infra.errors import InputError
+from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Outcome, Takedown, require_same_encoder
 from tasks.lineage import embeddings_of, images_of, takedown_of
-from tasks.rewrite import KeepRows, counted
+from tasks.rewrite import KeepRows
 from tasks.seen import Hashes, Seen, hash_digests, hash_texts, write_seen
-from tasks.stage import map_stage, skip_or_make, stage_task
+from tasks.stage import counted, map_stage, skip_or_make, stage_task
 from tasks.takedown import Entries, Matcher, commit_takedown, entries_of
 from tasks.where import parse_where
 
-_SHARDS = 100_000  # that five digits tell apart
 _READERS = 8
 _COLUMNS = ["row", "key", "url", "sha256", "width", "height"]
 Source = TypeVar("Source", ImageShards, EmbeddingShards)
@@ -48,7 +48,7 @@ def merge(databases: Mapping[str, DatabaseVersion], base: str, *, cache: Path) -
     """
     if len({database.digest for database in databases.values()}) < max(2, len(databases)):
         raise InputError(f"a union is of two databases or more, each named once; {', '.join(databases)} was given")
-    require_one_encoder({name: database.manifest() for name, database in databases.items()})
+    require_same_encoder(**{name: database.manifest() for name, database in databases.items()})
     parts = [embeddings_of(database) for database in databases.values()]
     pictures = [images_of(part) for part in parts]
     images = merged_images(pictures, base, cache=cache)
@@ -60,17 +60,6 @@ def merge(databases: Mapping[str, DatabaseVersion], base: str, *, cache: Path) -
         entries |= entries_of(takedown, cache)
     together = commit_takedown(entries, base, info={"of": ", ".join(databases)}).reference if len(entries) else None
     return Combined(embeddings=embeddings, takedown=together)
-
-
-def require_one_encoder(manifests: Mapping[str, artifacts.Manifest]) -> None:
-    """Raise ``EncoderMismatchError`` naming the first two databases whose embeddings do not compare."""
-    (first, manifest), *others = manifests.items()
-    for name, other in others:
-        if not encoder_of(other).same_space(encoder_of(manifest)):
-            raise EncoderMismatchError(
-                f"{first} was made by {encoder_of(manifest)}, {name} by {encoder_of(other)}: their embeddings do not "
-                "compare; rebuild one with the other's encoder"
-            )
 
 
 def is_combined(images: ImageShards) -> bool:
@@ -89,7 +78,7 @@ def merged_images(parts: Sequence[ImageShards], base: str, *, cache: Path) -> Ou
         every = [
             shard.taken_over(part.uri) for part, source in zip(parts, sources, strict=True) for shard in source.shards
         ]
-        if len(every) > _SHARDS:
+        if len(every) > SHARDS:
             raise InputError(f"together they have {len(every)} shards, names have five digits; download larger shards")
         outcomes: Counter[str] = Counter()
         for source in sources:

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 from infra import artifacts, shards, storage
 from infra.dropping import TAKEN_DOWN, drop_pictures
 from tasks.contracts import EmbeddingShards, ImageShards, Outcome, Takedown
-from tasks.rewrite import KeepRows, counted
+from tasks.rewrite import KeepRows
 from tasks.seen import Seen
-from tasks.stage import map_stage, skip_or_make, stage_task
+from tasks.stage import counted, map_stage, skip_or_make, stage_task
 from tasks.takedown import Matcher, entries_of, masks_named
 
 _READERS = 8

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 import pyarrow as pa
 from pydantic import TypeAdapter
 
-from infra import artifacts
+from infra import artifacts, storage
 from infra.errors import EncoderMismatchError, InputError, IntegrityError
 from model.encoder_identity import EncoderIdentity
 
@@ -114,6 +114,11 @@ class Generator(Reference):
     """A diffusers folder under ``pipeline/``. Rows are the images it was trained on."""
 
     kind: ClassVar[str] = "generator"
+
+
+def domain_of(database: DatabaseVersion) -> str:
+    """The name of the domain whose folder holds the version."""
+    return storage.join(database.uri).rsplit("/", 3)[-3]
 
 
 def encoder_of(manifest: artifacts.Manifest) -> EncoderIdentity:

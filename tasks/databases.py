@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from infra import artifacts, shards, storage
+from infra import artifacts, shards
 from infra.errors import IntegrityError
 from model.retrieval.database import Database, SearchEffort, ShardFiles
-from tasks.contracts import DatabaseVersion, EmbeddingShards, encoder_of
+from tasks.contracts import DatabaseVersion, EmbeddingShards, domain_of, encoder_of
 from tasks.lineage import embeddings_of
 
 QUANTIZER = "quantizer"
@@ -57,7 +57,7 @@ def open_part(
         [special[QUANTIZER], *part],
         embeddings,
         cache,
-        name=name or storage.join(version.uri).rsplit("/", 3)[-3],
+        name=name or domain_of(version),
         effort=SearchEffort(**manifest.info["effort"]),
         hidden=hidden[(hidden >= 0) & (hidden < sum(shard.rows for shard in part))],
         part=len(part) < len(index_shards(version)),

@@ -18,7 +18,7 @@ from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
 from model.retrieval.asking import checked_count, checked_exclusion, checked_ids, checked_queries, checked_rows
 from model.retrieval.database import Hits, Nearest, Searchable
-from tasks.contracts import DatabaseVersion, encoder_of
+from tasks.contracts import DatabaseVersion, domain_of, encoder_of
 from tasks.databases import Metadata, index_shards, open_part
 from tasks.lineage import embeddings_of
 
@@ -47,7 +47,7 @@ class DistributedDatabase(Searchable):
     ) -> None:
         """Ask ``placed`` workers, which hold ``parts`` in row order."""
         manifest, embeddings = version.manifest(), embeddings_of(version)
-        self.name = version.uri.rsplit("/", 3)[-3]
+        self.name = domain_of(version)
         self.encoder: EncoderIdentity = encoder_of(manifest)
         self._placed, self._rows = placed, manifest.rows - int(manifest.info["hidden"])
         if self._rows < 1:

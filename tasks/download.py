@@ -15,16 +15,15 @@ import numpy as np
 import pyarrow as pa
 
 from infra import artifacts, shards, storage
-from infra.downloader import DownloadPolicy, download_shard
+from infra.downloader import SHARD_ROWS, SHARDS, DownloadPolicy, download_shard
 from infra.dropping import DUPLICATE, TAKEN_DOWN, drop_pictures
 from infra.errors import InputError, StageError
 from infra.settings import Settings
 from tasks.contracts import ImageShards, Outcome, Takedown, config_of
 from tasks.seen import Hashes, Seen, hashes_of, write_seen
-from tasks.stage import map_stage, skip_or_make, stage_task
+from tasks.stage import counted, map_stage, skip_or_make, stage_task
 from tasks.takedown import Entries, entries_of
 
-_SHARDS = 100_000  # that five digits tell apart
 _MAY_PASS = ("connection_error", "timeout", "deadline_exceeded", "dns_error", "http_429", "http_5")
 
 
@@ -40,8 +39,8 @@ class DownloadConfig:
 
     def __post_init__(self) -> None:
         """Refuse what img2dataset's keys cannot count."""
-        if not 1 <= self.shard_rows <= 10_000:
-            raise ValueError("shard_rows must lie in 1…10000: img2dataset's keys have four digits a shard")
+        if not 1 <= self.shard_rows <= SHARD_ROWS:
+            raise ValueError(f"shard_rows must lie in 1…{SHARD_ROWS}: img2dataset's keys have four digits a shard")
 
 
 def download_images(
@@ -117,7 +116,7 @@ class _Delta:
         taken = [shard.taken_over(self.previous.uri) for shard in before.shards] if self.previous and before else []
         first = 1 + max((int(shard.name) for shard in taken), default=-1)
         starts = range(0, self.table.num_rows, config.shard_rows)
-        if first + len(starts) > _SHARDS:
+        if first + len(starts) > SHARDS:
             raise InputError(f"{self.urls} needs shard {first + len(starts)}, names have five digits; raise shard_rows")
         items = [
             (f"{n:05d}", (n, self.table.slice(start, config.shard_rows))) for n, start in enumerate(starts, start=first)
@@ -208,14 +207,6 @@ class _Delta:
         if self.seen is None:
             return [write_seen(self.stage.uri, added)]
         return self.seen.extended(self.stage.uri, added)
-
-
-def counted(done: list[artifacts.Shard]) -> dict[str, int]:
-    """The outcomes of shards, added up."""
-    outcomes: Counter[str] = Counter()
-    for shard in done:
-        outcomes.update(shard.info["outcomes"])
-    return dict(outcomes)
 
 
 def new_rows(table: pa.Table, seen: Seen | None, refused: Entries, config: DownloadConfig) -> pa.Table:

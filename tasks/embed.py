@@ -1,7 +1,6 @@
 """Embed: image shards to CLIP embeddings in clip-retrieval's layout, one output shard for each input shard."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from model.clip import EMBEDDED, Encoder
 from model.encoder_identity import EncoderIdentity
 from tasks.contracts import EmbeddingShards, ImageShards, Outcome, encoder_of
 from tasks.embed_shard import SECONDS, EmbedShard, Feeding
-from tasks.stage import map_stage, skip_or_make, stage_task
+from tasks.stage import counted, map_stage, skip_or_make, stage_task
 
 _LOCAL = "local-dir:"
 _MOST_DECODERS = 16
@@ -75,15 +74,15 @@ def embed_images(
             stage, items, EmbedShard, settings, max_lost_fraction=config.max_lost_fraction, **_resources(config)
         )
         done = [*taken.values(), *made]
-        outcomes = _summed(done, "outcomes")
-        if not outcomes["success"]:
-            raise StageError(f"no picture of {images.uri} could be decoded ({dict(outcomes)}); look at its tars")
+        outcomes = counted(done)
+        if not outcomes.get("success"):
+            raise StageError(f"no picture of {images.uri} could be decoded ({outcomes}); look at its tars")
         first, *others = (EncoderIdentity(**shard.info["encoder"]) for shard in done)
         if not all(first.same_space(other) for other in others):
             raise StageError(f"{config.encoder} changed while {stage.uri} was filled; delete that folder and run again")
         # A shard that was taken over may know the same encoder by another name.
         identity = {"encoder": {**dataclasses.asdict(first), "name": config.encoder}}
-        info = {"outcomes": dict(outcomes), "lost_shards": lost, "shards_taken_over": len(taken), **_measured(made)}
+        info = {"outcomes": outcomes, "lost_shards": lost, "shards_taken_over": len(taken), **_measured(made)}
         return stage.commit(done, identity=identity, info=info)
 
     return skip_or_make(stage, EmbeddingShards, make, note=_note)
@@ -144,13 +143,6 @@ def _parts(previous: EmbeddingShards, sources: Sequence[artifacts.Shard]) -> dic
 
 def _identity_of(encoder: str) -> EncoderIdentity:
     return Encoder(encoder).identity
-
-
-def _summed(done: list[artifacts.Shard], name: str) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for shard in done:
-        total.update(shard.info[name])
-    return total
 
 
 def _measured(made: list[artifacts.Shard]) -> dict[str, Any]:

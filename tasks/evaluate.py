@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from infra import artifacts, compute, storage
 from infra.errors import InputError
-from tasks.contracts import DatabaseVersion, Generator, Outcome, Reference, config_of
+from tasks.contracts import DatabaseVersion, Generator, Outcome, Reference, config_of, domain_of
 from tasks.measure import SAMPLES, EvaluateConfig, Subject, measure
 from tasks.sample import ABLATIONS, contact_sheet
 from tasks.stage import skip_or_make, stage_task
@@ -74,11 +74,6 @@ def evaluate_generator(
         return stage.commit([done], info=done.info)
 
     return skip_or_make(stage, Evaluation, make, note=lambda manifest: table_line(manifest.info["scores"]))
-
-
-def domain_of(database: DatabaseVersion) -> str:
-    """The name of the domain whose folder holds the version."""
-    return storage.join(database.uri).rsplit("/", 3)[-3]
 
 
 def _weights_input(config: EvaluateConfig) -> dict[str, dict[str, str]]:

@@ -1,6 +1,5 @@
 """Rewrite: embedding shards without some of their rows. What compaction and a subset share."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +35,3 @@ class KeepRows:
             shards.write_table(metadata, METADATA_SCHEMA, folder / "metadata" / f"metadata_{name}.parquet")
             info = {**shard.info, "outcomes": outcomes, "source": tar_digest}
             return artifacts.commit_shard(self._folder_uri, name, folder, rows=len(rows), info=info)
-
-
-def counted(done: Sequence[artifacts.Shard]) -> dict[str, int]:
-    """The outcomes of shards, added up, most frequent first."""
-    total: dict[str, int] = {}
-    for shard in done:
-        for outcome, count in shard.info["outcomes"].items():
-            total[outcome] = total.get(outcome, 0) + count
-    return dict(sorted(total.items(), key=lambda entry: -entry[1]))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from infra.errors import InputError
 from infra.pictures import to_rgb
-from infra.registry import GENERATOR_NAME, Registry
+from infra.registry import Registry
 from infra.settings import Settings
 from model.clip import encoder_for
 from model.pipeline import KNNDiffusionPipeline
@@ -19,8 +19,6 @@ from tasks.contracts import DatabaseVersion, Generator
 from tasks.databases import open_database
 from tasks.fetch import fetch_pictures
 from tasks.train import PIPELINE, generator_folder
-
-DEFAULT_MODEL = GENERATOR_NAME
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
@@ -123,6 +124,14 @@ def map_stage(
             f"the other {len(named) - len(lost)} are committed, run again to go on"
         )
     return [done[name] for name in named if name in done], lost
+
+
+def counted(done: Iterable[artifacts.Shard]) -> dict[str, int]:
+    """The outcomes of shards, added up, most frequent first."""
+    total: Counter[str] = Counter()
+    for shard in done:
+        total.update(shard.info["outcomes"])
+    return dict(total.most_common())
 
 
 def settings_of(root: str | None) -> Settings:

@@ -11,9 +11,9 @@ from small_domain import encoded
 
 from infra import artifacts
 from infra.errors import EncoderMismatchError, InputError
-from tasks.combine import Combined, merge, require_one_encoder, subset
+from tasks.combine import Combined, merge, subset
 from tasks.compact import compact
-from tasks.contracts import DatabaseVersion, config_from
+from tasks.contracts import DatabaseVersion, config_from, require_same_encoder
 from tasks.databases import open_database
 from tasks.download import DownloadConfig
 from tasks.fetch import fetch_pictures
@@ -124,8 +124,8 @@ def test_databases_of_two_encoders_are_refused_naming_both(tmp_path: Path) -> No
     other = artifacts.Stage(str(tmp_path), "database", inputs={}, config={}).commit(
         [], identity={"encoder": encoder}, info={}
     )
-    with pytest.raises(EncoderMismatchError, match=r"a was made by made.*, b by other.*rebuild one") as caught:
-        require_one_encoder({"a": a, "b": other})
+    with pytest.raises(EncoderMismatchError, match=r"a was made by made.*, \./b by other.*rebuild one") as caught:
+        require_same_encoder(**{"a": a, "./b": other})
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="two databases or more"):
         merge({"a": database(tmp_path / "a", PICTURES[:3])}, str(tmp_path), cache=tmp_path)

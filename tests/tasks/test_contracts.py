@@ -81,6 +81,11 @@ def test_the_encoder_comes_back_from_the_manifest(tmp_path: Path) -> None:
     assert contracts.encoder_of(artifacts.read_manifest(uri)) == BASE
 
 
+@pytest.mark.parametrize("uri", ["s3://bucket/root/shapes/database/0123", "/data/shapes/database/0123/"])
+def test_the_domain_is_the_folder_of_a_version(uri: str) -> None:
+    assert contracts.domain_of(contracts.DatabaseVersion(uri=uri, rows=1, digest="")) == "shapes"
+
+
 def test_one_encoder_joins(tmp_path: Path) -> None:
     database, generator = manifest_of(tmp_path, "1", BASE), manifest_of(tmp_path, "2", BASE)
     assert contracts.require_same_encoder(database=database, generator=generator) == BASE

@@ -12,8 +12,8 @@ from PIL import Image
 
 from infra import artifacts, compute
 from infra.errors import InputError
-from tasks.contracts import DatabaseVersion, Generator
-from tasks.evaluate import EvaluateConfig, Evaluation, domain_of, evaluate_generator
+from tasks.contracts import DatabaseVersion, Generator, domain_of
+from tasks.evaluate import EvaluateConfig, Evaluation, evaluate_generator
 from tasks.fetch import fetch_pictures
 from tasks.measure import Subject, measure
 from tasks.sample import ABLATIONS, queries_of

@@ -526,7 +526,9 @@ def test_a_database_on_actors_answers_as_one(tmp_path: Path) -> None:
     ).reference
     version = build(stored(tmp_path, np.split(rows, 6)), tmp_path, takedown=all_of_a_part)
     whole = open_database(version, tmp_path / "cache")
+    version = dataclasses.replace(version, uri=f"{version.uri}/")  # as somebody may type it
     with distributed_database(version, tmp_path / "cache", actors=3, cpus_each=0.5) as spread:
+        assert spread.name == whole.name == tmp_path.name
         for options in ({}, {"exclude": own}):
             ours, theirs = spread.nearest(queries, 7, **options), whole.nearest(queries, 7, **options)
             np.testing.assert_array_equal(ours.ids, theirs.ids)
