@@ -2,7 +2,7 @@
 
 Retries are in three layers, each for what the others do not see: botocore tries a request twice (a 503, a refused
 connection), s3fs a part or a range twice (a body cut off), and :func:`patiently` a whole call, for about ten seconds.
-Then it is a ``TransientError``, after which the task waits for minutes.
+Then it is a ``TransientError``, after which the task is tried again 2, 10 and 60 s later.
 """
 
 import errno
@@ -30,6 +30,7 @@ NO_RETRY_AFTER_S = 60.0
 
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _OUT_OF_ORDER = frozenset({errno.EREMOTEIO, errno.EBUSY})  # what s3fs makes of 500, 503 and SlowDown
+_CONFLICTS = frozenset({"409", "ConditionalRequestConflict", "OperationAborted"})  # not every 409 passes
 _NO_ACCESS = frozenset({"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"})
 _DISK_FULL_BYTES = 1 << 20
 _SHORT_WRITE = re.compile(rf"{os.strerror(errno.ENOSPC)}|\d+ requested and \d+ written")  # faiss | numpy
@@ -92,11 +93,21 @@ def no_space(where: str) -> StageError:
 
 def code_of(error: BaseException) -> str:
     """The store's own name for the error, which s3fs keeps in the cause; empty when it has not answered."""
+    return str(_answer(error).get("Error", {}).get("Code", ""))
+
+
+def _answer(error: BaseException) -> dict[str, Any]:
     for said in (error, error.__cause__):
         response = getattr(said, "response", None)
-        if isinstance(response, dict) and "Code" in response.get("Error", {}):
-            return str(response["Error"]["Code"])
-    return ""
+        if isinstance(response, dict):
+            return response
+    return {}
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the store, or a proxy before it, has answered with what passes. 501 says that it cannot do it at all."""
+    status = int(_answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return (status >= 500 and status != 501) or status == 429 or code_of(error) in _CONFLICTS
 
 
 def _translated(uri: str, error: Exception) -> KNNDiffusionError | None:
@@ -121,7 +132,7 @@ def _translated(uri: str, error: Exception) -> KNNDiffusionError | None:
             return no_space(str(error.filename or uri))
         case OSError(errno=number) if number in _OUT_OF_ORDER and _remote(uri):
             return TransientError(f"{uri} could not be reached{_at(uri)}: {said}; is the store up? then run again")
-        case _ if isinstance(error, _passing()):
+        case _ if _may_pass(error) or isinstance(error, _passing()):
             return TransientError(f"{uri} could not be reached{_at(uri)}: {said}; is the store up? then run again")
         case boto.BotoCoreError():
             return InputError(f"{uri} cannot be used{_at(uri)}: {said}; mend the address or AWS_ENDPOINT_URL")

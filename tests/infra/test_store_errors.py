@@ -135,6 +135,13 @@ def breaking(hasty: None) -> type[BreakingFileSystem]:
     return BreakingFileSystem
 
 
+def answered(status: int, code: str) -> OSError:
+    """What s3fs makes of a store's answer."""
+    response = {"Error": {"Code": code, "Message": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    error: OSError = s3fs.errors.translate_boto_error(botocore.exceptions.ClientError(response, "PutObject"))
+    return error
+
+
 LOST = [
     ConnectionResetError("reset by peer"),
     TimeoutError("no answer in 60 s"),
@@ -143,6 +150,13 @@ LOST = [
     OSError(errno.EBUSY, "Please reduce your request rate"),
     aiohttp.ClientPayloadError("the body\nbroke off"),
     botocore.exceptions.ConnectionClosedError(endpoint_url="http://store"),
+    answered(500, "UnknownError"),  # of RadosGW
+    answered(502, "502"),  # of a proxy before the store
+    answered(504, "GatewayTimeout"),
+    answered(503, "ServerTimeout"),
+    answered(429, "TooManyRequests"),
+    answered(409, "409"),
+    answered(409, "ConditionalRequestConflict"),
 ]
 
 
@@ -165,7 +179,9 @@ def test_a_lost_connection_may_pass(error: OSError, breaking: type[BreakingFileS
 
 
 def test_what_will_not_pass_is_not_tried_again(breaking: type[BreakingFileSystem]) -> None:
-    for error in (PermissionError("no"), FileNotFoundError(), OSError(errno.ENOSPC, "No space left on device")):
+    refusals = (answered(501, "NotImplemented"), answered(409, "InvalidBucketState"), answered(400, "Strange"))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for error in (PermissionError("no"), FileNotFoundError(), full, *refusals):
         breaking.error, breaking.times = error, 3
         with pytest.raises(KNNDiffusionError):
             storage.write_bytes("breaking://x/a", b"data")
