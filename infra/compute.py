@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import RayError, RayTaskError
 from tqdm.auto import tqdm
 
-from infra.crew import SHARD_TRIES, Crew
+from infra.crew import SHARD_TRIES, Crew, said
 from infra.errors import StageError, TransientError
 from infra.progress import drawn
 
@@ -124,8 +124,10 @@ class Placed:
             return list(ray.get([actor.run.remote(item) for actor in asked]))
         except RayTaskError as error:
             raise (error.cause or error) from None
-        except (RayActorError, WorkerCrashedError) as error:
-            raise TransientError(f"a worker was lost and could not be built again ({error}); ask again") from error
+        except RayError as error:
+            raise TransientError(
+                f"a worker was lost and could not be built again ({said(error)}); ask again"
+            ) from error
 
 
 @contextmanager
@@ -146,7 +148,10 @@ def placed(
 def run(
     function: Callable[..., Any], *arguments: Any, cpus: float = 1, gpus: float = 0, watch: str | None = None
 ) -> Any:
-    """``function(*arguments)`` on a worker; what it reports with :class:`Progress` to ``watch`` is drawn here."""
+    """``function(*arguments)`` on a worker; what it reports with :class:`Progress` to ``watch`` is drawn here.
+
+    Raises as it was raised, and ``StageError`` when the worker died each time that it was tried.
+    """
     start()
     remote = ray.remote(_call).options(num_cpus=fitting(cpus), num_gpus=gpus, max_retries=SHARD_TRIES)
     try:
@@ -154,6 +159,11 @@ def run(
             return ray.get(remote.remote(function, arguments))
     except RayTaskError as error:
         raise (error.cause or error) from None
+    except RayError as error:
+        raise StageError(
+            f"the worker of {function.__name__} was lost ({said(error)}); give it more memory, or see Ray's logs, and "
+            "run again"
+        ) from error
 
 
 _CHECKOUT = Path(__file__).parent.parent

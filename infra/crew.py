@@ -6,13 +6,18 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import RayError, RayTaskError
 
 from infra.errors import StageError
 
 SHARD_TRIES = 3
 """How often a shard is tried when its worker dies under it alone; what a worker raises is not tried again here."""
 _HELD = 2  # shards of an actor: one in hand, one that waits for it
+
+
+def said(error: RayError) -> str:
+    """What Ray says of a worker, which takes it many lines, in one."""
+    return " ".join(str(error).split())
 
 
 class Lost:
@@ -75,12 +80,12 @@ class Crew:
                 result = ray.get(done)
             except RayTaskError as error:
                 result = Lost(shard.item if shard else None, error.cause or error)
-            except (RayActorError, WorkerCrashedError) as error:
+            except RayError as error:  # died, was killed for its memory, found no environment, lost what it returned
                 self._replace(seat)
                 if shard is None:
                     self._failed_starts += 1
                     if self._failed_starts > SHARD_TRIES * self._size:
-                        raise StageError(f"no worker could be started ({error}); see Ray's logs") from error
+                        raise StageError(f"no worker could be started ({said(error)}); see Ray's logs") from error
                     continue
                 shard.deaths += len(seat.held) == 1
                 shard.suspect = True

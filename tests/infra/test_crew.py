@@ -2,12 +2,17 @@
 
 import os
 import time
+from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import OutOfMemoryError, RuntimeEnvSetupError
 
-from infra import compute
-from infra.crew import SHARD_TRIES, Lost
+from infra import compute, crew
+from infra.crew import SHARD_TRIES, Crew, Lost
+from infra.errors import StageError, TransientError
 
 
 @pytest.mark.slow
@@ -38,3 +43,71 @@ def test_a_shard_that_kills_its_worker_costs_no_other(concurrency: int, tmp_path
     tries = {path.name: len(path.read_text()) for path in tmp_path.iterdir()}
     assert tries["poison"] <= SHARD_TRIES + 1, "one in company, the others alone"
     assert all(count <= 2 for name, count in tries.items() if name != "poison")
+
+
+class Actor:
+    """A stand-in for Ray's, whose method calls are functions that are called when they are waited for."""
+
+    def __init__(self, ready: Callable[[], None], run: Callable[[str], str]) -> None:
+        self.ready = SimpleNamespace(remote=lambda: ready)
+        self.run = SimpleNamespace(remote=lambda item: lambda: run(item))
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[Actor]:
+    """The actors that were killed, by a stand-in for Ray."""
+    killed: list[Actor] = []
+    ray = SimpleNamespace(wait=lambda calls, num_returns: (calls[:1], calls[1:]), get=lambda call: call())
+    monkeypatch.setattr(crew, "ray", SimpleNamespace(**vars(ray), kill=killed.append))
+    return killed
+
+
+def test_a_worker_killed_for_its_memory_costs_its_shard_alone(killed: list[Actor]) -> None:
+    error = OutOfMemoryError("Task was killed due to the node running low on memory.")
+    tries: Counter[str] = Counter()
+
+    def run(item: str) -> str:
+        tries[item] += 1
+        if item == "big" or (item == "unlucky" and tries[item] == 1):
+            raise error
+        return item
+
+    ended = list(Crew(lambda: Actor(lambda: None, run), ["a", "big", "unlucky", "b"], 2).results())
+    assert sorted(one for one in ended if not isinstance(one, Lost)) == ["a", "b", "unlucky"]
+    (lost,) = (one for one in ended if isinstance(one, Lost))
+    assert (lost.item, lost.error) == ("big", error)
+    assert len(killed) == tries["big"] + 1
+
+
+def test_workers_that_find_no_environment_are_told_in_one_line(killed: list[Actor]) -> None:
+    def ready() -> None:
+        raise RuntimeEnvSetupError("no such\nworking_dir")
+
+    with pytest.raises(StageError) as caught:
+        list(Crew(lambda: Actor(ready, str), ["a"], 1).results())
+    assert str(caught.value) == (
+        "no worker could be started (Failed to set up runtime environment. no such working_dir); see Ray's logs"
+    )
+    assert len(killed) == SHARD_TRIES + 1
+
+
+@pytest.mark.slow
+@pytest.mark.on_ray
+def test_a_lost_worker_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "SHARD_TRIES", 0)
+
+    class Worker:
+        """Defined here, it travels by value: the tests are not shipped."""
+
+        def __call__(self, status: int) -> None:
+            os._exit(status)
+
+    with compute.cluster(cores=1):
+        with pytest.raises(StageError) as of_one:
+            compute.run(os._exit, 1)
+        with compute.placed(Worker, [()]) as placed, pytest.raises(TransientError) as of_many:
+            placed.ask(1)
+    assert str(of_one.value).startswith("the worker of _exit was lost (")
+    assert str(of_one.value).endswith("); give it more memory, or see Ray's logs, and run again")
+    assert str(of_many.value).endswith("); ask again")
+    assert "\n" not in str(of_one.value) + str(of_many.value)
