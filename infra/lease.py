@@ -107,10 +107,11 @@ class Lease:
                 began = _now()
                 self._write(self.holder)
                 self._began = began
-            except StageError:
-                logs.get("lease").warning("the lease on %s was lost: %s", self._folder, self._lost)
-                return
-            except KNNDiffusionError as error:  # the store may be back before the time is over
+            except Exception as error:
+                if self._lost is not None:
+                    logs.get("lease").warning("the lease on %s was lost: %s", self._folder, self._lost)
+                    return
+                # The store may be back, or the disk have room again, before the time is over.
                 logs.get("lease").warning("the lease on %s is not renewed yet: %s", self._folder, error)
 
     def _write(self, holder: Holder) -> None:

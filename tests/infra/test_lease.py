@@ -298,3 +298,18 @@ def test_a_full_disk_keeps_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     with lease(folder, holder="second") as held:
         held.check()
+
+
+def test_a_disk_that_is_full_for_a_moment_loses_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, full = storage.write_bytes, iter([True])
+
+    def full_for_a_moment(uri: str, data: bytes) -> None:
+        if uri.endswith("000001.json") and next(full, None) is not None:
+            raise store_errors.no_space(uri)
+        write(uri, data)
+
+    with lease(str(tmp_path / "twemoji"), holder="first", ttl_s=1.5) as held:
+        monkeypatch.setattr(storage, "write_bytes", full_for_a_moment)
+        time.sleep(2)
+        held.check()
+    assert next(full, None) is None
