@@ -1,8 +1,8 @@
 """Train: pictures, their embeddings and their neighbours to a generator, on Ray Train workers, resumable."""
 
-import contextlib
 import dataclasses
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,10 @@ def generator_folder(generator: Generator, cache: Path) -> Path:
     for file, path in zip(manifest.files, paths, strict=True):
         link = folder.parent / file.name
         link.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            os.link(path, link)
+        if not (link.exists() and link.samefile(path)):  # not there, or a link to a damaged file that was fetched anew
+            with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+                os.link(path, Path(beside, link.name))
+                Path(beside, link.name).replace(link)
     return folder
 
 

@@ -13,8 +13,9 @@ import tiny
 import torch
 from PIL import Image
 from small_training import COUNT, POOL, small_kl
+from stores import Bucket
 
-from infra import ray_train, stopping
+from infra import artifacts, ray_train, stopping, storage
 from infra.errors import EncoderMismatchError, InputError
 from model.diffusion.conditioning import ConditioningConfig
 from model.diffusion.discrete import MaskAndReplace
@@ -263,3 +264,19 @@ def test_what_does_not_fit_is_told_before_training(tmp_path: Path, changes: dict
 def test_a_config_that_cannot_be_right_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**wrong)
+
+
+def test_a_kept_file_that_was_damaged_is_replaced_where_the_pipeline_is_opened(
+    moto_bucket: Bucket, tmp_path: Path
+) -> None:
+    stage = artifacts.Stage(f"{moto_bucket.uri}/d", Generator.kind, inputs={}, config={})
+    with storage.scratch() as scratch:
+        (scratch / "pipeline").mkdir()
+        (scratch / "pipeline/weights").write_bytes(b"as they were committed")
+        shard = artifacts.commit_shard(stage.uri, "pipeline", scratch, rows=0, info={})
+    generator = Generator.of(stage.commit([shard], info={}), stage.uri)
+    weights = generator_folder(generator, tmp_path) / "weights"
+    weights.write_bytes(b"as a failing disk keeps them")
+    assert generator_folder(generator, tmp_path) / "weights" == weights
+    assert weights.read_bytes() == b"as they were committed"
+    assert [path.name for path in weights.parent.parent.iterdir()] == ["pipeline"]
