@@ -214,13 +214,19 @@ def fetch(uri: str, local: Path) -> Path:
 
 
 def remove(uri: str) -> None:
-    """Delete a file or a folder with all it holds; nothing happens when it is not there."""
+    """Delete a file or a folder with all it holds; nothing happens when it is not there.
+
+    Raises ``NotFoundError`` when it may not be deleted.
+    """
     fs, path = _fs(uri)
 
     def delete() -> None:
-        if _info(fs, path) is not None:
-            with suppress(FileNotFoundError):  # somebody else was quicker
-                fs.rm(path, recursive=True)
+        if (there := _info(fs, path)) is None:
+            return
+        with suppress(FileNotFoundError):  # somebody else was quicker
+            fs.rm(path, recursive=True)
+        if not is_local(uri) and _info(fs, path) == there:  # s3fs asks for many at once, and hears of no refusal
+            raise PermissionError("it is still there after its deletion: locked, or without the right to delete")
 
     patiently(uri, delete)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import subprocess
 import urllib.request
@@ -38,6 +39,12 @@ class Bucket:
 
     def delete(self, key: str) -> None:
         self._client.delete_object(Bucket=self.name, Key=key)
+
+    def forbid_deletion(self, keys: str) -> None:
+        """Objects whose keys match stay, whoever deletes them."""
+        denied = {"Effect": "Deny", "Principal": "*", "Action": "s3:DeleteObject"}
+        policy = {"Version": "2012-10-17", "Statement": [denied | {"Resource": f"arn:aws:s3:::{self.name}/{keys}"}]}
+        self._client.put_bucket_policy(Bucket=self.name, Policy=json.dumps(policy))
 
     def parts(self, key: str) -> int:
         """Of how many parts an object was put together; 1 for a plain one."""

@@ -13,6 +13,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+import s3fs
 from stores import Bucket, one_line
 
 from infra import storage
@@ -123,6 +124,36 @@ def test_remove_takes_a_file_or_all_of_a_folder_and_nothing_else(folder: str) ->
     storage.remove(f"{folder}/ab")  # not there any more
     storage.remove(f"{folder}/never")
     assert storage.names(folder) == ["keep"]
+
+
+def test_what_may_not_be_deleted_is_told(moto_bucket: Bucket) -> None:
+    for key in ("d/kept", "d/goes", "alone"):
+        moto_bucket.write(key, b"x")
+    moto_bucket.forbid_deletion("d/kept")
+    for uri in (f"{moto_bucket.uri}/d", f"{moto_bucket.uri}/d/kept"):
+        with pytest.raises(NotFoundError) as caught:
+            storage.remove(uri)
+        assert one_line(caught) == (
+            f"{uri} may not be accessed at {moto_bucket.store.endpoint} (it is still there after its deletion: locked, "
+            "or without the right to delete); check the credentials and the bucket"
+        )
+    storage.remove(f"{moto_bucket.uri}/alone")
+    assert moto_bucket.keys() == ["d/kept"]
+
+
+def test_what_another_writes_while_it_is_deleted_is_no_refusal(
+    moto_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moto_bucket.write("a", b"old")
+    rm = s3fs.S3FileSystem.rm
+
+    def overtaken(fs: Any, path: str, **options: Any) -> None:
+        rm(fs, path, **options)
+        moto_bucket.write("a", b"new")
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "rm", overtaken)
+    storage.remove(f"{moto_bucket.uri}/a")
+    assert moto_bucket.read("a") == b"new"
 
 
 def test_nothing_there_is_said_with_the_uri(folder: str, tmp_path: Path) -> None:
