@@ -8,6 +8,7 @@ becomes an object; the store's own lifecycle rule (AbortIncompleteMultipartUploa
 
 import dataclasses
 import hashlib
+import math
 import os
 import re
 import tempfile
@@ -25,6 +26,7 @@ from infra.store_errors import code_of, patiently, room_in, told
 
 PART_BYTES = 8 << 20
 """Of a multipart upload, which begins at two parts; ten parts are in flight and in memory at once."""
+_MOST_PARTS = 10_000  # that S3 takes of one object: above 78 GiB they are larger
 _BLOCK_BYTES = 1 << 20
 
 
@@ -187,7 +189,8 @@ def put(local: Path, uri: str) -> None:
                 for block in iter(lambda: source.read(_BLOCK_BYTES), b""):
                     target.write(block)
         elif _is_s3(uri):
-            fs.put_file(str(local), path, chunksize=PART_BYTES)
+            part_bytes = max(PART_BYTES, math.ceil(local.stat().st_size / _MOST_PARTS))
+            fs.put_file(str(local), path, chunksize=part_bytes)
         else:
             fs.put_file(str(local), path)
 

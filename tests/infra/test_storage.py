@@ -199,6 +199,19 @@ def test_a_big_file_goes_up_in_parts_and_is_read_by_ranges(bucket: Bucket, tmp_p
             assert stream.read(10) == data[start : start + 10]
 
 
+def test_no_file_goes_up_in_more_parts_than_a_store_takes(
+    moto_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(s3fs.S3FileSystem, "put_file", lambda *_, chunksize: sizes.append(chunksize))
+    for size in (30_000_000, 100 << 30):
+        with open(tmp_path / "sparse", "wb") as file:
+            file.truncate(size)
+        storage.put(tmp_path / "sparse", f"{moto_bucket.uri}/a")
+    assert sizes[0] == storage.PART_BYTES
+    assert 9_990 <= (100 << 30) / sizes[1] <= 10_000
+
+
 def test_of_many_writers_one_creates(folder: str) -> None:
     uri = f"{folder}/first.json"
     with ThreadPoolExecutor(8) as pool:
