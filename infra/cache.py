@@ -4,7 +4,8 @@
     <cache>/verified/           stamps: see ``infra.verified``
     <cache>/fetching/abcdef…/   a file on its way, locked by the process that fetches it
     <cache>/uses, lock          what is in use; who looks or evicts
-    <cache>/pixels, encoded, …  what stages derive and keep; counts towards the bound
+    <cache>/registered/         files of registered generators, by the generator's digest
+    <cache>/pixels, encoded, …  what stages derive and keep; both count towards the bound
 
 When more than a hundredth of ``Settings.cache_bytes`` has come in, the files used least recently go until the rest
 fits. A file is in use, and stays, while the path that was handed out is referenced anywhere in its process: the path
@@ -21,7 +22,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -76,6 +77,31 @@ def fetch(uri: str, sha256: str, size: int, cache: Path) -> Path:
                 write_stamp(stamp_file(cache, sha256, path), path.stat())
     _came_in(cache, size)
     return held
+
+
+def fetch_folder(
+    name: str, digest: str, is_whole: Callable[[Path], bool], download: Callable[[Path], object], cache: Path
+) -> Path:
+    """The folder ``<cache>/<name>/<digest>``; where it is not whole, with what ``download`` puts into a new folder.
+
+    One process at a time does so. Raises as ``download`` does, and ``StageError`` when the disk is full.
+    """
+    kept = cache / name / digest
+    if is_whole(kept):
+        return kept
+    with room_in(cache), _alone(cache / "fetching" / digest) as folder:
+        if is_whole(kept):  # another process may have fetched it meanwhile
+            return kept
+        arrived = folder / "files"
+        download(arrived)
+        files = [path for path in arrived.rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files)
+        for path in files:
+            place = kept / path.relative_to(arrived)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(place)
+    _came_in(cache, size)
+    return kept
 
 
 def evict(cache: Path, limit_bytes: int) -> int:

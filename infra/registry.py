@@ -10,11 +10,12 @@ by digest), and ``knn-diffusion``, which carries its weights. Anything is named 
 
 import contextlib
 import dataclasses
+import functools
 import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
@@ -24,14 +25,17 @@ from mlflow.store.entities.paged_list import PagedList
 from mlflow.tracking import MlflowClient
 
 from infra import artifacts, logs, storage
-from infra.errors import IntegrityError, NotFoundError
+from infra import cache as caching
+from infra.errors import IntegrityError, NotFoundError, TransientError
 from infra.settings import Settings, masked
 from infra.store_errors import told
 from infra.tracking import answering, connect, experiment_id
+from infra.verified import is_verified
 
 DATABASE_PREFIX = "knn-database."
 GENERATOR_NAME = "knn-diffusion"
 CHAMPION = "champion"
+Method = TypeVar("Method", bound=Callable[..., Any])
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 _DIGEST_TAG = "digest"
 _FOLDER_TAG = "uri"
@@ -51,13 +55,27 @@ class Registered:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Pulled:
-    """What a name led to: the committed folder, its manifest, and for a registered generator its local files."""
+    """What a name led to: the committed folder, its manifest, and for a registered generator its local files.
+
+    The files are where MLflow keeps them, when that is on this machine, else in the cache.
+    """
 
     folder_uri: str
     manifest: artifacts.Manifest
     local: Path | None = None
     name: str | None = None
     version: int | None = None
+
+
+def _answered(method: Method) -> Method:
+    """``method`` of a registry, under :func:`infra.tracking.answering`."""
+
+    @functools.wraps(method)
+    def call(self: "Registry", *args: Any, **kwargs: Any) -> Any:
+        with answering(self._settings):
+            return method(self, *args, **kwargs)
+
+    return cast(Method, call)
 
 
 class Registry:
@@ -70,6 +88,7 @@ class Registry:
             connect(settings)
             self._client = MlflowClient(settings.tracking_uri, settings.tracking_uri)
 
+    @_answered
     def register(
         self,
         name: str,
@@ -98,7 +117,7 @@ class Registry:
 
         The same folder with the same digest is found again, not registered twice. The same content in another folder
         is another version: the one before stays with the folder that it was registered with. An alias that moves back
-        to an older version is told.
+        to an older version is told. Raises ``TransientError``.
         """
         manifest = artifacts.read_manifest(folder_uri)
         existing = self._version_of(name, manifest.digest, folder_uri)
@@ -125,6 +144,7 @@ class Registry:
         Raises:
             NotFoundError: nothing of that name; the message lists what there is.
             IntegrityError: the folder no longer holds what was registered.
+            TransientError: the registry, or where it keeps its files, does not answer.
         """
         if not reference.startswith("models:/"):
             if storage.exists(storage.join(reference, artifacts.MANIFEST)):
@@ -136,19 +156,18 @@ class Registry:
         with answering(self._settings):
             version = self._resolve(reference, kind)
         uri = f"models:/{version.name}/{version.version}"
-        with told(self._settings.artifacts_uri):
-            try:
-                local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
-            except (MlflowException, OSError) as error:
-                why = f"the files of {uri} cannot be fetched ({masked(str(error))}); register it anew"
-                raise IntegrityError(why) from None
-        registered = artifacts.Manifest.from_json(_manifest_file(local).read_bytes(), reference)
+        if kind == "generator":
+            local = self._kept(version, uri)
+            registered = _registered(local, reference)
+        else:
+            with storage.scratch() as scratch:
+                local, registered = None, _registered(self._downloaded(uri, scratch), reference)
         folder = version.tags.get(_FOLDER_TAG, "")
         if registered.kind != kind:
             raise NotFoundError(f"{folder} holds {registered.kind}, not a {kind}")
         if kind == "database" and self._checked(folder, kind).digest != registered.digest:
             raise IntegrityError(f"{folder} is no longer what {reference} registered; restore it or register it anew")
-        if kind == "generator":
+        if local is not None:
             for file in registered.files:  # those that came with the version are checked against their digest
                 if (local / "artifacts" / file.name).exists():
                     artifacts.fetch_file(str(local / "artifacts"), file, self._settings.cache_folder)
@@ -184,6 +203,37 @@ class Registry:
                     }
                 )
         return sorted(listed, key=lambda entry: (entry["name"], entry["version"]))
+
+    def _kept(self, version: ModelVersion, uri: str) -> Path:
+        """The files of a generator on this machine, with their manifest."""
+        with answering(self._settings):
+            location = self._client.get_model_version_download_uri(version.name, version.version)
+        if location.startswith(("/", "file:")):  # mlflow-artifacts:/ has one slash, and is a server's
+            return self._downloaded(uri, None)
+        cache = self._settings.cache_folder
+
+        def is_whole(folder: Path) -> bool:
+            try:
+                files = _registered(folder, uri).files
+            except (FileNotFoundError, IntegrityError):
+                return False
+            return all(is_verified(folder / "artifacts" / one.name, one.sha256, one.bytes, cache) for one in files)
+
+        digest = version.tags.get(_DIGEST_TAG) or artifacts.digest_of(version.source)
+        return caching.fetch_folder("registered", digest, is_whole, lambda to: self._downloaded(uri, to), cache)
+
+    def _downloaded(self, uri: str, to: Path | None) -> Path:
+        """The files of a version: copied to ``to``, or where they are on this machine; with their manifest."""
+        with told(self._settings.artifacts_uri):
+            try:
+                local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(to) if to else None))
+                _manifest_file(local).stat()  # of nothing at all, an object store lists nothing
+            except (MlflowException, OSError) as error:
+                why = f"the files of {uri} cannot be fetched ({masked(' '.join(str(error).split()))})"
+                if _says_absent(error):
+                    raise IntegrityError(f"{why}; register it anew") from None
+                raise TransientError(f"{why}; is the store of MLflow's files up? then run again") from None
+        return local
 
     def _create(
         self,
@@ -238,7 +288,9 @@ class Registry:
         """The version that the folder was registered as; the newest, should there be several."""
         try:
             versions = list(_every(self._client.search_model_versions, filter_string=f"name='{name}'"))
-        except MlflowException:
+        except MlflowException as error:
+            if error.error_code not in _ABSENT:
+                raise
             return None
         place = storage.canonical(folder_uri)
         same = (
@@ -316,6 +368,18 @@ def _typed(tag: str, value: str) -> str | int | float:
 
 def _manifest_file(local: Path) -> Path:
     return local / "artifacts" / artifacts.MANIFEST
+
+
+def _registered(local: Path, reference: str) -> artifacts.Manifest:
+    return artifacts.Manifest.from_json(_manifest_file(local).read_bytes(), reference)
+
+
+def _says_absent(error: MlflowException | OSError) -> bool:
+    """Whether there is nothing to fetch, whoever says so: MLflow, this machine's disk or MLflow's server of files."""
+    if isinstance(error, MlflowException):
+        return error.error_code in _ABSENT
+    response = getattr(error, "response", None)
+    return isinstance(error, FileNotFoundError) or getattr(response, "status_code", None) == 404
 
 
 def _full_name(short: str, kind: str) -> str:

@@ -1,18 +1,22 @@
+import itertools
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pandas as pd
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
+from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository
 from mlflow.types import ColSpec, DataType, Schema
 from stores import Bucket
 
 from infra import artifacts, storage, tracking
 from infra.artifacts import Manifest
-from infra.errors import IntegrityError, KNNDiffusionError, NotFoundError
+from infra.errors import IntegrityError, KNNDiffusionError, NotFoundError, TransientError
 from infra.registry import DATABASE_PREFIX, GENERATOR_NAME, Registered, Registry
 from infra.settings import Settings
 
@@ -131,7 +135,7 @@ def test_a_remote_folder_is_registered_and_pulled(line: Line, bucket: Bucket) ->
 def test_registered_files_live_in_an_object_store_and_its_refusal_is_told(
     mlflow_settings: Settings, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = mlflow_settings.model_copy(update={"artifacts": f"{bucket.uri}/mlflow"})
+    settings = mlflow_settings.model_copy(update={"artifacts": f"{bucket.uri}/mlflow", "cache": tmp_path / "cache"})
     line = Line(settings, tmp_path)
     (tmp_path / "words.txt").write_text("three words here")
     uri, manifest = line.folder("generator", base=f"{bucket.uri}/twemoji")
@@ -151,6 +155,73 @@ def test_registered_files_live_in_an_object_store_and_its_refusal_is_told(
                 touch()
             assert "\n" not in str(caught.value)
             assert f"{bucket.uri}/mlflow" in str(caught.value) or "cannot be fetched" in str(caught.value)
+
+
+def test_pulling_from_an_object_store_leaves_what_the_cache_keeps_alone(
+    mlflow_settings: Settings, moto_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary, cache = tmp_path / "temporary", tmp_path / "cache"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    line = Line(mlflow_settings.model_copy(update={"artifacts": f"{moto_bucket.uri}/mlflow", "cache": cache}), tmp_path)
+    line.register(DATABASE, line.folder()[0])
+    pulled = line.registry.pull("twemoji", kind="database")
+    assert (pulled.manifest.rows, pulled.local) == (3, None)
+
+    uri, manifest = line.folder("generator")
+    line.register(GENERATOR_NAME, uri, files={"00000.faiss": Path(uri, "00000.faiss")})
+    local = line.registry.pull(GENERATOR_NAME, kind="generator").local
+    assert local == cache / "registered" / manifest.digest
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlflow.artifacts, "download_artifacts", lambda **_: pytest.fail("it is there already"))
+        assert line.registry.pull(GENERATOR_NAME, kind="generator").local == local
+    for name, damage in itertools.product(("00000.faiss", "manifest.json"), (b"damaged", None)):
+        (local / "artifacts" / name).unlink()
+        if damage is not None:
+            (local / "artifacts" / name).write_bytes(damage)
+        assert line.registry.pull(GENERATOR_NAME, kind="generator").local == local
+        assert (local / "artifacts/00000.faiss").read_bytes() == b"index" * 3
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["database", "generator"])
+def test_files_that_cannot_be_fetched_now_are_not_said_to_be_lost(
+    kind: str, mlflow_settings: Settings, moto_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"artifacts": f"{moto_bucket.uri}/mlflow", "cache": tmp_path / "cache"}
+    line = Line(mlflow_settings.model_copy(update=changes), tmp_path)
+    name = DATABASE if kind == "database" else GENERATOR_NAME
+    line.register(name, line.folder(kind)[0])
+
+    def away(*_: Any, **__: Any) -> None:
+        raise ConnectionResetError("reset by peer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(S3ArtifactRepository, "_download_file", away)
+        with pytest.raises(TransientError, match=r"^the files of models:/.*/1 cannot be fetched .*; is the store .*$"):
+            line.registry.pull(f"models:/{name}/1", kind=kind)
+    for key in list(moto_bucket.keys()):
+        moto_bucket.delete(key)
+    with pytest.raises(IntegrityError, match=r"^the files of models:/.*/1 cannot be fetched .*; register it anew$"):
+        line.registry.pull(f"models:/{name}/1", kind=kind)
+
+
+@pytest.mark.parametrize("call", ["search_model_versions", "set_model_version_tag", "set_registered_model_alias"])
+def test_a_registry_that_is_away_for_a_moment_is_asked_again_and_registers_once(
+    call: str, line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, _ = line.folder()
+    line.register(DATABASE, uri)
+
+    def away(*_: Any, **__: Any) -> None:
+        raise MlflowException("database is locked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, call, away)
+        with pytest.raises(TransientError, match=r"^MLflow at .* does not answer: database is locked$"):
+            line.register(DATABASE, uri)
+    assert line.register(DATABASE, uri).existed
+    assert len(line.registry.versions("database")) == 1
 
 
 def test_the_same_content_is_found_again_not_registered_twice(line: Line) -> None:
