@@ -17,7 +17,6 @@ system. What stages derive has no such lock and is left alone for an hour after 
 import contextlib
 import fcntl
 import os
-import shutil
 import threading
 import time
 import weakref
@@ -27,6 +26,7 @@ from pathlib import Path, PosixPath
 from typing import Any
 
 from infra import logs, storage
+from infra.alone import alone, drop_abandoned
 from infra.errors import InputError
 from infra.settings import Settings
 from infra.store_errors import room_in
@@ -67,7 +67,7 @@ def fetch(uri: str, sha256: str, size: int, cache: Path) -> Path:
             raise InputError(told) from error
         if path.exists() and is_verified(path, sha256, size, cache):
             return held
-        with _alone(cache / "fetching" / sha256) as folder:
+        with alone(cache / "fetching" / sha256) as folder:
             if not is_verified(path, sha256, size, cache):  # another process may have fetched it meanwhile
                 path.unlink(missing_ok=True)
                 arrived = storage.fetch(uri, folder / "file")
@@ -89,7 +89,7 @@ def fetch_folder(
     kept = cache / name / digest
     if is_whole(kept):
         return kept
-    with room_in(cache), _alone(cache / "fetching" / digest) as folder:
+    with room_in(cache), alone(cache / "fetching" / digest) as folder:
         if is_whole(kept):  # another process may have fetched it meanwhile
             return kept
         arrived = folder / "files"
@@ -278,9 +278,7 @@ def _last_use(cache: Path, path: Path) -> float | None:
 
 def _drop_abandoned(cache: Path) -> None:
     """Remove what dead processes left on its way, and stamps that nobody has asked for in a long time."""
-    for folder in cache.glob("fetching/*"):
-        with contextlib.suppress(OSError), _alone(folder, wait=False):
-            pass
+    drop_abandoned(cache.glob("fetching/*"))
     for stamp in cache.glob("verified/*/*"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - stamp.stat().st_mtime > _STAMPS_KEPT_S:
@@ -294,36 +292,4 @@ def _locked(path: Path, how: int) -> Iterator[None]:
         fcntl.flock(number, how)
         yield
     finally:
-        os.close(number)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path, *, wait: bool = True) -> Iterator[Path]:
-    """``folder`` for this thread alone; it is gone afterwards. Raises ``BlockingIOError`` instead of waiting."""
-    lock = folder / "lock"
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            number = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        except (FileNotFoundError, FileExistsError):  # who had it before has just removed it
-            continue
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if lock.exists() and os.fstat(number).st_ino == lock.stat().st_ino:
-                break
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(number)
-            raise
-        os.close(number)
-    try:
-        yield folder
-    finally:
-        for left in folder.iterdir():
-            if left.name != lock.name:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        lock.unlink()
-        with contextlib.suppress(OSError):  # another one has come already
-            folder.rmdir()
         os.close(number)

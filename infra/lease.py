@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from infra import logs, storage
+from infra.alone import this_boot
 from infra.errors import KNNDiffusionError, NotFoundError, StageError
 
 FOLDER = "lease"
@@ -241,8 +242,7 @@ def _body(holder: Holder) -> bytes:
 def _machine() -> str:
     """This boot of this machine and its space of process numbers, where the system tells; else empty."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
+        return f"{this_boot()}:{Path('/proc/self/ns/pid').stat().st_ino}"
     except OSError:
         return ""
 

@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import re
+import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from typing import IO, Any, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from infra.alone import alone, drop_abandoned, this_boot
 from infra.errors import InputError
 from infra.store_errors import code_of, patiently, room_in, told
 
@@ -28,6 +30,7 @@ PART_BYTES = 8 << 20
 """Of a multipart upload, which begins at two parts; ten parts are in flight and in memory at once."""
 _MOST_PARTS = 10_000  # that S3 takes of one object: above 78 GiB they are larger
 _BLOCK_BYTES = 1 << 20
+_SCRATCH = "knn-diffusion-"
 
 
 def join(uri: str, *parts: str) -> str:
@@ -245,9 +248,33 @@ def sha256(uri: str) -> str:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A local working folder that is gone afterwards. Raises ``StageError`` when the disk fills up meanwhile."""
-    with tempfile.TemporaryDirectory(prefix="knn-diffusion-") as folder, room_in(Path(folder)):
+    """A local working folder that is gone afterwards. Raises ``StageError`` when the disk fills up meanwhile.
+
+    One whose process was killed goes when the next one of its user and machine is made in the same place.
+    """
+    lock = _scratch_lock()
+    drop_abandoned(_own_scratches(lock), lock)
+    with (
+        alone(Path(tempfile.mkdtemp(prefix=_SCRATCH)), lock_name=lock) as own,
+        tempfile.TemporaryDirectory(dir=own) as folder,
+        room_in(Path(folder)),
+    ):
         yield Path(folder)
+
+
+def _own_scratches(lock: str) -> Iterator[Path]:
+    for found in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*/{lock}"):
+        with suppress(FileNotFoundError):
+            if found.parent.lstat().st_uid == os.getuid():  # neither another user's nor a link of theirs
+                yield found.parent
+
+
+def _scratch_lock() -> str:
+    """Named by this machine: the place may be shared with others, whose locks not every file system tells."""
+    try:
+        return f"lock-{this_boot()}"
+    except OSError:
+        return f"lock-{socket.gethostname()}"
 
 
 def _fs(uri: str) -> tuple[Any, str]:

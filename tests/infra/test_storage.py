@@ -2,6 +2,9 @@ import hashlib
 import itertools
 import resource
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -323,6 +326,57 @@ def test_scratch_is_gone_afterwards_even_after_an_error() -> None:
         (folder / "a/b").write_bytes(b"x")
         raise ZeroDivisionError
     assert not folder.exists()
+
+
+SCRATCH = """
+import sys
+from infra import storage
+with storage.scratch() as folder:
+    (folder / "shard").write_bytes(b"x")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_leaves_in_scratch_goes_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    others = ("knn-diffusion-data/file", "knn-diffusion-cache/lock", "knn-diffusion-far/lock-of-another-machine")
+    for name in others:
+        storage.write_bytes(f"{tmp_path}/{name}", b"x")
+    command, pipe = [sys.executable, "-c", SCRATCH], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        left = Path(process.stdout.readline().strip())
+        assert left.is_relative_to(tmp_path)
+        with storage.scratch() as folder, storage.scratch():
+            assert (left / "shard").exists(), "its process lives"
+            assert list(folder.iterdir()) == []
+        process.kill()
+    assert (left / "shard").exists()
+    with storage.scratch() as folder:
+        assert not left.parent.exists()
+        assert folder.exists()
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(others)
+    assert len(list(tmp_path.iterdir())) == len(others)
+
+
+def test_of_many_scratch_folders_made_at_once_each_is_its_makers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def work(number: int) -> None:
+        for _ in range(20):
+            with storage.scratch() as folder:
+                (folder / "mine").write_bytes(b"%d" % number)
+                assert [path.read_bytes() for path in folder.iterdir()] == [b"%d" % number]
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_fills_up_in_scratch_is_told_whoever_notices() -> None:
