@@ -16,7 +16,7 @@ from model.retrieval.proposers import StackedCells
 
 NEAREST = 10
 """Neighbours looked at of each row: enough to connect a group of copies, for each of its rows has others of it near."""
-_VISITORS = 8  # so many a cell make it worthwhile to read it for all of them at once
+_VISITORS = 16  # so many a cell make it worthwhile to read it for all of them at once
 _BLOCK_SCORES = 1 << 22  # held at once
 _ROUNDING = 1e-6
 _BATCH = 1024
