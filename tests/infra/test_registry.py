@@ -219,7 +219,7 @@ def test_a_registry_that_is_away_for_a_moment_is_asked_again_and_registers_once(
     with monkeypatch.context() as patch:
         patch.setattr(mlflow.MlflowClient, call, away)
         with pytest.raises(TransientError, match=r"^MLflow at .* does not answer: database is locked$"):
-            line.register(DATABASE, uri)
+            line.register(DATABASE, uri, tags={"rows": "3"})
     assert line.register(DATABASE, uri).existed
     assert len(line.registry.versions("database")) == 1
 
