@@ -17,7 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 from tqdm.auto import tqdm
 
 from infra.crew import SHARD_TRIES, Crew, said
-from infra.errors import StageError, TransientError
+from infra.errors import InputError, StageError, TransientError
 from infra.progress import drawn
 
 Item = TypeVar("Item", contravariant=True)
@@ -198,7 +198,10 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
 
 
 def start() -> None:
-    """Start or join Ray, once. Raises ``StageError`` outside of :func:`cluster`, or when nothing answers."""
+    """Start or join Ray, once.
+
+    Raises ``StageError`` outside of :func:`cluster`, or when nothing answers, ``InputError`` for what is no address.
+    """
     if ray.is_initialized():
         return
     if _depth == 0:
@@ -220,6 +223,12 @@ def start() -> None:
         }
     try:
         ray.init(logging_level=logging.ERROR, configure_logging=False, log_to_driver=False, **options)
+    except ValueError as error:
+        if _address is None:
+            raise
+        raise InputError(
+            f"{_address} is no address of a Ray cluster ({error}); write HOST:PORT, ray://HOST:PORT or auto"
+        ) from error
     except (ConnectionError, RuntimeError) as error:
         raise StageError(
             f"no Ray cluster at {_address or 'this machine'} ({error}); start one, or unset the address"

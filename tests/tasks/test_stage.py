@@ -111,6 +111,15 @@ def test_without_a_cluster_a_stage_says_so() -> None:
         compute.run(abs, -1)
 
 
+@pytest.mark.parametrize("address", ["10.0.0.5", "10.0.0.5:ray"])
+def test_an_address_without_a_port_is_told_in_one_line(address: str) -> None:
+    with compute.cluster(address), pytest.raises(InputError) as caught:
+        compute.start()
+    assert str(caught.value).startswith(f"{address} is no address of a Ray cluster (")
+    assert str(caught.value).endswith("); write HOST:PORT, ray://HOST:PORT or auto")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("error", "tries"), [(TransientError, 3), (InputError, 1), (ZeroDivisionError, 1)])
 def test_only_transient_errors_are_retried(prefect_server: None, error: type[Exception], tries: int) -> None:
     tried: list[int] = []
