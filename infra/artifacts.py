@@ -85,7 +85,7 @@ class Manifest:
 
     @property
     def files(self) -> tuple[File, ...]:
-        """Every file of the folder, in shard order."""
+        """Every file of the shards, in their order."""
         return tuple(file for shard in self.shards for file in shard.files)
 
     def content_digest(self) -> str:

@@ -38,7 +38,10 @@ _OF_URLS = ("invalid_url", "blocked_scheme", "blocked_address", "dns_error", "to
 _OF_TRANSFERS = ("connection_error", "timeout", "deadline_exceeded", "body_too_large", "empty_body")
 _OF_PICTURES = ("not_an_image", "decode_error", "too_small", "too_many_pixels", "animated")
 ERROR_CLASSES = frozenset({"success", *_OF_URLS, *_OF_TRANSFERS, *_OF_PICTURES, "internal_error"})
-"""Every outcome of a row, besides ``http_404`` and its like."""
+"""Every outcome of a row's download, besides ``http_404`` and its like.
+
+Rows whose picture was left out afterwards have those of ``infra.dropping`` in the same column.
+"""
 
 _SPOOL_BYTES = 64 << 20  # of pictures that wait for their turn are held in memory, more on disk
 _SHARD_DIGITS = 5

@@ -26,7 +26,7 @@ def standing_takedown(domain: str, settings: Settings, cache: Path, further: Tak
     """What may not be shown in the domain: all that was ever taken down in it, and ``further``; None where nothing was.
 
     Raises:
-        StageError: the registry does not answer.
+        TransientError: the registry does not answer.
         IntegrityError: a takedown in the domain's folder is damaged; nobody knows what it named.
     """
     own = None
