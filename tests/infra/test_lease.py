@@ -46,7 +46,8 @@ class Domain:
         return str(caught.value)
 
     def files(self) -> list[str]:
-        return storage.names(f"{self.folder}/{leases.FOLDER}")
+        names = storage.names(f"{self.folder}/{leases.FOLDER}")
+        return [name for name in names if not name.endswith(".partial")]  # a renewal on its way
 
     def process(self, script: str, *arguments: str) -> subprocess.Popen[str]:
         """Another process, with ``folder`` and ``ttl_s``."""
