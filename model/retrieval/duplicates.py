@@ -3,7 +3,7 @@
 Legend: ``Q`` rows asked about, ``D`` embedding width, ``P`` cells that each visits.
 
 A few rows are looked for as any query is. Of many, a cell has many visitors, and FAISS would read it once for each: one
-matrix product of all visitors with all rows of the cell finds the same, in a sixth of the time for each product.
+matrix product of all visitors with all rows of the cell finds the same sooner.
 """
 
 from collections.abc import Iterator
