@@ -23,7 +23,7 @@ from tasks.index import IndexConfig, index
 from tasks.lineage import embeddings_of, images_of, takedown_of
 from tasks.register import Named, register_database_task
 from tasks.stage import base_of, require_domain, settings_of
-from tasks.standing import ever_taken_down
+from tasks.standing import standing_beside
 from tasks.takedown import rows_named, takedown_task
 
 
@@ -82,7 +82,7 @@ def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
     settings = settings_of(config.root)
     with lease(base_of(settings, config.domain), holder=f"rebuild-index {config.domain}", wait_s=config.wait_s) as held:
         before = after = champion_of(config.domain, settings)
-        standing = ever_taken_down(base_of(settings, config.domain), settings.cache_folder, before.takedown)
+        standing = standing_beside(base_of(settings, config.domain), settings.cache_folder, before.takedown)
         registered: Named | None = None
         seconds: dict[str, float] = {}
         skipped: dict[str, bool] = {}

@@ -34,10 +34,11 @@ def alone(folder: Path, *, wait: bool = True, lock_name: str = LOCK) -> Iterator
         yield folder
     finally:
         try:
-            for left in folder.iterdir():
-                if left.name != lock.name:
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-            lock.unlink()
+            with contextlib.suppress(FileNotFoundError):  # somebody tidies up there, too
+                for left in folder.iterdir():
+                    if left.name != lock.name:
+                        shutil.rmtree(left) if left.is_dir() else left.unlink()
+            lock.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # another one has come already
                 folder.rmdir()
         finally:

@@ -48,6 +48,9 @@ class HeldPath(PosixPath):
         return Path, (str(self),)
 
 
+REGISTERED = "registered"
+
+
 def fetch(uri: str, sha256: str, size: int, cache: Path) -> Path:
     """The file at a remote ``uri`` in ``cache``, verified; fetched if it is not there, by one process at a time.
 
@@ -59,12 +62,7 @@ def fetch(uri: str, sha256: str, size: int, cache: Path) -> Path:
     """
     path = cache / sha256[:2] / (sha256 + Path(uri).suffix)
     with room_in(cache):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            held = _held(path, sha256, cache)
-        except (PermissionError, FileExistsError, NotADirectoryError) as error:
-            told = f"{cache} cannot hold the cache ({error.strerror}); set KNN_DIFFUSION_CACHE to a folder that can"
-            raise InputError(told) from error
+        held = _held(path, sha256, cache)
         if path.exists() and is_verified(path, sha256, size, cache):
             return held
         with alone(cache / "fetching" / sha256) as folder:
@@ -79,14 +77,15 @@ def fetch(uri: str, sha256: str, size: int, cache: Path) -> Path:
     return held
 
 
-def fetch_folder(
-    name: str, digest: str, is_whole: Callable[[Path], bool], download: Callable[[Path], object], cache: Path
+def fetch_registered(
+    digest: str, is_whole: Callable[[Path], bool], download: Callable[[Path], object], cache: Path
 ) -> Path:
-    """The folder ``<cache>/<name>/<digest>``; where it is not whole, with what ``download`` puts into a new folder.
+    """The folder ``<cache>/registered/<digest>``; where it is not whole, with what ``download`` puts into a new folder.
 
-    One process at a time does so. Raises as ``download`` does, and ``StageError`` when the disk is full.
+    One process at a time does so. Raises as ``download`` does, and as :func:`fetch` does for the cache.
     """
-    kept = cache / name / digest
+    with room_in(cache):
+        kept = _held(cache / REGISTERED / digest, digest, cache)
     if is_whole(kept):
         return kept
     with room_in(cache), alone(cache / "fetching" / digest) as folder:
@@ -204,9 +203,14 @@ def _uses_of(cache: Path) -> _Uses:
 
 def _held(path: Path, sha256: str, cache: Path) -> HeldPath:
     """``path``, held from now on. The lock keeps it from falling between an eviction's look and its deed."""
-    uses, byte, held = _uses_of(cache), _byte(sha256), HeldPath(path)
-    with _locked(cache / "lock", fcntl.LOCK_SH):
-        uses.hold(byte)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        uses, byte, held = _uses_of(cache), _byte(sha256), HeldPath(path)
+        with _locked(cache / "lock", fcntl.LOCK_SH):
+            uses.hold(byte)
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        told = f"{cache} cannot hold the cache ({error.strerror}); set KNN_DIFFUSION_CACHE to a folder that can"
+        raise InputError(told) from error
     weakref.finalize(held, _let_go, uses, byte, os.getpid()).atexit = False
     return held
 
@@ -233,6 +237,9 @@ def _is_fetched(cache: Path, path: Path) -> bool:
 def _in_use(cache: Path, path: Path) -> bool:
     if _is_fetched(cache, path):
         return _uses_of(cache).held(_byte(path.stem))
+    kind, digest, *_ = path.relative_to(cache).parts
+    if kind == REGISTERED and _uses_of(cache).held(_byte(digest)):
+        return True
     try:
         status = path.stat()
     except FileNotFoundError:  # whoever derives it has just given it its name

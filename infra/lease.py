@@ -162,11 +162,11 @@ def _acquire(folder_uri: str, name: str, ttl_s: float) -> Lease | None:
     if not storage.create_bytes(_file(folder_uri, number), _body(mine)):
         return None
     if _highest(folder_uri) != number:  # the number was free because a later holder had deleted it
-        storage.remove(_file(folder_uri, number))
+        storage.discard(_file(folder_uri, number))
         return None
     for older in _numbers(folder_uri):
         if older < number:
-            storage.remove(_file(folder_uri, older))
+            storage.discard(_file(folder_uri, older))
     return Lease(folder_uri, number, mine, began)
 
 
@@ -189,7 +189,7 @@ def _store_time(folder_uri: str) -> float:
     try:
         return storage.modified(probe)
     finally:
-        storage.remove(probe)
+        storage.discard(probe)
 
 
 def _tick_s(folder_uri: str) -> float:

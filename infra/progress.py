@@ -36,7 +36,7 @@ class Progress:
 def drawn(folder_uri: str, what: str) -> Iterator[None]:
     """A bar that follows the progress file until the block ends."""
     uri, ended = storage.join(folder_uri, Progress.FILE), threading.Event()
-    storage.remove(uri)
+    storage.discard(uri)
 
     def follow() -> None:
         with tqdm(total=0, desc=what, leave=False, unit_scale=True) as bar:
@@ -59,4 +59,4 @@ def drawn(folder_uri: str, what: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        storage.remove(uri)
+        storage.discard(uri)

@@ -28,7 +28,7 @@ def train(
 
     compute.start()
     state = storage.join(folder_uri, "ray")
-    storage.remove(state)
+    storage.discard(state)
     trainer = TorchTrainer(
         loop,
         train_loop_config=config,
@@ -50,7 +50,7 @@ def train(
             f"training stopped: {cause}; the last checkpoint is kept, run again to go on from it"
         ) from error
     finally:
-        storage.remove(state)
+        storage.discard(state)
 
 
 def worker_rank() -> tuple[int, int]:

@@ -28,7 +28,7 @@ from infra import artifacts, logs, storage
 from infra import cache as caching
 from infra.errors import IntegrityError, NotFoundError, TransientError
 from infra.settings import Settings, masked
-from infra.store_errors import told
+from infra.store_errors import is_full, no_space, told
 from infra.tracking import answering, connect, experiment_id
 from infra.verified import is_verified
 
@@ -156,7 +156,7 @@ class Registry:
         with answering(self._settings):
             version = self._resolve(reference, kind)
         uri = f"models:/{version.name}/{version.version}"
-        if kind == "generator":
+        if kind == "generator" or self._is_local(version):
             local = self._kept(version, uri)
             registered = _registered(local, reference)
         else:
@@ -205,10 +205,8 @@ class Registry:
         return sorted(listed, key=lambda entry: (entry["name"], entry["version"]))
 
     def _kept(self, version: ModelVersion, uri: str) -> Path:
-        """The files of a generator on this machine, with their manifest."""
-        with answering(self._settings):
-            location = self._client.get_model_version_download_uri(version.name, version.version)
-        if location.startswith(("/", "file:")):  # mlflow-artifacts:/ has one slash, and is a server's
+        """The files of a version on this machine, with their manifest."""
+        if self._is_local(version):
             return self._downloaded(uri, None)
         cache = self._settings.cache_folder
 
@@ -220,7 +218,12 @@ class Registry:
             return all(is_verified(folder / "artifacts" / one.name, one.sha256, one.bytes, cache) for one in files)
 
         digest = version.tags.get(_DIGEST_TAG) or artifacts.digest_of(version.source)
-        return caching.fetch_folder("registered", digest, is_whole, lambda to: self._downloaded(uri, to), cache)
+        return caching.fetch_registered(digest, is_whole, lambda to: self._downloaded(uri, to), cache)
+
+    def _is_local(self, version: ModelVersion) -> bool:
+        with answering(self._settings):
+            location = self._client.get_model_version_download_uri(version.name, version.version)
+        return bool(location.startswith(("/", "file:")))  # mlflow-artifacts:/ has one slash, and is a server's
 
     def _downloaded(self, uri: str, to: Path | None) -> Path:
         """The files of a version: copied to ``to``, or where they are on this machine; with their manifest."""
@@ -229,6 +232,8 @@ class Registry:
                 local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(to) if to else None))
                 _manifest_file(local).stat()  # of nothing at all, an object store lists nothing
             except (MlflowException, OSError) as error:
+                if to is not None and is_full(error, to):
+                    raise no_space(str(to)) from None
                 why = f"the files of {uri} cannot be fetched ({masked(' '.join(str(error).split()))})"
                 if _says_absent(error):
                     raise IntegrityError(f"{why}; register it anew") from None

@@ -15,7 +15,7 @@ import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -23,7 +23,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from infra.alone import alone, drop_abandoned, this_boot
-from infra.errors import InputError
+from infra.errors import InputError, NotFoundError
 from infra.store_errors import code_of, patiently, room_in, told
 
 PART_BYTES = 8 << 20
@@ -237,6 +237,12 @@ def remove(uri: str) -> None:
     patiently(uri, delete)
 
 
+def discard(uri: str) -> None:
+    """:func:`remove` of what nobody needs any more: where it may not be deleted, it stays."""
+    with suppress(NotFoundError):
+        remove(uri)
+
+
 def sha256(uri: str) -> str:
     """Hex sha256 of the bytes. Raises ``NotFoundError``."""
     digest = hashlib.sha256()
@@ -254,12 +260,11 @@ def scratch() -> Iterator[Path]:
     """
     lock = _scratch_lock()
     drop_abandoned(_own_scratches(lock), lock)
-    with (
-        alone(Path(tempfile.mkdtemp(prefix=_SCRATCH)), lock_name=lock) as own,
-        tempfile.TemporaryDirectory(dir=own) as folder,
-        room_in(Path(folder)),
-    ):
-        yield Path(folder)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, ignore_cleanup_errors=True) as own, ExitStack() as held:
+        with suppress(OSError):  # no locks in that place: then nobody sweeps there either
+            held.enter_context(alone(Path(own), lock_name=lock))
+        with tempfile.TemporaryDirectory(dir=own, ignore_cleanup_errors=True) as folder, room_in(Path(folder)):
+            yield Path(folder)
 
 
 def _own_scratches(lock: str) -> Iterator[Path]:

@@ -78,7 +78,7 @@ def room_in(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # faiss raises the latter; numpy an OSError without a number
-        if not _is_full(error, folder):
+        if not is_full(error, folder):
             raise
         raise no_space(str(folder)) from error
 
@@ -162,7 +162,8 @@ def _said(error: Exception) -> str:
     return " ".join(str(text).split())
 
 
-def _is_full(error: Any, folder: Path) -> bool:
+def is_full(error: Any, folder: Path) -> bool:
+    """Whether the disk under ``folder`` is full: by what the error says, or by a look at it."""
     if getattr(error, "errno", None) in _DISK_FULL or _SHORT_WRITE.search(str(error)):
         return True
     try:

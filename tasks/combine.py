@@ -19,11 +19,11 @@ from infra import artifacts, shards
 from infra.downloader import SHARDS
 from infra.errors import InputError
 from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Outcome, Takedown, require_same_encoder
-from tasks.lineage import embeddings_of, images_of, takedown_of
+from tasks.lineage import embeddings_of, images_of
 from tasks.rewrite import KeepRows
 from tasks.seen import Hashes, Seen, hash_digests, hash_texts, write_seen
 from tasks.stage import counted, map_stage, skip_or_make, stage_task
-from tasks.takedown import Entries, Matcher, commit_takedown, entries_of
+from tasks.takedown import Entries, Matcher, commit_takedown, hidden_by, with_bytes
 from tasks.where import parse_where
 
 _READERS = 8
@@ -54,10 +54,10 @@ def merge(databases: Mapping[str, DatabaseVersion], base: str, *, cache: Path) -
     images = merged_images(pictures, base, cache=cache)
     names = [shard.name for part in pictures for shard in part.manifest().shards]
     embeddings = _merged_embeddings(parts, pictures, names, images.reference, base)
-    lists = [takedown for database in databases.values() if (takedown := takedown_of(database)) is not None]
     entries = Entries()
-    for takedown in lists:
-        entries |= entries_of(takedown, cache)
+    for database in databases.values():
+        entries |= hidden_by(database, cache)
+    entries = with_bytes(entries, images.reference, cache)
     together = commit_takedown(entries, base, info={"of": ", ".join(databases)}).reference if len(entries) else None
     return Combined(embeddings=embeddings, takedown=together)
 
@@ -132,9 +132,9 @@ def subset(database: DatabaseVersion, where: str, base: str, *, cache: Path) -> 
         InputError: the filter cannot be read, or takes nothing.
     """
     expression = parse_where(where)
-    embeddings, takedown = embeddings_of(database), takedown_of(database)
+    embeddings, entries = embeddings_of(database), hidden_by(database, cache)
     source = embeddings.manifest()
-    matcher = Matcher(entries_of(takedown, cache) if takedown else Entries())
+    matcher = Matcher(entries)
 
     def chosen(shard: artifacts.Shard) -> tuple[NDArray[np.bool_], Hashes]:
         path = artifacts.fetch_shard(embeddings.uri, shard, ".parquet", cache)
@@ -155,9 +155,7 @@ def subset(database: DatabaseVersion, where: str, base: str, *, cache: Path) -> 
     selection = {"where": where, "of": database.digest}
     images = _subset_images(images_of(embeddings), masks, [hashes for _, hashes in found.values()], selection, base)
     rows = _subset_embeddings(embeddings, images.reference, masks, selection, base, cache)
-    listed = None
-    if takedown is not None:
-        listed = commit_takedown(entries_of(takedown, cache), base, info={"of": database.uri}).reference
+    listed = commit_takedown(entries, base, info={"of": database.uri}).reference if len(entries) else None
     return Combined(embeddings=rows, takedown=listed)
 
 

@@ -97,7 +97,7 @@ def fill_shards(
     if merges:
         filled = {part.name: part for part in map_stage(parts, part_fills, _Fill, (*settings, parts.uri))[0]}
         made += map_stage(stage, merges, _Merge, (*settings[1:], parts.uri, filled))[0]
-        storage.remove(storage.join(stage.uri, parts.kind))
+        storage.discard(storage.join(stage.uri, parts.kind))
     found |= {shard.name: shard for shard in made}
     return [found[group.name] for group in groups]
 

@@ -3,13 +3,10 @@
 What was taken down stays down, and pictures that were downloaded for the domain are not put out of sight unasked.
 """
 
-import functools
-import operator
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from infra import artifacts, logs, storage
+from infra import logs
 from infra.errors import InputError, IntegrityError, NotFoundError
 from infra.registry import CHAMPION, DATABASE_PREFIX, Registry
 from infra.settings import Settings
@@ -17,40 +14,41 @@ from tasks.combine import is_combined
 from tasks.contracts import DatabaseVersion, Takedown
 from tasks.lineage import embeddings_of, images_of, takedown_of
 from tasks.stage import base_of
-from tasks.takedown import Entries, commit_takedown, entries_of
-
-_READERS = 16
+from tasks.takedown import Entries, commit_takedown, entries_of, ever_taken_down
 
 
 def standing_takedown(domain: str, settings: Settings, cache: Path, further: Takedown | None = None) -> Takedown | None:
-    """What may not be shown in the domain: all that was ever taken down in it, and ``further``; None where nothing was.
+    """What may not be shown in the domain: all that its versions ever hid, and ``further``; None if nothing.
 
     Raises:
         TransientError: the registry does not answer.
         IntegrityError: a takedown in the domain's folder is damaged; nobody knows what it named.
     """
-    own = None
+    own, whole = None, True
     try:
         champion = _champion(domain, settings)
         own = None if champion is None else takedown_of(champion)
     except (NotFoundError, IntegrityError) as error:
+        whole = False
         logs.get("stage").warning("the champion of %s cannot be read, all takedowns below it hold: %s", domain, error)
-    return ever_taken_down(base_of(settings, domain), cache, own, further)
+    return standing_beside(base_of(settings, domain), cache, own, further, whole=whole)
 
 
-def ever_taken_down(base: str, cache: Path, own: Takedown | None, further: Takedown | None = None) -> Takedown | None:
-    """``own``, the champion's, with ``further`` and all takedowns below ``base``; ``own`` itself where it has them all.
+def standing_beside(
+    base: str, cache: Path, own: Takedown | None, further: Takedown | None = None, *, whole: bool = True
+) -> Takedown | None:
+    """``own``, the champion's, with ``further`` and all that versions below ``base`` hide; ``own`` where it has that.
 
     What a champion hides is not enough: the alias may be missing in another registry, or have been moved back to a
-    version of before. Raises ``IntegrityError`` where one is damaged.
+    version of before. Raises ``IntegrityError`` where a takedown is damaged.
     """
-    every = list(dict.fromkeys(one for one in (own, further, *_below(base)) if one is not None))
-    with ThreadPoolExecutor(_READERS) as pool:
-        held = dict(zip(every, pool.map(lambda one: entries_of(one, cache), every), strict=True))
-    together = functools.reduce(operator.or_, held.values(), Entries())
-    if own is not None and held[own] == together:
+    held = Entries() if own is None else entries_of(own, cache)
+    together = held | ever_taken_down(base, cache, whole=whole)
+    if further is not None:
+        together |= entries_of(further, cache)
+    if together == held:
         return own
-    return commit_takedown(together, base, info={"of": base}).reference if len(together) else None
+    return commit_takedown(together, base, info={"of": base}).reference
 
 
 def require_replaceable(domain: str, sources: Iterable[DatabaseVersion], settings: Settings) -> None:
@@ -79,14 +77,3 @@ def _champion(domain: str, settings: Settings) -> DatabaseVersion | None:
         return None
     pulled = registry.pull(domain, kind="database")
     return DatabaseVersion.of(pulled.manifest, pulled.folder_uri)
-
-
-def _below(base: str) -> list[Takedown]:
-    """Every committed takedown below the domain's folder."""
-    folders = [storage.join(base, Takedown.kind, name) for name in storage.names(storage.join(base, Takedown.kind))]
-
-    def opened(folder: str) -> Takedown | None:
-        return Takedown.open(folder) if storage.exists(storage.join(folder, artifacts.MANIFEST)) else None
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        return [one for one in pool.map(opened, folders) if one is not None]

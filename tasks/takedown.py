@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from infra import artifacts, logs, shards, storage
-from infra.errors import InputError
-from tasks.contracts import EmbeddingShards, ImageShards, Outcome, Takedown
+from infra.errors import InputError, IntegrityError
+from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Outcome, Takedown
+from tasks.lineage import takedown_of
 from tasks.seen import ANSWERED
 from tasks.stage import skip_or_make, stage_task
 
@@ -110,6 +111,49 @@ def entries_of(takedown: Takedown, cache: Path) -> Entries:
     (shard,) = takedown.manifest().shards
     rows = shards.read_table(artifacts.fetch_shard(takedown.uri, shard, ".parquet", cache)).to_pylist()
     return Entries(*(frozenset(row["value"] for row in rows if row["column"] == name) for name in COLUMNS))
+
+
+def ever_taken_down(base: str, cache: Path, *, whole: bool = True) -> Entries:
+    """What any version of the domain in the folder ``base`` hides, whatever the registry says of it.
+
+    A list that was refused, for nothing would have been left, has no version. Where a version cannot be read, or they
+    are not ``whole``, all lists below the folder count: a damaged version must not bring a picture back.
+
+    Raises:
+        IntegrityError: a list is damaged; nobody knows what it named.
+    """
+    named = set() if whole else set(_committed(base, Takedown.kind))
+    try:
+        for folder in _committed(base, DatabaseVersion.kind):
+            inputs = artifacts.read_manifest(folder).inputs
+            if Takedown.kind in inputs:
+                named.add(inputs[Takedown.kind]["uri"])
+    except IntegrityError as error:
+        logs.get("stage").warning("%s; all lists in %s/%s hold", error, base, Takedown.kind)
+        named.update(_committed(base, Takedown.kind))
+    together = Entries()
+    for uri in sorted(named):
+        together |= entries_of(Takedown.open(uri), cache)
+    return together
+
+
+def _committed(base: str, kind: str) -> list[str]:
+    folders = [storage.join(base, kind, name) for name in storage.names(storage.join(base, kind))]
+    return [folder for folder in folders if storage.exists(storage.join(folder, artifacts.MANIFEST))]
+
+
+def hidden_by(version: DatabaseVersion, cache: Path) -> Entries:
+    """What a database made of ``version`` may not show either: all that any version of its domain hides."""
+    base, kind, _ = storage.join(version.uri).rsplit("/", 2)
+    own = takedown_of(version)
+    entries = Entries() if own is None else entries_of(own, cache)
+    return entries | ever_taken_down(base, cache) if kind == DatabaseVersion.kind else entries
+
+
+def with_bytes(entries: Entries, images: ImageShards, cache: Path) -> Entries:
+    """``entries``, and the sha256 of the pictures that their urls served in ``images``: copies elsewhere go, too."""
+    found, _ = _pictures_named(Entries(url=entries.url), images, cache) if entries.url else ([], None)
+    return entries | Entries(sha256=frozenset(row["sha256"] for row in found if row["sha256"]))
 
 
 def rows_named(takedown: Takedown, embeddings: EmbeddingShards, cache: Path) -> NDArray[np.int64]:

@@ -110,8 +110,8 @@ class _Checkpoints:
         artifacts.commit_shard(self._uri, name, folder, rows=0, info={"step": step})
         (folder / f"{name}.pt").unlink()
         for marker in storage.names(storage.join(self._uri, "shards"))[:-CHECKPOINTS_KEPT]:
-            storage.remove(storage.join(self._uri, "shards", marker))
-            storage.remove(storage.join(self._uri, f"{marker.removesuffix('.json')}.pt"))
+            storage.discard(storage.join(self._uri, "shards", marker))
+            storage.discard(storage.join(self._uri, f"{marker.removesuffix('.json')}.pt"))
 
 
 class _Metrics:

@@ -57,7 +57,7 @@ class Living:
         from flows.rebuild_index import RebuildIndexConfig, rebuild_index
 
         self.server.requests.clear()
-        return rebuild_index(RebuildIndexConfig(domain="shapes", root=str(self.root), **options))
+        return rebuild_index(RebuildIndexConfig(**{"domain": "shapes", "root": str(self.root), **options}))
 
     def collect(self, **options: Any) -> Any:
         from flows.collect_garbage import CollectGarbageConfig, collect_garbage

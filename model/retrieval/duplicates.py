@@ -65,9 +65,20 @@ def _by_cell(
             near = queries[visitors] @ there.T >= least[visitors]
             near &= ids != first + visitors[:, None]
             crowded = np.flatnonzero(np.count_nonzero(near, axis=1) > NEAREST)
-            near[crowded] &= np.cumsum(near[crowded], axis=1) <= NEAREST
+            near[crowded] = _few(near[crowded], ids < first + visitors[crowded, None])
             one, other = np.nonzero(near)
             yield np.sort(np.stack([first + visitors[one], ids[other]], axis=1), axis=1)
+
+
+def _few(near: NDArray[np.bool_], lower: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Of the rows (Q, n) that are near, the first ones, and the last ones of a ``lower`` id.
+
+    So a group stays connected when rows of it are taken down: by whom all are near to, and from each to the next.
+    """
+    lower = near & lower
+    next_to = np.cumsum(lower[:, ::-1], axis=1)[:, ::-1] <= NEAREST // 2
+    few: NDArray[np.bool_] = near & (np.cumsum(near, axis=1) <= NEAREST // 2) | lower & next_to
+    return few
 
 
 def _least(rows: NDArray[np.float32], bound: float) -> NDArray[np.float32]:

@@ -62,7 +62,8 @@ class SeparateShards:
                 if cells is not None:
                     cells.nprobe = nprobe
                 some, ids = index.search(queries, min(count, rows) or 1)
-            scores.append(np.where(ids < 0, -np.inf, some))
+            nearer = -some if index.metric_type == faiss.METRIC_L2 else some  # some indexes know no inner product
+            scores.append(np.where(ids < 0, -np.inf, nearer))
             found.append(np.where(ids < 0, -1, ids + first))
             first += rows
         together = np.concatenate(found, axis=1)

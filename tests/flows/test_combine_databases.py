@@ -4,10 +4,11 @@ import dataclasses
 from typing import Any
 
 import pytest
-from fakes import WithoutRay
-from living import NAMES, Living
+from fakes import Reply, WithoutRay
+from living import BODY, NAMES, Living
 
 from infra.errors import InputError
+from infra.registry import Registry
 from tasks.lineage import embeddings_of
 
 
@@ -49,6 +50,36 @@ def test_what_was_taken_down_stays_so_when_databases_are_combined_again(living: 
     assert living.champion() == set(NAMES[:8]) - {NAMES[1]}
     subset_database(SubsetDatabaseConfig(domain="shapes", database="a", where="width > 0", root=str(living.root)))
     assert living.champion() == set(NAMES[:4]) - {NAMES[1]}
+
+
+def test_copies_of_what_a_part_has_taken_down_are_hidden_in_the_union(living: Living, ray: WithoutRay) -> None:
+    from flows.combine_databases import MergeDatabasesConfig, merge_databases
+
+    living.build(NAMES[:4], domain="a")
+    living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), domain="a")
+    living.server.replies[NAMES[1]] = Reply(body=BODY[NAMES[5]])
+    living.build([NAMES[1], *NAMES[5:7]], domain="b")
+    merge_databases(MergeDatabasesConfig(domain="shapes", databases=("a", "b"), root=str(living.root)))
+    assert living.champion() == {NAMES[0], *NAMES[2:4], NAMES[6]}
+
+
+def test_what_was_ever_taken_down_stays_so_in_what_is_made_of_a_domain(living: Living, ray: WithoutRay) -> None:
+    from flows.combine_databases import (
+        MergeDatabasesConfig,
+        SubsetDatabaseConfig,
+        merge_databases,
+        subset_database,
+    )
+
+    for number, domain in enumerate("ab"):
+        living.build(NAMES[4 * number : 4 + 4 * number], domain=domain)
+    living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), domain="a")
+    Registry(living.settings)._client.set_registered_model_alias("knn-database.a", "champion", "1")
+    into: dict[str, Any] = {"domain": "shapes", "root": str(living.root)}
+    subset_database(SubsetDatabaseConfig(database="a", where="width > 0", **into))
+    assert living.champion() == set(NAMES[:4]) - {NAMES[1]}
+    merge_databases(MergeDatabasesConfig(databases=("a", "b"), **into))
+    assert living.champion() == set(NAMES[:8]) - {NAMES[1]}
 
 
 def test_pictures_of_a_domain_s_own_are_not_put_out_of_sight_by_a_merge_or_a_subset(

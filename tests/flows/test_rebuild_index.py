@@ -141,6 +141,9 @@ def test_all_pictures_may_be_taken_down_and_others_put_in_their_place(living: Li
             takedown=living.listed(*({"url": living.server.url(name)} for name in NAMES[4:8]), name="down.jsonl")
         )
     assert living.champion() == set(NAMES[4:8])
+    assert living.rebuild(urls=living.listed(*NAMES[4:8])).unchanged  # what was refused binds nobody
+    living.rebuild(urls=living.listed(*NAMES[4:9]))
+    assert living.champion() == set(NAMES[4:9])
 
 
 def test_what_is_taken_down_waits_for_no_embedding(

@@ -256,6 +256,26 @@ def test_what_stages_keep_counts_and_goes_when_it_was_long_unused(shelf: Shelf) 
     assert (new.exists(), shelf.there()) == (True, [1, 2])
 
 
+def test_a_folder_that_is_referenced_keeps_its_files(shelf: Shelf) -> None:
+    def whole(folder: Path) -> bool:
+        return (folder / "weights").exists()
+
+    def download(to: Path) -> None:
+        to.mkdir()
+        (to / "weights").write_bytes(bytes(2 * SIZE))
+
+    digest = "ab" * 32
+    held = caching.fetch_registered(digest, whole, download, shelf.folder)
+    assert held == shelf.folder / "registered" / digest
+    os.utime(held / "weights", (time.time() - 2 * caching.DERIVED_SPARED_S,) * 2)
+    caching.evict(shelf.folder, 0)
+    assert whole(held)
+    del held
+    gc.collect()
+    caching.evict(shelf.folder, 0)
+    assert not whole(shelf.folder / "registered" / digest)
+
+
 def test_what_is_renamed_while_an_eviction_looks_does_no_harm(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     partial, whole = shelf.folder / "pixels/.a.npy.partial", shelf.folder / "pixels/a.npy"
     partial.parent.mkdir(parents=True)

@@ -125,6 +125,18 @@ def test_a_living_holder_keeps_it_for_longer_than_its_time(place: Domain) -> Non
         assert place.files() == ["000001.json"]
 
 
+def test_a_writer_that_may_not_delete_takes_it_and_keeps_out_others(moto_bucket: Bucket) -> None:
+    moto_bucket.forbid_deletion("*")
+    folder = f"{moto_bucket.uri}/twemoji"
+    for _ in range(2):
+        with (
+            lease(folder, holder="first", ttl_s=30),
+            pytest.raises(StageError, match="first"),
+            lease(folder, holder="second", ttl_s=30),
+        ):
+            pytest.fail("two hold it")
+
+
 def test_a_dead_holder_loses_it_and_a_second_one_may_wait(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "_machine", lambda: "another machine")
     with holding(domain) as other:

@@ -1,5 +1,7 @@
+import errno
 import itertools
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,7 +18,7 @@ from stores import Bucket
 
 from infra import artifacts, storage, tracking
 from infra.artifacts import Manifest
-from infra.errors import IntegrityError, KNNDiffusionError, NotFoundError, TransientError
+from infra.errors import IntegrityError, KNNDiffusionError, NotFoundError, StageError, TransientError
 from infra.registry import DATABASE_PREFIX, GENERATOR_NAME, Registered, Registry
 from infra.settings import Settings
 
@@ -196,9 +198,16 @@ def test_files_that_cannot_be_fetched_now_are_not_said_to_be_lost(
     def away(*_: Any, **__: Any) -> None:
         raise ConnectionResetError("reset by peer")
 
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     with monkeypatch.context() as patch:
         patch.setattr(S3ArtifactRepository, "_download_file", away)
         with pytest.raises(TransientError, match=r"^the files of models:/.*/1 cannot be fetched .*; is the store .*$"):
+            line.registry.pull(f"models:/{name}/1", kind=kind)
+    with monkeypatch.context() as patch:
+        patch.setattr(S3ArtifactRepository, "_download_file", full)
+        with pytest.raises(StageError, match=r"^no space left for "):
             line.registry.pull(f"models:/{name}/1", kind=kind)
     for key in list(moto_bucket.keys()):
         moto_bucket.delete(key)

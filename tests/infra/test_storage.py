@@ -1,6 +1,9 @@
+import errno
+import fcntl
 import hashlib
 import itertools
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -141,6 +144,7 @@ def test_what_may_not_be_deleted_is_told(moto_bucket: Bucket) -> None:
             "or without the right to delete); check the credentials and the bucket"
         )
     storage.remove(f"{moto_bucket.uri}/alone")
+    storage.discard(f"{moto_bucket.uri}/d")
     assert moto_bucket.keys() == ["d/kept"]
 
 
@@ -326,6 +330,21 @@ def test_scratch_is_gone_afterwards_even_after_an_error() -> None:
         (folder / "a/b").write_bytes(b"x")
         raise ZeroDivisionError
     assert not folder.exists()
+
+
+def test_scratch_needs_no_locks_and_may_be_tidied_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with storage.scratch() as folder:
+        shutil.rmtree(folder.parent)
+    assert list(tmp_path.iterdir()) == []
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with storage.scratch() as folder, storage.scratch():
+        (folder / "a").write_bytes(b"x")
+    assert list(tmp_path.iterdir()) == []
 
 
 SCRATCH = """

@@ -141,6 +141,15 @@ def test_of_shards_on_their_own_the_best_candidates_are_ranked(tmp_path: Path) -
     np.testing.assert_array_equal(best.ids[:, 0], np.arange(7))
 
 
+def test_of_shards_that_are_compared_by_distance_the_best_candidates_are_ranked_too(tmp_path: Path) -> None:
+    rows = tiny.unit_rows(700, 16)
+    database = tiny.database(tmp_path, rows[:500], rows[500:], factory="HNSW8,PQ8x4", candidates=100)
+    near, _ = ranked(rows[:20], rows)
+    found = database.search(rows[:20], 10).ids
+    shares = [len(set(one) & set(true)) / 10 for one, true in zip(found.tolist(), near[:, :10].tolist(), strict=True)]
+    assert np.mean(shares) > 0.8
+
+
 def test_a_small_database_gives_what_it_has(tmp_path: Path) -> None:
     rows = tiny.unit_rows(5)
     database = tiny.database(tmp_path, rows[:2], rows[2:])

@@ -58,6 +58,8 @@ def test_a_large_group_is_connected_though_few_pairs_of_each_row_are_kept(tmp_pa
     pairs = find_pairs(database, rows, 0, 0.999)
     assert later_ones(pairs).tolist() == list(range(40, 80))
     assert len(pairs) <= 41 * NEAREST
+    others = pairs[(pairs != 5).all(axis=1) & ((pairs < 40) | (pairs > 52)).all(axis=1)]  # taken down
+    assert later_ones(others).tolist() == list(range(54, 80))
 
 
 def test_one_of_each_group_is_kept_the_first() -> None:
