@@ -25,7 +25,8 @@ def fetch_pictures(version: DatabaseVersion, ids: Sequence[int], cache: Path) ->
     images = images_of(embeddings)
     lookup = Metadata(embeddings.uri, embeddings.manifest(), cache)
     # By shard too: in a union of databases the same key is borne by a picture of each.
-    places = {row: (lookup.shard(row), lookup.row(row)["key"]) for row in set(ids)}
+    rows = sorted(set(ids))
+    places = {row: (lookup.shard(row), known["key"]) for row, known in zip(rows, lookup(rows), strict=True)}
     wanted = set(places.values())
     found: dict[tuple[str, str], Image.Image] = {}
     for shard in images.manifest().shards:
