@@ -5,15 +5,18 @@ import dataclasses
 from prefect import flow
 
 from infra import compute
+from infra.errors import StageError
 from infra.lease import Lease, lease
 from infra.registry import Registry
 from infra.settings import Settings
+from model.errors import ModelError
 from tasks.combine import Combined, merge_task, subset_task
 from tasks.contracts import DatabaseVersion, Outcome, config_from
 from tasks.index import IndexConfig, index
 from tasks.register import Named, register_database_task
 from tasks.stage import base_of, require_domain, settings_of
 from tasks.standing import require_replaceable, standing_takedown
+from tasks.takedown import taken_back
 from tasks.where import parse_where
 
 
@@ -74,10 +77,11 @@ def merge_databases(config: MergeDatabasesConfig) -> NewDatabase:
     ):
         if not config.replace:
             require_replaceable(config.domain, databases.values(), settings)
-        combined = merge_task(databases, base, settings.cache_folder)
-        return _registered(
-            config.domain, combined, config.index or _config_of(databases[config.databases[0]]), settings, held
-        )
+        with taken_back(base, (ModelError, StageError)):
+            combined = merge_task(databases, base, settings.cache_folder)
+            index_config = config.index or _config_of(databases[config.databases[0]])
+            built = _indexed(config.domain, combined, index_config, settings)
+        return _registered(config.domain, combined, built, settings, held)
 
 
 @flow(name="subset-database", flow_run_name="subset-database-{config.domain}", validate_parameters=True)
@@ -92,15 +96,22 @@ def subset_database(config: SubsetDatabaseConfig) -> NewDatabase:
     ):
         if not config.replace:
             require_replaceable(config.domain, [database], settings)
-        combined = subset_task(database, config.where, base, settings.cache_folder)
-        return _registered(config.domain, combined, config.index or _config_of(database), settings, held)
+        with taken_back(base, (ModelError, StageError)):
+            combined = subset_task(database, config.where, base, settings.cache_folder)
+            built = _indexed(config.domain, combined, config.index or _config_of(database), settings)
+        return _registered(config.domain, combined, built, settings, held)
 
 
-def _registered(domain: str, combined: Combined, config: IndexConfig, settings: Settings, held: Lease) -> NewDatabase:
-    """Indexed and registered; what was taken down in the domain before stays hidden, too."""
+def _indexed(domain: str, combined: Combined, config: IndexConfig, settings: Settings) -> Outcome[DatabaseVersion]:
+    """The version; what was taken down in the domain before stays hidden, too."""
     base, cache = base_of(settings, domain), settings.cache_folder
     takedown = standing_takedown(domain, settings, cache, combined.takedown)
-    built = index(combined.embeddings.reference, base, config, cache, None, takedown)
+    return index(combined.embeddings.reference, base, config, cache, None, takedown)
+
+
+def _registered(
+    domain: str, combined: Combined, built: Outcome[DatabaseVersion], settings: Settings, held: Lease
+) -> NewDatabase:
     held.check()
     registered = register_database_task(domain, built.reference, settings, None)
     return NewDatabase(combined=combined, database=built, registered=registered)

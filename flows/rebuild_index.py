@@ -24,7 +24,7 @@ from tasks.lineage import embeddings_of, images_of, takedown_of
 from tasks.register import Named, register_database_task
 from tasks.stage import base_of, require_domain, settings_of
 from tasks.standing import standing_beside
-from tasks.takedown import rows_named, takedown_task
+from tasks.takedown import rows_named, takedown_task, taken_back
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +87,10 @@ def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
         seconds: dict[str, float] = {}
         skipped: dict[str, bool] = {}
         hides = config.takedown is not None or standing != before.takedown
-        with compute.cluster(settings.ray_address, settings.cpus):
+        with (
+            compute.cluster(settings.ray_address, settings.cpus),
+            taken_back(base_of(settings, config.domain), ModelError, but=lambda: after.takedown),
+        ):
             for part in _in_turn(config, hides):
                 steps = _Steps(part, settings, after, standing)
                 try:

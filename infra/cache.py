@@ -15,6 +15,7 @@ system. What stages derive has no such lock and is left alone for an hour after 
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import threading
@@ -84,8 +85,13 @@ def fetch_registered(
 
     One process at a time does so. Raises as ``download`` does, and as :func:`fetch` does for the cache.
     """
-    with room_in(cache):
-        kept = _held(cache / REGISTERED / digest, digest, cache)
+    kept = cache / REGISTERED / digest
+    try:
+        with room_in(cache):
+            kept = _held(kept, digest, cache)
+    except InputError:
+        if not is_whole(kept):  # of a cache that may only be read, what is there serves
+            raise
     if is_whole(kept):
         return kept
     with room_in(cache), alone(cache / "fetching" / digest) as folder:
@@ -208,7 +214,9 @@ def _held(path: Path, sha256: str, cache: Path) -> HeldPath:
         uses, byte, held = _uses_of(cache), _byte(sha256), HeldPath(path)
         with _locked(cache / "lock", fcntl.LOCK_SH):
             uses.hold(byte)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    except OSError as error:
+        if not isinstance(error, PermissionError | FileExistsError | NotADirectoryError) and error.errno != errno.EROFS:
+            raise
         told = f"{cache} cannot hold the cache ({error.strerror}); set KNN_DIFFUSION_CACHE to a folder that can"
         raise InputError(told) from error
     weakref.finalize(held, _let_go, uses, byte, os.getpid()).atexit = False
@@ -237,8 +245,8 @@ def _is_fetched(cache: Path, path: Path) -> bool:
 def _in_use(cache: Path, path: Path) -> bool:
     if _is_fetched(cache, path):
         return _uses_of(cache).held(_byte(path.stem))
-    kind, digest, *_ = path.relative_to(cache).parts
-    if kind == REGISTERED and _uses_of(cache).held(_byte(digest)):
+    parts = path.relative_to(cache).parts
+    if parts[0] == REGISTERED and len(parts) > 2 and _uses_of(cache).held(_byte(parts[1])):
         return True
     try:
         status = path.stat()

@@ -55,9 +55,9 @@ class Registered:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Pulled:
-    """What a name led to: the committed folder, its manifest, and for a registered generator its local files.
+    """What a name led to: the committed folder, its manifest, and the version's files, if it was a registered one.
 
-    The files are where MLflow keeps them, when that is on this machine, else in the cache.
+    The files are where MLflow keeps them, when that is on this machine; else a generator's are in the cache.
     """
 
     folder_uri: str

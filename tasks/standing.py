@@ -18,32 +18,29 @@ from tasks.takedown import Entries, commit_takedown, entries_of, ever_taken_down
 
 
 def standing_takedown(domain: str, settings: Settings, cache: Path, further: Takedown | None = None) -> Takedown | None:
-    """What may not be shown in the domain: all that its versions ever hid, and ``further``; None if nothing.
+    """What may not be shown in the domain: all that was ever taken down in it, and ``further``; None if nothing.
 
     Raises:
         TransientError: the registry does not answer.
         IntegrityError: a takedown in the domain's folder is damaged; nobody knows what it named.
     """
-    own, whole = None, True
+    own = None
     try:
         champion = _champion(domain, settings)
         own = None if champion is None else takedown_of(champion)
     except (NotFoundError, IntegrityError) as error:
-        whole = False
         logs.get("stage").warning("the champion of %s cannot be read, all takedowns below it hold: %s", domain, error)
-    return standing_beside(base_of(settings, domain), cache, own, further, whole=whole)
+    return standing_beside(base_of(settings, domain), cache, own, further)
 
 
-def standing_beside(
-    base: str, cache: Path, own: Takedown | None, further: Takedown | None = None, *, whole: bool = True
-) -> Takedown | None:
-    """``own``, the champion's, with ``further`` and all that versions below ``base`` hide; ``own`` where it has that.
+def standing_beside(base: str, cache: Path, own: Takedown | None, further: Takedown | None = None) -> Takedown | None:
+    """``own``, the champion's, with ``further`` and all takedowns below ``base``; ``own`` itself where it has them all.
 
     What a champion hides is not enough: the alias may be missing in another registry, or have been moved back to a
     version of before. Raises ``IntegrityError`` where a takedown is damaged.
     """
     held = Entries() if own is None else entries_of(own, cache)
-    together = held | ever_taken_down(base, cache, whole=whole)
+    together = held | ever_taken_down(base, cache)
     if further is not None:
         together |= entries_of(further, cache)
     if together == held:

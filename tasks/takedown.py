@@ -5,9 +5,10 @@ artifact holds its own entries and all that were there before. From the next ind
 compaction (``tasks/compact.py``) takes their bytes out of the shards.
 """
 
+import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from infra import artifacts, logs, shards, storage
-from infra.errors import InputError, IntegrityError
+from infra.errors import InputError
 from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Outcome, Takedown
 from tasks.lineage import takedown_of
 from tasks.seen import ANSWERED
@@ -113,37 +114,46 @@ def entries_of(takedown: Takedown, cache: Path) -> Entries:
     return Entries(*(frozenset(row["value"] for row in rows if row["column"] == name) for name in COLUMNS))
 
 
-def ever_taken_down(base: str, cache: Path, *, whole: bool = True) -> Entries:
-    """What any version of the domain in the folder ``base`` hides, whatever the registry says of it.
-
-    A list that was refused, for nothing would have been left, has no version. Where a version cannot be read, or they
-    are not ``whole``, all lists below the folder count: a damaged version must not bring a picture back.
+def ever_taken_down(base: str, cache: Path) -> Entries:
+    """What was ever taken down in the domain whose folder is ``base``, whatever its registry and versions say.
 
     Raises:
         IntegrityError: a list is damaged; nobody knows what it named.
     """
-    named = set() if whole else set(_committed(base, Takedown.kind))
-    try:
-        for folder in _committed(base, DatabaseVersion.kind):
-            inputs = artifacts.read_manifest(folder).inputs
-            if Takedown.kind in inputs:
-                named.add(inputs[Takedown.kind]["uri"])
-    except IntegrityError as error:
-        logs.get("stage").warning("%s; all lists in %s/%s hold", error, base, Takedown.kind)
-        named.update(_committed(base, Takedown.kind))
     together = Entries()
-    for uri in sorted(named):
-        together |= entries_of(Takedown.open(uri), cache)
+    with ThreadPoolExecutor(_READERS) as pool:
+        for entries in pool.map(lambda uri: entries_of(Takedown.open(uri), cache), takedowns_below(base)):
+            together |= entries
     return together
 
 
-def _committed(base: str, kind: str) -> list[str]:
-    folders = [storage.join(base, kind, name) for name in storage.names(storage.join(base, kind))]
+def takedowns_below(base: str) -> list[str]:
+    """The folder of every committed takedown of a domain."""
+    folders = [storage.join(base, Takedown.kind, name) for name in storage.names(storage.join(base, Takedown.kind))]
     return [folder for folder in folders if storage.exists(storage.join(folder, artifacts.MANIFEST))]
 
 
+@contextlib.contextmanager
+def taken_back(
+    base: str, when: type[Exception] | tuple[type[Exception], ...], *, but: Callable[[], Takedown | None] = lambda: None
+) -> Iterator[None]:
+    """Takedowns that are new below ``base`` go again ``when`` no version can be made with them: they bind nobody.
+
+    ``but`` tells the one that a version was made with meanwhile.
+    """
+    before = takedowns_below(base)
+    try:
+        yield
+    except when:
+        kept = but()
+        for folder in takedowns_below(base):
+            if folder not in before and (kept is None or folder != kept.uri):
+                storage.discard(folder)
+        raise
+
+
 def hidden_by(version: DatabaseVersion, cache: Path) -> Entries:
-    """What a database made of ``version`` may not show either: all that any version of its domain hides."""
+    """What a database made of ``version`` may not show either: all that was ever taken down in its domain."""
     base, kind, _ = storage.join(version.uri).rsplit("/", 2)
     own = takedown_of(version)
     entries = Entries() if own is None else entries_of(own, cache)

@@ -7,7 +7,7 @@ import pytest
 from fakes import Reply, WithoutRay
 from living import BODY, NAMES, Living
 
-from infra.errors import InputError
+from infra.errors import InputError, StageError
 from infra.registry import Registry
 from tasks.lineage import embeddings_of
 
@@ -80,6 +80,30 @@ def test_what_was_ever_taken_down_stays_so_in_what_is_made_of_a_domain(living: L
     assert living.champion() == set(NAMES[:4]) - {NAMES[1]}
     merge_databases(MergeDatabasesConfig(databases=("a", "b"), **into))
     assert living.champion() == set(NAMES[:8]) - {NAMES[1]}
+
+
+def test_a_union_that_cannot_be_made_hides_nothing_of_the_domain(
+    living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.combine_databases import MergeDatabasesConfig, merge_databases
+    from tasks.takedown import takedowns_below
+
+    for number, domain in enumerate("ab"):
+        living.build(NAMES[4 * number : 4 + 4 * number], domain=domain)
+    living.build(NAMES[:2])
+    living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), domain="a")
+
+    def fails(*_: Any) -> Any:
+        raise StageError("recall is too low")
+
+    monkeypatch.setattr("flows.combine_databases.index", fails)
+    with pytest.raises(StageError, match="recall"):
+        merge_databases(
+            MergeDatabasesConfig(databases=("a", "b"), domain="shapes", root=str(living.root), replace=True)
+        )
+    assert takedowns_below(f"{living.root}/shapes") == []
+    living.rebuild(urls=living.listed(*NAMES[:3]))
+    assert living.champion() == set(NAMES[:3])
 
 
 def test_pictures_of_a_domain_s_own_are_not_put_out_of_sight_by_a_merge_or_a_subset(

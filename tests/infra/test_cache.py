@@ -1,3 +1,4 @@
+import errno
 import gc
 import hashlib
 import os
@@ -268,8 +269,17 @@ def test_a_folder_that_is_referenced_keeps_its_files(shelf: Shelf) -> None:
     held = caching.fetch_registered(digest, whole, download, shelf.folder)
     assert held == shelf.folder / "registered" / digest
     os.utime(held / "weights", (time.time() - 2 * caching.DERIVED_SPARED_S,) * 2)
+    for stray in (shelf.folder / ".stray", held.parent / ".stray"):
+        stray.write_bytes(b"x")
+        os.utime(stray, (time.time() - 2 * caching.DERIVED_SPARED_S,) * 2)
     caching.evict(shelf.folder, 0)
     assert whole(held)
+    assert not (shelf.folder / ".stray").exists()
+    with pytest.MonkeyPatch.context() as patch:  # a cache that may only be read
+        patch.setattr(caching, "_locked", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+        assert caching.fetch_registered(digest, whole, download, shelf.folder) == held
+        with pytest.raises(InputError, match="cannot hold the cache"):
+            caching.fetch_registered("cd" * 32, whole, download, shelf.folder)
     del held
     gc.collect()
     caching.evict(shelf.folder, 0)
