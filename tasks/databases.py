@@ -142,10 +142,6 @@ class Metadata:
         """The name of the shard that holds ``row``."""
         return self._shards[self._number(row)].name
 
-    def row(self, row: int) -> dict[str, Any]:
-        """What is known of ``row``."""
-        return self([row])[0]
-
     def _read(self, number: int) -> pa.Table:
         path = artifacts.fetch_shard(self._uri, self._shards[number], ".parquet", self._cache)
         return shards.read_table(path, _TOLD)

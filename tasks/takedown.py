@@ -146,8 +146,9 @@ def taken_back(
         yield
     except when:
         kept = but()
+        stays = {*before, *([] if kept is None else [storage.canonical(kept.uri)])}
         for folder in takedowns_below(base):
-            if folder not in before and (kept is None or folder != kept.uri):
+            if not {folder, storage.canonical(folder)} & stays:
                 storage.discard(folder)
         raise
 

@@ -33,7 +33,7 @@ def known(row: int) -> dict[str, Any]:
 def test_rows_are_told_in_the_order_asked_whichever_shards_hold_them(lookup: Metadata) -> None:
     ids = [11, 0, 3, 0, 10, 2]
     assert lookup(ids) == [known(row) for row in ids]
-    assert list(lookup.row(5)) == COLUMNS
+    assert list(lookup([5])[0]) == COLUMNS
     assert lookup([]) == []
     assert lookup(np.array([7])) == [known(7)]  # type: ignore[arg-type]
 
