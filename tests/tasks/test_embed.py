@@ -315,7 +315,7 @@ def test_decoders_in_processes_give_what_threads_give(encoder: Encoder) -> None:
     feeding = Feeding(encoder="sticker-clip", batch_size=4, cuda=True, decoders=2)
     for pool in (ThreadPoolExecutor(1), embed_shard._pool(feeding)):
         with pool:
-            results.append(list(embed_shard._ahead(pool, encoder.transform, iter(chunks), depth=2)))
+            results.append(list(embed_shard._ahead(pool, encoder.preprocessing, iter(chunks), depth=2)))
     for one, other in zip(*results, strict=True):
         assert one.pictures is not None
         assert other.pictures is not None
