@@ -22,6 +22,8 @@ from infra.errors import NotFoundError
 
 FOLDER = "verified"
 _TICK_S = 0.01  # of a file system's clock: times that are younger cannot tell two writes apart
+_MOST_SEEN = 1 << 17
+_seen: dict[tuple[str, str, str], tuple[Path, list[int]]] = {}  # stamps that this process has read, and what was there
 
 
 def is_verified(path: Path, sha256: str, size: int, cache: Path) -> bool:
@@ -33,16 +35,21 @@ def is_verified(path: Path, sha256: str, size: int, cache: Path) -> bool:
         before = path.stat()
     except FileNotFoundError:
         return False
-    stamp = stamp_file(cache, sha256, path)
     if before.st_size != size:
         return False
-    if _read_stamp(stamp) == _identity(before):
-        with contextlib.suppress(OSError):  # of a cache that may only be read
-            os.utime(stamp)  # its last use; the file's own times stay as they are
+    key, now = (str(path), sha256, str(cache)), _identity(before)
+    if (seen := _seen.get(key)) and seen[1] == now and _used(seen[0]):
+        return True
+    stamp = stamp_file(cache, sha256, path)
+    if _read_stamp(stamp) == now:
+        _used(stamp)
+        if len(_seen) >= _MOST_SEEN:
+            _seen.clear()
+        _seen[key] = stamp, now
         return True
     time.sleep(min(_TICK_S, max(0.0, before.st_ctime + _TICK_S - time.time())))
     try:
-        if storage.sha256(str(path)) != sha256 or _identity(path.stat()) != _identity(before):
+        if storage.sha256(str(path)) != sha256 or _identity(path.stat()) != now:
             return False
     except (FileNotFoundError, NotFoundError) as error:
         if isinstance(error.__cause__ or error, FileNotFoundError):  # another process found it damaged, and removed it
@@ -56,6 +63,15 @@ def stamp_file(cache: Path, sha256: str, path: Path) -> Path:
     """Where the stamp of ``path`` with that digest is, if there is one."""
     place = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
     return cache / FOLDER / sha256[:2] / f"{sha256}-{place}"
+
+
+def _used(stamp: Path) -> bool:
+    """Note that the stamp's file is used; whether the stamp is there, in a cache that may be written."""
+    try:
+        os.utime(stamp)  # the file's own times stay as they are
+    except OSError:
+        return False
+    return True
 
 
 def _identity(status: os.stat_result) -> list[int]:

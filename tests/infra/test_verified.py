@@ -53,6 +53,25 @@ def test_opening_again_costs_the_same_for_every_size(tmp_path: Path, cache: Path
     assert again[1] < again[0] * 10 + 0.001
 
 
+def test_a_process_reads_a_stamp_once_while_it_is_there(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = file_of(tmp_path / "a", b"right bytes")
+    read, read_stamp = [], verified._read_stamp
+    monkeypatch.setattr(verified, "_read_stamp", lambda stamp: read.append(stamp) or read_stamp(stamp))
+    assert [is_verified(*file, cache) for _ in range(4)] == [True] * 4
+    (stamp,) = stamps(cache)
+    assert read == [stamp, stamp], "it was not there, and then it was"
+    os.utime(stamp, (0, 0))
+    assert is_verified(*file, cache)
+    assert time.time() - stamp.stat().st_mtime < 60, "used last"
+    stamp.unlink()
+    hashed, sha256 = [], storage.sha256
+    monkeypatch.setattr(storage, "sha256", lambda uri: hashed.append(uri) or sha256(uri))
+    assert is_verified(*file, cache)
+    assert hashed == [str(file[0])], "who deletes it wants the bytes looked at"
+
+
 def flip(path: Path) -> None:
     with path.open("r+b") as stream:
         stream.seek(3)
