@@ -6,6 +6,7 @@ Model strings are open_clip's own: ``ViT-B-32/laion2b_s34b_b79k``, ``hf-hub:org/
 ``sticker-clip``, names the small model that ships with this package and needs no download.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -30,6 +31,38 @@ EMBEDDED = "sticker-clip"
 _EMBEDDED_FOLDER = Path(__file__).parent / "pretrained" / "sticker-clip"
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """From pictures to the model's input, without the model: it may be sent to another process.
+
+    The values are those of open_clip's own transform, whose last two steps are a conversion to a float tensor and a
+    normalisation: here they are taken once for the batch, for a small picture's cost more than its decoding.
+    """
+
+    steps: Sequence[Callable[[Any], Any]]
+    normalise: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, transform: Any) -> "Preprocessing":
+        """What open_clip's ``Compose`` does."""
+        *steps, _, normalise = transform.transforms
+        return cls(steps, normalise)
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pictures of any size and mode to (B, 3, H, W) float32."""
+        return self.scaled(torch.from_numpy(np.stack([self.fitted(image) for image in images])))
+
+    def fitted(self, image: Image.Image) -> NDArray[np.uint8]:
+        """A picture of any size and mode to the model's size, (H, W, 3)."""
+        for step in self.steps:
+            image = step(image)
+        return np.asarray(image)
+
+    def scaled(self, fitted: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8, fitted, to (B, 3, H, W) float32 on the same device."""
+        return self.normalise(fitted.permute(0, 3, 1, 2).contiguous().float() / 255)
+
+
 class Encoder:
     """Pictures and texts to unit rows in one space. Inference only; float32 unless told."""
 
@@ -50,7 +83,7 @@ class Encoder:
                 f"encoder {name!r} cannot be loaded ({error}); name an open_clip model or {EMBEDDED}"
             ) from error
         self._model: Any = model.eval().requires_grad_(False)
-        self._preprocess = preprocess
+        self.preprocessing = Preprocessing.of(preprocess)
         self.identity = EncoderIdentity(
             name=name,
             weights_digest=_weights_digest(model),
@@ -60,24 +93,13 @@ class Encoder:
         self._dtype = dtype
         self._model.to(dtype)  # after the digest, which is of the float32 weights
 
-    @property
-    def transform(self) -> Callable[[Image.Image], Tensor]:
-        """What :meth:`preprocess` does, to be sent to another process without the model."""
-        transform: Callable[[Image.Image], Tensor] = self._preprocess
-        return transform
-
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """One picture (any size, RGB) to the model's input (3, H, W) float32."""
-        tensor: Tensor = self._preprocess(image)
-        return tensor
-
     @torch.inference_mode()
     def forward(self, batch: Tensor) -> Tensor:
-        """(B, 3, H, W) from :meth:`preprocess` to (B, D) float32 unit rows on the model's device."""
+        """Preprocessed (B, 3, H, W) to (B, D) float32 unit rows on the model's device."""
         return F.normalize(self._model.encode_image(batch.to(self.device, self._dtype)).float(), dim=-1)
 
     def embed_preprocessed(self, batch: Tensor) -> Tensor:
-        """(B, 3, H, W) from :meth:`preprocess` to (B, D) float32 unit rows on the CPU."""
+        """Preprocessed (B, 3, H, W) to (B, D) float32 unit rows on the CPU."""
         return self.forward(batch).cpu()
 
     def embed_images(self, images: Sequence[Image.Image], *, batch_size: int = 128) -> Tensor:
@@ -85,21 +107,19 @@ class Encoder:
         if not images:
             return torch.empty(0, self._dimension())
         chunks = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-        return torch.cat(
-            [self.embed_preprocessed(torch.stack([self.preprocess(i) for i in chunk])) for chunk in chunks]
-        )
+        return torch.cat([self.embed_preprocessed(self.preprocessing(chunk)) for chunk in chunks])
 
     def embed_pixels(self, pixels: NDArray[np.uint8], *, batch_size: int = 1024) -> Tensor:
         """Pictures of one size (N, H, W, 3) uint8 to (N, D) float32 unit rows.
 
-        Those of the model's own size need no resizing, only the last step of the preprocessing, batch by batch.
+        Those of the model's own size need no fitting; they are scaled on the device.
         """
         if pixels.shape[1:3] != tuple(self._model.visual.image_size):
             return self.embed_images([Image.fromarray(picture) for picture in pixels])
-        normalise = self._preprocess.transforms[-1]
         chunks = torch.split(torch.from_numpy(np.ascontiguousarray(pixels)), batch_size)
-        scaled = (chunk.to(self.device).permute(0, 3, 1, 2).float() / 255 for chunk in chunks)
-        return torch.cat([self.embed_preprocessed(normalise(chunk)) for chunk in scaled])
+        return torch.cat(
+            [self.embed_preprocessed(self.preprocessing.scaled(chunk.to(self.device))) for chunk in chunks]
+        )
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from PIL import Image
 
 from infra import artifacts, shards, storage
 from infra.pictures import to_rgb
-from model.clip import Encoder
+from model.clip import Encoder, Preprocessing
 from model.encoder_identity import EncoderIdentity
 from model.feeding import embed_stream
 from tasks.contracts import METADATA_SCHEMA
@@ -115,7 +115,7 @@ class EmbedShard:
         size = self._feeding.batch_size
         new = filling.new(_timed(shards.read_pictures(tar), clock))
         chunks = iter(lambda: list(itertools.islice(new, size)), [])
-        decoded = _ahead(decoders, self._encoder.transform, chunks, _AHEAD * self._feeding.decoders)
+        decoded = _ahead(decoders, self._encoder.preprocessing, chunks, _AHEAD * self._feeding.decoders)
         with self._turn:
             rows, clock["compute_s"] = embed_stream(self._encoder, filling.batches(decoded, clock), batch_size=size)
             ended = time.monotonic()
@@ -197,35 +197,35 @@ class _Decoded:
     seconds: float
 
 
-def _decode(transform: Callable[[Image.Image], torch.Tensor], chunk: list[tuple[str, bytes]]) -> _Decoded:
+def _decode(preprocessing: Preprocessing, chunk: list[tuple[str, bytes]]) -> _Decoded:
     """Runs on a decoder."""
     started = time.monotonic()
-    pictures, failed = [], []
+    fitted, failed = [], []
     for key, encoded in chunk:
         try:
             with Image.open(io.BytesIO(encoded)) as image:
-                pictures.append(transform(to_rgb(image)))
+                fitted.append(preprocessing.fitted(to_rgb(image)))
         except Exception:  # Pillow's plugins raise what they like on damaged data
             failed.append(key)
-    batch = torch.stack(pictures) if pictures else None
+    batch = preprocessing.scaled(torch.from_numpy(np.stack(fitted))) if fitted else None
     return _Decoded(pictures=batch, failed=failed, seconds=time.monotonic() - started)
 
 
 def _ahead(
     pool: Executor,
-    transform: Callable[[Image.Image], torch.Tensor],
+    preprocessing: Preprocessing,
     chunks: Iterator[list[tuple[str, bytes]]],
     depth: int,
 ) -> Iterator[_Decoded]:
     """Decoded chunks in order. The first ``depth`` are submitted now, a further one for each that is taken."""
     pending: deque[Future[_Decoded]] = deque(
-        pool.submit(_decode, transform, chunk) for chunk in itertools.islice(chunks, depth)
+        pool.submit(_decode, preprocessing, chunk) for chunk in itertools.islice(chunks, depth)
     )
 
     def drain() -> Iterator[_Decoded]:
         while pending:
             done = pending.popleft().result()
-            pending.extend(pool.submit(_decode, transform, chunk) for chunk in itertools.islice(chunks, 1))
+            pending.extend(pool.submit(_decode, preprocessing, chunk) for chunk in itertools.islice(chunks, 1))
             yield done
 
     return drain()

@@ -2,13 +2,14 @@ import dataclasses
 import json
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 import model.clip
-from model.clip import EMBEDDED, Encoder
+from model.clip import EMBEDDED, Encoder, Preprocessing
 from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
 
@@ -92,7 +93,7 @@ def test_neither_batches_nor_company_change_a_row(encoder: Encoder) -> None:
     torch.testing.assert_close(encoder.embed_images(PICTURES, batch_size=3), images, atol=1e-5, rtol=0)
     torch.testing.assert_close(encoder.embed_texts(TEXTS, batch_size=3), texts, atol=1e-5, rtol=0)
     torch.testing.assert_close(encoder.embed_texts(TEXTS[2:3]), texts[2:3], atol=1e-5, rtol=0)
-    by_hand = encoder.embed_preprocessed(torch.stack([encoder.preprocess(picture) for picture in PICTURES]))
+    by_hand = encoder.embed_preprocessed(encoder.preprocessing(PICTURES))
     torch.testing.assert_close(by_hand, images, atol=1e-5, rtol=0)
 
 
@@ -100,6 +101,17 @@ def test_pictures_of_any_size_fit(encoder: Encoder) -> None:
     sizes = [(64, 64), (400, 400), (31, 31)]
     rows = encoder.embed_images([square().resize(size) for size in sizes])
     assert (rows @ rows[0]).min() > 0.9
+
+
+def test_batches_are_preprocessed_as_open_clip_does_one_by_one() -> None:
+    pictures = [
+        square().resize(size).convert(mode) for size, mode in (((64, 64), "L"), ((90, 40), "RGB"), ((31, 80), "P"))
+    ]
+    for mode in ("shortest", "longest", "squash"):
+        for size in (64, (48, 64)):
+            transform = open_clip.image_transform(size, is_train=False, resize_mode=mode)
+            one_by_one = torch.stack([transform(picture) for picture in pictures])
+            torch.testing.assert_close(Preprocessing.of(transform)(pictures), one_by_one, atol=0, rtol=0)
 
 
 def test_nothing_is_no_rows(encoder: Encoder) -> None:
@@ -135,7 +147,8 @@ def test_other_weights_and_other_preprocessing_are_other_spaces(encoder: Encoder
     assert settings.identity.weights_digest == encoder.identity.weights_digest
     assert settings.identity.preprocess_digest != encoder.identity.preprocess_digest
     assert not settings.identity.same_space(encoder.identity)
-    assert (settings.preprocess(square()) - encoder.preprocess(square())).abs().max() > 0.1, "the settings are used"
+    one, other = settings.preprocessing([square()]), encoder.preprocessing([square()])
+    assert (one - other).abs().max() > 0.1, "the settings are used"
 
 
 def test_the_digests_and_the_width_decide_and_the_name_does_not() -> None:
