@@ -22,7 +22,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,demo,dev,stickers,fid]'
 	@touch $@
 
-demo: install  ## the whole line on real pictures: download, embed, index, train, register, swap, draw
+demo: install  ## the whole line on real pictures: download, embed, index, register, swap, draw
 	@$(BIN)/knn-diffusion demo
 
 test: install  ## every test, offline
