@@ -130,9 +130,6 @@ def download_shard(shard_id: int, rows: pa.Table, folder: Path, policy: Download
     make a shard, and what the disk raises. One shard at a time in a process: a second thread waits for the first.
     """
     _check_rows(shard_id, rows)
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing img2dataset asks PyPI for a newer version
-    from img2dataset.downloader import Downloader
-
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     with (
@@ -143,7 +140,7 @@ def download_shard(shard_id: int, rows: pa.Table, folder: Path, policy: Download
         rows_file = scratch / "rows.arrow"
         with pa.ipc.new_file(str(rows_file), rows.schema) as sink:
             sink.write_table(rows)
-        downloader = Downloader(
+        downloader = _downloader_class(scratch)(
             sample_writer_class=functools.partial(_ShardWriter, rows=rows, spool=spool),
             resizer=PictureNormaliser(
                 max_pixels=policy.max_pixels, min_side_px=policy.min_side_px, max_side_px=policy.max_side_px
@@ -172,6 +169,20 @@ def download_shard(shard_id: int, rows: pa.Table, folder: Path, policy: Download
         outcomes=dict(sorted(outcomes.items())),
         seconds=time.monotonic() - started,
     )
+
+
+def _downloader_class(scratch: Path) -> Any:
+    """img2dataset's ``Downloader``, imported.
+
+    With it comes wandb, whose folders for temporary files would outlive a worker that is ended; ``scratch`` goes.
+    """
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing img2dataset asks PyPI for a newer version
+    before, tempfile.tempdir = tempfile.tempdir, str(scratch)
+    try:
+        from img2dataset.downloader import Downloader
+    finally:
+        tempfile.tempdir = before
+    return Downloader
 
 
 def outcome_of(status: str, error_message: str | None) -> str:

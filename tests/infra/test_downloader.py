@@ -2,7 +2,10 @@ import functools
 import hashlib
 import io
 import json
+import os
 import socket
+import subprocess
+import sys
 import tarfile
 import time
 import urllib.request
@@ -23,6 +26,8 @@ from infra.downloader import ERROR_CLASSES, DownloadPolicy, ShardCounts, downloa
 from infra.errors import InputError, StageError
 from infra.guard import Limits, guarded
 from infra.pictures import PictureNormaliser
+
+ROOT = Path(__file__).parents[2]
 
 
 def picture(seed: int, size: tuple[int, int] = (32, 24), form: str = "PNG", **options: Any) -> bytes:
@@ -224,6 +229,20 @@ def test_robots_tags_may_be_overruled(tmp_path: Path) -> None:
         overruled = download_shard(0, rows, tmp_path, policy(server, respect_robots_tag=False)).outcomes
     assert respected == {"robots_disallowed": 2, "success": 1}
     assert overruled == {"success": 3}
+
+
+def test_a_process_that_is_ended_leaves_no_temporary_folder(tmp_path: Path) -> None:
+    script = (
+        "import os; from pathlib import Path; import pyarrow as pa; "
+        "from infra.downloader import DownloadPolicy, download_shard; "
+        "none = pa.table({'url': pa.array([], pa.string())}); "
+        f"download_shard(0, none, Path({str(tmp_path / 'out')!r}), DownloadPolicy()); os._exit(0)"
+    )
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env={**os.environ, "TMPDIR": str(temporary)})
+    assert (tmp_path / "out" / "00000.parquet").exists()
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_failure_that_passes_is_tried_again(tmp_path: Path) -> None:
