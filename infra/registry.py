@@ -23,6 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.store.entities.paged_list import PagedList
 from mlflow.tracking import MlflowClient
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 from infra import artifacts, logs, storage
 from infra import cache as caching
@@ -156,7 +157,7 @@ class Registry:
         with answering(self._settings):
             version = self._resolve(reference, kind)
         uri = f"models:/{version.name}/{version.version}"
-        if kind == "generator" or self._is_local(version):
+        if kind == "generator" or self._place(version):
             local = self._kept(version, uri)
             registered = _registered(local, reference)
         else:
@@ -206,8 +207,10 @@ class Registry:
 
     def _kept(self, version: ModelVersion, uri: str) -> Path:
         """The files of a version on this machine, with their manifest."""
-        if self._is_local(version):
-            return self._downloaded(uri, None)
+        if place := self._place(version):  # not by MLflow's download, which writes there
+            if not _manifest_file(place).exists():
+                raise IntegrityError(f"the files of {uri} are not in {place} any more; register it anew")
+            return place
         cache = self._settings.cache_folder
 
         def is_whole(folder: Path) -> bool:
@@ -220,19 +223,22 @@ class Registry:
         digest = version.tags.get(_DIGEST_TAG) or artifacts.digest_of(version.source)
         return caching.fetch_registered(digest, is_whole, lambda to: self._downloaded(uri, to), cache)
 
-    def _is_local(self, version: ModelVersion) -> bool:
+    def _place(self, version: ModelVersion) -> Path | None:
+        """Where MLflow keeps a version's files, if that is on this machine."""
         with answering(self._settings):
             location = self._client.get_model_version_download_uri(version.name, version.version)
-        return bool(location.startswith(("/", "file:")))  # mlflow-artifacts:/ has one slash, and is a server's
+        if not location.startswith(("/", "file:")):  # mlflow-artifacts:/ has one slash, and is a server's
+            return None
+        return Path(local_file_uri_to_path(location))
 
-    def _downloaded(self, uri: str, to: Path | None) -> Path:
-        """The files of a version: copied to ``to``, or where they are on this machine; with their manifest."""
+    def _downloaded(self, uri: str, to: Path) -> Path:
+        """The files of a version, copied to ``to``, with their manifest."""
         with told(self._settings.artifacts_uri):
             try:
-                local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(to) if to else None))
+                local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(to)))
                 _manifest_file(local).stat()  # of nothing at all, an object store lists nothing
             except (MlflowException, OSError) as error:
-                if to is not None and is_full(error, to):
+                if is_full(error, to):
                     raise no_space(str(to)) from None
                 why = f"the files of {uri} cannot be fetched ({masked(' '.join(str(error).split()))})"
                 if _says_absent(error):

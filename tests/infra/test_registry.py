@@ -123,6 +123,24 @@ def test_a_folder_is_pulled_registered_or_not(line: Line, tmp_path: Path, monkey
         assert (pulled.local, pulled.name, pulled.version) == (None, None, None)
 
 
+def test_pulling_writes_nothing_where_mlflow_keeps_the_files_on_this_machine(line: Line) -> None:
+    """They may lie where this process only reads."""
+    line.register(DATABASE, line.folder()[0])
+    line.register(GENERATOR_NAME, line.folder("generator")[0])
+    kept = Path(line.settings.artifacts_uri)
+    before = sorted(kept.rglob("*"))
+    assert any(path.name == artifacts.MANIFEST for path in before)
+    for name, kind in (("twemoji", "database"), (GENERATOR_NAME, "generator")):
+        pulled = line.registry.pull(name, kind=kind)
+        assert pulled.local is not None
+        assert (pulled.local / "artifacts" / artifacts.MANIFEST) in before
+    assert sorted(kept.rglob("*")) == before
+    for path in kept.rglob(artifacts.MANIFEST):
+        path.unlink()
+    with pytest.raises(IntegrityError, match=r"^the files of models:/.*/1 are not in /.* any more; register it anew$"):
+        line.registry.pull(GENERATOR_NAME, kind="generator")
+
+
 def test_a_remote_folder_is_registered_and_pulled(line: Line, bucket: Bucket) -> None:
     uri, manifest = line.folder(base=f"{bucket.uri}/twemoji")
     assert line.registry.pull(uri, kind="database").manifest == manifest
