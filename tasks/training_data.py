@@ -27,10 +27,11 @@ from infra.errors import InputError
 from infra.pictures import to_rgb
 from model.networks.latents import Autoencoder, encode_latents
 from model.networks.vq_autoencoder import encode_codes
+from model.retrieval.stored_rows import StoredRows
 from model.training.alignment import align_all
 from model.training.data import Rows, TrainingSet, picture_to_array, to_model_range
 from model.training.database_rows import JoinedRows, Rows16
-from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Neighbours
+from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Neighbours, encoder_of
 from tasks.lineage import embeddings_of, images_of
 
 ALIGNED_AT_ONCE = 256
@@ -101,10 +102,14 @@ def training_shards(inputs: TrainingInputs, treatment: Treatment, cache: Path) -
 
 
 def database_rows(database: DatabaseVersion, cache: Path) -> Rows16:
-    """The embeddings (M, D) float16 that the neighbours point into, memory-mapped."""
+    """The embeddings (M, D) float16 that the neighbours point into, mapped as they are asked for."""
     embeddings = embeddings_of(database)
-    parts = [artifacts.fetch_shard(embeddings.uri, shard, ".npy", cache) for shard in embeddings.manifest().shards]
-    return JoinedRows([np.load(part, mmap_mode="r") for part in parts])
+    manifest = embeddings.manifest()
+    dimension = encoder_of(manifest).dimension
+    files = [artifacts.fetch_shard(embeddings.uri, shard, ".npy", cache) for shard in manifest.shards]
+    return JoinedRows(
+        [StoredRows(file, dimension, shard.rows) for file, shard in zip(files, manifest.shards, strict=True)]
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

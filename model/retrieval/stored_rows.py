@@ -45,6 +45,21 @@ class StoredRows:
             self._rows = len(self.array)
         return self._rows
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, D)."""
+        return len(self), self._dimension
+
+    @property
+    def dtype(self) -> np.dtype[np.float16]:
+        """As they are stored."""
+        return np.dtype(np.float16)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all rows."""
+        return len(self) * self._dimension * self.dtype.itemsize
+
     def __getitem__(self, place: Any) -> Any:
         """What the array has there."""
         return self.array[place]

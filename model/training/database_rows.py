@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.errors import ModelError
+from model.retrieval.stored_rows import StoredRows
 
 
 class Rows16(Protocol):
@@ -34,7 +35,7 @@ class Rows16(Protocol):
 class JoinedRows:
     """Arrays one after the other as one, without a copy: the memory-mapped files of a database in shards."""
 
-    def __init__(self, parts: Sequence[NDArray[Any]]) -> None:
+    def __init__(self, parts: "Sequence[NDArray[Any] | StoredRows]") -> None:
         """Join ``parts``, each (m, …). Raises ``ModelError`` when they are none, or of several shapes."""
         if len({(part.shape[1:], part.dtype) for part in parts}) != 1:
             raise ModelError("rows to join must be of one shape, and of one part at least; make them anew alike")

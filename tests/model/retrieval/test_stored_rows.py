@@ -15,6 +15,7 @@ from model.retrieval import stored_rows
 from model.retrieval.database import Database
 from model.retrieval.recall import find_truth
 from model.retrieval.stored_rows import StoredRows
+from model.training.database_rows import JoinedRows
 
 MOST = 3
 ROWS = np.split(tiny.unit_rows(60), 12)
@@ -54,6 +55,16 @@ def test_of_many_files_those_mapped_last_stay_mapped(tmp_path: Path) -> None:
     for part, rows in zip(database.parts, ROWS, strict=True):
         np.testing.assert_array_equal(part[:], rows)
         assert len(mapped(tmp_path)) <= MOST
+
+
+def test_training_reads_them_as_one_array_and_maps_few(tmp_path: Path) -> None:
+    whole, joined = np.concatenate(ROWS), JoinedRows(parts_of(tmp_path))
+    assert (len(joined), joined.nbytes) == (60, whole.nbytes)
+    assert mapped(tmp_path) == set()
+    ids = np.random.default_rng(0).integers(0, 60, (7, 3))
+    np.testing.assert_array_equal(joined[ids], whole[ids])
+    assert len(mapped(tmp_path)) == MOST
+    np.testing.assert_array_equal(joined[5:50], whole[5:50])
 
 
 def test_databases_share_the_bound_and_one_that_is_gone_holds_nothing(tmp_path: Path) -> None:
