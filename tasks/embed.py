@@ -11,6 +11,7 @@ from model.clip import EMBEDDED, Encoder
 from model.encoder_identity import EncoderIdentity
 from tasks.contracts import EmbeddingShards, ImageShards, Outcome, encoder_of
 from tasks.embed_shard import SECONDS, EmbedShard, Feeding
+from tasks.rewrite import PART
 from tasks.stage import counted, map_stage, skip_or_make, stage_task
 
 _LOCAL = "local-dir:"
@@ -130,14 +131,14 @@ def _reusable(previous: EmbeddingShards, config: EmbedConfig, names: set[str]) -
 
 
 def _parts(previous: EmbeddingShards, sources: Sequence[artifacts.Shard]) -> dict[str, artifacts.Shard]:
-    """The shards of ``previous``, by name, that were made of fewer pictures than the same tar holds in ``sources``."""
+    """The shards of ``previous``, by name, that leave pictures of the same tar in ``sources`` out on purpose."""
     tars = {shard.name: shard for shard in sources}
     return {
         shard.name: shard.taken_over(previous.uri)
         for shard in previous.manifest().shards
         if (tar := tars.get(shard.name)) is not None
         and shard.info.get("source") == tar.file(".tar").sha256
-        and sum(shard.info["outcomes"].values()) < tar.rows
+        and PART in shard.info
     }
 
 

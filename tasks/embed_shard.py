@@ -29,6 +29,7 @@ from model.clip import Encoder, Preprocessing
 from model.encoder_identity import EncoderIdentity
 from model.feeding import embed_stream
 from tasks.contracts import METADATA_SCHEMA
+from tasks.rewrite import PART
 
 Row = np.ndarray[Any, np.dtype[np.float16]]
 Picture = tuple[str, str, int, int]
@@ -100,6 +101,7 @@ class EmbedShard:
             "copied": filling.copied,
             "encoder": dataclasses.asdict(self._encoder.identity),
             "source": source.file(".tar").sha256,
+            **({PART: True} if part else {}),
         }
         with storage.scratch() as folder:
             (folder / "img_emb").mkdir()

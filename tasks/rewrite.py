@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from infra import artifacts, shards, storage
 from tasks.contracts import METADATA_SCHEMA
 
+PART = "part"
+"""Noted of an embedding shard that leaves pictures of its tar out on purpose, as a subset's does."""
 Rewriting = tuple[artifacts.Shard, NDArray[np.bool_], str]
 """An embedding shard, which of its rows stay, and the digest of the tar that these are the rows of."""
 
@@ -15,9 +17,10 @@ Rewriting = tuple[artifacts.Shard, NDArray[np.bool_], str]
 class KeepRows:
     """Some rows of an embedding shard, on a worker: copied, not computed."""
 
-    def __init__(self, source_uri: str, folder_uri: str, cache: Path) -> None:
-        """Read the shards of ``source_uri``, write below ``folder_uri``."""
+    def __init__(self, source_uri: str, folder_uri: str, cache: Path, *told: str) -> None:
+        """Read the shards of ``source_uri``, write below ``folder_uri``; ``told`` is noted in their info, as true."""
         self._source_uri, self._folder_uri, self._cache = source_uri, folder_uri, cache
+        self._told = dict.fromkeys(told, True)
 
     def __call__(self, item: tuple[str, Rewriting]) -> artifacts.Shard:
         """Write the shard anew under its name."""
@@ -33,5 +36,5 @@ class KeepRows:
             (folder / "img_emb").mkdir()
             np.save(folder / "img_emb" / f"img_emb_{name}.npy", rows)
             shards.write_table(metadata, METADATA_SCHEMA, folder / "metadata" / f"metadata_{name}.parquet")
-            info = {**shard.info, "outcomes": outcomes, "source": tar_digest}
+            info = {**shard.info, "outcomes": outcomes, "source": tar_digest, **self._told}
             return artifacts.commit_shard(self._folder_uri, name, folder, rows=len(rows), info=info)

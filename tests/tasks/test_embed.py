@@ -34,7 +34,7 @@ from tasks import embed_shard
 from tasks.contracts import METADATA_SCHEMA, EmbeddingShards, ImageShards
 from tasks.embed import EmbedConfig, _parts, _reusable, embed_images
 from tasks.embed_shard import EmbedShard, Feeding
-from tasks.rewrite import KeepRows
+from tasks.rewrite import PART, KeepRows
 
 SHIPPED = Path(model.clip.__file__).parent / "pretrained" / "sticker-clip"
 CONFIG = EmbedConfig(workers=1, batch_size=8)
@@ -203,25 +203,26 @@ def test_the_same_model_by_another_name_shares_its_rows(cluster: None, tmp_path:
 
 
 def test_what_a_subset_left_out_stays_out_whatever_embeds_it(cluster: None, tmp_path: Path) -> None:
-    images = image_shards(tmp_path, s00000=PICTURES[:6], s00001=[b"no picture", *PICTURES[6:10]])
-    whole = embedded(images, tmp_path)
-    keep = KeepRows(whole.uri, str(tmp_path / "embeddings" / "part"), tmp_path / "cache")
+    second_tar = [b"no picture", *PICTURES[6:10]]
+    images = image_shards(tmp_path, s00000=[*PICTURES[:6], b"nor this"], s00001=second_tar)
+    # A picture of the first tar is left out; then what could not be decoded is taken down, and compacted away.
+    grown = image_shards(tmp_path / "grown", s00000=PICTURES[:6], s00001=second_tar, s00002=PICTURES[10:12])
+    whole, kept = embedded(images, tmp_path), np.arange(6) != 1
     first, second = whole.manifest().shards
-    tar = images.manifest().shards[0].file(".tar").sha256
-    part = keep((first.name, (first, np.arange(6) % 2 == 0, tar)))
+    before, after = (pictures.manifest().shards[0].file(".tar").sha256 for pictures in (images, grown))
+    folders = [str(tmp_path / "embeddings" / name) for name in ("part", "compacted")]
+    part = KeepRows(whole.uri, folders[0], tmp_path / "cache", PART)((first.name, (first, kept, before)))
+    compacted = KeepRows(folders[0], folders[1], tmp_path / "cache")((first.name, (part, np.ones(5, np.bool_), after)))
     stage = artifacts.Stage(str(tmp_path), EmbeddingShards.kind, inputs={"images": images.as_input()}, config={})
-    every = [part.taken_over(str(tmp_path / "embeddings" / "part")), second.taken_over(whole.uri)]
+    every = [compacted.taken_over(folders[1]), second.taken_over(whole.uri)]
     earlier = EmbeddingShards.of(stage.commit(every, identity=whole.manifest().identity, info={}), stage.uri)
 
-    grown = image_shards(
-        tmp_path / "grown", s00000=PICTURES[:6], s00001=[b"no picture", *PICTURES[6:10]], s00002=PICTURES[10:12]
-    )
     other = dataclasses.replace(CONFIG, batch_size=2)
     again = embedded(grown, tmp_path / "again", other, previous=earlier)
     manifest = again.manifest()
-    assert [shard.rows for shard in manifest.shards] == [3, 4, 2]
-    assert manifest.info["outcomes"] == {"success": 9, "decode_error": 1}, "what could not be decoded is tried again"
-    np.testing.assert_allclose(rows_of(again, manifest.shards[0]), rows_of(whole, first)[::2], atol=1e-3)
+    assert [shard.rows for shard in manifest.shards] == [5, 4, 2]
+    assert manifest.info["outcomes"] == {"success": 11, "decode_error": 1}, "what could not be decoded is tried again"
+    np.testing.assert_allclose(rows_of(again, manifest.shards[0]), rows_of(whole, first)[kept], atol=1e-3)
     assert set(_parts(again, grown.manifest().shards)) == {"00000"}, "and at the next time, too"
 
 
