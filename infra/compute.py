@@ -113,15 +113,21 @@ def map_shards(
 class Placed:
     """Workers that stay where they are placed and answer together; one that dies is built again where there is room."""
 
-    def __init__(self, actors: Sequence[Any]) -> None:
-        """Ask ``actors``."""
-        self._actors = list(actors)
+    def __init__(self, actors: Sequence[Any], cpus_each: float) -> None:
+        """Ask ``actors``, which hold so many cores each."""
+        self._actors, self._cpus_each = list(actors), cpus_each
 
     def ask(self, item: Any, of: int | None = None) -> list[Any]:
-        """What every worker, or the one with number ``of``, returns for ``item``, in order. Raises as it was raised."""
+        """What every worker, or the one with number ``of``, returns for ``item``, in order.
+
+        Raises as it was raised, and ``TransientError`` for a worker that was lost and has no room in the cluster.
+        """
         asked = self._actors if of is None else [self._actors[of]]
+        answers = [actor.run.remote(item) for actor in asked]
         try:
-            return list(ray.get([actor.run.remote(item) for actor in asked]))
+            while ray.wait(answers, num_returns=len(answers), timeout=_LOOK_S)[1]:
+                self._require_room()
+            return list(ray.get(answers))
         except RayTaskError as error:
             raise (error.cause or error) from None
         except RayError as error:
@@ -129,17 +135,34 @@ class Placed:
                 f"a worker was lost and could not be built again ({said(error)}); ask again"
             ) from error
 
+    def _require_room(self) -> None:
+        room = _room(self._cpus_each, 0)
+        if room < len(self._actors):
+            raise TransientError(
+                f"a machine was lost: {len(self._actors)} workers of {self._cpus_each:g} cores are placed, the cluster "
+                f"has room for {room}; ask again once it is back"
+            )
+
 
 @contextmanager
 def placed(
     factory: Callable[..., Worker[Any, Any]], settings: Sequence[tuple[Any, ...]], *, cpus_each: float = 1
 ) -> Iterator[Placed]:
-    """A worker ``factory(*one)`` for each of ``settings``, spread over the machines of the cluster, until the end."""
+    """A worker ``factory(*one)`` for each of ``settings``, spread over the machines of the cluster, until the end.
+
+    Raises ``StageError`` where the cluster has no room for all of them.
+    """
     start()
+    cpus_each = fitting(cpus_each)
+    if len(settings) > (room := _room(cpus_each, 0)):
+        raise StageError(
+            f"{len(settings)} workers of {cpus_each:g} cores are to answer together, the cluster has room for {room}; "
+            "place fewer, or give each less than a core"
+        )
     options = {"num_cpus": cpus_each, "max_restarts": -1, "scheduling_strategy": "SPREAD"}
     actors = [_ACTOR.options(**options, max_task_retries=SHARD_TRIES).remote(factory, one) for one in settings]
     try:
-        yield Placed(actors)
+        yield Placed(actors, cpus_each)
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -171,6 +194,7 @@ _IS_CHECKOUT = (_CHECKOUT / "pyproject.toml").exists()
 _address: str | None = None
 _cores: int | None = None
 _depth = 0
+_LOOK_S = 30.0  # after which a placed worker that does not answer may have no room any more
 
 
 class _Actor:

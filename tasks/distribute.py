@@ -31,6 +31,7 @@ def distributed_database(
 
     Raises:
         InputError: fewer than one actor.
+        StageError: the cluster has no room for so many.
     """
     if actors < 1:
         raise InputError(f"{actors} actors cannot hold a database; give at least 1")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import OutOfMemoryError, RuntimeEnvSetupError
 
 from infra import compute, crew
@@ -111,3 +112,40 @@ def test_a_lost_worker_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     assert str(of_one.value).endswith("); give it more memory, or see Ray's logs, and run again")
     assert str(of_many.value).endswith("); ask again")
     assert "\n" not in str(of_one.value) + str(of_many.value)
+
+
+@pytest.mark.slow
+@pytest.mark.on_ray
+def test_workers_that_find_no_room_are_told_of_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "_LOOK_S", 0.2)
+
+    class Worker:
+        """Defined here, it travels by value: the tests are not shipped."""
+
+        def __call__(self, seconds: float) -> float:
+            time.sleep(seconds)
+            return seconds
+
+    with compute.cluster(cores=1):
+        with (
+            pytest.raises(StageError, match=r"^2 workers of 1 cores are to answer .* room for 1"),
+            compute.placed(Worker, [(), ()]),
+        ):
+            pass
+        with compute.placed(Worker, [(), ()], cpus_each=0.5) as placed:
+            assert placed.ask(0.5) == [0.5, 0.5], "slow ones are waited for"
+            monkeypatch.setattr(compute, "_room", lambda *_: 1)
+            with pytest.raises(TransientError, match=r"^a machine was lost: 2 workers .* room for 1; ask again once"):
+                placed.ask(30)
+
+
+@pytest.mark.parametrize(
+    ("each", "room"), [((1, 0), 16), ((3, 0), 5), ((1, 1), 4), ((6, 0.5), 2), ((0.5, 0.25), 16), ((40, 0), 1)]
+)
+def test_workers_are_as_many_as_cores_and_gpus_hold(
+    each: tuple[float, float], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 4.0})
+    assert compute._room(*each) == room
+    with pytest.raises(StageError, match="5 GPUs are asked for each worker, the cluster has 4"):
+        compute._room(1, 5)
