@@ -78,6 +78,7 @@ class Encoder:
                 architecture, pretrained=pretrained, precision="fp32", device=self.device
             )
             self._tokenizer = open_clip.get_tokenizer(architecture)
+            self._padding = int(self._tokenizer([""])[0, -1])
         except Exception as error:  # open_clip raises RuntimeError, ValueError, OSError and hub errors alike
             raise ModelError(
                 f"encoder {name!r} cannot be loaded ({error}); name an open_clip model or {EMBEDDED}"
@@ -135,7 +136,7 @@ class Encoder:
     def _warn_of_cut(self, texts: Sequence[str], tokens: Tensor) -> None:
         """A row without padding is full: all but certainly a text that was cut."""
         length = tokens.shape[1]
-        for number in (tokens[:, -1] != 0).nonzero().flatten().tolist():
+        for number in (tokens[:, -1] != self._padding).nonzero().flatten().tolist():
             logger.warning("the text %.40r … is longer than %d tokens; the rest is left out", texts[number], length - 2)
 
     def _dimension(self) -> int:

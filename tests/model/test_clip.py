@@ -124,6 +124,22 @@ def test_a_text_past_the_context_length_is_cut(encoder: Encoder) -> None:
     torch.testing.assert_close(first, other)
 
 
+def test_a_text_is_said_to_be_cut_by_the_padding_of_its_own_tokenizer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SigLIP's pads with 1."""
+
+    def tokenizer(texts: list[str]) -> torch.Tensor:
+        return torch.tensor([[2] * min(16, len(text)) + [1] * (16 - len(text)) for text in texts])
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda _: tokenizer)
+    encoder = Encoder()
+    encoder._warn_of_cut(["short"], tokenizer(["short"]))
+    assert caplog.text == ""
+    encoder._warn_of_cut(["l" + "o" * 20 + "ng"], tokenizer(["l" + "o" * 20 + "ng"]))
+    assert "is longer than 14 tokens" in caplog.text
+
+
 def test_the_identity_is_stable_across_instances(encoder: Encoder) -> None:
     again = Encoder()
     assert again.identity == encoder.identity
