@@ -68,7 +68,7 @@ def compact_embeddings(
     def make() -> artifacts.Manifest:
         tars = {shard.name: shard for shard in images.manifest().shards}
         affected = [shard for shard in source.shards if tars[shard.name].folder is None]
-        masks = masks_named(takedown, embeddings, affected, cache)
+        masks = masks_named(entries_of(takedown, cache), embeddings, affected, cache)
         items = [
             (shard.name, (shard, ~mask, tars[shard.name].file(".tar").sha256))
             for shard, mask in zip(affected, masks, strict=True)

@@ -15,7 +15,7 @@ from model.retrieval.database import SearchEffort
 from model.retrieval.duplicates import find_pairs, later_ones
 from tasks.contracts import DatabaseVersion, EmbeddingShards, Takedown
 from tasks.databases import HIDDEN, open_shards
-from tasks.takedown import masks_named, rows_named
+from tasks.takedown import entries_of, masks_named, rows_named
 
 _FEW_SHARDS = 16  # embedding shards; starting actors for so few takes longer than the search
 _GROUP_ROWS = 262_144
@@ -84,7 +84,7 @@ def _taken_down(
     before = None if grown is None else grown.version.manifest().inputs.get("takedown")
     if grown is None or before is None or before["digest"] != takedown.digest:
         return rows_named(takedown, embeddings, cache)
-    masks = masks_named(takedown, embeddings, embeddings.manifest().shards[grown.shards :], cache)
+    masks = masks_named(entries_of(takedown, cache), embeddings, embeddings.manifest().shards[grown.shards :], cache)
     new = np.flatnonzero(np.concatenate(masks)) + grown.rows if masks else np.zeros(0, np.int64)
     return np.concatenate([grown.array("taken.npy", cache), new])
 

@@ -9,7 +9,9 @@ from infra import artifacts, compute, storage
 from infra.errors import InputError
 from tasks.contracts import DatabaseVersion, EmbeddingShards, Neighbours, Outcome, require_same_encoder
 from tasks.databases import open_database
+from tasks.lineage import takedown_of
 from tasks.stage import map_stage, skip_or_make, stage_task
+from tasks.takedown import Entries, entries_of, hidden_by, masks_named
 
 _SEARCH_ROWS = 1024
 
@@ -24,8 +26,14 @@ def find_neighbours(
 
     Raises:
         EncoderMismatchError: the two were made by different encoders.
-        InputError: the database has too few rows for ``k``.
+        InputError: the database has too few rows for ``k``, or pictures of its own that were taken down.
     """
+    own = database.manifest().inputs["embeddings"]["digest"] == embeddings.digest
+    if own and (gone := _taken_down(database, embeddings, cache)):
+        raise InputError(
+            f"{gone} pictures of {database.uri} were taken down and are still among those to train on; compact the "
+            "domain's champion first (rebuild-index --compact), and train on that"
+        )
     inputs = {"embeddings": embeddings.as_input(), "database": database.as_input()}
     stage = artifacts.Stage(
         base, Neighbours.kind, inputs=inputs, config={"k": k, "excluded": "itself and exact copies"}
@@ -34,12 +42,6 @@ def find_neighbours(
     def make() -> artifacts.Manifest:
         source, target = embeddings.manifest(), database.manifest()
         require_same_encoder(embeddings=source, database=target)
-        own = target.inputs["embeddings"]["digest"] == source.digest
-        if own and target.info["taken_down"]:
-            raise InputError(
-                f"{target.info['taken_down']} pictures of {database.uri} were taken down and are still among those to "
-                "train on; compact the database first (rebuild-index --compact)"
-            )
         visible = target.rows - target.info["hidden"]
         if k > visible - own:
             raise InputError(
@@ -55,6 +57,14 @@ def find_neighbours(
         return stage.commit(done, identity=source.identity, info={})
 
     return skip_or_make(stage, Neighbours, make, note=lambda manifest: f"k = {k}")
+
+
+def _taken_down(database: DatabaseVersion, embeddings: EmbeddingShards, cache: Path) -> int:
+    """How many rows are of pictures that its domain has taken down, since that version was made perhaps."""
+    known, listed = takedown_of(database), hidden_by(database, cache)
+    if listed == (Entries() if known is None else entries_of(known, cache)):
+        return int(database.manifest().info["taken_down"])
+    return sum(int(mask.sum()) for mask in masks_named(listed, embeddings, embeddings.manifest().shards, cache))
 
 
 class _Search:

@@ -169,15 +169,15 @@ def with_bytes(entries: Entries, images: ImageShards, cache: Path) -> Entries:
 
 def rows_named(takedown: Takedown, embeddings: EmbeddingShards, cache: Path) -> NDArray[np.int64]:
     """Dense row ids of ``embeddings`` that ``takedown`` names, ascending."""
-    masks = masks_named(takedown, embeddings, embeddings.manifest().shards, cache)
+    masks = masks_named(entries_of(takedown, cache), embeddings, embeddings.manifest().shards, cache)
     return np.flatnonzero(np.concatenate(masks)) if masks else np.empty(0, dtype=np.int64)
 
 
 def masks_named(
-    takedown: Takedown, source: EmbeddingShards | ImageShards, of: Iterable[artifacts.Shard], cache: Path
+    entries: Entries, source: EmbeddingShards | ImageShards, of: Iterable[artifacts.Shard], cache: Path
 ) -> list[NDArray[np.bool_]]:
     """For each shard ``of`` the source, which rows of its parquet are named."""
-    matcher = Matcher(entries_of(takedown, cache))
+    matcher = Matcher(entries)
 
     def mask(shard: artifacts.Shard) -> NDArray[np.bool_]:
         path = artifacts.fetch_shard(source.uri, shard, ".parquet", cache)

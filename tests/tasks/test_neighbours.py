@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from made_rows import build, stored
+from made_rows import build, stored, without
 
 from infra import artifacts
+from infra.errors import InputError
 from tasks.neighbours import find_neighbours
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -23,3 +24,17 @@ def test_a_row_is_not_its_own_neighbour_wherever_the_database_has_it_from(tmp_pa
         neighbours = elsewhere[np.load(artifacts.fetch_shard(found.uri, shard, ".npy", tmp_path / "cache"))]
         assert neighbours.shape == (100, 5, tiny.WIDTH)
         assert not (neighbours == theirs[:, None]).all(axis=2).any()
+
+
+def test_pictures_that_a_domain_has_taken_down_since_are_not_trained_on(tmp_path: Path) -> None:
+    rows, cache = tiny.unit_rows(400), tmp_path / "cache"
+    embeddings = stored(tmp_path, np.split(rows[:300], 3))
+    first = build(embeddings, tmp_path)
+    find_neighbours(embeddings, first, str(tmp_path), 5, cache=cache)
+    down = without(np.array([107, 250]), tmp_path)
+    second = build(embeddings, tmp_path, previous=first, takedown=down)
+    for version in (first, second):
+        with pytest.raises(InputError, match=r"^2 pictures of .* were taken down and are still among those"):
+            find_neighbours(embeddings, version, str(tmp_path), 5, cache=cache)
+    theirs = stored(tmp_path / "theirs", [rows[300:]])
+    assert find_neighbours(theirs, first, str(tmp_path), 5, cache=cache).reference.rows == 100
