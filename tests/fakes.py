@@ -199,3 +199,18 @@ class MetricsLog:
     def __getitem__(self, name: str) -> list[float]:
         """Every value of one metric, in order."""
         return [values[name] for _, values in self.entries]
+
+
+def workers_of(driver: int) -> list[int]:
+    """The actors below a process."""
+    parents, found = {}, []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if (path / "cmdline").read_text().startswith("ray::_Actor"):
+                found.append(int(path.name))
+
+    def is_below(pid: int) -> bool:
+        return pid == driver or (pid in parents and is_below(parents[pid]))
+
+    return [pid for pid in found if is_below(pid)]

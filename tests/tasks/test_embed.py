@@ -1,6 +1,5 @@
 """Embedding: one shard for one shard, nothing twice that an earlier version holds, the same content either way."""
 
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fakes import workers_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_domain import COLOURS, SHAPES, drawn, encoded
@@ -32,7 +32,7 @@ from infra.shards import read_table, write_table
 from model.clip import Encoder
 from tasks import embed_shard
 from tasks.contracts import METADATA_SCHEMA, EmbeddingShards, ImageShards
-from tasks.embed import EmbedConfig, _parts, _reusable, embed_images
+from tasks.embed import EmbedConfig, _feeding, _parts, _resources, _reusable, embed_images
 from tasks.embed_shard import EmbedShard, Feeding
 from tasks.rewrite import PART, KeepRows
 
@@ -262,21 +262,6 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def workers_of(driver: int) -> list[int]:
-    """The actors below a process."""
-    parents, found = {}, []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            if (path / "cmdline").read_text().startswith("ray::_Actor"):
-                found.append(int(path.name))
-
-    def is_below(pid: int) -> bool:
-        return pid == driver or (pid in parents and is_below(parents[pid]))
-
-    return [pid for pid in found if is_below(pid)]
-
-
 @pytest.mark.slow
 def test_a_killed_worker_costs_the_shards_in_hand(cluster: None, tmp_path: Path) -> None:
     shards: Mapping[str, Any] = {f"s{n:05d}": PICTURES[4 * n : 4 * n + 4] * 3 for n in range(10)}
@@ -357,3 +342,26 @@ def test_a_local_encoder_is_the_same_from_every_working_directory(
     assert EmbedConfig(encoder="local-dir:~/mine").encoder == "local-dir:/home/somebody/mine"
     for name in ("sticker-clip", "hf-hub:org/name", "ViT-B-32/laion2b_s34b_b79k"):
         assert EmbedConfig(encoder=name).encoder == name
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "decoders"),
+    [
+        ({}, {"actors": 16, "cpus_per_actor": 1, "gpus_per_actor": 0}, 1),
+        ({"workers": 3}, {"actors": 3, "cpus_per_actor": 1, "gpus_per_actor": 0}, 1),
+        ({"gpus_per_worker": 1}, {"actors": 16, "cpus_per_actor": 4, "gpus_per_actor": 1}, 3),
+        ({"gpus_per_worker": 0.5}, {"actors": 16, "cpus_per_actor": 2, "gpus_per_actor": 0.5}, 1),
+        ({"gpus_per_worker": 4, "decoders": 2}, {"actors": 16, "cpus_per_actor": 3, "gpus_per_actor": 4}, 2),
+    ],
+    ids=str,
+)
+def test_workers_share_the_cores_and_gpus(
+    options: dict[str, Any], asked: dict[str, Any], decoders: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a cluster with 16 cores and 4 GPUs; no more workers are started than these hold (``infra.compute``)."""
+    monkeypatch.setattr(compute, "cpus", lambda: 16)
+    monkeypatch.setattr(compute, "gpus", lambda: 4.0)
+    config = EmbedConfig(**options)
+    assert _resources(config) == {**asked, "concurrency": 2}
+    feeding = _feeding(config)
+    assert (feeding.decoders, feeding.cuda) == (decoders, "gpus_per_worker" in options)

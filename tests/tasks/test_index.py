@@ -1,13 +1,17 @@
 """The index stage on seeded rows: shards, growth from an earlier version, faults."""
 
 import dataclasses
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
-from fakes import Killed, WithoutRay
+from fakes import Killed, WithoutRay, workers_of
 from made_rows import CONFIG, build, everything, exact, stored
 
 from infra import storage
@@ -151,6 +155,33 @@ def test_after_compaction_only_the_shards_that_changed_are_filled(tmp_path: Path
     kept = np.delete(rows, np.arange(200, 210), axis=0)
     queries = tiny.unit_rows(9, seed=3)
     assert everything(second, tmp_path).search(queries, 5).ids.tolist() == exact(queries, kept, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.on_ray
+def test_killed_workers_cost_the_shards_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings = stored(tmp_path, np.split(tiny.unit_rows(12_000), 120))
+    config = dataclasses.replace(CONFIG, shard_rows=100)
+    markers: list[int] = []
+
+    def kill() -> None:
+        """Kill every worker as soon as one has committed a shard."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not markers:
+            done = list((tmp_path / "database").glob("*/shards/[0-9]*.json"))
+            workers = workers_of(os.getpid()) if done else []
+            for worker in workers:
+                os.kill(worker, signal.SIGKILL)
+            markers.extend([len(done)] if workers else [])
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    broken = build(embeddings, tmp_path, config)
+    thread.join()
+    assert 0 < markers[0] < 120, "they were killed in the middle"
+    WithoutRay().install(monkeypatch)
+    assert broken.digest == build(embeddings, tmp_path / "unbroken", config).digest
 
 
 @pytest.mark.parametrize("which", ["00002.faiss", "quantizer.faiss"])
