@@ -229,7 +229,7 @@ class Registry:
             location = self._client.get_model_version_download_uri(version.name, version.version)
         if not location.startswith(("/", "file:")):  # mlflow-artifacts:/ has one slash, and is a server's
             return None
-        return Path(local_file_uri_to_path(location))
+        return Path(local_file_uri_to_path(location))  # type: ignore[no-untyped-call]
 
     def _downloaded(self, uri: str, to: Path) -> Path:
         """The files of a version, copied to ``to``, with their manifest."""
