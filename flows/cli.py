@@ -9,13 +9,28 @@ import dataclasses
 import inspect
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.cli_databases import databases, search
 from flows.cli_upkeep import gc, merge, rebuild_index, subset
-from flows.terminal import DATABASE, MODEL, PICTURES, Root, Verbose, open_picture, settings, told, writable
+from flows.terminal import (
+    DATABASE,
+    MODEL,
+    PICTURES,
+    Dedup,
+    Index,
+    Memory,
+    Root,
+    TargetRecall,
+    Verbose,
+    index_changes,
+    open_picture,
+    settings,
+    told,
+    writable,
+)
 from infra.prefect_api import prefect_api
 
 if TYPE_CHECKING:
@@ -60,16 +75,10 @@ def new_domain(
     autoencoder: Annotated[
         str | None, typer.Option(help="photos_h100: folder of a diffusers AutoencoderKL or VQModel.")
     ] = None,
-    index: Annotated[str | None, typer.Option(help="FAISS factory string; by rows and memory if unset.")] = None,
-    memory: Annotated[
-        float | None, typer.Option(help="GiB of the index that a searching process may hold; 8 if unset.")
-    ] = None,
-    target_recall: Annotated[
-        float | None, typer.Option(help="Recall at 10 to reach, or nothing is registered; 0.95 if unset.")
-    ] = None,
-    dedup: Annotated[
-        bool | None, typer.Option("--dedup/--no-dedup", help="Return one of each group of near-duplicates.")
-    ] = None,
+    index: Index = None,
+    memory: Memory = None,
+    target_recall: TargetRecall = None,
+    dedup: Dedup = None,
     verbose: Verbose = False,
 ) -> None:
     """Make a domain from a URL list: its database, and a generator with --train. Both become champions."""
@@ -96,14 +105,8 @@ def new_domain(
             allow_hosts=tuple(allow_host or ()),
             **options,
         )
-        wanted: dict[str, Any] = {
-            "index": index,
-            "memory_bytes": None if memory is None else int(memory * 2**30),
-            "target_recall": target_recall,
-            "dedup": dedup,
-        }
-        asked = {option: value for option, value in wanted.items() if value is not None}
-        config = dataclasses.replace(config, index=dataclasses.replace(config.index, **asked))
+        changes = index_changes(index, memory, target_recall, dedup)
+        config = dataclasses.replace(config, index=changes.over(config.index))
         domain = flow(config)
         print(domain.registered.alias_uri)
         if domain.trained is not None:

@@ -4,7 +4,18 @@ from typing import Annotated
 
 import typer
 
-from flows.terminal import DATABASE, Root, Verbose, size, told
+from flows.terminal import (
+    DATABASE,
+    Dedup,
+    Index,
+    Memory,
+    Root,
+    TargetRecall,
+    Verbose,
+    index_changes,
+    size,
+    told,
+)
 from infra.prefect_api import prefect_api
 
 Domain = Annotated[str, typer.Argument(help="The domain: lower-case letters, digits, hyphens.")]
@@ -22,6 +33,10 @@ def rebuild_index(
         bool, typer.Option("--compact", help="Rewrite the shards that hold what was taken down.")
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again for URLs that failed.")] = False,
+    index: Index = None,
+    memory: Memory = None,
+    target_recall: TargetRecall = None,
+    dedup: Dedup = None,
     wait: Wait = 0.0,
     root: Root = None,
     verbose: Verbose = False,
@@ -37,6 +52,7 @@ def rebuild_index(
             takedown=takedown,
             compact=compact,
             retry_failed=retry_failed,
+            index_changes=index_changes(index, memory, target_recall, dedup),
             root=root,
             wait_s=wait,
         )
@@ -51,6 +67,10 @@ def merge(
     name: Domain,
     databases: Annotated[list[str], typer.Argument(help=f"Two or more. {DATABASE}")],
     replace: Replace = False,
+    index: Index = None,
+    memory: Memory = None,
+    target_recall: TargetRecall = None,
+    dedup: Dedup = None,
     wait: Wait = 0.0,
     root: Root = None,
     verbose: Verbose = False,
@@ -59,7 +79,14 @@ def merge(
     with told(verbose), prefect_api():
         from flows.combine_databases import MergeDatabasesConfig, merge_databases
 
-        config = MergeDatabasesConfig(domain=name, databases=tuple(databases), replace=replace, root=root, wait_s=wait)
+        config = MergeDatabasesConfig(
+            domain=name,
+            databases=tuple(databases),
+            index_changes=index_changes(index, memory, target_recall, dedup),
+            replace=replace,
+            root=root,
+            wait_s=wait,
+        )
         print(merge_databases(config).registered.alias_uri)
 
 
@@ -70,6 +97,10 @@ def subset(
         str, typer.Option(help="Filter on url, key, sha256, width, height: 'width >= 64 and url like \"%cat%\"'.")
     ],
     replace: Replace = False,
+    index: Index = None,
+    memory: Memory = None,
+    target_recall: TargetRecall = None,
+    dedup: Dedup = None,
     wait: Wait = 0.0,
     root: Root = None,
     verbose: Verbose = False,
@@ -79,7 +110,13 @@ def subset(
         from flows.combine_databases import SubsetDatabaseConfig, subset_database
 
         config = SubsetDatabaseConfig(
-            domain=name, database=database, where=where, replace=replace, root=root, wait_s=wait
+            domain=name,
+            database=database,
+            where=where,
+            index_changes=index_changes(index, memory, target_recall, dedup),
+            replace=replace,
+            root=root,
+            wait_s=wait,
         )
         print(subset_database(config).registered.alias_uri)
 

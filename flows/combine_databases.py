@@ -12,7 +12,7 @@ from infra.settings import Settings
 from model.errors import ModelError
 from tasks.combine import Combined, merge_task, subset_task
 from tasks.contracts import DatabaseVersion, Outcome, config_from
-from tasks.index import IndexConfig, index
+from tasks.index import IndexChanges, IndexConfig, index
 from tasks.register import Named, register_database_task
 from tasks.stage import base_of, require_domain, settings_of
 from tasks.standing import require_replaceable, standing_takedown
@@ -28,6 +28,7 @@ class MergeDatabasesConfig:
     databases: tuple[str, ...]
     root: str | None = None
     index: IndexConfig | None = None  # None: the first one's
+    index_changes: IndexChanges = dataclasses.field(default_factory=IndexChanges)  # over ``index``
     replace: bool = False  # a champion of the domain that holds pictures of its own
     wait_s: float = 0.0  # for another writer of the domain to end, before this one is refused
 
@@ -47,6 +48,7 @@ class SubsetDatabaseConfig:
     where: str  # such as: width >= 64 and url like "%cat%"
     root: str | None = None
     index: IndexConfig | None = None  # None: the database's own
+    index_changes: IndexChanges = dataclasses.field(default_factory=IndexChanges)  # over ``index``
     replace: bool = False
     wait_s: float = 0.0
 
@@ -80,7 +82,7 @@ def merge_databases(config: MergeDatabasesConfig) -> NewDatabase:
         with taken_back(base, (ModelError, StageError)):
             combined = merge_task(databases, base, settings.cache_folder)
             index_config = config.index or _config_of(databases[config.databases[0]])
-            built = _indexed(config.domain, combined, index_config, settings)
+            built = _indexed(config.domain, combined, config.index_changes.over(index_config), settings)
         return _registered(config.domain, combined, built, settings, held)
 
 
@@ -98,7 +100,8 @@ def subset_database(config: SubsetDatabaseConfig) -> NewDatabase:
             require_replaceable(config.domain, [database], settings)
         with taken_back(base, (ModelError, StageError)):
             combined = subset_task(database, config.where, base, settings.cache_folder)
-            built = _indexed(config.domain, combined, config.index or _config_of(database), settings)
+            index_config = config.index or _config_of(database)
+            built = _indexed(config.domain, combined, config.index_changes.over(index_config), settings)
         return _registered(config.domain, combined, built, settings, held)
 
 

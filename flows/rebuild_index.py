@@ -19,7 +19,7 @@ from tasks.compact import compact_task
 from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Made, Outcome, Takedown, config_from
 from tasks.download import DownloadConfig, download
 from tasks.embed import EmbedConfig, embed
-from tasks.index import IndexConfig, index
+from tasks.index import IndexChanges, IndexConfig, index
 from tasks.lineage import embeddings_of, images_of, takedown_of
 from tasks.register import Named, register_database_task
 from tasks.stage import base_of, require_domain, settings_of
@@ -42,6 +42,7 @@ class RebuildIndexConfig:
     download: DownloadConfig | None = None
     embed: EmbedConfig | None = None
     index: IndexConfig | None = None
+    index_changes: IndexChanges = dataclasses.field(default_factory=IndexChanges)  # over ``index``
 
     def __post_init__(self) -> None:
         """Refuse a name that is none, and a bound that cannot be one."""
@@ -117,7 +118,9 @@ def _in_turn(config: RebuildIndexConfig, hides: bool) -> list[RebuildIndexConfig
     """What is rebuilt in one version each: where something is taken down, that alone, and then whatever else is due."""
     if not hides:
         return [config]
-    hide = dataclasses.replace(config, urls=None, embed=None, index=None, compact=False, compact_above=1.0)
+    hide = dataclasses.replace(
+        config, urls=None, embed=None, index=None, index_changes=IndexChanges(), compact=False, compact_above=1.0
+    )
     return [hide, config]
 
 
@@ -153,7 +156,7 @@ class _Steps:
             embeddings = made if made.digest != embeddings.digest else embeddings
         images, embeddings = self._compacted(images, embeddings, takedown)
         stored = config_from(IndexConfig, self._before.database.manifest().config)
-        config = self._config.index or stored
+        config = self._config.index_changes.over(self._config.index or stored)
         if (embeddings, takedown, config) == (self._before.embeddings, self._before.takedown, stored):
             self.skipped["index"] = True
             return self._before

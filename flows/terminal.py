@@ -15,9 +15,23 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from infra.settings import Settings
+    from tasks.index import IndexChanges
 
 Root = Annotated[str | None, typer.Option("--root", help="Where artifacts are kept: a folder or s3://… .")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks, and what the libraries say.")]
+Index = Annotated[
+    str | None, typer.Option("--index", help="FAISS factory string, or auto: by rows and memory. At first auto.")
+]
+Memory = Annotated[
+    float | None, typer.Option("--memory", help="GiB of the index that a searching process may hold. At first 8.")
+]
+TargetRecall = Annotated[
+    float | None,
+    typer.Option("--target-recall", help="Recall at 10 to reach, or nothing is registered. At first 0.95."),
+]
+Dedup = Annotated[
+    bool | None, typer.Option("--dedup/--no-dedup", help="Return one of each group of near-duplicates. At first not.")
+]
 MODEL = "Generator: short name, models:/…, a folder, or sticker-generator, which ships with this package."
 DATABASE = "Short name (its champion), models:/NAME@ALIAS, models:/NAME/VERSION, or a folder."
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -29,6 +43,16 @@ def settings(root: str | None) -> "Settings":
     from tasks.stage import settings_of
 
     return settings_of(root)
+
+
+def index_changes(
+    index: str | None, memory: float | None, target_recall: float | None, dedup: bool | None
+) -> "IndexChanges":
+    """What the options of an index ask for; ``memory`` in GiB. Options that are not given leave it as it is."""
+    from tasks.index import IndexChanges
+
+    memory_bytes = None if memory is None else int(memory * 2**30)
+    return IndexChanges(index=index, memory_bytes=memory_bytes, target_recall=target_recall, dedup=dedup)
 
 
 @contextmanager

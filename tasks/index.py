@@ -52,6 +52,25 @@ class IndexConfig:
             raise ValueError("near_duplicate_cosine lies above 0 and at most at 1, max_drift at 0 or above")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class IndexChanges:
+    """What a version's index is to have otherwise than the one before, or than by default; None: as there."""
+
+    index: str | None = None
+    memory_bytes: int | None = None
+    target_recall: float | None = None
+    dedup: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what an index cannot have before anything begins."""
+        self.over(IndexConfig())
+
+    def over(self, config: IndexConfig) -> IndexConfig:
+        """``config`` with what is named here in the place of its own."""
+        changes = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return dataclasses.replace(config, **changes)
+
+
 def build_database(
     embeddings: EmbeddingShards,
     base: str,
@@ -147,7 +166,9 @@ def _require_recall(factory: str, measured: dict[str, Any], config: IndexConfig,
     if not missed:
         return
     told = ", ".join(f"{name} {value:.3f}" for name, value in missed.items())
-    mend = "raise memory_bytes for a finer index" if config.index == "auto" else "name a finer index, or auto"
+    mend = "name a finer index (--index), or auto"
+    if config.index == "auto":
+        mend = "raise memory_bytes (--memory) for a finer index"
     message = f"{factory} reaches {told}, the target is {config.target_recall}; {mend}"
     if not hides_only:
         raise StageError(message)

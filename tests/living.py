@@ -76,9 +76,9 @@ class Living:
         ids = np.unique(hits.ids[hits.ids >= 0]).tolist()
         return {"/" + row["url"].rsplit("/", 1)[-1] for row in opened.describe(ids)}
 
-    def champion(self) -> set[str]:
-        """The paths of what the champion shows."""
-        pulled = Registry(self.settings).pull("shapes", kind="database")
+    def champion(self, domain: str = "shapes") -> set[str]:
+        """The paths of what a domain's champion shows."""
+        pulled = Registry(self.settings).pull(domain, kind="database")
         return self.found(DatabaseVersion.of(pulled.manifest, pulled.folder_uri))
 
     def files(self) -> dict[str, bytes]:

@@ -67,7 +67,7 @@ def choose_index(rows: int, dimension: int, memory_bytes: int = MEMORY_BYTES) ->
             return f"OPQ{parts}_{parts * width},{coarse},PQ{parts}x8"
     raise ModelError(
         f"an index of {rows} rows of {dimension} needs {(dimension // 8 + 8) * rows >> 20} MiB at least, "
-        f"memory_bytes allows {memory_bytes >> 20}; raise it, or spread the database over machines"
+        f"memory_bytes allows {memory_bytes >> 20}; raise it (--memory), or spread the database over machines"
     )
 
 

@@ -146,13 +146,17 @@ def test_all_pictures_may_be_taken_down_and_others_put_in_their_place(living: Li
     assert living.champion() == set(NAMES[4:9])
 
 
-def test_what_is_hidden_already_stays_so_when_what_follows_is_refused(living: Living, ray: WithoutRay) -> None:
-    from tasks.index import IndexConfig
+@pytest.mark.parametrize("asked", ["index", "index_changes"])
+def test_what_is_hidden_already_stays_so_when_what_follows_is_refused(
+    living: Living, ray: WithoutRay, asked: str
+) -> None:
+    from tasks.index import IndexChanges, IndexConfig
 
     living.build(NAMES[:4])
     down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")
+    kind = IndexConfig if asked == "index" else IndexChanges
     with pytest.raises(ModelError, match="IVF4X"):
-        living.rebuild(takedown=down, index=IndexConfig(index="IVF4X", recall_queries=4))
+        living.rebuild(takedown=down, **{asked: kind(index="IVF4X")})
     assert living.champion() == set(NAMES[:4]) - {NAMES[1]}
     assert living.rebuild(compact_above=1).unchanged
 

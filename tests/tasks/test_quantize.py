@@ -70,7 +70,7 @@ def test_a_version_that_outgrows_its_memory_is_coded_anew_in_fewer_bits(
     assert small.manifest().info["factory"].endswith("SQfp16")
     more = stored(tmp_path, np.split(rows[600:], 6), first=6, previous=first)
     assert build(more, tmp_path, auto, previous=small).manifest().info["factory"].endswith("SQ8")
-    with pytest.raises(ModelError, match="memory_bytes allows 0; raise it"):
+    with pytest.raises(ModelError, match=r"memory_bytes allows 0; raise it \(--memory\)"):
         build(more, tmp_path, dataclasses.replace(auto, memory_bytes=1200 * 8), previous=small)
 
 

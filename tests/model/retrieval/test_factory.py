@@ -43,7 +43,7 @@ def test_the_index_follows_size_and_memory(rows: int, dimension: int, memory_byt
 
 def test_what_fits_into_no_memory_is_refused_with_what_it_would_need() -> None:
     with pytest.raises(
-        ModelError, match=r"1000000 rows of 256 needs 38 MiB at least, memory_bytes allows 16; raise it"
+        ModelError, match=r"1000000 rows of 256 needs 38 MiB at least, memory_bytes allows 16; raise it \(--memory\)"
     ):
         choose_index(1_000_000, 256, 16 << 20)
 
