@@ -25,6 +25,7 @@ from flows.terminal import (
     Root,
     TargetRecall,
     Verbose,
+    Wait,
     index_changes,
     open_picture,
     settings,
@@ -79,6 +80,7 @@ def new_domain(
     memory: Memory = None,
     target_recall: TargetRecall = None,
     dedup: Dedup = None,
+    wait: Wait = 0.0,
     verbose: Verbose = False,
 ) -> None:
     """Make a domain from a URL list: its database, and a generator with --train. Both become champions."""
@@ -106,7 +108,7 @@ def new_domain(
             **options,
         )
         changes = index_changes(index, memory, target_recall, dedup)
-        config = dataclasses.replace(config, index=changes.over(config.index))
+        config = dataclasses.replace(config, index=changes.over(config.index), wait_s=wait)
         domain = flow(config)
         print(domain.registered.alias_uri)
         if domain.trained is not None:

@@ -12,6 +12,7 @@ from flows.terminal import (
     Root,
     TargetRecall,
     Verbose,
+    Wait,
     index_changes,
     size,
     told,
@@ -19,7 +20,6 @@ from flows.terminal import (
 from infra.prefect_api import prefect_api
 
 Domain = Annotated[str, typer.Argument(help="The domain: lower-case letters, digits, hyphens.")]
-Wait = Annotated[float, typer.Option("--wait", help="Seconds to wait while another writes this domain.", min=0)]
 Replace = Annotated[bool, typer.Option("--replace", help="Even where NAME holds pictures of its own.")]
 
 

@@ -33,10 +33,13 @@ class NewDomainConfig:
     train: TrainConfig | None = None  # None: no training, and without ``generator`` the database alone
     generator: str | None = None  # to adopt as it is: a saved pipeline's local folder, or "sticker-generator"
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    wait_s: float = 0.0  # for another writer of this domain to end, before this one is refused
 
     def __post_init__(self) -> None:
-        """Refuse a name that cannot be a folder and a registered model, and two generators."""
+        """Refuse a name that cannot be a folder and a registered model, two generators, and a wait that is none."""
         require_domain(self.domain)
+        if self.wait_s < 0:
+            raise ValueError("wait_s is 0 or more")
         if self.train is not None and self.generator is not None:
             raise ValueError("train and generator are both given; what a training starts from is train.start_from")
 
@@ -60,7 +63,7 @@ def new_domain(config: NewDomainConfig) -> Domain:
     settings = settings_of(config.root)
     base, cache = base_of(settings, config.domain), settings.cache_folder
     with compute.cluster(settings.ray_address, settings.cpus):
-        with lease(base, holder=f"new-domain {config.domain}") as held:
+        with lease(base, holder=f"new-domain {config.domain}", wait_s=config.wait_s) as held:
             takedown = standing_takedown(config.domain, settings, cache)
             images = download(config.urls, base, config.download, cache, None, takedown)
             embeddings = embed(images.reference, base, config.embed, cache)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Root = Annotated[str | None, typer.Option("--root", help="Where artifacts are kept: a folder or s3://… .")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks, and what the libraries say.")]
+Wait = Annotated[float, typer.Option("--wait", help="Seconds to wait while another writes this domain.", min=0)]
 Index = Annotated[
     str | None, typer.Option("--index", help="FAISS factory string, or auto: by rows and memory. At first auto.")
 ]

@@ -1,12 +1,15 @@
 """The commands that keep databases, as a user gives them: that each option arrives, by what comes of it."""
 
+import contextlib
 from typing import Any
 
+import pytest
 from fakes import WithoutRay
 from living import NAMES, Living
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
+from infra import lease
 
 
 def run(*arguments: str) -> Result:
@@ -46,3 +49,31 @@ def test_what_the_index_is_to_be_can_be_said_of_a_database_that_there_is(living:
     refused = run("rebuild-index", "shapes", "--target-recall", "2", *root)
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "target_recall is a share" in refused.stderr
+
+
+def test_what_writes_a_domain_waits_for_another_that_does(
+    living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquire, written, met = lease._acquire, contextlib.ExitStack(), list[str]()
+
+    def ends_when_met(folder: str, *arguments: Any) -> Any:
+        held = acquire(folder, *arguments)
+        if held is None:
+            met.append(folder)
+            written.close()
+        return held
+
+    root = ("--root", str(living.root))
+    listed = ("--urls", living.listed(*NAMES[:3]))
+    for command in (
+        ("new-domain", "shapes", *listed, "--allow-host", living.server.host),
+        ("rebuild-index", "shapes", *listed),
+        ("subset", "some", "shapes", "--where", "width > 0"),
+        ("merge", "both", "shapes", "some"),
+    ):
+        written.enter_context(lease.lease(f"{living.root}/{command[1]}", holder="test"))
+        with monkeypatch.context() as patch:
+            patch.setattr(lease, "_acquire", ends_when_met)
+            patch.setattr(lease, "_POLL_S", 0.01)
+            done(*command, "--wait", "30", *root)
+    assert met == [f"{living.root}/{domain}" for domain in ("shapes", "shapes", "some", "both")]
