@@ -4,12 +4,12 @@ import contextlib
 from typing import Any
 
 import pytest
-from fakes import WithoutRay
-from living import NAMES, Living
+from fakes import Reply, WithoutRay
+from living import BODY, FIRST, NAMES, Living
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
-from infra import lease
+from infra import artifacts, lease
 
 
 def run(*arguments: str) -> Result:
@@ -21,6 +21,58 @@ def done(*arguments: str) -> str:
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     return result.stdout.strip()
+
+
+def test_a_database_is_kept_up_by_the_command_alone(living: Living, ray: WithoutRay) -> None:
+    from flows.rebuild_index import champion_of
+
+    def tars() -> bytes:
+        """Of the champion's pictures, uncompressed."""
+        images = champion_of("shapes", living.settings).images
+        shards, cache = images.manifest().shards, living.folder / "cache"
+        return b"".join(artifacts.fetch_shard(images.uri, shard, ".tar", cache).read_bytes() for shard in shards)
+
+    rebuild = ("rebuild-index", "shapes", "--root", str(living.root))
+    late, gone = NAMES[FIRST], NAMES[1]
+    living.server.replies[late] = (Reply(status=503), Reply(body=BODY[late]))
+    living.build(NAMES[: FIRST + 1])
+    urls = ("--urls", living.listed(*NAMES[: FIRST + 1]))
+    living.server.requests.clear()
+    assert done(*rebuild, *urls) == "models:/knn-database.shapes@champion stays as it is"
+    assert living.server.requests == []
+    assert done(*rebuild, *urls, "--retry-failed") == "models:/knn-database.shapes@champion"
+    assert living.server.requests == [late]
+    assert living.champion() == set(NAMES[: FIRST + 1])
+
+    done(*rebuild, "--takedown", living.listed({"url": living.server.url(gone)}, name="down.jsonl"))
+    assert living.champion() == set(NAMES[: FIRST + 1]) - {gone}
+    assert BODY[gone] in tars(), "too little is hidden to be compacted unasked"
+    done(*rebuild, "--compact")
+    assert living.champion() == set(NAMES[: FIRST + 1]) - {gone}
+    assert BODY[gone] not in tars()
+    assert BODY[late] in tars()
+
+
+def test_databases_are_made_of_others_by_the_commands(living: Living, ray: WithoutRay) -> None:
+    root = ("--root", str(living.root))
+    circles = {name for name in NAMES[:10] if "circle" in name}
+    assert 0 < len(circles) < 10
+    living.build(NAMES[:6])
+    living.build(NAMES[6:10], domain="others")
+    assert done("merge", "both", "shapes", "others", *root) == "models:/knn-database.both@champion"
+    assert living.champion("both") == set(NAMES[:10])
+    part = ("subset", "circles", "both", "--where", 'url like "%circle%"', *root)
+    assert done(*part) == "models:/knn-database.circles@champion"
+    assert living.champion("circles") == circles
+    for command, made in (
+        (("subset", "shapes", "both", "--where", 'url like "%circle%"', *root), circles),
+        (("merge", "others", "both", "circles", *root), set(NAMES[:10])),
+    ):
+        refused = run(*command)
+        assert (refused.exit_code, refused.stdout) == (1, "")
+        assert "say --replace" in refused.stderr
+        done(*command, "--replace")
+        assert living.champion(command[1]) == made
 
 
 def test_what_the_index_is_to_be_can_be_said_of_a_database_that_there_is(living: Living, ray: WithoutRay) -> None:
