@@ -56,9 +56,10 @@ def collect(
 ) -> Garbage:
     """List what can go below the domain's folder; delete it unless ``dry_run``. The caller holds the domain's lease.
 
-    Manifests go first and shard markers next, so that what is half deleted is taken for committed by nobody. ``check``
-    is called before every deletion, and raises when the lease is lost: another may have made a champion meanwhile.
-    With image shards, this machine's copies and what was derived of pictures go from its cache.
+    Versions are marked before the first deletion, so that what goes was never lost, and a collection that ended early
+    goes on when it is run again. Manifests go first and shard markers next: what is half deleted is taken for committed
+    by nobody. ``check`` is called before every deletion, and raises when the lease is lost: another may have made a
+    champion meanwhile. With image shards, this machine's copies and what was derived of pictures go from its cache.
 
     Raises:
         StageError: nothing of the domain is registered: more likely the wrong registry than a domain of garbage.
@@ -83,15 +84,16 @@ def collect(
         place = storage.canonical(folder)
         if place not in kept.folders and folder not in young:
             doomed += _unreferenced(folder, files, kept.files[place])
-    doomed.sort(key=lambda file: (_rank(file.uri), file.uri))
+    doomed.sort(key=_turn)
     if not dry_run:
         digests = _digests(folders, doomed)
+        check()
+        _mark(registry, versions, doomed)
         for file in doomed:
             check()
             storage.remove(file.uri)
         check()
         _remove_empty(folders, {file.uri for file in doomed})
-        _mark(registry, versions, doomed)
         if any(file.uri.endswith(".tar") for file in doomed):  # pictures go from this machine's cache, too
             cache.forget(digests, settings.cache_folder)
     garbage = Garbage(domain=domain, files=tuple((file.uri, file.bytes) for file in doomed), deleted=not dry_run)
@@ -168,7 +170,9 @@ def _kept(versions: list[dict[str, Any]], keep_versions: int, base: str) -> list
             uri = storage.canonical(version["uri"])
             if _is_artifact(uri):
                 kept.append(uri)
-            elif not version.get("collected") and (name == own or uri.startswith(base + "/") or storage.exists(uri)):
+                continue
+            collected = version.get("collected") and not version["aliases"]  # whoever gave it one knew it to be there
+            if not collected and (name == own or uri.startswith(base + "/") or storage.exists(uri)):
                 raise IntegrityError(
                     f"{name} version {version['version']} was registered at {uri}, where no {artifacts.MANIFEST} is; "
                     f"restore it, name the root that it lies in, or delete it in the registry; {_UNTIL_THEN}"
@@ -249,9 +253,11 @@ def _is_marker(name: str) -> bool:
     return name.startswith("shards/") and name.endswith(".json")
 
 
-def _rank(uri: str) -> int:
-    """Manifests first, markers next."""
-    return 0 if uri.endswith("/" + artifacts.MANIFEST) else 1 if "/shards/" in uri else 2
+def _turn(file: storage.Stored) -> tuple[int, float, str]:
+    """When a file goes: manifests first, the youngest before those that it refers to, and markers next."""
+    if file.uri.endswith("/" + artifacts.MANIFEST):
+        return 0, -file.modified, file.uri
+    return 1 if "/shards/" in file.uri else 2, 0.0, file.uri
 
 
 def _remove_empty(folders: dict[str, list[storage.Stored]], gone: set[str]) -> None:
@@ -262,7 +268,7 @@ def _remove_empty(folders: dict[str, list[storage.Stored]], gone: set[str]) -> N
 
 
 def _mark(registry: Registry, versions: list[dict[str, Any]], gone: list[storage.Stored]) -> None:
-    """Say in the registry which versions cannot be pulled any more."""
+    """Say in the registry which versions cannot be pulled any more, once all of ``gone`` is."""
     uris = {storage.canonical(file.uri) for file in gone if file.uri.endswith(artifacts.MANIFEST)}
     when = datetime.now(UTC).isoformat(timespec="seconds")
     for version in versions:

@@ -8,6 +8,7 @@ import pytest
 from fakes import WithoutRay
 from living import FIRST, NAMES, Living
 
+from infra import artifacts, storage
 from infra.errors import IntegrityError, NotFoundError, StageError
 from infra.registry import Registry
 from infra.settings import Settings
@@ -170,3 +171,49 @@ def test_a_collection_that_lost_its_lease_deletes_nothing_more(
     with pytest.raises(StageError, match="the lease was lost"):
         living.collect(dry_run=False)
     assert living.files() == before
+
+
+def test_a_collection_that_is_interrupted_goes_on_and_keeps_no_other_one_up(
+    living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks.collect import DAY_S, collect
+
+    first = living.build(NAMES[:4]).database.reference
+    base = f"{living.root}/shapes"
+    artifacts.Stage(base, "neighbours", inputs={"database": first.as_input()}, config={}).commit([], info={})
+    living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
+    living.build(NAMES[4:6], domain="others")
+    remove, removed = storage.remove, list[str]()
+
+    def fails_after_one(uri: str) -> None:
+        if removed:
+            raise NotFoundError("the store is locked")
+        removed.append(uri)
+        remove(uri)
+
+    before = living.files()
+    going = collect("shapes", living.settings, keep_versions=1, grace_s=0).files
+    manifests = sum(uri.endswith("/manifest.json") for uri, _ in going)
+    assert manifests >= 4
+    for _ in range(manifests + 1):
+        removed.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "remove", fails_after_one)
+            with pytest.raises(NotFoundError, match="the store is locked"):
+                collect("shapes", living.settings, keep_versions=1, grace_s=0, dry_run=False)
+        collect("others", living.settings, keep_versions=2, grace_s=0)
+        for grace_s in (0, DAY_S):
+            collect("shapes", living.settings, keep_versions=2, grace_s=grace_s)
+    assert len(living.collect(dry_run=False)[0].files) == len(going) - manifests - 1
+    assert len(living.files()) == len(before) - len(going)
+    assert [bool(version.get("collected")) for version in living.versions()] == [False, True, True, False]
+    assert living.champion() == {NAMES[0], *NAMES[2:4]}
+
+
+def test_a_version_that_was_given_an_alias_is_not_taken_for_collected(living: Living, ray: WithoutRay) -> None:
+    built = living.build(NAMES[:4])
+    Registry(living.settings).tag("knn-database.shapes", 1, "collected", "2020-01-01")  # and was made again since
+    assert living.collect(dry_run=False)[0].files == ()
+    (Path(built.database.reference.uri) / "manifest.json").unlink()
+    with pytest.raises(IntegrityError, match=r"knn-database.shapes version 1 was registered at .* restore it"):
+        living.collect(dry_run=False)
