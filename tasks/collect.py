@@ -3,7 +3,8 @@
 Kept is, of every registered name, what has an alias and the newest ``keep_versions``; what their manifests name as
 inputs, and theirs in turn; and single files of other folders that a kept version has taken over. So is whatever is
 younger than ``grace_s``, and what it refers to, in all domains of the root: it may belong to a run that is not over, or
-was killed and will go on. What is kept is known by where it lies, however the root is spelled.
+was killed and will go on. So is every takedown of the domain, which binds whether or not a version was made with it.
+What is kept is known by where it lies, however the root is spelled.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from infra.errors import InputError, IntegrityError, NotFoundError, StageError
 from infra.registry import DATABASE_PREFIX, Registry
 from infra.settings import Settings, masked
 from tasks.stage import base_of, stage_task
+from tasks.takedown import takedowns_below
 
 _KEY = re.compile(r"[0-9a-f]{16}")
 _NO_DOMAINS = ("mlflow", "mlflow.db")
@@ -78,7 +80,7 @@ def collect(
     young = {folder for folder, files in folders.items() if max(file.modified for file in files) > since}
     committed = filter(_is_artifact, young)
     named = _kept(versions, keep_versions, storage.canonical(base))
-    kept = reachable([*named, *committed, *_young_elsewhere(settings, domain, since)])
+    kept = reachable([*named, *committed, *takedowns_below(base), *_young_elsewhere(settings, domain, since)])
     doomed: list[storage.Stored] = []
     for folder, files in folders.items():
         place = storage.canonical(folder)

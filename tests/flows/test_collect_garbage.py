@@ -217,3 +217,20 @@ def test_a_version_that_was_given_an_alias_is_not_taken_for_collected(living: Li
     (Path(built.database.reference.uri) / "manifest.json").unlink()
     with pytest.raises(IntegrityError, match=r"knn-database.shapes version 1 was registered at .* restore it"):
         living.collect(dry_run=False)
+
+
+def test_a_takedown_that_was_interrupted_binds_after_a_collection(
+    living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    living.build(NAMES[:4])
+    with monkeypatch.context() as patch:
+        patch.setattr("flows.rebuild_index.register_database_task", killed)
+        with pytest.raises(BaseException):  # noqa: B017  # as Prefect tells of it
+            living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"))
+    assert len(living.versions()) == 1
+    assert living.collect(dry_run=False)[0].files  # the version that was to hide it
+    living.rebuild(urls=living.listed(*NAMES[:5]))
+    assert living.champion() == {NAMES[0], *NAMES[2:5]}
