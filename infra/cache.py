@@ -133,17 +133,25 @@ def evict(cache: Path, limit_bytes: int) -> int:
 def forget(digests: Collection[str], cache: Path) -> int:
     """Remove what is kept under ``digests`` and whatever stages derived, unless in use; return the bytes that went.
 
-    Of what was derived nobody knows what went into it, and it can be derived again.
+    Of what was derived nobody knows what went into it, and it can be derived again. What of it stays is told: it has no
+    digest to be asked for by, and goes when this is called again.
     """
     if not cache.exists():
         return 0
+    freed = spared = 0
     with _locked(cache / "lock", fcntl.LOCK_EX):
-        named = [
-            (size, paths)
-            for _, size, paths in _inventory(cache)
-            if any(path.stem in digests or not _is_fetched(cache, path) for path in paths)
-        ]
-        return sum(size for size, paths in named if _dropped(cache, paths))
+        for _, size, paths in _inventory(cache):
+            derived = any(_is_derived(cache, path) for path in paths)
+            if not derived and not any(path.stem in digests for path in paths):
+                continue
+            if _dropped(cache, paths):
+                freed += size
+            else:
+                spared += derived
+    if spared:
+        told = "%s keeps %s derived of pictures, used less than an hour ago; run gc --delete again in an hour"
+        logs.get("cache").warning(told, cache, "1 file" if spared == 1 else f"{spared} files")
+    return freed
 
 
 class _Uses:
@@ -240,6 +248,10 @@ def _dropped(cache: Path, paths: list[Path]) -> bool:
 
 def _is_fetched(cache: Path, path: Path) -> bool:
     return path.parent.parent == cache and path.stem.startswith(path.parent.name)
+
+
+def _is_derived(cache: Path, path: Path) -> bool:
+    return not _is_fetched(cache, path) and path.relative_to(cache).parts[0] != REGISTERED
 
 
 def _in_use(cache: Path, path: Path) -> bool:

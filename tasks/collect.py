@@ -61,7 +61,9 @@ def collect(
     Versions are marked before the first deletion, so that what goes was never lost, and a collection that ended early
     goes on when it is run again. Manifests go first and shard markers next: what is half deleted is taken for committed
     by nobody. ``check`` is called before every deletion, and raises when the lease is lost: another may have made a
-    champion meanwhile. With image shards, this machine's copies and what was derived of pictures go from its cache.
+    champion meanwhile. With image shards, this machine's copies and what was derived of pictures go from its cache,
+    before the manifests that list them; of a domain with takedowns what was derived goes each time, for it may have
+    been in use the time before.
 
     Raises:
         StageError: nothing of the domain is registered: more likely the wrong registry than a domain of garbage.
@@ -80,7 +82,8 @@ def collect(
     young = {folder for folder, files in folders.items() if max(file.modified for file in files) > since}
     committed = filter(_is_artifact, young)
     named = _kept(versions, keep_versions, storage.canonical(base))
-    kept = reachable([*named, *committed, *takedowns_below(base), *_young_elsewhere(settings, domain, since)])
+    takedowns = takedowns_below(base)
+    kept = reachable([*named, *committed, *takedowns, *_young_elsewhere(settings, domain, since)])
     doomed: list[storage.Stored] = []
     for folder, files in folders.items():
         place = storage.canonical(folder)
@@ -88,16 +91,15 @@ def collect(
             doomed += _unreferenced(folder, files, kept.files[place])
     doomed.sort(key=_turn)
     if not dry_run:
-        digests = _digests(folders, doomed)
         check()
         _mark(registry, versions, doomed)
+        if takedowns or any(file.uri.endswith(".tar") for file in doomed):
+            cache.forget(_digests(folders, doomed), settings.cache_folder)
         for file in doomed:
             check()
             storage.remove(file.uri)
         check()
         _remove_empty(folders, {file.uri for file in doomed})
-        if any(file.uri.endswith(".tar") for file in doomed):  # pictures go from this machine's cache, too
-            cache.forget(digests, settings.cache_folder)
     garbage = Garbage(domain=domain, files=tuple((file.uri, file.bytes) for file in doomed), deleted=not dry_run)
     state = "deleted" if garbage.deleted else "would go; nothing was deleted"
     logs.get("stage").info("%-11s %7d files %d bytes of %s  %s", "gc", len(doomed), garbage.bytes, domain, state)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from fakes import WithoutRay
-from living import FIRST, NAMES, Living
+from living import BODY, FIRST, NAMES, Living
 
 from infra import artifacts, storage
 from infra.errors import IntegrityError, NotFoundError, StageError
@@ -234,3 +234,21 @@ def test_a_takedown_that_was_interrupted_binds_after_a_collection(
     assert living.collect(dry_run=False)[0].files  # the version that was to hide it
     living.rebuild(urls=living.listed(*NAMES[:5]))
     assert living.champion() == {NAMES[0], *NAMES[2:5]}
+
+
+def test_what_was_derived_of_pictures_goes_with_a_later_collection_if_it_was_in_use(
+    living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KNN_DIFFUSION_CACHE", str(living.folder / "cache"))
+    living.build(NAMES[:4])
+    living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
+    pixels = living.folder / "cache" / "pixels" / "00000.npy"
+    pixels.parent.mkdir(parents=True, exist_ok=True)
+    pixels.write_bytes(BODY[NAMES[1]])
+    (first,) = living.collect(dry_run=False)
+    assert first.files and pixels.exists()
+    os.utime(pixels, (0, 0))
+    assert living.collect()[0].files == ()
+    assert pixels.exists()
+    assert living.collect(dry_run=False)[0].files == ()
+    assert not pixels.exists()

@@ -9,7 +9,8 @@ from fakes import LoopbackServer, Reply, WithoutRay
 from living import BODY, FIRST, NAMES, Living
 from stores import Bucket
 
-from infra.errors import StageError
+from infra import storage
+from infra.errors import NotFoundError, StageError
 from infra.lease import lease
 
 
@@ -65,3 +66,24 @@ def test_a_second_rebuild_in_an_object_store_is_refused_while_the_first_runs(liv
     with lease(f"{living.root}/shapes", holder="another"), pytest.raises(StageError, match="another"):
         living.rebuild(urls=living.listed(*NAMES[:5]))
     assert living.rebuild(urls=living.listed(*NAMES[:5])).after.database.rows == 5
+
+
+def test_pictures_go_from_the_cache_though_the_collection_was_interrupted(
+    living: Living, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    living.build(NAMES[:4])
+    living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
+    remove = storage.remove
+
+    def refuses_tars(uri: str) -> None:
+        if uri.endswith(".tar"):
+            raise NotFoundError(f"{uri} is locked")
+        remove(uri)
+
+    assert cached(living, BODY[NAMES[1]])
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "remove", refuses_tars)
+        with pytest.raises(NotFoundError, match="is locked"):
+            living.collect(dry_run=False)
+    assert living.collect(dry_run=False)[0].files
+    assert not cached(living, BODY[NAMES[1]])

@@ -348,7 +348,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(shelf: Shelf) -> None:
     assert shelf.fetch(0).read_bytes() == shelf.data[0]
 
 
-def test_what_is_forgotten_goes_unless_it_is_in_use(shelf: Shelf) -> None:
+def test_what_is_forgotten_goes_unless_it_is_in_use(shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
     held = shelf.fetch(0)
     for number in (1, 2):
         shelf.fetch(number)
@@ -356,9 +356,18 @@ def test_what_is_forgotten_goes_unless_it_is_in_use(shelf: Shelf) -> None:
     for path in (old, new):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"derived")
+    weights = shelf.folder / "registered" / ("ab" * 32) / "weights"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"holds no pictures")
     os.utime(old, (0, 0))
     freed = caching.forget({shelf.file(number)[1] for number in (0, 1)}, shelf.folder)
     assert (freed, shelf.there(), old.exists(), new.exists()) == (SIZE + 7, [0, 2], False, True)
+    assert "keeps 1 file derived of pictures, used less than an hour ago; run gc --delete again" in caplog.text
+    os.utime(new, (0, 0))
+    os.utime(weights, (0, 0))
+    caplog.clear()
+    assert caching.forget((), shelf.folder) == 7
+    assert (caplog.text, weights.exists()) == ("", True)
     assert shelf.fetch(1).read_bytes() == shelf.data[1]
     del held
     gc.collect()
