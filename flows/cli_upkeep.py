@@ -131,13 +131,20 @@ def gc(
 ) -> None:
     """List the files that no kept version refers to, and delete them with --delete."""
     with told(verbose), prefect_api():
-        from flows.collect_garbage import CollectGarbageConfig, collect_garbage
+        from flows.collect_garbage import CollectGarbageConfig, NotAllCollectedError, collect_garbage
 
         config = CollectGarbageConfig(
             domain=name, root=root, keep_versions=keep, dry_run=not delete, grace_s=3600 * grace_h
         )
-        for garbage in collect_garbage(config):
+        refused = None
+        try:
+            collected = collect_garbage(config)
+        except NotAllCollectedError as error:
+            refused, collected = error, list(error.collected)
+        for garbage in collected:
             for uri, count in garbage.files:
                 print(f"{count:>12}  {uri}")
             done = "deleted" if delete else "to delete (--delete does)"
             typer.echo(f"{garbage.domain}: {len(garbage.files)} files, {size(garbage.bytes)} {done}", err=True)
+        if refused is not None:
+            raise refused

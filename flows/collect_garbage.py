@@ -1,6 +1,7 @@
 """The flow that removes what no kept version of a domain refers to. It only lists, until it is told otherwise."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from prefect import flow
 
@@ -30,11 +31,20 @@ class CollectGarbageConfig:
             raise ValueError("keep_versions must be at least 1, grace_s and wait_s at least 0")
 
 
+class NotAllCollectedError(StageError):
+    """Some domains were refused. ``collected`` is what was done in the others."""
+
+    def __init__(self, told: str, collected: Sequence[Garbage] = ()) -> None:
+        """Say ``told``; the rest is for who lists it."""
+        super().__init__(told)
+        self.collected = collected
+
+
 @flow(name="collect-garbage", flow_run_name="collect-garbage-{config.domain}", validate_parameters=True)
 def collect_garbage(config: CollectGarbageConfig) -> list[Garbage]:
     """List the files that no kept version refers to, one entry a domain; delete them when ``dry_run`` is off.
 
-    A domain that cannot be collected keeps no other one up; at the end it is told.
+    A domain that cannot be collected keeps no other one up; at the end ``NotAllCollectedError`` tells of both.
     """
     settings = settings_of(config.root)
     there = domains_of(settings.root)
@@ -50,7 +60,8 @@ def collect_garbage(config: CollectGarbageConfig) -> list[Garbage]:
                 raise
             refused.append(f"{domain}: {error}")
     if refused:
-        raise StageError(f"{len(refused)} of {len(there)} domains were not collected; {'; '.join(refused)}")
+        told = f"{len(refused)} of {len(there)} domains were not collected; {'; '.join(refused)}"
+        raise NotAllCollectedError(told, collected)
     return collected
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes import WithoutRay
+from living import NAMES, Living
 from PIL import Image
 from small_domain import drawn, write_urls
 from typer.testing import CliRunner, Result
@@ -365,6 +367,22 @@ def test_gc_lists_and_deletes_nothing_unless_told_to(domain: Any) -> None:
     assert result.exit_code == 0, result.output
     assert "to delete (--delete does)" in result.stderr
     assert sorted(path for path in Path(domain.root).rglob("*.tar")) == before
+
+
+def test_gc_lists_what_it_did_though_one_domain_is_refused(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:4])
+    living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
+    never = living.root / "aa" / "images" / ("0" * 16) / "00000.tar"
+    never.parent.mkdir(parents=True)
+    never.write_bytes(b"x")
+    before = living.files()
+    result = run("gc", "--keep", "1", "--grace-h", "0", "--delete", "--root", str(living.root))
+    assert result.exit_code == 1
+    listed = {line.split()[1] for line in result.stdout.splitlines()}
+    assert listed == {f"{living.root}/shapes/{name}" for name in before.keys() - living.files().keys()} != set()
+    assert f"shapes: {len(listed)} files" in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("knn-diffusion: 1 of 2 domains were not collected; aa: no version of aa is registered")
 
 
 def test_what_upkeep_cannot_do_is_said_in_one_line(domain: Any, tmp_path: Path) -> None:
