@@ -361,12 +361,20 @@ def test_a_rebuild_with_nothing_to_do_says_so(domain: Any) -> None:
     assert result.stdout.splitlines() == ["models:/knn-database.shapes@champion stays as it is"]
 
 
-def test_gc_lists_and_deletes_nothing_unless_told_to(domain: Any) -> None:
-    before = sorted(path for path in Path(domain.root).rglob("*.tar"))
-    result = run("gc", "shapes", "--grace-h", "0", "--root", str(domain.root))
-    assert result.exit_code == 0, result.output
-    assert "to delete (--delete does)" in result.stderr
-    assert sorted(path for path in Path(domain.root).rglob("*.tar")) == before
+def test_gc_lists_and_deletes_nothing_unless_told_to(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:4])
+    living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
+    before = living.files()
+    command = ("gc", "shapes", "--keep", "1", "--grace-h", "0", "--root", str(living.root))
+    listed = run(*command)
+    assert living.files() == before
+    deleted = run(*command, "--delete")
+    assert listed.exit_code == deleted.exit_code == 0, listed.output + deleted.output
+    assert "to delete (--delete does)" in listed.stderr
+    assert listed.stdout == deleted.stdout
+    going = [line.split()[1] for line in listed.stdout.splitlines()]
+    assert any(uri.endswith(".tar") for uri in going)
+    assert living.files().keys() == {name for name in before if f"{living.root}/shapes/{name}" not in going}
 
 
 def test_gc_lists_what_it_did_though_one_domain_is_refused(living: Living, ray: WithoutRay) -> None:
