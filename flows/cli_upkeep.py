@@ -126,6 +126,7 @@ def gc(
     keep: Annotated[int, typer.Option(help="Newest versions to keep beside all that has an alias.", min=1)] = 2,
     delete: Annotated[bool, typer.Option("--delete", help="Delete; without it, only list.")] = False,
     grace_h: Annotated[float, typer.Option(help="Hours for which files stay whatever refers to them.", min=0)] = 24.0,
+    wait: Wait = 0.0,
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
@@ -134,7 +135,7 @@ def gc(
         from flows.collect_garbage import CollectGarbageConfig, NotAllCollectedError, collect_garbage
 
         config = CollectGarbageConfig(
-            domain=name, root=root, keep_versions=keep, dry_run=not delete, grace_s=3600 * grace_h
+            domain=name, root=root, keep_versions=keep, dry_run=not delete, grace_s=3600 * grace_h, wait_s=wait
         )
         refused = None
         try:

@@ -1,9 +1,11 @@
 """The command as a user meets it: what it prints where, and how it says no."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typer.testing import CliRunner, Result
 from flows.cli import app
 from flows.terminal import age, size
 from infra.errors import InputError
+from infra.lease import lease
 from model.retrieval.factory import MEMORY_BYTES
 
 
@@ -375,6 +378,19 @@ def test_gc_lists_and_deletes_nothing_unless_told_to(living: Living, ray: Withou
     going = [line.split()[1] for line in listed.stdout.splitlines()]
     assert any(uri.endswith(".tar") for uri in going)
     assert living.files().keys() == {name for name in before if f"{living.root}/shapes/{name}" not in going}
+
+
+def test_gc_waits_for_another_writer_when_told_to(domain: Any) -> None:
+    command = ("gc", "shapes", "--root", str(domain.root))
+    with contextlib.ExitStack() as held:
+        held.enter_context(lease(f"{domain.root}/shapes", holder="another"))
+        refused(run(*command), "is being written by another")
+        end = threading.Timer(0.5, held.close)
+        end.start()
+        result = run(*command, "--wait", "60")
+        end.join()
+    assert result.exit_code == 0, result.output
+    assert "to delete (--delete does)" in result.stderr
 
 
 def test_gc_lists_what_it_did_though_one_domain_is_refused(living: Living, ray: WithoutRay) -> None:
