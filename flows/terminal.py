@@ -21,17 +21,28 @@ Root = Annotated[str | None, typer.Option("--root", help="Where artifacts are ke
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks, and what the libraries say.")]
 Wait = Annotated[float, typer.Option("--wait", help="Seconds to wait while another writes this domain.", min=0)]
 Index = Annotated[
-    str | None, typer.Option("--index", help="FAISS factory string, or auto: by rows and memory. At first auto.")
+    str | None,
+    typer.Option(
+        "--index", help="FAISS factory string, or auto: by rows and memory. If unset as before, at first auto."
+    ),
 ]
 Memory = Annotated[
-    float | None, typer.Option("--memory", help="GiB of the index that a searching process may hold. At first 8.")
+    float | None,
+    typer.Option(
+        "--memory", help="GiB of the index that a searching process may hold. If unset as before, at first 8."
+    ),
 ]
 TargetRecall = Annotated[
     float | None,
-    typer.Option("--target-recall", help="Recall at 10 to reach, or nothing is registered. At first 0.95."),
+    typer.Option(
+        "--target-recall", help="Recall at 10 to reach, or nothing is registered. If unset as before, at first 0.95."
+    ),
 ]
 Dedup = Annotated[
-    bool | None, typer.Option("--dedup/--no-dedup", help="Return one of each group of near-duplicates. At first not.")
+    bool | None,
+    typer.Option(
+        "--dedup/--no-dedup", help="Return one of each group of near-duplicates. If unset as before, at first not."
+    ),
 ]
 MODEL = "Generator: short name, models:/…, a folder, or sticker-generator, which ships with this package."
 DATABASE = "Short name (its champion), models:/NAME@ALIAS, models:/NAME/VERSION, or a folder."

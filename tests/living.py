@@ -34,7 +34,7 @@ class Living:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(path)
 
-    def build(self, names: list[str], domain: str = "shapes") -> Any:
+    def build(self, names: list[str], domain: str = "shapes", index: Any = None) -> Any:
         from flows.new_domain import NewDomainConfig, new_domain
         from infra.downloader import DownloadPolicy
         from tasks.download import DownloadConfig
@@ -49,7 +49,7 @@ class Living:
                 root=str(self.root),
                 download=DownloadConfig(shard_rows=4, policy=policy, workers=1),
                 embed=EmbedConfig(workers=1, batch_size=4),
-                index=IndexConfig(recall_queries=4),
+                index=index or IndexConfig(recall_queries=4),
             )
         )
 

@@ -1,6 +1,7 @@
 """A living database: what a rebuild costs, what a takedown hides and removes, and what survives being killed."""
 
 import contextvars
+import dataclasses
 import hashlib
 import os
 import re
@@ -51,6 +52,24 @@ def test_three_new_urls_cost_three_downloads_and_the_same_list_nothing(living: L
     assert finer.after.embeddings == again.after.embeddings
     assert finer.after.database.manifest().config["recall_queries"] == 5
     assert finer.after.database.manifest().info["image_queries"] == 5
+
+
+def test_a_rebuild_trains_the_quantizer_anew_once_its_error_on_new_rows_has_drifted(
+    living: Living, ray: WithoutRay
+) -> None:
+    from tasks.databases import QUANTIZER
+    from tasks.index import IndexConfig
+
+    patient = IndexConfig(index="IVF2,SQfp16", recall_queries=4, max_drift=1e9)
+    living.build(NAMES[:8], index=patient)
+    kept = living.rebuild(urls=living.listed(*NAMES[:10]))
+    anew = living.rebuild(urls=living.listed(*NAMES[:12]), index=dataclasses.replace(patient, max_drift=0.0))
+    trained_for = []
+    for rebuilt in (kept, anew):
+        (quantizer,) = (shard for shard in rebuilt.after.database.manifest().shards if shard.name == QUANTIZER)
+        trained_for.append(quantizer.info["database_rows"])
+    assert trained_for == [8, 12]
+    assert living.found(anew.after.database) == living.champion() == set(NAMES[:12])
 
 
 def test_what_is_taken_down_is_hidden_at_once_then_compacted_then_collected(living: Living, ray: WithoutRay) -> None:
