@@ -29,7 +29,10 @@ Index = Annotated[
 Memory = Annotated[
     float | None,
     typer.Option(
-        "--memory", help="GiB of the index that a searching process may hold. If unset as before, at first 8."
+        "--memory",
+        help="GiB of the index that a searching process may hold. If unset as before, at first 8.",
+        min=0,
+        max=1e6,
     ),
 ]
 TargetRecall = Annotated[
