@@ -69,12 +69,13 @@ def fitting(wanted: float) -> float:
 
 
 def _room(cpus_each: float, gpus_each: float) -> int:
-    """How many actors of that size run at once: a shard given to one that never starts would wait for ever."""
-    there = ray.cluster_resources()
-    if gpus_each > there.get("GPU", 0):
-        raise StageError(f"{gpus_each:g} GPUs are asked for each worker, the cluster has {there.get('GPU', 0):g}")
-    rooms = [int(there.get(name, 0) // each) for name, each in (("CPU", cpus_each), ("GPU", gpus_each)) if each]
-    return max(1, min(rooms, default=1))
+    """How many actors of that size the machines hold at once."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    largest = max((machine.get("GPU", 0) for machine in machines), default=0)
+    if gpus_each > largest:
+        raise StageError(f"{gpus_each:g} GPUs are asked for each worker, the largest machine has {largest:g}")
+    asked = [(name, each) for name, each in (("CPU", cpus_each), ("GPU", gpus_each)) if each]
+    return sum(min(int(machine.get(name, 0) / each + _ROUNDING) for name, each in asked) for machine in machines)
 
 
 def map_shards(
@@ -100,7 +101,8 @@ def map_shards(
     start()
     cpus_per_actor = fitting(cpus_per_actor)
     kind = _ACTOR.options(num_cpus=cpus_per_actor, num_gpus=gpus_per_actor, max_concurrency=concurrency)
-    size = min(actors, len(queue), _room(cpus_per_actor, gpus_per_actor))
+    # A shard given to an actor that never starts would wait for ever.
+    size = min(actors, len(queue), max(1, _room(cpus_per_actor, gpus_per_actor)))
     with (
         tqdm(total=len(queue), desc=description, unit="shard", leave=False) as progress,
         contextlib.closing(Crew(lambda: kind.remote(factory, settings), queue, size)) as crew,
@@ -150,18 +152,19 @@ def placed(
 ) -> Iterator[Placed]:
     """A worker ``factory(*one)`` for each of ``settings``, spread over the machines of the cluster, until the end.
 
-    Raises ``StageError`` where the cluster has no room for all of them.
+    Raises ``StageError`` where the cluster has no room for all of them, and does not grow.
     """
     start()
     cpus_each = fitting(cpus_each)
-    if len(settings) > (room := _room(cpus_each, 0)):
-        raise StageError(
-            f"{len(settings)} workers of {cpus_each:g} cores are to answer together, the cluster has room for {room}; "
-            "place fewer, or give each less than a core"
-        )
     options = {"num_cpus": cpus_each, "max_restarts": -1, "scheduling_strategy": "SPREAD"}
     actors = [_ACTOR.options(**options, max_task_retries=SHARD_TRIES).remote(factory, one) for one in settings]
     try:
+        waiting = ray.wait([actor.ready.remote() for actor in actors], num_returns=len(actors), timeout=_START_S)[1]
+        if waiting:
+            raise StageError(
+                f"{len(waiting)} of {len(actors)} workers of {cpus_each:g} cores found no room in {_START_S:g} s; the "
+                f"cluster has some for {_room(cpus_each, 0)}, others may hold a part: place fewer, or smaller ones"
+            )
         yield Placed(actors, cpus_each)
     finally:
         for actor in actors:
@@ -194,6 +197,8 @@ _IS_CHECKOUT = (_CHECKOUT / "pyproject.toml").exists()
 _address: str | None = None
 _cores: int | None = None
 _depth = 0
+_START_S = 180.0  # in which placed workers are to run
+_ROUNDING = 1e-6  # Ray places five workers of 0.2 cores on one
 _LOOK_S = 30.0  # after which a placed worker that does not answer may have no room any more
 
 

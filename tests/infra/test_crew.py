@@ -118,6 +118,7 @@ def test_a_lost_worker_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.on_ray
 def test_workers_that_find_no_room_are_told_of_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compute, "_LOOK_S", 0.2)
+    monkeypatch.setattr(compute, "_START_S", 20.0)
 
     class Worker:
         """Defined here, it travels by value: the tests are not shipped."""
@@ -128,7 +129,7 @@ def test_workers_that_find_no_room_are_told_of_and_not_waited_for(monkeypatch: p
 
     with compute.cluster(cores=1):
         with (
-            pytest.raises(StageError, match=r"^2 workers of 1 cores are to answer .* room for 1"),
+            pytest.raises(StageError, match=r"^1 of 2 workers of 1 cores found no room in 20 s; .* for 1,"),
             compute.placed(Worker, [(), ()]),
         ):
             pass
@@ -140,12 +141,15 @@ def test_workers_that_find_no_room_are_told_of_and_not_waited_for(monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("each", "room"), [((1, 0), 16), ((3, 0), 5), ((1, 1), 4), ((6, 0.5), 2), ((0.5, 0.25), 16), ((40, 0), 1)]
+    ("each", "room"),
+    [((1, 0), 7), ((0.2, 0), 35), ((0.1, 0), 70), ((2, 0), 3), ((3, 0), 2), ((4, 0), 1), ((1, 1), 2), ((2, 0.5), 2)],
 )
-def test_workers_are_as_many_as_cores_and_gpus_hold(
+def test_workers_are_as_many_as_the_machines_hold(
     each: tuple[float, float], room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 4.0})
+    machines = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 3.0, "memory": 1.0}]
+    gone = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*({"Alive": True, "Resources": one} for one in machines), gone])
     assert compute._room(*each) == room
-    with pytest.raises(StageError, match="5 GPUs are asked for each worker, the cluster has 4"):
-        compute._room(1, 5)
+    with pytest.raises(StageError, match="3 GPUs are asked for each worker, the largest machine has 2"):
+        compute._room(1, 3)

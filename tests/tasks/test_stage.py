@@ -101,7 +101,7 @@ def test_more_workers_than_cores_wait_for_nobody(tmp_path: Path) -> None:
         settings = (stage.uri, str(tmp_path))
         done, lost = map_stage(stage, items, counting(), settings, actors=3, cpus_per_actor=2)
         assert compute.run(abs, -3, cpus=4) == 3
-        with pytest.raises(StageError, match="1 GPUs are asked for each worker, the cluster has 0"):
+        with pytest.raises(StageError, match="1 GPUs are asked for each worker, the largest machine has 0"):
             map_stage(stage, [("x", 1)], counting(), settings, gpus_per_actor=1)
     assert ([shard.rows for shard in done], lost) == ([1, 2, 3, 4, 5, 6], {})
 
