@@ -78,7 +78,7 @@ class Encoder:
                 architecture, pretrained=pretrained, precision="fp32", device=self.device
             )
             self._tokenizer = open_clip.get_tokenizer(architecture)
-            self._padding = int(self._tokenizer([""])[0, -1])
+            self._full = _full_column(self._tokenizer)
         except Exception as error:  # open_clip raises RuntimeError, ValueError, OSError and hub errors alike
             raise ModelError(
                 f"encoder {name!r} cannot be loaded ({error}); name an open_clip model or {EMBEDDED}"
@@ -135,8 +135,8 @@ class Encoder:
 
     def _warn_of_cut(self, texts: Sequence[str], tokens: Tensor) -> None:
         """A row without padding is full: all but certainly a text that was cut."""
-        length = tokens.shape[1]
-        for number in (tokens[:, -1] != self._padding).nonzero().flatten().tolist():
+        (column, padding), length = self._full, tokens.shape[1]
+        for number in (tokens[:, column] != padding).nonzero().flatten().tolist():
             logger.warning("the text %.40r … is longer than %d tokens; the rest is left out", texts[number], length - 2)
 
     def _dimension(self) -> int:
@@ -166,6 +166,16 @@ def _split(name: str) -> tuple[str, str | None]:
             f"hf-hub:…, local-dir:… or {EMBEDDED}"
         )
     return architecture, pretrained
+
+
+def _full_column(tokenizer: Any) -> tuple[int, int]:
+    """Where tokens tell whether a text fills its row, and what stands there if not.
+
+    The last place is the end's or the class's with some tokenizers, whatever the text: it is the last that differs.
+    """
+    empty, full = tokenizer(["", "word " * 1000])
+    column = int((empty != full).nonzero().max())
+    return column, int(empty[column])
 
 
 def _weights_digest(model: torch.nn.Module) -> str:

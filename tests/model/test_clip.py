@@ -127,17 +127,22 @@ def test_a_text_past_the_context_length_is_cut(encoder: Encoder) -> None:
 def test_a_text_is_said_to_be_cut_by_the_padding_of_its_own_tokenizer(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """SigLIP's pads with 1."""
+    """SigLIP's pads with 1, which is its end, too; with some the last token is the class's."""
 
-    def tokenizer(texts: list[str]) -> torch.Tensor:
-        return torch.tensor([[2] * min(16, len(text)) + [1] * (16 - len(text)) for text in texts])
+    def siglip(texts: list[str]) -> torch.Tensor:
+        return torch.tensor([[2] * min(15, len(text)) + [1] * (16 - min(15, len(text))) for text in texts])
 
-    monkeypatch.setattr(open_clip, "get_tokenizer", lambda _: tokenizer)
-    encoder = Encoder()
-    encoder._warn_of_cut(["short"], tokenizer(["short"]))
-    assert caplog.text == ""
-    encoder._warn_of_cut(["l" + "o" * 20 + "ng"], tokenizer(["l" + "o" * 20 + "ng"]))
-    assert "is longer than 14 tokens" in caplog.text
+    def with_class(texts: list[str]) -> torch.Tensor:
+        return torch.cat([siglip(texts)[:, :-1], torch.full((len(texts), 1), 7)], dim=1)
+
+    for tokenizer in (siglip, with_class):
+        monkeypatch.setattr(open_clip, "get_tokenizer", lambda _, made=tokenizer: made)
+        encoder = Encoder()
+        caplog.clear()
+        encoder._warn_of_cut(["short"], tokenizer(["short"]))
+        assert caplog.text == ""
+        encoder._warn_of_cut(["short", "l" + "o" * 20 + "ng"], tokenizer(["short", "l" + "o" * 20 + "ng"]))
+        assert caplog.text.count("is longer than 14 tokens") == 1
 
 
 def test_the_identity_is_stable_across_instances(encoder: Encoder) -> None:
