@@ -4,6 +4,7 @@
     <cache>/verified/           stamps: see ``infra.verified``
     <cache>/fetching/abcdef…/   a file on its way, locked by the process that fetches it
     <cache>/uses, lock          what is in use; who looks or evicts
+    <cache>/owed                digests that were to be forgotten, and were in use: see :func:`forget`
     <cache>/registered/         files of registered generators, by the generator's digest
     <cache>/pixels, encoded, …  what stages derive and keep; both count towards the bound
 
@@ -35,7 +36,8 @@ from infra.verified import is_verified, stamp_file, write_stamp
 
 DERIVED_SPARED_S = 3600.0
 _STAMPS_KEPT_S = 90 * 86_400.0
-_BOOKKEEPING = frozenset({"verified", "fetching", "uses", "lock"})
+_OWED = "owed"
+_BOOKKEEPING = frozenset({"verified", "fetching", "uses", "lock", _OWED})
 
 
 class DamagedError(Exception):
@@ -133,25 +135,41 @@ def evict(cache: Path, limit_bytes: int) -> int:
 def forget(digests: Collection[str], cache: Path) -> int:
     """Remove what is kept under ``digests`` and whatever stages derived, unless in use; return the bytes that went.
 
-    Of what was derived nobody knows what went into it, and it can be derived again. What of it stays is told: it has no
-    digest to be asked for by, and goes when this is called again.
+    Of what was derived nobody knows what went into it, and it can be derived again. What is in use is told, and owed:
+    it goes when this is called again, with whatever digests.
     """
     if not cache.exists():
         return 0
-    freed = spared = 0
+    freed, owed = 0, set[str]()
     with _locked(cache / "lock", fcntl.LOCK_EX):
+        due = {*digests, *_owed(cache)}
         for _, size, paths in _inventory(cache):
-            derived = any(_is_derived(cache, path) for path in paths)
-            if not derived and not any(path.stem in digests for path in paths):
+            derived = {path.name for path in paths if _is_derived(cache, path)}
+            if not (named := derived | {path.stem for path in paths} & due):
                 continue
             if _dropped(cache, paths):
                 freed += size
             else:
-                spared += derived
-    if spared:
-        told = "%s keeps %s derived of pictures, used less than an hour ago; run gc --delete again in an hour"
-        logs.get("cache").warning(told, cache, "1 file" if spared == 1 else f"{spared} files")
+                owed |= named
+        (cache / _OWED).unlink(missing_ok=True)
+        if owed:
+            (cache / _OWED).write_text("\n".join(sorted(owed)))
+    if owed:
+        told = "%s keeps %d of the files that were to go: they are in use, or were an hour ago; run gc --delete later"
+        logs.get("cache").warning(told, cache, len(owed))
     return freed
+
+
+def owes(cache: Path) -> bool:
+    """Whether anything that was to be forgotten was in use then."""
+    return bool(_owed(cache))
+
+
+def _owed(cache: Path) -> list[str]:
+    try:
+        return (cache / _OWED).read_text().split()
+    except FileNotFoundError:
+        return []
 
 
 class _Uses:

@@ -7,7 +7,6 @@ was killed and will go on. So is every takedown of the domain, which binds wheth
 What is kept is known by where it lies, however the root is spelled.
 """
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -16,14 +15,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from infra import artifacts, cache, logs, storage
 from infra.errors import InputError, IntegrityError, NotFoundError, StageError
 from infra.registry import DATABASE_PREFIX, Registry
 from infra.settings import Settings, masked
+from tasks.contracts import Takedown
 from tasks.stage import base_of, stage_task
-from tasks.takedown import takedowns_below
+from tasks.takedown import Entries, entries_of, takedowns_below
 
 _KEY = re.compile(r"[0-9a-f]{16}")
 _NO_DOMAINS = ("mlflow", "mlflow.db")
@@ -62,8 +63,7 @@ def collect(
     goes on when it is run again. Manifests go first and shard markers next: what is half deleted is taken for committed
     by nobody. ``check`` is called before every deletion, and raises when the lease is lost: another may have made a
     champion meanwhile. With image shards, this machine's copies and what was derived of pictures go from its cache,
-    before the manifests that list them; of a domain with takedowns what was derived goes each time, for it may have
-    been in use the time before.
+    before the markers that list them, and what was in use then the next time.
 
     Raises:
         StageError: nothing of the domain is registered: more likely the wrong registry than a domain of garbage.
@@ -82,7 +82,7 @@ def collect(
     young = {folder for folder, files in folders.items() if max(file.modified for file in files) > since}
     committed = filter(_is_artifact, young)
     named = _kept(versions, keep_versions, storage.canonical(base))
-    takedowns = takedowns_below(base)
+    takedowns = _widest_takedowns(base, settings.cache_folder)
     kept = reachable([*named, *committed, *takedowns, *_young_elsewhere(settings, domain, since)])
     doomed: list[storage.Stored] = []
     for folder, files in folders.items():
@@ -93,11 +93,12 @@ def collect(
     if not dry_run:
         check()
         _mark(registry, versions, doomed)
-        if takedowns or any(file.uri.endswith(".tar") for file in doomed):
-            cache.forget(_digests(folders, doomed), settings.cache_folder)
+        digests = _digests(doomed) if any(file.uri.endswith(".tar") for file in doomed) else None
+        _forget(digests, settings.cache_folder)
         for file in doomed:
             check()
             storage.remove(file.uri)
+        _forget(digests, settings.cache_folder)  # what was read again meanwhile
         check()
         _remove_empty(folders, {file.uri for file in doomed})
     garbage = Garbage(domain=domain, files=tuple((file.uri, file.bytes) for file in doomed), deleted=not dry_run)
@@ -233,24 +234,46 @@ def _unreferenced(folder: str, files: list[storage.Stored], kept: set[str]) -> l
     return going
 
 
-def _digests(folders: dict[str, list[storage.Stored]], going: list[storage.Stored]) -> set[str]:
-    """The sha256 of remote files that go, under which caches keep them."""
-    uris = {file.uri for file in going}
-    found = set()
-    for folder in folders:
-        if not storage.is_local(folder) and storage.join(folder, artifacts.MANIFEST) in uris:
-            with contextlib.suppress(IntegrityError):  # what a damaged one lists is not known
-                files = artifacts.read_manifest(folder).files
-                found |= {file.sha256 for file in files if storage.join(folder, file.name) in uris}
-    return found
+def _digests(going: list[storage.Stored]) -> set[str]:
+    """The sha256 of remote files that go, under which caches keep them: by their markers, which go with them."""
+    markers = [file.uri for file in going if "/shards/" in file.uri and not storage.is_local(file.uri)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        return {str(file["sha256"]) for files in pool.map(_listed, markers) for file in files}
+
+
+def _forget(digests: set[str] | None, folder: Path) -> None:
+    """Have the cache forget pictures of these digests, if any go, and what it owes.
+
+    One that may not be written keeps nothing else from going.
+    """
+    try:
+        if digests is not None or cache.owes(folder):
+            cache.forget(digests or (), folder)
+    except OSError as error:
+        told = "%-11s %s cannot forget what goes (%s): copies of it may stay there; make it writable and run gc again"
+        logs.get("stage").warning(told, "gc", folder, error.strerror)
+
+
+def _widest_takedowns(base: str, folder: Path) -> list[str]:
+    """The domain's lists that no other holds whole: lists add up, and what they name together binds."""
+    listed = [(entries_of(Takedown.open(uri), folder), uri) for uri in takedowns_below(base)]
+    kept: list[tuple[Entries, str]] = []
+    for entries, uri in sorted(listed, key=lambda one: -len(one[0])):
+        if all(len(entries - wider) for wider, _ in kept):
+            kept.append((entries, uri))
+    return [uri for _, uri in kept]
 
 
 def _names(marker_uri: str) -> set[str]:
     """The files that a shard's marker lists; one that cannot be read lists what nobody keeps."""
+    return {file["name"] for file in _listed(marker_uri)} or {marker_uri}
+
+
+def _listed(marker_uri: str) -> list[dict[str, Any]]:
     try:
-        return {file["name"] for file in json.loads(storage.read_bytes(marker_uri))["files"]}
+        return list(json.loads(storage.read_bytes(marker_uri))["files"])
     except (ValueError, KeyError, TypeError):
-        return {marker_uri}
+        return []
 
 
 def _is_marker(name: str) -> bool:

@@ -236,6 +236,34 @@ def test_a_takedown_that_was_interrupted_binds_after_a_collection(
     assert living.champion() == {NAMES[0], *NAMES[2:5]}
 
 
+def test_takedowns_that_a_wider_one_holds_go_with_their_versions(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:6])
+    for number in (1, 2, 3):
+        living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[number])}, name="down.jsonl"))
+    lists = f"{living.root}/shapes/takedown"
+    assert len(storage.names(lists)) == 3
+    living.collect(dry_run=False)
+    assert len(storage.names(lists)) == 1
+    living.rebuild(urls=living.listed(*NAMES[:7]))
+    assert living.champion() == {NAMES[0], *NAMES[4:7]}
+
+
+def test_a_cache_that_may_not_be_written_keeps_nothing_from_going(
+    living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    living.build(NAMES[:4])
+    living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
+
+    def refused(*_: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("infra.cache.forget", refused)
+    monkeypatch.setattr("infra.cache.owes", lambda _: True)
+    assert living.collect(dry_run=False)[0].files
+    assert living.collect()[0].files == ()
+    assert "cannot forget what goes (Permission denied): copies of it may stay there" in caplog.text
+
+
 def test_what_was_derived_of_pictures_goes_with_a_later_collection_if_it_was_in_use(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
