@@ -138,7 +138,8 @@ def _parts(previous: EmbeddingShards, sources: Sequence[artifacts.Shard]) -> dic
         for shard in previous.manifest().shards
         if (tar := tars.get(shard.name)) is not None
         and shard.info.get("source") == tar.file(".tar").sha256
-        and PART in shard.info
+        # The count is for what was made before there was a mark; a compaction can raise it, and lose it thereby.
+        and (PART in shard.info or sum(shard.info["outcomes"].values()) < tar.rows)
     }
 
 
