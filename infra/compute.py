@@ -6,6 +6,7 @@ Workers get references and settings, and read the data themselves. What they rai
 import contextlib
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -63,18 +64,24 @@ def gpus() -> float:
     return float(ray.cluster_resources().get("GPU", 0))
 
 
-def fitting(wanted: float) -> float:
-    """``wanted`` cores, or all that the largest machine has: more would wait for ever."""
-    return min(wanted, max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=wanted))
+def fitting(wanted: float, gpus: float = 0) -> float:
+    """``wanted`` cores, or all that the largest machine with so many GPUs has: more would wait for ever."""
+    return min(wanted, max((one.get("CPU", 0) for one in _machines() if one.get("GPU", 0) >= gpus), default=wanted))
+
+
+def _machines() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _room(cpus_each: float, gpus_each: float) -> int:
     """How many actors of that size the machines hold at once."""
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    machines = _machines()
     largest = max((machine.get("GPU", 0) for machine in machines), default=0)
     if gpus_each > largest:
         raise StageError(f"{gpus_each:g} GPUs are asked for each worker, the largest machine has {largest:g}")
     asked = [(name, each) for name, each in (("CPU", cpus_each), ("GPU", gpus_each)) if each]
+    if not asked:
+        return sys.maxsize
     return sum(min(int(machine.get(name, 0) / each + _ROUNDING) for name, each in asked) for machine in machines)
 
 
@@ -99,7 +106,7 @@ def map_shards(
     if not queue:
         return
     start()
-    cpus_per_actor = fitting(cpus_per_actor)
+    cpus_per_actor = fitting(cpus_per_actor, gpus_per_actor)
     kind = _ACTOR.options(num_cpus=cpus_per_actor, num_gpus=gpus_per_actor, max_concurrency=concurrency)
     # A shard given to an actor that never starts would wait for ever.
     size = min(actors, len(queue), max(1, _room(cpus_per_actor, gpus_per_actor)))
@@ -159,7 +166,12 @@ def placed(
     options = {"num_cpus": cpus_each, "max_restarts": -1, "scheduling_strategy": "SPREAD"}
     actors = [_ACTOR.options(**options, max_task_retries=SHARD_TRIES).remote(factory, one) for one in settings]
     try:
-        waiting = ray.wait([actor.ready.remote() for actor in actors], num_returns=len(actors), timeout=_START_S)[1]
+        begun = [actor.ready.remote() for actor in actors]
+        running, waiting = ray.wait(begun, num_returns=len(actors), timeout=_START_S)
+        try:
+            ray.get(running)
+        except RayError as error:
+            raise StageError(f"no worker could be started ({said(error)}); see Ray's logs") from error
         if waiting:
             raise StageError(
                 f"{len(waiting)} of {len(actors)} workers of {cpus_each:g} cores found no room in {_START_S:g} s; the "
@@ -179,7 +191,7 @@ def run(
     Raises as it was raised, and ``StageError`` when the worker died each time that it was tried.
     """
     start()
-    remote = ray.remote(_call).options(num_cpus=fitting(cpus), num_gpus=gpus, max_retries=SHARD_TRIES)
+    remote = ray.remote(_call).options(num_cpus=fitting(cpus, gpus), num_gpus=gpus, max_retries=SHARD_TRIES)
     try:
         with drawn(watch, function.__name__) if watch else contextlib.nullcontext():
             return ray.get(remote.remote(function, arguments))

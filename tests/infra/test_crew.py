@@ -151,5 +151,9 @@ def test_workers_are_as_many_as_the_machines_hold(
     gone = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
     monkeypatch.setattr(ray, "nodes", lambda: [*({"Alive": True, "Resources": one} for one in machines), gone])
     assert compute._room(*each) == room
+    assert (compute.fitting(8), compute.fitting(3.5, 1), compute.fitting(8, 9)) == (4, 3.5, 8)
+    machines[0]["CPU"], machines[1]["CPU"] = 2.0, 6.0
+    assert (compute.fitting(8), compute.fitting(8, 1)) == (6, 2), "the one with GPUs has fewer cores"
+    assert compute._room(0, 0) > 100, "no core at all is asked, of a head that has none"
     with pytest.raises(StageError, match="3 GPUs are asked for each worker, the largest machine has 2"):
         compute._room(1, 3)
