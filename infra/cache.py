@@ -37,7 +37,7 @@ from infra.verified import is_verified, stamp_file, write_stamp
 DERIVED_SPARED_S = 3600.0
 _STAMPS_KEPT_S = 90 * 86_400.0
 _OWED = "owed"
-_BOOKKEEPING = frozenset({"verified", "fetching", "uses", "lock", _OWED})
+_BOOKKEEPING = frozenset({"verified", "fetching", "uses", "lock", _OWED, f"{_OWED}.partial"})
 
 
 class DamagedError(Exception):
@@ -132,31 +132,32 @@ def evict(cache: Path, limit_bytes: int) -> int:
     return total
 
 
-def forget(digests: Collection[str], cache: Path) -> int:
-    """Remove what is kept under ``digests`` and whatever stages derived, unless in use; return the bytes that went.
+def forget(digests: Collection[str], cache: Path, *, derived: bool = True) -> int:
+    """Remove what is kept under ``digests``, and whatever stages derived, unless in use; return the bytes that went.
 
     Of what was derived nobody knows what went into it, and it can be derived again. What is in use is told, and owed:
-    it goes when this is called again, with whatever digests.
+    it goes when this is called again, with whatever digests and though nothing else that was ``derived`` is to go.
     """
     if not cache.exists():
         return 0
-    freed, owed = 0, set[str]()
+    freed, left = 0, set[str]()
     with _locked(cache / "lock", fcntl.LOCK_EX):
         due = {*digests, *_owed(cache)}
+        chosen = []
         for _, size, paths in _inventory(cache):
-            derived = {path.name for path in paths if _is_derived(cache, path)}
-            if not (named := derived | {path.stem for path in paths} & due):
-                continue
+            made = {str(path.relative_to(cache)) for path in paths if _is_derived(cache, path)}
+            if named := (made if derived else made & due) | {path.stem for path in paths} & due:
+                chosen.append((size, paths, named))
+        _owe(cache, {name for _, _, named in chosen for name in named})
+        for size, paths, named in chosen:
             if _dropped(cache, paths):
                 freed += size
             else:
-                owed |= named
-        (cache / _OWED).unlink(missing_ok=True)
-        if owed:
-            (cache / _OWED).write_text("\n".join(sorted(owed)))
-    if owed:
+                left |= named
+        _owe(cache, left)
+    if left:
         told = "%s keeps %d of the files that were to go: they are in use, or were an hour ago; run gc --delete later"
-        logs.get("cache").warning(told, cache, len(owed))
+        logs.get("cache").warning(told, cache, len(left))
     return freed
 
 
@@ -167,9 +168,19 @@ def owes(cache: Path) -> bool:
 
 def _owed(cache: Path) -> list[str]:
     try:
-        return (cache / _OWED).read_text().split()
+        return (cache / _OWED).read_text().splitlines()
     except FileNotFoundError:
         return []
+
+
+def _owe(cache: Path, names: set[str]) -> None:
+    """Note what is to go, all at once: a process that ends in between loses none of it."""
+    if not names:
+        (cache / _OWED).unlink(missing_ok=True)
+        return
+    partial = cache / f"{_OWED}.partial"
+    partial.write_text("\n".join(sorted(names)))
+    partial.replace(cache / _OWED)
 
 
 class _Uses:

@@ -3,7 +3,7 @@
 Kept is, of every registered name, what has an alias and the newest ``keep_versions``; what their manifests name as
 inputs, and theirs in turn; and single files of other folders that a kept version has taken over. So is whatever is
 younger than ``grace_s``, and what it refers to, in all domains of the root: it may belong to a run that is not over, or
-was killed and will go on. So is every takedown of the domain, which binds whether or not a version was made with it.
+was killed and will go on. So is what the domain has taken down, which binds whether or not a version was made with it.
 What is kept is known by where it lies, however the root is spelled.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from infra import artifacts, cache, logs, storage
-from infra.errors import InputError, IntegrityError, NotFoundError, StageError
+from infra.errors import InputError, IntegrityError, KNNDiffusionError, NotFoundError, StageError
 from infra.registry import DATABASE_PREFIX, Registry
 from infra.settings import Settings, masked
 from tasks.contracts import Takedown
@@ -27,6 +27,7 @@ from tasks.stage import base_of, stage_task
 from tasks.takedown import Entries, entries_of, takedowns_below
 
 _KEY = re.compile(r"[0-9a-f]{16}")
+_MARKER = re.compile(r"/shards/[^/]+\.json$")
 _NO_DOMAINS = ("mlflow", "mlflow.db")
 _LISTS = frozenset({"urls"})  # inputs that may be anywhere on the web
 DAY_S = 86_400.0
@@ -98,7 +99,8 @@ def collect(
         for file in doomed:
             check()
             storage.remove(file.uri)
-        _forget(digests, settings.cache_folder)  # what was read again meanwhile
+        if digests:
+            _forget(digests, settings.cache_folder)  # what was read again meanwhile
         check()
         _remove_empty(folders, {file.uri for file in doomed})
     garbage = Garbage(domain=domain, files=tuple((file.uri, file.bytes) for file in doomed), deleted=not dry_run)
@@ -236,7 +238,7 @@ def _unreferenced(folder: str, files: list[storage.Stored], kept: set[str]) -> l
 
 def _digests(going: list[storage.Stored]) -> set[str]:
     """The sha256 of remote files that go, under which caches keep them: by their markers, which go with them."""
-    markers = [file.uri for file in going if "/shards/" in file.uri and not storage.is_local(file.uri)]
+    markers = [file.uri for file in going if _MARKER.search(file.uri) and not storage.is_local(file.uri)]
     with ThreadPoolExecutor(_READERS) as pool:
         return {str(file["sha256"]) for files in pool.map(_listed, markers) for file in files}
 
@@ -248,15 +250,22 @@ def _forget(digests: set[str] | None, folder: Path) -> None:
     """
     try:
         if digests is not None or cache.owes(folder):
-            cache.forget(digests or (), folder)
+            cache.forget(digests or (), folder, derived=digests is not None)
     except OSError as error:
-        told = "%-11s %s cannot forget what goes (%s): copies of it may stay there; make it writable and run gc again"
+        told = "%-11s %s cannot forget what goes (%s): copies of it may stay there; delete that folder"
         logs.get("stage").warning(told, "gc", folder, error.strerror)
 
 
 def _widest_takedowns(base: str, folder: Path) -> list[str]:
-    """The domain's lists that no other holds whole: lists add up, and what they name together binds."""
-    listed = [(entries_of(Takedown.open(uri), folder), uri) for uri in takedowns_below(base)]
+    """The domain's lists that no other holds whole: lists add up, and what they name together binds.
+
+    Where one cannot be read, all of them.
+    """
+    uris = takedowns_below(base)
+    try:
+        listed = [(entries_of(Takedown.open(uri), folder), uri) for uri in uris]
+    except KNNDiffusionError:
+        return uris
     kept: list[tuple[Entries, str]] = []
     for entries, uri in sorted(listed, key=lambda one: -len(one[0])):
         if all(len(entries - wider) for wider, _ in kept):
@@ -277,14 +286,14 @@ def _listed(marker_uri: str) -> list[dict[str, Any]]:
 
 
 def _is_marker(name: str) -> bool:
-    return name.startswith("shards/") and name.endswith(".json")
+    return _MARKER.fullmatch(f"/{name}") is not None
 
 
 def _turn(file: storage.Stored) -> tuple[int, float, str]:
     """When a file goes: manifests first, the youngest before those that it refers to, and markers next."""
     if file.uri.endswith("/" + artifacts.MANIFEST):
         return 0, -file.modified, file.uri
-    return 1 if "/shards/" in file.uri else 2, 0.0, file.uri
+    return 1 if _MARKER.search(file.uri) else 2, 0.0, file.uri
 
 
 def _remove_empty(folders: dict[str, list[storage.Stored]], gone: set[str]) -> None:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from infra import artifacts, logs, shards, storage
-from infra.errors import InputError
+from infra.errors import InputError, KNNDiffusionError
 from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Outcome, Takedown
 from tasks.lineage import takedown_of
 from tasks.seen import ANSWERED
@@ -120,10 +120,15 @@ def ever_taken_down(base: str, cache: Path) -> Entries:
     Raises:
         IntegrityError: a list is damaged; nobody knows what it named.
     """
-    together = Entries()
-    with ThreadPoolExecutor(_READERS) as pool:
-        for entries in pool.map(lambda uri: entries_of(Takedown.open(uri), cache), takedowns_below(base)):
-            together |= entries
+    together, uris = Entries(), takedowns_below(base)
+    try:
+        with ThreadPoolExecutor(_READERS) as pool:
+            for entries in pool.map(lambda uri: entries_of(Takedown.open(uri), cache), uris):
+                together |= entries
+    except KNNDiffusionError:
+        if takedowns_below(base) == uris:
+            raise
+        return ever_taken_down(base, cache)  # one that a wider one holds was collected meanwhile
     return together
 
 

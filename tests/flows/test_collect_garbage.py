@@ -248,20 +248,31 @@ def test_takedowns_that_a_wider_one_holds_go_with_their_versions(living: Living,
     assert living.champion() == {NAMES[0], *NAMES[4:7]}
 
 
+def test_takedowns_that_cannot_be_read_stay(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:6])
+    for number in (1, 2):
+        living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[number])}, name="down.jsonl"))
+    lists = Path(living.root, "shapes", "takedown")
+    for path in lists.glob("*/takedown.parquet"):
+        path.write_bytes(b"damaged")
+    assert living.collect(dry_run=False)[0].files
+    assert len(list(lists.glob("*/takedown.parquet"))) == 2
+
+
 def test_a_cache_that_may_not_be_written_keeps_nothing_from_going(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     living.build(NAMES[:4])
     living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
 
-    def refused(*_: Any) -> Any:
+    def refused(*_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("infra.cache.forget", refused)
     monkeypatch.setattr("infra.cache.owes", lambda _: True)
     assert living.collect(dry_run=False)[0].files
     assert living.collect()[0].files == ()
-    assert "cannot forget what goes (Permission denied): copies of it may stay there" in caplog.text
+    assert "cannot forget what goes (Permission denied): copies of it may stay there; delete" in caplog.text
 
 
 def test_what_was_derived_of_pictures_goes_with_a_later_collection_if_it_was_in_use(

@@ -366,13 +366,18 @@ def test_what_is_forgotten_goes_unless_it_is_in_use(shelf: Shelf, caplog: pytest
     os.utime(new, (0, 0))
     os.utime(weights, (0, 0))
     caplog.clear()
-    assert caching.forget((), shelf.folder) == 7
+    fresh = shelf.folder / "pixels" / "fresh.npy"
+    fresh.write_bytes(b"of pictures that stay")
+    os.utime(fresh, (0, 0))
+    assert caching.forget((), shelf.folder, derived=False) == 7
+    assert fresh.exists(), "nobody asked for it to go"
+    fresh.unlink()
     assert ("keeps 1 of the files" in caplog.text, weights.exists()) == (True, True)
     assert shelf.fetch(1).read_bytes() == shelf.data[1]
     del held
     gc.collect()
     assert caching.owes(shelf.folder)
-    assert caching.forget((), shelf.folder) == SIZE, "though nobody names it any more"
+    assert caching.forget((), shelf.folder, derived=False) == SIZE, "though nobody names it any more"
     assert shelf.there() == [1, 2]
     assert not caching.owes(shelf.folder)
     assert caching.forget({"0" * 64}, shelf.folder / "none") == 0
