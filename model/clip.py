@@ -174,7 +174,7 @@ def _full_column(tokenizer: Any) -> tuple[int, int]:
     The last place is the end's or the class's with some tokenizers, whatever the text: it is the last that differs.
     """
     empty, full = tokenizer(["", "word " * 1000])
-    column = int((empty != full).nonzero().max())
+    column = max((empty != full).nonzero().flatten().tolist(), default=0)
     return column, int(empty[column])
 
 
