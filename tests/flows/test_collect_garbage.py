@@ -1,5 +1,6 @@
 """What no kept version needs is deleted, and nothing else, whatever is lost, moved or running meanwhile."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,7 @@ def test_takedowns_that_cannot_be_read_stay(living: Living, ray: WithoutRay) -> 
 def test_a_cache_that_may_not_be_written_keeps_nothing_from_going(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("knn_diffusion"), "handlers", [caplog.handler])  # Prefect takes the root's
     living.build(NAMES[:4])
     living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
 
