@@ -23,14 +23,14 @@ Wait = Annotated[float, typer.Option("--wait", help="Seconds to wait while anoth
 Index = Annotated[
     str | None,
     typer.Option(
-        "--index", help="FAISS factory string, or auto: by rows and memory. If unset as before, at first auto."
+        "--index", help="FAISS factory string, or auto: by rows and memory. Unset: auto in new-domain, else as it was."
     ),
 ]
 Memory = Annotated[
     float | None,
     typer.Option(
         "--memory",
-        help="GiB of the index that a searching process may hold. If unset as before, at first 8.",
+        help="GiB of the index that a searching process may hold. Unset: 8 in new-domain, else as it was.",
         min=0,
         max=1e6,
     ),
@@ -38,13 +38,15 @@ Memory = Annotated[
 TargetRecall = Annotated[
     float | None,
     typer.Option(
-        "--target-recall", help="Recall at 10 to reach, or nothing is registered. If unset as before, at first 0.95."
+        "--target-recall",
+        help="Recall at 10 to reach, or nothing is registered. Unset: 0.95 in new-domain, else as it was.",
     ),
 ]
 Dedup = Annotated[
     bool | None,
     typer.Option(
-        "--dedup/--no-dedup", help="Return one of each group of near-duplicates. If unset as before, at first not."
+        "--dedup/--no-dedup",
+        help="Return one of each group of near-duplicates. Unset: not in new-domain, else as it was.",
     ),
 ]
 MODEL = "Generator: short name, models:/…, a folder, or sticker-generator, which ships with this package."

@@ -4,7 +4,7 @@
     <cache>/verified/           stamps: see ``infra.verified``
     <cache>/fetching/abcdef…/   a file on its way, locked by the process that fetches it
     <cache>/uses, lock          what is in use; who looks or evicts
-    <cache>/owed                digests that were to be forgotten, and were in use: see :func:`forget`
+    <cache>/owed                what was to be forgotten, and was in use: see :func:`forget`
     <cache>/registered/         files of registered generators, by the generator's digest
     <cache>/pixels, encoded, …  what stages derive and keep; both count towards the bound
 

@@ -20,7 +20,7 @@ from infra.downloader import SHARDS
 from infra.errors import InputError
 from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Outcome, Takedown, require_same_encoder
 from tasks.lineage import embeddings_of, images_of
-from tasks.rewrite import PART, KeepRows
+from tasks.rewrite import KeepRows
 from tasks.seen import Hashes, Seen, hash_digests, hash_texts, write_seen
 from tasks.stage import counted, map_stage, skip_or_make, stage_task
 from tasks.takedown import Entries, Matcher, commit_takedown, hidden_by, with_bytes
@@ -201,7 +201,7 @@ def _subset_embeddings(
             for shard in wanted
             if not masks[shard.name].all()
         ]
-        done, _ = map_stage(stage, items, KeepRows, (embeddings.uri, stage.uri, cache, PART))
+        done, _ = map_stage(stage, items, KeepRows, (embeddings.uri, stage.uri, cache, True))
         rewritten = {shard.name: shard for shard in done}
         kept = [rewritten.get(shard.name) or shard.taken_over(embeddings.uri) for shard in wanted]
         return stage.commit(kept, identity=source.identity, info={"outcomes": counted(kept), "lost_shards": {}})

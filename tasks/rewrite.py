@@ -17,10 +17,10 @@ Rewriting = tuple[artifacts.Shard, NDArray[np.bool_], str]
 class KeepRows:
     """Some rows of an embedding shard, on a worker: copied, not computed."""
 
-    def __init__(self, source_uri: str, folder_uri: str, cache: Path, *told: str) -> None:
-        """Read the shards of ``source_uri``, write below ``folder_uri``; ``told`` is noted in their info, as true."""
+    def __init__(self, source_uri: str, folder_uri: str, cache: Path, part: bool = False) -> None:
+        """Read the shards of ``source_uri``, write below ``folder_uri``; with ``part`` they are marked as such."""
         self._source_uri, self._folder_uri, self._cache = source_uri, folder_uri, cache
-        self._told = dict.fromkeys(told, True)
+        self._mark = {PART: True} if part else {}
 
     def __call__(self, item: tuple[str, Rewriting]) -> artifacts.Shard:
         """Write the shard anew under its name."""
@@ -36,5 +36,5 @@ class KeepRows:
             (folder / "img_emb").mkdir()
             np.save(folder / "img_emb" / f"img_emb_{name}.npy", rows)
             shards.write_table(metadata, METADATA_SCHEMA, folder / "metadata" / f"metadata_{name}.parquet")
-            info = {**shard.info, "outcomes": outcomes, "source": tar_digest, **self._told}
+            info = {**shard.info, "outcomes": outcomes, "source": tar_digest, **self._mark}
             return artifacts.commit_shard(self._folder_uri, name, folder, rows=len(rows), info=info)

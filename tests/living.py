@@ -65,6 +65,15 @@ class Living:
         options = {"domain": "shapes", "root": str(self.root), "grace_s": 0, "keep_versions": 1, **options}
         return collect_garbage(CollectGarbageConfig(**options))
 
+    def garbage_beside_what_is_refused(self) -> Path:
+        """A version that may be collected, in a root with a domain that may not: no registry knows it. Its one file."""
+        self.build(NAMES[:4])
+        self.rebuild(takedown=self.listed({"url": self.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
+        never = Path(self.root) / "aa" / "images" / ("0" * 16) / "00000.tar"
+        never.parent.mkdir(parents=True)
+        never.write_bytes(b"x")
+        return never
+
     def versions(self) -> list[dict[str, Any]]:
         return Registry(self.settings).versions("database")
 

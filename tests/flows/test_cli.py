@@ -394,11 +394,7 @@ def test_gc_waits_for_another_writer_when_told_to(domain: Any) -> None:
 
 
 def test_gc_lists_what_it_did_though_one_domain_is_refused(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:4])
-    living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
-    never = living.root / "aa" / "images" / ("0" * 16) / "00000.tar"
-    never.parent.mkdir(parents=True)
-    never.write_bytes(b"x")
+    living.garbage_beside_what_is_refused()
     before = living.files()
     result = run("gc", "--keep", "1", "--grace-h", "0", "--delete", "--root", str(living.root))
     assert result.exit_code == 1

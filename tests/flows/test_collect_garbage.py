@@ -138,11 +138,7 @@ def test_what_a_merge_elsewhere_is_made_of_stays_while_it_runs(
 
 
 def test_a_domain_that_cannot_be_collected_keeps_no_other_one_up(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:4])
-    living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
-    never = living.root / "aa" / "images" / ("0" * 16) / "00000.tar"
-    never.parent.mkdir(parents=True)
-    never.write_bytes(b"x")
+    never = living.garbage_beside_what_is_refused()
     before = living.files()
     with pytest.raises(StageError, match="1 of 2 domains were not collected; aa: no version of aa is registered"):
         living.collect(domain=None, dry_run=False)

@@ -34,7 +34,7 @@ from tasks import embed_shard
 from tasks.contracts import METADATA_SCHEMA, EmbeddingShards, ImageShards
 from tasks.embed import EmbedConfig, _feeding, _parts, _resources, _reusable, embed_images
 from tasks.embed_shard import EmbedShard, Feeding
-from tasks.rewrite import PART, KeepRows
+from tasks.rewrite import KeepRows
 
 SHIPPED = Path(model.clip.__file__).parent / "pretrained" / "sticker-clip"
 CONFIG = EmbedConfig(workers=1, batch_size=8)
@@ -211,7 +211,7 @@ def test_what_a_subset_left_out_stays_out_whatever_embeds_it(cluster: None, tmp_
     first, second = whole.manifest().shards
     before, after = (pictures.manifest().shards[0].file(".tar").sha256 for pictures in (images, grown))
     folders = [str(tmp_path / "embeddings" / name) for name in ("part", "compacted")]
-    part = KeepRows(whole.uri, folders[0], tmp_path / "cache", PART)((first.name, (first, kept, before)))
+    part = KeepRows(whole.uri, folders[0], tmp_path / "cache", part=True)((first.name, (first, kept, before)))
     compacted = KeepRows(folders[0], folders[1], tmp_path / "cache")((first.name, (part, np.ones(5, np.bool_), after)))
     stage = artifacts.Stage(str(tmp_path), EmbeddingShards.kind, inputs={"images": images.as_input()}, config={})
     every = [compacted.taken_over(folders[1]), second.taken_over(whole.uri)]
