@@ -17,7 +17,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
@@ -27,14 +27,17 @@ from PIL import Image
 from torch import Tensor
 
 from model.changes import difference
+from model.code_editing import NOISING, CodeCanvas
 from model.diffusion.conditioning import null_condition
 from model.diffusion.continuous import Denoiser, add_noise
 from model.diffusion.guidance import guided
 from model.errors import ModelError
-from model.local_editing import CONTRAST_DRAWS, choose, draw_inside, propose_regions, text_contrast
+from model.local_editing import CONTRAST_DRAWS, cells_of, choose, draw_inside, laid_over, propose_regions, text_contrast
 from model.networks.denoiser import as_denoiser
 from model.networks.editor import is_editor, with_reference
-from model.sampling import draw_noise, in_batches
+from model.networks.latents import decode_latents, encode_latents
+from model.networks.vq_transformer import VQTransformer
+from model.sampling import draw_noise, draw_uniforms, in_batches
 from model.training.data import picture_to_array, to_model_range, to_pixels
 
 if TYPE_CHECKING:
@@ -148,7 +151,8 @@ def edit_pictures(
     Returns:
         (B, 3, S, S) float32 in [−1, 1].
     """
-    edited = _integrate(edit_guided(denoiser, source, config, negative=negative), source, condition, noise, config)
+    restored = _integrate(edit_guided(denoiser, source, config, negative=negative), source, condition, noise, config)
+    edited = restored.clamp(-1, 1)
     return keep_unchanged(edited, source) if config.keep else edited
 
 
@@ -163,7 +167,8 @@ def sdedit_pictures(
 ) -> Tensor:
     """The baseline (SDEdit, 2108.01073): noise the source, denoise it under the text. Arguments as above.
 
-    The denoiser is the base's, of three input channels; nothing but the noise level keeps the source.
+    The denoiser is the base's, of C input channels, and works on pixels or latents (B, C, s, s), which it returns
+    unclamped; nothing but the noise level keeps the source.
     """
     return _integrate(guided(denoiser, config.guidance_scale, negative=negative), source, condition, noise, config)
 
@@ -207,13 +212,11 @@ def edit(
     Raises:
         ModelError: the generator was not trained for editing, or pictures and prompts do not fit.
     """
-    if pipeline.vae is not None:
-        raise ModelError("this generator draws latents or codes; editing needs one that draws pixels")
     network = pipeline.transformer.eval()
     if config.method == "restore" and not is_editor(network):
         raise ModelError("this generator was not trained for editing; train one that is, or ask for method='local'")
     k = pipeline.config.trained_neighbours if neighbours is None else neighbours
-    fitted = fit_images([images] if isinstance(images, Image.Image) else images, network.config.sample_size)
+    fitted = fit_images([images] if isinstance(images, Image.Image) else images, pipeline.side)
     targets = _one_each(pipeline.embed(prompts), len(fitted))
     database = pipeline.database if retrieve else None  # another may be swapped in meanwhile
     tokens = pipeline.condition(targets, k, retrieve=retrieve, database=database).tokens
@@ -224,8 +227,7 @@ def edit(
         ).tokens
     sources = to_model_range(torch.from_numpy(fitted))
     draws = config.candidates + (CONTRAST_DRAWS if config.method == "local" else 0)
-    shape = tuple(sources.shape[1:])
-    noise = draw_noise(len(fitted) * draws, shape, generator).reshape(len(fitted), draws, *shape)
+    noise = _noise(pipeline, len(fitted) * draws, config.steps, generator).unflatten(0, (len(fitted), draws))
 
     def draw(rows: slice, step: Callable[[int], None]) -> Tensor:
         itself = None if shown is None else shown[rows]
@@ -262,7 +264,7 @@ def _candidates(
     config: EditConfig,
     shown: Tensor | None,
 ) -> list[Tensor]:
-    """The candidates of one batch, drawn on the pipeline's device: each (B, 3, S, S) on the CPU."""
+    """The candidates of one batch, drawn on the pipeline's device: each (B, 3, S, S) in [−1, 1] on the CPU."""
     source, condition, noise = (part.to(pipeline.device) for part in (source, condition, noise))
     shown = None if shown is None else shown.to(pipeline.device)
     negative = shown if config.contrast else None
@@ -270,18 +272,78 @@ def _candidates(
     if config.method == "restore":
         denoiser = as_denoiser(pipeline.transformer, pipeline.config.prediction)
         return [edit_pictures(denoiser, source, condition, one, config, negative=negative).cpu() for one in draws]
-    denoiser = pipeline.denoiser()
+    kind = CodeCanvas if isinstance(pipeline.transformer, VQTransformer) else FieldCanvas
+    canvas: Canvas = kind(pipeline, source, condition, config, negative)
     if config.method == "sdedit":
-        return [sdedit_pictures(denoiser, source, condition, one, config, negative=negative).cpu() for one in draws]
+        return [canvas.whole(one).cpu() for one in draws]
     assert shown is not None  # noqa: S101 - the caller describes the source for this method
-    contrast = text_contrast(denoiser, source, condition, shown, noise[:, config.candidates :])
+    contrast = canvas.contrast(shown, noise[:, config.candidates :])
+    if contrast.shape[-1] != source.shape[-1]:  # of latents or codes
+        contrast = F.interpolate(contrast, size=source.shape[-2:], mode="bilinear")
     regions = propose_regions(contrast, math.ceil(config.candidates / 2), largest=config.largest_region).unbind(1)
-    pushed, levels = guided(denoiser, config.guidance_scale, negative=negative), edit_levels(config).to(source.device)
-    edited = [
-        draw_inside(pushed, source, region, condition, one, levels)
-        for region, one in zip(itertools.cycle(regions), draws, strict=False)
-    ]
+    edited = [canvas.inside(region, one) for region, one in zip(itertools.cycle(regions), draws, strict=False)]
     return [(keep_unchanged(one, source) if config.keep else one).cpu() for one in edited]
+
+
+class Canvas(Protocol):
+    """What pictures are to a generator that edits them: pixels, latents or codes."""
+
+    def contrast(self, shown: Tensor, noises: Tensor) -> Tensor:
+        """Where the text and what the source shows (B, T, E) disagree: (B, 1, s, s), at least 0."""
+        ...
+
+    def whole(self, noise: Tensor) -> Tensor:
+        """The pictures drawn anew from the strength on: (B, 3, S, S) float32 in [−1, 1]."""
+        ...
+
+    def inside(self, region: Tensor, noise: Tensor) -> Tensor:
+        """The pictures with a region (B, 1, S, S) in [0, 1] drawn anew: (B, 3, S, S) float32 in [−1, 1]."""
+        ...
+
+
+class FieldCanvas:
+    """Pixels or latents, which velocities move."""
+
+    def __init__(
+        self,
+        pipeline: "KNNDiffusionPipeline",
+        source: Tensor,
+        condition: Tensor,
+        config: EditConfig,
+        negative: Tensor | None,
+    ) -> None:
+        """Of sources (B, 3, S, S) in [−1, 1] and what they should show (B, T, E), on the pipeline's device."""
+        self._vae, self._denoiser, self._condition = pipeline.vae, pipeline.denoiser(), condition
+        self._config, self._negative, self._source = config, negative, source
+        self._field = source if self._vae is None else encode_latents(self._vae, source)
+
+    def contrast(self, shown: Tensor, noises: Tensor) -> Tensor:
+        """As :class:`Canvas`; noises (B, N, C, s, s)."""
+        return text_contrast(self._denoiser, self._field, self._condition, shown, noises)
+
+    def whole(self, noise: Tensor) -> Tensor:
+        """As :class:`Canvas`; noise (B, C, s, s)."""
+        return self._decoded(
+            sdedit_pictures(self._denoiser, self._field, self._condition, noise, self._config, negative=self._negative)
+        )
+
+    def inside(self, region: Tensor, noise: Tensor) -> Tensor:
+        """As :class:`Canvas`; noise (B, C, s, s)."""
+        pushed = guided(self._denoiser, self._config.guidance_scale, negative=self._negative)
+        cells, levels = cells_of(region, self._field.shape[-1]), edit_levels(self._config).to(noise.device)
+        drawn = self._decoded(draw_inside(pushed, self._field, cells, self._condition, noise, levels))
+        return drawn if self._vae is None else laid_over(self._source, drawn, cells)
+
+    def _decoded(self, field: Tensor) -> Tensor:
+        return (field if self._vae is None else decode_latents(self._vae, field)).clamp(-1, 1)
+
+
+def _noise(pipeline: "KNNDiffusionPipeline", count: int, steps: int, generator: torch.Generator | None) -> Tensor:
+    """What draws need: standard normal (count, C, s, s), or uniforms (count, NOISING + steps, n) for codes."""
+    network = pipeline.transformer.config
+    if isinstance(pipeline.transformer, VQTransformer):
+        return draw_uniforms(count, (NOISING + steps, network.tokens), generator, shared=False)
+    return draw_noise(count, (network.out_channels, network.sample_size, network.sample_size), generator)
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -299,9 +361,9 @@ def _one_each(embeddings: Tensor, count: int) -> Tensor:
 
 
 def _integrate(denoiser: Denoiser, source: Tensor, condition: Tensor, noise: Tensor, config: EditConfig) -> Tensor:
-    """Euler along the levels, from the noised source on: (B, 3, S, S) in [−1, 1]."""
+    """Euler along the levels, from the noised source on: (B, C, s, s) float32."""
     levels = edit_levels(config).to(source.device)
     picture = add_noise(source, noise, levels[:1].expand(len(source)))
     for level, following in itertools.pairwise(levels):
         picture = picture + (following - level) * denoiser(picture, level.expand(len(picture)), condition)
-    return picture.clamp(-1, 1).float()
+    return picture.float()

@@ -39,11 +39,11 @@ def text_contrast(denoiser: Denoiser, source: Tensor, condition: Tensor, shown: 
     """How much the text and what the source shows disagree at each pixel: (B, 1, S, S), at least 0.
 
     Args:
-        denoiser: of three input channels, its output a velocity.
-        source: (B, 3, S, S) in [−1, 1].
+        denoiser: of C input channels, its output a velocity.
+        source: (B, C, S, S), pixels or latents.
         condition: (B, T, E) tokens of the text.
         shown: (B, T, E) tokens of the source itself.
-        noises: (B, N, 3, S, S) standard normal.
+        noises: (B, N, C, S, S) standard normal.
     """
     level = source.new_full((len(source),), CONTRAST_LEVEL)
     both, total = torch.cat([condition, shown]), source.new_zeros(len(source), 1, *source.shape[2:])
@@ -71,17 +71,31 @@ def propose_regions(contrast: Tensor, count: int, *, largest: float) -> Tensor:
     return soft[:, :, None].to(contrast.device)
 
 
+def cells_of(region: Tensor, side: int) -> Tensor:
+    """What a region of pixels (B, 1, S, S) in [0, 1] touches of a grid of latents or codes: (B, 1, side, side)."""
+    return F.max_pool2d(region, region.shape[-1] // side)
+
+
+def laid_over(source: Tensor, drawn: Tensor, cells: Tensor) -> Tensor:
+    """Decoded pictures where their cells were drawn, softly at the rim, and the source elsewhere: (B, 3, S, S).
+
+    An autoencoder shifts every pixel, those of cells that nobody touched, too.
+    """
+    region = F.interpolate(cells.to(source.dtype), size=source.shape[-2:])
+    return torch.lerp(source, drawn, F.avg_pool2d(region, 5, stride=1, padding=2, count_include_pad=False))
+
+
 def draw_inside(
     denoiser: Denoiser, source: Tensor, region: Tensor, condition: Tensor, noise: Tensor, levels: Tensor
 ) -> Tensor:
-    """The source with its region drawn anew and everything else as it was: (B, 3, S, S) float32 in [−1, 1].
+    """The source with its region drawn anew and everything else as it was: (B, C, S, S) float32, not clamped.
 
     Args:
-        denoiser: of three input channels, guided.
-        source: (B, 3, S, S) in [−1, 1].
+        denoiser: of C input channels, guided.
+        source: (B, C, S, S), pixels or latents.
         region: (B, 1, S, S) in [0, 1].
         condition: (B, T, E).
-        noise: (B, 3, S, S) standard normal.
+        noise: (B, C, S, S) standard normal.
         levels: (steps + 1,), falling to 0, as :func:`model.editing.edit_levels` has them.
     """
     picture = add_noise(source, noise, levels[:1].expand(len(source)))
@@ -89,7 +103,7 @@ def draw_inside(
         picture = picture + (following - level) * denoiser(picture, level.expand(len(picture)), condition)
         outside = add_noise(source, noise, following.expand(len(source)))
         picture = torch.lerp(outside, picture, region)
-    return picture.clamp(-1, 1).float()
+    return picture.float()
 
 
 def choose(source: Tensor, candidates: Sequence[Tensor], scores: Tensor, *, kept_db: float) -> Tensor:

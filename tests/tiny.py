@@ -6,11 +6,13 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from numpy.typing import NDArray
 
 from model.encoder_identity import EncoderIdentity
 from model.networks.dit import TransformerConfig, build_transformer
+from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder
+from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 from model.retrieval.database import Database, SearchEffort, ShardFiles
 from model.retrieval.factory import fill_shard, train_index
@@ -85,3 +87,34 @@ def pipeline(plugged: Database | None, *, prediction: str = "sample", neighbours
     if plugged:
         built.swap_database(plugged)
     return built
+
+
+def stirred(network: Any) -> Any:
+    """The network with every weight moved, its zero head too."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    return network.eval()
+
+
+def latent_pipeline() -> KNNDiffusionPipeline:
+    """It draws 8 × 8 latents of 16 × 16 pixels."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        sample_size=16,
+        norm_num_groups=8,
+    )
+    return new_pipeline(network(channels=4), identity(), vae=vae.eval(), neighbours=3)
+
+
+def discrete_pipeline() -> KNNDiffusionPipeline:
+    """It draws 4 × 4 codes of 16 × 16 pixels, 12 of them in 10 times."""
+    coding = AutoencoderConfig(image_size=16, downscale=4, codes=12, code_width=4, channels=(32, 32, 32), layers=1)
+    size = VQTransformerConfig(codes=12, tokens=16, timesteps=10, layers=1, heads=1, head_width=16)
+    coder = stirred(build_vq_transformer(size, embedding_dimension=8, seed=0))
+    vae = build_autoencoder(coding, seed=0).eval()
+    return new_pipeline(coder, identity(), vae=vae, neighbours=3)

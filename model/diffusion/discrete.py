@@ -47,6 +47,22 @@ class Rates(NamedTuple):
     mask: Tensor
 
 
+class Known(NamedTuple):
+    """A picture that sampling starts from, and what of it is to stay.
+
+    Attributes:
+        codes: (B, n) int64 below K, its codes x_0.
+        free: (B, n) bool, the tokens that are drawn anew; around them x_0 is shown at the noise of each step.
+        first: the time 1 … T to start from, at x_t of q(x_t|x_0): T keeps nothing of the free ones.
+        uniforms: (B, n, 2) in [0, 1), of that noise.
+    """
+
+    codes: Tensor
+    free: Tensor
+    first: int
+    uniforms: Tensor
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Transitions:
     """How fast codes are masked and replaced: ᾱ_t and γ̄_t run straight from t = 1 to t = T.
@@ -231,6 +247,7 @@ def sample_codes(
     guidance_scale: float = 1.0,
     truncation: float = 0.86,
     negative: Tensor | None = None,
+    known: Known | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Codes from [MASK] alone, in as many strides as there are uniforms (the x_0 reparameterisation makes strides).
@@ -245,23 +262,31 @@ def sample_codes(
         guidance_scale: 1 is the conditional model itself; anything else costs a call of twice the batch.
         truncation: the probability mass kept of every token; 1 keeps all.
         negative: (B, T, E) tokens to be guided away from, in place of the null condition.
+        known: codes to start from or to keep some of, in place of [MASK] alone.
         callback: told the number of each step (0 …) and its codes (B, n).
 
     Returns:
         (B, n) int64 codes below K.
     """
     batch, steps, tokens = uniforms.shape
-    if not 1 <= steps <= transitions.timesteps:
-        raise ModelError(f"{steps} steps asked of a process of {transitions.timesteps}; ask for 1 to that many")
-    codes = torch.full((batch, tokens), transitions.mask, device=uniforms.device)
+    first = transitions.timesteps if known is None else known.first
+    if not 1 <= steps <= first:
+        raise ModelError(f"{steps} steps asked of a process of {first}; ask for 1 to that many")
+
+    def times(left: int) -> Tensor:
+        return torch.full((batch,), round(first * left / steps), device=uniforms.device)
+
+    if known is None:
+        codes = torch.full((batch, tokens), transitions.mask, device=uniforms.device)
+    else:
+        codes = transitions.corrupt(known.codes, times(steps), known.uniforms)
     denoise = _guided(network, condition, negative, guidance_scale)
     for step in range(steps):
-        t, s = (
-            torch.full((batch,), round(transitions.timesteps * left / steps), device=uniforms.device)
-            for left in (steps - step, steps - step - 1)
-        )
+        t, s = times(steps - step), times(steps - step - 1)
         log_clean = truncate(denoise(codes, t), truncation)
         codes = _inverse_cdf(log_reverse(log_clean, codes, s, t, transitions).exp(), uniforms[:, step])
+        if known is not None:
+            codes = torch.where(known.free, codes, transitions.corrupt(known.codes, s, known.uniforms))
         if callback is not None:
             callback(step, codes)
     return codes

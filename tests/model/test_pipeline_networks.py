@@ -10,7 +10,6 @@ import pytest
 import tiny
 import torch
 from diffusers import (
-    AutoencoderKL,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -23,8 +22,7 @@ from model.clip import EMBEDDED, Encoder
 from model.errors import ModelError
 from model.networks.editor import widen_input
 from model.networks.unet import UNetConfig, build_unet
-from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder
-from model.networks.vq_transformer import VQTransformer, VQTransformerConfig, build_vq_transformer
+from model.networks.vq_transformer import VQTransformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 from model.retrieval.database import Database
 
@@ -44,45 +42,21 @@ def drawn(pipeline: KNNDiffusionPipeline, prompts: Any = PROMPTS, **options: Any
     return pixels(pipeline(prompts, **{"num_inference_steps": 3, "generator": seeded()} | options).images)
 
 
-def stirred(network: Any) -> Any:
-    """The network with every weight moved, its zero head too."""
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=seeded())
-    return network.eval()
-
-
 def unet_pipeline() -> KNNDiffusionPipeline:
     size = UNetConfig(image_size=8, widths=(32, 32), layers=1)
-    return new_pipeline(stirred(build_unet(size, embedding_dimension=8, seed=0)), tiny.identity(), neighbours=3)
-
-
-def latent_pipeline() -> KNNDiffusionPipeline:
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        sample_size=16,
-        norm_num_groups=8,
-    )
-    return new_pipeline(tiny.network(channels=4), tiny.identity(), vae=vae.eval(), neighbours=3)
-
-
-def discrete_pipeline() -> KNNDiffusionPipeline:
-    coding = AutoencoderConfig(image_size=16, downscale=4, codes=12, code_width=4, channels=(32, 32, 32), layers=1)
-    size = VQTransformerConfig(codes=12, tokens=16, timesteps=10, layers=1, heads=1, head_width=16)
-    network = stirred(build_vq_transformer(size, embedding_dimension=8, seed=0))
-    vae = build_autoencoder(coding, seed=0).eval()
-    return new_pipeline(network, tiny.identity(), vae=vae, neighbours=3)
+    return new_pipeline(tiny.stirred(build_unet(size, embedding_dimension=8, seed=0)), tiny.identity(), neighbours=3)
 
 
 def editor_pipeline() -> KNNDiffusionPipeline:
     return new_pipeline(widen_input(tiny.network()), tiny.identity(), neighbours=3)
 
 
-KINDS = {"unet": unet_pipeline, "latent": latent_pipeline, "discrete": discrete_pipeline, "editor": editor_pipeline}
+KINDS = {
+    "unet": unet_pipeline,
+    "latent": tiny.latent_pipeline,
+    "discrete": tiny.discrete_pipeline,
+    "editor": editor_pipeline,
+}
 
 
 @pytest.fixture
@@ -139,7 +113,7 @@ def test_an_editor_draws_as_the_network_it_was_widened_from(database: Database) 
 
 
 def test_codes_do_without_a_scheduler_and_not_without_their_autoencoder() -> None:
-    made = discrete_pipeline()
+    made = tiny.discrete_pipeline()
     assert made.scheduler is None
     assert isinstance(made.transformer, VQTransformer)
     with pytest.raises(ModelError, match="needs the vae"):

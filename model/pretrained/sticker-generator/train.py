@@ -37,12 +37,12 @@ import torch
 from diffusers import VQModel
 from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from model.clip import Encoder
 from model.diffusion.conditioning import ConditioningConfig, condition_tokens
 from model.diffusion.continuous import Denoiser, flow_matching_loss, sample_sigmas
-from model.diffusion.discrete import MaskAndReplace, Transitions
+from model.diffusion.discrete import MaskAndReplace, Transitions, sample_codes, step_divergence
 from model.draws import Draw
 from model.networks.denoiser import as_denoiser
 from model.networks.dit import TransformerConfig, build_transformer
@@ -57,7 +57,7 @@ from model.networks.vq_autoencoder import (
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
 from model.pipeline import new_pipeline
 from model.training.alignment import align_all
-from model.training.data import Rows, TrainingSet, picture_to_array, to_model_range
+from model.training.data import Rows, TrainingSet, picture_to_array, to_model_range, to_pixels
 from model.training.loop import InterruptedTrainingError, Objective, TrainingConfig, train
 from model.training.restoration import Restoration, RestorationConfig
 
@@ -71,7 +71,6 @@ SAMPLING = {
     "num_inference_steps": 6, "guidance_scale": 3.0, "guidance_interval": (0.2, 0.95),
 }  # fmt: skip
 """What the base is drawn with unless told otherwise, chosen for 2 CPU cores and 2 seconds a picture (see its card)."""
-CODES = AutoencoderConfig()
 CHANNEL_ORDERS = ((1, 2, 0), (2, 0, 1), (2, 1, 0), (0, 2, 1), (1, 0, 2))
 log = logging.getLogger("sticker-generator")
 
@@ -137,18 +136,47 @@ class Unseen:
         return float(flow_matching_loss(_drawing(network), self._images, self._tokens, sigma, noise))
 
     @torch.inference_mode()
-    def draw(self, network: nn.Module, path: Path, steps: int = 20, count: int = 64) -> None:
-        """Euler steps without guidance, 8 pictures a row."""
-        tokens, device = self._tokens[:count], self._tokens.device
+    def draw(self, network: nn.Module, path: Path) -> None:
+        """A sheet of samples, 8 a row."""
+        pixels = to_pixels(self.sample(network, self._tokens[:64]).cpu())
+        sheet = [np.concatenate(list(pixels[start : start + 8]), axis=1) for start in range(0, len(pixels) - 7, 8)]
+        Image.fromarray(np.concatenate(sheet)).save(path)
+
+    def sample(self, network: nn.Module, tokens: Tensor, steps: int = 20) -> Tensor:
+        """Pictures (B, 3, S, S) in [−1, 1] of tokens (B, T, E): Euler steps without guidance."""
         shape = (len(tokens), *self._images.shape[1:])
-        picture = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-        levels = torch.linspace(1, 0, steps + 1, device=device)
+        picture = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(tokens.device)
+        levels = torch.linspace(1, 0, steps + 1, device=tokens.device)
         levels = 2 * levels / (1 + levels)  # shift 2
         for now, following in itertools.pairwise(levels):
             picture += (following - now) * _drawing(network)(picture, now.expand(len(picture)), tokens)
-        pixels = ((picture.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).cpu().numpy()
-        sheet = [np.concatenate(list(pixels[start : start + 8]), axis=1) for start in range(0, len(pixels) - 7, 8)]
-        Image.fromarray(np.concatenate(sheet)).save(path)
+        return picture.clamp(-1, 1)
+
+
+class UnseenCodes(Unseen):
+    """The same, for the discrete generator."""
+
+    def __init__(self, pixels: NDArray[np.uint8], rows: NDArray[np.float16], device: str, vae: VQModel) -> None:
+        """Arguments as above, and the autoencoder of the codes."""
+        super().__init__(pixels, rows, device)
+        self._vae, self._codes = vae, encode_codes(vae, self._images)
+        self._transitions = Transitions(codes=vae.config.num_vq_embeddings)
+
+    @torch.inference_mode()
+    def loss(self, network: nn.Module) -> float:
+        """The bound on −log p(x_0) in nats a token with nothing hidden, from the same t and noise at every call."""
+        draw = Draw(0, 0, device=self._codes.device)
+        t = (draw.uniform(len(self._codes)) * self._transitions.timesteps).long() + 1
+        noisy = self._transitions.corrupt(self._codes, t, draw.uniform(*self._codes.shape, 2))
+        log_clean = network(noisy, t, self._tokens).float().log_softmax(2)
+        divergence = step_divergence(log_clean, self._codes, noisy, t, self._transitions)
+        return float(divergence.mean()) * self._transitions.timesteps
+
+    def sample(self, network: nn.Module, tokens: Tensor, steps: int = 20) -> Tensor:
+        """As above: strides without guidance."""
+        shape = (len(tokens), steps, self._codes.shape[1])
+        uniforms = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(tokens.device)
+        return decode_codes(self._vae, sample_codes(network, tokens, uniforms, transitions=self._transitions))
 
 
 def _drawing(network: nn.Module) -> Denoiser:
@@ -315,8 +343,10 @@ def base(options: argparse.Namespace) -> None:
 def codes(options: argparse.Namespace) -> None:
     """The autoencoder of the discrete generator."""
     data = prepare(options)
-    objective = AutoencoderObjective(CODES.codes, restart_steps=options.images // options.batch // 2)
-    network = build_autoencoder(CODES, seed=0)
+    channels = tuple(options.channels)
+    size = AutoencoderConfig(image_size=options.size, channels=channels, downscale=2 ** (len(channels) - 1))
+    objective = AutoencoderObjective(size.codes, restart_steps=options.images // options.batch // 2)
+    network = build_autoencoder(size, seed=0)
     average = run(network, objective, training_set(data, options.device), options, None, bfloat16_copy=False)
     assert isinstance(average, VQModel)  # noqa: S101 - what goes in comes out
     average.save_pretrained(options.out / "codes" / "vae")
@@ -334,11 +364,16 @@ def discrete(options: argparse.Namespace) -> None:
     found = [encode_codes(autoencoder, to_model_range(chunk.to(options.device))).short().cpu() for chunk in chunks]
     data["pixels"] = torch.cat(found).numpy()
     size = VQTransformerConfig(
-        codes=CODES.codes, layers=options.layers, heads=options.width // options.head, head_width=options.head
+        codes=autoencoder.config.num_vq_embeddings,
+        tokens=data["pixels"].shape[1],
+        layers=options.layers,
+        heads=options.width // options.head,
+        head_width=options.head,
     )
     network = build_vq_transformer(size, embedding_dimension=data["rows"].shape[1], seed=0)
-    objective = MaskAndReplace(Transitions(codes=CODES.codes), ConditioningConfig(neighbours=NEIGHBOURS, pool=POOL))
-    average = run(network, objective, training_set(data, options.device), options, None)
+    objective = MaskAndReplace(Transitions(codes=size.codes), ConditioningConfig(neighbours=NEIGHBOURS, pool=POOL))
+    unseen = UnseenCodes(data["unseen_pixels"], data["unseen_rows"], options.device, autoencoder)
+    average = run(network, objective, training_set(data, options.device), options, unseen)
     save(average, options.out / "discrete", neighbours=NEIGHBOURS, vae=autoencoder.cpu().half())
 
 
@@ -364,6 +399,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=512, help="a multiple of --head")
     parser.add_argument("--head", type=int, default=64, help="width of an attention head")
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument(
+        "--channels", type=int, nargs="+", default=AutoencoderConfig().channels,
+        help="of the autoencoder at each resolution, each half of the one before",
+    )  # fmt: skip
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")

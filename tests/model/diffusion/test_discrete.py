@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from model.diffusion.conditioning import ConditioningConfig, condition_tokens, null_condition
 from model.diffusion.discrete import (
+    Known,
     MaskAndReplace,
     Transitions,
     guide,
@@ -418,3 +419,40 @@ def test_more_steps_than_the_process_has_are_refused(steps: int) -> None:
 def test_what_is_no_process_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Transitions(**wrong)
+
+
+def test_known_codes_stay_are_shown_at_the_noise_of_the_step_and_only_the_free_are_drawn() -> None:
+    source, other = torch.zeros(2, 9, dtype=torch.int64), torch.full((2, 9), 3)
+    free = torch.zeros(2, 9, dtype=torch.bool)
+    free[:, 4:6] = True
+    process, hiding = Transitions(codes=K, timesteps=6), rand(2, 9, 2, seed=3)
+    seen: list[Tensor] = []
+
+    def network(noisy: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        around = process.corrupt(source, t, hiding)
+        assert torch.equal(noisy[~free], around[~free])
+        seen.append(noisy)
+        return log_one_hot(other, K)
+
+    known = Known(codes=source, free=free, first=6, uniforms=hiding)
+    drawn = sample_codes(network, CONDITION, rand(2, 3, 9), transitions=process, known=known)
+    assert torch.equal(drawn, torch.where(free, other, source))
+    assert len(seen) == 3
+    weak = known._replace(first=1, free=torch.ones_like(free))
+    with pytest.raises(ModelError, match="2 steps asked of a process of 1"):
+        sample_codes(network, CONDITION, rand(2, 2, 9), transitions=process, known=weak)
+
+
+def test_sampling_from_a_picture_starts_at_its_noise() -> None:
+    source = torch.randint(K, (2, 9), generator=torch.Generator().manual_seed(0))
+    process, hiding = Transitions(codes=K, timesteps=6), rand(2, 9, 2, seed=3)
+    starts: list[Tensor] = []
+
+    def network(noisy: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        starts.append(noisy)
+        assert t.tolist() == [3, 3]
+        return log_one_hot(source, K)
+
+    known = Known(codes=source, free=torch.ones(2, 9, dtype=torch.bool), first=3, uniforms=hiding)
+    sample_codes(network, CONDITION, rand(2, 1, 9), transitions=process, known=known)
+    assert torch.equal(starts[0], process.corrupt(source, torch.tensor([3, 3]), hiding))
