@@ -227,7 +227,8 @@ def edit(
         ).tokens
     sources = to_model_range(torch.from_numpy(fitted))
     draws = config.candidates + (CONTRAST_DRAWS if config.method == "local" else 0)
-    noise = _noise(pipeline, len(fitted) * draws, config.steps, generator).unflatten(0, (len(fitted), draws))
+    noise = _noise(pipeline, len(fitted) * draws, config.steps, generator)
+    noise = noise.reshape(len(fitted), draws, *noise.shape[1:])
 
     def draw(rows: slice, step: Callable[[int], None]) -> Tensor:
         itself = None if shown is None else shown[rows]

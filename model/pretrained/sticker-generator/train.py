@@ -19,6 +19,7 @@ Hardware, run times and the figures reached are in README.md beside this file. C
 """
 
 import argparse
+import hashlib
 import io
 import itertools
 import json
@@ -230,7 +231,7 @@ VARIANTS: dict[str, tuple[int, Change]] = {
 
 def prepare(options: argparse.Namespace) -> dict[str, NDArray[Any]]:
     """Pixels, embeddings, neighbours, aligned references and repeats of every variant, kept for the next command."""
-    cache = options.out / f"data-{options.size}.npz"
+    cache = options.out / f"data-{data_digest(options)[:12]}.npz"
     if cache.exists():
         return dict(np.load(cache))
     encoder = Encoder(device=options.device)
@@ -259,8 +260,22 @@ def prepare(options: argparse.Namespace) -> dict[str, NDArray[Any]]:
     data = {name: np.concatenate(part) for name, part in parts.items()}
     data["unseen_pixels"] = load(paths[WATCHED], options.size, options.limit)
     data["unseen_rows"] = embedded(data["unseen_pixels"], encoder)
-    np.savez(cache, **data)  # type: ignore[arg-type]
+    unfinished = cache.with_suffix(".partial.npz")
+    np.savez(unfinished, **data)  # type: ignore[arg-type]
+    unfinished.rename(cache)
     return data
+
+
+def data_digest(options: argparse.Namespace) -> str:
+    """Of the pictures, their side and how many of a style are taken."""
+    files = {path.name: file_digest(path) for path in sorted(options.stickers.glob("*.parquet"))}
+    return hashlib.sha256(json.dumps([files, options.size, options.limit]).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def embedded(pixels: NDArray[np.uint8], encoder: Encoder) -> NDArray[np.float16]:
@@ -292,6 +307,7 @@ def run(
     name = options.command
     folder = options.out / name
     checkpoints = Folder(folder)
+    require_same_run(folder / "settings.json", options)
     training = TrainingConfig(
         images=options.images,
         batch_size=options.batch,
@@ -316,6 +332,23 @@ def run(
         raise SystemExit(f"{name}: {interruption}") from None
     log.info("trained in %.0f s on %s", time.monotonic() - started, options.device)
     return average.cpu()
+
+
+def require_same_run(kept: Path, options: argparse.Namespace) -> None:
+    """Note what a run's weights follow from, or end where its checkpoint followed from something else.
+
+    Its length alone may change: a run that was too short goes on.
+    """
+    settings = {name: getattr(options, name) for name in ("size", "width", "head", "layers", "batch", "rate", "ema")}
+    settings |= {"channels": list(options.channels), "data": data_digest(options)}
+    if not kept.exists():
+        kept.write_text(json.dumps(settings, indent=1))
+    before = json.loads(kept.read_text())
+    changed = [
+        f"{name} {before.get(name)}, now {value}" for name, value in settings.items() if before.get(name) != value
+    ]
+    if changed:
+        raise SystemExit(f"{kept.parent} holds a run of {'; '.join(changed)}: take another --out, or remove the folder")
 
 
 def save(network: Any, folder: Path, **settings: Any) -> None:
@@ -379,12 +412,15 @@ def discrete(options: argparse.Namespace) -> None:
 
 COMMANDS = {"base": base, "codes": codes, "discrete": discrete}
 LENGTHS = {"base": 2_048_000, "codes": 600_000, "discrete": 2_000_000}
+WIDTHS = {"base": 512, "codes": 512, "discrete": 448}
+"""Of the discrete one so that it and its autoencoder stay below 60 MB."""
 
 
 def main() -> None:
     """Run the command."""
     options = _options()
     options.images = options.images or LENGTHS[options.command]
+    options.width = options.width or WIDTHS[options.command]
     options.out.mkdir(parents=True, exist_ok=True)
     COMMANDS[options.command](options)
 
@@ -396,7 +432,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, samples and weights")
     parser.add_argument("--images", type=int, help="images to see")
     parser.add_argument("--size", type=int, default=64, help="side in px")
-    parser.add_argument("--width", type=int, default=512, help="a multiple of --head")
+    parser.add_argument("--width", type=int, help="of the transformer, a multiple of --head")
     parser.add_argument("--head", type=int, default=64, help="width of an attention head")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument(

@@ -1,4 +1,5 @@
-"""The script that trains the embedded generator, run for real on a few drawn pictures: told to end, and run again."""
+"""The script that trains the embedded generator, run for real on a few drawn pictures: told to end, and run again;
+the discrete generator after its autoencoder."""
 
 import io
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from small_domain import COLOURS, SHAPES, drawn
 
@@ -17,6 +19,7 @@ from model.pipeline import KNNDiffusionPipeline
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "model" / "pretrained" / "sticker-generator" / "train.py"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def write_style(path: Path, colours: tuple[str, ...]) -> None:
@@ -29,21 +32,31 @@ def write_style(path: Path, colours: tuple[str, ...]) -> None:
     pq.write_table(pa.table({"webp": encoded}), path)
 
 
-def command(stickers: Path, out: Path, images: int) -> list[str]:
+def command(name: str, stickers: Path, out: Path, images: int) -> list[str]:
     size = ["--size", "16", "--width", "16", "--head", "16", "--layers", "1", "--batch", "4", "--watch", "2"]
     folders = ["--stickers", str(stickers), "--out", str(out)]
-    return [sys.executable, str(SCRIPT), "base", *folders, "--images", str(images), *size]
+    return [sys.executable, str(SCRIPT), name, *folders, "--images", str(images), "--channels", "8", "8", "8", *size]
 
 
-def test_told_to_end_it_keeps_the_step_in_hand_and_goes_on_from_it(tmp_path: Path) -> None:
-    stickers, out = tmp_path / "stickers", tmp_path / "out"
-    stickers.mkdir()
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def stickers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stickers")
     for name, colours in (("one", COLOURS[:2]), ("two", COLOURS[2:4]), ("openmoji", COLOURS[4:6])):
-        write_style(stickers / f"{name}.parquet", colours)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        write_style(folder / f"{name}.parquet", colours)
+    return folder
+
+
+def test_told_to_end_it_keeps_the_step_in_hand_and_goes_on_from_it(stickers: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
     state = out / "base" / "checkpoint.pt"
 
-    process = subprocess.Popen(command(stickers, out, 400_000), env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command("base", stickers, out, 400_000), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while not state.exists():
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
@@ -55,8 +68,23 @@ def test_told_to_end_it_keeps_the_step_in_hand_and_goes_on_from_it(tmp_path: Pat
     step = torch.load(state, weights_only=True)["step"]
     assert f"base: stopped after {4 * step} images; run again to go on from there" in told
 
-    again = command(stickers, out, 4 * (step + 2))
-    done = subprocess.run(again, env=environment, capture_output=True, text=True, timeout=120)
+    other = run(*command("base", stickers, out, 400_000), "--rate", "0.1")
+    assert other.returncode == 1
+    assert f"{out / 'base'} holds a run of rate 0.0015, now 0.1: take another --out" in other.stderr
+
+    done = run(*command("base", stickers, out, 4 * (step + 2)))
     assert done.returncode == 0, done.stderr[-2000:]
     pipeline = KNNDiffusionPipeline.open(out / "base" / "pipeline")
     assert (pipeline.side, pipeline.transformer.config.in_channels) == (16, 6)
+
+
+def test_the_discrete_generator_is_trained_on_the_codes_of_its_autoencoder(stickers: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    codes, discrete = (run(*command(name, stickers, out, 16)) for name in ("codes", "discrete"))
+    assert codes.returncode == 0, codes.stderr[-2000:]
+    assert " codes used, PSNR " in codes.stderr
+    assert discrete.returncode == 0, discrete.stderr[-2000:]
+    pipeline = KNNDiffusionPipeline.open(out / "discrete" / "pipeline")
+    assert (pipeline.side, pipeline.transformer.config.tokens) == (16, 16)
+    assert len(list((out / "discrete").glob("samples-*.png"))) == 2
+    assert len(list(out.glob("data-*.npz"))) == 1, "made once"
