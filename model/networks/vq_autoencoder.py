@@ -2,9 +2,11 @@
 
 Legend: ``B`` batch, ``S`` side of a picture, ``n`` tokens = (S / downscale)², ``K`` codes, ``w`` their width.
 
-It is diffusers' ``VQModel`` as it stands. What is ours: its size, its loss, and how its codebook is kept alive.
-A code that no patch is nearest to gets no gradient and stays dead, so such codes are put where patches are: at the
-start all of them, later those that were not used for a while (random restart, Jukebox 2005.00341, §3.1).
+It is diffusers' ``VQModel`` as it stands. What is ours: its size, its loss, and how its codebook is made and kept.
+Quantizing begins once the autoencoder can draw without: codes that start among latents without meaning settle on
+outlines and leave colours out. A code that no patch is nearest to gets no gradient and stays dead, so such codes are
+put where patches are: at first all of them, later those that were not used for a while (random restart, Jukebox
+2005.00341, §3.1), and rather where patches are far from any code, as k-means++ seeds (Arthur & Vassilvitskii 2007).
 """
 
 import dataclasses
@@ -128,13 +130,17 @@ class AutoencoderObjective(nn.Module):
         scales: int = 3,
         patience: int = 20,
         restart_steps: int = 1000,
+        warm_steps: int = 0,
     ) -> None:
-        """For a codebook of ``codes``: a code idle for ``patience`` steps is restarted in the first restart_steps."""
+        """For a codebook of ``codes``: a code idle for ``patience`` steps is restarted in the first restart_steps.
+
+        In the first ``warm_steps`` the decoder sees the latents themselves.
+        """
         super().__init__()
         if patience < 1:
             raise ValueError("patience must be at least 1 step: a code cannot be used before it is there")
         self.commitment_weight, self.edge_weight, self.scales = commitment_weight, edge_weight, scales
-        self.patience, self.restart_steps = patience, restart_steps
+        self.patience, self.restart_steps, self.warm_steps = patience, restart_steps, warm_steps
         self.register_buffer("idle", torch.full((codes,), patience))
         self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
 
@@ -156,7 +162,14 @@ class AutoencoderObjective(nn.Module):
         def after(_: nn.Module, inputs: tuple[Tensor], output: tuple[Any, ...]) -> None:
             self.count(output[2][2])
 
-        hooks = (quantizer.register_forward_pre_hook(before), quantizer.register_forward_hook(after))
+        def pass_on(_: nn.Module, inputs: tuple[Tensor], output: tuple[Any, ...]) -> tuple[Any, ...]:
+            self.taken.add_(1)
+            return inputs[0], 0 * output[1], output[2]
+
+        if self.taken < self.warm_steps:
+            hooks = (quantizer.register_forward_hook(pass_on),)
+        else:
+            hooks = (quantizer.register_forward_pre_hook(before), quantizer.register_forward_hook(after))
         try:
             output, commitment = network(batch.images, return_dict=False)
         finally:
@@ -168,13 +181,20 @@ class AutoencoderObjective(nn.Module):
 
     @torch.no_grad()
     def restart(self, codebook: Tensor, latents: Tensor, scores: Tensor) -> None:
-        """Put dead codes of the codebook (K, w) onto the latents (B, w, h, w') with the highest scores (B·n,)."""
+        """Put dead codes of the codebook (K, w) onto latents (B, w, h, w') that scores (B·n,) in [0, 1) choose.
+
+        A latent is drawn with a weight of its squared distance to the nearest code that lives (without replacement, by
+        Efraimidis & Spirakis 2006); all alike where none does.
+        """
         rows = latents.permute(0, 2, 3, 1).flatten(0, 2).to(codebook.dtype)
-        order = scores.argsort(descending=True)
-        chosen = rows[order[torch.arange(len(codebook), device=rows.device) % len(rows)]]
+        idle = self.idle >= self.patience
+        nearest = torch.cdist(rows.float(), codebook.float()).masked_fill(idle, math.inf).amin(dim=1)
+        weight = torch.where(nearest.isfinite(), nearest.square(), 1.0).clamp(min=1e-12)
+        order = (scores.clamp(min=1e-12).log() / weight).argsort(descending=True)
+        chosen = rows[order[(idle.cumsum(0) - 1).clamp(min=0) % len(rows)]]  # the dead in turn
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(chosen, src=0)  # one codebook for all workers: the first one's latents
-        dead = (self.idle >= self.patience) & (self.taken < self.restart_steps)
+        dead = idle & (self.taken < self.restart_steps)
         codebook.copy_(torch.where(dead[:, None], chosen, codebook))
         self.idle.masked_fill_(dead, 0)
 

@@ -32,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import torch
@@ -65,6 +66,8 @@ from model.training.restoration import Restoration, RestorationConfig
 UNSEEN = frozenset({"openmoji", "twemoji"})
 WATCHED = "openmoji"
 NEIGHBOURS, POOL = 10, 20
+SIDE = 64
+"""Of the files' pictures, and what the encoder takes."""
 DRAWN = 0.7
 """Share of what the base sees with no picture to restore: it learns to draw there, and to edit in the rest."""
 SAMPLING = {
@@ -185,16 +188,23 @@ def _drawing(network: nn.Module) -> Denoiser:
     return with_reference(denoiser, None) if is_editor(network) else denoiser
 
 
-def load(path: Path, side: int, limit: int | None) -> NDArray[np.uint8]:
-    """The pictures of a style, (N, side, side, 3)."""
+def load(path: Path, limit: int | None) -> NDArray[np.uint8]:
+    """The pictures of a style, (N, SIDE, SIDE, 3)."""
     encoded = pq.read_table(path, columns=["webp"])["webp"].to_pylist()[:limit]
 
     def decode(webp: bytes) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(webp)) as image:
-            return picture_to_array(image.convert("RGB"), side)
+            return picture_to_array(image.convert("RGB"), SIDE)
 
     with ThreadPoolExecutor() as pool:
         return np.stack(list(pool.map(decode, encoded)))
+
+
+def fitted(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Pictures (N, SIDE, SIDE, 3) as the network draws them, (N, side, side, 3): made smaller once embedded."""
+    if side == SIDE:
+        return pixels
+    return np.stack([cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA) for picture in pixels])
 
 
 def nearest(rows: NDArray[np.float16], k: int, device: str) -> NDArray[np.int64]:
@@ -236,20 +246,21 @@ def prepare(options: argparse.Namespace) -> dict[str, NDArray[Any]]:
         return dict(np.load(cache))
     encoder = Encoder(device=options.device)
     paths = {path.stem: path for path in sorted(options.stickers.glob("*.parquet"))}
-    loaded = {name: load(path, options.size, options.limit) for name, path in paths.items() if name not in UNSEEN}
+    loaded = {name: load(path, options.limit) for name, path in paths.items() if name not in UNSEEN}
     pixels = np.concatenate(list(loaded.values()))
     styles = np.repeat(np.arange(len(loaded)), [len(pictures) for pictures in loaded.values()])
     for name, pictures in loaded.items():
         log.info("%-28s %5d pictures", name, len(pictures))
     pool = min(POOL, len(pixels) - 1)
-    aligned = align_all(pixels, nearest(embedded(pixels, encoder), pool, options.device))
+    near = nearest(embedded(pixels, encoder), pool, options.device)
+    aligned = align_all(fitted(pixels, options.size), near)
     log.info("%.0f%% of the first neighbours could be aligned", 100 * aligned.converged)
     parts: dict[str, list[NDArray[Any]]] = {}
     for number, (weight, change) in enumerate(VARIANTS.values()):
         changed = change(pixels, styles)
         rows = embedded(changed, encoder)
         made: dict[str, NDArray[Any]] = {
-            "pixels": changed,
+            "pixels": fitted(changed, options.size),
             "rows": rows,
             "neighbours": nearest(rows, pool, options.device) + number * len(pixels),
             "references": change(aligned.pixels, styles),
@@ -258,8 +269,8 @@ def prepare(options: argparse.Namespace) -> dict[str, NDArray[Any]]:
         for name, part in made.items():
             parts.setdefault(name, []).append(part)
     data = {name: np.concatenate(part) for name, part in parts.items()}
-    data["unseen_pixels"] = load(paths[WATCHED], options.size, options.limit)
-    data["unseen_rows"] = embedded(data["unseen_pixels"], encoder)
+    unseen = load(paths[WATCHED], options.limit)
+    data["unseen_pixels"], data["unseen_rows"] = fitted(unseen, options.size), embedded(unseen, encoder)
     unfinished = cache.with_suffix(".partial.npz")
     np.savez(unfinished, **data)  # type: ignore[arg-type]
     unfinished.rename(cache)
@@ -378,7 +389,8 @@ def codes(options: argparse.Namespace) -> None:
     data = prepare(options)
     channels = tuple(options.channels)
     size = AutoencoderConfig(image_size=options.size, channels=channels, downscale=2 ** (len(channels) - 1))
-    objective = AutoencoderObjective(size.codes, restart_steps=options.images // options.batch // 2)
+    steps = options.images // options.batch
+    objective = AutoencoderObjective(size.codes, edge_weight=0.5, warm_steps=steps // 5, restart_steps=steps * 3 // 5)
     network = build_autoencoder(size, seed=0)
     average = run(network, objective, training_set(data, options.device), options, None, bfloat16_copy=False)
     assert isinstance(average, VQModel)  # noqa: S101 - what goes in comes out

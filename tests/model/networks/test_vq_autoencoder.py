@@ -164,6 +164,34 @@ def test_only_the_dead_are_restarted_and_only_for_a_while() -> None:
     assert objective.idle.tolist() == [0, 3, 3, 3]
 
 
+def test_a_dead_code_goes_where_latents_are_far_from_any_that_lives() -> None:
+    latents = torch.zeros(1, 2, 1, 8)
+    latents[0, :, 0, :7] = 0.01 * drawn(2, 7)
+    latents[0, :, 0, 7] = 3
+    for seed in range(20):
+        objective, codebook = AutoencoderObjective(2, patience=2), torch.zeros(2, 2)
+        objective.idle.copy_(torch.tensor([0, 2]))
+        objective.restart(codebook, latents, torch.rand(8, generator=torch.Generator().manual_seed(seed)))
+        assert codebook.tolist() == [[0, 0], [3, 3]]
+
+
+def test_the_decoder_sees_the_latents_themselves_at_first() -> None:
+    network, objective = build(), AutoencoderObjective(32, warm_steps=2)
+    before = network.quantize.embedding.weight.detach().clone()
+    with torch.no_grad():
+        unquantized = network.decode(network.encode(PICTURES).latents, force_not_quantize=True).sample
+    expected = reconstruction_loss(unquantized, PICTURES, edge_weight=1.0, scales=3)
+    for step in range(2):
+        loss = objective(network, batch(), Draw(0, step))
+        torch.testing.assert_close(loss, expected)
+        assert torch.equal(network.quantize.embedding.weight, before)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in network.parameters()), "as workers that share them expect"
+    objective(network, batch(), Draw(0, 2))
+    assert not torch.equal(network.quantize.embedding.weight, before)
+    assert objective.taken == 3
+
+
 def test_a_resumed_objective_restarts_nothing_that_is_in_use() -> None:
     network, objective = build(), AutoencoderObjective(32)
     objective(network, batch(), Draw(0, 0))
