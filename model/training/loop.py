@@ -131,7 +131,7 @@ def train(
 
     Args:
         network: what learns, float32, the same initial weights on every worker.
-        objective: what it learns.
+        objective: what it learns; what it holds of its own goes to ``device``.
         data: batches on ``device``.
         config: lengths and rates.
         checkpoints: kept on rank 0, read on all.
@@ -150,6 +150,8 @@ def train(
         told = f"batch_size {config.batch_size} does not divide among {world} workers of {config.pieces} pieces"
         raise ModelError(f"{told}; choose a multiple")
     device = torch.device(device)
+    if isinstance(objective, nn.Module):
+        objective.to(device)
     average = Average(network.to(device), sharded=config.sharding == "fsdp" and world > 1, device=device)
     step = Step(network.train(), objective, data, config, device, rank, world)
     kept = {"network": step.network, "average": average.network, "objective": objective}

@@ -14,8 +14,10 @@ from torch import nn
 
 from model.diffusion.conditioning import ConditioningConfig
 from model.diffusion.continuous import Prediction
+from model.diffusion.discrete import MaskAndReplace, Transitions
 from model.errors import ModelError
 from model.networks.dit import build_transformer
+from model.networks.vq_autoencoder import AutoencoderObjective
 from model.training.data import Batch, Rows, TrainingSet, to_model_range
 from model.training.loop import InterruptedTrainingError, TrainingConfig, TrainingData, train
 from model.training.muon import Muon
@@ -397,3 +399,17 @@ def test_what_an_objective_learns_is_kept_with_the_checkpoint(tmp_path: Path) ->
     assert first.count == 8, "and counting operations is not told"
     run(tmp_path, objective=second)
     assert second.count == 12
+
+
+@pytest.mark.parametrize(
+    "objective", [MaskAndReplace(Transitions(codes=4, timesteps=4), CONDITIONING), AutoencoderObjective(4)]
+)
+def test_what_an_objective_holds_goes_where_the_network_goes(tmp_path: Path, objective: nn.Module) -> None:
+    class Unread:
+        def batch(self, *_: int, **__: int) -> Batch:
+            raise Killed
+
+    network = build_transformer(tiny.size(), embedding_dimension=tiny.WIDTH, seed=0)
+    with pytest.raises(Killed):
+        run(tmp_path, Unread(), network=network, objective=objective, device="meta")
+    assert {part.device.type for part in [*network.parameters(), *objective.buffers()]} == {"meta"}

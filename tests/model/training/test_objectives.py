@@ -2,11 +2,15 @@ import pytest
 import tiny
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.diffusion.conditioning import ConditioningConfig
+from model.diffusion.discrete import MaskAndReplace, Transitions
 from model.draws import Draw
 from model.networks.dit import build_transformer
 from model.networks.editor import EDITOR_CHANNELS, widen_input
+from model.networks.vq_autoencoder import AutoencoderConfig, AutoencoderObjective, build_autoencoder
+from model.networks.vq_transformer import VQTransformer
 from model.training.data import Batch
 from model.training.objectives import FlowMatching
 
@@ -92,3 +96,29 @@ def test_parts_of_a_step_have_the_loss_of_the_whole() -> None:
     ]
     parts = [objective(network, half, Draw(4, 5, part=part, parts=2)) for part, half in enumerate(halves)]
     assert torch.stack(parts).mean().item() == pytest.approx(objective(network, given, Draw(4, 5)).item(), rel=1e-5)
+
+
+class DrawnThere:
+    """Draws on a device that is not here, whose tensors have a place and a shape but no values."""
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda")
+
+    uniform = normal
+
+
+@pytest.mark.parametrize("learned", ["codes", "autoencoder"])
+def test_an_objective_makes_its_tensors_where_its_batch_is(learned: str) -> None:
+    transitions = Transitions(codes=8, timesteps=10)
+    with FakeTensorMode():  # refuses what mixes devices
+        with torch.device("cuda"):
+            if learned == "codes":
+                network = VQTransformer(codes=8, tokens=4, timesteps=10, layers=1, heads=1, condition_channels=9)
+                images = torch.zeros(3, 4, dtype=torch.int64)
+            else:
+                network = build_autoencoder(AutoencoderConfig(image_size=16, channels=(8, 8, 16)), seed=0)
+                images = torch.zeros(3, 3, 16, 16)
+            given = Batch(images=images, query=torch.zeros(3, 8), neighbours=torch.zeros(3, 2, 8))
+        objective = MaskAndReplace(transitions, SHOWN) if learned == "codes" else AutoencoderObjective(1024)
+        loss = objective.to("cuda")(network, given, DrawnThere())
+    assert (loss.device.type, loss.dtype) == ("cuda", torch.float32)
