@@ -143,7 +143,7 @@ def train(
             (a machine that is taken away, say).
 
     Raises:
-        ModelError: the loss is no longer finite, memory is out, or a checkpoint does not fit the network.
+        ModelError: loss or gradient is no longer finite, memory is out, or a checkpoint does not fit the network.
         InterruptedTrainingError: ``stop`` said so.
     """
     if config.batch_size % (world * config.pieces):
@@ -161,9 +161,8 @@ def train(
     step.prepare(start)
     window = _Window(start, step)
     for number in range(start, config.steps):
-        loss = step.take(number)
+        window.add(step.take(number))
         ema_update(average.network, step.network, ema_decay(number, config.ema_decay))
-        window.add(loss)
         seen = (number + 1) * config.batch_size
         stopping = _stopping(stop, number, world, device)
         checkpoint_due = stopping or _passes(seen, config.checkpoint_images, config)
@@ -205,19 +204,24 @@ class _Window:
     """The steps since numbers were last logged."""
 
     def __init__(self, start: int, step: Step) -> None:
-        self._step, self._losses, self._start, self._since = step, list[torch.Tensor](), start, time.monotonic()
+        self._step, self._taken, self._start, self._since = step, list[torch.Tensor](), start, time.monotonic()
 
-    def add(self, loss: torch.Tensor) -> None:
-        self._losses.append(loss)
+    def add(self, taken: torch.Tensor) -> None:
+        self._taken.append(taken)
 
     def close(self, end: int, config: TrainingConfig, world: int) -> dict[str, float]:
-        """The window's numbers, and a new window. Raises ``ModelError`` when the loss is no longer finite."""
-        loss = _mean_loss(self._losses, world)
-        if not math.isfinite(loss):
-            seen = end * config.batch_size
-            raise ModelError(f"the loss is {loss} after {seen} images; lower learning_rate and run again")
+        """The window's numbers, and a new window.
+
+        Raises ``ModelError`` when the loss or the gradient is no longer finite: the weights that such a gradient
+        stepped show it in no loss yet, and must not be kept.
+        """
+        loss, norm = _mean(self._taken, world)
+        for name, value in (("loss", loss), ("gradient's norm", norm)):
+            if not math.isfinite(value):
+                seen = end * config.batch_size
+                raise ModelError(f"the {name} is {value} after {seen} images; lower learning_rate and run again")
         speed = (end - self._start) * config.batch_size / (time.monotonic() - self._since)
-        self._losses, self._start, self._since = [], end, time.monotonic()
+        self._taken, self._start, self._since = [], end, time.monotonic()
         return {
             "loss": loss,
             "learning_rate": learning_rate(end - 1, config),
@@ -227,16 +231,18 @@ class _Window:
 
     def skip(self) -> None:
         """Leave the time since the last step out of the speed."""
-        if not self._losses:
+        if not self._taken:
             self._since = time.monotonic()
 
 
-def _mean_loss(losses: list[torch.Tensor], world: int) -> float:
-    mean = torch.stack(losses).mean()
+def _mean(taken: list[torch.Tensor], world: int) -> list[float]:
+    """Over steps and workers: a value of any of them that is not finite makes the mean none either."""
+    mean = torch.stack(taken).mean(0)
     if world > 1:
         dist.all_reduce(mean)
         mean /= world
-    return float(mean)
+    values: list[float] = mean.tolist()
+    return values
 
 
 def _stopping(stop: Callable[[], bool], number: int, world: int, device: torch.device) -> bool:

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model.draws import Draw
 from model.errors import ModelError
 from model.training.muon import Muon
-from model.training.sharding import repeated, shard
+from model.training.sharding import own_part, repeated, shard
 from model.training.speed import flops_per_image, matrix_peak
 
 if TYPE_CHECKING:
@@ -71,9 +71,9 @@ class Step:
             self._replica = DistributedDataParallel(self._working)
 
     def take(self, number: int) -> torch.Tensor:
-        """Step ``number``; its mean loss over this worker's share."""
+        """Step ``number``; its mean loss over this worker's share and the norm of its gradient, (2,) float32."""
         loss = self._fitting_gradients(number)
-        nn.utils.clip_grad_norm_(self._weights, self.config.gradient_clip)
+        norm = nn.utils.clip_grad_norm_(self._weights, self.config.gradient_clip)
         rate = learning_rate(number, self.config)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -82,7 +82,7 @@ class Step:
         if self._working is not self.network:
             with torch.no_grad():
                 torch._foreach_copy_(self._copies, self._weights)
-        return loss
+        return torch.stack([loss, own_part(norm)])
 
     def _count(self, start: int) -> None:
         """Count the operations of an image, leaving its gradients, and measure the machine."""

@@ -195,6 +195,37 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(tmp
     assert checkpoints.steps == [4, 8, 12], "and the run goes on from there"
 
 
+class Steep(nn.Module):
+    """Flow matching whose gradient is infinite, or 0 · ∞, at step ``at``, and whose loss shows nothing of it."""
+
+    def __init__(self, at: int, factor: float) -> None:
+        super().__init__()
+        self.inner, self.left, self.factor = FlowMatching(CONDITIONING), at, factor
+
+    def forward(self, network: nn.Module, batch: Batch, draw: Any) -> torch.Tensor:
+        loss: torch.Tensor = self.inner(network, batch, draw)
+        if len(batch.images) > 1:
+            self.left -= 1
+            if self.left == -1:
+                weight = next(network.parameters())
+                loss += self.factor * (weight - weight.detach()).sqrt().sum()
+        return loss
+
+
+@pytest.mark.parametrize(("factor", "norm"), [(0, "nan"), (1, "inf")])
+@pytest.mark.parametrize(("at", "kept"), [(7, [4]), (11, [4, 8])])
+def test_a_gradient_that_is_no_number_leaves_nothing_behind_though_the_loss_is_one(
+    tmp_path: Path, factor: float, norm: str, at: int, kept: list[int]
+) -> None:
+    told = f"the gradient's norm is {norm} after {(at + 1) * BATCH} images; lower learning_rate"
+    with pytest.raises(ModelError, match=told):
+        run(tmp_path, objective=Steep(at, factor))
+    checkpoints = FolderCheckpoints(tmp_path)
+    assert checkpoints.steps == kept
+    run(tmp_path)
+    assert checkpoints.steps == [4, 8, 12], "and a run with better luck goes on from there"
+
+
 @pytest.mark.parametrize("other", [{"head_width": 32}, {"layers": 2}, {"patch_size": 2}])
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
     run(tmp_path)
