@@ -57,8 +57,12 @@ class TrainingConfig:
             raise ValueError(f"batch_size {self.batch_size} does not divide into {self.pieces} pieces")
         if min(self.checkpoint_images, self.log_images, self.grid_images) < 1:
             raise ValueError("checkpoint_images, log_images and grid_images must be at least 1")
-        if self.learning_rate <= 0 or not 0 <= self.ema_decay < 1:
-            raise ValueError("learning_rate must be above 0 and ema_decay in [0, 1)")
+        if not 0 < self.learning_rate < math.inf or not 0 <= self.ema_decay < 1:
+            raise ValueError("learning_rate must be above 0 and finite, and ema_decay in [0, 1)")
+        if not self.gradient_clip > 0:
+            raise ValueError("gradient_clip must be above 0; inf clips nothing")
+        if not 0 <= self.weight_decay < math.inf or self.warmup_images < 0:
+            raise ValueError("weight_decay must be at least 0 and finite, and warmup_images at least 0")
 
     @property
     def steps(self) -> int:
