@@ -34,25 +34,29 @@ def save(
         checkpoints.save(step, path)
 
 
-def restore(path: Path | None, kept: Mapping[str, Any], optimizers: Sequence[Any], device: torch.device | str) -> int:
-    """Load what :func:`save` kept; the step to go on from, 0 without a checkpoint.
+def restore(path: Path | None, kept: Mapping[str, Any], optimizers: Sequence[Any]) -> int:
+    """Load what :func:`save` kept, each part to where it is in use; the step to go on from, 0 without a checkpoint.
 
     Raises ``ModelError`` when the file is damaged or of another network.
     """
     if path is None:
         return 0
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        # To the CPU: AdamW's step counts stay where they are loaded, and on a GPU each of them makes the CPU wait.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        step = state["step"]
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"its step is {step!r}")
         for name, module in kept.items():
             own = module.state_dict()
             module.load_state_dict({key: split(part, own.get(key, part)) for key, part in state[name].items()})
         for optimizer, old in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(_as_of(optimizer, old))
-    except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, EOFError, UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         told = f"checkpoint {path} is damaged or of another network ({reason}); remove its folder to start anew"
         raise ModelError(told) from error
-    return int(state["step"])
+    return step
 
 
 def _as_of(optimizer: Any, old: dict[str, Any]) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def train(
     average = Average(network.to(device), sharded=config.sharding == "fsdp" and world > 1, device=device)
     step = Step(network.train(), objective, data, config, device, rank, world)
     kept = {"network": step.network, "average": average.network, "objective": objective}
-    start = restore(checkpoints.latest(), kept, step.optimizers, device)
+    start = restore(checkpoints.latest(), kept, step.optimizers)
     if start >= config.steps:
         return average.whole()
     step.prepare(start)
