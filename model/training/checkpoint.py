@@ -52,6 +52,8 @@ def restore(path: Path | None, kept: Mapping[str, Any], optimizers: Sequence[Any
             module.load_state_dict({key: split(part, own.get(key, part)) for key, part in state[name].items()})
         for optimizer, old in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(_as_of(optimizer, old))
+    except torch.OutOfMemoryError:
+        raise  # a RuntimeError, but the file is sound
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, EOFError, UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         told = f"checkpoint {path} is damaged or of another network ({reason}); remove its folder to start anew"

@@ -5,10 +5,11 @@ killed and resumed ends with the weights of one that was not, bit for bit, and o
 noise.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -118,6 +119,17 @@ class InterruptedTrainingError(Exception):
     """Training was asked to stop; the checkpoint of the last step is kept."""
 
 
+@contextlib.contextmanager
+def _telling_of_full_memory() -> Iterator[None]:
+    """Of the device's, wherever no smaller batch would help: a step's own gradients are seen to in ``Step``."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        told = "the device is out of memory for weights, optimizer states and a window of data"
+        raise ModelError(f"{told}; choose a smaller network or window, or a device with more") from error
+
+
+@_telling_of_full_memory()
 def train(
     network: nn.Module,
     objective: Objective,

@@ -387,6 +387,28 @@ def test_out_of_memory_again_ends_the_run_with_the_mend(tmp_path: Path) -> None:
         run(tmp_path, objective=Full(2), config=odd)
 
 
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param("model.training.loop.ema_copy", id="the average"),
+        pytest.param("model.training.step.matrix_peak", id="the measure of the machine"),
+        pytest.param("torch.optim.AdamW.step", id="the first step's states"),
+        pytest.param("model.training.data._Window", id="the window"),
+        pytest.param("torch.optim.AdamW.load_state_dict", id="a checkpoint's states"),
+    ],
+)
+def test_memory_that_is_out_beside_the_batch_ends_the_run_with_the_mend(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    run(tmp_path, config=dataclasses.replace(SHORT, images=4 * BATCH))
+    monkeypatch.setattr(where, full)
+    with pytest.raises(ModelError, match=r"out of memory for weights, optimizer states .*choose a smaller network"):
+        run(tmp_path)
+
+
 def test_a_run_that_is_told_to_stop_keeps_the_step_in_hand_and_goes_on_from_it(tmp_path: Path) -> None:
     whole, whole_average, metrics = run(tmp_path / "whole")
     asked = iter([False] * 5 + [True])
