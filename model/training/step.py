@@ -126,19 +126,26 @@ class Step:
                     loss = self._objective(self._replica, batch, draw) / self._pieces
                 loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
-        if self._working is not self.network:
-            with torch.no_grad():
-                torch._foreach_copy_(
-                    [weight.grad for weight in self._weights if weight.grad is not None],
-                    [copied.grad for copied in self._copies if copied.grad is not None],
-                )
+            if self._working is not self.network:
+                self._collect()
         return torch.stack(losses).sum()
 
+    @torch.no_grad()
+    def _collect(self) -> None:
+        """Take a piece's gradients from the copy. Several are added up in float32: bfloat16 loses small summands."""
+        gradients = [weight.grad for weight in self._weights if weight.grad is not None]
+        copied = [weight.grad for weight in self._copies if weight.grad is not None]
+        if self._pieces == 1:
+            torch._foreach_copy_(gradients, copied)
+        else:
+            torch._foreach_add_(gradients, copied)
+            torch._foreach_zero_(copied)
+
     def _sharing(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Workers add their gradients up at the last piece of a step."""
+        """Workers add their gradients up at the last piece of a step; a copy's at each, since each is collected."""
         if self._sharded:
             self._replica.set_requires_gradient_sync(last)
-        if last or not isinstance(self._replica, DistributedDataParallel):
+        if last or self._working is not self.network or not isinstance(self._replica, DistributedDataParallel):
             return contextlib.nullcontext()
         return self._replica.no_sync()
 

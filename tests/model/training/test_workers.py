@@ -1,6 +1,7 @@
 """Two workers are two processes. Run as a script, this file is all of them, so that they share what imports cost."""
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from torch import nn
 
 from model.diffusion.conditioning import ConditioningConfig
 from model.networks.dit import build_transformer
-from model.training.data import Rows, TrainingSet
+from model.training.data import Batch, Rows, TrainingSet
 from model.training.loop import InterruptedTrainingError, TrainingConfig, train
 from model.training.objectives import FlowMatching
+from model.training.step import Step
 
 ROOT = Path(__file__).parents[3]
 SHORT = TrainingConfig(
@@ -72,6 +74,30 @@ def trained(folder: Path, *, rank: int = 0, world: int = 1, seed: int = 0, **opt
     }
 
 
+STEEP = torch.tensor([1, 2**-9, 2, 2**-9])
+"""Four pictures, each of one value: the gradient of its weight. In bfloat16 the small ones vanish beside the large."""
+
+
+class Steep(nn.Module):
+    def batch(self, *_: int, part: int = 0, parts: int = 1, **__: int) -> Batch:
+        mine = STEEP.chunk(parts)[part]
+        return Batch(images=mine, query=torch.empty(0), neighbours=torch.empty(0))
+
+    def forward(self, network: nn.Module, batch: Batch, _: object) -> torch.Tensor:
+        return network(torch.ones(1, 1, dtype=torch.bfloat16)).float().sum() * batch.images.mean()
+
+
+def copied_gradient(*, rank: int = 0, world: int = 1, pieces: int) -> float:
+    """The gradient of a weight whose copy computes in bfloat16, as it is on CUDA."""
+    network, steep = nn.Linear(1, 1, bias=False), Steep()
+    config = TrainingConfig(images=4, batch_size=4, pieces=pieces, gradient_clip=math.inf)
+    step = Step(network, steep, steep, config, torch.device("cpu"), rank, world)
+    step._copied = True
+    step.prepare(0)
+    step.take(0)
+    return float(network.weight.grad)
+
+
 def work(rank: int, folder: Path) -> None:
     """Everything that worker ``rank`` does, left in ``folder``."""
     torch.set_num_threads(1)
@@ -83,6 +109,7 @@ def work(rank: int, folder: Path) -> None:
         trained(folder / name, rank=rank, world=2, sharding=first, **half)
         dist.barrier()
         told[name] = trained(folder / name, rank=rank, world=2, seed=9, sharding=second, **half | {"images": 64})
+    told["a copy in pieces"] = copied_gradient(rank=rank, world=2, pieces=2)
     told["one is stopped"] = trained(folder / "stop", rank=rank, world=2, images=16 * 20, stop=lambda: rank == 1)
     torch.save(told, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -135,6 +162,11 @@ def test_when_one_worker_is_told_to_stop_both_do(told: list[dict[str, Any]]) -> 
     runs = [worker["one is stopped"] for worker in told]
     assert [run["stopped"] for run in runs] == ["stopped after 128 images; run again to go on from there"] * 2
     assert runs[0]["checkpoints"] == [2, 4, 6, 8]
+
+
+def test_pieces_of_a_copy_are_added_up_in_float32(told: list[dict[str, Any]]) -> None:
+    assert [copied_gradient(pieces=pieces) for pieces in (1, 4)] == [0.75, float(STEEP.mean())]
+    assert [worker["a copy in pieces"] for worker in told] == [float(STEEP.mean())] * 2
 
 
 if __name__ == "__main__":
