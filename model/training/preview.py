@@ -36,7 +36,8 @@ def draw_preview(
     tokens = condition_tokens(batch.query, batch.neighbours, dimension=batch.query.shape[1], batch=count)
     generator, config = torch.Generator().manual_seed(seed), network.config
     if isinstance(network, VQTransformer):
-        uniforms = draw_uniforms(count, (STEPS, config.tokens), generator, shared=False).to(tokens.device)
+        steps = min(STEPS, config.timesteps)
+        uniforms = draw_uniforms(count, (steps, config.tokens), generator, shared=False).to(tokens.device)
         transitions = Transitions(codes=config.codes, timesteps=config.timesteps)
         drawn = sample_codes(network, tokens, uniforms, transitions=transitions)
     else:

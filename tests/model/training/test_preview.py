@@ -45,6 +45,13 @@ def test_every_network_draws_what_its_batch_asks_for(network: str) -> None:
     assert not torch.equal(first, other) or network == "vq-transformer"
 
 
+def test_a_process_of_fewer_times_than_steps_is_drawn_in_all_of_them() -> None:
+    codes = VQTransformerConfig(codes=8, tokens=4, timesteps=3, layers=1, heads=1, head_width=16)
+    built = build_any(codes, embedding_dimension=tiny.WIDTH, seed=0)
+    drawn = draw_preview(built, batch(), prediction="velocity", autoencoder=build_autoencoder(VQ, seed=0))
+    assert drawn.shape == (3, 3, 8, 8)
+
+
 def test_an_editor_draws_as_its_base() -> None:
     base = tiny.network()
     drawn = [
