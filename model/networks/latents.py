@@ -14,7 +14,11 @@ Autoencoder: TypeAlias = AutoencoderKL | VQModel
 
 @torch.no_grad()
 def encode_latents(autoencoder: Autoencoder, pictures: Tensor) -> Tensor:
-    """Pictures (B, 3, S, S) in [−1, 1] to latents (B, C, s, s) of about unit variance: a Gaussian's mean, unsampled."""
+    """Pictures (B, 3, S, S) in [−1, 1] to latents (B, C, s, s): a Gaussian's mean, unsampled.
+
+    They are scaled by the autoencoder's own ``scaling_factor``, which brings a published one's to about unit variance.
+    A ``VQModel`` trained here has 1 for it, so its latents keep the spread that they have.
+    """
     if isinstance(autoencoder, AutoencoderKL):
         latents = autoencoder.encode(pictures).latent_dist.mode()
     else:
