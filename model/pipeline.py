@@ -30,10 +30,11 @@ from diffusers import (
 from diffusers.utils import BaseOutput
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from model.clip import Encoder, encoder_for
-from model.diffusion.conditioning import condition_tokens
+from model.diffusion.conditioning import MARKER_CHANNELS, condition_tokens
 from model.diffusion.continuous import Denoiser, Prediction
 from model.diffusion.guidance import WHOLE
 from model.drawing import Asked, draw
@@ -119,7 +120,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
 
         Raises:
             ModelError: ``encoder_identity`` is missing (it has a default only because diffusers takes an argument
-                without one for a module), or a part that the network needs is.
+                without one for a module), or a part that the network needs is, or they do not fit.
         """
         super().__init__()
         if encoder_identity is None:
@@ -142,16 +143,29 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             truncation=truncation,
         )
         self._identity = EncoderIdentity(**encoder_identity)
+        if _condition_width(transformer) != self._identity.dimension + MARKER_CHANNELS:
+            raise ModelError(
+                f"the network takes embeddings of {_condition_width(transformer) - MARKER_CHANNELS} numbers, "
+                f"{self._identity} makes others; name the encoder that the network was trained with"
+            )
         self._encoder: Encoder | None = None
         self._database: Searchable | None = None
 
     @classmethod
     def open(cls, folder: Path | str, database: Searchable | None = None) -> Self:
-        """Load a saved pipeline and plug a database in. Raises ``ModelError`` when the folder holds none."""
+        """Load a saved pipeline and plug a database in.
+
+        Raises ``ModelError`` when the folder holds none, or holds weights of another config.
+        """
         bars = diffusers_logging.is_progress_bar_enabled()
         diffusers_logging.disable_progress_bar()  # a few small files are no long work
         try:
-            pipeline: Self = cls.from_pretrained(str(folder), torch_dtype=torch.float32, low_cpu_mem_usage=False)
+            pipeline: Self = cls.from_pretrained(
+                str(folder), torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
+            )
+            for name, module in pipeline.components.items():
+                if isinstance(module, nn.Module):
+                    _check_weights(Path(folder) / name, module)
         except Exception as error:  # diffusers and safetensors raise OSError, ValueError and types of their own
             raise ModelError(
                 f"{folder} holds no usable generator ({error}); train it again, or pull it anew"
@@ -392,6 +406,34 @@ def new_pipeline(
         prediction=prediction,
         **defaults,
     )
+
+
+def _condition_width(network: nn.Module) -> int:
+    """E, the channels of the condition tokens that a network takes."""
+    config: Any = network.config
+    if isinstance(network, VQTransformer):
+        return int(config.condition_channels)
+    return int(config.get("caption_channels") or config.cross_attention_dim)  # a transformer projects its captions
+
+
+def _check_weights(folder: Path, module: Any) -> None:
+    """Raise ``ModelError`` unless the files in ``folder`` hold all weights of ``module`` and no others.
+
+    diffusers fills what is missing with random numbers, drops the rest, and warns.
+    """
+    stem = "diffusion_pytorch_model"
+    held: dict[str, None] = {}
+    for file in sorted(folder.glob(f"{stem}-*-of-*.safetensors")) or [folder / f"{stem}.safetensors"]:
+        with safe_open(file, framework="pt") as weights:
+            held |= dict.fromkeys(weights.keys())
+    module._fix_state_dict_keys_on_load(held)  # old autoencoders name their attention otherwise
+    wanted = module.state_dict().keys()
+    missing, unexpected = len(wanted - held.keys()), len(held.keys() - wanted)
+    if missing or unexpected:
+        raise ModelError(
+            f"{folder.name}: of the {len(wanted)} weights that its config.json asks for {missing} are missing, and "
+            f"{unexpected} others are there; copy or download both files again, they are of two networks"
+        )
 
 
 def _each(embeddings: Tensor, count: int) -> Tensor:

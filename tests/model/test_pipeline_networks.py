@@ -1,6 +1,7 @@
 """The pipeline around each kind of network, and what a call may ask for beyond a prompt."""
 
 import dataclasses
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from diffusers import (
 )
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.clip import EMBEDDED, Encoder
@@ -25,6 +27,7 @@ from model.networks.unet import UNetConfig, build_unet
 from model.networks.vq_transformer import VQTransformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 from model.retrieval.database import Database
+from model.saved import pretrained_folder
 
 ROWS = tiny.unit_rows(40)
 PROMPTS = torch.nn.functional.normalize(torch.from_numpy(tiny.unit_rows(3, seed=1)).float())
@@ -221,3 +224,54 @@ def test_a_text_past_the_token_limit_is_cut_with_a_warning(caplog: pytest.LogCap
         long = encoder.embed_texts(["red " * 100, "rain"])
     assert caplog.text.count("is longer than") == 1
     assert long.shape == (2, encoder.identity.dimension)
+
+
+def test_a_config_of_other_layers_than_its_weights_is_refused(pipeline: KNNDiffusionPipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path / "saved")
+    layers = {"num_layers": 2, "layers": 2, "layers_per_block": 3}
+    parts = [name for name in ("transformer", "vae") if getattr(pipeline, name) is not None]
+    for config in (tmp_path / "saved" / name / "config.json" for name in parts):
+        whole = config.read_text()
+        more = {name: layers.get(name, value) for name, value in json.loads(whole).items()}
+        config.write_text(json.dumps(more))
+        told = rf"saved holds no usable generator \({config.parent.name}: .* [1-9]\d* are missing, and 0 others"
+        with pytest.raises(ModelError, match=told):
+            KNNDiffusionPipeline.open(tmp_path / "saved")
+        config.write_text(whole)
+    KNNDiffusionPipeline.open(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_weights_of_more_layers_than_the_config_are_refused(tmp_path: Path, shards: bool) -> None:
+    made = new_pipeline(tiny.network(layers=2), tiny.identity())
+    made.save_pretrained(tmp_path / "saved", **({"max_shard_size": "20KB"} if shards else {}))
+    folder = tmp_path / "saved" / "transformer"
+    assert (len(list(folder.glob("*.safetensors"))) > 1) == shards
+    KNNDiffusionPipeline.open(tmp_path / "saved")
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": 1}))
+    with pytest.raises(
+        ModelError, match=r"0 are missing, and [1-9]\d* others are there; copy or download both"
+    ) as told:
+        KNNDiffusionPipeline.open(tmp_path / "saved")
+    assert "\n" not in str(told.value)
+
+
+def test_an_encoder_of_another_width_than_the_networks_is_refused(pipeline: KNNDiffusionPipeline) -> None:
+    with pytest.raises(ModelError, match=r"embeddings of 8 numbers, tiny-clip \(9-d, .* the encoder that the network"):
+        new_pipeline(pipeline.transformer, tiny.identity(9), vae=pipeline.vae)
+
+
+def test_the_shipped_generator_is_whole_and_an_autoencoder_of_old_names_too(tmp_path: Path) -> None:
+    KNNDiffusionPipeline.open(pretrained_folder("sticker-generator"))
+    tiny.latent_pipeline().save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "vae" / "diffusion_pytorch_model.safetensors"
+    new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = {}
+    for name, value in load_file(file).items():
+        for now, then in new.items():
+            name = name.replace(f"attentions.0.{now}.", f"attentions.0.{then}.")
+        old[name] = value
+    assert any(".query." in name for name in old)
+    save_file(old, file)
+    KNNDiffusionPipeline.open(tmp_path / "saved")
