@@ -7,7 +7,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.diffusion.discrete import Transitions, sample_codes
@@ -56,9 +58,15 @@ def draw(pipeline: "KNNDiffusionPipeline", asked: Asked) -> Tensor:
     return pictures if asked.candidates == 1 else _closest(pipeline, pictures, asked)
 
 
+def seen(pipeline: "KNNDiffusionPipeline", pixels: NDArray[np.uint8]) -> Tensor:
+    """Pictures (B, S, S, 3) as the encoder sees them: unit rows (B, D). Raises ``ModelError`` when memory is out."""
+    encoder = pipeline.encoder
+    return in_batches(lambda rows, _: encoder.embed_pixels(pixels[rows]), len(pixels), 1, pipeline.device, None)
+
+
 def _closest(pipeline: "KNNDiffusionPipeline", pictures: Tensor, asked: Asked) -> Tensor:
     """Of each picture's candidates the one that the encoder sees closest to its target."""
-    rows = pipeline.encoder.embed_pixels(to_pixels(pictures))
+    rows = seen(pipeline, to_pixels(pictures))
     cosines = (rows * asked.targets.repeat_interleave(asked.candidates, dim=0)).sum(1)
     best = cosines.reshape(-1, asked.candidates).argmax(1)
     return pictures[torch.arange(len(best)) * asked.candidates + best]

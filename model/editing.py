@@ -31,6 +31,7 @@ from model.code_editing import NOISING, CodeCanvas
 from model.diffusion.conditioning import null_condition
 from model.diffusion.continuous import Denoiser, add_noise
 from model.diffusion.guidance import guided
+from model.drawing import seen
 from model.errors import ModelError
 from model.local_editing import CONTRAST_DRAWS, cells_of, choose, draw_inside, laid_over, propose_regions, text_contrast
 from model.networks.denoiser import as_denoiser
@@ -222,9 +223,7 @@ def edit(
     tokens = pipeline.condition(targets, k, retrieve=retrieve, database=database).tokens
     shown = None
     if config.contrast or config.method == "local":
-        shown = pipeline.condition(
-            pipeline.encoder.embed_pixels(fitted), k, retrieve=retrieve, database=database
-        ).tokens
+        shown = pipeline.condition(seen(pipeline, fitted), k, retrieve=retrieve, database=database).tokens
     sources = to_model_range(torch.from_numpy(fitted))
     draws = config.candidates + (CONTRAST_DRAWS if config.method == "local" else 0)
     noise = _noise(pipeline, len(fitted) * draws, config.steps, generator)

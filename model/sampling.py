@@ -56,7 +56,7 @@ def in_batches(
 
     Raises ``ModelError`` when memory is out for half a batch too.
     """
-    size, halved, start = BATCH.get(device.type, BATCH["cpu"]), False, 0
+    size, halved, start = min(count, BATCH.get(device.type, BATCH["cpu"])), False, 0
     drawn = []
     while start < count:
         batches = start // size + math.ceil((count - start) / size)
@@ -72,11 +72,13 @@ def in_batches(
             if halved or size == 1:
                 told_ = f"{device} is out of memory for {size} pictures at a time"
                 raise ModelError(f"{told_}; free some, or draw on another device") from error
-            size, halved = size // 2, True
-            torch.cuda.empty_cache()
-            logger.warning("%s is out of memory; drawing %d pictures at a time from here", device, size)
+        else:
+            start += size
             continue
-        start += size
+        # Only out here is the error gone, and with it the activations that its traceback holds.
+        size, halved = size // 2, True
+        torch.cuda.empty_cache()
+        logger.warning("%s is out of memory; drawing %d pictures at a time from here", device, size)
     return torch.cat(drawn)
 
 

@@ -10,6 +10,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from model.errors import ModelError
@@ -29,6 +30,18 @@ class Eye:
         flat = torch.from_numpy(pictures.reshape(len(pictures), -1)).float() / 127.5 - 1
         directions = torch.randn(flat.shape[1], tiny.WIDTH, generator=torch.Generator().manual_seed(5))
         return F.normalize(flat @ directions)
+
+
+class ShortOfMemory(Eye):
+    """It holds so many pictures at a time."""
+
+    def __init__(self, holds: int) -> None:
+        self.holds = holds
+
+    def embed_pixels(self, pictures: NDArray[np.uint8]) -> Tensor:
+        if len(pictures) > self.holds:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().embed_pixels(pictures)
 
 
 @pytest.fixture
@@ -71,6 +84,19 @@ def test_each_candidate_keeps_away_from_its_own_negative_prompt(pipeline: KNNDif
     options = {"negative_prompts": PROMPTS.flip(0), "guidance_scale": 3.0}
     everything = drawn(pipeline, num_images_per_prompt=CANDIDATES, **options)
     np.testing.assert_array_equal(drawn(pipeline, candidates=CANDIDATES, **options), closest(everything, PROMPTS))
+
+
+def test_an_encoder_out_of_memory_is_shown_half_as_many_and_then_told(
+    pipeline: KNNDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = drawn(pipeline, candidates=CANDIDATES)
+    monkeypatch.setattr(pipeline, "_encoder", ShortOfMemory(BATCH["cpu"] // 2))
+    np.testing.assert_array_equal(drawn(pipeline, candidates=CANDIDATES), expected)
+    monkeypatch.setattr(pipeline, "_encoder", ShortOfMemory(0))
+    with pytest.raises(ModelError, match="cpu is out of memory for 4 pictures at a time; free some"):
+        drawn(pipeline, candidates=CANDIDATES)
+    with pytest.raises(ModelError, match="cpu is out of memory for 1 pictures at a time; free some"):
+        pipeline.edit(Image.new("RGB", (8, 8)), PROMPTS[:1])
 
 
 def test_codes_have_candidates_too(pipeline: KNNDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 import logging
 import math
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -42,6 +43,24 @@ def test_out_of_memory_for_half_a_batch_is_told_with_the_mend() -> None:
     with pytest.raises(ModelError, match="cpu is out of memory for 4 pictures at a time; free some"):
         in_batches(draw, 100, 1, CPU, None)
     assert asked == [8, 4]
+
+
+def test_fewer_pictures_than_a_batch_are_halved_too() -> None:
+    draw, asked = short_of_memory(3)
+    assert torch.equal(in_batches(draw, BATCH["cpu"] - 2, 1, CPU, None), torch.arange(6))
+    assert asked == [6, 3, 3]
+    draw, asked = short_of_memory(0)
+    with pytest.raises(ModelError, match="cpu is out of memory for 1 pictures at a time"):
+        in_batches(draw, 1, 1, CPU, None)
+    assert asked == [1]
+
+
+def test_what_ran_out_of_memory_is_let_go_before_the_cache_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, _ = short_of_memory(4)
+    held: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append(sys.exc_info()[1] is not None))
+    in_batches(draw, 8, 1, CPU, None)
+    assert held == [False]
 
 
 def test_steps_are_told_over_all_batches() -> None:
