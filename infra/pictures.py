@@ -122,6 +122,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _DEEP_MODES:
         image = _eight_bit(image)
     if image.has_transparency_data:
+        if image.mode == "La":
+            image = image.convert("LA")  # Pillow converts it to nothing else
         image = image.convert("RGBA")
         rgb = Image.new("RGB", image.size, "white")
         rgb.paste(image.convert("RGB"), mask=image.getchannel("A"))

@@ -38,6 +38,7 @@ from model.networks.denoiser import as_denoiser
 from model.networks.editor import is_editor, with_reference
 from model.networks.latents import decode_latents, encode_latents
 from model.networks.vq_transformer import VQTransformer
+from model.pictures import on_white
 from model.sampling import draw_noise, draw_uniforms, in_batches
 from model.training.data import picture_to_array, to_model_range, to_pixels
 
@@ -244,7 +245,8 @@ def edit(
 def fit_images(images: Sequence[Image.Image], side: int) -> NDArray[np.uint8]:
     """Pictures of any mode and size to (B, side, side, 3) uint8: on white, the centre square, resized.
 
-    Logs how many were no squares of that side. Raises ``ModelError`` when there is none or one is no picture.
+    Logs how many were no squares of that side. Raises ``ModelError`` when there is none, or one is no picture or
+    has no pixels.
     """
     if not images or not all(isinstance(image, Image.Image) for image in images):
         raise ModelError("there is no picture to edit; give at least one PIL image")
@@ -344,14 +346,6 @@ def _noise(pipeline: "KNNDiffusionPipeline", count: int, steps: int, generator: 
     if isinstance(pipeline.transformer, VQTransformer):
         return draw_uniforms(count, (NOISING + steps, network.tokens), generator, shared=False)
     return draw_noise(count, (network.out_channels, network.sample_size, network.sample_size), generator)
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB, its transparency on white."""
-    if image.mode == "RGB":
-        return image
-    layer = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer).convert("RGB")
 
 
 def _one_each(embeddings: Tensor, count: int) -> Tensor:

@@ -38,12 +38,13 @@ from model.diffusion.conditioning import MARKER_CHANNELS, condition_tokens
 from model.diffusion.continuous import Denoiser, Prediction
 from model.diffusion.guidance import WHOLE
 from model.drawing import Asked, draw
-from model.editing import EditConfig, edit, on_white
+from model.editing import EditConfig, edit
 from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
 from model.networks.denoiser import as_denoiser
 from model.networks.editor import is_editor, with_reference
 from model.networks.vq_transformer import VQTransformer
+from model.pictures import on_white
 from model.retrieval.database import Hits, Searchable
 from model.sampling import Told, new_scheduler, slerp
 from model.training.data import to_pixels
@@ -319,7 +320,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         return output
 
     def embed(self, prompts: Prompts) -> Tensor:
-        """Prompts as unit rows (P, D) on the CPU. Raises ``ModelError`` for an empty one."""
+        """Prompts as unit rows (P, D) on the CPU. Raises ``ModelError`` for an empty one, words or picture."""
         if isinstance(prompts, Tensor):
             if prompts.ndim != 2 or not len(prompts) or not prompts.isfinite().all():
                 raise ModelError(f"embeddings {tuple(prompts.shape)} must be finite rows (P, D), at least one")

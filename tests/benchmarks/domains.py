@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 
 from flows.demo_pictures import twemoji_folder
 from model.clip import Encoder
-from model.editing import on_white
 from model.metrics import Rows
+from model.pictures import on_white
 from model.retrieval.database import Database, ShardFiles
 from model.retrieval.factory import fill_shard, train_index
 from model.training.data import picture_to_array

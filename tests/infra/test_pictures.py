@@ -247,7 +247,9 @@ def test_one_bit_pictures() -> None:
     assert taken(encoded(halves(0, 1, "1"), "PNG"))[0, [0, 15]].tolist() == [list(BLACK), list(WHITE)]
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "RGBa", "LA", "PA", "CMYK", "YCbCr", "LAB", "HSV"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "RGB", "RGBA", "RGBa", "LA", "La", "PA", "CMYK", "YCbCr", "LAB", "HSV"]
+)
 def test_to_rgb_takes_every_mode_and_leaves_the_original(mode: str) -> None:
     image = Image.new(mode, (5, 3))
     image.info["icc_profile"] = b"profile"
