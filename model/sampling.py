@@ -112,6 +112,7 @@ def integrate(
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
     else:
         scheduler.set_timesteps(steps)
+    scheduler.set_begin_index(0)  # else it looks for the first timestep, which many steps round to twice
     picture = noise
     for number, (timestep, sigma) in enumerate(zip(scheduler.timesteps, scheduler.sigmas, strict=False), start=1):
         velocity = denoiser(picture, sigma.expand(len(picture)).to(picture.device), condition)

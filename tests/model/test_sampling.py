@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.errors import ModelError
-from model.sampling import BATCH, draw_noise, draw_uniforms, in_batches, slerp
+from model.sampling import BATCH, draw_noise, draw_uniforms, in_batches, integrate, new_scheduler, slerp
 
 CPU = torch.device("cpu")
 
@@ -68,6 +68,19 @@ def test_steps_are_told_over_all_batches() -> None:
     draw, _ = short_of_memory(100)
     in_batches(draw, 20, 1, CPU, lambda step, steps: told.append((step, steps)))
     assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("steps", [1, 499, 500, 1000])
+def test_many_steps_arrive_as_few_do(steps: int) -> None:
+    picture, noise = (torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    numbers: list[int] = []
+
+    def denoiser(noisy: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
+        return (noisy - picture) / sigma[:, None, None, None]
+
+    drawn = integrate(denoiser, noise, torch.zeros(2, 1, 1), new_scheduler(), steps, numbers.append)
+    torch.testing.assert_close(drawn, picture, atol=1e-5, rtol=0)
+    assert numbers == list(range(1, steps + 1))
 
 
 @pytest.mark.parametrize("draw", [draw_noise, draw_uniforms])
