@@ -261,6 +261,8 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         choice = self.config.candidates if candidates is None else candidates
         if not math.isfinite(scale):
             raise ModelError(f"guidance_scale is {scale}; give a number")
+        if negative_prompts is not None and scale <= 1:
+            raise ModelError(f"negative_prompts need a guidance_scale above 1 to act, it is {scale}; raise it")
         if min(num_images_per_prompt, steps, k, choice) < 1:
             raise ModelError("num_images_per_prompt, num_inference_steps, neighbours and candidates must be at least 1")
         choice = 1 if shared_noise else choice

@@ -23,7 +23,7 @@ def guided(
             costs one call: guidance at the noisiest and cleanest levels narrows the samples more than it sharpens them
             (Kynkäänniemi et al. 2404.07724).
     """
-    if scale == 1 and negative is None:
+    if scale == 1:
         return denoiser
 
     def call(noisy: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:

@@ -109,6 +109,17 @@ def test_every_kind_keeps_away_from_a_negative_prompt(pipeline: KNNDiffusionPipe
     assert np.abs(itself - drawn(pipeline, guidance_scale=1.0)).max() <= 1
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_negative_prompt_that_guidance_would_not_heed_is_refused(
+    pipeline: KNNDiffusionPipeline, scale: float
+) -> None:
+    with pytest.raises(ModelError, match=rf"negative_prompts need a guidance_scale above 1 to act, it is {scale}"):
+        drawn(pipeline, negative_prompts=PROMPTS[:1], guidance_scale=scale)
+    pipeline.register_to_config(guidance_scale=scale)
+    with pytest.raises(ModelError, match="above 1"):
+        drawn(pipeline, negative_prompts=PROMPTS[:1])
+
+
 def test_an_editor_draws_as_the_network_it_was_widened_from(database: Database) -> None:
     base, editor = tiny.pipeline(database, prediction="velocity"), editor_pipeline()
     editor.swap_database(database)

@@ -23,9 +23,10 @@ class Recorder:
         return noisy * sigma[:, None, None, None] + told[:, None, None, None]
 
 
-def test_scale_1_is_the_conditional_model_at_one_call_of_one_batch() -> None:
+@pytest.mark.parametrize("negative", [None, -TOKENS])
+def test_scale_1_is_the_conditional_model_at_one_call_of_one_batch(negative: Tensor | None) -> None:
     denoiser = Recorder()
-    output = guided(denoiser, 1)(NOISY, SIGMA, TOKENS)
+    output = guided(denoiser, 1, negative=negative)(NOISY, SIGMA, TOKENS)
     assert torch.equal(output, Recorder()(NOISY, SIGMA, TOKENS))
     ((noisy, sigma, condition),) = denoiser.calls
     assert torch.equal(noisy, NOISY)
