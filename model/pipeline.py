@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ from model.networks.editor import is_editor, with_reference
 from model.networks.vq_transformer import VQTransformer
 from model.pictures import on_white
 from model.retrieval.database import Hits, Searchable
-from model.sampling import Told, new_scheduler, slerp
+from model.sampling import Told, is_count, new_scheduler, slerp
 from model.training.data import to_pixels
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,8 @@ class KNNDiffusionPipeline(DiffusionPipeline):
 
         Raises:
             ModelError: ``encoder_identity`` is missing (it has a default only because diffusers takes an argument
-                without one for a module), or a part that the network needs is, or they do not fit.
+                without one for a module), or a part that the network needs is, or they do not fit, or no call could
+                use a default.
         """
         super().__init__()
         if encoder_identity is None:
@@ -143,6 +144,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             prediction=prediction,
             truncation=truncation,
         )
+        _check_defaults(self.config)
         self._identity = EncoderIdentity(**encoder_identity)
         if _condition_width(transformer) != self._identity.dimension + MARKER_CHANNELS:
             raise ModelError(
@@ -263,8 +265,9 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             raise ModelError(f"guidance_scale is {scale}; give a number")
         if negative_prompts is not None and scale <= 1:
             raise ModelError(f"negative_prompts need a guidance_scale above 1 to act, it is {scale}; raise it")
-        if min(num_images_per_prompt, steps, k, choice) < 1:
-            raise ModelError("num_images_per_prompt, num_inference_steps, neighbours and candidates must be at least 1")
+        if not all(map(is_count, (num_images_per_prompt, steps, k, choice))):
+            counts = "num_images_per_prompt, num_inference_steps, neighbours and candidates"
+            raise ModelError(f"{counts} must be at least 1, in whole numbers")
         choice = 1 if shared_noise else choice
         each = num_images_per_prompt * choice
         embeddings = self.embed(prompts)
@@ -315,7 +318,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
 
     def interpolate(self, first: Prompt, second: Prompt, count: int = 8, **options: Any) -> KNNDiffusionOutput:
         """``count`` pictures on the way from one prompt to the other, from one noise; ``options`` as of a call."""
-        if count < 2:
+        if not is_count(count) or count < 2:
             raise ModelError("an interpolation has two ends; ask for at least 2 pictures")
         start, end = self.embed([first, second])
         output: KNNDiffusionOutput = self(slerp(start, end, count), shared_noise=True, **options)
@@ -409,6 +412,24 @@ def new_pipeline(
         prediction=prediction,
         **defaults,
     )
+
+
+def _check_defaults(config: Any) -> None:
+    """Raise ``ModelError`` for defaults that no call could use."""
+    counts = {name: config[name] for name in ("neighbours", "trained_neighbours", "candidates", "num_inference_steps")}
+    for name, value in counts.items():
+        if not is_count(value):
+            raise ModelError(f"{name} is {value!r}; give a whole number, at least 1")
+    for name, known in (("query", get_args(QuerySlot)), ("prediction", get_args(Prediction))):
+        if config[name] not in known:
+            raise ModelError(f"{name} is {config[name]!r}; write one of {', '.join(known)}")
+    levels, scale, mass = config.guidance_interval, config.guidance_scale, config.truncation
+    if len(levels) != 2 or not all(map(math.isfinite, levels)) or not levels[0] < levels[1]:
+        raise ModelError(f"guidance_interval is {levels}; give two noise levels, the lower first")
+    if not math.isfinite(scale):
+        raise ModelError(f"guidance_scale is {scale}; give a number")
+    if not 0 < mass <= 1:
+        raise ModelError(f"truncation is {mass}; give a share above 0, and at most 1, which keeps all")
 
 
 def _condition_width(network: nn.Module) -> int:

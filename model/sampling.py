@@ -9,6 +9,7 @@ halves the batch once.
 import logging
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,11 @@ BATCH = {"cpu": 8, "cuda": 256}
 
 Told = Callable[[int, int], None]
 """Called with (step, steps) of everything that a call draws."""
+
+
+def is_count(number: object) -> bool:
+    """Whether it is a whole number of at least 1."""
+    return isinstance(number, Integral) and int(number) >= 1
 
 
 def draw_noise(

@@ -252,10 +252,46 @@ def test_embeddings_of_another_width_are_refused(pipeline: KNNDiffusionPipeline,
         pipeline(torch.ones(2, 9), retrieve=retrieve)
 
 
-@pytest.mark.parametrize("count", [0, -1])
+@pytest.mark.parametrize("count", [0, -1, 1.5])
 def test_no_pictures_cannot_be_asked_for(pipeline: KNNDiffusionPipeline, count: int) -> None:
     with pytest.raises(ModelError, match=r"num_images_per_prompt.* must be at least 1"):
         pipeline(PROMPTS, num_images_per_prompt=count)
+
+
+@pytest.mark.parametrize("option", ["num_inference_steps", "neighbours", "candidates"])
+def test_numbers_of_a_call_are_whole(pipeline: KNNDiffusionPipeline, option: str) -> None:
+    with pytest.raises(ModelError, match=rf"{option}.* must be at least 1, in whole numbers"):
+        pipeline(PROMPTS, **{option: 2.5})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"guidance_interval": (0.9, 0.1)}, r"guidance_interval is \[0\.9, 0\.1\]; give two noise levels, the lower"),
+        ({"guidance_interval": (0.9,)}, r"guidance_interval is \[0\.9\]"),
+        ({"guidance_interval": (0.1, float("nan"))}, "guidance_interval is"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"prediction": "foo"}, "prediction is 'foo'; write one of velocity, sample"),
+        ({"query": "foo"}, "query is 'foo'; write one of text, mean, both, none"),
+        ({"truncation": 0}, "truncation is 0; give a share above 0"),
+        ({"truncation": 1.1}, r"truncation is 1\.1"),
+        ({"neighbours": 0}, "neighbours is 0; give a whole number, at least 1"),
+        ({"trained_neighbours": -1}, "trained_neighbours is -1"),
+        ({"candidates": 1.5}, r"candidates is 1\.5"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+    ],
+    ids=str,
+)
+def test_defaults_that_no_call_could_use_are_refused(wrong: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=told):
+        new_pipeline(tiny.network(), tiny.identity(), **wrong)
+    made = new_pipeline(tiny.network(), tiny.identity())
+    made.register_to_config(
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in wrong.items()}
+    )
+    made.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ModelError, match=f"(?s)saved holds no usable generator .*{told}"):
+        KNNDiffusionPipeline.open(tmp_path / "saved")
 
 
 def test_another_database_draws_other_pictures(pipeline: KNNDiffusionPipeline, tmp_path: Path) -> None:
