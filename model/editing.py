@@ -39,7 +39,7 @@ from model.networks.editor import is_editor, with_reference
 from model.networks.latents import decode_latents, encode_latents
 from model.networks.vq_transformer import VQTransformer
 from model.pictures import on_white
-from model.sampling import draw_noise, draw_uniforms, in_batches
+from model.sampling import draw_noise, draw_uniforms, in_batches, is_count
 from model.training.data import picture_to_array, to_model_range, to_pixels
 
 if TYPE_CHECKING:
@@ -94,13 +94,17 @@ class EditConfig:
             raise ModelError(f"method={self.method!r}: write 'local', 'restore' or 'sdedit'")
         if not 0 < self.strength <= 1:
             raise ModelError(f"strength is {self.strength}; give a number above 0, and at most 1")
-        if self.steps < 1 or not self.shift > 0:
-            raise ModelError(f"steps is {self.steps} and shift {self.shift}; give at least 1 step and a shift above 0")
+        if not is_count(self.steps) or not 0 < self.shift < math.inf:
+            raise ModelError(
+                f"steps is {self.steps} and shift {self.shift}; give at least 1 step, in whole numbers, and a finite "
+                "shift above 0"
+            )
         if not (math.isfinite(self.guidance_scale) and math.isfinite(self.image_guidance_scale)):
             raise ModelError("guidance_scale and image_guidance_scale must be finite numbers")
-        if self.candidates < 1 or not 0 < self.largest_region <= 1 or math.isnan(self.kept_db):
+        if not is_count(self.candidates) or not 0 < self.largest_region <= 1 or math.isnan(self.kept_db):
             raise ModelError(
-                "give at least 1 of candidates, largest_region above 0 and at most 1, and kept_db a number"
+                "give at least 1 of candidates, in whole numbers, largest_region above 0 and at most 1, and kept_db a "
+                "number"
             )
 
 
@@ -218,6 +222,8 @@ def edit(
     if config.method == "restore" and not is_editor(network):
         raise ModelError("this generator was not trained for editing; train one that is, or ask for method='local'")
     k = pipeline.config.trained_neighbours if neighbours is None else neighbours
+    if not is_count(k):
+        raise ModelError(f"neighbours is {k}; give a whole number, at least 1")
     fitted = fit_images([images] if isinstance(images, Image.Image) else images, pipeline.side)
     targets = _one_each(pipeline.embed(prompts), len(fitted))
     database = pipeline.database if retrieve else None  # another may be swapped in meanwhile

@@ -288,8 +288,11 @@ def test_bad_input_is_told_in_one_line(editor: KNNDiffusionPipeline, images: Any
         ({"strength": 1.01}, "strength is 1.01"),
         ({"strength": float("nan")}, "strength is nan"),
         ({"steps": 0}, "at least 1 step"),
+        ({"steps": 2.5}, r"steps is 2\.5 and shift 2\.0; give at least 1 step, in whole numbers"),
+        ({"shift": float("inf")}, "steps is 12 and shift inf; .* a finite shift above 0"),
         ({"guidance_scale": float("inf")}, "finite"),
         ({"candidates": 0}, "at least 1 of candidates"),
+        ({"candidates": 1.5}, "at least 1 of candidates, in whole numbers"),
         ({"largest_region": 0}, "largest_region above 0"),
         ({"method": "paint"}, "'local', 'restore' or 'sdedit'"),
     ],
@@ -297,6 +300,12 @@ def test_bad_input_is_told_in_one_line(editor: KNNDiffusionPipeline, images: Any
 def test_a_config_without_meaning_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         EditConfig(**wrong)
+
+
+@pytest.mark.parametrize("neighbours", [0, 1.5])
+def test_neighbours_of_an_edit_are_counted(editor: KNNDiffusionPipeline, neighbours: Any) -> None:
+    with pytest.raises(ModelError, match=rf"neighbours is {neighbours}; give a whole number, at least 1"):
+        drawn(editor, picture(), neighbours=neighbours)
 
 
 def test_the_pipeline_passes_on_what_it_is_given(base: KNNDiffusionPipeline) -> None:
