@@ -52,14 +52,14 @@ class Asked:
 
 
 def draw(pipeline: "KNNDiffusionPipeline", asked: Asked) -> Tensor:
-    """(B / candidates, 3, S, S) float32 in [−1, 1] on the CPU. Raises ``ModelError`` when memory is out."""
+    """(B / candidates, 3, S, S) float32 in [−1, 1] on the CPU. Raises ``ModelError`` as :func:`in_batches`."""
     discrete = isinstance(pipeline.transformer, VQTransformer)
     pictures = _sampled(pipeline, asked) if discrete else _integrated(pipeline, asked)
     return pictures if asked.candidates == 1 else _closest(pipeline, pictures, asked)
 
 
 def seen(pipeline: "KNNDiffusionPipeline", pixels: NDArray[np.uint8]) -> Tensor:
-    """Pictures (B, S, S, 3) as the encoder sees them: unit rows (B, D). Raises ``ModelError`` when memory is out."""
+    """Pictures (B, S, S, 3) as the encoder sees them: unit rows (B, D). Raises ``ModelError`` as :func:`in_batches`."""
     encoder = pipeline.encoder
     return in_batches(lambda rows, _: encoder.embed_pixels(pixels[rows]), len(pixels), 1, pipeline.device, None)
 

@@ -208,7 +208,7 @@ def edit(
         images: what to edit. Transparency becomes white; the centre square is taken, at the generator's size.
         prompts: what the pictures should show afterwards: a text for all or one for each, or embeddings (B, D).
         config: how.
-        generator: source of the noise; the same seed gives the same pictures whatever the batch.
+        generator: source of the noise, on the CPU; the same seed gives the same pictures whatever the batch.
         neighbours: K; as many as training has shown where None, which is what the defaults were measured with.
         retrieve: False hides the neighbours.
 
@@ -216,7 +216,8 @@ def edit(
         An RGB picture each, of the generator's size.
 
     Raises:
-        ModelError: the generator was not trained for editing, or pictures and prompts do not fit.
+        ModelError: the generator was not trained for editing, pictures and prompts do not fit, memory is out, or the
+            weights draw no finite numbers.
     """
     network = pipeline.transformer.eval()
     if config.method == "restore" and not is_editor(network):

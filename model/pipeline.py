@@ -241,7 +241,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             num_images_per_prompt: M, drawn from different noise.
             guidance_scale: 1 follows the condition as trained; above, more strongly.
             num_inference_steps: steps from noise to picture.
-            generator: source of the noise; the same seed gives the same pictures whatever the batch.
+            generator: source of the noise, on the CPU; the same seed gives the same pictures whatever the batch.
             neighbours: K, free to differ from training.
             candidates: pictures drawn for each that is returned, at so many times the cost. The one whose embedding is
                 closest to what stands in the query's slot (to the prompt's, where nothing does) is kept.
@@ -255,7 +255,8 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             P·M pictures, prompt after prompt, and the hits of each prompt.
 
         Raises:
-            ModelError: a prompt is empty, a number makes no sense, or memory is out.
+            ModelError: a prompt is empty, a number or the generator makes no sense, memory is out, or the weights draw
+                no finite numbers.
         """
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
@@ -441,7 +442,7 @@ def _condition_width(network: nn.Module) -> int:
 
 
 def _check_weights(folder: Path, module: Any) -> None:
-    """Raise ``ModelError`` unless the files in ``folder`` hold all weights of ``module`` and no others.
+    """Raise ``ModelError`` unless the files in ``folder`` hold all weights of ``module``, finite ones, and no others.
 
     diffusers fills what is missing with random numbers, drops the rest, and warns.
     """
@@ -458,6 +459,8 @@ def _check_weights(folder: Path, module: Any) -> None:
             f"{folder.name}: of the {len(wanted)} weights that its config.json asks for {missing} are missing, and "
             f"{unexpected} others are there; copy or download both files again, they are of two networks"
         )
+    if not all(weights.isfinite().all() for weights in module.state_dict().values()):
+        raise ModelError(f"{folder.name}: its weights are not all finite numbers")
 
 
 def _each(embeddings: Tensor, count: int) -> Tensor:

@@ -60,7 +60,7 @@ def in_batches(
 ) -> Tensor:
     """Call ``draw`` for slices of ``count`` pictures and join what it returns on the CPU.
 
-    Raises ``ModelError`` when memory is out for half a batch too.
+    Raises ``ModelError`` when memory is out for half a batch too, or what was drawn are no finite numbers.
     """
     size, halved, start = min(count, BATCH.get(device.type, BATCH["cpu"])), False, 0
     drawn = []
@@ -85,7 +85,10 @@ def in_batches(
         size, halved = size // 2, True
         torch.cuda.empty_cache()
         logger.warning("%s is out of memory; drawing %d pictures at a time from here", device, size)
-    return torch.cat(drawn)
+    joined = torch.cat(drawn)
+    if not joined.isfinite().all():
+        raise ModelError("what was drawn are no finite numbers: the weights are broken; train again, or pull them anew")
+    return joined
 
 
 def new_scheduler() -> UniPCMultistepScheduler:
@@ -137,6 +140,8 @@ def slerp(first: Tensor, second: Tensor, count: int) -> Tensor:
 
 
 def _seeded(generator: torch.Generator | None) -> torch.Generator:
+    if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
+        raise ModelError("generator must be one torch.Generator on the CPU: it draws the noise of all pictures there")
     if generator is None:
         generator = torch.Generator()
         generator.seed()

@@ -33,6 +33,13 @@ ROWS = tiny.unit_rows(40)
 PROMPTS = torch.nn.functional.normalize(torch.from_numpy(tiny.unit_rows(3, seed=1)).float())
 
 
+class _OnGPU(torch.Generator):
+    device = torch.device("cuda")
+
+
+GPU_GENERATOR = _OnGPU()
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -118,6 +125,38 @@ def test_a_negative_prompt_that_guidance_would_not_heed_is_refused(
     pipeline.register_to_config(guidance_scale=scale)
     with pytest.raises(ModelError, match="above 1"):
         drawn(pipeline, negative_prompts=PROMPTS[:1])
+
+
+@pytest.mark.parametrize("wrong", [[seeded()], 5, GPU_GENERATOR], ids=["list", "seed", "gpu"])
+def test_a_generator_is_one_on_the_cpu(pipeline: KNNDiffusionPipeline, wrong: Any) -> None:
+    told = "generator must be one torch.Generator on the CPU"
+    with pytest.raises(ModelError, match=told):
+        drawn(pipeline, generator=wrong)
+    with pytest.raises(ModelError, match=told):
+        pipeline.edit(Image.new("RGB", (8, 8)), PROMPTS[:1], method="sdedit", generator=wrong)
+
+
+def test_weights_that_are_no_numbers_are_told(database: Database) -> None:
+    for made in (tiny.pipeline(database), tiny.latent_pipeline()):
+        made.swap_database(database)
+        with torch.no_grad():
+            made.transformer.proj_out.bias[0] = torch.nan
+        with pytest.raises(ModelError, match="no finite numbers: the weights are broken; train again"):
+            drawn(made)
+        with pytest.raises(ModelError, match="no finite numbers: the weights are broken; train again"):
+            made.edit(Image.new("RGB", (8, 8)), PROMPTS[:1], method="sdedit", candidates=1)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_saved_weights_that_are_no_numbers_are_not_opened(
+    pipeline: KNNDiffusionPipeline, tmp_path: Path, value: float
+) -> None:
+    with torch.no_grad():
+        next(iter(pipeline.transformer.parameters())).view(-1)[0] = value
+    pipeline.save_pretrained(tmp_path / "saved")
+    told = r"saved holds no usable generator \(transformer: its weights are not all finite numbers\); train it again"
+    with pytest.raises(ModelError, match=told):
+        KNNDiffusionPipeline.open(tmp_path / "saved")
 
 
 def test_an_editor_draws_as_the_network_it_was_widened_from(database: Database) -> None:
