@@ -149,8 +149,8 @@ def generate(
         from tasks.evaluate import contact_sheet
 
         writable(out, "picture", PICTURES)
-        pipeline = load_pipeline(model, database, settings(root))
         asked = [_picture_or_text(prompt) for prompt in prompts]
+        pipeline = load_pipeline(model, database, settings(root))
         options = {
             "negative_prompts": negative,
             "num_inference_steps": steps,
@@ -239,9 +239,13 @@ def evaluate(
 
 
 def _picture_or_text(prompt: str) -> "str | Image.Image":
-    """The picture where ``prompt`` names the file of one, else the text."""
+    """The picture where ``prompt`` names the file of one, else the text.
+
+    Raises ``InputError`` for what reads as a picture's name, ends as one and has a slash or no space, and is none.
+    """
     path = Path(prompt)
-    return open_picture(path) if path.suffix.lower() in PICTURES and path.is_file() else prompt
+    named = path.suffix.lower() in PICTURES and ("/" in prompt or " " not in prompt or path.is_file())
+    return open_picture(path) if named else prompt
 
 
 app = typer.Typer(

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -227,6 +228,47 @@ def test_generate_takes_pictures_for_prompts_and_goes_from_one_to_another(domain
     assert Image.open(tmp_path / "a.png").size == (48, 16)
     result = run("generate", "a", "b", "c", *options, str(tmp_path / "a.png"), "--between", "3")
     refused(result, "--between goes from one prompt to another; 3 were given")
+
+
+class Drawer:
+    """A pipeline that draws black pictures of 4 px, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.options: dict[str, Any] = {}
+
+    def __call__(self, prompts: list[Any], **options: Any) -> Any:
+        self.asked, self.options = prompts, options
+        return SimpleNamespace(images=[Image.new("RGB", (4, 4))] * len(prompts))
+
+    def interpolate(self, first: Any, second: Any, count: int, **options: Any) -> Any:
+        return self([first] * count, **options)
+
+    def edit(self, source: Image.Image, prompt: str, **options: Any) -> list[Image.Image]:
+        self.asked, self.options = [prompt], options
+        return [source]
+
+
+@pytest.fixture
+def drawer(monkeypatch: pytest.MonkeyPatch) -> Drawer:
+    made = Drawer()
+    monkeypatch.setattr("infra.registry.load_pipeline", lambda *_: made)
+    return made
+
+
+def test_a_prompt_that_reads_as_a_pictures_name_is_no_text(drawer: Drawer, tmp_path: Path) -> None:
+    options = ["--database", "shapes", "--out", str(tmp_path / "a.png")]
+    for name in ("photo.PNG", f"{tmp_path}/my photo.webp"):
+        refused(run("generate", "red bar", name, *options), f"{name} does not exist; name a picture")
+    (tmp_path / "torn.png").write_bytes(b"no picture")
+    refused(run("generate", f"{tmp_path}/torn.png", *options), "torn.png is no picture that can be read")
+    assert not (tmp_path / "a.png").exists()
+    Image.new("RGB", (5, 5)).save(tmp_path / "my photo.png")
+    prompts = ("a drawing of what is called red.png", "photo.txt", f"{tmp_path}/my photo.png")
+    result = run("generate", *prompts, *options)
+    assert result.exit_code == 0, result.stderr
+    assert drawer.asked[:2] == [*prompts[:2]]
+    assert drawer.asked[2].size == (5, 5)
 
 
 def test_edit_changes_a_region_with_the_embedded_generator(domain: Any, tmp_path: Path) -> None:
