@@ -7,6 +7,7 @@ them in :mod:`flows.cli_upkeep`.
 
 import dataclasses
 import inspect
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,6 +37,9 @@ from infra.prefect_api import prefect_api
 
 if TYPE_CHECKING:
     from PIL import Image
+
+LONGEST_ROW = 12
+"""Pictures side by side; more make a square, for no format takes a picture of any width (WebP ends at 16,383 px)."""
 
 
 def demo(
@@ -118,7 +122,7 @@ def new_domain(
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="What to draw, a picture each.")],
     database: Annotated[str, typer.Option(help=DATABASE)],
-    out: Annotated[Path, typer.Option(help="PNG, JPEG or WebP to write; more prompts make a row.")],
+    out: Annotated[Path, typer.Option(help="PNG, JPEG or WebP to write; more prompts make a row, many a grid.")],
     model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",
     between: Annotated[int | None, typer.Option(help="Pictures from the first of two prompts to the second.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same pictures.", min=0, max=2**63 - 1)] = 0,
@@ -165,7 +169,8 @@ def generate(
             output = pipeline.interpolate(*asked, between, **options)
         else:
             raise InputError(f"--between goes from one prompt to another; {len(asked)} were given")
-        contact_sheet(output.images, columns=len(output.images)).save(out)
+        count = len(output.images)
+        contact_sheet(output.images, columns=count if count <= LONGEST_ROW else math.isqrt(count - 1) + 1).save(out)
         print(out)
 
 

@@ -271,6 +271,16 @@ def test_a_prompt_that_reads_as_a_pictures_name_is_no_text(drawer: Drawer, tmp_p
     assert drawer.asked[2].size == (5, 5)
 
 
+@pytest.mark.parametrize(("count", "columns", "rows"), [(2, 2, 1), (12, 12, 1), (13, 4, 4), (255, 16, 16)])
+def test_few_pictures_make_a_row_and_many_a_grid(
+    drawer: Drawer, tmp_path: Path, count: int, columns: int, rows: int
+) -> None:
+    options = ["--database", "shapes", "--between", str(count), "--out", str(tmp_path / "a.webp")]
+    result = run("generate", "a", "b", *options)
+    assert result.exit_code == 0, result.stderr
+    assert Image.open(tmp_path / "a.webp").size == (4 * columns, 4 * rows)
+
+
 def test_edit_changes_a_region_with_the_embedded_generator(domain: Any, tmp_path: Path) -> None:
     source = drawn("blue", "circle", 64)
     source.save(tmp_path / "blue.png")
