@@ -10,7 +10,7 @@ import inspect
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -180,15 +180,23 @@ def edit(
     database: Annotated[str, typer.Option(help=DATABASE)],
     out: Annotated[Path, typer.Option(help="PNG, JPEG or WebP to write.")],
     model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",
+    method: Annotated[
+        Literal["local", "restore", "sdedit"],
+        typer.Option(
+            help="local draws a region anew; restore all, by a generator trained for it; sdedit all, from the noised "
+            "picture."
+        ),
+    ] = "local",
     strength: Annotated[
-        float | None, typer.Option(help="Above 0, at most 1: how much of what is there the region may lose.")
+        float | None, typer.Option(help="Above 0, at most 1: how much of what is there may be lost where it is drawn.")
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompt.")] = None,
     candidates: Annotated[
         int | None, typer.Option(help="Edits to choose among; 1 takes an eighth of the time.", min=1, max=64)
     ] = None,
     largest_region: Annotated[
-        float | None, typer.Option(help="Share of the picture that may change, above 0; 1 for what fills it.")
+        float | None,
+        typer.Option(help="Share of the picture that local may change, above 0; 1 for what fills it."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same picture.", min=0, max=2**63 - 1)] = 0,
     root: Root = None,
@@ -207,6 +215,7 @@ def edit(
         source = open_picture(image)
         pipeline = load_pipeline(model, database, settings(root))
         given = {
+            "method": method,
             "strength": strength,
             "guidance_scale": guidance,
             "candidates": candidates,

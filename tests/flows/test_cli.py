@@ -281,6 +281,15 @@ def test_few_pictures_make_a_row_and_many_a_grid(
     assert Image.open(tmp_path / "a.webp").size == (4 * columns, 4 * rows)
 
 
+def test_the_method_of_an_edit_may_be_chosen(drawer: Drawer, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    command = ["edit", str(tmp_path / "a.png"), "red", "--database", "shapes", "--out", str(tmp_path / "b.png")]
+    for given, method in (([], "local"), (["--method", "sdedit"], "sdedit"), (["--method", "restore"], "restore")):
+        assert run(*command, *given).exit_code == 0
+        assert drawer.options["method"] == method
+    assert run(*command, "--method", "paint").exit_code == 2
+
+
 def test_edit_changes_a_region_with_the_embedded_generator(domain: Any, tmp_path: Path) -> None:
     source = drawn("blue", "circle", 64)
     source.save(tmp_path / "blue.png")
