@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model import metrics
-from model.bootstrap import Score, Statistic, bootstrap_interval, frechet_of, mean_of, mmd_of
+from model.bootstrap import Score, Set, Statistic, bootstrap_interval, frechet_of, groups_of, mean_of, mmd_of
 from model.metrics import Rows
 
 _SHARE = (0.0, 1.0)
@@ -35,29 +35,33 @@ def score_samples(rows: Rows, queries: Rows, near: NDArray[np.floating], yardsti
         near: (N,) cosine of each to its nearest database picture.
         yardstick: the real pictures.
 
-    For precision, recall and copy rate the manifolds and the threshold stay as they are from resample to resample.
+    Samples of one query are resampled together: intervals are of other queries, as many and drawn from as often. For
+    precision, recall and copy rate the manifolds and the threshold stay as they are from resample to resample.
     """
-    real, sizes = yardstick.real, (len(rows), len(yardstick.real))
+    real, asked = yardstick.real, groups_of(queries)
     rng = np.random.default_rng(yardstick.seed)
 
-    def interval(statistic: Statistic, *sizes: int, bounds: tuple[float, float]) -> Score:
-        return bootstrap_interval(statistic, *sizes, resamples=yardstick.resamples, rng=rng, bounds=bounds)
+    def interval(statistic: Statistic, *sets: Set, bounds: tuple[float, float]) -> Score:
+        return bootstrap_interval(statistic, *sets, resamples=yardstick.resamples, rng=rng, bounds=bounds)
 
     return {
-        "clip_score": interval(mean_of(metrics.pair_cosines(rows, queries)), len(rows), bounds=(-1.0, 1.0)),
-        "fd": interval(frechet_of(rows, real), *sizes, bounds=_DISTANCE),
-        "mmd": interval(mmd_of(rows, real), *sizes, bounds=_DISTANCE),
-        "precision": interval(mean_of(metrics.on_manifold(rows, real)), len(rows), bounds=_SHARE),
+        "clip_score": interval(mean_of(metrics.pair_cosines(rows, queries)), asked, bounds=(-1.0, 1.0)),
+        "fd": interval(frechet_of(rows, real), asked, len(real), bounds=_DISTANCE),
+        "mmd": interval(mmd_of(rows, real), asked, len(real), bounds=_DISTANCE),
+        "precision": interval(mean_of(metrics.on_manifold(rows, real)), asked, bounds=_SHARE),
         "recall": interval(mean_of(metrics.on_manifold(real, rows)), len(real), bounds=_SHARE),
-        "nearest": interval(mean_of(near), len(rows), bounds=(-1.0, 1.0)),
-        "copy_rate": interval(mean_of(near > yardstick.threshold), len(rows), bounds=_SHARE),
+        "nearest": interval(mean_of(near), asked, bounds=(-1.0, 1.0)),
+        "copy_rate": interval(mean_of(near > yardstick.threshold), asked, bounds=_SHARE),
     }
 
 
-def score_mean(values: NDArray[np.floating], yardstick: Yardstick, *, bounds: tuple[float, float]) -> Score:
-    """The mean of values (N,) with its interval, drawn as the yardstick says."""
+def score_mean(
+    values: NDArray[np.floating], queries: Rows, yardstick: Yardstick, *, bounds: tuple[float, float]
+) -> Score:
+    """The mean of values (N,) with its interval; those of equal queries (N, D) are resampled together."""
     rng = np.random.default_rng(yardstick.seed)
-    return bootstrap_interval(mean_of(values), len(values), resamples=yardstick.resamples, rng=rng, bounds=bounds)
+    asked = groups_of(queries)
+    return bootstrap_interval(mean_of(values), asked, resamples=yardstick.resamples, rng=rng, bounds=bounds)
 
 
 def flat(scores: dict[str, Score], suffix: str = "") -> dict[str, float]:

@@ -190,7 +190,8 @@ class _Measurement:
     def _diversity(self) -> Score:
         """Over ``seeds`` pictures of each of the first prompts."""
         rows = self._sampler.seeds(Condition(), self._config.diversity_prompts, self._config.seeds)
-        return score_mean(metrics.prompt_diversity(rows), self.yardstick, bounds=(0.0, 2.0))
+        queries = self._sampler.queries[: len(rows)].numpy()
+        return score_mean(metrics.prompt_diversity(rows), queries, self.yardstick, bounds=(0.0, 2.0))
 
     def _real_scores(self) -> dict[str, float]:
         """What real pictures score: as far as the rows suffice, a second set of the domain against the first.
@@ -218,7 +219,7 @@ class _Measurement:
             return {}
         rows = self._database.rows(np.array([row for row, _ in pairs])).astype(np.float32)
         texts = self._pipeline.encoder.embed_texts([text for _, text in pairs]).numpy()
-        return {"clip_score": score_mean(metrics.pair_cosines(rows, texts), self.yardstick, bounds=(-1.0, 1.0))}
+        return {"clip_score": score_mean(metrics.pair_cosines(rows, texts), texts, self.yardstick, bounds=(-1.0, 1.0))}
 
 
 def random_rows(database: Database, wanted: int, seed: int) -> NDArray[np.int64]:

@@ -102,13 +102,15 @@ def queries_of(
 ) -> tuple[Tensor, list[str]]:
     """(N, D) what is drawn from, and the text of each: random prompts, all of them before any comes again.
 
+    Rows of one text are equal to the bit, which is what tells that their pictures are of one prompt.
     Without prompts, random rows of ``database`` stand in, and their texts are empty.
     """
     rng = np.random.default_rng(seed)
     if prompts:
         order = np.resize(rng.permutation(len(prompts)), samples).tolist()
         texts = [prompts[number] for number in order]
-        return pipeline.encoder.embed_texts(texts), texts
+        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        return pipeline.encoder.embed_texts(list(places))[[places[text] for text in texts]], texts
     rows = rng.choice(database.ids(), samples)
     return torch.from_numpy(database.rows(rows).astype(np.float32)), [""] * samples
 

@@ -69,7 +69,7 @@ def bench_generator(samples: int, device: str) -> dict[str, Any]:
 
     def clip_score(pictures: Rows) -> Score:
         asked = queries[: len(pictures)].numpy()
-        return score_mean(metrics.pair_cosines(pictures, asked), yardstick, bounds=(-1.0, 1.0))
+        return score_mean(metrics.pair_cosines(pictures, asked), asked, yardstick, bounds=(-1.0, 1.0))
 
     knn, no_knn = scene.score(rows["knn"]), clip_score(rows["no_knn"])
     scores = {

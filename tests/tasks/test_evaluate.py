@@ -154,6 +154,7 @@ def test_prompts_are_all_used_before_any_comes_again(domain: Any, version: Datab
     prompts = [f"text {number}" for number in range(7)]
     queries, texts = queries_of(pipeline, database, prompts, 16, seed=0)
     assert sorted(texts[:7]) == sorted(texts[7:14]) == prompts != texts[:7]
+    assert len({(text, row.numpy().tobytes()) for text, row in zip(texts, queries, strict=True)}) == 7
     assert torch.equal(queries, pipeline.encoder.embed_texts(texts))
     assert queries_of(pipeline, database, prompts, 16, seed=0)[1] == texts
     assert queries_of(pipeline, database, prompts, 16, seed=1)[1] != texts
