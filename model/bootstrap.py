@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.metrics import MMD_SCALE, Rows, Values, mmd_kernels, weighted_frechet
+from model.metrics import Rows, Values, weighted_frechet, weighted_mmd
 
 Statistic = Callable[..., Values]
 """(R, N), or (R, N) and (R, M), counts to (R,) values."""
@@ -100,15 +100,7 @@ def frechet_of(first: Rows, second: Rows) -> Statistic:
 
 def mmd_of(first: Rows, second: Rows) -> Statistic:
     """:func:`model.metrics.mmd_distance`, all resamples at once."""
-    inner_1, inner_2, cross = mmd_kernels(first, second)
-
-    def distances(one: Values, other: Values) -> Values:
-        one, other = one / one.sum(axis=1, keepdims=True), other / other.sum(axis=1, keepdims=True)
-        within = ((one @ inner_1) * one).sum(axis=1) + ((other @ inner_2) * other).sum(axis=1)
-        distance: Values = (MMD_SCALE * (within - 2 * ((one @ cross) * other).sum(axis=1))).clip(min=0)
-        return distance
-
-    return distances
+    return lambda first_counts, second_counts: weighted_mmd(first, first_counts, second, second_counts)
 
 
 def _grouped(pictures: Set) -> NDArray[np.int64]:

@@ -20,7 +20,7 @@ MMD_SCALE = 1000.0
 """What the published CMMD is multiplied with, to be read without exponents."""
 SAME_PICTURE = 1 - 1e-3
 """Cosine from which two float16 rows are one picture stored twice."""
-_BLOCK_ROWS = 2048
+_BLOCK_PAIRS = 1 << 22
 _TIE = 1e-9  # squared distances of equal float64 rows differ by less
 
 
@@ -71,16 +71,15 @@ def mmd_distance(first: Rows, second: Rows) -> float:
     """
     if not len(first) or not len(second):
         raise ModelError("an MMD needs at least one picture on each side")
-    inner_1, inner_2, cross = mmd_kernels(first, second)
-    return float(max(MMD_SCALE * (inner_1.mean() + inner_2.mean() - 2 * cross.mean()), 0.0))
+    return float(weighted_mmd(first, np.ones((1, len(first))), second, np.ones((1, len(second))))[0])
 
 
-def mmd_kernels(first: Rows, second: Rows) -> tuple[Values, Values, Values]:
-    """The kernel less 1 within ``first`` (N, N), within ``second`` (M, M) and between them (N, M).
-
-    The 1 cancels in the distance; without it the values near 0 keep their digits.
-    """
-    return _kernel(first, first), _kernel(second, second), _kernel(first, second)
+def weighted_mmd(first: Rows, first_counts: Values, second: Rows, second_counts: Values) -> Values:
+    """(R,) :func:`mmd_distance` of R resamples, where row i counts ``counts[r, i]`` times, (R, N) and (R, M)."""
+    one, other = (counts / counts.sum(axis=1, keepdims=True) for counts in (first_counts, second_counts))
+    within = _mean_kernel(first, one, first, one) + _mean_kernel(second, other, second, other)
+    distances: Values = (MMD_SCALE * (within - 2 * _mean_kernel(first, one, second, other))).clip(min=0)
+    return distances
 
 
 def precision_recall(samples: Rows, real: Rows, k: int = 3) -> tuple[float, float]:
@@ -140,17 +139,26 @@ def prompt_diversity(rows: Rows) -> Values:
     return spread
 
 
-def _kernel(first: Rows, second: Rows) -> Values:
-    blocks = [np.expm1(-block / (2 * MMD_SIGMA**2)) for block in _squared_distances(first, second)]
-    return np.concatenate(blocks)
+def _mean_kernel(first: Rows, first_weights: Values, second: Rows, second_weights: Values) -> Values:
+    """(R,) mean of the kernel less 1 between two sets, by weights (R, N) and (R, M), a block of pairs at a time.
+
+    The 1 cancels in the distance; without it the values near 0 keep their digits.
+    """
+    total, start = np.zeros(len(first_weights)), 0
+    for block in _squared_distances(first, second):
+        weights = first_weights[:, start : start + len(block)]
+        total += ((weights @ np.expm1(-block / (2 * MMD_SIGMA**2))) * second_weights).sum(axis=1)
+        start += len(block)
+    return total
 
 
 def _squared_distances(first: Rows, second: Rows) -> Iterator[Values]:
-    """‖a − b‖² of all pairs, at most 2,048 rows of ``first`` at a time."""
+    """‖a − b‖² of all pairs, as many rows of ``first`` at a time as make some four million."""
     wide = second.astype(np.float64)
     lengths = np.square(wide).sum(axis=1)
-    for start in range(0, len(first), _BLOCK_ROWS):
-        block = first[start : start + _BLOCK_ROWS].astype(np.float64)
+    step = max(1, _BLOCK_PAIRS // len(second))
+    for start in range(0, len(first), step):
+        block = first[start : start + step].astype(np.float64)
         yield (np.square(block).sum(axis=1)[:, None] + lengths - 2 * block @ wide.T).clip(min=0)
 
 

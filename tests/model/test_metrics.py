@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import tiny
@@ -114,6 +116,15 @@ def test_the_mmd_is_the_published_formula() -> None:
     assert mmd_distance(first, first[::-1]) == pytest.approx(0, abs=1e-9)
     many = tiny.unit_rows(2_100, seed=3).astype(np.float32)  # more than a block
     assert mmd_distance(many, many[::-1]) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_mmd_of_many_pictures_holds_no_matrix_of_all_pairs() -> None:
+    rows = tiny.unit_rows(6_000, 2).astype(np.float32)
+    tracemalloc.start()
+    mmd_distance(rows, rows[::-1])
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 6_000 * 6_000 * 8 / 2
 
 
 def test_the_mmd_of_two_points_and_of_gaussians_is_known() -> None:
