@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
 from model.errors import ModelError
+from model.training.data import picture_to_array
 
 
 def require_inception(weights: Path) -> None:
@@ -37,16 +37,16 @@ def inception_distance(
 ) -> float:
     """The Fréchet Inception distance of two sets of pictures (Heusel et al. 1706.08500): at least 0, lower is closer.
 
-    Every picture is brought to the size of the first one, so that no set is told by its sharpness, and to 299 px by
-    torch-fidelity, as the reference code does. The estimate is biased upwards for few pictures (10,000 and more are
-    usual). Raises ``ModelError`` without the package or the weights.
+    Of every picture the centre square is taken, as training and CLIP take it, at the side of the first one, so that no
+    set is told by its sharpness; torch-fidelity brings it to 299 px, as the reference code does. The estimate is biased
+    upwards for few pictures (10,000 and more are usual). Raises ``ModelError`` without the package or the weights.
     """
     require_inception(weights)
     from torch_fidelity import calculate_metrics  # type: ignore[import-untyped, unused-ignore]
 
     scores = calculate_metrics(
-        input1=_Pictures(first, first[0].size),
-        input2=_Pictures(second, first[0].size),
+        input1=_Pictures(first, first[0].width),
+        input2=_Pictures(second, first[0].width),
         fid=True,
         feature_extractor_weights_path=str(weights),
         cuda=cuda,
@@ -59,16 +59,14 @@ def inception_distance(
 
 
 class _Pictures(Dataset[Any]):
-    """Pictures as uint8 (3, H, W), all of one size."""
+    """Pictures as uint8 (3, S, S)."""
 
-    def __init__(self, pictures: Sequence[Image.Image], size: tuple[int, int]) -> None:
-        self._pictures, self._size = pictures, size
+    def __init__(self, pictures: Sequence[Image.Image], side: int) -> None:
+        self._pictures, self._side = pictures, side
 
     def __len__(self) -> int:
         return len(self._pictures)
 
     def __getitem__(self, number: int) -> torch.Tensor:
-        picture = self._pictures[number].convert("RGB")
-        if picture.size != self._size:
-            picture = picture.resize(self._size, Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        pixels = picture_to_array(self._pictures[number].convert("RGB"), self._side)
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1)

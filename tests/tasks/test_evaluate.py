@@ -1,6 +1,8 @@
 """Evaluation by stand-ins whose scores are known: one that copies the database, one that draws noise."""
 
 import dataclasses
+import importlib.machinery
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from infra import artifacts, compute
 from infra.errors import InputError
@@ -176,6 +178,36 @@ def test_the_stage_is_skipped_for_what_it_has_measured(domain: Any, tmp_path: Pa
     lines = (Path(first.reference.uri) / "scores.csv").read_text().splitlines()
     assert f"clip_score_knn,{first.reference.scores()['clip_score_knn']:.6f}" in lines
     assert domain_of(database) == "shapes"
+
+
+def test_fid_is_of_the_centre_squares_that_the_generator_learned_from(
+    version: DatabaseVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stored pictures are 48 × 48; here wide ones come, with the same in their middle."""
+
+    def widened(version: DatabaseVersion, ids: list[int], cache: Path) -> list[Image.Image]:
+        return [ImageOps.pad(picture, (96, 48), color="red") for picture in fetch_pictures(version, ids, cache)]
+
+    compared: list[list[Any]] = []
+
+    def calculate(**asked: Any) -> dict[str, float]:
+        compared.append([list(asked["input1"]), list(asked["input2"])])
+        return {"frechet_inception_distance": float(len(compared))}
+
+    torch_fidelity: Any = types.ModuleType("torch_fidelity")
+    torch_fidelity.__spec__ = importlib.machinery.ModuleSpec("torch_fidelity", None)
+    torch_fidelity.calculate_metrics = calculate
+    monkeypatch.setitem(sys.modules, "torch_fidelity", torch_fidelity)
+    monkeypatch.setattr("tasks.measure.fetch_pictures", widened)
+    torch.save({}, tmp_path / "inception.pth")
+    config = dataclasses.replace(CONFIG, inception_weights=str(tmp_path / "inception.pth"))
+    scores = measured(version, tmp_path, config)["scores"]
+    assert (scores["fid_knn"], scores["fid_no_knn"]) == (1.0, 2.0)
+    stored = {np.asarray(picture).tobytes() for picture in fetch_pictures(version, list(range(version.rows)), tmp_path)}
+    for samples, real in compared:
+        assert len(samples) == len(real) == CONFIG.samples
+        assert {(picture.dtype, picture.shape) for picture in samples + real} == {(torch.uint8, (3, 48, 48))}
+        assert {picture.permute(1, 2, 0).numpy().tobytes() for picture in real} <= stored
 
 
 def test_weights_that_are_not_there_are_told_before_anything_is_drawn(domain: Any, tmp_path: Path) -> None:
