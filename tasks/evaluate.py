@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from infra import artifacts, compute, storage
 from infra.errors import InputError
-from tasks.contracts import DatabaseVersion, Generator, Outcome, Reference, config_of, domain_of
+from tasks.contracts import DatabaseVersion, Generator, Outcome, Reference, config_of, domain_of, require_same_encoder
 from tasks.measure import SAMPLES, EvaluateConfig, Subject, measure
 from tasks.sample import ABLATIONS, contact_sheet
 from tasks.stage import skip_or_make, stage_task
@@ -58,14 +58,17 @@ def evaluate_generator(
     the swap matrix.
 
     Raises:
+        EncoderMismatchError: two of the databases were made by different encoders; both are named.
         InputError: there are no Inception weights where the config says.
     """
     others = dict(sorted((others or {}).items()))
+    name = domain_of(database)
+    require_same_encoder(**{label: version.manifest() for label, version in {name: database, **others}.items()})
     inputs = {"generator": generator.as_input(), "database": database.as_input()}
     inputs |= {f"other.{name}": other.as_input() for name, other in others.items()} | _weights_input(config)
     asked = config_of(config, without=("use_gpu", "inception_weights"))
     stage = artifacts.Stage(base, Evaluation.kind, inputs=inputs, config=asked)
-    subject = Subject(generator=generator, name=domain_of(database), database=database, others=others, config=config)
+    subject = Subject(generator=generator, name=name, database=database, others=others, config=config)
 
     def make() -> artifacts.Manifest:
         done = stage.done().get(SAMPLES) or compute.run(

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image, ImageOps
 
 from infra import artifacts, compute
-from infra.errors import InputError
-from tasks.contracts import DatabaseVersion, Generator, domain_of
+from infra.errors import EncoderMismatchError, InputError
+from tasks.contracts import DatabaseVersion, Generator, domain_of, encoder_of
 from tasks.evaluate import EvaluateConfig, Evaluation, evaluate_generator
 from tasks.fetch import fetch_pictures
 from tasks.measure import Subject, measure
@@ -135,6 +136,17 @@ def test_samples_are_held_against_other_domains(version: DatabaseVersion, tmp_pa
     swap = measured(version, tmp_path / "b", twin=version)["swap"]
     assert set(swap) == {"shapes", "twin"}
     assert swap["shapes"] == swap["twin"] > 0
+
+
+def test_domains_of_another_encoder_are_told_before_anything_is_drawn(domain: Any, tmp_path: Path) -> None:
+    database = domain.result.database.reference
+    stage = artifacts.Stage(str(tmp_path / "foreign"), DatabaseVersion.kind, inputs={}, config={})
+    width = encoder_of(database.manifest()).dimension  # as wide: a distance to it could be computed, and means nothing
+    manifest = stage.commit([], identity={"encoder": dataclasses.asdict(tiny.identity(width))}, info={})
+    others = {"foreign": DatabaseVersion.of(manifest, stage.uri)}
+    with pytest.raises(EncoderMismatchError, match=r"shapes was made by sticker-clip .*, foreign by tiny-clip"):
+        evaluate_generator(GENERATOR, database, str(tmp_path / "base"), CONFIG, cache=tmp_path, others=others)
+    assert not (tmp_path / "base").exists()
 
 
 def test_real_pictures_are_scored_with_their_own_texts(version: DatabaseVersion, domain: Any, tmp_path: Path) -> None:
