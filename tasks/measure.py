@@ -4,7 +4,7 @@ Legend: ``N`` samples, ``D`` embedding width.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ from model.scoring import Yardstick, flat, score_mean, score_samples
 from tasks.contracts import DatabaseVersion, Generator, encoder_of
 from tasks.databases import open_database
 from tasks.fetch import fetch_pictures
-from tasks.sample import ABLATIONS, MAIN, Condition, Sampler, contact_sheet, queries_of
+from tasks.sample import ABLATIONS, MAIN, Condition, Sampler, contact_sheet, embed_alike, ids_at, queries_of
 from tasks.train import generator_folder
 
 SAMPLES = "samples"
 SHOWN = 64
 """Pictures of each condition that are kept."""
 WORST_COPIES = 10
+_DESCRIBED_ROWS = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,18 +214,26 @@ class _Measurement:
     def _own_texts(self) -> dict[str, Score]:
         """CLIP score of real pictures with the texts that describe them, over those that the database holds."""
         wanted = dict(zip(self._config.prompt_urls, self._config.prompts, strict=True))
-        known = self._database.describe(self._database.ids().tolist())
-        pairs = [(row["id"], wanted[row["url"]]) for row in known if row["url"] in wanted]
-        if not pairs:
+        told = {row: wanted[url] for row, url in urls_of(self._database) if url in wanted}
+        if not told:
             return {}
-        rows = self._database.rows(np.array([row for row, _ in pairs])).astype(np.float32)
-        texts = self._pipeline.encoder.embed_texts([text for _, text in pairs]).numpy()
+        rows = self._database.rows(np.array(list(told))).astype(np.float32)
+        texts = embed_alike(self._pipeline, list(told.values())).numpy()
         return {"clip_score": score_mean(metrics.pair_cosines(rows, texts), texts, self.yardstick, bounds=(-1.0, 1.0))}
 
 
 def random_rows(database: Database, wanted: int, seed: int) -> NDArray[np.int64]:
     """Ids of up to ``wanted`` different rows, none of them hidden."""
-    return np.random.default_rng(seed + 1).permutation(database.ids())[:wanted]
+    rng = np.random.default_rng(seed + 1)
+    return ids_at(database, rng.choice(len(database), min(wanted, len(database)), replace=False))
+
+
+def urls_of(database: Database) -> Iterator[tuple[int, str]]:
+    """Id and URL of every row that is not hidden; the metadata of a few are held at a time."""
+    ids = database.ids()
+    for start in range(0, len(ids), _DESCRIBED_ROWS):
+        for row in database.describe(ids[start : start + _DESCRIBED_ROWS].tolist()):
+            yield row["id"], row["url"]
 
 
 def _some_rows(database: Database, count: int, seed: int) -> Rows:

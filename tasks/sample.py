@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -102,17 +103,26 @@ def queries_of(
 ) -> tuple[Tensor, list[str]]:
     """(N, D) what is drawn from, and the text of each: random prompts, all of them before any comes again.
 
-    Rows of one text are equal to the bit, which is what tells that their pictures are of one prompt.
     Without prompts, random rows of ``database`` stand in, and their texts are empty.
     """
     rng = np.random.default_rng(seed)
     if prompts:
         order = np.resize(rng.permutation(len(prompts)), samples).tolist()
         texts = [prompts[number] for number in order]
-        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-        return pipeline.encoder.embed_texts(list(places))[[places[text] for text in texts]], texts
-    rows = rng.choice(database.ids(), samples)
+        return embed_alike(pipeline, texts), texts
+    rows = ids_at(database, rng.choice(len(database), samples))
     return torch.from_numpy(database.rows(rows).astype(np.float32)), [""] * samples
+
+
+def embed_alike(pipeline: KNNDiffusionPipeline, texts: Sequence[str]) -> Tensor:
+    """(N, D): rows of one text are equal to the bit, which tells that what they are compared with is of one prompt."""
+    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    return pipeline.encoder.embed_texts(list(places))[[places[text] for text in texts]]
+
+
+def ids_at(database: Database, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The ids at places among those of :meth:`Database.ids`, which are listed only where rows are hidden."""
+    return places if len(database) == database.stored else database.ids()[places]
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int = 8) -> Image.Image:
