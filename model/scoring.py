@@ -35,10 +35,13 @@ def score_samples(rows: Rows, queries: Rows, near: NDArray[np.floating], yardsti
         near: (N,) cosine of each to its nearest database picture.
         yardstick: the real pictures.
 
-    Samples of one query are resampled together: intervals are of other queries, as many and drawn from as often. For
-    precision, recall and copy rate the manifolds and the threshold stay as they are from resample to resample.
+    Distances, precision and recall depend on how many there are on each side: where there are fewer real pictures than
+    samples, they are of the first M samples. Samples of one query are resampled together: intervals are of other
+    queries, as many and drawn from as often. For precision, recall and copy rate the manifolds and the threshold stay
+    as they are from resample to resample.
     """
     real, asked = yardstick.real, groups_of(queries)
+    held, held_asked = rows[: len(real)], asked[: len(real)]
     rng = np.random.default_rng(yardstick.seed)
 
     def interval(statistic: Statistic, *sets: Set, bounds: tuple[float, float]) -> Score:
@@ -46,10 +49,10 @@ def score_samples(rows: Rows, queries: Rows, near: NDArray[np.floating], yardsti
 
     return {
         "clip_score": interval(mean_of(metrics.pair_cosines(rows, queries)), asked, bounds=(-1.0, 1.0)),
-        "fd": interval(frechet_of(rows, real), asked, len(real), bounds=_DISTANCE),
-        "mmd": interval(mmd_of(rows, real), asked, len(real), bounds=_DISTANCE),
-        "precision": interval(mean_of(metrics.on_manifold(rows, real)), asked, bounds=_SHARE),
-        "recall": interval(mean_of(metrics.on_manifold(real, rows)), len(real), bounds=_SHARE),
+        "fd": interval(frechet_of(held, real), held_asked, len(real), bounds=_DISTANCE),
+        "mmd": interval(mmd_of(held, real), held_asked, len(real), bounds=_DISTANCE),
+        "precision": interval(mean_of(metrics.on_manifold(held, real)), held_asked, bounds=_SHARE),
+        "recall": interval(mean_of(metrics.on_manifold(real, held)), len(real), bounds=_SHARE),
         "nearest": interval(mean_of(near), asked, bounds=(-1.0, 1.0)),
         "copy_rate": interval(mean_of(near > yardstick.threshold), asked, bounds=_SHARE),
     }

@@ -27,8 +27,11 @@ class Evaluation(Reference):
 
         METRIC is clip_score, fd, mmd, precision, recall, nearest (mean cosine to the nearest stored picture),
         copy_rate, diversity (with neighbours only), and fid where there were weights (without an interval). Real
-        pictures have fd_real_split, mmd_real_split, nearest_real, copy_rate_real, and clip_score_real where their
-        texts are known.
+        pictures have nearest_real, clip_score_real where the config names the picture of each prompt, and, from
+        another set of as many, fd_real_split, mmd_real_split and copy_rate_real, if the database has 8 or more.
+
+        fd, mmd, fid, precision and recall are of ``info["compared"]`` pictures on each side: as many as samples, at
+        most half of the database, so that two sets of real pictures are compared at the same number.
         """
         return dict(self.manifest().info["scores"])
 

@@ -31,6 +31,8 @@ SAMPLES = "samples"
 SHOWN = 64
 """Pictures of each condition that are kept."""
 WORST_COPIES = 10
+LEAST_COMPARED = 4
+"""Pictures on each side: precision and recall look at the third neighbour of each."""
 _DESCRIBED_ROWS = 1 << 14
 
 
@@ -54,8 +56,10 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
-        if self.samples < 4:
-            raise ValueError("samples must be at least 4: precision and recall look at the third neighbour of each")
+        if self.samples < LEAST_COMPARED:
+            raise ValueError(
+                f"samples must be at least {LEAST_COMPARED}: precision and recall look at the third neighbour of each"
+            )
         if self.seeds < 2 or self.diversity_prompts < 1:
             raise ValueError(
                 "seeds must be at least 2 and diversity_prompts 1: diversity compares pictures of a prompt"
@@ -95,6 +99,7 @@ def measure(subject: Subject, folder_uri: str, cache: Path) -> artifacts.Shard:
             "scores": scores,
             "ablations": worker.ablations() if subject.config.ablations else {},
             "swap": worker.swap(),
+            "compared": worker.compared,
             "copies": worker.copies(folder),
             "copy_threshold": worker.yardstick.threshold,
             "shown": worker.labels[:SHOWN],
@@ -121,7 +126,9 @@ class _Measurement:
             self._pipeline, queries, steps=config.steps, guidance=config.guidance, seed=config.seed, told=told
         )
         self._scores: dict[Condition, dict[str, Score]] = {}
-        count = config.samples
+        # Two sets of real pictures, as large as what samples are held against; of very few pictures there is one only.
+        half = len(self._database) // 2
+        self.compared = count = min(config.samples, half if half >= LEAST_COMPARED else len(self._database))
         self._real_ids = random_rows(self._database, 2 * count, self._config.seed)
         real = self._database.rows(self._real_ids).astype(np.float32)
         near = self._database.search(real, 1, exclude=self._real_ids).scores[:, 0]
@@ -141,8 +148,9 @@ class _Measurement:
             scores |= flat(self._scored(condition), name)
             contact_sheet(images[:SHOWN]).save(folder / f"{name}.png")
             if weights is not None:
-                real = fetch_pictures(self._subject.database, self._real_ids[: len(images)].tolist(), self._cache)
-                scores[f"fid_{name}"] = inception_distance(images, real, weights, cuda=self._config.use_gpu)
+                real = fetch_pictures(self._subject.database, self._real_ids[: self.compared].tolist(), self._cache)
+                compared = images[: self.compared]
+                scores[f"fid_{name}"] = inception_distance(compared, real, weights, cuda=self._config.use_gpu)
         return scores | flat({"diversity": self._diversity()}, "knn")
 
     def ablations(self) -> dict[str, dict[str, float]]:
@@ -195,18 +203,16 @@ class _Measurement:
         return score_mean(metrics.prompt_diversity(rows), queries, self.yardstick, bounds=(0.0, 2.0))
 
     def _real_scores(self) -> dict[str, float]:
-        """What real pictures score: as far as the rows suffice, a second set of the domain against the first.
+        """What real pictures score: where the rows suffice, as many others of the domain against the first.
 
         Those whose texts are known are scored with them.
         """
         apart = self._real_near[np.isfinite(self._real_near)]
         scores = {"nearest_real": float(apart.mean())} if len(apart) else {}
-        if len(self._held_out) > 1:
+        if len(self._held_out) == self.compared:
             scores["fd_real_split"] = metrics.frechet_distance(self._held_out, self.yardstick.real)
             scores["mmd_real_split"] = metrics.mmd_distance(self._held_out, self.yardstick.real)
-            scores["copy_rate_real"] = metrics.copy_rate(
-                self._real_near[self._config.samples :], self.yardstick.threshold
-            )
+            scores["copy_rate_real"] = metrics.copy_rate(self._real_near[self.compared :], self.yardstick.threshold)
         if self._config.prompt_urls:
             scores |= flat(self._own_texts(), "real")
         return scores

@@ -36,6 +36,7 @@ class Judged:
 
     name: str
     samples: int
+    compared: int  # pictures on each side of a distance
     threshold: float  # cosine above which a sample is a copy
     scores: Mapping[str, float]
     ablations: Mapping[str, Mapping[str, float]]

@@ -86,6 +86,7 @@ def judge(name: str, evaluation: Evaluation, cache: Path) -> Judged:
     return Judged(
         name=name,
         samples=manifest.rows,
+        compared=manifest.info.get("compared", manifest.rows),
         threshold=manifest.info["copy_threshold"],
         scores=evaluation.scores(),
         ablations=evaluation.ablations(),
@@ -119,6 +120,8 @@ def tables(judged: Sequence[Judged]) -> list[tuple[str, list[str], list[list[str
     found = []
     for entry in judged:
         samples = f"{entry.name}, {entry.samples} samples"
+        if entry.compared < entry.samples:
+            samples += f" (distances, precision and recall: {entry.compared} of them against as many real pictures)"
         found.append((f"Scores on {samples}", ["", *CONDITIONS.values()], score_rows(entry.scores)))
         if entry.ablations:
             found.append((f"Ablations on {samples}", ablation_heads(entry.ablations), ablation_rows(entry.ablations)))
@@ -134,7 +137,10 @@ def _page(
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         "<p>Intervals hold 95% of what a repetition with other pictures would give. They are by bootstrap, which knows "
-        "none for a share of exactly 0 or 1. An arrow points to better.</p>",
+        "none for a share of exactly 0 or 1; samples of one prompt are resampled together. An arrow points to better."
+        "</p>",
+        "<p>Real pictures are compared with as many others of their domain, where there are enough; they have a CLIP "
+        "score where the config names the picture that each prompt describes (prompt_urls).</p>",
         *(f"<h2>{html.escape(head)}</h2>{_html_table(heads, rows)}" for head, heads, rows in sections),
         f'<h2>Figure</h2><img class="page" alt="All of the above as one figure" src="{_inline(figure.read_bytes())}">',
     ]

@@ -39,3 +39,13 @@ def test_prompts_that_do_not_repeat_are_resampled_as_pictures() -> None:
     assert alone == score_mean(values, rows[::-1], YARDSTICK, bounds=(-9.0, 9.0))
     once = score_mean(values, rows[[0] * 12], YARDSTICK, bounds=(-9.0, 9.0))
     assert (once.value, once.low, once.high) == (alone.value, None, None)
+
+
+def test_sets_are_compared_at_one_size() -> None:
+    """Of more samples than real pictures, the first so many: distances and manifolds depend on the number."""
+    rows, queries = (tiny.unit_rows(200, seed=seed).astype(np.float32) for seed in (3, 4))
+    near = (rows @ REAL.T).max(axis=1)
+    whole, part = (score_samples(rows[:n], queries[:n], near[:n], YARDSTICK) for n in (200, len(REAL)))
+    for metric in ("fd", "mmd", "precision", "recall"):
+        assert whole[metric].value == part[metric].value
+    assert whole["nearest"].value == pytest.approx(near.mean())

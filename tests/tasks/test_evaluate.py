@@ -93,6 +93,16 @@ def test_every_score_has_its_interval_and_its_place_in_the_table(version: Databa
     assert {name: scores[name] for name in without} == pytest.approx(without)
 
 
+def test_real_pictures_are_held_against_as_many_as_samples_are(version: DatabaseVersion, tmp_path: Path) -> None:
+    """Of more samples than half of the database, that many are compared; FD and MMD fall with the number."""
+    half = version.rows // 2
+    many = measured(version, tmp_path, dataclasses.replace(CONFIG, samples=version.rows - 1, bootstrap=0))
+    few = measured(version, tmp_path / "b", dataclasses.replace(CONFIG, samples=half, bootstrap=0))
+    assert many["compared"] == few["compared"] == half
+    for name in ("fd_real_split", "mmd_real_split", "copy_rate_real", "nearest_real"):
+        assert many["scores"][name] == few["scores"][name]
+
+
 def test_a_condition_is_drawn_once_whatever_it_is_called(version: DatabaseVersion, tmp_path: Path) -> None:
     ablations = measured(version, tmp_path, dataclasses.replace(CONFIG, ablations=True))["ablations"]
     assert set(ablations) == set(ABLATIONS) == {

@@ -16,7 +16,7 @@ from infra import artifacts
 from tasks.evaluate import Evaluation
 from tasks.measure import SAMPLES
 from tasks.plot import Judged, plot_page
-from tasks.report import Report, preview, report_evaluations, write_report
+from tasks.report import Report, preview, report_evaluations, tables, write_report
 from tasks.tabulate import aligned, markdown, score_rows, swap_heads, swap_rows, table, table_line
 
 SCORES = {
@@ -40,6 +40,7 @@ def judged(name: str = "emoji", **changes: Any) -> Judged:
     whole = Judged(
         name=name,
         samples=32,
+        compared=32,
         threshold=0.9,
         scores=SCORES,
         ablations=ABLATIONS,
@@ -121,6 +122,14 @@ def test_the_figure_shows_samples_and_copies(tmp_path: Path) -> None:
     with Image.open(io.BytesIO(base64.b64decode(smaller.partition(",")[2]))) as image:
         assert image.width == 300
         assert image.height == pytest.approx(shown.shape[0] * 300 / shown.shape[1], abs=1)
+
+
+def test_of_how_many_pictures_distances_are_is_told_where_it_is_not_of_all_samples() -> None:
+    heads = [head for head, _, _ in tables([judged(compared=20)])]
+    assert heads[0] == (
+        "Scores on emoji, 32 samples (distances, precision and recall: 20 of them against as many real pictures)"
+    )
+    assert tables([judged()])[0][0] == "Scores on emoji, 32 samples"
 
 
 @pytest.mark.parametrize("missing", [{"ablations": {}}, {"swap": {}}, {"ablations": {}, "swap": {}}, {"copies": []}])
