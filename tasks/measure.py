@@ -51,6 +51,7 @@ class EvaluateConfig:
     ablations: bool = False  # also without the query, with each kind of query, with 1, 4, 10 and 20 neighbours
     bootstrap: int = 200  # resamples behind each interval; 0 for none
     copy_percentile: float = 95.0  # of the cosines between real pictures, above which a sample is a copy
+    near_duplicate: float = metrics.NEAR_DUPLICATE  # cosine from which real pictures are variants, and left out of them
     inception_weights: str | None = None  # torch-fidelity's file, local or remote: FID is measured too
     use_gpu: bool = False
 
@@ -68,6 +69,8 @@ class EvaluateConfig:
             raise ValueError("bootstrap must be 0 or more resamples")
         if not 0 < self.copy_percentile < 100:
             raise ValueError("copy_percentile must lie between 0 and 100")
+        if not 0 < self.near_duplicate <= 1:
+            raise ValueError("near_duplicate must lie above 0 and at most at 1: it is a cosine")
         if self.prompt_urls and len(self.prompt_urls) != len(self.prompts):
             raise ValueError("prompt_urls must name a picture for each of the prompts, or be left out")
 
@@ -135,7 +138,7 @@ class _Measurement:
         self._held_out, self._real_near = real[count:], near
         self.yardstick = Yardstick(
             real=real[:count],
-            threshold=metrics.copy_threshold(near[:count], self._config.copy_percentile),
+            threshold=metrics.copy_threshold(near[:count], config.copy_percentile, config.near_duplicate),
             resamples=self._config.bootstrap,
             seed=self._config.seed,
         )

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from model.errors import ModelError
 from model.metrics import (
-    SAME_PICTURE,
+    NEAR_DUPLICATE,
     clip_score,
     copy_rate,
     copy_threshold,
@@ -167,19 +167,35 @@ def test_copies_are_copies_and_held_out_pictures_are_at_the_percentile() -> None
     rows = tiny.unit_rows(2_000, 6).astype(np.float32)
     cosines = rows @ rows.T
     np.fill_diagonal(cosines, -np.inf)
-    threshold = copy_threshold(cosines[:1_000].max(axis=1), 90)
+    threshold = copy_threshold(cosines[:1_000].max(axis=1), 90, 0.999)  # in 6 dimensions all are near
     assert copy_rate(cosines[1_000:].max(axis=1), threshold) == pytest.approx(0.1, abs=0.03)
     slightly = tiny.unit(rows + 1e-4 * tiny.unit_rows(2_000, 6, seed=1))
     assert copy_rate((slightly @ rows.T).max(axis=1), threshold) == 1.0
     assert copy_rate((tiny.unit(-rows[:, ::-1]) @ rows.T).max(axis=1), threshold) < 0.3
 
 
-def test_pictures_stored_twice_do_not_hide_copies() -> None:
+def test_pictures_stored_twice_and_variants_do_not_hide_copies() -> None:
     apart = np.linspace(0.2, 0.7, 51)
-    for doubled in (1.0, 1.0003, SAME_PICTURE):
+    for doubled in (1.0, 1.0003, 1 - 1e-3, NEAR_DUPLICATE):
         assert copy_threshold(np.append(apart, [doubled] * 500), 50) == pytest.approx(0.45)
-    assert copy_threshold(np.full(9, 1.0)) == SAME_PICTURE
-    assert copy_threshold(np.full(9, -np.inf)) == SAME_PICTURE
+    assert copy_threshold(np.full(9, 1.0)) == NEAR_DUPLICATE
+    assert copy_threshold(np.full(9, -np.inf)) == NEAR_DUPLICATE
+    assert copy_threshold(np.append(apart, [0.8] * 500), 50, 0.75) == pytest.approx(0.45)
+
+
+def test_slightly_changed_copies_are_found_among_variants_and_new_pictures_are_not() -> None:
+    """Half of the database are families of six, as skin tones are; copies are as far off as variants at their edge."""
+    families, alone, new = (tiny.unit_rows(count, 24, seed=count) for count in (100, 500, 400))
+    tones = tiny.unit(families[:, None] + 0.015 * np.random.default_rng(0).normal(size=(100, 6, 24)))
+    stored = np.concatenate([tones.reshape(-1, 24), alone.astype(np.float32)])
+    cosines = stored @ stored.T
+    np.fill_diagonal(cosines, -np.inf)
+    nearest = cosines.max(axis=1)
+    threshold = copy_threshold(nearest)
+    copies = tiny.unit(stored + 0.03 * np.random.default_rng(1).normal(size=stored.shape))
+    assert copy_rate((copies @ stored.T).max(axis=1), threshold) > 0.99
+    assert copy_rate((new.astype(np.float32) @ stored.T).max(axis=1), threshold) == pytest.approx(0.05, abs=0.04)
+    assert copy_rate(nearest, threshold) == pytest.approx((600 + 0.05 * 500) / 1_100, abs=0.01)
 
 
 def test_diversity_is_the_mean_over_pairs_of_seeds() -> None:

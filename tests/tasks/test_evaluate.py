@@ -247,6 +247,7 @@ def test_weights_that_are_not_there_are_told_before_anything_is_drawn(domain: An
         ({"seeds": 1}, "seeds must be at least 2"),
         ({"bootstrap": -1}, "bootstrap must be 0 or more"),
         ({"copy_percentile": 100}, "copy_percentile must lie between"),
+        ({"near_duplicate": 1.5}, "near_duplicate must lie above 0"),
         ({"prompts": ("a", "b"), "prompt_urls": ("x",)}, "prompt_urls must name a picture for each"),
     ],
 )
