@@ -34,6 +34,7 @@ import torch
 OUT = Path("build/bench")
 SAMPLES = {"generator": 2000, "ablations": 64}
 """What the figures are stated for."""
+LEAST_SAMPLES = 4
 FEW_SAMPLES = 64
 """Of a benchmark that was not named."""
 MODULES = {
@@ -54,7 +55,7 @@ def main() -> int:
     """Run what is named, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODULES)}; all unless told")
-    parser.add_argument("--samples", type=int, help=f"of generator and ablations; {FEW_SAMPLES} without NAME")
+    parser.add_argument("--samples", type=_enough, help=f"of generator and ablations; {FEW_SAMPLES} without NAME")
     options = parser.parse_args()
     unknown = set(options.names) - set(MODULES)
     if unknown:
@@ -80,7 +81,7 @@ def benchmark(name: str, samples: int | None, *, named: bool) -> Callable[[], di
         return lambda: function(device)
     if name not in SAMPLES:
         return function
-    count = samples or (SAMPLES[name] if named else FEW_SAMPLES)
+    count = (SAMPLES[name] if named else FEW_SAMPLES) if samples is None else samples
     print(
         f"{name}: {count} samples; SAMPLES=… for another number. Its figures are stated for {SAMPLES[name]}, "
         "long on a CPU; a killed run goes on where it was"
@@ -95,6 +96,16 @@ def show(values: dict[str, Any], indent: str = "  ") -> None:
             show(value, indent + "  ")
         else:
             print(f"{indent}{key:26} {value:.3f}" if isinstance(value, float) else f"{indent}{key:26} {value}")
+
+
+def _enough(told: str) -> int:
+    """A number of samples that every figure can be computed from."""
+    if not told.isdecimal() or int(told) < LEAST_SAMPLES:
+        raise argparse.ArgumentTypeError(
+            f"{told!r} is no number of samples; give at least {LEAST_SAMPLES}: "
+            "precision and recall look at the third neighbour of each"
+        )
+    return int(told)
 
 
 def _cores() -> int:
