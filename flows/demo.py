@@ -130,12 +130,9 @@ def report_of(domains: Mapping[str, Domain], swap_s: float, seconds: Mapping[str
     database = domains[FIRST].database.reference.manifest().info
     generator = made.generator.reference.manifest().info
     evaluation = made.evaluation.reference
-    training = {}
-    if "images_seen" in generator:
-        training = {
-            "train_images_seen": generator["images_seen"],
-            "train_images_per_s": round(generator["images_per_s"], 1),
-        }
+    training = {
+        f"train_{name}": round(generator[name], 1) for name in ("images_seen", "images_per_s") if name in generator
+    }
     return {
         "images_requested": sum(manifest.info["requested"] for manifest in images.values()),
         "images_downloaded": sum(manifest.rows for manifest in images.values()),

@@ -87,16 +87,21 @@ def generator_folder(generator: Generator, cache: Path) -> Path:
 
 
 class _Checkpoints:
-    """The loop's checkpoints in the stage's folder: a file, then its marker; the newest few are kept."""
+    """The loop's checkpoints in the stage's folder: a file, then its marker; the newest few are kept.
 
-    def __init__(self, folder_uri: str, scratch: Path, cache: Path) -> None:
+    The marker holds the numbers logged last, too: a run that was killed after its last step has them from there.
+    """
+
+    def __init__(self, folder_uri: str, scratch: Path, cache: Path, metrics: "_Metrics") -> None:
         self._uri, self._scratch, self._cache = storage.join(folder_uri, "checkpoints"), scratch, cache
+        self._metrics = metrics
 
     def latest(self) -> Path | None:
         markers = [name for name in storage.names(storage.join(self._uri, "shards")) if name.endswith(".json")]
         if not markers:
             return None
         shard = artifacts.read_shard(self._uri, max(markers).removesuffix(".json"))
+        self._metrics.last = shard.info.get("values", {})
         return artifacts.fetch_file(self._uri, shard.files[0], self._cache)
 
     def scratch(self) -> Path:
@@ -107,7 +112,7 @@ class _Checkpoints:
         folder = self._scratch / name
         folder.mkdir()
         state.rename(folder / f"{name}.pt")
-        artifacts.commit_shard(self._uri, name, folder, rows=0, info={"step": step})
+        artifacts.commit_shard(self._uri, name, folder, rows=0, info={"step": step, "values": self._metrics.last})
         (folder / f"{name}.pt").unlink()
         for marker in storage.names(storage.join(self._uri, "shards"))[:-CHECKPOINTS_KEPT]:
             storage.discard(storage.join(self._uri, "shards", marker))
@@ -197,7 +202,7 @@ def _loop(arguments: dict[str, Any]) -> None:
             objective_of(config, setup),
             data,
             config.training,
-            checkpoints=_Checkpoints(folder_uri, scratch, cache),
+            checkpoints=_Checkpoints(folder_uri, scratch, cache, metrics),
             metrics=metrics,
             device=treatment.device,
             rank=rank,
@@ -255,7 +260,8 @@ def _decisive(config: TrainConfig) -> dict[str, Any]:
 
 def _note(manifest: artifacts.Manifest) -> str:
     info = manifest.info
-    return f"{info['images_seen']} images seen, {info['images_per_s']:.0f}/s, loss {info['loss']:.4f}"
+    measured = f", {info['images_per_s']:.0f}/s, loss {info['loss']:.4f}" if "loss" in info else ""
+    return f"{info['images_seen']} images seen{measured}"
 
 
 @stage_task(name="train")

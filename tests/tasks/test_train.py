@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from model.training.data import picture_to_array
 from model.training.loop import InterruptedTrainingError, TrainingConfig
 from model.training.objectives import FlowMatching
 from model.training.restoration import Restoration
+from tasks import train as training
 from tasks.contracts import Generator, Outcome
 from tasks.train import generator_folder, train_generator
 from tasks.training_data import TrainingInputs
@@ -154,6 +156,27 @@ def test_a_run_that_hears_a_signal_keeps_its_step_and_goes_on_from_it(
     monkeypatch.setattr(stopping, "asked_to_stop", lambda: False)
     resumed = trained(inputs, tmp_path / "broken", network=SMALL).reference.manifest()
     assert resumed.digest == unbroken.digest
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.usefixtures("alone")
+def test_a_run_killed_after_its_last_checkpoint_is_finished_with_the_numbers_it_had(
+    inputs: TrainingInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    run = Run()
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(training, "_keep", None)
+        trained(inputs, tmp_path, run=run, network=SMALL)
+    if not kept:  # as by an earlier release
+        (*_, marker) = sorted(tmp_path.glob("generator/*/checkpoints/shards/*.json"))
+        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"info": {"step": 6}}))
+    outcome = trained(inputs, tmp_path, run=run, network=SMALL)
+    info = outcome.reference.manifest().info
+    assert [images for images, _ in run.values] == [8, 16, 24], "nothing was trained again"
+    last = run.values[-1][1] if kept else {}
+    assert {name: value for name, value in info.items() if name in run.values[-1][1]} == last
+    assert outcome.note.startswith("24 images seen, ") == kept
+    assert ("loss" in outcome.note) == kept
 
 
 @pytest.mark.usefixtures("alone")
