@@ -73,12 +73,18 @@ def _machines() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _room(cpus_each: float, gpus_each: float) -> int:
-    """How many actors of that size the machines hold at once."""
+def room(cpus_each: float, gpus_each: float = 0) -> int:
+    """How many workers of that size the machines hold at once.
+
+    Raises ``StageError`` when no machine has so many GPUs: to wait for one is to wait for ever.
+    """
     machines = _machines()
     largest = max((machine.get("GPU", 0) for machine in machines), default=0)
     if gpus_each > largest:
-        raise StageError(f"{gpus_each:g} GPUs are asked for each worker, the largest machine has {largest:g}")
+        raise StageError(
+            f"{gpus_each:g} GPUs are asked for each worker, the largest machine has {largest:g}; ask for no more than "
+            "that, or name a cluster with GPUs (KNN_DIFFUSION_RAY_ADDRESS)"
+        )
     asked = [(name, each) for name, each in (("CPU", cpus_each), ("GPU", gpus_each)) if each]
     if not asked:
         return sys.maxsize
@@ -109,7 +115,7 @@ def map_shards(
     cpus_per_actor = fitting(cpus_per_actor, gpus_per_actor)
     kind = _ACTOR.options(num_cpus=cpus_per_actor, num_gpus=gpus_per_actor, max_concurrency=concurrency)
     # A shard given to an actor that never starts would wait for ever.
-    size = min(actors, len(queue), max(1, _room(cpus_per_actor, gpus_per_actor)))
+    size = min(actors, len(queue), max(1, room(cpus_per_actor, gpus_per_actor)))
     with (
         tqdm(total=len(queue), desc=description, unit="shard", leave=False) as progress,
         contextlib.closing(Crew(lambda: kind.remote(factory, settings), queue, size)) as crew,
@@ -145,11 +151,11 @@ class Placed:
             ) from error
 
     def _require_room(self) -> None:
-        room = _room(self._cpus_each, 0)
-        if room < len(self._actors):
+        held = room(self._cpus_each)
+        if held < len(self._actors):
             raise TransientError(
                 f"a machine was lost: {len(self._actors)} workers of {self._cpus_each:g} cores are placed, the cluster "
-                f"has room for {room}; ask again once it is back"
+                f"has room for {held}; ask again once it is back"
             )
 
 
@@ -175,7 +181,7 @@ def placed(
         if waiting:
             raise StageError(
                 f"{len(waiting)} of {len(actors)} workers of {cpus_each:g} cores found no room in {_START_S:g} s; the "
-                f"cluster has some for {_room(cpus_each, 0)}, others may hold a part: place fewer, or smaller ones"
+                f"cluster has some for {room(cpus_each)}, others may hold a part: place fewer, or smaller ones"
             )
         yield Placed(actors, cpus_each)
     finally:
@@ -188,10 +194,13 @@ def run(
 ) -> Any:
     """``function(*arguments)`` on a worker; what it reports with :class:`Progress` to ``watch`` is drawn here.
 
-    Raises as it was raised, and ``StageError`` when the worker died each time that it was tried.
+    Raises as it was raised, and ``StageError`` when no machine has so many GPUs, or the worker died each time that it
+    was tried.
     """
     start()
-    remote = ray.remote(_call).options(num_cpus=fitting(cpus, gpus), num_gpus=gpus, max_retries=SHARD_TRIES)
+    cpus = fitting(cpus, gpus)
+    room(cpus, gpus)  # raises where there is none
+    remote = ray.remote(_call).options(num_cpus=cpus, num_gpus=gpus, max_retries=SHARD_TRIES)
     try:
         with drawn(watch, function.__name__) if watch else contextlib.nullcontext():
             return ray.get(remote.remote(function, arguments))

@@ -135,7 +135,7 @@ def test_workers_that_find_no_room_are_told_of_and_not_waited_for(monkeypatch: p
             pass
         with compute.placed(Worker, [(), ()], cpus_each=0.5) as placed:
             assert placed.ask(0.5) == [0.5, 0.5], "slow ones are waited for"
-            monkeypatch.setattr(compute, "_room", lambda *_: 1)
+            monkeypatch.setattr(compute, "room", lambda *_: 1)
             with pytest.raises(TransientError, match=r"^a machine was lost: 2 workers .* room for 1; ask again once"):
                 placed.ask(30)
 
@@ -150,10 +150,12 @@ def test_workers_are_as_many_as_the_machines_hold(
     machines = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 3.0, "memory": 1.0}]
     gone = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
     monkeypatch.setattr(ray, "nodes", lambda: [*({"Alive": True, "Resources": one} for one in machines), gone])
-    assert compute._room(*each) == room
+    assert compute.room(*each) == room
     assert (compute.fitting(8), compute.fitting(3.5, 1), compute.fitting(8, 9)) == (4, 3.5, 8)
     machines[0]["CPU"], machines[1]["CPU"] = 2.0, 6.0
     assert (compute.fitting(8), compute.fitting(8, 1)) == (6, 2), "the one with GPUs has fewer cores"
-    assert compute._room(0, 0) > 100, "no core at all is asked, of a head that has none"
-    with pytest.raises(StageError, match="3 GPUs are asked for each worker, the largest machine has 2"):
-        compute._room(1, 3)
+    assert compute.room(0, 0) > 100, "no core at all is asked, of a head that has none"
+    with pytest.raises(
+        StageError, match="3 GPUs are asked for each worker, the largest machine has 2; ask for no more"
+    ):
+        compute.room(1, 3)

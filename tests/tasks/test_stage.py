@@ -103,6 +103,8 @@ def test_more_workers_than_cores_wait_for_nobody(tmp_path: Path) -> None:
         assert compute.run(abs, -3, cpus=4) == 3
         with pytest.raises(StageError, match="1 GPUs are asked for each worker, the largest machine has 0"):
             map_stage(stage, [("x", 1)], counting(), settings, gpus_per_actor=1)
+        with pytest.raises(StageError, match="1 GPUs are asked for each worker, the largest machine has 0; ask for no"):
+            compute.run(abs, -1, gpus=1)
     assert ([shard.rows for shard in done], lost) == ([1, 2, 3, 4, 5, 6], {})
 
 
