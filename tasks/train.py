@@ -12,8 +12,10 @@ from PIL import Image
 from torch import nn
 
 from infra import artifacts, ray_train, stopping, storage, tracking
+from infra.errors import InputError, IntegrityError
 from infra.progress import Progress
 from model.encoder_identity import EncoderIdentity
+from model.errors import ModelError
 from model.networks.vq_transformer import VQTransformerConfig
 from model.pipeline import new_pipeline, to_images
 from model.saved import pretrained_folder, weights_digest
@@ -28,6 +30,8 @@ from tasks.training_setup import Setup, TrainConfig, objective_of, set_up
 PIPELINE = "pipeline"
 """The folder, below a generator's, that ``KNNDiffusionPipeline.from_pretrained`` loads."""
 CHECKPOINTS_KEPT = 2
+FINAL = (ModelError, InputError, IntegrityError)
+"""What a worker raises that no second try mends."""
 PREVIEWED = 16
 """Pictures on the sheet that shows a network learn."""
 
@@ -42,7 +46,8 @@ def train_generator(
     Raises:
         EncoderMismatchError: the inputs, or the generator to start from, were made by different encoders.
         InputError: the network, its autoencoder and the size of the pictures do not fit each other.
-        StageError: the loss diverged or a worker died too often; the last checkpoint is kept.
+        ModelError: the loss diverged, memory is out, or the checkpoint is of another network.
+        StageError: the cluster has no room, or a worker died too often; the last checkpoint is kept.
     """
     config, sources = _located(config), inputs.as_inputs()
     for name in ("start_from", "autoencoder"):
@@ -62,6 +67,7 @@ def train_generator(
                 cpus_per_worker=config.cpus_per_worker,
                 use_gpu=config.use_gpu,
                 folder_uri=stage.uri,
+                final=FINAL,
             )
         done = stage.done()[PIPELINE]
         return stage.commit([done], identity=embeddings.identity, info=done.info)
