@@ -41,7 +41,7 @@ def train_generator(
 ) -> Outcome[Generator]:
     """Train on ``inputs`` and store the pipeline under ``base/generator/<key>``.
 
-    Killed at any point, the same call goes on from the last checkpoint.
+    Killed at any point, the same call goes on from the last checkpoint, on as many workers as it is given.
 
     Raises:
         EncoderMismatchError: the inputs, or the generator to start from, were made by different encoders.
@@ -70,7 +70,7 @@ def train_generator(
                 final=FINAL,
             )
         done = stage.done()[PIPELINE]
-        return stage.commit([done], identity=embeddings.identity, info=done.info)
+        return stage.commit([done], identity=embeddings.identity, info=done.info | {"asked": config_of(config)})
 
     return skip_or_make(stage, Generator, make, note=_note)
 
@@ -257,9 +257,9 @@ def _located(config: TrainConfig) -> TrainConfig:
 
 
 def _decisive(config: TrainConfig) -> dict[str, Any]:
-    """What decides the weights: all but how often something is logged or kept, and where folders are."""
-    settings = config_of(config, without=("cpus_per_worker", "start_from", "autoencoder"))
-    for name in ("log_images", "checkpoint_images", "grid_images"):
+    """What decides the weights, but for rounding: a run may go on with more workers or pieces, or elsewhere."""
+    settings = config_of(config, without=("workers", "cpus_per_worker", "use_gpu", "start_from", "autoencoder"))
+    for name in ("pieces", "compile", "bfloat16_copy", "sharding", "log_images", "checkpoint_images", "grid_images"):
         settings["training"].pop(name)
     return settings
 

@@ -184,8 +184,15 @@ def test_the_same_request_is_skipped_wherever_its_folders_are(inputs: TrainingIn
     first, copy = saved(tmp_path / "a"), saved(tmp_path / "b")
     made = trained(inputs, tmp_path, start_from=first)
     assert trained(inputs, tmp_path, start_from=copy).skipped
-    logged = dataclasses.replace(SHORT, grid_images=8, log_images=4)
-    assert trained(inputs, tmp_path, start_from=first, training=logged, cpus_per_worker=2).skipped
+    as_fits = {"pieces": 2, "compile": False, "bfloat16_copy": False, "sharding": "fsdp"}
+    elsewhere = dataclasses.replace(SHORT, grid_images=8, log_images=4, checkpoint_images=4, **as_fits)
+    resources = {"workers": 2, "cpus_per_worker": 2, "use_gpu": True}
+    assert trained(inputs, tmp_path, start_from=first, training=elsewhere, **resources).skipped
+    asked = made.reference.manifest().info["asked"]
+    assert (asked["workers"], asked["training"]["pieces"], asked["start_from"]) == (1, 1, first), "how it was made"
+    for changed in ({"batch_size": 8}, {"seed": 1}):
+        stepped = dataclasses.replace(SHORT, **changed)
+        assert not trained(inputs, tmp_path, start_from=first, training=stepped).skipped
     other = saved(tmp_path / "c", network=tiny.network(image_size=16, seed=1))
     assert trained(inputs, tmp_path, start_from=other).reference.digest != made.reference.digest
 
