@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
-from infra import artifacts, ray_train, stopping, storage, tracking
-from infra.errors import InputError, IntegrityError
+from infra import artifacts, logs, ray_train, stopping, storage, tracking
+from infra.errors import InputError, IntegrityError, NotFoundError
 from infra.progress import Progress
 from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
@@ -30,6 +31,7 @@ from tasks.training_setup import Setup, TrainConfig, objective_of, set_up
 PIPELINE = "pipeline"
 """The folder, below a generator's, that ``KNNDiffusionPipeline.from_pretrained`` loads."""
 CHECKPOINTS_KEPT = 2
+"""The newest, and one to go back to should it be damaged."""
 FINAL = (ModelError, InputError, IntegrityError)
 """What a worker raises that no second try mends."""
 PREVIEWED = 16
@@ -98,17 +100,26 @@ class _Checkpoints:
     The marker holds the numbers logged last, too: a run that was killed after its last step has them from there.
     """
 
-    def __init__(self, folder_uri: str, scratch: Path, cache: Path, metrics: "_Metrics") -> None:
+    def __init__(self, folder_uri: str, scratch: Path, cache: Path, metrics: "_Metrics", world: int) -> None:
         self._uri, self._scratch, self._cache = storage.join(folder_uri, "checkpoints"), scratch, cache
-        self._metrics = metrics
+        self._metrics, self._world = metrics, world
 
     def latest(self) -> Path | None:
+        """The newest that every worker finds whole. Raises ``IntegrityError`` when none is."""
         markers = [name for name in storage.names(storage.join(self._uri, "shards")) if name.endswith(".json")]
-        if not markers:
-            return None
-        shard = artifacts.read_shard(self._uri, max(markers).removesuffix(".json"))
-        self._metrics.last = shard.info.get("values", {})
-        return artifacts.fetch_file(self._uri, shard.files[0], self._cache)
+        for name in sorted((marker.removesuffix(".json") for marker in markers), reverse=True):
+            path = None
+            try:
+                shard = artifacts.read_shard(self._uri, name)
+                path = artifacts.fetch_file(self._uri, shard.files[0], self._cache)
+            except (IntegrityError, NotFoundError) as error:
+                logs.get("train").warning("checkpoint %s is damaged, the one before is taken: %s", name, error)
+            if _all_say(path is not None, self._world):
+                self._metrics.last = shard.info.get("values", {})
+                return path
+        if markers:
+            raise IntegrityError(f"no checkpoint in {self._uri} is whole; delete that folder to start anew")
+        return None
 
     def scratch(self) -> Path:
         return self._scratch / "state.pt"
@@ -123,6 +134,14 @@ class _Checkpoints:
         for marker in storage.names(storage.join(self._uri, "shards"))[:-CHECKPOINTS_KEPT]:
             storage.discard(storage.join(self._uri, "shards", marker))
             storage.discard(storage.join(self._uri, f"{marker.removesuffix('.json')}.pt"))
+
+
+def _all_say(found: bool, world: int) -> bool:
+    """Whether all of ``world`` workers found what this one did: they must go on from one step."""
+    answers = [found] * world
+    if world > 1:
+        dist.all_gather_object(answers, found)
+    return all(answers)
 
 
 class _Metrics:
@@ -208,7 +227,7 @@ def _loop(arguments: dict[str, Any]) -> None:
             objective_of(config, setup),
             data,
             config.training,
-            checkpoints=_Checkpoints(folder_uri, scratch, cache, metrics),
+            checkpoints=_Checkpoints(folder_uri, scratch, cache, metrics, world),
             metrics=metrics,
             device=treatment.device,
             rank=rank,

@@ -17,7 +17,7 @@ from small_training import COUNT, POOL, small_kl
 from stores import Bucket
 
 from infra import artifacts, ray_train, stopping, storage
-from infra.errors import EncoderMismatchError, InputError
+from infra.errors import EncoderMismatchError, InputError, IntegrityError
 from model.diffusion.conditioning import ConditioningConfig
 from model.diffusion.discrete import MaskAndReplace
 from model.networks.dit import TransformerConfig
@@ -177,6 +177,29 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished_with_the_numbers_it_
     assert {name: value for name, value in info.items() if name in run.values[-1][1]} == last
     assert outcome.note.startswith("24 images seen, ") == kept
     assert ("loss" in outcome.note) == kept
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
+    inputs: TrainingInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    unbroken = trained(inputs, tmp_path / "whole", network=SMALL).reference.manifest()
+    base, run = tmp_path / "broken", Run()
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(training, "_keep", None)
+        trained(inputs, base, network=SMALL)
+    (folder,) = base.glob("generator/*/checkpoints")
+    (older, newest) = sorted(folder.glob("*.pt"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert trained(inputs, base, run=run, network=SMALL).reference.manifest().digest == unbroken.digest
+    assert [images for images, _ in run.values] == [24]
+    assert caplog.messages[0].startswith("checkpoint 000000006 is damaged, the one before is taken: ")
+    for stored in ("manifest.json", "shards/pipeline.json"):
+        (folder.parent / stored).unlink()
+    older.unlink()
+    (folder / "shards" / "000000006.json").write_text("{")
+    with pytest.raises(IntegrityError, match=r"no checkpoint in .*/checkpoints is whole; delete that folder to start"):
+        trained(inputs, base, network=SMALL)
 
 
 @pytest.mark.usefixtures("alone")
