@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import nn
 from infra import artifacts, logs, ray_train, stopping, storage, tracking
 from infra.errors import InputError, IntegrityError, NotFoundError
 from infra.progress import Progress
+from infra.settings import masked
 from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
 from model.networks.vq_transformer import VQTransformerConfig
@@ -34,6 +37,8 @@ CHECKPOINTS_KEPT = 2
 """The newest, and one to go back to should it be damaged."""
 FINAL = (ModelError, InputError, IntegrityError)
 """What a worker raises that no second try mends."""
+OUTAGE_PAUSE = 10
+"""A tracking server that did not answer is left alone for so many times as long as it was waited for."""
 PREVIEWED = 16
 """Pictures on the sheet that shows a network learn."""
 
@@ -150,20 +155,35 @@ class _Metrics:
     def __init__(self, folder_uri: str, total: int, run: tracking.Run | None, preview: "_Preview") -> None:
         self._progress, self._total, self._run, self._preview = Progress(folder_uri), total, run, preview
         self.last: dict[str, float] = {}
+        self._outage, self._asked_again = False, 0.0
 
     def log(self, *, images: int, values: dict[str, float]) -> None:
         note = f"loss {values['loss']:.4f}, {values['images_per_s']:.0f} images/s"
         self._progress("train", images, self._total, note)
         self.last = values
-        if self._run is not None:
-            self._run.log(step=images, values=values)
+        self._track(lambda run: run.log(step=images, values=values))
 
     def grid(self, *, images: int, average: nn.Module) -> None:
         if self._run is not None:
             with storage.scratch() as folder:
                 path = folder / f"{images:09d}.png"
                 self._preview.sheet(average).save(path)
-                self._run.file(path, "samples")
+                self._track(lambda run: run.file(path, "samples"))
+
+    def _track(self, tell: Callable[[tracking.Run], None]) -> None:
+        """Tell the tracking server. One that does not answer costs points of a chart, and little of the time."""
+        started = time.monotonic()
+        if self._run is None or started < self._asked_again:
+            return
+        try:
+            tell(self._run)
+            self._outage = False
+        except Exception as error:  # MLflow's, its database's, its artifact store's
+            if not self._outage:
+                told = "MLflow does not answer, training goes on and is not charted meanwhile: %s"
+                logs.get("train").warning(told, masked(str(error)))
+            self._outage, ended = True, time.monotonic()
+            self._asked_again = ended + OUTAGE_PAUSE * (ended - started)
 
 
 class _Preview:

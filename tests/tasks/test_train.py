@@ -2,16 +2,19 @@
 
 import dataclasses
 import io
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import small_training
 import tiny
 import torch
+from mlflow.exceptions import MlflowException
 from PIL import Image
 from small_training import COUNT, POOL, small_kl
 from stores import Bucket
@@ -200,6 +203,44 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     (folder / "shards" / "000000006.json").write_text("{")
     with pytest.raises(IntegrityError, match=r"no checkpoint in .*/checkpoints is whole; delete that folder to start"):
         trained(inputs, base, network=SMALL)
+
+
+@pytest.mark.usefixtures("alone")
+def test_training_goes_on_while_the_tracking_server_is_down(
+    inputs: TrainingInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = itertools.count()
+
+    class Down(Run):
+        """Down at 12 and 16 images, and for files; each call takes a second."""
+
+        asked: ClassVar[list[int]] = []
+
+        def log(self, *, step: int, values: dict[str, float]) -> None:
+            self.asked.append(step)
+            if step in (12, 16):
+                raise MlflowException("no answer from http://user:secret@host")
+            super().log(step=step, values=values)
+
+        def file(self, path: Path, folder: str | None = None) -> None:
+            raise ConnectionError("no answer")
+
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(training, "OUTAGE_PAUSE", 0)
+    run, often = Down(), dataclasses.replace(SHORT, log_images=4)
+    outcome = trained(inputs, tmp_path, run=run, network=SMALL, training=often)
+    assert outcome.reference.manifest().info["images_seen"] == 24
+    assert [images for images, _ in run.values] == [4, 8, 20, 24]
+    warnings = [message for message in caplog.messages if message.startswith("MLflow does not answer")]
+    assert [message.rpartition(": ")[2] for message in warnings] == [
+        "no answer from http://user:***@host",
+        "no answer",
+    ], "once an outage, and no password"
+
+    monkeypatch.setattr(training, "OUTAGE_PAUSE", 3)
+    Down.asked.clear()
+    trained(inputs, tmp_path / "again", run=Down(), network=SMALL, training=often)
+    assert Down.asked == [4, 8, 12, 24], "left alone for three times as long as it did not answer"
 
 
 @pytest.mark.usefixtures("alone")
