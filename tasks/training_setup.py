@@ -155,10 +155,11 @@ def picture_side(size: AnyNetworkConfig, autoencoder: Autoencoder | None) -> int
     held: Any = autoencoder.config
     scale: int = 2 ** (len(held.block_out_channels) - 1)
     if not isinstance(size, VQTransformerConfig):
-        if size.channels != held.latent_channels:
+        channels = _latent_channels(autoencoder)
+        if size.channels != channels:
             raise InputError(
-                f"the network takes {size.channels} channels, the autoencoder's latents have "
-                f"{held.latent_channels}; set channels to that"
+                f"the network takes {size.channels} channels, the autoencoder's latents have {channels}; set channels "
+                "to that"
             )
         return size.image_size * scale
     side = math.isqrt(size.tokens) * scale
@@ -173,6 +174,13 @@ def picture_side(size: AnyNetworkConfig, autoencoder: Autoencoder | None) -> int
             f"px, the autoencoder has {given}; choose codes and tokens after it"
         )
     return side
+
+
+def _latent_channels(autoencoder: Autoencoder) -> int:
+    """C of the latents: a VQModel's have the width of its codes, not of what is in front of the codebook."""
+    held: Any = autoencoder.config
+    width = held.vq_embed_dim if isinstance(autoencoder, VQModel) else None
+    return int(width or held.latent_channels)
 
 
 def _widened(network: AnyNetwork, autoencoder: Autoencoder | None) -> AnyNetwork:

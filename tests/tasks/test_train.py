@@ -49,6 +49,7 @@ VQ = AutoencoderConfig(image_size=16, downscale=4, codes=16, code_width=4, chann
 CODES = VQTransformerConfig(codes=16, tokens=16, timesteps=10, layers=1, heads=1, head_width=16)
 UNET = UNetConfig(image_size=16, widths=(32, 64), layers=1)
 LATENTS = tiny.size(image_size=8, channels=4, patch_size=2)
+VQ_LATENTS = tiny.size(image_size=4, channels=VQ.code_width, patch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def saved(folder: Path, *, network: Any = None, **defaults: Any) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("kind", ["transformer", "unet", "editor", "latents", "codes"])
+@pytest.mark.parametrize("kind", ["transformer", "unet", "editor", "latents", "latents of a VQModel", "codes"])
 @pytest.mark.usefixtures("alone")
 def test_every_network_is_trained_saved_and_draws(inputs: TrainingInputs, tmp_path: Path, kind: str) -> None:
     folders = autoencoders(tmp_path)
@@ -118,6 +119,7 @@ def test_every_network_is_trained_saved_and_draws(inputs: TrainingInputs, tmp_pa
         "unet": {"network": UNET},
         "editor": {"network": SMALL, "editing": True},
         "latents": {"network": LATENTS, "autoencoder": folders["kl"], "image_size": 16},
+        "latents of a VQModel": {"network": VQ_LATENTS, "autoencoder": folders["vq"], "image_size": 16},
         "codes": {"network": CODES, "autoencoder": folders["vq"], "image_size": 16},
     }[kind]
     run = Run()
@@ -329,6 +331,10 @@ def test_a_start_over_codes_brings_its_autoencoder(tmp_path: Path) -> None:
         ({"network": SMALL, "image_size": 32}, "image_size is 32 px, but the network works on pictures of 16 px"),
         ({"network": LATENTS}, "takes 4 channels, a picture has 3; name its autoencoder"),
         ({"network": SMALL, "autoencoder": "kl"}, "takes 3 channels, the autoencoder's latents have 4"),
+        (
+            {"network": dataclasses.replace(VQ_LATENTS, channels=8), "autoencoder": "vq"},
+            "8 channels, .* latents have 4",
+        ),
         ({"network": LATENTS, "autoencoder": "kl", "image_size": 8}, "works on pictures of 16 px"),
         ({"network": CODES, "autoencoder": "kl"}, "need a VQModel of 16 codes at 8 px, the autoencoder has no codes"),
         ({"network": dataclasses.replace(CODES, codes=8), "autoencoder": "vq"}, "8 codes.* has 16 codes at 16 px"),
