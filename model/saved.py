@@ -27,3 +27,15 @@ def weights_digest(name: str) -> str:
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def contents_digest(name: str) -> str:
+    """Hex sha256 over the weights and the settings (``*.json``) of a saved pipeline or part of one: all it does.
+
+    Raises ``ModelError`` when there are no weights.
+    """
+    folder, digest = pretrained_folder(name), hashlib.sha256(weights_digest(name).encode())
+    for file in sorted(folder.rglob("*.json")):
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -22,7 +22,7 @@ from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
 from model.networks.vq_transformer import VQTransformerConfig
 from model.pipeline import new_pipeline, to_images
-from model.saved import pretrained_folder, weights_digest
+from model.saved import contents_digest, pretrained_folder
 from model.training.data import Rows, TrainingSet
 from model.training.loop import train
 from model.training.preview import draw_preview, to_pictures
@@ -59,7 +59,7 @@ def train_generator(
     config, sources = _located(config), inputs.as_inputs()
     for name in ("start_from", "autoencoder"):
         if (folder := getattr(config, name)) is not None:
-            sources[name] = {"uri": folder, "digest": weights_digest(folder)}
+            sources[name] = {"uri": folder, "digest": contents_digest(folder)}
     stage = artifacts.Stage(base, Generator.kind, inputs=sources, config=_decisive(config))
 
     def make() -> artifacts.Manifest:
@@ -277,10 +277,11 @@ def _treatment(config: TrainConfig, setup: Setup) -> Treatment:
     # By its number: a thread that reads ahead does not know which GPU is this worker's.
     device = f"cuda:{torch.cuda.current_device()}" if config.use_gpu else "cpu"
     autoencoder = None if setup.autoencoder is None else setup.autoencoder.to(device)
+    folder = config.autoencoder or f"{config.start_from}/vae"
     return Treatment(
         side=setup.image_size,
         autoencoder=autoencoder,
-        autoencoder_digest=weights_digest(str(config.autoencoder or config.start_from)) if autoencoder else "",
+        autoencoder_digest=contents_digest(folder) if autoencoder else "",
         codes=isinstance(setup.size, VQTransformerConfig),
         editing=config.editing,
         device=device,

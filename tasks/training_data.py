@@ -196,7 +196,8 @@ class ShardSource:
         if autoencoder is None:
             pictures: NDArray[Any] = self._stored.pixels(self._treatment.side)
         else:
-            pictures = np.array(kept(self._path("encoded", self._treatment.autoencoder_digest), self._encode))
+            kind = "codes" if self._treatment.codes else "latents"
+            pictures = np.array(kept(self._path("encoded", kind, self._treatment.autoencoder_digest), self._encode))
         reference = None
         if self._store is not None:
             path = self._path("references", self._store.digest, file.sha256)

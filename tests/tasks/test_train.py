@@ -263,6 +263,23 @@ def test_the_same_request_is_skipped_wherever_its_folders_are(inputs: TrainingIn
     assert trained(inputs, tmp_path, start_from=other).reference.digest != made.reference.digest
 
 
+@pytest.mark.usefixtures("alone")
+def test_other_settings_beside_the_same_weights_are_another_request(inputs: TrainingInputs, tmp_path: Path) -> None:
+    made = [
+        trained(inputs, tmp_path, start_from=saved(tmp_path / str(scale), guidance_scale=scale)) for scale in (2, 3)
+    ]
+    assert [opened(outcome, tmp_path).config.guidance_scale for outcome in made] == [2, 3]
+
+    folder = autoencoders(tmp_path)["kl"]
+    latents: dict[str, Any] = {"network": LATENTS, "autoencoder": folder}
+    before = trained(inputs, tmp_path, **latents)
+    assert trained(inputs, tmp_path, **latents).skipped
+    config = Path(folder, "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
+    assert trained(inputs, tmp_path, **latents).reference.digest != before.reference.digest
+    assert len(list((tmp_path / "cache" / "encoded").iterdir())) == 2 * len(small_training.SIZES)
+
+
 def test_a_start_gives_its_size_its_defaults_and_its_weights(tmp_path: Path) -> None:
     network = tiny.network(image_size=16, layers=2)
     start = saved(tmp_path, network=network, guidance_scale=3.5, num_inference_steps=7, query="mean", candidates=4)

@@ -112,6 +112,13 @@ def test_an_autoencoder_encodes_each_shard_once(
         loaded(inputs, tmp_path, **settings | {"autoencoder_digest": "another"})
 
 
+def test_latents_and_codes_of_one_autoencoder_are_kept_apart(inputs: TrainingInputs, tmp_path: Path) -> None:
+    config = AutoencoderConfig(image_size=SIDE, downscale=4, codes=16, code_width=4, channels=(8, 8, 8))
+    one: dict[str, Any] = {"autoencoder": build_autoencoder(config, seed=0).eval(), "autoencoder_digest": "one"}
+    shapes = [loaded(inputs, tmp_path, codes=codes, **one)[0].pictures.shape for codes in (True, False)]
+    assert shapes == [(SIZES[0], 16), (SIZES[0], 4, 4, 4)]
+
+
 def test_a_tar_without_an_embedded_picture_is_refused(inputs: TrainingInputs) -> None:
     (tar, _) = sorted(Path(inputs.images.uri).glob("*.tar"))
     with pytest.raises(InputError, match=r"lacks 1 pictures that were embedded, 000000009 first; embed again"):
