@@ -399,15 +399,16 @@ def new_pipeline(
     *,
     prediction: Prediction = "velocity",
     vae: AutoencoderKL | VQModel | None = None,
+    scheduler: UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler | None = None,
     **defaults: Any,
 ) -> KNNDiffusionPipeline:
-    """A pipeline around a freshly trained network, drawn with :func:`model.sampling.new_scheduler`.
+    """A pipeline around a trained network, drawn with ``scheduler``, or :func:`model.sampling.new_scheduler`.
 
     ``defaults`` are those of :class:`KNNDiffusionPipeline`: neighbours, guidance_scale, query, ….
     """
     return KNNDiffusionPipeline(
         transformer=network,
-        scheduler=None if isinstance(network, VQTransformer) else new_scheduler(),
+        scheduler=None if isinstance(network, VQTransformer) else scheduler or new_scheduler(),
         vae=vae,
         encoder_identity=dataclasses.asdict(encoder),
         prediction=prediction,

@@ -268,6 +268,7 @@ def _keep(average: nn.Module, setup: Setup, encoder: EncoderIdentity, folder: Pa
         encoder,
         prediction=setup.prediction,
         vae=autoencoder,
+        scheduler=setup.scheduler,
         **setup.defaults,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)

@@ -63,6 +63,7 @@ class Setup:
     network: AnyNetwork
     size: AnyNetworkConfig
     autoencoder: Autoencoder | None
+    scheduler: Any  # of start_from, for it is drawn as it was; None: a new one
     image_size: int  # px
     defaults: dict[str, Any]  # of the pipeline that it becomes
 
@@ -82,6 +83,7 @@ def set_up(config: TrainConfig, encoder: EncoderIdentity) -> Setup:
     shown = config.conditioning.neighbours
     defaults: dict[str, Any] = {"neighbours": shown, "trained_neighbours": shown, "guidance_scale": 2.0}
     autoencoder = None if config.autoencoder is None else load_autoencoder(config.autoencoder)
+    scheduler = None
     if config.start_from is None:
         size = config.network or TransformerConfig()
         network = build_any(size, embedding_dimension=encoder.dimension, seed=config.training.seed)
@@ -93,7 +95,7 @@ def set_up(config: TrainConfig, encoder: EncoderIdentity) -> Setup:
             raise InputError(
                 f"{config.start_from} is {size}, not {config.network}; leave network out to take its own size"
             )
-        autoencoder = autoencoder or pipeline.vae
+        autoencoder, scheduler = autoencoder or pipeline.vae, pipeline.scheduler
         kept = ("candidates", "guidance_scale", "guidance_interval", "num_inference_steps", "query", "truncation")
         defaults |= {name: pipeline.config[name] for name in kept}
         defaults["neighbours"] = min(shown, pipeline.config.neighbours)
@@ -107,7 +109,14 @@ def set_up(config: TrainConfig, encoder: EncoderIdentity) -> Setup:
             f"image_size is {config.image_size} px, but the network works on pictures of {side} px; "
             "leave image_size out, or choose a network of another size"
         )
-    return Setup(network=network, size=size, autoencoder=autoencoder, image_size=side, defaults=defaults)
+    return Setup(
+        network=network,
+        size=size,
+        autoencoder=autoencoder,
+        scheduler=scheduler,
+        image_size=side,
+        defaults=defaults,
+    )
 
 
 def objective_of(config: TrainConfig, setup: Setup) -> Objective:

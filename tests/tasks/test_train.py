@@ -14,6 +14,7 @@ import pytest
 import small_training
 import tiny
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from mlflow.exceptions import MlflowException
 from PIL import Image
 from small_training import COUNT, POOL, small_kl
@@ -278,6 +279,16 @@ def test_other_settings_beside_the_same_weights_are_another_request(inputs: Trai
     config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
     assert trained(inputs, tmp_path, **latents).reference.digest != before.reference.digest
     assert len(list((tmp_path / "cache" / "encoded").iterdir())) == 2 * len(small_training.SIZES)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_start_that_is_tuned_is_drawn_as_it_was(inputs: TrainingInputs, tmp_path: Path) -> None:
+    euler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipeline = opened(trained(inputs, tmp_path, start_from=saved(tmp_path / "start", scheduler=euler)), tmp_path)
+    assert isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+    assert pipeline.scheduler.config.shift == 3
+    setup = set_up(configured(network=SMALL), tiny.identity())
+    assert setup.scheduler is None, "a new one"
 
 
 def test_a_start_gives_its_size_its_defaults_and_its_weights(tmp_path: Path) -> None:
