@@ -49,7 +49,7 @@ Dedup = Annotated[
         help="Return one of each group of near-duplicates. Unset: not in new-domain, else as it was.",
     ),
 ]
-MODEL = "Generator: short name, models:/…, a folder, or sticker-generator, which ships with this package."
+MODEL = "Generator: short name, models:/…, a folder, or what ships with this package: sticker-generator[-discrete]."
 DATABASE = "Short name (its champion), models:/NAME@ALIAS, models:/NAME/VERSION, or a folder."
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _AGES = ((86_400, "d"), (3_600, "h"), (60, "min"))

@@ -6,14 +6,17 @@ from pathlib import Path
 from model.errors import ModelError
 
 EMBEDDED = "sticker-generator"
-"""The generator that ships with this package; any other name is a folder."""
+"""The generator that ships with this package, and the one that everything takes unless told."""
+DISCRETE = "sticker-generator-discrete"
+"""The discrete one, which ships too; any other name is a folder."""
+SHIPPED = (EMBEDDED, DISCRETE)
 
-_EMBEDDED_FOLDER = Path(__file__).parent / "pretrained" / EMBEDDED / "pipeline"
+_PRETRAINED = Path(__file__).parent / "pretrained"
 
 
 def pretrained_folder(name: str) -> Path:
-    """The folder of a saved pipeline: ``sticker-generator`` is the embedded one."""
-    return _EMBEDDED_FOLDER if name == EMBEDDED else Path(name)
+    """The folder of a saved pipeline: of one that ships with this package, or ``name`` itself."""
+    return _PRETRAINED / name / "pipeline" if name in SHIPPED else Path(name)
 
 
 def weights_digest(name: str) -> str:
@@ -21,9 +24,8 @@ def weights_digest(name: str) -> str:
     digest = hashlib.sha256()
     files = sorted(pretrained_folder(name).rglob("*.safetensors"))
     if not files:
-        raise ModelError(
-            f"{name} holds no weights (*.safetensors); name a folder that save_pretrained wrote, or {EMBEDDED}"
-        )
+        others = " or ".join(SHIPPED)
+        raise ModelError(f"{name} holds no weights (*.safetensors); name a folder of save_pretrained's, or {others}")
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()

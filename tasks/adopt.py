@@ -6,14 +6,14 @@ from pathlib import Path
 from infra import artifacts, storage
 from infra.errors import InputError
 from model.pipeline import KNNDiffusionPipeline
-from model.saved import EMBEDDED, pretrained_folder
+from model.saved import SHIPPED, pretrained_folder
 from tasks.contracts import Generator, Outcome, config_of
 from tasks.stage import skip_or_make, stage_task
 from tasks.train import PIPELINE
 
 
 def adopt_generator(name: str, base: str) -> Outcome[Generator]:
-    """Copy the pipeline ``name`` (a local folder, or ``sticker-generator``) to ``base/generator/<key>``.
+    """Copy the pipeline ``name`` (a local folder, or one that ships with this package) to ``base/generator/<key>``.
 
     What it holds decides the key: other weights or other defaults are another generator. Its rows are 0, since what it
     was trained on is not told.
@@ -24,8 +24,10 @@ def adopt_generator(name: str, base: str) -> Outcome[Generator]:
     """
     folder = pretrained_folder(name)
     if not (folder / "model_index.json").is_file():
-        raise InputError(f"{name} holds no saved pipeline; name a folder that save_pretrained wrote, or {EMBEDDED}")
-    uri = name if name == EMBEDDED else storage.absolute(name)
+        raise InputError(
+            f"{name} holds no saved pipeline; name a folder that save_pretrained wrote, or {' or '.join(SHIPPED)}"
+        )
+    uri = name if name in SHIPPED else storage.absolute(name)
     inputs = {PIPELINE: {"uri": uri, "digest": _digest(folder)}}
     stage = artifacts.Stage(base, Generator.kind, inputs=inputs, config={})
 

@@ -167,7 +167,7 @@ class AutoencoderObjective(nn.Module):
             return inputs[0], 0 * output[1], output[2]
 
         if self.taken < self.warm_steps:
-            hooks = (quantizer.register_forward_hook(pass_on),)
+            hooks: tuple[Any, ...] = (quantizer.register_forward_hook(pass_on),)
         else:
             hooks = (quantizer.register_forward_pre_hook(before), quantizer.register_forward_hook(after))
         try:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from domains import BENCH, embedded, opened, other_domains, rows_of, twemoji, twemoji_files, write_whole
+from edit import bench_edit
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
@@ -34,7 +35,7 @@ from model.clip import Encoder
 from model.draws import mixed_seed
 from model.metrics import Rows
 from model.pipeline import KNNDiffusionPipeline
-from model.saved import EMBEDDED, pretrained_folder, weights_digest
+from model.saved import DISCRETE, EMBEDDED, pretrained_folder, weights_digest
 from model.scoring import Yardstick, flat, score_mean, score_samples
 from tasks.sample import ABLATIONS, MAIN, Condition, contact_sheet, queries_of
 
@@ -55,9 +56,9 @@ DEFAULTS = (
 )  # fmt: skip
 
 
-def bench_generator(samples: int, device: str) -> dict[str, Any]:
+def bench_generator(samples: int, device: str, model: str = EMBEDDED) -> dict[str, Any]:
     """CLIP score, distance to Twemoji and to other domains, and copies of ``samples`` pictures; 2,000 are the bar's."""
-    scene = Scene.prepare(samples, device)
+    scene = Scene.prepare(samples, device, model)
     encoder, own, queries = scene.encoder, scene.own, scene.queries
     others = {source.name: rows_of(embedded(source, encoder)) for source in other_domains()}
     studio, yardstick = scene.studio, scene.yardstick
@@ -68,7 +69,7 @@ def bench_generator(samples: int, device: str) -> dict[str, Any]:
         pixels[name] = studio.draw(name, MAIN.get(name, MAIN["knn"]), count, candidates=candidates)
         rows[name] = encoder.embed_pixels(pixels[name]).numpy()
         tqdm.write(f"{name}: CLIP score {metrics.clip_score(rows[name], queries[:count].numpy()):.4f}")
-    save_sheet({name: pixels[name][:SHOWN] for name in MAIN}, BENCH / "generator.png")
+    save_sheet({name: pixels[name][:SHOWN] for name in MAIN}, BENCH / f"{model}.png")
 
     def clip_score(pictures: Rows) -> Score:
         asked = queries[: len(pictures)].numpy()
@@ -96,6 +97,11 @@ def bench_generator(samples: int, device: str) -> dict[str, Any]:
         "weights": studio.settings["weights"],
         **studio.settings["defaults"],
     }
+
+
+def bench_discrete(samples: int, device: str) -> dict[str, Any]:
+    """The same of the discrete generator, and its edits."""
+    return {**bench_generator(samples, device, DISCRETE), "edit": bench_edit(device, DISCRETE)}
 
 
 def bench_ablations(samples: int, device: str) -> dict[str, Any]:
@@ -139,13 +145,13 @@ class Scene:
     studio: "Studio"
 
     @classmethod
-    def prepare(cls, samples: int, device: str) -> "Scene":
-        """The embedded generator before a database of all Twemoji, and ``samples`` captions."""
+    def prepare(cls, samples: int, device: str, model: str = EMBEDDED) -> "Scene":
+        """A generator before a database of all Twemoji, and ``samples`` captions."""
         encoder = Encoder(device=device)
         kept = embedded(twemoji(), encoder)
         own = rows_of(kept)
         database = opened(kept, encoder)
-        pipeline = KNNDiffusionPipeline.open(pretrained_folder(EMBEDDED), database).to(device)
+        pipeline = KNNDiffusionPipeline.open(pretrained_folder(model), database).to(device)
         captions = twemoji_captions(twemoji_files())
         queries, texts = queries_of(pipeline, database, list(captions), samples, SEED)
         # A real picture's nearest is looked for among the others: the threshold says how near two of them are.
@@ -157,7 +163,7 @@ class Scene:
             described=own[[captions[text] for text in texts]],
             yardstick=Yardstick(real=own, threshold=metrics.copy_threshold(near), seed=SEED),
             nearest_real=float(near[np.isfinite(near)].mean()),
-            studio=Studio(pipeline, queries, settings_of(pipeline, own, list(captions), device)),
+            studio=Studio(pipeline, queries, settings_of(model, pipeline, own, list(captions), device)),
         )
 
     def score(self, rows: Rows) -> dict[str, Score]:
@@ -173,11 +179,13 @@ def twemoji_captions(files: list[Path]) -> dict[str, int]:
     return {names[code]: row for row, code in enumerate(codes) if code in names}
 
 
-def settings_of(pipeline: KNNDiffusionPipeline, own: Rows, captions: list[str], device: str) -> dict[str, Any]:
+def settings_of(
+    model: str, pipeline: KNNDiffusionPipeline, own: Rows, captions: list[str], device: str
+) -> dict[str, Any]:
     """All that decides the pictures but the code."""
     scheduler = dict(pipeline.scheduler.config) if pipeline.scheduler is not None else {}
     return {
-        "weights": weights_digest(EMBEDDED),
+        "weights": weights_digest(model),
         "defaults": {name: pipeline.config[name] for name in DEFAULTS},
         "scheduler": {name: value for name, value in scheduler.items() if not name.startswith("_")},
         "database": hashlib.sha256(own.tobytes()).hexdigest(),

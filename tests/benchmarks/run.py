@@ -10,11 +10,13 @@
 | swap | seconds until a running pipeline draws from another database, and requests lost | retrieval.py |
 | neighbours | all rows' neighbours against FAISS's own search of the same index | retrieval.py |
 | generator | the embedded generator with neighbours and without (SAMPLES=2000) | generator.py |
+| discrete | the discrete generator that ships, likewise, and its edits (SAMPLES=2000) | generator.py |
 | ablations | the same without neighbours, with each kind of query, 1 to 20 neighbours (SAMPLES=64) | generator.py |
 | edit | ten edits by the embedded generator | edit.py |
 
 Writes one JSON for each benchmark below ``build/bench`` and prints what it holds. What is committed under ``results``
-was copied from there by hand. A GPU is used by what draws pictures (generator, ablations, edit) where there is one.
+was copied from there by hand. A GPU is used by what draws pictures (generator, discrete, ablations, edit), where there
+is one.
 """
 
 import argparse
@@ -32,7 +34,7 @@ import faiss
 import torch
 
 OUT = Path("build/bench")
-SAMPLES = {"generator": 2000, "ablations": 64}
+SAMPLES = {"generator": 2000, "discrete": 2000, "ablations": 64}
 """What the figures are stated for."""
 LEAST_SAMPLES = 4
 FEW_SAMPLES = 64
@@ -46,6 +48,7 @@ MODULES = {
     "swap": "retrieval",
     "neighbours": "retrieval",
     "generator": "generator",
+    "discrete": "generator",
     "ablations": "generator",
     "edit": "edit",
 }
@@ -55,7 +58,9 @@ def main() -> int:
     """Run what is named, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODULES)}; all unless told")
-    parser.add_argument("--samples", type=_enough, help=f"of generator and ablations; {FEW_SAMPLES} without NAME")
+    parser.add_argument(
+        "--samples", type=_enough, help=f"of generator, discrete and ablations; {FEW_SAMPLES} without NAME"
+    )
     options = parser.parse_args()
     unknown = set(options.names) - set(MODULES)
     if unknown:

@@ -56,7 +56,7 @@ def test_one_draw_without_a_choice_is_scored_beside_the_default(
         nearest_real=0.5,
         studio=bench.Studio(pipeline, queries, settings),
     )
-    monkeypatch.setattr(bench.Scene, "prepare", lambda samples, device: scene)
+    monkeypatch.setattr(bench.Scene, "prepare", lambda samples, device, model: scene)
     monkeypatch.setattr(bench, "other_domains", list)
     result = bench.bench_generator(100, "cpu")
     assert (result["samples"], result["samples_no_knn"], result["samples_knn_one_draw"]) == (100, 96, 96)
