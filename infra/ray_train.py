@@ -7,9 +7,6 @@ from infra import compute, stopping, storage
 from infra.errors import StageError
 from infra.progress import drawn
 
-TRIES = 3
-"""How often the workers are started when one of them dies, or fails in a way that may pass."""
-
 
 def train(
     loop: Callable[[dict[str, Any]], None],
@@ -23,13 +20,17 @@ def train(
 ) -> None:
     """Run ``loop(config)`` on ``workers`` Ray Train workers with a process group between them.
 
-    When one dies, all are started again and find the loop's own checkpoints; Ray's state below ``folder_uri`` is gone
+    A worker that dies is started again and finds the loop's own checkpoints; Ray's state below ``folder_uri`` is gone
     afterwards. What the loop reports with :class:`Progress` is drawn here.
 
     Raises:
-        StageError: the cluster has no room for the workers, or they failed each time that they were tried; the cause.
+        StageError: the cluster has no room for the workers, or they failed each time that they were tried: the cause.
         Exception: an error of the kinds in ``final``, which no second try mends, as a worker raised it.
     """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
     compute.start()
     gpus = int(use_gpu)
     cpus = compute.fitting(cpus_per_worker, gpus)
@@ -38,47 +39,48 @@ def train(
             f"{workers} workers of {cpus:g} cores and {gpus} GPUs are asked for, the cluster has room for {room}; set "
             "workers, or cpus_per_worker, to what it has"
         )
-    with drawn(folder_uri, "train"):
-        for _ in range(TRIES):
-            failures = _fit(loop, config, workers, {"CPU": cpus, "GPU": gpus}, storage.join(folder_uri, "ray"))
-            if not failures:
-                return
-            for failure in failures:
-                if isinstance(failure, final):
-                    raise failure
-    told = " ".join(str(failures[0]).split())
-    raise StageError(
-        f"training stopped: {told}; the last checkpoint is kept, run again to go on from it"
-    ) from failures[0]
-
-
-def _fit(
-    loop: Callable[[dict[str, Any]], None],
-    config: dict[str, Any],
-    workers: int,
-    each: dict[str, float],
-    state_uri: str,
-) -> list[Exception]:
-    """What the workers failed with, once; nothing when they came to the end."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
-
-    storage.discard(state_uri)
+    state = storage.join(folder_uri, "ray")
+    storage.discard(state)
     trainer = TorchTrainer(
         loop,
         train_loop_config=config,
         torch_config=stopping.listening_torch_config(),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=each["GPU"] > 0, resources_per_worker=each),
-        run_config=RunConfig(name="train", storage_path=state_uri, failure_config=FailureConfig(max_failures=0)),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus, "GPU": gpus}
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=state,
+            failure_config=FailureConfig(max_failures=2),
+            callbacks=[_ending_with(final)],
+        ),
     )
     try:
-        trainer.fit()
+        with drawn(folder_uri, "train"):
+            trainer.fit()
     except TrainingFailedError as error:
-        return list((getattr(error, "worker_failures", None) or {}).values()) or [error]
+        if isinstance(ended_with := getattr(error, "controller_failure", None), final):
+            raise ended_with from None
+        causes = getattr(error, "worker_failures", None) or {}
+        told = " ".join(str(next(iter(causes.values()), error)).split())
+        raise StageError(
+            f"training stopped: {told}; the last checkpoint is kept, run again to go on from it"
+        ) from error
     finally:
-        storage.discard(state_uri)
-    return []
+        storage.discard(state)
+
+
+def _ending_with(final: tuple[type[Exception], ...]) -> Any:
+    """What ends a run at the first such error of a worker: Ray Train starts workers again whatever they raised."""
+    from ray.train import UserCallback
+
+    class Ending(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for error in worker_exceptions.values():
+                if isinstance(error, final):
+                    raise error  # from here it is the controller's, which is not tried again
+
+    return Ending()
 
 
 def worker_rank() -> tuple[int, int]:

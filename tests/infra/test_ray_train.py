@@ -1,6 +1,7 @@
 """Ray Train on a local cluster: what is tried again, what is not, and what is not even begun."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ def test_what_no_second_try_mends_is_tried_once_and_raised_as_it_was(tmp_path: P
         if config["fault"] == "final":
             raise ArithmeticError("the loss is nan")
         if Path(folder, config["fault"]).stat().st_size == 1:
+            time.sleep(3)
             os._exit(1)  # as for a lack of memory
 
     def train(fault: str, **asked: Any) -> None:

@@ -2,13 +2,15 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
+import torch
 
-from model.clip import EMBEDDED
+from model.clip import EMBEDDED, Encoder
 from model.errors import ModelError
-from model.pipeline import new_pipeline
-from model.saved import contents_digest, pretrained_folder, weights_digest
+from model.pipeline import KNNDiffusionPipeline, new_pipeline
+from model.saved import SHIPPED, contents_digest, pretrained_folder, weights_digest
 
 
 def test_the_weights_digest_is_of_the_weights_alone(tmp_path: Path) -> None:
@@ -45,3 +47,25 @@ def test_a_name_is_a_folder_but_for_the_embedded_one(tmp_path: Path) -> None:
     embedded = pretrained_folder("sticker-generator")
     assert embedded.parts[-4:] == ("model", "pretrained", "sticker-generator", "pipeline")
     assert EMBEDDED not in embedded.parts
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_ships_is_small_and_draws_and_edits_in_the_space_of_the_embedded_encoder(
+    name: str, tmp_path: Path
+) -> None:
+    weights = [file.stat().st_size for file in pretrained_folder(name).rglob("*.safetensors")]
+    assert 0 < sum(weights) <= 60e6
+    encoder = Encoder()
+    rows = encoder.embed_texts([f"a picture of {thing}" for thing in ("rain", "a dog", "a car")]).numpy()
+    database = tiny.database(tmp_path, rows.astype(np.float16), encoder=encoder.identity)
+    pipeline = KNNDiffusionPipeline.open(pretrained_folder(name), database)
+
+    def seeded() -> torch.Generator:
+        return torch.Generator().manual_seed(0)
+
+    dog, car = pipeline(["a dog", "a car"], neighbours=1, num_inference_steps=3, generator=seeded()).images
+    assert dog.size == (pipeline.side, pipeline.side)
+    assert np.abs(np.asarray(dog).astype(int) - np.asarray(car)).mean() > 5
+    (edited,) = pipeline.edit(dog, "a car", candidates=2, num_inference_steps=3, generator=seeded())
+    assert (np.asarray(edited) != np.asarray(dog)).any()
+    assert (np.asarray(edited) == np.asarray(dog)).all(-1).mean() > 0.2, "the rest stays"

@@ -9,13 +9,18 @@ command goes on from its last checkpoint; ``samples-*.png`` in the folder shows 
     codes     the discrete generator's autoencoder: a picture as 256 codes
     discrete  the discrete generator: a transformer over those codes under mask-and-replace
 
-Hardware, run times and the figures reached are in README.md beside this file. Commands:
+Hardware, run times and the figures reached are in README.md beside this file and in that of the discrete generator. The
+first command made the embedded one, the last two the discrete one, on a CPU, where 32 px have 64 codes:
 
     python model/pretrained/sticker-generator/train.py base --stickers STICKERS --out OUT --device cuda
     python model/pretrained/sticker-generator/train.py codes --stickers STICKERS --out OUT --device cuda --batch 256
     python model/pretrained/sticker-generator/train.py discrete --stickers STICKERS --out OUT --device cuda
     python model/pretrained/sticker-generator/train.py base --stickers STICKERS --out OUT --images 400000 \
         --size 32 --width 192 --layers 6 --batch 32 --rate 3e-3        # what a CPU manages in some hours
+    python model/pretrained/sticker-generator/train.py codes --stickers STICKERS --out OUT --images 48000 \
+        --size 32 --channels 32 64 128 --batch 32 --ema 0.995
+    python model/pretrained/sticker-generator/train.py discrete --stickers STICKERS --out OUT --images 89600 \
+        --size 32 --width 256 --batch 64 --rate 2e-3 --ema 0.997
 """
 
 import argparse
@@ -75,6 +80,8 @@ SAMPLING = {
     "num_inference_steps": 6, "guidance_scale": 3.0, "guidance_interval": (0.2, 0.95),
 }  # fmt: skip
 """What the base is drawn with unless told otherwise, chosen for 2 CPU cores and 2 seconds a picture (see its card)."""
+SAMPLING_CODES = {"query": "mean", "neighbours": 3, "candidates": 2, "num_inference_steps": 10, "guidance_scale": 3.0}
+"""The same of the discrete one."""
 CHANNEL_ORDERS = ((1, 2, 0), (2, 0, 1), (2, 1, 0), (0, 2, 1), (1, 0, 2))
 log = logging.getLogger("sticker-generator")
 
@@ -419,7 +426,7 @@ def discrete(options: argparse.Namespace) -> None:
     objective = MaskAndReplace(Transitions(codes=size.codes), ConditioningConfig(neighbours=NEIGHBOURS, pool=POOL))
     unseen = UnseenCodes(data["unseen_pixels"], data["unseen_rows"], options.device, autoencoder)
     average = run(network, objective, training_set(data, options.device), options, unseen)
-    save(average, options.out / "discrete", neighbours=NEIGHBOURS, vae=autoencoder.cpu().half())
+    save(average, options.out / "discrete", vae=autoencoder.cpu().half(), **SAMPLING_CODES)
 
 
 COMMANDS = {"base": base, "codes": codes, "discrete": discrete}

@@ -149,10 +149,10 @@ def test_only_the_dead_are_restarted_and_only_for_a_while() -> None:
 
     def step(*used: int) -> list[bool]:
         before = codebook.clone()
-        codebook.add_(0.5)
+        codebook.add_(0.3)
         objective.restart(codebook, latents, scores)
         objective.count(torch.tensor(used))
-        return [bool(moved) for moved in (codebook != before + 0.5).any(1)]
+        return [bool(moved) for moved in (codebook != before + 0.3).any(1)]
 
     assert step(0, 1) == [True] * 4
     torch.testing.assert_close(codebook, latents[0, :, 0, [1, 3, 2, 0]].T)
