@@ -11,7 +11,7 @@ from infra import compute, storage, tracking
 from infra.registry import GENERATOR_NAME, Registry
 from infra.settings import Settings
 from infra.shards import read_lines
-from model.saved import pretrained_folder, weights_digest
+from model.saved import contents_digest, pretrained_folder
 from tasks.contracts import DatabaseVersion, Generator, Outcome, domain_of
 from tasks.evaluate import EvaluateConfig, Evaluation, evaluate
 from tasks.report import FIGURE, MARKDOWN, Report, preview, report
@@ -81,10 +81,10 @@ def evaluate_generator(config: EvaluateGeneratorConfig) -> EvaluatedGenerator:
 
 
 def open_generator(name: str, settings: Settings) -> Generator:
-    """What a name leads to; a saved pipeline without a manifest stands as its folder and its weights' digest."""
+    """What a name leads to; a saved pipeline without a manifest stands as its folder and the digest of its contents."""
     if (pretrained_folder(name) / "model_index.json").exists():
         uri = name if pretrained_folder(name) != Path(name) else storage.absolute(name)
-        return Generator(uri=uri, rows=0, digest=weights_digest(name))
+        return Generator(uri=uri, rows=0, digest=contents_digest(name))
     pulled = Registry(settings).pull(name, kind="generator")
     return Generator.of(pulled.manifest, pulled.folder_uri)
 
