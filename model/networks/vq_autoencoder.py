@@ -166,7 +166,7 @@ class AutoencoderObjective(nn.Module):
             self.taken.add_(1)
             return inputs[0], 0 * output[1], output[2]
 
-        if self.taken < self.warm_steps:
+        if self.warm_steps and self.taken < self.warm_steps:  # asked of the device only where there are any
             hooks: tuple[Any, ...] = (quantizer.register_forward_hook(pass_on),)
         else:
             hooks = (quantizer.register_forward_pre_hook(before), quantizer.register_forward_hook(after))
