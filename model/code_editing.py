@@ -1,7 +1,7 @@
 """Editing by the discrete generator: codes of one region are drawn anew, and the picture around it stays as it was.
 
 Legend: ``B`` pictures, ``S`` side, ``n`` codes of a picture (g × g of them), ``N`` draws of noise, ``T`` condition
-tokens, ``E`` their channels, ``P`` time steps of the process.
+tokens, ``E`` their channels.
 
     where      d = mean over x_t of ½ Σ |p(x_0|x_t, text) − p(x_0|x_t, what the source shows)|, at the masked codes
     what       x_s ← region ? p_θ(x_s|x_t, text) : q(x_s|the source's codes)  after every stride

@@ -62,8 +62,8 @@ class EditConfig:
 
     Attributes:
         method: ``restore`` needs a network trained for editing; ``local`` and ``sdedit``, the baseline, take any.
-        strength: the noise level to start from, in (0, 1]; small ones return the source.
-        steps: Euler steps, whatever the strength.
+        strength: the noise level to start from, in (0, 1]; small ones return the source. Of codes, a share of times.
+        steps: Euler steps, whatever the strength; of codes strides, no more than the strength has times.
         guidance_scale: how strongly to follow the text; 1 as trained.
         image_guidance_scale: how strongly to follow the source; 1 as trained. ``restore`` alone.
         contrast: push away from what the source shows, instead of from an empty condition.
