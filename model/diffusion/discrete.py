@@ -125,8 +125,8 @@ def log_likelihood(noisy: Tensor, rates: Rates, codes: int) -> Tensor:
     other = torch.where(masked, _log(rates.mask), _log(rates.replace))[..., None]
     same = torch.where(masked, 0.0, _log(rates.stay + rates.replace))[..., None]
     from_mask = torch.where(masked, 0.0, LOG_ZERO)[..., None]
-    columns = torch.cat([other.expand(-1, -1, codes), from_mask], dim=2)
-    return columns.scatter_(2, noisy[..., None], same)
+    classes = torch.arange(codes + 1, device=noisy.device)
+    return torch.where(classes == noisy[..., None], same, torch.where(classes == codes, from_mask, other))
 
 
 def log_reverse(log_clean: Tensor, noisy: Tensor, s: Tensor, t: Tensor, transitions: Transitions) -> Tensor:
@@ -145,8 +145,7 @@ def log_reverse(log_clean: Tensor, noisy: Tensor, s: Tensor, t: Tensor, transiti
 
 def log_one_hot(codes: Tensor, classes: int) -> Tensor:
     """The logarithm (B, n, classes) float32 of certainty in codes (B, n) int64."""
-    impossible = torch.full((*codes.shape, classes), LOG_ZERO, device=codes.device)
-    return impossible.scatter(2, codes[..., None], 0.0)
+    return torch.where(torch.arange(classes, device=codes.device) == codes[..., None], 0.0, LOG_ZERO)
 
 
 def step_divergence(log_clean: Tensor, clean: Tensor, noisy: Tensor, t: Tensor, transitions: Transitions) -> Tensor:
@@ -159,6 +158,24 @@ def step_divergence(log_clean: Tensor, clean: Tensor, noisy: Tensor, t: Tensor, 
         target = log_reverse(certain, noisy, t - 1, t, transitions)
     predicted = log_reverse(log_clean, noisy, t - 1, t, transitions)
     return F.kl_div(predicted, target, reduction="none", log_target=True).sum(2).mean(1)
+
+
+class CodeLosses(nn.Module):
+    """What the objective takes from the logits, as a module of its own, so that a GPU computes it in one pass."""
+
+    def __init__(self, transitions: Transitions) -> None:
+        """Of the process ``transitions``."""
+        super().__init__()
+        self.transitions = transitions
+
+    def forward(self, logits: Tensor, clean: Tensor, noisy: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """L_{t−1} and −log p_θ(x_0|x_t), each (B,) float32 nats per token.
+
+        Of logits (B, n, K) of any float dtype, codes clean x_0 and noisy x_t (B, n), t (B,).
+        """
+        log_clean = logits.float().log_softmax(2)
+        auxiliary = -log_clean.gather(2, clean[..., None]).mean((1, 2))
+        return step_divergence(log_clean, clean, noisy, t, self.transitions), auxiliary
 
 
 class MaskAndReplace(nn.Module):
@@ -181,6 +198,7 @@ class MaskAndReplace(nn.Module):
         """Train for ``transitions``; ``auxiliary_weight`` is that of −log p_θ(x_0|x_t) beside the bound."""
         super().__init__()
         self.transitions, self.conditioning, self.auxiliary_weight = transitions, conditioning, auxiliary_weight
+        self.losses = CodeLosses(transitions)
         self.register_buffer("history", torch.zeros(transitions.timesteps))
         self.register_buffer("seen", torch.zeros(transitions.timesteps))
 
@@ -192,9 +210,7 @@ class MaskAndReplace(nn.Module):
         condition = training_condition(batch.query, batch.neighbours, self.conditioning, draw)
         t, probability = self.draw_times(draw.uniform(len(batch.images)))
         noisy = self.transitions.corrupt(batch.images, t, draw.uniform(*batch.images.shape, 2))
-        log_clean = network(noisy, t, condition).float().log_softmax(2)
-        divergence = step_divergence(log_clean, batch.images, noisy, t, self.transitions)
-        auxiliary = -log_clean.gather(2, batch.images[..., None]).mean((1, 2))
+        divergence, auxiliary = self.losses(network(noisy, t, condition), batch.images, noisy, t)
         self.remember(t, divergence.detach())
         loss: Tensor = (divergence + self.auxiliary_weight * auxiliary) / probability
         return loss.mean()

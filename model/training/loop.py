@@ -80,7 +80,10 @@ class TrainingData(Protocol):
 
 
 class Objective(Protocol):
-    """What a step minimises: a module, whose own state is kept with the checkpoint."""
+    """What a step minimises: a module, whose own state is kept with the checkpoint.
+
+    The modules in it are functions of tensors alone, which are compiled where the network is.
+    """
 
     def __call__(self, network: nn.Module, batch: Batch, draw: Draw) -> torch.Tensor:
         """Mean loss of ``batch``, a scalar."""

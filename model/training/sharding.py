@@ -14,6 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_map_only
 
+from model.networks.compiled import repeated
+
 
 def shard(network: nn.Module, device: torch.device) -> None:
     """Split ``network`` in place over all workers: block by block, and the rest."""
@@ -21,11 +23,6 @@ def shard(network: nn.Module, device: torch.device) -> None:
     for block in repeated(network):
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
-
-
-def repeated(network: nn.Module) -> list[nn.Module]:
-    """The blocks of the same code."""
-    return [block for part in network.children() if isinstance(part, nn.ModuleList) for block in part]
 
 
 def whole(state: Any) -> Any:

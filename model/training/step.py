@@ -17,8 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.draws import Draw
 from model.errors import ModelError
+from model.networks.compiled import compile_in_place
 from model.training.muon import Muon
-from model.training.sharding import own_part, repeated, shard
+from model.training.sharding import own_part, shard
 from model.training.speed import flops_per_image, matrix_peak
 
 if TYPE_CHECKING:
@@ -64,8 +65,10 @@ class Step:
         for weight, working in zip(self._weights, self._copies, strict=True):
             weight.grad = None if working.grad is None else torch.zeros_like(weight)
         if self._device.type == "cuda" and self.config.compile:
-            for block in repeated(self._working):
-                block.compile()
+            compile_in_place(self._working, whole=not self._sharded)
+            if isinstance(self._objective, nn.Module):
+                for part in self._objective.children():
+                    part.compile()
         self._replica: Any = self._working
         if self._world > 1 and not self._sharded:
             self._replica = DistributedDataParallel(self._working)
@@ -112,9 +115,9 @@ class Step:
         logger.warning("%s is out of memory; training on with pieces=%d", self._device, self._pieces)
 
     def _gradients(self, number: int) -> torch.Tensor:
-        for parameter in (*self._weights, *self._copies):
-            if parameter.grad is not None:
-                parameter.grad.zero_()
+        with torch.no_grad():
+            for held in (self._weights, self._copies):
+                torch._foreach_zero_([parameter.grad for parameter in held if parameter.grad is not None])
         losses = []
         for piece in range(self._pieces):
             part, parts = self._rank * self._pieces + piece, self._world * self._pieces
