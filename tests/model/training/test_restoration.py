@@ -93,6 +93,15 @@ def test_a_soft_edge_fades_and_leaves_empty_and_whole_alone() -> None:
     assert soften(step, 0) is step
 
 
+def test_under_autocast_an_edge_and_what_it_lets_through_stay_float32() -> None:
+    images, aligned = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)
+    step = torch.zeros(1, 1, 16, 16)
+    step[..., 8:] = 1
+    with torch.autocast("cpu", torch.bfloat16):
+        corrupted = corrupt(images, aligned, step, feather_px=1.0)
+    torch.testing.assert_close(corrupted, corrupt(images, aligned, step, feather_px=1.0))
+
+
 class Recorder(nn.Module):
     """A network that answers zero and keeps its input."""
 
