@@ -13,6 +13,7 @@
 | discrete | the discrete generator that ships, likewise, and its edits (SAMPLES=2000) | generator.py |
 | ablations | the same without neighbours, with each kind of query, 1 to 20 neighbours (SAMPLES=64) | generator.py |
 | edit | ten edits by the embedded generator | edit.py |
+| speed | training and drawing, against plain code around the same networks | speed.py |
 
 Writes one JSON for each benchmark below ``build/bench`` and prints what it holds. What is committed under ``results``
 was copied from there by hand. A GPU is used by what draws pictures (generator, discrete, ablations, edit), where there
@@ -51,6 +52,7 @@ MODULES = {
     "discrete": "generator",
     "ablations": "generator",
     "edit": "edit",
+    "speed": "speed",
 }
 
 

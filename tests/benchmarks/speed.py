@@ -1,0 +1,240 @@
+"""How fast the networks train and draw, against plain code around the same networks on the same machine.
+
+    make bench NAME=speed
+
+Training: the loop as it is (data from the device, bfloat16 copy, compiled, Muon and AdamW, average) against a plain one
+(``plain_training``: autocast, AdamW, an average, nothing compiled) over the same batches and objective. The networks
+are those of the embedded generators' recipes: 64 px at batch 512. The share of the matrix peak is that of the same run.
+
+Drawing: 25 steps with guidance, from condition tokens to pictures, by a compiled pipeline against the same one before.
+
+Weights and pictures are random: neither changes the speed. On a CPU, where nothing is compiled for training and both
+are slow, the networks are small, and the figures say no more than that the benchmark runs.
+
+Legend: ``N`` pictures, ``D`` embedding width, ``S`` side.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from model.clip import Encoder
+from model.diffusion.conditioning import MARKER_CHANNELS, ConditioningConfig
+from model.diffusion.discrete import MaskAndReplace, Transitions
+from model.drawing import Asked, draw
+from model.draws import Draw
+from model.encoder_identity import EncoderIdentity
+from model.networks.dit import TransformerConfig, build_transformer
+from model.networks.editor import widen_input
+from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
+from model.pipeline import new_pipeline
+from model.training.data import Rows, TrainingSet
+from model.training.ema import ema_copy, ema_update
+from model.training.loop import Objective, TrainingConfig, train
+from model.training.restoration import Restoration, RestorationConfig
+
+POOL = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """How much is timed."""
+
+    layers: int
+    code_layers: int
+    """Of the discrete network."""
+    width: int
+    batch: int
+    rows: int
+    """Pictures in the training set."""
+    window: int
+    """Steps to a figure; one window passes before the first."""
+    drawn: int
+    steps: int
+
+
+SIZES = {
+    "cuda": Size(layers=6, code_layers=5, width=512, batch=512, rows=20_480, window=60, drawn=1024, steps=25),
+    "cpu": Size(layers=1, code_layers=1, width=128, batch=8, rows=64, window=2, drawn=8, steps=2),
+}
+
+
+def bench_speed() -> dict[str, Any]:
+    """Images a second of the loop and of drawing, each beside plain code's."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size, identity = SIZES[device], Encoder().identity
+    conditioning = ConditioningConfig(neighbours=10, pool=POOL)
+    continuous = Restoration(conditioning, RestorationConfig(drop_reference=0.7), prediction="velocity")
+    discrete = MaskAndReplace(Transitions(), conditioning)
+    told: dict[str, Any] = {}
+    for name, network, objective, codes in (
+        ("continuous", transformer(size, identity.dimension), continuous, False),
+        ("discrete", vq_transformer(size, identity.dimension), discrete, True),
+    ):
+        dataset = random_set(size, identity.dimension, device, codes=codes)
+        plain = plain_training(copy.deepcopy(network), copy.deepcopy(objective), dataset, size, device)
+        ours, share = training(copy.deepcopy(network), objective, dataset, size, device)
+        told[f"training_{name}"] = {
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "images_per_s": ours,
+            "images_per_s_plain": plain,
+            "ratio": ours / plain,
+            "share_of_matrix_peak": share,
+        }
+    before, after = drawing(size, identity, device)
+    told["drawing"] = {"images_per_s": after, "images_per_s_not_compiled": before, "ratio": after / before}
+    return {**told, **dataclasses.asdict(size), "side": 64, "device": device}
+
+
+def transformer(size: Size, dimension: int) -> nn.Module:
+    """The continuous network, which draws and edits."""
+    config = TransformerConfig(image_size=64, layers=size.layers, heads=size.width // 64, head_width=64)
+    return widen_input(build_transformer(config, embedding_dimension=dimension, seed=0))
+
+
+def vq_transformer(size: Size, dimension: int) -> nn.Module:
+    """The discrete one."""
+    config = VQTransformerConfig(layers=size.code_layers, heads=size.width // 64, head_width=64)
+    return build_vq_transformer(config, embedding_dimension=dimension, seed=0)
+
+
+def random_set(size: Size, dimension: int, device: str, *, codes: bool) -> TrainingSet:
+    """Pictures (N, 64, 64, 3) with references, or codes (N, 256), and the rows of both."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((size.rows, dimension)).astype(np.float16)
+    shape = (size.rows, 256) if codes else (size.rows, 64, 64, 3)
+    pictures = rng.integers(0, 1024 if codes else 256, shape).astype(np.int16 if codes else np.uint8)
+    held = Rows(
+        pictures=pictures,
+        embeddings=rows,
+        neighbours=rng.integers(0, size.rows, (size.rows, POOL)),
+        reference=None if codes else pictures,
+    )
+    return TrainingSet(held, rows, device=device)
+
+
+class _Told(Exception):  # noqa: N818 - not an error: the run has shown what it was started for
+    """The last window's numbers are there."""
+
+
+class _LastWindow:
+    """Metrics that end the run once two windows have passed after the first."""
+
+    def __init__(self) -> None:
+        self.windows: list[dict[str, float]] = []
+
+    def log(self, *, images: int, values: dict[str, float]) -> None:
+        self.windows.append(values)
+        if len(self.windows) == 3:
+            raise _Told
+
+    def grid(self, *, images: int, average: nn.Module) -> None:
+        """None is due so early."""
+
+
+class _NoCheckpoints:
+    """Keeps nothing."""
+
+    def latest(self) -> Path | None:
+        return None
+
+    def save(self, step: int, state: Path) -> None:
+        """No run is as short as this."""
+
+    def scratch(self) -> Path:
+        return Path("unused")
+
+
+def training(
+    network: nn.Module, objective: Objective, dataset: TrainingSet, size: Size, device: str
+) -> tuple[float, float]:
+    """Images a second of the loop, and its share of the matrix peak: the better of two windows."""
+    config = TrainingConfig(
+        images=size.batch * size.window * 100,
+        batch_size=size.batch,
+        log_images=size.batch * size.window,
+        checkpoint_images=size.batch * size.window * 100,
+        grid_images=size.batch * size.window * 100,
+    )
+    metrics = _LastWindow()
+    with contextlib.suppress(_Told):
+        train(network, objective, dataset, config, checkpoints=_NoCheckpoints(), metrics=metrics, device=device)
+    best = max(metrics.windows[1:], key=lambda window: window["images_per_s"])
+    return best["images_per_s"], best["model_flops_utilisation"]
+
+
+def plain_training(network: nn.Module, objective: nn.Module, dataset: TrainingSet, size: Size, device: str) -> float:
+    """Images a second as one would write it first: autocast, AdamW, an average; nothing compiled."""
+    network, objective = network.to(device).train(), objective.to(device)
+    average = ema_copy(network)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+
+    def steps(first: int) -> None:
+        for step in range(first, first + size.window):
+            batch = dataset.batch(step, seed=0, size=size.batch)
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                loss = objective(network, batch, Draw(0, step, device=device))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            ema_update(average, network, 0.999)
+
+    steps(0)
+    seconds = min(timed(lambda: steps(size.window)), timed(lambda: steps(2 * size.window)))
+    return size.batch * size.window / seconds
+
+
+def drawing(size: Size, identity: EncoderIdentity, device: str) -> tuple[float, float]:
+    """Images a second of a pipeline before and after ``compile``."""
+    pipeline = new_pipeline(transformer(size, identity.dimension), identity, trained_neighbours=10)  # type: ignore[arg-type]
+    pipeline.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    tokens = torch.randn(size.drawn, 11, identity.dimension + MARKER_CHANNELS)
+
+    @torch.inference_mode()
+    def drawn(steps: int) -> None:
+        draw(
+            pipeline,
+            Asked(
+                tokens=tokens,
+                targets=tokens[:, 0, :-MARKER_CHANNELS],
+                candidates=1,
+                negative=None,
+                guidance_scale=2.0,
+                steps=steps,
+                generator=torch.Generator().manual_seed(0),
+                shared_noise=False,
+                told=None,
+            ),
+        )
+
+    rates = []
+    for compiled in (False, True):
+        if compiled:
+            pipeline.compile()
+        drawn(2)  # warm
+        rates.append(size.drawn / min(timed(lambda: drawn(size.steps)) for _ in range(2)))
+    before, after = rates
+    return before, after
+
+
+def timed(run: Callable[[], None]) -> float:
+    """Seconds, until the device has finished."""
+    _wait()
+    started = time.perf_counter()
+    run()
+    _wait()
+    return time.perf_counter() - started
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
