@@ -27,6 +27,7 @@ from diffusers import (
     UniPCMultistepScheduler,
     VQModel,
 )
+from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import BaseOutput
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
@@ -217,10 +218,17 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         scale = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
         return int(self.transformer.config.sample_size) * scale
 
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """As diffusers does, but for the paths that parts were loaded from: they are no property of a generator."""
+        for part in (self, *self.components.values()):
+            if isinstance(kept := getattr(part, "_internal_dict", None), dict):
+                part._internal_dict = FrozenDict({key: kept[key] for key in kept if key != "_name_or_path"})
+        super().save_pretrained(save_directory, **options)
+
     def compile(self) -> None:
         """Compile the network where it is, for drawing many pictures on a GPU: after ``to``, before the first call.
 
-        The first call of each batch size then takes about half a minute more.
+        The first call then takes about half a minute more, and so may the first of another batch size.
         """
         compile_in_place(self.transformer)
 

@@ -102,6 +102,29 @@ def test_every_kind_is_saved_and_opened_as_it_was(
     np.testing.assert_array_equal(drawn(opened), drawn(pipeline))
 
 
+def test_a_saved_folder_tells_nothing_of_where_its_parts_came_from(
+    pipeline: KNNDiffusionPipeline, tmp_path: Path
+) -> None:
+    pipeline.save_pretrained(tmp_path / "first")
+    KNNDiffusionPipeline.open(tmp_path / "first").save_pretrained(tmp_path / "second")
+    written = {
+        path.relative_to(tmp_path / "second"): path.read_bytes() for path in (tmp_path / "second").rglob("*.json")
+    }
+    assert written
+    for name, content in written.items():
+        assert content == (tmp_path / "first" / name).read_bytes()
+        assert str(tmp_path).encode() not in content
+
+
+def test_a_compiled_pipeline_draws_what_it_did(database: Database) -> None:
+    pipeline = tiny.discrete_pipeline()
+    pipeline.swap_database(database)
+    before = drawn(pipeline)
+    pipeline.compile()
+    np.testing.assert_allclose(drawn(pipeline), before, atol=1)
+    assert not any("orig_mod" in name for name in pipeline.transformer.state_dict())
+
+
 def test_every_kind_follows_its_guidance(pipeline: KNNDiffusionPipeline) -> None:
     plain, pushed = drawn(pipeline, guidance_scale=1.0), drawn(pipeline, guidance_scale=6.0)
     assert np.abs(plain - pushed).max() > 0
