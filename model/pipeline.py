@@ -218,17 +218,18 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         scale = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
         return int(self.transformer.config.sample_size) * scale
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """As diffusers does, but for the paths that parts were loaded from: they are no property of a generator."""
+    def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
+        """As diffusers does, but for the paths that parts were loaded from, which they forget here."""
         for part in (self, *self.components.values()):
             if isinstance(kept := getattr(part, "_internal_dict", None), dict):
                 part._internal_dict = FrozenDict({key: kept[key] for key in kept if key != "_name_or_path"})
-        super().save_pretrained(save_directory, **options)
+        super().save_pretrained(save_directory, *arguments, **options)
 
     def compile(self) -> None:
         """Compile the network where it is, for drawing many pictures on a GPU: after ``to``, before the first call.
 
-        The first call then takes about half a minute more, and so may the first of another batch size.
+        A transformer is compiled, about half a minute each, for the first batch size and number of neighbours and once
+        more for all others; for two of them at once where guidance acts in an interval. A U-Net takes minutes.
         """
         compile_in_place(self.transformer)
 

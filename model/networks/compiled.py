@@ -11,6 +11,7 @@ from diffusers import PixArtTransformer2DModel, VQModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from model.errors import ModelError
 from model.networks.vq_transformer import VQTransformer
 
 
@@ -18,14 +19,23 @@ class JoinedProjections:
     """Attention of a PixArt block whose queries, keys and values come of one product.
 
     Three of a third of its size read their input three times, and their gradients are added up in two more passes.
-    The weights stay where they are: what is saved, loaded and stepped does not change. It takes neither masks nor the
-    other options of diffusers' ``Attention``, since the blocks here have none.
+    The weights stay where they are: what is saved, loaded and stepped does not change.
     """
 
     def __call__(
-        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **_: Any,
     ) -> Tensor:
-        """(B, n, W) tokens, (B, T, W) context (None: the tokens themselves) -> (B, n, W)."""
+        """(B, n, W) tokens, (B, T, W) context (None: the tokens themselves) -> (B, n, W).
+
+        Raises ``ModelError`` for a mask: no condition here has one.
+        """
+        if attention_mask is not None:
+            raise ModelError("joined projections take no attention mask; call the network before it is compiled")
 
         def projected(source: Tensor, *projections: nn.Linear) -> list[Tensor]:
             weight = torch.cat([projection.weight for projection in projections])
@@ -45,8 +55,14 @@ class JoinedProjections:
 
 
 def join_projections(network: nn.Module) -> None:
-    """Let the attention of a PixArt transformer without biases project at once, in place; leave others as they are."""
-    if isinstance(network, PixArtTransformer2DModel) and not network.config.attention_bias:
+    """Let a PixArt transformer's attention project at once, in place.
+
+    One with biases, dropout, or something in a projection's place (an adapter, say) stays as it is, as do others.
+    """
+    if not isinstance(network, PixArtTransformer2DModel) or network.config.attention_bias or network.config.dropout:
+        return
+    attentions = [part for part in network.modules() if isinstance(part, Attention)]
+    if all(type(part) is nn.Linear for attn in attentions for part in (attn.to_q, attn.to_k, attn.to_v)):
         network.set_attn_processor(JoinedProjections())
 
 

@@ -52,6 +52,7 @@ EDITS = (
 SEED = 0
 WEAKER = 0.6
 """The strength at which SDEdit keeps about as much as the edits do."""
+DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 SETTINGS = ("steps", "strength", "guidance_scale", "candidates", "kept_db", "largest_region")
 
 
@@ -59,7 +60,7 @@ def bench_edit(device: str, model: str = EMBEDDED) -> dict[str, Any]:
     """CLIP score before and after, PSNR outside of the changed region, its size, and the same of SDEdit."""
     encoder = Encoder(device=device)
     database = opened(embedded(twemoji(), encoder), encoder)
-    pipeline = KNNDiffusionPipeline.open(pretrained_folder(model), database).to(device)
+    pipeline = KNNDiffusionPipeline.open(pretrained_folder(model), database).to(device, DTYPE[device])
     pictures = [Image.open(twemoji_folder() / f"{code}.png") for code, _ in EDITS]
     prompts = [prompt for _, prompt in EDITS]
     texts = encoder.embed_texts(prompts).numpy()
@@ -122,10 +123,16 @@ def bench_edit(device: str, model: str = EMBEDDED) -> dict[str, Any]:
         ],
         "seconds_per_edit": seconds,
         "device": device,
+        "dtype": dtype_of(device),
         "weights": weights_digest(model),
         "sdedit_weaker_strength": WEAKER,
         **{name: defaults[name] for name in SETTINGS},
     }
+
+
+def dtype_of(device: str) -> str:
+    """The name of what the networks compute in there."""
+    return str(DTYPE[device]).removeprefix("torch.")
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from domains import BENCH, embedded, opened, other_domains, rows_of, twemoji, twemoji_files, write_whole
-from edit import bench_edit
+from edit import DTYPE, bench_edit, dtype_of
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
@@ -94,6 +94,7 @@ def bench_generator(samples: int, device: str, model: str = EMBEDDED) -> dict[st
         **{f"samples_{name}": counts[name] for name in ("no_knn", ONE_DRAW)},
         "seconds_per_image": studio.seconds_per_image(MAIN["knn"]),
         "device": device,
+        "dtype": dtype_of(device),
         "weights": studio.settings["weights"],
         **studio.settings["defaults"],
     }
@@ -123,6 +124,7 @@ def bench_ablations(samples: int, device: str) -> dict[str, Any]:
         "fd_real_split": real_split(scene.own, samples),
         "ablations": scores,
         "device": device,
+        "dtype": dtype_of(device),
         "weights": scene.studio.settings["weights"],
         **scene.studio.settings["defaults"],
     }
@@ -151,7 +153,7 @@ class Scene:
         kept = embedded(twemoji(), encoder)
         own = rows_of(kept)
         database = opened(kept, encoder)
-        pipeline = KNNDiffusionPipeline.open(pretrained_folder(model), database).to(device)
+        pipeline = KNNDiffusionPipeline.open(pretrained_folder(model), database).to(device, DTYPE[device])
         captions = twemoji_captions(twemoji_files())
         queries, texts = queries_of(pipeline, database, list(captions), samples, SEED)
         # A real picture's nearest is looked for among the others: the threshold says how near two of them are.
@@ -192,6 +194,7 @@ def settings_of(
         "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest(),
         "seed": SEED,
         "device": device,
+        **({} if device == "cpu" else {"dtype": dtype_of(device)}),
     }
 
 

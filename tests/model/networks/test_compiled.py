@@ -10,6 +10,7 @@ from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
+from model.errors import ModelError
 from model.networks.compiled import JoinedProjections, compile_in_place, join_projections
 from model.networks.denoiser import as_denoiser
 from model.networks.dit import TransformerConfig, build_transformer
@@ -54,6 +55,18 @@ def test_projections_with_biases_stay_apart() -> None:
     )  # fmt: skip
     join_projections(network)
     assert {type(processor) for processor in network.attn_processors.values()} == {AttnProcessor2_0}
+
+
+def test_a_mask_is_refused_and_an_adapter_left_in_its_place() -> None:
+    network = stirred()
+    adapted = copy.deepcopy(network)
+    adapted.transformer_blocks[0].attn1.to_q = nn.Sequential(nn.Linear(32, 32, bias=False))
+    join_projections(adapted)
+    assert {type(processor) for processor in adapted.attn_processors.values()} == {AttnProcessor2_0}
+    join_projections(network)
+    asked = {"timestep": SIGMA, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    with pytest.raises(ModelError, match="take no attention mask"):
+        network(NOISY.double(), TOKENS.double(), encoder_attention_mask=torch.ones(2, 4), **asked)
 
 
 def compiled_parts(network: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[str]:
