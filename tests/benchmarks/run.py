@@ -16,8 +16,8 @@
 | speed | training and drawing, against plain code around the same networks | speed.py |
 
 Writes one JSON for each benchmark below ``build/bench`` and prints what it holds. What is committed under ``results``
-was copied from there by hand. A GPU is used, where there is one, by what trains or draws (generator, discrete, ablations,
-edit, speed).
+was copied from there by hand. A GPU is used, where there is one, by what trains or draws: generator, discrete,
+ablations, edit, speed.
 """
 
 import argparse
