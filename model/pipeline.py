@@ -228,8 +228,8 @@ class KNNDiffusionPipeline(DiffusionPipeline):
     def compile(self) -> None:
         """Compile the network where it is, for drawing many pictures on a GPU: after ``to``, before the first call.
 
-        A transformer is compiled, about half a minute each, for the first batch size and number of neighbours and once
-        more for all others; for two of them at once where guidance acts in an interval. A U-Net takes minutes.
+        A transformer takes about half a minute more at its first call, and again where another batch size or number of
+        neighbours comes (guidance in an interval has two batch sizes in one call). A U-Net takes minutes.
         """
         compile_in_place(self.transformer)
 

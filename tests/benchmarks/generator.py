@@ -2,7 +2,7 @@
 
     make bench NAME=generator [SAMPLES=2000]
     make bench NAME=generator STICKERS=FOLDER     # held against all styles that make_stickers.py makes
-    make bench NAME=ablations [SAMPLES=64]        # without neighbours, each kind of query, 1 to 20 neighbours
+    make bench NAME=ablations [SAMPLES=1000]      # without neighbours, each kind of query, 1 to 20 neighbours
 
 The captions are the emoji's names, the database holds Twemoji's own pictures, and steps, guidance and query are the
 generator's defaults. Without neighbours an eighth as many are drawn: that mean is far away. As many again are drawn

@@ -11,7 +11,7 @@
 | neighbours | all rows' neighbours against FAISS's own search of the same index | retrieval.py |
 | generator | the embedded generator with neighbours and without (SAMPLES=2000) | generator.py |
 | discrete | the discrete generator that ships, likewise, and its edits (SAMPLES=2000) | generator.py |
-| ablations | the same without neighbours, with each kind of query, 1 to 20 neighbours (SAMPLES=64) | generator.py |
+| ablations | the same without neighbours, with each kind of query, 1 to 20 neighbours (SAMPLES=1000) | generator.py |
 | edit | ten edits by the embedded generator | edit.py |
 | speed | training and drawing, against plain code around the same networks | speed.py |
 
@@ -35,7 +35,7 @@ import faiss
 import torch
 
 OUT = Path("build/bench")
-SAMPLES = {"generator": 2000, "discrete": 2000, "ablations": 64}
+SAMPLES = {"generator": 2000, "discrete": 2000, "ablations": 1000}
 """What the figures are stated for."""
 LEAST_SAMPLES = 4
 FEW_SAMPLES = 64
