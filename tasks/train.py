@@ -237,7 +237,7 @@ def _loop(arguments: dict[str, Any]) -> None:
         torch.set_num_threads(config.cpus_per_worker)
     setup = set_up(config, encoder_of(inputs.embeddings.manifest()))
     treatment = _treatment(config, setup)
-    data = load_training_set(inputs, treatment, cache, window_bytes=config.window_bytes)
+    data = load_training_set(inputs, treatment, cache, window_bytes=config.window_bytes, rank=rank, world=world)
     total = config.training.steps * config.training.batch_size
     with storage.scratch() as scratch, stopping.listening():
         preview = _Preview(inputs, setup, treatment, cache)

@@ -9,6 +9,7 @@ Legend: ``n`` rows of a shard, ``M`` database rows, ``P`` neighbours searched, `
 
 import dataclasses
 import io
+import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ from tasks.lineage import embeddings_of, images_of
 ALIGNED_AT_ONCE = 256
 CANDIDATES = 4
 """Nearest neighbours of which the first that is no copy of the picture is aligned to it."""
+DECODED_AT_ONCE = 256
+"""Pictures that threads share; these are in memory as they are stored."""
 ENCODED_AT_ONCE = 64
 
 
@@ -64,15 +67,17 @@ class Treatment:
     codes: bool = False
     editing: bool = False  # aligned neighbours beside the pictures
     device: str = "cpu"
-    threads: int = 1
+    threads: int = 1  # that decode and align
 
     def row_bytes(self) -> int:
         """Bytes of a picture as it is held; a latent counts as pixels, which are more."""
         return self.side**2 * 3 * (1 + self.editing)
 
 
-def load_training_set(inputs: TrainingInputs, treatment: Treatment, cache: Path, *, window_bytes: int) -> TrainingSet:
-    """The training set over ``inputs``, in windows of about ``window_bytes``.
+def load_training_set(
+    inputs: TrainingInputs, treatment: Treatment, cache: Path, *, window_bytes: int, rank: int = 0, world: int = 1
+) -> TrainingSet:
+    """The training set over ``inputs``, in windows of about ``window_bytes`` over all workers, as ``rank`` needs it.
 
     The key in the metadata says which picture a row is.
     """
@@ -80,7 +85,14 @@ def load_training_set(inputs: TrainingInputs, treatment: Treatment, cache: Path,
     database = database_rows(inputs.database, cache)
     pool = inputs.neighbours.manifest().config["k"]
     row_bytes = treatment.row_bytes() + 2 * sources[0].dimension + 8 * pool
-    return TrainingSet(sources, database, window_rows=max(1, window_bytes // row_bytes), device=treatment.device)
+    return TrainingSet(
+        sources,
+        database,
+        window_rows=max(1, window_bytes // row_bytes),
+        device=treatment.device,
+        rank=rank,
+        world=world,
+    )
 
 
 def training_shards(inputs: TrainingInputs, treatment: Treatment, cache: Path) -> list["ShardSource"]:
@@ -94,7 +106,7 @@ def training_shards(inputs: TrainingInputs, treatment: Treatment, cache: Path) -
     for shard in embeddings.shards:
         stored = StoredShard(
             images_uri=inputs.images.uri, images=pictures[shard.name],
-            embeddings_uri=inputs.embeddings.uri, embeddings=shard, cache=cache,
+            embeddings_uri=inputs.embeddings.uri, embeddings=shard, cache=cache, threads=treatment.threads,
         )  # fmt: skip
         found = (inputs.neighbours.uri, lists[shard.name].files[0])
         sources.append(ShardSource(stored, found, treatment, store, shard.rows, dimension))
@@ -121,17 +133,19 @@ class StoredShard:
     embeddings_uri: str
     embeddings: artifacts.Shard
     cache: Path
+    threads: int = 1  # that decode
 
     def embedded(self) -> NDArray[np.float16]:
         """The embeddings (n, D), memory-mapped."""
         rows: NDArray[np.float16] = np.load(self._fetch(self.embeddings_uri, self.embeddings, ".npy"), mmap_mode="r")
         return rows
 
-    def pixels(self, side: int) -> NDArray[np.uint8]:
-        """The pictures (n, S, S, 3) in the order of the embeddings."""
+    def pixels(self, side: int, chosen: NDArray[np.int64] | None = None) -> NDArray[np.uint8]:
+        """The pictures (n, S, S, 3) in the order of the embeddings, or those of the ``chosen`` rows."""
         table = self._fetch(self.embeddings_uri, self.embeddings, ".parquet")
-        keys = shards.read_table(table, ["key"])["key"].to_pylist()
-        return read_pixels(self._fetch(self.images_uri, self.images, ".tar"), keys, side)
+        keys = shards.read_table(table, ["key"])["key"]
+        wanted = (keys if chosen is None else keys.take(chosen)).to_pylist()
+        return read_pixels(self._fetch(self.images_uri, self.images, ".tar"), wanted, side, self.threads)
 
     def digest(self, *with_what: Any) -> str:
         """Names what is made of this shard's pictures and ``with_what``."""
@@ -153,18 +167,17 @@ class DecodedDatabase:
         self._shards = [
             StoredShard(
                 images_uri=images.uri, images=pictures[shard.name],
-                embeddings_uri=embeddings.uri, embeddings=shard, cache=cache,
+                embeddings_uri=embeddings.uri, embeddings=shard, cache=cache, threads=treatment.threads,
             )
             for shard in embeddings.manifest().shards
         ]  # fmt: skip
-        self._side, self._threads, self._cache = treatment.side, treatment.threads, cache
+        self._side, self._cache = treatment.side, cache
         self._joined: JoinedRows | None = None
 
     def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """The pictures (m, S, S, 3) of rows (m,) of the database. The first call decodes all that are not kept yet."""
         if self._joined is None:
-            with ThreadPoolExecutor(self._threads) as pool:
-                self._joined = JoinedRows(list(pool.map(self._decoded, self._shards)))
+            self._joined = JoinedRows([self._decoded(shard) for shard in self._shards])
         return self._joined[rows]
 
     def _decoded(self, shard: StoredShard) -> NDArray[np.uint8]:
@@ -188,22 +201,23 @@ class ShardSource:
         self._stored, self._neighbours, self._treatment, self._store = stored, neighbours, treatment, store
         self.rows, self.dimension = rows, dimension
 
-    def load(self) -> Rows:
-        """Read and decode, or read what was kept."""
+    def load(self, chosen: NDArray[np.int64] | None = None) -> Rows:
+        """Read and decode what is ``chosen`` (None: all). What is kept is made of the whole shard, once."""
         uri, file = self._neighbours
-        neighbours = np.load(artifacts.fetch_file(uri, file, self._stored.cache))
-        autoencoder = self._treatment.autoencoder
-        if autoencoder is None:
-            pictures: NDArray[Any] = self._stored.pixels(self._treatment.side)
+        neighbours: NDArray[np.int64] = np.load(artifacts.fetch_file(uri, file, self._stored.cache))
+        rows = slice(None) if chosen is None else chosen
+        if self._treatment.autoencoder is None:
+            pictures: NDArray[Any] = self._stored.pixels(self._treatment.side, chosen)
         else:
             kind = "codes" if self._treatment.codes else "latents"
-            pictures = np.array(kept(self._path("encoded", kind, self._treatment.autoencoder_digest), self._encode))
+            encoded = kept(self._path("encoded", kind, self._treatment.autoencoder_digest), self._encode)
+            pictures = np.array(encoded[rows])
         reference = None
         if self._store is not None:
             path = self._path("references", self._store.digest, file.sha256)
-            reference = np.array(kept(path, lambda: self._align(pictures, neighbours)))
-        embeddings = np.array(self._stored.embedded())
-        return Rows(pictures=pictures, embeddings=embeddings, neighbours=neighbours, reference=reference)
+            reference = np.array(kept(path, lambda: self._align(neighbours))[rows])
+        embeddings = np.array(self._stored.embedded()[rows])
+        return Rows(pictures=pictures, embeddings=embeddings, neighbours=neighbours[rows], reference=reference)
 
     def _path(self, kind: str, *made_with: str) -> Path:
         digest = self._stored.digest(self._treatment.side, *made_with)
@@ -223,10 +237,10 @@ class ShardSource:
                 made.append(encode_latents(autoencoder, pictures).half().cpu())
         return torch.cat(made).numpy()
 
-    def _align(self, pixels: NDArray[np.uint8], neighbours: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def _align(self, neighbours: NDArray[np.int64]) -> NDArray[np.uint8]:
         """The aligned reference (n, S, S, 3) of each picture."""
         assert self._store is not None  # noqa: S101 - load asks
-        parts = []
+        pixels, parts = self._stored.pixels(self._treatment.side), []
         for start in range(0, len(pixels), ALIGNED_AT_ONCE):
             near = neighbours[start : start + ALIGNED_AT_ONCE, :CANDIDATES]
             rows, renumbered = np.unique(near, return_inverse=True)
@@ -237,14 +251,20 @@ class ShardSource:
         return np.concatenate(parts)
 
 
-def read_pixels(tar: Path, keys: Sequence[str], side: int) -> NDArray[np.uint8]:
+def read_pixels(tar: Path, keys: Sequence[str], side: int, threads: int = 1) -> NDArray[np.uint8]:
     """(len(keys), side, side, 3) uint8 in the order of ``keys``. Raises ``InputError`` when one is not there."""
     position = {key: number for number, key in enumerate(keys)}
     pixels = np.empty((len(keys), side, side, 3), dtype=np.uint8)
-    for key, encoded in shards.read_pictures(tar):
-        if key in position:
-            with Image.open(io.BytesIO(encoded)) as image:
-                pixels[position.pop(key)] = picture_to_array(to_rgb(image), side)
+    found = ((position.pop(key), encoded) for key, encoded in shards.read_pictures(tar) if key in position)
+
+    def decode(numbered: tuple[int, bytes]) -> None:
+        number, encoded = numbered
+        with Image.open(io.BytesIO(encoded)) as image:
+            pixels[number] = picture_to_array(to_rgb(image), side)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for some in iter(lambda: list(itertools.islice(found, DECODED_AT_ONCE)), []):
+            list(pool.map(decode, some))
     if position:
         raise InputError(
             f"{tar} lacks {len(position)} pictures that were embedded, {next(iter(position))} first; embed again"

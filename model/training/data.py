@@ -6,13 +6,14 @@ picture, ``D`` embedding width, ``S`` side.
 An epoch is the shards in a random order, cut into windows of as many rows as fit, each window's rows in a random order.
 All of it follows from the seed, so a resumed run needs no state and another number of workers sees the same pictures in
 the same order. A set that fits in one window is shuffled as a whole and stays where it is: in memory or on the device.
-A larger one streams: pictures, embeddings and neighbours of the next window are read while this one trains.
+A larger one streams: pictures, embeddings and neighbours of the next window are read while this one trains, by each of
+several workers those of its own parts alone.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -97,8 +98,8 @@ class Source(Protocol):
         """How many rows ``load`` returns."""
         ...
 
-    def load(self) -> Rows:
-        """Read and decode the shard."""
+    def load(self, chosen: NDArray[np.int64] | None = None) -> Rows:
+        """Read and decode the shard, or those rows of it that are ``chosen``, ascending."""
         ...
 
 
@@ -112,59 +113,65 @@ class TrainingSet:
         *,
         window_rows: int = WINDOW_ROWS,
         device: torch.device | str = "cpu",
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         """Feed from ``shards``, with the database's rows (M, D) float16, memory-mapped if large.
 
         Args:
             shards: where rows come from, or the rows themselves.
             database_rows: what the neighbours point into.
-            window_rows: rows held at a time; two windows are in memory when there are several.
+            window_rows: rows that are shuffled together; two windows are in memory when there are several.
             device: where a window is held and batches are made.
+            rank: this worker.
+            world: workers; of a set that streams each holds only what its own parts of the batches need.
         """
         self._shards = [_Held(shards)] if isinstance(shards, Rows) else list(shards)
         if not self._shards or not len(database_rows):
             raise ModelError("there is nothing to train on; embed at least one picture")
         self._database = DatabaseRows(database_rows, device)
         self._device, self._window_rows = torch.device(device), window_rows
+        self._rank, self._world = rank, world
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="training-set")
-        self._read: dict[tuple[int, ...], Future[Rows]] = {}
-        self._windows: dict[tuple[int, ...], _Window] = {}
-        self._plans: dict[tuple[int, int], list[tuple[int, ...]]] = {}
-        self._orders: dict[tuple[int, int, int], Tensor] = {}
+        self._read: dict[_Wanted, Future[tuple[Rows, NDArray[np.int64] | None]]] = {}
+        self._windows: dict[_Wanted, _Window] = {}
+        self._plans: dict[tuple[int, int], list[_Place]] = {}
+        self._orders: dict[tuple[int, _Place], Tensor] = {}
 
     def __len__(self) -> int:
         """N."""
         return sum(shard.rows for shard in self._shards)
 
     def batch(self, step: int, *, seed: int, size: int, part: int = 0, parts: int = 1) -> Batch:
-        """Part ``part`` of ``parts`` of the global batch of ``size`` pictures at ``step``."""
+        """Part ``part`` of ``parts`` of the global batch of ``size`` pictures at ``step``.
+
+        Raises ``ModelError`` for a part that is another worker's.
+        """
+        if parts % self._world or part * self._world // parts != self._rank:
+            raise ModelError(f"part {part} of {parts} is not of worker {self._rank} of {self._world}; ask its own set")
         count = size // parts
-        pieces = list(self._pieces(step * size + part * count, count, seed))
+        pieces = list(self._pieces(step * size + part * count, count, seed, size))
         return pieces[0] if len(pieces) == 1 else _concatenate(pieces)
 
-    def _pieces(self, start: int, count: int, seed: int) -> Iterator[Batch]:
+    def _pieces(self, start: int, count: int, seed: int, size: int) -> Iterator[Batch]:
         """The batches, mostly one, that positions ``start`` … of an endless row of epochs fall into."""
         while count:
-            epoch, offset = divmod(start, len(self))
-            windows = self._plan(seed, epoch)
-            sizes = [sum(self._shards[shard].rows for shard in window) for window in windows]
-            number = 0
-            while offset >= sizes[number]:
-                offset -= sizes[number]
-                number += 1
-            taken = min(count, sizes[number] - offset)
-            order = self._order(seed, epoch, number, sizes[number])
-            following = windows[number + 1] if number + 1 < len(windows) else self._plan(seed, epoch + 1)[0]
-            yield self._window(windows[number], following).take(order[offset : offset + taken], self._database)
+            place = self._place(seed, start)
+            taken = min(count, place.end - start)
+            chosen = self._order(seed, place)[start - place.start :][:taken]
+            yield self._window(seed, place, size).take(chosen, self._database)
             start, count = start + taken, count - taken
 
-    def _plan(self, seed: int, epoch: int) -> list[tuple[int, ...]]:
+    def _place(self, seed: int, position: int) -> "_Place":
+        return next(place for place in self._plan(seed, position // len(self)) if position < place.end)
+
+    def _plan(self, seed: int, epoch: int) -> list["_Place"]:
         if (seed, epoch) not in self._plans:
             self._plans = dict([*self._plans.items()][-1:]) | {(seed, epoch): self._new_plan(seed, epoch)}
         return self._plans[seed, epoch]
 
-    def _new_plan(self, seed: int, epoch: int) -> list[tuple[int, ...]]:
-        """The windows of an epoch as tuples of shard numbers; shards of a window sorted, so that a window is a set."""
+    def _new_plan(self, seed: int, epoch: int) -> list["_Place"]:
+        """The windows of an epoch; shards of a window sorted, so that a window is a set."""
         order = np.random.default_rng(mixed_seed(seed, epoch, _SHARDS)).permutation(len(self._shards))
         windows: list[list[int]] = [[]]
         held = 0
@@ -175,32 +182,76 @@ class TrainingSet:
                 held = 0
             windows[-1].append(shard)
             held += rows
-        return [tuple(sorted(window)) for window in windows]
+        places, start = [], epoch * len(self)
+        for number, window in enumerate(windows):
+            rows = sum(self._shards[shard].rows for shard in window)
+            places.append(_Place(epoch, number, tuple(sorted(window)), start, start + rows))
+            start += rows
+        return places
 
-    def _order(self, seed: int, epoch: int, window: int, rows: int) -> Tensor:
+    def _order(self, seed: int, place: "_Place") -> Tensor:
         """The rows of a window in the order of training."""
-        key = (seed, epoch, window)
-        if key not in self._orders:
-            generator = torch.Generator().manual_seed(mixed_seed(seed, epoch, _ROWS, window))
+        if (seed, place) not in self._orders:
             # Two are kept: a step can span two windows.
-            self._orders = dict([*self._orders.items()][-1:]) | {
-                key: torch.randperm(rows, generator=generator).to(self._device)
-            }
-        return self._orders[key]
+            self._orders = dict([*self._orders.items()][-1:]) | {(seed, place): place.order(seed).to(self._device)}
+        return self._orders[seed, place]
 
-    def _window(self, window: tuple[int, ...], following: tuple[int, ...]) -> "_Window":
-        if window not in self._windows:
-            rows = self._reading(window).result()
-            self._read.pop(window)
-            self._windows = {window: _Window(rows, len(self._database), self._device)}
-            if following != window:
+    def _window(self, seed: int, place: "_Place", size: int) -> "_Window":
+        wanted = self._wanted(seed, place, size)
+        if wanted not in self._windows:
+            rows, own = self._reading(wanted).result()
+            self._read.clear()
+            self._windows = {wanted: _Window(rows, own, len(self._database), self._device)}
+            following = self._wanted(seed, self._place(seed, place.end), size)
+            if following != wanted:
                 self._reading(following)
-        return self._windows[window]
+        return self._windows[wanted]
 
-    def _reading(self, window: tuple[int, ...]) -> Future[Rows]:
-        if window not in self._read:
-            self._read[window] = self._reader.submit(_join, [self._shards[shard] for shard in window])
-        return self._read[window]
+    def _wanted(self, seed: int, place: "_Place", size: int) -> "_Wanted":
+        """All rows of the window, the same in every epoch; or, of several and for several workers, this one's."""
+        streams = len(self._plan(seed, place.epoch)) > 1
+        return _Wanted(place.shards, (seed, place, size) if streams and self._world > 1 else None)
+
+    def _reading(self, wanted: "_Wanted") -> "Future[tuple[Rows, NDArray[np.int64] | None]]":
+        if wanted not in self._read:
+            self._read[wanted] = self._reader.submit(self._load, wanted)
+        return self._read[wanted]
+
+    def _load(self, wanted: "_Wanted") -> tuple[Rows, NDArray[np.int64] | None]:
+        """The rows, and which of the window they are, ascending (None: all)."""
+        shards = [self._shards[number] for number in wanted.shards]
+        if wanted.share is None:
+            return _join([shard.load() for shard in shards]), None
+        seed, place, size = wanted.share
+        worker = np.arange(place.start, place.end) % size * self._world // size
+        own = np.sort(place.order(seed).numpy()[worker == self._rank])
+        ends = np.cumsum([shard.rows for shard in shards])
+        cuts = np.split(own, np.searchsorted(own, ends[:-1]))
+        starts = ends - [shard.rows for shard in shards]
+        asked = [(shard, cut - start) for shard, cut, start in zip(shards, cuts, starts, strict=True) if len(cut)]
+        return _join([shard.load(rows) for shard, rows in asked]), own
+
+
+class _Place(NamedTuple):
+    """A window of shards, and the positions in an endless row of epochs that its rows come at."""
+
+    epoch: int
+    number: int
+    shards: tuple[int, ...]
+    start: int
+    end: int
+
+    def order(self, seed: int) -> Tensor:
+        """The window's rows in the order of training."""
+        generator = torch.Generator().manual_seed(mixed_seed(seed, self.epoch, _ROWS, self.number))
+        return torch.randperm(self.end - self.start, generator=generator)
+
+
+class _Wanted(NamedTuple):
+    """What is held of a window: all, or of (seed, place, global batch) what is this worker's."""
+
+    shards: tuple[int, ...]
+    share: tuple[int, _Place, int] | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -213,22 +264,27 @@ class _Held:
     def rows(self) -> int:
         return len(self.held.pictures)
 
-    def load(self) -> Rows:
+    def load(self, chosen: NDArray[np.int64] | None = None) -> Rows:
+        assert chosen is None, "a shard alone does not stream"  # noqa: S101
         return self.held
 
 
 class _Window:
     """Rows on the device."""
 
-    def __init__(self, rows: Rows, database_rows: int, device: torch.device) -> None:
+    def __init__(self, rows: Rows, own: NDArray[np.int64] | None, database_rows: int, device: torch.device) -> None:
         if rows.neighbours.min() < 0 or rows.neighbours.max() >= database_rows:
             raise ModelError("the neighbours point past the database; they were searched in another version of it")
         self._pictures = torch.from_numpy(rows.pictures).to(device)
         self._embeddings = torch.from_numpy(rows.embeddings).to(device)
         self._neighbours = torch.from_numpy(rows.neighbours).to(device)
         self._reference = None if rows.reference is None else torch.from_numpy(rows.reference).to(device)
+        self._own = None if own is None else torch.from_numpy(own).to(device)
 
     def take(self, chosen: Tensor, database: DatabaseRows) -> Batch:
+        """The rows that are ``chosen`` of the whole window."""
+        if self._own is not None:
+            chosen = torch.searchsorted(self._own, chosen)
         return Batch(
             images=_to_target(self._pictures[chosen]),
             query=self._embeddings[chosen].float(),
@@ -254,8 +310,7 @@ def _to_target(stored: Tensor) -> Tensor:
     return to_model_range(stored) if stored.dtype == torch.uint8 else stored.float()
 
 
-def _join(shards: list[Source]) -> Rows:
-    loaded = [shard.load() for shard in shards]
+def _join(loaded: list[Rows]) -> Rows:
     if len(loaded) == 1:
         return loaded[0]
     references = [rows.reference for rows in loaded if rows.reference is not None]

@@ -1,3 +1,5 @@
+import dataclasses
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import tiny
 import torch
 from small_training import COUNT, POOL, SIZES, nearest, picture, small_kl
 
+from infra import shards
 from infra.errors import InputError
 from model.networks.latents import encode_latents
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, encode_codes
@@ -64,6 +67,40 @@ def test_streamed_windows_hold_what_one_held_set_does(inputs: TrainingInputs, tm
     shard = [set(map(tuple, database[start : start + size].tolist())) for start, size in ((0, 5), (5, 7))]
     first_five = {tuple(row) for row in streamed.batch(0, seed=1, size=COUNT).query[:5].half().numpy().tolist()}
     assert any(first_five <= rows for rows in shard), "a window is a shard here"
+
+
+@pytest.mark.parametrize("kind", ["pixels", "editing", "latents"])
+def test_chosen_rows_are_those_of_the_whole_shard(inputs: TrainingInputs, tmp_path: Path, kind: str) -> None:
+    encoded = {"autoencoder": small_kl(), "autoencoder_digest": kind}
+    treatment = Treatment(side=SIDE, editing=kind == "editing", **encoded if kind == "latents" else {})
+    chosen = np.array([0, 2, 3])
+    apart = [shard.load(chosen) for shard in training_shards(inputs, treatment, tmp_path)]
+    for part, whole in zip(apart, [s.load() for s in training_shards(inputs, treatment, tmp_path)], strict=True):
+        for field in dataclasses.fields(Rows):
+            one, all_rows = getattr(part, field.name), getattr(whole, field.name)
+            assert (one is None) == (all_rows is None) == (field.name == "reference" and kind != "editing")
+            if one is not None:
+                np.testing.assert_array_equal(one, all_rows[chosen])
+
+
+def test_pictures_are_decoded_by_several_threads_in_their_order(
+    inputs: TrainingInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[int] = set()
+    together = threading.Barrier(2)
+
+    def fitted(image: Any, side: int) -> Any:
+        if threading.get_ident() not in seen and len(seen) < 2:
+            seen.add(threading.get_ident())
+            together.wait(10)
+        return picture_to_array(image, side)
+
+    monkeypatch.setattr(training_data, "picture_to_array", fitted)
+    monkeypatch.setattr(training_data, "DECODED_AT_ONCE", 3)
+    tar = sorted(Path(inputs.images.uri).glob("*.tar"))[0]
+    keys = sorted(key for key, _ in shards.read_pictures(tar))
+    np.testing.assert_array_equal(read_pixels(tar, keys[::-1], SIDE, threads=2), PIXELS[: len(keys)][::-1])
+    assert len(seen) == 2
 
 
 def test_references_are_the_aligned_first_neighbours_wherever_they_are_stored(

@@ -1,3 +1,4 @@
+import dataclasses
 import threading
 from typing import Any
 
@@ -30,11 +31,16 @@ class Shard:
     """Rows that are loaded when asked for, and count how often."""
 
     def __init__(self, first: int, last: int) -> None:
-        self._held, self.rows, self.loads = rows(first, last), last - first, 0
+        self._held, self.rows, self.loads, self.loaded = rows(first, last), last - first, 0, 0
 
-    def load(self) -> Rows:
+    def load(self, chosen: NDArray[np.int64] | None = None) -> Rows:
         self.loads += 1
-        return self._held
+        self.loaded += self.rows if chosen is None else len(chosen)
+        if chosen is None:
+            return self._held
+        assert (np.diff(chosen) > 0).all()
+        parts = {field.name: getattr(self._held, field.name)[chosen] for field in dataclasses.fields(Rows)}
+        return Rows(**parts)
 
 
 def shards(*sizes: int) -> list[Shard]:
@@ -129,13 +135,13 @@ def test_the_window_after_is_read_while_this_one_trains() -> None:
     reading, go = threading.Event(), threading.Event()
 
     class Slow(Shard):
-        def load(self) -> Rows:
+        def load(self, chosen: NDArray[np.int64] | None = None) -> Rows:
             self.loads += 1
             if self.loads == 1 and len(opened) == 1:
                 reading.set()
                 assert go.wait(10)
             opened.append(self)
-            return super().load()
+            return super().load(chosen)
 
     opened: list[Shard] = []
     data = training_set([Slow(0, 6), Slow(6, 12)], window_rows=6)
@@ -156,6 +162,36 @@ def test_the_parts_make_up_the_global_batch(parts: int, window_rows: int) -> Non
         for name in ("images", "query", "neighbours", "reference"):
             assert torch.equal(torch.cat([getattr(part, name) for part in split]), getattr(whole, name)), (name, step)
         assert {len(part.images) for part in split} == {18 // parts}
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("world", [2, 3])
+def test_each_of_several_workers_reads_its_own_rows_of_a_set_that_streams(world: int, pieces: int) -> None:
+    workers = [training_set(shards(3, 4, 1, 4), window_rows=5, rank=rank, world=world) for rank in range(world)]
+    whole, parts = training_set(shards(3, 4, 1, 4), window_rows=5), world * pieces
+    for step in (0, 1, 2, 5, 6):  # of two epochs each; some are left out, as by a resumed run
+        split = [workers[part // pieces].batch(step, seed=0, size=24, part=part, parts=parts) for part in range(parts)]
+        expected = whole.batch(step, seed=0, size=24)
+        for name in ("images", "query", "neighbours", "reference"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in split]), getattr(expected, name))
+
+
+def test_workers_of_a_set_that_streams_share_the_reading() -> None:
+    read = [shards(*[6] * 2) for _ in range(3)]
+    for rank in range(3):
+        data = training_set(read[rank], window_rows=6, rank=rank, world=3)
+        for step in range(12):  # three epochs of two windows
+            data.batch(step, seed=0, size=3, part=rank, parts=3)
+        data._reader.shutdown()  # what is read ahead, too
+    assert [sum(shard.loaded for shard in of) for of in read] == [4 * 3 + 2 for _ in range(3)]
+
+
+def test_another_workers_part_is_refused() -> None:
+    data = training_set(rank=1, world=2)
+    for part, parts in ((0, 1), (0, 2), (1, 4), (2, 3)):
+        with pytest.raises(ModelError, match=f"part {part} of {parts} is not of worker 1 of 2"):
+            data.batch(0, seed=0, size=12, part=part, parts=parts)
+    assert len(data.batch(0, seed=0, size=12, part=2, parts=4).images) == 3
 
 
 @pytest.mark.parametrize(
