@@ -31,7 +31,6 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import BaseOutput
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from model.clip import Encoder, encoder_for
@@ -49,6 +48,7 @@ from model.networks.vq_transformer import VQTransformer
 from model.pictures import on_white
 from model.retrieval.database import Hits, Searchable
 from model.sampling import Told, is_count, new_scheduler, slerp
+from model.saved import check_weights
 from model.training.data import to_pixels
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             )
             for name, module in pipeline.components.items():
                 if isinstance(module, nn.Module):
-                    _check_weights(Path(folder) / name, module)
+                    check_weights(Path(folder) / name, module)
         except Exception as error:  # diffusers and safetensors raise OSError, ValueError and types of their own
             raise ModelError(
                 f"{folder} holds no usable generator ({error}); train it again, or pull it anew"
@@ -457,28 +457,6 @@ def _condition_width(network: nn.Module) -> int:
     if isinstance(network, VQTransformer):
         return int(config.condition_channels)
     return int(config.get("caption_channels") or config.cross_attention_dim)  # a transformer projects its captions
-
-
-def _check_weights(folder: Path, module: Any) -> None:
-    """Raise ``ModelError`` unless the files in ``folder`` hold all weights of ``module``, finite ones, and no others.
-
-    diffusers fills what is missing with random numbers, drops the rest, and warns.
-    """
-    stem = "diffusion_pytorch_model"
-    held: dict[str, None] = {}
-    for file in sorted(folder.glob(f"{stem}-*-of-*.safetensors")) or [folder / f"{stem}.safetensors"]:
-        with safe_open(file, framework="pt") as weights:
-            held |= dict.fromkeys(weights.keys())
-    module._fix_state_dict_keys_on_load(held)  # old autoencoders name their attention otherwise
-    wanted = module.state_dict().keys()
-    missing, unexpected = len(wanted - held.keys()), len(held.keys() - wanted)
-    if missing or unexpected:
-        raise ModelError(
-            f"{folder.name}: of the {len(wanted)} weights that its config.json asks for {missing} are missing, and "
-            f"{unexpected} others are there; copy or download both files again, they are of two networks"
-        )
-    if not all(weights.isfinite().all() for weights in module.state_dict().values()):
-        raise ModelError(f"{folder.name}: its weights are not all finite numbers")
 
 
 def _each(embeddings: Tensor, count: int) -> Tensor:

@@ -1,7 +1,10 @@
-"""Saved generators: where one lies, and what tells its weights from others."""
+"""Saved generators: where one lies, what tells its weights from others, and whether these are all there."""
 
 import hashlib
 from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
 
 from model.errors import ModelError
 
@@ -41,3 +44,25 @@ def contents_digest(name: str) -> str:
         digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def check_weights(folder: Path, module: Any) -> None:
+    """Raise ``ModelError`` unless the files in ``folder`` hold all weights of ``module``, finite ones, and no others.
+
+    diffusers fills what is missing with random numbers, drops the rest, and warns.
+    """
+    stem = "diffusion_pytorch_model"
+    held: dict[str, None] = {}
+    for file in sorted(folder.glob(f"{stem}-*-of-*.safetensors")) or [folder / f"{stem}.safetensors"]:
+        with safe_open(file, framework="pt") as weights:
+            held |= dict.fromkeys(weights.keys())
+    module._fix_state_dict_keys_on_load(held)  # old autoencoders name their attention otherwise
+    wanted = module.state_dict().keys()
+    missing, unexpected = len(wanted - held.keys()), len(held.keys() - wanted)
+    if missing or unexpected:
+        raise ModelError(
+            f"{folder.name}: of the {len(wanted)} weights that its config.json asks for {missing} are missing, and "
+            f"{unexpected} others are there; copy or download both files again, they are of two networks"
+        )
+    if not all(weights.isfinite().all() for weights in module.state_dict().values()):
+        raise ModelError(f"{folder.name}: its weights are not all finite numbers")

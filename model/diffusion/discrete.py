@@ -283,6 +283,9 @@ def sample_codes(
 
     Returns:
         (B, n) int64 codes below K.
+
+    Raises:
+        ModelError: no step or more than the process has, or the network answers with no finite numbers.
     """
     batch, steps, tokens = uniforms.shape
     first = transitions.timesteps if known is None else known.first
@@ -299,12 +302,17 @@ def sample_codes(
     denoise = _guided(network, condition, negative, guidance_scale)
     for step in range(steps):
         t, s = times(steps - step), times(steps - step - 1)
-        log_clean = truncate(denoise(codes, t), truncation)
+        answer = denoise(codes, t)
+        log_clean = truncate(answer, truncation)
         codes = _inverse_cdf(log_reverse(log_clean, codes, s, t, transitions).exp(), uniforms[:, step])
         if known is not None:
             codes = torch.where(known.free, codes, transitions.corrupt(known.codes, s, known.uniforms))
         if callback is not None:
             callback(step, codes)
+    if answer.isnan().any():  # asked once, for a GPU waits for it; what is sampled of no numbers looks like codes
+        raise ModelError(
+            "the network answers with no finite numbers: the weights are broken; train again, or pull them anew"
+        )
     return codes
 
 

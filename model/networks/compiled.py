@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from model.errors import ModelError
 from model.networks.vq_transformer import VQTransformer
 
+GRAPHS = 8
+"""Of one compiled block: for a batch of 1, of a fixed size, of any; with gradients, and without."""
+
 
 class JoinedProjections:
     """Attention of a PixArt block whose queries, keys and values come of one product.
@@ -77,7 +80,12 @@ def compile_in_place(network: nn.Module, *, whole: bool = True) -> None:
     if whole and isinstance(network, PixArtTransformer2DModel | VQTransformer):
         network.compile()
     elif not isinstance(network, VQModel):
-        for block in repeated(network):
+        blocks = repeated(network)
+        # The blocks of one code share its limit of graphs, though a U-Net's have shapes of their own; past it, they run
+        # as if they were not compiled.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS * len(blocks))
+        for block in blocks:
             block.compile()
 
 

@@ -99,3 +99,18 @@ def test_a_compiled_network_answers_what_it_did() -> None:
         expected = velocity(network)
         compile_in_place(network)
         torch.testing.assert_close(velocity(network), expected, atol=1e-3, rtol=1e-3)  # sinusoids stay float32
+
+
+def test_a_compiled_unet_stays_compiled_whatever_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_by = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_by(self, backend="eager"))
+    unet = build_unet(UNetConfig(image_size=8, widths=(32, 32, 64), layers=1), embedding_dimension=8, seed=0).eval()
+
+    def answer(batch: int) -> None:
+        unet(torch.zeros(batch, 3, 8, 8), torch.ones(batch), torch.zeros(batch, 4, 9))
+
+    few = torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True)
+    with torch.no_grad(), few:  # the code of two blocks needs six graphs
+        compile_in_place(unet)
+        for batch in (4, 2, 1, 5, 7):
+            answer(batch)
