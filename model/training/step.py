@@ -90,7 +90,7 @@ class Step:
     def _count(self, start: int) -> None:
         """Count the operations of an image, leaving its gradients, and measure the machine."""
         seed, size = self.config.seed, self.config.batch_size
-        batch = self._data.batch(start, seed=seed, size=size, parts=size)
+        batch = self._data.batch(start, seed=seed, size=size, part=self._rank * size // self._world, parts=size)
         draw = Draw(seed, start, device=self._device)
         objective = copy.deepcopy(self._objective)  # counting teaches it nothing
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):

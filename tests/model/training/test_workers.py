@@ -14,6 +14,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from fakes import FolderCheckpoints, MetricsLog
+from numpy.typing import NDArray
 from torch import nn
 
 from model.diffusion.conditioning import ConditioningConfig
@@ -35,10 +36,23 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def training_set() -> TrainingSet:
-    pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
-    ids = (np.arange(10)[:, None] + (1, 2)) % 10
-    return TrainingSet(Rows(pictures=pixels, embeddings=tiny.unit_rows(10), neighbours=ids), tiny.unit_rows(10))
+class Half:
+    """A shard of five of ten pictures."""
+
+    rows = 5
+
+    def __init__(self, first: int) -> None:
+        self._own = np.arange(first, first + self.rows)
+
+    def load(self, chosen: NDArray[np.int64] | None = None) -> Rows:
+        own = self._own if chosen is None else self._own[chosen]
+        pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
+        return Rows(pictures=pixels[own], embeddings=tiny.unit_rows(10)[own], neighbours=(own[:, None] + (1, 2)) % 10)
+
+
+def training_set(rank: int, world: int) -> TrainingSet:
+    """One that streams, so that a worker holds its own rows alone."""
+    return TrainingSet([Half(0), Half(5)], tiny.unit_rows(10), window_rows=5, rank=rank, world=world)
 
 
 def new_network(seed: int = 0) -> nn.Module:
@@ -55,7 +69,7 @@ def trained(folder: Path, *, rank: int = 0, world: int = 1, seed: int = 0, **opt
         average = train(
             new_network(seed),
             FlowMatching(ConditioningConfig(neighbours=2, pool=2)),
-            training_set(),
+            training_set(rank, world),
             dataclasses.replace(SHORT, **options),
             checkpoints=checkpoints,
             metrics=metrics,
