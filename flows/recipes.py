@@ -9,7 +9,7 @@ from model.clip import EMBEDDED as EMBEDDED_ENCODER
 from model.diffusion.conditioning import ConditioningConfig
 from model.networks.dit import TransformerConfig
 from model.saved import EMBEDDED
-from model.training.loop import TrainingConfig
+from model.training.contracts import TrainingConfig
 from tasks.download import DownloadConfig
 from tasks.embed import EmbedConfig
 from tasks.evaluate import EvaluateConfig

@@ -21,7 +21,7 @@ from model.networks.sizes import AnyNetwork, AnyNetworkConfig, build_any, size_o
 from model.networks.vq_transformer import VQTransformerConfig
 from model.pipeline import KNNDiffusionPipeline
 from model.saved import pretrained_folder
-from model.training.loop import Objective, TrainingConfig
+from model.training.contracts import Objective, TrainingConfig
 from model.training.objectives import FlowMatching
 from model.training.restoration import Restoration, RestorationConfig
 

@@ -100,7 +100,7 @@ def small_config(urls: Path, root: Path, host: str, *, train: bool = True, image
     from infra.downloader import DownloadPolicy
     from model.diffusion.conditioning import ConditioningConfig
     from model.networks.dit import TransformerConfig
-    from model.training.loop import TrainingConfig
+    from model.training.contracts import TrainingConfig
     from tasks.download import DownloadConfig
     from tasks.embed import EmbedConfig
     from tasks.evaluate import EvaluateConfig

@@ -7,20 +7,18 @@ where it was not.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.errors import ModelError
+from model.training.contracts import Checkpoints
 from model.training.sharding import split, whole
-
-if TYPE_CHECKING:
-    from model.training.loop import Checkpoints
 
 
 def save(
-    checkpoints: "Checkpoints", step: int, kept: Mapping[str, Any], optimizers: Sequence[Any], *, rank: int = 0
+    checkpoints: Checkpoints, step: int, kept: Mapping[str, Any], optimizers: Sequence[Any], *, rank: int = 0
 ) -> None:
     """Keep the state of the modules ``kept`` and of the optimizers as the checkpoint of ``step``.
 

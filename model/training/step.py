@@ -9,7 +9,7 @@ import contextlib
 import copy
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,12 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from model.draws import Draw
 from model.errors import ModelError
 from model.networks.compiled import compile_in_place
+from model.training.contracts import Objective, TrainingConfig, TrainingData
 from model.training.muon import Muon
 from model.training.sharding import own_part, shard
 from model.training.speed import flops_per_image, matrix_peak
-
-if TYPE_CHECKING:
-    from model.training.loop import Objective, TrainingConfig, TrainingData
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +34,9 @@ class Step:
     def __init__(
         self,
         network: nn.Module,
-        objective: "Objective",
-        data: "TrainingData",
-        config: "TrainingConfig",
+        objective: Objective,
+        data: TrainingData,
+        config: TrainingConfig,
         device: torch.device,
         rank: int,
         world: int,
@@ -153,7 +151,7 @@ class Step:
         return self._replica.no_sync()
 
 
-def build_optimizers(network: nn.Module, config: "TrainingConfig") -> list[torch.optim.Optimizer]:
+def build_optimizers(network: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for everything else (embeddings, heads, norms, biases).
 
     Muon's orthogonalised steps reach the same loss in fewer images here; its rate is matched to AdamW's scale, so one
@@ -169,7 +167,7 @@ def build_optimizers(network: nn.Module, config: "TrainingConfig") -> list[torch
     return optimizers
 
 
-def learning_rate(step: int, config: "TrainingConfig") -> float:
+def learning_rate(step: int, config: TrainingConfig) -> float:
     """The rate of ``step``: linear warmup, then constant or a cosine to 2% of the peak."""
     seen = step * config.batch_size
     peak = config.learning_rate * min(1.0, (seen + config.batch_size) / max(config.warmup_images, 1))

@@ -36,9 +36,10 @@ from model.networks.dit import TransformerConfig, build_transformer
 from model.networks.editor import widen_input
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
 from model.pipeline import new_pipeline
+from model.training.contracts import Objective, TrainingConfig
 from model.training.data import Rows, TrainingSet
 from model.training.ema import ema_copy, ema_update
-from model.training.loop import Objective, TrainingConfig, train
+from model.training.loop import train
 from model.training.restoration import Restoration, RestorationConfig
 
 POOL = 20

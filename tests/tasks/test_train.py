@@ -32,8 +32,9 @@ from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder
 from model.networks.vq_transformer import VQTransformer, VQTransformerConfig
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 from model.saved import pretrained_folder
+from model.training.contracts import TrainingConfig
 from model.training.data import picture_to_array
-from model.training.loop import InterruptedTrainingError, TrainingConfig
+from model.training.loop import InterruptedTrainingError
 from model.training.objectives import FlowMatching
 from model.training.restoration import Restoration
 from tasks import train as training

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from infra import artifacts, ray_train, stopping
 from infra.errors import IntegrityError
 from model.diffusion.conditioning import ConditioningConfig
-from model.training.loop import InterruptedTrainingError, TrainingConfig
+from model.training.contracts import TrainingConfig
+from model.training.loop import InterruptedTrainingError
 from tasks.train import train_generator
 from tasks.training_setup import TrainConfig
 

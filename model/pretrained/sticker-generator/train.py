@@ -65,8 +65,9 @@ from model.networks.vq_autoencoder import (
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
 from model.pipeline import new_pipeline
 from model.training.alignment import align_all
+from model.training.contracts import Objective, TrainingConfig
 from model.training.data import Rows, TrainingSet, picture_to_array, to_model_range, to_pixels
-from model.training.loop import InterruptedTrainingError, Objective, TrainingConfig, train
+from model.training.loop import InterruptedTrainingError, train
 from model.training.restoration import Restoration, RestorationConfig
 
 UNSEEN = frozenset({"openmoji", "twemoji"})

@@ -18,8 +18,9 @@ from model.diffusion.discrete import MaskAndReplace, Transitions
 from model.errors import ModelError
 from model.networks.dit import build_transformer
 from model.networks.vq_autoencoder import AutoencoderObjective
+from model.training.contracts import TrainingConfig, TrainingData
 from model.training.data import Batch, Rows, TrainingSet, to_model_range
-from model.training.loop import InterruptedTrainingError, TrainingConfig, TrainingData, train
+from model.training.loop import InterruptedTrainingError, train
 from model.training.muon import Muon
 from model.training.objectives import FlowMatching
 from model.training.step import build_optimizers

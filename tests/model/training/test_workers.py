@@ -19,8 +19,9 @@ from torch import nn
 
 from model.diffusion.conditioning import ConditioningConfig
 from model.networks.dit import build_transformer
+from model.training.contracts import TrainingConfig
 from model.training.data import Batch, Rows, TrainingSet
-from model.training.loop import InterruptedTrainingError, TrainingConfig, train
+from model.training.loop import InterruptedTrainingError, train
 from model.training.objectives import FlowMatching
 from model.training.step import Step
 
