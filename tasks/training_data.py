@@ -11,7 +11,6 @@ import dataclasses
 import io
 import itertools
 import os
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,8 +23,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from infra import artifacts, shards
+from infra.alone import alone
 from infra.errors import InputError
 from infra.pictures import to_rgb
+from infra.store_errors import room_in
 from model.networks.latents import Autoencoder, encode_latents
 from model.networks.vq_autoencoder import encode_codes
 from model.retrieval.stored_rows import StoredRows
@@ -181,8 +182,7 @@ class DecodedDatabase:
         return self._joined[rows]
 
     def _decoded(self, shard: StoredShard) -> NDArray[np.uint8]:
-        path = self._cache / "pixels" / f"{shard.digest(self._side)}.npy"
-        return kept(path, lambda: shard.pixels(self._side))
+        return kept(self._cache, "pixels", shard.digest(self._side), lambda: shard.pixels(self._side))
 
 
 class ShardSource:
@@ -209,19 +209,17 @@ class ShardSource:
         if self._treatment.autoencoder is None:
             pictures: NDArray[Any] = self._stored.pixels(self._treatment.side, chosen)
         else:
-            kind = "codes" if self._treatment.codes else "latents"
-            encoded = kept(self._path("encoded", kind, self._treatment.autoencoder_digest), self._encode)
-            pictures = np.array(encoded[rows])
+            made_with = ("codes" if self._treatment.codes else "latents", self._treatment.autoencoder_digest)
+            pictures = np.array(self._kept("encoded", self._encode, *made_with)[rows])
         reference = None
         if self._store is not None:
-            path = self._path("references", self._store.digest, file.sha256)
-            reference = np.array(kept(path, lambda: self._align(neighbours))[rows])
+            made_with = (self._store.digest, file.sha256)
+            reference = np.array(self._kept("references", lambda: self._align(neighbours), *made_with)[rows])
         embeddings = np.array(self._stored.embedded()[rows])
         return Rows(pictures=pictures, embeddings=embeddings, neighbours=neighbours[rows], reference=reference)
 
-    def _path(self, kind: str, *made_with: str) -> Path:
-        digest = self._stored.digest(self._treatment.side, *made_with)
-        return self._stored.cache / kind / f"{digest}.npy"
+    def _kept(self, kind: str, make: Callable[[], NDArray[Any]], *made_with: str) -> NDArray[Any]:
+        return kept(self._stored.cache, kind, self._stored.digest(self._treatment.side, *made_with), make)
 
     def _encode(self) -> NDArray[Any]:
         """The pictures as the autoencoder's latents (n, C, s, s) float16, or its codes (n, tokens) int32."""
@@ -272,14 +270,19 @@ def read_pixels(tar: Path, keys: Sequence[str], side: int, threads: int = 1) -> 
     return pixels
 
 
-def kept(path: Path, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-    """The array at ``path``, memory-mapped; what ``make`` returns is written there first, whole or not at all."""
+def kept(cache: Path, kind: str, digest: str, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+    """The array of that name in ``cache``, memory-mapped; what ``make`` returns is written first, whole or not at all.
+
+    One process of a machine makes it, and the others wait for it.
+    """
+    path = cache / kind / f"{digest}.npy"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-        with partial.open("wb") as stream:
-            np.save(stream, make())
-        partial.replace(path)
+        with room_in(cache), alone(cache / "fetching" / digest) as folder:
+            if not path.exists():
+                with (folder / "made").open("wb") as stream:
+                    np.save(stream, make())
+                path.parent.mkdir(parents=True, exist_ok=True)
+                (folder / "made").replace(path)
     os.utime(path)  # its last use, for the cache's bound
     found: NDArray[Any] = np.load(path, mmap_mode="r")
     return found

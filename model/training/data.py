@@ -220,16 +220,17 @@ class TrainingSet:
     def _load(self, wanted: "_Wanted") -> tuple[Rows, NDArray[np.int64] | None]:
         """The rows, and which of the window they are, ascending (None: all)."""
         shards = [self._shards[number] for number in wanted.shards]
-        if wanted.share is None:
-            return _join([shard.load() for shard in shards]), None
-        seed, place, size = wanted.share
+        own = None if wanted.share is None else self._own(*wanted.share)
+        asked = [(shard, None) for shard in shards] if own is None else _cut(own, shards)
+        # Each worker begins at another shard: what is made of one and kept is made once on a machine.
+        first = len(asked) * self._rank // self._world
+        loaded = [shard.load(rows) for shard, rows in (*asked[first:], *asked[:first])]
+        return _join([*loaded[len(asked) - first :], *loaded[: len(asked) - first]]), own
+
+    def _own(self, seed: int, place: "_Place", size: int) -> NDArray[np.int64]:
+        """The window's rows that fall into this worker's parts of the batches, ascending."""
         worker = np.arange(place.start, place.end) % size * self._world // size
-        own = np.sort(place.order(seed).numpy()[worker == self._rank])
-        ends = np.cumsum([shard.rows for shard in shards])
-        cuts = np.split(own, np.searchsorted(own, ends[:-1]))
-        starts = ends - [shard.rows for shard in shards]
-        asked = [(shard, cut - start) for shard, cut, start in zip(shards, cuts, starts, strict=True) if len(cut)]
-        return _join([shard.load(rows) for shard, rows in asked]), own
+        return np.sort(place.order(seed).numpy()[worker == self._rank])
 
 
 class _Place(NamedTuple):
@@ -308,6 +309,13 @@ def _to_target(stored: Tensor) -> Tensor:
     if stored.ndim == 2:
         return stored.long()
     return to_model_range(stored) if stored.dtype == torch.uint8 else stored.float()
+
+
+def _cut(rows: NDArray[np.int64], shards: list[Source]) -> list[tuple[Source, NDArray[np.int64] | None]]:
+    """The ascending rows (n,) of shards one after the other, as each shard that has any counts its own."""
+    ends = np.cumsum([shard.rows for shard in shards])
+    cuts = np.split(rows, np.searchsorted(rows, ends[:-1]))
+    return [(shard, cut - (end - shard.rows)) for shard, cut, end in zip(shards, cuts, ends, strict=True) if len(cut)]
 
 
 def _join(loaded: list[Rows]) -> Rows:

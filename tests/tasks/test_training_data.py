@@ -1,5 +1,8 @@
 import dataclasses
+import errno
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +11,11 @@ import pytest
 import small_training
 import tiny
 import torch
+from numpy.typing import NDArray
 from small_training import COUNT, POOL, SIZES, nearest, picture, small_kl
 
 from infra import shards
-from infra.errors import InputError
+from infra.errors import InputError, StageError
 from model.networks.latents import encode_latents
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, encode_codes
 from model.training.alignment import align_all
@@ -163,14 +167,39 @@ def test_a_tar_without_an_embedded_picture_is_refused(inputs: TrainingInputs) ->
 
 
 def test_what_is_kept_is_whole_or_not_there(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "rows.npy"
-
     def broken() -> Any:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        kept(path, broken)
-    assert not path.exists()
-    np.testing.assert_array_equal(kept(path, lambda: np.arange(3)), [0, 1, 2])
-    np.testing.assert_array_equal(kept(path, broken), [0, 1, 2])
-    assert isinstance(kept(path, broken), np.memmap)
+        kept(tmp_path, "deep", "rows", broken)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    np.testing.assert_array_equal(kept(tmp_path, "deep", "rows", lambda: np.arange(3)), [0, 1, 2])
+    np.testing.assert_array_equal(kept(tmp_path, "deep", "rows", broken), [0, 1, 2])
+    assert isinstance(kept(tmp_path, "deep", "rows", broken), np.memmap)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["rows.npy"]
+
+
+def test_what_is_kept_is_made_once_however_many_ask(tmp_path: Path) -> None:
+    made, together = [], threading.Barrier(3)
+
+    def make() -> NDArray[Any]:
+        made.append(threading.get_ident())
+        time.sleep(0.1)
+        return np.arange(3)
+
+    def ask(_: int) -> NDArray[Any]:
+        together.wait(10)
+        return kept(tmp_path, "deep", "rows", make)
+
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(ask, range(3)):
+            np.testing.assert_array_equal(found, [0, 1, 2])
+    assert len(made) == 1
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    def full() -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(StageError, match="full"):
+        kept(tmp_path, "deep", "rows", full)

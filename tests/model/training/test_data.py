@@ -186,6 +186,18 @@ def test_workers_of_a_set_that_streams_share_the_reading() -> None:
     assert [sum(shard.loaded for shard in of) for of in read] == [4 * 3 + 2 for _ in range(3)]
 
 
+def test_each_worker_begins_at_another_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Shard] = []
+    load = Shard.load
+    monkeypatch.setattr(Shard, "load", lambda self, chosen=None: opened.append(self) or load(self, chosen))
+    for rank, order in enumerate(([0, 1, 2, 3, 4], [1, 2, 3, 4, 0], [3, 4, 0, 1, 2])):
+        read = shards(3, 2, 4, 1, 2)
+        batch = training_set(read, rank=rank, world=3).batch(0, seed=0, size=N, part=rank, parts=3)
+        assert [read.index(shard) for shard in opened] == order
+        require_lockstep(batch)
+        opened.clear()
+
+
 def test_another_workers_part_is_refused() -> None:
     data = training_set(rank=1, world=2)
     for part, parts in ((0, 1), (0, 2), (1, 4), (2, 3)):
