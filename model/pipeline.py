@@ -12,7 +12,7 @@ be plugged in, and swapped while the pipeline runs. A call works with the databa
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -22,6 +22,7 @@ from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
     PixArtTransformer2DModel,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
@@ -157,6 +158,18 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         self._database: Searchable | None = None
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """As diffusers does, which takes weights that are not there for a warning.
+
+        Raises ``ModelError`` for a part whose weights are of another config, or no finite numbers.
+        """
+        pipeline: Self = super().from_pretrained(pretrained_model_name_or_path, **options)
+        for name, part in pipeline.components.items():
+            if isinstance(part, ModelMixin) and name not in options:
+                check_weights(Path(part.config._name_or_path), part)
+        return pipeline
+
+    @classmethod
     def open(cls, folder: Path | str, database: Searchable | None = None) -> Self:
         """Load a saved pipeline and plug a database in.
 
@@ -168,9 +181,6 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             pipeline: Self = cls.from_pretrained(
                 str(folder), torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
             )
-            for name, module in pipeline.components.items():
-                if isinstance(module, nn.Module):
-                    check_weights(Path(folder) / name, module)
         except Exception as error:  # diffusers and safetensors raise OSError, ValueError and types of their own
             raise ModelError(
                 f"{folder} holds no usable generator ({error}); train it again, or pull it anew"
@@ -348,6 +358,9 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             if prompts.ndim != 2 or not len(prompts) or not prompts.isfinite().all():
                 raise ModelError(f"embeddings {tuple(prompts.shape)} must be finite rows (P, D), at least one")
             return F.normalize(prompts.float().cpu(), dim=-1)
+        kinds = "give str, PIL images or embeddings (P, D)"
+        if not isinstance(prompts, Prompt | Iterable):
+            raise ModelError(f"prompts are {type(prompts).__name__}; {kinds}")
         listed = [prompts] if isinstance(prompts, Prompt) else list(prompts)
         if not listed or any(isinstance(prompt, str) and not prompt.strip() for prompt in listed):
             raise ModelError("a prompt is empty; write what the picture should show")
@@ -355,7 +368,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         texts = {number: prompt for number, prompt in enumerate(listed) if isinstance(prompt, str)}
         pictures = {number: on_white(prompt) for number, prompt in enumerate(listed) if isinstance(prompt, Image.Image)}
         if len(texts) + len(pictures) < len(listed):
-            raise ModelError("a prompt is neither text nor picture; give str, PIL images or embeddings (P, D)")
+            raise ModelError(f"a prompt is neither text nor picture; {kinds}")
         if texts:
             rows[list(texts)] = self.encoder.embed_texts(list(texts.values()))
         if pictures:

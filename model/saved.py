@@ -47,19 +47,18 @@ def contents_digest(name: str) -> str:
 
 
 def check_weights(folder: Path, module: Any) -> None:
-    """Raise ``ModelError`` unless the files in ``folder`` hold all weights of ``module``, finite ones, and no others.
+    """Raise ``ModelError`` unless the safetensors in ``folder`` are all of ``module``'s weights, and these are finite.
 
-    diffusers fills what is missing with random numbers, drops the rest, and warns.
+    diffusers leaves what is missing as memory was, drops the rest, and warns.
     """
-    stem = "diffusion_pytorch_model"
     held: dict[str, None] = {}
-    for file in sorted(folder.glob(f"{stem}-*-of-*.safetensors")) or [folder / f"{stem}.safetensors"]:
+    for file in folder.glob("diffusion_pytorch_model*.safetensors"):
         with safe_open(file, framework="pt") as weights:
             held |= dict.fromkeys(weights.keys())
     module._fix_state_dict_keys_on_load(held)  # old autoencoders name their attention otherwise
     wanted = module.state_dict().keys()
     missing, unexpected = len(wanted - held.keys()), len(held.keys() - wanted)
-    if missing or unexpected:
+    if held and (missing or unexpected):
         raise ModelError(
             f"{folder.name}: of the {len(wanted)} weights that its config.json asks for {missing} are missing, and "
             f"{unexpected} others are there; copy or download both files again, they are of two networks"

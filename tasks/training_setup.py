@@ -20,7 +20,7 @@ from model.networks.latents import Autoencoder
 from model.networks.sizes import AnyNetwork, AnyNetworkConfig, build_any, size_of
 from model.networks.vq_transformer import VQTransformerConfig
 from model.pipeline import KNNDiffusionPipeline
-from model.saved import pretrained_folder
+from model.saved import check_weights, pretrained_folder
 from model.training.contracts import Objective, TrainingConfig
 from model.training.objectives import FlowMatching
 from model.training.restoration import Restoration, RestorationConfig
@@ -45,13 +45,15 @@ class TrainConfig:
     start_from: str | None = None  # a pipeline folder or "sticker-generator" to fine-tune; None: random weights
 
     def __post_init__(self) -> None:
-        """Refuse a run without workers or memory, and editing where it cannot be learned."""
+        """Refuse a run without workers or memory, what could not be drawn, and editing where it cannot be learned."""
         if self.workers < 1 or self.cpus_per_worker < 1:
             raise ValueError("workers and cpus_per_worker must be at least 1")
         if self.window_bytes < 1:
             raise ValueError("window_bytes must be at least 1")
         if isinstance(self.network, VQTransformerConfig) and not (self.autoencoder or self.start_from):
             raise ValueError("a network over codes needs the folder of a VQModel as autoencoder")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale is {self.guidance_scale}; give a number")
         if self.editing and (self.autoencoder or not isinstance(self.network, TransformerConfig | None)):
             raise ValueError("editing is learned by a transformer over pixels; leave autoencoder out")
 
@@ -140,14 +142,15 @@ def open_start(start_from: str, encoder: EncoderIdentity) -> KNNDiffusionPipelin
 
 
 def load_autoencoder(folder: str) -> Autoencoder:
-    """The AutoencoderKL or VQModel in ``folder``, frozen. Raises ``InputError`` when there is neither."""
+    """The AutoencoderKL or VQModel in ``folder``, frozen. Raises ``InputError`` when there is neither, or not whole."""
     classes = {kind.__name__: kind for kind in get_args(Autoencoder)}
     try:
         name = json.loads((Path(folder) / "config.json").read_text())["_class_name"]
-        loaded: Autoencoder = classes[name].from_pretrained(folder, low_cpu_mem_usage=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        loaded: Autoencoder = classes[name].from_pretrained(folder, low_cpu_mem_usage=False, use_safetensors=True)
+        check_weights(Path(folder), loaded)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ModelError) as error:
         raise InputError(
-            f"{folder} holds no autoencoder ({error}); name a folder that save_pretrained of "
+            f"{folder} holds no usable autoencoder ({error}); name a folder that save_pretrained of "
             f"{' or '.join(classes)} wrote"
         ) from error
     return loaded.eval().requires_grad_(False)

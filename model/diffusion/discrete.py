@@ -17,9 +17,10 @@ with w(x̃) = p_θ(x̃|x_t)/q(x_t|x̃), W = Σ w is
 and a certain p_θ turns it into eq. 5. All of it is in logarithms and float32.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -183,7 +184,7 @@ class MaskAndReplace(nn.Module):
 
     t is drawn with a probability p_t ∝ √E[L_t²] and its loss divided by p_t, which leaves the mean as it is and
     lowers the variance (Nichol & Dhariwal 2102.09672, §3.3); uniformly until each t was seen ``WARM`` times. The
-    statistics are buffers, so that a resumed run goes on with them.
+    statistics are buffers, so that a resumed run goes on with them; they are of what :meth:`one_step` surrounds.
     """
 
     WARM = 10
@@ -201,6 +202,7 @@ class MaskAndReplace(nn.Module):
         self.losses = CodeLosses(transitions)
         self.register_buffer("history", torch.zeros(transitions.timesteps))
         self.register_buffer("seen", torch.zeros(transitions.timesteps))
+        self._told: list[tuple[Tensor, Tensor]] | None = None
 
     def forward(self, network: nn.Module, batch: Batch, draw: Draw) -> Tensor:
         """The mean loss, a scalar float32: a bound on −log p(x_0) in nats per token, plus the x_0 term.
@@ -211,9 +213,22 @@ class MaskAndReplace(nn.Module):
         t, probability = self.draw_times(draw.uniform(len(batch.images)))
         noisy = self.transitions.corrupt(batch.images, t, draw.uniform(*batch.images.shape, 2))
         divergence, auxiliary = self.losses(network(noisy, t, condition), batch.images, noisy, t)
-        self.remember(t, divergence.detach())
+        if self._told is not None:
+            self._told.append((t, divergence.detach()))
         loss: Tensor = (divergence + self.auxiliary_weight * auxiliary) / probability
         return loss.mean()
+
+    @contextlib.contextmanager
+    def one_step(self) -> Iterator[None]:
+        """Around a step's calls: all draw t by one history, which takes in what they told once they are done."""
+        told: list[tuple[Tensor, Tensor]] = []
+        self._told = told
+        try:
+            yield
+        finally:
+            self._told = None
+        times, divergences = zip(*told, strict=True)
+        self.remember(torch.cat(times), torch.cat(divergences))
 
     def probabilities(self) -> Tensor:
         """The p_t of t = 1 … T, (T,) float32."""
@@ -339,7 +354,8 @@ def _guided(
 def _inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """The class (…) that each uniform (…) in [0, 1) falls into, of probabilities (…, classes)."""
     edges = probabilities.double().cumsum(-1)
-    return torch.searchsorted(edges, uniforms.double()[..., None] * edges[..., -1:], right=True).squeeze(-1)
+    found = torch.searchsorted(edges, uniforms.double()[..., None] * edges[..., -1:], right=True).squeeze(-1)
+    return found.clamp(max=probabilities.shape[-1] - 1)  # of no numbers it finds none
 
 
 def _log(rate: Tensor) -> Tensor:

@@ -14,15 +14,13 @@ Autoencoder: TypeAlias = AutoencoderKL | VQModel
 
 @torch.no_grad()
 def encode_latents(autoencoder: Autoencoder, pictures: Tensor) -> Tensor:
-    """Pictures (B, 3, S, S) in [−1, 1] to latents (B, C, s, s): a Gaussian's mean, unsampled.
+    """Pictures (B, 3, S, S) in [−1, 1] to latents (B, C, s, s) float32: a Gaussian's mean, unsampled.
 
     They are scaled by the autoencoder's own ``scaling_factor``, which brings a published one's to about unit variance.
     A ``VQModel`` trained here has 1 for it, so its latents keep the spread that they have.
     """
-    if isinstance(autoencoder, AutoencoderKL):
-        latents = autoencoder.encode(pictures).latent_dist.mode()
-    else:
-        latents = autoencoder.encode(pictures).latents
+    encoded = autoencoder.encode(pictures.to(autoencoder.dtype))
+    latents = (encoded.latent_dist.mode() if isinstance(autoencoder, AutoencoderKL) else encoded.latents).float()
     scaled: Tensor = (latents - _shift(autoencoder)) * autoencoder.config.scaling_factor
     return scaled
 
@@ -30,10 +28,8 @@ def encode_latents(autoencoder: Autoencoder, pictures: Tensor) -> Tensor:
 @torch.no_grad()
 def decode_latents(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
     """Latents (B, C, s, s) to pictures (B, 3, S, S), not clamped."""
-    kind = next(autoencoder.parameters()).dtype
-    pictures: Tensor = autoencoder.decode(
-        (latents / autoencoder.config.scaling_factor + _shift(autoencoder)).to(kind)
-    ).sample
+    unscaled = latents / autoencoder.config.scaling_factor + _shift(autoencoder)
+    pictures: Tensor = autoencoder.decode(unscaled.to(autoencoder.dtype)).sample
     return pictures.float()
 
 

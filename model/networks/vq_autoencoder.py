@@ -73,10 +73,10 @@ def build_autoencoder(config: AutoencoderConfig, *, seed: int) -> VQModel:
 @torch.no_grad()
 def encode_codes(autoencoder: VQModel, pictures: Tensor) -> Tensor:
     """Pictures (B, 3, S, S) in [−1, 1] to the nearest codes (B, n) int64, row by row."""
-    latents = autoencoder.encode(pictures).latents
-    _, _, (_, _, codes) = autoencoder.quantize(latents)
-    rows: Tensor = codes.view(len(pictures), -1)
-    return rows
+    latents = autoencoder.encode(pictures.to(autoencoder.dtype)).latents
+    rows = latents.permute(0, 2, 3, 1).flatten(1, 2)
+    # In float32, whatever the rest computes in: distances are not there in others, nor would they be fine enough.
+    return torch.cdist(rows.float(), autoencoder.quantize.embedding.weight.float()).argmin(2)
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -47,6 +48,8 @@ class TrainingConfig:
             raise ValueError("gradient_clip must be above 0; inf clips nothing")
         if not 0 <= self.weight_decay < math.inf or self.warmup_images < 0:
             raise ValueError("weight_decay must be at least 0 and finite, and warmup_images at least 0")
+        if self.seed < 0:
+            raise ValueError("seed must be at least 0")
 
     @property
     def steps(self) -> int:
@@ -70,6 +73,15 @@ class Objective(Protocol):
 
     def __call__(self, network: nn.Module, batch: Batch, draw: Draw) -> torch.Tensor:
         """Mean loss of ``batch``, a scalar."""
+        ...
+
+
+@runtime_checkable
+class LearningObjective(Objective, Protocol):
+    """One that learns of its losses: of those of a whole step, in however many pieces it is taken."""
+
+    def one_step(self) -> AbstractContextManager[None]:
+        """Around all pieces of a step; of one that fails nothing is learned."""
         ...
 
 

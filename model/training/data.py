@@ -199,9 +199,14 @@ class TrainingSet:
     def _window(self, seed: int, place: "_Place", size: int) -> "_Window":
         wanted = self._wanted(seed, place, size)
         if wanted not in self._windows:
-            rows, own = self._reading(wanted).result()
-            self._read.clear()
-            self._windows = {wanted: _Window(rows, own, len(self._database), self._device)}
+            reading = self._reading(wanted)
+            self._read.clear()  # of one that fails, too: another try reads again
+            try:
+                rows, own = reading.result()
+                self._windows = {wanted: _Window(rows, own, len(self._database), self._device)}
+            except torch.OutOfMemoryError as error:  # no smaller step would help
+                told = f"{self._device} is out of memory for a window of pictures, or for encoding them"
+                raise ModelError(f"{told}; choose a smaller window, batch or network, or a device with more") from error
             following = self._wanted(seed, self._place(seed, place.end), size)
             if following != wanted:
                 self._reading(following)

@@ -145,7 +145,8 @@ class _Window:
         for name, value in (("loss", loss), ("gradient's norm", norm)):
             if not math.isfinite(value):
                 seen = end * config.batch_size
-                raise ModelError(f"the {name} is {value} after {seen} images; lower learning_rate and run again")
+                told = f"the {name} is {value} after {seen} images; the last checkpoint is from before that"
+                raise ModelError(f"{told}; train anew with a lower learning_rate")
         speed = (end - self._start) * config.batch_size / (time.monotonic() - self._since)
         self._taken, self._start, self._since = [], end, time.monotonic()
         return {

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model.draws import Draw
 from model.errors import ModelError
 from model.networks.compiled import compile_in_place
-from model.training.contracts import Objective, TrainingConfig, TrainingData
+from model.training.contracts import LearningObjective, Objective, TrainingConfig, TrainingData
 from model.training.muon import Muon
 from model.training.sharding import own_part, shard
 from model.training.speed import flops_per_image, matrix_peak
@@ -99,10 +99,15 @@ class Step:
         """The gradients; when memory is out, once more in twice as many pieces."""
         while True:
             try:
-                return self._gradients(number)
+                with self._one_step():
+                    return self._gradients(number)
             except torch.OutOfMemoryError as error:
                 self._halve(error)
             torch.cuda.empty_cache()  # out of the handler: the error held the activations
+
+    def _one_step(self) -> contextlib.AbstractContextManager[None]:
+        objective = self._objective
+        return objective.one_step() if isinstance(objective, LearningObjective) else contextlib.nullcontext()
 
     def _halve(self, error: torch.OutOfMemoryError) -> None:
         # One worker that starts its step again would wait for the others for ever.

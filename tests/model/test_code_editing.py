@@ -67,6 +67,12 @@ def decoded(pipeline: KNNDiffusionPipeline, images: list[Image.Image]) -> NDArra
     return ((back + 1) * 127.5).round().permute(0, 2, 3, 1).numpy().astype(np.int64)
 
 
+def test_half_precision_edits_as_the_whole_does(pipeline: KNNDiffusionPipeline) -> None:
+    expected = edited(pipeline, [picture()])
+    pipeline.to(torch.float16)
+    assert np.abs(edited(pipeline, [picture()]) - expected).mean() < 8
+
+
 def test_a_local_edit_draws_one_region_and_leaves_the_source_s_pixels_around_it(
     pipeline: KNNDiffusionPipeline,
 ) -> None:

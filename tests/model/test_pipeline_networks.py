@@ -162,8 +162,10 @@ def test_a_generator_is_one_on_the_cpu(pipeline: KNNDiffusionPipeline, wrong: An
 def test_weights_that_are_no_numbers_are_told(pipeline: KNNDiffusionPipeline) -> None:
     with torch.no_grad():
         [*pipeline.transformer.parameters()][-1].view(-1)[0] = torch.nan  # of the layer that answers
-    with pytest.raises(ModelError, match="no finite numbers: the weights are broken; train again"):
-        drawn(pipeline)
+    for truncation in (0.86, 1.0):  # of codes; where it keeps all, it looks at none
+        pipeline.register_to_config(truncation=truncation)
+        with pytest.raises(ModelError, match="no finite numbers: the weights are broken; train again"):
+            drawn(pipeline)
     with pytest.raises(ModelError, match="no finite numbers: the weights are broken; train again"):
         pipeline.edit(Image.new("RGB", (8, 8)), PROMPTS[:1], method="sdedit", candidates=1)
 
@@ -178,6 +180,32 @@ def test_saved_weights_that_are_no_numbers_are_not_opened(
     told = r"saved holds no usable generator \(transformer: its weights are not all finite numbers\); train it again"
     with pytest.raises(ModelError, match=told):
         KNNDiffusionPipeline.open(tmp_path / "saved")
+
+
+def test_weights_of_another_config_are_not_loaded_as_diffusers_would(
+    pipeline: KNNDiffusionPipeline, tmp_path: Path
+) -> None:
+    pipeline.save_pretrained(tmp_path / "saved")
+    network = pipeline.transformer
+    again = KNNDiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert [*again.transformer.state_dict()] == [*network.state_dict()]
+    name, weights = [*network.state_dict()][-1], tmp_path / "saved/transformer/diffusion_pytorch_model.safetensors"
+    save_file({key: weight for key, weight in load_file(weights).items() if key != name}, weights)
+    with pytest.raises(ModelError, match=r"transformer: of the .* weights that its config.json asks for 1 are missing"):
+        KNNDiffusionPipeline.from_pretrained(tmp_path / "saved", low_cpu_mem_usage=False)
+    assert KNNDiffusionPipeline.from_pretrained(tmp_path / "saved", transformer=network).transformer is network
+
+
+def test_every_kind_draws_and_edits_in_half_precision(pipeline: KNNDiffusionPipeline) -> None:
+    picture = Image.effect_noise((16, 16), 80).convert("RGB")
+    asked: dict[str, Any] = {"method": "sdedit", "candidates": 1, "num_inference_steps": 3}
+    whole, half = [], []
+    for kept in (whole, half):
+        kept += [drawn(pipeline), pixels(pipeline.edit(picture, PROMPTS[:1], generator=seeded(), **asked))]
+        pipeline.to(torch.float16)
+    for one, other in zip(whole, half, strict=True):
+        assert one.shape == other.shape
+        assert np.abs(one - other).mean() < 8, "but for rounding, and a code or two"
 
 
 def test_an_editor_draws_as_the_network_it_was_widened_from(database: Database) -> None:
@@ -250,6 +278,8 @@ def test_pictures_and_texts_are_prompts_alike(tmp_path: Path) -> None:
     assert float((rows[1] * encoder.embed_images([flat])[0]).sum()) > 0.999, "transparency is white"
     with pytest.raises(ModelError, match="neither text nor picture"):
         made.embed([3.5])  # type: ignore[list-item]
+    with pytest.raises(ModelError, match="prompts are NoneType; give str, PIL images or embeddings"):
+        made.embed(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("count", [0, 2])

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from mlflow.exceptions import MlflowException
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from small_training import COUNT, POOL, small_kl
 from stores import Bucket
 
@@ -369,7 +371,7 @@ def test_a_start_over_codes_brings_its_autoencoder(tmp_path: Path) -> None:
         ({"network": CODES, "autoencoder": "kl"}, "need a VQModel of 16 codes at 8 px, the autoencoder has no codes"),
         ({"network": dataclasses.replace(CODES, codes=8), "autoencoder": "vq"}, "8 codes.* has 16 codes at 16 px"),
         ({"network": dataclasses.replace(CODES, tokens=64), "autoencoder": "vq"}, "at 32 px, .* has 16 codes at 16 px"),
-        ({"network": LATENTS, "autoencoder": "nowhere"}, "nowhere holds no autoencoder"),
+        ({"network": LATENTS, "autoencoder": "nowhere"}, "nowhere holds no usable autoencoder"),
     ],
 )
 def test_what_does_not_fit_is_told_before_training(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -380,12 +382,33 @@ def test_what_does_not_fit_is_told_before_training(tmp_path: Path, changes: dict
         set_up(configured(**changes), tiny.identity())
 
 
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_an_autoencoder_that_is_not_whole_is_told_before_training(tmp_path: Path, kind: str) -> None:
+    folder = autoencoders(tmp_path)[kind]
+    config = configured(network=LATENTS if kind == "kl" else CODES, autoencoder=folder)
+    weights = Path(folder) / "diffusion_pytorch_model.safetensors"
+    whole = load_file(weights)
+    last = "decoder.conv_out.bias"
+    damaged: dict[str, dict[str, Any]] = {
+        "1 are missing": {name: weight for name, weight in whole.items() if name != last},
+        "not all finite numbers": whole | {last: whole[last] * torch.nan},
+        "size mismatch|shape": whole | {last: torch.zeros(7)},
+    }
+    for told, weights_then in damaged.items():
+        save_file(weights_then, weights)
+        with pytest.raises(InputError, match=rf"(?s)holds no usable autoencoder.*({told})"):
+            set_up(config, tiny.identity())
+    save_file(whole, weights)
+    assert set_up(config, tiny.identity()).autoencoder is not None
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"workers": 0}, "workers"),
         ({"cpus_per_worker": 0}, "cpus_per_worker"),
         ({"window_bytes": 0}, "window_bytes"),
+        ({"guidance_scale": math.nan}, "guidance_scale is nan; give a number"),
         ({"network": CODES}, "folder of a VQModel"),
         ({"editing": True, "autoencoder": "x"}, "over pixels"),
         ({"editing": True, "network": UNetConfig()}, "transformer over pixels"),

@@ -64,6 +64,7 @@ from model.networks.vq_autoencoder import (
 )
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
 from model.pipeline import new_pipeline
+from model.saved import weights_digest
 from model.training.alignment import align_all
 from model.training.contracts import Objective, TrainingConfig
 from model.training.data import Rows, TrainingSet, picture_to_array, to_model_range, to_pixels
@@ -361,6 +362,8 @@ def require_same_run(kept: Path, options: argparse.Namespace) -> None:
     """
     settings = {name: getattr(options, name) for name in ("size", "width", "head", "layers", "batch", "rate", "ema")}
     settings |= {"channels": list(options.channels), "data": data_digest(options)}
+    if options.command == "discrete":
+        settings["codes"] = weights_digest(str(options.out / "codes" / "vae"))
     if not kept.exists():
         kept.write_text(json.dumps(settings, indent=1))
     before = json.loads(kept.read_text())
@@ -466,7 +469,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--watch", type=int, default=2000, help="steps between checkpoints and looks at its samples")
     parser.add_argument("--limit", type=int, help="pictures a style, for a trial")
     parser.add_argument("--device", default="cpu")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.width % options.head:
+        parser.error(f"--width {options.width} is no multiple of --head {options.head}")
+    return options
 
 
 if __name__ == "__main__":

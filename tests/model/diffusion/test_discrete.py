@@ -259,6 +259,21 @@ def test_the_history_forgets_slowly_averages_within_a_step_and_leaves_unseen_tim
     torch.testing.assert_close(resumed.probabilities(), taught.probabilities())
 
 
+def test_a_step_teaches_the_history_once_it_is_whole_and_nothing_else_does() -> None:
+    network, codes = Fixed(torch.tensor([0.3, -0.5, 1.0, 0.0])), torch.arange(4).repeat(8, 1)
+    taught, untaught = warm(), warm()
+    with taught.one_step():
+        taught(network, batch(codes), Draw(0, 0))
+        torch.testing.assert_close(taught.history, untaught.history)
+        taught(network, batch(codes), Draw(0, 1))
+    assert taught.seen.sum() == untaught.seen.sum() + 16
+    untaught(network, batch(codes), Draw(0, 0))
+    with pytest.raises(torch.OutOfMemoryError), untaught.one_step():
+        untaught(network, batch(codes), Draw(0, 0))
+        raise torch.OutOfMemoryError
+    torch.testing.assert_close(untaught.history, LOSSES.square())
+
+
 def test_a_network_learns_codes_from_their_condition() -> None:
     """Two pictures, told apart by the query alone; the loss of never looking at it is above ln 2 = 0.69."""
     told = nn.Linear(5, 6 * K)

@@ -236,6 +236,23 @@ def test_what_does_not_belong_together_is_refused(pictures: int, embeddings: int
              reference=rows(0, 11).pictures)  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("error", "told"), [(torch.OutOfMemoryError(), "out of memory for a window"), (OSError("lost"), "lost")]
+)
+def test_a_shard_that_could_not_be_read_is_read_again_when_asked_again(error: Exception, told: str) -> None:
+    class Failing(Shard):
+        def load(self, chosen: NDArray[np.int64] | None = None) -> Rows:
+            if not self.loads:
+                self.loads += 1
+                raise error
+            return super().load(chosen)
+
+    data = training_set([Failing(0, N)])
+    with pytest.raises((ModelError, OSError), match=told):
+        data.batch(0, seed=0, size=N)
+    assert sorted(chosen(data.batch(0, seed=0, size=N))) == list(range(N))
+
+
 def test_nothing_to_train_on_is_refused() -> None:
     with pytest.raises(ModelError, match="nothing to train on"):
         training_set([])

@@ -88,3 +88,7 @@ def test_the_discrete_generator_is_trained_on_the_codes_of_its_autoencoder(stick
     assert (pipeline.side, pipeline.transformer.config.tokens) == (16, 16)
     assert len(list((out / "discrete").glob("samples-*.png"))) == 2
     assert len(list(out.glob("data-*.npz"))) == 1, "made once"
+    assert run(*command("codes", stickers, out, 24)).returncode == 0, "one that was too short goes on"
+    other = run(*command("discrete", stickers, out, 24))
+    assert other.returncode == 1
+    assert "holds a run of codes " in other.stderr, "of an autoencoder that is another now"
