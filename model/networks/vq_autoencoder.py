@@ -113,9 +113,9 @@ def reconstruction_loss(output: Tensor, pictures: Tensor, *, edge_weight: float,
 class AutoencoderObjective(nn.Module):
     """The training objective: reconstruction, commitment, and a codebook without dead codes.
 
-    Its buffers, how many steps each code has been idle and how many have been taken, belong in a checkpoint. The
-    restarts end after ``restart_steps``, well before the end of training, so that averaged weights hold no code in
-    motion.
+    Its buffers, how many steps each code has been idle and how many have been taken, belong in a checkpoint; a piece of
+    a step counts as one. The restarts end after ``restart_steps``, well before the end of training, so that averaged
+    weights hold no code in motion.
     """
 
     idle: Tensor

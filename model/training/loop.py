@@ -1,8 +1,8 @@
 """The training loop: a network, an objective, data. Where metrics and checkpoints go is not its business.
 
 Everything random in a step is drawn from (seed, step) for the whole global batch, so on one worker a run that was
-killed and resumed ends with the weights of one that was not, bit for bit, and on several it sees the same pictures and
-noise.
+killed and resumed ends with the weights of one that was not, bit for bit (on a GPU but for its kernels that add up in
+no fixed order), and on several it sees the same pictures and noise.
 """
 
 import contextlib
@@ -54,6 +54,8 @@ def train(
     stop: Callable[[], bool] = lambda: False,
 ) -> nn.Module:
     """Train ``network`` to the end of ``config`` from the latest checkpoint on; return its moving average.
+
+    That the checkpoints are of the same config and data is for the caller to see to: they hold neither.
 
     Args:
         network: what learns, float32, the same initial weights on every worker.
