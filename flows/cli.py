@@ -209,9 +209,12 @@ def edit(
     with told(verbose):
         import torch
 
+        from infra.errors import InputError
         from infra.registry import load_pipeline
 
         writable(out, "picture", PICTURES)
+        if largest_region is not None and method != "local":
+            raise InputError(f"--largest-region is of the method local; {method} has no regions")
         source = open_picture(image)
         pipeline = load_pipeline(model, database, settings(root))
         given = {
@@ -231,9 +234,11 @@ def evaluate(
     databases: Annotated[list[str], typer.Argument(help=f"Databases to draw from. {DATABASE}")],
     model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",
     texts: Annotated[
-        str | None, typer.Option(help="Text file, a prompt a line; without, pictures are prompts.")
+        str | None, typer.Option(help="Text file, a prompt a line; without, a database's own pictures are prompts.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Pictures of each condition.", min=4)] = 256,
+    samples: Annotated[
+        int, typer.Option(help="Pictures of each of two conditions, some ten with ablations.", min=4)
+    ] = 256,
     ablations: Annotated[bool, typer.Option(help="Also other queries and numbers of neighbours.")] = True,
     inception: Annotated[str | None, typer.Option(help="torch-fidelity's Inception weights, for FID.")] = None,
     gpu: Annotated[bool, typer.Option(help="Draw on a GPU.")] = False,
@@ -258,7 +263,8 @@ def _picture_or_text(prompt: str) -> "str | Image.Image":
     Raises ``InputError`` for what reads as a picture's name, ends as one and has a slash or no space, and is none.
     """
     path = Path(prompt)
-    named = path.suffix.lower() in PICTURES and ("/" in prompt or " " not in prompt or path.is_file())
+    there = bool(path.suffix) and len(prompt) < 256 and path.is_file()
+    named = there or (path.suffix.lower() in PICTURES and ("/" in prompt or " " not in prompt))
     return open_picture(path) if named else prompt
 
 

@@ -101,11 +101,12 @@ class EditConfig:
             )
         if not (math.isfinite(self.guidance_scale) and math.isfinite(self.image_guidance_scale)):
             raise ModelError("guidance_scale and image_guidance_scale must be finite numbers")
-        if not is_count(self.candidates) or not 0 < self.largest_region <= 1 or math.isnan(self.kept_db):
-            raise ModelError(
-                "give at least 1 of candidates, in whole numbers, largest_region above 0 and at most 1, and kept_db a "
-                "number"
-            )
+        if not is_count(self.candidates):
+            raise ModelError(f"candidates is {self.candidates}; give a whole number, at least 1")
+        if not 0 < self.largest_region <= 1:
+            raise ModelError(f"largest_region is {self.largest_region}; give a share above 0, and at most 1")
+        if math.isnan(self.kept_db):
+            raise ModelError("kept_db must be a number")
 
 
 def edit_levels(config: EditConfig) -> Tensor:
@@ -246,6 +247,8 @@ def edit(
         return choose(sources[rows], edited, torch.stack(scores), kept_db=config.kept_db)
 
     pictures = to_pixels(in_batches(draw, len(fitted), config.steps, pipeline.device, None))
+    if same := int((pictures == fitted).all((1, 2, 3)).sum()):
+        logger.warning("%d of %d pictures are left as they were; say it otherwise, or allow more", same, len(fitted))
     return [Image.fromarray(picture) for picture in pictures]
 
 
@@ -255,7 +258,7 @@ def fit_images(images: Sequence[Image.Image], side: int) -> NDArray[np.uint8]:
     Logs how many were no squares of that side. Raises ``ModelError`` when there is none, or one is no picture or
     has no pixels.
     """
-    if not images or not all(isinstance(image, Image.Image) for image in images):
+    if not len(images) or not all(isinstance(image, Image.Image) for image in images):
         raise ModelError("there is no picture to edit; give at least one PIL image")
     other = sum(image.size != (side, side) for image in images)
     if other:

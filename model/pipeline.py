@@ -35,7 +35,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model.clip import Encoder, encoder_for
-from model.diffusion.conditioning import MARKER_CHANNELS, condition_tokens
+from model.diffusion.conditioning import MARKER_CHANNELS, condition_tokens, tokens_between
 from model.diffusion.continuous import Denoiser, Prediction
 from model.diffusion.guidance import WHOLE
 from model.drawing import Asked, draw
@@ -48,7 +48,7 @@ from model.networks.editor import is_editor, with_reference
 from model.networks.vq_transformer import VQTransformer
 from model.pictures import on_white
 from model.retrieval.database import Hits, Searchable
-from model.sampling import Told, is_count, new_scheduler, slerp
+from model.sampling import Told, is_count, new_scheduler
 from model.saved import check_weights
 from model.training.data import to_pixels
 
@@ -258,6 +258,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         query: QuerySlot | None = None,
         retrieve: bool = True,
         shared_noise: bool = False,
+        between: int | None = None,
         callback: Told | None = None,
     ) -> KNNDiffusionOutput:
         """Draw pictures.
@@ -276,6 +277,8 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             retrieve: False hides the neighbours: the ablation without retrieval.
             shared_noise: whether all pictures start from one noise, so that only the prompts tell them apart; there is
                 no choice among candidates then.
+            between: pictures on the way from the first of two prompts to the second, ends included, in place of one of
+                each, and from one noise.
             callback: called with (step, steps) of all batches together.
 
         Returns:
@@ -296,20 +299,22 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         if not all(map(is_count, (num_images_per_prompt, steps, k, choice))):
             counts = "num_images_per_prompt, num_inference_steps, neighbours and candidates"
             raise ModelError(f"{counts} must be at least 1, in whole numbers")
+        shared_noise = shared_noise or between is not None
         choice = 1 if shared_noise else choice
         each = num_images_per_prompt * choice
         embeddings = self.embed(prompts)
         database = self.database if retrieve else None  # another may be swapped in meanwhile
         condition = self.condition(embeddings, k, query, retrieve, database=database)
+        tokens = condition.tokens if between is None else _way(condition.tokens, between)
         negative = None
         if negative_prompts is not None:
-            against = _each(self.embed(negative_prompts), len(embeddings))
+            against = _each(self.embed(negative_prompts), len(tokens))
             negative = self.condition(against, k, query, retrieve, database=database).tokens.repeat_interleave(
                 each, dim=0
             )
         target = embeddings if condition.query is None else condition.query
         asked = Asked(
-            tokens=condition.tokens.repeat_interleave(each, dim=0),
+            tokens=tokens.repeat_interleave(each, dim=0),
             targets=target.repeat_interleave(num_images_per_prompt, dim=0),
             candidates=choice,
             negative=negative,
@@ -345,11 +350,12 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         return edit(self, images, prompts, config, generator=generator, neighbours=neighbours, retrieve=retrieve)
 
     def interpolate(self, first: Prompt, second: Prompt, count: int = 8, **options: Any) -> KNNDiffusionOutput:
-        """``count`` pictures on the way from one prompt to the other, from one noise; ``options`` as of a call."""
-        if not is_count(count) or count < 2:
-            raise ModelError("an interpolation has two ends; ask for at least 2 pictures")
-        start, end = self.embed([first, second])
-        output: KNNDiffusionOutput = self(slerp(start, end, count), shared_noise=True, **options)
+        """``count`` pictures on the way from one prompt to the other, from one noise; ``options`` as of a call.
+
+        The neighbours of one turn into those of the other with the query, rank by rank: were they searched anew on the
+        way, pictures would stay the same and then jump. The hits are those of the ends.
+        """
+        output: KNNDiffusionOutput = self([first, second], between=count, **options)
         return output
 
     def embed(self, prompts: Prompts) -> Tensor:
@@ -470,6 +476,14 @@ def _condition_width(network: nn.Module) -> int:
     if isinstance(network, VQTransformer):
         return int(config.condition_channels)
     return int(config.get("caption_channels") or config.cross_attention_dim)  # a transformer projects its captions
+
+
+def _way(tokens: Tensor, count: int) -> Tensor:
+    if len(tokens) != 2:
+        raise ModelError(f"a way goes from one prompt to another; {len(tokens)} were given")
+    if not is_count(count) or count < 2:
+        raise ModelError("an interpolation has two ends; ask for at least 2 pictures")
+    return tokens_between(tokens, count)
 
 
 def _each(embeddings: Tensor, count: int) -> Tensor:

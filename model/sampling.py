@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
@@ -128,15 +127,6 @@ def integrate(
         picture = scheduler.step(velocity, timestep, picture, return_dict=False)[0]
         told(number)
     return picture
-
-
-def slerp(first: Tensor, second: Tensor, count: int) -> Tensor:
-    """``count`` unit rows (count, D) on the great circle from ``first`` (D,) to ``second`` (D,), ends included."""
-    share = torch.linspace(0, 1, count)[:, None]
-    angle = torch.arccos((first @ second).clamp(-1, 1))
-    if angle.sin() < 1e-4:  # one direction, or opposite ones: no great circle is the shortest
-        return F.normalize(torch.lerp(first, second, share), dim=1)
-    return (torch.sin((1 - share) * angle) * first + torch.sin(share * angle) * second) / angle.sin()
 
 
 def _seeded(generator: torch.Generator | None) -> torch.Generator:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import artifacts, storage
+from infra.errors import InputError
 from infra.progress import Progress
 from model import metrics
 from model.bootstrap import Score
@@ -94,6 +95,9 @@ def pipeline_folder(generator: Generator, cache: Path) -> Path:
 
 def measure(subject: Subject, folder_uri: str, cache: Path) -> artifacts.Shard:
     """Sample, embed, score, and commit what is worth showing."""
+    for name, version in {subject.name: subject.database, **subject.others}.items():
+        if (held := len(open_database(version, cache))) < LEAST_COMPARED:
+            raise InputError(f"{name} holds {held} pictures; an evaluation compares at least {LEAST_COMPARED}")
     weights = _weights(subject.config, cache)
     worker = _Measurement(subject, folder_uri, cache)
     with storage.scratch() as folder:

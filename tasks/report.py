@@ -120,6 +120,8 @@ def tables(judged: Sequence[Judged]) -> list[tuple[str, list[str], list[list[str
     found = []
     for entry in judged:
         samples = f"{entry.name}, {entry.samples} samples"
+        if not any(entry.shown):
+            samples += " of its own pictures as prompts, which find themselves (CLIP score, copies: of reconstruction)"
         if entry.compared < entry.samples:
             samples += f" (distances, precision and recall: {entry.compared} of them against as many real pictures)"
         found.append((f"Scores on {samples}", ["", *CONDITIONS.values()], score_rows(entry.scores)))

@@ -83,6 +83,24 @@ def condition_tokens(query: Tensor | None, neighbours: Tensor | None, *, dimensi
     return torch.cat([embeddings, marker], dim=2)
 
 
+def tokens_between(tokens: Tensor, count: int) -> Tensor:
+    """From one condition to another, tokens (2, 1 + K, D + 1) to (count, 1 + K, D + 1): each token by :func:`slerp`."""
+    embeddings, marker = tokens[..., :-MARKER_CHANNELS], tokens[0, ..., -MARKER_CHANNELS:]
+    length = embeddings.shape[-1] ** 0.5  # of every embedding that is not hidden
+    first, second = embeddings / length
+    return torch.cat([length * slerp(first, second, count), marker.expand(count, -1, -1)], dim=-1)
+
+
+def slerp(first: Tensor, second: Tensor, count: int) -> Tensor:
+    """Unit rows (count, …, D) on the great circles from ``first`` (…, D) to ``second`` (…, D), ends included."""
+    share = torch.linspace(0, 1, count).view(-1, *[1] * first.ndim)
+    angle = (first * second).sum(-1, keepdim=True).clamp(-1, 1).arccos()
+    circle = (torch.sin((1 - share) * angle) * first + torch.sin(share * angle) * second) / angle.sin()
+    straight = F.normalize(torch.lerp(first, second, share), dim=-1)
+    # Of one direction, or opposite ones, no great circle is the shortest.
+    return torch.where(angle.sin() < 1e-4, straight, circle)
+
+
 def null_condition(tokens: Tensor) -> Tensor:
     """The same tokens (B, 1 + K, D + 1) with every embedding hidden: the unconditional input of guidance."""
     hidden = torch.zeros_like(tokens)

@@ -263,12 +263,13 @@ def test_a_prompt_that_reads_as_a_pictures_name_is_no_text(drawer: Drawer, tmp_p
     (tmp_path / "torn.png").write_bytes(b"no picture")
     refused(run("generate", f"{tmp_path}/torn.png", *options), "torn.png is no picture that can be read")
     assert not (tmp_path / "a.png").exists()
-    Image.new("RGB", (5, 5)).save(tmp_path / "my photo.png")
-    prompts = ("a drawing of what is called red.png", "photo.txt", f"{tmp_path}/my photo.png")
-    result = run("generate", *prompts, *options)
+    for name in ("my photo.png", "my photo.bmp"):
+        Image.new("RGB", (5, 5)).save(tmp_path / name)
+    texts = ("a drawing of what is called red.png", "photo.txt", "is this. a text " * 20)
+    result = run("generate", *texts, f"{tmp_path}/my photo.png", f"{tmp_path}/my photo.bmp", *options)
     assert result.exit_code == 0, result.stderr
-    assert drawer.asked[:2] == [*prompts[:2]]
-    assert drawer.asked[2].size == (5, 5)
+    assert drawer.asked[:3] == [*texts]
+    assert [picture.size for picture in drawer.asked[3:]] == [(5, 5), (5, 5)]
 
 
 @pytest.mark.parametrize(("count", "columns", "rows"), [(2, 2, 1), (12, 12, 1), (13, 4, 4), (255, 16, 16)])
@@ -288,6 +289,7 @@ def test_the_method_of_an_edit_may_be_chosen(drawer: Drawer, tmp_path: Path) -> 
         assert run(*command, *given).exit_code == 0
         assert drawer.options["method"] == method
     assert run(*command, "--method", "paint").exit_code == 2
+    refused(run(*command, "--method", "sdedit", "--largest-region", "1"), "--largest-region is of the method local")
 
 
 def test_edit_changes_a_region_with_the_embedded_generator(domain: Any, tmp_path: Path) -> None:
@@ -327,7 +329,7 @@ def test_edit_refuses_what_is_no_picture_and_numbers_without_meaning(domain: Any
     refused(run("edit", f"{tmp_path}/fine.png", " ", *options), "a prompt is empty")
     told = "strength is 2.0; give a number above 0"
     refused(run("edit", f"{tmp_path}/fine.png", "a", *options, "--strength", "2"), told)
-    refused(run("edit", f"{tmp_path}/fine.png", "a", *options, "--largest-region", "0"), "largest_region above 0")
+    refused(run("edit", f"{tmp_path}/fine.png", "a", *options, "--largest-region", "0"), "largest_region is 0.0; give a share above 0")
 
 
 def test_search_refuses_a_picture_that_pillow_finds_no_class_of_error_for(tmp_path: Path) -> None:

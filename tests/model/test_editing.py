@@ -245,6 +245,15 @@ def test_hardly_any_strength_returns_the_picture(editor: KNNDiffusionPipeline, m
     assert np.abs(pixels(drawn(editor, picture(), method=method, strength=1e-4)) - pixels([picture()])).max() <= 3
 
 
+def test_an_edit_that_changes_nothing_says_so(editor: KNNDiffusionPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    sources = [picture(seed=0), picture(seed=1)]
+    with caplog.at_level(logging.WARNING):
+        drawn(editor, sources)
+        assert not caplog.text
+        assert (pixels(drawn(editor, sources, strength=1e-4)) == pixels(sources)).all()
+    assert "2 of 2 pictures are left as they were; say it otherwise, or allow more" in caplog.text
+
+
 def test_a_generator_that_was_not_trained_for_it_is_refused_but_has_the_baseline(base: KNNDiffusionPipeline) -> None:
     with pytest.raises(ModelError, match=r"not trained for editing; .*method='local'"):
         drawn(base, picture())
@@ -291,9 +300,9 @@ def test_bad_input_is_told_in_one_line(editor: KNNDiffusionPipeline, images: Any
         ({"steps": 2.5}, r"steps is 2\.5 and shift 2\.0; give at least 1 step, in whole numbers"),
         ({"shift": float("inf")}, "steps is 12 and shift inf; .* a finite shift above 0"),
         ({"guidance_scale": float("inf")}, "finite"),
-        ({"candidates": 0}, "at least 1 of candidates"),
-        ({"candidates": 1.5}, "at least 1 of candidates, in whole numbers"),
-        ({"largest_region": 0}, "largest_region above 0"),
+        ({"candidates": 0}, "candidates is 0; give a whole number, at least 1"),
+        ({"candidates": 1.5}, r"candidates is 1\.5; give a whole number, at least 1"),
+        ({"largest_region": 0}, "largest_region is 0; give a share above 0, and at most 1"),
         ({"method": "paint"}, "'local', 'restore' or 'sdedit'"),
     ],
 )

@@ -262,6 +262,9 @@ def test_an_interpolation_goes_from_one_prompt_to_the_other(tmp_path: Path) -> N
     ends = pixels(made(["a dog", "a car"], generator=seeded(), shared_noise=True, **options).images)
     assert len(between) == 4
     assert np.abs(between[[0, -1]] - ends).max() <= 1
+    assert (np.abs(np.diff(between, axis=0)).max(axis=(1, 2, 3)) > 1).all(), "every step goes on"
+    with pytest.raises(ModelError, match="from one prompt to another; 1 were given"):
+        made("a dog", between=3)
     with pytest.raises(ModelError, match="two ends"):
         made.interpolate("a dog", "a car", 1)
 

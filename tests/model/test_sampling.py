@@ -1,5 +1,4 @@
 import logging
-import math
 import sys
 from collections.abc import Callable
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model.errors import ModelError
-from model.sampling import BATCH, draw_noise, draw_uniforms, in_batches, integrate, new_scheduler, slerp
+from model.sampling import BATCH, draw_noise, draw_uniforms, in_batches, integrate, new_scheduler
 
 CPU = torch.device("cpu")
 
@@ -90,12 +89,3 @@ def test_randomness_is_drawn_picture_by_picture(draw: Callable[..., Tensor]) -> 
     assert not torch.equal(many[0], many[1])
     shared = draw(6, (3, 4), torch.Generator().manual_seed(5), shared=True)
     assert torch.equal(shared, few[:1].expand(6, 3, 4))
-
-
-def test_slerp_stays_on_the_sphere_at_even_angles() -> None:
-    first, second = torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0])
-    way = slerp(first, second, 4)
-    torch.testing.assert_close(way.norm(dim=1), torch.ones(4))
-    angles = torch.arccos((way[:-1] * way[1:]).sum(1))
-    torch.testing.assert_close(angles, torch.full((3,), math.pi / 6))
-    torch.testing.assert_close(slerp(first, first, 3), first.expand(3, 3))

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from infra import artifacts, compute
 from infra.errors import EncoderMismatchError, InputError
+from tasks import measure as measuring
 from tasks.contracts import DatabaseVersion, Generator, domain_of, encoder_of
 from tasks.evaluate import EvaluateConfig, Evaluation, evaluate_generator
 from tasks.fetch import fetch_pictures
@@ -238,6 +239,21 @@ def test_weights_that_are_not_there_are_told_before_anything_is_drawn(domain: An
     with pytest.raises(InputError, match=r"no Inception weights at .*inception\.pth; give the path"):
         evaluate_generator(GENERATOR, database, str(tmp_path), config, cache=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_database_that_is_too_small_is_told_before_anything_is_drawn(
+    version: DatabaseVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = measuring.open_database
+
+    def open_few(asked: DatabaseVersion, cache: Path) -> Any:
+        return range(3) if asked == few else opened(asked, cache)
+
+    few = dataclasses.replace(version, digest="1" * 64)
+    monkeypatch.setattr(measuring, "open_database", open_few)
+    with pytest.raises(InputError, match="stamps holds 3 pictures; an evaluation compares at least 4"):
+        measured(version, tmp_path, stamps=few)
+    assert not Standin.calls
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,8 @@ def test_of_how_many_pictures_distances_are_is_told_where_it_is_not_of_all_sampl
         "Scores on emoji, 32 samples (distances, precision and recall: 20 of them against as many real pictures)"
     )
     assert tables([judged()])[0][0] == "Scores on emoji, 32 samples"
+    own = "Scores on emoji, 32 samples of its own pictures as prompts, which find themselves"
+    assert tables([judged(shown=["", ""])])[0][0].startswith(own)
 
 
 @pytest.mark.parametrize("missing", [{"ablations": {}}, {"swap": {}}, {"ablations": {}, "swap": {}}, {"copies": []}])

@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from model.diffusion.conditioning import (
     choose_neighbours,
     condition_tokens,
     null_condition,
+    slerp,
+    tokens_between,
     training_condition,
 )
 from model.draws import Draw
@@ -224,3 +227,27 @@ def test_a_training_condition_shows_as_many_neighbours_as_are_asked_for() -> Non
 def test_what_cannot_be_sampled_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(reversed(wrong))):
         ConditioningConfig(**wrong)
+
+
+def test_slerp_stays_on_the_sphere_at_even_angles() -> None:
+    first, second = torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0])
+    way = slerp(first, second, 4)
+    torch.testing.assert_close(way.norm(dim=1), torch.ones(4))
+    angles = torch.arccos((way[:-1] * way[1:]).sum(1))
+    torch.testing.assert_close(angles, torch.full((3,), math.pi / 6))
+    torch.testing.assert_close(slerp(first, first, 3), first.expand(3, 3))
+    torch.testing.assert_close(slerp(torch.zeros(3), torch.zeros(3), 2), torch.zeros(2, 3))
+
+
+def test_between_two_conditions_every_token_turns_and_what_is_hidden_stays_so() -> None:
+    rows = torch.nn.functional.normalize(torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0)), dim=2)
+    rows[:, 3] = 0
+    ends = condition_tokens(rows[:, 0], rows[:, 1:], dimension=8, batch=2)
+    way = tokens_between(ends, 5)
+    assert way.shape == (5, 4, 9)
+    torch.testing.assert_close(way[[0, -1]], ends)
+    torch.testing.assert_close(way[:, :3, :8].norm(dim=2), torch.full((5, 3), 8**0.5))
+    assert (way[:, 3] == ends[0, 3]).all()
+    turns = (way[:-1, :3, :8] * way[1:, :3, :8]).sum(2) / 8
+    torch.testing.assert_close(turns, turns[:1].expand(4, 3))
+    assert (turns < 1).all()
