@@ -329,7 +329,10 @@ def test_edit_refuses_what_is_no_picture_and_numbers_without_meaning(domain: Any
     refused(run("edit", f"{tmp_path}/fine.png", " ", *options), "a prompt is empty")
     told = "strength is 2.0; give a number above 0"
     refused(run("edit", f"{tmp_path}/fine.png", "a", *options, "--strength", "2"), told)
-    refused(run("edit", f"{tmp_path}/fine.png", "a", *options, "--largest-region", "0"), "largest_region is 0.0; give a share above 0")
+    refused(
+        run("edit", f"{tmp_path}/fine.png", "a", *options, "--largest-region", "0"),
+        "largest_region is 0.0; give a share above 0",
+    )
 
 
 def test_search_refuses_a_picture_that_pillow_finds_no_class_of_error_for(tmp_path: Path) -> None:
