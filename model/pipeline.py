@@ -64,7 +64,7 @@ Prompts = Prompt | Sequence[Prompt] | Tensor
 
 @dataclasses.dataclass
 class KNNDiffusionOutput(BaseOutput):
-    """Pictures, prompt after prompt, and the neighbours they were drawn from (None without retrieval)."""
+    """Pictures, prompt after prompt, and the prompts' neighbours that they were drawn from (None without retrieval)."""
 
     images: list[Image.Image]
     hits: Hits | None
@@ -282,11 +282,11 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             callback: called with (step, steps) of all batches together.
 
         Returns:
-            P·M pictures, prompt after prompt, and the hits of each prompt.
+            P·M pictures, prompt after prompt (``between``·M, step after step), and the hits of each prompt.
 
         Raises:
-            ModelError: a prompt is empty, a number or the generator makes no sense, memory is out, or the weights draw
-                no finite numbers.
+            ModelError: a prompt is empty, there are not two to go between, a number or the generator makes no sense,
+                memory is out, or the weights draw no finite numbers.
         """
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale

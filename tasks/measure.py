@@ -95,9 +95,6 @@ def pipeline_folder(generator: Generator, cache: Path) -> Path:
 
 def measure(subject: Subject, folder_uri: str, cache: Path) -> artifacts.Shard:
     """Sample, embed, score, and commit what is worth showing."""
-    for name, version in {subject.name: subject.database, **subject.others}.items():
-        if (held := len(open_database(version, cache))) < LEAST_COMPARED:
-            raise InputError(f"{name} holds {held} pictures; an evaluation compares at least {LEAST_COMPARED}")
     weights = _weights(subject.config, cache)
     worker = _Measurement(subject, folder_uri, cache)
     with storage.scratch() as folder:
@@ -122,7 +119,14 @@ class _Measurement:
 
     def __init__(self, subject: Subject, folder_uri: str, cache: Path) -> None:
         self._subject, self._config, self._cache = subject, subject.config, cache
-        self._database = open_database(subject.database, cache)
+        versions = {subject.name: subject.database, **subject.others}
+        self._opened = {name: open_database(version, cache) for name, version in versions.items()}
+        for name, opened in self._opened.items():
+            if len(opened) < LEAST_COMPARED:
+                raise InputError(
+                    f"{name} holds {len(opened)} pictures; an evaluation compares at least {LEAST_COMPARED}"
+                )
+        self._database = self._opened[subject.name]
         self._pipeline = KNNDiffusionPipeline.open(pipeline_folder(subject.generator, cache), self._database)
         if self._config.use_gpu:
             self._pipeline.to("cuda")
@@ -168,14 +172,11 @@ class _Measurement:
         """Fréchet distance of the samples to each domain, over equally many rows of each; empty without others."""
         if not self._subject.others:
             return {}
-        opened = {self._subject.name: self._database} | {
-            name: open_database(version, self._cache) for name, version in self._subject.others.items()
-        }
-        count = min(self._config.samples, *(len(database) for database in opened.values()))
+        count = min(self._config.samples, *(len(database) for database in self._opened.values()))
         _, rows = self._sampler(Condition())
         return {
             name: metrics.frechet_distance(rows[:count], _some_rows(database, count, self._config.seed))
-            for name, database in opened.items()
+            for name, database in self._opened.items()
         }
 
     def copies(self, folder: Path) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ class TrainConfig:
     workers: int = 1
     cpus_per_worker: int = 2
     use_gpu: bool = False
-    window_bytes: int = 2 << 30  # of pictures held at a time; two windows are in memory when the set is larger
+    window_bytes: int = 2 << 30  # of pictures shuffled together, over all workers; a larger set has two in memory
     guidance_scale: float | None = None  # the pipeline's default; None: that of start_from, or 2
     start_from: str | None = None  # a pipeline folder or "sticker-generator" to fine-tune; None: random weights
 
