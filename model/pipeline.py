@@ -42,6 +42,7 @@ from model.drawing import Asked, draw
 from model.editing import EditConfig, edit
 from model.encoder_identity import EncoderIdentity
 from model.errors import ModelError
+from model.networks.attention import streamline
 from model.networks.compiled import compile_in_place
 from model.networks.denoiser import as_denoiser
 from model.networks.editor import is_editor, with_reference
@@ -134,6 +135,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             raise ModelError("a network over codes needs the vae (a VQModel) that the codes belong to")
         if not isinstance(transformer, VQTransformer) and scheduler is None:
             raise ModelError("a continuous network needs a scheduler; give that of model.sampling.new_scheduler")
+        streamline(transformer)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(
             encoder_identity=dict(encoder_identity),

@@ -27,9 +27,8 @@ MIN_SIGMA = 0.05
 
 
 def add_noise(images: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """The point x_σ on the path: images and noise (B, C, H, W), sigma (B,)."""
-    sigma = sigma[:, None, None, None]
-    return (1 - sigma) * images + sigma * noise
+    """The point x_σ = (1 − σ)·x + σ·ε on the path: images and noise (B, C, H, W), sigma (B,)."""
+    return torch.lerp(images, noise, sigma[:, None, None, None])
 
 
 def to_velocity(output: Tensor, noisy: Tensor, sigma: Tensor, prediction: Prediction) -> Tensor:

@@ -4,7 +4,7 @@ Legend: ``B`` batch, ``C S S`` picture, ``T`` condition tokens, ``E`` their chan
 
 It is diffusers' ``PixArtTransformer2DModel`` as it stands (patches, adaLN-single on the timestep, cross-attention;
 Chen et al. 2310.00426), with the condition tokens in the captions' place. What is ours: its size, its initial weights,
-and what its output means.
+what its output means, and the order in which attention multiplies (``attention.py``).
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from torch import nn
 
 from model.diffusion.conditioning import MARKER_CHANNELS
 from model.diffusion.continuous import Prediction
+from model.networks.attention import streamline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +58,7 @@ def build_transformer(config: TransformerConfig, *, embedding_dimension: int, se
             use_additional_conditions=False,
         )
         initialise(network)
+    streamline(network)
     return network
 
 

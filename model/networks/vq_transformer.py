@@ -20,6 +20,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from model.diffusion.conditioning import MARKER_CHANNELS
+from model.networks.attention import apart, few, into_values, weighted_values
 
 TIME_CHANNELS = 256
 """Channels of the sinusoidal embedding of t, which is stretched to 0 … 1000, the scale it was made for."""
@@ -64,11 +65,15 @@ class Attention(nn.Module):
     def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
         """(B, n, W) tokens, (B, T, W) context -> (B, n, W)."""
         query, key, value = (
-            project(source).unflatten(2, (-1, self.head_width)).transpose(1, 2)
+            project(source).unflatten(2, (-1, self.head_width))
             for project, source in ((self.query, tokens), (self.key, context), (self.value, context))
         )
         query, key = _normal(query, self.query_gain), _normal(key, self.key_gain)
-        seen = F.scaled_dot_product_attention(query, key, value)
+        if few(context.shape[1], self.head_width):
+            scaled = query.flatten(2) * self.head_width**-0.5
+            found = weighted_values(scaled, apart(key), into_values(value, self.out.weight))
+            return found + self.out.bias.to(found.dtype)
+        seen = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         answer: Tensor = self.out(seen.transpose(1, 2).flatten(2))
         return answer
 
@@ -179,7 +184,7 @@ def initialise(network: VQTransformer) -> None:
 
 
 def _normal(heads: Tensor, gain: Tensor) -> Tensor:
-    """Each head's vector (B, heads, n, head_width) at a mean square of 1, times gain; the dtype is kept."""
+    """Each head's vector (B, n, heads, head_width) at a mean square of 1, times gain; the dtype is kept."""
     return F.rms_norm(heads, gain.shape, gain.to(heads.dtype), eps=1e-6).to(heads.dtype)
 
 

@@ -13,6 +13,7 @@ and some are the picture itself, where nothing is to be done.
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,17 +55,29 @@ class RestorationConfig:
             raise ValueError("probabilities must lie in [0, 1], and empty + whole too: they exclude each other")
 
 
-def random_regions(draw: Draw, batch: int, side: int, config: RestorationConfig) -> Tensor:
-    """Where the neighbour is to show: (B, 1, S, S) float32 in {0, 1}, on the draw's device.
+class Chances(NamedTuple):
+    """What decides where a neighbour shows, uniform in [0, 1): ``kind`` (B,), ``shapes`` (B, 2, 6), ``second`` (B,)."""
+
+    kind: Tensor
+    shapes: Tensor
+    second: Tensor
+
+
+def draw_chances(draw: Draw, batch: int) -> Chances:
+    """Those of a batch, float32 on the draw's device."""
+    return Chances(draw.uniform(batch), draw.uniform(batch, 2, 6), draw.uniform(batch))
+
+
+def regions(chances: Chances, side: int, config: RestorationConfig) -> Tensor:
+    """Where the neighbour is to show: (B, 1, S, S) float32 in {0, 1}.
 
     A region is a turned rectangle or ellipse, or two of them; its area is log-uniform before the rim cuts it.
     """
-    kind = draw.uniform(batch)
-    shapes = _shapes(draw, batch, side, config)  # (B, 2, S, S)
-    second = draw.uniform(batch) < config.second_region
+    shapes = _shapes(chances.shapes, side, config)  # (B, 2, S, S)
+    second = chances.second < config.second_region
     shown = shapes[:, 0] | (shapes[:, 1] & second[:, None, None])
-    empty = kind < config.empty
-    whole = ~empty & (kind < config.empty + config.whole)
+    empty = chances.kind < config.empty
+    whole = ~empty & (chances.kind < config.empty + config.whole)
     shown = (shown & ~empty[:, None, None]) | whole[:, None, None]
     return shown[:, None].float()
 
@@ -97,13 +110,29 @@ def corrupt(images: Tensor, aligned: Tensor, mask: Tensor, *, feather_px: float 
     return torch.lerp(images, aligned, soften(mask, feather_px))
 
 
+class Reference(nn.Module):
+    """What a picture is restored from: itself with regions of its neighbour, or nothing."""
+
+    def __init__(self, config: RestorationConfig) -> None:
+        """Paste as ``config`` says."""
+        super().__init__()
+        self.config = config
+
+    def forward(self, images: Tensor, aligned: Tensor, chances: Chances, hidden: Tensor) -> Tensor:
+        """(B, 3, S, S) of both and ``hidden`` uniform (B,) -> (B, 3, S, S)."""
+        mask = regions(chances, images.shape[-1], self.config)
+        corrupted = corrupt(images, aligned, mask, feather_px=self.config.feather_px)
+        return corrupted.masked_fill((hidden < self.config.drop_reference)[:, None, None, None], 0)
+
+
 class Restoration(nn.Module):
     """The loss of a network of six input channels on one batch."""
 
     def __init__(self, conditioning: ConditioningConfig, config: RestorationConfig, *, prediction: Prediction) -> None:
         """Hide parts of the condition as ``conditioning`` says, and paste as ``config`` says."""
         super().__init__()
-        self.conditioning, self.config, self.prediction = conditioning, config, prediction
+        self.conditioning, self.prediction = conditioning, prediction
+        self.reference = Reference(config)
 
     def forward(self, network: nn.Module, batch: Batch, draw: Draw) -> Tensor:
         """Mean loss of ``batch``, a scalar. Raises ``ModelError`` when it holds no references of its shape."""
@@ -118,17 +147,15 @@ class Restoration(nn.Module):
         condition = training_condition(batch.query, batch.neighbours, self.conditioning, draw)
         sigma = sample_sigmas(count, draw)
         noise = draw.normal(*images.shape)
-        mask = random_regions(draw, count, images.shape[-1], self.config)
-        reference = corrupt(images, batch.reference, mask, feather_px=self.config.feather_px)
-        hidden = draw.uniform(count) < self.config.drop_reference
-        reference = reference.masked_fill(hidden[:, None, None, None], 0)
+        chances, hidden = draw_chances(draw, count), draw.uniform(count)
+        reference = self.reference(images, batch.reference, chances, hidden)
         denoiser = with_reference(as_denoiser(network, self.prediction), reference)
         return flow_matching_loss(denoiser, images, condition, sigma, noise)
 
 
-def _shapes(draw: Draw, batch: int, side: int, config: RestorationConfig) -> Tensor:
-    """Two shapes a sample: (B, 2, S, S) bool."""
-    area, aspect, angle, x, y, round_ = draw.uniform(batch, 2, 6).unbind(-1)
+def _shapes(chances: Tensor, side: int, config: RestorationConfig) -> Tensor:
+    """Two shapes a sample: (B, 2, 6) in [0, 1) to (B, 2, S, S) bool."""
+    area, aspect, angle, x, y, round_ = chances.unbind(-1)
     area = config.smallest_area * (config.largest_area / config.smallest_area) ** area
     aspect = config.largest_aspect ** (2 * aspect - 1)
     elliptic = round_ < config.ellipse

@@ -118,34 +118,32 @@ class Step:
         logger.warning("%s is out of memory; training on with pieces=%d", self._device, self._pieces)
 
     def _gradients(self, number: int) -> torch.Tensor:
-        with torch.no_grad():
-            for held in (self._weights, self._copies):
-                torch._foreach_zero_([parameter.grad for parameter in held if parameter.grad is not None])
         losses = []
         for piece in range(self._pieces):
             part, parts = self._rank * self._pieces + piece, self._world * self._pieces
             seed, size = self.config.seed, self.config.batch_size
             batch = self._data.batch(number, seed=seed, size=size, part=part, parts=parts)
             draw = Draw(seed, number, stream=_NOISE, part=part, parts=parts, device=self._device)
+            if piece == 0 or self._working is not self.network:  # else the pieces' gradients add up where they are
+                self._working.zero_grad()
             with self._sharing(last=piece + 1 == self._pieces):
                 with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
                     loss = self._objective(self._replica, batch, draw) / self._pieces
                 loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
             if self._working is not self.network:
-                self._collect()
+                self._collect(first=piece == 0)
         return torch.stack(losses).sum()
 
     @torch.no_grad()
-    def _collect(self) -> None:
+    def _collect(self, *, first: bool) -> None:
         """Take a piece's gradients from the copy. Several are added up in float32: bfloat16 loses small summands."""
         gradients = [weight.grad for weight in self._weights if weight.grad is not None]
         copied = [weight.grad for weight in self._copies if weight.grad is not None]
-        if self._pieces == 1:
+        if first:
             torch._foreach_copy_(gradients, copied)
         else:
             torch._foreach_add_(gradients, copied)
-            torch._foreach_zero_(copied)
 
     def _sharing(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Workers add their gradients up at the last piece of a step; a copy's at each, since each is collected."""
@@ -165,8 +163,9 @@ def build_optimizers(network: nn.Module, config: TrainingConfig) -> list[torch.o
     blocks = [p for name, p in network.named_parameters() if "blocks." in name and p.ndim == 2 and min(p.shape) > 8]
     inside = {id(parameter) for parameter in blocks}
     rest = [parameter for parameter in network.parameters() if id(parameter) not in inside]
-    decay = config.weight_decay
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=decay)]
+    decay, fused = config.weight_decay, rest[0].is_cuda
+    adam = torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=decay, fused=fused)
+    optimizers: list[torch.optim.Optimizer] = [adam]
     if blocks:
         optimizers.append(Muon(blocks, weight_decay=decay))
     return optimizers

@@ -1,17 +1,14 @@
 """What a GPU runs in a network's place computes what the network does, under the same names."""
 
-import copy
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from diffusers import PixArtTransformer2DModel
-from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
-from model.errors import ModelError
-from model.networks.compiled import JoinedProjections, compile_in_place, join_projections
+from model.networks.compiled import compile_in_place
 from model.networks.denoiser import as_denoiser
 from model.networks.dit import TransformerConfig, build_transformer
 from model.networks.unet import UNetConfig, build_unet
@@ -33,40 +30,6 @@ def velocity(network: nn.Module) -> Tensor:
 def gradients(network: nn.Module) -> dict[str, Tensor]:
     velocity(network).square().sum().backward()
     return {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
-
-
-def test_joined_projections_draw_and_learn_what_separate_ones_do() -> None:
-    apart = stirred()
-    joined = copy.deepcopy(apart)
-    join_projections(joined)
-    kinds = {type(processor) for processor in joined.attn_processors.values()}
-    assert kinds == {JoinedProjections}
-    torch.testing.assert_close(velocity(joined), velocity(apart))
-    expected, found = gradients(apart), gradients(joined)
-    assert expected.keys() == found.keys() == dict(apart.named_parameters()).keys() - {"pos_embed.pos_embed"}
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient)
-
-
-def test_projections_with_biases_stay_apart() -> None:
-    network = PixArtTransformer2DModel(
-        num_attention_heads=1, attention_head_dim=8, in_channels=3, out_channels=3, num_layers=1, cross_attention_dim=8,
-        caption_channels=9, sample_size=8, patch_size=4, attention_bias=True, use_additional_conditions=False,
-    )  # fmt: skip
-    join_projections(network)
-    assert {type(processor) for processor in network.attn_processors.values()} == {AttnProcessor2_0}
-
-
-def test_a_mask_is_refused_and_an_adapter_left_in_its_place() -> None:
-    network = stirred()
-    adapted = copy.deepcopy(network)
-    adapted.transformer_blocks[0].attn1.to_q = nn.Sequential(nn.Linear(32, 32, bias=False))
-    join_projections(adapted)
-    assert {type(processor) for processor in adapted.attn_processors.values()} == {AttnProcessor2_0}
-    join_projections(network)
-    asked = {"timestep": SIGMA, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
-    with pytest.raises(ModelError, match="take no attention mask"):
-        network(NOISY.double(), TOKENS.double(), encoder_attention_mask=torch.ones(2, 4), **asked)
 
 
 def compiled_parts(network: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[str]:

@@ -56,7 +56,7 @@ def test_a_widened_network_is_saved_and_loaded(tmp_path: Path) -> None:
     wide.save_pretrained(tmp_path)
     loaded = PixArtTransformer2DModel.from_pretrained(tmp_path, low_cpu_mem_usage=False).eval()
     assert (loaded.config.in_channels, loaded.config.out_channels) == (6, 3)
-    assert torch.equal(answer(loaded, REFERENCE), answer(wide, REFERENCE))
+    torch.testing.assert_close(answer(loaded, REFERENCE), answer(wide, REFERENCE))  # loaded, it computes as diffusers
 
 
 def test_a_doubled_batch_sees_every_reference_twice() -> None:

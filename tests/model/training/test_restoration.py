@@ -12,10 +12,14 @@ from model.draws import Draw
 from model.errors import ModelError
 from model.networks.editor import widen_input
 from model.training.data import Batch
-from model.training.restoration import Restoration, RestorationConfig, corrupt, random_regions, soften
+from model.training.restoration import Restoration, RestorationConfig, corrupt, draw_chances, regions, soften
 
 LOCAL = {"empty": 0.0, "whole": 0.0}
 CONDITIONING = ConditioningConfig(neighbours=2, pool=2)
+
+
+def random_regions(draw: Draw, batch: int, side: int, config: RestorationConfig) -> Tensor:
+    return regions(draw_chances(draw, batch), side, config)
 
 
 def shares(**changes: Any) -> Tensor:

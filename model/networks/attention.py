@@ -1,0 +1,146 @@
+"""A transformer's layers in fewer operations than they are written in: what they compute and their weights stay.
+
+Legend: ``B`` batch, ``n`` tokens of a picture, ``T`` condition tokens, ``h`` heads of width ``d``, ``W`` = h·d.
+
+A condition is few tokens, the query and k neighbours. So cross-attention costs less from their side: the projections
+of the queries, Q, and of the answer, O, go into keys and values once for each head, in place of once for each token.
+
+    softmax(x Q (c K)ᵀ / √d) (c V) O = softmax(x Mᵀ) N        M_ht = Q_h k_ht / √d, N_ht = v_ht O_h
+
+Where queries are normalised (the network over codes), only O goes.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import PixArtTransformer2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+
+
+def few(tokens: int, head_width: int) -> bool:
+    """Whether so many condition tokens cost less with the projections in them."""
+    return 2 * tokens <= head_width
+
+
+def weighted_values(tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """What each head finds, summed: (B, n, C) tokens, keys (B, h, T, C), values (B, h, T, W) -> (B, n, W)."""
+    scores = tokens @ keys.flatten(1, 2).mT
+    weights = scores.view(*scores.shape[:2], *keys.shape[1:3]).softmax(-1).flatten(2)
+    found: Tensor = weights @ values.flatten(1, 2)
+    return found
+
+
+def into_keys(keys: Tensor, query: Tensor) -> Tensor:
+    """Keys (B, T, h, d) with the queries' projection (W, W) in them: M·√d, (B, h, T, W)."""
+    return torch.einsum("bthd,hdw->bhtw", keys, query.view(*keys.shape[2:], -1))
+
+
+def into_values(values: Tensor, out: Tensor) -> Tensor:
+    """Values (B, T, h, d) with the answer's projection (W, W) in them: N, (B, h, T, W)."""
+    return torch.einsum("bthd,whd->bhtw", values, out.view(-1, *values.shape[2:]))
+
+
+def apart(keys: Tensor) -> Tensor:
+    """Keys (B, T, h, d) for queries (B, n, W): (B, h, T, W), of each head zero in the others' channels."""
+    heads = torch.eye(keys.shape[2], dtype=keys.dtype, device=keys.device)
+    return (keys.transpose(1, 2).unsqueeze(3) * heads[:, None, :, None]).flatten(3)
+
+
+class LeanProcessor(AttnProcessor2_0):
+    """Attention of a PixArt block in fewer operations where it is plain; diffusers computes what is more.
+
+    More are a mask, biases of the projections, dropout, and an adapter in a projection's place.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *arguments: Any,
+        **options: Any,
+    ) -> Tensor:
+        """(B, n, W) tokens, (B, T, W) context (None: the tokens themselves) -> (B, n, W)."""
+        context = encoder_hidden_states
+        if attention_mask is None and _is_plain(attn):
+            if context is None:
+                return _to_themselves(attn, hidden_states)
+            if few(context.shape[1], attn.inner_dim // attn.heads):
+                return _to_few(attn, hidden_states, context)
+        return cast(Tensor, super().__call__(attn, hidden_states, context, attention_mask, *arguments, **options))
+
+
+def _to_themselves(attn: Attention, tokens: Tensor) -> Tensor:
+    """Self-attention whose queries, keys and values come of one product: three would read the tokens three times.
+
+    Training ran at 9,147 images a second on an H100 so, at 8,776 with three.
+    """
+    weight = torch.cat([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight])
+    query, key, value = (
+        part.view(*part.shape[:2], attn.heads, -1).transpose(1, 2) for part in F.linear(tokens, weight).chunk(3, dim=2)
+    )
+    seen = F.scaled_dot_product_attention(query, key, value)
+    return cast(Tensor, attn.to_out[0](seen.transpose(1, 2).flatten(2)))
+
+
+def _to_few(attn: Attention, tokens: Tensor, context: Tensor) -> Tensor:
+    """Cross-attention from the context's side."""
+    key, value = (projection(context).unflatten(2, (attn.heads, -1)) for projection in (attn.to_k, attn.to_v))
+    keys = into_keys(key, attn.to_q.weight * attn.scale)
+    found = weighted_values(tokens, keys, into_values(value, attn.to_out[0].weight))
+    return found + cast(Tensor, attn.to_out[0].bias).to(found.dtype)
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution whose patches do not overlap: the matrix product that it is."""
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """(B, C, S, S) -> (B, W, S/p, S/p)."""
+        rows, columns = self.kernel_size
+        count, channels, height, width = pictures.shape
+        patches = pictures.view(count, channels, height // rows, rows, width // columns, columns)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class TokenLinear(nn.Linear):
+    """A layer that sums a bias's gradient over each picture's tokens first, then over the pictures.
+
+    Compiled for a GPU, the first sum joins the kernels that make that gradient, or sum it for the modulation; one sum
+    over all tokens is another pass over the batch.
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, n, W) -> (B, n, W')."""
+        product = F.linear(tokens, self.weight)
+        return product + self.bias.to(product.dtype).expand(len(product), 1, -1)
+
+
+def streamline(network: nn.Module) -> None:
+    """Let a PixArt transformer compute in fewer operations, in place; other networks stay as they are."""
+    if not isinstance(network, PixArtTransformer2DModel):
+        return
+    network.set_attn_processor(LeanProcessor())
+    if type(network.pos_embed.proj) is nn.Conv2d:
+        network.pos_embed.proj.__class__ = PatchProjection  # the same parameters under the same names
+
+
+def sum_by_picture(block: nn.Module) -> None:
+    """Make the layers of a transformer's block :class:`TokenLinear`, in place: worth it where it is compiled."""
+    for part in block.modules():
+        if type(part) is nn.Linear and part.bias is not None:
+            part.__class__ = TokenLinear
+
+
+def _is_plain(attn: Attention) -> bool:
+    """Whether attention is what its four matrices and the answer's bias make of it."""
+    out, dropout = attn.to_out[0], attn.to_out[1]
+    return (
+        all(type(part) is nn.Linear and part.bias is None for part in (attn.to_q, attn.to_k, attn.to_v))
+        and type(out) in (nn.Linear, TokenLinear)
+        and out.bias is not None
+        and not (attn.training and dropout.p)
+    )

@@ -1,0 +1,200 @@
+"""A network in fewer operations draws and learns what diffusers' own layers make of the same weights."""
+
+import copy
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers import PixArtTransformer2DModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import Tensor, nn
+
+from model.networks import attention, vq_transformer
+from model.networks.attention import (
+    LeanProcessor,
+    PatchProjection,
+    TokenLinear,
+    few,
+    streamline,
+    sum_by_picture,
+)
+from model.networks.compiled import repeated
+from model.networks.denoiser import as_denoiser
+from model.networks.dit import TransformerConfig, build_transformer
+from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
+from model.training.speed import flops_per_image
+
+NOISY, SIGMA, TOKENS = torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.9]), torch.randn(2, 20, 9)
+FEW, MANY = 4, 20
+"""Condition tokens, for heads 16 wide."""
+
+
+def stirred() -> PixArtTransformer2DModel:
+    size = TransformerConfig(image_size=16, layers=2, heads=2, head_width=16)
+    return tiny.stirred(build_transformer(size, embedding_dimension=8, seed=0)).double()  # so that rounding is small
+
+
+def as_written(network: PixArtTransformer2DModel) -> PixArtTransformer2DModel:
+    """A copy that computes as diffusers does."""
+    plain = copy.deepcopy(network)
+    plain.set_attn_processor(AttnProcessor2_0())
+    plain.pos_embed.proj.__class__ = nn.Conv2d
+    return plain
+
+
+def velocity(network: nn.Module, tokens: int = FEW) -> Tensor:
+    return as_denoiser(network, "velocity")(NOISY, SIGMA, TOKENS[:, :tokens])
+
+
+def gradients(network: nn.Module, tokens: int = FEW) -> dict[str, Tensor]:
+    velocity(network, tokens).square().sum().backward()
+    return {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
+
+
+def assert_same(network: PixArtTransformer2DModel, written: PixArtTransformer2DModel, tokens: int = FEW) -> None:
+    assert list(network.state_dict()) == list(written.state_dict())
+    torch.testing.assert_close(velocity(network, tokens), velocity(written, tokens))
+    expected, found = gradients(written, tokens), gradients(network, tokens)
+    assert expected.keys() == found.keys() == dict(written.named_parameters()).keys() - {"pos_embed.pos_embed"}
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=lambda told, name=name: f"{name}: {told}")
+
+
+@pytest.fixture
+def folded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The condition tokens of every layer that took them for few."""
+    seen: list[int] = []
+    compute = attention.weighted_values
+
+    def counting(tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        seen.append(keys.shape[2])
+        return compute(tokens, keys, values)
+
+    for module in (attention, vq_transformer):
+        monkeypatch.setattr(module, "weighted_values", counting)
+    return seen
+
+
+@pytest.mark.parametrize("tokens", [1, FEW, 8, 9, MANY])
+def test_of_few_tokens_and_many_it_draws_and_learns_what_is_written(tokens: int, folded: list[int]) -> None:
+    network = stirred()
+    assert {type(processor) for processor in network.attn_processors.values()} == {LeanProcessor}
+    assert_same(network, as_written(network), tokens)
+    assert set(folded) == ({tokens} if tokens <= 8 else set()), "few are half of a head's width at most"
+
+
+def test_few_tokens_take_fewer_operations_and_many_would_take_more() -> None:
+    size = TransformerConfig(image_size=64, layers=1, heads=2, head_width=64)
+    network = build_transformer(size, embedding_dimension=8, seed=0)
+    written = as_written(network)
+
+    def operations(of: nn.Module, tokens: int) -> int:
+        noisy, told = torch.zeros(1, 3, 64, 64), torch.zeros(1, tokens, 9)
+        return flops_per_image(lambda: as_denoiser(of, "velocity")(noisy, SIGMA[:1], told).sum())
+
+    assert operations(network, 11) < 0.9 * operations(written, 11)
+    assert operations(network, 21) < operations(written, 21)
+    assert operations(network, 33) == operations(written, 33), "not few of heads 64 wide"
+    assert few(32, 64) and not few(33, 64)
+
+
+@pytest.mark.parametrize("change", ["biases", "adapter", "dropout", "mask"])
+def test_attention_that_is_more_than_its_matrices_is_as_diffusers_computes_it(change: str, folded: list[int]) -> None:
+    network = stirred()
+    block = network.transformer_blocks[0]
+    asked: dict[str, Any] = {}
+    for attn in (block.attn1, block.attn2):
+        if change == "biases":
+            attn.to_q.bias = nn.Parameter(torch.randn(32, dtype=torch.float64))
+        if change == "adapter":
+            attn.to_v = nn.Sequential(attn.to_v, nn.Linear(32, 32, bias=False).double())
+        if change == "dropout":
+            attn.to_out[1].p = 0.5
+            attn.train()
+    if change == "mask":
+        asked["encoder_attention_mask"] = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    answers = []
+    for each in (network, as_written(network)):
+        torch.manual_seed(0)
+        sizes = {"resolution": None, "aspect_ratio": None}
+        given = {"timestep": SIGMA, "added_cond_kwargs": sizes, "return_dict": False}
+        answers.append(each(NOISY.double(), TOKENS[:, :FEW].double(), **given, **asked)[0])
+    torch.testing.assert_close(*answers)
+    assert len(folded) == (0 if change == "mask" else 1), "the other block is plain, where no mask comes"
+
+
+def test_an_answer_without_a_bias_is_as_diffusers_computes_it() -> None:
+    network = stirred()
+    for block in network.transformer_blocks:
+        block.attn2.to_out[0].bias = None
+    torch.testing.assert_close(velocity(network), velocity(as_written(network)))
+
+
+def test_patches_of_any_layout_are_projected_as_a_convolution_does() -> None:
+    convolution = nn.Conv2d(6, 10, kernel_size=(2, 4), stride=(2, 4)).double()
+    product = copy.deepcopy(convolution)
+    product.__class__ = PatchProjection
+    pictures = torch.randn(3, 6, 8, 12, dtype=torch.float64)
+    for layout in (pictures, pictures.to(memory_format=torch.channels_last), pictures.transpose(2, 3)[:, :, :8, :8]):
+        torch.testing.assert_close(product(layout), convolution(layout))
+
+
+def test_sums_by_picture_change_no_answer_and_no_gradient() -> None:
+    network = stirred()
+    summed = copy.deepcopy(network)
+    for block in repeated(summed):
+        sum_by_picture(block)
+    layers = [part for part in summed.transformer_blocks[0].modules() if isinstance(part, TokenLinear)]
+    assert len(layers) == 4, "both attentions' answers, and the two layers after them"
+    assert not any(isinstance(part, TokenLinear) for part in summed.adaln_single.modules()), "of no tokens"
+    assert_same(summed, as_written(network))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32])
+def test_under_autocast_it_answers_in_the_type_that_diffusers_does(kind: torch.dtype) -> None:
+    network = stirred().float()
+    with torch.autocast("cpu", torch.float16, enabled=kind == torch.float16):
+        block, tokens, context = network.transformer_blocks[0], torch.randn(2, 16, 32), torch.randn(2, FEW, 32)
+        written = as_written(network).transformer_blocks[0]
+        sum_by_picture(block)
+        for name in ("attn1", "attn2"):
+            given = (tokens,) if name == "attn1" else (tokens, context)
+            found, expected = getattr(block, name)(*given), getattr(written, name)(*given)
+            assert found.dtype == expected.dtype == kind
+            torch.testing.assert_close(found, expected, atol=0.02 if kind == torch.float16 else 1e-5, rtol=0.01)
+
+
+def test_a_network_that_is_no_pixart_stays_as_it_is_and_one_is_streamlined_once() -> None:
+    codes = build_vq_transformer(VQTransformerConfig(codes=8, tokens=4, layers=1), embedding_dimension=8, seed=0)
+    before = [type(part) for part in codes.modules()]
+    streamline(codes)
+    assert [type(part) for part in codes.modules()] == before
+    network = stirred()
+    expected = velocity(network)
+    streamline(network)
+    assert torch.equal(velocity(network), expected)
+
+
+@pytest.mark.parametrize("tokens", [FEW, 9])
+def test_the_network_over_codes_answers_what_is_written(
+    tokens: int, folded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = VQTransformerConfig(codes=12, tokens=9, timesteps=20, layers=2, heads=2, head_width=16)
+    network = tiny.stirred(build_vq_transformer(size, embedding_dimension=8, seed=0)).double()
+    written = copy.deepcopy(network)
+    codes, times = torch.randint(13, (2, 9)), torch.tensor([3, 20])
+
+    def learned(of: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        answer = of(codes, times, TOKENS[:, :tokens])
+        answer.square().sum().backward()
+        return answer, {name: weight.grad for name, weight in of.named_parameters() if weight.grad is not None}
+
+    answer, gradient = learned(network)
+    assert folded == ([tokens] * 2 if tokens == FEW else [])
+    monkeypatch.setattr(vq_transformer, "few", lambda *_: False)
+    expected, expected_gradient = learned(written)
+    torch.testing.assert_close(answer, expected)
+    assert gradient.keys() == expected_gradient.keys() == dict(network.named_parameters()).keys()
+    for name, each in expected_gradient.items():
+        torch.testing.assert_close(gradient[name], each, msg=lambda told, name=name: f"{name}: {told}")
