@@ -65,10 +65,10 @@ def stickers_h100(
     """The embedded generator's network and schedule, on your own stickers: it draws, and edits without a mask.
 
     Source: any list of drawings that are square or nearly. Hardware: one H100. Time: 2,048,000 images in 306 s, start,
-    checkpoints and sample grids included, at 7,550 images/s between them, 36.9% of the matrix peak measured in the same
-    run, once pictures are decoded and aligned. Result: a 64 px generator of 27.6M parameters; the embedded one, trained
-    so by ``model/pretrained/sticker-generator/train.py base`` on 16 sets of pictograms, shows what to expect. Command:
-    ``knn-diffusion new-domain NAME --urls LIST --recipe stickers_h100``.
+    checkpoints and sample grids included, once pictures are decoded and aligned; that ran at 7,550 images/s between
+    them, where today's code runs at 9,147 (``make bench NAME=speed``). Result: a 64 px generator of 27.6M parameters;
+    the embedded one, trained so by ``model/pretrained/sticker-generator/train.py base`` on 16 sets of pictograms, shows
+    what to expect. Command: ``knn-diffusion new-domain NAME --urls LIST --recipe stickers_h100``.
     """
     training = TrainingConfig(
         images=2_048_000, batch_size=512, learning_rate=1.5e-3, warmup_images=102_400, weight_decay=0.05,
