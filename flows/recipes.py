@@ -66,9 +66,10 @@ def stickers_h100(
 
     Source: any list of drawings that are square or nearly. Hardware: one H100. Time: 2,048,000 images in 306 s, start,
     checkpoints and sample grids included, once pictures are decoded and aligned; that ran at 7,550 images/s between
-    them, where today's code runs at 9,147 (``make bench NAME=speed``). Result: a 64 px generator of 27.6M parameters;
-    the embedded one, trained so by ``model/pretrained/sticker-generator/train.py base`` on 16 sets of pictograms, shows
-    what to expect. Command: ``knn-diffusion new-domain NAME --urls LIST --recipe stickers_h100``.
+    them, where today's code runs at 9,147, at 38.7% of the matrix peak (``make bench NAME=speed``). Result: a 64 px
+    generator of 27.6M parameters; the embedded one, trained so by ``model/pretrained/sticker-generator/train.py base``
+    on 16 sets of pictograms, shows what to expect. Command: ``knn-diffusion new-domain NAME --urls LIST --recipe
+    stickers_h100``.
     """
     training = TrainingConfig(
         images=2_048_000, batch_size=512, learning_rate=1.5e-3, warmup_images=102_400, weight_decay=0.05,
@@ -106,7 +107,7 @@ def photos_h100(
     """Photographs at 256 px, as latents of an autoencoder that you bring: 4 channels at an eighth of the side.
 
     Source: your own URL list, 100,000 pictures and more. Encoder: open_clip ViT-B-32/laion2b_s34b_b79k. Hardware: one
-    H100. Time: not run; at the utilisation that stickers_h100 reached, 20M images of this network of 119M parameters
+    H100. Time: not run; at the share of the matrix peak of stickers_h100, 20M images of this network of 119M parameters
     take about 3 hours, after a day or less of download and minutes of encoding. Result: not measured. Command:
     ``knn-diffusion new-domain NAME --urls LIST --recipe photos_h100 --autoencoder FOLDER``.
     """

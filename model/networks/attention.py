@@ -19,9 +19,19 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 
-def few(tokens: int, head_width: int) -> bool:
-    """Whether so many condition tokens cost less with the projections in them."""
-    return 2 * tokens <= head_width
+def few(context: int, tokens: int, heads: int, width: int, *, projections: int) -> bool:
+    """Whether T condition tokens with so many of the two projections in them cost less, of n tokens and heads h, W.
+
+    Both sides count products of a picture, in units of 2·W.
+    """
+    folded = projections * context * width + 2 * tokens * heads * context
+    return folded < projections * tokens * width + 2 * tokens * context
+
+
+def is_bare(part: nn.Module) -> bool:
+    """Whether a layer is what its kind computes: no subclass, no hook (of pruning, say), no forward of its own."""
+    kinds = (nn.Linear, TokenLinear, nn.Dropout)
+    return type(part) in kinds and not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
 
 
 def weighted_values(tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -33,7 +43,7 @@ def weighted_values(tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def into_keys(keys: Tensor, query: Tensor) -> Tensor:
-    """Keys (B, T, h, d) with the queries' projection (W, W) in them: M·√d, (B, h, T, W)."""
+    """Keys (B, T, h, d) with the queries' projection (W, W), scaled, in them: M, (B, h, T, W)."""
     return torch.einsum("bthd,hdw->bhtw", keys, query.view(*keys.shape[2:], -1))
 
 
@@ -49,9 +59,9 @@ def apart(keys: Tensor) -> Tensor:
 
 
 class LeanProcessor(AttnProcessor2_0):
-    """Attention of a PixArt block in fewer operations where it is plain; diffusers computes what is more.
+    """Attention of a PixArt block in fewer operations, where it is what its matrices and the answer's bias make of it.
 
-    More are a mask, biases of the projections, dropout, and an adapter in a projection's place.
+    With a mask, other biases or none, dropout, a hook, an adapter in a projection's place, diffusers computes it.
     """
 
     def __call__(
@@ -68,16 +78,13 @@ class LeanProcessor(AttnProcessor2_0):
         if attention_mask is None and _is_plain(attn):
             if context is None:
                 return _to_themselves(attn, hidden_states)
-            if few(context.shape[1], attn.inner_dim // attn.heads):
+            if few(context.shape[1], hidden_states.shape[1], attn.heads, attn.inner_dim, projections=2):
                 return _to_few(attn, hidden_states, context)
         return cast(Tensor, super().__call__(attn, hidden_states, context, attention_mask, *arguments, **options))
 
 
 def _to_themselves(attn: Attention, tokens: Tensor) -> Tensor:
-    """Self-attention whose queries, keys and values come of one product: three would read the tokens three times.
-
-    Training ran at 9,147 images a second on an H100 so, at 8,776 with three.
-    """
+    """Self-attention whose queries, keys and values come of one product: three would read the tokens three times."""
     weight = torch.cat([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight])
     query, key, value = (
         part.view(*part.shape[:2], attn.heads, -1).transpose(1, 2) for part in F.linear(tokens, weight).chunk(3, dim=2)
@@ -100,8 +107,9 @@ class PatchProjection(nn.Conv2d):
     def forward(self, pictures: Tensor) -> Tensor:
         """(B, C, S, S) -> (B, W, S/p, S/p)."""
         rows, columns = self.kernel_size
-        count, channels, height, width = pictures.shape
-        patches = pictures.view(count, channels, height // rows, rows, width // columns, columns)
+        count, channels, high, wide = *pictures.shape[:2], pictures.shape[2] // rows, pictures.shape[3] // columns
+        whole = pictures[:, :, : high * rows, : wide * columns]
+        patches = whole.view(count, channels, high, rows, wide, columns)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
         return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
@@ -109,12 +117,14 @@ class PatchProjection(nn.Conv2d):
 class TokenLinear(nn.Linear):
     """A layer that sums a bias's gradient over each picture's tokens first, then over the pictures.
 
-    Compiled for a GPU, the first sum joins the kernels that make that gradient, or sum it for the modulation; one sum
-    over all tokens is another pass over the batch.
+    Compiled for a GPU, the first sum joins a kernel that makes that gradient, or that sums over each picture's tokens
+    anyway, as the modulation's gradients are; one sum over all tokens is another pass over the batch.
     """
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, n, W) -> (B, n, W')."""
+        if tokens.ndim != 3:
+            return super().forward(tokens)
         product = F.linear(tokens, self.weight)
         return product + self.bias.to(product.dtype).expand(len(product), 1, -1)
 
@@ -123,7 +133,9 @@ def streamline(network: nn.Module) -> None:
     """Let a PixArt transformer compute in fewer operations, in place; other networks stay as they are."""
     if not isinstance(network, PixArtTransformer2DModel):
         return
-    network.set_attn_processor(LeanProcessor())
+    for part in network.modules():
+        if isinstance(part, Attention) and type(part.processor) is AttnProcessor2_0:  # no one's own
+            part.set_processor(LeanProcessor())
     if type(network.pos_embed.proj) is nn.Conv2d:
         network.pos_embed.proj.__class__ = PatchProjection  # the same parameters under the same names
 
@@ -137,10 +149,10 @@ def sum_by_picture(block: nn.Module) -> None:
 
 def _is_plain(attn: Attention) -> bool:
     """Whether attention is what its four matrices and the answer's bias make of it."""
-    out, dropout = attn.to_out[0], attn.to_out[1]
+    inside, (out, dropout) = (attn.to_q, attn.to_k, attn.to_v), attn.to_out
     return (
-        all(type(part) is nn.Linear and part.bias is None for part in (attn.to_q, attn.to_k, attn.to_v))
-        and type(out) in (nn.Linear, TokenLinear)
+        all(is_bare(part) for part in (*inside, out, dropout))
+        and all(part.bias is None for part in inside)
         and out.bias is not None
         and not (attn.training and dropout.p)
     )

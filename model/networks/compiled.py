@@ -8,7 +8,7 @@ from model.networks.attention import sum_by_picture
 from model.networks.vq_transformer import VQTransformer
 
 GRAPHS = 8
-"""Of one compiled block: for a batch of 1, of a fixed size, of any; with gradients, and without."""
+"""Of one block: for a batch of 1, of a fixed size, of any; with gradients, and without."""
 
 
 def compile_in_place(network: nn.Module, *, whole: bool = True) -> None:
@@ -18,20 +18,18 @@ def compile_in_place(network: nn.Module, *, whole: bool = True) -> None:
     block by block) and for a U-Net, whose whole takes minutes, its blocks are. An autoencoder stays as it is: the
     objective that trains it hooks into its quantizer.
     """
-    transformer = isinstance(network, PixArtTransformer2DModel | VQTransformer)
+    if isinstance(network, VQModel):
+        return
+    blocks, transformer = repeated(network), isinstance(network, PixArtTransformer2DModel | VQTransformer)
+    # The blocks of one code share its limit of graphs, though a U-Net's have shapes of their own; past it, they run as
+    # if they were not compiled.
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS * len(blocks))
     if transformer:
-        for block in repeated(network):
-            sum_by_picture(block)
-    if whole and transformer:
-        network.compile()
-    elif not isinstance(network, VQModel):
-        blocks = repeated(network)
-        # The blocks of one code share its limit of graphs, though a U-Net's have shapes of their own; past it, they run
-        # as if they were not compiled.
-        dynamo = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS * len(blocks))
         for block in blocks:
-            block.compile()
+            sum_by_picture(block)
+    for part in [network] if whole and transformer else blocks:
+        part.compile()
 
 
 def repeated(network: nn.Module) -> list[nn.Module]:

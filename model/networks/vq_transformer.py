@@ -20,7 +20,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from model.diffusion.conditioning import MARKER_CHANNELS
-from model.networks.attention import apart, few, into_values, weighted_values
+from model.networks.attention import apart, few, into_values, is_bare, weighted_values
 
 TIME_CHANNELS = 256
 """Channels of the sinusoidal embedding of t, which is stretched to 0 … 1000, the scale it was made for."""
@@ -69,7 +69,8 @@ class Attention(nn.Module):
             for project, source in ((self.query, tokens), (self.key, context), (self.value, context))
         )
         query, key = _normal(query, self.query_gain), _normal(key, self.key_gain)
-        if few(context.shape[1], self.head_width):
+        sizes = (context.shape[1], tokens.shape[1], key.shape[2], key.shape[2] * self.head_width)
+        if few(*sizes, projections=1) and is_bare(self.out):
             scaled = query.flatten(2) * self.head_width**-0.5
             found = weighted_values(scaled, apart(key), into_values(value, self.out.weight))
             return found + self.out.bias.to(found.dtype)

@@ -40,7 +40,7 @@ def restore(path: Path | None, kept: Mapping[str, Any], optimizers: Sequence[Any
     if path is None:
         return 0
     try:
-        # To the CPU: AdamW's step counts stay where they are loaded, and on a GPU each of them makes the CPU wait.
+        # To the CPU: step counts of an AdamW that is not fused stay where they are loaded, and each makes a GPU wait.
         state = torch.load(path, map_location="cpu", weights_only=True)
         step = state["step"]
         if not isinstance(step, int) or step < 0:

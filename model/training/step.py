@@ -138,12 +138,15 @@ class Step:
     @torch.no_grad()
     def _collect(self, *, first: bool) -> None:
         """Take a piece's gradients from the copy. Several are added up in float32: bfloat16 loses small summands."""
-        gradients = [weight.grad for weight in self._weights if weight.grad is not None]
-        copied = [weight.grad for weight in self._copies if weight.grad is not None]
-        if first:
-            torch._foreach_copy_(gradients, copied)
-        else:
-            torch._foreach_add_(gradients, copied)
+        own, copied = [], []
+        for weight, copy_ in zip(self._weights, self._copies, strict=True):
+            if weight.grad is not None and copy_.grad is not None:
+                own.append(weight.grad)
+                copied.append(copy_.grad)
+            elif weight.grad is not None and first:
+                weight.grad.zero_()
+        collect = torch._foreach_copy_ if first else torch._foreach_add_
+        collect(own, copied)
 
     def _sharing(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Workers add their gradients up at the last piece of a step; a copy's at each, since each is collected."""
@@ -163,8 +166,9 @@ def build_optimizers(network: nn.Module, config: TrainingConfig) -> list[torch.o
     blocks = [p for name, p in network.named_parameters() if "blocks." in name and p.ndim == 2 and min(p.shape) > 8]
     inside = {id(parameter) for parameter in blocks}
     rest = [parameter for parameter in network.parameters() if id(parameter) not in inside]
-    decay, fused = config.weight_decay, rest[0].is_cuda
-    adam = torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=decay, fused=fused)
+    decay = config.weight_decay
+    # None lets torch choose, also where a checkpoint goes on on another device: it keeps what was told.
+    adam = torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=decay, fused=rest[0].is_cuda or None)
     optimizers: list[torch.optim.Optimizer] = [adam]
     if blocks:
         optimizers.append(Muon(blocks, weight_decay=decay))

@@ -18,12 +18,12 @@ LOCAL = {"empty": 0.0, "whole": 0.0}
 CONDITIONING = ConditioningConfig(neighbours=2, pool=2)
 
 
-def random_regions(draw: Draw, batch: int, side: int, config: RestorationConfig) -> Tensor:
+def drawn_regions(draw: Draw, batch: int, side: int, config: RestorationConfig) -> Tensor:
     return regions(draw_chances(draw, batch), side, config)
 
 
 def shares(**changes: Any) -> Tensor:
-    return random_regions(Draw(0, 0), 2000, 32, RestorationConfig(**LOCAL | changes)).mean((1, 2, 3))
+    return drawn_regions(Draw(0, 0), 2000, 32, RestorationConfig(**LOCAL | changes)).mean((1, 2, 3))
 
 
 def batch(count: int = 4, seed: int = 0) -> Batch:
@@ -35,17 +35,17 @@ def batch(count: int = 4, seed: int = 0) -> Batch:
 
 def test_regions_are_zero_or_one_and_follow_from_the_draw() -> None:
     config = RestorationConfig()
-    mask = random_regions(Draw(0, 0), 64, 16, config)
+    mask = drawn_regions(Draw(0, 0), 64, 16, config)
     assert (mask.shape, mask.dtype) == ((64, 1, 16, 16), torch.float32)
     assert set(mask.unique().tolist()) == {0, 1}
-    assert torch.equal(mask, random_regions(Draw(0, 0), 64, 16, config))
-    assert not torch.equal(mask, random_regions(Draw(0, 1), 64, 16, config))
-    halves = [random_regions(Draw(0, 0, part=part, parts=2), 32, 16, config) for part in range(2)]
+    assert torch.equal(mask, drawn_regions(Draw(0, 0), 64, 16, config))
+    assert not torch.equal(mask, drawn_regions(Draw(0, 1), 64, 16, config))
+    halves = [drawn_regions(Draw(0, 0, part=part, parts=2), 32, 16, config) for part in range(2)]
     assert torch.equal(torch.cat(halves), mask), "a part of a batch sees the batch's regions"
 
 
 def test_some_regions_are_empty_and_some_are_everything() -> None:
-    share = random_regions(Draw(0, 0), 4000, 16, RestorationConfig(empty=0.1, whole=0.3)).mean((1, 2, 3))
+    share = drawn_regions(Draw(0, 0), 4000, 16, RestorationConfig(empty=0.1, whole=0.3)).mean((1, 2, 3))
     assert (share == 0).float().mean() == pytest.approx(0.1, abs=0.02)
     assert (share == 1).float().mean() == pytest.approx(0.3, abs=0.03)
 
@@ -67,7 +67,7 @@ def test_a_second_region_adds_to_the_first() -> None:
 
 
 def test_regions_land_everywhere() -> None:
-    mask = random_regions(Draw(0, 0), 4000, 16, RestorationConfig(**LOCAL)).mean((0, 1))
+    mask = drawn_regions(Draw(0, 0), 4000, 16, RestorationConfig(**LOCAL)).mean((0, 1))
     assert mask.min() > 0.01
     assert mask[8, 8] > 0.2
     assert torch.allclose(mask, mask.flip(0), atol=0.05)

@@ -184,5 +184,31 @@ def test_pieces_of_a_copy_are_added_up_in_float32(told: list[dict[str, Any]]) ->
     assert [worker["a copy in pieces"] for worker in told] == [float(STEEP.mean())] * 2
 
 
+class Fickle(Steep):
+    """Both weights learn in the call that counts operations and in the second piece of the first step."""
+
+    calls = iter([True, False, True, False, False])
+
+    def forward(self, network: nn.Module, batch: Batch, _: object) -> torch.Tensor:
+        return network.first.float().sum() + (network.second.float().sum() if next(Fickle.calls) else 0)
+
+
+class TwoWeights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+
+
+def test_a_weight_that_a_piece_does_not_reach_gets_nothing_of_it() -> None:
+    network, fickle = TwoWeights(), Fickle()
+    config = TrainingConfig(images=8, batch_size=4, pieces=2, gradient_clip=math.inf)
+    step = Step(network, fickle, fickle, config, torch.device("cpu"), 0, 1)
+    step._copied = True
+    step.prepare(0)
+    for number, expected in enumerate([(1, 0.5), (1, 0)]):
+        step.take(number)
+        assert (float(network.first.grad), float(network.second.grad)) == expected
+
+
 if __name__ == "__main__":
     torch.multiprocessing.start_processes(work, args=(Path(sys.argv[1]),), nprocs=2, start_method="fork")
