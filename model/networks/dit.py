@@ -4,7 +4,7 @@ Legend: ``B`` batch, ``C S S`` picture, ``T`` condition tokens, ``E`` their chan
 
 It is diffusers' ``PixArtTransformer2DModel`` as it stands (patches, adaLN-single on the timestep, cross-attention;
 Chen et al. 2310.00426), with the condition tokens in the captions' place. What is ours: its size, its initial weights,
-what its output means, and the order in which attention multiplies (``attention.py``).
+what its output means, and in which order attention and patches are multiplied (``attention.py``).
 """
 
 import dataclasses

@@ -69,8 +69,8 @@ class Attention(nn.Module):
             for project, source in ((self.query, tokens), (self.key, context), (self.value, context))
         )
         query, key = _normal(query, self.query_gain), _normal(key, self.key_gain)
-        sizes = (context.shape[1], tokens.shape[1], key.shape[2], key.shape[2] * self.head_width)
-        if few(*sizes, projections=1) and is_bare(self.out):
+        few_tokens = few(context.shape[1], tokens.shape[1], key.shape[2], tokens.shape[2], projections=1)
+        if few_tokens and is_bare(self.out):
             scaled = query.flatten(2) * self.head_width**-0.5
             found = weighted_values(scaled, apart(key), into_values(value, self.out.weight))
             return found + self.out.bias.to(found.dtype)
