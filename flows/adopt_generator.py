@@ -7,12 +7,12 @@ from prefect import flow
 
 from flows.train_generator import TrainedGenerator
 from infra import compute, tracking
-from model.saved import EMBEDDED
-from tasks.adopt import adopt
-from tasks.contracts import DatabaseVersion, Outcome
-from tasks.evaluate import EvaluateConfig, evaluate
+from model.saved_generator import EMBEDDED
+from tasks.evaluate.task import EvaluateConfig, evaluate
+from tasks.references.types import DatabaseVersion, Outcome
 from tasks.register import Named, register_generator_task
 from tasks.stage import base_of, settings_of
+from tasks.train.adopt import adopt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

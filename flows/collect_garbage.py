@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from prefect import flow
 
 from infra.errors import KNNDiffusionError, NotFoundError, StageError
-from infra.lease import lease
 from infra.settings import Settings
-from tasks.collect import DAY_S, Garbage, collect_task, domains_of
+from infra.storage.lease import lease
 from tasks.stage import base_of, require_domain, settings_of
+from tasks.upkeep.garbage import DAY_S, Garbage, collect_task, domains_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

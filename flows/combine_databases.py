@@ -6,18 +6,18 @@ from prefect import flow
 
 from infra import compute
 from infra.errors import StageError
-from infra.lease import Lease, lease
 from infra.registry import Registry
 from infra.settings import Settings
+from infra.storage.lease import Lease, lease
 from model.errors import ModelError
-from tasks.combine import Combined, merge_task, subset_task
-from tasks.contracts import DatabaseVersion, Outcome, config_from
-from tasks.index import IndexChanges, IndexConfig, index
+from tasks.index.task import IndexChanges, IndexConfig, index
+from tasks.references.types import DatabaseVersion, Outcome, config_from
 from tasks.register import Named, register_database_task
 from tasks.stage import base_of, require_domain, settings_of
-from tasks.standing import require_replaceable, standing_takedown
-from tasks.takedown import taken_back
-from tasks.where import parse_where
+from tasks.upkeep.filter_expression import parse_where
+from tasks.upkeep.merge import Combined, merge_task, subset_task
+from tasks.upkeep.policy import require_replaceable, standing_takedown
+from tasks.upkeep.takedown import taken_back
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

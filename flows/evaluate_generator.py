@@ -8,13 +8,13 @@ from prefect import flow
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
 from infra import compute, storage, tracking
+from infra.formats.tables import read_lines
 from infra.registry import GENERATOR_NAME, Registry
 from infra.settings import Settings
-from infra.shards import read_lines
-from model.saved import contents_digest, pretrained_folder
-from tasks.contracts import DatabaseVersion, Generator, Outcome, domain_of
-from tasks.evaluate import EvaluateConfig, Evaluation, evaluate
-from tasks.report import FIGURE, MARKDOWN, Report, preview, report
+from model.saved_generator import contents_digest, pretrained_folder
+from tasks.evaluate.report import FIGURE, MARKDOWN, Report, preview, report
+from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
+from tasks.references.types import DatabaseVersion, Generator, Outcome, domain_of
 from tasks.stage import base_of, settings_of
 
 ARTIFACT_KEY = "evaluation"

@@ -8,16 +8,16 @@ from prefect import flow
 from flows.adopt_generator import AdoptGeneratorConfig, adopt_generator
 from flows.train_generator import TrainedGenerator, TrainGeneratorConfig, train_generator
 from infra import compute
-from infra.lease import lease
-from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Outcome
-from tasks.download import DownloadConfig, download
-from tasks.embed import EmbedConfig, embed
-from tasks.evaluate import EvaluateConfig
-from tasks.index import IndexConfig, index
+from infra.storage.lease import lease
+from tasks.download.task import DownloadConfig, download
+from tasks.embed.task import EmbedConfig, embed
+from tasks.evaluate.task import EvaluateConfig
+from tasks.index.task import IndexConfig, index
+from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, Outcome
 from tasks.register import Named, register_database_task
 from tasks.stage import base_of, require_domain, settings_of
-from tasks.standing import standing_takedown
-from tasks.training_setup import TrainConfig
+from tasks.train.setup import TrainConfig
+from tasks.upkeep.policy import standing_takedown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

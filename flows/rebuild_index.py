@@ -11,20 +11,20 @@ import dataclasses
 from prefect import flow
 
 from infra import compute, logs
-from infra.lease import lease
 from infra.registry import Registry
 from infra.settings import Settings
+from infra.storage.lease import lease
 from model.errors import ModelError
-from tasks.compact import compact_task
-from tasks.contracts import DatabaseVersion, EmbeddingShards, ImageShards, Made, Outcome, Takedown, config_from
-from tasks.download import DownloadConfig, download
-from tasks.embed import EmbedConfig, embed
-from tasks.index import IndexChanges, IndexConfig, index
-from tasks.lineage import embeddings_of, images_of, takedown_of
+from tasks.download.task import DownloadConfig, download
+from tasks.embed.task import EmbedConfig, embed
+from tasks.index.task import IndexChanges, IndexConfig, index
+from tasks.references.lineage import embeddings_of, images_of, takedown_of
+from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, Made, Outcome, Takedown, config_from
 from tasks.register import Named, register_database_task
 from tasks.stage import base_of, require_domain, settings_of
-from tasks.standing import standing_beside
-from tasks.takedown import rows_named, takedown_task, taken_back
+from tasks.upkeep.compact import compact_task
+from tasks.upkeep.policy import standing_beside
+from tasks.upkeep.takedown import rows_named, takedown_task, taken_back
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

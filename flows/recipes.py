@@ -4,17 +4,17 @@ import dataclasses
 from collections.abc import Callable
 
 from flows.new_domain import NewDomainConfig
-from infra.downloader import DownloadPolicy
-from model.clip import EMBEDDED as EMBEDDED_ENCODER
+from infra.download.downloader import DownloadPolicy
 from model.diffusion.conditioning import ConditioningConfig
+from model.encoder.clip import EMBEDDED as EMBEDDED_ENCODER
 from model.networks.dit import TransformerConfig
-from model.saved import EMBEDDED
-from model.training.contracts import TrainingConfig
-from tasks.download import DownloadConfig
-from tasks.embed import EmbedConfig
-from tasks.evaluate import EvaluateConfig
-from tasks.index import IndexConfig
-from tasks.training_setup import TrainConfig
+from model.saved_generator import EMBEDDED
+from model.training.interfaces import TrainingConfig
+from tasks.download.task import DownloadConfig
+from tasks.embed.task import EmbedConfig
+from tasks.evaluate.task import EvaluateConfig
+from tasks.index.task import IndexConfig
+from tasks.train.setup import TrainConfig
 
 _SMALL = TransformerConfig(image_size=32, patch_size=4, layers=6, heads=5, head_width=32)
 """What a CPU trains from random weights in minutes."""

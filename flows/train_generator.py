@@ -6,15 +6,15 @@ from typing import Any
 from prefect import flow
 
 from infra import compute, tracking
-from tasks.contracts import DatabaseVersion, Generator, Outcome
-from tasks.evaluate import EvaluateConfig, Evaluation, evaluate
-from tasks.lineage import embeddings_of, images_of
+from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
 from tasks.neighbours import neighbours
+from tasks.references.lineage import embeddings_of, images_of
+from tasks.references.types import DatabaseVersion, Generator, Outcome
 from tasks.register import Named, register_generator_task
 from tasks.stage import base_of, settings_of
-from tasks.train import train_task
-from tasks.training_data import TrainingInputs
-from tasks.training_setup import TrainConfig
+from tasks.train.data import TrainingInputs
+from tasks.train.setup import TrainConfig
+from tasks.train.task import train_task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,9 +20,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from infra import cache as caching
-from infra import storage, verified
+from infra import storage
 from infra.errors import IntegrityError, NotFoundError
+from infra.storage import digest_stamps
+from infra.storage import file_cache as caching
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -232,8 +233,8 @@ def fetch_shard(folder_uri: str, shard: Shard, suffix: str, cache: Path) -> Path
 def fetch_file(folder_uri: str, file: File, cache: Path) -> Path:
     """A verified local path of a stored file; remote ones are kept in ``cache`` under their digest.
 
-    A file that has been verified before is not hashed again while nothing has touched it (see ``infra.verified``), so
-    this costs the same for every size. A kept file that was damaged is fetched anew.
+    An unchanged file that was verified before is not hashed again (see ``infra.storage.digest_stamps``), so the cost
+    does not depend on its size. A kept file that was damaged is fetched anew.
 
     Raises ``IntegrityError`` when the bytes differ from the committed digest.
     """
@@ -242,7 +243,7 @@ def fetch_file(folder_uri: str, file: File, cache: Path) -> Path:
         if not storage.is_local(uri):
             return caching.fetch(uri, file.sha256, file.bytes, cache)
         path = storage.local_path(uri)
-        if verified.is_verified(path, file.sha256, file.bytes, cache):
+        if digest_stamps.is_verified(path, file.sha256, file.bytes, cache):
             return path
         missing = not path.exists()
     except NotFoundError:

@@ -26,12 +26,12 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from infra import artifacts, logs, storage
-from infra import cache as caching
 from infra.errors import IntegrityError, NotFoundError, TransientError
 from infra.settings import Settings, masked
-from infra.store_errors import is_full, no_space, told
+from infra.storage import file_cache as caching
+from infra.storage.digest_stamps import is_verified
+from infra.storage.errors import is_full, no_space, told
 from infra.tracking import answering, connect, experiment_id
-from infra.verified import is_verified
 
 DATABASE_PREFIX = "knn-database."
 GENERATOR_NAME = "knn-diffusion"
@@ -350,7 +350,7 @@ def load_pipeline(model_uri: str, database_uri: str, settings: Settings | None =
     What opens them knows networks, so it lives among the tasks; it is looked up by name, since infra imports nothing
     from there.
     """
-    open_pipeline = pkgutil.resolve_name("tasks.serve:open_pipeline")
+    open_pipeline = pkgutil.resolve_name("tasks.serve.load:open_pipeline")
     return open_pipeline(model_uri, database_uri, settings or Settings())
 
 

@@ -9,12 +9,12 @@ MLFLOW_TRACKING_URI           sqlite:///…, postgresql://… or http://…     
 MLFLOW_ARTIFACTS              where files of new MLflow experiments are kept     a folder below the root
 AWS_ENDPOINT_URL_S3           the object store, before AWS_ENDPOINT_URL           Amazon's own
 AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION    read by s3fs itself
-PREFECT_API_URL               read by ``infra.prefect_api``                      a server for the command alone
+PREFECT_API_URL               read by ``infra.prefect_server``                      a server for the command alone
 KNN_DIFFUSION_CHECKOUT        read by prefect.yaml: this folder, on the worker
 TMPDIR                        where shards are made before they are stored       /tmp
 
 The cache's bound belongs to a machine, not to a run: every process that fetches reads it there. It is meant for what
-nobody uses: files in use are kept even above it (see ``infra.cache``).
+nobody uses: files in use are kept even above it (see ``infra.storage.file_cache``).
 """
 
 import re

@@ -34,23 +34,23 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor, nn
 
-from model.clip import Encoder, encoder_for
 from model.diffusion.conditioning import MARKER_CHANNELS, condition_tokens, tokens_between
-from model.diffusion.continuous import Denoiser, Prediction
+from model.diffusion.flow_matching import Denoiser, Prediction
 from model.diffusion.guidance import WHOLE
-from model.drawing import Asked, draw
-from model.editing import EditConfig, edit
-from model.encoder_identity import EncoderIdentity
+from model.diffusion.solver import Told, is_count, new_scheduler
+from model.editing.edit import EditConfig, edit
+from model.encoder.clip import Encoder, encoder_for
+from model.encoder.identity import EncoderIdentity
 from model.errors import ModelError
-from model.networks.attention import streamline
-from model.networks.compiled import compile_in_place
+from model.generation.sampling import Asked, draw
+from model.images import on_white
+from model.networks.compilation import compile_in_place
 from model.networks.denoiser import as_denoiser
 from model.networks.editor import is_editor, with_reference
+from model.networks.fused_attention import streamline
 from model.networks.vq_transformer import VQTransformer
-from model.pictures import on_white
 from model.retrieval.database import Hits, Searchable
-from model.sampling import Told, is_count, new_scheduler
-from model.saved import check_weights
+from model.saved_generator import check_weights
 from model.training.data import to_pixels
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             transformer: the network: velocities of pixels or latents, or logits of codes.
             scheduler: of the continuous networks; the discrete one needs none.
             vae: what the network's latents or codes belong to; None where it works on pixels.
-            encoder_identity: the fields of :class:`model.clip.EncoderIdentity`.
+            encoder_identity: the fields of :class:`model.encoder.clip.EncoderIdentity`.
             neighbours: K.
             trained_neighbours: the most that training has shown at once; None: K.
             candidates: pictures drawn for each that is returned.
@@ -134,7 +134,9 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         if isinstance(transformer, VQTransformer) and vae is None:
             raise ModelError("a network over codes needs the vae (a VQModel) that the codes belong to")
         if not isinstance(transformer, VQTransformer) and scheduler is None:
-            raise ModelError("a continuous network needs a scheduler; give that of model.sampling.new_scheduler")
+            raise ModelError(
+                "a continuous network needs a scheduler; give that of model.diffusion.solver.new_scheduler"
+            )
         streamline(transformer)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(
@@ -344,7 +346,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
         """Edit pictures by texts, without a mask: what disagrees with the text is redrawn, the rest stays.
 
         See :func:`model.editing.edit` for arguments and errors; ``options`` (guidance_scale, candidates, …) are
-        those of :class:`model.editing.EditConfig`, whose defaults were measured.
+        those of :class:`model.editing.edit.EditConfig`, whose defaults were measured.
         """
         if num_inference_steps is not None:
             options["steps"] = num_inference_steps
@@ -440,7 +442,7 @@ def new_pipeline(
     scheduler: UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler | None = None,
     **defaults: Any,
 ) -> KNNDiffusionPipeline:
-    """A pipeline around a trained network, drawn with ``scheduler``, or :func:`model.sampling.new_scheduler`.
+    """A pipeline around a trained network, drawn with ``scheduler``, or :func:`model.diffusion.solver.new_scheduler`.
 
     ``defaults`` are those of :class:`KNNDiffusionPipeline`: neighbours, guidance_scale, query, ….
     """

@@ -7,11 +7,11 @@ import numpy as np
 
 from infra import artifacts, compute, storage
 from infra.errors import InputError
-from tasks.contracts import DatabaseVersion, EmbeddingShards, Neighbours, Outcome, require_same_encoder
-from tasks.databases import open_database
-from tasks.lineage import takedown_of
+from tasks.references.database import open_database
+from tasks.references.lineage import takedown_of
+from tasks.references.types import DatabaseVersion, EmbeddingShards, Neighbours, Outcome, require_same_encoder
 from tasks.stage import map_stage, skip_or_make, stage_task
-from tasks.takedown import Entries, entries_of, hidden_by, masks_named
+from tasks.upkeep.takedown import Entries, entries_of, hidden_by, masks_named
 
 _SEARCH_ROWS = 1024
 

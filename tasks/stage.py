@@ -11,11 +11,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from infra import artifacts, compute, logs, storage
-from infra.crew import Lost
+from infra.compute.actor_pool import Lost
 from infra.errors import KNNDiffusionError, StageError, TransientError
 from infra.settings import Settings
 from model.errors import ModelError
-from tasks.contracts import Made, Outcome
+from tasks.references.types import Made, Outcome
 
 TRANSIENT_IN_A_ROW = 3
 """So many shards lost one after another to what may pass, and the rest is not tried now: the store is down."""

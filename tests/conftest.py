@@ -39,7 +39,7 @@ STORES = ["moto", pytest.param("radosgw", marks=pytest.mark.s3)]
 
 @pytest.fixture(scope="session")
 def moto_store() -> Iterator[Any]:
-    from stores import ObjectStore
+    from support.object_stores import ObjectStore
 
     store = ObjectStore()
     yield store
@@ -48,7 +48,7 @@ def moto_store() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def radosgw_store() -> Any:
-    from stores import RadosGateway
+    from support.object_stores import RadosGateway
 
     return RadosGateway()
 
@@ -84,7 +84,7 @@ def reached(store: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Prefect's API, the way the command brings it up."""
-    from infra.prefect_api import prefect_api
+    from infra.prefect_server import prefect_api
 
     with prefect_api(tmp_path_factory.mktemp("prefect")):
         # Other tests may have imported Prefect before, and it has read its settings then.
@@ -97,7 +97,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def domain(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A domain of drawn pictures, bad ones among them, through the whole flow: download to registered generator."""
-    from small_domain import made
+    from support.tiny_domain import made
 
     with made(tmp_path_factory.mktemp("domain")) as small:
         yield small

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.draws import Draw
 from model.errors import ModelError
+from model.step_random import Draw
 
 MARKER_CHANNELS = 1
 """Channels beside the embedding: 1 for the query, 0 for a neighbour."""

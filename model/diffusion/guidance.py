@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from model.diffusion.conditioning import null_condition
-from model.diffusion.continuous import Denoiser
+from model.diffusion.flow_matching import Denoiser
 
 WHOLE = (0.0, 1.0)
 """The interval of σ in which guidance acts throughout."""

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
-from model.diffusion.continuous import Denoiser, Prediction, to_velocity
+from model.diffusion.flow_matching import Denoiser, Prediction, to_velocity
 from model.networks.dit import TransformerConfig, build_transformer
 from model.networks.unet import UNetConfig, build_unet
 

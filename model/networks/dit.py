@@ -15,8 +15,8 @@ from diffusers import PixArtTransformer2DModel
 from torch import nn
 
 from model.diffusion.conditioning import MARKER_CHANNELS
-from model.diffusion.continuous import Prediction
-from model.networks.attention import streamline
+from model.diffusion.flow_matching import Prediction
+from model.networks.fused_attention import streamline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
-from model.diffusion.continuous import Denoiser
+from model.diffusion.flow_matching import Denoiser
 from model.errors import ModelError
 
 EDITOR_CHANNELS = 6

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from model.diffusion.conditioning import MARKER_CHANNELS
-from model.diffusion.continuous import Prediction
+from model.diffusion.flow_matching import Prediction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from diffusers import VQModel
 from torch import Tensor, nn
 
-from model.draws import Draw
+from model.step_random import Draw
 from model.training.data import Batch
 
 

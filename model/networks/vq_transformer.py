@@ -20,7 +20,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from model.diffusion.conditioning import MARKER_CHANNELS
-from model.networks.attention import apart, few, into_values, is_bare, weighted_values
+from model.networks.fused_attention import apart, few, into_values, is_bare, weighted_values
 
 TIME_CHANNELS = 256
 """Channels of the sinusoidal embedding of t, which is stretched to 0 … 1000, the scale it was made for."""

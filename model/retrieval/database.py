@@ -17,10 +17,10 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from model.encoder_identity import EncoderIdentity
+from model.encoder.identity import EncoderIdentity
 from model.errors import ModelError
-from model.retrieval.asking import checked_count, checked_exclusion, checked_queries, checked_rows
-from model.retrieval.proposers import Proposer, StackedCells, open_proposer
+from model.retrieval.arguments import checked_count, checked_exclusion, checked_queries, checked_rows
+from model.retrieval.shard_search import Proposer, StackedCells, open_proposer
 from model.retrieval.stored_rows import Located, StoredRows
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _FEW_ROWS = 64  # so few are read one by one sooner than gathered by the part th
 class ShardFiles:
     """Local files of one index shard: the FAISS index, and the (n, D) float16 rows it was built from, in their order.
 
-    ``ordinal`` is what :func:`model.retrieval.factory.fill_shard` was told; ``rows`` is n of each file, where known.
+    ``ordinal`` is the argument of :func:`model.retrieval.faiss_index.fill_shard`; ``rows`` is n of each file, if known.
     """
 
     index: Path
@@ -207,11 +207,11 @@ class Database:
         Where faiss-gpu is installed the cells of the index are copied there, if it has any that a GPU can search; else
         the rows are, and all of them compared.
         """
-        from model.retrieval.torch_rows import TorchRows, available  # workers that search with FAISS never load torch
+        from model.retrieval.brute_force import TorchRows, available  # workers that search with FAISS never load torch
 
         other, place, cells = self.with_effort(self.effort), available(device), None
         if place.type == "cuda" and faiss.get_num_gpus() and isinstance(self._proposer, StackedCells):
-            from model.retrieval.gpu_cells import cells_on_gpu
+            from model.retrieval.gpu_index import cells_on_gpu
 
             cells = cells_on_gpu(self._proposer, place.index or 0)
         other._proposer = cells or TorchRows(self._parts, place)

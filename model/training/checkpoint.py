@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.errors import ModelError
-from model.training.contracts import Checkpoints
+from model.training.interfaces import Checkpoints
 from model.training.sharding import split, whole
 
 

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from model.draws import mixed_seed
 from model.errors import ModelError
-from model.training.database_rows import DatabaseRows, Rows16
+from model.step_random import mixed_seed
+from model.training.neighbour_rows import DatabaseRows, Rows16
 
 WINDOW_ROWS = 1 << 18
 _SHARDS, _ROWS = 1, 2  # streams of randomness

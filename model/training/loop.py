@@ -16,8 +16,8 @@ from torch import nn
 
 from model.errors import ModelError
 from model.training.checkpoint import restore, save
-from model.training.contracts import Checkpoints, Metrics, Objective, TrainingConfig, TrainingData
 from model.training.ema import ema_copy, ema_decay, ema_update
+from model.training.interfaces import Checkpoints, Metrics, Objective, TrainingConfig, TrainingData
 from model.training.sharding import shard, whole
 from model.training.step import Step, learning_rate
 

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from model.diffusion.conditioning import condition_tokens
-from model.diffusion.continuous import Prediction
-from model.diffusion.discrete import Transitions, sample_codes
+from model.diffusion.flow_matching import Prediction
+from model.diffusion.solver import draw_noise, draw_uniforms, integrate, new_scheduler
+from model.diffusion.vq_diffusion import Transitions, sample_codes
+from model.networks.build import AnyNetwork
 from model.networks.denoiser import as_denoiser
 from model.networks.editor import is_editor, with_reference
 from model.networks.latents import Autoencoder, decode_latents
-from model.networks.sizes import AnyNetwork
 from model.networks.vq_autoencoder import decode_codes
 from model.networks.vq_transformer import VQTransformer
-from model.sampling import draw_noise, draw_uniforms, integrate, new_scheduler
 from model.training.data import Batch
 
 STEPS = 8

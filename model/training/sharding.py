@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_map_only
 
-from model.networks.compiled import repeated
+from model.networks.compilation import repeated
 
 
 def shard(network: nn.Module, device: torch.device) -> None:

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.draws import Draw
 from model.errors import ModelError
-from model.networks.compiled import compile_in_place
-from model.training.contracts import LearningObjective, Objective, TrainingConfig, TrainingData
+from model.networks.compilation import compile_in_place
+from model.step_random import Draw
+from model.training.interfaces import LearningObjective, Objective, TrainingConfig, TrainingData
 from model.training.muon import Muon
 from model.training.sharding import own_part, shard
-from model.training.speed import flops_per_image, matrix_peak
+from model.training.throughput import flops_per_image, matrix_peak
 
 logger = logging.getLogger(__name__)
 

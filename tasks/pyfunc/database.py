@@ -13,10 +13,10 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from infra.artifacts import Manifest
 from infra.settings import Settings
-from model.clip import Encoder, encoder_for
+from model.encoder.clip import Encoder, encoder_for
 from model.retrieval.database import Database
-from tasks.contracts import DatabaseVersion
-from tasks.databases import open_database
+from tasks.references.database import open_database
+from tasks.references.types import DatabaseVersion
 
 
 class DatabaseModel(PythonModel):

@@ -14,7 +14,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from infra.settings import Settings
 from model.pipeline import KNNDiffusionPipeline
-from tasks.serve import pull_database
+from tasks.serve.load import pull_database
 
 
 class GeneratorModel(PythonModel):

@@ -30,18 +30,18 @@ from download import nginx, without_nginx
 from numpy.typing import NDArray
 from PIL import Image
 
-from flows.demo_pictures import twemoji_folder
+from flows.demo.images import twemoji_folder
 from infra import artifacts, compute, storage
-from infra.downloader import DownloadPolicy
-from infra.prefect_api import prefect_api
+from infra.download.downloader import DownloadPolicy
+from infra.prefect_server import prefect_api
 from infra.settings import Settings
-from model.clip import Encoder
-from tasks.contracts import METADATA_SCHEMA, EmbeddingShards, ImageShards, config_of
-from tasks.download import DownloadConfig
-from tasks.embed import EmbedConfig
-from tasks.index import IndexConfig, build_database
+from model.encoder.clip import Encoder
+from tasks.download.task import DownloadConfig
+from tasks.embed.task import EmbedConfig
+from tasks.index.task import IndexConfig, build_database
+from tasks.references.types import METADATA_SCHEMA, EmbeddingShards, ImageShards, config_of
+from tasks.references.url_history import hashes_of, write_seen
 from tasks.register import register_database
-from tasks.seen import hashes_of, write_seen
 from tasks.stage import base_of
 
 SHARD_ROWS = 1000

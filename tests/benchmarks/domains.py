@@ -21,12 +21,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm.auto import tqdm
 
-from flows.demo_pictures import twemoji_folder
-from model.clip import Encoder
-from model.metrics import Rows
-from model.pictures import on_white
+from flows.demo.images import twemoji_folder
+from model.encoder.clip import Encoder
+from model.images import on_white
+from model.metrics.embedding_metrics import Rows
 from model.retrieval.database import Database, ShardFiles
-from model.retrieval.factory import fill_shard, train_index
+from model.retrieval.faiss_index import fill_shard, train_index
 from model.training.data import picture_to_array
 
 BENCH = Path("build/bench")

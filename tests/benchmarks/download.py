@@ -26,10 +26,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flows.demo_pictures import twemoji_folder
+from flows.demo.images import twemoji_folder
 from infra import compute
-from infra.downloader import DownloadPolicy
-from tasks.download import DownloadConfig, download_images
+from infra.download.downloader import DownloadPolicy
+from tasks.download.task import DownloadConfig, download_images
 
 COPIES, SHARD_ROWS, PROCESSES, THREADS, ROUNDS = 4, 2000, 2, 32, 3
 

@@ -25,15 +25,15 @@ import torch
 from domains import BENCH, embedded, opened, twemoji
 from PIL import Image, ImageDraw, ImageFont
 
-from flows.demo_pictures import emoji_names, twemoji_folder
-from model.changes import changed_region, psnr_outside
-from model.clip import Encoder
-from model.code_editing import CodeCanvas
-from model.editing import EditConfig, FieldCanvas, fit_images
-from model.metrics import clip_score
+from flows.demo.images import emoji_names, twemoji_folder
+from model.editing.discrete_canvas import CodeCanvas
+from model.editing.edit import EditConfig, FieldCanvas, fit_images
+from model.editing.edit_metrics import changed_region, psnr_outside
+from model.encoder.clip import Encoder
+from model.metrics.embedding_metrics import clip_score
 from model.networks.editor import is_editor
 from model.pipeline import KNNDiffusionPipeline
-from model.saved import EMBEDDED, pretrained_folder, weights_digest
+from model.saved_generator import EMBEDDED, pretrained_folder, weights_digest
 from model.training.data import to_model_range
 
 EDITS = (

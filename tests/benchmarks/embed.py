@@ -32,21 +32,21 @@ import ray
 import torch
 from contestant import Contestant, Spent, serve, spent
 
-import model.clip
-from flows.demo_pictures import twemoji_folder
+import model.encoder.clip
+from flows.demo.images import twemoji_folder
 from infra import artifacts, compute
-from infra.pictures import PictureNormaliser
-from infra.shards import write_table
-from model.clip import Encoder
-from tasks.contracts import METADATA_SCHEMA
-from tasks.embed import EmbedConfig
-from tasks.embed_shard import EmbedShard, Feeding
+from infra.download.images import PictureNormaliser
+from infra.formats.tables import write_table
+from model.encoder.clip import Encoder
+from tasks.embed.task import EmbedConfig
+from tasks.embed.worker import EmbedShard, Feeding
+from tasks.references.types import METADATA_SCHEMA
 
 SHARDS, SHARD_ROWS, ROUNDS = 4, 500, 2
 BATCH = EmbedConfig().batch_size
 ENVIRONMENT = "CLIP_RETRIEVAL_PYTHON"
 CORES = len(os.sched_getaffinity(0))
-SHIPPED = Path(model.clip.__file__).parent / "pretrained" / "sticker-clip"
+SHIPPED = Path(model.encoder.clip.__file__).parent.parent / "pretrained" / "sticker-clip"
 HERE = Path(__file__).parent
 
 Round = Callable[[], Spent]

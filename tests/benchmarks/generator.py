@@ -28,16 +28,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-from flows.demo_pictures import emoji_names
-from model import metrics
-from model.bootstrap import Score
-from model.clip import Encoder
-from model.draws import mixed_seed
-from model.metrics import Rows
+from flows.demo.images import emoji_names
+from model.encoder.clip import Encoder
+from model.metrics import embedding_metrics
+from model.metrics.bootstrap import Score
+from model.metrics.embedding_metrics import Rows
+from model.metrics.scores import Yardstick, flat, score_mean, score_samples
 from model.pipeline import KNNDiffusionPipeline
-from model.saved import DISCRETE, EMBEDDED, pretrained_folder, weights_digest
-from model.scoring import Yardstick, flat, score_mean, score_samples
-from tasks.sample import ABLATIONS, MAIN, Condition, contact_sheet, queries_of
+from model.saved_generator import DISCRETE, EMBEDDED, pretrained_folder, weights_digest
+from model.step_random import mixed_seed
+from tasks.evaluate.sampler import ABLATIONS, MAIN, Condition, contact_sheet, queries_of
 
 SEED = 0
 CHUNK = {"cpu": 64, "cuda": 512}
@@ -68,12 +68,12 @@ def bench_generator(samples: int, device: str, model: str = EMBEDDED) -> dict[st
         candidates = 1 if name == ONE_DRAW else None
         pixels[name] = studio.draw(name, MAIN.get(name, MAIN["knn"]), count, candidates=candidates)
         rows[name] = encoder.embed_pixels(pixels[name]).numpy()
-        tqdm.write(f"{name}: CLIP score {metrics.clip_score(rows[name], queries[:count].numpy()):.4f}")
+        tqdm.write(f"{name}: CLIP score {embedding_metrics.clip_score(rows[name], queries[:count].numpy()):.4f}")
     save_sheet({name: pixels[name][:SHOWN] for name in MAIN}, BENCH / f"{model}.png")
 
     def clip_score(pictures: Rows) -> Score:
         asked = queries[: len(pictures)].numpy()
-        return score_mean(metrics.pair_cosines(pictures, asked), asked, yardstick, bounds=(-1.0, 1.0))
+        return score_mean(embedding_metrics.pair_cosines(pictures, asked), asked, yardstick, bounds=(-1.0, 1.0))
 
     knn, no_knn = scene.score(rows["knn"]), clip_score(rows["no_knn"])
     scores = {
@@ -106,7 +106,7 @@ def bench_discrete(samples: int, device: str) -> dict[str, Any]:
 
 
 def bench_ablations(samples: int, device: str) -> dict[str, Any]:
-    """The scores of ``samples`` pictures in each of ``tasks.sample.ABLATIONS``: one setting changed, the rest default.
+    """Score ``samples`` images for each of ``tasks.evaluate.sampler.ABLATIONS``, which change one default each.
 
     Every condition draws from the same noise, so that rows compare; their distances are all biased by so few pictures,
     and do not compare with those of another number. Without neighbours the text stands in the query slot.
@@ -163,7 +163,7 @@ class Scene:
             own=own,
             queries=queries,
             described=own[[captions[text] for text in texts]],
-            yardstick=Yardstick(real=own, threshold=metrics.copy_threshold(near), seed=SEED),
+            yardstick=Yardstick(real=own, threshold=embedding_metrics.copy_threshold(near), seed=SEED),
             nearest_real=float(near[np.isfinite(near)].mean()),
             studio=Studio(pipeline, queries, settings_of(model, pipeline, own, list(captions), device)),
         )
@@ -258,8 +258,8 @@ def distances(rows: Rows, own: Rows, others: dict[str, Rows]) -> dict[str, Any]:
     for name, other in others.items():
         count = min(len(own), len(other))
         told[name] = {
-            "fd": metrics.frechet_distance(rows, _some(other, count)),
-            "fd_own": metrics.frechet_distance(rows, _some(own, count)),
+            "fd": embedding_metrics.frechet_distance(rows, _some(other, count)),
+            "fd_own": embedding_metrics.frechet_distance(rows, _some(own, count)),
             "pictures": count,
         }
     closest = min(told, key=lambda name: told[name]["fd"], default=None)
@@ -275,7 +275,7 @@ def real_split(own: Rows, samples: int) -> float:
     """What as many real pictures score against the rest of their domain, at most half of it."""
     order = np.random.default_rng(SEED).permutation(len(own))
     count = min(samples, len(own) // 2)
-    return metrics.frechet_distance(own[order[:count]], own[order[count:]])
+    return embedding_metrics.frechet_distance(own[order[:count]], own[order[count:]])
 
 
 def save_sheet(sheets: dict[str, NDArray[np.uint8]], path: Path, columns: int = 8) -> None:

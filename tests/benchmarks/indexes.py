@@ -34,7 +34,7 @@ from seeded import FOLDER, QUERIES, WIDTH, held_out, row_files, seeded_database
 from infra.artifacts import Manifest
 from model.retrieval.database import Database, SearchEffort
 from model.retrieval.recall import Truth, recall
-from tasks.databases import open_database
+from tasks.references.database import open_database
 
 SIZES = (100_000, 1_000_000, 10_000_000)
 AUTOFAISS_ROWS = 1_000_000

@@ -22,7 +22,7 @@ from infra import compute, storage
 from model.networks.dit import TransformerConfig, build_transformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 from model.retrieval.database import Database, SearchEffort, ShardFiles
-from model.retrieval.factory import (
+from model.retrieval.faiss_index import (
     FIRST_ID_SHIFT,
     choose_index,
     fill_shard,
@@ -31,9 +31,9 @@ from model.retrieval.factory import (
     training_rows,
 )
 from model.retrieval.recall import recall
-from tasks.databases import open_database
-from tasks.index import IndexConfig
+from tasks.index.task import IndexConfig
 from tasks.neighbours import find_neighbours
+from tasks.references.database import open_database
 
 
 def bench_shards() -> dict[str, Any]:

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import artifacts, compute, storage
-from infra.downloader import SHARD_ROWS
-from infra.shards import write_table
-from model.encoder_identity import EncoderIdentity
+from infra.download.downloader import SHARD_ROWS
+from infra.formats.tables import write_table
+from model.encoder.identity import EncoderIdentity
 from model.retrieval.recall import Truth, find_truth
-from tasks.contracts import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards
-from tasks.index import IndexConfig, build_database
+from tasks.index.task import IndexConfig, build_database
+from tasks.references.types import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards
 
 WIDTH = 256
 DRAWN_ROWS = 100_000  # from one seed

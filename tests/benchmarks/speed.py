@@ -26,21 +26,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from model.clip import Encoder
 from model.diffusion.conditioning import MARKER_CHANNELS, ConditioningConfig
-from model.diffusion.discrete import MaskAndReplace, Transitions
-from model.drawing import Asked, draw
-from model.draws import Draw
-from model.encoder_identity import EncoderIdentity
+from model.diffusion.vq_diffusion import MaskAndReplace, Transitions
+from model.encoder.clip import Encoder
+from model.encoder.identity import EncoderIdentity
+from model.generation.sampling import Asked, draw
 from model.networks.dit import TransformerConfig, build_transformer
 from model.networks.editor import widen_input
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
 from model.pipeline import new_pipeline
-from model.training.contracts import Objective, TrainingConfig
+from model.step_random import Draw
 from model.training.data import Rows, TrainingSet
 from model.training.ema import ema_copy, ema_update
+from model.training.interfaces import Objective, TrainingConfig
 from model.training.loop import train
-from model.training.restoration import Restoration, RestorationConfig
+from model.training.objectives.restoration import Restoration, RestorationConfig
 
 POOL = 20
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from support import tiny_models
 
 
 @pytest.fixture
@@ -43,9 +43,9 @@ class Drawn:
 def test_one_draw_without_a_choice_is_scored_beside_the_default(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = tiny.unit_rows(120)
-    pipeline = Drawn(tiny.database(tmp_path, own))
-    queries = torch.from_numpy(tiny.unit_rows(100, seed=1).astype(np.float32))
+    own = tiny_models.unit_rows(120)
+    pipeline = Drawn(tiny_models.database(tmp_path, own))
+    queries = torch.from_numpy(tiny_models.unit_rows(100, seed=1).astype(np.float32))
     settings = {"weights": "0" * 64, "defaults": {"candidates": 2}}
     scene = bench.Scene(
         encoder=types.SimpleNamespace(embed_pixels=lambda pixels: queries[: len(pixels)]),

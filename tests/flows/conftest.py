@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes import LoopbackServer, Reply, WithoutRay
-from living import BODY, Living
+from support.changing_domain import BODY, Living
+from support.fakes import LoopbackServer, Reply, WithoutRay
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import EndpointConnectionError
-from fakes import WithoutRay
-from living import NAMES, Living
+from support.changing_domain import NAMES, Living
+from support.fakes import WithoutRay
 
 from infra import storage
 from infra.errors import StageError
-from infra.store_errors import told
+from infra.storage.errors import told
 
 STAGES = {"images": ".tar", "embeddings": ".npy", "database": ".faiss"}
 SHARDS_LEFT = {"images": 2, "embeddings": 2, "database": 0}

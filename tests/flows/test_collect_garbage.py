@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import WithoutRay
-from living import BODY, FIRST, NAMES, Living
+from support.changing_domain import BODY, FIRST, NAMES, Living
+from support.fakes import WithoutRay
 
 from infra import artifacts, storage
 from infra.errors import IntegrityError, NotFoundError, StageError
 from infra.registry import Registry
 from infra.settings import Settings
-from tasks.databases import open_database
+from tasks.references.database import open_database
 
 
 def test_garbage_is_never_what_an_alias_or_another_domain_reaches(living: Living, ray: WithoutRay) -> None:
@@ -35,7 +35,7 @@ def test_garbage_is_never_what_an_alias_or_another_domain_reaches(living: Living
         open_database(first, living.folder / "cache")
     circles = {name for name in NAMES[:FIRST] if "circle" in name}
     assert living.found(part.database.reference) == circles  # its shards lie in the folders of "shapes"
-    from tasks.fetch import fetch_pictures
+    from tasks.references.images import fetch_pictures
 
     assert len(fetch_pictures(part.database.reference, [0, 1], living.folder / "cache")) == 2
 
@@ -53,7 +53,7 @@ def test_young_and_half_done_folders_are_left_alone(living: Living, ray: Without
 
 
 def test_an_unknown_registry_is_no_reason_to_delete_everything(living: Living, ray: WithoutRay, tmp_path: Path) -> None:
-    from tasks.collect import collect
+    from tasks.upkeep.garbage import collect
 
     living.build(NAMES[:4])
     other = Settings(root=str(living.root), tracking=f"sqlite:///{tmp_path}/other.db")
@@ -132,7 +132,7 @@ def test_what_a_merge_elsewhere_is_made_of_stays_while_it_runs(
     monkeypatch.setattr(module, "register_database_task", meanwhile)
     merged = module.merge_databases(union).database.reference
     assert living.found(merged) == set(NAMES[:6])
-    from tasks.fetch import fetch_pictures
+    from tasks.references.images import fetch_pictures
 
     assert len(fetch_pictures(merged, list(range(6)), living.folder / "cache")) == 6
 
@@ -164,7 +164,7 @@ def test_a_collection_that_lost_its_lease_deletes_nothing_more(
     def lost(self: Any) -> None:
         raise StageError("the lease was lost")
 
-    monkeypatch.setattr("infra.lease.Lease.check", lost)
+    monkeypatch.setattr("infra.storage.lease.Lease.check", lost)
     with pytest.raises(StageError, match="the lease was lost"):
         living.collect(dry_run=False)
     assert living.files() == before
@@ -173,7 +173,7 @@ def test_a_collection_that_lost_its_lease_deletes_nothing_more(
 def test_a_collection_that_is_interrupted_goes_on_and_keeps_no_other_one_up(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tasks.collect import DAY_S, collect
+    from tasks.upkeep.garbage import DAY_S, collect
 
     first = living.build(NAMES[:4]).database.reference
     base = f"{living.root}/shapes"
@@ -266,8 +266,8 @@ def test_a_cache_that_may_not_be_written_keeps_nothing_from_going(
     def refused(*_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("infra.cache.forget", refused)
-    monkeypatch.setattr("infra.cache.owes", lambda _: True)
+    monkeypatch.setattr("infra.storage.file_cache.forget", refused)
+    monkeypatch.setattr("infra.storage.file_cache.owes", lambda _: True)
     assert living.collect(dry_run=False)[0].files
     assert living.collect()[0].files == ()
     assert "cannot forget what goes (Permission denied): copies of it may stay there; delete" in caplog.text

@@ -4,17 +4,17 @@ import dataclasses
 from typing import Any
 
 import pytest
-from fakes import Reply, WithoutRay
-from living import BODY, NAMES, Living
+from support.changing_domain import BODY, NAMES, Living
+from support.fakes import Reply, WithoutRay
 
 from infra.errors import InputError, StageError
 from infra.registry import Registry
-from tasks.lineage import embeddings_of
+from tasks.references.lineage import embeddings_of
 
 
 def test_databases_are_merged_by_the_flow(living: Living, ray: WithoutRay) -> None:
     from flows.combine_databases import MergeDatabasesConfig, merge_databases
-    from tasks.serve import pull_database
+    from tasks.serve.load import pull_database
 
     living.build(NAMES[:6])
     living.build(NAMES[6:10], domain="others")
@@ -86,7 +86,7 @@ def test_a_union_that_cannot_be_made_hides_nothing_of_the_domain(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows.combine_databases import MergeDatabasesConfig, merge_databases
-    from tasks.takedown import takedowns_below
+    from tasks.upkeep.takedown import takedowns_below
 
     for number, domain in enumerate("ab"):
         living.build(NAMES[4 * number : 4 + 4 * number], domain=domain)
@@ -141,7 +141,7 @@ def test_a_subset_that_is_rebuilt_holds_what_its_filter_takes_and_what_was_added
     living: Living, ray: WithoutRay
 ) -> None:
     from flows.combine_databases import SubsetDatabaseConfig, subset_database
-    from tasks.embed import EmbedConfig
+    from tasks.embed.task import EmbedConfig
 
     living.build(NAMES[:8], domain="a")
     added = living.listed(*NAMES[8:10])

@@ -12,7 +12,7 @@ from PIL import Image
 
 def configured(domain: Any, **changes: Any) -> Any:
     from flows.evaluate_generator import EvaluateGeneratorConfig
-    from tasks.evaluate import EvaluateConfig
+    from tasks.evaluate.task import EvaluateConfig
 
     measured = EvaluateConfig(samples=12, steps=2, bootstrap=20, seeds=2, diversity_prompts=2)
     config = EvaluateGeneratorConfig(databases=("shapes",), root=str(domain.root), evaluate=measured)

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from small_domain import COLOURS, NEIGHBOURS, SHAPES, odd_replies, small_config, write_urls
+from support.tiny_domain import COLOURS, NEIGHBOURS, SHAPES, odd_replies, small_config, write_urls
 
 GOOD = len(COLOURS) * len(SHAPES)
 TAKEN = GOOD + sum(outcome == "success" for _, outcome in odd_replies().values())
 
 
 def test_each_picture_is_counted_under_its_own_outcome(domain: Any) -> None:
-    from infra.shards import read_table
+    from infra.formats.tables import read_table
 
     manifest = domain.result.images.reference.manifest()
     expected: dict[str, int] = {"success": GOOD}
@@ -36,7 +36,7 @@ def test_each_picture_is_counted_under_its_own_outcome(domain: Any) -> None:
 
 
 def test_embeddings_follow_the_convention(domain: Any) -> None:
-    from infra.shards import read_table
+    from infra.formats.tables import read_table
 
     folder = Path(domain.result.embeddings.reference.uri)
     rows = [np.load(path) for path in sorted(folder.glob("img_emb/img_emb_*.npy"))]
@@ -58,7 +58,7 @@ def test_recall_is_measured_for_both_kinds_of_query(domain: Any) -> None:
 
 
 def test_neighbours_are_the_nearest_and_never_the_picture_itself(domain: Any) -> None:
-    from tasks.contracts import Neighbours
+    from tasks.references.types import Neighbours
 
     embeddings = Path(domain.result.embeddings.reference.uri)
     rows = np.concatenate([np.load(p) for p in sorted(embeddings.glob("img_emb/*.npy"))]).astype(np.float32)
@@ -75,7 +75,7 @@ def test_neighbours_are_the_nearest_and_never_the_picture_itself(domain: Any) ->
 
 
 def test_scores_are_in_one_table(domain: Any) -> None:
-    from tasks.evaluate import table
+    from tasks.evaluate.task import table
 
     scores = domain.result.trained.evaluation.reference.scores()
     metrics = ("clip_score", "fd", "mmd", "precision", "recall", "nearest", "copy_rate")
@@ -141,7 +141,7 @@ def test_pulled_pipeline_draws_and_swaps(domain: Any) -> None:
 
     from infra.registry import load_pipeline
     from infra.settings import Settings
-    from tasks.serve import pull_database
+    from tasks.serve.load import pull_database
 
     settings = Settings(root=str(domain.root))
     pipeline = load_pipeline("models:/knn-diffusion@champion", "shapes", settings)
@@ -159,8 +159,8 @@ def test_damaged_tar_is_found_by_its_digest(domain: Any, tmp_path: Path) -> None
 
     from infra import compute
     from infra.errors import KNNDiffusionError
-    from tasks.contracts import ImageShards
-    from tasks.embed import EmbedConfig, embed_images
+    from tasks.embed.task import EmbedConfig, embed_images
+    from tasks.references.types import ImageShards
 
     copy = tmp_path / "images"
     shutil.copytree(domain.result.images.reference.uri, copy)
@@ -172,7 +172,7 @@ def test_damaged_tar_is_found_by_its_digest(domain: Any, tmp_path: Path) -> None
 
 def test_damaged_embeddings_are_found_when_the_database_is_opened(domain: Any, tmp_path: Path) -> None:
     from infra.errors import IntegrityError
-    from tasks.databases import open_database
+    from tasks.references.database import open_database
 
     (npy, *_) = sorted(Path(domain.result.embeddings.reference.uri).glob("img_emb/*.npy"))
     whole = npy.read_bytes()
@@ -259,7 +259,7 @@ def _run_until(command: list[str], root: Path, pattern: str, timeout_s: float = 
 
 
 def test_grid_of_the_demo_has_a_row_a_prompt() -> None:
-    from tasks.draw import CELL_PX, SwapRow, draw_swap
+    from flows.demo.figure import CELL_PX, SwapRow, draw_swap
 
     red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (8, 16), "blue")
     rows = [SwapRow(prompt=prompt, groups=([red] * 2, [blue] * 3)) for prompt in ("a", "a much longer prompt")]

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import LoopbackServer
-from small_domain import NEIGHBOURS, good_replies, small_config, write_urls
-from stores import Bucket
+from support.fakes import LoopbackServer
+from support.object_stores import Bucket
+from support.tiny_domain import NEIGHBOURS, good_replies, small_config, write_urls
 
 from infra.settings import Settings
 
@@ -40,7 +40,7 @@ def made_and_made_again(bucket: Bucket, folder: Path, monkeypatch: pytest.Monkey
 
 
 def assert_found(made: Any, settings: Settings) -> None:
-    from tasks.serve import pull_database, search_database
+    from tasks.serve.load import pull_database, search_database
 
     for name in ("shapes", made.database.reference.uri):
         assert len(pull_database(name, settings)) == len(good_replies())

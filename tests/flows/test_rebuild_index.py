@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import Reply, WithoutRay
-from living import BODY, FIRST, NAMES, Living
+from support.changing_domain import BODY, FIRST, NAMES, Living
+from support.fakes import Reply, WithoutRay
 
 from infra import compute
 from infra.errors import InputError, IntegrityError, StageError
-from infra.lease import lease
 from infra.registry import Registry
 from infra.settings import Settings
+from infra.storage.lease import lease
 from model.errors import ModelError
 
 
@@ -40,7 +40,7 @@ def test_three_new_urls_cost_three_downloads_and_the_same_list_nothing(living: L
     assert [(v["version"], v["aliases"]) for v in living.versions()] == [(1, []), (2, ["champion"])]
 
     files = living.files()
-    from tasks.index import IndexConfig
+    from tasks.index.task import IndexConfig
 
     again = living.rebuild(urls=whole, index=IndexConfig(recall_queries=4))
     assert (again.unchanged, living.server.requests) == (True, [])
@@ -57,8 +57,8 @@ def test_three_new_urls_cost_three_downloads_and_the_same_list_nothing(living: L
 def test_a_rebuild_trains_the_quantizer_anew_once_its_error_on_new_rows_has_drifted(
     living: Living, ray: WithoutRay
 ) -> None:
-    from tasks.databases import QUANTIZER
-    from tasks.index import IndexConfig
+    from tasks.index.task import IndexConfig
+    from tasks.references.database import QUANTIZER
 
     patient = IndexConfig(index="IVF2,SQfp16", recall_queries=4, max_drift=1e9)
     living.build(NAMES[:8], index=patient)
@@ -169,7 +169,7 @@ def test_all_pictures_may_be_taken_down_and_others_put_in_their_place(living: Li
 def test_what_is_hidden_already_stays_so_when_what_follows_is_refused(
     living: Living, ray: WithoutRay, asked: str
 ) -> None:
-    from tasks.index import IndexChanges, IndexConfig
+    from tasks.index.task import IndexChanges, IndexConfig
 
     living.build(NAMES[:4])
     down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")
@@ -183,7 +183,7 @@ def test_what_is_hidden_already_stays_so_when_what_follows_is_refused(
 def test_what_is_taken_down_waits_for_no_embedding(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tasks.embed import EmbedConfig
+    from tasks.embed.task import EmbedConfig
 
     def fails(*_: Any) -> Any:
         raise StageError("the disk is full")

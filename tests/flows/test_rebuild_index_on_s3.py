@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes import LoopbackServer, Reply, WithoutRay
-from living import BODY, FIRST, NAMES, Living
-from stores import Bucket
+from support.changing_domain import BODY, FIRST, NAMES, Living
+from support.fakes import LoopbackServer, Reply, WithoutRay
+from support.object_stores import Bucket
 
 from infra import storage
 from infra.errors import NotFoundError, StageError
-from infra.lease import lease
+from infra.storage.lease import lease
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from flows.recipes import RECIPES, demo_cpu, own_domain, photos_h100, stickers_h
 from model.networks.dit import TransformerConfig
 from model.networks.unet import UNetConfig
 from model.networks.vq_transformer import VQTransformerConfig
-from model.saved import EMBEDDED
-from tasks.training_setup import TrainConfig, picture_side
+from model.saved_generator import EMBEDDED
+from tasks.train.setup import TrainConfig, picture_side
 
 
 def made(name: str, **options: Any) -> NewDomainConfig:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import LoopbackServer, Reply
-from stores import Bucket
+from support.fakes import LoopbackServer, Reply
+from support.object_stores import Bucket
 
 from infra import artifacts, storage
 from infra.artifacts import File, Manifest, Shard, Stage

@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository
 from mlflow.types import ColSpec, DataType, Schema
-from stores import Bucket
+from support.object_stores import Bucket
 
 from infra import artifacts, storage, tracking
 from infra.artifacts import Manifest

@@ -7,22 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from support import tiny_models
 from torch import Tensor, nn
 
-from model.clip import Encoder
 from model.diffusion.conditioning import condition_tokens, null_condition
+from model.diffusion.solver import BATCH as BATCHES
+from model.encoder.clip import Encoder
 from model.errors import ModelError
 from model.pipeline import KNNDiffusionPipeline, new_pipeline, to_images
 from model.retrieval.database import Database
-from model.sampling import BATCH as BATCHES
 
 BATCH = BATCHES["cpu"]
-ROWS = tiny.unit_rows(40)
-PROMPTS = torch.nn.functional.normalize(torch.from_numpy(tiny.unit_rows(5, seed=1)).float())
+ROWS = tiny_models.unit_rows(40)
+PROMPTS = torch.nn.functional.normalize(torch.from_numpy(tiny_models.unit_rows(5, seed=1)).float())
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -35,12 +35,12 @@ def pixels(images: list[Image.Image]) -> NDArray[np.int64]:
 
 @pytest.fixture
 def database(tmp_path: Path) -> Database:
-    return tiny.database(tmp_path / "database", ROWS)
+    return tiny_models.database(tmp_path / "database", ROWS)
 
 
 @pytest.fixture
 def pipeline(database: Database) -> KNNDiffusionPipeline:
-    return tiny.pipeline(database)
+    return tiny_models.pipeline(database)
 
 
 class Oracle(nn.Module):
@@ -70,7 +70,7 @@ def grey(condition: Tensor) -> Tensor:
 def knowing(database: Database, picture: Callable[[Tensor], Tensor] = grey) -> tuple[KNNDiffusionPipeline, Oracle]:
     """A pipeline around an oracle, guidance off."""
     oracle = Oracle(picture)
-    pipeline = tiny.pipeline(database)
+    pipeline = tiny_models.pipeline(database)
     pipeline.register_modules(transformer=oracle)
     pipeline.register_to_config(guidance_scale=1.0)
     return pipeline, oracle
@@ -80,7 +80,7 @@ def knowing(database: Database, picture: Callable[[Tensor], Tensor] = grey) -> t
 def test_the_steps_arrive_at_the_picture_that_the_network_knows(database: Database, steps: int) -> None:
     pipeline, oracle = knowing(database)
     output = pipeline(PROMPTS, num_inference_steps=steps, generator=seeded())
-    condition = condition_tokens(PROMPTS, None, dimension=tiny.WIDTH, batch=5)
+    condition = condition_tokens(PROMPTS, None, dimension=tiny_models.WIDTH, batch=5)
     expected = pixels(to_images(grey(condition)))
     assert expected[:, 0, 0, 0].std() > 30, "five different pictures"
     assert np.abs(pixels(output.images) - expected).max() <= 1
@@ -131,7 +131,7 @@ def test_the_network_is_told_the_query_and_its_neighbours(database: Database) ->
         oracle.conditions.clear()
         output = pipeline(PROMPTS, num_inference_steps=1, generator=seeded(), **options)
         (told,) = oracle.conditions
-        expected = condition_tokens(query, neighbours, dimension=tiny.WIDTH, batch=5)
+        expected = condition_tokens(query, neighbours, dimension=tiny_models.WIDTH, batch=5)
         torch.testing.assert_close(told, expected)
         np.testing.assert_array_equal(output.hits.embeddings, neighbours)
 
@@ -139,7 +139,7 @@ def test_the_network_is_told_the_query_and_its_neighbours(database: Database) ->
 def test_without_retrieval_the_network_is_told_the_query_alone(database: Database) -> None:
     pipeline, oracle = knowing(database)
     assert pipeline(PROMPTS, num_inference_steps=1, generator=seeded(), retrieve=False).hits is None
-    whole = condition_tokens(PROMPTS, torch.ones(5, 1, tiny.WIDTH), dimension=tiny.WIDTH, batch=5)
+    whole = condition_tokens(PROMPTS, torch.ones(5, 1, tiny_models.WIDTH), dimension=tiny_models.WIDTH, batch=5)
     (told,) = oracle.conditions
     torch.testing.assert_close(told[:, 0], whole[:, 0])
     assert (told[:, 1:] == 0).all()
@@ -223,7 +223,7 @@ def test_embeddings_are_scaled_to_unit_length(pipeline: KNNDiffusionPipeline) ->
 def test_texts_are_embedded_by_the_encoder_trained_with(tmp_path: Path) -> None:
     encoder = Encoder()
     rows = encoder.embed_texts(["red", "green", "blue", "yellow"]).numpy().astype(np.float16)
-    pipeline = tiny.pipeline(tiny.database(tmp_path, rows, encoder=encoder.identity), neighbours=2)
+    pipeline = tiny_models.pipeline(tiny_models.database(tmp_path, rows, encoder=encoder.identity), neighbours=2)
     texts = ["a red apple", "a blue square"]
     by_text = pipeline(texts, generator=seeded())
     by_embedding = pipeline(encoder.embed_texts(texts), generator=seeded())
@@ -235,7 +235,7 @@ def test_texts_are_embedded_by_the_encoder_trained_with(tmp_path: Path) -> None:
 
 def test_an_encoder_that_is_not_the_one_trained_with_is_refused(tmp_path: Path) -> None:
     changed = dataclasses.replace(Encoder().identity, weights_digest="f" * 64)
-    pipeline = tiny.pipeline(tiny.database(tmp_path, tiny.unit_rows(4, 256), encoder=changed))
+    pipeline = tiny_models.pipeline(tiny_models.database(tmp_path, tiny_models.unit_rows(4, 256), encoder=changed))
     with pytest.raises(ModelError, match=r"sticker-clip \(256-d, .* is not what was embedded with, sticker-clip.*ffff"):
         pipeline("an apple")
 
@@ -284,8 +284,8 @@ def test_numbers_of_a_call_are_whole(pipeline: KNNDiffusionPipeline, option: str
 )
 def test_defaults_that_no_call_could_use_are_refused(wrong: dict[str, Any], told: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=told):
-        new_pipeline(tiny.network(), tiny.identity(), **wrong)
-    made = new_pipeline(tiny.network(), tiny.identity())
+        new_pipeline(tiny_models.network(), tiny_models.identity(), **wrong)
+    made = new_pipeline(tiny_models.network(), tiny_models.identity())
     made.register_to_config(
         **{name: list(value) if isinstance(value, tuple) else value for name, value in wrong.items()}
     )
@@ -297,8 +297,10 @@ def test_defaults_that_no_call_could_use_are_refused(wrong: dict[str, Any], told
 def test_another_database_draws_other_pictures(pipeline: KNNDiffusionPipeline, tmp_path: Path) -> None:
     first = pipeline.database
     before = pixels(pipeline(PROMPTS, generator=seeded()).images)
-    other = tiny.database(
-        tmp_path / "other", tiny.unit_rows(40, seed=9), encoder=tiny.identity(name="the same by another name")
+    other = tiny_models.database(
+        tmp_path / "other",
+        tiny_models.unit_rows(40, seed=9),
+        encoder=tiny_models.identity(name="the same by another name"),
     )
     pipeline.swap_database(other)
     assert pipeline.database is other
@@ -311,8 +313,8 @@ def test_a_database_of_another_encoder_is_refused_and_the_old_one_stays(
     pipeline: KNNDiffusionPipeline, tmp_path: Path
 ) -> None:
     before = pipeline.database
-    stranger = tiny.database(
-        tmp_path / "other", ROWS, encoder=tiny.identity(name="ViT-B-32/openai", weights="f" * 64), name="birds"
+    stranger = tiny_models.database(
+        tmp_path / "other", ROWS, encoder=tiny_models.identity(name="ViT-B-32/openai", weights="f" * 64), name="birds"
     )
     with pytest.raises(ModelError) as caught:
         pipeline.swap_database(stranger)
@@ -323,7 +325,7 @@ def test_a_database_of_another_encoder_is_refused_and_the_old_one_stays(
 
 def test_a_call_works_with_the_database_it_started_with(pipeline: KNNDiffusionPipeline, tmp_path: Path) -> None:
     undisturbed = pipeline(PROMPTS, generator=seeded())
-    other = tiny.database(tmp_path / "other", tiny.unit_rows(40, seed=9))
+    other = tiny_models.database(tmp_path / "other", tiny_models.unit_rows(40, seed=9))
     output = pipeline(PROMPTS, generator=seeded(), callback=lambda *_: pipeline.swap_database(other))
     np.testing.assert_array_equal(pixels(output.images), pixels(undisturbed.images))
     np.testing.assert_array_equal(output.hits.ids, undisturbed.hits.ids)
@@ -333,7 +335,7 @@ def test_what_to_keep_away_from_is_looked_up_where_the_prompts_are(
     pipeline: KNNDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed = pipeline(PROMPTS, negative_prompts=PROMPTS.flip(0), guidance_scale=2, generator=seeded())
-    first, other = pipeline.database, tiny.database(tmp_path / "other", tiny.unit_rows(40, seed=9))
+    first, other = pipeline.database, tiny_models.database(tmp_path / "other", tiny_models.unit_rows(40, seed=9))
     search = first.search
 
     def swapped_meanwhile(*arguments: Any, **options: Any) -> Any:
@@ -347,7 +349,7 @@ def test_what_to_keep_away_from_is_looked_up_where_the_prompts_are(
 
 
 def test_without_a_database_there_is_no_retrieval_and_drawing_without_it_works() -> None:
-    pipeline = tiny.pipeline(None)
+    pipeline = tiny_models.pipeline(None)
     with pytest.raises(ModelError, match=r"no database yet.*swap_database"):
         pipeline(PROMPTS)
     assert len(pipeline(PROMPTS, retrieve=False, num_inference_steps=1).images) == 5
@@ -367,7 +369,9 @@ def test_a_saved_pipeline_draws_identical_pictures(pipeline: KNNDiffusionPipelin
 
 
 def test_the_defaults_are_saved(database: Database, tmp_path: Path) -> None:
-    built = new_pipeline(tiny.network(), tiny.identity(), prediction="sample", neighbours=4, trained_neighbours=6)
+    built = new_pipeline(
+        tiny_models.network(), tiny_models.identity(), prediction="sample", neighbours=4, trained_neighbours=6
+    )
     built.register_to_config(guidance_scale=3.5, num_inference_steps=7, query="mean")
     built.save_pretrained(tmp_path / "saved")
     opened = KNNDiffusionPipeline.open(tmp_path / "saved")
@@ -407,7 +411,7 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
 
 def test_a_database_of_another_encoder_is_refused_on_opening(pipeline: KNNDiffusionPipeline, tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "saved")
-    stranger = tiny.database(tmp_path / "other", ROWS, encoder=tiny.identity(weights="f" * 64))
+    stranger = tiny_models.database(tmp_path / "other", ROWS, encoder=tiny_models.identity(weights="f" * 64))
     with pytest.raises(ModelError, match="rebuild the database"):
         KNNDiffusionPipeline.open(tmp_path / "saved", stranger)
 

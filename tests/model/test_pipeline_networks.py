@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
@@ -18,19 +17,20 @@ from diffusers import (
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support import tiny_models
 from torch import Tensor
 
-from model.clip import EMBEDDED, Encoder
+from model.encoder.clip import EMBEDDED, Encoder
 from model.errors import ModelError
 from model.networks.editor import widen_input
 from model.networks.unet import UNetConfig, build_unet
 from model.networks.vq_transformer import VQTransformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 from model.retrieval.database import Database
-from model.saved import pretrained_folder
+from model.saved_generator import pretrained_folder
 
-ROWS = tiny.unit_rows(40)
-PROMPTS = torch.nn.functional.normalize(torch.from_numpy(tiny.unit_rows(3, seed=1)).float())
+ROWS = tiny_models.unit_rows(40)
+PROMPTS = torch.nn.functional.normalize(torch.from_numpy(tiny_models.unit_rows(3, seed=1)).float())
 
 
 class _OnGPU(torch.Generator):
@@ -54,24 +54,26 @@ def drawn(pipeline: KNNDiffusionPipeline, prompts: Any = PROMPTS, **options: Any
 
 def unet_pipeline() -> KNNDiffusionPipeline:
     size = UNetConfig(image_size=8, widths=(32, 32), layers=1)
-    return new_pipeline(tiny.stirred(build_unet(size, embedding_dimension=8, seed=0)), tiny.identity(), neighbours=3)
+    return new_pipeline(
+        tiny_models.stirred(build_unet(size, embedding_dimension=8, seed=0)), tiny_models.identity(), neighbours=3
+    )
 
 
 def editor_pipeline() -> KNNDiffusionPipeline:
-    return new_pipeline(widen_input(tiny.network()), tiny.identity(), neighbours=3)
+    return new_pipeline(widen_input(tiny_models.network()), tiny_models.identity(), neighbours=3)
 
 
 KINDS = {
     "unet": unet_pipeline,
-    "latent": tiny.latent_pipeline,
-    "discrete": tiny.discrete_pipeline,
+    "latent": tiny_models.latent_pipeline,
+    "discrete": tiny_models.discrete_pipeline,
     "editor": editor_pipeline,
 }
 
 
 @pytest.fixture
 def database(tmp_path: Path) -> Database:
-    return tiny.database(tmp_path / "database", ROWS)
+    return tiny_models.database(tmp_path / "database", ROWS)
 
 
 @pytest.fixture(params=KINDS)
@@ -117,7 +119,7 @@ def test_a_saved_folder_tells_nothing_of_where_its_parts_came_from(
 
 
 def test_a_compiled_pipeline_draws_what_it_did(database: Database) -> None:
-    pipeline = tiny.discrete_pipeline()
+    pipeline = tiny_models.discrete_pipeline()
     pipeline.swap_database(database)
     before = drawn(pipeline)
     pipeline.compile()
@@ -209,28 +211,31 @@ def test_every_kind_draws_and_edits_in_half_precision(pipeline: KNNDiffusionPipe
 
 
 def test_an_editor_draws_as_the_network_it_was_widened_from(database: Database) -> None:
-    base, editor = tiny.pipeline(database, prediction="velocity"), editor_pipeline()
+    base, editor = tiny_models.pipeline(database, prediction="velocity"), editor_pipeline()
     editor.swap_database(database)
     np.testing.assert_array_equal(drawn(editor), drawn(base))
 
 
 def test_codes_do_without_a_scheduler_and_not_without_their_autoencoder() -> None:
-    made = tiny.discrete_pipeline()
+    made = tiny_models.discrete_pipeline()
     assert made.scheduler is None
     assert isinstance(made.transformer, VQTransformer)
     with pytest.raises(ModelError, match="needs the vae"):
-        new_pipeline(made.transformer, tiny.identity())
+        new_pipeline(made.transformer, tiny_models.identity())
     with pytest.raises(ModelError, match="needs a scheduler"):
-        KNNDiffusionPipeline(tiny.network(), encoder_identity=dataclasses.asdict(tiny.identity()))
+        KNNDiffusionPipeline(tiny_models.network(), encoder_identity=dataclasses.asdict(tiny_models.identity()))
 
 
 def test_guidance_acts_within_its_interval_alone(database: Database) -> None:
     def with_interval(low: float, high: float) -> NDArray[np.int64]:
-        made = new_pipeline(tiny.network(), tiny.identity(), neighbours=3, guidance_interval=(low, high))
+        made = new_pipeline(tiny_models.network(), tiny_models.identity(), neighbours=3, guidance_interval=(low, high))
         made.swap_database(database)
         return drawn(made, guidance_scale=5.0)
 
-    nowhere, plain = with_interval(2, 3), drawn(tiny.pipeline(database, prediction="velocity"), guidance_scale=1.0)
+    nowhere, plain = (
+        with_interval(2, 3),
+        drawn(tiny_models.pipeline(database, prediction="velocity"), guidance_scale=1.0),
+    )
     np.testing.assert_array_equal(nowhere, plain)
     assert np.abs(with_interval(0, 1) - plain).max() > 0
     assert np.abs(with_interval(0.5, 0.9) - with_interval(0, 1)).max() > 0
@@ -244,7 +249,7 @@ def test_guidance_acts_within_its_interval_alone(database: Database) -> None:
     ],
 )
 def test_any_flow_matching_scheduler_may_be_plugged_in(database: Database, scheduler: Any) -> None:
-    made = tiny.pipeline(database, prediction="velocity")
+    made = tiny_models.pipeline(database, prediction="velocity")
     assert isinstance(made.scheduler, UniPCMultistepScheduler)
     own = drawn(made, num_inference_steps=200)
     made.register_modules(scheduler=scheduler)
@@ -255,8 +260,8 @@ def test_any_flow_matching_scheduler_may_be_plugged_in(database: Database, sched
 def test_an_interpolation_goes_from_one_prompt_to_the_other(tmp_path: Path) -> None:
     encoder = Encoder()
     rows = encoder.embed_texts([f"a picture of {name}" for name in ("rain", "a dog", "a car", "bread")]).numpy()
-    plugged = tiny.database(tmp_path / "texts", rows.astype(np.float16), encoder=encoder.identity)
-    made = tiny.pipeline(plugged, prediction="velocity")
+    plugged = tiny_models.database(tmp_path / "texts", rows.astype(np.float16), encoder=encoder.identity)
+    made = tiny_models.pipeline(plugged, prediction="velocity")
     options = {"num_inference_steps": 2, "neighbours": 2}
     between = pixels(made.interpolate("a dog", "a car", 4, generator=seeded(), **options).images)
     ends = pixels(made(["a dog", "a car"], generator=seeded(), shared_noise=True, **options).images)
@@ -272,8 +277,8 @@ def test_an_interpolation_goes_from_one_prompt_to_the_other(tmp_path: Path) -> N
 def test_pictures_and_texts_are_prompts_alike(tmp_path: Path) -> None:
     encoder = Encoder()
     picture = Image.new("RGBA", (20, 30), (255, 0, 0, 128))
-    made = tiny.pipeline(None)
-    made = new_pipeline(tiny.network(256), encoder.identity, neighbours=2)
+    made = tiny_models.pipeline(None)
+    made = new_pipeline(tiny_models.network(256), encoder.identity, neighbours=2)
     assert encoder.identity.name == EMBEDDED
     rows = made.embed(["a red flag", picture, "rain"])
     torch.testing.assert_close(rows[[0, 2]], encoder.embed_texts(["a red flag", "rain"]))
@@ -287,7 +292,7 @@ def test_pictures_and_texts_are_prompts_alike(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_negative_prompts_are_one_for_all_or_one_for_each(database: Database, count: int) -> None:
-    made = tiny.pipeline(database)
+    made = tiny_models.pipeline(database)
     with pytest.raises(ModelError):
         made(PROMPTS, negative_prompts=PROMPTS[:count], guidance_scale=2.0)
 
@@ -295,8 +300,8 @@ def test_negative_prompts_are_one_for_all_or_one_for_each(database: Database, co
 def test_more_neighbours_than_the_database_holds_is_said_and_the_rest_is_hidden(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    small = tiny.database(tmp_path / "small", tiny.unit_rows(2))
-    made = tiny.pipeline(small)
+    small = tiny_models.database(tmp_path / "small", tiny_models.unit_rows(2))
+    made = tiny_models.pipeline(small)
     with caplog.at_level(logging.WARNING):
         tokens, _, hits = made.condition(PROMPTS, 5)
     assert "holds 2 images, 5 neighbours" in caplog.text
@@ -307,7 +312,7 @@ def test_more_neighbours_than_the_database_holds_is_said_and_the_rest_is_hidden(
 
 
 def test_fewer_neighbours_than_trained_with_are_filled_up_with_hidden_ones(database: Database) -> None:
-    made: KNNDiffusionPipeline = tiny.pipeline(database, neighbours=4)
+    made: KNNDiffusionPipeline = tiny_models.pipeline(database, neighbours=4)
     tokens = made.condition(PROMPTS, 1).tokens
     assert tokens.shape[1] == 5
     assert (tokens[:, 2:, :-1] == 0).all()
@@ -347,7 +352,7 @@ def test_a_config_of_other_layers_than_its_weights_is_refused(pipeline: KNNDiffu
 
 @pytest.mark.parametrize("shards", [False, True])
 def test_weights_of_more_layers_than_the_config_are_refused(tmp_path: Path, shards: bool) -> None:
-    made = new_pipeline(tiny.network(layers=2), tiny.identity())
+    made = new_pipeline(tiny_models.network(layers=2), tiny_models.identity())
     made.save_pretrained(tmp_path / "saved", **({"max_shard_size": "20KB"} if shards else {}))
     folder = tmp_path / "saved" / "transformer"
     assert (len(list(folder.glob("*.safetensors"))) > 1) == shards
@@ -363,12 +368,12 @@ def test_weights_of_more_layers_than_the_config_are_refused(tmp_path: Path, shar
 
 def test_an_encoder_of_another_width_than_the_networks_is_refused(pipeline: KNNDiffusionPipeline) -> None:
     with pytest.raises(ModelError, match=r"embeddings of 8 numbers, tiny-clip \(9-d, .* the encoder that the network"):
-        new_pipeline(pipeline.transformer, tiny.identity(9), vae=pipeline.vae)
+        new_pipeline(pipeline.transformer, tiny_models.identity(9), vae=pipeline.vae)
 
 
 def test_the_shipped_generator_is_whole_and_an_autoencoder_of_old_names_too(tmp_path: Path) -> None:
     KNNDiffusionPipeline.open(pretrained_folder("sticker-generator"))
-    tiny.latent_pipeline().save_pretrained(tmp_path / "saved")
+    tiny_models.latent_pipeline().save_pretrained(tmp_path / "saved")
     file = tmp_path / "saved" / "vae" / "diffusion_pytorch_model.safetensors"
     new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = {}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from fakes import WithoutRay
+from support.fakes import WithoutRay
 
 from infra import compute
 

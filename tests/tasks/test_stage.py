@@ -7,7 +7,7 @@ import pytest
 
 from infra import artifacts, compute
 from infra.errors import InputError, StageError, TransientError
-from tasks.contracts import ImageShards
+from tasks.references.types import ImageShards
 from tasks.stage import map_stage, skip_or_make, stage_task
 
 

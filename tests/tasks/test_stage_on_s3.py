@@ -6,14 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from fakes import LoopbackServer, Reply
-from small_domain import drawn, encoded, write_urls
-from stores import Bucket, RadosGateway
+from support.fakes import LoopbackServer, Reply
+from support.object_stores import Bucket, RadosGateway
+from support.tiny_domain import drawn, encoded, write_urls
 
 from infra import artifacts, compute
-from infra.downloader import DownloadPolicy
+from infra.download.downloader import DownloadPolicy
 from infra.errors import NotFoundError, TransientError
-from tasks.download import DownloadConfig, download_images
+from tasks.download.task import DownloadConfig, download_images
 
 SHARDS, SHARD_ROWS = 4, 2
 

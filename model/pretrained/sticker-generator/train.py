@@ -47,11 +47,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from model.clip import Encoder
 from model.diffusion.conditioning import ConditioningConfig, condition_tokens
-from model.diffusion.continuous import Denoiser, flow_matching_loss, sample_sigmas
-from model.diffusion.discrete import MaskAndReplace, Transitions, sample_codes, step_divergence
-from model.draws import Draw
+from model.diffusion.flow_matching import Denoiser, flow_matching_loss, sample_sigmas
+from model.diffusion.vq_diffusion import MaskAndReplace, Transitions, sample_codes, step_divergence
+from model.encoder.clip import Encoder
 from model.networks.denoiser import as_denoiser
 from model.networks.dit import TransformerConfig, build_transformer
 from model.networks.editor import is_editor, widen_input, with_reference
@@ -64,12 +63,13 @@ from model.networks.vq_autoencoder import (
 )
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
 from model.pipeline import new_pipeline
-from model.saved import weights_digest
+from model.saved_generator import weights_digest
+from model.step_random import Draw
 from model.training.alignment import align_all
-from model.training.contracts import Objective, TrainingConfig
 from model.training.data import Rows, TrainingSet, picture_to_array, to_model_range, to_pixels
+from model.training.interfaces import Objective, TrainingConfig
 from model.training.loop import InterruptedTrainingError, train
-from model.training.restoration import Restoration, RestorationConfig
+from model.training.objectives.restoration import Restoration, RestorationConfig
 
 UNSEEN = frozenset({"openmoji", "twemoji"})
 WATCHED = "openmoji"

@@ -2,8 +2,8 @@ import math
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from support import tiny_models
 from torch import Tensor
 
 from model.diffusion.conditioning import (
@@ -16,8 +16,8 @@ from model.diffusion.conditioning import (
     tokens_between,
     training_condition,
 )
-from model.draws import Draw
 from model.errors import ModelError
+from model.step_random import Draw
 
 HIDE_NOTHING: dict[str, Any] = {
     "drop_all": 0.0,
@@ -162,10 +162,13 @@ def test_a_training_condition_follows_from_its_draw() -> None:
 
 
 def test_stored_half_precision_rows_become_float32_tokens() -> None:
-    query, neighbours = torch.from_numpy(tiny.unit_rows(4)), torch.from_numpy(tiny.unit_rows(8)).reshape(4, 2, -1)
+    query, neighbours = (
+        torch.from_numpy(tiny_models.unit_rows(4)),
+        torch.from_numpy(tiny_models.unit_rows(8)).reshape(4, 2, -1),
+    )
     tokens = training_condition(query, neighbours, ConditioningConfig(**HIDE_NOTHING), seeded())
     assert tokens.dtype == torch.float32
-    torch.testing.assert_close(tokens[:, 1:, : tiny.WIDTH], neighbours.float() * tiny.WIDTH**0.5)
+    torch.testing.assert_close(tokens[:, 1:, : tiny_models.WIDTH], neighbours.float() * tiny_models.WIDTH**0.5)
 
 
 def numbered(batch: int, pool: int) -> Tensor:

@@ -2,20 +2,20 @@ import dataclasses
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from support import tiny_models
 from torch import Tensor, nn
 
+from model.networks.build import AnyNetworkConfig, build_any, size_of
 from model.networks.denoiser import as_denoiser, build_network
 from model.networks.dit import TransformerConfig
 from model.networks.editor import widen_input
-from model.networks.sizes import AnyNetworkConfig, build_any, size_of
 from model.networks.unet import UNetConfig
 from model.networks.vq_transformer import VQTransformer, VQTransformerConfig
 
 UNET = UNetConfig(image_size=8, widths=(32, 64), layers=1)
 SIZES: list[AnyNetworkConfig] = [
-    tiny.size(channels=4, heads=2, prediction="sample"),
+    tiny_models.size(channels=4, heads=2, prediction="sample"),
     UNET,
     UNetConfig(image_size=16, channels=4, widths=(64, 128), layers=2, head_width=64, prediction="sample"),
     VQTransformerConfig(codes=8, tokens=4, timesteps=10, layers=1, heads=2, head_width=8),
@@ -27,7 +27,7 @@ def given(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.randn(batch, 3, 8, 8, generator=generator),
         torch.rand(batch, generator=generator),
-        torch.randn(batch, 3, tiny.WIDTH + 1, generator=generator),
+        torch.randn(batch, 3, tiny_models.WIDTH + 1, generator=generator),
     )
 
 
@@ -73,8 +73,8 @@ def test_a_wrapped_network_is_called_through_its_wrapper() -> None:
             self.calls += 1
             return self.module(*asked, **options)
 
-    for config in (tiny.size(), UNET):
-        network = build_network(config, embedding_dimension=tiny.WIDTH, seed=0)
+    for config in (tiny_models.size(), UNET):
+        network = build_network(config, embedding_dimension=tiny_models.WIDTH, seed=0)
         wrapper = Wrapper(network)
         torch.testing.assert_close(
             as_denoiser(wrapper, "velocity")(*given()), as_denoiser(network, "velocity")(*given())
@@ -84,15 +84,15 @@ def test_a_wrapped_network_is_called_through_its_wrapper() -> None:
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: size.kind)
 def test_a_network_tells_the_size_that_it_was_built_from(size: AnyNetworkConfig) -> None:
-    network = build_any(size, embedding_dimension=tiny.WIDTH, seed=0)
+    network = build_any(size, embedding_dimension=tiny_models.WIDTH, seed=0)
     assert size_of(network, getattr(size, "prediction", "velocity")) == size
     if not isinstance(network, VQTransformer):
         assert next(network.parameters()).dtype == torch.float32
 
 
 def test_an_editors_size_is_that_of_its_base() -> None:
-    base = tiny.network()
-    assert size_of(widen_input(base), "velocity") == size_of(base, "velocity") == tiny.size()
+    base = tiny_models.network()
+    assert size_of(widen_input(base), "velocity") == size_of(base, "velocity") == tiny_models.size()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: size.kind)

@@ -1,9 +1,9 @@
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from diffusers import PixArtTransformer2DModel
+from support import tiny_models
 from torch import Tensor, nn
 
 from model.diffusion.conditioning import condition_tokens
@@ -12,17 +12,17 @@ from model.networks.dit import TransformerConfig, build_transformer
 
 NOISY = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 SIGMA = torch.tensor([0.2, 0.5, 0.9])
-ROWS = torch.from_numpy(tiny.unit_rows(12)).float()
+ROWS = torch.from_numpy(tiny_models.unit_rows(12)).float()
 QUERY, NEIGHBOURS = ROWS[:3], ROWS[3:].reshape(3, 3, -1)
 
 
 def tokens(query: Tensor = QUERY, neighbours: Tensor = NEIGHBOURS) -> Tensor:
-    return condition_tokens(query, neighbours, dimension=tiny.WIDTH, batch=len(query))
+    return condition_tokens(query, neighbours, dimension=tiny_models.WIDTH, batch=len(query))
 
 
 @pytest.fixture(scope="module")
 def network() -> PixArtTransformer2DModel:
-    return tiny.network()
+    return tiny_models.network()
 
 
 @torch.no_grad()
@@ -33,13 +33,13 @@ def velocity(
 
 
 def test_a_new_network_answers_with_zero() -> None:
-    network = build_transformer(tiny.size(), embedding_dimension=tiny.WIDTH, seed=0)
+    network = build_transformer(tiny_models.size(), embedding_dimension=tiny_models.WIDTH, seed=0)
     assert torch.equal(velocity(network), torch.zeros_like(NOISY))
 
 
 def test_its_weights_follow_from_the_seed_and_the_global_state_is_left_alone() -> None:
     def weights(seed: int) -> Tensor:
-        network = build_transformer(tiny.size(), embedding_dimension=tiny.WIDTH, seed=seed)
+        network = build_transformer(tiny_models.size(), embedding_dimension=tiny_models.WIDTH, seed=seed)
         return nn.utils.parameters_to_vector(network.parameters())
 
     before = torch.random.get_rng_state()
@@ -50,7 +50,7 @@ def test_its_weights_follow_from_the_seed_and_the_global_state_is_left_alone() -
 
 @pytest.mark.parametrize(("image_size", "patch_size", "heads"), [(8, 4, 1), (16, 2, 2), (32, 8, 1)])
 def test_its_size_is_the_configured_one(image_size: int, patch_size: int, heads: int) -> None:
-    config = tiny.size(image_size=image_size, patch_size=patch_size, heads=heads, layers=2)
+    config = tiny_models.size(image_size=image_size, patch_size=patch_size, heads=heads, layers=2)
     network = build_transformer(config, embedding_dimension=12, seed=0)
     assert len(network.transformer_blocks) == 2
     assert network.pos_embed.pos_embed.shape == (1, (image_size // patch_size) ** 2, heads * 16)

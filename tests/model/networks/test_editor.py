@@ -1,9 +1,9 @@
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from diffusers import PixArtTransformer2DModel
+from support import tiny_models
 
 from model.errors import ModelError
 from model.networks.denoiser import as_denoiser
@@ -11,7 +11,7 @@ from model.networks.editor import is_editor, widen_input, with_reference
 
 GENERATOR = torch.Generator().manual_seed(0)
 NOISY, REFERENCE = torch.randn(2, 2, 3, 8, 8, generator=GENERATOR)
-TOKENS = torch.randn(2, 4, tiny.WIDTH + 1, generator=GENERATOR)
+TOKENS = torch.randn(2, 4, tiny_models.WIDTH + 1, generator=GENERATOR)
 SIGMA = torch.tensor([0.3, 0.8])
 
 
@@ -21,7 +21,7 @@ def answer(network: PixArtTransformer2DModel, reference: torch.Tensor | None) ->
 
 
 def test_a_widened_network_answers_as_its_base_whatever_the_reference() -> None:
-    base = tiny.network()
+    base = tiny_models.network()
     wide = widen_input(base)
     with torch.no_grad():
         expected = as_denoiser(base, "sample")(NOISY, SIGMA, TOKENS)
@@ -32,7 +32,7 @@ def test_a_widened_network_answers_as_its_base_whatever_the_reference() -> None:
 
 
 def test_the_copy_learns_without_the_base() -> None:
-    base = tiny.network()
+    base = tiny_models.network()
     kept = {name: weight.clone() for name, weight in base.state_dict().items()}
     wide = widen_input(base)
     with torch.no_grad():
@@ -44,13 +44,13 @@ def test_the_copy_learns_without_the_base() -> None:
 
 
 def test_the_new_channels_get_a_gradient() -> None:
-    wide = widen_input(tiny.network())
+    wide = widen_input(tiny_models.network())
     with_reference(as_denoiser(wide, "sample"), REFERENCE)(NOISY, SIGMA, TOKENS).square().mean().backward()
     assert wide.pos_embed.proj.weight.grad[:, 3:].abs().max() > 0
 
 
 def test_a_widened_network_is_saved_and_loaded(tmp_path: Path) -> None:
-    wide = widen_input(tiny.network())
+    wide = widen_input(tiny_models.network())
     with torch.no_grad():
         wide.pos_embed.proj.weight += 0.1
     wide.save_pretrained(tmp_path)
@@ -72,4 +72,4 @@ def test_a_doubled_batch_sees_every_reference_twice() -> None:
 
 def test_a_network_is_widened_once() -> None:
     with pytest.raises(ModelError, match="takes 6 channels already"):
-        widen_input(widen_input(tiny.network()))
+        widen_input(widen_input(tiny_models.network()))

@@ -2,8 +2,8 @@ import dataclasses
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from support import tiny_models
 
 from model.networks.denoiser import as_denoiser
 from model.networks.unet import UNetConfig, build_unet
@@ -12,7 +12,7 @@ SMALL = UNetConfig(image_size=8, widths=(32, 64), layers=1, head_width=32)
 
 
 def build(seed: int = 0, **changes: Any) -> Any:
-    return build_unet(dataclasses.replace(SMALL, **changes), embedding_dimension=tiny.WIDTH, seed=seed)
+    return build_unet(dataclasses.replace(SMALL, **changes), embedding_dimension=tiny_models.WIDTH, seed=seed)
 
 
 def given(batch: int = 2, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -20,7 +20,7 @@ def given(batch: int = 2, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor
     return (
         torch.randn(batch, channels, 8, 8, generator=generator),
         torch.rand(batch, generator=generator),
-        torch.randn(batch, 3, tiny.WIDTH + 1, generator=generator),
+        torch.randn(batch, 3, tiny_models.WIDTH + 1, generator=generator),
     )
 
 

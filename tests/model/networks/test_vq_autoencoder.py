@@ -13,8 +13,7 @@ from diffusers import VQModel
 from torch import Tensor, nn
 
 from model.diffusion.conditioning import ConditioningConfig
-from model.diffusion.discrete import MaskAndReplace, Transitions
-from model.draws import Draw
+from model.diffusion.vq_diffusion import MaskAndReplace, Transitions
 from model.networks.vq_autoencoder import (
     AutoencoderConfig,
     AutoencoderObjective,
@@ -23,6 +22,7 @@ from model.networks.vq_autoencoder import (
     encode_codes,
     reconstruction_loss,
 )
+from model.step_random import Draw
 from model.training.data import Batch
 
 ROOT = Path(__file__).parents[3]

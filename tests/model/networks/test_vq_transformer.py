@@ -2,8 +2,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from support import tiny_models
 from torch import Tensor, nn
 
 from model.diffusion.conditioning import condition_tokens
@@ -12,16 +12,16 @@ from model.networks.vq_transformer import VQTransformer, VQTransformerConfig, bu
 SIZE: dict[str, Any] = {"codes": 12, "tokens": 9, "timesteps": 20, "layers": 2, "heads": 2, "head_width": 8}
 CODES = torch.randint(13, (3, 9), generator=torch.Generator().manual_seed(0))
 TIMES = torch.tensor([1, 8, 20])
-ROWS = torch.from_numpy(tiny.unit_rows(12)).float()
+ROWS = torch.from_numpy(tiny_models.unit_rows(12)).float()
 QUERY, NEIGHBOURS = ROWS[:3], ROWS[3:].reshape(3, 3, -1)
 
 
 def tokens(query: Tensor = QUERY, neighbours: Tensor = NEIGHBOURS) -> Tensor:
-    return condition_tokens(query, neighbours, dimension=tiny.WIDTH, batch=len(query))
+    return condition_tokens(query, neighbours, dimension=tiny_models.WIDTH, batch=len(query))
 
 
 def build(seed: int = 0, **changes: Any) -> VQTransformer:
-    return build_vq_transformer(VQTransformerConfig(**SIZE | changes), embedding_dimension=tiny.WIDTH, seed=seed)
+    return build_vq_transformer(VQTransformerConfig(**SIZE | changes), embedding_dimension=tiny_models.WIDTH, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_it_comes_back_from_disk_as_it_was(network: VQTransformer, tmp_path: Pat
     network.save_pretrained(tmp_path)
     again = VQTransformer.from_pretrained(tmp_path, local_files_only=True)
     assert {name: again.config[name] for name in SIZE} == SIZE
-    assert again.config.condition_channels == tiny.WIDTH + 1
+    assert again.config.condition_channels == tiny_models.WIDTH + 1
     assert torch.equal(answer(again), answer(network))
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
-import tiny
 import torch
 from numpy.typing import NDArray
+from support import tiny_models
 
 import model.retrieval.database
 from model.errors import ModelError
 from model.retrieval.database import Database, Hits, SearchEffort, ShardFiles
-from model.retrieval.factory import cells_of
+from model.retrieval.faiss_index import cells_of
 
 
 def ranked(queries: NDArray[Any], rows: NDArray[np.float16]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -35,24 +35,24 @@ def require_exact(hits: Hits, queries: NDArray[Any], rows: NDArray[np.float16], 
 
 @pytest.mark.parametrize("splits", [[], [70], [0, 10, 10, 90]], ids=["one shard", "two", "uneven, some empty"])
 def test_flat_search_is_brute_force_over_all_shards(tmp_path: Path, splits: list[int]) -> None:
-    rows, queries = tiny.unit_rows(100), tiny.unit_rows(7, seed=1).astype(np.float32)
-    database = tiny.database(tmp_path, *np.split(rows, splits))
+    rows, queries = tiny_models.unit_rows(100), tiny_models.unit_rows(7, seed=1).astype(np.float32)
+    database = tiny_models.database(tmp_path, *np.split(rows, splits))
     assert len(database) == 100
     assert database.exact
     require_exact(database.search(queries, 12), queries, rows, 12)
 
 
 def test_queries_may_be_half_precision_and_strided(tmp_path: Path) -> None:
-    rows, queries = tiny.unit_rows(40), tiny.unit_rows(8, seed=1)[::2]
-    require_exact(tiny.database(tmp_path, rows).search(queries, 3), queries, rows, 3)
+    rows, queries = tiny_models.unit_rows(40), tiny_models.unit_rows(8, seed=1)[::2]
+    require_exact(tiny_models.database(tmp_path, rows).search(queries, 3), queries, rows, 3)
 
 
 @pytest.mark.parametrize("factory", ["IVF4,PQ4x4", "OPQ4_8,IVF4,PQ4x4"])
 def test_what_an_approximate_index_proposes_is_scored_and_ordered_by_the_stored_rows(
     tmp_path: Path, factory: str
 ) -> None:
-    rows, queries = tiny.unit_rows(300), tiny.unit_rows(6, seed=1).astype(np.float32)
-    database = tiny.database(tmp_path, rows[:140], rows[140:], factory=factory, nprobe=4, candidates=300)
+    rows, queries = tiny_models.unit_rows(300), tiny_models.unit_rows(6, seed=1).astype(np.float32)
+    database = tiny_models.database(tmp_path, rows[:140], rows[140:], factory=factory, nprobe=4, candidates=300)
     assert not database.exact
 
     # 300 candidates are all there are: the index's own order must leave no trace.
@@ -67,28 +67,30 @@ def test_what_an_approximate_index_proposes_is_scored_and_ordered_by_the_stored_
 
 
 def test_nprobe_is_the_number_of_cells_visited(tmp_path: Path) -> None:
-    rows, queries = tiny.unit_rows(400), tiny.unit_rows(20, seed=1).astype(np.float32)
+    rows, queries = tiny_models.unit_rows(400), tiny_models.unit_rows(20, seed=1).astype(np.float32)
     exact, _ = ranked(queries, rows)
     missed = {}
     for nprobe in (1, 8):
-        found = tiny.database(tmp_path / str(nprobe), rows, factory="IVF8,Flat", nprobe=nprobe).search(queries, 10)
+        found = tiny_models.database(tmp_path / str(nprobe), rows, factory="IVF8,Flat", nprobe=nprobe).search(
+            queries, 10
+        )
         missed[nprobe] = (found.ids != exact[:, : found.ids.shape[1]]).any()
     assert missed == {1: True, 8: False}
 
 
 def test_ties_go_to_the_lower_id_across_shards(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(30)
+    rows = tiny_models.unit_rows(30)
     rows[[4, 17, 29]] = rows[11]
-    hits = tiny.database(tmp_path, rows[:15], rows[15:20], rows[20:]).search(rows[11:12], 4)
+    hits = tiny_models.database(tmp_path, rows[:15], rows[15:20], rows[20:]).search(rows[11:12], 4)
     assert hits.ids[0, :4].tolist() == [4, 11, 17, 29]
 
 
 def test_exclude_hides_the_row_and_its_exact_copies_only(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(30)
+    rows = tiny_models.unit_rows(30)
     rows[22] = rows[3]
     rows[9] = rows[3]
     rows[9, 0] = np.nextafter(rows[3, 0], np.float16(0))  # a neighbour as near as float16 allows, and no copy
-    database = tiny.database(tmp_path, rows[:20], rows[20:])
+    database = tiny_models.database(tmp_path, rows[:20], rows[20:])
     queries, own = rows[[3, 5]], np.array([3, 5])
 
     hits = database.search(queries, 6, exclude=own)
@@ -101,9 +103,9 @@ def test_exclude_hides_the_row_and_its_exact_copies_only(tmp_path: Path) -> None
 
 
 def test_a_crowd_of_copies_does_not_hide_the_neighbours_behind_it(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(160)
+    rows = tiny_models.unit_rows(160)
     rows[:100] = rows[0]
-    hits = tiny.database(tmp_path, rows).search(rows[:1], 5, exclude=np.array([0]))
+    hits = tiny_models.database(tmp_path, rows).search(rows[:1], 5, exclude=np.array([0]))
     order, _ = ranked(rows[:1], rows)
     assert hits.ids[0].tolist() == [row for row in order[0] if row >= 100][:5]
 
@@ -112,16 +114,16 @@ def test_a_crowd_of_copies_does_not_hide_the_neighbours_behind_it(tmp_path: Path
 def test_candidates_that_do_not_fit_into_memory_are_ranked_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str
 ) -> None:
-    rows = tiny.unit_rows(300)
+    rows = tiny_models.unit_rows(300)
     rows[40:90] = rows[3]
-    database = tiny.database(tmp_path, rows[:100], rows[100:], factory=factory, nprobe=4, candidates=20)
+    database = tiny_models.database(tmp_path, rows[:100], rows[100:], factory=factory, nprobe=4, candidates=20)
     own = np.arange(120)
     whole = database.search(rows[own], 10, exclude=own)
     asked = []
     propose = database.proposer.propose
 
     def counted(queries: NDArray[np.float32], count: int, nprobe: int) -> Any:
-        asked.append(len(queries) * count * tiny.WIDTH)
+        asked.append(len(queries) * count * tiny_models.WIDTH)
         return propose(queries, count, nprobe)
 
     monkeypatch.setattr(database.proposer, "propose", counted)
@@ -133,8 +135,8 @@ def test_candidates_that_do_not_fit_into_memory_are_ranked_in_turn(
 
 
 def test_of_shards_on_their_own_the_best_candidates_are_ranked(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(400)
-    database = tiny.database(tmp_path, rows[:150], rows[150:155], rows[155:], factory="IVF4,PQ4x4fs", nprobe=4)
+    rows = tiny_models.unit_rows(400)
+    database = tiny_models.database(tmp_path, rows[:150], rows[150:155], rows[155:], factory="IVF4,PQ4x4fs", nprobe=4)
     proposed, _ = database.proposer.propose(rows[:7].astype(np.float32), 60, 4)
     assert proposed.shape == (7, 60)
     best = database.search(rows[:7], 1)
@@ -142,8 +144,8 @@ def test_of_shards_on_their_own_the_best_candidates_are_ranked(tmp_path: Path) -
 
 
 def test_of_shards_that_are_compared_by_distance_the_best_candidates_are_ranked_too(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(700, 16)
-    database = tiny.database(tmp_path, rows[:500], rows[500:], factory="HNSW8,PQ8x4", candidates=100)
+    rows = tiny_models.unit_rows(700, 16)
+    database = tiny_models.database(tmp_path, rows[:500], rows[500:], factory="HNSW8,PQ8x4", candidates=100)
     near, _ = ranked(rows[:20], rows)
     found = database.search(rows[:20], 10).ids
     shares = [len(set(one) & set(true)) / 10 for one, true in zip(found.tolist(), near[:, :10].tolist(), strict=True)]
@@ -151,8 +153,8 @@ def test_of_shards_that_are_compared_by_distance_the_best_candidates_are_ranked_
 
 
 def test_a_small_database_gives_what_it_has(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(5)
-    database = tiny.database(tmp_path, rows[:2], rows[2:])
+    rows = tiny_models.unit_rows(5)
+    database = tiny_models.database(tmp_path, rows[:2], rows[2:])
     require_exact(database.search(rows[:3], 10), rows[:3], rows, 5)
     others = database.search(rows[:3], 10, exclude=np.arange(3))
     assert [sorted(found) for found in others.ids.tolist()] == [[1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 3, 4]]
@@ -160,14 +162,14 @@ def test_a_small_database_gives_what_it_has(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shards", [0, 2])
 def test_an_empty_database_is_refused(tmp_path: Path, shards: int) -> None:
-    files = tiny.shard_files(tmp_path, *[tiny.unit_rows(0)] * shards) if shards else []
+    files = tiny_models.shard_files(tmp_path, *[tiny_models.unit_rows(0)] * shards) if shards else []
     with pytest.raises(ModelError, match=r"database birds is empty.*build it from at least one image"):
-        Database(files, encoder=tiny.identity(), name="birds")
+        Database(files, encoder=tiny_models.identity(), name="birds")
 
 
-@pytest.mark.parametrize("shape", [(3, tiny.WIDTH + 1), (3, tiny.WIDTH - 1), (tiny.WIDTH,)])
+@pytest.mark.parametrize("shape", [(3, tiny_models.WIDTH + 1), (3, tiny_models.WIDTH - 1), (tiny_models.WIDTH,)])
 def test_queries_of_another_width_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    database = tiny.database(tmp_path, tiny.unit_rows(5), name="birds")
+    database = tiny_models.database(tmp_path, tiny_models.unit_rows(5), name="birds")
     with pytest.raises(ModelError) as caught:
         database.search(np.ones(shape, np.float32), 1)
     assert str(shape) in str(caught.value)
@@ -177,30 +179,30 @@ def test_queries_of_another_width_are_refused(tmp_path: Path, shape: tuple[int, 
 @pytest.mark.parametrize("k", [0, -1])
 def test_no_neighbours_cannot_be_asked_for(tmp_path: Path, k: int) -> None:
     with pytest.raises(ModelError, match=f"k is {k}; ask for at least one"):
-        tiny.database(tmp_path, tiny.unit_rows(5)).search(tiny.unit_rows(1), k)
+        tiny_models.database(tmp_path, tiny_models.unit_rows(5)).search(tiny_models.unit_rows(1), k)
 
 
 @pytest.mark.parametrize(
     ("stored", "told"),
     [
-        (tiny.unit_rows(9), "1.faiss indexes 10 rows, but beside it are 9"),
-        (tiny.unit_rows(11), "1.faiss indexes 10 rows, but beside it are 11"),
-        (tiny.unit_rows(10, 4), "1.npy holds (10, 4), not (n, 8)"),
+        (tiny_models.unit_rows(9), "1.faiss indexes 10 rows, but beside it are 9"),
+        (tiny_models.unit_rows(11), "1.faiss indexes 10 rows, but beside it are 11"),
+        (tiny_models.unit_rows(10, 4), "1.npy holds (10, 4), not (n, 8)"),
     ],
 )
 def test_an_index_that_does_not_fit_its_rows_is_refused(tmp_path: Path, stored: NDArray[np.float16], told: str) -> None:
-    good, bad = tiny.shard_files(tmp_path, tiny.unit_rows(5), tiny.unit_rows(10))
+    good, bad = tiny_models.shard_files(tmp_path, tiny_models.unit_rows(5), tiny_models.unit_rows(10))
     np.save(bad.embeddings[0], stored)
     with pytest.raises(ModelError, match=re.escape(told) + ".*rebuild the database"):
-        Database([good, bad], encoder=tiny.identity())
+        Database([good, bad], encoder=tiny_models.identity())
 
 
 def test_files_whose_rows_are_known_are_mapped_when_they_are_asked_for(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(15)
-    one, other = tiny.shard_files(tmp_path, rows[:5], rows[5:])
+    rows = tiny_models.unit_rows(15)
+    one, other = tiny_models.shard_files(tmp_path, rows[:5], rows[5:])
     one, other = dataclasses.replace(one, rows=(5,)), dataclasses.replace(other, rows=(10,))
     other.embeddings[0].rename(tmp_path / "away.npy")
-    database = Database([one, other], encoder=tiny.identity())
+    database = Database([one, other], encoder=tiny_models.identity())
     np.testing.assert_array_equal(database.rows(np.array([4, 0])), rows[[4, 0]])
     np.save(other.embeddings[0], rows[:9])
     with pytest.raises(ModelError, match=r"holds \(9, 8\), not \(10, 8\) as its index and encoder say; rebuild"):
@@ -211,18 +213,18 @@ def test_files_whose_rows_are_known_are_mapped_when_they_are_asked_for(tmp_path:
 
 def test_rows_of_another_encoder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="rebuild the database"):
-        Database(tiny.shard_files(tmp_path, tiny.unit_rows(10)), encoder=tiny.identity(16))
+        Database(tiny_models.shard_files(tmp_path, tiny_models.unit_rows(10)), encoder=tiny_models.identity(16))
 
 
 def test_shards_are_numbered_in_the_order_given(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(20)
-    first, second = tiny.shard_files(tmp_path, rows[:5], rows[5:])
-    assert Database([second, first], encoder=tiny.identity()).search(rows[[0, 5]], 1).ids.tolist() == [[15], [0]]
+    rows = tiny_models.unit_rows(20)
+    first, second = tiny_models.shard_files(tmp_path, rows[:5], rows[5:])
+    assert Database([second, first], encoder=tiny_models.identity()).search(rows[[0, 5]], 1).ids.tolist() == [[15], [0]]
 
 
 def test_rows_are_the_stored_ones_in_the_shape_of_the_ids(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(20)
-    database = tiny.database(tmp_path, rows[:5], rows[5:5], rows[5:])
+    rows = tiny_models.unit_rows(20)
+    database = tiny_models.database(tmp_path, rows[:5], rows[5:5], rows[5:])
     ids = np.array([[19, 0, 5], [4, 4, 12]])
     taken = database.rows(ids)
     assert taken.dtype == np.float16
@@ -230,19 +232,19 @@ def test_rows_are_the_stored_ones_in_the_shape_of_the_ids(tmp_path: Path) -> Non
 
 
 def test_describe_joins_the_ids_with_what_is_known(tmp_path: Path) -> None:
-    files: list[ShardFiles] = tiny.shard_files(tmp_path, tiny.unit_rows(5))
-    bare = Database(files, encoder=tiny.identity())
+    files: list[ShardFiles] = tiny_models.shard_files(tmp_path, tiny_models.unit_rows(5))
+    bare = Database(files, encoder=tiny_models.identity())
     assert bare.describe(np.array([3, 1])) == [{"id": 3}, {"id": 1}]
-    known = Database(files, encoder=tiny.identity(), describe=lambda ids: [{"key": f"{row:09d}"} for row in ids])
+    known = Database(files, encoder=tiny_models.identity(), describe=lambda ids: [{"key": f"{row:09d}"} for row in ids])
     assert known.describe([3, 1]) == [{"id": 3, "key": "000000003"}, {"id": 1, "key": "000000001"}]
 
 
 def test_copies_that_crowd_one_shard_cost_no_neighbour(tmp_path: Path) -> None:
     """The copies and the true neighbours lie in one shard; the others have plenty of worse rows to offer."""
-    near = tiny.unit_rows(12)
+    near = tiny_models.unit_rows(12)
     first = np.concatenate([near[:1]] * 5 + [near])
     far = -np.concatenate([near] * 2)
-    database = tiny.database(tmp_path, first, far)
+    database = tiny_models.database(tmp_path, first, far)
     rows = np.concatenate([first, far])
     query = rows[:1].astype(np.float32)
     found = database.search(query, 8, exclude=np.array([0]))
@@ -254,45 +256,51 @@ def test_copies_that_crowd_one_shard_cost_no_neighbour(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8,SQfp16", "IVF8,SQ8", "OPQ4,IVF8,PQ4x4"])
 def test_cells_stacked_over_shards_are_searched_as_those_of_one(tmp_path: Path, factory: str) -> None:
-    rows, queries = tiny.unit_rows(900), tiny.unit_rows(20, seed=1).astype(np.float32)
-    whole = tiny.database(tmp_path / "one", rows, factory=factory, nprobe=2, candidates=60)
-    parts = tiny.database(tmp_path / "many", *np.split(rows, [50, 50, 600]), factory=factory, nprobe=2, candidates=60)
+    rows, queries = tiny_models.unit_rows(900), tiny_models.unit_rows(20, seed=1).astype(np.float32)
+    whole = tiny_models.database(tmp_path / "one", rows, factory=factory, nprobe=2, candidates=60)
+    parts = tiny_models.database(
+        tmp_path / "many", *np.split(rows, [50, 50, 600]), factory=factory, nprobe=2, candidates=60
+    )
     assert type(parts.proposer).__name__ == "StackedCells"
     np.testing.assert_array_equal(parts.search(queries, 10).ids, whole.search(queries, 10).ids)
 
 
 def test_opening_copies_no_ids_and_a_search_starts_no_threads_that_read_ahead(tmp_path: Path) -> None:
-    database = tiny.database(tmp_path, tiny.unit_rows(60), tiny.unit_rows(0), factory="IVF8,SQfp16")
+    database = tiny_models.database(
+        tmp_path, tiny_models.unit_rows(60), tiny_models.unit_rows(0), factory="IVF8,SQfp16"
+    )
     shards = [part for part in database.proposer._kept if isinstance(part, faiss.Index)]  # type: ignore[attr-defined]
     mapped = [faiss.downcast_InvertedLists(cells_of(shard).invlists) for shard in shards]
     assert [(type(lists), lists.prefetch_nthread) for lists in mapped] == [(faiss.OnDiskInvertedLists, 0)] * 2
 
 
 def test_shards_of_versions_are_told_apart_by_their_ordinals(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(300)
-    files = tiny.shard_files(tmp_path, rows[:100], rows[100:180], rows[180:], factory="IVF4,SQfp16")
+    rows = tiny_models.unit_rows(300)
+    files = tiny_models.shard_files(tmp_path, rows[:100], rows[100:180], rows[180:], factory="IVF4,SQfp16")
     quantizer, effort = tmp_path / "quantizer.faiss", SearchEffort(nprobe=4)
-    without = Database([files[0], files[2]], encoder=tiny.identity(), quantizer=quantizer, effort=effort)
+    without = Database([files[0], files[2]], encoder=tiny_models.identity(), quantizer=quantizer, effort=effort)
     kept = np.concatenate([rows[:100], rows[180:]])
     require_exact(without.search(kept[:50], 5), kept[:50], kept, 5)
 
 
 def test_cells_without_their_quantizer_are_refused(tmp_path: Path) -> None:
-    files = tiny.shard_files(tmp_path, tiny.unit_rows(200), factory="IVF4,SQ8")
+    files = tiny_models.shard_files(tmp_path, tiny_models.unit_rows(200), factory="IVF4,SQ8")
     with pytest.raises(ModelError, match=r"0\.faiss holds cells without their quantizer; rebuild"):
-        Database(files, encoder=tiny.identity())
-    other = tiny.shard_files(tmp_path / "other", tiny.unit_rows(200), factory="IVF8,SQ8")
+        Database(files, encoder=tiny_models.identity())
+    other = tiny_models.shard_files(tmp_path / "other", tiny_models.unit_rows(200), factory="IVF8,SQ8")
     with pytest.raises(ModelError, match=r"0\.faiss was not filled from .*rebuild"):
-        Database(other, encoder=tiny.identity(), quantizer=tmp_path / "quantizer.faiss")
+        Database(other, encoder=tiny_models.identity(), quantizer=tmp_path / "quantizer.faiss")
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,SQfp16", "IVF4,SQ8"])
 def test_hidden_rows_are_never_returned_however_near(tmp_path: Path, factory: str) -> None:
-    rows = tiny.unit_rows(400)
+    rows = tiny_models.unit_rows(400)
     queries = rows[:5].astype(np.float32)
     near = np.unique(ranked(queries, rows)[0][:, :60])
     visible = np.setdiff1d(np.arange(400), near)
-    database = tiny.database(tmp_path, rows[:250], rows[250:], factory=factory, hidden=near, nprobe=4, candidates=20)
+    database = tiny_models.database(
+        tmp_path, rows[:250], rows[250:], factory=factory, hidden=near, nprobe=4, candidates=20
+    )
     assert (len(database), database.stored) == (len(visible), 400)
     np.testing.assert_array_equal(database.ids(), visible)
     found = database.search(queries, 10)
@@ -302,19 +310,19 @@ def test_hidden_rows_are_never_returned_however_near(tmp_path: Path, factory: st
 
 
 def test_a_query_whose_cells_are_empty_visits_more(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(64)
-    hits = tiny.database(tmp_path, rows, factory="IVF16,SQfp16", nprobe=1).search(rows[:8], 30)
+    rows = tiny_models.unit_rows(64)
+    hits = tiny_models.database(tmp_path, rows, factory="IVF16,SQfp16", nprobe=1).search(rows[:8], 30)
     assert hits.ids.shape == (8, 30)
     assert (hits.ids >= 0).all()
     assert hits.ids[:, 0].tolist() == list(range(8))
-    require_exact(tiny.database(tmp_path, rows, factory="IVF16,SQfp16").search(rows[:8], 64), rows[:8], rows, 64)
+    require_exact(tiny_models.database(tmp_path, rows, factory="IVF16,SQfp16").search(rows[:8], 64), rows[:8], rows, 64)
 
 
 @pytest.mark.parametrize("factory", ["IVF32,SQfp16", "OPQ4_8,IVF16,PQ4x4"])
 def test_threads_that_search_with_other_efforts_do_not_disturb_each_other(tmp_path: Path, factory: str) -> None:
-    rows = tiny.unit_rows(3_000)
-    usual = tiny.database(tmp_path, rows[:1000], rows[1000:], factory=factory, candidates=20)
-    queries = tiny.unit_rows(20, seed=3).astype(np.float32)
+    rows = tiny_models.unit_rows(3_000)
+    usual = tiny_models.database(tmp_path, rows[:1000], rows[1000:], factory=factory, candidates=20)
+    queries = tiny_models.unit_rows(20, seed=3).astype(np.float32)
     alone = {count: usual.nearest(queries[:count], 10).ids for count in (1, 20)}
     ended = threading.Event()
 
@@ -337,7 +345,10 @@ def test_threads_that_search_with_other_efforts_do_not_disturb_each_other(tmp_pa
     ("asked", "told"),
     [
         ({"queries": np.array([["a red cat"]])}, "not numbers; embed texts"),
-        ({"queries": 2 * tiny.unit_rows(3)}, "query 0 to database database has length 2, a cosine takes unit rows"),
+        (
+            {"queries": 2 * tiny_models.unit_rows(3)},
+            "query 0 to database database has length 2, a cosine takes unit rows",
+        ),
         ({"k": 2.5}, "k is 2.5; ask for a whole number"),
         ({"exclude": np.array([0, 1])}, r"exclude has shape \(2,\) for 3 queries; give one row id each"),
         ({"exclude": np.array([0, 1, 40])}, "has no row 40; its ids go from 0 to 39"),
@@ -346,30 +357,33 @@ def test_threads_that_search_with_other_efforts_do_not_disturb_each_other(tmp_pa
     ],
 )
 def test_what_no_search_can_answer_is_refused_in_one_line(tmp_path: Path, asked: dict[str, Any], told: str) -> None:
-    database = tiny.database(tmp_path, tiny.unit_rows(40))
+    database = tiny_models.database(tmp_path, tiny_models.unit_rows(40))
     with pytest.raises(ModelError, match=told):
-        database.search(**{"queries": tiny.unit_rows(3), "k": 2, **asked})
+        database.search(**{"queries": tiny_models.unit_rows(3), "k": 2, **asked})
 
 
 @pytest.mark.parametrize(("row", "told"), [(40, "has no row 40"), (-1, "has no row -1")])
 def test_an_unknown_row_has_no_description(tmp_path: Path, row: int, told: str) -> None:
     with pytest.raises(ModelError, match=told):
-        tiny.database(tmp_path, tiny.unit_rows(40)).describe([row])
+        tiny_models.database(tmp_path, tiny_models.unit_rows(40)).describe([row])
 
 
 def test_a_part_may_hide_all_its_rows_and_then_finds_nothing(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(40)
+    rows = tiny_models.unit_rows(40)
     part = Database(
-        tiny.shard_files(tmp_path, rows), encoder=tiny.identity(), hidden=np.arange(40, dtype=np.int64), part=True
+        tiny_models.shard_files(tmp_path, rows),
+        encoder=tiny_models.identity(),
+        hidden=np.arange(40, dtype=np.int64),
+        part=True,
     )
     hits = part.search_without(rows[:3].astype(np.float32), 5, rows[:3])
     assert hits.ids.shape == hits.scores.shape == (3, 0)
-    assert hits.embeddings.shape == (3, 0, tiny.WIDTH)
+    assert hits.embeddings.shape == (3, 0, tiny_models.WIDTH)
     np.testing.assert_array_equal(part.rows(np.array([7])), rows[[7]])
 
 
 def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
-    database = tiny.database(tmp_path, tiny.unit_rows(40))
+    database = tiny_models.database(tmp_path, tiny_models.unit_rows(40))
     with pytest.raises(ModelError, match="there is no device 'gpu'"):
         database.to("gpu")
     if not torch.cuda.is_available():
@@ -378,10 +392,10 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_products_that_are_rounded_cost_no_neighbour(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(5_000)
-    whole = tiny.database(tmp_path, rows)
+    rows = tiny_models.unit_rows(5_000)
+    whole = tiny_models.database(tmp_path, rows)
     rounded = whole.to("cpu")
     for part in rounded.proposer._parts:  # type: ignore[attr-defined]
         part.copy_((part * 512).round() / 512)
-    queries = tiny.unit_rows(200, seed=1)
+    queries = tiny_models.unit_rows(200, seed=1)
     np.testing.assert_array_equal(rounded.search(queries, 10).ids, whole.search(queries, 10).ids)

@@ -2,10 +2,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
+from support import tiny_models
 
 from model.retrieval.database import Database
-from model.retrieval.factory import fill_shard
+from model.retrieval.faiss_index import fill_shard
 from model.retrieval.recall import brute_force, find_truth, recall
 
 
@@ -18,51 +18,51 @@ def recall_at_k(
 
 @pytest.mark.parametrize("exclude", [None, np.arange(12)])
 def test_an_exact_database_recalls_everything(tmp_path: Path, exclude: np.ndarray | None) -> None:
-    rows = tiny.unit_rows(200)
+    rows = tiny_models.unit_rows(200)
     rows[150] = rows[0]
-    database = tiny.database(tmp_path, rows[:80], rows[80:])
+    database = tiny_models.database(tmp_path, rows[:80], rows[80:])
     assert recall_at_k(database, rows, rows[:12].astype(np.float32), k=10, exclude=exclude) == 1.0
 
 
 def test_recall_is_the_share_of_the_true_neighbours_found(tmp_path: Path) -> None:
-    rows, queries = tiny.unit_rows(200), tiny.unit_rows(25, seed=1).astype(np.float32)
+    rows, queries = tiny_models.unit_rows(200), tiny_models.unit_rows(25, seed=1).astype(np.float32)
     truth = np.argsort(-queries @ rows.astype(np.float32).T, axis=1)[:, :10]
-    files = tiny.shard_files(tmp_path, rows)
+    files = tiny_models.shard_files(tmp_path, rows)
     crippled = rows.copy()
     crippled[120:] = 0  # the index has lost the last 80 rows
     fill_shard(tmp_path / "quantizer.faiss", [crippled], files[0].index)
 
-    value = recall_at_k(Database(files, encoder=tiny.identity()), rows, queries, k=10)
+    value = recall_at_k(Database(files, encoder=tiny_models.identity()), rows, queries, k=10)
 
     assert value == pytest.approx((truth < 120).mean())
     assert 0.4 < value < 0.8
 
 
 def test_fewer_cells_cost_recall(tmp_path: Path) -> None:
-    rows, queries = tiny.unit_rows(600), tiny.unit_rows(30, seed=1).astype(np.float32)
+    rows, queries = tiny_models.unit_rows(600), tiny_models.unit_rows(30, seed=1).astype(np.float32)
     recalls = [
-        recall_at_k(tiny.database(tmp_path / str(n), rows, factory="IVF8,Flat", nprobe=n), rows, queries, k=10)
+        recall_at_k(tiny_models.database(tmp_path / str(n), rows, factory="IVF8,Flat", nprobe=n), rows, queries, k=10)
         for n in (1, 3, 8)
     ]
     assert recalls[0] < recalls[1] < recalls[2] == 1.0
 
 
 def test_k_is_what_the_database_can_answer(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(4)
-    database, queries = tiny.database(tmp_path, rows), rows.astype(np.float32)
+    rows = tiny_models.unit_rows(4)
+    database, queries = tiny_models.database(tmp_path, rows), rows.astype(np.float32)
     assert recall_at_k(database, rows, queries, k=10) == 1.0
     assert recall_at_k(database, rows, queries, k=10, exclude=np.arange(4)) == 1.0
     assert recall_at_k(database, rows, queries[:0], k=10) == 1.0
 
 
 def test_brute_force_is_a_sort_of_all_cosines() -> None:
-    rows, queries = tiny.unit_rows(300), tiny.unit_rows(9, seed=1).astype(np.float32)
+    rows, queries = tiny_models.unit_rows(300), tiny_models.unit_rows(9, seed=1).astype(np.float32)
     expected = np.argsort(-queries.astype(np.float64) @ rows.astype(np.float64).T, axis=1)[:, :7]
     np.testing.assert_array_equal(brute_force(rows, queries, 7), expected)
 
 
 def test_brute_force_leaves_out_the_row_and_its_copies() -> None:
-    rows = tiny.unit_rows(50)
+    rows = tiny_models.unit_rows(50)
     rows[[20, 40]] = rows[2]
     own = np.array([2, 7])
     scores = rows[own].astype(np.float64) @ rows.astype(np.float64).T
@@ -72,8 +72,8 @@ def test_brute_force_leaves_out_the_row_and_its_copies() -> None:
 
 
 def test_brute_force_is_the_same_over_several_blocks_of_rows() -> None:
-    rows = tiny.unit_rows(70_000, 4)
-    queries = tiny.unit_rows(3, 4, seed=1)
+    rows = tiny_models.unit_rows(70_000, 4)
+    queries = tiny_models.unit_rows(3, 4, seed=1)
     rows[[66_000, 123, 69_999]] = queries[0]  # equal rows on both sides of the block's end
     found = brute_force(rows, queries.astype(np.float32), 20)
     assert found[0, :3].tolist() == [123, 66_000, 69_999]

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 from numpy.typing import NDArray
+from support import tiny_models
 
 from model.retrieval import stored_rows
 from model.retrieval.database import Database
 from model.retrieval.recall import find_truth
 from model.retrieval.stored_rows import StoredRows
-from model.training.database_rows import JoinedRows
+from model.training.neighbour_rows import JoinedRows
 
 MOST = 3
-ROWS = np.split(tiny.unit_rows(60), 12)
+ROWS = np.split(tiny_models.unit_rows(60), 12)
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def parts_of(folder: Path, rows: Sequence[NDArray[np.float16]] = ROWS) -> list[S
         return folder / f"{number}.npy"
 
     located: list[Callable[[], Path]] = [partial(found, number) for number in range(len(rows))]
-    return [StoredRows(one, tiny.WIDTH, len(part)) for one, part in zip(located, rows, strict=True)]
+    return [StoredRows(one, tiny_models.WIDTH, len(part)) for one, part in zip(located, rows, strict=True)]
 
 
 def mapped(folder: Path) -> set[str]:
@@ -48,7 +48,7 @@ def mapped(folder: Path) -> set[str]:
 
 
 def test_of_many_files_those_mapped_last_stay_mapped(tmp_path: Path) -> None:
-    database = tiny.database(tmp_path, *ROWS)
+    database = tiny_models.database(tmp_path, *ROWS)
     ids = np.random.default_rng(0).integers(0, 60, 200)
     np.testing.assert_array_equal(database.rows(ids), np.concatenate(ROWS)[ids])
     assert mapped(tmp_path) == {"9.npy", "10.npy", "11.npy"}
@@ -69,7 +69,7 @@ def test_training_reads_them_as_one_array_and_maps_few(tmp_path: Path) -> None:
 
 def test_databases_share_the_bound_and_one_that_is_gone_holds_nothing(tmp_path: Path) -> None:
     for folder in (tmp_path / "first", tmp_path / "second"):
-        database = tiny.database(folder, *ROWS)
+        database = tiny_models.database(folder, *ROWS)
         database.rows(np.arange(60))
         assert len(mapped(tmp_path)) == len(mapped(folder)) == MOST
     del database
@@ -77,7 +77,7 @@ def test_databases_share_the_bound_and_one_that_is_gone_holds_nothing(tmp_path: 
 
 
 def test_threads_that_let_each_others_files_go_read_the_same_rows(tmp_path: Path) -> None:
-    database, rows = tiny.database(tmp_path, *ROWS), np.concatenate(ROWS)
+    database, rows = tiny_models.database(tmp_path, *ROWS), np.concatenate(ROWS)
     asked = [np.random.default_rng(seed).integers(0, 60, 30) for seed in range(300)]
     with ThreadPoolExecutor(8) as pool:
         for ids, found in zip(asked, pool.map(database.rows, asked), strict=True):
@@ -86,7 +86,7 @@ def test_threads_that_let_each_others_files_go_read_the_same_rows(tmp_path: Path
 
 
 def test_a_truth_keeps_no_file_mapped_that_was_not(tmp_path: Path) -> None:
-    parts, queries = parts_of(tmp_path), tiny.unit_rows(4, seed=1).astype(np.float32)
+    parts, queries = parts_of(tmp_path), tiny_models.unit_rows(4, seed=1).astype(np.float32)
     parts[5].array  # noqa: B018 - mapped, and stays so
     expected = find_truth(ROWS, queries)
     np.testing.assert_array_equal(find_truth(parts, queries).ids, expected.ids)
@@ -99,10 +99,10 @@ def test_a_truth_keeps_no_file_mapped_that_was_not(tmp_path: Path) -> None:
 def test_all_rows_go_to_an_accelerator_and_no_file_stays_mapped(tmp_path: Path) -> None:
     files = [
         dataclasses.replace(shard, rows=(len(rows),))
-        for shard, rows in zip(tiny.shard_files(tmp_path, *ROWS), ROWS, strict=True)
+        for shard, rows in zip(tiny_models.shard_files(tmp_path, *ROWS), ROWS, strict=True)
     ]
-    database = Database(files, encoder=tiny.identity(), quantizer=tmp_path / "quantizer.faiss")
-    moved, queries = database.to("cpu"), tiny.unit_rows(4, seed=1)
+    database = Database(files, encoder=tiny_models.identity(), quantizer=tmp_path / "quantizer.faiss")
+    moved, queries = database.to("cpu"), tiny_models.unit_rows(4, seed=1)
     assert mapped(tmp_path) == set()
     np.testing.assert_array_equal(moved.search(queries, 5).ids, database.search(queries, 5).ids)
 

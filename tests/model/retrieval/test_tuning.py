@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
+from support import tiny_models
 
 from model.retrieval.database import Database, SearchEffort
 from model.retrieval.recall import Truth, find_truth, recall
@@ -16,21 +16,21 @@ def truths_of(rows: np.ndarray, count: int = 40) -> dict[str, Truth]:
     own = np.arange(0, len(rows), len(rows) // count)[:count]
     return {
         "image": find_truth([rows], rows[own].astype(np.float32), own=own, own_rows=rows[own]),
-        "text": find_truth([rows], tiny.unit_rows(count, rows.shape[1], seed=5).astype(np.float32)),
+        "text": find_truth([rows], tiny_models.unit_rows(count, rows.shape[1], seed=5).astype(np.float32)),
     }
 
 
 def test_an_exact_database_needs_no_effort(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(300)
-    best, measured = tune(tiny.database(tmp_path, rows), truths_of(rows), 1.0)
+    rows = tiny_models.unit_rows(300)
+    best, measured = tune(tiny_models.database(tmp_path, rows), truths_of(rows), 1.0)
     assert best.recalls == {"image": 1.0, "text": 1.0}
     assert (best.effort.nprobe, len(measured)) == (1, 1)
     assert best.latency_ms > 0
 
 
 def test_the_least_cells_that_reach_the_target_for_both_kinds_are_visited(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(2_000)
-    database, truths = tiny.database(tmp_path, rows[:900], rows[900:], factory="IVF32,SQfp16"), truths_of(rows)
+    rows = tiny_models.unit_rows(2_000)
+    database, truths = tiny_models.database(tmp_path, rows[:900], rows[900:], factory="IVF32,SQfp16"), truths_of(rows)
     best, measured = tune(database, truths, 0.9)
     assert min(best.recalls.values()) >= 0.9
     fewer = database.with_effort(SearchEffort(nprobe=best.effort.nprobe // 2, candidates=best.effort.candidates))
@@ -40,8 +40,8 @@ def test_the_least_cells_that_reach_the_target_for_both_kinds_are_visited(tmp_pa
 
 
 def test_few_bits_are_made_up_for_by_candidates(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(3_000)
-    database = tiny.database(tmp_path, rows, factory="IVF4,PQ4x4")
+    rows = tiny_models.unit_rows(3_000)
+    database = tiny_models.database(tmp_path, rows, factory="IVF4,PQ4x4")
     best, measured = tune(database, truths_of(rows), 0.9)
     assert min(best.recalls.values()) >= 0.9
     assert best.effort.candidates > CANDIDATES[0]
@@ -50,23 +50,23 @@ def test_few_bits_are_made_up_for_by_candidates(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_reached_gives_its_best(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(500)
-    files = tiny.shard_files(tmp_path, rows)
+    rows = tiny_models.unit_rows(500)
+    files = tiny_models.shard_files(tmp_path, rows)
     np.save(files[0].embeddings[0], np.roll(rows, 1, axis=0))  # the index proposes what the rows do not bear out
-    database = Database(files, encoder=tiny.identity(), effort=SearchEffort(candidates=10))
+    database = Database(files, encoder=tiny_models.identity(), effort=SearchEffort(candidates=10))
     best, _ = tune(database, truths_of(rows), 0.95)
     assert min(best.recalls.values()) < 0.95
 
 
 def test_a_kind_without_queries_asks_for_nothing(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(300)
-    none = {"text": find_truth([rows], np.zeros((0, tiny.WIDTH), np.float32))}
-    best, _ = tune(tiny.database(tmp_path, rows), {**truths_of(rows), **none}, 0.95)
+    rows = tiny_models.unit_rows(300)
+    none = {"text": find_truth([rows], np.zeros((0, tiny_models.WIDTH), np.float32))}
+    best, _ = tune(tiny_models.database(tmp_path, rows), {**truths_of(rows), **none}, 0.95)
     assert best.recalls["text"] == 1.0
 
 
 def test_truth_grows_with_the_rows_and_forgets_what_is_hidden() -> None:
-    rows = tiny.unit_rows(900)
+    rows = tiny_models.unit_rows(900)
     own = np.array([3, 400, 77])
     first = find_truth([rows[:600]], rows[own].astype(np.float32), own=own, own_rows=rows[own])
     hidden = np.sort(np.array([int(first.ids[0, 0]), int(first.ids[1, 2]), 700]))
@@ -81,17 +81,17 @@ def test_truth_grows_with_the_rows_and_forgets_what_is_hidden() -> None:
 
 @pytest.mark.parametrize("device", ["cpu"])
 def test_products_on_a_device_find_what_flat_finds(tmp_path: Path, device: str) -> None:
-    rows, queries = tiny.unit_rows(300), tiny.unit_rows(9, seed=1).astype(np.float32)
-    database = tiny.database(tmp_path, rows[:120], rows[120:], factory="IVF8,SQ8", hidden=np.array([5, 130]))
+    rows, queries = tiny_models.unit_rows(300), tiny_models.unit_rows(9, seed=1).astype(np.float32)
+    database = tiny_models.database(tmp_path, rows[:120], rows[120:], factory="IVF8,SQ8", hidden=np.array([5, 130]))
     there = database.to(device).search(queries, 7)
-    flat = tiny.database(tmp_path / "flat", rows[:120], rows[120:], hidden=np.array([5, 130])).search(queries, 7)
+    flat = tiny_models.database(tmp_path / "flat", rows[:120], rows[120:], hidden=np.array([5, 130])).search(queries, 7)
     np.testing.assert_array_equal(there.ids, flat.ids)
     np.testing.assert_allclose(there.scores, flat.scores, atol=1e-6)
 
 
 def test_what_grew_begins_with_half_of_what_it_needed(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(2_000)
-    database, truths = tiny.database(tmp_path, rows, factory="IVF32,SQfp16"), truths_of(rows)
+    rows = tiny_models.unit_rows(2_000)
+    database, truths = tiny_models.database(tmp_path, rows, factory="IVF32,SQfp16"), truths_of(rows)
     anew, measured = tune(database, truths, 0.9)
     assert anew.effort.nprobe >= 4, "else the next lines show nothing"
     again, fewer = tune(database, truths, 0.9, before=anew.effort)
@@ -100,14 +100,14 @@ def test_what_grew_begins_with_half_of_what_it_needed(tmp_path: Path) -> None:
 
 
 def test_tuning_asks_for_no_rows_where_the_index_holds_them(tmp_path: Path) -> None:
-    rows = tiny.unit_rows(2_000, WIDE)  # no two of them score alike
-    (files,) = tiny.shard_files(tmp_path, rows, factory="IVF32,SQfp16")
+    rows = tiny_models.unit_rows(2_000, WIDE)  # no two of them score alike
+    (files,) = tiny_models.shard_files(tmp_path, rows, factory="IVF32,SQfp16")
 
     def far_away() -> Path:
         raise AssertionError("a database of a billion rows would fetch thousands of files")
 
     asked = dataclasses.replace(files, embeddings=(far_away,), rows=(len(rows),))
-    database = Database([asked], encoder=tiny.identity(WIDE), quantizer=tmp_path / "quantizer.faiss")
+    database = Database([asked], encoder=tiny_models.identity(WIDE), quantizer=tmp_path / "quantizer.faiss")
     truths = truths_of(rows)
     best, _ = tune(database, truths, 0.9)
     assert min(best.recalls.values()) >= 0.9

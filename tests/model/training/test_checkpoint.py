@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import FolderCheckpoints
+from support.fakes import FolderCheckpoints
 from torch import nn
 
 from model.errors import ModelError

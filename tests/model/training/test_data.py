@@ -4,17 +4,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from support import tiny_models
 
 from model.errors import ModelError
 from model.training.data import Batch, Rows, TrainingSet, picture_to_array, to_model_range
-from model.training.database_rows import DatabaseRows, JoinedRows
+from model.training.neighbour_rows import DatabaseRows, JoinedRows
 
 N = 12
-DATABASE = tiny.unit_rows(2 * N, seed=1)
+DATABASE = tiny_models.unit_rows(2 * N, seed=1)
 
 
 def rows(first: int = 0, last: int = N) -> Rows:
@@ -23,7 +23,7 @@ def rows(first: int = 0, last: int = N) -> Rows:
     pixels = np.repeat(own.astype(np.uint8) * 20, 4 * 4 * 3).reshape(len(own), 4, 4, 3)
     neighbours = np.stack([own + 1, own * 2], axis=1)
     return Rows(
-        pictures=pixels, embeddings=tiny.unit_rows(N)[first:last], neighbours=neighbours, reference=255 - pixels
+        pictures=pixels, embeddings=tiny_models.unit_rows(N)[first:last], neighbours=neighbours, reference=255 - pixels
     )
 
 
@@ -65,7 +65,7 @@ def seen(data: TrainingSet, steps: int, size: int, **options: Any) -> list[int]:
 def require_lockstep(batch: Batch) -> None:
     """Pictures, embeddings, neighbours and references are of the same rows."""
     own = np.array(chosen(batch))
-    np.testing.assert_array_equal(batch.query, tiny.unit_rows(N)[own])
+    np.testing.assert_array_equal(batch.query, tiny_models.unit_rows(N)[own])
     np.testing.assert_array_equal(batch.neighbours[:, 0], DATABASE[own + 1])
     np.testing.assert_array_equal(batch.neighbours[:, 1], DATABASE[own * 2])
     assert batch.reference is not None
@@ -228,7 +228,7 @@ def test_what_does_not_belong_together_is_refused(pictures: int, embeddings: int
     with pytest.raises(ModelError, match=message):
         Rows(
             pictures=np.zeros((pictures, 4, 4, 3), np.uint8),
-            embeddings=tiny.unit_rows(embeddings),
+            embeddings=tiny_models.unit_rows(embeddings),
             neighbours=np.zeros((neighbours, 2), np.int64),
         )
     with pytest.raises(ModelError, match="11 references for 12 pictures"):

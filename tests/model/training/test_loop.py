@@ -7,23 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from fakes import FolderCheckpoints, Killed, MetricsLog
+from support import tiny_models
+from support.fakes import FolderCheckpoints, Killed, MetricsLog
 from torch import nn
 
 from model.diffusion.conditioning import ConditioningConfig
-from model.diffusion.continuous import Prediction
-from model.diffusion.discrete import MaskAndReplace, Transitions
+from model.diffusion.flow_matching import Prediction
+from model.diffusion.vq_diffusion import MaskAndReplace, Transitions
 from model.errors import ModelError
 from model.networks.dit import build_transformer
 from model.networks.vq_autoencoder import AutoencoderObjective
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
-from model.training.contracts import TrainingConfig, TrainingData
 from model.training.data import Batch, Rows, TrainingSet, to_model_range
+from model.training.interfaces import TrainingConfig, TrainingData
 from model.training.loop import InterruptedTrainingError, train
 from model.training.muon import Muon
-from model.training.objectives import FlowMatching
+from model.training.objectives.flow_matching import FlowMatching
 from model.training.step import build_optimizers
 
 BATCH = 4
@@ -41,8 +41,8 @@ def training_set(pictures: int = 10, *, neighbours: Sequence[int] = (1, 2)) -> T
     """Random pictures of 8 px, each with the next two as neighbours."""
     pixels = np.random.default_rng(0).integers(0, 256, (pictures, 8, 8, 3), dtype=np.uint8)
     ids = (np.arange(pictures)[:, None] + neighbours) % pictures
-    rows = Rows(pictures=pixels, embeddings=tiny.unit_rows(pictures), neighbours=ids)
-    return TrainingSet(rows, tiny.unit_rows(pictures))
+    rows = Rows(pictures=pixels, embeddings=tiny_models.unit_rows(pictures), neighbours=ids)
+    return TrainingSet(rows, tiny_models.unit_rows(pictures))
 
 
 class Interrupted:
@@ -84,7 +84,7 @@ def run(
 ) -> tuple[nn.Module, nn.Module, MetricsLog]:
     """Train a tiny network: it, its average, and what was logged."""
     folder.mkdir(parents=True, exist_ok=True)
-    network = network or build_transformer(tiny.size(), embedding_dimension=tiny.WIDTH, seed=0)
+    network = network or build_transformer(tiny_models.size(), embedding_dimension=tiny_models.WIDTH, seed=0)
     metrics = MetricsLog()
     average = train(
         network,
@@ -122,7 +122,7 @@ def test_two_pictures_are_learned_and_drawn_from_their_embeddings(
         log_images=40,
     )
     network = build_transformer(
-        tiny.size(patch_size=patch_size, head_width=head_width), embedding_dimension=tiny.WIDTH, seed=0
+        tiny_models.size(patch_size=patch_size, head_width=head_width), embedding_dimension=tiny_models.WIDTH, seed=0
     )
     shown = ConditioningConfig(
         neighbours=1, pool=1, fewer_neighbours=0, drop_all=0, drop_query=0, drop_neighbours=0, gap_probability=0
@@ -131,7 +131,9 @@ def test_two_pictures_are_learned_and_drawn_from_their_embeddings(
 
     assert metrics["loss"][-1] < metrics["loss"][0] / fall
 
-    pipeline = tiny.pipeline(tiny.database(tmp_path, tiny.unit_rows(2)), prediction=prediction, neighbours=1)
+    pipeline = tiny_models.pipeline(
+        tiny_models.database(tmp_path, tiny_models.unit_rows(2)), prediction=prediction, neighbours=1
+    )
     pipeline.register_modules(transformer=average)
     batch = data.batch(0, seed=0, size=2)
     drawn = pipeline(batch.query, guidance_scale=1, generator=torch.Generator().manual_seed(0)).images
@@ -164,7 +166,7 @@ def test_a_killed_run_ends_as_an_unbroken_one_bit_for_bit(tmp_path: Path, death:
         kept
         == {8: [4, 8] if "before" not in death.get("checkpoints", {}) else [4], 7: [4], 2: []}[death.get("data", 8)]
     )
-    others = build_transformer(tiny.size(), embedding_dimension=tiny.WIDTH, seed=99 if kept else 0)
+    others = build_transformer(tiny_models.size(), embedding_dimension=tiny_models.WIDTH, seed=99 if kept else 0)
     resumed, resumed_average, resumed_metrics = run(folder, network=others)
 
     require_equal(resumed, whole)
@@ -185,7 +187,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(tmp_path: Path, value: float) -> None:
     data = Interrupted(5, value)
-    network = build_transformer(tiny.size(), embedding_dimension=tiny.WIDTH, seed=0)
+    network = build_transformer(tiny_models.size(), embedding_dimension=tiny_models.WIDTH, seed=0)
     with pytest.raises(ModelError, match=r"the loss is (nan|inf) after 24 images.*lower learning_rate"):
         run(tmp_path, data, network=network)
     assert len(data.asked) == 6, "found at the next log, not at the end"
@@ -231,7 +233,7 @@ def test_a_gradient_that_is_no_number_leaves_nothing_behind_though_the_loss_is_o
 @pytest.mark.parametrize("other", [{"head_width": 32}, {"layers": 2}, {"patch_size": 2}])
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
     run(tmp_path)
-    network = build_transformer(tiny.size(**other), embedding_dimension=tiny.WIDTH, seed=0)
+    network = build_transformer(tiny_models.size(**other), embedding_dimension=tiny_models.WIDTH, seed=0)
     with pytest.raises(
         ModelError, match=r"(?s)checkpoint .*12\.pt is damaged or of another network.*remove its folder"
     ):
@@ -328,7 +330,7 @@ def test_the_noise_follows_from_the_seed(tmp_path: Path) -> None:
 
 
 def test_every_parameter_has_one_optimizer_and_only_the_blocks_matrices_have_muon() -> None:
-    network = build_transformer(tiny.size(layers=2), embedding_dimension=tiny.WIDTH, seed=0)
+    network = build_transformer(tiny_models.size(layers=2), embedding_dimension=tiny_models.WIDTH, seed=0)
     adam, muon = build_optimizers(network, SHORT)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     held = [[names[id(p)] for group in optimizer.param_groups for p in group["params"]] for optimizer in (adam, muon)]
@@ -360,13 +362,13 @@ def test_what_codes_teach_does_not_depend_on_the_pieces(tmp_path: Path) -> None:
     size = VQTransformerConfig(codes=8, tokens=4, timesteps=6, layers=1, heads=1, head_width=16)
     pictures = np.random.default_rng(0).integers(0, 8, (10, 4))
     ids = (np.arange(10)[:, None] + (1, 2)) % 10
-    rows = Rows(pictures=pictures, embeddings=tiny.unit_rows(10), neighbours=ids)
+    rows = Rows(pictures=pictures, embeddings=tiny_models.unit_rows(10), neighbours=ids)
     found = []
     for pieces in (1, 4):
         objective = MaskAndReplace(Transitions(codes=8, timesteps=6), CONDITIONING)
-        network = build_vq_transformer(size, embedding_dimension=tiny.WIDTH, seed=0)
+        network = build_vq_transformer(size, embedding_dimension=tiny_models.WIDTH, seed=0)
         config = dataclasses.replace(SHORT, images=60 * BATCH, pieces=pieces)
-        data = TrainingSet(rows, tiny.unit_rows(10))
+        data = TrainingSet(rows, tiny_models.unit_rows(10))
         run(tmp_path / str(pieces), data, config=config, network=network, objective=objective)
         found.append([objective.history, *network.parameters()])
         assert (objective.seen >= objective.WARM).all(), "times were drawn by the history"
@@ -449,7 +451,7 @@ def test_pictures_come_at_their_images_of_the_average(tmp_path: Path) -> None:
         def grid(self, *, images: int, average: nn.Module) -> None:
             shown.append((images, average.training))
 
-    network = build_transformer(tiny.size(), embedding_dimension=tiny.WIDTH, seed=0)
+    network = build_transformer(tiny_models.size(), embedding_dimension=tiny_models.WIDTH, seed=0)
     config = dataclasses.replace(SHORT, grid_images=18)
     train(network, FlowMatching(CONDITIONING), training_set(), config,
           checkpoints=FolderCheckpoints(tmp_path), metrics=Shown())  # fmt: skip
@@ -490,7 +492,7 @@ def test_what_an_objective_holds_goes_where_the_network_goes(tmp_path: Path, obj
         def batch(self, *_: int, **__: int) -> Batch:
             raise Killed
 
-    network = build_transformer(tiny.size(), embedding_dimension=tiny.WIDTH, seed=0)
+    network = build_transformer(tiny_models.size(), embedding_dimension=tiny_models.WIDTH, seed=0)
     with pytest.raises(Killed):
         run(tmp_path, Unread(), network=network, objective=objective, device="meta")
     assert {part.device.type for part in [*network.parameters(), *objective.buffers()]} == {"meta"}

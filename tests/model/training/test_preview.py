@@ -1,9 +1,9 @@
 import pytest
-import tiny
 import torch
+from support import tiny_models
 
+from model.networks.build import build_any
 from model.networks.editor import widen_input
-from model.networks.sizes import build_any
 from model.networks.unet import UNetConfig
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, decode_codes
 from model.networks.vq_transformer import VQTransformerConfig
@@ -14,7 +14,7 @@ VQ = AutoencoderConfig(image_size=8, downscale=4, codes=8, code_width=4, channel
 
 
 def batch(seed: int = 0) -> Batch:
-    rows = torch.from_numpy(tiny.unit_rows(9, seed=seed)).float()
+    rows = torch.from_numpy(tiny_models.unit_rows(9, seed=seed)).float()
     return Batch(images=torch.zeros(3, 3, 8, 8), query=rows[:3], neighbours=rows[3:].reshape(3, 2, -1))
 
 
@@ -23,17 +23,17 @@ def test_every_network_draws_what_its_batch_asks_for(network: str) -> None:
     autoencoder = None
     match network:
         case "transformer":
-            built = tiny.network()
+            built = tiny_models.network()
         case "editor":
-            built = widen_input(tiny.network())
+            built = widen_input(tiny_models.network())
         case "unet":
             size = UNetConfig(image_size=8, widths=(32, 64), layers=1)
-            built = build_any(size, embedding_dimension=tiny.WIDTH, seed=0)
+            built = build_any(size, embedding_dimension=tiny_models.WIDTH, seed=0)
             torch.nn.init.normal_(built.conv_out.weight, generator=torch.Generator().manual_seed(0))
         case _:
             autoencoder = build_autoencoder(VQ, seed=0)
             codes = VQTransformerConfig(codes=8, tokens=4, timesteps=10, layers=1, heads=1, head_width=16)
-            built = build_any(codes, embedding_dimension=tiny.WIDTH, seed=0)
+            built = build_any(codes, embedding_dimension=tiny_models.WIDTH, seed=0)
             torch.nn.init.normal_(built.head.weight, std=2, generator=torch.Generator().manual_seed(0))
             torch.nn.init.normal_(built.time_out.weight, std=2, generator=torch.Generator().manual_seed(0))
     first, same, other = (
@@ -47,13 +47,13 @@ def test_every_network_draws_what_its_batch_asks_for(network: str) -> None:
 
 def test_a_process_of_fewer_times_than_steps_is_drawn_in_all_of_them() -> None:
     codes = VQTransformerConfig(codes=8, tokens=4, timesteps=3, layers=1, heads=1, head_width=16)
-    built = build_any(codes, embedding_dimension=tiny.WIDTH, seed=0)
+    built = build_any(codes, embedding_dimension=tiny_models.WIDTH, seed=0)
     drawn = draw_preview(built, batch(), prediction="velocity", autoencoder=build_autoencoder(VQ, seed=0))
     assert drawn.shape == (3, 3, 8, 8)
 
 
 def test_an_editor_draws_as_its_base() -> None:
-    base = tiny.network()
+    base = tiny_models.network()
     drawn = [
         draw_preview(network, batch(), prediction="velocity", autoencoder=None) for network in (base, widen_input(base))
     ]

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from small_domain import COLOURS, SHAPES, drawn
+from support.tiny_domain import COLOURS, SHAPES, drawn
 
 from model.pipeline import KNNDiffusionPipeline
 

@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import torch.distributed as dist
-from fakes import FolderCheckpoints, MetricsLog
 from numpy.typing import NDArray
+from support import tiny_models
+from support.fakes import FolderCheckpoints, MetricsLog
 from torch import nn
 
 from model.diffusion.conditioning import ConditioningConfig
 from model.networks.dit import build_transformer
-from model.training.contracts import TrainingConfig
 from model.training.data import Batch, Rows, TrainingSet
+from model.training.interfaces import TrainingConfig
 from model.training.loop import InterruptedTrainingError, train
-from model.training.objectives import FlowMatching
+from model.training.objectives.flow_matching import FlowMatching
 from model.training.step import Step
 
 ROOT = Path(__file__).parents[3]
@@ -48,16 +48,18 @@ class Half:
     def load(self, chosen: NDArray[np.int64] | None = None) -> Rows:
         own = self._own if chosen is None else self._own[chosen]
         pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
-        return Rows(pictures=pixels[own], embeddings=tiny.unit_rows(10)[own], neighbours=(own[:, None] + (1, 2)) % 10)
+        return Rows(
+            pictures=pixels[own], embeddings=tiny_models.unit_rows(10)[own], neighbours=(own[:, None] + (1, 2)) % 10
+        )
 
 
 def training_set(rank: int, world: int) -> TrainingSet:
     """One that streams, so that a worker holds its own rows alone."""
-    return TrainingSet([Half(0), Half(5)], tiny.unit_rows(10), window_rows=5, rank=rank, world=world)
+    return TrainingSet([Half(0), Half(5)], tiny_models.unit_rows(10), window_rows=5, rank=rank, world=world)
 
 
 def new_network(seed: int = 0) -> nn.Module:
-    return build_transformer(tiny.size(layers=2), embedding_dimension=tiny.WIDTH, seed=seed)
+    return build_transformer(tiny_models.size(layers=2), embedding_dimension=tiny_models.WIDTH, seed=seed)
 
 
 def trained(folder: Path, *, rank: int = 0, world: int = 1, seed: int = 0, **options: Any) -> dict[str, Any]:

@@ -1,0 +1,5 @@
+"""The ``knn-diffusion`` command."""
+
+from flows.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,1 @@
+"""The demo: the pipeline on 5,400 emoji images, served locally."""

@@ -1,0 +1,1 @@
+"""Mask-free image editing."""

@@ -1,0 +1,1 @@
+"""CLIP encoders and the identity of their embedding spaces."""

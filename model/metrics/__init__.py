@@ -1,0 +1,1 @@
+"""Metrics on embeddings and images, with confidence intervals."""

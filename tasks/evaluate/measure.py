@@ -1,0 +1,274 @@
+"""Measure: score the samples of every condition, on a worker.
+
+Legend: ``N`` samples, ``D`` embedding width.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra import artifacts, storage
+from infra.compute.progress import Progress
+from infra.errors import InputError
+from model.metrics import embedding_metrics
+from model.metrics.bootstrap import Score
+from model.metrics.embedding_metrics import Rows
+from model.metrics.inception import inception_distance, require_inception
+from model.metrics.scores import Yardstick, flat, score_mean, score_samples
+from model.pipeline import KNNDiffusionPipeline
+from model.retrieval.database import Database
+from model.saved_generator import pretrained_folder
+from tasks.evaluate.sampler import ABLATIONS, MAIN, Condition, Sampler, contact_sheet, embed_alike, ids_at, queries_of
+from tasks.references.database import open_database
+from tasks.references.images import fetch_pictures
+from tasks.references.types import DatabaseVersion, Generator, encoder_of
+from tasks.train.task import generator_folder
+
+SAMPLES = "samples"
+SHOWN = 64
+"""Pictures of each condition that are kept."""
+WORST_COPIES = 10
+LEAST_COMPARED = 4
+"""Pictures on each side: precision and recall look at the third neighbour of each."""
+_DESCRIBED_ROWS = 1 << 14
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """What is drawn for the measurement, and what is measured."""
+
+    prompts: tuple[str, ...] = ()
+    prompt_urls: tuple[str, ...] = ()  # of the picture that each prompt describes, where that is known
+    samples: int = 256
+    steps: int | None = None  # None: the pipeline's own default
+    guidance: float | None = None  # None: the pipeline's own default
+    seed: int = 0
+    seeds: int = 4  # pictures of one prompt, for the diversity
+    diversity_prompts: int = 16
+    ablations: bool = False  # also without the query, with each kind of query, with 1, 4, 10 and 20 neighbours
+    bootstrap: int = 200  # resamples behind each interval; 0 for none
+    copy_percentile: float = 95.0  # of the cosines between real pictures, above which a sample is a copy
+    near_duplicate: float = (
+        embedding_metrics.NEAR_DUPLICATE
+    )  # cosine from which real pictures are variants, and left out of them
+    inception_weights: str | None = None  # torch-fidelity's file, local or remote: FID is measured too
+    use_gpu: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        if self.samples < LEAST_COMPARED:
+            raise ValueError(
+                f"samples must be at least {LEAST_COMPARED}: precision and recall look at the third neighbour of each"
+            )
+        if self.seeds < 2 or self.diversity_prompts < 1:
+            raise ValueError(
+                "seeds must be at least 2 and diversity_prompts 1: diversity compares pictures of a prompt"
+            )
+        if self.bootstrap < 0:
+            raise ValueError("bootstrap must be 0 or more resamples")
+        if not 0 < self.copy_percentile < 100:
+            raise ValueError("copy_percentile must lie between 0 and 100")
+        if not 0 < self.near_duplicate <= 1:
+            raise ValueError("near_duplicate must lie above 0 and at most at 1: it is a cosine")
+        if self.prompt_urls and len(self.prompt_urls) != len(self.prompts):
+            raise ValueError("prompt_urls must name a picture for each of the prompts, or be left out")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """What is measured: a generator on a database, and the other domains that its samples are held against."""
+
+    generator: Generator
+    name: str  # of the database
+    database: DatabaseVersion
+    others: Mapping[str, DatabaseVersion]
+    config: EvaluateConfig
+
+
+def pipeline_folder(generator: Generator, cache: Path) -> Path:
+    """The local pipeline of a generator; one without a manifest (the embedded one, say) is where its URI says."""
+    plain = pretrained_folder(generator.uri)
+    return plain if (plain / "model_index.json").exists() else generator_folder(generator, cache)
+
+
+def measure(subject: Subject, folder_uri: str, cache: Path) -> artifacts.Shard:
+    """Sample, embed, score, and commit what is worth showing."""
+    weights = _weights(subject.config, cache)
+    worker = _Measurement(subject, folder_uri, cache)
+    with storage.scratch() as folder:
+        scores = worker.main(folder, weights)
+        info: dict[str, Any] = {
+            "scores": scores,
+            "ablations": worker.ablations() if subject.config.ablations else {},
+            "swap": worker.swap(),
+            "compared": worker.compared,
+            "copies": worker.copies(folder),
+            "copy_threshold": worker.yardstick.threshold,
+            "shown": worker.labels[:SHOWN],
+            "encoder": dataclasses.asdict(encoder_of(subject.database.manifest())),
+        }
+        lines = [f"{name},{value:.6f}" for name, value in sorted(scores.items())]
+        (folder / "scores.csv").write_text("\n".join(["metric,value", *lines, ""]))
+        return artifacts.commit_shard(folder_uri, SAMPLES, folder, rows=subject.config.samples, info=info)
+
+
+class _Measurement:
+    """The samples of each condition, drawn once and scored by everything."""
+
+    def __init__(self, subject: Subject, folder_uri: str, cache: Path) -> None:
+        self._subject, self._config, self._cache = subject, subject.config, cache
+        versions = {subject.name: subject.database, **subject.others}
+        self._opened = {name: open_database(version, cache) for name, version in versions.items()}
+        for name, opened in self._opened.items():
+            if len(opened) < LEAST_COMPARED:
+                raise InputError(
+                    f"{name} holds {len(opened)} pictures; an evaluation compares at least {LEAST_COMPARED}"
+                )
+        self._database = self._opened[subject.name]
+        self._pipeline = KNNDiffusionPipeline.open(pipeline_folder(subject.generator, cache), self._database)
+        if self._config.use_gpu:
+            self._pipeline.to("cuda")
+        config = self._config
+        queries, self.labels = queries_of(self._pipeline, self._database, config.prompts, config.samples, config.seed)
+        told = Progress(folder_uri, "step")
+        self._sampler = Sampler(
+            self._pipeline, queries, steps=config.steps, guidance=config.guidance, seed=config.seed, told=told
+        )
+        self._scores: dict[Condition, dict[str, Score]] = {}
+        # Two sets of real pictures, as large as what samples are held against; of very few pictures there is one only.
+        half = len(self._database) // 2
+        self.compared = count = min(config.samples, half if half >= LEAST_COMPARED else len(self._database))
+        self._real_ids = random_rows(self._database, 2 * count, self._config.seed)
+        real = self._database.rows(self._real_ids).astype(np.float32)
+        near = self._database.search(real, 1, exclude=self._real_ids).scores[:, 0]
+        self._held_out, self._real_near = real[count:], near
+        self.yardstick = Yardstick(
+            real=real[:count],
+            threshold=embedding_metrics.copy_threshold(near[:count], config.copy_percentile, config.near_duplicate),
+            resamples=self._config.bootstrap,
+            seed=self._config.seed,
+        )
+
+    def main(self, folder: Path, weights: Path | None) -> dict[str, float]:
+        """Scores with neighbours and without, of real pictures, and the sheets of samples."""
+        scores = self._real_scores()
+        for name, condition in MAIN.items():
+            images, _ = self._sampler(condition)
+            scores |= flat(self._scored(condition), name)
+            contact_sheet(images[:SHOWN]).save(folder / f"{name}.png")
+            if weights is not None:
+                real = fetch_pictures(self._subject.database, self._real_ids[: self.compared].tolist(), self._cache)
+                compared = images[: self.compared]
+                scores[f"fid_{name}"] = inception_distance(compared, real, weights, cuda=self._config.use_gpu)
+        return scores | flat({"diversity": self._diversity()}, "knn")
+
+    def ablations(self) -> dict[str, dict[str, float]]:
+        """The scores of every condition, by name."""
+        return {name: flat(self._scored(condition)) for name, condition in ABLATIONS.items()}
+
+    def swap(self) -> dict[str, float]:
+        """Fréchet distance of the samples to each domain, over equally many rows of each; empty without others."""
+        if not self._subject.others:
+            return {}
+        count = min(self._config.samples, *(len(database) for database in self._opened.values()))
+        _, rows = self._sampler(Condition())
+        return {
+            name: embedding_metrics.frechet_distance(rows[:count], _some_rows(database, count, self._config.seed))
+            for name, database in self._opened.items()
+        }
+
+    def copies(self, folder: Path) -> list[dict[str, Any]]:
+        """The samples nearest to a database picture, nearest first; each and its source go to ``folder``/copies."""
+        images, rows = self._sampler(Condition())
+        hits = self._database.search(rows, 1)
+        worst = np.argsort(-hits.scores[:, 0], kind="stable")[:WORST_COPIES].tolist()
+        ids = hits.ids[worst, 0].tolist()
+        sources = fetch_pictures(self._subject.database, ids, self._cache)
+        (folder / "copies").mkdir()
+        told = []
+        for rank, (number, source, known) in enumerate(zip(worst, sources, self._database.describe(ids), strict=True)):
+            images[number].save(folder / "copies" / f"{rank:02d}_sample.png")
+            source.save(folder / "copies" / f"{rank:02d}_source.png")
+            cosine = float(hits.scores[number, 0])
+            seen = {"prompt": self.labels[number], "row": known["id"], "url": known["url"]}
+            told.append({"cosine": cosine, "copy": cosine > self.yardstick.threshold, **seen})
+        return told
+
+    def _scored(self, condition: Condition) -> dict[str, Score]:
+        key = self._sampler.resolved(condition)
+        if key not in self._scores:
+            _, rows = self._sampler(condition)
+            near = self._database.search(rows, 1).scores[:, 0]
+            self._scores[key] = score_samples(rows, self._sampler.queries.numpy(), near, self.yardstick)
+        return self._scores[key]
+
+    def _diversity(self) -> Score:
+        """Over ``seeds`` pictures of each of the first prompts."""
+        rows = self._sampler.seeds(Condition(), self._config.diversity_prompts, self._config.seeds)
+        queries = self._sampler.queries[: len(rows)].numpy()
+        return score_mean(embedding_metrics.prompt_diversity(rows), queries, self.yardstick, bounds=(0.0, 2.0))
+
+    def _real_scores(self) -> dict[str, float]:
+        """What real pictures score: where the rows suffice, as many others of the domain against the first.
+
+        Those whose texts are known are scored with them.
+        """
+        apart = self._real_near[np.isfinite(self._real_near)]
+        scores = {"nearest_real": float(apart.mean())} if len(apart) else {}
+        if len(self._held_out) == self.compared:
+            scores["fd_real_split"] = embedding_metrics.frechet_distance(self._held_out, self.yardstick.real)
+            scores["mmd_real_split"] = embedding_metrics.mmd_distance(self._held_out, self.yardstick.real)
+            scores["copy_rate_real"] = embedding_metrics.copy_rate(
+                self._real_near[self.compared :], self.yardstick.threshold
+            )
+        if self._config.prompt_urls:
+            scores |= flat(self._own_texts(), "real")
+        return scores
+
+    def _own_texts(self) -> dict[str, Score]:
+        """CLIP score of real pictures with the texts that describe them, over those that the database holds."""
+        wanted = dict(zip(self._config.prompt_urls, self._config.prompts, strict=True))
+        told = {row: wanted[url] for row, url in urls_of(self._database) if url in wanted}
+        if not told:
+            return {}
+        rows = self._database.rows(np.array(list(told))).astype(np.float32)
+        texts = embed_alike(self._pipeline, list(told.values())).numpy()
+        return {
+            "clip_score": score_mean(
+                embedding_metrics.pair_cosines(rows, texts), texts, self.yardstick, bounds=(-1.0, 1.0)
+            )
+        }
+
+
+def random_rows(database: Database, wanted: int, seed: int) -> NDArray[np.int64]:
+    """Ids of up to ``wanted`` different rows, none of them hidden."""
+    rng = np.random.default_rng(seed + 1)
+    return ids_at(database, rng.choice(len(database), min(wanted, len(database)), replace=False))
+
+
+def urls_of(database: Database) -> Iterator[tuple[int, str]]:
+    """Id and URL of every row that is not hidden; the metadata of a few are held at a time."""
+    ids = database.ids()
+    for start in range(0, len(ids), _DESCRIBED_ROWS):
+        for row in database.describe(ids[start : start + _DESCRIBED_ROWS].tolist()):
+            yield row["id"], row["url"]
+
+
+def _some_rows(database: Database, count: int, seed: int) -> Rows:
+    return database.rows(random_rows(database, count, seed)).astype(np.float32)
+
+
+def _weights(config: EvaluateConfig, cache: Path) -> Path | None:
+    """The Inception weights on this machine, refused before anything is drawn."""
+    if config.inception_weights is None:
+        return None
+    if not storage.exists(config.inception_weights):
+        path = Path(config.inception_weights)
+    else:
+        path = storage.fetch(config.inception_weights, cache / "inception" / Path(config.inception_weights).name)
+    require_inception(path)
+    return path

@@ -1,0 +1,194 @@
+"""Report: evaluations to one table (CSV, Markdown), one figure page (PNG) and one self-contained HTML page."""
+
+import base64
+import dataclasses
+import html
+import io
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from PIL import Image
+
+from infra import artifacts, storage
+from tasks.evaluate.figure import SHEET_COLUMNS, SHEET_ROWS, Judged, plot_page
+from tasks.evaluate.measure import SAMPLES
+from tasks.evaluate.tables import (
+    CONDITIONS,
+    ablation_heads,
+    ablation_rows,
+    markdown,
+    score_rows,
+    swap_heads,
+    swap_rows,
+    to_csv,
+)
+from tasks.evaluate.task import Evaluation
+from tasks.references.types import Outcome, Reference
+from tasks.stage import skip_or_make, stage_task
+
+TABLE, MARKDOWN, FIGURE, PAGE = "evaluation.csv", "evaluation.md", "evaluation.png", "evaluation.html"
+_SHARD = "report"
+_DPI = 150
+_CSS = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #191c21; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: .6rem 0 1.6rem; font-variant-numeric: tabular-nums; font-size: 14px }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #e3e6ea; text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left } th { color: #6e747d; font-weight: 600 }
+img.page { width: 100% } .wide { overflow-x: auto }
+.copies { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 1rem }
+.copies figure { margin: 0 } .copies img { width: 84px; height: 84px; object-fit: contain; image-rendering: auto }
+figcaption { font-size: 12.5px; color: #6e747d; overflow-wrap: anywhere } .copy { color: #b3261e }
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Report(Reference):
+    """``evaluation.csv``, ``.md``, ``.png`` and ``.html``. Rows are databases."""
+
+    kind: ClassVar[str] = "report"
+
+    def fetch(self, folder: Path, cache: Path) -> dict[str, Path]:
+        """Verified copies of the files in ``folder``, by name. Raises ``IntegrityError``."""
+        for file in self.manifest().files:
+            shutil.copyfile(artifacts.fetch_file(self.uri, file, cache), folder / file.name)
+        return {file.name: folder / file.name for file in self.manifest().files}
+
+
+def report_evaluations(evaluations: Mapping[str, Evaluation], base: str, title: str, *, cache: Path) -> Outcome[Report]:
+    """Put the evaluations of one generator, by database, on one page below ``base/report/<key>``."""
+    inputs = {name: evaluation.as_input() for name, evaluation in evaluations.items()}
+    stage = artifacts.Stage(base, Report.kind, inputs=inputs, config={"title": title})
+
+    def make() -> artifacts.Manifest:
+        judged = [judge(name, evaluation, cache) for name, evaluation in evaluations.items()]
+        with storage.scratch() as folder:
+            write_report(judged, title, folder)
+            return stage.commit([artifacts.commit_shard(stage.uri, _SHARD, folder, rows=len(judged), info={})], info={})
+
+    return skip_or_make(stage, Report, make)
+
+
+def judge(name: str, evaluation: Evaluation, cache: Path) -> Judged:
+    """An evaluation with its pictures fetched and verified."""
+    manifest = evaluation.manifest()
+    (shard,) = (shard for shard in manifest.shards if shard.name == SAMPLES)
+    pictures = {
+        file.name: _picture(artifacts.fetch_file(evaluation.uri, file, cache))
+        for file in shard.files
+        if file.name.endswith(".png")
+    }
+    copies = [
+        (pictures[f"copies/{rank:02d}_sample.png"], pictures[f"copies/{rank:02d}_source.png"], known)
+        for rank, known in enumerate(manifest.info["copies"])
+    ]
+    return Judged(
+        name=name,
+        samples=manifest.rows,
+        compared=manifest.info.get("compared", manifest.rows),
+        threshold=manifest.info["copy_threshold"],
+        scores=evaluation.scores(),
+        ablations=evaluation.ablations(),
+        swap=evaluation.swap(),
+        sheets={condition: pictures[f"{condition}.png"] for condition in ("knn", "no_knn")},
+        shown=manifest.info["shown"],
+        copies=copies,
+    )
+
+
+def write_report(judged: Sequence[Judged], title: str, folder: Path) -> None:
+    """Write the four files into ``folder``."""
+    (folder / TABLE).write_text(to_csv({e.name: (e.scores, e.ablations, e.swap) for e in judged}))
+    sections = tables(judged)
+    parts = [f"# {title}", *(f"## {head}\n\n{markdown(heads, rows)}" for head, heads, rows in sections)]
+    (folder / MARKDOWN).write_text("\n\n".join(parts) + "\n")
+    plot_page(judged, title).savefig(folder / FIGURE, dpi=_DPI, metadata={"Software": None})
+    (folder / PAGE).write_text(_page(judged, title, sections, folder / FIGURE))
+
+
+def preview(figure: Path, width: int = 1100) -> str:
+    """The figure page, smaller, as a data URI: small enough for a database row."""
+    buffer = io.BytesIO()
+    with Image.open(figure) as image:
+        image.convert("RGB").resize((width, round(image.height * width / image.width))).save(buffer, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def tables(judged: Sequence[Judged]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(heading, column heads, rows) of every table: scores, ablations, the swap matrix."""
+    found = []
+    for entry in judged:
+        samples = f"{entry.name}, {entry.samples} samples"
+        if not any(entry.shown):
+            samples += " of its own pictures as prompts, which find themselves (CLIP score, copies: of reconstruction)"
+        if entry.compared < entry.samples:
+            samples += f" (distances, precision and recall: {entry.compared} of them against as many real pictures)"
+        found.append((f"Scores on {samples}", ["", *CONDITIONS.values()], score_rows(entry.scores)))
+        if entry.ablations:
+            found.append((f"Ablations on {samples}", ablation_heads(entry.ablations), ablation_rows(entry.ablations)))
+    swap = {entry.name: entry.swap for entry in judged if entry.swap}
+    if swap:
+        found.append(("Swap matrix: Fréchet distance, the nearest domain starred", swap_heads(swap), swap_rows(swap)))
+    return found
+
+
+def _page(
+    judged: Sequence[Judged], title: str, sections: Sequence[tuple[str, list[str], list[list[str]]]], figure: Path
+) -> str:
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        "<p>Intervals hold 95% of what a repetition with other pictures would give. They are by bootstrap, which knows "
+        "none for a share of exactly 0 or 1; samples of one prompt are resampled together. An arrow points to better."
+        "</p>",
+        "<p>Real pictures are compared with as many others of their domain, where there are enough; they have a CLIP "
+        "score where the config names the picture that each prompt describes (prompt_urls).</p>",
+        *(f"<h2>{html.escape(head)}</h2>{_html_table(heads, rows)}" for head, heads, rows in sections),
+        f'<h2>Figure</h2><img class="page" alt="All of the above as one figure" src="{_inline(figure.read_bytes())}">',
+    ]
+    for entry in judged:
+        prompts = [prompt for prompt in entry.shown[: SHEET_COLUMNS * SHEET_ROWS] if prompt]
+        parts.append(f"<h2>Prompts shown: {html.escape(entry.name)}</h2><p>{html.escape(' · '.join(prompts))}</p>")
+        parts.append(f"<h2>Nearest to a stored picture: {html.escape(entry.name)}</h2>")
+        parts.append(f"<p>Above a cosine of {entry.threshold:.3f} a sample counts as a copy.</p>")
+        parts.append(f'<div class="copies">{"".join(_copy(*copied) for copied in entry.copies)}</div>')
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_CSS}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heads)
+    lines = ("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+
+
+def _copy(sample: Image.Image, source: Image.Image, known: Mapping[str, object]) -> str:
+    images = "".join(
+        f'<img alt="{alt}" src="{_inline(_png(p))}">' for alt, p in (("sample", sample), ("stored", source))
+    )
+    verdict = '<b class="copy">copy</b> · ' if known["copy"] else ""
+    told = html.escape(
+        f"cosine {known['cosine']:.3f} · {known['prompt'] or 'no prompt'} · row {known['row']} {known['url']}"
+    )
+    return f"<figure>{images}<figcaption>{verdict}{told}</figcaption></figure>"
+
+
+def _inline(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _picture(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+@stage_task(name="report")
+def report(evaluations: dict[str, Evaluation], base: str, title: str, cache: Path) -> Outcome[Report]:
+    """Task of :func:`report_evaluations`."""
+    return report_evaluations(evaluations, base, title, cache=cache)

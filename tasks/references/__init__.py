@@ -1,0 +1,1 @@
+"""References that stages exchange, and how to open what they refer to."""

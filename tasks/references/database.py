@@ -1,0 +1,151 @@
+"""Databases, opened: a committed version's files verified, mapped into memory and searched as one."""
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from infra import artifacts
+from infra.errors import IntegrityError
+from infra.formats import tables
+from model.retrieval.database import Database, SearchEffort, ShardFiles
+from tasks.references.lineage import embeddings_of
+from tasks.references.types import DatabaseVersion, EmbeddingShards, domain_of, encoder_of
+
+QUANTIZER = "quantizer"
+"""The pseudo-shard that keeps the trained, empty index: the template of every other."""
+HIDDEN = "rows-hidden"
+"""The pseudo-shard of what is never returned: ``taken.npy``, ``pairs.npy`` of near-duplicates, ``hidden.npy``."""
+TRUTH = "rows-true"
+"""The pseudo-shard of held-out queries and their true neighbours, ``image.npz`` and ``text.npz``."""
+_TOLD = ["key", "url", "sha256", "width", "height"]
+_TABLES_KEPT = 32  # of at most some 2 MB: the rows of all would take a gigabyte a million
+
+
+def open_database(version: DatabaseVersion, cache: Path, *, name: str | None = None) -> Database:
+    """Open a version for searching: every file verified against its digest, then memory-mapped.
+
+    Raises:
+        IntegrityError: an index or embedding file differs from what was committed.
+    """
+    return open_part(version, index_shards(version), cache, name=name)[0]
+
+
+def index_shards(version: DatabaseVersion) -> list[artifacts.Shard]:
+    """The shards of a version that index rows, in row order."""
+    return [shard for shard in version.manifest().shards if "members" in shard.info]
+
+
+def open_part(
+    version: DatabaseVersion, part: Sequence[artifacts.Shard], cache: Path, *, name: str | None = None
+) -> tuple[Database, int]:
+    """Neighbouring index shards of a version as a database of their own, and the id of its first row in the whole."""
+    manifest, embeddings = version.manifest(), embeddings_of(version)
+    if "effort" not in manifest.info:
+        raise IntegrityError(f"{version.uri} was indexed by an earlier release; index it again (new-domain)")
+    special = {shard.name: shard for shard in manifest.shards if shard.name in (QUANTIZER, HIDDEN)}
+    before = itertools.takewhile(lambda shard: shard.name != part[0].name, index_shards(version))
+    first = sum(shard.rows for shard in before)
+    hidden = np.load(artifacts.fetch_shard(version.uri, special[HIDDEN], "hidden.npy", cache)) - first
+    database = open_shards(
+        version.uri,
+        [special[QUANTIZER], *part],
+        embeddings,
+        cache,
+        name=name or domain_of(version),
+        effort=SearchEffort(**manifest.info["effort"]),
+        hidden=hidden[(hidden >= 0) & (hidden < sum(shard.rows for shard in part))],
+        part=len(part) < len(index_shards(version)),
+    )
+    return database, first
+
+
+def open_shards(
+    uri: str,
+    indexed: Sequence[artifacts.Shard],
+    embeddings: EmbeddingShards,
+    cache: Path,
+    *,
+    name: str,
+    effort: SearchEffort,
+    hidden: NDArray[np.int64] | None = None,
+    rows_at_once: bool = True,
+    part: bool = False,
+) -> Database:
+    """Open index shards, committed as a version at ``uri`` or not yet, over the embedding shards that they index.
+
+    Without ``rows_at_once``, embeddings are fetched and verified when rows of theirs are first asked for: a job that
+    looks at what is new costs no more for what is old. A ``part`` of a version may hide all its rows.
+    """
+    source = embeddings.manifest()
+    rows = {shard.name: shard for shard in source.shards}
+    files, quantizer = [], None
+    for shard in indexed:
+        if shard.name == QUANTIZER:
+            quantizer = artifacts.fetch_shard(uri, shard, ".faiss", cache)
+        elif "members" in shard.info:
+            absent = [member for member in shard.info["members"] if member not in rows]
+            if absent:
+                raise IntegrityError(f"{embeddings.uri} lacks shard {absent[0]}, which {uri} indexes; build it again")
+            members = [rows[member] for member in shard.info["members"]]
+            fetches = tuple(partial(artifacts.fetch_shard, embeddings.uri, one, ".npy", cache) for one in members)
+            files.append(
+                ShardFiles(
+                    index=artifacts.fetch_shard(uri, shard, ".faiss", cache),
+                    embeddings=tuple(fetch() for fetch in fetches) if rows_at_once else fetches,
+                    ordinal=shard.info["ordinal"],
+                    rows=tuple(one.rows for one in members),
+                )
+            )
+    return Database(
+        files,
+        encoder=encoder_of(source),
+        name=name,
+        quantizer=quantizer,
+        effort=effort,
+        hidden=hidden,
+        describe=Metadata(embeddings.uri, source, cache),
+        part=part,
+    )
+
+
+class Metadata:
+    """Metadata of global rows, a shard's parquet read when asked for; the columns of a few are kept, as Arrow has them.
+
+    Threads may share it.
+    """
+
+    def __init__(self, uri: str, manifest: artifacts.Manifest, cache: Path) -> None:
+        """Look rows of the embedding shards at ``uri`` up."""
+        self._uri, self._shards, self._cache = uri, manifest.shards, cache
+        self._offsets = [0, *itertools.accumulate(shard.rows for shard in manifest.shards)]
+        self._table = lru_cache(_TABLES_KEPT)(self._read)
+
+    def __call__(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """Key, url, sha256, width and height of each row."""
+        places: dict[int, list[int]] = {}
+        for place, row in enumerate(ids):
+            places.setdefault(self._number(row), []).append(place)
+        found: list[dict[str, Any]] = [{}] * len(ids)
+        for number, here in places.items():
+            rows = self._table(number).take([int(ids[place]) - self._offsets[number] for place in here])
+            for place, known in zip(here, rows.to_pylist(), strict=True):
+                found[place] = known
+        return found
+
+    def shard(self, row: int) -> str:
+        """The name of the shard that holds ``row``."""
+        return self._shards[self._number(row)].name
+
+    def _read(self, number: int) -> pa.Table:
+        path = artifacts.fetch_shard(self._uri, self._shards[number], ".parquet", self._cache)
+        return tables.read_table(path, _TOLD)
+
+    def _number(self, row: int) -> int:
+        return bisect.bisect_right(self._offsets, row) - 1

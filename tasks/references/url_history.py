@@ -1,0 +1,149 @@
+"""Seen: which URLs a database was asked for and which bytes it was given, found without reading its shards.
+
+Beside the shards that a version adds lies ``seen.npz``: sorted 64-bit hashes of the URLs that were answered for good,
+of those that failed, and of the pictures' bytes, 16 bytes a row. A version lists its own file and those of the versions
+before it (``info["seen"]``); a file takes in the ones before it that are not much larger, so a database built over a
+thousand nights has about ten. Looking 10,000 URLs up among a million rows takes 0.03 s, most of it the file's digest;
+reading the column of the shards themselves would take seconds.
+
+Two URLs of 10⁹ share a hash with probability 3 %, and a new one meets an old hash once in 10¹⁰: it would be left out.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from infra import artifacts, storage
+from infra.formats import tables
+from infra.formats.webdataset import DUPLICATE, TAKEN_DOWN
+from tasks.references.types import ImageShards
+
+Hashed = NDArray[np.uint64]
+
+ANSWERED = ("success", DUPLICATE, TAKEN_DOWN)
+"""Outcomes after which a URL is not asked again, even where failures are."""
+_FILE = "seen.npz"
+_TAKE_IN = 2  # an older file of up to so many times the new one's rows is merged into it
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hashes:
+    """Sorted hashes, each once: of URLs answered for good, of URLs that failed, of pictures' bytes."""
+
+    answered: Hashed
+    failed: Hashed
+    content: Hashed
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """The union of several."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(_union([getattr(part, name) for part in parts]) for name in names))
+
+    def __len__(self) -> int:
+        return len(self.answered) + len(self.failed)
+
+
+class Seen:
+    """What a version of image shards has seen."""
+
+    def __init__(self, parts: list[Hashes], files: list[dict[str, Any]]) -> None:
+        """``parts`` in the order of ``files``; a part without a file comes last."""
+        self._parts, self._files = parts, files
+
+    @classmethod
+    def of(cls, images: ImageShards, cache: Path) -> Self:
+        """Open the files that the version lists, or read its shards' columns where it lists none."""
+        manifest = images.manifest()
+        files = manifest.info.get("seen")
+        if files is None:
+            return cls([hashes_of(images.uri, manifest.shards, cache)], [])
+        return cls([_read(file, cache) for file in files], list(files))
+
+    def asked(self, urls: Iterable[str], *, failed_too: bool) -> NDArray[np.bool_]:
+        """Which URLs were asked for; of those that failed only where ``failed_too``."""
+        hashed = hash_texts(urls)
+        lists = [part.answered for part in self._parts] + [part.failed for part in self._parts if failed_too]
+        return _among(hashed, lists)
+
+    def holds(self, digests: Iterable[str]) -> NDArray[np.bool_]:
+        """Which bytes, by hex sha256, were given already."""
+        return _among(hash_digests(digests), [part.content for part in self._parts])
+
+    def kept(self, folder_uri: str) -> list[dict[str, Any]]:
+        """The files as they are; written below ``folder_uri`` first where there are none."""
+        return self._files or [write_seen(folder_uri, Hashes.joined(self._parts))]
+
+    def extended(self, folder_uri: str, added: Hashes) -> list[dict[str, Any]]:
+        """Write ``added`` beside the shards at ``folder_uri``; the list of files for that version's ``info``."""
+        parts, files = list(self._parts), list(self._files)
+        own = [added, *parts[len(files) :]]
+        while files and files[-1]["rows"] <= _TAKE_IN * sum(len(part) for part in own):
+            files.pop()
+            own.append(parts[len(files)])
+        return [*files, write_seen(folder_uri, Hashes.joined(own))]
+
+
+def write_seen(folder_uri: str, hashes: Hashes) -> dict[str, Any]:
+    """Store the file below ``folder_uri``; how it stands in a manifest's ``info["seen"]``."""
+    with storage.scratch() as folder:
+        path = folder / _FILE
+        np.savez(path, **dataclasses.asdict(hashes))
+        storage.put(path, storage.join(folder_uri, _FILE))
+        file = artifacts.File(name=_FILE, sha256=storage.sha256(str(path)), bytes=path.stat().st_size)
+    return {"folder": folder_uri, "file": dataclasses.asdict(file), "rows": len(hashes)}
+
+
+def hashes_of(folder_uri: str, of: Iterable[artifacts.Shard], cache: Path) -> Hashes:
+    """The hashes of shards of the version at ``folder_uri``, from their tables."""
+    parts = [_hashes(artifacts.fetch_shard(folder_uri, shard, ".parquet", cache)) for shard in of]
+    return Hashes.joined([Hashes(*(np.empty(0, np.uint64) for _ in range(3))), *parts])
+
+
+def hash_texts(texts: Iterable[str]) -> Hashed:
+    """(n,) 64-bit hashes of texts; a missing one counts as empty."""
+    digests = b"".join(hashlib.blake2b((text or "").encode(), digest_size=8).digest() for text in texts)
+    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
+
+
+def hash_digests(digests: Iterable[str]) -> Hashed:
+    """(n,) the first 64 bits of hex digests."""
+    return np.array([int(digest[:16], 16) for digest in digests], dtype=np.uint64)
+
+
+def _hashes(parquet: Path) -> Hashes:
+    table = tables.read_table(parquet, ["url", "sha256", "error_class"])
+    answered = pc.is_in(table["error_class"], pa.array(ANSWERED))
+    content = table["sha256"].filter(pc.and_(answered, pc.is_valid(table["sha256"])))
+    return Hashes(
+        answered=hash_texts(table["url"].filter(answered).to_pylist()),
+        failed=hash_texts(table["url"].filter(pc.invert(answered)).to_pylist()),
+        content=hash_digests(content.to_pylist()),
+    )
+
+
+def _read(entry: dict[str, Any], cache: Path) -> Hashes:
+    path = artifacts.fetch_file(entry["folder"], artifacts.File(**entry["file"]), cache)
+    with np.load(path) as stored:
+        return Hashes(**{field.name: stored[field.name] for field in dataclasses.fields(Hashes)})
+
+
+def _union(arrays: list[Hashed]) -> Hashed:
+    return np.unique(np.concatenate(arrays))
+
+
+def _among(hashed: Hashed, lists: list[Hashed]) -> NDArray[np.bool_]:
+    """Which of ``hashed`` any of the sorted ``lists`` has."""
+    found = np.zeros(len(hashed), dtype=np.bool_)
+    for known in lists:
+        if len(known):
+            places = np.minimum(np.searchsorted(known, hashed), len(known) - 1)
+            found |= known[places] == hashed
+    return found

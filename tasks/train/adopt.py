@@ -1,0 +1,58 @@
+"""Adopt: a saved pipeline, the embedded one say, becomes a committed generator without training."""
+
+import shutil
+from pathlib import Path
+
+from infra import artifacts, storage
+from infra.errors import InputError
+from model.pipeline import KNNDiffusionPipeline
+from model.saved_generator import SHIPPED, pretrained_folder
+from tasks.references.types import Generator, Outcome, config_of
+from tasks.stage import skip_or_make, stage_task
+from tasks.train.task import PIPELINE
+
+
+def adopt_generator(name: str, base: str) -> Outcome[Generator]:
+    """Copy the pipeline ``name`` (a local folder, or one that ships with this package) to ``base/generator/<key>``.
+
+    What it holds decides the key: other weights or other defaults are another generator. Its rows are 0, since what it
+    was trained on is not told.
+
+    Raises:
+        InputError: there is no saved pipeline of that name.
+        ModelError: there is one, and it cannot be loaded.
+    """
+    folder = pretrained_folder(name)
+    if not (folder / "model_index.json").is_file():
+        raise InputError(
+            f"{name} holds no saved pipeline; name a folder that save_pretrained wrote, or {' or '.join(SHIPPED)}"
+        )
+    uri = name if name in SHIPPED else storage.absolute(name)
+    inputs = {PIPELINE: {"uri": uri, "digest": _digest(folder)}}
+    stage = artifacts.Stage(base, Generator.kind, inputs=inputs, config={})
+
+    def make() -> artifacts.Manifest:
+        pipeline = KNNDiffusionPipeline.open(folder)
+        info = {"adopted": name, "parameters": sum(weights.numel() for weights in pipeline.transformer.parameters())}
+        with storage.scratch() as scratch:
+            shutil.copytree(folder, scratch / PIPELINE)
+            done = artifacts.commit_shard(stage.uri, PIPELINE, scratch, rows=0, info=info)
+        return stage.commit([done], identity={"encoder": config_of(pipeline.identity)}, info=info)
+
+    return skip_or_make(stage, Generator, make, note=_note)
+
+
+def _digest(folder: Path) -> str:
+    """Hex sha256 over the names and contents of all files."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return artifacts.digest_of({path.relative_to(folder).as_posix(): storage.sha256(str(path)) for path in files})
+
+
+def _note(manifest: artifacts.Manifest) -> str:
+    return f"{manifest.info['adopted']} as it is, {manifest.info['parameters'] / 1e6:.1f} M parameters"
+
+
+@stage_task(name="adopt")
+def adopt(name: str, base: str) -> Outcome[Generator]:
+    """Task of :func:`adopt_generator`."""
+    return adopt_generator(name, base)

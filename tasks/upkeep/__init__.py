@@ -1,0 +1,1 @@
+"""Changes to existing databases: takedown, compaction, merge, subset, garbage collection."""

@@ -1,0 +1,132 @@
+"""The commands that keep databases, as a user gives them: that each option arrives, by what comes of it."""
+
+import contextlib
+from typing import Any
+
+import pytest
+from support.changing_domain import BODY, FIRST, NAMES, Living
+from support.fakes import Reply, WithoutRay
+from typer.testing import CliRunner, Result
+
+from flows.cli.app import app
+from infra import artifacts
+from infra.storage import lease
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def done(*arguments: str) -> str:
+    """What a command that succeeds prints on standard output."""
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout.strip()
+
+
+def test_a_database_is_kept_up_by_the_command_alone(living: Living, ray: WithoutRay) -> None:
+    from flows.rebuild_index import champion_of
+
+    def tars() -> bytes:
+        """Of the champion's pictures, uncompressed."""
+        images = champion_of("shapes", living.settings).images
+        shards, cache = images.manifest().shards, living.folder / "cache"
+        return b"".join(artifacts.fetch_shard(images.uri, shard, ".tar", cache).read_bytes() for shard in shards)
+
+    rebuild = ("rebuild-index", "shapes", "--root", str(living.root))
+    late, gone = NAMES[FIRST], NAMES[1]
+    living.server.replies[late] = (Reply(status=503), Reply(body=BODY[late]))
+    living.build(NAMES[: FIRST + 1])
+    urls = ("--urls", living.listed(*NAMES[: FIRST + 1]))
+    living.server.requests.clear()
+    assert done(*rebuild, *urls) == "models:/knn-database.shapes@champion stays as it is"
+    assert living.server.requests == []
+    assert done(*rebuild, *urls, "--retry-failed") == "models:/knn-database.shapes@champion"
+    assert living.server.requests == [late]
+    assert living.champion() == set(NAMES[: FIRST + 1])
+
+    done(*rebuild, "--takedown", living.listed({"url": living.server.url(gone)}, name="down.jsonl"))
+    assert living.champion() == set(NAMES[: FIRST + 1]) - {gone}
+    assert BODY[gone] in tars(), "too little is hidden to be compacted unasked"
+    done(*rebuild, "--compact")
+    assert living.champion() == set(NAMES[: FIRST + 1]) - {gone}
+    assert BODY[gone] not in tars()
+    assert BODY[late] in tars()
+
+
+def test_databases_are_made_of_others_by_the_commands(living: Living, ray: WithoutRay) -> None:
+    root = ("--root", str(living.root))
+    circles = {name for name in NAMES[:10] if "circle" in name}
+    assert 0 < len(circles) < 10
+    living.build(NAMES[:6])
+    living.build(NAMES[6:10], domain="others")
+    assert done("merge", "both", "shapes", "others", *root) == "models:/knn-database.both@champion"
+    assert living.champion("both") == set(NAMES[:10])
+    part = ("subset", "circles", "both", "--where", 'url like "%circle%"', *root)
+    assert done(*part) == "models:/knn-database.circles@champion"
+    assert living.champion("circles") == circles
+    for command, made in (
+        (("subset", "shapes", "both", "--where", 'url like "%circle%"', *root), circles),
+        (("merge", "others", "both", "circles", *root), set(NAMES[:10])),
+    ):
+        refused = run(*command)
+        assert (refused.exit_code, refused.stdout) == (1, "")
+        assert "say --replace" in refused.stderr
+        done(*command, "--replace")
+        assert living.champion(command[1]) == made
+
+
+def test_what_the_index_is_to_be_can_be_said_of_a_database_that_there_is(living: Living, ray: WithoutRay) -> None:
+    from flows.rebuild_index import champion_of
+
+    def made(domain: str) -> tuple[Any, ...]:
+        manifest = champion_of(domain, living.settings).database.manifest()
+        names = ("index", "memory_bytes", "target_recall", "dedup", "recall_queries")
+        return (manifest.info["factory"], *(manifest.config[name] for name in names))
+
+    root = ("--root", str(living.root))
+    asked = ("--index", "IVF2,SQfp16", "--memory", "0.5", "--target-recall", "0.9", "--dedup")
+    told = ("IVF2,SQfp16", "IVF2,SQfp16", 1 << 29, 0.9, True, 4)
+    living.build(NAMES[:6])
+    living.build(NAMES[6:8], domain="others")
+    for command in (
+        ("merge", "both", "shapes", "others"),
+        ("subset", "some", "shapes", "--where", "width > 0"),
+        ("rebuild-index", "shapes"),
+    ):
+        done(*command, *asked, *root)
+        assert made(command[1]) == told
+    grown = ("rebuild-index", "shapes", "--urls", living.listed(*NAMES[:7]))
+    done(*grown, "--index", "auto", "--no-dedup", *root)
+    assert made("shapes") == ("Flat", "auto", 1 << 29, 0.9, False, 4)
+    refused = run("rebuild-index", "shapes", "--target-recall", "2", *root)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "target_recall is a share" in refused.stderr
+
+
+def test_what_writes_a_domain_waits_for_another_that_does(
+    living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquire, written, met = lease._acquire, contextlib.ExitStack(), list[str]()
+
+    def ends_when_met(folder: str, *arguments: Any) -> Any:
+        held = acquire(folder, *arguments)
+        if held is None:
+            met.append(folder)
+            written.close()
+        return held
+
+    root = ("--root", str(living.root))
+    listed = ("--urls", living.listed(*NAMES[:3]))
+    for command in (
+        ("new-domain", "shapes", *listed, "--allow-host", living.server.host),
+        ("rebuild-index", "shapes", *listed),
+        ("subset", "some", "shapes", "--where", "width > 0"),
+        ("merge", "both", "shapes", "some"),
+    ):
+        written.enter_context(lease.lease(f"{living.root}/{command[1]}", holder="test"))
+        with monkeypatch.context() as patch:
+            patch.setattr(lease, "_acquire", ends_when_met)
+            patch.setattr(lease, "_POLL_S", 0.01)
+            done(*command, "--wait", "30", *root)
+    assert met == [f"{living.root}/{domain}" for domain in ("shapes", "shapes", "some", "both")]

@@ -1,0 +1,162 @@
+"""Actors that die of a shard: what it costs the others."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import OutOfMemoryError, RuntimeEnvSetupError
+
+from infra import compute
+from infra.compute import actor_pool, ray_cluster
+from infra.compute.actor_pool import SHARD_TRIES, Crew, Lost
+from infra.errors import StageError, TransientError
+
+
+@pytest.mark.slow
+@pytest.mark.on_ray
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_a_shard_that_kills_its_worker_costs_no_other(concurrency: int, tmp_path: Any) -> None:
+    folder = str(tmp_path)
+
+    class Worker:
+        """Defined here, it travels by value: the tests are not shipped."""
+
+        def __call__(self, shard: str) -> str:
+            with open(f"{folder}/{shard}", "a") as begun:
+                begun.write(".")
+            time.sleep(0.1)
+            if shard == "poison":
+                os._exit(1)  # as for a lack of memory, or a decoder's fault
+            time.sleep(0.1)
+            return shard
+
+    with compute.cluster(cores=1):
+        shards = ["a", "b", "poison", "c", "d", "e"]
+        results = list(compute.map_shards(Worker, (), shards, actors=1, concurrency=concurrency, description="shards"))
+
+    lost = [result.item for result in results if isinstance(result, Lost)]
+    assert lost == ["poison"]
+    assert sorted(result for result in results if not isinstance(result, Lost)) == ["a", "b", "c", "d", "e"]
+    tries = {path.name: len(path.read_text()) for path in tmp_path.iterdir()}
+    assert tries["poison"] <= SHARD_TRIES + 1, "one in company, the others alone"
+    assert all(count <= 2 for name, count in tries.items() if name != "poison")
+
+
+class Actor:
+    """A stand-in for Ray's, whose method calls are functions that are called when they are waited for."""
+
+    def __init__(self, ready: Callable[[], None], run: Callable[[str], str]) -> None:
+        self.ready = SimpleNamespace(remote=lambda: ready)
+        self.run = SimpleNamespace(remote=lambda item: lambda: run(item))
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[Actor]:
+    """The actors that were killed, by a stand-in for Ray."""
+    killed: list[Actor] = []
+    ray = SimpleNamespace(wait=lambda calls, num_returns: (calls[:1], calls[1:]), get=lambda call: call())
+    monkeypatch.setattr(actor_pool, "ray", SimpleNamespace(**vars(ray), kill=killed.append))
+    return killed
+
+
+def test_a_worker_killed_for_its_memory_costs_its_shard_alone(killed: list[Actor]) -> None:
+    error = OutOfMemoryError("Task was killed due to the node running low on memory.")
+    tries: Counter[str] = Counter()
+
+    def run(item: str) -> str:
+        tries[item] += 1
+        if item == "big" or (item == "unlucky" and tries[item] == 1):
+            raise error
+        return item
+
+    ended = list(Crew(lambda: Actor(lambda: None, run), ["a", "big", "unlucky", "b"], 2).results())
+    assert sorted(one for one in ended if not isinstance(one, Lost)) == ["a", "b", "unlucky"]
+    (lost,) = (one for one in ended if isinstance(one, Lost))
+    assert (lost.item, lost.error) == ("big", error)
+    assert len(killed) == tries["big"] + 1
+
+
+def test_workers_that_find_no_environment_are_told_in_one_line(killed: list[Actor]) -> None:
+    def ready() -> None:
+        raise RuntimeEnvSetupError("no such\nworking_dir")
+
+    with pytest.raises(StageError) as caught:
+        list(Crew(lambda: Actor(ready, str), ["a"], 1).results())
+    assert str(caught.value) == (
+        "no worker could be started (Failed to set up runtime environment. no such working_dir); see Ray's logs"
+    )
+    assert len(killed) == SHARD_TRIES + 1
+
+
+@pytest.mark.slow
+@pytest.mark.on_ray
+def test_a_lost_worker_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "SHARD_TRIES", 0)
+
+    class Worker:
+        """Defined here, it travels by value: the tests are not shipped."""
+
+        def __call__(self, status: int) -> None:
+            os._exit(status)
+
+    with compute.cluster(cores=1):
+        with pytest.raises(StageError) as of_one:
+            compute.run(os._exit, 1)
+        with compute.placed(Worker, [()]) as placed, pytest.raises(TransientError) as of_many:
+            placed.ask(1)
+    assert str(of_one.value).startswith("the worker of _exit was lost (")
+    assert str(of_one.value).endswith("); give it more memory, or see Ray's logs, and run again")
+    assert str(of_many.value).endswith("); ask again")
+    assert "\n" not in str(of_one.value) + str(of_many.value)
+
+
+@pytest.mark.slow
+@pytest.mark.on_ray
+def test_workers_that_find_no_room_are_told_of_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "_LOOK_S", 0.2)
+    monkeypatch.setattr(ray_cluster, "_START_S", 20.0)
+
+    class Worker:
+        """Defined here, it travels by value: the tests are not shipped."""
+
+        def __call__(self, seconds: float) -> float:
+            time.sleep(seconds)
+            return seconds
+
+    with compute.cluster(cores=1):
+        with (
+            pytest.raises(StageError, match=r"^1 of 2 workers of 1 cores found no room in 20 s; .* for 1,"),
+            compute.placed(Worker, [(), ()]),
+        ):
+            pass
+        with compute.placed(Worker, [(), ()], cpus_each=0.5) as placed:
+            assert placed.ask(0.5) == [0.5, 0.5], "slow ones are waited for"
+            monkeypatch.setattr(ray_cluster, "room", lambda *_: 1)
+            with pytest.raises(TransientError, match=r"^a machine was lost: 2 workers .* room for 1; ask again once"):
+                placed.ask(30)
+
+
+@pytest.mark.parametrize(
+    ("each", "room"),
+    [((1, 0), 7), ((0.2, 0), 35), ((0.1, 0), 70), ((2, 0), 3), ((3, 0), 2), ((4, 0), 1), ((1, 1), 2), ((2, 0.5), 2)],
+)
+def test_workers_are_as_many_as_the_machines_hold(
+    each: tuple[float, float], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machines = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 3.0, "memory": 1.0}]
+    gone = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*({"Alive": True, "Resources": one} for one in machines), gone])
+    assert compute.room(*each) == room
+    assert (compute.fitting(8), compute.fitting(3.5, 1), compute.fitting(8, 9)) == (4, 3.5, 8)
+    machines[0]["CPU"], machines[1]["CPU"] = 2.0, 6.0
+    assert (compute.fitting(8), compute.fitting(8, 1)) == (6, 2), "the one with GPUs has fewer cores"
+    assert compute.room(0, 0) > 100, "no core at all is asked, of a head that has none"
+    with pytest.raises(
+        StageError, match="3 GPUs are asked for each worker, the largest machine has 2; ask for no more"
+    ):
+        compute.room(1, 3)

@@ -1,0 +1,42 @@
+"""Ray Train on a local cluster: what is tried again, what is not, and what is not even begun."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra import compute
+from infra.compute import ray_train
+from infra.errors import StageError
+
+
+@pytest.mark.slow
+def test_what_no_second_try_mends_is_tried_once_and_raised_as_it_was(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+
+    def loop(config: dict[str, Any]) -> None:
+        with open(f"{folder}/{config['fault']}", "a") as tries:
+            tries.write(".")
+        if config["fault"] == "final":
+            raise ArithmeticError("the loss is nan")
+        if Path(folder, config["fault"]).stat().st_size == 1:
+            time.sleep(3)
+            os._exit(1)  # as for a lack of memory
+
+    def train(fault: str, **asked: Any) -> None:
+        asked = {"workers": 1, "cpus_per_worker": 1, "use_gpu": False, "final": (ArithmeticError,)} | asked
+        ray_train.train(loop, {"fault": fault}, folder_uri=f"{folder}/stage", **asked)
+
+    with compute.cluster(cores=1):
+        with pytest.raises(StageError, match="1 GPUs are asked for each worker, the largest machine has 0; ask for no"):
+            train("never", use_gpu=True)
+        with pytest.raises(StageError, match=r"^2 workers of 1 cores .* the cluster has room for 1; set workers, or"):
+            train("never", workers=2, cpus_per_worker=2)
+        with pytest.raises(ArithmeticError, match=r"^the loss is nan$"):
+            train("final")
+        train("killed")
+    tries = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+    assert tries == {"final": ".", "killed": ".."}
+    assert not (tmp_path / "stage" / "ray").exists()

@@ -1,0 +1,178 @@
+"""Connections that the guard keeps: one for each thread, to the place that it asked last."""
+
+import contextlib
+import gc
+import socket
+import ssl
+import time
+import urllib.request
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.certificates import certificate
+from support.fakes import LoopbackServer, Reply
+
+from infra.download.safe_urlopen import FetchError, Limits, guarded
+
+
+def limits(*servers: LoopbackServer, **changes: Any) -> Limits:
+    hosts = tuple(server.host for server in servers)
+    usual = {"max_body_bytes": 200_000, "deadline_s": 5.0, "timeout_s": 2.0, "max_redirects": 3}
+    return Limits(allow_hosts=hosts, **{**usual, **changes})
+
+
+def fetch(url: str) -> bytes:
+    with urllib.request.urlopen(url) as response:
+        return bytes(response.read())
+
+
+def slowly() -> Iterator[bytes]:
+    for _ in range(4):
+        time.sleep(0.15)
+        yield b"."
+
+
+REPLIES = {"/a": Reply(body=b"first"), "/b": Reply(body=b"second"), "/empty": Reply(), "/gone": Reply(status=404)}
+
+
+def test_the_same_place_is_asked_over_one_connection(connects: list[Any]) -> None:
+    with LoopbackServer(REPLIES, keeps_alive=True) as server, guarded(limits(server)):
+        assert [fetch(server.url(path)) for path in ("/a", "/b", "/empty", "/a")] == [
+            b"first",
+            b"second",
+            b"",
+            b"first",
+        ]
+    assert connects == [("127.0.0.1", server.port)]
+
+
+def test_a_tls_connection_is_kept_too(connects: list[Any], tmp_path: Path) -> None:
+    path = certificate(tmp_path, "pictures.example")
+    server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_side.load_cert_chain(path)
+    believing = ssl.create_default_context(cafile=str(path))
+    with LoopbackServer(REPLIES, tls=server_side, keeps_alive=True) as server:
+
+        def resolve(host: str, port: int, **_: Any) -> list[tuple[Any, ...]]:
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", server.port))]
+
+        allowed = replace(limits(), allow_hosts=("pictures.example:443",))
+        with guarded(allowed, resolve=resolve, tls=believing):
+            found = [fetch(f"https://pictures.example{path}") for path in ("/a", "/b", "/a")]
+    assert found == [b"first", b"second", b"first"]
+    assert len(connects) == 1
+
+
+def test_another_place_has_a_connection_of_its_own(connects: list[Any]) -> None:
+    with (
+        LoopbackServer(REPLIES, keeps_alive=True) as one,
+        LoopbackServer(REPLIES, keeps_alive=True) as other,
+        guarded(limits(one, other)),
+    ):
+        assert [fetch(server.url("/a")) for server in (one, other, other, one)] == [b"first"] * 4
+    assert [port for _, port in connects] == [one.port, other.port, one.port]
+
+
+def test_each_thread_has_its_own(connects: list[Any]) -> None:
+    with LoopbackServer(REPLIES, keeps_alive=True) as server, guarded(limits(server)), ThreadPoolExecutor(4) as pool:
+        urls = [server.url(path) for path in ("/a", "/b") * 50]
+        assert list(pool.map(fetch, urls)) == [b"first", b"second"] * 50
+    assert 1 <= len(connects) <= 4
+
+
+def test_a_server_that_hung_up_is_asked_again(connects: list[Any]) -> None:
+    replies = {"/a": Reply(body=b"first", hangs_up=True)}
+    with LoopbackServer(replies, keeps_alive=True) as server, guarded(limits(server)):
+        assert [fetch(server.url("/a")) for _ in range(3)] == [b"first"] * 3
+    assert len(connects) == 3
+    assert server.requests == ["/a"] * 3, "what was asked of a closed connection never arrived"
+
+
+def test_an_answer_that_was_not_read_is_not_taken_for_the_next(connects: list[Any]) -> None:
+    forged = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nforged"
+    with LoopbackServer({**REPLIES, "/long": Reply(body=forged)}, keeps_alive=True) as server, guarded(limits(server)):
+        urllib.request.urlopen(server.url("/long")).close()
+        assert fetch(server.url("/a")) == b"first"
+    assert len(connects) == 2
+
+
+def test_what_comes_unasked_is_not_taken_for_the_next_answer(connects: list[Any]) -> None:
+    twice = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n%s"
+
+    def body() -> Iterator[bytes]:
+        yield twice % b"mine"
+        time.sleep(0.05)
+        yield twice % b"more"
+
+    replies = {**REPLIES, "/two": Reply(body=body, raw=True)}
+    with LoopbackServer(replies, keeps_alive=True) as server, guarded(limits(server)):
+        assert fetch(server.url("/two")) == b"mine"
+        time.sleep(0.15)
+        assert [fetch(server.url(path)) for path in ("/a", "/b")] == [b"first", b"second"]
+    assert len(connects) == 2
+
+
+def test_a_connection_that_was_idle_for_long_is_not_used_again(
+    connects: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infra.download.safe_urlopen._KEPT_S", 0.05)
+    with LoopbackServer(REPLIES, keeps_alive=True) as server, guarded(limits(server)):
+        assert fetch(server.url("/a")) == b"first"
+        time.sleep(0.1)
+        assert fetch(server.url("/a")) == b"first"
+    assert len(connects) == 2
+
+
+def test_a_thread_holds_one_socket_however_many_places_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    connect = socket.socket.connect
+
+    def recorded(sock: socket.socket, address: Any) -> None:
+        opened.append(weakref.ref(sock))
+        connect(sock, address)
+
+    monkeypatch.setattr(socket.socket, "connect", recorded)
+    gc.disable()  # which would close what is only forgotten
+    try:
+        with contextlib.ExitStack() as stack:
+            servers = [stack.enter_context(LoopbackServer(REPLIES, keeps_alive=True)) for _ in range(12)]
+            stack.enter_context(guarded(limits(*servers)))
+            for server in servers:
+                fetch(server.url("/a"))
+            assert len([sock for sock in opened if sock() is not None and sock().fileno() >= 0]) == 1
+            assert len(opened) == 12
+    finally:
+        gc.enable()
+
+
+def test_after_a_body_that_was_too_large_comes_a_new_connection(connects: list[Any]) -> None:
+    replies = {**REPLIES, "/large": Reply(body=b"." * 300)}
+    with LoopbackServer(replies, keeps_alive=True) as server, guarded(limits(server, max_body_bytes=100)):
+        assert fetch(server.url("/a")) == b"first"
+        with pytest.raises(FetchError, match="body_too_large"):
+            fetch(server.url("/large"))
+        assert fetch(server.url("/b")) == b"second"
+    assert len(connects) == 2
+
+
+def test_two_answers_that_are_read_at_once_do_not_mix() -> None:
+    with (
+        LoopbackServer(REPLIES, keeps_alive=True) as server,
+        guarded(limits(server)),
+        urllib.request.urlopen(server.url("/a")) as one,
+        urllib.request.urlopen(server.url("/b")) as other,
+    ):
+        assert (other.read(), one.read()) == (b"second", b"first")
+
+
+def test_the_deadline_of_a_kept_connection_is_that_of_the_url() -> None:
+    replies = {**REPLIES, "/slow": Reply(body=slowly, headers={"Content-Length": "4"})}
+    with LoopbackServer(replies, keeps_alive=True) as server, guarded(limits(server, deadline_s=0.9)):
+        assert [fetch(server.url("/slow")) for _ in range(2)] == [b"...."] * 2  # 0.6 s each
+        with guarded(limits(server, deadline_s=0.3)), pytest.raises(FetchError, match="deadline_exceeded"):
+            fetch(server.url("/slow"))

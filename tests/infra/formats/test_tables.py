@@ -1,0 +1,239 @@
+import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.object_stores import Bucket
+
+from infra.errors import InputError, IntegrityError, NotFoundError
+from infra.formats import tables
+
+URLS = ["https://host/1.png", "https://host/a,b?c=d#e"]
+CAPTIONS = ["one", 'two "quoted", with comma']
+
+
+def tar_of(path: Path, members: Sequence[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def refused(path: Path, data: bytes) -> str:
+    path.write_bytes(data)
+    with pytest.raises(InputError) as caught:
+        tables.read_url_list(str(path))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+TABLES = {
+    "a.parquet": parquet(pa.table({"caption": CAPTIONS, "url": URLS})),
+    "a.csv": b'caption,url\none,https://host/1.png\n"two ""quoted"", with comma","https://host/a,b?c=d#e"\n',
+    "a.CSV": b'\xef\xbb\xbfurl,caption\r\n"https://host/1.png",one\r\n'
+    b'"https://host/a,b?c=d#e","two ""quoted"", with comma"\r\n',
+    "a.tsv": b'url\tcaption\nhttps://host/1.png\tone\nhttps://host/a,b?c=d#e\t"two ""quoted"", with comma"\n',
+    "a.json": b'{"url": "https://host/1.png", "caption": "one"}\n'
+    b'{"caption": "two \\"quoted\\", with comma", "url": "https://host/a,b?c=d#e"}\n',
+    "a.jsonl": b'{"url": "https://host/1.png", "caption": "one"}\n'
+    b'{"url": "https://host/a,b?c=d#e", "caption": "two \\"quoted\\", with comma"}\n',
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_of_urls_keeps_its_order_and_further_columns(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(TABLES[name])
+    table = tables.read_url_list(str(tmp_path / name))
+    assert sorted(table.column_names) == ["caption", "url"]
+    assert table["url"].to_pylist() == URLS
+    assert table["caption"].to_pylist() == CAPTIONS
+    assert table["url"].type == pa.string()
+    assert table["url"].num_chunks == 1
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.urls", "list"])
+def test_plain_text_is_one_url_a_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(f"# stickers\n\n  {URLS[0]}\t\r\n{URLS[1]}")
+    assert tables.read_url_list(str(tmp_path / name)).to_pydict() == {"url": URLS}
+
+
+@pytest.mark.parametrize(
+    "urls", [pa.array(URLS, pa.large_string()), pa.array(URLS).dictionary_encode(), pa.array(URLS, pa.string_view())]
+)
+def test_every_kind_of_text_column_serves(urls: pa.Array, tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(parquet(pa.table({"url": urls})))
+    table = tables.read_url_list(str(tmp_path / "a.parquet"))
+    assert table["url"].type == pa.string()
+    assert table["url"].to_pylist() == URLS
+
+
+def test_row_groups_become_one_chunk(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": URLS * 3}), tmp_path / "a.parquet", row_group_size=1)
+    table = tables.read_url_list(str(tmp_path / "a.parquet"))
+    assert (table["url"].to_pylist(), table["url"].num_chunks) == (URLS * 3, 1)
+
+
+def test_a_remote_list_is_read(bucket: Bucket) -> None:
+    bucket.write("lists/a.csv", TABLES["a.csv"])
+    assert tables.read_url_list(f"{bucket.uri}/lists/a.csv")["url"].to_pylist() == URLS
+    with pytest.raises(NotFoundError, match=rf"^{bucket.uri}/lists/b\.csv does not exist; check the path"):
+        tables.read_url_list(f"{bucket.uri}/lists/b.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "columns"),
+    [
+        ("a.parquet", parquet(pa.table({"URL": URLS, "id": [1, 2]})), "URL, id"),
+        ("a.csv", b"link,id\nhttps://host/1.png,1\n", "link, id"),
+        ("a.csv", b"https://host/1.png\nhttps://host/2.png\n", "https://host/1.png"),
+        ("a.tsv", b"url,id\nhttps://host/1.png,1\n", "url,id"),
+        ("a.jsonl", b'{"link": "https://host/1.png"}\n', "link"),
+        ("a.parquet", parquet(pa.table({})), "nothing"),
+    ],
+)
+def test_a_list_without_a_url_column_tells_what_there_is(name: str, data: bytes, columns: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    assert refused(path, data) == f"{path} has no column 'url', only {columns}; rename it"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "twice"),
+    [
+        ("a.csv", b"url,url\nhttps://host/1.png,https://host/2.png\n", "url"),
+        ("a.tsv", b"url\tid\tid\nhttps://host/1.png\t1\t2\n", "id"),
+    ],
+)
+def test_a_column_that_is_there_twice_is_named(name: str, data: bytes, twice: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    assert refused(path, data) == f"{path} has several columns {twice!r}; leave one of them in the list"
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.txt", b""),
+        ("a.txt", b"\n  \n# only a remark\n"),
+        ("a.csv", b"url,caption\n"),
+        ("a.parquet", parquet(pa.table({"url": pa.array([], pa.string())}))),
+    ],
+)
+def test_a_list_of_nothing_is_refused(name: str, data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / name
+    assert refused(path, data) == f"{path} lists no URL; give it at least one row"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "form"),
+    [
+        ("a.parquet", b"PAR1 but no more", ".parquet"),
+        ("a.parquet", TABLES["a.parquet"][:-20], ".parquet"),
+        ("a.parquet", b"", ".parquet"),
+        ("a.csv", b"", ".csv"),
+        ("a.csv", b"url,caption\nhttps://host/1.png\n", ".csv"),
+        ("a.jsonl", b'{"url": "https://ho', ".jsonl"),
+        ("a.json", b'[{"url": "https://host/1.png"}]', ".json"),
+        ("a.txt", b"https://host/\xff\n", ".txt"),
+        ("a.gz", b"\x1f\x8b\x08\x00", ".gz"),
+        ("list", b"\xfe\xff", "text"),
+    ],
+)
+def test_an_unreadable_list_is_named_with_its_form(name: str, data: bytes, form: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    assert refused(path, data).startswith(f"{path} cannot be read as a {form} URL list (")
+
+
+def test_a_missing_list_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"none\.txt does not exist; check the path"):
+        tables.read_url_list(str(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_pictures_come_in_order_with_their_keys_and_nothing_else_does(form: int, tmp_path: Path) -> None:
+    pictures = [("000010002", b"\x89PNG two"), ("000010000", b""), ("000010001", bytes(range(256)) * 300)]
+    members = [
+        member
+        for (key, data), suffix in zip(pictures, (".png", ".jpeg", ".webp"), strict=True)
+        for member in ((f"{key}.json", b"{}"), (f"{key}{suffix}", data), (f"{key}.txt", b"caption"))
+    ]
+    members.append(("sub/000010003.jpg", b"\xff\xd8"))
+    tar = tar_of(tmp_path / "00001.tar", members, form)
+    assert list(tables.read_pictures(tar)) == [*pictures, ("000010003", b"\xff\xd8")]
+
+
+def test_links_and_folders_named_like_pictures_are_no_pictures(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind in (("a.png", tarfile.DIRTYPE), ("b.png", tarfile.SYMTYPE), ("c.png", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/hostname"
+            tar.addfile(info)
+    assert list(tables.read_pictures(tmp_path / "a.tar")) == []
+
+
+def test_an_empty_tar_holds_no_picture(tmp_path: Path) -> None:
+    assert list(tables.read_pictures(tar_of(tmp_path / "a.tar", []))) == []
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 100, 512, 700, 512 + 2048 + 512, 512 + 2048 + 1000])
+def test_a_tar_cut_off_inside_a_member_is_refused(kept_bytes: int, tmp_path: Path) -> None:
+    tar = tar_of(tmp_path / "00000.tar", [("a.png", b"a" * 2000), ("b.png", b"b" * 2000)])
+    tar.write_bytes(tar.read_bytes()[:kept_bytes])
+    with pytest.raises(IntegrityError) as caught:
+        list(tables.read_pictures(tar))
+    assert str(caught.value).startswith(f"{tar} is no whole tar (")
+    assert str(caught.value).endswith("); delete its shard's marker and run again")
+
+
+def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"<html>Not Found</html>" * 100)
+    with pytest.raises(IntegrityError, match=r"a\.tar is no whole tar \("):
+        list(tables.read_pictures(tmp_path / "a.tar"))
+
+
+def test_a_table_is_written_to_its_schema_and_read_by_column(tmp_path: Path) -> None:
+    schema = pa.schema([("key", pa.string()), ("width", pa.int32())])
+    path = tmp_path / "metadata/metadata_00000.parquet"
+    rows = [{"key": "b", "width": 3}, {"key": "a"}, {"width": 5, "ignored": 1}]
+    tables.write_table(iter(rows), schema, path)
+    table = tables.read_table(path)
+    assert table.schema.equals(schema)
+    assert table.to_pydict() == {"key": ["b", "a", None], "width": [3, None, 5]}
+    assert tables.read_table(str(path), ["width"]).to_pydict() == {"width": [3, None, 5]}
+
+
+def test_an_empty_table_keeps_its_schema(tmp_path: Path) -> None:
+    schema = pa.schema([("key", pa.string())])
+    tables.write_table([], schema, tmp_path / "a.parquet")
+    assert tables.read_table(tmp_path / "a.parquet").schema.equals(schema)
+
+
+@pytest.mark.parametrize("data", [b"", b"no parquet", TABLES["a.parquet"][:-9], None])
+def test_an_unreadable_table_is_named(data: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(InputError) as caught:
+        tables.read_table(path)
+    assert str(caught.value).startswith(f"{path} is no readable parquet file (")
+
+
+def test_lines_are_stripped_and_empty_ones_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("a cat\r\n\n  ein Käfer \n# kept".encode())
+    assert tables.read_lines(str(path)) == ["a cat", "ein Käfer", "# kept"]
+    path.write_bytes(b"a \xff")
+    with pytest.raises(InputError) as caught:
+        tables.read_lines(str(path))
+    assert str(caught.value).startswith(f"{path} is no UTF-8 text, one prompt a line (")
+    with pytest.raises(NotFoundError, match=r"none\.txt does not exist; check the path"):
+        tables.read_lines(str(tmp_path / "none.txt"))

@@ -1,0 +1,192 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+
+import model.encoder.clip
+from model.encoder.clip import EMBEDDED, Encoder, Preprocessing
+from model.encoder.identity import EncoderIdentity
+from model.errors import ModelError
+
+SHIPPED = Path(model.encoder.clip.__file__).parent.parent / "pretrained" / "sticker-clip"
+WHITE = (255, 255, 255)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder()
+
+
+def apple() -> Image.Image:
+    image = Image.new("RGB", (128, 128), WHITE)
+    canvas = ImageDraw.Draw(image)
+    canvas.ellipse((24, 32, 104, 112), fill=(210, 30, 40))
+    canvas.line((64, 34, 70, 14), fill=(110, 70, 30), width=6)
+    canvas.ellipse((68, 12, 96, 28), fill=(60, 160, 60))
+    return image
+
+
+def square() -> Image.Image:
+    image = Image.new("RGB", (128, 128), WHITE)
+    ImageDraw.Draw(image).rectangle((24, 24, 104, 104), fill=(30, 80, 220))
+    return image
+
+
+def heart() -> Image.Image:
+    image = Image.new("RGB", (128, 128), WHITE)
+    canvas = ImageDraw.Draw(image)
+    canvas.ellipse((20, 24, 68, 72), fill=(220, 20, 50))
+    canvas.ellipse((60, 24, 108, 72), fill=(220, 20, 50))
+    canvas.polygon([(23, 58), (105, 58), (64, 112)], fill=(220, 20, 50))
+    return image
+
+
+def smile() -> Image.Image:
+    image = Image.new("RGB", (128, 128), WHITE)
+    canvas = ImageDraw.Draw(image)
+    canvas.ellipse((14, 14, 114, 114), fill=(255, 205, 60))
+    for left in (40, 76):
+        canvas.ellipse((left, 44, left + 12, 60), fill=(0, 0, 0))
+    canvas.arc((36, 44, 92, 92), 20, 160, fill=(0, 0, 0), width=5)
+    return image
+
+
+PICTURES = [apple(), square(), heart(), smile()]
+TEXTS = ["a red apple", "a blue square", "a red heart", "a smiling face"]
+
+
+def changed_copy(folder: Path, *, mean: float | None = None, weight: float = 0.0) -> str:
+    """The shipped model in another folder and as float32, with other settings or weights where asked for."""
+    folder.mkdir()
+    settings = json.loads((SHIPPED / "open_clip_config.json").read_text())
+    if mean is not None:
+        settings["preprocess_cfg"]["mean"] = [mean] * 3
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    weights = {name: tensor.float() for name, tensor in load_file(SHIPPED / "open_clip_model.safetensors").items()}
+    weights["visual.conv1.weight"][0, 0, 0, 0] += weight
+    save_file(weights, folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
+
+
+def test_each_text_is_nearest_to_its_picture_and_each_picture_to_its_text(encoder: Encoder) -> None:
+    cosines = encoder.embed_texts(TEXTS) @ encoder.embed_images(PICTURES).T
+    assert cosines.argmax(0).tolist() == [0, 1, 2, 3]
+    assert cosines.argmax(1).tolist() == [0, 1, 2, 3]
+    apple_to_apple, apple_to_square = cosines[0, :2].tolist()
+    assert apple_to_apple > apple_to_square + 0.2
+
+
+def test_rows_are_unit_float32_of_the_width_of_the_identity(encoder: Encoder) -> None:
+    for rows in (encoder.embed_texts(TEXTS), encoder.embed_images(PICTURES)):
+        assert (rows.shape, rows.dtype) == ((4, encoder.identity.dimension), torch.float32)
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(4))
+    assert encoder.identity.dimension == 256
+
+
+def test_neither_batches_nor_company_change_a_row(encoder: Encoder) -> None:
+    images, texts = encoder.embed_images(PICTURES), encoder.embed_texts(TEXTS)
+    torch.testing.assert_close(encoder.embed_images(PICTURES, batch_size=3), images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder.embed_texts(TEXTS, batch_size=3), texts, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder.embed_texts(TEXTS[2:3]), texts[2:3], atol=1e-5, rtol=0)
+    by_hand = encoder.embed_preprocessed(encoder.preprocessing(PICTURES))
+    torch.testing.assert_close(by_hand, images, atol=1e-5, rtol=0)
+
+
+def test_pictures_of_any_size_fit(encoder: Encoder) -> None:
+    sizes = [(64, 64), (400, 400), (31, 31)]
+    rows = encoder.embed_images([square().resize(size) for size in sizes])
+    assert (rows @ rows[0]).min() > 0.9
+
+
+def test_batches_are_preprocessed_as_open_clip_does_one_by_one() -> None:
+    pictures = [
+        square().resize(size).convert(mode) for size, mode in (((64, 64), "L"), ((90, 40), "RGB"), ((31, 80), "P"))
+    ]
+    for mode in ("shortest", "longest", "squash"):
+        for size in (64, (48, 64)):
+            transform = open_clip.image_transform(size, is_train=False, resize_mode=mode)
+            one_by_one = torch.stack([transform(picture) for picture in pictures])
+            torch.testing.assert_close(Preprocessing.of(transform)(pictures), one_by_one, atol=0, rtol=0)
+
+
+def test_nothing_is_no_rows(encoder: Encoder) -> None:
+    assert encoder.embed_images([]).shape == (0, 256)
+    assert encoder.embed_texts([]).shape == (0, 256)
+
+
+def test_a_text_past_the_context_length_is_cut(encoder: Encoder) -> None:
+    first, other = encoder.embed_texts(["red apple " * 200, "red apple " * 200 + "blue square"])
+    torch.testing.assert_close(first, other)
+
+
+def test_a_text_is_said_to_be_cut_by_the_padding_of_its_own_tokenizer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SigLIP's pads with 1, which is its end, too; with some the last token is the class's."""
+
+    def siglip(texts: list[str]) -> torch.Tensor:
+        return torch.tensor([[2] * min(15, len(text)) + [1] * (16 - min(15, len(text))) for text in texts])
+
+    def with_class(texts: list[str]) -> torch.Tensor:
+        return torch.cat([siglip(texts)[:, :-1], torch.full((len(texts), 1), 7)], dim=1)
+
+    for tokenizer in (siglip, with_class):
+        monkeypatch.setattr(open_clip, "get_tokenizer", lambda _, made=tokenizer: made)
+        encoder = Encoder()
+        caplog.clear()
+        encoder._warn_of_cut(["short"], tokenizer(["short"]))
+        assert caplog.text == ""
+        encoder._warn_of_cut(["short", "l" + "o" * 20 + "ng"], tokenizer(["short", "l" + "o" * 20 + "ng"]))
+        assert caplog.text.count("is longer than 14 tokens") == 1
+
+
+def test_the_identity_is_stable_across_instances(encoder: Encoder) -> None:
+    again = Encoder()
+    assert again.identity == encoder.identity
+    assert torch.equal(again.embed_texts(TEXTS), encoder.embed_texts(TEXTS))
+    assert encoder.identity.name == EMBEDDED
+
+
+def test_the_folder_and_the_precision_of_the_file_are_no_part_of_the_space(encoder: Encoder, tmp_path: Path) -> None:
+    copy = Encoder(changed_copy(tmp_path / "copy")).identity
+    assert copy.name != encoder.identity.name
+    assert copy.same_space(encoder.identity)
+
+
+def test_other_weights_and_other_preprocessing_are_other_spaces(encoder: Encoder, tmp_path: Path) -> None:
+    weights = Encoder(changed_copy(tmp_path / "weights", weight=0.5)).identity
+    assert weights.preprocess_digest == encoder.identity.preprocess_digest
+    assert weights.weights_digest != encoder.identity.weights_digest
+    assert not weights.same_space(encoder.identity)
+
+    settings = Encoder(changed_copy(tmp_path / "preprocess", mean=0.1))
+    assert settings.identity.weights_digest == encoder.identity.weights_digest
+    assert settings.identity.preprocess_digest != encoder.identity.preprocess_digest
+    assert not settings.identity.same_space(encoder.identity)
+    one, other = settings.preprocessing([square()]), encoder.preprocessing([square()])
+    assert (one - other).abs().max() > 0.1, "the settings are used"
+
+
+def test_the_digests_and_the_width_decide_and_the_name_does_not() -> None:
+    base = EncoderIdentity(name="a", weights_digest="0123456789", preprocess_digest="abcdefghij", dimension=8)
+    assert base.same_space(dataclasses.replace(base, name="b"))
+    for change in ({"weights_digest": "x"}, {"preprocess_digest": "x"}, {"dimension": 9}):
+        assert not base.same_space(dataclasses.replace(base, **change)), change
+    assert str(base) == "a (8-d, 01234567/abcdefgh)"
+
+
+@pytest.mark.parametrize("name", ["NoSuchModel/openai", "ViT-B-32/no-such-weights", "local-dir:/nowhere"])
+def test_an_unknown_model_is_refused_with_the_mend(name: str) -> None:
+    with pytest.raises(ModelError, match=r"(?s)cannot be loaded.*name an open_clip model or sticker-clip") as caught:
+        Encoder(name)
+    assert repr(name) in str(caught.value)
+
+
+def test_a_model_without_weights_is_refused_with_how_to_name_them() -> None:
+    with pytest.raises(ModelError, match="'ViT-B-32' names no weights; write ARCHITECTURE/WEIGHTS"):
+        Encoder("ViT-B-32")

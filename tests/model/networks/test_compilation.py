@@ -1,0 +1,81 @@
+"""What a GPU runs in a network's place computes what the network does, under the same names."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+from support import tiny_models
+from torch import Tensor, nn
+
+from model.networks.compilation import compile_in_place
+from model.networks.denoiser import as_denoiser
+from model.networks.dit import TransformerConfig, build_transformer
+from model.networks.unet import UNetConfig, build_unet
+from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder
+from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
+
+NOISY, SIGMA, TOKENS = torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.9]), torch.randn(2, 4, 9)
+
+
+def stirred() -> PixArtTransformer2DModel:
+    size = TransformerConfig(image_size=16, layers=2, heads=2, head_width=16)
+    return tiny_models.stirred(
+        build_transformer(size, embedding_dimension=8, seed=0)
+    ).double()  # so that rounding is small
+
+
+def velocity(network: nn.Module) -> Tensor:
+    return as_denoiser(network, "velocity")(NOISY, SIGMA, TOKENS)
+
+
+def gradients(network: nn.Module) -> dict[str, Tensor]:
+    velocity(network).square().sum().backward()
+    return {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
+
+
+def compiled_parts(network: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[str]:
+    found: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: found.append(self))
+    names, before = {id(part): name for name, part in network.named_modules()}, list(network.state_dict())
+    compile_in_place(network, **options)
+    assert list(network.state_dict()) == before
+    return [names[id(part)] for part in found]
+
+
+def test_transformers_are_compiled_whole_and_others_by_their_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = build_vq_transformer(
+        VQTransformerConfig(codes=8, tokens=4, timesteps=4, layers=2, heads=1, head_width=16),
+        embedding_dimension=8,
+        seed=0,
+    )
+    unet = build_unet(UNetConfig(image_size=8, widths=(32, 32), layers=1), embedding_dimension=8, seed=0)
+    autoencoder = build_autoencoder(AutoencoderConfig(image_size=16, channels=(8, 8, 16)), seed=0)
+    assert compiled_parts(stirred(), monkeypatch) == compiled_parts(codes, monkeypatch) == [""]
+    blocks = ["transformer_blocks.0", "transformer_blocks.1"]
+    assert compiled_parts(stirred(), monkeypatch, whole=False) == blocks
+    assert compiled_parts(unet, monkeypatch) == ["down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1"]
+    assert compiled_parts(autoencoder, monkeypatch) == []
+
+
+def test_a_compiled_network_answers_what_it_did() -> None:
+    network = stirred()
+    with torch.no_grad():
+        expected = velocity(network)
+        compile_in_place(network)
+        torch.testing.assert_close(velocity(network), expected, atol=1e-3, rtol=1e-3)  # sinusoids stay float32
+
+
+def test_a_compiled_unet_stays_compiled_whatever_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_by = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_by(self, backend="eager"))
+    unet = build_unet(UNetConfig(image_size=8, widths=(32, 32, 64), layers=1), embedding_dimension=8, seed=0).eval()
+
+    def answer(batch: int) -> None:
+        unet(torch.zeros(batch, 3, 8, 8), torch.ones(batch), torch.zeros(batch, 4, 9))
+
+    few = torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True)
+    with torch.no_grad(), few:  # the code of two blocks needs six graphs
+        compile_in_place(unet)
+        for batch in (4, 2, 1, 5, 7):
+            answer(batch)

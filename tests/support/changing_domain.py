@@ -1,0 +1,97 @@
+"""A living database of drawn pictures, and what can be done with it; workers and stores are the test's choice."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from support.fakes import LoopbackServer
+from support.tiny_domain import COLOURS, SHAPES, drawn, encoded, write_urls
+
+from infra.registry import Registry
+from infra.settings import Settings
+from tasks.references.database import open_database
+from tasks.references.types import DatabaseVersion
+
+NAMES = [f"/{c}-{s}.png" for c in COLOURS for s in SHAPES]
+BODY = {path: encoded(drawn(*path[1:-4].split("-"))) for path in NAMES}
+FIRST = 12
+
+
+class Living:
+    """A domain of drawn pictures, its server, and shorthands for what is done with it."""
+
+    def __init__(self, server: LoopbackServer, folder: Path, root: str | None = None) -> None:
+        self.server, self.folder = server, folder
+        self.root = folder / "data" if root is None else root
+        self.settings = Settings(root=str(self.root))
+
+    def listed(self, *rows: Any, name: str = "urls.jsonl") -> str:
+        """A list of paths of the server, or of entries as they are."""
+        path = self.folder / name
+        if rows and isinstance(rows[0], str):
+            return str(write_urls(path, [self.server.url(row) for row in rows]))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    def build(self, names: list[str], domain: str = "shapes", index: Any = None) -> Any:
+        from flows.new_domain import NewDomainConfig, new_domain
+        from infra.download.downloader import DownloadPolicy
+        from tasks.download.task import DownloadConfig
+        from tasks.embed.task import EmbedConfig
+        from tasks.index.task import IndexConfig
+
+        policy = DownloadPolicy(allow_hosts=(self.server.host,), threads=4, retries=0)
+        return new_domain(
+            NewDomainConfig(
+                domain=domain,
+                urls=self.listed(*names, name=f"{domain}.jsonl"),
+                root=str(self.root),
+                download=DownloadConfig(shard_rows=4, policy=policy, workers=1),
+                embed=EmbedConfig(workers=1, batch_size=4),
+                index=index or IndexConfig(recall_queries=4),
+            )
+        )
+
+    def rebuild(self, **options: Any) -> Any:
+        from flows.rebuild_index import RebuildIndexConfig, rebuild_index
+
+        self.server.requests.clear()
+        return rebuild_index(RebuildIndexConfig(**{"domain": "shapes", "root": str(self.root), **options}))
+
+    def collect(self, **options: Any) -> Any:
+        from flows.collect_garbage import CollectGarbageConfig, collect_garbage
+
+        options = {"domain": "shapes", "root": str(self.root), "grace_s": 0, "keep_versions": 1, **options}
+        return collect_garbage(CollectGarbageConfig(**options))
+
+    def garbage_beside_what_is_refused(self) -> Path:
+        """A version that may be collected, in a root with a domain that may not: no registry knows it. Its one file."""
+        self.build(NAMES[:4])
+        self.rebuild(takedown=self.listed({"url": self.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
+        never = Path(self.root) / "aa" / "images" / ("0" * 16) / "00000.tar"
+        never.parent.mkdir(parents=True)
+        never.write_bytes(b"x")
+        return never
+
+    def versions(self) -> list[dict[str, Any]]:
+        return Registry(self.settings).versions("database")
+
+    def found(self, database: DatabaseVersion) -> set[str]:
+        """The paths of all rows that a search for everything returns."""
+        opened = open_database(database, self.folder / "cache")
+        rows = opened.rows(np.arange(len(opened))).astype(np.float32)
+        hits = opened.search(rows / np.linalg.norm(rows, axis=1, keepdims=True), len(opened))
+        ids = np.unique(hits.ids[hits.ids >= 0]).tolist()
+        return {"/" + row["url"].rsplit("/", 1)[-1] for row in opened.describe(ids)}
+
+    def champion(self, domain: str = "shapes") -> set[str]:
+        """The paths of what a domain's champion shows."""
+        pulled = Registry(self.settings).pull(domain, kind="database")
+        return self.found(DatabaseVersion.of(pulled.manifest, pulled.folder_uri))
+
+    def files(self) -> dict[str, bytes]:
+        """Every file below the domain, the lease's apart."""
+        base = Path(self.root) / "shapes"
+        found = {str(path.relative_to(base)): path for path in base.rglob("*") if path.is_file()}
+        return {name: path.read_bytes() for name, path in found.items() if not name.startswith("lease/")}

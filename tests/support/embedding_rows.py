@@ -1,0 +1,75 @@
+"""Embedding shards of given rows, without pictures; databases of them; and what a version holds."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from support import tiny_models
+
+from infra import artifacts, storage
+from infra.formats.tables import write_table
+from tasks.index.task import IndexConfig, build_database
+from tasks.references.database import TRUTH, open_database
+from tasks.references.types import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards, Takedown
+from tasks.upkeep.takedown import Entries, commit_takedown
+
+CONFIG = IndexConfig(index="IVF8,SQfp16", shard_rows=250, recall_queries=30, near_duplicate_cosine=0.9999)
+Parts = Sequence[NDArray[np.float16]]
+
+
+def stored(base: Path, parts: Parts, *, first: int = 0, previous: EmbeddingShards | None = None) -> EmbeddingShards:
+    """Embedding shards of ``parts``, numbered from ``first``, behind those of ``previous``; urls tell row from row."""
+    identity = {"encoder": dataclasses.asdict(tiny_models.identity())}
+    total = sum(map(len, parts)) + (previous.rows if previous else 0)
+    stage = artifacts.Stage(str(base), EmbeddingShards.kind, inputs={}, config={"rows": total, "first": first})
+    done = [] if previous is None else [one.taken_over(previous.uri) for one in previous.manifest().shards]
+    for number, rows in enumerate(parts, start=first):
+        name = f"{number:05d}"
+        with storage.scratch() as folder:
+            (folder / "img_emb").mkdir()
+            np.save(folder / "img_emb" / f"img_emb_{name}.npy", rows)
+            urls = [{"row": n, "key": f"{name}{n:04d}", "url": f"http://{name}/{n}"} for n in range(len(rows))]
+            write_table(urls, METADATA_SCHEMA, folder / "metadata" / f"metadata_{name}.parquet")
+            done.append(artifacts.commit_shard(stage.uri, name, folder, rows=len(rows), info={}))
+    return EmbeddingShards.of(stage.commit(done, identity=identity, info={}), stage.uri)
+
+
+def build(embeddings: EmbeddingShards, base: Path, config: IndexConfig = CONFIG, **options: Any) -> DatabaseVersion:
+    return build_database(embeddings, str(base), config, cache=base / "cache", **options).reference
+
+
+def exact(queries: NDArray[Any], rows: NDArray[np.float16], k: int, without: set[int] = frozenset()) -> list[list[int]]:  # type: ignore[assignment]
+    order = np.argsort(-(queries.astype(np.float64) @ rows.astype(np.float64).T), axis=1, kind="stable")
+    return [[row for row in one if row not in without][:k] for one in order.tolist()]
+
+
+def everything(version: DatabaseVersion, base: Path) -> Any:
+    """The open version, visiting every cell."""
+    database = open_database(version, base / "cache")
+    return database.with_effort(dataclasses.replace(database.effort, nprobe=max(1, database.proposer.cells)))
+
+
+def hidden_in(version: DatabaseVersion, base: Path) -> set[int]:
+    """The rows that an open version does not show."""
+    database = open_database(version, base / "cache")
+    return set(np.setdiff1d(np.arange(database.stored), database.ids()).tolist())
+
+
+def truth_of(version: DatabaseVersion, kind: str, base: Path) -> dict[str, NDArray[Any]]:
+    """A version's queries of a kind and their true neighbours."""
+    (shard,) = (shard for shard in version.manifest().shards if shard.name == TRUTH)
+    return dict(np.load(artifacts.fetch_shard(version.uri, shard, f"{kind}.npz", base / "cache")))
+
+
+def queries_of(version: DatabaseVersion, base: Path) -> NDArray[np.int64]:
+    """The rows that are a version's image queries."""
+    return truth_of(version, "image", base)["own"]
+
+
+def without(rows: NDArray[np.int64], base: Path) -> Takedown:
+    """A takedown of some of :func:`stored`'s rows, in parts of 100."""
+    urls = frozenset(f"http://{row // 100:05d}/{row % 100}" for row in rows.tolist())
+    return commit_takedown(Entries(url=urls), str(base), info={}).reference

@@ -1,0 +1,216 @@
+"""Stand-ins for the outside world. Whatever listens, listens on loopback."""
+
+import contextlib
+import shutil
+import socketserver
+import ssl
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any, Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a path answers. A callable body is sent piece by piece, without a Content-Length."""
+
+    body: bytes | Callable[[], Iterator[bytes]] = b""
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    raw: bool = False  # body is the whole answer, status line and headers included
+    hangs_up: bool = False  # afterwards, without having said so
+
+    @classmethod
+    def redirect(cls, target: str, status: int = 302) -> "Reply":
+        return cls(status=status, headers={"Location": target})
+
+
+class LoopbackServer:
+    """A threaded HTTP server with scripted replies: one per path, or several that are given in turn.
+
+    ``requests`` lists the paths asked for and ``hosts`` the Host headers that came with them. With ``keeps_alive`` a
+    connection may ask again.
+    """
+
+    def __init__(
+        self,
+        replies: Mapping[str, Reply | Sequence[Reply]],
+        tls: ssl.SSLContext | None = None,
+        *,
+        keeps_alive: bool = False,
+    ) -> None:
+        self.replies, self.keeps_alive = dict(replies), keeps_alive
+        self.requests: list[str] = []
+        self.hosts: list[str | None] = []
+        self._asked: Counter[str] = Counter()
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.owner = self
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
+
+    @property
+    def host(self) -> str:
+        """``127.0.0.1:port``, as ``allow_hosts`` takes it."""
+        return f"127.0.0.1:{self.port}"
+
+    def url(self, path: str) -> str:
+        return f"http://{self.host}{path}"
+
+    def answer(self, path: str, host: str | None) -> Reply:
+        self.requests.append(path)
+        self.hosts.append(host)
+        replies = self.replies.get(path, Reply(status=404))
+        if isinstance(replies, Reply):
+            return replies
+        turn = min(self._asked[path], len(replies) - 1)  # the last one stays
+        self._asked[path] += 1
+        return replies[turn]
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+    owner: LoopbackServer
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that has hung up is what many tests are about."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+
+    def setup(self) -> None:
+        super().setup()
+        self.protocol_version = "HTTP/1.1" if self.server.owner.keeps_alive else "HTTP/1.0"
+
+    def do_GET(self) -> None:
+        reply = self.server.owner.answer(self.path, self.headers.get("Host"))
+        pieces = [reply.body] if isinstance(reply.body, bytes) else reply.body()
+        if not reply.raw:
+            headers = dict(reply.headers)
+            if isinstance(reply.body, bytes):
+                headers.setdefault("Content-Length", str(len(reply.body)))
+            self.send_response_only(reply.status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+        for piece in pieces:
+            self.wfile.write(piece)
+        self.close_connection = self.close_connection or reply.hangs_up
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+class Killed(BaseException):
+    """The end of a process, as far as code that catches ``Exception`` can tell."""
+
+
+class WithoutRay:
+    """Stands in for ``infra.compute`` where what a worker does matters and not where: its start costs seconds."""
+
+    def __init__(self) -> None:
+        self.items: list[tuple[str, Any]] = []
+
+    def install(self, patch: Any) -> None:
+        """In the place of the functions that stages call; ``patch`` is pytest's monkeypatch."""
+        from infra import compute
+
+        for name in ("map_shards", "run", "cpus", "cluster"):
+            patch.setattr(compute, name, getattr(self, name))
+
+    def map_shards(self, factory: Any, settings: Any, items: Any, *, description: str, **_: Any) -> Iterator[Any]:
+        from infra.compute.actor_pool import Lost
+
+        queue = list(items)
+        worker = factory(*settings) if queue else None
+        for item in queue:
+            self.items.append((description, item))
+            try:
+                yield worker(item)
+            except Exception as error:
+                yield Lost(item, error)
+
+    def run(self, function: Any, *arguments: Any, **_: Any) -> Any:
+        return function(*arguments)
+
+    def cpus(self) -> int:
+        return 1
+
+    @contextlib.contextmanager
+    def cluster(self, *_: Any) -> Iterator[None]:
+        yield
+
+
+class FolderCheckpoints:
+    """Training checkpoints in a folder. Saving step ``killed_at`` kills the run, before or after the step is kept."""
+
+    def __init__(self, folder: Path, *, killed_at: int | None = None, before: bool = False) -> None:
+        self._folder, self._killed_at, self._before = folder, killed_at, before
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(int(path.stem) for path in self._folder.glob("*.pt"))
+
+    def latest(self) -> Path | None:
+        return self._folder / f"{self.steps[-1]}.pt" if self.steps else None
+
+    def scratch(self) -> Path:
+        return self._folder / "state.partial"
+
+    def save(self, step: int, state: Path) -> None:
+        if step == self._killed_at and self._before:
+            raise Killed
+        shutil.move(state, self._folder / f"{step}.pt")
+        if step == self._killed_at:
+            raise Killed
+
+
+class MetricsLog:
+    """Metrics in a list, as (images seen, values); of pictures, how many images were seen."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[int, dict[str, float]]] = []
+        self.grids: list[int] = []
+
+    def log(self, *, images: int, values: dict[str, float]) -> None:
+        self.entries.append((images, values))
+
+    def grid(self, *, images: int, average: Any) -> None:
+        self.grids.append(images)
+
+    def __getitem__(self, name: str) -> list[float]:
+        """Every value of one metric, in order."""
+        return [values[name] for _, values in self.entries]
+
+
+def workers_of(driver: int) -> list[int]:
+    """The actors below a process."""
+    parents, found = {}, []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if (path / "cmdline").read_text().startswith("ray::_Actor"):
+                found.append(int(path.name))
+
+    def is_below(pid: int) -> bool:
+        return pid == driver or (pid in parents and is_below(parents[pid]))
+
+    return [pid for pid in found if is_below(pid)]

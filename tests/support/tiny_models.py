@@ -1,0 +1,120 @@
+"""Embeddings, databases, networks and pipelines small enough to make in a test."""
+
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, PixArtTransformer2DModel
+from numpy.typing import NDArray
+
+from model.encoder.identity import EncoderIdentity
+from model.networks.dit import TransformerConfig, build_transformer
+from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder
+from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
+from model.pipeline import KNNDiffusionPipeline, new_pipeline
+from model.retrieval.database import Database, SearchEffort, ShardFiles
+from model.retrieval.faiss_index import fill_shard, train_index
+
+WIDTH = 8
+"""D, where a test has no other in mind."""
+
+
+def unit(rows: NDArray[Any]) -> NDArray[np.float32]:
+    """Rows (…, D) scaled to length 1."""
+    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def unit_rows(count: int, width: int = WIDTH, *, seed: int = 0) -> NDArray[np.float16]:
+    """Random directions (count, width), as the embedding stage stores them."""
+    return unit(np.random.default_rng(seed).normal(size=(count, width))).astype(np.float16)
+
+
+def identity(width: int = WIDTH, *, name: str = "tiny-clip", weights: str = "0" * 64) -> EncoderIdentity:
+    return EncoderIdentity(name=name, weights_digest=weights, preprocess_digest="1" * 64, dimension=width)
+
+
+def shard_files(folder: Path, *shards: NDArray[np.float16], factory: str = "Flat") -> list[ShardFiles]:
+    """Index and rows of each shard on disk; one quantizer for all, trained on all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    template = folder / "quantizer.faiss"
+    trained_on = np.concatenate(shards).astype(np.float32)
+    faiss.write_index(train_index(factory, trained_on.shape[1], trained_on), str(template))
+    files = []
+    for number, rows in enumerate(shards):
+        kept = folder / f"{number}.npy"
+        shard = ShardFiles(index=folder / f"{number}.faiss", embeddings=(kept,), ordinal=number)
+        fill_shard(template, [rows], shard.index, ordinal=number)
+        np.save(kept, rows)
+        files.append(shard)
+    return files
+
+
+def database(
+    folder: Path,
+    *shards: NDArray[np.float16],
+    factory: str = "Flat",
+    encoder: EncoderIdentity | None = None,
+    nprobe: int = 1,
+    candidates: int = 100,
+    **options: Any,
+) -> Database:
+    files = shard_files(folder, *shards, factory=factory)
+    effort = SearchEffort(nprobe=nprobe, candidates=candidates)
+    identified = encoder or identity(shards[0].shape[1])
+    return Database(files, encoder=identified, quantizer=folder / "quantizer.faiss", effort=effort, **options)
+
+
+def size(**changes: Any) -> TransformerConfig:
+    return TransformerConfig(**{"image_size": 8, "patch_size": 4, "layers": 1, "heads": 1, "head_width": 16} | changes)
+
+
+def network(width: int = WIDTH, *, seed: int = 0, **changes: Any) -> PixArtTransformer2DModel:
+    """A network of random weights, the last layer too, so that its output depends on all of its input."""
+    built = build_transformer(size(**changes), embedding_dimension=width, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return built.eval()
+
+
+def pipeline(plugged: Database | None, *, prediction: str = "sample", neighbours: int = 3) -> KNNDiffusionPipeline:
+    """An untrained pipeline in the space of the database plugged in."""
+    encoder = plugged.encoder if plugged else identity()
+    built = new_pipeline(network(encoder.dimension), encoder, prediction=prediction, neighbours=neighbours)
+    if plugged:
+        built.swap_database(plugged)
+    return built
+
+
+def stirred(network: Any) -> Any:
+    """The network with every weight moved, its zero head too."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    return network.eval()
+
+
+def latent_pipeline() -> KNNDiffusionPipeline:
+    """It draws 8 × 8 latents of 16 × 16 pixels."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        sample_size=16,
+        norm_num_groups=8,
+    )
+    return new_pipeline(network(channels=4), identity(), vae=vae.eval(), neighbours=3)
+
+
+def discrete_pipeline() -> KNNDiffusionPipeline:
+    """It draws 4 × 4 codes of 16 × 16 pixels, 12 of them in 10 times."""
+    coding = AutoencoderConfig(image_size=16, downscale=4, codes=12, code_width=4, channels=(32, 32, 32), layers=1)
+    size = VQTransformerConfig(codes=12, tokens=16, timesteps=10, layers=1, heads=1, head_width=16)
+    coder = stirred(build_vq_transformer(size, embedding_dimension=8, seed=0))
+    vae = build_autoencoder(coding, seed=0).eval()
+    return new_pipeline(coder, identity(), vae=vae, neighbours=3)

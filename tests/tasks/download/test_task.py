@@ -1,0 +1,244 @@
+"""What a second list costs: only URLs that were not asked for, only bytes that are not there."""
+
+import datetime
+import decimal
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.fakes import LoopbackServer, Reply, WithoutRay
+from support.tiny_artifacts import image_shards, sha
+from support.tiny_domain import COLOURS, SHAPES, drawn, encoded, write_urls
+
+from infra import artifacts, storage
+from infra.artifacts import read_manifest
+from infra.download.downloader import DownloadPolicy
+from infra.errors import InputError, StageError
+from infra.formats import tables
+from tasks.download.task import DownloadConfig, download_images
+from tasks.references.types import ImageShards
+from tasks.references.url_history import Hashes, Seen, hash_texts
+from tasks.upkeep.takedown import Entries, commit_takedown
+
+NAMES = [f"/{c}-{s}.png" for c in COLOURS for s in SHAPES]
+BODY = {path: encoded(drawn(*path[1:-4].split("-"))) for path in NAMES}
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackServer]:
+    WithoutRay().install(monkeypatch)
+    replies = {path: Reply(body=body) for path, body in BODY.items()}
+    with LoopbackServer(replies | {"/copy.png": Reply(body=BODY[NAMES[0]]), "/gone.png": Reply(status=404)}) as up:
+        yield up
+
+
+class Lists:
+    """Downloads lists of paths of a server into a folder."""
+
+    def __init__(self, server: LoopbackServer, folder: Path) -> None:
+        self.server, self.folder = server, folder
+        self.policy = DownloadPolicy(allow_hosts=(server.host,), threads=4, retries=0)
+
+    def __call__(self, paths: list[str], **more: Any) -> Any:
+        retry = more.pop("retry_failed", False)
+        urls = write_urls(self.folder / "urls.jsonl", [self.server.url(path) for path in paths])
+        config = DownloadConfig(shard_rows=4, policy=self.policy, workers=2, retry_failed=retry)
+        self.server.requests.clear()
+        return download_images(str(urls), str(self.folder / "base"), config, cache=self.folder / "cache", **more)
+
+
+@pytest.fixture
+def lists(server: LoopbackServer, tmp_path: Path) -> Lists:
+    return Lists(server, tmp_path)
+
+
+def outcomes(images: ImageShards) -> dict[str, str]:
+    """Path -> error class, over all shards."""
+    found = {}
+    for shard in images.manifest().shards:
+        table = tables.read_table(storage.join(shard.folder or images.uri, shard.file(".parquet").name))
+        found.update({row["url"].rsplit("/", 1)[-1]: row["error_class"] for row in table.to_pylist()})
+    return found
+
+
+def pictures(images: ImageShards, shard: artifacts.Shard) -> dict[str, bytes]:
+    return dict(tables.read_pictures(Path(shard.folder or images.uri) / shard.file(".tar").name))
+
+
+def test_only_new_urls_are_asked_for(lists: Lists) -> None:
+    first = lists([*NAMES[:5], "/gone.png"]).reference
+    second = lists([*NAMES[3:8], "/gone.png"], previous=first)
+    assert sorted(lists.server.requests) == sorted(NAMES[5:8])
+    manifest = second.reference.manifest()
+    assert [(s.name, s.rows, s.folder) for s in manifest.shards] == [
+        ("00000", 4, first.uri), ("00001", 1, first.uri), ("00002", 3, None)
+    ]  # fmt: skip
+    assert manifest.rows == 8
+    assert manifest.info["outcomes"] == {"success": 8, "http_404": 1}
+    assert manifest.info["added"] == {"requested": 3, "outcomes": {"success": 3}}
+    assert first.uri not in [given["uri"] for given in manifest.inputs.values()]
+    assert list(pictures(second.reference, manifest.shards[2])) == ["000020000", "000020001", "000020002"]
+
+
+def test_nothing_new_is_the_version_before(lists: Lists) -> None:
+    first = lists(NAMES[:3]).reference
+    again = lists([NAMES[2], NAMES[0]], previous=first)
+    assert (again.skipped, again.reference, lists.server.requests) == (True, first, [])
+    assert "lists nothing new" in again.note
+
+
+def test_bytes_that_are_there_are_dropped_and_stay_on_record(lists: Lists) -> None:
+    lists.server.replies |= {f"/again-{n}.png": Reply(body=BODY[NAMES[9]]) for n in range(6)}
+    first = lists(NAMES[:4]).reference
+    # Copies within a shard, from one shard to the next, and of the version before.
+    second = lists(["/again-0.png", "/again-1.png", NAMES[5], "/copy.png", *(f"/again-{n}.png" for n in (2, 3))],
+                   previous=first).reference  # fmt: skip
+    found = outcomes(second)
+    assert {name for name, outcome in found.items() if outcome == "duplicate_content"} == {
+        "again-1.png", "again-2.png", "again-3.png", "copy.png"
+    }  # fmt: skip
+    assert [shard.rows for shard in second.manifest().shards] == [4, 2, 0]
+    assert second.manifest().info["added"]["outcomes"] == {"success": 2, "duplicate_content": 4}
+    shard = second.manifest().shards[1]
+    assert [len(key) for key in pictures(second, shard)] == [9, 9]
+    row = tables.read_table(Path(second.uri) / shard.file(".parquet").name).to_pylist()[3]
+    assert (row["sha256"], row["status"], row["width"]) == (sha(BODY[NAMES[0]]), "dropped", None)
+    assert lists(["/copy.png", "/again-3.png"], previous=second).skipped  # a copy is not asked for again
+
+
+def test_what_was_taken_down_does_not_come_back(lists: Lists) -> None:
+    first = lists(NAMES[:2]).reference
+    entries = Entries(frozenset({lists.server.url(NAMES[4])}), frozenset({sha(BODY[NAMES[6]])}))
+    taken = commit_takedown(entries, str(lists.folder / "base"), info={}).reference
+    second = lists(NAMES[4:7], previous=first, takedown=taken).reference
+    assert sorted(lists.server.requests) == sorted(NAMES[5:7])  # the URL itself is not even asked for
+    assert outcomes(second)[NAMES[6][1:]] == "taken_down"
+    assert second.rows == 3
+    assert lists(NAMES[4:7], previous=second, takedown=taken).reference == second
+
+
+def test_failures_are_asked_for_again_only_when_told(lists: Lists) -> None:
+    first = lists([NAMES[0], "/gone.png"]).reference
+    lists.server.replies["/gone.png"] = Reply(body=BODY[NAMES[1]])
+    assert lists([NAMES[0], "/gone.png"], previous=first).skipped
+    second = lists([NAMES[0], "/gone.png"], previous=first, retry_failed=True)
+    assert lists.server.requests == ["/gone.png"]
+    assert second.reference.rows == 2
+    assert lists([NAMES[0], "/gone.png"], previous=second.reference, retry_failed=True).skipped
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_what_fails_again_makes_no_version_and_is_asked_again(lists: Lists, status: int) -> None:
+    first = lists([NAMES[0], "/gone.png"]).reference
+    lists.server.replies["/gone.png"] = Reply(status=status)
+    again = lists([NAMES[0], "/gone.png"], previous=first, retry_failed=True)
+    assert (again.reference, again.note, lists.server.requests) == (
+        first, f"still failing: http_{status} 1", ["/gone.png"]
+    )  # fmt: skip
+    lists.server.replies["/gone.png"] = Reply(body=BODY[NAMES[1]])
+    assert lists([NAMES[0], "/gone.png"], previous=first, retry_failed=True).reference.rows == 2
+
+
+def test_a_dead_url_is_recorded_but_a_dead_network_is_not(lists: Lists, tmp_path: Path) -> None:
+    first = lists(NAMES[:2]).reference
+    second = lists(["/gone.png"], previous=first).reference
+    assert (second.rows, second.manifest().shards[-1].rows) == (2, 0)
+    with LoopbackServer({}) as silent:
+        pass  # nobody listens there afterwards
+    urls = write_urls(tmp_path / "silent.jsonl", [silent.url("/x.png"), silent.url("/y.png")])
+    policy = DownloadPolicy(allow_hosts=(silent.host,), threads=2, retries=0)
+    with pytest.raises(
+        StageError, match=r"none of the 2 URLs .* \(connection_error 2\).* mend the list or the network"
+    ):
+        download_images(str(urls), str(tmp_path / "base"), DownloadConfig(policy=policy), previous=second)
+
+
+def test_killed_between_shards_the_same_version_comes_out(lists: Lists) -> None:
+    first = lists(NAMES[:4]).reference
+    whole = lists([*NAMES[4:9], "/copy.png"], previous=first).reference
+    folder = Path(whole.uri)
+    (folder / "manifest.json").unlink()
+    (folder / "shards" / "00002.json").unlink()  # the shard that was in hand, its files half there
+    (folder / "00002.tar").write_bytes(b"half")
+    again = lists([*NAMES[4:9], "/copy.png"], previous=first).reference
+    assert again == whole
+    assert sorted(lists.server.requests) == ["/copy.png", NAMES[8]]
+
+
+def test_a_version_without_the_file_of_what_it_has_seen_is_read_itself(tmp_path: Path) -> None:
+    body = BODY[NAMES[0]]
+    images = image_shards(tmp_path, [[("http://host/a.png", body), ("http://host/b.png", None)]])
+    seen = Seen.of(images, tmp_path)
+    urls = ["http://host/a.png", "http://host/b.png", "http://host/c.png"]
+    assert seen.asked(urls, failed_too=True).tolist() == [True, True, False]
+    assert seen.asked(urls, failed_too=False).tolist() == [True, False, False]
+    assert seen.holds([sha(body), "0" * 64]).tolist() == [True, False]
+
+
+def test_files_of_a_thousand_nights_are_few(tmp_path: Path) -> None:
+    files: list[dict[str, Any]] = []
+    nothing = np.empty(0, np.uint64)
+    for night in range(300):
+        parts = []
+        for entry in files:
+            with np.load(io.BytesIO(storage.read_bytes(storage.join(entry["folder"], "seen.npz")))) as stored:
+                parts.append(Hashes(**stored))
+        added = Hashes(np.sort(hash_texts(f"{night}-{n}" for n in range(3))), nothing, nothing)
+        files = Seen(parts, files).extended(str(tmp_path / str(night)), added)
+    assert len(files) <= 9
+    assert sum(entry["rows"] for entry in files) == 900
+
+
+def test_columns_of_every_kind_are_kept(lists: Lists, tmp_path: Path) -> None:
+    day = datetime.date(2024, 1, 2)
+    further = {
+        "taken": pa.array([day, None, day]),
+        "seen": pa.array([datetime.datetime(2024, 1, 2, 3, 4, 5, 6, datetime.UTC)] * 3, pa.timestamp("us", "UTC")),
+        "fine": pa.array([1, 2, 3], pa.timestamp("ns")),
+        "at": pa.array([datetime.time(3, 4), None, None]),
+        "lasts": pa.array([datetime.timedelta(seconds=3)] * 3),
+        "raw": pa.array([b"\xff\x00", b"", None]),
+        "price": pa.array([decimal.Decimal("1.10"), None, decimal.Decimal("2.20")]),
+        "nested": pa.array([{"day": day, "tags": ["a"]}] * 3),
+        "score": pa.array([0.5, float("nan"), 2.0]),
+    }
+    # The third is a copy of the first, and dropped: its further columns are empty then, and keep their type.
+    paths = [NAMES[0], NAMES[1], "/copy.png"]
+    listed = pa.table({"url": [lists.server.url(path) for path in paths], **further})
+    first = lists(NAMES[2:3]).reference
+    made = []
+    for days in (further["taken"], pa.array([day, day, day])):
+        table = listed.set_column(1, "taken", days)
+        pq.write_table(table, tmp_path / "urls.parquet")
+        config = DownloadConfig(policy=lists.policy)
+        options: Any = {"cache": tmp_path, "previous": first}
+        made += [download_images(str(tmp_path / "urls.parquet"), str(tmp_path), config, **options) for _ in range(2)]
+    assert [outcome.skipped for outcome in made] == [False, True, False, True]
+    assert made[0].reference.uri != made[2].reference.uri, "another date is another list"
+    shard = made[0].reference.manifest().shards[-1]
+    kept = tables.read_table(Path(made[0].reference.uri) / shard.file(".parquet").name)
+    assert kept["error_class"].to_pylist() == ["success", "success", "duplicate_content"]
+    for name, values in further.items():
+        assert kept.schema.field(name).type == values.type
+        assert kept[name].slice(0, 2).to_pylist()[0] == values[0].as_py()
+        assert not kept[name][2].is_valid
+
+
+def test_a_list_is_known_by_the_digest_that_earlier_releases_gave_it(lists: Lists, tmp_path: Path) -> None:
+    (tmp_path / "urls.csv").write_text(f"url,likes,score,name\n{lists.server.url(NAMES[0])},3,0.1,ä\n")
+    made = download_images(str(tmp_path / "urls.csv"), str(tmp_path), DownloadConfig(policy=lists.policy))
+    columns = [["url", "likes", "score", "name"], [lists.server.url(NAMES[0])], [3], [0.1], ["ä"]]
+    assert made.reference.manifest().inputs["urls"]["digest"] == artifacts.digest_of(columns)
+
+
+def test_a_list_of_which_everything_was_taken_down_is_told(lists: Lists) -> None:
+    entries = Entries(frozenset({lists.server.url(NAMES[0])}))
+    taken = commit_takedown(entries, str(lists.folder / "base"), info={}).reference
+    with pytest.raises(InputError, match="lists nothing that was not taken down"):
+        lists(NAMES[:1], takedown=taken)
+    assert read_manifest(taken.uri).rows == 1

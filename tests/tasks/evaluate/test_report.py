@@ -1,0 +1,175 @@
+"""The report: every number of an evaluation is in the table, every picture on the page."""
+
+import base64
+import csv
+import dataclasses
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from infra import artifacts
+from tasks.evaluate.figure import Judged, plot_page
+from tasks.evaluate.measure import SAMPLES
+from tasks.evaluate.report import Report, preview, report_evaluations, tables, write_report
+from tasks.evaluate.tables import aligned, markdown, score_rows, swap_heads, swap_rows, table, table_line
+from tasks.evaluate.task import Evaluation
+
+SCORES = {
+    "clip_score_knn": 0.4, "clip_score_knn_low": 0.375, "clip_score_knn_high": 0.4249, "clip_score_no_knn": 0.1,
+    "clip_score_real": 0.5, "fd_knn": 0.02, "fd_no_knn": 0.13, "fd_real_split": 0.011, "copy_rate_knn": 0.125,
+    "copy_rate_real": 0.05,
+}  # fmt: skip
+ABLATIONS = {
+    name: {"clip_score": value, "clip_score_low": value - 0.01, "clip_score_high": value + 0.01, "fd": 0.1}
+    for name, value in {"no_neighbours": 0.123, "query_both": 0.25, "k_4": 0.375}.items()
+}
+
+
+def picture(colour: str) -> Image.Image:
+    return Image.new("RGB", (8, 8), colour)
+
+
+def judged(name: str = "emoji", **changes: Any) -> Judged:
+    known = {"cosine": 0.987, "copy": True, "prompt": "a <b>red</b> heart", "row": 7, "url": "http://x/heart.png"}
+    sheets = {"knn": Image.new("RGB", (64, 32), "blue"), "no_knn": Image.new("RGB", (64, 32), "green")}
+    whole = Judged(
+        name=name,
+        samples=32,
+        compared=32,
+        threshold=0.9,
+        scores=SCORES,
+        ablations=ABLATIONS,
+        swap={"emoji": 0.02, "animals": 0.3},
+        sheets=sheets,
+        shown=["a red heart", "a <green> frog"],
+        copies=[
+            (picture("red"), picture("orange"), known),
+            (picture("red"), picture("pink"), {**known, "copy": False}),
+        ],
+    )
+    return dataclasses.replace(whole, **changes)
+
+
+def test_the_terminal_table_has_a_row_a_metric_that_was_measured() -> None:
+    lines = table(SCORES).splitlines()
+    assert lines[0].split() == ["with", "neighbours", "without", "real", "pictures"]
+    assert lines[1].split() == ["CLIP", "score", "↑", "0.400", "(0.375–0.425)", "0.100", "0.500"]
+    assert lines[2].split() == ["Fréchet", "distance", "↓", "0.020", "0.130", "0.011"]
+    assert [row[0] for row in score_rows(SCORES)] == ["CLIP score ↑", "Fréchet distance ↓", "copy rate ↓"]
+    assert table_line(SCORES) == (
+        "CLIP score 0.400 with neighbours, 0.100 without; Fréchet distance 0.020 and 0.130; 12.5% copies"
+    )
+
+
+def test_the_five_scores_of_old_are_enough_for_a_table() -> None:
+    old = {name: SCORES[name] for name in ("clip_score_knn", "clip_score_no_knn", "fd_knn", "fd_no_knn")}
+    assert len(table(old).splitlines()) == 3
+    assert "copies" not in table_line(old)
+
+
+def test_columns_stand_below_each_other() -> None:
+    assert aligned([["", "ab"], ["long", "c"]]) == "       ab\nlong    c"
+    assert markdown(["", "a"], [["x|y", "1"]]) == "|  | a |\n| --- | ---: |\n| x\\|y | 1 |"
+
+
+def test_the_nearest_domain_of_each_row_is_starred() -> None:
+    swap = {"a": {"a": 0.1, "b": 0.5}, "b": {"b": 0.25, "a": 0.2}}
+    assert swap_rows(swap) == [["a", "0.100 *", "0.500"], ["b", "0.200 *", "0.250"]]
+    wider = {"b": {"a": 0.2, "b": 0.25}}
+    assert swap_heads(wider)[1:] == ["b", "a"]
+    assert swap_rows(wider) == [["b", "0.250", "0.200 *"]]
+
+
+def test_every_number_is_in_the_csv(tmp_path: Path) -> None:
+    write_report([judged(), judged("animals")], "a title", tmp_path)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "evaluation.csv").read_text())))
+    found = {(row["database"], row["condition"], row["metric"]): row for row in rows}
+    assert len(found) == len(rows) == 2 * (8 + 3 * 2 + 2)
+    numbers = [found["emoji", "knn", "clip_score"][name] for name in ("value", "low", "high")]
+    assert numbers == ["0.4", "0.375", "0.4249"]
+    assert found["animals", "real", "fd"]["value"] == "0.011"
+    assert found["animals", "k_4", "clip_score"]["low"] == "0.365"
+    assert found["emoji", "against animals", "fd"]["value"] == "0.3"
+
+
+def test_the_page_stands_alone_and_shows_every_picture(tmp_path: Path) -> None:
+    write_report([judged()], "copies & <swaps>", tmp_path)
+    page = (tmp_path / "evaluation.html").read_text()
+    assert "<title>copies &amp; &lt;swaps&gt;</title>" in page
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+    inlined = [base64.b64decode(found) for found in re.findall(r"data:image/png;base64,([^\"]+)", page)]
+    assert inlined[0] == (tmp_path / "evaluation.png").read_bytes()
+    colours = [Image.open(io.BytesIO(png)).getpixel((0, 0)) for png in inlined[1:]]
+    assert colours == [(255, 0, 0), (255, 165, 0), (255, 0, 0), (255, 192, 203)]
+    assert "a &lt;b&gt;red&lt;/b&gt; heart" in page
+    assert "a red heart · a &lt;green&gt; frog" in page
+    assert page.count('<b class="copy">') == 1
+    assert all(cell in page for cell in ("0.400 (0.375–0.425)", "query: text and mean", "k = 4", "0.020 *"))
+
+
+def test_the_figure_shows_samples_and_copies(tmp_path: Path) -> None:
+    write_report([judged(), judged("animals")], "a title", tmp_path)
+    with Image.open(tmp_path / "evaluation.png") as image:
+        shown = np.asarray(image.convert("RGB"))
+    for colour in ((0, 0, 255), (0, 128, 0), (255, 0, 0), (255, 165, 0), (255, 192, 203)):
+        assert (shown == colour).all(axis=2).sum() > 1_000, colour
+    smaller = preview(tmp_path / "evaluation.png", width=300)
+    with Image.open(io.BytesIO(base64.b64decode(smaller.partition(",")[2]))) as image:
+        assert image.width == 300
+        assert image.height == pytest.approx(shown.shape[0] * 300 / shown.shape[1], abs=1)
+
+
+def test_of_how_many_pictures_distances_are_is_told_where_it_is_not_of_all_samples() -> None:
+    heads = [head for head, _, _ in tables([judged(compared=20)])]
+    assert heads[0] == (
+        "Scores on emoji, 32 samples (distances, precision and recall: 20 of them against as many real pictures)"
+    )
+    assert tables([judged()])[0][0] == "Scores on emoji, 32 samples"
+    own = "Scores on emoji, 32 samples of its own pictures as prompts, which find themselves"
+    assert tables([judged(shown=["", ""])])[0][0].startswith(own)
+
+
+@pytest.mark.parametrize("missing", [{"ablations": {}}, {"swap": {}}, {"ablations": {}, "swap": {}}, {"copies": []}])
+def test_what_was_not_measured_takes_no_place(missing: dict[str, Any], tmp_path: Path) -> None:
+    whole, less = plot_page([judged()], "a title"), plot_page([judged(**missing)], "a title")
+    assert (less.get_figheight() < whole.get_figheight()) == (len(missing) == 2)
+    write_report([judged(**missing)], "a title", tmp_path)
+    text = (tmp_path / "evaluation.md").read_text()
+    assert ("## Ablations" in text, "## Swap" in text) == ("ablations" not in missing, "swap" not in missing)
+
+
+def committed(base: Path) -> Evaluation:
+    """An evaluation as the stage commits it."""
+    stage = artifacts.Stage(str(base), "evaluation", inputs={}, config={})
+    local = base / "local"
+    (local / "copies").mkdir(parents=True)
+    for name, image in judged().sheets.items():
+        image.save(local / f"{name}.png")
+    known = []
+    for rank, (sample, source, told) in enumerate(judged().copies):
+        sample.save(local / "copies" / f"{rank:02d}_sample.png")
+        source.save(local / "copies" / f"{rank:02d}_source.png")
+        known.append(dict(told))
+    info = {"scores": SCORES, "ablations": ABLATIONS, "swap": {}, "copies": known, "copy_threshold": 0.9, "shown": []}
+    shard = artifacts.commit_shard(stage.uri, SAMPLES, local, rows=32, info={})
+    return Evaluation.of(stage.commit([shard], info=info), stage.uri)
+
+
+def test_a_report_is_made_once_and_comes_back_whole(tmp_path: Path) -> None:
+    evaluation = committed(tmp_path)
+    first, again = (
+        report_evaluations({"emoji": evaluation}, str(tmp_path), "a title", cache=tmp_path) for _ in range(2)
+    )
+    assert (first.skipped, again.skipped, first.reference.rows) == (False, True, 1)
+    assert Report.open(first.reference.uri) == again.reference
+    (tmp_path / "out").mkdir()
+    files = first.reference.fetch(tmp_path / "out", tmp_path)
+    assert set(files) == {"evaluation.csv", "evaluation.md", "evaluation.png", "evaluation.html"}
+    assert all(path.name == name and path.stat().st_size for name, path in files.items())
+    other = report_evaluations({"emoji": evaluation}, str(tmp_path), "another title", cache=tmp_path)
+    assert other.reference.uri != first.reference.uri

@@ -1,0 +1,139 @@
+"""What a version is measured with: its queries, its settings, its target."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import tiny_models
+from support.embedding_rows import CONFIG, build, hidden_in, queries_of, stored, truth_of, without
+
+from infra.errors import StageError
+from infra.registry import Registry
+from infra.settings import Settings
+from model.encoder import clip
+from model.retrieval.recall import Truth, find_truth
+from tasks.index import tuning
+from tasks.index.task import build_database
+from tasks.register import register_database
+
+pytestmark = pytest.mark.usefixtures("alone")
+
+
+@pytest.mark.parametrize(("gone", "drawn_anew"), [(15, False), (16, True), (30, True)])
+def test_queries_that_were_taken_down_are_replaced_when_few_are_left(
+    tmp_path: Path, gone: int, drawn_anew: bool
+) -> None:
+    embeddings = stored(tmp_path, np.split(tiny_models.unit_rows(300), 3))
+    first = build(embeddings, tmp_path)
+    queries = queries_of(first, tmp_path)
+    assert len(queries) == 30
+
+    second = build(embeddings, tmp_path, previous=first, takedown=without(queries[:gone], tmp_path))
+
+    assert second.manifest().info["image_queries"] == (30 if drawn_anew else 30 - gone)
+    assert second.manifest().info["recall_at_10_image"] >= 0.95
+    assert not np.isin(queries[:gone], queries_of(second, tmp_path)).any()
+
+
+def test_queries_are_drawn_anew_from_twice_the_rows(tmp_path: Path) -> None:
+    rows, config = tiny_models.unit_rows(200), dataclasses.replace(CONFIG, max_drift=1e9)
+    embeddings = stored(tmp_path, [rows[:100]])
+    version = build(embeddings, tmp_path, config)
+    drawn = [queries_of(version, tmp_path)]
+    for number, more in enumerate((rows[100:150], rows[150:]), start=1):
+        embeddings = stored(tmp_path, [more], first=number, previous=embeddings)
+        version = build(embeddings, tmp_path, config, previous=version)
+        drawn.append(queries_of(version, tmp_path))
+    np.testing.assert_array_equal(drawn[1], drawn[0])
+    assert len(drawn[2]) == 30
+    assert drawn[2].max() >= 150, "the first new rows were half as many, these are as many as there were"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"texts": ("one", "two", "three", "four")},
+        {"texts": ()},
+        {"recall_queries": 40},
+        {"seed": 1},
+        {"near_duplicate_cosine": 0.9},
+        {"near_duplicate_cosine": 1.0},
+        {"dedup": False},
+    ],
+    ids=str,
+)
+def test_changed_settings_hold_in_what_grows_as_in_what_is_built_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(clip, "encoder_for", lambda identity: Words())
+    rows = tiny_models.unit_rows(400)
+    rows[150:180] = rows[10:40]
+    before = stored(tmp_path, np.split(rows[:300], 3))
+    config = dataclasses.replace(CONFIG, dedup=True, texts=("one", "two"), max_drift=1e9)
+    first = build(before, tmp_path, config)
+    after = stored(tmp_path, [rows[300:]], first=3, previous=before)
+    changed = dataclasses.replace(config, **changes)
+
+    grown = build(after, tmp_path, changed, previous=first)
+
+    anew = build(after, tmp_path / "anew", changed)
+    assert grown.manifest().info["shards_taken_over"] > 0
+    assert hidden_in(grown, tmp_path) == hidden_in(anew, tmp_path)
+    for name in ("near_duplicates", "image_queries", "text_queries"):
+        assert grown.manifest().info[name] == anew.manifest().info[name]
+    for kind in ("image", "text"):
+        ours, theirs = (truth_of(version, kind, tmp_path) for version in (grown, anew))
+        np.testing.assert_array_equal(ours["queries"], theirs["queries"])
+        np.testing.assert_array_equal(ours["ids"], theirs["ids"])
+
+
+class Words:
+    """An encoder of texts."""
+
+    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([tiny_models.unit_rows(1, seed=len(text)) for text in texts])).float()
+
+
+def test_a_version_without_pictures_to_measure_with_is_told_of_registered_and_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embeddings = stored(tmp_path, np.split(tiny_models.unit_rows(300), 3))
+
+    def none_left(database: Any, *_: Any) -> Truth:
+        return find_truth(database.parts, np.empty((0, tiny_models.WIDTH), np.float32))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "_pictures", none_left)
+        built = build_database(embeddings, str(tmp_path), CONFIG, cache=tmp_path / "cache")
+    assert built.note.startswith("IVF8,SQfp16, no pictures to measure with, no texts to measure with")
+    settings = Settings(root=str(tmp_path / "data"))
+    register_database("shapes", built.reference, settings)
+    (listed,) = Registry(settings).versions("database")
+    assert listed["index"] == "IVF8,SQfp16"
+    assert "recall_at_10_image" not in listed
+    takedown = without(np.arange(3), tmp_path)
+    after = build(embeddings, tmp_path, previous=built.reference, takedown=takedown)
+    assert after.manifest().info["image_queries"] == 30
+
+
+def test_another_target_is_tuned_for_anew_and_not_from_what_the_last_one_needed(tmp_path: Path) -> None:
+    embeddings = stored(tmp_path, np.split(tiny_models.unit_rows(600), 6))
+    strict = build(embeddings, tmp_path, dataclasses.replace(CONFIG, target_recall=0.99))
+    assert strict.manifest().info["effort"]["nprobe"] >= 4, "else the next line shows nothing"
+    lax = build(embeddings, tmp_path, dataclasses.replace(CONFIG, target_recall=0.1), previous=strict)
+    assert lax.manifest().info["effort"]["nprobe"] == 1
+
+
+def test_a_recall_below_the_target_is_not_committed(tmp_path: Path) -> None:
+    embeddings = stored(tmp_path, [tiny_models.unit_rows(3_000)])
+    config = dataclasses.replace(CONFIG, index="PQ1x4", target_recall=1.0)
+    with pytest.raises(
+        StageError, match=r"PQ1x4 reaches recall_at_10_image 0\.\d+, the target is 1\.0; name a finer .*--index"
+    ):
+        build(embeddings, tmp_path, config)
+    folders = list((tmp_path / "database").iterdir())
+    assert not any((folder / "manifest.json").exists() for folder in folders)

@@ -1,0 +1,51 @@
+"""Whoever goes from a version back to what it was made from is told when that is no longer the same."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import tiny_training
+
+from flows.train_generator import TrainGeneratorConfig, train_generator
+from infra import artifacts
+from infra.errors import InputError
+from tasks.references.images import fetch_pictures
+from tasks.references.types import DatabaseVersion
+from tasks.register import _stored_bytes
+from tasks.train.data import DecodedDatabase, Treatment, database_rows
+
+
+def trained(database: DatabaseVersion, cache: Path) -> Any:
+    return train_generator.fn(TrainGeneratorConfig(domain="made", database=database.uri, root=str(cache)))
+
+
+READERS: list[Callable[[DatabaseVersion, Path], Any]] = [
+    trained,
+    database_rows,
+    lambda database, cache: DecodedDatabase(database, Treatment(side=16), cache),
+    lambda database, cache: fetch_pictures(database, [0], cache),
+    lambda database, cache: _stored_bytes(database),
+]
+
+
+@pytest.fixture(scope="module")
+def remade(tmp_path_factory: pytest.TempPathFactory) -> DatabaseVersion:
+    """A version whose embeddings were deleted and made again, by another encoder."""
+    inputs = tiny_training.stored_inputs(tmp_path_factory.mktemp("stored"))
+    manifest = inputs.embeddings.manifest()
+    stage = artifacts.Stage(
+        str(Path(inputs.embeddings.uri).parents[1]), manifest.kind, inputs=manifest.inputs, config=manifest.config
+    )
+    assert stage.uri == inputs.embeddings.uri
+    encoder = {**manifest.identity["encoder"], "weights_digest": "v" * 64}
+    stage.commit(manifest.shards, identity={"encoder": encoder}, info={})
+    return inputs.database
+
+
+@pytest.mark.parametrize("read", READERS, ids=["train", "rows", "pixels", "pictures", "bytes"])
+def test_embeddings_that_were_made_again_are_not_those_of_the_version(
+    read: Callable[[DatabaseVersion, Path], Any], remade: DatabaseVersion, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"embeddings/\w+ is not what .*database/\w+ was made from; make it again"):
+        read(remade, tmp_path)

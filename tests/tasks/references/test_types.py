@@ -1,0 +1,158 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra import artifacts, storage
+from infra.artifacts import Manifest
+from infra.errors import EncoderMismatchError, InputError, IntegrityError, NotFoundError
+from model.encoder.identity import EncoderIdentity
+from tasks.references import types
+from tasks.references.types import DatabaseVersion, EmbeddingShards, Generator, ImageShards, Neighbours, Reference
+
+TINY = EncoderIdentity(name="sticker-clip", weights_digest="a" * 64, preprocess_digest="b" * 64, dimension=256)
+BASE = EncoderIdentity(
+    name="ViT-B-32/laion2b_s34b_b79k", weights_digest="c" * 64, preprocess_digest="d" * 64, dimension=512
+)
+
+
+def committed(
+    base: Path,
+    kind: str,
+    *,
+    encoder: EncoderIdentity = TINY,
+    rows: int = 3,
+    inputs: dict[str, dict[str, str]] | None = None,
+) -> tuple[str, Manifest]:
+    stage = artifacts.Stage(str(base), kind, inputs=inputs or {}, config={})
+    with storage.scratch() as scratch:
+        (scratch / "00000.npy").write_bytes(b"row" * rows)
+        shard = artifacts.commit_shard(stage.uri, "00000", scratch, rows=rows, info={})
+    return stage.uri, stage.commit([shard], identity={"encoder": dataclasses.asdict(encoder)}, info={})
+
+
+def manifest_of(tmp_path: Path, name: str, encoder: EncoderIdentity) -> Manifest:
+    return committed(tmp_path / name, "database", encoder=encoder)[1]
+
+
+@pytest.mark.parametrize("reference", [ImageShards, EmbeddingShards, DatabaseVersion, Neighbours, Generator])
+def test_a_reference_opens_a_folder_of_its_kind_and_no_other(reference: type[Reference], tmp_path: Path) -> None:
+    uri, manifest = committed(tmp_path, reference.kind, rows=5)
+    opened = reference.open(uri)
+    assert opened == reference(uri=uri, rows=5, digest=manifest.digest)
+    assert opened.manifest() == manifest
+
+    wrong = Neighbours if reference is not Neighbours else Generator
+    with pytest.raises(InputError) as caught:
+        wrong.open(uri)
+    assert str(caught.value) == f"{uri} holds {reference.kind}, but {wrong.kind} is wanted here"
+
+
+def test_the_kinds_are_five() -> None:
+    kinds = [reference.kind for reference in (ImageShards, EmbeddingShards, DatabaseVersion, Neighbours, Generator)]
+    assert kinds == ["images", "embeddings", "database", "neighbours", "generator"]
+
+
+def test_a_folder_that_is_not_committed_has_no_reference(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"holds no manifest\.json: it is no committed artifact"):
+        ImageShards.open(str(tmp_path))
+
+
+def test_a_reference_does_not_follow_a_folder_that_changed(tmp_path: Path) -> None:
+    uri, manifest = committed(tmp_path, "embeddings", rows=3)
+    reference = EmbeddingShards.open(uri)
+    assert committed(tmp_path, "embeddings", rows=4)[0] == uri
+    with pytest.raises(IntegrityError) as caught:
+        reference.manifest()
+    assert str(caught.value) == f"{uri} is no longer {manifest.digest[:12]}…; name the version meant"
+
+
+def test_a_reference_is_an_input_of_what_is_made_from_it(tmp_path: Path) -> None:
+    uri, manifest = committed(tmp_path, "images")
+    source = ImageShards.open(uri).as_input()
+    assert source == {"uri": uri, "digest": manifest.digest}
+    _, made = committed(tmp_path, "embeddings", inputs={"images": source})
+    assert made.inputs == {"images": source}
+
+
+def test_the_encoder_comes_back_from_the_manifest(tmp_path: Path) -> None:
+    uri, _ = committed(tmp_path, "database", encoder=BASE)
+    assert types.encoder_of(artifacts.read_manifest(uri)) == BASE
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/root/shapes/database/0123", "/data/shapes/database/0123/"])
+def test_the_domain_is_the_folder_of_a_version(uri: str) -> None:
+    assert types.domain_of(types.DatabaseVersion(uri=uri, rows=1, digest="")) == "shapes"
+
+
+def test_one_encoder_joins(tmp_path: Path) -> None:
+    database, generator = manifest_of(tmp_path, "1", BASE), manifest_of(tmp_path, "2", BASE)
+    assert types.require_same_encoder(database=database, generator=generator) == BASE
+    assert types.require_same_encoder(database=database) == BASE
+
+
+def test_the_same_encoder_under_another_name_joins(tmp_path: Path) -> None:
+    copied = dataclasses.replace(TINY, name="local-dir:/models/tiny")
+    shared = types.require_same_encoder(
+        database=manifest_of(tmp_path, "1", TINY), generator=manifest_of(tmp_path, "2", copied)
+    )
+    assert shared == TINY
+
+
+def test_two_encoders_are_refused_with_both_names(tmp_path: Path) -> None:
+    database, generator = manifest_of(tmp_path, "1", TINY), manifest_of(tmp_path, "2", BASE)
+    with pytest.raises(EncoderMismatchError) as caught:
+        types.require_same_encoder(database=database, generator=generator)
+    assert str(caught.value) == (
+        "database was made by sticker-clip (256-d, aaaaaaaa/bbbbbbbb), "
+        "generator by ViT-B-32/laion2b_s34b_b79k (512-d, cccccccc/dddddddd): their embeddings do not compare; "
+        "rebuild one with the other's encoder"
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [{"weights_digest": "e" * 64}, {"preprocess_digest": "e" * 64}, {"dimension": 255}], ids=lambda c: str(*c)
+)
+def test_everything_but_the_name_must_agree(change: dict[str, Any], tmp_path: Path) -> None:
+    other = dataclasses.replace(TINY, **change)
+    manifests = [manifest_of(tmp_path, name, encoder) for name, encoder in (("1", TINY), ("2", TINY), ("3", other))]
+    with pytest.raises(EncoderMismatchError) as caught:
+        types.require_same_encoder(database=manifests[0], neighbours=manifests[1], generator=manifests[2])
+    assert str(caught.value).startswith(f"database was made by {TINY}, generator by {other}: ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    side_px: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    k: int = 10
+    threads: int = 4
+    limits: Limits = dataclasses.field(default_factory=Limits)
+
+
+def test_a_config_keys_a_stage_less_what_only_decides_its_speed(tmp_path: Path) -> None:
+    assert types.config_of(Config(), without=("threads",)) == {"k": 10, "limits": {"side_px": 64}}
+
+    def key(config: Config) -> str:
+        settings = types.config_of(config, without=("threads",))
+        return artifacts.Stage(str(tmp_path), "neighbours", inputs={}, config=settings).key
+
+    assert key(Config(threads=1)) == key(Config(threads=64))
+    assert key(Config(k=11)) != key(Config())
+    assert key(Config(limits=Limits(side_px=65))) != key(Config())
+
+
+def test_the_metadata_schema_is_what_other_tools_read() -> None:
+    assert [(field.name, str(field.type)) for field in types.METADATA_SCHEMA] == [
+        ("row", "int64"),
+        ("key", "string"),
+        ("url", "string"),
+        ("sha256", "string"),
+        ("width", "int32"),
+        ("height", "int32"),
+        ("status", "string"),
+    ]

@@ -1,0 +1,57 @@
+"""A database on actors."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import tiny_models
+from support.embedding_rows import build, stored
+
+from model.errors import ModelError
+from tasks.references.database import open_database
+from tasks.serve.distributed import distributed_database
+from tasks.upkeep.takedown import Entries, commit_takedown
+
+pytestmark = pytest.mark.usefixtures("alone")
+
+
+@pytest.mark.on_ray
+def test_a_database_on_actors_answers_as_one(tmp_path: Path) -> None:
+    rows = tiny_models.unit_rows(600)
+    rows[500] = rows[3]
+    takedown = commit_takedown(Entries(url=frozenset({"http://00004/9"})), str(tmp_path), info={}).reference
+    version = build(stored(tmp_path, np.split(rows, 6)), tmp_path, takedown=takedown)
+    whole = open_database(version, tmp_path / "cache")
+    queries, own = rows[[3, 5, 409]], np.array([3, 5, 409])
+    with distributed_database(version, tmp_path / "cache", actors=2, cpus_each=0.5) as spread:
+        assert len(spread) == len(whole) == 599
+        for options in ({}, {"exclude": own}):
+            ours, theirs = spread.search(queries, 7, **options), whole.search(queries, 7, **options)
+            np.testing.assert_array_equal(ours.ids, theirs.ids)
+            np.testing.assert_array_equal(ours.embeddings, theirs.embeddings)
+        pipeline = tiny_models.pipeline(None)
+        pipeline.swap_database(spread)
+        asked = torch.from_numpy(queries).float()
+        conditioned = pipeline.condition(asked, 3)
+        assert torch.equal(conditioned.tokens, pipeline.condition(asked, 3, database=whole).tokens)
+        np.testing.assert_array_equal(spread.rows(np.array([[0, 599], [300, 1]])), rows[[[0, 599], [300, 1]]])
+        assert spread.describe([407])[0]["url"] == "http://00004/7"
+        with pytest.raises(ModelError, match="k is 0"):
+            spread.search(queries, 0)
+        with pytest.raises(ModelError, match="has no row 600; its ids go from 0 to 599"):
+            spread.describe([600])
+    all_of_a_part = commit_takedown(
+        Entries(url=frozenset(f"http://{shard:05d}/{n}" for shard in (4, 5) for n in range(100))),
+        str(tmp_path),
+        info={},
+    ).reference
+    version = build(stored(tmp_path, np.split(rows, 6)), tmp_path, takedown=all_of_a_part)
+    whole = open_database(version, tmp_path / "cache")
+    version = dataclasses.replace(version, uri=f"{version.uri}/")  # as somebody may type it
+    with distributed_database(version, tmp_path / "cache", actors=3, cpus_each=0.5) as spread:
+        assert spread.name == whole.name == tmp_path.name
+        for options in ({}, {"exclude": own}):
+            ours, theirs = spread.nearest(queries, 7, **options), whole.nearest(queries, 7, **options)
+            np.testing.assert_array_equal(ours.ids, theirs.ids)

@@ -1,0 +1,74 @@
+"""A saved pipeline becomes a committed generator."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.errors import InputError
+from tasks.train.adopt import adopt_generator
+from tasks.train.task import PIPELINE, generator_folder
+
+
+@pytest.fixture
+def saved(domain: Any, tmp_path: Path) -> Path:
+    """The small domain's pipeline, as anyone might have saved it."""
+    folder = tmp_path / "saved"
+    shutil.copytree(Path(domain.result.trained.generator.reference.uri) / PIPELINE, folder)
+    return folder
+
+
+def test_it_is_copied_once_and_names_its_encoder_and_its_origin(saved: Path, domain: Any, tmp_path: Path) -> None:
+    from tasks.references.types import encoder_of
+
+    first, again = (adopt_generator(str(saved), str(tmp_path / "base")) for _ in range(2))
+    assert (first.skipped, again.skipped) == (False, True)
+    assert first.reference == again.reference
+    manifest = first.reference.manifest()
+    assert encoder_of(manifest) == encoder_of(domain.result.embeddings.reference.manifest())
+    assert manifest.info["adopted"] == manifest.inputs[PIPELINE]["uri"] == str(saved)
+    assert (manifest.rows, "images_seen" in manifest.info) == (0, False)
+    copied = generator_folder(first.reference, tmp_path)
+    for path in (path for path in saved.rglob("*") if path.is_file()):
+        assert (copied / path.relative_to(saved)).read_bytes() == path.read_bytes()
+
+
+def test_other_defaults_are_another_generator_and_where_it_lies_is_not(saved: Path, tmp_path: Path) -> None:
+    base = str(tmp_path / "base")
+    first = adopt_generator(str(saved), base).reference
+    moved = saved.rename(tmp_path / "moved")
+    assert adopt_generator(str(moved), base).reference == first
+    index = moved / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"guidance_scale": 1.5}))
+    assert adopt_generator(str(moved), base).reference.digest != first.digest
+
+
+def test_what_is_no_pipeline_is_refused_with_the_mend(saved: Path, tmp_path: Path) -> None:
+    from model.errors import ModelError
+
+    with pytest.raises(InputError, match="none holds no saved pipeline; name a folder that save_pretrained wrote"):
+        adopt_generator(str(tmp_path / "none"), str(tmp_path))
+    for weights in saved.rglob("*.safetensors"):
+        weights.write_bytes(b"")
+    with pytest.raises(ModelError, match="holds no usable generator"):
+        adopt_generator(str(saved), str(tmp_path))
+    assert not list(tmp_path.glob("generator/*/manifest.json"))
+
+
+def test_a_domain_has_one_generator() -> None:
+    from flows.new_domain import NewDomainConfig
+    from tasks.train.task import TrainConfig
+
+    with pytest.raises(ValueError, match=r"train and generator are both given; .* train\.start_from"):
+        NewDomainConfig(domain="a", urls="a.txt", train=TrainConfig(), generator="sticker-generator")
+
+
+def test_registered_it_draws_with_its_own_defaults(saved: Path) -> None:
+    from tasks.register import generator_signature
+
+    index = saved / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"guidance_scale": 3, "num_inference_steps": 7}))
+    params = {param.name: param.default for param in generator_signature(saved).params}
+    assert params == {"seed": 0, "steps": 7, "guidance": 3.0, "candidates": 1}

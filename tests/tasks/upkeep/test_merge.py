@@ -1,0 +1,209 @@
+"""Union and subset: the same pictures, none embedded again, each still found."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from support.fakes import WithoutRay
+from support.tiny_artifacts import IDENTITY, PICTURES, embedding, embedding_shards, image_shards, sha, urls_of
+from support.tiny_domain import encoded
+
+from infra import artifacts
+from infra.errors import EncoderMismatchError, InputError
+from tasks.download.task import DownloadConfig
+from tasks.index.task import IndexConfig, build_database
+from tasks.references.database import open_database
+from tasks.references.images import fetch_pictures
+from tasks.references.lineage import images_of
+from tasks.references.types import DatabaseVersion, config_from, require_same_encoder
+from tasks.references.url_history import Seen
+from tasks.upkeep.compact import compact
+from tasks.upkeep.filter_expression import parse_where
+from tasks.upkeep.merge import Combined, merge, subset
+from tasks.upkeep.takedown import Entries, commit_takedown, entries_of
+
+INDEX = IndexConfig(index="Flat", recall_queries=4)
+
+
+@pytest.fixture(autouse=True)
+def ray(monkeypatch: pytest.MonkeyPatch) -> WithoutRay:
+    fake = WithoutRay()
+    fake.install(monkeypatch)
+    return fake
+
+
+def database(folder: Path, *parts: list[tuple[str, bytes | None]], **options: Any) -> DatabaseVersion:
+    images = image_shards(folder, parts)
+    rows = embedding_shards(folder, images)
+    return build_database(rows, str(folder), INDEX, cache=folder / "cache", **options).reference
+
+
+def indexed(combined: Combined, folder: Path) -> DatabaseVersion:
+    return build_database(
+        combined.embeddings.reference, str(folder), INDEX, cache=folder / "cache", takedown=combined.takedown
+    ).reference
+
+
+def found(version: DatabaseVersion, folder: Path, k: int = 5) -> list[list[str]]:
+    """For each picture, the urls of its nearest rows."""
+    opened = open_database(version, folder / "cache")
+    queries = pa.array([sha(data) for _, data in PICTURES[:8]]).to_pylist()
+    import numpy as np
+
+    hits = opened.search(np.array([embedding(digest) for digest in queries], dtype=np.float32), k)
+    return [[row["url"] for row in opened.describe(ids[ids >= 0].tolist())] for ids in hits.ids]
+
+
+def test_a_union_finds_what_a_fresh_build_finds(tmp_path: Path) -> None:
+    a = database(tmp_path / "a", PICTURES[:3], PICTURES[3:5])
+    b = database(tmp_path / "b", PICTURES[5:7], PICTURES[7:8])
+    both = indexed(merge({"a": a, "b": b}, str(tmp_path / "c"), cache=tmp_path), tmp_path / "c")
+    fresh = database(tmp_path / "fresh", PICTURES[:3], PICTURES[3:5], PICTURES[5:7], PICTURES[7:8])
+    assert found(both, tmp_path) == found(fresh, tmp_path)
+    assert both.rows == 8
+    # The same key is borne by a picture of each, and each row still leads to its own.
+    pictures = fetch_pictures(both, list(range(8)), tmp_path / "cache")
+    assert [encoded(picture) for picture in pictures] == [data for _, data in PICTURES[:8]]
+    assert not list((tmp_path / "c").rglob("*.tar"))
+    assert not list((tmp_path / "c").rglob("*.npy.*"))
+
+
+def test_a_union_hides_what_either_has_taken_down_and_goes_on_after_its_shards(tmp_path: Path) -> None:
+    a, b = image_shards(tmp_path / "a", [PICTURES[:3]]), image_shards(tmp_path / "b", [PICTURES[3:6]])
+    down = commit_takedown(Entries(frozenset({PICTURES[4][0]})), str(tmp_path / "b"), info={}).reference
+    versions = {
+        "a": build_database(embedding_shards(tmp_path / "a", a), str(tmp_path), INDEX, cache=tmp_path).reference,
+        "b": build_database(
+            embedding_shards(tmp_path / "b", b), str(tmp_path), INDEX, cache=tmp_path, takedown=down
+        ).reference,
+    }
+    union = merge(versions, str(tmp_path / "c"), cache=tmp_path)
+    assert union.takedown is not None
+    assert entries_of(union.takedown, tmp_path).url == {PICTURES[4][0]}
+    both = indexed(union, tmp_path / "c")
+    assert all(PICTURES[4][0] not in urls for urls in found(both, tmp_path, k=6))
+    images = images_of(union.embeddings.reference)
+    assert Seen.of(images, tmp_path).asked([url for url, _ in PICTURES[:7]], failed_too=True).tolist() == [True] * 6 + [
+        False
+    ]
+    assert config_from(DownloadConfig, images.manifest().config).shard_rows == 4
+
+
+def test_a_union_follows_its_parts_though_they_hold_the_same_shards(tmp_path: Path) -> None:
+    whole = database(tmp_path / "a", PICTURES[:6], PICTURES[6:12])
+    other = database(tmp_path / "b", PICTURES[12:15])
+    made = []
+    for where in ('url like "%circle%"', 'url like "%square%"'):
+        part = indexed(subset(whole, where, str(tmp_path / "part"), cache=tmp_path), tmp_path / "part")
+        made.append(merge({"b": other, "part": part}, str(tmp_path / "c"), cache=tmp_path).embeddings)
+    wanted = [url for url, _ in PICTURES[:12] if "square" in url]
+    assert wanted
+    assert urls_of(made[1].reference) == [url for url, _ in PICTURES[12:15]] + wanted
+    assert [outcome.skipped for outcome in made] == [False, False]
+    assert images_of(made[0].reference).digest != images_of(made[1].reference).digest
+
+
+def test_what_is_made_of_a_subset_is_not_what_is_made_of_another(tmp_path: Path) -> None:
+    """Though every shard of both is the same: what they have seen is not."""
+    whole = database(tmp_path / "a", PICTURES[:6], PICTURES[6:12])
+    down = commit_takedown(Entries(frozenset({PICTURES[0][0]})), str(tmp_path), info={}).reference
+    slim = []
+    for where in ('url like "%circle%"', 'url like "%square%"'):
+        rows = subset(whole, where, str(tmp_path / "part"), cache=tmp_path).embeddings.reference
+        slim.append(compact(images_of(rows), rows, down, str(tmp_path / "part"), cache=tmp_path)[0])
+    one, other = (outcome.reference.manifest() for outcome in slim)
+    assert [shard.files for shard in one.shards] == [shard.files for shard in other.shards]
+    assert (slim[1].skipped, one.digest == other.digest) == (False, False)
+    assert [manifest.identity["where"] for manifest in (one, other)] == ['url like "%circle%"', 'url like "%square%"']
+
+
+def test_databases_of_two_encoders_are_refused_naming_both(tmp_path: Path) -> None:
+    a = database(tmp_path / "a", PICTURES[:3]).manifest()
+    encoder = {**IDENTITY["encoder"], "name": "other", "weights_digest": "v" * 64}
+    other = artifacts.Stage(str(tmp_path), "database", inputs={}, config={}).commit(
+        [], identity={"encoder": encoder}, info={}
+    )
+    with pytest.raises(EncoderMismatchError, match=r"a was made by made.*, \./b by other.*rebuild one") as caught:
+        require_same_encoder(**{"a": a, "./b": other})
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="two databases or more"):
+        merge({"a": database(tmp_path / "a", PICTURES[:3])}, str(tmp_path), cache=tmp_path)
+
+
+def test_a_subset_finds_what_a_fresh_build_of_it_finds(tmp_path: Path) -> None:
+    whole = database(tmp_path / "a", PICTURES[:6], PICTURES[6:9], PICTURES[9:12])
+    part = subset(whole, 'url like "%red%" or url like "%green-c%"', str(tmp_path / "b"), cache=tmp_path)
+    wanted = [n for n in range(12) if "red" in PICTURES[n][0] or "green-c" in PICTURES[n][0]]
+    assert 6 < len(wanted) < 12
+    assert urls_of(part.embeddings.reference) == [PICTURES[n][0] for n in wanted]
+    folders = [shard.folder for shard in part.embeddings.reference.manifest().shards]
+    assert folders[0] is not None  # all of its rows are wanted: it is taken over
+    assert None in folders
+    made = indexed(part, tmp_path / "b")
+    fresh = database(tmp_path / "fresh", [PICTURES[n] for n in wanted])
+    assert found(made, tmp_path) == found(fresh, tmp_path)
+    pictures = fetch_pictures(made, list(range(len(wanted))), tmp_path / "cache")
+    assert [encoded(picture) for picture in pictures] == [PICTURES[n][1] for n in wanted]
+    with pytest.raises(InputError, match=r"no row of .* is taken by the filter 'width > 48'; make it wider"):
+        subset(whole, "width > 48", str(tmp_path / "b"), cache=tmp_path)
+
+
+ROWS = pa.table(
+    {
+        "row": [0, 1, 2, 3],
+        "url": ["http://a/cat.png", "http://a/dog.png", "http://b/cat.jpg", "http://b/'q'.png"],
+        "key": ["1", "2", "3", "4"],
+        "sha256": ["aa", "bb", "cc", None],
+        "width": [64, 32, 128, None],
+        "height": [64, 64, 16, 8],
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("where", "rows"),
+    [
+        ("width >= 64", [0, 2]),
+        ('width >= 64 and url like "%cat%"', [0, 2]),
+        ('width<64 or height = 16', [1, 2]),
+        ("not (width < 64 OR height == 16)", [0]),
+        ("not width < 64 and height != 16", [0]),
+        ('key in ("1", \'4\')', [0, 3]),
+        ('key not in ("1", "4") and url not like "%.png"', [2]),
+        ("height IN (8, 16)", [2, 3]),
+        ('url = "http://b/\'q\'.png"', [3]),
+        ('sha256 <> "aa"', [1, 2]),
+        ("width > -1", [0, 1, 2]),
+        ("width < 999999999999999999 and height > -999999999999999999", [0, 1, 2]),
+        ("width in (00000000000000000000064, 999999999999999999)", [0]),
+        ('url like "http://_/dog.png"', [1]),
+    ],
+)  # fmt: skip
+def test_filters(where: str, rows: list[int]) -> None:
+    assert ROWS.filter(parse_where(where))["row"].to_pylist() == rows
+
+
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ("", "has its end where one of the columns url, key"),
+        ("depth > 3", "has depth where one of the columns"),
+        ("width > 'x'", "has 'x' where a number for width"),
+        ("url = 3", "has 3 where text in quotes for url"),
+        ("width like '3%'", "width is a number"),
+        ("width > 3 height > 4", "has height where the end"),
+        ("(width > 3", "has its end where"),
+        ("width not > 3", "has > where like or in"),
+        ("__import__('os')", "has __import__ where one of the columns"),
+        ("width > 3; drop", "cannot be read from '; drop' on"),
+        ("not " * 200 + "width > 3", "more than 50 brackets"),
+        ("width > 99999999999999999999999", "a number of more than 18 digits; give width in px"),
+        ("height not in (8, -9999999999999999999)", "a number of more than 18 digits; give height in px"),
+        ("width = " + "9" * 5000, "a number of more than 18 digits"),
+    ],
+)
+def test_filters_that_cannot_be_read_say_where(where: str, told: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_where(where)
+    assert told in str(caught.value)
