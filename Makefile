@@ -9,8 +9,9 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
 SHELL := /bin/bash
+WORKERS ?= 2
 
-.PHONY: help install demo test test-s3 check bench clean
+.PHONY: help install demo test test-fast test-s3 coverage check bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,8 +26,14 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 demo: install  ## the whole line on real pictures: download, embed, index, register, swap, draw
 	@$(BIN)/knn-diffusion demo
 
-test: install  ## every test, offline
-	@$(BIN)/python -m pytest
+test: install  ## every test, offline (TESTS=tests/tasks/index for some)
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup $(TESTS)
+
+test-fast: install  ## the tests that start no server, no Ray and no pipeline, for development
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup -m "not integration and not slow and not s3" $(TESTS)
+
+coverage: install  ## line and branch coverage of every test, as HTML under build/coverage
+	@$(BIN)/python -m pytest --cov=flows --cov=tasks --cov=model --cov=infra --cov-branch --cov-report=html:build/coverage --cov-report=term
 
 test-s3: install  ## the tests of a real object store: starts a Ceph RadosGW on loopback (as root on Debian), ends it
 	@trap 'tests/services/start-s3.sh stop' EXIT; \

@@ -25,12 +25,23 @@ for name in ("KNN_DIFFUSION_ROOT", "KNN_DIFFUSION_RAY_ADDRESS", "MLFLOW_TRACKING
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+INTEGRATION_FIXTURES = frozenset(
+    {"bucket", "cluster", "domain", "living", "machines", "mlflow_settings", "moto_bucket", "prefect_server"}
+)
+"""Fixtures that start a server, a Ray cluster or the whole pipeline."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a real object store wait for one."""
-    if "S3_STORE_DIR" not in os.environ:
-        for item in items:
-            if item.get_closest_marker("s3"):
-                item.add_marker(pytest.mark.skip(reason="needs a real object store: make test-s3"))
+    """Mark tests by what they need, and keep tests that share an expensive fixture on one xdist worker."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & INTEGRATION_FIXTURES or item.get_closest_marker("on_ray"):
+            item.add_marker(pytest.mark.integration)
+        group = "domain" if "domain" in fixtures else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+        if item.get_closest_marker("s3") and "S3_STORE_DIR" not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="needs a real object store: make test-s3"))
 
 
 STORES = ["moto", pytest.param("radosgw", marks=pytest.mark.s3)]
