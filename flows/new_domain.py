@@ -34,6 +34,7 @@ class NewDomainConfig:
     generator: str | None = None  # to adopt as it is: a saved pipeline's local folder, or "sticker-generator"
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     wait_s: float = 0.0  # for another writer of this domain to end, before this one is refused
+    verify: bool = False  # check the digests of what earlier runs committed, not only that it is there
 
     def __post_init__(self) -> None:
         """Refuse a name that cannot be a folder and a registered model, two generators, and a wait that is none."""
@@ -65,9 +66,9 @@ def new_domain(config: NewDomainConfig) -> Domain:
     with compute.cluster(settings.ray_address, settings.cpus):
         with lease(base, holder=f"new-domain {config.domain}", wait_s=config.wait_s) as held:
             takedown = standing_takedown(config.domain, settings, cache)
-            images = download(config.urls, base, config.download, cache, None, takedown)
-            embeddings = embed(images.reference, base, config.embed, cache)
-            database = index(embeddings.reference, base, config.index, cache, None, takedown)
+            images = download(config.urls, base, config.download, cache, None, takedown, config.verify)
+            embeddings = embed(images.reference, base, config.embed, cache, None, config.verify)
+            database = index(embeddings.reference, base, config.index, cache, None, takedown, config.verify)
             held.check()
             registered = register_database_task(config.domain, database.reference, settings, None)
         trained = None

@@ -19,9 +19,18 @@ from tasks.download.task import DownloadConfig, download
 from tasks.embed.task import EmbedConfig, embed
 from tasks.index.task import IndexChanges, IndexConfig, index
 from tasks.references.lineage import embeddings_of, images_of, takedown_of
-from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, Made, Outcome, Takedown, config_from
+from tasks.references.types import (
+    DatabaseVersion,
+    EmbeddingShards,
+    ImageShards,
+    Made,
+    Outcome,
+    Reference,
+    Takedown,
+    config_from,
+)
 from tasks.register import Named, register_database_task
-from tasks.stage import base_of, require_domain, settings_of
+from tasks.stage import base_of, check_files, require_domain, settings_of
 from tasks.upkeep.compact import compact_task
 from tasks.upkeep.policy import standing_beside
 from tasks.upkeep.takedown import rows_named, takedown_task, taken_back
@@ -39,6 +48,7 @@ class RebuildIndexConfig:
     root: str | None = None
     retry_failed: bool = False  # ask again for listed URLs that failed
     wait_s: float = 0.0  # for another writer of this domain to end, before this one is refused
+    verify: bool = False  # check the digests of what earlier runs committed, not only that it is there
     download: DownloadConfig | None = None
     embed: EmbedConfig | None = None
     index: IndexConfig | None = None
@@ -93,6 +103,8 @@ def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
             taken_back(base_of(settings, config.domain), ModelError, but=lambda: after.takedown),
         ):
             for part in _in_turn(config, hides):
+                if part is config:  # what is hidden first does not wait for a damaged file
+                    check_files(_taken_over(config, after), config.verify)
                 steps = _Steps(part, settings, after, standing)
                 try:
                     made = steps.run()
@@ -124,6 +136,12 @@ def _in_turn(config: RebuildIndexConfig, hides: bool) -> list[RebuildIndexConfig
     return [hide, config]
 
 
+def _taken_over(config: RebuildIndexConfig, state: State) -> list[Reference]:
+    """What the new version takes files over from; of the images only where some are added, or all is verified."""
+    images = [state.images] if config.urls is not None or config.verify else []
+    return [*images, state.embeddings, state.database]
+
+
 def champion_of(domain: str, settings: Settings) -> State:
     """The domain's champion and what it was made from. Raises ``NotFoundError`` when there is none."""
     pulled = Registry(settings).pull(domain, kind="database")
@@ -152,7 +170,9 @@ class _Steps:
         images = self._downloaded(takedown)
         embeddings = self._before.embeddings
         if images != self._before.images or self._config.embed is not None:
-            made = self._note("embed", embed(images, self._base, self._embed_config(), self._cache, embeddings))
+            made = self._note(
+                "embed", embed(images, self._base, self._embed_config(), self._cache, embeddings, self._config.verify)
+            )
             embeddings = made if made.digest != embeddings.digest else embeddings
         images, embeddings = self._compacted(images, embeddings, takedown)
         stored = config_from(IndexConfig, self._before.database.manifest().config)
@@ -160,7 +180,7 @@ class _Steps:
         if (embeddings, takedown, config) == (self._before.embeddings, self._before.takedown, stored):
             self.skipped["index"] = True
             return self._before
-        built = index(embeddings, self._base, config, self._cache, self._before.database, takedown)
+        built = index(embeddings, self._base, config, self._cache, self._before.database, takedown, self._config.verify)
         database = self._note("index", built)
         return State(database=database, embeddings=embeddings, images=images, takedown=takedown)
 
@@ -176,7 +196,10 @@ class _Steps:
             return images
         config = self._config.download or config_from(DownloadConfig, images.manifest().config)
         config = dataclasses.replace(config, retry_failed=self._config.retry_failed or config.retry_failed)
-        return self._note("download", download(self._config.urls, self._base, config, self._cache, images, takedown))
+        return self._note(
+            "download",
+            download(self._config.urls, self._base, config, self._cache, images, takedown, self._config.verify),
+        )
 
     def _embed_config(self) -> EmbedConfig:
         """As the champion was embedded: on a GPU if it was, since that decides the precision."""

@@ -12,120 +12,26 @@ resumed and one that was not can be held against each other.
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from infra import storage
 from infra.errors import IntegrityError, NotFoundError
+from infra.manifest import File, Manifest, Shard, canonical_json, checksum_of, digest_of, marker_json, parse_shard
 from infra.storage import digest_stamps
 from infra.storage import file_cache as caching
 
+__all__ = [
+    "MANIFEST", "File", "Manifest", "Shard", "Stage", "canonical_json", "commit_shard", "digest_of", "fetch_file",
+    "fetch_shard", "read_manifest", "read_shard",
+]  # fmt: skip
+
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
 _MARKERS_AT_ONCE = 16
-_PLACES = frozenset({"uri", "folder"})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class File:
-    """One stored file: its name below the folder, hex sha256, and size in bytes."""
-
-    name: str
-    sha256: str
-    bytes: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Shard:
-    """A committed shard: its files, how many rows they hold, and what the worker counted and timed.
-
-    ``folder`` is where its files are when they belong to an earlier version, from which this one took the shard over.
-    """
-
-    name: str
-    rows: int
-    files: tuple[File, ...]
-    info: dict[str, Any]
-    folder: str | None = None
-
-    def taken_over(self, folder_uri: str) -> Self:
-        """This shard of the folder at ``folder_uri`` as a shard of another version; its files stay where they are."""
-        return dataclasses.replace(self, folder=self.folder or folder_uri)
-
-    def file(self, suffix: str) -> File:
-        """Its only file of that suffix. Raises ``ValueError`` when there is none, or more."""
-        (found,) = (file for file in self.files if file.name.endswith(suffix))
-        return found
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
-    """What a committed folder holds and where it came from.
-
-    ``identity`` is the part of the description that belongs to the content (the encoder, say) and enters the digest;
-    ``info`` is what was counted and timed on the way and does not. ``checksum`` is of all of it but places.
-    """
-
-    kind: str
-    key: str
-    rows: int
-    shards: tuple[Shard, ...]
-    inputs: dict[str, dict[str, str]]
-    config: dict[str, Any]
-    identity: dict[str, Any]
-    info: dict[str, Any]
-    digest: str = ""
-    created_at: str = ""
-    schema_version: int = SCHEMA_VERSION
-    checksum: str = ""  # empty in manifests of releases that did not write it
-
-    @property
-    def files(self) -> tuple[File, ...]:
-        """Every file of the shards, in their order."""
-        return tuple(file for shard in self.shards for file in shard.files)
-
-    def content_digest(self) -> str:
-        """Digest of kind, rows, files, inputs' digests and identity: independent of time, place and interruptions."""
-        return digest_of(
-            {
-                "kind": self.kind,
-                "rows": self.rows,
-                "shards": [[shard.name, shard.rows, shard.files] for shard in self.shards],
-                "inputs": {name: source["digest"] for name, source in self.inputs.items()},
-                "identity": self.identity,
-            }
-        )
-
-    def to_json(self) -> str:
-        """Readable JSON, keys sorted, a shard a line."""
-        text = json.dumps(dataclasses.replace(self, shards=()), indent=1, sort_keys=True, default=_plain)
-        lines = ",".join(f"\n  {json.dumps(shard, sort_keys=True, default=_plain)}" for shard in self.shards)
-        return text.replace('\n "shards": []', f'\n "shards": [{lines}\n ]', 1)
-
-    @classmethod
-    def from_json(cls, text: str | bytes, where: str) -> Self:
-        """Parse and check ``text``, naming ``where`` in the message. Raises ``IntegrityError``."""
-        try:
-            raw = json.loads(text)
-            if raw["schema_version"] != SCHEMA_VERSION:
-                raise IntegrityError(
-                    f"{where} has schema version {raw['schema_version']}, this release reads {SCHEMA_VERSION}; "
-                    "rebuild it, or use the release that wrote it"
-                )
-            checksum = _checksum(raw)
-            raw["shards"] = tuple(_shard(shard) for shard in raw["shards"])
-            manifest = cls(**raw)
-            changed = manifest.digest != manifest.content_digest() or manifest.checksum not in ("", checksum)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise IntegrityError(f"{where} is not a manifest ({error}); delete its folder and run again") from error
-        if changed:
-            raise IntegrityError(f"{where} was changed after it was committed; delete its folder and run again")
-        return manifest
 
 
 class Stage:
@@ -162,6 +68,11 @@ class Stage:
         with ThreadPoolExecutor(_MARKERS_AT_ONCE) as pool:  # from far away, one after another takes minutes
             return dict(zip(names, pool.map(lambda name: read_shard(self.uri, name), names), strict=True))
 
+    def reopen(self, names: Iterable[str]) -> None:
+        """Remove the markers of shards, so that they are made again; their files and the manifest stay."""
+        for name in names:
+            storage.remove(storage.join(self.uri, "shards", f"{name}.json"))
+
     def commit(
         self, shards: Iterable[Shard], *, identity: Mapping[str, Any] | None = None, info: Mapping[str, Any]
     ) -> Manifest:
@@ -179,7 +90,8 @@ class Stage:
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         manifest = dataclasses.replace(manifest, digest=manifest.content_digest())
-        manifest = dataclasses.replace(manifest, checksum=_checksum(json.loads(manifest.to_json())))
+        manifest = dataclasses.replace(manifest, checksum=checksum_of(json.loads(manifest.to_json())))
+        manifest.check()
         storage.write_bytes(storage.join(self.uri, MANIFEST), manifest.to_json().encode())
         return manifest
 
@@ -196,8 +108,7 @@ def commit_shard(folder_uri: str, name: str, local: Path, *, rows: int, info: Ma
         if not relative.endswith("_stats.json"):
             files.append(File(name=relative, sha256=storage.sha256(str(path)), bytes=path.stat().st_size))
     shard = Shard(name=name, rows=rows, files=tuple(files), info=json.loads(canonical_json(info)))
-    marker = json.dumps(shard, indent=1, sort_keys=True, default=_plain)
-    storage.write_bytes(storage.join(folder_uri, "shards", f"{name}.json"), marker.encode())
+    storage.write_bytes(storage.join(folder_uri, "shards", f"{name}.json"), marker_json(shard).encode())
     return shard
 
 
@@ -205,7 +116,7 @@ def read_shard(folder_uri: str, name: str) -> Shard:
     """A shard's marker. Raises ``NotFoundError`` and ``IntegrityError``."""
     uri = storage.join(folder_uri, "shards", f"{name}.json")
     try:
-        return _shard(json.loads(storage.read_bytes(uri)))
+        return parse_shard(storage.read_bytes(uri), name)
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{uri} is damaged ({error}); delete it and run again") from error
 
@@ -261,39 +172,7 @@ def fetch_file(folder_uri: str, file: File, cache: Path) -> Path:
     )
 
 
-def digest_of(value: Any) -> str:
-    """Hex sha256 of the canonical JSON of ``value``."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces; dataclasses become objects. Raises ``TypeError`` for what JSON lacks."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain)
-
-
 @functools.lru_cache(maxsize=16)
 def _manifest_of(uri: str, modified: float) -> Manifest:
     """One of thousands of shards takes a while to parse and to check, and a stage asks for a few again and again."""
     return Manifest.from_json(storage.read_bytes(uri), uri)
-
-
-def _checksum(raw: dict[str, Any]) -> str:
-    """Digest of everything in a manifest but where things lie, which may move: a byte that changed on disk shows."""
-    return digest_of(_placeless({**raw, "checksum": ""}))
-
-
-def _placeless(value: Any) -> Any:
-    """A JSON value without what says where something is."""
-    if isinstance(value, dict):
-        return {name: _placeless(inner) for name, inner in value.items() if name not in _PLACES}
-    return [_placeless(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    raise TypeError(f"{type(value).__name__} has no JSON form")
-
-
-def _shard(raw: dict[str, Any]) -> Shard:
-    return Shard(**{**raw, "files": tuple(File(**file) for file in raw["files"])})

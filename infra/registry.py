@@ -25,7 +25,7 @@ from mlflow.store.entities.paged_list import PagedList
 from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 
-from infra import artifacts, logs, storage
+from infra import artifacts, logs, storage, validation
 from infra.errors import IntegrityError, NotFoundError, TransientError
 from infra.settings import Settings, masked
 from infra.storage import file_cache as caching
@@ -37,6 +37,7 @@ DATABASE_PREFIX = "knn-database."
 GENERATOR_NAME = "knn-diffusion"
 CHAMPION = "champion"
 Method = TypeVar("Method", bound=Callable[..., Any])
+Parsed = TypeVar("Parsed")
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 _DIGEST_TAG = "digest"
 _FOLDER_TAG = "uri"
@@ -163,7 +164,7 @@ class Registry:
         else:
             with storage.scratch() as scratch:
                 local, registered = None, _registered(self._downloaded(uri, scratch), reference)
-        folder = version.tags.get(_FOLDER_TAG, "")
+        folder = _checked_tag(version, _FOLDER_TAG, validation.uri) if _FOLDER_TAG in version.tags else ""
         if registered.kind != kind:
             raise NotFoundError(f"{folder} holds {registered.kind}, not a {kind}")
         if kind == "database" and self._checked(folder, kind).digest != registered.digest:
@@ -194,15 +195,13 @@ class Registry:
             aliases = self._client.get_registered_model(model.name).aliases
             for version in _every(self._client.search_model_versions, filter_string=f"name='{model.name}'"):
                 own = sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))
-                listed.append(
-                    {
-                        "name": model.name,
-                        "version": int(version.version),
-                        "aliases": own,
-                        "created_ms": version.creation_timestamp,
-                        **{name: _typed(name, value) for name, value in version.tags.items()},
-                    }
-                )
+                fixed = {
+                    "name": model.name,
+                    "version": int(version.version),
+                    "aliases": own,
+                    "created_ms": version.creation_timestamp,
+                }
+                listed.append(_typed_tags(version) | fixed)  # no tag stands in for a field of the version
         return sorted(listed, key=lambda entry: (entry["name"], entry["version"]))
 
     def _kept(self, version: ModelVersion, uri: str) -> Path:
@@ -220,7 +219,9 @@ class Registry:
                 return False
             return all(is_verified(folder / "artifacts" / one.name, one.sha256, one.bytes, cache) for one in files)
 
-        digest = version.tags.get(_DIGEST_TAG) or artifacts.digest_of(version.source)
+        digest = artifacts.digest_of(version.source)
+        if _DIGEST_TAG in version.tags:
+            digest = _checked_tag(version, _DIGEST_TAG, validation.digest)
         return caching.fetch_registered(digest, is_whole, lambda to: self._downloaded(uri, to), cache)
 
     def _place(self, version: ModelVersion) -> Path | None:
@@ -370,11 +371,33 @@ def _every(search: Callable[..., PagedList[Any]], **asked: Any) -> Iterator[Any]
             return
 
 
-def _typed(tag: str, value: str) -> str | int | float:
-    """A tag's value as what it is: tags are strings to MLflow."""
+def _typed_tags(version: ModelVersion) -> dict[str, str | int | float]:
+    """The tags of a version as what they are: they are strings to MLflow. Raises ``IntegrityError``."""
+    return {tag: _checked_tag(version, tag, _parser_of(tag)) for tag in version.tags}
+
+
+def _parser_of(tag: str) -> Callable[[str], str | int | float]:
     if tag in {"rows", "bytes", "images_seen"}:
-        return int(value)
-    return float(value) if tag.startswith(_MEASURED) else value
+        return _count
+    if tag.startswith(_MEASURED):
+        return float
+    return {_DIGEST_TAG: validation.digest, _FOLDER_TAG: validation.uri}.get(tag, str)
+
+
+def _checked_tag(version: ModelVersion, tag: str, parse: Callable[[str], Parsed]) -> Parsed:
+    """A tag of a version, as ``parse`` reads it: anyone who may write to the registry may have set it."""
+    try:
+        return parse(version.tags.get(tag, ""))
+    except ValueError as error:
+        raise IntegrityError(
+            f"models:/{version.name}/{version.version} has an unusable tag {tag}: {error}; register it again"
+        ) from error
+
+
+def _count(value: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,19}", value):
+        raise ValueError(f"a count must be digits, not {validation.shown(value)}")
+    return validation.count(int(value), "a count")
 
 
 def _manifest_file(local: Path) -> Path:

@@ -9,6 +9,7 @@ from infra import artifacts, compute, storage
 from infra.errors import InputError
 from tasks.references.database import open_database
 from tasks.references.lineage import takedown_of
+from tasks.references.rows import finite_rows
 from tasks.references.types import DatabaseVersion, EmbeddingShards, Neighbours, Outcome, require_same_encoder
 from tasks.stage import map_stage, skip_or_make, stage_task
 from tasks.upkeep.takedown import Entries, entries_of, hidden_by, masks_named
@@ -56,7 +57,7 @@ def find_neighbours(
         done, _ = map_stage(stage, items, _Search, settings, actors=compute.cpus())
         return stage.commit(done, identity=source.identity, info={})
 
-    return skip_or_make(stage, Neighbours, make, note=lambda manifest: f"k = {k}")
+    return skip_or_make(stage, Neighbours, make, note=lambda manifest: f"k = {k}", repairs=True)
 
 
 def _taken_down(database: DatabaseVersion, embeddings: EmbeddingShards, cache: Path) -> int:
@@ -77,7 +78,7 @@ class _Search:
 
     def __call__(self, item: tuple[str, tuple[artifacts.Shard, int | None]]) -> artifacts.Shard:
         name, (shard, offset) = item
-        rows = np.load(artifacts.fetch_shard(self._embeddings_uri, shard, ".npy", self._cache), mmap_mode="r")
+        rows = finite_rows(self._embeddings_uri, shard, self._cache)
         found = np.empty((len(rows), self._k), dtype=np.int64)
         for start in range(0, len(rows), _SEARCH_ROWS):
             stop = min(start + _SEARCH_ROWS, len(rows))

@@ -14,8 +14,10 @@ from infra import artifacts, compute, logs, storage
 from infra.compute.actor_pool import Lost
 from infra.errors import KNNDiffusionError, StageError, TransientError
 from infra.settings import Settings
+from infra.verification import Listed, find_damage, listed_files, require_undamaged
 from model.errors import ModelError
-from tasks.references.types import Made, Outcome
+from tasks.references.types import Made, Outcome, Reference
+from tasks.references.url_history import history_files
 
 TRANSIENT_IN_A_ROW = 3
 """So many shards lost one after another to what may pass, and the rest is not tried now: the store is down."""
@@ -54,10 +56,25 @@ def skip_or_make(
     make: Callable[[], artifacts.Manifest],
     *,
     note: Callable[[artifacts.Manifest], str] = lambda manifest: "",
+    verify: bool = False,
+    repairs: bool = False,
 ) -> Outcome[Made]:
-    """The committed output of ``stage`` if there is one, else what ``make`` commits; logged in one line either way."""
+    """The committed output of ``stage`` if there is one, else what ``make`` commits; logged in one line either way.
+
+    Args:
+        stage: the request.
+        reference: what to return of its output.
+        make: runs the shards without a marker and commits.
+        note: a clause for the log line.
+        verify: check the digests of what is committed; without it, that every file is there in its size.
+        repairs: whether ``make`` may run again over a committed folder, to restore the shards whose files are damaged.
+
+    Raises ``IntegrityError`` when a committed file is damaged and is not restored.
+    """
     started = time.monotonic()
     manifest = stage.committed()
+    if manifest is not None and not _is_whole(stage, manifest, verify=verify, repairs=repairs):
+        manifest = None
     skipped = manifest is not None
     manifest = manifest or make()
     seconds = time.monotonic() - started
@@ -67,6 +84,34 @@ def skip_or_make(
     state = "skipped, already committed" if skipped else f"{seconds:.1f} s"
     logs.get("stage").info("%-11s %7d rows  %s  %s", stage.kind, manifest.rows, state, outcome.note)
     return outcome
+
+
+def require_whole(*references: Reference, verify: bool = False) -> None:
+    """Check the files of committed artifacts, as :func:`skip_or_make` does. Raises ``IntegrityError``."""
+    for reference in references:
+        require_undamaged(find_damage(_files_of(reference.uri, reference.manifest()), digests=verify))
+
+
+def _is_whole(stage: artifacts.Stage, manifest: artifacts.Manifest, *, verify: bool, repairs: bool) -> bool:
+    """Return True if no committed file is damaged; else remove the markers of the damaged shards, or raise.
+
+    The manifest stays until ``make`` writes the new one: where that fails, nothing is worse than before.
+    """
+    damage = find_damage(_files_of(stage.uri, manifest), digests=verify)
+    if not damage:
+        return True
+    if not repairs or any(one.listed.folder != stage.uri for one in damage):
+        require_undamaged(damage)
+    stage.reopen({one.listed.shard for one in damage if one.listed.shard is not None})
+    first = f"{damage[0].listed.uri} {damage[0].reason}"
+    logs.get("stage").warning("%-11s %d damaged files are made again: %s", stage.kind, len(damage), first)
+    return False
+
+
+def _files_of(uri: str, manifest: artifacts.Manifest) -> list[Listed]:
+    """All files that a manifest refers to: those of its shards, and the histories of URLs beside them."""
+    histories = [Listed(folder=folder, file=file) for folder, file in history_files(manifest)]
+    return [*listed_files(uri, manifest), *histories]
 
 
 def map_stage(
@@ -124,6 +169,12 @@ def map_stage(
             f"the other {len(named) - len(lost)} are committed, run again to go on"
         )
     return [done[name] for name in named if name in done], lost
+
+
+@stage_task(name="check-files")
+def check_files(references: list[Reference], verify: bool) -> None:
+    """Task of :func:`require_whole`."""
+    require_whole(*references, verify=verify)
 
 
 def counted(done: Iterable[artifacts.Shard]) -> dict[str, int]:

@@ -24,6 +24,7 @@ from flows.cli.console import (
     Root,
     TargetRecall,
     Verbose,
+    Verify,
     Wait,
     index_changes,
     open_picture,
@@ -84,6 +85,7 @@ def new_domain(
     memory: Memory = None,
     target_recall: TargetRecall = None,
     dedup: Dedup = None,
+    verify: Verify = False,
     wait: Wait = 0.0,
     verbose: Verbose = False,
 ) -> None:
@@ -112,7 +114,7 @@ def new_domain(
             **options,
         )
         changes = index_changes(index, memory, target_recall, dedup)
-        config = dataclasses.replace(config, index=changes.over(config.index), wait_s=wait)
+        config = dataclasses.replace(config, index=changes.over(config.index), wait_s=wait, verify=verify)
         domain = flow(config)
         print(domain.registered.alias_uri)
         if domain.trained is not None:

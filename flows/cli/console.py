@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 Root = Annotated[str | None, typer.Option("--root", help="Where artifacts are kept: a folder or s3://… .")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks, and what the libraries say.")]
 Wait = Annotated[float, typer.Option("--wait", help="Seconds to wait while another writes this domain.", min=0)]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Check the digests of what is committed already, not only that it is there.")
+]
 Index = Annotated[
     str | None,
     typer.Option(

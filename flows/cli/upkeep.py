@@ -12,6 +12,7 @@ from flows.cli.console import (
     Root,
     TargetRecall,
     Verbose,
+    Verify,
     Wait,
     index_changes,
     size,
@@ -37,6 +38,7 @@ def rebuild_index(
     memory: Memory = None,
     target_recall: TargetRecall = None,
     dedup: Dedup = None,
+    verify: Verify = False,
     wait: Wait = 0.0,
     root: Root = None,
     verbose: Verbose = False,
@@ -55,6 +57,7 @@ def rebuild_index(
             index_changes=index_changes(index, memory, target_recall, dedup),
             root=root,
             wait_s=wait,
+            verify=verify,
         )
         rebuilt = flow(config)
         if rebuilt.registered is None:

@@ -44,11 +44,14 @@ def _require_end(tar: Path) -> None:
 
 
 def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pa.Table:
-    """A parquet file. Raises ``InputError`` when it is none."""
+    """A parquet file. Raises ``InputError`` when it is none, or lacks one of ``columns``."""
     try:
-        return pq.read_table(path, columns=columns)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} is no readable parquet file ({error})") from error
+        table = pq.read_table(path, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} is no readable parquet file ({' '.join(str(error).split())})") from error
+    if absent := set(columns or ()) - set(table.column_names):
+        raise InputError(f"{path} has no column {min(absent)}; make the file again")
+    return table
 
 
 def write_table(rows: Iterable[dict[str, Any]], schema: pa.Schema, path: Path) -> None:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PosixPath
 from typing import Any
 
-from infra import logs, storage
+from infra import logs, storage, validation
 from infra.errors import InputError
 from infra.settings import Settings
 from infra.storage.digest_stamps import is_verified, stamp_file, write_stamp
@@ -36,8 +36,10 @@ from infra.storage.locks import alone, drop_abandoned
 
 DERIVED_SPARED_S = 3600.0
 _STAMPS_KEPT_S = 90 * 86_400.0
+_LONGEST_SUFFIX = 32
+_FETCHING = "fetching"
 _OWED = "owed"
-_BOOKKEEPING = frozenset({"verified", "fetching", "uses", "lock", _OWED, f"{_OWED}.partial"})
+_BOOKKEEPING = frozenset({"verified", _FETCHING, "uses", "lock", _OWED, f"{_OWED}.partial"})
 
 
 class DamagedError(Exception):
@@ -62,13 +64,15 @@ def fetch(uri: str, sha256: str, size: int, cache: Path) -> Path:
         DamagedError: what came are other bytes; they are not kept.
         StageError: the disk is full.
         InputError: the cache cannot be written.
+        ValueError: ``sha256`` is no digest, so it cannot name a file.
     """
-    path = cache / sha256[:2] / (sha256 + Path(uri).suffix)
+    suffix = Path(uri).suffix
+    path = cache / validation.digest(sha256)[:2] / (sha256 + suffix[:_LONGEST_SUFFIX])
     with room_in(cache):
         held = _held(path, sha256, cache)
         if path.exists() and is_verified(path, sha256, size, cache):
             return held
-        with alone(cache / "fetching" / sha256) as folder:
+        with alone(cache / _FETCHING / sha256, within=cache) as folder:
             if not is_verified(path, sha256, size, cache):  # another process may have fetched it meanwhile
                 path.unlink(missing_ok=True)
                 arrived = storage.fetch(uri, folder / "file")
@@ -85,9 +89,10 @@ def fetch_registered(
 ) -> Path:
     """The folder ``<cache>/registered/<digest>``; where it is not whole, with what ``download`` puts into a new folder.
 
-    One process at a time does so. Raises as ``download`` does, and as :func:`fetch` does for the cache.
+    One process at a time does so. Raises as ``download`` does, as :func:`fetch` does for the cache, and ``ValueError``
+    when ``digest`` is none.
     """
-    kept = cache / REGISTERED / digest
+    kept = cache / REGISTERED / validation.digest(digest)
     try:
         with room_in(cache):
             kept = _held(kept, digest, cache)
@@ -96,12 +101,12 @@ def fetch_registered(
             raise
     if is_whole(kept):
         return kept
-    with room_in(cache), alone(cache / "fetching" / digest) as folder:
+    with room_in(cache), alone(cache / _FETCHING / digest, within=cache) as folder:
         if is_whole(kept):  # another process may have fetched it meanwhile
             return kept
         arrived = folder / "files"
         download(arrived)
-        files = [path for path in arrived.rglob("*") if path.is_file()]
+        files = [path for path in arrived.rglob("*") if path.is_file() and not path.is_symlink()]
         size = sum(path.stat().st_size for path in files)
         for path in files:
             place = kept / path.relative_to(arrived)
@@ -312,7 +317,7 @@ def _inventory(cache: Path) -> list[tuple[float, int, list[Path]]]:
     """(last use, bytes, paths) of each file, oldest use first; one that has several names once."""
     found: dict[int, tuple[float, int, list[Path]]] = {}
     for top in cache.iterdir():
-        if top.name in _BOOKKEEPING:
+        if top.name in _BOOKKEEPING or top.is_symlink():  # what a link leads to is not the cache's to delete
             continue
         for path in [top] if top.is_file() else top.rglob("*"):
             with contextlib.suppress(FileNotFoundError):
@@ -334,7 +339,7 @@ def _last_use(cache: Path, path: Path) -> float | None:
 
 def _drop_abandoned(cache: Path) -> None:
     """Remove what dead processes left on its way, and stamps that nobody has asked for in a long time."""
-    drop_abandoned(cache.glob("fetching/*"))
+    drop_abandoned(cache.glob(f"{_FETCHING}/*"), within=cache)
     for stamp in cache.glob("verified/*/*"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - stamp.stat().st_mtime > _STAMPS_KEPT_S:

@@ -259,10 +259,10 @@ def scratch() -> Iterator[Path]:
     One whose process was killed goes when the next one of its user and machine is made in the same place.
     """
     lock = _scratch_lock()
-    drop_abandoned(_own_scratches(lock), lock)
+    drop_abandoned(_own_scratches(lock), within=Path(tempfile.gettempdir()), lock_name=lock)
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, ignore_cleanup_errors=True) as own, ExitStack() as held:
         with suppress(OSError):  # no locks in that place: then nobody sweeps there either
-            held.enter_context(alone(Path(own), lock_name=lock))
+            held.enter_context(alone(Path(own), within=Path(own).parent, lock_name=lock))
         with tempfile.TemporaryDirectory(dir=own, ignore_cleanup_errors=True) as folder, room_in(Path(folder)):
             yield Path(folder)
 

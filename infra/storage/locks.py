@@ -7,12 +7,20 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from infra.errors import InputError
+
 LOCK = "lock"
 
 
 @contextlib.contextmanager
-def alone(folder: Path, *, wait: bool = True, lock_name: str = LOCK) -> Iterator[Path]:
-    """``folder`` for this thread alone; it is gone afterwards. Raises ``BlockingIOError`` instead of waiting."""
+def alone(folder: Path, *, within: Path, wait: bool = True, lock_name: str = LOCK) -> Iterator[Path]:
+    """``folder`` for this thread alone; it and all it holds are deleted afterwards.
+
+    Raises:
+        BlockingIOError: another has it, and this call does not ``wait``.
+        InputError: ``folder`` is not below ``within``, once links and ``..`` are resolved; nothing is deleted.
+    """
+    require_within(folder, within)
     lock = folder / lock_name
     while True:
         try:
@@ -34,10 +42,11 @@ def alone(folder: Path, *, wait: bool = True, lock_name: str = LOCK) -> Iterator
         yield folder
     finally:
         try:
+            require_within(folder, within)  # a link may have taken its place meanwhile
             with contextlib.suppress(FileNotFoundError):  # somebody tidies up there, too
                 for left in folder.iterdir():
                     if left.name != lock.name:
-                        shutil.rmtree(left) if left.is_dir() else left.unlink()
+                        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             lock.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # another one has come already
                 folder.rmdir()
@@ -45,11 +54,25 @@ def alone(folder: Path, *, wait: bool = True, lock_name: str = LOCK) -> Iterator
             os.close(number)
 
 
-def drop_abandoned(folders: Iterable[Path], lock_name: str = LOCK) -> None:
-    """Remove those of ``folders`` that nobody has for itself any more."""
+def require_within(folder: Path, root: Path) -> None:
+    """Raise ``InputError`` unless ``folder`` is below ``root``, once links and ``..`` of both are resolved."""
+    if not _is_within(folder, root):
+        raise InputError(
+            f"{folder} is not below {root}: its real path is {os.path.realpath(folder)}; remove the link or the name "
+            "that leads out of it"
+        )
+
+
+def drop_abandoned(folders: Iterable[Path], *, within: Path, lock_name: str = LOCK) -> None:
+    """Remove those of ``folders`` that nobody has for itself any more; links that lead out of ``within`` stay."""
     for folder in folders:
-        with contextlib.suppress(OSError), alone(folder, wait=False, lock_name=lock_name):
-            pass
+        if _is_within(folder, within):
+            with contextlib.suppress(OSError), alone(folder, within=within, wait=False, lock_name=lock_name):
+                pass
+
+
+def _is_within(folder: Path, root: Path) -> bool:
+    return Path(os.path.realpath(root)) in Path(os.path.realpath(folder)).parents
 
 
 def this_boot() -> str:

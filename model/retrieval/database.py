@@ -289,7 +289,18 @@ class Database:
     def _with_rows(self, found: Nearest) -> Hits:
         embeddings = self.rows(np.maximum(found.ids, 0)).astype(np.float32)
         embeddings[found.ids < 0] = 0
+        self._require_finite(found.ids, embeddings)
         return Hits(scores=found.scores, ids=found.ids, embeddings=embeddings)
+
+    def _require_finite(self, ids: NDArray[np.int64], values: NDArray[np.float32]) -> None:
+        """Raise ``ModelError`` for the first of the rows ``ids`` (Q, K) whose ``values`` (Q, K, D) are not finite."""
+        wrong = ~np.isfinite(values).all(axis=2)
+        if wrong.any():
+            row = int(ids[wrong][0])
+            part = self._parts[int(np.searchsorted(self._starts, row, side="right")) - 1]
+            raise ModelError(
+                f"row {row} of database {self.name} is not finite, in {part.path}; embed the images of its shard again"
+            )
 
     def _nearest(self, queries: NDArray[np.float32], width: int, own: Own | None) -> Nearest:
         width, extra, nprobe = min(width, len(self)), int(own is not None), self.effort.nprobe
@@ -322,6 +333,11 @@ class Database:
                 found.put(few, self._proposed(queries[few], width, theirs, extra=extra, nprobe=nprobe))
             return found
         ids, scores = self._proposer.propose(queries, count, nprobe)
+        if ids.size and ids.max() >= self.stored:
+            raise ModelError(
+                f"an index of database {self.name} names row {int(ids.max())}, but {self.stored} are stored; "
+                "rebuild the database"
+            )
         lacking = ((0, 0), (0, max(0, width - ids.shape[1])))
         ids = np.pad(ids, lacking, constant_values=-1)
         scores = None if scores is None else np.pad(scores, lacking)
@@ -376,6 +392,9 @@ class Database:
         # Of candidates that score alike, the lower id comes first.
         order = np.lexsort((candidates, -scores), axis=1)[:, :width]
         best = np.take_along_axis(scores, order, axis=1)
+        if np.isnan(best).any() or np.isposinf(best).any():
+            returned = np.take_along_axis(candidates, order, axis=1)
+            self._require_finite(returned, np.where(np.isneginf(best), 0, best)[..., None])
         ids = np.where(np.isneginf(best), -1, np.take_along_axis(candidates, order, axis=1))
         return Nearest(scores=best, ids=ids), barred.sum(axis=1)
 

@@ -129,7 +129,10 @@ class StackedCells:
 
     def dense(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows as they are counted over all shards, of ids as the cells hold them; −1 stays."""
-        found: NDArray[np.int64] = np.where(ids < 0, -1, self._first[ids >> FIRST_ID_SHIFT] + (ids & _POSITION))
+        ordinals = ids >> FIRST_ID_SHIFT
+        if ids.size and ordinals.max() >= len(self._first):
+            raise ModelError(f"an index holds the id {int(ids.max())}, which no shard gives; rebuild the database")
+        found: NDArray[np.int64] = np.where(ids < 0, -1, self._first[ordinals] + (ids & _POSITION))
         return found
 
     def _effort(self, nprobe: int) -> Any:

@@ -38,6 +38,7 @@ class StoredRows:
         """The rows of ``file``; ``rows``, where n is known, spares opening it now."""
         self._file, self._dimension, self._rows = file, dimension, rows
         self._array: NDArray[np.float16] | None = None
+        self.path = file if isinstance(file, Path) else None  # known once it was mapped, for messages
 
     def __len__(self) -> int:
         """How many rows."""
@@ -77,12 +78,19 @@ class StoredRows:
 
     def _map(self) -> NDArray[np.float16]:
         path = self._file if isinstance(self._file, Path) else self._file()
-        # As a plain array: a memmap's own indexing costs more than reading a row.
-        found: NDArray[np.float16] = np.load(path, mmap_mode="r").view(np.ndarray)
-        if found.ndim != 2 or found.shape != (len(found) if self._rows is None else self._rows, self._dimension):
+        self.path = path
+        try:
+            # As a plain array: a memmap's own indexing costs more than reading a row.
+            found: NDArray[np.float16] = np.load(path, mmap_mode="r").view(np.ndarray)
+        except (ValueError, EOFError, OverflowError, SyntaxError) as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(f"{path} is no array that can be read ({reason}); rebuild the database") from error
+        fits = found.ndim == 2 and found.shape == (len(found) if self._rows is None else self._rows, self._dimension)
+        if not fits or found.dtype != np.float16:
             rows = "n" if self._rows is None else self._rows
+            held = f"{found.shape}" if found.dtype == np.float16 else f"{found.dtype} {found.shape}"
             raise ModelError(
-                f"{path} holds {found.shape}, not ({rows}, {self._dimension}) as its index and encoder say; "
+                f"{path} holds {held}, not ({rows}, {self._dimension}) as its index and encoder say; "
                 "rebuild the database"
             )
         return found

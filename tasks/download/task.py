@@ -52,17 +52,21 @@ def download_images(
     previous: ImageShards | None = None,
     takedown: Takedown | None = None,
     cache: Path | None = None,
+    verify: bool = False,
 ) -> Outcome[ImageShards]:
     """Fetch what ``urls`` lists into ``base/images/<key>``.
 
     The same list (content and order, not file name) and config find the same folder. With ``previous`` its shards are
     taken over, and of the list only URLs that it was not asked for are fetched, into shards numbered after its own;
     pictures whose bytes it has, or that come twice, are dropped, and so is what ``takedown`` names. A list without
-    anything new is answered with ``previous`` itself, and so is one of failures that all fail again.
+    anything new is answered with ``previous`` itself, and so is one of failures that all fail again. With ``verify``
+    the digests of shards that are there already are checked. Damaged ones are downloaded again, unless they were
+    added to ``previous``.
 
     Raises:
         InputError: the list is empty, unreadable or lacks a ``url`` column.
         StageError: nothing could be downloaded; the histogram of reasons is in the message.
+        IntegrityError: a committed file is damaged and is not downloaded again.
     """
     cache = cache or Settings().cache_folder
     seen = Seen.of(previous, cache) if previous is not None else None
@@ -84,7 +88,9 @@ def download_images(
     delta = _Delta(stage=stage, table=table, urls=urls, previous=previous, seen=seen, refused=refused, cache=cache)
     started = time.monotonic()
     try:
-        return skip_or_make(stage, ImageShards, lambda: delta.make(config), note=_note)
+        # Of what was added to a version, one shard may by now be all failures, and those delete the folder.
+        repairs = previous is None
+        return skip_or_make(stage, ImageShards, lambda: delta.make(config), note=_note, verify=verify, repairs=repairs)
     except _StillFailingError as error:
         assert previous is not None  # noqa: S101  # what failed before, failed for a version
         return Outcome(reference=previous, skipped=False, seconds=time.monotonic() - started, note=str(error))
@@ -257,6 +263,7 @@ def download(
     cache: Path | None = None,
     previous: ImageShards | None = None,
     takedown: Takedown | None = None,
+    verify: bool = False,
 ) -> Outcome[ImageShards]:
     """Task of :func:`download_images`."""
-    return download_images(urls, base, config, previous=previous, takedown=takedown, cache=cache)
+    return download_images(urls, base, config, previous=previous, takedown=takedown, cache=cache, verify=verify)

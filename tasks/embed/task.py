@@ -41,14 +41,21 @@ class EmbedConfig:
 
 
 def embed_images(
-    images: ImageShards, base: str, config: EmbedConfig, *, cache: Path, previous: EmbeddingShards | None = None
+    images: ImageShards,
+    base: str,
+    config: EmbedConfig,
+    *,
+    cache: Path,
+    previous: EmbeddingShards | None = None,
+    verify: bool = False,
 ) -> Outcome[EmbeddingShards]:
     """Embed every picture of ``images`` into ``base/embeddings/<key>``.
 
     What ``previous`` holds already is not embedded again, if the same encoder made it with the same settings: a shard
     whose tar is the same is taken over, and of a tar that was rewritten the rows of the pictures that stayed are
     copied. The output is the same with and without it, and so is its key. But of a tar of which it holds a part, as
-    the subset of a database does, only that part is embedded, by whatever encoder.
+    the subset of a database does, only that part is embedded, by whatever encoder. With ``verify`` the digests of rows
+    that are there already are checked; damaged shards are embedded again.
 
     Raises:
         ModelError: no such encoder.
@@ -86,7 +93,7 @@ def embed_images(
         info = {"outcomes": outcomes, "lost_shards": lost, "shards_taken_over": len(taken), **_measured(made)}
         return stage.commit(done, identity=identity, info=info)
 
-    return skip_or_make(stage, EmbeddingShards, make, note=_note)
+    return skip_or_make(stage, EmbeddingShards, make, note=_note, verify=verify, repairs=True)
 
 
 def _settings(config: EmbedConfig) -> dict[str, Any]:
@@ -169,7 +176,12 @@ def _note(manifest: artifacts.Manifest) -> str:
 
 @stage_task(name="embed")
 def embed(
-    images: ImageShards, base: str, config: EmbedConfig, cache: Path, previous: EmbeddingShards | None = None
+    images: ImageShards,
+    base: str,
+    config: EmbedConfig,
+    cache: Path,
+    previous: EmbeddingShards | None = None,
+    verify: bool = False,
 ) -> Outcome[EmbeddingShards]:
     """Task of :func:`embed_images`."""
-    return embed_images(images, base, config, cache=cache, previous=previous)
+    return embed_images(images, base, config, cache=cache, previous=previous, verify=verify)

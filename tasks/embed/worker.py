@@ -29,6 +29,7 @@ from infra.formats import tables
 from model.encoder.clip import Encoder, Preprocessing
 from model.encoder.identity import EncoderIdentity
 from model.encoder.streaming import embed_stream
+from tasks.references.rows import finite_rows
 from tasks.references.types import METADATA_SCHEMA
 from tasks.upkeep.rewrite_embeddings import PART
 
@@ -131,7 +132,7 @@ class EmbedShard:
             return {}
         folder = str(earlier.folder)
         table = tables.read_table(artifacts.fetch_shard(folder, earlier, ".parquet", self._cache))
-        rows = np.load(artifacts.fetch_shard(folder, earlier, ".npy", self._cache))
+        rows = np.array(finite_rows(folder, earlier, self._cache))
         return {_picture(record): rows[record["row"]] for record in table.to_pylist() if record["sha256"]}
 
     def _keys_of(self, part: artifacts.Shard | None) -> set[str] | None:

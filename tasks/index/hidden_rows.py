@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from infra import artifacts, compute, storage
 from infra.compute.actor_pool import Lost
 from infra.errors import StageError
+from infra.formats.arrays import read_array
 from model.retrieval.database import SearchEffort
 from model.retrieval.near_duplicates import find_pairs, later_ones
 from tasks.references.database import HIDDEN, open_shards
+from tasks.references.rows import stored_rows
 from tasks.references.types import DatabaseVersion, EmbeddingShards, Takedown
 from tasks.upkeep.takedown import entries_of, masks_named, rows_named
 
@@ -33,8 +35,8 @@ class Grown:
     def array(self, name: str, cache: Path) -> NDArray[np.int64]:
         """One of its files of hidden rows."""
         (shard,) = (shard for shard in self.version.manifest().shards if shard.name == HIDDEN)
-        found: NDArray[np.int64] = np.load(artifacts.fetch_shard(self.version.uri, shard, name, cache))
-        return found
+        shape = (None, 2) if name == "pairs.npy" else (None,)
+        return read_array(artifacts.fetch_shard(self.version.uri, shard, name, cache), np.int64, shape)
 
 
 def hide_rows(
@@ -135,6 +137,5 @@ class _Pairs:
         self._embeddings, self._cache, self._bound = embeddings, cache, bound
 
     def __call__(self, item: list[tuple[artifacts.Shard, int]]) -> NDArray[np.int64]:
-        paths = [artifacts.fetch_shard(self._embeddings.uri, shard, ".npy", self._cache) for shard, _ in item]
-        rows = np.concatenate([np.load(path, mmap_mode="r") for path in paths])
+        rows = np.concatenate([stored_rows(self._embeddings.uri, shard, self._cache) for shard, _ in item])
         return find_pairs(self._database, rows, item[0][1], self._bound)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import artifacts, logs, storage
+from infra.formats.arrays import require_finite
 from model.retrieval.faiss_index import (
     FLAT_ROWS,
     choose_index,
@@ -20,6 +21,7 @@ from model.retrieval.faiss_index import (
 )
 from tasks.references.database import QUANTIZER
 from tasks.references.lineage import embeddings_of
+from tasks.references.rows import stored_rows
 from tasks.references.types import DatabaseVersion, EmbeddingShards, encoder_of
 
 OUTGROWN = 4
@@ -147,6 +149,7 @@ def _pick(
         here = chosen[(chosen >= offset) & (chosen < offset + shard.rows)] - offset
         offset += shard.rows
         if len(here):
-            rows = np.load(artifacts.fetch_shard(embeddings.uri, shard, ".npy", cache), mmap_mode="r")
-            picked.append(rows[here].astype(np.float32))
+            rows = stored_rows(embeddings.uri, shard, cache)[here]
+            require_finite(rows, f"shard {shard.name} of {embeddings.uri}")
+            picked.append(rows.astype(np.float32))
     return np.concatenate(picked)

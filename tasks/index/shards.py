@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from infra import artifacts, storage
 from model.retrieval.faiss_index import FIRST_ID_SHIFT, fill_shard, merge_shards
+from tasks.references.rows import finite_rows
 from tasks.references.types import DatabaseVersion, EmbeddingShards
 from tasks.stage import map_stage
 
@@ -184,10 +183,7 @@ class _Fill:
 
     def __call__(self, item: tuple[str, Group]) -> artifacts.Shard:
         name, group = item
-        rows = (
-            np.load(artifacts.fetch_shard(self._embeddings_uri, one, ".npy", self._cache), mmap_mode="r")
-            for one in group.members
-        )
+        rows = (finite_rows(self._embeddings_uri, one, self._cache) for one in group.members)
         with storage.scratch() as folder:
             error = fill_shard(self._path, rows, folder / "index" / f"{name}.faiss", ordinal=group.ordinal)
             info = group.info(self._template, error)

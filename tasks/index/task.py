@@ -87,6 +87,7 @@ def build_database(
     cache: Path,
     previous: DatabaseVersion | None = None,
     takedown: Takedown | None = None,
+    verify: bool = False,
 ) -> Outcome[DatabaseVersion]:
     """Index every row of ``embeddings`` into ``base/database/<key>``, in shards over neighbouring embedding shards.
 
@@ -97,6 +98,7 @@ def build_database(
         cache: local files by digest.
         previous: an earlier version of the same domain, to grow from where its quantizer still serves.
         takedown: what must not be returned.
+        verify: whether to check the digests of a version that is there already; its damaged shards are built again.
 
     Raises:
         ModelError: an unusable factory string.
@@ -146,7 +148,7 @@ def build_database(
         info = {"factory": factory, **measured, **hidden.info, "shards_taken_over": taken_over}
         return stage.commit([*indexed, hidden, truth], identity=source.identity, info=info)
 
-    return skip_or_make(stage, DatabaseVersion, make, note=_note)
+    return skip_or_make(stage, DatabaseVersion, make, note=_note, verify=verify, repairs=True)
 
 
 def _grown_from(previous: DatabaseVersion, embeddings: EmbeddingShards) -> Grown | None:
@@ -205,6 +207,7 @@ def index(
     cache: Path,
     previous: DatabaseVersion | None = None,
     takedown: Takedown | None = None,
+    verify: bool = False,
 ) -> Outcome[DatabaseVersion]:
     """Task of :func:`build_database`."""
-    return build_database(embeddings, base, config, cache=cache, previous=previous, takedown=takedown)
+    return build_database(embeddings, base, config, cache=cache, previous=previous, takedown=takedown, verify=verify)

@@ -14,7 +14,7 @@ from model.retrieval.database import Database, SearchEffort
 from model.retrieval.recall import Truth, find_truth
 from model.retrieval.tuning import Point, tune
 from tasks.index.hidden_rows import Grown
-from tasks.references.database import TRUTH, open_shards
+from tasks.references.database import TRUTH, hidden_ids, open_shards
 from tasks.references.types import EmbeddingShards, config_from
 
 CURVE = "recall.png"
@@ -39,7 +39,7 @@ def tune_database(
     and all when other settings ask for other ones.
     ``config`` is the :class:`tasks.index.task.IndexConfig`. The curve is drawn into the folder as ``recall.png``.
     """
-    barred = np.load(artifacts.fetch_shard(folder_uri, hidden, "hidden.npy", cache))
+    barred = hidden_ids(folder_uri, hidden, cache)
     database = open_shards(
         folder_uri, indexed, embeddings, cache, name="tuned", effort=SearchEffort(), hidden=barred, rows_at_once=False
     )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from infra import artifacts
 from infra.errors import IntegrityError
 from infra.formats import tables
+from infra.formats.arrays import read_array
 from model.retrieval.database import Database, SearchEffort, ShardFiles
 from tasks.references.lineage import embeddings_of
 from tasks.references.types import DatabaseVersion, EmbeddingShards, domain_of, encoder_of
@@ -47,12 +48,14 @@ def open_part(
 ) -> tuple[Database, int]:
     """Neighbouring index shards of a version as a database of their own, and the id of its first row in the whole."""
     manifest, embeddings = version.manifest(), embeddings_of(version)
-    if "effort" not in manifest.info:
+    if "effort" not in manifest.info or not part:
         raise IntegrityError(f"{version.uri} was indexed by an earlier release; index it again (new-domain)")
     special = {shard.name: shard for shard in manifest.shards if shard.name in (QUANTIZER, HIDDEN)}
     before = itertools.takewhile(lambda shard: shard.name != part[0].name, index_shards(version))
     first = sum(shard.rows for shard in before)
-    hidden = np.load(artifacts.fetch_shard(version.uri, special[HIDDEN], "hidden.npy", cache)) - first
+    if absent := {QUANTIZER, HIDDEN} - special.keys():
+        raise IntegrityError(f"{version.uri} lacks the shard {min(absent)}; build it again")
+    hidden = hidden_ids(version.uri, special[HIDDEN], cache) - first
     database = open_shards(
         version.uri,
         [special[QUANTIZER], *part],
@@ -115,6 +118,11 @@ def open_shards(
     )
 
 
+def hidden_ids(uri: str, shard: artifacts.Shard, cache: Path) -> NDArray[np.int64]:
+    """Ids of the rows that the version at ``uri`` never returns, from its pseudo-shard ``HIDDEN``."""
+    return read_array(artifacts.fetch_shard(uri, shard, "hidden.npy", cache), np.int64, (None,))
+
+
 class Metadata:
     """Metadata of global rows, a shard's parquet read when asked for; the columns of a few are kept, as Arrow has them.
 
@@ -144,8 +152,12 @@ class Metadata:
         return self._shards[self._number(row)].name
 
     def _read(self, number: int) -> pa.Table:
-        path = artifacts.fetch_shard(self._uri, self._shards[number], ".parquet", self._cache)
-        return tables.read_table(path, _TOLD)
+        shard = self._shards[number]
+        path = artifacts.fetch_shard(self._uri, shard, ".parquet", self._cache)
+        table = tables.read_table(path, _TOLD)
+        if table.num_rows != shard.rows:
+            raise IntegrityError(f"{path} has {table.num_rows} rows, shard {shard.name} of {self._uri} {shard.rows}")
+        return table
 
     def _number(self, row: int) -> int:
         return bisect.bisect_right(self._offsets, row) - 1

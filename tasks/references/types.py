@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from infra import artifacts, storage
 from infra.errors import EncoderMismatchError, InputError, IntegrityError
 from model.encoder.identity import EncoderIdentity
+from tasks.references.manifest_fields import check_fields
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -48,9 +49,13 @@ class Reference:
 
     @classmethod
     def of(cls, manifest: artifacts.Manifest, uri: str) -> Self:
-        """The reference to what ``manifest``, found at ``uri``, describes. Raises ``InputError`` on another kind."""
+        """The reference to what ``manifest``, found at ``uri``, describes.
+
+        Raises ``InputError`` on another kind, ``IntegrityError`` on fields of the wrong type or range.
+        """
         if manifest.kind != cls.kind:
             raise InputError(f"{uri} holds {manifest.kind}, but {cls.kind} is wanted here")
+        check_fields(manifest, uri)
         return cls(uri=uri, rows=manifest.rows, digest=manifest.digest)
 
     @classmethod
@@ -122,8 +127,13 @@ def domain_of(database: DatabaseVersion) -> str:
 
 
 def encoder_of(manifest: artifacts.Manifest) -> EncoderIdentity:
-    """The encoder whose space this artifact lives in."""
-    return EncoderIdentity(**manifest.identity["encoder"])
+    """The encoder whose space this artifact lives in. Raises ``IntegrityError`` when the manifest names none."""
+    try:
+        return EncoderIdentity(**manifest.identity["encoder"])
+    except (KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"the manifest of {manifest.kind} {manifest.key} names no encoder; build it again"
+        ) from error
 
 
 def require_same_encoder(**manifests: artifacts.Manifest) -> EncoderIdentity:

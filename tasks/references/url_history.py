@@ -11,6 +11,7 @@ Two URLs of 10⁹ share a hash with probability 3 %, and a new one meets an old 
 
 import dataclasses
 import hashlib
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from infra import artifacts, storage
+from infra import artifacts, storage, validation
+from infra.errors import IntegrityError
 from infra.formats import tables
 from infra.formats.webdataset import DUPLICATE, TAKEN_DOWN
 from tasks.references.types import ImageShards
@@ -129,10 +131,31 @@ def _hashes(parquet: Path) -> Hashes:
     )
 
 
+def history_files(manifest: artifacts.Manifest) -> list[tuple[str, artifacts.File]]:
+    """The folder and the file of each entry of ``info["seen"]``. Raises ``IntegrityError`` for one that is none."""
+    return [_located(entry) for entry in manifest.info.get("seen") or ()]
+
+
+def _located(entry: Any) -> tuple[str, artifacts.File]:
+    try:
+        return validation.uri(entry["folder"]), artifacts.File(**entry["file"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"a manifest's list of seen URLs is damaged ({error}); download the images again"
+        ) from error
+
+
 def _read(entry: dict[str, Any], cache: Path) -> Hashes:
-    path = artifacts.fetch_file(entry["folder"], artifacts.File(**entry["file"]), cache)
-    with np.load(path) as stored:
-        return Hashes(**{field.name: stored[field.name] for field in dataclasses.fields(Hashes)})
+    path = artifacts.fetch_file(*_located(entry), cache)
+    names = [field.name for field in dataclasses.fields(Hashes)]
+    try:
+        with np.load(path) as stored:
+            hashes = [stored[name] for name in names]
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise IntegrityError(f"{path} holds no hashes of URLs ({error}); download the images again") from error
+    if any(array.dtype != np.uint64 or array.ndim != 1 for array in hashes):
+        raise IntegrityError(f"{path} holds no lists of 64-bit hashes; download the images again")
+    return Hashes(*hashes)
 
 
 def _union(arrays: list[Hashed]) -> Hashed:

@@ -26,6 +26,7 @@ from infra import artifacts
 from infra.download.images import to_rgb
 from infra.errors import InputError
 from infra.formats import tables
+from infra.formats.arrays import read_array
 from infra.storage.errors import room_in
 from infra.storage.locks import alone
 from model.networks.latents import Autoencoder, encode_latents
@@ -35,6 +36,7 @@ from model.training.alignment import align_all
 from model.training.data import Rows, TrainingSet, picture_to_array, to_model_range
 from model.training.neighbour_rows import JoinedRows, Rows16
 from tasks.references.lineage import embeddings_of, images_of
+from tasks.references.rows import finite_rows
 from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, Neighbours, encoder_of
 
 ALIGNED_AT_ONCE = 256
@@ -139,8 +141,7 @@ class StoredShard:
 
     def embedded(self) -> NDArray[np.float16]:
         """The embeddings (n, D), memory-mapped."""
-        rows: NDArray[np.float16] = np.load(self._fetch(self.embeddings_uri, self.embeddings, ".npy"), mmap_mode="r")
-        return rows
+        return finite_rows(self.embeddings_uri, self.embeddings, self.cache)
 
     def pixels(self, side: int, chosen: NDArray[np.int64] | None = None) -> NDArray[np.uint8]:
         """The pictures (n, S, S, 3) in the order of the embeddings, or those of the ``chosen`` rows."""
@@ -205,7 +206,8 @@ class ShardSource:
     def load(self, chosen: NDArray[np.int64] | None = None) -> Rows:
         """Read and decode what is ``chosen`` (None: all). What is kept is made of the whole shard, once."""
         uri, file = self._neighbours
-        neighbours: NDArray[np.int64] = np.load(artifacts.fetch_file(uri, file, self._stored.cache))
+        rows = self._stored.embeddings.rows
+        neighbours = read_array(artifacts.fetch_file(uri, file, self._stored.cache), np.int64, (rows, None))
         rows = slice(None) if chosen is None else chosen
         if self._treatment.autoencoder is None:
             pictures: NDArray[Any] = self._stored.pixels(self._treatment.side, chosen)
@@ -278,7 +280,7 @@ def kept(cache: Path, kind: str, digest: str, make: Callable[[], NDArray[Any]]) 
     """
     path = cache / kind / f"{digest}.npy"
     if not path.exists():
-        with room_in(cache), alone(cache / "fetching" / digest) as folder:
+        with room_in(cache), alone(cache / "fetching" / digest, within=cache) as folder:
             if not path.exists():
                 with (folder / "made").open("wb") as stream:
                     np.save(stream, make())

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from infra import artifacts, storage
 from infra.formats import tables
+from tasks.references.rows import stored_rows
 from tasks.references.types import METADATA_SCHEMA
 
 PART = "part"
@@ -26,10 +27,8 @@ class KeepRows:
     def __call__(self, item: tuple[str, Rewriting]) -> artifacts.Shard:
         """Write the shard anew under its name."""
         name, (shard, stays, tar_digest) = item
-        path, table = (
-            artifacts.fetch_shard(self._source_uri, shard, suffix, self._cache) for suffix in (".npy", ".parquet")
-        )
-        rows = np.load(path, mmap_mode="r")[stays]
+        rows = stored_rows(self._source_uri, shard, self._cache)[stays]
+        table = artifacts.fetch_shard(self._source_uri, shard, ".parquet", self._cache)
         known = tables.read_table(table).filter(stays).to_pylist()
         metadata = [{**row, "row": number} for number, row in enumerate(known)]
         outcomes = {**shard.info["outcomes"], "success": len(rows)}

@@ -284,7 +284,7 @@ def test_the_digest_does_not_depend_on_order_time_place_or_interruption(tmp_path
 @pytest.mark.parametrize("what", ["bytes", "rows", "name", "shards", "identity", "inputs", "kind"])
 def test_other_content_has_another_digest(what: str, tmp_path: Path) -> None:
     def digest(changed: bool) -> str:
-        inputs = {"images": {"uri": "u", "digest": "33"}} if changed and what == "inputs" else INPUTS
+        inputs = {"images": {"uri": "u", "digest": "33" * 32}} if changed and what == "inputs" else INPUTS
         kind = "database" if changed and what == "kind" else "images"
         made = stage(str(tmp_path / str(changed)), kind=kind, inputs=inputs)
         name = "b.tar" if changed and what == "name" else "a.tar"
@@ -426,5 +426,6 @@ def test_a_remote_file_is_kept_under_its_digest_and_not_fetched_again(bucket: Bu
 
 def test_canonical_json_is_one_spelling() -> None:
     assert artifacts.canonical_json({"b": (1, 2.5), "a": None}) == '{"a":null,"b":[1,2.5]}'
-    assert artifacts.canonical_json(File(name="é", sha256="0", bytes=1)) == '{"bytes":1,"name":"\\u00e9","sha256":"0"}'
+    file, digest = File(name="é", sha256="0" * 64, bytes=1), "0" * 64
+    assert artifacts.canonical_json(file) == f'{{"bytes":1,"name":"\\u00e9","sha256":"{digest}"}}'
     assert artifacts.digest_of({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"

@@ -1,0 +1,78 @@
+"""Manifests that somebody else wrote: consistent in their digests, and of any content."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from support.fakes import Reply
+
+from infra.manifest import digest_of
+
+DIGEST = "ab" * 32
+
+
+def file_entry(name: str = "00000.tar", **changes: Any) -> dict[str, Any]:
+    return {"name": name, "sha256": DIGEST, "bytes": 8, **changes}
+
+
+def shard_entry(name: str = "00000", *files: dict[str, Any], rows: int = 3, **changes: Any) -> dict[str, Any]:
+    return {"name": name, "rows": rows, "files": list(files), "info": {}, "folder": None, **changes}
+
+
+def manifest(kind: str, *shards: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The fields of a manifest, without its digest."""
+    return {
+        "kind": kind,
+        "key": "0123456789abcdef",
+        "rows": sum(shard["rows"] for shard in shards),
+        "shards": list(shards),
+        "inputs": {},
+        "config": {},
+        "identity": {},
+        "info": {},
+        "created_at": "2026-01-01T00:00:00+00:00",
+        "schema_version": 1,
+        **changes,
+    }
+
+
+def signed(fields: Mapping[str, Any]) -> bytes:
+    """JSON of a manifest with the digest that its content has: whoever wrote it could compute that, too."""
+    digest = digest_of(
+        {
+            "kind": fields["kind"],
+            "rows": fields["rows"],
+            "shards": [[shard["name"], shard["rows"], shard["files"]] for shard in fields["shards"]],
+            "inputs": {name: source["digest"] for name, source in fields["inputs"].items()},
+            "identity": fields["identity"],
+        }
+    )
+    return json.dumps({**fields, "digest": digest}).encode()
+
+
+def changed(change: Callable[[dict[str, Any]], Any]) -> bytes:
+    """A whole manifest of one shard with one input, after ``change``; signed where it can still be."""
+    source = {"uri": "/data/images/1", "digest": DIGEST}
+    fields = manifest("images", shard_entry("00000", file_entry()), inputs={"urls": source})
+    change(fields)
+    try:
+        return signed(fields)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return json.dumps(fields).encode()
+
+
+def replies(pages: Mapping[str, bytes]) -> dict[str, Reply]:
+    """What a server of these files answers."""
+    return {path: Reply(body=body) for path, body in pages.items()}
+
+
+def victim(folder: Path) -> Path:
+    """A folder with a file in it that nobody may touch."""
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("years of work")
+    return folder
+
+
+def is_untouched(folder: Path) -> bool:
+    return [path.name for path in folder.iterdir()] == ["thesis.txt"]
