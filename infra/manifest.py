@@ -61,9 +61,11 @@ class Shard:
         return dataclasses.replace(self, folder=self.folder or folder_uri)
 
     def file(self, suffix: str) -> File:
-        """Its only file of that suffix. Raises ``ValueError`` when there is none, or more."""
-        (found,) = (file for file in self.files if file.name.endswith(suffix))
-        return found
+        """Its only file of that suffix. Raises ``IntegrityError`` when there is none, or more."""
+        found = [file for file in self.files if file.name.endswith(suffix)]
+        if len(found) != 1:
+            raise IntegrityError(f"shard {self.name} has {len(found)} files *{suffix}, not 1; make it again")
+        return found[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +123,9 @@ class Manifest:
             raise ValueError(f"rows is {self.rows}, its shards have {sum(shard.rows for shard in self.shards)}")
         if len({shard.name.casefold() for shard in self.shards}) < len(self.shards):
             raise ValueError("the name of a shard comes twice, or differs from another in case alone")
-        validation.distinct_files((shard.folder or "", file.name) for shard in self.shards for file in shard.files)
+        validation.distinct_files(
+            (shard.folder, file.name, file.sha256) for shard in self.shards for file in shard.files
+        )
 
     def to_json(self) -> str:
         """Readable JSON, keys sorted, a shard a line."""

@@ -82,21 +82,25 @@ def sequence(value: Any, what: str) -> list[Any]:
     raise ValueError(f"{what} must be a list, not {shown(value)}")
 
 
-def distinct_files(names: Iterable[tuple[str, str]]) -> None:
-    """Check (folder, file name) pairs: no two name one file, nor one a folder of the other, whatever their case."""
-    files: set[tuple[str, str]] = set()
-    folders: set[tuple[str, str]] = set()
-    for folder, name in names:
+def distinct_files(files_by_folder: Iterable[tuple[str | None, str, str]]) -> None:
+    """Check (folder, file name, digest) of files: no two names clash, whatever their case.
+
+    One file of an earlier version's ``folder`` may belong to several shards: a union of overlapping databases has such.
+    """
+    files: dict[tuple[str | None, str], tuple[str, str]] = {}
+    folders: set[tuple[str | None, str]] = set()
+    for folder, name, sha256 in files_by_folder:
         key = (folder, name.casefold())
-        if key in files:
+        before = files.get(key)
+        files[key] = (name, sha256)
+        if before is not None and (folder is None or before != (name, sha256)):
             raise ValueError(f"the file name {shown(name)} comes twice, or differs from another in case alone")
-        files.add(key)
         above = key[1].rpartition("/")[0]
         while above and (folder, above) not in folders:
             folders.add((folder, above))
             above = above.rpartition("/")[0]
-    if clash := files & folders:
-        raise ValueError(f"the name {shown(min(clash)[1])} is both a file and a folder")
+    if clash := files.keys() & folders:
+        raise ValueError(f"the name {shown(min(name for _, name in clash))} is both a file and a folder")
 
 
 def parse_json(data: str | bytes, max_bytes: int) -> Any:

@@ -139,6 +139,23 @@ def test_manifest_with_names_that_are_not_unique_is_refused(shards: list[Fields]
     refusal(changed(lambda fields: fields.update(shards=shards, rows=rows)))
 
 
+def test_manifest_of_overlapping_databases_may_share_a_file_but_not_its_name() -> None:
+    def parsed(*shas: str) -> Manifest:
+        shards = [shard_entry(f"0000{n}", file_entry("a", sha256=sha), folder="s3://b/1") for n, sha in enumerate(shas)]
+        return Manifest.from_json(changed(lambda fields: fields.update(shards=shards, rows=6)), "here")
+
+    assert len(parsed(DIGEST, DIGEST).shards) == 2
+    with pytest.raises(IntegrityError, match="comes twice"):
+        parsed(DIGEST, "cd" * 32)
+
+
+def test_shard_without_the_file_that_is_asked_for_is_refused() -> None:
+    (shard,) = Manifest.from_json(changed(lambda fields: None), "here").shards
+    assert shard.file(".tar").name == "00000.tar"
+    with pytest.raises(IntegrityError, match=r"shard 00000 has 0 files \*\.npy, not 1"):
+        shard.file(".npy")
+
+
 def test_manifest_of_shards_taken_over_from_several_folders_may_repeat_file_names() -> None:
     shards = [shard_entry(f"0000{n}", file_entry("a"), folder=f"s3://b/{n}") for n in range(2)]
     assert len(Manifest.from_json(changed(lambda fields: fields.update(shards=shards, rows=6)), "here").shards) == 2

@@ -1,14 +1,16 @@
 """What all stages share: skip, count what was lost, retry only what may pass."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.object_stores import Bucket
 
-from infra import artifacts, compute
-from infra.errors import InputError, StageError, TransientError
+from infra import artifacts, compute, storage
+from infra.errors import InputError, IntegrityError, StageError, TransientError
 from tasks.references.types import ImageShards
-from tasks.stage import map_stage, skip_or_make, stage_task
+from tasks.stage import map_stage, require_whole, skip_or_make, stage_task
 
 
 def counting() -> Any:
@@ -140,3 +142,111 @@ def test_only_transient_errors_are_retried(prefect_server: None, error: type[Exc
     else:
         assert impatient() == "made"
     assert len(tried) == tries
+
+
+def make_in(stage: artifacts.Stage, texts: dict[str, str], made: list[str]) -> Callable[[], artifacts.Manifest]:
+    """What commits a shard for each of ``texts`` that has no marker, and notes its name in ``made``."""
+
+    def make() -> artifacts.Manifest:
+        done = stage.done()
+        for name, text in texts.items():
+            if name in done:
+                continue
+            with storage.scratch() as folder:
+                (folder / f"{name}.txt").write_text(text)
+                done[name] = artifacts.commit_shard(stage.uri, name, folder, rows=1, info={})
+            made.append(name)
+        return stage.commit(done.values(), info={})
+
+    return make
+
+
+TEXTS = {"00000": "zero", "00001": "one", "00002": "two"}
+DAMAGE = {
+    "missing": (None, "is missing though it was committed"),
+    "cut": (b"o", "has 1 bytes, 3 were committed"),
+    "longer": (b"one more", "has 8 bytes, 3 were committed"),
+    "other bytes": (b"two", "differs from its committed digest "),
+}
+
+
+@pytest.fixture(params=["local", "moto"])
+def kept(request: pytest.FixtureRequest, tmp_path: Path) -> artifacts.Stage:
+    """A stage on a disk and in an object store."""
+    base = str(tmp_path)
+    if request.param == "moto":
+        bucket: Bucket = request.getfixturevalue("moto_bucket")
+        base = f"{bucket.uri}/base"
+    return artifacts.Stage(base, "images", inputs={}, config={"a": 1})
+
+
+def damage(stage: artifacts.Stage, data: bytes | None) -> str:
+    uri = storage.join(stage.uri, "00001.txt")
+    if data is None:
+        storage.remove(uri)
+    else:
+        storage.write_bytes(uri, data)
+    return uri
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_skip_of_a_stage_with_a_damaged_file_is_refused_in_one_line(kind: str, kept: artifacts.Stage) -> None:
+    make = make_in(kept, TEXTS, [])
+    skip_or_make(kept, ImageShards, make)
+    data, reason = DAMAGE[kind]
+    uri = damage(kept, data)
+    if kind == "other bytes":
+        assert skip_or_make(kept, ImageShards, make).skipped  # the size is the same: only reading it tells
+    with pytest.raises(IntegrityError) as caught:
+        skip_or_make(kept, ImageShards, make, verify=kind == "other bytes")
+    message = str(caught.value)
+    assert message.startswith(f"{uri} {reason}")
+    assert message.endswith(f"; restore it, or delete {kept.uri} and run again")
+    assert "\n" not in message
+    assert storage.exists(storage.join(kept.uri, artifacts.MANIFEST))
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_skip_of_a_stage_that_repairs_makes_the_damaged_shard_alone(kind: str, kept: artifacts.Stage) -> None:
+    made: list[str] = []
+    make = make_in(kept, TEXTS, made)
+    first = skip_or_make(kept, ImageShards, make)
+    made.clear()
+    uri = damage(kept, DAMAGE[kind][0])
+    again = skip_or_make(kept, ImageShards, make, verify=True, repairs=True)
+    assert (again.skipped, made) == (False, ["00001"])
+    assert again.reference == first.reference  # the same content, and so the same digest
+    assert storage.read_bytes(uri) == b"one"
+    assert skip_or_make(kept, ImageShards, make, verify=True, repairs=True).skipped
+
+
+def test_repair_that_fails_keeps_the_manifest(tmp_path: Path) -> None:
+    stage = stage_at(tmp_path)
+    first = skip_or_make(stage, ImageShards, make_in(stage, TEXTS, []))
+    uri = damage(stage, None)
+
+    def fail() -> artifacts.Manifest:
+        raise InputError("its inputs are gone")
+
+    with pytest.raises(InputError, match="its inputs are gone"):
+        skip_or_make(stage, ImageShards, fail, repairs=True)
+    assert ImageShards.open(stage.uri) == first.reference
+    skip_or_make(stage, ImageShards, make_in(stage, TEXTS, []), repairs=True)
+    assert storage.read_bytes(uri) == b"one"
+
+
+def test_repair_leaves_the_folder_of_an_earlier_version_to_it(tmp_path: Path) -> None:
+    before, after = (artifacts.Stage(str(tmp_path), "images", inputs={}, config={"a": n}) for n in range(2))
+    manifest = make_in(before, TEXTS, [])()
+
+    def make() -> artifacts.Manifest:
+        return after.commit([shard.taken_over(before.uri) for shard in manifest.shards], info={})
+
+    skip_or_make(after, ImageShards, make)
+    uri = damage(before, None)
+    with pytest.raises(IntegrityError, match="is missing though it was committed") as caught:
+        skip_or_make(after, ImageShards, make, repairs=True)
+    assert str(caught.value).startswith(uri)
+    assert len(before.done()) == 3
+    with pytest.raises(IntegrityError, match="is missing though it was committed"):
+        require_whole(ImageShards.open(after.uri))

@@ -1,6 +1,7 @@
 """The commands that keep databases, as a user gives them: that each option arrives, by what comes of it."""
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,3 +131,28 @@ def test_what_writes_a_domain_waits_for_another_that_does(
             patch.setattr(lease, "_POLL_S", 0.01)
             done(*command, "--wait", "30", *root)
     assert met == [f"{living.root}/{domain}" for domain in ("shapes", "shapes", "some", "both")]
+
+
+def test_a_damaged_file_of_the_champion_stops_a_rebuild(living: Living, ray: WithoutRay) -> None:
+    from flows.rebuild_index import champion_of
+
+    living.build(NAMES[:8])
+    rows = champion_of("shapes", living.settings).embeddings
+    path = Path(rows.uri) / rows.manifest().shards[0].file(".npy").name
+    whole = path.read_bytes()
+    rebuild = ("rebuild-index", "shapes", "--root", str(living.root))
+
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert done(*rebuild) == "models:/knn-database.shapes@champion stays as it is"
+    refused = run(*rebuild, "--verify")
+    assert refused.exit_code == 1
+    assert f"{path} differs from its committed digest" in refused.stderr
+    path.unlink()
+    refused = run(*rebuild, "--urls", living.listed(*NAMES[:9]))
+    assert refused.exit_code == 1
+    assert f"{path} is missing though it was committed; restore it, or delete" in refused.stderr
+
+    again = living.build(NAMES[:8])  # new-domain has what the shard is made of, and makes it again
+    assert again.skipped == {"download": True, "embed": False, "index": True, "register_database": True}
+    assert path.read_bytes() == whole
+    assert living.champion() == set(NAMES[:8])
