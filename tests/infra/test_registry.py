@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository
 from mlflow.types import ColSpec, DataType, Schema
+from support.hostile import is_untouched, victim
 from support.object_stores import Bucket
 
 from infra import artifacts, storage, tracking
@@ -458,3 +459,47 @@ def test_a_domain_may_have_dots_and_dashes(line: Line) -> None:
     registered = line.register(f"{DATABASE_PREFIX}my-site.2026_v1", uri)
     assert line.registry.pull("my-site.2026_v1", kind="database").manifest == manifest
     assert answer(registered.alias_uri, "cat") == "hello cat: 3 rows, none"
+
+
+@pytest.mark.parametrize(
+    ("tag", "value"),
+    [
+        ("rows", "many"),
+        ("rows", "-1"),
+        ("rows", "9" * 5000),
+        ("bytes", "1e3"),
+        ("recall_at_10_image", "high"),
+        ("digest", "../../Documents"),
+        ("uri", "s3://b/a\nb"),
+    ],
+)
+def test_version_with_a_tag_of_another_type_is_refused_in_one_line(tag: str, value: str, line: Line) -> None:
+    line.register(DATABASE, line.folder()[0])
+    line.registry.tag(DATABASE, 1, tag, value)
+    with pytest.raises(IntegrityError) as caught:
+        line.registry.versions("database")
+    message = str(caught.value)
+    assert message.startswith(f"models:/{DATABASE}/1 has an unusable tag {tag}: ")
+    assert message.endswith("; register it again")
+    assert message.isprintable()
+    assert len(message) < 400
+
+
+def test_tags_do_not_stand_in_for_the_fields_of_a_version(line: Line) -> None:
+    line.register(DATABASE, line.folder()[0])
+    for tag in ("name", "version", "aliases", "created_ms"):
+        line.registry.tag(DATABASE, 1, tag, "../x")
+    (version,) = line.registry.versions("database")
+    assert (version["name"], version["version"], version["aliases"]) == (DATABASE, 1, ["champion"])
+
+
+def test_pull_of_a_generator_whose_digest_is_a_path_deletes_nothing(
+    mlflow_settings: Settings, moto_bucket: Bucket, tmp_path: Path
+) -> None:
+    documents, cache = victim(tmp_path / "Documents"), tmp_path / "cache"
+    line = Line(mlflow_settings.model_copy(update={"artifacts": f"{moto_bucket.uri}/mlflow", "cache": cache}), tmp_path)
+    line.register(GENERATOR_NAME, line.folder("generator")[0])
+    line.registry.tag(GENERATOR_NAME, 1, "digest", "../../Documents")  # from <cache>/fetching
+    with pytest.raises(IntegrityError, match=r"unusable tag digest: .*; register it again$"):
+        line.registry.pull(GENERATOR_NAME, kind="generator")
+    assert is_untouched(documents)

@@ -7,7 +7,7 @@ from typing import Any
 
 from support.fakes import Reply
 
-from infra.manifest import digest_of
+from infra.artifacts import digest_of
 
 DIGEST = "ab" * 32
 

@@ -10,7 +10,7 @@ from support.fakes import LoopbackServer
 from support.hostile import DIGEST, file_entry, is_untouched, manifest, replies, shard_entry, signed, victim
 
 from infra.artifacts import Manifest
-from infra.errors import IntegrityError
+from infra.errors import InputError, IntegrityError
 from infra.settings import Settings
 from tasks.references.types import DatabaseVersion, Generator
 from tasks.serve.load import open_pipeline, search_database
@@ -65,14 +65,14 @@ def test_search_in_a_database_whose_digest_is_a_path_deletes_nothing(settings: S
 
 
 def test_search_below_a_cache_that_is_a_link_deletes_nothing(settings: Settings, tmp_path: Path) -> None:
-    documents, disk = victim(tmp_path / "home" / "Documents"), tmp_path / "disk"
-    disk.mkdir()
+    documents, disk, data = victim(tmp_path / "home" / "Documents"), tmp_path / "disk", b"anything"
+    (disk / "fetching").mkdir(parents=True)
     settings.cache_folder.parent.mkdir(parents=True)
     settings.cache_folder.symlink_to(disk)
-    (disk / "fetching").symlink_to(documents.parent)
+    (disk / "fetching" / sha(data)).symlink_to(documents)
     with LoopbackServer({}) as server:
-        server.replies.update(replies(database_pages(server, file_entry("hidden.npy", sha256=sha(b"other")))))
-        with pytest.raises(Exception, match="is not below"):
+        server.replies.update(replies(database_pages(server, file_entry("hidden.npy", sha256=sha(data)))))
+        with pytest.raises(InputError, match="is not below"):
             search_database(server.url("/db"), "a house", 3, settings)
     assert is_untouched(documents)
 
