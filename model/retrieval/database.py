@@ -388,13 +388,11 @@ class Database:
                 same = (near.view(np.uint16) == own.rows[query].view(np.uint16)).all(axis=1)
                 barred[query[same], place[same]] = True
         barred &= ~absent
+        self._require_finite(candidates, np.where(absent | barred, 0, scores)[..., None])
         scores = np.where(absent | barred, -np.inf, scores)
         # Of candidates that score alike, the lower id comes first.
         order = np.lexsort((candidates, -scores), axis=1)[:, :width]
         best = np.take_along_axis(scores, order, axis=1)
-        if np.isnan(best).any() or np.isposinf(best).any():
-            returned = np.take_along_axis(candidates, order, axis=1)
-            self._require_finite(returned, np.where(np.isneginf(best), 0, best)[..., None])
         ids = np.where(np.isneginf(best), -1, np.take_along_axis(candidates, order, axis=1))
         return Nearest(scores=best, ids=ids), barred.sum(axis=1)
 

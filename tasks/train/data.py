@@ -206,8 +206,8 @@ class ShardSource:
     def load(self, chosen: NDArray[np.int64] | None = None) -> Rows:
         """Read and decode what is ``chosen`` (None: all). What is kept is made of the whole shard, once."""
         uri, file = self._neighbours
-        rows = self._stored.embeddings.rows
-        neighbours = read_array(artifacts.fetch_file(uri, file, self._stored.cache), np.int64, (rows, None))
+        count = self._stored.embeddings.rows
+        neighbours = read_array(artifacts.fetch_file(uri, file, self._stored.cache), np.int64, (count, None))
         rows = slice(None) if chosen is None else chosen
         if self._treatment.autoencoder is None:
             pictures: NDArray[Any] = self._stored.pixels(self._treatment.side, chosen)
