@@ -13,7 +13,7 @@ from support import tiny_models
 
 from model.errors import ModelError
 from model.retrieval import stored_rows
-from model.retrieval.database import Database
+from model.retrieval.database import Database, SearchEffort
 from model.retrieval.recall import find_truth
 from model.retrieval.stored_rows import StoredRows
 from model.training.neighbour_rows import JoinedRows
@@ -120,14 +120,14 @@ def test_an_array_of_rows_may_be_of_another_type_or_a_copy(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF2,Flat", "IVF2,PQ4x4"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_search_that_returns_a_row_that_is_not_finite_names_its_file(
-    value: float, factory: str, tmp_path: Path
-) -> None:
+def test_search_that_meets_a_row_that_is_not_finite_names_its_file(value: float, factory: str, tmp_path: Path) -> None:
     parts = np.split(tiny_models.unit_rows(60), 2)
-    database = tiny_models.database(tmp_path, *parts, factory=factory, nprobe=2)
+    files = tiny_models.shard_files(tmp_path, *parts, factory=factory)
     damaged = parts[1].copy()
     damaged[5, 3] = value
     np.save(tmp_path / "1.npy", damaged)
+    effort = SearchEffort(nprobe=2)
+    database = Database(files, encoder=tiny_models.identity(), quantizer=tmp_path / "quantizer.faiss", effort=effort)
     queries = parts[1][5:6].astype(np.float32)
     with pytest.raises(ModelError) as caught:
         database.search(queries / np.linalg.norm(queries), 60)
@@ -138,9 +138,8 @@ def test_search_that_returns_a_row_that_is_not_finite_names_its_file(
 
 @pytest.mark.parametrize("data", [b"", b"text", "cut", "float32", "flat"])
 def test_rows_of_another_type_are_refused_in_one_line(data: bytes | str, tmp_path: Path) -> None:
-    database = tiny_models.database(tmp_path, *np.split(tiny_models.unit_rows(60), 2))
-    path = tmp_path / "1.npy"
-    rows = np.load(path)
+    path, rows = tmp_path / "1.npy", ROWS[0]
+    np.save(path, rows)
     if isinstance(data, bytes):
         path.write_bytes(data)
     elif data == "cut":
@@ -148,7 +147,7 @@ def test_rows_of_another_type_are_refused_in_one_line(data: bytes | str, tmp_pat
     else:
         np.save(path, rows.astype(np.float32) if data == "float32" else rows[:, 0])
     with pytest.raises(ModelError) as caught:
-        database.rows(np.arange(60))
+        StoredRows(path, tiny_models.WIDTH, len(rows))[0]
     assert str(caught.value).startswith(f"{path} ")
     assert str(caught.value).endswith("; rebuild the database")
     assert "\n" not in str(caught.value)
