@@ -28,6 +28,7 @@ from faiss.contrib.clustering import two_level_clustering
 from numpy.typing import NDArray
 
 from model.errors import ModelError
+from model.retrieval.limits import MOST_CELLS
 
 FLAT_ROWS = 32_768
 GRAPH_CELLS = 8_192
@@ -111,6 +112,8 @@ def require_factory(factory: str, dimension: int) -> faiss.Index:
             f"{factory!r} is no FAISS factory string for {dimension} dimensions ({_told(error)}); "
             "take auto, or one such as IVF1024,SQfp16"
         ) from error
+    if (cells := cells_of(index)) is not None and cells.nlist > MOST_CELLS:
+        raise ModelError(f"{factory!r} has {cells.nlist} cells, more than FAISS may read; take at most {MOST_CELLS}")
     for name, why in _UNFIT.items():
         if re.search(rf"\b{name}", factory):
             raise ModelError(f"{factory!r} cannot be a database's index: {why}; take auto, or leave {name} out")
