@@ -6,7 +6,7 @@ from typing import Any
 from prefect import flow
 
 from flows.train_generator import TrainedGenerator
-from infra import compute, tracking
+from infra import compute, tracking, uris
 from model.saved_generator import EMBEDDED
 from tasks.evaluate.task import EvaluateConfig, evaluate
 from tasks.references.types import DatabaseVersion, Outcome
@@ -24,6 +24,10 @@ class AdoptGeneratorConfig:
     root: str | None = None
     generator: str = EMBEDDED  # or the local folder of a saved pipeline
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        """Keep passwords of URIs out of what Prefect and MLflow store."""
+        uris.hide_fields(self, "database", "root", "generator")
 
 
 @flow(name="adopt-generator", flow_run_name="adopt-{config.domain}", validate_parameters=True)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from prefect import flow
 
+from infra import uris
 from infra.errors import KNNDiffusionError, NotFoundError, StageError
 from infra.settings import Settings
 from infra.storage.lease import lease
@@ -25,6 +26,7 @@ class CollectGarbageConfig:
 
     def __post_init__(self) -> None:
         """Refuse to keep nothing."""
+        uris.hide_fields(self, "root")
         if self.domain is not None:
             require_domain(self.domain)
         if self.keep_versions < 1 or self.grace_s < 0 or self.wait_s < 0:

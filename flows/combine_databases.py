@@ -4,7 +4,7 @@ import dataclasses
 
 from prefect import flow
 
-from infra import compute
+from infra import compute, uris
 from infra.errors import StageError
 from infra.registry import Registry
 from infra.settings import Settings
@@ -34,6 +34,7 @@ class MergeDatabasesConfig:
 
     def __post_init__(self) -> None:
         """Refuse a union of one."""
+        uris.hide_fields(self, "databases", "root")
         require_domain(self.domain)
         if len(self.databases) < 2:
             raise ValueError("databases names two or more, whose union is wanted")
@@ -54,6 +55,7 @@ class SubsetDatabaseConfig:
 
     def __post_init__(self) -> None:
         """Refuse a filter that cannot be read."""
+        uris.hide_fields(self, "database", "root")
         require_domain(self.domain)
         parse_where(self.where)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from prefect import flow
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
-from infra import compute, storage, tracking
+from infra import compute, storage, tracking, uris
 from infra.formats.tables import read_lines
 from infra.registry import GENERATOR_NAME, Registry
 from infra.settings import Settings
@@ -33,6 +33,7 @@ class EvaluateGeneratorConfig:
 
     def __post_init__(self) -> None:
         """Refuse an evaluation of nothing."""
+        uris.hide_fields(self, "databases", "generator", "texts", "root")
         if not self.databases:
             raise ValueError("databases is empty; name at least one to draw from")
 

@@ -7,7 +7,7 @@ from prefect import flow
 
 from flows.adopt_generator import AdoptGeneratorConfig, adopt_generator
 from flows.train_generator import TrainedGenerator, TrainGeneratorConfig, train_generator
-from infra import compute
+from infra import compute, uris
 from infra.storage.lease import lease
 from tasks.download.task import DownloadConfig, download
 from tasks.embed.task import EmbedConfig, embed
@@ -38,6 +38,7 @@ class NewDomainConfig:
 
     def __post_init__(self) -> None:
         """Refuse a name that cannot be a folder and a registered model, two generators, and a wait that is none."""
+        uris.hide_fields(self, "urls", "root", "generator")
         require_domain(self.domain)
         if self.wait_s < 0:
             raise ValueError("wait_s is 0 or more")

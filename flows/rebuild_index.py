@@ -10,7 +10,7 @@ import dataclasses
 
 from prefect import flow
 
-from infra import compute, logs
+from infra import compute, logs, uris
 from infra.registry import Registry
 from infra.settings import Settings
 from infra.storage.lease import lease
@@ -56,6 +56,7 @@ class RebuildIndexConfig:
 
     def __post_init__(self) -> None:
         """Refuse a name that is none, and a bound that cannot be one."""
+        uris.hide_fields(self, "urls", "takedown", "root")
         require_domain(self.domain)
         if not 0 < self.compact_above <= 1 or self.wait_s < 0:
             raise ValueError("compact_above is a fraction of the rows, above 0 and at most 1; wait_s is 0 or more")

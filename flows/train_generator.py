@@ -5,7 +5,7 @@ from typing import Any
 
 from prefect import flow
 
-from infra import compute, tracking
+from infra import compute, tracking, uris
 from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
 from tasks.neighbours import neighbours
 from tasks.references.lineage import embeddings_of, images_of
@@ -26,6 +26,10 @@ class TrainGeneratorConfig:
     root: str | None = None
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        """Keep passwords of URIs out of what Prefect and MLflow store."""
+        uris.hide_fields(self, "database", "root")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

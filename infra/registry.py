@@ -25,9 +25,9 @@ from mlflow.store.entities.paged_list import PagedList
 from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 
-from infra import artifacts, logs, storage, validation
+from infra import artifacts, logs, storage, uris, validation
 from infra.errors import IntegrityError, NotFoundError, TransientError
-from infra.settings import Settings, masked
+from infra.settings import Settings
 from infra.storage import file_cache as caching
 from infra.storage.digest_stamps import is_verified
 from infra.storage.errors import is_full, no_space, told
@@ -148,6 +148,7 @@ class Registry:
             IntegrityError: the folder no longer holds what was registered.
             TransientError: the registry, or where it keeps its files, does not answer.
         """
+        reference = uris.hide(reference)
         if not reference.startswith("models:/"):
             if storage.exists(storage.join(reference, artifacts.MANIFEST)):
                 folder = storage.absolute(reference)
@@ -241,7 +242,7 @@ class Registry:
             except (MlflowException, OSError) as error:
                 if is_full(error, to):
                     raise no_space(str(to)) from None
-                why = f"the files of {uri} cannot be fetched ({masked(' '.join(str(error).split()))})"
+                why = f"the files of {uri} cannot be fetched ({uris.masked(' '.join(str(error).split()))})"
                 if _says_absent(error):
                     raise IntegrityError(f"{why}; register it anew") from None
                 raise TransientError(f"{why}; is the store of MLflow's files up? then run again") from None
@@ -326,7 +327,7 @@ class Registry:
             if error.error_code not in _ABSENT:
                 raise
             raise NotFoundError(
-                f"no {kind} is registered as {reference} at {masked(self._settings.tracking_uri)}; "
+                f"no {kind} is registered as {reference} at {uris.masked(self._settings.tracking_uri)}; "
                 f"registered: {self._there(kind)}"
             ) from None
 

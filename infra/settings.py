@@ -17,16 +17,12 @@ The cache's bound belongs to a machine, not to a run: every process that fetches
 nobody uses: files in use are kept even above it (see ``infra.storage.file_cache``).
 """
 
-import re
 from pathlib import Path
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from infra import storage
-
-_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s]+(@)")
-_SECRET_FIELD = re.compile(r"([?&](?:password|token|secret)=)[^&\s]+", re.IGNORECASE)
+from infra import uris
 
 
 class Settings(BaseSettings):
@@ -40,31 +36,42 @@ class Settings(BaseSettings):
     ray_address: str | None = None
     cpus: int | None = Field(default=None, ge=1)
     tracking: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI", repr=False)
-    artifacts: str | None = Field(default=None, validation_alias="MLFLOW_ARTIFACTS")
+    artifacts: str | None = Field(default=None, validation_alias="MLFLOW_ARTIFACTS", repr=False)
     object_store: str | None = Field(
         default=None, validation_alias=AliasChoices("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), repr=False
     )
+
+    @field_validator("root")
+    @classmethod
+    def _hide_secrets(cls, uri: str) -> str:
+        """Keep the root's password out of every URI below it."""
+        return uris.hide(uri)
+
+    @field_validator("tracking", "artifacts", "object_store")
+    @classmethod
+    def _learn_secrets(cls, uri: str | None) -> str | None:
+        """Leave what MLflow and boto open as it is, but know its password, to mask it in their messages."""
+        if uri is not None:
+            uris.hide(uri)
+        return uri
 
     @property
     def tracking_uri(self) -> str:
         """MLflow's metadata store. A remote root needs one named: sqlite cannot live in an object store."""
         if self.tracking is not None:
             return self.tracking
-        if not storage.is_local(self.root):
+        if not uris.is_local(self.root):
             raise ValueError(f"the root {self.root} is remote: set MLFLOW_TRACKING_URI to a database or a server")
-        return f"sqlite:///{storage.absolute(self.root)}/mlflow.db"
+        return f"sqlite:///{uris.absolute(self.root)}/mlflow.db"
 
     @property
     def artifacts_uri(self) -> str:
         """MLflow's artifact store for experiments made here."""
-        return self.artifacts or storage.join(storage.absolute(self.root), "mlflow")
+        if self.artifacts is None and uris.HIDDEN in self.root:
+            raise ValueError(f"the root {self.root} has a password, which MLflow would keep: set MLFLOW_ARTIFACTS")
+        return self.artifacts or uris.join(uris.absolute(self.root), "mlflow")
 
     @property
     def cache_folder(self) -> Path:
         """The local cache, user expanded."""
         return self.cache.expanduser()
-
-
-def masked(uri: str) -> str:
-    """A URI, or a message that quotes one, fit for a log line: passwords replaced by asterisks."""
-    return _PASSWORD.sub(r"\1***\2", _SECRET_FIELD.sub(r"\1***", uri))

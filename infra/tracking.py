@@ -12,15 +12,16 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
+from infra import uris
 from infra.errors import InputError, TransientError
-from infra.settings import Settings, masked
+from infra.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """A run that can be written to from any process: where it is tracked, and its id."""
 
-    tracking_uri: str
+    tracking_uri: str = dataclasses.field(repr=False)  # may hold a password
     run_id: str
 
     def log(self, *, step: int, values: Mapping[str, float]) -> None:
@@ -33,7 +34,7 @@ class Run:
         """Record settings, nested names joined by dots; MLflow keeps the first 6,000 characters of each."""
         client = MlflowClient(self.tracking_uri)
         for name, value in _flat(values):
-            client.log_param(self.run_id, name, str(value)[:6000])
+            client.log_param(self.run_id, name, uris.masked(str(value))[:6000])
 
     def file(self, path: Path, folder: str | None = None) -> None:
         """Keep a figure or a table with the run, in ``folder`` of its artifacts."""
@@ -67,7 +68,7 @@ def answering(settings: Settings) -> Iterator[None]:
     try:
         yield
     except (ConnectionError, MlflowException, SQLAlchemyError) as error:
-        told = f"MLflow at {masked(settings.tracking_uri)} does not answer: {masked(str(error))}"
+        told = f"MLflow at {uris.masked(settings.tracking_uri)} does not answer: {uris.masked(str(error))}"
         raise TransientError(told) from None
 
 

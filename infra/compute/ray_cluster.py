@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from tqdm.auto import tqdm
 
+from infra import uris
 from infra.compute.actor_pool import SHARD_TRIES, Crew, said
 from infra.compute.progress import drawn
 from infra.errors import InputError, StageError, TransientError
@@ -118,7 +119,7 @@ def map_shards(
     size = min(actors, len(queue), max(1, room(cpus_per_actor, gpus_per_actor)))
     with (
         tqdm(total=len(queue), desc=description, unit="shard", leave=False) as progress,
-        contextlib.closing(Crew(lambda: kind.remote(factory, settings), queue, size)) as crew,
+        contextlib.closing(Crew(lambda: kind.remote(factory, settings, uris.secrets()), queue, size)) as crew,
     ):
         for result in crew.results():
             progress.update()
@@ -170,7 +171,8 @@ def placed(
     start()
     cpus_each = fitting(cpus_each)
     options = {"num_cpus": cpus_each, "max_restarts": -1, "scheduling_strategy": "SPREAD"}
-    actors = [_ACTOR.options(**options, max_task_retries=SHARD_TRIES).remote(factory, one) for one in settings]
+    kind = _ACTOR.options(**options, max_task_retries=SHARD_TRIES)
+    actors = [kind.remote(factory, one, uris.secrets()) for one in settings]
     try:
         begun = [actor.ready.remote() for actor in actors]
         running, waiting = ray.wait(begun, num_returns=len(actors), timeout=_START_S)
@@ -203,7 +205,7 @@ def run(
     remote = ray.remote(_call).options(num_cpus=cpus, num_gpus=gpus, max_retries=SHARD_TRIES)
     try:
         with drawn(watch, function.__name__) if watch else contextlib.nullcontext():
-            return ray.get(remote.remote(function, arguments))
+            return ray.get(remote.remote(function, arguments, uris.secrets()))
     except RayTaskError as error:
         raise (error.cause or error) from None
     except RayError as error:
@@ -226,7 +228,10 @@ _LOOK_S = 30.0  # after which a placed worker that does not answer may have no r
 class _Actor:
     """A worker in a process of its own, built at its first item, so that what building raises comes back as it is."""
 
-    def __init__(self, factory: Callable[..., Worker[Any, Any]], settings: tuple[Any, ...]) -> None:
+    def __init__(
+        self, factory: Callable[..., Worker[Any, Any]], settings: tuple[Any, ...], secrets: Mapping[str, str]
+    ) -> None:
+        uris.learn(secrets)
         self._factory, self._settings = factory, settings
         self._worker: Worker[Any, Any] | None = None
         self._building = threading.Lock()
@@ -243,7 +248,8 @@ class _Actor:
 _ACTOR: Any = ray.remote(_Actor)
 
 
-def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...], secrets: Mapping[str, str]) -> Any:
+    uris.learn(secrets)
     return function(*arguments)
 
 

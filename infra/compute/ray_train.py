@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from infra import compute, storage
+from infra import compute, storage, uris
 from infra.compute import preemption
 from infra.compute.progress import drawn
 from infra.errors import StageError
@@ -43,7 +43,7 @@ def train(
     state = storage.join(folder_uri, "ray")
     storage.discard(state)
     trainer = TorchTrainer(
-        loop,
+        _with_secrets(loop, uris.secrets()),
         train_loop_config=config,
         torch_config=preemption.listening_torch_config(),
         scaling_config=ScalingConfig(
@@ -69,6 +69,16 @@ def train(
         ) from error
     finally:
         storage.discard(state)
+
+
+def _with_secrets(loop: Callable[[dict[str, Any]], None], secrets: dict[str, str]) -> Callable[[dict[str, Any]], None]:
+    """``loop``, which opens on its worker what this process can."""
+
+    def run(config: dict[str, Any]) -> None:
+        uris.learn(secrets)
+        loop(config)
+
+    return run
 
 
 def _ending_with(final: tuple[type[Exception], ...]) -> Any:

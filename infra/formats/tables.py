@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra import storage
+from infra import storage, uris
 from infra.errors import InputError, IntegrityError
 
 _TEXT_COLUMNS = {name: pa.string() for name in ("url", "sha256", "key")}  # a key is digits: its zeros must stay
@@ -65,6 +65,7 @@ def read_url_list(uri: str) -> pa.Table:
 
     Raises ``NotFoundError`` when it is not there, ``InputError`` when it is empty or has no ``url`` column.
     """
+    uri = uris.hide(uri)
     table = read_list(uri, "URL")
     if "url" not in table.column_names:
         raise InputError(f"{uri} has no column 'url', only {', '.join(table.column_names) or 'nothing'}; rename it")
@@ -78,7 +79,9 @@ def read_list(uri: str, what: str) -> pa.Table:
 
     Raises ``NotFoundError`` when it is not there, ``InputError`` when it cannot be read.
     """
-    suffix = PurePosixPath(uri).suffix.lower()
+    uri = uris.hide(uri)
+    path = uri if storage.is_local(uri) else uri.partition("?")[0]  # a signed URI ends in its signature
+    suffix = PurePosixPath(path).suffix.lower()
     with storage.open_read(uri) as stream:
         data = pa.BufferReader(stream.read())
     try:
@@ -94,6 +97,7 @@ def read_list(uri: str, what: str) -> pa.Table:
 
 def read_lines(uri: str) -> list[str]:
     """The non-empty lines of a text file, stripped. Raises ``NotFoundError``, ``InputError``."""
+    uri = uris.hide(uri)
     try:
         lines = storage.read_bytes(uri).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

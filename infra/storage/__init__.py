@@ -3,15 +3,10 @@
 from infra.storage.files import (
     PART_BYTES,
     Stored,
-    absolute,
-    canonical,
     create_bytes,
     discard,
     exists,
     fetch,
-    is_local,
-    join,
-    local_path,
     modified,
     names,
     open_read,
@@ -25,6 +20,7 @@ from infra.storage.files import (
     walk,
     write_bytes,
 )
+from infra.uris import absolute, canonical, is_local, join, local_path
 
 __all__ = [
     "PART_BYTES",

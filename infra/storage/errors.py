@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 from botocore import exceptions as boto
 
 from infra.errors import InputError, KNNDiffusionError, NotFoundError, StageError, TransientError
+from infra.settings import Settings
+from infra.uris import HIDDEN, is_s3, masked
 
 T = TypeVar("T")
 
@@ -66,7 +68,10 @@ def told(uri: str) -> Iterator[None]:
     except KNNDiffusionError:
         raise
     except Exception as error:
-        translated = _translated(uri, error)
+        shown = masked(uri)
+        translated = _translated(shown, error)
+        if HIDDEN in shown:  # the original may quote the whole URI, and a traceback would show it
+            raise translated or InputError(f"{shown} cannot be used: {_said(error)}; check the URI") from None
         if translated is None:
             raise
         raise translated from error
@@ -159,7 +164,7 @@ def _said(error: Exception) -> str:
     text = getattr(error, "strerror", None) or str(error)
     if text in {"", "None"}:
         text = code_of(error) or type(error).__name__
-    return " ".join(str(text).split())
+    return masked(" ".join(str(text).split()))
 
 
 def is_full(error: Any, folder: Path) -> bool:
@@ -183,7 +188,5 @@ def _bucket(uri: str) -> str:
 
 def _at(uri: str) -> str:
     """Which store, when it is not Amazon's own: the usual mistake is the wrong one."""
-    from infra.settings import Settings  # which needs storage, and that this
-
-    endpoint = Settings().object_store if uri.startswith("s3://") else None
-    return f" at {endpoint}" if endpoint else ""
+    endpoint = Settings().object_store if is_s3(uri) else None
+    return f" at {masked(endpoint)}" if endpoint else ""

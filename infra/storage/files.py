@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import re
 import socket
 import tempfile
 import uuid
@@ -25,42 +24,13 @@ from fsspec.implementations.local import LocalFileSystem
 from infra.errors import InputError, NotFoundError
 from infra.storage.errors import code_of, patiently, room_in, told
 from infra.storage.locks import alone, drop_abandoned, this_boot
+from infra.uris import is_local, is_s3, join, local_path, masked, reveal
 
 PART_BYTES = 8 << 20
 """Of a multipart upload, which begins at two parts; ten parts are in flight and in memory at once."""
 _MOST_PARTS = 10_000  # that S3 takes of one object: above 78 GiB they are larger
 _BLOCK_BYTES = 1 << 20
 _SCRATCH = "knn-diffusion-"
-
-
-def join(uri: str, *parts: str) -> str:
-    """``uri`` with ``parts`` below it, whatever its scheme."""
-    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
-
-
-def absolute(uri: str) -> str:
-    """``uri`` made independent of the working directory: references must mean the same on every worker."""
-    if is_local(uri):
-        return str(Path(local_path(uri)).absolute())
-    scheme, _, path = uri.partition("://")
-    return f"{scheme}://{re.sub('/+', '/', path).rstrip('/')}" if _is_s3(uri) else uri.rstrip("/")
-
-
-def canonical(uri: str) -> str:
-    """The one spelling of a place that several spell differently: links and ``..`` of a local path resolved."""
-    return str(local_path(uri).resolve()) if is_local(uri) else absolute(uri)
-
-
-def is_local(uri: str) -> bool:
-    """Whether ``uri`` names a file of this machine."""
-    return "://" not in uri or uri.startswith("file://")
-
-
-def local_path(uri: str) -> Path:
-    """The path behind a local URI. Raises ``ValueError`` for a remote one."""
-    if not is_local(uri):
-        raise ValueError(f"{uri} is remote; download it with storage.fetch first")
-    return Path(uri.removeprefix("file://")).expanduser()
 
 
 def exists(uri: str) -> bool:
@@ -191,7 +161,7 @@ def put(local: Path, uri: str) -> None:
             with open(local, "rb") as source, _replacing(Path(path)) as target:
                 for block in iter(lambda: source.read(_BLOCK_BYTES), b""):
                     target.write(block)
-        elif _is_s3(uri):
+        elif is_s3(uri):
             part_bytes = max(PART_BYTES, math.ceil(local.stat().st_size / _MOST_PARTS))
             fs.put_file(str(local), path, chunksize=part_bytes)
         else:
@@ -287,20 +257,16 @@ def _fs(uri: str) -> tuple[Any, str]:
         fs, path = fsspec.core.url_to_fs(str(local_path(uri)))
         return fs, cast(str, path)
     options: dict[str, Any] = {"use_listings_cache": False}  # others write here too: it would hide what they commit
-    if _is_s3(uri):
+    if is_s3(uri):
         options["config_kwargs"] = {"retries": {"mode": "standard", "total_max_attempts": 2}}
     try:
         with told(uri):  # some connect here already, ftp for one
-            fs, path = fsspec.core.url_to_fs(uri, **options)
+            fs, path = fsspec.core.url_to_fs(reveal(uri), **options)
     except (ValueError, ImportError) as error:
-        raise InputError(f"{uri} cannot be opened: {error}; write a path or an s3:// address") from error
-    if _is_s3(uri):
+        raise InputError(f"{masked(f'{uri} cannot be opened: {error}')}; write a path or an s3:// address") from None
+    if is_s3(uri):
         fs.retries = 2
     return fs, cast(str, path)
-
-
-def _is_s3(uri: str) -> bool:
-    return uri.startswith("s3://")
 
 
 def _info(fs: Any, path: str) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from infra import artifacts, storage
+from infra import artifacts, storage, uris
 from infra.download.downloader import SHARD_ROWS, SHARDS, DownloadPolicy, download_shard
 from infra.errors import InputError, StageError
 from infra.formats import tables
@@ -68,7 +68,7 @@ def download_images(
         StageError: nothing could be downloaded; the histogram of reasons is in the message.
         IntegrityError: a committed file is damaged and is not downloaded again.
     """
-    cache = cache or Settings().cache_folder
+    urls, cache = uris.hide(urls), cache or Settings().cache_folder
     seen = Seen.of(previous, cache) if previous is not None else None
     refused = entries_of(takedown, cache) if takedown is not None else Entries()
     table = new_rows(tables.read_url_list(urls), seen, refused, config)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infra import artifacts, storage
+from infra import artifacts, storage, uris
 from infra.compute.progress import Progress
 from infra.errors import InputError
 from model.metrics import embedding_metrics
@@ -60,6 +60,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
+        uris.hide_fields(self, "inception_weights")
         if self.samples < LEAST_COMPARED:
             raise ValueError(
                 f"samples must be at least {LEAST_COMPARED}: precision and recall look at the third neighbour of each"

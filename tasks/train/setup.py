@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from diffusers import PixArtTransformer2DModel, VQModel
 
+from infra import uris
 from infra.errors import EncoderMismatchError, InputError
 from model.diffusion.conditioning import ConditioningConfig
 from model.diffusion.flow_matching import Prediction
@@ -46,6 +47,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse a run without workers or memory, what could not be drawn, and editing where it cannot be learned."""
+        uris.hide_fields(self, "autoencoder", "start_from")
         if self.workers < 1 or self.cpus_per_worker < 1:
             raise ValueError("workers and cpus_per_worker must be at least 1")
         if self.window_bytes < 1:

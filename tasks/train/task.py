@@ -18,7 +18,7 @@ from infra import artifacts, logs, storage, tracking
 from infra.compute import preemption, ray_train
 from infra.compute.progress import Progress
 from infra.errors import InputError, IntegrityError, NotFoundError
-from infra.settings import masked
+from infra.uris import masked
 from model.encoder.identity import EncoderIdentity
 from model.errors import ModelError
 from model.networks.vq_transformer import VQTransformerConfig

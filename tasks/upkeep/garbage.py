@@ -18,10 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from infra import artifacts, logs, storage
+from infra import artifacts, logs, storage, uris
 from infra.errors import InputError, IntegrityError, KNNDiffusionError, NotFoundError, StageError
 from infra.registry import DATABASE_PREFIX, Registry
-from infra.settings import Settings, masked
+from infra.settings import Settings
 from infra.storage import file_cache
 from tasks.references.types import Takedown
 from tasks.stage import base_of, stage_task
@@ -77,7 +77,7 @@ def collect(
     folders = _folders(base)
     if folders and not any(version["name"] == DATABASE_PREFIX + domain for version in versions):
         raise StageError(
-            f"no version of {domain} is registered at {masked(settings.tracking_uri)}, so all of {base} would go; "
+            f"no version of {domain} is registered at {uris.masked(settings.tracking_uri)}, so all of {base} would go; "
             "name the registry that it was registered in, or delete the folder yourself"
         )
     since = time.time() - grace_s

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from infra import artifacts, logs, storage
+from infra import artifacts, logs, storage, uris
 from infra.errors import InputError, KNNDiffusionError
 from infra.formats import tables
 from tasks.references.lineage import takedown_of
@@ -92,7 +92,7 @@ def take_down(
     entries = before if known else before | _resolved(asked, before, images, cache, listed)
     if previous is not None and entries == before:
         return Outcome(reference=previous, skipped=True, seconds=0.0, note="nothing that was not taken down before")
-    return commit_takedown(entries, base, info={"list": storage.absolute(listed)})
+    return commit_takedown(entries, base, info={"list": storage.absolute(uris.hide(listed))})
 
 
 def commit_takedown(entries: Entries, base: str, *, info: Mapping[str, str]) -> Outcome[Takedown]:
