@@ -28,6 +28,8 @@ from flows.cli.console import (
     Wait,
     index_changes,
     open_picture,
+    print_traceback,
+    say,
     settings,
     told,
     writable,
@@ -57,8 +59,8 @@ def demo(
 
         picture, report = run_demo(folder, port, train)
         sys.stderr.flush()
-        print(picture)
-        print(report)
+        say(picture)
+        say(report)
 
 
 def new_domain(
@@ -116,9 +118,9 @@ def new_domain(
         changes = index_changes(index, memory, target_recall, dedup)
         config = dataclasses.replace(config, index=changes.over(config.index), wait_s=wait, verify=verify)
         domain = flow(config)
-        print(domain.registered.alias_uri)
+        say(domain.registered.alias_uri)
         if domain.trained is not None:
-            print(domain.trained.registered.alias_uri)
+            say(domain.trained.registered.alias_uri)
 
 
 def generate(
@@ -173,7 +175,7 @@ def generate(
             raise InputError(f"--between goes from one prompt to another; {len(asked)} were given")
         count = len(output.images)
         contact_sheet(output.images, columns=count if count <= LONGEST_ROW else math.isqrt(count - 1) + 1).save(out)
-        print(out)
+        say(out)
 
 
 def edit(
@@ -229,7 +231,7 @@ def edit(
         options = {name: value for name, value in given.items() if value is not None}
         (edited,) = pipeline.edit(source, prompt, generator=torch.Generator().manual_seed(seed), **options)
         edited.save(out)
-        print(out)
+        say(out)
 
 
 def evaluate(
@@ -256,7 +258,7 @@ def evaluate(
         config = EvaluateGeneratorConfig(
             databases=tuple(databases), generator=model, texts=texts, root=root, evaluate=asked
         )
-        print(evaluate_generator(config).report.reference.uri + "/evaluation.html")
+        say(evaluate_generator(config).report.reference.uri + "/evaluation.html")
 
 
 def _picture_or_text(prompt: str) -> "str | Image.Image":
@@ -291,7 +293,11 @@ for _panel, _commands in _LISTED.items():
 
 def main() -> None:
     """Entry point of the ``knn-diffusion`` command."""
-    app()
+    try:
+        app()
+    except Exception:  # the only place where a traceback is printed
+        print_traceback()
+        sys.exit(1)
 
 
 if __name__ == "__main__":

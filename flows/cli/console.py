@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -89,7 +90,9 @@ def told(verbose: bool) -> Iterator[None]:
     except (KNNDiffusionError, ValueError, OSError) as error:
         if verbose or not _mendable(error):
             raise
-        print(f"knn-diffusion: {' '.join(str(error).split())}", file=sys.stderr)
+        from infra.text import sanitised
+
+        print(f"knn-diffusion: {sanitised(' '.join(str(error).split()))}", file=sys.stderr)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         print("knn-diffusion: interrupted; what is committed is kept, run again to go on", file=sys.stderr)
@@ -133,11 +136,28 @@ def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from infra.text import printable
+
     shown = Table(*columns.values(), box=None, header_style="bold", pad_edge=False)
     for row in rows:
         values = (row.get(name, "–") for name in columns)
-        shown.add_row(*(Text(f"{value:.3f}" if isinstance(value, float) else str(value)) for value in values))
+        texts = (f"{value:.3f}" if isinstance(value, float) else printable(str(value)) for value in values)
+        shown.add_row(*map(Text, texts))
     Console(width=None if sys.stdout.isatty() else 200).print(shown)
+
+
+def say(line: object) -> None:
+    """Print one line to standard output."""
+    from infra.text import printable
+
+    print(printable(str(line)))
+
+
+def print_traceback() -> None:
+    """Print the traceback of the error that is being handled to standard error."""
+    from infra.text import sanitised
+
+    print("\n".join(sanitised(line) for line in traceback.format_exc().rstrip().split("\n")), file=sys.stderr)
 
 
 def size(count: int) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.console import DATABASE, Root, Verbose, age, open_picture, settings, size, table, told, writable
+from flows.cli.console import DATABASE, Root, Verbose, age, open_picture, say, settings, size, table, told, writable
 
 _FOUND = {"rank": "rank", "score": "score", "id": "id", "url": "url"}
 _LISTED = {
@@ -52,7 +52,7 @@ def search(
         if as_json:
             print(json.dumps(found.rows, indent=1))
         elif html is not None:
-            print(html)
+            say(html)
         else:
             table(found.rows, _FOUND)
 

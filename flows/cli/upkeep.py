@@ -15,6 +15,7 @@ from flows.cli.console import (
     Verify,
     Wait,
     index_changes,
+    say,
     size,
     told,
 )
@@ -61,9 +62,9 @@ def rebuild_index(
         )
         rebuilt = flow(config)
         if rebuilt.registered is None:
-            print(f"models:/knn-database.{name}@champion stays as it is")
+            say(f"models:/knn-database.{name}@champion stays as it is")
         else:
-            print(rebuilt.registered.alias_uri)
+            say(rebuilt.registered.alias_uri)
 
 
 def merge(
@@ -90,7 +91,7 @@ def merge(
             root=root,
             wait_s=wait,
         )
-        print(merge_databases(config).registered.alias_uri)
+        say(merge_databases(config).registered.alias_uri)
 
 
 def subset(
@@ -121,7 +122,7 @@ def subset(
             root=root,
             wait_s=wait,
         )
-        print(subset_database(config).registered.alias_uri)
+        say(subset_database(config).registered.alias_uri)
 
 
 def gc(
@@ -147,7 +148,7 @@ def gc(
             refused, collected = error, list(error.collected)
         for garbage in collected:
             for uri, count in garbage.files:
-                print(f"{count:>12}  {uri}")
+                say(f"{count:>12}  {uri}")
             done = "deleted" if delete else "to delete (--delete does)"
             typer.echo(f"{garbage.domain}: {len(garbage.files)} files, {size(garbage.bytes)} {done}", err=True)
         if refused is not None:

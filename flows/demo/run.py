@@ -62,7 +62,8 @@ def run_demo(root: Path, port: int | None = None, train: bool = False) -> tuple[
     path = root / "report.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     told = f"{report['evaluation_samples']} samples of each condition on {FIRST}:"
-    logs.get("demo").info("%s\n\n%s\n", told, table(made_of(domains).evaluation.reference.scores()))
+    for line in [told, *table(made_of(domains).evaluation.reference.scores()).splitlines()]:
+        logs.get("demo").info("%s", line)
     return picture, path
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from infra.download.images import fit, to_rgb
 from infra.errors import InputError
+from infra.text import printable
 from tasks.references.images import fetch_pictures
 from tasks.serve.load import Found
 
@@ -102,7 +103,7 @@ def gallery(query: str | Image.Image, found: Found, pictures: Sequence[Image.Ima
 
 def _figure(row: dict[str, Any], picture: Image.Image) -> str:
     url, key = str(row["url"] or ""), html.escape(str(row["key"]))
-    address, linked = html.escape(_short(url)), len(url) <= LONGEST_LINK and _is_web(url)
+    address, linked = html.escape(printable(_short(url))), len(url) <= LONGEST_LINK and _is_web(url)
     link = f'<a href="{html.escape(url)}" rel="noopener noreferrer">{address}</a>' if linked else address
     alt = html.escape(_short(_file_name(url)) or f"picture {row['key']}")
     words = f"<b>{row['score']:.3f}</b> · no. {row['rank']}<br>key {key} · row {row['id']}<br>{link}"

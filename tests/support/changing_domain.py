@@ -34,7 +34,7 @@ class Living:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(path)
 
-    def build(self, names: list[str], domain: str = "shapes", index: Any = None) -> Any:
+    def build(self, names: list[str], domain: str = "shapes", index: Any = None, urls: str | None = None) -> Any:
         from flows.new_domain import NewDomainConfig, new_domain
         from infra.download.downloader import DownloadPolicy
         from tasks.download.task import DownloadConfig
@@ -45,7 +45,7 @@ class Living:
         return new_domain(
             NewDomainConfig(
                 domain=domain,
-                urls=self.listed(*names, name=f"{domain}.jsonl"),
+                urls=urls or self.listed(*names, name=f"{domain}.jsonl"),
                 root=str(self.root),
                 download=DownloadConfig(shard_rows=4, policy=policy, workers=1),
                 embed=EmbedConfig(workers=1, batch_size=4),
