@@ -12,6 +12,8 @@ from infra.errors import StageError
 
 SHARD_TRIES = 3
 """How often a shard is tried when its worker dies under it alone; what a worker raises is not tried again here."""
+ISOLATED_AFTER = 2
+"""Deaths of workers that held a shard, after which its items are processed in isolation."""
 _HELD = 2  # shards of an actor: one in hand, one that waits for it
 
 
@@ -34,7 +36,17 @@ class _Shard:
 
     item: Any
     deaths: int = 0
-    suspect: bool = False  # an actor died while it held this one, perhaps for another's sake
+    seen: int = 0  # deaths while an actor held this one, perhaps for another's sake
+
+    @property
+    def suspect(self) -> bool:
+        """Return True if a worker may have died of it."""
+        return self.seen > 0
+
+    @property
+    def isolate(self) -> bool:
+        """Return True if workers most likely die of one of its items, which only isolation can find."""
+        return self.seen >= ISOLATED_AFTER
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -51,11 +63,12 @@ class _Seat:
 
 
 class Crew:
-    """Actors with methods ``ready()`` and ``run(item)``.
+    """Actors with methods ``ready()`` and ``run(item, isolate)``.
 
-    The shards of one that dies go to the others, and to a new one in its place, each alone from then on: which of them
-    it died of shows when it dies again. An actor is given shards once it runs: where a machine died there may be no
-    room for another.
+    ``isolate`` asks to process a shard item by item, where an item that kills costs no other. The shards of an actor
+    that dies go to the others, and to a new one in its place. From then on each is alone with its actor: which of them
+    it died of shows when the next one dies. An actor is given shards once it runs: where a machine died there may be
+    no room for another.
     """
 
     def __init__(self, start: Callable[[], Any], items: Iterable[Any], size: int) -> None:
@@ -88,7 +101,7 @@ class Crew:
                         raise StageError(f"no worker could be started ({said(error)}); see Ray's logs") from error
                     continue
                 shard.deaths += len(seat.held) == 1
-                shard.suspect = True
+                shard.seen += 1
                 if shard.deaths < SHARD_TRIES:
                     self._waiting.insert(sum(other.suspect for other in self._waiting), shard)  # suspects go first
                     self._feed()
@@ -124,5 +137,5 @@ class Crew:
             for seat in self._seats:
                 if self._waiting and seat.runs and len(seat.held) <= held and seat.takes(self._waiting[0]):
                     shard = self._waiting.popleft()
-                    self._pending[seat.actor.run.remote(shard.item)] = (seat, shard)
+                    self._pending[seat.actor.run.remote(shard.item, shard.isolate)] = (seat, shard)
                     seat.held.append(shard)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -31,6 +31,15 @@ class Worker(Protocol[Item, Result]):
 
     def __call__(self, item: Item) -> Result:
         """Process one shard and return what the manifest needs to know of it."""
+        ...
+
+
+@runtime_checkable
+class IsolatingWorker(Protocol):
+    """A worker that can find which item of a shard kills it, and process the others."""
+
+    def isolated(self, item: Any) -> Any:
+        """Process a shard that workers died of, with what may kill in a child process."""
         ...
 
 
@@ -107,7 +116,8 @@ def map_shards(
 
     Each actor builds ``factory(*settings)`` once and holds two shards at most, so a dead one costs little: its shards
     go to the others and to a new one, which is given some once it runs, for where its machine died there may be no
-    room. With a ``concurrency`` of 2, two threads of the actor call what was built, each with a shard.
+    room. After the second death of actors that held a shard, an :class:`IsolatingWorker` processes it in isolation.
+    With a ``concurrency`` of 2, two threads of the actor call what was built, each with a shard.
     """
     queue = list(items)
     if not queue:
@@ -239,9 +249,11 @@ class _Actor:
     def ready(self) -> None:
         """Answered once there is a process."""
 
-    def run(self, item: Any) -> Any:
+    def run(self, item: Any, isolate: bool = False) -> Any:
         with self._building:
             self._worker = self._worker or self._factory(*self._settings)
+        if isolate and isinstance(self._worker, IsolatingWorker):
+            return self._worker.isolated(item)
         return self._worker(item)
 
 

@@ -9,7 +9,7 @@ from infra import artifacts, compute, storage
 from infra.errors import StageError
 from model.encoder.clip import EMBEDDED, Encoder
 from model.encoder.identity import EncoderIdentity
-from tasks.embed.worker import SECONDS, EmbedShard, Feeding
+from tasks.embed.worker import DECODER_DIED, SECONDS, EmbedShard, Feeding
 from tasks.references.types import EmbeddingShards, ImageShards, Outcome, encoder_of
 from tasks.stage import counted, map_stage, skip_or_make, stage_task
 from tasks.upkeep.rewrite_embeddings import PART
@@ -167,6 +167,8 @@ def _note(manifest: artifacts.Manifest) -> str:
     if info.get("embedded"):
         parts += [f"{name.removesuffix('_s')} {info[name]:.1f} s" for name in SECONDS if name != "turn_s"]
         parts.append(f"accelerator {info['accelerator_busy']:.0%} busy")
+    if died := info["outcomes"].get(DECODER_DIED):
+        parts.append(f"{died} images left out, which kill their decoder")
     if info.get("copied"):
         parts.append(f"{info['copied']} rows copied")
     if info.get("shards_taken_over"):

@@ -9,12 +9,12 @@ import dataclasses
 import io
 import itertools
 import multiprocessing
-import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from PIL import Image
 from infra import artifacts, storage
 from infra.download.images import to_rgb
 from infra.formats import tables
+from infra.isolation import DiedError, Isolated, follow_parent
 from model.encoder.clip import Encoder, Preprocessing
 from model.encoder.identity import EncoderIdentity
 from model.encoder.streaming import embed_stream
@@ -36,6 +37,8 @@ from tasks.upkeep.rewrite_embeddings import PART
 Row = np.ndarray[Any, np.dtype[np.float16]]
 Picture = tuple[str, str, int, int]
 """Key, sha256 of the bytes as downloaded, width and height as stored: two with the same are one picture."""
+Fit = Callable[[Preprocessing, bytes], np.ndarray[Any, np.dtype[np.uint8]]]
+"""Decodes an image and fits it to the encoder's size, (H, W, 3). Raises what it likes on damaged data."""
 Clock = dict[str, float]
 Work = tuple[str, tuple[artifacts.Shard, artifacts.Shard | None, artifacts.Shard | None]]
 """A shard's name, its pictures, what an earlier version holds of it, and one that has those alone that are wanted."""
@@ -43,6 +46,9 @@ Work = tuple[str, tuple[artifacts.Shard, artifacts.Shard | None, artifacts.Shard
 SECONDS = ("read_s", "decode_s", "compute_s", "write_s", "turn_s")
 """What a shard's info times. ``decode_s`` adds up over the decoders; ``turn_s`` is how long the device was this
 shard's, waiting included, from the end of the turn before."""
+
+DECODER_DIED = "decoder_died"
+"""Outcome of an image that kills the process that decodes it."""
 
 _KNOWN = ("url", "sha256", "width", "height")
 _AHEAD = 2
@@ -58,13 +64,19 @@ class Feeding:
     decoders: int
 
 
+def fitted(preprocessing: Preprocessing, encoded: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Decode an image and fit it to the encoder's size, (H, W, 3)."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        return preprocessing.fitted(to_rgb(image))
+
+
 class EmbedShard:
     """The encoder on a worker: two threads may call it at once, each with a shard."""
 
-    def __init__(self, images_uri: str, folder_uri: str, feeding: Feeding, cache: Path) -> None:
-        """Load the encoder and start the decoders. Raises ``ModelError``."""
+    def __init__(self, images_uri: str, folder_uri: str, feeding: Feeding, cache: Path, fit: Fit = fitted) -> None:
+        """Load the encoder and start the decoders, which call ``fit``. Raises ``ModelError``."""
         self._images_uri, self._folder_uri, self._cache = images_uri, folder_uri, cache
-        self._feeding = feeding
+        self._feeding, self._fit = feeding, fit
         device, dtype = ("cuda", torch.bfloat16) if feeding.cuda else ("cpu", torch.float32)
         self._encoder = Encoder(feeding.encoder, device=device, dtype=dtype)
         self._decoders = _pool(feeding)
@@ -76,14 +88,25 @@ class EmbedShard:
         """Embed one shard and commit it. Raises ``IntegrityError`` for a damaged tar, and what the store raises."""
         decoders = self._decoders
         try:
-            return self._made(item, decoders)
+            return self._made(item, decoders, self._fit)
         except BrokenExecutor:  # a decoder was killed, for its memory perhaps, and its pool with it
             with self._renewing:
                 if self._decoders is decoders:
                     self._decoders = _pool(self._feeding)
-            return self._made(item, self._decoders)
+        try:
+            return self._made(item, self._decoders, self._fit)
+        except BrokenExecutor:
+            return self.isolated(item)
 
-    def _made(self, item: Work, decoders: Executor) -> artifacts.Shard:
+    def isolated(self, item: Work) -> artifacts.Shard:
+        """Embed one shard of which workers or decoders died: its images are decoded one by one in a child process.
+
+        An image of which the child dies is left out as ``decoder_died``. The other rows are as without it.
+        """
+        with Isolated(partial(_decoder, self._fit)) as fit, ThreadPoolExecutor(1) as decoder:
+            return self._made(item, decoder, fit)
+
+    def _made(self, item: Work, decoders: Executor, fit: Fit) -> artifacts.Shard:
         if not self._feeding.cuda:
             torch.set_num_threads(1)  # a worker a core: threads would only get in each other's way
         name, (source, earlier, part) = item
@@ -95,7 +118,7 @@ class EmbedShard:
         records = {record["key"]: record for record in tables.read_table(table).to_pylist()}
         filling = _Filling(records, self._rows_of(earlier), self._keys_of(part))
         clock["read_s"] += time.monotonic() - started
-        rows = self._embedded(filling, tar, decoders, clock)
+        rows = self._embedded(filling, tar, partial(_ahead, decoders, fit), clock)
 
         started = time.monotonic()
         info: dict[str, Any] = {
@@ -104,6 +127,7 @@ class EmbedShard:
             "encoder": dataclasses.asdict(self._encoder.identity),
             "source": source.file(".tar").sha256,
             **({PART: True} if part else {}),
+            **({DECODER_DIED: filling.killers} if filling.killers else {}),
         }
         with storage.scratch() as folder:
             (folder / "img_emb").mkdir()
@@ -114,12 +138,12 @@ class EmbedShard:
         clock["write_s"] = time.monotonic() - started
         return dataclasses.replace(shard, info={**info, **clock})
 
-    def _embedded(self, filling: "_Filling", tar: Path, decoders: Executor, clock: Clock) -> Row:
+    def _embedded(self, filling: "_Filling", tar: Path, ahead: "_Ahead", clock: Clock) -> Row:
         """(n, D) rows in the order of the tar; ``filling`` gets what belongs to them."""
         size = self._feeding.batch_size
         new = filling.new(_timed(tables.read_pictures(tar), clock))
         chunks = iter(lambda: list(itertools.islice(new, size)), [])
-        decoded = _ahead(decoders, self._encoder.preprocessing, chunks, _AHEAD * self._feeding.decoders)
+        decoded = ahead(self._encoder.preprocessing, chunks, _AHEAD * self._feeding.decoders)
         with self._turn:
             rows, clock["compute_s"] = embed_stream(self._encoder, filling.batches(decoded, clock), batch_size=size)
             ended = time.monotonic()
@@ -151,7 +175,7 @@ class _Filling:
     ) -> None:
         self._records, self._earlier, self._wanted = records, earlier, wanted
         self._taken: list[tuple[str, Row | None]] = []  # key, and its row if it is known already
-        self._undecoded: set[str] = set()
+        self._undecoded: dict[str, str] = {}  # key -> outcome
         self.outcomes: Counter[str] = Counter()
         self.metadata: list[dict[str, Any]] = []
         self.copied = 0
@@ -179,13 +203,18 @@ class _Filling:
         fresh, rows = iter(embedded), list[Row]()
         for key, row in self._taken:
             if key in self._undecoded:
-                self.outcomes["decode_error"] += 1
+                self.outcomes[self._undecoded[key]] += 1
                 continue
             self.outcomes["success"] += 1
             self.copied += row is not None
             self.metadata.append({"row": len(rows), "status": "success", **self._record(key)})
             rows.append(next(fresh) if row is None else row)
         return np.stack(rows) if rows else embedded
+
+    @property
+    def killers(self) -> list[str]:
+        """The keys of the images that killed their decoder."""
+        return [key for key, outcome in self._undecoded.items() if outcome == DECODER_DIED]
 
     def _record(self, key: str) -> dict[str, Any]:
         record = self._records.get(key, {})
@@ -194,42 +223,49 @@ class _Filling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Decoded:
-    """A batch's pictures that could be decoded, (n, C, H, W); the keys of the others; how long it took."""
+    """A batch's pictures that could be decoded, (n, C, H, W); the outcomes of the others by key; how long it took."""
 
     pictures: torch.Tensor | None
-    failed: list[str]
+    failed: dict[str, str]
     seconds: float
 
 
-def _decode(preprocessing: Preprocessing, chunk: list[tuple[str, bytes]]) -> _Decoded:
+def _decode(fit: Fit, preprocessing: Preprocessing, chunk: list[tuple[str, bytes]]) -> _Decoded:
     """Runs on a decoder."""
     started = time.monotonic()
-    fitted, failed = [], []
+    images, failed = [], {}
     for key, encoded in chunk:
         try:
-            with Image.open(io.BytesIO(encoded)) as image:
-                fitted.append(preprocessing.fitted(to_rgb(image)))
+            images.append(fit(preprocessing, encoded))
+        except DiedError:
+            failed[key] = DECODER_DIED
+        except BrokenExecutor:  # no process can be started: nothing of the image
+            raise
         except Exception:  # Pillow's plugins raise what they like on damaged data
-            failed.append(key)
-    batch = preprocessing.scaled(torch.from_numpy(np.stack(fitted))) if fitted else None
+            failed[key] = "decode_error"
+    batch = preprocessing.scaled(torch.from_numpy(np.stack(images))) if images else None
     return _Decoded(pictures=batch, failed=failed, seconds=time.monotonic() - started)
+
+
+_Ahead = Callable[[Preprocessing, Iterator[list[tuple[str, bytes]]], int], Iterator[_Decoded]]
 
 
 def _ahead(
     pool: Executor,
+    fit: Fit,
     preprocessing: Preprocessing,
     chunks: Iterator[list[tuple[str, bytes]]],
     depth: int,
 ) -> Iterator[_Decoded]:
     """Decoded chunks in order. The first ``depth`` are submitted now, a further one for each that is taken."""
     pending: deque[Future[_Decoded]] = deque(
-        pool.submit(_decode, preprocessing, chunk) for chunk in itertools.islice(chunks, depth)
+        pool.submit(_decode, fit, preprocessing, chunk) for chunk in itertools.islice(chunks, depth)
     )
 
     def drain() -> Iterator[_Decoded]:
         while pending:
             done = pending.popleft().result()
-            pending.extend(pool.submit(_decode, preprocessing, chunk) for chunk in itertools.islice(chunks, 1))
+            pending.extend(pool.submit(_decode, fit, preprocessing, chunk) for chunk in itertools.islice(chunks, 1))
             yield done
 
     return drain()
@@ -257,13 +293,13 @@ def _pool(feeding: Feeding) -> Executor:
 def _become_decoder() -> None:
     """One thread, and no life after the worker's, which may be killed."""
     torch.set_num_threads(1)
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    follow_parent()
 
 
-def _follow_parent() -> None:
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)
+def _decoder(fit: Fit) -> Fit:
+    """``fit``, in a process that has become a decoder."""
+    torch.set_num_threads(1)
+    return fit
 
 
 def _picture(record: dict[str, Any]) -> Picture:

@@ -50,9 +50,9 @@ def test_a_shard_that_kills_its_worker_costs_no_other(concurrency: int, tmp_path
 class Actor:
     """A stand-in for Ray's, whose method calls are functions that are called when they are waited for."""
 
-    def __init__(self, ready: Callable[[], None], run: Callable[[str], str]) -> None:
+    def __init__(self, ready: Callable[[], None], run: Callable[[str, bool], str]) -> None:
         self.ready = SimpleNamespace(remote=lambda: ready)
-        self.run = SimpleNamespace(remote=lambda item: lambda: run(item))
+        self.run = SimpleNamespace(remote=lambda item, isolate: lambda: run(item, isolate))
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_worker_killed_for_its_memory_costs_its_shard_alone(killed: list[Actor
     error = OutOfMemoryError("Task was killed due to the node running low on memory.")
     tries: Counter[str] = Counter()
 
-    def run(item: str) -> str:
+    def run(item: str, isolate: bool) -> str:
         tries[item] += 1
         if item == "big" or (item == "unlucky" and tries[item] == 1):
             raise error
@@ -81,12 +81,41 @@ def test_a_worker_killed_for_its_memory_costs_its_shard_alone(killed: list[Actor
     assert len(killed) == tries["big"] + 1
 
 
+def test_crew_isolates_a_shard_after_the_second_death(killed: list[Actor]) -> None:
+    given: list[tuple[str, bool]] = []
+
+    def run(item: str, isolate: bool) -> str:
+        given.append((item, isolate))
+        if item == "poison" and not isolate:
+            raise OutOfMemoryError("it died")
+        return item
+
+    ended = list(Crew(lambda: Actor(lambda: None, run), ["a", "poison", "b"], 1).results())
+    assert sorted(ended) == ["a", "b", "poison"]
+    assert [isolate for item, isolate in given if item == "poison"] == [False, False, True]
+    assert not any(isolate for item, isolate in given if item != "poison")
+
+
+def test_actor_isolates_only_where_the_worker_can() -> None:
+    class Plain:
+        def __call__(self, item: str) -> str:
+            return item
+
+    class Isolating(Plain):
+        def isolated(self, item: str) -> str:
+            return f"{item} in isolation"
+
+    plain, isolating = (ray_cluster._Actor(kind, (), {}) for kind in (Plain, Isolating))
+    assert [plain.run("a", True), plain.run("a")] == ["a", "a"]
+    assert [isolating.run("a", True), isolating.run("a")] == ["a in isolation", "a"]
+
+
 def test_workers_that_find_no_environment_are_told_in_one_line(killed: list[Actor]) -> None:
     def ready() -> None:
         raise RuntimeEnvSetupError("no such\nworking_dir")
 
     with pytest.raises(StageError) as caught:
-        list(Crew(lambda: Actor(ready, str), ["a"], 1).results())
+        list(Crew(lambda: Actor(ready, lambda item, _: item), ["a"], 1).results())
     assert str(caught.value) == (
         "no worker could be started (Failed to set up runtime environment. no such working_dir); see Ray's logs"
     )

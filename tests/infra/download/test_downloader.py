@@ -207,7 +207,7 @@ def test_every_outcome_has_its_class_and_harms_no_other(tmp_path: Path, monkeypa
     expected = ["success"] * 15 + list(REPLIES) + ["success"] * 15
     assert classes == [*expected, *["invalid_url"] * 3, "blocked_scheme", "blocked_address"]
     assert unresolved == "dns_error"
-    assert set(classes) | {"dns_error", "internal_error"} == ERROR_CLASSES | {"http_404", "http_500"}
+    assert set(classes) | {"dns_error", "internal_error", "decoder_died"} == ERROR_CLASSES | {"http_404", "http_500"}
     assert table["url"].to_pylist() == rows["url"].to_pylist()
     assert counts.requested == table.num_rows == sum(counts.outcomes.values())
     assert counts.downloaded == counts.outcomes["success"] == 31

@@ -30,7 +30,7 @@ from infra import artifacts, compute
 from infra.errors import StageError
 from infra.formats.tables import read_table, write_table
 from model.encoder.clip import Encoder
-from tasks.embed import worker as embed_worker
+from tasks.embed import worker
 from tasks.embed.task import EmbedConfig, _feeding, _parts, _resources, _reusable, embed_images
 from tasks.embed.worker import EmbedShard, Feeding
 from tasks.references.types import METADATA_SCHEMA, EmbeddingShards, ImageShards
@@ -108,9 +108,9 @@ def test_one_shard_for_one_shard_in_the_order_of_the_tar(cluster: None, encoder:
 
     for shard, source in zip(manifest.shards, images.manifest().shards, strict=True):
         assert shard.info["source"] == source.file(".tar").sha256
-        assert all(shard.info[name] > 0 for name in embed_worker.SECONDS)
+        assert all(shard.info[name] > 0 for name in worker.SECONDS)
         assert shard.info["compute_s"] <= shard.info["turn_s"]
-    for name in embed_worker.SECONDS:
+    for name in worker.SECONDS:
         assert manifest.info[name] == pytest.approx(sum(shard.info[name] for shard in manifest.shards))
     assert manifest.info["accelerator_busy"] == pytest.approx(manifest.info["compute_s"] / manifest.info["turn_s"])
     assert "accelerator" in outcome.note
@@ -143,14 +143,14 @@ def test_what_an_earlier_version_holds_is_not_embedded_again(cluster: None, tmp_
 
 def test_a_picture_stored_in_another_size_is_another(cluster: None, tmp_path: Path) -> None:
     """The digest is of the bytes as downloaded; a list fetched again with a smaller bound has the same."""
-    worker = EmbedShard("none", "none", Feeding(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1), tmp_path)
+    embed = EmbedShard("none", "none", Feeding(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1), tmp_path)
     images = image_shards(tmp_path, s00000=PICTURES[:3])
     earlier = embedded(images, tmp_path)
     (shard,) = earlier.manifest().shards
-    known = worker._rows_of(shard.taken_over(earlier.uri))
+    known = embed._rows_of(shard.taken_over(earlier.uri))
     records = read_table(Path(images.uri) / "00000.parquet").to_pylist()
-    assert [embed_worker._picture(record) in known for record in records] == [True] * 3
-    assert not any(embed_worker._picture({**record, "width": 24}) in known for record in records)
+    assert [worker._picture(record) in known for record in records] == [True] * 3
+    assert not any(worker._picture({**record, "width": 24}) in known for record in records)
 
 
 def test_rows_of_another_making_are_not_taken(cluster: None, tmp_path: Path) -> None:
@@ -299,30 +299,30 @@ def test_decoders_in_processes_give_what_threads_give(encoder: Encoder) -> None:
     chunks = [samples[:4], samples[4:8], samples[8:]]
     results = []
     feeding = Feeding(encoder="sticker-clip", batch_size=4, cuda=True, decoders=2)
-    for pool in (ThreadPoolExecutor(1), embed_worker._pool(feeding)):
+    for pool in (ThreadPoolExecutor(1), worker._pool(feeding)):
         with pool:
-            results.append(list(embed_worker._ahead(pool, encoder.preprocessing, iter(chunks), depth=2)))
+            results.append(list(worker._ahead(pool, worker.fitted, encoder.preprocessing, iter(chunks), depth=2)))
     for one, other in zip(*results, strict=True):
         assert one.pictures is not None
         assert other.pictures is not None
         assert torch.equal(one.pictures, other.pictures)
         assert one.failed == other.failed
-    assert [batch.failed for batch in results[0]] == [[], ["7"], []]
+    assert [batch.failed for batch in results[0]] == [{}, {"7": "decode_error"}, {}]
 
 
 def test_decoders_that_were_killed_are_replaced(tmp_path: Path) -> None:
     images = image_shards(tmp_path, s00000=PICTURES[:5])
     feeding = Feeding(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1)
-    worker = EmbedShard(images.uri, str(tmp_path / "out"), feeding, tmp_path)
-    doomed: Any = embed_worker._pool(dataclasses.replace(feeding, cuda=True))
+    embed = EmbedShard(images.uri, str(tmp_path / "out"), feeding, tmp_path)
+    doomed: Any = worker._pool(dataclasses.replace(feeding, cuda=True))
     doomed.submit(int).result()
     for process in list(doomed._processes.values()):
         process.kill()
         process.join()
-    worker._decoders = doomed
+    embed._decoders = doomed
     (source,) = images.manifest().shards
-    assert worker(("00000", (source, None, None))).rows == 5
-    assert worker._decoders is not doomed
+    assert embed(("00000", (source, None, None))).rows == 5
+    assert embed._decoders is not doomed
 
 
 def test_a_config_that_feeds_nothing_is_refused() -> None:

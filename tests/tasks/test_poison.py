@@ -1,0 +1,123 @@
+"""An image that kills the process that decodes it costs its own row, at download and at embedding."""
+
+import hashlib
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from support import poison
+from support.fakes import LoopbackServer, Reply
+from support.tiny_artifacts import image_shards
+from support.tiny_domain import COLOURS, SHAPES, drawn, encoded
+
+from infra import artifacts, compute
+from infra.download.downloader import DownloadPolicy, download_shard
+from infra.formats.tables import read_table
+from tasks.download.task import _Download
+from tasks.embed.worker import DECODER_DIED, EmbedShard, Feeding
+
+HEALTHY = [encoded(drawn(colour, shape)) for colour in COLOURS for shape in SHAPES][:7]
+POISONED = HEALTHY[3] + poison.MARK
+FEEDING = Feeding(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1)
+TESTS = str(Path(__file__).parents[1])
+
+
+def images_of(base: Path, *bodies: bytes) -> tuple[str, artifacts.Shard]:
+    images = image_shards(base, [[(f"http://host/{n}.png", body) for n, body in enumerate(bodies)]])
+    (shard,) = images.manifest().shards
+    return images.uri, shard
+
+
+def rows_of(uri: str, shard: artifacts.Shard, cache: Path) -> Any:
+    return np.load(artifacts.fetch_shard(uri, shard, ".npy", cache))
+
+
+def test_embed_shard_isolated_leaves_out_the_image_that_kills(tmp_path: Path) -> None:
+    uri, source = images_of(tmp_path / "a", *HEALTHY[:3], POISONED, *HEALTHY[4:])
+    out = str(tmp_path / "out")
+    shard = EmbedShard(uri, out, FEEDING, tmp_path / "cache", poison.fit).isolated((source.name, (source, None, None)))
+    assert shard.info["outcomes"] == {"success": 6, DECODER_DIED: 1}
+    (key,) = shard.info[DECODER_DIED]
+    assert key.endswith("3")
+    table = read_table(artifacts.fetch_shard(out, shard, ".parquet", tmp_path / "cache"))
+    assert key not in table["key"].to_pylist()
+
+    uri, source = images_of(tmp_path / "b", *HEALTHY[:3], HEALTHY[3][:60], *HEALTHY[4:])
+    damaged = EmbedShard(uri, str(tmp_path / "other"), FEEDING, tmp_path / "cache")((source.name, (source, None, None)))
+    assert damaged.info["outcomes"] == {"success": 6, "decode_error": 1}
+    expected = rows_of(str(tmp_path / "other"), damaged, tmp_path / "cache")
+    np.testing.assert_array_equal(rows_of(out, shard, tmp_path / "cache"), expected)
+
+
+def test_embed_shard_isolates_when_decoders_of_a_gpu_worker_die_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks.embed import worker
+
+    uri, source = images_of(tmp_path, *HEALTHY[:3], POISONED)
+    embed = EmbedShard(uri, str(tmp_path / "out"), FEEDING, tmp_path / "cache", poison.fit)
+    pools = partial(worker._pool, Feeding(encoder="sticker-clip", batch_size=4, cuda=True, decoders=1))
+    monkeypatch.setattr(worker, "_pool", lambda _: pools())
+    embed._decoders = pools()
+    assert embed((source.name, (source, None, None))).info["outcomes"] == {"success": 3, DECODER_DIED: 1}
+
+
+@pytest.fixture
+def listed() -> Any:
+    """A list of URLs whose fourth image kills, and a policy that may ask for them."""
+    replies = {f"/{n}.png": Reply(body=body) for n, body in enumerate([*HEALTHY[:3], POISONED, *HEALTHY[4:]])}
+    with LoopbackServer(replies) as server:
+        policy = DownloadPolicy(allow_hosts=(server.host,), threads=2, retries=0)
+        yield pa.table({"url": [server.url(path) for path in replies]}), policy, server
+
+
+def test_download_shard_isolated_gives_the_image_that_kills_its_error_class(listed: Any, tmp_path: Path) -> None:
+    rows, policy, server = listed
+    counts = download_shard(0, rows, tmp_path / "a", policy, isolate=True, normaliser=poison.Normaliser)
+    assert counts.outcomes == {"decoder_died": 1, "success": 6}
+    table = read_table(tmp_path / "a" / "00000.parquet")
+    assert table["error_class"].to_pylist()[3] == "decoder_died"
+
+    server.replies["/3.png"] = Reply(status=404)
+    download_shard(0, rows, tmp_path / "b", policy)
+    tars = [(tmp_path / folder / "00000.tar").read_bytes() for folder in "ab"]
+    assert hashlib.sha256(tars[0]).digest() == hashlib.sha256(tars[1]).digest(), "the rest is stored as without it"
+
+
+def by_value(build: Callable[..., Any]) -> Callable[..., Any]:
+    """``build`` as a factory for a worker, to which the tests are not shipped."""
+
+    def factory(*settings: Any) -> Any:
+        sys.path.insert(0, TESTS)
+        from support import poison
+
+        return build(poison, *settings)
+
+    return factory
+
+
+@pytest.mark.slow
+@pytest.mark.on_ray
+def test_workers_killed_by_an_image_cost_that_image_alone(listed: Any, tmp_path: Path) -> None:
+    rows, policy, _ = listed
+    uri, source = images_of(tmp_path, *HEALTHY[:3], POISONED, *HEALTHY[4:])
+    cache = tmp_path / "cache"
+    with compute.cluster(cores=1):
+        downloads = by_value(lambda poison, *settings: _Download(*settings, poison.Normaliser))
+        settings: tuple[Any, ...] = (str(tmp_path / "images"), policy)
+        items: list[Any] = [("00000", (0, rows)), ("00001", (1, rows.slice(0, 3)))]
+        downloaded = list(compute.map_shards(downloads, settings, items, actors=1, description="images"))
+        embeds = by_value(lambda poison, *settings: EmbedShard(*settings, poison.fit))
+        settings = (uri, str(tmp_path / "out"), FEEDING, cache)
+        work = [(source.name, (source, None, None))]
+        (embedded,) = compute.map_shards(embeds, settings, work, actors=1, concurrency=2, description="embeddings")
+    assert {shard.name: shard.info["outcomes"] for shard in downloaded} == {
+        "00000": {"decoder_died": 1, "success": 6},
+        "00001": {"success": 3},
+    }
+    assert embedded.info["outcomes"] == {"success": 6, DECODER_DIED: 1}
