@@ -31,7 +31,8 @@ import pyarrow.parquet as pq
 
 from infra import storage
 from infra.download.images import Normalised, PictureNormaliser
-from infra.download.safe_urlopen import Limits, guarded
+from infra.download.limits import Limits
+from infra.download.safe_urlopen import guarded
 from infra.errors import InputError
 from infra.isolation import DiedError, Isolated
 

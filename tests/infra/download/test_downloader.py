@@ -24,7 +24,8 @@ from support.fakes import LoopbackServer, Reply
 
 from infra.download.downloader import ERROR_CLASSES, DownloadPolicy, ShardCounts, download_shard, outcome_of
 from infra.download.images import PictureNormaliser
-from infra.download.safe_urlopen import Limits, guarded
+from infra.download.limits import Limits
+from infra.download.safe_urlopen import guarded
 from infra.errors import InputError, StageError
 
 ROOT = Path(__file__).parents[3]

@@ -16,8 +16,9 @@ import pytest
 from support.certificates import certificate
 from support.fakes import LoopbackServer, Reply
 
+from infra.download.limits import FetchError, Limits
 from infra.download.public_addresses import is_public
-from infra.download.safe_urlopen import FetchError, Limits, Resolve, guarded
+from infra.download.safe_urlopen import Resolve, guarded
 
 LIMITS = Limits(allow_hosts=(), max_body_bytes=1000, deadline_s=5.0, timeout_s=2.0, max_redirects=3)
 PUBLIC = "93.184.215.14"

@@ -17,7 +17,8 @@ import pytest
 from support.certificates import certificate
 from support.fakes import LoopbackServer, Reply
 
-from infra.download.safe_urlopen import FetchError, Limits, guarded
+from infra.download.limits import FetchError, Limits
+from infra.download.safe_urlopen import guarded
 
 
 def limits(*servers: LoopbackServer, **changes: Any) -> Limits:
@@ -120,7 +121,7 @@ def test_what_comes_unasked_is_not_taken_for_the_next_answer(connects: list[Any]
 def test_a_connection_that_was_idle_for_long_is_not_used_again(
     connects: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("infra.download.safe_urlopen._KEPT_S", 0.05)
+    monkeypatch.setattr("infra.download.http_connection._MAX_IDLE_S", 0.05)
     with LoopbackServer(REPLIES, keeps_alive=True) as server, guarded(limits(server)):
         assert fetch(server.url("/a")) == b"first"
         time.sleep(0.1)
