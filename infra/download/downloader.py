@@ -52,7 +52,6 @@ _SPOOL_BYTES = 64 << 20  # of pictures that wait for their turn are held in memo
 _SHARD_DIGITS = 5
 _ROW_DIGITS = 4
 _PILLOW_MOST_PIXELS = 178_956_970  # Pillow refuses more, whatever is asked for
-_ROBOTS_DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex")
 _PICTURE_COLUMNS = {"width", "height", "original_width", "original_height", "sha256"}
 _RESULT_COLUMNS = {"key", "status", "error_message", "error_class", *_PICTURE_COLUMNS}
 # What urllib and img2dataset say where no class heads the message; the first pattern found counts.
@@ -84,7 +83,7 @@ class DownloadPolicy:
     max_side_px: int = 512  # the longer side is reduced to this
     retries: int = 1  # further attempts after any failure, each with a deadline of its own
     threads: int = 32
-    respect_robots_tag: bool = True  # X-Robots-Tag: noai, noimageai, noindex, noimageindex
+    respect_robots_tag: bool = True  # X-Robots-Tag: noai, noimageai, noindex, noimageindex, none
 
     def __post_init__(self) -> None:
         hosts: object = self.allow_hosts
@@ -115,6 +114,7 @@ class DownloadPolicy:
             deadline_s=self.deadline_s,
             timeout_s=self.timeout_s,
             max_redirects=self.max_redirects,
+            respect_robots_tag=self.respect_robots_tag,
         )
 
 
@@ -174,7 +174,7 @@ def download_shard(
             encode_format="png",
             retries=policy.retries,
             user_agent_token="img2dataset",  # noqa: S106  # no secret: the name by which a site may refuse it
-            disallowed_header_directives=_ROBOTS_DIRECTIVES if policy.respect_robots_tag else None,
+            disallowed_header_directives=None,  # its parser misses most forms; the guard reads them
         )
         downloader.download_shard((shard_id, str(rows_file)))
     classes = pq.read_table(folder / f"{shard_id:0{_SHARD_DIGITS}d}.parquet", columns=["error_class"])

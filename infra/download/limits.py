@@ -28,6 +28,7 @@ class Limits:
     deadline_s: float  # for one URL, its redirects and its body included
     timeout_s: float  # for one socket operation, where the caller of urlopen names none
     max_redirects: int
+    respect_robots_tag: bool = True  # refuse responses, redirects included, whose X-Robots-Tag forbids the use
 
 
 class Deadline:

@@ -5,7 +5,8 @@ was checked: the name is not resolved again in between. Each redirect passes the
 connection and uses it again for the same place, if the last response was complete and nothing came after it. TLS still
 verifies the name. No proxy is taken from the environment. Status line, headers and body share one wall-clock deadline.
 Each receive waits at most for the time left, so a server that sends single bytes cannot extend it. Only the system's
-name resolution cannot be interrupted; the deadline is checked right after.
+name resolution cannot be interrupted; the deadline is checked right after. ``X-Robots-Tag`` is honoured on every
+response, redirects included.
 """
 
 import socket
@@ -24,6 +25,7 @@ import h11
 from infra.download.http_connection import Connection, Response, raises_fetch_error
 from infra.download.limits import Deadline, FetchError, Limits
 from infra.download.public_addresses import is_public
+from infra.download.robots_tag import forbidding_rule
 
 Resolve = Callable[..., list[tuple[Any, ...]]]
 """Called and answering as ``socket.getaddrinfo(host, port, type=…)``."""
@@ -140,6 +142,8 @@ class _Connector(urllib.request.AbstractHTTPHandler):
             response = kept.get(req.selector, fields, req.deadline)
         self._kept.place, self._kept.connection = place, kept
         response.url = req.full_url
+        if self._limits.respect_robots_tag and response.status < 400:
+            _check_robots_tag(response)
         return response
 
     def _kept_to(self, *place: str) -> Connection | None:
@@ -187,6 +191,13 @@ class _Connector(urllib.request.AbstractHTTPHandler):
             mend = f"add {place} to allow_hosts if this is meant"
             raise FetchError("blocked_address", f"{min(refused)} (from {host}) is not public; {mend}")
         return answers
+
+
+def _check_robots_tag(response: Response) -> None:
+    rule = forbidding_rule(response.headers.get_all("X-Robots-Tag", []))
+    if rule is not None:
+        response.close()
+        raise FetchError("robots_disallowed", f"X-Robots-Tag: {rule}")
 
 
 def _ascii_url(url: str) -> str:

@@ -232,6 +232,22 @@ def test_robots_tags_may_be_overruled(tmp_path: Path) -> None:
     assert overruled == {"success": 3}
 
 
+def test_download_shard_robots_tag_on_a_redirect_is_respected(tmp_path: Path) -> None:
+    redirect = Reply(status=302, headers={"Location": "/image", "X-Robots-Tag": "max-image-preview:large, none"})
+    with LoopbackServer({"/": redirect, "/image": Reply(body=picture(1))}) as server:
+        rows = urls(server, "/", "/image")
+        assert download_shard(0, rows, tmp_path, policy(server)).outcomes == {"robots_disallowed": 1, "success": 1}
+        overruled = download_shard(0, rows, tmp_path, policy(server, respect_robots_tag=False)).outcomes
+        assert server.requests.count("/image") == 3, "a redirect that forbids the use is not followed"
+    assert overruled == {"success": 2}
+
+
+def test_download_shard_repeated_robots_headers_are_all_read(tmp_path: Path) -> None:
+    head = b"HTTP/1.1 200 OK\r\nX-Robots-Tag: otherbot: noindex\r\nX-Robots-Tag: noai\r\n\r\n"
+    with LoopbackServer({"/": Reply(body=head + picture(1), raw=True)}) as server:
+        assert download_shard(0, urls(server, "/"), tmp_path, policy(server)).outcomes == {"robots_disallowed": 1}
+
+
 def test_a_process_that_is_ended_leaves_no_temporary_folder(tmp_path: Path) -> None:
     script = (
         "import os; from pathlib import Path; import pyarrow as pa; "

@@ -1,0 +1,34 @@
+"""The ``X-Robots-Tag`` header: which responses a site does not want to be indexed or used for training.
+
+A header holds rules separated by commas. ``robot: rule`` makes the rule, and those after it in the same header, apply
+to that robot only. Some rules carry a value after a colon, and the value of ``unavailable_after`` may hold commas.
+"""
+
+import re
+from collections.abc import Iterable
+
+FORBIDDING = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
+"""Rules that forbid taking an image; ``none`` means ``noindex, nofollow``."""
+
+ROBOTS = frozenset({"img2dataset", "knn-diffusion", "*"})
+"""Robot names that mean this project."""
+
+_WITH_VALUE = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
+_ROBOT = re.compile(r"[^\s:]+")  # a date after a comma, as in "Tue, 25 Jun 2030 15:00:00 PST", has spaces
+
+
+def forbidding_rule(headers: Iterable[str]) -> str | None:
+    """Return the first rule in ``headers`` that forbids this project to take the image, or None."""
+    for header in headers:
+        applies = True
+        for item in header.lower().split(","):
+            name, colon, rest = item.strip().partition(":")
+            name, rules = name.strip(), item
+            if name in _WITH_VALUE:
+                continue
+            if colon and _ROBOT.fullmatch(name) and name not in FORBIDDING:
+                applies, rules = name in ROBOTS, rest
+            found = FORBIDDING.intersection(re.split(r"[\s;:]+", rules))
+            if applies and found:
+                return min(found)
+    return None
