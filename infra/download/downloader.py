@@ -4,14 +4,12 @@
     NNNNN.parquet       one row for each URL asked for: the list's columns, img2dataset's, and ``error_class``
     NNNNN_stats.json    img2dataset's statistics
 
-In addition to img2dataset, fetching is guarded (``infra.download.safe_urlopen``) and images are validated and
-normalised (``infra.download.images``):
-rows and members are in key order, so that the same answers give the same bytes, and no row is lost.
+In addition to img2dataset, fetching is guarded (``infra.download.safe_urlopen``). Images are validated and normalised
+(``infra.download.images``) in a process with limits on time and memory (``infra.download.decoder``). Rows and members
+are in key order, so that the same answers give the same bytes, and no row is lost.
 """
 
-import contextlib
 import functools
-import io
 import ipaddress
 import json
 import math
@@ -21,28 +19,28 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra import storage
-from infra.download.images import Normalised, PictureNormaliser
+from infra.download.decoder import DecodeLimits, ImageBounds, NormaliserProcess
 from infra.download.limits import Limits
 from infra.download.safe_urlopen import guarded
 from infra.errors import InputError
-from infra.isolation import DiedError, Isolated
 
 SHARD_ROWS, SHARDS = 10_000, 100_000
 """Most rows of a shard, and most shards: a key is five digits of the shard and four of the row."""
 
 _OF_URLS = ("invalid_url", "blocked_scheme", "blocked_address", "dns_error", "too_many_redirects", "robots_disallowed")
 _OF_TRANSFERS = ("connection_error", "timeout", "deadline_exceeded", "body_too_large", "empty_body")
-_OF_PICTURES = ("not_an_image", "decode_error", "too_small", "too_many_pixels", "animated", "decoder_died")
-ERROR_CLASSES = frozenset({"success", *_OF_URLS, *_OF_TRANSFERS, *_OF_PICTURES, "internal_error"})
+_OF_PICTURES = ("not_an_image", "decode_error", "too_small", "too_many_pixels", "too_many_scans", "animated")
+_OF_DECODING = ("decode_timeout", "decode_memory", "decoder_died")
+ERROR_CLASSES = frozenset({"success", *_OF_URLS, *_OF_TRANSFERS, *_OF_PICTURES, *_OF_DECODING, "internal_error"})
 """Every outcome of a row's download, besides ``http_404`` and its like.
 
 Rows whose picture was left out afterwards have those of ``infra.formats.webdataset`` in the same column.
@@ -117,6 +115,10 @@ class DownloadPolicy:
             respect_robots_tag=self.respect_robots_tag,
         )
 
+    def bounds(self) -> ImageBounds:
+        """The part that the decoder enforces."""
+        return ImageBounds(max_pixels=self.max_pixels, min_side_px=self.min_side_px, max_side_px=self.max_side_px)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardCounts:
@@ -129,30 +131,21 @@ class ShardCounts:
 
 
 def download_shard(
-    shard_id: int,
-    rows: pa.Table,
-    folder: Path,
-    policy: DownloadPolicy,
-    *,
-    isolate: bool = False,
-    normaliser: Callable[..., Callable[..., Normalised]] = PictureNormaliser,
+    shard_id: int, rows: pa.Table, folder: Path, policy: DownloadPolicy, decode_limits: DecodeLimits | None = None
 ) -> ShardCounts:
     """Download the ``url`` column of ``rows`` into shard ``shard_id`` below ``folder``; other columns are kept.
 
-    A URL that fails is a row with its error class and no reason to stop. With ``isolate``, images are normalised in a
-    child process, and one that kills it is ``decoder_died``. Raises ``InputError`` for rows that cannot
+    A URL that fails is a row with its error class and no reason to stop. Raises ``InputError`` for rows that cannot
     make a shard, and what the disk raises. One shard at a time in a process: a second thread waits for the first.
+    ``decode_limits`` are by default those for the policy's largest image.
     """
     _check_rows(shard_id, rows)
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    make = functools.partial(
-        normaliser, max_pixels=policy.max_pixels, min_side_px=policy.min_side_px, max_side_px=policy.max_side_px
-    )
     with (
-        _isolated(make) if isolate else contextlib.nullcontext(make()) as normalise,
         storage.scratch() as scratch,
         tempfile.SpooledTemporaryFile(_SPOOL_BYTES, mode="w+b", dir=str(scratch)) as spool,
+        NormaliserProcess(policy.bounds(), decode_limits) as normalise,
         guarded(policy.limits()),
     ):
         rows_file = scratch / "rows.arrow"
@@ -185,21 +178,6 @@ def download_shard(
         outcomes=dict(sorted(outcomes.items())),
         seconds=time.monotonic() - started,
     )
-
-
-@contextlib.contextmanager
-def _isolated(make: Callable[[], Callable[..., Normalised]]) -> Iterator[Callable[..., Normalised]]:
-    """A normaliser in a child process, whose death is an image's outcome."""
-    with Isolated(make) as isolated:
-
-        def normalise(img_stream: BinaryIO, blurring_bbox_list: object = None) -> Normalised:
-            try:
-                normalised: Normalised = isolated(io.BytesIO(img_stream.read()))
-            except DiedError as error:
-                return None, None, None, None, None, f"decoder_died: {error}"
-            return normalised
-
-        yield normalise
 
 
 def _downloader_class(scratch: Path) -> Any:
@@ -305,7 +283,7 @@ class _ShardWriter:
         for suffix, data in members.items():
             member = tarfile.TarInfo(f"{key}.{suffix}")  # no owner and no time: the same bytes on every run
             member.size = len(data)
-            self._tar.addfile(member, io.BytesIO(data))
+            self._tar.addfile(member, BytesIO(data))
 
 
 def _lost(key: str) -> dict[str, Any]:

@@ -19,6 +19,10 @@ _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF
 _SIGNATURE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|II\*\0|MM\0\*|RIFF.{4}WEBP|.{4}(ftypavif|jP  )", re.DOTALL
 )
+_MAX_SCANS = 100  # of a JPEG: each may pass over all pixels. Encoders write about ten.
+_JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # no stuffed byte, restart marker or fill byte
+_SOS, _EOI = 0xDA, 0xD9
+_WITHOUT_LENGTH = (0x01, 0xD8)
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -30,6 +34,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+_OUT_OF_MEMORY = "decode_memory: it needs more memory than decoding may take"
 
 Normalised = tuple[bytes | None, int | None, int | None, int | None, int | None, str | None]
 """PNG bytes, width, height, original width, original height, error message: either the first five or the last."""
@@ -64,6 +70,8 @@ class PictureNormaliser:
             return buffer.getvalue(), *stored.size, *upright.size, None
         except PictureError as error:
             return None, None, None, None, None, str(error)
+        except MemoryError:
+            return None, None, None, None, None, _OUT_OF_MEMORY
         except Exception as error:  # one odd picture must not cost img2dataset the row
             return None, None, None, None, None, f"internal_error: {type(error).__name__}: {error}"
 
@@ -78,7 +86,7 @@ class PictureNormaliser:
             try:
                 image.load()
             except Exception as error:  # plugins raise what they like on damaged data
-                raise PictureError("decode_error", str(error) or type(error).__name__) from error
+                raise _refusal(error) from error
             orientation = 1
             with contextlib.suppress(Exception):  # unreadable EXIF is no reason to lose a picture
                 orientation = image.getexif().get(_ORIENTATION_TAG, 1)
@@ -86,7 +94,9 @@ class PictureNormaliser:
         return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
     def _identified(self, data: bytes) -> Image.Image:
-        """The picture with its header read and nothing decoded."""
+        """The image with its header read and nothing decoded."""
+        if data.startswith(b"\xff\xd8") and jpeg_scans(data, most=_MAX_SCANS + 1) > _MAX_SCANS:
+            raise PictureError("too_many_scans", f"a JPEG with more than {_MAX_SCANS} scans")
         try:
             return Image.open(io.BytesIO(data), formats=self._formats)
         except Image.DecompressionBombError as error:
@@ -96,7 +106,7 @@ class PictureNormaliser:
                 raise PictureError("decode_error", "its header cannot be read") from error
             raise PictureError("not_an_image", f"none of {', '.join(self._formats)}") from error
         except Exception as error:
-            raise PictureError("decode_error", str(error) or type(error).__name__) from error
+            raise _refusal(error) from error
 
     def _check(self, image: Image.Image) -> None:
         size = f"{image.width}x{image.height} pixels"
@@ -108,9 +118,25 @@ class PictureNormaliser:
             # An MPO's further frames are a camera's depth or brightness maps, not motion.
             moving = image.format != "MPO" and getattr(image, "is_animated", False)
         except Exception as error:
-            raise PictureError("decode_error", str(error) or type(error).__name__) from error
+            raise _refusal(error) from error
         if moving:
             raise PictureError("animated", f"{image.format} with several frames")
+
+
+def jpeg_scans(data: bytes, most: int) -> int:
+    """Count the scans of a JPEG from its markers, without decoding, up to ``most``.
+
+    Bytes between segments are skipped as libjpeg skips them; bytes inside a segment are not markers.
+    """
+    scans, position = 0, 0
+    while scans < most and (found := _JPEG_MARKER.search(data, position)):
+        marker, position = data[found.end() - 1], found.end()
+        if marker == _EOI:
+            break
+        if marker not in _WITHOUT_LENGTH:
+            position += max(2, int.from_bytes(data[position : position + 2], "big"))
+        scans += marker == _SOS
+    return scans
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -140,6 +166,13 @@ def fit(image: Image.Image, max_side_px: int) -> Image.Image:
         return image
     width, height = (max(1, round(side * max_side_px / longer)) for side in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _refusal(error: Exception) -> PictureError:
+    """Return what a failure of Pillow says about the image. Codecs report exhausted memory in their own words."""
+    if isinstance(error, MemoryError) or "memory" in str(error).lower():
+        return PictureError(*_OUT_OF_MEMORY.split(": ", 1))
+    return PictureError("decode_error", str(error) or type(error).__name__)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -16,7 +16,6 @@ import pyarrow as pa
 
 from infra import artifacts, storage, uris
 from infra.download.downloader import SHARD_ROWS, SHARDS, DownloadPolicy, download_shard
-from infra.download.images import PictureNormaliser
 from infra.errors import InputError, StageError
 from infra.formats import tables
 from infra.formats.webdataset import DUPLICATE, TAKEN_DOWN, drop_pictures
@@ -245,22 +244,13 @@ def _note(manifest: artifacts.Manifest) -> str:
 class _Download:
     """One shard of the list, on a worker."""
 
-    def __init__(
-        self, folder_uri: str, policy: DownloadPolicy, normaliser: type[PictureNormaliser] = PictureNormaliser
-    ) -> None:
-        self._folder_uri, self._policy, self._normaliser = folder_uri, policy, normaliser
+    def __init__(self, folder_uri: str, policy: DownloadPolicy) -> None:
+        self._folder_uri, self._policy = folder_uri, policy
 
     def __call__(self, item: tuple[str, tuple[int, pa.Table]]) -> artifacts.Shard:
-        return self._downloaded(item, isolate=False)
-
-    def isolated(self, item: tuple[str, tuple[int, pa.Table]]) -> artifacts.Shard:
-        """Download a shard of which workers died; a URL whose image kills the decoder gets its error class."""
-        return self._downloaded(item, isolate=True)
-
-    def _downloaded(self, item: tuple[str, tuple[int, pa.Table]], isolate: bool) -> artifacts.Shard:
         name, (number, rows) = item
         with storage.scratch() as folder:
-            counts = download_shard(number, rows, folder, self._policy, isolate=isolate, normaliser=self._normaliser)
+            counts = download_shard(number, rows, folder, self._policy)
             info: dict[str, Any] = {"outcomes": counts.outcomes, "seconds": counts.seconds}
             return artifacts.commit_shard(self._folder_uri, name, folder, rows=counts.downloaded, info=info)
 

@@ -5,7 +5,8 @@ import os
 import signal
 from typing import Any, BinaryIO
 
-from infra.download.images import Normalised, PictureNormaliser
+from infra.download.decoder import NormaliserProcess
+from infra.download.images import Normalised
 from tasks.embed import worker
 
 MARK = b"kills its decoder"  # behind the end of a PNG, where decoders do not look
@@ -18,11 +19,11 @@ def fit(preprocessing: Any, encoded: bytes) -> Any:
     return worker.fitted(preprocessing, encoded)
 
 
-class Normaliser(PictureNormaliser):
-    """Decode at download."""
+class Normaliser(NormaliserProcess):
+    """Decode at download; a marked image ends the decoder process."""
 
     def __call__(self, img_stream: BinaryIO, blurring_bbox_list: object = None) -> Normalised:
         data = img_stream.read()
-        if MARK in data:
-            os.abort()
-        return super().__call__(io.BytesIO(data))
+        if MARK in data and self._running is not None:
+            os.kill(self._running[0].pid, signal.SIGSEGV)
+        return super().__call__(io.BytesIO(data), blurring_bbox_list)

@@ -18,7 +18,6 @@ from support.tiny_domain import COLOURS, SHAPES, drawn, encoded
 from infra import artifacts, compute
 from infra.download.downloader import DownloadPolicy, download_shard
 from infra.formats.tables import read_table
-from tasks.download.task import _Download
 from tasks.embed.worker import DECODER_DIED, EmbedShard, Feeding
 
 HEALTHY = [encoded(drawn(colour, shape)) for colour in COLOURS for shape in SHAPES][:7]
@@ -76,9 +75,13 @@ def listed() -> Any:
         yield pa.table({"url": [server.url(path) for path in replies]}), policy, server
 
 
-def test_download_shard_isolated_gives_the_image_that_kills_its_error_class(listed: Any, tmp_path: Path) -> None:
+def test_download_shard_gives_the_image_that_kills_its_error_class(
+    listed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows, policy, server = listed
-    counts = download_shard(0, rows, tmp_path / "a", policy, isolate=True, normaliser=poison.Normaliser)
+    with monkeypatch.context() as patch:
+        patch.setattr("infra.download.downloader.NormaliserProcess", poison.Normaliser)
+        counts = download_shard(0, rows, tmp_path / "a", policy)
     assert counts.outcomes == {"decoder_died": 1, "success": 6}
     table = read_table(tmp_path / "a" / "00000.parquet")
     assert table["error_class"].to_pylist()[3] == "decoder_died"
@@ -103,21 +106,12 @@ def by_value(build: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.slow
 @pytest.mark.on_ray
-def test_workers_killed_by_an_image_cost_that_image_alone(listed: Any, tmp_path: Path) -> None:
-    rows, policy, _ = listed
+def test_workers_killed_by_an_image_cost_that_image_alone(tmp_path: Path) -> None:
     uri, source = images_of(tmp_path, *HEALTHY[:3], POISONED, *HEALTHY[4:])
     cache = tmp_path / "cache"
     with compute.cluster(cores=1):
-        downloads = by_value(lambda poison, *settings: _Download(*settings, poison.Normaliser))
-        settings: tuple[Any, ...] = (str(tmp_path / "images"), policy)
-        items: list[Any] = [("00000", (0, rows)), ("00001", (1, rows.slice(0, 3)))]
-        downloaded = list(compute.map_shards(downloads, settings, items, actors=1, description="images"))
         embeds = by_value(lambda poison, *settings: EmbedShard(*settings, poison.fit))
-        settings = (uri, str(tmp_path / "out"), FEEDING, cache)
+        settings: tuple[Any, ...] = (uri, str(tmp_path / "out"), FEEDING, cache)
         work = [(source.name, (source, None, None))]
         (embedded,) = compute.map_shards(embeds, settings, work, actors=1, concurrency=2, description="embeddings")
-    assert {shard.name: shard.info["outcomes"] for shard in downloaded} == {
-        "00000": {"decoder_died": 1, "success": 6},
-        "00001": {"success": 3},
-    }
     assert embedded.info["outcomes"] == {"success": 6, DECODER_DIED: 1}

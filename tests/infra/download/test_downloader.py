@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from support.fakes import LoopbackServer, Reply
+from support.hostile_images import large_canvas, many_scans
 
+from infra.download.decoder import DecodeLimits, NormaliserProcess
 from infra.download.downloader import ERROR_CLASSES, DownloadPolicy, ShardCounts, download_shard, outcome_of
-from infra.download.images import PictureNormaliser
 from infra.download.limits import Limits
 from infra.download.safe_urlopen import guarded
 from infra.errors import InputError, StageError
@@ -178,7 +179,10 @@ REPLIES: dict[str, Reply | list[Reply]] = {
     "decode_error": Reply(body=picture(3)[:1000]),
     "too_small": Reply(body=picture(4, (1, 1), "GIF")),
     "too_many_pixels": Reply(body=bytes(HUGE)),
+    "too_many_scans": Reply(body=many_scans(101)),
     "animated": Reply(body=picture(5, form="GIF", **FRAMES)),
+    "decode_timeout": Reply(body=many_scans(100, side=7000)),
+    "decode_memory": Reply(body=large_canvas("PNG", 7000)),
 }
 
 
@@ -201,8 +205,9 @@ def test_every_outcome_has_its_class_and_harms_no_other(tmp_path: Path, monkeypa
                 ),
             ]
         )
-        bounds = {"max_body_bytes": 100_000, "deadline_s": 2.0, "timeout_s": 1.0, "max_redirects": 2}
-        counts = download_shard(0, rows, tmp_path, policy(server, **bounds))
+        bounds = {"max_body_bytes": 400_000, "deadline_s": 2.0, "timeout_s": 1.0, "max_redirects": 2}
+        limits = DecodeLimits(seconds=0.7, memory_bytes=230 << 20)
+        counts = download_shard(0, rows, tmp_path, policy(server, **bounds), limits)
     table = table_of(tmp_path)
     *classes, unresolved = table["error_class"].to_pylist()
     expected = ["success"] * 15 + list(REPLIES) + ["success"] * 15
@@ -271,14 +276,14 @@ def test_a_failure_that_passes_is_tried_again(tmp_path: Path) -> None:
 
 
 def test_a_row_that_img2dataset_loses_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    normalise, lost = PictureNormaliser.__call__, picture(1)
+    normalise, lost = NormaliserProcess.__call__, picture(1)
 
-    def failing(self: PictureNormaliser, stream: io.BytesIO, boxes: object = None) -> Any:
+    def failing(self: NormaliserProcess, stream: io.BytesIO, boxes: object = None) -> Any:
         if stream.getvalue() == lost:
             raise RuntimeError("swallowed")
         return normalise(self, stream, boxes)
 
-    monkeypatch.setattr(PictureNormaliser, "__call__", failing)
+    monkeypatch.setattr(NormaliserProcess, "__call__", failing)
     with LoopbackServer({"/0": Reply(body=picture(0)), "/1": Reply(body=lost), "/2": Reply(body=picture(2))}) as server:
         counts = download_shard(0, urls(server, "/0", "/1", "/2"), tmp_path, policy(server))
     assert counts.outcomes == {"internal_error": 1, "success": 2}

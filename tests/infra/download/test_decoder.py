@@ -1,0 +1,156 @@
+import io
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.hostile_images import encoded, large_canvas, many_scans
+
+from infra.download.decoder import DecodeLimits, ImageBounds, NormaliserProcess
+from infra.download.images import Normalised, PictureNormaliser, jpeg_scans
+
+BOUNDS = ImageBounds(max_pixels=50_000_000, min_side_px=8, max_side_px=512)
+LIMITS = DecodeLimits(seconds=20.0, memory_bytes=2 << 30)
+
+
+@pytest.fixture(scope="module")
+def unhurried() -> Iterator[NormaliserProcess]:
+    with NormaliserProcess(BOUNDS, LIMITS) as process:
+        yield process
+
+
+def noise(form: str, **options: Any) -> bytes:
+    values = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    return encoded(Image.fromarray(values), form, **options)
+
+
+def error_class(normalised: Normalised) -> str:
+    *nothing, message = normalised
+    assert nothing == [None] * 5
+    assert message is not None
+    return message.partition(":")[0]
+
+
+def pid_of(process: NormaliserProcess) -> int:
+    assert process._running is not None
+    return process._running[0].pid
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(noise(form) for form in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")),
+        noise("JPEG", progressive=True),
+        noise("PNG")[:1000],
+        b"",
+        b"<html>",
+        encoded(Image.new("RGB", (1000, 700)), "PNG"),
+    ],
+)
+def test_normaliser_process_any_image_gives_what_the_normaliser_gives(
+    data: bytes, unhurried: NormaliserProcess
+) -> None:
+    direct = PictureNormaliser(max_pixels=50_000_000, min_side_px=8, max_side_px=512)
+    assert unhurried(io.BytesIO(data)) == direct(io.BytesIO(data))
+
+
+def test_normaliser_process_slow_image_is_decode_timeout_and_the_next_is_taken() -> None:
+    slow, quick = many_scans(100, side=7000), noise("PNG")
+    with NormaliserProcess(BOUNDS, replace(LIMITS, seconds=0.4)) as process:
+        first = pid_of(process)
+        started = time.monotonic()
+        assert error_class(process(io.BytesIO(slow))) == "decode_timeout"
+        assert time.monotonic() - started < 1.5
+        assert process(io.BytesIO(quick))[1:3] == (64, 48)
+        assert pid_of(process) != first
+
+
+@pytest.fixture(scope="module")
+def frugal() -> Iterator[NormaliserProcess]:
+    with NormaliserProcess(BOUNDS, replace(LIMITS, memory_bytes=96 << 20)) as process:
+        yield process
+
+
+@pytest.mark.parametrize("form", ["AVIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP"])
+def test_normaliser_process_canvas_beyond_memory_is_refused_within_memory(form: str, frugal: NormaliserProcess) -> None:
+    refusals = ("decode_memory",) if form in ("PNG", "TIFF") else ("decode_memory", "decode_error")  # as codecs report
+    assert error_class(frugal(io.BytesIO(large_canvas(form, 4000)))) in refusals
+    assert frugal(io.BytesIO(noise("PNG")))[1:3] == (64, 48)
+    status = Path(f"/proc/{pid_of(frugal)}/status").read_text()
+    peak_kib = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+    assert peak_kib < 160 << 10, "96 MiB of data, and the code"
+
+
+@pytest.mark.parametrize("form", ["AVIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP"])
+def test_normaliser_process_canvas_above_max_pixels_is_refused_before_decoding(form: str) -> None:
+    with NormaliserProcess(replace(BOUNDS, max_pixels=1_000_000), LIMITS) as process:
+        assert error_class(process(io.BytesIO(large_canvas(form, 1001)))) == "too_many_pixels"
+
+
+def test_normaliser_process_decoder_that_dies_costs_one_image() -> None:
+    with NormaliserProcess(BOUNDS, LIMITS) as process:
+        os.kill(pid_of(process), signal.SIGSEGV)
+        assert error_class(process(io.BytesIO(noise("PNG")))) == "decode_error"
+        assert process(io.BytesIO(noise("PNG")))[1:3] == (64, 48)
+
+
+def test_normaliser_process_gets_no_credentials_and_ends_with_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with NormaliserProcess(BOUNDS, LIMITS) as process:
+        folder = Path(f"/proc/{pid_of(process)}")
+        assert b"secret" not in (folder / "environ").read_bytes()
+    assert not folder.exists()
+
+
+def test_normaliser_process_ends_when_its_parent_is_gone() -> None:
+    with NormaliserProcess(BOUNDS, LIMITS) as process:
+        assert process._running is not None
+        child, pipe = process._running
+        pipe.close()
+        assert child.wait(10) == 0
+
+
+@pytest.mark.parametrize("changes", [{"seconds": 0}, {"seconds": float("inf")}, {"memory_bytes": 0}])
+def test_decode_limits_that_limit_nothing_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        replace(LIMITS, **changes)
+
+
+def test_normaliser_jpeg_of_hundreds_of_scans_is_refused_undecoded() -> None:
+    normalise = PictureNormaliser(max_pixels=50_000_000, min_side_px=8, max_side_px=512)
+    assert normalise(io.BytesIO(many_scans(100)))[1:3] == (16, 16)
+    hostile = io.BytesIO(many_scans(900, side=3000))
+    started = time.monotonic()
+    assert error_class(normalise(hostile)) == "too_many_scans"
+    assert time.monotonic() - started < 1.5
+
+
+@pytest.mark.parametrize(
+    ("data", "scans"),
+    [
+        (b"", 0),
+        (b"\xff\xd8", 0),
+        (noise("JPEG"), 1),
+        (noise("JPEG", progressive=True), 10),
+        (noise("JPEG", exif=b"Exif\0\0" + b"\xff\xda\0\x02" * 200), 1),
+        (noise("JPEG", comment=b"\xff\xda\0\x02" * 200), 1),
+        (noise("JPEG") + b"\xff\xda\0\x02" * 200, 1),
+        (b"\xff\xd8" + b"garbage\xff\x00\xff\xff\xff\xda\0\x02\xff\xd0" * 7, 7),
+        (b"\xff\xd8" + b"\xff\xda\0\0" * 7, 7),
+        (many_scans(500), 101),
+    ],
+)
+def test_jpeg_scans_counts_markers_outside_segments(data: bytes, scans: int) -> None:
+    assert jpeg_scans(data, most=101) == scans
+
+
+def test_jpeg_scans_body_of_the_largest_size_is_quick() -> None:
+    started = time.monotonic()
+    assert jpeg_scans(b"\xff\xd8\xff\xda\0\x02" + b"\xff\0" * 10_000_000, most=101) == 1
+    assert time.monotonic() - started < 2
