@@ -13,6 +13,8 @@ PREFECT_API_URL               read by ``infra.prefect_server``                  
 KNN_DIFFUSION_CHECKOUT        read by prefect.yaml: this folder, on the worker
 TMPDIR                        where shards are made before they are stored       /tmp
 
+Folders that a command creates for these are closed to users outside of the group; one that exists keeps its mode.
+
 The cache's bound belongs to a machine, not to a run: every process that fetches reads it there. It is meant for what
 nobody uses: files in use are kept even above it (see ``infra.storage.file_cache``).
 """

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from infra import storage
 from infra.errors import InputError, StageError
+from infra.storage.folders import make_folder
 
 FIRST, ANIMALS, OPENMOJI = "twemoji", "twemoji-animals", "openmoji"
 DOMAINS = (FIRST, ANIMALS, OPENMOJI)
@@ -56,7 +57,7 @@ def draw_openmoji(folder: Path) -> None:
         return
     import resvg_py
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for path in tqdm(missing, desc="draw openmoji", unit="picture", leave=False):
         png = resvg_py.svg_to_bytes(svg_string=path.read_text(), height=SIDE_PX, skip_system_fonts=True)
         partial = folder / f".{path.stem}.partial"

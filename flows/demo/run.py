@@ -21,6 +21,7 @@ from infra import logs
 from infra.errors import StageError
 from infra.registry import load_pipeline
 from infra.settings import Settings
+from infra.storage.folders import make_folder
 from model.saved_generator import EMBEDDED
 from tasks.evaluate.task import table
 from tasks.serve.load import pull_database, stored_pictures
@@ -45,7 +46,7 @@ def run_demo(root: Path, port: int | None = None, train: bool = False) -> tuple[
         The paths of ``samples.png`` and ``report.json``. A run after a finished one skips every committed stage.
     """
     started = time.monotonic()
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     draw_openmoji(root / "openmoji")
     seconds = {"draw_openmoji": time.monotonic() - started}
     with serve_pictures(root, port) as address:

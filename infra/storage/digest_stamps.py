@@ -19,6 +19,7 @@ from typing import Any
 
 from infra import storage
 from infra.errors import NotFoundError
+from infra.storage.folders import make_folder
 
 FOLDER = "verified"
 _TICK_S = 0.01  # of a file system's clock: times that are younger cannot tell two writes apart
@@ -89,6 +90,6 @@ def write_stamp(stamp: Path, status: os.stat_result) -> None:
     """Note that a file of this status has the stamp's digest. Best effort: without it the file is hashed again."""
     partial = stamp.with_name(f".{stamp.name}.{os.getpid()}-{threading.get_ident()}")
     with contextlib.suppress(OSError):
-        stamp.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(stamp.parent)
         partial.write_text(json.dumps(_identity(status)))
         partial.replace(stamp)

@@ -32,6 +32,7 @@ from infra.errors import InputError
 from infra.settings import Settings
 from infra.storage.digest_stamps import is_verified, stamp_file, write_stamp
 from infra.storage.errors import room_in
+from infra.storage.folders import make_folder
 from infra.storage.locks import alone, drop_abandoned
 
 DERIVED_SPARED_S = 3600.0
@@ -110,7 +111,7 @@ def fetch_registered(
         size = sum(path.stat().st_size for path in files)
         for path in files:
             place = kept / path.relative_to(arrived)
-            place.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(place.parent)
             path.replace(place)
     _came_in(cache, size)
     return kept
@@ -252,7 +253,7 @@ def _uses_of(cache: Path) -> _Uses:
 def _held(path: Path, sha256: str, cache: Path) -> HeldPath:
     """``path``, held from now on. The lock keeps it from falling between an eviction's look and its deed."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         uses, byte, held = _uses_of(cache), _byte(sha256), HeldPath(path)
         with _locked(cache / "lock", fcntl.LOCK_SH):
             uses.hold(byte)

@@ -23,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from infra.errors import InputError, NotFoundError
 from infra.storage.errors import code_of, patiently, room_in, told
+from infra.storage.folders import make_folder
 from infra.storage.locks import alone, drop_abandoned, this_boot
 from infra.uris import is_local, is_s3, join, local_path, masked, reveal
 
@@ -177,7 +178,7 @@ def fetch(uri: str, local: Path) -> Path:
     fs, path = _fs(uri)
 
     def copy() -> Path:
-        local.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(local.parent)
         partial = _partial(local)
         try:
             fs.get_file(path, str(partial))
@@ -288,7 +289,7 @@ def _written(entry: dict[str, Any]) -> float:
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """A stream that becomes ``path`` when the block ends well, after fsync; otherwise nothing has happened."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = _partial(path)
     try:
         with open(partial, "wb") as stream:
@@ -302,7 +303,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _link_new(path: Path, data: bytes) -> bool:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = _partial(path)
     try:
         with open(partial, "wb") as stream:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from infra.errors import InputError
+from infra.storage.folders import make_folder
 
 LOCK = "lock"
 
@@ -24,7 +25,7 @@ def alone(folder: Path, *, within: Path, wait: bool = True, lock_name: str = LOC
     lock = folder / lock_name
     while True:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             number = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         except (FileNotFoundError, FileExistsError):  # who had it before has just removed it
             continue
