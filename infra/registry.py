@@ -31,7 +31,7 @@ from infra.settings import Settings
 from infra.storage import file_cache as caching
 from infra.storage.digest_stamps import is_verified
 from infra.storage.errors import is_full, no_space, told
-from infra.tracking import answering, connect, experiment_id
+from infra.tracking import answering, connect, experiment_id, is_created
 
 DATABASE_PREFIX = "knn-database."
 GENERATOR_NAME = "knn-diffusion"
@@ -84,11 +84,14 @@ class Registry:
     """The registry behind ``settings``."""
 
     def __init__(self, settings: Settings) -> None:
-        """Connect this process's MLflow to the settings' store."""
+        """Keep the settings. The first call that needs the store connects this process's MLflow to it."""
         self._settings = settings
-        with answering(settings):
-            connect(settings)
-            self._client = MlflowClient(settings.tracking_uri, settings.tracking_uri)
+
+    @functools.cached_property
+    def _client(self) -> MlflowClient:
+        """Return a client of the store, which is created where there is none."""
+        connect(self._settings)
+        return MlflowClient(self._settings.tracking_uri, self._settings.tracking_uri)
 
     @_answered
     def register(
@@ -156,6 +159,8 @@ class Registry:
             if "/" in reference:
                 raise NotFoundError(f"{reference} holds no committed {kind}: there is no {artifacts.MANIFEST} in it")
             reference = f"models:/{_full_name(reference, kind)}@{CHAMPION}"
+        if not is_created(self._settings):
+            raise self._unknown(reference, kind)
         with answering(self._settings):
             version = self._resolve(reference, kind)
         uri = f"models:/{version.name}/{version.version}"
@@ -180,6 +185,8 @@ class Registry:
 
     def versions(self, kind: str) -> list[dict[str, Any]]:
         """Every registered version of a kind: name, version, aliases, tags, and when it was made."""
+        if not is_created(self._settings):
+            return []
         with answering(self._settings):
             return self._versions(kind)
 
@@ -326,10 +333,13 @@ class Registry:
         except MlflowException as error:
             if error.error_code not in _ABSENT:
                 raise
-            raise NotFoundError(
-                f"no {kind} is registered as {reference} at {uris.masked(self._settings.tracking_uri)}; "
-                f"registered: {self._there(kind)}"
-            ) from None
+            raise self._unknown(reference, kind) from None
+
+    def _unknown(self, reference: str, kind: str) -> NotFoundError:
+        return NotFoundError(
+            f"no {kind} is registered as {reference} at {uris.masked(self._settings.tracking_uri)}; "
+            f"registered: {self._there(kind)}"
+        )
 
     def _there(self, kind: str) -> str:
         """What there is of a kind, by alias, or by version where it has none."""

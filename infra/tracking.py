@@ -12,9 +12,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from infra import uris
+from infra import registry_database, uris
 from infra.errors import InputError, TransientError
 from infra.settings import Settings
+from infra.storage.folders import make_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +60,14 @@ def start_run(settings: Settings, *, experiment: str, name: str) -> Iterator[Run
 def experiment_id(client: MlflowClient, name: str, settings: Settings) -> str:
     """The experiment of that name, made when it is new, with its artifacts where the settings say."""
     found = client.get_experiment_by_name(name)
-    return str(found.experiment_id if found else client.create_experiment(name, settings.artifacts_uri))
+    if found is None:
+        try:
+            return str(client.create_experiment(name, settings.artifacts_uri))
+        except MlflowException as error:
+            found = client.get_experiment_by_name(name)  # another process may have created it meanwhile
+            if found is None:
+                raise error
+    return str(found.experiment_id)
 
 
 @contextmanager
@@ -72,16 +80,24 @@ def answering(settings: Settings) -> Iterator[None]:
         raise TransientError(told) from None
 
 
+def is_created(settings: Settings) -> bool:
+    """Return True if the settings' store exists; one that only reads does not create it."""
+    database = registry_database.path_of(settings.tracking_uri)
+    return database is None or (database.exists() and database.stat().st_size > 0)
+
+
 def connect(settings: Settings) -> None:
-    """Point this process's MLflow at the settings' store."""
+    """Point this process's MLflow at the settings' store; create or upgrade that where it is a SQLite file."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     configured = os.environ.get("MLFLOW_TRACKING_URI")
-    if settings.tracking_uri.startswith("sqlite:///"):
-        folder = Path(settings.tracking_uri.removeprefix("sqlite:///")).parent
+    database = registry_database.path_of(settings.tracking_uri)
+    if database is not None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(database.parent)
         except OSError as error:
+            folder = database.parent
             raise InputError(f"{folder} cannot hold a registry ({error.strerror}); name a folder as --root") from error
+        registry_database.prepare(database, settings.artifacts_uri)
     mlflow.set_tracking_uri(settings.tracking_uri)
     mlflow.set_registry_uri(settings.tracking_uri)
     # MLflow has put its URI into the environment, where the next Settings, of another root perhaps, would find it.

@@ -1,6 +1,7 @@
 """Commands that look into databases: search them, list them."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -65,10 +66,14 @@ def databases(
     """List registered databases: name, version, rows, recall, encoder, aliases, size, age."""
     with told(verbose):
         from infra.registry import Registry
+        from infra.settings import masked
 
         listed = Registry(settings(root)).versions("database")
         if as_json:
             print(json.dumps(listed, indent=1))
+            return
+        if not listed:
+            print(f"no databases are registered at {masked(settings(root).tracking_uri)}", file=sys.stderr)
             return
         shown = []
         for entry in listed:

@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -12,7 +13,7 @@ from mlflow.tracking import MlflowClient
 
 from infra.errors import TransientError
 from infra.settings import Settings
-from infra.tracking import Run, connect, start_run
+from infra.tracking import Run, connect, experiment_id, start_run
 
 
 def stored(run: Run) -> StoredRun:
@@ -89,6 +90,20 @@ def test_an_experiment_is_made_once(mlflow_settings: Settings) -> None:
     client = MlflowClient(mlflow_settings.tracking_uri)
     assert len(client.search_runs([first])) == 2
     assert client.get_experiment(first).artifact_location == mlflow_settings.artifacts_uri
+
+
+def test_experiment_id_of_one_that_another_process_creates_meanwhile(mlflow_settings: Settings) -> None:
+    class Late(MlflowClient):
+        """A client that looks just before another process creates the experiment."""
+
+        looked = False
+
+        def get_experiment_by_name(self, name: str) -> Any:
+            first, self.looked = not self.looked, True
+            return None if first else super().get_experiment_by_name(name)
+
+    made = MlflowClient(mlflow_settings.tracking_uri).create_experiment("twemoji")
+    assert experiment_id(Late(mlflow_settings.tracking_uri), "twemoji", mlflow_settings) == made
 
 
 def test_runs_do_not_nest_into_each_other(mlflow_settings: Settings) -> None:

@@ -371,6 +371,26 @@ def test_new_domain_passes_on_what_the_index_is_to_be(prefect_server: None, monk
     refused(run("new-domain", "x", "--urls", "list.txt", "--target-recall", "2"), "target_recall is a share")
 
 
+def test_commands_that_read_create_nothing_without_a_registry(prefect_server: None, tmp_path: Path) -> None:
+    root = tmp_path / "new"
+    listed = run("databases", "--root", str(root))
+    assert (listed.exit_code, listed.stdout) == (0, "")
+    assert listed.stderr == f"no databases are registered at sqlite:///{root}/mlflow.db\n"
+    assert run("databases", "--json", "--root", str(root)).stdout == "[]\n"
+    out = str(tmp_path / "a.png")
+    source = str(tmp_path / "source.png")
+    Image.new("RGB", (64, 64)).save(source)
+    drawing = ("--model", "sticker-generator", "--database", "shapes", "--out", out)
+    for arguments in (
+        ("search", "shapes", "a circle"),
+        ("generate", "a circle", *drawing),
+        ("edit", source, "a circle", *drawing),
+        ("evaluate", "shapes", "--model", "sticker-generator"),
+    ):
+        refused(run(*arguments, "--root", str(root)), "no database is registered as", "registered: none at all")
+    assert not root.exists()
+
+
 def test_unknown_database_says_what_there_is(domain: Any) -> None:
     refused(
         run("search", "shape", "a", "--root", str(domain.root)),
