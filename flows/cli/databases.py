@@ -66,7 +66,7 @@ def databases(
     """List registered databases: name, version, rows, recall, encoder, aliases, size, age."""
     with told(verbose):
         from infra.registry import Registry
-        from infra.settings import masked
+        from infra.uris import masked
 
         listed = Registry(settings(root)).versions("database")
         if as_json:

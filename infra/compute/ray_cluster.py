@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from tqdm.auto import tqdm
 
 from infra import uris
+from infra.compute import local_ray
 from infra.compute.actor_pool import SHARD_TRIES, Crew, said
 from infra.compute.progress import drawn
 from infra.errors import InputError, StageError, TransientError
@@ -60,6 +61,7 @@ def cluster(address: str | None = None, cores: int | None = None) -> Iterator[No
         _depth -= 1
         if _depth == 0:
             ray.shutdown()
+            _of_local_cluster.close()
 
 
 def cpus() -> int:
@@ -230,6 +232,7 @@ _IS_CHECKOUT = (_CHECKOUT / "pyproject.toml").exists()
 _address: str | None = None
 _cores: int | None = None
 _depth = 0
+_of_local_cluster = contextlib.ExitStack()
 _START_S = 180.0  # in which placed workers are to run
 _ROUNDING = 1e-6  # Ray places five workers of 0.2 cores on one
 _LOOK_S = 30.0  # after which a placed worker that does not answer may have no room any more
@@ -289,8 +292,14 @@ def start() -> None:
                 }
             },
         }
+    quiet = {"logging_level": logging.ERROR, "configure_logging": False, "log_to_driver": False}
     try:
-        ray.init(logging_level=logging.ERROR, configure_logging=False, log_to_driver=False, **options)
+        if _address is None:
+            _of_local_cluster.enter_context(local_ray.private_token())
+            with local_ray.loopback():
+                ray.init(_temp_dir=local_ray.session_folder(), **quiet, **options)
+        else:
+            ray.init(**quiet, **options)
     except ValueError as error:
         if _address is None:
             raise
@@ -299,7 +308,8 @@ def start() -> None:
         ) from error
     except (ConnectionError, RuntimeError) as error:
         raise StageError(
-            f"no Ray cluster at {_address or 'this machine'} ({error}); start one, or unset the address"
+            f"no Ray cluster at {_address or 'this machine'} ({error}); start one, or unset the address; where it "
+            "demands a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
         ) from error
 
 

@@ -1,0 +1,86 @@
+"""A local Ray cluster as the other users of its machine find it."""
+
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from infra.compute import local_ray
+from infra.errors import StageError
+
+OBSERVED = """
+import os, subprocess
+import ray
+from infra import compute
+
+print(os.environ.get("RAY_AUTH_TOKEN"))
+with compute.cluster(None, 1):
+    compute.start()
+    print(compute.run(os.getpid) > 0)
+    print(ray.get_runtime_context().gcs_address)
+    listening = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout.splitlines()
+    own = {os.getpid()}
+    running = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = [tuple(map(int, line.split())) for line in running.splitlines()]
+    for _ in range(4):
+        own |= {pid for pid, parent in parents if parent in own}
+    own_lines = [line for line in listening if any(f"pid={pid}," in line for pid in own)]
+    print(len(own_lines), *sorted({line.split()[3].rpartition(":")[0] for line in own_lines}))
+    print(len(os.environ["RAY_AUTH_TOKEN"]), os.environ["RAY_AUTH_MODE"])
+    join = f"from ray._raylet import GcsClient; GcsClient('{ray.get_runtime_context().gcs_address}'); print('joined')"
+    other = {**os.environ, "RAY_AUTH_TOKEN": "0" * 64}
+    stranger = ["timeout", "30", os.sys.executable, "-c", join]
+    done = subprocess.run(stranger, env=other, capture_output=True, text=True)
+    print("InvalidAuthToken" in done.stderr, "joined" in done.stdout)
+print(os.environ.get("RAY_AUTH_TOKEN"), os.environ.get("RAY_AUTH_MODE"))
+with compute.cluster(None, 1):
+    print(compute.run(os.getpid) > 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.on_ray
+def test_local_cluster_listens_on_loopback_and_demands_its_own_token(tmp_path: Path) -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    environment = {**clean, "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run([sys.executable, "-c", OBSERVED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, ran, gcs, listening, demanded, joined, after, again = done.stdout.splitlines()
+    assert (before, after) == ("None", "None None")
+    assert (ran, again) == ("True", "True")
+    assert gcs.startswith("127.0.0.1:")
+    count, *addresses = listening.split()
+    assert int(count) >= 4
+    assert set(addresses) <= {"127.0.0.1", "[::ffff:127.0.0.1]", "[::1]"}
+    assert demanded == "64 token"
+    assert joined == "True False"
+    assert not (tmp_path / ".ray").exists()
+
+
+def test_private_token_keeps_what_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with local_ray.private_token():
+        assert os.environ["RAY_AUTH_MODE"] == "disabled"
+        assert "RAY_AUTH_TOKEN" not in os.environ
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/of/the/user")
+    with local_ray.private_token():
+        assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+def test_session_folder_is_entered_by_its_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = Path(local_ray.session_folder()).parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o777)
+    local_ray.session_folder()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.rename(tmp_path / "other")
+    folder.symlink_to(tmp_path / "other")
+    with pytest.raises(StageError, match="belongs to another user"):
+        local_ray.session_folder()
