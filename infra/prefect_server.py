@@ -5,6 +5,7 @@ the standard library, where img2dataset's dependency ``dataclasses`` (a Python 3
 """
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -18,11 +19,13 @@ from pathlib import Path
 from typing import IO
 
 from infra.errors import StageError
+from infra.storage.folders import PRIVATE, make_folder
 
 STARTUP_S = 90.0
 
 _SERVER = """
 import os, sys, threading, uvicorn
+os.umask(0o077)  # its database holds the parameters of every run
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()  # ends with its parent
 uvicorn.run("prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=int(sys.argv[1]),
             log_level="error")
@@ -33,6 +36,9 @@ uvicorn.run("prefect.server.api.server:create_app", factory=True, host="127.0.0.
 def prefect_api(home: Path | None = None) -> Iterator[None]:
     """Point Prefect at a server for the length of the block: the configured one, or one of our own.
 
+    Our own listens on loopback and answers nobody but this command and its children: a port is open to every user of
+    the machine, so each request carries a secret that they find in the environment.
+
     Must be entered before Prefect is imported, since it reads its settings then. ``home`` keeps the server's state;
     None leaves Prefect's default. Raises ``StageError`` with the server's own words when it does not come up.
     """
@@ -40,10 +46,18 @@ def prefect_api(home: Path | None = None) -> Iterator[None]:
         yield
         return
     if home is not None:
-        home.mkdir(parents=True, exist_ok=True)
+        make_folder(home, PRIVATE)
         os.environ["PREFECT_HOME"] = str(home.absolute())
     port = _free_port()
-    environment = {**os.environ, "PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}
+    secret = f"knn-diffusion:{secrets.token_urlsafe(32)}"
+    environment = {
+        **os.environ,
+        "PREFECT_UI_ENABLED": "0",
+        "PREFECT__SERVER_EPHEMERAL": "1",
+        "PREFECT_API_AUTH_STRING": secret,
+        "PREFECT_SERVER_API_AUTH_STRING": secret,
+    }
+    configured = os.environ.get("PREFECT_API_AUTH_STRING")
     with (
         tempfile.TemporaryFile() as words,
         subprocess.Popen(  # noqa: S603 - our own interpreter and script
@@ -57,9 +71,13 @@ def prefect_api(home: Path | None = None) -> Iterator[None]:
         try:
             _await(server, words, f"http://127.0.0.1:{port}/api/health")
             os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+            os.environ["PREFECT_API_AUTH_STRING"] = secret
             yield
         finally:
             os.environ.pop("PREFECT_API_URL", None)
+            os.environ.pop("PREFECT_API_AUTH_STRING", None)
+            if configured is not None:
+                os.environ["PREFECT_API_AUTH_STRING"] = configured
             server.kill()
 
 

@@ -99,9 +99,10 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     with prefect_api(tmp_path_factory.mktemp("prefect")):
         # Other tests may have imported Prefect before, and it has read its settings then.
-        from prefect.settings import PREFECT_API_URL, temporary_settings
+        from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-        with temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]}):
+        settings = (PREFECT_API_URL, PREFECT_API_AUTH_STRING)
+        with temporary_settings({setting: os.environ[setting.name] for setting in settings}):
             yield
 
 

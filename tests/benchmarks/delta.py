@@ -157,9 +157,10 @@ def at_hand(folder: Path) -> Iterator[None]:
     os.environ["KNN_DIFFUSION_CACHE"] = str(folder / "cache")
     try:
         with prefect_api(folder / "prefect"):
-            from prefect.settings import PREFECT_API_URL, temporary_settings
+            from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-            with temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]}):
+            settings = (PREFECT_API_URL, PREFECT_API_AUTH_STRING)
+            with temporary_settings({setting: os.environ[setting.name] for setting in settings}):
                 yield
     finally:
         os.environ.pop("KNN_DIFFUSION_CACHE")
