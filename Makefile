@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 SHELL := /bin/bash
 WORKERS ?= 2
 
-.PHONY: help install demo test test-fast test-s3 coverage check bench clean
+.PHONY: help install demo test test-fast test-kills test-s3 coverage check bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ test-fast: install  ## the tests that start no server, no Ray and no pipeline, f
 
 coverage: install  ## line and branch coverage of every test, as HTML under build/coverage
 	@$(BIN)/python -m pytest --cov=flows --cov=tasks --cov=model --cov=infra --cov-branch --cov-report=html:build/coverage --cov-report=term
+
+test-kills: install  ## 100 kills of the command, each resumed (KILLS=20 for fewer)
+	@KILLS=$(or $(KILLS),100) $(BIN)/python -m pytest -s tests/flows/test_kills.py
 
 test-s3: install  ## the tests of a real object store: starts a Ceph RadosGW on loopback (as root on Debian), ends it
 	@trap 'tests/services/start-s3.sh stop' EXIT; \

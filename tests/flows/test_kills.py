@@ -1,0 +1,150 @@
+"""The command killed at any moment, run again, and compared with one that was left alone.
+
+``KILLS`` kills (4, or what the environment says; ``make test-kills`` takes 100) hit process groups at random moments.
+Half of the moments are a random time after the start, the others follow on something that appears in the root. One to
+ten kills in a row hit one new root; the run after them completes it.
+"""
+
+import contextlib
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.fakes import LoopbackServer
+from support.tiny_domain import good_replies, write_urls
+
+from infra import artifacts
+from infra.registry import Registry
+from infra.settings import Settings
+
+KILLS = int(os.environ.get("KILLS", "4"))
+SEED = int(os.environ.get("KILLS_SEED", "0"))
+MOST_IN_A_ROW = 10
+PICTURES = 12
+APPEARING = (
+    "mlflow.db.new",
+    "mlflow.db.new-journal",
+    "mlflow.db",
+    "mlflow/*",
+    "shapes/*",
+    "shapes/images/*/*",
+    "shapes/embeddings/*/*",
+    "shapes/database/*/*",
+)
+"""What the command creates on its way to a registered database, as patterns below the root."""
+AT_MOST_S = 300.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a complete run leaves: the digest of each manifest by its folder, and the registered versions."""
+
+    digests: dict[str, str]
+    versions: list[tuple[Any, ...]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """``knn-diffusion new-domain`` on one URL list, as a process group."""
+
+    urls: Path
+    host: str
+    home: Path
+
+    @contextlib.contextmanager
+    def running(self, root: Path) -> Iterator["subprocess.Popen[str]"]:
+        arguments = ["new-domain", "shapes", "--urls", self.urls, "--root", root, "--allow-host", self.host]
+        environment = {
+            **os.environ,
+            "HOME": str(self.home),
+            "KNN_DIFFUSION_CACHE": str(self.home / "cache"),
+            "KNN_DIFFUSION_CPUS": "1",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        with (self.home / "output").open("w+") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "flows.cli.app", *map(str, arguments)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                text=True,
+            )
+            try:
+                yield process
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def completed(self, root: Path) -> float:
+        """Run to the end; return the seconds that it took."""
+        started = time.monotonic()
+        with self.running(root) as process:
+            code = process.wait(AT_MOST_S)
+        assert code == 0, (self.home / "output").read_text()
+        return time.monotonic() - started
+
+    def killed(self, root: Path, chance: random.Random, duration_s: float) -> str | None:
+        """Kill a run at a random moment; return which, or None for a run that had ended before."""
+        to_come = [pattern for pattern in APPEARING if not any(root.glob(pattern))]
+        pattern = chance.choice(to_come) if to_come and chance.random() < 0.5 else None
+        pause_s = chance.uniform(0, duration_s) if pattern is None else chance.uniform(0, 0.6)
+        with self.running(root) as process:
+            while pattern and process.poll() is None and not any(root.glob(pattern)):
+                time.sleep(0.002)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(pause_s)
+                return None
+        return f"{pause_s:.2f} s after {pattern or 'the start'}"
+
+
+def made(root: Path) -> Made:
+    folders = [manifest.parent for manifest in root.rglob("shapes/**/manifest.json")]
+    versions = Registry(Settings(root=str(root))).versions("database")
+    return Made(
+        digests={str(folder.relative_to(root)): artifacts.read_manifest(str(folder)).digest for folder in folders},
+        versions=[
+            (entry["name"], entry["version"], entry["aliases"], entry["digest"], Path(entry["uri"]).relative_to(root))
+            for entry in versions
+        ],
+    )
+
+
+@pytest.fixture
+def shapes(prefect_server: None, tmp_path: Path) -> Iterator[Command]:
+    pictures = dict(list(good_replies().items())[:PICTURES])
+    (tmp_path / "home").mkdir()
+    with LoopbackServer(pictures) as server:
+        urls = write_urls(tmp_path / "urls.jsonl", [server.url(path) for path in pictures])
+        yield Command(urls=urls, host=server.host, home=tmp_path / "home")
+
+
+@pytest.mark.slow
+def test_new_domain_after_kills_makes_what_an_uninterrupted_run_makes(shapes: Command, tmp_path: Path) -> None:
+    duration_s = shapes.completed(tmp_path / "whole")
+    expected = made(tmp_path / "whole")
+    assert len(expected.digests) == 3
+    assert len(expected.versions) == 1
+    chance, kills, roots = random.Random(SEED), 0, 0
+    while kills < KILLS:
+        root, moments = tmp_path / f"root-{roots}", []
+        for _ in range(min(chance.randint(1, MOST_IN_A_ROW), KILLS - kills)):
+            moment = shapes.killed(root, chance, duration_s)
+            if moment is None:
+                break  # the root is complete: a further kill would hit nothing
+            moments.append(moment)
+            kills += 1
+        again_s = shapes.completed(root)
+        assert made(root) == expected, moments
+        roots += 1
+        print(f"{kills} kills, {roots} roots; completed in {again_s:.1f} s after {moments}", flush=True)
