@@ -1,138 +1,185 @@
-"""Where: a filter on the metadata of a database's rows, from text.
+"""Filter expressions on the metadata of a database's rows.
 
     width >= 64 and url like "%cat%"
     not (height < 32 or key in ("000000001", "000000002"))
 
-Columns are url, key, sha256 (text) and width, height (px). There are = == != <> < <= > >=, [not] like (% any text,
-_ one character), [not] in (…), and, or, not and brackets; nothing is evaluated but this.
+A filter is one SQL condition on the columns url, key, sha256 (text), width and height (px). DuckDB parses and evaluates
+it. Single and double quotes both delimit text. In ``like``, a backslash escapes ``%`` and ``_``. A missing value is in
+no list. Any other comparison with it is unknown, and a row whose condition is unknown does not match.
+
+A filter may come from somebody else. Only the syntax listed below is accepted, so a filter cannot run queries, read
+files or give other rows the next time.
 """
 
-import operator
+import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
-import pyarrow.compute as pc
+import duckdb
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from infra.errors import InputError
 
-_KIND: dict[str, type] = {"url": str, "key": str, "sha256": str, "width": int, "height": int}
-_TOKEN = re.compile(
-    r"""\s*(?:(?P<number>-?\d+)|(?P<text>"[^"]*"|'[^']*')|(?P<word>[A-Za-z_]\w*)|(?P<sign>==|!=|<>|<=|>=|[=<>(),]))"""
-)
-_COMPARE = {
-    "=": operator.eq, "==": operator.eq, "!=": operator.ne, "<>": operator.ne,
-    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
-}  # fmt: skip
-_DEEPEST = 50  # brackets and nots within each other
-_MOST_DIGITS = 18  # that fit into 64 bits, whichever they are
+_SCHEMA = pa.schema({"url": "string", "key": "string", "sha256": "string", "width": "int64", "height": "int64"})
+_IS_NUMBER = {name: name in ("width", "height") for name in _SCHEMA.names}
+_LIKE = {"~~": "like_escape", "!~~": "not_like_escape", "~~*": "ilike_escape", "!~~*": "not_ilike_escape"}
+_FUNCTIONS = frozenset({*_LIKE, *_LIKE.values(), "+", "-", "*", "/", "//", "%", "length", "lower", "upper"})
+_OTHERS = frozenset({"COMPARE_IN", "OPERATOR_IS_NULL", "OPERATOR_IS_NOT_NULL", "OPERATOR_NOT"})
+_CLASSES = frozenset({"BETWEEN", "COLUMN_REF", "COMPARISON", "CONJUNCTION", "CONSTANT", "FUNCTION"})
+_TOKEN = re.compile(r"""'(?:[^']|'')*'|"(?P<quoted>(?:[^"]|"")*)"|(?P<open>[(\[{])|(?P<close>[)\]}])""")
+_QUERY = "SELECT 1 FROM rows WHERE "
+_MAX_CHARACTERS = 10_000
+_MAX_DEPTH = 50
+_SHOWN = 200  # characters of a filter in a message
+_TOO_DEEP = f"is nested too deeply; use at most {_MAX_DEPTH} brackets within each other"
+_ALLOWED = "use comparisons, like, in, between, is null, and, or, not"
+_DATABASE: dict[str, Any] = {
+    "enable_external_access": False,
+    "autoinstall_known_extensions": False,
+    "autoload_known_extensions": False,
+    "memory_limit": "256MB",
+    "threads": 1,
+}
 
 
-def parse_where(text: str) -> Any:
-    """The ``pyarrow.compute.Expression`` that ``text`` says. Raises ``InputError`` naming what cannot be read."""
-    parser = _Parser(text)
-    expression = parser.either(0)
-    parser.end()
-    return expression
+def parse_where(text: str) -> "RowFilter":
+    """Parse and check a filter. Raises ``InputError`` that says what is wrong, and where."""
+    return RowFilter(text)
 
 
-class _Parser:
-    """Recursive descent over the tokens, weakest binding first: or, and, not, comparison."""
+class RowFilter:
+    """A checked filter. Threads may share it."""
 
     def __init__(self, text: str) -> None:
-        self._text, self._tokens, self._at = text, [], 0  # type: tuple[str, list[tuple[str, Any]], int]
-        place = 0
-        while place < len(text.rstrip()):
-            match = _TOKEN.match(text, place)
-            if match is None:
-                raise InputError(f"the filter {text!r} cannot be read from {text[place:].strip()[:20]!r} on")
-            self._tokens.append((str(match.lastgroup), match[str(match.lastgroup)]))
-            place = match.end()
+        """Parse and check ``text``. Raises ``InputError``."""
+        self._text = text
+        self._database = duckdb.connect(config=_DATABASE)
+        self._database.execute(f"SET max_expression_depth = {2 * _MAX_DEPTH}; SET lock_configuration = true")
+        self._condition = self._checked(self._translated())
+        kinds = self._select(f"typeof({self._condition})", pa.Table.from_pylist([{}], _SCHEMA))
+        if kinds != ["BOOLEAN"]:
+            raise self._error("is not a condition; compare a column, as in width >= 64")
 
-    def either(self, depth: int) -> Any:
-        """Read A or B or …, down to comparisons."""
-        expression = self._both(depth)
-        while self._took("or"):
-            expression = expression | self._both(depth)
-        return expression
+    def mask(self, table: pa.Table) -> NDArray[np.bool_]:
+        """Return which rows of ``table`` match. Raises ``InputError`` if the condition of a row cannot be computed."""
+        matches = self._select(f"coalesce({self._condition}, false)", table.select(_SCHEMA.names).cast(_SCHEMA))
+        return np.array(matches, dtype=np.bool_)
 
-    def end(self) -> None:
-        """Nothing may follow."""
-        if self._at < len(self._tokens):
-            raise self._wrong("the end, 'and' or 'or'")
+    def _select(self, expression: str, rows: pa.Table) -> list[Any]:
+        with self._database.cursor() as cursor:
+            cursor.register("rows", rows)
+            try:
+                return [value for (value,) in cursor.table("rows").project(expression).fetchall()]
+            except duckdb.Error as error:
+                raise self._error(f"cannot be computed ({str(error).splitlines()[0]}); correct it") from error
 
-    def _both(self, depth: int) -> Any:
-        expression = self._single(depth)
-        while self._took("and"):
-            expression = expression & self._single(depth)
-        return expression
+    def _translated(self) -> str:
+        """Return the text with single quotes for double ones, which delimit names in SQL.
 
-    def _single(self, depth: int) -> Any:
-        if depth > _DEEPEST:
-            raise InputError(f"the filter {self._text[:40]!r}… has more than {_DEEPEST} brackets within each other")
-        if self._took("not"):
-            return ~self._single(depth + 1)
-        if self._took("("):
-            expression = self.either(depth + 1)
-            self._need(")")
-            return expression
-        return self._comparison()
+        Brackets are counted here because the parser takes minutes over thousands of them.
+        """
+        if not self._text.strip() or len(self._text) > _MAX_CHARACTERS:
+            raise self._error(f"has {len(self._text):,} characters; write 1 to {_MAX_CHARACTERS:,}")
+        depth = 0
 
-    def _comparison(self) -> Any:
-        kind, column = self._next()
-        if kind != "word" or column not in _KIND:
-            self._at -= 1
-            raise self._wrong(f"one of the columns {', '.join(_KIND)}")
-        field = pc.field(column)
-        denied = self._took("not")
-        if self._took("like"):
-            if _KIND[column] is not str:
-                raise InputError(f"the filter {self._text!r}: {column} is a number; 'like' compares text")
-            expression = pc.match_like(field, self._literal(column))
-        elif self._took("in"):
-            self._need("(")
-            values = [self._literal(column)]
-            while self._took(","):
-                values.append(self._literal(column))
-            self._need(")")
-            expression = field.isin(values)
-        else:
-            sign = self._next()[1]
-            if denied or sign not in _COMPARE:
-                self._at -= 1
-                raise self._wrong("like or in" if denied else "like, in, not or one of " + " ".join(_COMPARE))
-            expression = _COMPARE[sign](field, self._literal(column))
-        return ~expression if denied else expression
+        def translate(token: re.Match[str]) -> str:
+            nonlocal depth
+            depth += (token["open"] is not None) - (token["close"] is not None)
+            if depth > _MAX_DEPTH:
+                raise self._error(_TOO_DEEP)
+            quoted = token["quoted"]
+            return token[0] if quoted is None else "'{}'".format(quoted.replace('""', '"').replace("'", "''"))
 
-    def _literal(self, column: str) -> str | int:
-        kind, value = self._next()
-        wanted = _KIND[column]
-        if kind != ("text" if wanted is str else "number"):
-            self._at -= 1
-            raise self._wrong(
-                f'text in quotes for {column}, such as "…"' if wanted is str else f"a number for {column}"
-            )
-        if kind == "number" and len(value.lstrip("-0")) > _MOST_DIGITS:
-            raise InputError(
-                f"the filter {self._text[:40]!r}… has a number of more than {_MOST_DIGITS} digits; give {column} in px"
-            )
-        return value[1:-1] if kind == "text" else int(value)
+        return _TOKEN.sub(translate, self._text)
 
-    def _next(self) -> tuple[str, Any]:
-        self._at += 1
-        return self._tokens[self._at - 1] if self._at <= len(self._tokens) else ("end", "")
+    def _checked(self, sql: str) -> str:
+        """Return the condition as DuckDB writes it, built from the nodes that were checked and nothing else."""
+        tree, template = self._parsed(sql), self._parsed("true")
+        condition = tree["statements"][0]["node"].pop("where_clause", None)
+        constant = template["statements"][0]["node"].pop("where_clause")
+        if tree != template:
+            raise self._error("is not one condition; join conditions with and, or")
+        for node in list(_nodes(condition)):
+            self._check(node)
+            _keep_meaning(node, {**constant, "literal": {"kind": "BOOLEAN", "text": "false"}})
+        tree["statements"][0]["node"]["where_clause"] = condition
+        query = self._database.execute("SELECT json_deserialize_sql(?::JSON)", [json.dumps(tree)]).fetchall()[0][0]
+        return str(query).partition(" WHERE ")[2]
 
-    def _took(self, what: str) -> bool:
-        if self._at < len(self._tokens):
-            kind, value = self._tokens[self._at]
-            if kind != "text" and value.lower() == what:
-                self._at += 1
-                return True
-        return False
+    def _parsed(self, sql: str) -> Any:
+        ((text,),) = self._database.execute("SELECT json_serialize_sql(?)", [_QUERY + sql]).fetchall()
+        tree = json.loads(text)
+        if not tree["error"]:
+            return tree
+        if "position" not in tree:
+            raise self._error(_TOO_DEEP if "depth" in tree["error_message"] else f"has a {tree['error_message']}")
+        rest = sql[max(int(tree["position"]) - len(_QUERY), 0) :][:20]
+        raise self._error(f"has a syntax error at {rest!r}; correct it" if rest else "ends too early; complete it")
 
-    def _need(self, what: str) -> None:
-        if not self._took(what):
-            raise self._wrong(repr(what))
+    def _check(self, node: dict[str, Any]) -> None:
+        """Raise ``InputError`` unless a filter may use ``node``."""
+        kind, name = node["class"], node.get("function_name", node["type"])
+        if kind == "COLUMN_REF":
+            column = ".".join(node["column_names"])
+            if column.lower() not in _SCHEMA.names:
+                raise self._error(f"has no column {column} to compare; the columns are {', '.join(_SCHEMA.names)}")
+        elif kind == "FUNCTION":
+            if name not in _FUNCTIONS or node["schema"] or node["catalog"] or node["filter"] or node["distinct"]:
+                raise self._error(f"uses {name}, which is not allowed; of functions there are length, lower and upper")
+        elif kind not in _CLASSES and name not in _OTHERS:
+            raise self._error(f"uses {name.lower()}, which is not allowed; {_ALLOWED}")
+        if {_is_number(operand) for operand in _operands(node)} >= {True, False}:
+            raise self._error("compares text with a number; write text in quotes and numbers without")
 
-    def _wrong(self, wanted: str) -> InputError:
-        there = self._tokens[self._at][1] if self._at < len(self._tokens) else "its end"
-        return InputError(f"the filter {self._text!r} has {there} where {wanted} is wanted")
+    def _error(self, problem: str) -> InputError:
+        shown = self._text if len(self._text) <= _SHOWN else self._text[:_SHOWN] + "…"
+        return InputError(f"the filter {shown!r} {problem}")
+
+
+def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
+    """Yield every expression of a parsed condition."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            if "class" in node:
+                yield node
+            waiting += node.values()
+        elif isinstance(node, list):
+            waiting += node
+
+
+def _operands(node: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what a node compares with each other; empty for a node that compares nothing."""
+    if node["class"] in {"COMPARISON", "BETWEEN"}:
+        return [node[side] for side in ("left", "right", "input", "lower", "upper") if side in node]
+    if node["class"] == "FUNCTION":
+        return [argument["expression"] for argument in node["arguments"]]
+    return list(node["children"]) if node["type"] == "COMPARE_IN" else []
+
+
+def _is_number(node: dict[str, Any]) -> bool | None:
+    """Return True for a numeric column or constant, False for text, None for anything else."""
+    if node["class"] == "COLUMN_REF":
+        return _IS_NUMBER.get(node["column_names"][-1].lower())
+    if node["class"] == "CONSTANT":
+        return {"INTEGER": True, "NUMERIC": True, "STRING": False}.get(node["literal"]["kind"])
+    return None
+
+
+def _keep_meaning(node: dict[str, Any], false: dict[str, Any]) -> None:
+    """Give ``in`` and ``like`` the meaning that filters have and SQL has not: see the module's docstring.
+
+    Databases are found again by the text of their filter, so a text must keep its meaning.
+    """
+    if node["type"] == "COMPARE_IN":
+        children = [dict(node), false]
+        node.clear()
+        node.update({"class": "OPERATOR", "type": "OPERATOR_COALESCE", "alias": "", "children": children})
+    elif name := _LIKE.get(node.get("function_name", "")):
+        escape = {**false, "literal": {"kind": "STRING", "text": "\\"}}
+        node["arguments"].append({"name": "", "expression": escape})
+        node.update(function_name=name, qualified_name={"path": [name]}, is_operator=False)

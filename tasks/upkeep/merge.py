@@ -35,7 +35,7 @@ from tasks.upkeep.rewrite_embeddings import KeepRows
 from tasks.upkeep.takedown import Entries, Matcher, commit_takedown, hidden_by, with_bytes
 
 _READERS = 8
-_COLUMNS = ["row", "key", "url", "sha256", "width", "height"]
+_COLUMNS = ["key", "url", "sha256", "width", "height"]
 Source = TypeVar("Source", ImageShards, EmbeddingShards)
 
 
@@ -139,7 +139,7 @@ def subset(database: DatabaseVersion, where: str, base: str, *, cache: Path) -> 
     Raises:
         InputError: the filter cannot be read, or takes nothing.
     """
-    expression = parse_where(where)
+    row_filter = parse_where(where)
     embeddings, entries = embeddings_of(database), hidden_by(database, cache)
     source = embeddings.manifest()
     matcher = Matcher(entries)
@@ -147,9 +147,7 @@ def subset(database: DatabaseVersion, where: str, base: str, *, cache: Path) -> 
     def chosen(shard: artifacts.Shard) -> tuple[NDArray[np.bool_], Hashes]:
         path = artifacts.fetch_shard(embeddings.uri, shard, ".parquet", cache)
         table = tables.read_table(path, _COLUMNS)
-        stays = np.zeros(table.num_rows, dtype=np.bool_)
-        stays[table.filter(expression)["row"].to_numpy()] = True
-        stays &= ~matcher.mask(table)
+        stays = row_filter.mask(table) & ~matcher.mask(table)
         kept = table.filter(stays)
         none = np.empty(0, np.uint64)
         digests = [digest for digest in kept["sha256"].to_pylist() if digest]
