@@ -5,6 +5,9 @@ inputs, and theirs in turn; and single files of other folders that a kept versio
 younger than ``grace_s``, and what it refers to, in all domains of the root: it may belong to a run that is not over, or
 was killed and will go on. So is what the domain has taken down, which binds whether or not a version was made with it.
 What is kept is known by where it lies, however the root is spelled.
+
+A root that was copied together with its registry is not collected: its versions still name the folders of the original,
+so every folder of the copy would count as garbage.
 """
 
 import dataclasses
@@ -69,7 +72,8 @@ def collect(
 
     Raises:
         StageError: nothing of the domain is registered: more likely the wrong registry than a domain of garbage.
-        IntegrityError: a kept version's manifest cannot be read or is not there, so what it refers to is not known.
+        IntegrityError: a kept version's manifest cannot be read or is not there, so what it refers to is not known;
+            or a version of the domain is registered outside the root.
     """
     registry = Registry(settings)
     versions = [version for kind in ("database", "generator") for version in registry.versions(kind)]
@@ -80,10 +84,17 @@ def collect(
             f"no version of {domain} is registered at {uris.masked(settings.tracking_uri)}, so all of {base} would go; "
             "name the registry that it was registered in, or delete the folder yourself"
         )
+    places = {storage.canonical(folder) for folder in folders}
+    _require_own_root(domain, versions, places, settings)
     since = time.time() - grace_s
     young = {folder for folder, files in folders.items() if max(file.modified for file in files) > since}
     committed = filter(_is_artifact, young)
     named = _kept(versions, keep_versions, storage.canonical(base))
+    if folders and places.isdisjoint(named):
+        raise StageError(
+            f"the versions of {domain} registered at {masked(settings.tracking_uri)} refer to no folder of {base}, so "
+            "all of it would be deleted; name the registry that it was registered in, or delete the folder yourself"
+        )
     takedowns = _widest_takedowns(base, settings.cache_folder)
     kept = reachable([*named, *committed, *takedowns, *_young_elsewhere(settings, domain, since)])
     doomed: list[storage.Stored] = []
@@ -186,6 +197,24 @@ def _kept(versions: list[dict[str, Any]], keep_versions: int, base: str) -> list
                     f"restore it, name the root that it lies in, or delete it in the registry; {_UNTIL_THEN}"
                 )
     return kept
+
+
+def _require_own_root(domain: str, versions: list[dict[str, Any]], places: set[str], settings: Settings) -> None:
+    """Raise ``IntegrityError`` if a version of the domain that was not collected is registered outside the root.
+
+    ``places`` are the canonical folders of the domain: a link below the root may lead out of it.
+    """
+    base = storage.canonical(base_of(settings, domain))
+    for version in versions:
+        uri = storage.canonical(version.get("uri") or base)
+        own = version["name"] == DATABASE_PREFIX + domain or f"/{uri}".rsplit("/", 3)[-3:-2] == [domain]
+        collected = version.get("collected") and not version["aliases"]
+        if own and not collected and uri not in places and not f"{uri}/".startswith(f"{base}/"):
+            raise IntegrityError(
+                f"{version['name']} version {version['version']} was registered at {uri}, outside of the root "
+                f"{storage.canonical(settings.root)}; collect its own root (--root {uri.rsplit('/', 3)[0]}), or delete "
+                f"the version in the registry if this root replaces that one; {_UNTIL_THEN}"
+            )
 
 
 def domains_of(root: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,50 @@ def test_a_root_that_moved_is_not_taken_for_garbage(living: Living, ray: Without
     with pytest.raises(IntegrityError, match=r"knn-database.shapes version 1 was registered at .*data/shapes/database"):
         living.collect(root=str(moved), dry_run=False)
     moved.rename(living.root)
+    assert living.files() == files
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_collect_copied_root_is_refused(living: Living, ray: WithoutRay, linked: bool) -> None:
+    living.build(NAMES[:4])
+    living.rebuild(urls=living.listed(*NAMES[:5]))
+    copy = living.root.with_name("copy")
+    shutil.copytree(living.root, copy)  # the registry lies below the root and is copied with it
+    root = copy.with_name("link") if linked else copy
+    if linked:
+        root.symlink_to(copy)
+    living.root = copy
+    files = living.files()
+    told = rf"knn-database.shapes version 1 was registered at .*/data/shapes/database/.*{copy}; .*--root .*/data\)"
+    with pytest.raises(IntegrityError, match=told) as caught:
+        living.collect(root=str(root), dry_run=False)
+    assert "\n" not in str(caught.value)
+    assert living.files() == files
+
+
+def test_collect_generator_registered_outside_root_is_refused(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:4])
+    living.rebuild(urls=living.listed(*NAMES[:5]))
+    elsewhere = f"{living.folder}/elsewhere/shapes/generator/{'0' * 16}"
+    client = Registry(living.settings)._client
+    client.create_registered_model("knn-diffusion")
+    client.create_model_version("knn-diffusion", elsewhere, tags={"uri": elsewhere})
+    files = living.files()
+    with pytest.raises(IntegrityError, match=rf"knn-diffusion version 1 was registered at {elsewhere}, outside"):
+        living.collect(dry_run=False)
+    assert living.files() == files
+    client.set_model_version_tag("knn-diffusion", "1", "uri", elsewhere.replace("/shapes/", "/others/"))
+    assert living.collect(dry_run=False)[0].files
+
+
+def test_collect_versions_that_refer_to_no_folder_is_refused(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:4])
+    Registry(living.settings)._client.delete_model_version_tag("knn-database.shapes", "1", "uri")
+    files = living.files()
+    with pytest.raises(
+        StageError, match=r"versions of shapes registered at .* refer to no folder of .*/shapes, so all"
+    ):
+        living.collect(dry_run=False)
     assert living.files() == files
 
 

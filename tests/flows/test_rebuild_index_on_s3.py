@@ -10,7 +10,7 @@ from support.fakes import LoopbackServer, Reply, WithoutRay
 from support.object_stores import Bucket
 
 from infra import storage
-from infra.errors import NotFoundError, StageError
+from infra.errors import IntegrityError, NotFoundError, StageError
 from infra.storage.lease import lease
 
 
@@ -97,3 +97,17 @@ def test_pictures_go_from_the_cache_though_the_collection_was_interrupted(
             living.collect(dry_run=False)
     assert living.collect(dry_run=False)[0].files
     assert not cached(living, BODY[NAMES[1]])
+
+
+def test_collect_copied_prefix_is_refused(living: Living, bucket: Bucket) -> None:
+    living.build(NAMES[:4])
+    living.rebuild(urls=living.listed(*NAMES[:5]))
+    keys = bucket.keys()
+    original = [key for key in keys if "/lease/" not in key]
+    copied = [key.replace("line/", "copy/", 1) for key in original]
+    for key, copy in zip(original, copied, strict=True):
+        bucket.write(copy, bucket.read(key))
+    told = rf"registered at {bucket.uri}/line/shapes/database/.*{bucket.uri}/copy; .*--root {bucket.uri}/line"
+    with pytest.raises(IntegrityError, match=told):
+        living.collect(root=f"{bucket.uri}/copy", dry_run=False)
+    assert set(bucket.keys()) >= {*original, *copied}
