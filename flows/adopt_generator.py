@@ -9,6 +9,7 @@ from flows.train_generator import TrainedGenerator
 from infra import compute, tracking, uris
 from model.saved_generator import EMBEDDED
 from tasks.evaluate.task import EvaluateConfig, evaluate
+from tasks.references.trust import open_folder, saved_pipeline
 from tasks.references.types import DatabaseVersion, Outcome
 from tasks.register import Named, register_generator_task
 from tasks.stage import base_of, settings_of
@@ -24,6 +25,7 @@ class AdoptGeneratorConfig:
     root: str | None = None
     generator: str = EMBEDDED  # or the local folder of a saved pipeline
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    trust: bool = False  # treat folders outside of the root like those below it; see SECURITY.md
 
     def __post_init__(self) -> None:
         """Keep passwords of URIs out of what Prefect and MLflow store."""
@@ -35,13 +37,14 @@ def adopt_generator(config: AdoptGeneratorConfig) -> TrainedGenerator:
     """Keep a generator with the domain, score it on the database, and register it as ``knn-diffusion``'s champion."""
     settings = settings_of(config.root)
     base, cache = base_of(settings, config.domain), settings.cache_folder
-    database = DatabaseVersion.open(config.database)
+    database = open_folder(DatabaseVersion, config.database, settings, trust=config.trust)
+    source = saved_pipeline(config.generator, "", settings, trust=config.trust)
     with (
         compute.cluster(settings.ray_address, settings.cpus),
         tracking.start_run(settings, experiment="adopt-generator", name=config.domain) as run,
     ):
         run.params({"config": dataclasses.asdict(config)})  # MLflow takes the plain names for the model it registers
-        generator = adopt(config.generator, base)
+        generator = adopt(config.generator, base, source.confined_to)
         evaluation = evaluate(generator.reference, database, base, config.evaluate, cache)
         scores = evaluation.reference.scores()
         run.log(step=0, values=scores)

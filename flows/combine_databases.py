@@ -6,11 +6,11 @@ from prefect import flow
 
 from infra import compute, uris
 from infra.errors import StageError
-from infra.registry import Registry
 from infra.settings import Settings
 from infra.storage.lease import Lease, lease
 from model.errors import ModelError
 from tasks.index.task import IndexChanges, IndexConfig, index
+from tasks.references.trust import open_named
 from tasks.references.types import DatabaseVersion, Outcome, config_from
 from tasks.register import Named, register_database_task
 from tasks.stage import base_of, require_domain, settings_of
@@ -30,6 +30,7 @@ class MergeDatabasesConfig:
     index: IndexConfig | None = None  # None: the first one's
     index_changes: IndexChanges = dataclasses.field(default_factory=IndexChanges)  # over ``index``
     replace: bool = False  # a champion of the domain that holds pictures of its own
+    trust: bool = False  # treat folders outside of the root like those below it; see SECURITY.md
     wait_s: float = 0.0  # for another writer of the domain to end, before this one is refused
 
     def __post_init__(self) -> None:
@@ -51,6 +52,7 @@ class SubsetDatabaseConfig:
     index: IndexConfig | None = None  # None: the database's own
     index_changes: IndexChanges = dataclasses.field(default_factory=IndexChanges)  # over ``index``
     replace: bool = False
+    trust: bool = False
     wait_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -74,7 +76,7 @@ def merge_databases(config: MergeDatabasesConfig) -> NewDatabase:
     """Register the union of several databases as a domain's champion. What any of them has taken down stays hidden."""
     settings = settings_of(config.root)
     base = base_of(settings, config.domain)
-    databases = {name: _pulled(name, settings) for name in config.databases}
+    databases = {name: open_named(DatabaseVersion, name, settings, trust=config.trust)[0] for name in config.databases}
     with (
         lease(base, holder=f"merge-databases {config.domain}", wait_s=config.wait_s) as held,
         compute.cluster(settings.ray_address, settings.cpus),
@@ -93,7 +95,7 @@ def subset_database(config: SubsetDatabaseConfig) -> NewDatabase:
     """Register the rows of a database that a filter takes as a domain's champion."""
     settings = settings_of(config.root)
     base = base_of(settings, config.domain)
-    database = _pulled(config.database, settings)
+    database = open_named(DatabaseVersion, config.database, settings, trust=config.trust)[0]
     with (
         lease(base, holder=f"subset-database {config.domain}", wait_s=config.wait_s) as held,
         compute.cluster(settings.ray_address, settings.cpus),
@@ -120,11 +122,6 @@ def _registered(
     held.check()
     registered = register_database_task(domain, built.reference, settings, None)
     return NewDatabase(combined=combined, database=built, registered=registered)
-
-
-def _pulled(name: str, settings: Settings) -> DatabaseVersion:
-    pulled = Registry(settings).pull(name, kind="database")
-    return DatabaseVersion.of(pulled.manifest, pulled.folder_uri)
 
 
 def _config_of(database: DatabaseVersion) -> IndexConfig:

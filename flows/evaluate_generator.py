@@ -9,11 +9,12 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
 from infra import compute, storage, tracking, uris
 from infra.formats.tables import read_lines
-from infra.registry import GENERATOR_NAME, Registry
+from infra.registry import GENERATOR_NAME
 from infra.settings import Settings
 from model.saved_generator import contents_digest, pretrained_folder
 from tasks.evaluate.report import FIGURE, MARKDOWN, Report, preview, report
 from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
+from tasks.references.trust import open_named, saved_pipeline
 from tasks.references.types import DatabaseVersion, Generator, Outcome, domain_of
 from tasks.stage import base_of, settings_of
 
@@ -30,6 +31,7 @@ class EvaluateGeneratorConfig:
     texts: str | None = None  # text file, local or remote, a prompt a line; None: ``evaluate.prompts``
     root: str | None = None  # None: the settings' root
     evaluate: EvaluateConfig = dataclasses.field(default_factory=lambda: EvaluateConfig(ablations=True))
+    trust: bool = False  # treat folders outside of the root like those below it; see SECURITY.md
 
     def __post_init__(self) -> None:
         """Refuse an evaluation of nothing."""
@@ -52,8 +54,8 @@ def evaluate_generator(config: EvaluateGeneratorConfig) -> EvaluatedGenerator:
     """Score a generator on each database, hold its samples against every other, and put all of it on one page."""
     settings = settings_of(config.root)
     cache = settings.cache_folder
-    generator = open_generator(config.generator, settings)
-    databases = open_databases(config.databases, settings)
+    generator = open_generator(config.generator, settings, trust=config.trust)
+    databases = open_databases(config.databases, settings, trust=config.trust)
     asked = config.evaluate
     if config.texts is not None:
         asked = dataclasses.replace(asked, prompts=tuple(read_lines(config.texts)), prompt_urls=())
@@ -81,21 +83,18 @@ def evaluate_generator(config: EvaluateGeneratorConfig) -> EvaluatedGenerator:
     return EvaluatedGenerator(evaluations=evaluations, report=made, run_id=run.run_id)
 
 
-def open_generator(name: str, settings: Settings) -> Generator:
+def open_generator(name: str, settings: Settings, *, trust: bool = False) -> Generator:
     """What a name leads to; a saved pipeline without a manifest stands as its folder and the digest of its contents."""
     if (pretrained_folder(name) / "model_index.json").exists():
-        uri = name if pretrained_folder(name) != Path(name) else storage.absolute(name)
-        return Generator(uri=uri, rows=0, digest=contents_digest(name))
-    pulled = Registry(settings).pull(name, kind="generator")
-    return Generator.of(pulled.manifest, pulled.folder_uri)
+        return saved_pipeline(name, contents_digest(name), settings, trust=trust)
+    return open_named(Generator, name, settings, trust=trust)[0]
 
 
-def open_databases(names: Sequence[str], settings: Settings) -> dict[str, DatabaseVersion]:
+def open_databases(names: Sequence[str], settings: Settings, *, trust: bool = False) -> dict[str, DatabaseVersion]:
     """The versions by domain, each once, in the order asked; two of one domain are told apart by their keys."""
-    registry, opened = Registry(settings), dict[str, DatabaseVersion]()
+    opened = dict[str, DatabaseVersion]()
     for name in names:
-        pulled = registry.pull(name, kind="database")
-        version = DatabaseVersion.of(pulled.manifest, pulled.folder_uri)
+        version, pulled = open_named(DatabaseVersion, name, settings, trust=trust)
         label = domain_of(version)
         if opened.get(label, version) != version:
             label = f"{label}-{pulled.manifest.key[:6]}"

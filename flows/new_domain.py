@@ -33,6 +33,7 @@ class NewDomainConfig:
     train: TrainConfig | None = None  # None: no training, and without ``generator`` the database alone
     generator: str | None = None  # to adopt as it is: a saved pipeline's local folder, or "sticker-generator"
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    trust: bool = False  # treat a generator's folder outside of the root like one below it; see SECURITY.md
     wait_s: float = 0.0  # for another writer of this domain to end, before this one is refused
     verify: bool = False  # check the digests of what earlier runs committed, not only that it is there
 
@@ -90,6 +91,7 @@ def new_domain(config: NewDomainConfig) -> Domain:
                     database=database.reference.uri,
                     root=config.root,
                     generator=config.generator,
+                    trust=config.trust,
                     evaluate=config.evaluate,
                 )
             )

@@ -11,7 +11,6 @@ import dataclasses
 from prefect import flow
 
 from infra import compute, logs, uris
-from infra.registry import Registry
 from infra.settings import Settings
 from infra.storage.lease import lease
 from model.errors import ModelError
@@ -19,6 +18,7 @@ from tasks.download.task import DownloadConfig, download
 from tasks.embed.task import EmbedConfig, embed
 from tasks.index.task import IndexChanges, IndexConfig, index
 from tasks.references.lineage import embeddings_of, images_of, takedown_of
+from tasks.references.trust import open_named
 from tasks.references.types import (
     DatabaseVersion,
     EmbeddingShards,
@@ -145,8 +145,7 @@ def _taken_over(config: RebuildIndexConfig, state: State) -> list[Reference]:
 
 def champion_of(domain: str, settings: Settings) -> State:
     """The domain's champion and what it was made from. Raises ``NotFoundError`` when there is none."""
-    pulled = Registry(settings).pull(domain, kind="database")
-    database = DatabaseVersion.of(pulled.manifest, pulled.folder_uri)
+    database, _ = open_named(DatabaseVersion, domain, settings)
     embeddings = embeddings_of(database)
     return State(database=database, embeddings=embeddings, images=images_of(embeddings), takedown=takedown_of(database))
 

@@ -9,6 +9,7 @@ from infra import compute, tracking, uris
 from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
 from tasks.neighbours import neighbours
 from tasks.references.lineage import embeddings_of, images_of
+from tasks.references.trust import open_folder
 from tasks.references.types import DatabaseVersion, Generator, Outcome
 from tasks.register import Named, register_generator_task
 from tasks.stage import base_of, settings_of
@@ -26,6 +27,7 @@ class TrainGeneratorConfig:
     root: str | None = None
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    trust: bool = False  # treat folders outside of the root like those below it; see SECURITY.md
 
     def __post_init__(self) -> None:
         """Keep passwords of URIs out of what Prefect and MLflow store."""
@@ -48,7 +50,7 @@ def train_generator(config: TrainGeneratorConfig) -> TrainedGenerator:
     """Train a generator on a database's own pictures and register it as ``knn-diffusion``'s champion."""
     settings = settings_of(config.root)
     base, cache = base_of(settings, config.domain), settings.cache_folder
-    database = DatabaseVersion.open(config.database)
+    database = open_folder(DatabaseVersion, config.database, settings, trust=config.trust)
     embeddings = embeddings_of(database)
     images = images_of(embeddings)
     with (

@@ -60,11 +60,13 @@ class Pulled:
     """What a name led to: the committed folder, its manifest, and the version's files, if it was a registered one.
 
     The files are where MLflow keeps them, when that is on this machine; else a generator's are in the cache.
+    ``foreign`` is True for a folder that was named itself and is outside of the user's root.
     """
 
     folder_uri: str
     manifest: artifacts.Manifest
     local: Path | None = None
+    foreign: bool = False
     name: str | None = None
     version: int | None = None
 
@@ -155,7 +157,8 @@ class Registry:
         if not reference.startswith("models:/"):
             if storage.exists(storage.join(reference, artifacts.MANIFEST)):
                 folder = storage.absolute(reference)
-                return Pulled(folder_uri=folder, manifest=self._checked(folder, kind))
+                foreign = not storage.is_below(folder, self._settings.root)
+                return Pulled(folder_uri=folder, manifest=self._checked(folder, kind), foreign=foreign)
             if "/" in reference:
                 raise NotFoundError(f"{reference} holds no committed {kind}: there is no {artifacts.MANIFEST} in it")
             reference = f"models:/{_full_name(reference, kind)}@{CHAMPION}"
@@ -356,14 +359,16 @@ class Registry:
         return manifest
 
 
-def load_pipeline(model_uri: str, database_uri: str, settings: Settings | None = None) -> Any:
+def load_pipeline(model_uri: str, database_uri: str, settings: Settings | None = None, *, trust: bool = False) -> Any:
     """A ``model.pipeline.KNNDiffusionPipeline`` of a generator and a database, each named in any of the three forms.
+
+    ``trust`` treats a folder outside of the settings' root like one below it; see SECURITY.md.
 
     What opens them knows networks, so it lives among the tasks; it is looked up by name, since infra imports nothing
     from there.
     """
     open_pipeline = pkgutil.resolve_name("tasks.serve.load:open_pipeline")
-    return open_pipeline(model_uri, database_uri, settings or Settings())
+    return open_pipeline(model_uri, database_uri, settings or Settings(), trust=trust)
 
 
 _MEASURED = (

@@ -48,6 +48,17 @@ def canonical(uri: str) -> str:
     return str(local_path(uri).resolve()) if is_local(uri) else absolute(uri)
 
 
+def is_below(uri: str, folder: str) -> bool:
+    """Return True if ``uri`` is ``folder`` or is in it, with links and ``..`` of local paths resolved.
+
+    A chain of file systems (``::``) and a remote URI with ``..`` count as outside: where they lead is up to the scheme.
+    """
+    place, above = canonical(uri), canonical(folder).rstrip("/")
+    if "::" in uri or (not is_local(uri) and ".." in place.split("/")):
+        return False
+    return place == above or place.startswith(above + "/")
+
+
 def is_local(uri: str) -> bool:
     """Return True if ``uri`` names a file of this machine."""
     return "://" not in uri or uri.startswith("file://")

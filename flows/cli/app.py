@@ -23,6 +23,7 @@ from flows.cli.console import (
     Memory,
     Root,
     TargetRecall,
+    Trust,
     Verbose,
     Verify,
     Wait,
@@ -142,6 +143,7 @@ def generate(
         int | None,
         typer.Option(help="Draws to choose each picture from; the generator's default if unset.", min=1, max=64),
     ] = None,
+    trust: Trust = False,
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
@@ -158,7 +160,7 @@ def generate(
 
         writable(out, "picture", PICTURES)
         asked = [_picture_or_text(prompt) for prompt in prompts]
-        pipeline = load_pipeline(model, database, settings(root))
+        pipeline = load_pipeline(model, database, settings(root), trust=trust)
         options = {
             "negative_prompts": negative,
             "num_inference_steps": steps,
@@ -203,6 +205,7 @@ def edit(
         typer.Option(help="Share of the picture that local may change, above 0; 1 for what fills it."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same picture.", min=0, max=2**63 - 1)] = 0,
+    trust: Trust = False,
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
@@ -220,7 +223,7 @@ def edit(
         if largest_region is not None and method != "local":
             raise InputError(f"--largest-region is of the method local; {method} has no regions")
         source = open_picture(image)
-        pipeline = load_pipeline(model, database, settings(root))
+        pipeline = load_pipeline(model, database, settings(root), trust=trust)
         given = {
             "method": method,
             "strength": strength,
@@ -246,6 +249,7 @@ def evaluate(
     ablations: Annotated[bool, typer.Option(help="Also other queries and numbers of neighbours.")] = True,
     inception: Annotated[str | None, typer.Option(help="torch-fidelity's Inception weights, for FID.")] = None,
     gpu: Annotated[bool, typer.Option(help="Draw on a GPU.")] = False,
+    trust: Trust = False,
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
@@ -256,7 +260,7 @@ def evaluate(
 
         asked = EvaluateConfig(samples=samples, ablations=ablations, inception_weights=inception, use_gpu=gpu)
         config = EvaluateGeneratorConfig(
-            databases=tuple(databases), generator=model, texts=texts, root=root, evaluate=asked
+            databases=tuple(databases), generator=model, texts=texts, root=root, evaluate=asked, trust=trust
         )
         say(evaluate_generator(config).report.reference.uri + "/evaluation.html")
 

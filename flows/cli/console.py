@@ -24,6 +24,10 @@ Wait = Annotated[float, typer.Option("--wait", help="Seconds to wait while anoth
 Verify = Annotated[
     bool, typer.Option("--verify", help="Check the digests of what is committed already, not only that it is there.")
 ]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Trust a FOLDER outside of the root like code: read what it names, load its encoder."),
+]
 Index = Annotated[
     str | None,
     typer.Option(

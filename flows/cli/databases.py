@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.console import DATABASE, Root, Verbose, age, open_picture, say, settings, size, table, told, writable
+from flows.cli.console import (
+    DATABASE,
+    Root,
+    Trust,
+    Verbose,
+    age,
+    open_picture,
+    say,
+    settings,
+    size,
+    table,
+    told,
+    writable,
+)
 
 _FOUND = {"rank": "rank", "score": "score", "id": "id", "url": "url"}
 _LISTED = {
@@ -31,6 +44,7 @@ def search(
     k: Annotated[int, typer.Option(help="Neighbours to show.", min=1)] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list on standard output.")] = False,
     html: Annotated[Path | None, typer.Option(help="Page of the pictures to write, whole in one file.")] = None,
+    trust: Trust = False,
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
@@ -46,7 +60,7 @@ def search(
             writable(html, "page", (".html", ".htm"))
             most_shown(k)
         sought = texts[0] if image is None else open_picture(image)
-        found = search_database(database, sought, k, settings(root))
+        found = search_database(database, sought, k, settings(root), trust=trust)
         if html is not None:
             name = "" if image is None else image.name
             write_gallery(html, sought, found, settings(root).cache_folder, name=name)

@@ -11,6 +11,7 @@ from flows.cli.console import (
     Memory,
     Root,
     TargetRecall,
+    Trust,
     Verbose,
     Verify,
     Wait,
@@ -76,6 +77,7 @@ def merge(
     target_recall: TargetRecall = None,
     dedup: Dedup = None,
     wait: Wait = 0.0,
+    trust: Trust = False,
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
@@ -88,6 +90,7 @@ def merge(
             databases=tuple(databases),
             index_changes=index_changes(index, memory, target_recall, dedup),
             replace=replace,
+            trust=trust,
             root=root,
             wait_s=wait,
         )
@@ -106,6 +109,7 @@ def subset(
     target_recall: TargetRecall = None,
     dedup: Dedup = None,
     wait: Wait = 0.0,
+    trust: Trust = False,
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
@@ -119,6 +123,7 @@ def subset(
             where=where,
             index_changes=index_changes(index, memory, target_recall, dedup),
             replace=replace,
+            trust=trust,
             root=root,
             wait_s=wait,
         )

@@ -20,7 +20,7 @@ from infra.storage.files import (
     walk,
     write_bytes,
 )
-from infra.uris import absolute, canonical, is_local, join, local_path
+from infra.uris import absolute, canonical, is_below, is_local, join, local_path
 
 __all__ = [
     "PART_BYTES",
@@ -31,6 +31,7 @@ __all__ = [
     "discard",
     "exists",
     "fetch",
+    "is_below",
     "is_local",
     "join",
     "local_path",

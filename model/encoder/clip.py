@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from model.encoder.identity import EncoderIdentity
+from model.encoder.identity import EMBEDDED, EncoderIdentity
 from model.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED = "sticker-clip"
 _EMBEDDED_FOLDER = Path(__file__).parent.parent / "pretrained" / "sticker-clip"
 
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 
+EMBEDDED = "sticker-clip"
+"""Name of the encoder that ships with this package."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderIdentity:

@@ -131,6 +131,7 @@ class _Measurement:
                 )
         self._database = self._opened[subject.name]
         self._pipeline = KNNDiffusionPipeline.open(pipeline_folder(subject.generator, cache), self._database)
+        subject.generator.require_known(self._pipeline.identity)
         if self._config.use_gpu:
             self._pipeline.to("cuda")
         config = self._config

@@ -21,7 +21,8 @@ def takedown_of(version: DatabaseVersion) -> Takedown | None:
 
 def _input_of(made: Reference, name: str, kind: type[Made]) -> Made:
     source = made.manifest().inputs[name]
-    found = kind.open(source["uri"])
+    made.require_inside(source["uri"])
+    found = kind.open(source["uri"], confined_to=made.confined_to)
     if found.digest != source["digest"]:
         raise InputError(f"{found.uri} is not what {made.uri} was made from; make it again")
     return found

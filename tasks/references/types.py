@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from infra import artifacts, storage
 from infra.errors import EncoderMismatchError, InputError, IntegrityError
-from model.encoder.identity import EncoderIdentity
+from model.encoder.identity import EMBEDDED, EncoderIdentity
 from tasks.references.manifest_fields import check_fields
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     Config = TypeVar("Config", bound=DataclassInstance)
 else:
     Config = TypeVar("Config")
+
+_TRUST = "if you trust whoever made it like code that you run, add --trust (in Python and flows: trust=True)"
 
 # One row of metadata_NNNNN.parquet; position in the file is the row of img_emb_NNNNN.npy beside it.
 METADATA_SCHEMA = pa.schema(
@@ -40,15 +42,20 @@ METADATA_SCHEMA = pa.schema(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """A committed, immutable artifact. ``kind`` is also the name of its folder below the domain."""
+    """A committed, immutable artifact. ``kind`` is also the name of its folder below the domain.
+
+    ``confined_to`` is None for a trusted artifact. Otherwise it is the only folder in which the artifact's files and
+    inputs may be, and only the bundled encoder is loaded for it (see ``tasks/references/trust.py``).
+    """
 
     kind: ClassVar[str]
     uri: str
     rows: int
     digest: str
+    confined_to: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @classmethod
-    def of(cls, manifest: artifacts.Manifest, uri: str) -> Self:
+    def of(cls, manifest: artifacts.Manifest, uri: str, *, confined_to: str | None = None) -> Self:
         """The reference to what ``manifest``, found at ``uri``, describes.
 
         Raises ``InputError`` on another kind, ``IntegrityError`` on fields of the wrong type or range.
@@ -56,19 +63,41 @@ class Reference:
         if manifest.kind != cls.kind:
             raise InputError(f"{uri} holds {manifest.kind}, but {cls.kind} is wanted here")
         check_fields(manifest, uri)
-        return cls(uri=uri, rows=manifest.rows, digest=manifest.digest)
+        return cls(uri=uri, rows=manifest.rows, digest=manifest.digest, confined_to=confined_to)
 
     @classmethod
-    def open(cls, uri: str) -> Self:
+    def open(cls, uri: str, *, confined_to: str | None = None) -> Self:
         """The reference to a committed folder. Raises ``NotFoundError``, ``IntegrityError``, ``InputError``."""
-        return cls.of(artifacts.read_manifest(uri), uri)
+        return cls.of(artifacts.read_manifest(uri), uri, confined_to=confined_to)
 
     def manifest(self) -> artifacts.Manifest:
-        """The manifest behind this reference. Raises ``IntegrityError`` when it is no longer the same."""
+        """The manifest behind this reference.
+
+        Raises:
+            IntegrityError: it is no longer the same.
+            InputError: it is not trusted and names files or an encoder that only a trusted one may name.
+        """
         manifest = artifacts.read_manifest(self.uri)
         if manifest.digest != self.digest:
             raise IntegrityError(f"{self.uri} is no longer {self.digest[:12]}…; name the version meant")
+        if self.confined_to is not None:
+            for folder in [*(shard.folder for shard in manifest.shards), *_history_folders(manifest)]:
+                self.require_inside(folder or self.uri)
+            if "encoder" in manifest.identity:
+                self.require_known(encoder_of(manifest))
         return manifest
+
+    def require_inside(self, uri: str) -> None:
+        """Raise ``InputError`` if this artifact is not trusted and ``uri`` is outside of the folder of its own."""
+        if self.confined_to is not None and not storage.is_below(uri, self.confined_to):
+            raise InputError(f"{self.uri} refers to {uri}, outside of its own root {self.confined_to}; {_TRUST}")
+
+    def require_known(self, encoder: EncoderIdentity) -> None:
+        """Raise ``InputError`` if this artifact is not trusted and ``encoder`` is not the bundled one."""
+        if self.confined_to is not None and encoder.name != EMBEDDED:
+            raise InputError(
+                f"{self.uri} names the encoder {encoder.name}, and would have it loaded or downloaded; {_TRUST}"
+            )
 
     def as_input(self) -> dict[str, str]:
         """How this reference stands in the manifest of what is made from it."""
@@ -157,6 +186,11 @@ def config_from(of: type[Config], stored: Mapping[str, Any]) -> Config:
 def config_of(config: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """A config dataclass as JSON-ready settings, less those that only decide how fast the output is made."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in without}
+
+
+def _history_folders(manifest: artifacts.Manifest) -> list[str]:
+    """Return the folders of the URL history's files (``tasks/references/url_history.py``)."""
+    return [file["folder"] for file in manifest.info.get("seen", ())]
 
 
 Made = TypeVar("Made", bound=Reference)

@@ -9,7 +9,6 @@ from PIL import Image
 
 from infra.download.images import to_rgb
 from infra.errors import InputError
-from infra.registry import Registry
 from infra.settings import Settings
 from model.encoder.clip import encoder_for
 from model.pipeline import KNNDiffusionPipeline
@@ -17,6 +16,7 @@ from model.retrieval.database import Database
 from model.saved_generator import pretrained_folder
 from tasks.references.database import open_database
 from tasks.references.images import fetch_pictures
+from tasks.references.trust import open_named, saved_pipeline
 from tasks.references.types import DatabaseVersion, Generator
 from tasks.train.task import PIPELINE, generator_folder
 
@@ -33,23 +33,28 @@ class Found:
     rows: list[dict[str, Any]]
 
 
-def pull_database(reference: str, settings: Settings) -> Database:
+def pull_database(reference: str, settings: Settings, *, trust: bool = False) -> Database:
     """The open database that ``reference`` (MLflow URI, short name or folder) names.
 
-    Raises ``NotFoundError`` listing what there is, and ``IntegrityError`` for damaged files.
+    ``trust`` treats a folder outside of the settings' root like one below it; see SECURITY.md.
+
+    Raises ``NotFoundError`` listing what there is, ``IntegrityError`` for damaged files, and ``InputError`` for a
+    folder that needs ``trust``.
     """
-    version, _ = _pull_version(reference, settings)
+    version, _ = _pull_version(reference, settings, trust)
     return open_database(version, settings.cache_folder)
 
 
-def search_database(reference: str, query: str | Image.Image, k: int, settings: Settings) -> Found:
+def search_database(
+    reference: str, query: str | Image.Image, k: int, settings: Settings, *, trust: bool = False
+) -> Found:
     """The ``k`` nearest rows of a text or a picture, in the database named.
 
     Raises ``InputError`` for an empty text, ``NotFoundError`` and ``IntegrityError`` as :func:`pull_database`.
     """
     if isinstance(query, str) and not query.strip():
         raise InputError("the query is empty; write what to look for")
-    version, name = _pull_version(reference, settings)
+    version, name = _pull_version(reference, settings, trust)
     database = open_database(version, settings.cache_folder)
     encoder = encoder_for(database.encoder)
     # As the pictures of the database were made when they were downloaded: 8 bit, on white.
@@ -64,17 +69,23 @@ def search_database(reference: str, query: str | Image.Image, k: int, settings: 
     return Found(version=version, name=name, rows=rows)
 
 
-def open_pipeline(model: str, database: str, settings: Settings) -> KNNDiffusionPipeline:
-    """A pipeline of the generator and the database named. Raises ``ModelError`` when their encoders differ."""
+def open_pipeline(model: str, database: str, settings: Settings, *, trust: bool = False) -> KNNDiffusionPipeline:
+    """A pipeline of the generator and the database named; ``trust`` as in :func:`pull_database`.
+
+    Raises ``ModelError`` when their encoders differ, ``InputError`` for a folder that needs ``trust``.
+    """
     plain = pretrained_folder(model)
     if (plain / "model_index.json").exists():  # the embedded one, or what save_pretrained wrote
-        return KNNDiffusionPipeline.open(plain, pull_database(database, settings))
-    pulled = Registry(settings).pull(model, kind="generator")
-    if pulled.local is not None:
-        folder = pulled.local / "artifacts" / PIPELINE
+        generator, folder = saved_pipeline(model, "", settings, trust=trust), plain
     else:
-        folder = generator_folder(Generator.of(pulled.manifest, pulled.folder_uri), settings.cache_folder)
-    return KNNDiffusionPipeline.open(folder, pull_database(database, settings))
+        generator, pulled = open_named(Generator, model, settings, trust=trust)
+        if pulled.local is not None:
+            folder = pulled.local / "artifacts" / PIPELINE
+        else:
+            folder = generator_folder(generator, settings.cache_folder)
+    pipeline = KNNDiffusionPipeline.open(folder, pull_database(database, settings, trust=trust))
+    generator.require_known(pipeline.identity)
+    return pipeline
 
 
 def stored_pictures(reference: str, ids: NDArray[np.int64], settings: Settings) -> list[list[Image.Image]]:
@@ -84,8 +95,7 @@ def stored_pictures(reference: str, ids: NDArray[np.int64], settings: Settings) 
     return [[next(pictures) for _ in rows] for rows in ids]
 
 
-def _pull_version(reference: str, settings: Settings) -> tuple[DatabaseVersion, str]:
+def _pull_version(reference: str, settings: Settings, trust: bool = False) -> tuple[DatabaseVersion, str]:
     """The version that ``reference`` names, and what it is called: models:/NAME/VERSION, or its folder."""
-    pulled = Registry(settings).pull(reference, kind="database")
-    version = DatabaseVersion.of(pulled.manifest, pulled.folder_uri)
+    version, pulled = open_named(DatabaseVersion, reference, settings, trust=trust)
     return version, pulled.folder_uri if pulled.name is None else f"models:/{pulled.name}/{pulled.version}"

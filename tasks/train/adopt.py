@@ -12,14 +12,16 @@ from tasks.stage import skip_or_make, stage_task
 from tasks.train.task import PIPELINE
 
 
-def adopt_generator(name: str, base: str) -> Outcome[Generator]:
+def adopt_generator(name: str, base: str, *, confined_to: str | None = None) -> Outcome[Generator]:
     """Copy the pipeline ``name`` (a local folder, or one that ships with this package) to ``base/generator/<key>``.
 
     What it holds decides the key: other weights or other defaults are another generator. Its rows are 0, since what it
     was trained on is not told.
 
+    ``confined_to`` is None for a trusted pipeline, as in :class:`tasks.references.types.Reference`.
+
     Raises:
-        InputError: there is no saved pipeline of that name.
+        InputError: there is no saved pipeline of that name, or it is not trusted and names an encoder of its own.
         ModelError: there is one, and it cannot be loaded.
     """
     folder = pretrained_folder(name)
@@ -33,6 +35,7 @@ def adopt_generator(name: str, base: str) -> Outcome[Generator]:
 
     def make() -> artifacts.Manifest:
         pipeline = KNNDiffusionPipeline.open(folder)
+        Generator(uri=uri, rows=0, digest="", confined_to=confined_to).require_known(pipeline.identity)
         info = {"adopted": name, "parameters": sum(weights.numel() for weights in pipeline.transformer.parameters())}
         with storage.scratch() as scratch:
             shutil.copytree(folder, scratch / PIPELINE)
@@ -53,6 +56,6 @@ def _note(manifest: artifacts.Manifest) -> str:
 
 
 @stage_task(name="adopt")
-def adopt(name: str, base: str) -> Outcome[Generator]:
+def adopt(name: str, base: str, confined_to: str | None = None) -> Outcome[Generator]:
     """Task of :func:`adopt_generator`."""
-    return adopt_generator(name, base)
+    return adopt_generator(name, base, confined_to=confined_to)

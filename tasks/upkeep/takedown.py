@@ -115,7 +115,7 @@ def entries_of(takedown: Takedown, cache: Path) -> Entries:
     return Entries(*(frozenset(row["value"] for row in rows if row["column"] == name) for name in COLUMNS))
 
 
-def ever_taken_down(base: str, cache: Path) -> Entries:
+def ever_taken_down(base: str, cache: Path, confined_to: str | None = None) -> Entries:
     """What was ever taken down in the domain whose folder is ``base``, whatever its registry and versions say.
 
     Raises:
@@ -124,12 +124,12 @@ def ever_taken_down(base: str, cache: Path) -> Entries:
     together, uris = Entries(), takedowns_below(base)
     try:
         with ThreadPoolExecutor(_READERS) as pool:
-            for entries in pool.map(lambda uri: entries_of(Takedown.open(uri), cache), uris):
+            for entries in pool.map(lambda uri: entries_of(Takedown.open(uri, confined_to=confined_to), cache), uris):
                 together |= entries
     except KNNDiffusionError:
         if takedowns_below(base) == uris:
             raise
-        return ever_taken_down(base, cache)  # one that a wider one holds was collected meanwhile
+        return ever_taken_down(base, cache, confined_to)  # one that a wider one holds was collected meanwhile
     return together
 
 
@@ -164,7 +164,7 @@ def hidden_by(version: DatabaseVersion, cache: Path) -> Entries:
     base, kind, _ = storage.join(version.uri).rsplit("/", 2)
     own = takedown_of(version)
     entries = Entries() if own is None else entries_of(own, cache)
-    return entries | ever_taken_down(base, cache) if kind == DatabaseVersion.kind else entries
+    return entries | ever_taken_down(base, cache, version.confined_to) if kind == DatabaseVersion.kind else entries
 
 
 def with_bytes(entries: Entries, images: ImageShards, cache: Path) -> Entries:

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.changing_domain import NAMES, Living
-from support.fakes import WithoutRay
+from support.fakes import LoopbackServer, WithoutRay
 from support.tiny_domain import drawn, write_urls
 from typer.testing import CliRunner, Result
 
 from flows.cli.app import app
 from flows.cli.console import age, size
+from infra import artifacts
 from infra.errors import InputError
 from infra.storage.lease import lease
 from model.retrieval.faiss_index import MEMORY_BYTES
@@ -252,7 +253,7 @@ class Drawer:
 @pytest.fixture
 def drawer(monkeypatch: pytest.MonkeyPatch) -> Drawer:
     made = Drawer()
-    monkeypatch.setattr("infra.registry.load_pipeline", lambda *_: made)
+    monkeypatch.setattr("infra.registry.load_pipeline", lambda *_, **__: made)
     return made
 
 
@@ -270,6 +271,29 @@ def test_a_prompt_that_reads_as_a_pictures_name_is_no_text(drawer: Drawer, tmp_p
     assert result.exit_code == 0, result.stderr
     assert drawer.asked[:3] == [*texts]
     assert [picture.size for picture in drawer.asked[3:]] == [(5, 5), (5, 5)]
+
+
+@pytest.mark.parametrize("command", ["search", "generate", "edit", "evaluate", "merge", "subset"])
+def test_foreign_folder_is_refused_without_trust(prefect_server: None, command: str, tmp_path: Path) -> None:
+    with LoopbackServer({}) as internal:
+        source = {"embeddings": {"uri": internal.url("/shapes/embeddings/0"), "digest": "0"}}
+        stage = artifacts.Stage(f"{tmp_path}/foreign/shapes", "database", inputs=source, config={})
+        identity = {"name": "hf-hub:evil/clip", "weights_digest": "", "preprocess_digest": "", "dimension": 4}
+        stage.commit([], identity={"encoder": identity}, info={})
+        drawn("red", "bar").save(tmp_path / "in.png")
+        drawing = ["--database", stage.uri, "--out", f"{tmp_path}/out.png", "--model", "sticker-generator"]
+        arguments = {
+            "search": [stage.uri, "cat"],
+            "generate": ["cat", *drawing],
+            "edit": [f"{tmp_path}/in.png", "cat", *drawing],
+            "evaluate": [stage.uri, "--model", "sticker-generator"],
+            "merge": ["both", stage.uri, stage.uri],
+            "subset": ["part", stage.uri, "--where", "width > 1"],
+        }[command]
+        refused(run(command, *arguments, "--root", f"{tmp_path}/own"), "hf-hub:evil/clip", "add --trust")
+        assert internal.requests == []
+        trusted = run(command, *arguments, "--root", f"{tmp_path}/own", "--trust")
+        assert trusted.exit_code == 1 and "--trust" not in trusted.stderr
 
 
 @pytest.mark.parametrize(("count", "columns", "rows"), [(2, 2, 1), (12, 12, 1), (13, 4, 4), (255, 16, 16)])
