@@ -171,6 +171,9 @@ def test_manifest_with_file_outside_its_folder_is_refused(tmp_path: Path, name: 
     path.write_text(path.read_text().replace('"secret"', f'"{name}"'))
     with pytest.raises(IntegrityError, match=f"the file {name} is outside of its folder"):
         artifacts.read_manifest(uri)
+    path.write_text(path.read_text().replace(f'"{name}"', '"secret"').replace('"00000"', f'"{name}"'))
+    with pytest.raises(IntegrityError, match=f"the shard {name} is outside of its folder"):
+        artifacts.read_manifest(uri)
 
 
 @pytest.mark.parametrize("encoder", FOREIGN_ENCODERS)
