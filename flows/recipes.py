@@ -6,7 +6,7 @@ from collections.abc import Callable
 from flows.new_domain import NewDomainConfig
 from infra.download.downloader import DownloadPolicy
 from model.diffusion.conditioning import ConditioningConfig
-from model.encoder.clip import EMBEDDED as EMBEDDED_ENCODER
+from model.encoder.identity import EMBEDDED as EMBEDDED_ENCODER
 from model.networks.dit import TransformerConfig
 from model.saved_generator import EMBEDDED
 from model.training.interfaces import TrainingConfig

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from support import tiny_models
 from torch import Tensor
 
-from model.encoder.clip import EMBEDDED, Encoder
+from model.encoder.clip import Encoder
+from model.encoder.identity import EMBEDDED
 from model.errors import ModelError
 from model.networks.editor import widen_input
 from model.networks.unet import UNetConfig, build_unet

@@ -7,7 +7,8 @@ import pytest
 import torch
 from support import tiny_models
 
-from model.encoder.clip import EMBEDDED, Encoder
+from model.encoder.clip import Encoder
+from model.encoder.identity import EMBEDDED
 from model.errors import ModelError
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 from model.saved_generator import SHIPPED, contents_digest, pretrained_folder, weights_digest

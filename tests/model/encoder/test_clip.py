@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 import model.encoder.clip
-from model.encoder.clip import EMBEDDED, Encoder, Preprocessing
-from model.encoder.identity import EncoderIdentity
+from model.encoder.clip import Encoder, Preprocessing
+from model.encoder.identity import EMBEDDED, EncoderIdentity
 from model.errors import ModelError
 
 SHIPPED = Path(model.encoder.clip.__file__).parent.parent / "pretrained" / "sticker-clip"
