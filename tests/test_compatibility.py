@@ -29,24 +29,24 @@ from PIL import Image
 from typer.testing import CliRunner
 
 # Internal interfaces, all of them here: modules may move and functions may be renamed, what they yield may not.
-from fakes import LoopbackServer, Reply, WithoutRay  # isort: skip
+from support.fakes import LoopbackServer, Reply, WithoutRay  # isort: skip
 from flows.cli import app
-from flows.demo import report_of
+from flows.demo.run import report_of
 from infra import artifacts, errors
-from infra.downloader import ERROR_CLASSES
-from infra.dropping import DUPLICATE, TAKEN_DOWN
+from infra.download.downloader import ERROR_CLASSES
+from infra.formats.webdataset import DUPLICATE, TAKEN_DOWN
 from infra.settings import Settings
 from model.errors import ModelError
 from model.pipeline import KNNDiffusionPipeline
-from tasks.adopt import adopt_generator
-from tasks.contracts import DatabaseVersion, EmbeddingShards, Generator, ImageShards, Neighbours, Takedown
-from tasks.download import download_images
-from tasks.embed import embed_images
-from tasks.evaluate import evaluate_generator
-from tasks.index import build_database
+from tasks.download.task import download_images
+from tasks.embed.task import embed_images
+from tasks.evaluate.task import evaluate_generator
+from tasks.index.task import build_database
 from tasks.neighbours import find_neighbours
-from tasks.train import train_generator
-from tasks.training_data import TrainingInputs
+from tasks.references.types import DatabaseVersion, EmbeddingShards, Generator, ImageShards, Neighbours, Takedown
+from tasks.train.adopt import adopt_generator
+from tasks.train.data import TrainingInputs
+from tasks.train.task import train_generator
 
 STAGE = artifacts.Stage  # knows the ``kind`` and ``key`` of an output
 COMMITTED = "committed"  # its method that looks an output up

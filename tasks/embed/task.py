@@ -7,7 +7,7 @@ from typing import Any
 
 from infra import artifacts, compute, storage
 from infra.errors import StageError
-from model.encoder.clip import EMBEDDED, Encoder
+from model.encoder.clip import Encoder
 from model.encoder.identity import EMBEDDED, EncoderIdentity
 from tasks.embed.worker import DECODER_DIED, SECONDS, EmbedShard, Feeding
 from tasks.references.types import EmbeddingShards, ImageShards, Outcome, encoder_of

@@ -146,7 +146,6 @@ def pack(root: Path) -> None:
 if __name__ == "__main__":
     sys.path[:0] = [str(CHECKOUT / "tests"), str(CHECKOUT)]
     import conftest  # noqa: F401  # its environment: no telemetry, no settings of the user
-
     from infra.prefect_api import prefect_api
 
     with tempfile.TemporaryDirectory() as scratch, prefect_api(Path(scratch, "prefect")):
