@@ -92,8 +92,8 @@ def collect(
     named = _kept(versions, keep_versions, storage.canonical(base))
     if folders and places.isdisjoint(named):
         raise StageError(
-            f"the versions of {domain} registered at {uris.masked(settings.tracking_uri)} refer to no folder of {base}, "
-            "so all of it would be deleted; name the registry that it was registered in, or delete the folder yourself"
+            f"the versions of {domain} registered at {uris.masked(settings.tracking_uri)} refer to no folder of "
+            f"{base}, so all of it would be deleted; name the registry that it was registered in, or delete the folder yourself"
         )
     takedowns = _widest_takedowns(base, settings.cache_folder)
     kept = reachable([*named, *committed, *takedowns, *_young_elsewhere(settings, domain, since)])
