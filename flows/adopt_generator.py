@@ -10,8 +10,8 @@ from infra import compute, tracking, uris
 from model.saved_generator import EMBEDDED
 from tasks.evaluate.task import EvaluateConfig, evaluate
 from tasks.references.trust import open_folder, saved_pipeline
-from tasks.references.types import DatabaseVersion, Outcome
-from tasks.register import Named, register_generator_task
+from tasks.references.types import DatabaseVersion, StageResult
+from tasks.register import RegistrationResult, register_generator
 from tasks.stage import base_of, settings_of
 from tasks.train.adopt import adopt
 
@@ -44,13 +44,13 @@ def adopt_generator(config: AdoptGeneratorConfig) -> TrainedGenerator:
         tracking.start_run(settings, experiment="adopt-generator", name=config.domain) as run,
     ):
         run.params({"config": dataclasses.asdict(config)})  # MLflow takes the plain names for the model it registers
-        generator = adopt(config.generator, base, source.confined_to)
-        evaluation = evaluate(generator.reference, database, base, config.evaluate, cache)
+        generator = adopt(config.generator, base, confined_to=source.confined_to)
+        evaluation = evaluate(generator.reference, database, base, config.evaluate, cache=cache)
         scores = evaluation.reference.scores()
         run.log(step=0, values=scores)
         database_uri = f"models:/knn-database.{config.domain}@champion"
-        registered = register_generator_task(generator.reference, database_uri, scores, settings, run.run_id)
-    stages: dict[str, Outcome[Any] | Named] = {
+        registered = register_generator(generator.reference, database_uri, scores, settings, run.run_id)
+    stages: dict[str, StageResult[Any] | RegistrationResult] = {
         "adopt": generator,
         "evaluate": evaluation,
         "register_generator": registered,

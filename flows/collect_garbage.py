@@ -10,7 +10,7 @@ from infra.errors import KNNDiffusionError, NotFoundError, StageError
 from infra.settings import Settings
 from infra.storage.lease import lease
 from tasks.stage import base_of, require_domain, settings_of
-from tasks.upkeep.garbage import DAY_S, Garbage, collect_task, domains_of
+from tasks.upkeep.garbage import DAY_S, Garbage, collect, domains_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,4 +69,11 @@ def collect_garbage(config: CollectGarbageConfig) -> list[Garbage]:
 
 def _collected(domain: str, settings: Settings, config: CollectGarbageConfig) -> Garbage:
     with lease(base_of(settings, domain), holder=f"collect-garbage {domain}", wait_s=config.wait_s) as held:
-        return collect_task(domain, settings, config.keep_versions, config.dry_run, config.grace_s, held.check)
+        return collect(
+            domain,
+            settings,
+            keep_versions=config.keep_versions,
+            dry_run=config.dry_run,
+            grace_s=config.grace_s,
+            check=held.check,
+        )

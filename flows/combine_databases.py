@@ -9,15 +9,15 @@ from infra.errors import StageError
 from infra.settings import Settings
 from infra.storage.lease import Lease, lease
 from model.errors import ModelError
-from tasks.index.task import IndexChanges, IndexConfig, index
+from tasks.index.task import IndexConfig, IndexOverrides, index
 from tasks.references.trust import open_named
-from tasks.references.types import DatabaseVersion, Outcome, config_from
-from tasks.register import Named, register_database_task
+from tasks.references.types import DatabaseVersion, StageResult, config_from_manifest
+from tasks.register import RegistrationResult, register_database
 from tasks.stage import base_of, require_domain, settings_of
 from tasks.upkeep.filter_expression import parse_where
-from tasks.upkeep.merge import Combined, merge_task, subset_task
-from tasks.upkeep.policy import require_replaceable, standing_takedown
-from tasks.upkeep.takedown import taken_back
+from tasks.upkeep.merge import CombinedInputs, merge, subset
+from tasks.upkeep.policy import require_replaceable, required_takedown
+from tasks.upkeep.takedown import rolled_back_on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +28,7 @@ class MergeDatabasesConfig:
     databases: tuple[str, ...]
     root: str | None = None
     index: IndexConfig | None = None  # None: the first one's
-    index_changes: IndexChanges = dataclasses.field(default_factory=IndexChanges)  # over ``index``
+    index_changes: IndexOverrides = dataclasses.field(default_factory=IndexOverrides)  # over ``index``
     replace: bool = False  # a champion of the domain that holds pictures of its own
     trust: bool = False  # treat folders outside of the root like those below it; see SECURITY.md
     wait_s: float = 0.0  # for another writer of the domain to end, before this one is refused
@@ -50,7 +50,7 @@ class SubsetDatabaseConfig:
     where: str  # such as: width >= 64 and url like "%cat%"
     root: str | None = None
     index: IndexConfig | None = None  # None: the database's own
-    index_changes: IndexChanges = dataclasses.field(default_factory=IndexChanges)  # over ``index``
+    index_changes: IndexOverrides = dataclasses.field(default_factory=IndexOverrides)  # over ``index``
     replace: bool = False
     trust: bool = False
     wait_s: float = 0.0
@@ -66,9 +66,9 @@ class SubsetDatabaseConfig:
 class NewDatabase:
     """The database of the new domain, and its name in the registry."""
 
-    combined: Combined
-    database: Outcome[DatabaseVersion]
-    registered: Named
+    combined: CombinedInputs
+    database: StageResult[DatabaseVersion]
+    registered: RegistrationResult
 
 
 @flow(name="merge-databases", flow_run_name="merge-databases-{config.domain}", validate_parameters=True)
@@ -83,8 +83,8 @@ def merge_databases(config: MergeDatabasesConfig) -> NewDatabase:
     ):
         if not config.replace:
             require_replaceable(config.domain, databases.values(), settings)
-        with taken_back(base, (ModelError, StageError)):
-            combined = merge_task(databases, base, settings.cache_folder)
+        with rolled_back_on(base, (ModelError, StageError)):
+            combined = merge(databases, base, cache=settings.cache_folder)
             index_config = config.index or _config_of(databases[config.databases[0]])
             built = _indexed(config.domain, combined, config.index_changes.over(index_config), settings)
         return _registered(config.domain, combined, built, settings, held)
@@ -102,27 +102,29 @@ def subset_database(config: SubsetDatabaseConfig) -> NewDatabase:
     ):
         if not config.replace:
             require_replaceable(config.domain, [database], settings)
-        with taken_back(base, (ModelError, StageError)):
-            combined = subset_task(database, config.where, base, settings.cache_folder)
+        with rolled_back_on(base, (ModelError, StageError)):
+            combined = subset(database, config.where, base, cache=settings.cache_folder)
             index_config = config.index or _config_of(database)
             built = _indexed(config.domain, combined, config.index_changes.over(index_config), settings)
         return _registered(config.domain, combined, built, settings, held)
 
 
-def _indexed(domain: str, combined: Combined, config: IndexConfig, settings: Settings) -> Outcome[DatabaseVersion]:
+def _indexed(
+    domain: str, combined: CombinedInputs, config: IndexConfig, settings: Settings
+) -> StageResult[DatabaseVersion]:
     """The version; what was taken down in the domain before stays hidden, too."""
     base, cache = base_of(settings, domain), settings.cache_folder
-    takedown = standing_takedown(domain, settings, cache, combined.takedown)
-    return index(combined.embeddings.reference, base, config, cache, None, takedown)
+    takedown = required_takedown(domain, settings, cache, combined.takedown)
+    return index(combined.embeddings.reference, base, config, cache=cache, takedown=takedown)
 
 
 def _registered(
-    domain: str, combined: Combined, built: Outcome[DatabaseVersion], settings: Settings, held: Lease
+    domain: str, combined: CombinedInputs, built: StageResult[DatabaseVersion], settings: Settings, held: Lease
 ) -> NewDatabase:
     held.check()
-    registered = register_database_task(domain, built.reference, settings, None)
+    registered = register_database(domain, built.reference, settings, None)
     return NewDatabase(combined=combined, database=built, registered=registered)
 
 
 def _config_of(database: DatabaseVersion) -> IndexConfig:
-    return config_from(IndexConfig, database.manifest().config)
+    return config_from_manifest(IndexConfig, database.manifest().config)

@@ -12,10 +12,10 @@ from infra.formats.tables import read_lines
 from infra.registry import GENERATOR_NAME
 from infra.settings import Settings
 from model.saved_generator import contents_digest, pretrained_folder
-from tasks.evaluate.report import FIGURE, MARKDOWN, Report, preview, report
+from tasks.evaluate.report import FIGURE, MARKDOWN, Report, preview, report_evaluations
 from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
 from tasks.references.trust import open_named, saved_pipeline
-from tasks.references.types import DatabaseVersion, Generator, Outcome, domain_of
+from tasks.references.types import DatabaseVersion, Generator, StageResult, domain_of
 from tasks.stage import base_of, settings_of
 
 ARTIFACT_KEY = "evaluation"
@@ -44,8 +44,8 @@ class EvaluateGeneratorConfig:
 class EvaluatedGenerator:
     """The evaluation on each database, the page, and the MLflow run that keeps it."""
 
-    evaluations: dict[str, Outcome[Evaluation]]
-    report: Outcome[Report]
+    evaluations: dict[str, StageResult[Evaluation]]
+    report: StageResult[Report]
     run_id: str
 
 
@@ -69,10 +69,10 @@ def evaluate_generator(config: EvaluateGeneratorConfig) -> EvaluatedGenerator:
         for name, database in databases.items():
             others = {other: version for other, version in databases.items() if other != name}
             base = base_of(settings, domain_of(database))
-            evaluations[name] = evaluate(generator, database, base, asked, cache, others)
+            evaluations[name] = evaluate(generator, database, base, asked, cache=cache, others=others)
         references = {name: outcome.reference for name, outcome in evaluations.items()}
         first = base_of(settings, domain_of(next(iter(databases.values()))))
-        made = report(references, first, title, cache)
+        made = report_evaluations(references, first, title, cache=cache)
         for name, evaluation in references.items():
             run.log(step=0, values={f"{name}/{metric}": value for metric, value in evaluation.scores().items()})
         with storage.scratch() as folder:

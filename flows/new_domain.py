@@ -13,11 +13,11 @@ from tasks.download.task import DownloadConfig, download
 from tasks.embed.task import EmbedConfig, embed
 from tasks.evaluate.task import EvaluateConfig
 from tasks.index.task import IndexConfig, index
-from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, Outcome
-from tasks.register import Named, register_database_task
+from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, StageResult
+from tasks.register import RegistrationResult, register_database
 from tasks.stage import base_of, require_domain, settings_of
 from tasks.train.setup import TrainConfig
-from tasks.upkeep.policy import standing_takedown
+from tasks.upkeep.policy import required_takedown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,10 +51,10 @@ class NewDomainConfig:
 class Domain:
     """What the flow made, and what each stage took."""
 
-    images: Outcome[ImageShards]
-    embeddings: Outcome[EmbeddingShards]
-    database: Outcome[DatabaseVersion]
-    registered: Named
+    images: StageResult[ImageShards]
+    embeddings: StageResult[EmbeddingShards]
+    database: StageResult[DatabaseVersion]
+    registered: RegistrationResult
     trained: TrainedGenerator | None  # here, or elsewhere and adopted
     seconds: dict[str, float]
     skipped: dict[str, bool]
@@ -67,12 +67,14 @@ def new_domain(config: NewDomainConfig) -> Domain:
     base, cache = base_of(settings, config.domain), settings.cache_folder
     with compute.cluster(settings.ray_address, settings.cpus):
         with lease(base, holder=f"new-domain {config.domain}", wait_s=config.wait_s) as held:
-            takedown = standing_takedown(config.domain, settings, cache)
-            images = download(config.urls, base, config.download, cache, None, takedown, config.verify)
-            embeddings = embed(images.reference, base, config.embed, cache, None, config.verify)
-            database = index(embeddings.reference, base, config.index, cache, None, takedown, config.verify)
+            takedown = required_takedown(config.domain, settings, cache)
+            images = download(config.urls, base, config.download, cache=cache, takedown=takedown, verify=config.verify)
+            embeddings = embed(images.reference, base, config.embed, cache=cache, verify=config.verify)
+            database = index(
+                embeddings.reference, base, config.index, cache=cache, takedown=takedown, verify=config.verify
+            )
             held.check()
-            registered = register_database_task(config.domain, database.reference, settings, None)
+            registered = register_database(config.domain, database.reference, settings, None)
         trained = None
         if config.train is not None:
             trained = train_generator(
@@ -95,7 +97,7 @@ def new_domain(config: NewDomainConfig) -> Domain:
                     evaluate=config.evaluate,
                 )
             )
-    stages: dict[str, Outcome[Any] | Named] = {
+    stages: dict[str, StageResult[Any] | RegistrationResult] = {
         "download": images,
         "embed": embeddings,
         "index": database,

@@ -16,7 +16,7 @@ from infra.storage.lease import lease
 from model.errors import ModelError
 from tasks.download.task import DownloadConfig, download
 from tasks.embed.task import EmbedConfig, embed
-from tasks.index.task import IndexChanges, IndexConfig, index
+from tasks.index.task import IndexConfig, IndexOverrides, index
 from tasks.references.lineage import embeddings_of, images_of, takedown_of
 from tasks.references.trust import open_named
 from tasks.references.types import (
@@ -24,16 +24,16 @@ from tasks.references.types import (
     EmbeddingShards,
     ImageShards,
     Made,
-    Outcome,
     Reference,
+    StageResult,
     Takedown,
-    config_from,
+    config_from_manifest,
 )
-from tasks.register import Named, register_database_task
+from tasks.register import RegistrationResult, register_database
 from tasks.stage import base_of, check_files, require_domain, settings_of
-from tasks.upkeep.compact import compact_task
-from tasks.upkeep.policy import standing_beside
-from tasks.upkeep.takedown import rows_named, takedown_task, taken_back
+from tasks.upkeep.compact import compact
+from tasks.upkeep.policy import merge_with_existing
+from tasks.upkeep.takedown import match_rows, rolled_back_on, take_down
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +52,7 @@ class RebuildIndexConfig:
     download: DownloadConfig | None = None
     embed: EmbedConfig | None = None
     index: IndexConfig | None = None
-    index_changes: IndexChanges = dataclasses.field(default_factory=IndexChanges)  # over ``index``
+    index_changes: IndexOverrides = dataclasses.field(default_factory=IndexOverrides)  # over ``index``
 
     def __post_init__(self) -> None:
         """Refuse a name that is none, and a bound that cannot be one."""
@@ -78,7 +78,7 @@ class Rebuilt:
 
     before: State
     after: State
-    registered: Named | None  # None: nothing changed
+    registered: RegistrationResult | None  # None: nothing changed
     seconds: dict[str, float]
     skipped: dict[str, bool]
 
@@ -94,18 +94,18 @@ def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
     settings = settings_of(config.root)
     with lease(base_of(settings, config.domain), holder=f"rebuild-index {config.domain}", wait_s=config.wait_s) as held:
         before = after = champion_of(config.domain, settings)
-        standing = standing_beside(base_of(settings, config.domain), settings.cache_folder, before.takedown)
-        registered: Named | None = None
+        standing = merge_with_existing(base_of(settings, config.domain), settings.cache_folder, before.takedown)
+        registered: RegistrationResult | None = None
         seconds: dict[str, float] = {}
         skipped: dict[str, bool] = {}
         hides = config.takedown is not None or standing != before.takedown
         with (
             compute.cluster(settings.ray_address, settings.cpus),
-            taken_back(base_of(settings, config.domain), ModelError, but=lambda: after.takedown),
+            rolled_back_on(base_of(settings, config.domain), ModelError, but=lambda: after.takedown),
         ):
             for part in _in_turn(config, hides):
                 if part is config:  # what is hidden first does not wait for a damaged file
-                    check_files(_taken_over(config, after), config.verify)
+                    check_files(*_taken_over(config, after), verify=config.verify)
                 steps = _Steps(part, settings, after, standing)
                 try:
                     made = steps.run()
@@ -116,7 +116,7 @@ def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
                     continue
                 held.check()
                 if made is not after:
-                    registered, after = register_database_task(config.domain, made.database, settings, None), made
+                    registered, after = register_database(config.domain, made.database, settings, None), made
                 standing = after.takedown
                 seconds |= {name: took + seconds.get(name, 0.0) for name, took in steps.seconds.items()}
                 skipped |= {name: was and skipped.get(name, True) for name, was in steps.skipped.items()}
@@ -132,7 +132,7 @@ def _in_turn(config: RebuildIndexConfig, hides: bool) -> list[RebuildIndexConfig
     if not hides:
         return [config]
     hide = dataclasses.replace(
-        config, urls=None, embed=None, index=None, index_changes=IndexChanges(), compact=False, compact_above=1.0
+        config, urls=None, embed=None, index=None, index_changes=IndexOverrides(), compact=False, compact_above=1.0
     )
     return [hide, config]
 
@@ -171,40 +171,66 @@ class _Steps:
         embeddings = self._before.embeddings
         if images != self._before.images or self._config.embed is not None:
             made = self._note(
-                "embed", embed(images, self._base, self._embed_config(), self._cache, embeddings, self._config.verify)
+                "embed",
+                embed(
+                    images,
+                    self._base,
+                    self._embed_config(),
+                    cache=self._cache,
+                    previous=embeddings,
+                    verify=self._config.verify,
+                ),
             )
             embeddings = made if made.digest != embeddings.digest else embeddings
         images, embeddings = self._compacted(images, embeddings, takedown)
-        stored = config_from(IndexConfig, self._before.database.manifest().config)
+        stored = config_from_manifest(IndexConfig, self._before.database.manifest().config)
         config = self._config.index_changes.over(self._config.index or stored)
         if (embeddings, takedown, config) == (self._before.embeddings, self._before.takedown, stored):
             self.skipped["index"] = True
             return self._before
-        built = index(embeddings, self._base, config, self._cache, self._before.database, takedown, self._config.verify)
+        built = index(
+            embeddings,
+            self._base,
+            config,
+            cache=self._cache,
+            previous=self._before.database,
+            takedown=takedown,
+            verify=self._config.verify,
+        )
         database = self._note("index", built)
         return State(database=database, embeddings=embeddings, images=images, takedown=takedown)
 
     def _taken_down(self) -> Takedown | None:
         if self._config.takedown is None:
             return self._standing
-        made = takedown_task(self._config.takedown, self._before.images, self._base, self._cache, self._standing)
+        made = take_down(
+            self._config.takedown, self._before.images, self._base, cache=self._cache, previous=self._standing
+        )
         return self._note("takedown", made)
 
     def _downloaded(self, takedown: Takedown | None) -> ImageShards:
         images = self._before.images
         if self._config.urls is None:
             return images
-        config = self._config.download or config_from(DownloadConfig, images.manifest().config)
+        config = self._config.download or config_from_manifest(DownloadConfig, images.manifest().config)
         config = dataclasses.replace(config, retry_failed=self._config.retry_failed or config.retry_failed)
         return self._note(
             "download",
-            download(self._config.urls, self._base, config, self._cache, images, takedown, self._config.verify),
+            download(
+                self._config.urls,
+                self._base,
+                config,
+                cache=self._cache,
+                previous=images,
+                takedown=takedown,
+                verify=self._config.verify,
+            ),
         )
 
     def _embed_config(self) -> EmbedConfig:
         """As the champion was embedded: on a GPU if it was, since that decides the precision."""
         stored = self._before.embeddings.manifest().config
-        config = self._config.embed or config_from(EmbedConfig, stored)
+        config = self._config.embed or config_from_manifest(EmbedConfig, stored)
         if self._config.embed is None and stored.get("precision") == "bfloat16":
             config = dataclasses.replace(config, gpus_per_worker=1)
         return config
@@ -217,13 +243,13 @@ class _Steps:
         if not self._config.compact:
             named = self._before.database.manifest().info["taken_down"]
             if takedown != self._before.takedown:
-                named = len(rows_named(takedown, embeddings, self._cache))
+                named = len(match_rows(takedown, embeddings, self._cache))
             if named <= self._config.compact_above * embeddings.rows:
                 return images, embeddings
-        slimmer, rows = compact_task(images, embeddings, takedown, self._base, self._cache)
+        slimmer, rows = compact(images, embeddings, takedown, self._base, cache=self._cache)
         self._note("compact", rows)
         return slimmer.reference, rows.reference
 
-    def _note(self, name: str, outcome: Outcome[Made]) -> Made:
+    def _note(self, name: str, outcome: StageResult[Made]) -> Made:
         self.seconds[name], self.skipped[name] = outcome.seconds, outcome.skipped
         return outcome.reference

@@ -7,15 +7,15 @@ from prefect import flow
 
 from infra import compute, tracking, uris
 from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
-from tasks.neighbours import neighbours
+from tasks.neighbours import find_neighbours
 from tasks.references.lineage import embeddings_of, images_of
 from tasks.references.trust import open_folder
-from tasks.references.types import DatabaseVersion, Generator, Outcome
-from tasks.register import Named, register_generator_task
+from tasks.references.types import DatabaseVersion, Generator, StageResult
+from tasks.register import RegistrationResult, register_generator
 from tasks.stage import base_of, settings_of
 from tasks.train.data import TrainingInputs
 from tasks.train.setup import TrainConfig
-from tasks.train.task import train_task
+from tasks.train.task import train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,9 +38,9 @@ class TrainGeneratorConfig:
 class TrainedGenerator:
     """The generator, its scores, and its name in the registry."""
 
-    generator: Outcome[Generator]
-    evaluation: Outcome[Evaluation]
-    registered: Named
+    generator: StageResult[Generator]
+    evaluation: StageResult[Evaluation]
+    registered: RegistrationResult
     seconds: dict[str, float]
     skipped: dict[str, bool]
 
@@ -58,15 +58,15 @@ def train_generator(config: TrainGeneratorConfig) -> TrainedGenerator:
         tracking.start_run(settings, experiment="train-generator", name=config.domain) as run,
     ):
         run.params(dataclasses.asdict(config))
-        found = neighbours(embeddings, database, base, config.train.conditioning.pool, cache)
+        found = find_neighbours(embeddings, database, base, config.train.conditioning.pool, cache=cache)
         inputs = TrainingInputs(images=images, embeddings=embeddings, database=database, neighbours=found.reference)
-        generator = train_task(inputs, base, config.train, cache, run)
-        evaluation = evaluate(generator.reference, database, base, config.evaluate, cache)
+        generator = train(inputs, base, config.train, cache=cache, run=run)
+        evaluation = evaluate(generator.reference, database, base, config.evaluate, cache=cache)
         scores = evaluation.reference.scores()
         run.log(step=generator.reference.manifest().info["images_seen"], values=scores)
         database_uri = f"models:/knn-database.{config.domain}@champion"
-        registered = register_generator_task(generator.reference, database_uri, scores, settings, run.run_id)
-    stages: dict[str, Outcome[Any] | Named] = {
+        registered = register_generator(generator.reference, database_uri, scores, settings, run.run_id)
+    stages: dict[str, StageResult[Any] | RegistrationResult] = {
         "neighbours": found,
         "train": generator,
         "evaluate": evaluation,

@@ -26,15 +26,25 @@ from infra.storage import digest_stamps
 from infra.storage import file_cache as caching
 
 __all__ = [
-    "MANIFEST", "File", "Manifest", "Shard", "Stage", "canonical_json", "commit_shard", "digest_of", "fetch_file",
-    "fetch_shard", "read_manifest", "read_shard",
+    "MANIFEST",
+    "ArtifactBuilder",
+    "File",
+    "Manifest",
+    "Shard",
+    "canonical_json",
+    "commit_shard",
+    "digest_of",
+    "fetch_file",
+    "fetch_shard",
+    "read_manifest",
+    "read_shard",
 ]  # fmt: skip
 
 MANIFEST = "manifest.json"
 _MARKERS_AT_ONCE = 16
 
 
-class Stage:
+class ArtifactBuilder:
     """A stage's output folder while it is being filled."""
 
     def __init__(
@@ -63,7 +73,7 @@ class Stage:
     def done(self) -> dict[str, Shard]:
         """The shards committed so far, by name."""
         folder = storage.join(self.uri, "shards")
-        markers = [name for name in storage.names(folder) if name.endswith(".json") and not name.startswith(".")]
+        markers = [name for name in storage.list_names(folder) if name.endswith(".json") and not name.startswith(".")]
         names = [name.removesuffix(".json") for name in markers]
         with ThreadPoolExecutor(_MARKERS_AT_ONCE) as pool:  # from far away, one after another takes minutes
             return dict(zip(names, pool.map(lambda name: read_shard(self.uri, name), names), strict=True))
@@ -161,7 +171,7 @@ def fetch_file(folder_uri: str, file: File, cache: Path) -> Path:
         if storage.exists(uri):  # there, but not for us: that message says more
             raise
         missing = True
-    except caching.DamagedError:
+    except caching.DigestMismatchError:
         missing = False
     if missing:
         raise IntegrityError(

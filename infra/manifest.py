@@ -56,7 +56,7 @@ class Shard:
         if self.folder is not None:
             validation.uri(self.folder, "the folder of a shard")
 
-    def taken_over(self, folder_uri: str) -> Self:
+    def reused_from(self, folder_uri: str) -> Self:
         """This shard of the folder at ``folder_uri`` as a shard of another version; its files stay where they are."""
         return dataclasses.replace(self, folder=self.folder or folder_uri)
 

@@ -11,7 +11,6 @@ by digest), and ``knn-diffusion``, which carries its weights. Anything is named 
 import contextlib
 import dataclasses
 import functools
-import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,8 +29,8 @@ from infra.errors import IntegrityError, NotFoundError, TransientError
 from infra.settings import Settings
 from infra.storage import file_cache as caching
 from infra.storage.digest_stamps import is_verified
-from infra.storage.errors import is_full, no_space, told
-from infra.tracking import answering, connect, experiment_id, is_created
+from infra.storage.errors import disk_full_error, is_disk_full, storage_errors
+from infra.tracking import connect, experiment_id, is_created, mlflow_errors
 
 DATABASE_PREFIX = "knn-database."
 GENERATOR_NAME = "knn-diffusion"
@@ -45,7 +44,7 @@ _ABSENT = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"})  # n
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Registered:
+class RegisteredVersion:
     """A version in the registry: its URI by version, its alias URI, and whether it was there already."""
 
     name: str
@@ -56,7 +55,7 @@ class Registered:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Pulled:
+class PulledVersion:
     """What a name led to: the committed folder, its manifest, and the version's files, if it was a registered one.
 
     The files are where MLflow keeps them, when that is on this machine; else a generator's are in the cache.
@@ -71,12 +70,12 @@ class Pulled:
     version: int | None = None
 
 
-def _answered(method: Method) -> Method:
-    """``method`` of a registry, under :func:`infra.tracking.answering`."""
+def _translating_errors(method: Method) -> Method:
+    """``method`` of a registry, under :func:`infra.tracking.mlflow_errors`."""
 
     @functools.wraps(method)
     def call(self: "Registry", *args: Any, **kwargs: Any) -> Any:
-        with answering(self._settings):
+        with mlflow_errors(self._settings):
             return method(self, *args, **kwargs)
 
     return cast(Method, call)
@@ -95,7 +94,7 @@ class Registry:
         connect(self._settings)
         return MlflowClient(self._settings.tracking_uri, self._settings.tracking_uri)
 
-    @_answered
+    @_translating_errors
     def register(
         self,
         name: str,
@@ -108,7 +107,7 @@ class Registry:
         model_config: Mapping[str, Any] | None = None,
         run_id: str | None = None,
         alias: str | None = CHAMPION,
-    ) -> Registered:
+    ) -> RegisteredVersion:
         """Register the committed folder as a new version of ``name`` and move ``alias`` to it.
 
         Args:
@@ -137,7 +136,7 @@ class Registry:
             if existing is not None:
                 self._tell_older(name, alias, existing)
             self._client.set_registered_model_alias(name, alias, version)
-        return Registered(
+        return RegisteredVersion(
             name=name,
             version=int(version),
             uri=f"models:/{name}/{version}",
@@ -145,7 +144,7 @@ class Registry:
             existed=existing is not None,
         )
 
-    def pull(self, reference: str, *, kind: str) -> Pulled:
+    def pull(self, reference: str, *, kind: str) -> PulledVersion:
         """What ``reference`` names, of ``kind`` ``database`` or ``generator``; any of the three forms above.
 
         Raises:
@@ -158,13 +157,13 @@ class Registry:
             if storage.exists(storage.join(reference, artifacts.MANIFEST)):
                 folder = storage.absolute(reference)
                 foreign = not storage.is_below(folder, self._settings.root)
-                return Pulled(folder_uri=folder, manifest=self._checked(folder, kind), foreign=foreign)
+                return PulledVersion(folder_uri=folder, manifest=self._checked(folder, kind), foreign=foreign)
             if "/" in reference:
                 raise NotFoundError(f"{reference} holds no committed {kind}: there is no {artifacts.MANIFEST} in it")
             reference = f"models:/{_full_name(reference, kind)}@{CHAMPION}"
         if not is_created(self._settings):
             raise self._unknown(reference, kind)
-        with answering(self._settings):
+        with mlflow_errors(self._settings):
             version = self._resolve(reference, kind)
         uri = f"models:/{version.name}/{version.version}"
         if kind == "generator" or self._place(version):
@@ -182,7 +181,7 @@ class Registry:
             for file in registered.files:  # those that came with the version are checked against their digest
                 if (local / "artifacts" / file.name).exists():
                     artifacts.fetch_file(str(local / "artifacts"), file, self._settings.cache_folder)
-        return Pulled(
+        return PulledVersion(
             folder_uri=folder, manifest=registered, local=local, name=version.name, version=int(version.version)
         )
 
@@ -190,21 +189,21 @@ class Registry:
         """Every registered version of a kind: name, version, aliases, tags, and when it was made."""
         if not is_created(self._settings):
             return []
-        with answering(self._settings):
+        with mlflow_errors(self._settings):
             return self._versions(kind)
 
     def tag(self, name: str, version: int, key: str, value: str) -> None:
         """Put a tag on a version."""
-        with answering(self._settings):
+        with mlflow_errors(self._settings):
             self._client.set_model_version_tag(name, str(version), key, value)
 
     def _versions(self, kind: str) -> list[dict[str, Any]]:
         listed = []
-        for model in _every(self._client.search_registered_models, max_results=1000):
+        for model in _paginate(self._client.search_registered_models, max_results=1000):
             if not _is_kind(model.name, kind):
                 continue
             aliases = self._client.get_registered_model(model.name).aliases
-            for version in _every(self._client.search_model_versions, filter_string=f"name='{model.name}'"):
+            for version in _paginate(self._client.search_model_versions, filter_string=f"name='{model.name}'"):
                 own = sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))
                 fixed = {
                     "name": model.name,
@@ -237,7 +236,7 @@ class Registry:
 
     def _place(self, version: ModelVersion) -> Path | None:
         """Where MLflow keeps a version's files, if that is on this machine."""
-        with answering(self._settings):
+        with mlflow_errors(self._settings):
             location = self._client.get_model_version_download_uri(version.name, version.version)
         if not location.startswith(("/", "file:")):  # mlflow-artifacts:/ has one slash, and is a server's
             return None
@@ -245,13 +244,13 @@ class Registry:
 
     def _downloaded(self, uri: str, to: Path) -> Path:
         """The files of a version, copied to ``to``, with their manifest."""
-        with told(self._settings.artifacts_uri):
+        with storage_errors(self._settings.artifacts_uri):
             try:
                 local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(to)))
                 _manifest_file(local).stat()  # of nothing at all, an object store lists nothing
             except (MlflowException, OSError) as error:
-                if is_full(error, to):
-                    raise no_space(str(to)) from None
+                if is_disk_full(error, to):
+                    raise disk_full_error(str(to)) from None
                 why = f"the files of {uri} cannot be fetched ({uris.masked(' '.join(str(error).split()))})"
                 if _says_absent(error):
                     raise IntegrityError(f"{why}; register it anew") from None
@@ -272,7 +271,7 @@ class Registry:
         with storage.scratch() as scratch:
             path = scratch / artifacts.MANIFEST
             path.write_text(manifest.to_json())
-            with mlflow.start_run(run_id=run_id or self._new_run(name)), told(self._settings.artifacts_uri):
+            with mlflow.start_run(run_id=run_id or self._new_run(name)), storage_errors(self._settings.artifacts_uri):
                 info = mlflow.pyfunc.log_model(
                     name=name.replace(".", "-"),
                     python_model=str(script),
@@ -310,7 +309,7 @@ class Registry:
     def _version_of(self, name: str, digest: str, folder_uri: str) -> str | None:
         """The version that the folder was registered as; the newest, should there be several."""
         try:
-            versions = list(_every(self._client.search_model_versions, filter_string=f"name='{name}'"))
+            versions = list(_paginate(self._client.search_model_versions, filter_string=f"name='{name}'"))
         except MlflowException as error:
             if error.error_code not in _ABSENT:
                 raise
@@ -359,24 +358,12 @@ class Registry:
         return manifest
 
 
-def load_pipeline(model_uri: str, database_uri: str, settings: Settings | None = None, *, trust: bool = False) -> Any:
-    """A ``model.pipeline.KNNDiffusionPipeline`` of a generator and a database, each named in any of the three forms.
-
-    ``trust`` treats a folder outside of the settings' root like one below it; see SECURITY.md.
-
-    What opens them knows networks, so it lives among the tasks; it is looked up by name, since infra imports nothing
-    from there.
-    """
-    open_pipeline = pkgutil.resolve_name("tasks.serve.load:open_pipeline")
-    return open_pipeline(model_uri, database_uri, settings or Settings(), trust=trust)
-
-
 _MEASURED = (
     "recall_", "clip_score_", "fd_", "fid_", "mmd_", "precision_", "nearest_", "copy_rate_", "diversity_",
 )  # fmt: skip
 
 
-def _every(search: Callable[..., PagedList[Any]], **asked: Any) -> Iterator[Any]:
+def _paginate(search: Callable[..., PagedList[Any]], **asked: Any) -> Iterator[Any]:
     """What a search of MLflow's finds, page after page."""
     token = None
     while True:

@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from infra.errors import InputError, IntegrityError, KNNDiffusionError, TransientError
-from infra.storage.errors import is_full, no_space
+from infra.storage.errors import disk_full_error, is_disk_full
 
 LOCK_S = 300.0
 """How long to wait for another process that creates or upgrades the same database."""
@@ -61,8 +61,8 @@ def prepare(database: Path, artifacts_uri: str) -> None:
 
 def _explained(database: Path, error: Exception) -> KNNDiffusionError:
     said = " ".join(str(error).split())[:200]
-    if _FULL in said or is_full(error, database.parent):
-        return no_space(str(database))
+    if _FULL in said or is_disk_full(error, database.parent):
+        return disk_full_error(str(database))
     if isinstance(error, OSError):
         return InputError(
             f"{database} cannot be created or upgraded ({error.strerror}); make its folder writable, or name another "
@@ -87,7 +87,7 @@ def _replace(database: Path, artifacts_uri: str) -> None:
                 _initialize(prepared, artifacts_uri)
             except (MlflowException, SQLAlchemyError) as error:
                 said = " ".join(str(error).split())[:200]
-                if _FULL in said or is_full(error, database.parent):
+                if _FULL in said or is_disk_full(error, database.parent):
                     raise
                 raise IntegrityError(
                     f"{database} holds data and cannot be upgraded to this MLflow ({said}); restore a backup of it, or "

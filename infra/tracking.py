@@ -45,7 +45,7 @@ class Run:
 @contextmanager
 def start_run(settings: Settings, *, experiment: str, name: str) -> Iterator[Run]:
     """A run in ``experiment``, made when it is new; ended as finished or failed. Raises ``TransientError``."""
-    with answering(settings):
+    with mlflow_errors(settings):
         connect(settings)
         client = MlflowClient(settings.tracking_uri)
         run = client.create_run(experiment_id(client, experiment, settings), run_name=name)
@@ -71,7 +71,7 @@ def experiment_id(client: MlflowClient, name: str, settings: Settings) -> str:
 
 
 @contextmanager
-def answering(settings: Settings) -> Iterator[None]:
+def mlflow_errors(settings: Settings) -> Iterator[None]:
     """Tell a server that does not answer as a ``TransientError``, without the password its URI may hold."""
     try:
         yield

@@ -47,7 +47,7 @@ from model.images import on_white
 from model.networks.compilation import compile_in_place
 from model.networks.denoiser import as_denoiser
 from model.networks.editor import is_editor, with_reference
-from model.networks.fused_attention import streamline
+from model.networks.fused_attention import use_fused_attention
 from model.networks.vq_transformer import VQTransformer
 from model.retrieval.database import Hits, Searchable
 from model.saved_generator import check_weights
@@ -137,7 +137,7 @@ class KNNDiffusionPipeline(DiffusionPipeline):
             raise ModelError(
                 "a continuous network needs a scheduler; give that of model.diffusion.solver.new_scheduler"
             )
-        streamline(transformer)
+        use_fused_attention(transformer)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(
             encoder_identity=dict(encoder_identity),

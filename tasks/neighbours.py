@@ -10,16 +10,17 @@ from infra.errors import InputError
 from tasks.references.database import open_database
 from tasks.references.lineage import takedown_of
 from tasks.references.rows import finite_rows
-from tasks.references.types import DatabaseVersion, EmbeddingShards, Neighbours, Outcome, require_same_encoder
-from tasks.stage import map_stage, skip_or_make, stage_task
-from tasks.upkeep.takedown import Entries, entries_of, hidden_by, masks_named
+from tasks.references.types import DatabaseVersion, EmbeddingShards, Neighbours, StageResult, require_same_encoder
+from tasks.stage import run_shards, run_stage, stage_task
+from tasks.upkeep.takedown import Entries, inherited_takedown, match_shards, read_entries
 
 _SEARCH_ROWS = 1024
 
 
+@stage_task(name="neighbours")
 def find_neighbours(
     embeddings: EmbeddingShards, database: DatabaseVersion, base: str, k: int, *, cache: Path
-) -> Outcome[Neighbours]:
+) -> StageResult[Neighbours]:
     """The ``k`` nearest database rows of each row of ``embeddings`` into ``base/neighbours/<key>``.
 
     A row's own entry and exact copies of it are excluded, wherever the database has them from (these embeddings, an
@@ -36,7 +37,7 @@ def find_neighbours(
             "domain's champion first (rebuild-index --compact), and train on that"
         )
     inputs = {"embeddings": embeddings.as_input(), "database": database.as_input()}
-    stage = artifacts.Stage(
+    stage = artifacts.ArtifactBuilder(
         base, Neighbours.kind, inputs=inputs, config={"k": k, "excluded": "itself and exact copies"}
     )
 
@@ -54,18 +55,18 @@ def find_neighbours(
             items.append((shard.name, (shard, offset if own else None)))
             offset += shard.rows
         settings = (embeddings.uri, database, stage.uri, k, cache)
-        done, _ = map_stage(stage, items, _Search, settings, actors=compute.cpus())
+        done, _ = run_shards(stage, items, _Search, settings, actors=compute.cpus())
         return stage.commit(done, identity=source.identity, info={})
 
-    return skip_or_make(stage, Neighbours, make, note=lambda manifest: f"k = {k}", repairs=True)
+    return run_stage(stage, Neighbours, make, note=lambda manifest: f"k = {k}", repairs=True)
 
 
 def _taken_down(database: DatabaseVersion, embeddings: EmbeddingShards, cache: Path) -> int:
     """How many rows are of pictures that its domain has taken down, since that version was made perhaps."""
-    known, listed = takedown_of(database), hidden_by(database, cache)
-    if listed == (Entries() if known is None else entries_of(known, cache)):
+    known, listed = takedown_of(database), inherited_takedown(database, cache)
+    if listed == (Entries() if known is None else read_entries(known, cache)):
         return int(database.manifest().info["taken_down"])
-    return sum(int(mask.sum()) for mask in masks_named(listed, embeddings, embeddings.manifest().shards, cache))
+    return sum(int(mask.sum()) for mask in match_shards(listed, embeddings, embeddings.manifest().shards, cache))
 
 
 class _Search:
@@ -90,11 +91,3 @@ class _Search:
         with storage.scratch() as folder:
             np.save(folder / f"{name}.npy", found)
             return artifacts.commit_shard(self._folder_uri, name, folder, rows=len(rows), info={})
-
-
-@stage_task(name="neighbours")
-def neighbours(
-    embeddings: EmbeddingShards, database: DatabaseVersion, base: str, k: int, cache: Path
-) -> Outcome[Neighbours]:
-    """Task of :func:`find_neighbours`."""
-    return find_neighbours(embeddings, database, base, k, cache=cache)

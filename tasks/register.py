@@ -9,7 +9,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from infra import artifacts, logs
-from infra.registry import DATABASE_PREFIX, GENERATOR_NAME, Registered, Registry
+from infra.registry import DATABASE_PREFIX, GENERATOR_NAME, RegisteredVersion, Registry
 from infra.settings import Settings
 from tasks.references.lineage import embeddings_of
 from tasks.references.types import DatabaseVersion, Generator, encoder_of
@@ -26,7 +26,7 @@ DATABASE_SIGNATURE = ModelSignature(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Named:
+class RegistrationResult:
     """Where something can be pulled from, and whether it had been registered before."""
 
     uri: str
@@ -35,7 +35,10 @@ class Named:
     seconds: float
 
 
-def register_database(domain: str, database: DatabaseVersion, settings: Settings, run_id: str | None = None) -> Named:
+@stage_task(name="register-database")
+def register_database(
+    domain: str, database: DatabaseVersion, settings: Settings, run_id: str | None = None
+) -> RegistrationResult:
     """Register ``database`` as ``knn-database.<domain>`` and make it the champion."""
     manifest = database.manifest()
     tags = {
@@ -57,12 +60,13 @@ def register_database(domain: str, database: DatabaseVersion, settings: Settings
         model_config={"uri": database.uri},
         run_id=run_id,
     )
-    return _told(registered, time.monotonic() - started)
+    return _log_registration(registered, time.monotonic() - started)
 
 
+@stage_task(name="register-generator")
 def register_generator(
     generator: Generator, database_uri: str, scores: dict[str, float], settings: Settings, run_id: str | None = None
-) -> Named:
+) -> RegistrationResult:
     """Register ``generator``, weights included, as ``knn-diffusion`` and make it the champion.
 
     ``database_uri`` is what the pyfunc model draws from unless told otherwise; ``scores`` become tags.
@@ -87,7 +91,7 @@ def register_generator(
         model_config={"database": database_uri},
         run_id=run_id,
     )
-    return _told(registered, time.monotonic() - started)
+    return _log_registration(registered, time.monotonic() - started)
 
 
 def generator_signature(pipeline: Path) -> ModelSignature:
@@ -113,21 +117,9 @@ def _stored_bytes(database: DatabaseVersion) -> int:
     return sum(file.bytes for part in parts for file in part.files)
 
 
-def _told(registered: Registered, seconds: float) -> Named:
+def _log_registration(registered: RegisteredVersion, seconds: float) -> RegistrationResult:
     state = "was registered" if registered.existed else f"{seconds:.1f} s"
     logs.get("stage").info("%-11s %s = version %d  %s", "register", registered.alias_uri, registered.version, state)
-    return Named(uri=registered.uri, alias_uri=registered.alias_uri, skipped=registered.existed, seconds=seconds)
-
-
-@stage_task(name="register-database")
-def register_database_task(domain: str, database: DatabaseVersion, settings: Settings, run_id: str | None) -> Named:
-    """Task of :func:`register_database`."""
-    return register_database(domain, database, settings, run_id)
-
-
-@stage_task(name="register-generator")
-def register_generator_task(
-    generator: Generator, database_uri: str, scores: dict[str, float], settings: Settings, run_id: str | None
-) -> Named:
-    """Task of :func:`register_generator`."""
-    return register_generator(generator, database_uri, scores, settings, run_id)
+    return RegistrationResult(
+        uri=registered.uri, alias_uri=registered.alias_uri, skipped=registered.existed, seconds=seconds
+    )

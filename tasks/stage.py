@@ -1,6 +1,7 @@
 """What all stages share: skip what is committed, run what is not, count what was lost, say it in one line."""
 
 import contextlib
+import functools
 import re
 import time
 from collections import Counter
@@ -9,17 +10,18 @@ from typing import Any, ParamSpec, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext, TaskRunContext
 
 from infra import artifacts, compute, logs, storage
-from infra.compute.actor_pool import Lost
+from infra.compute.actor_pool import FailedShard
 from infra.errors import KNNDiffusionError, StageError, TransientError
 from infra.settings import Settings
 from infra.verification import Listed, find_damage, listed_files, require_undamaged
 from model.errors import ModelError
-from tasks.references.types import Made, Outcome, Reference
+from tasks.references.types import Made, Reference, StageResult
 from tasks.references.url_history import history_files
 
-TRANSIENT_IN_A_ROW = 3
+MAX_CONSECUTIVE_TRANSIENT = 3
 """So many shards lost one after another to what may pass, and the rest is not tried now: the store is down."""
 
 _DOMAIN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -39,26 +41,39 @@ def _is_transient(task: Any, task_run: Any, state: Any) -> bool:
 
 
 def stage_task(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Prefect's ``task`` for a stage: only ``TransientError`` is retried, nothing is cached beside the manifests."""
-    decorator: Callable[[Callable[P, R]], Callable[P, R]] = task(
-        name=name,
-        retries=3,
-        retry_delay_seconds=[2, 10, 60],
-        retry_condition_fn=_is_transient,
-        cache_policy=NO_CACHE,
-    )
-    return decorator
+    """Decorate a stage: a Prefect task when a flow calls it, a plain function elsewhere.
+
+    Only ``TransientError`` is retried. Prefect caches nothing: committed manifests are the cache.
+    """
+
+    def decorate(step: Callable[P, R]) -> Callable[P, R]:
+        as_task: Callable[P, R] = task(
+            name=name,
+            retries=3,
+            retry_delay_seconds=[2, 10, 60],
+            retry_condition_fn=_is_transient,
+            cache_policy=NO_CACHE,
+        )(step)
+
+        @functools.wraps(step)
+        def stage(*args: P.args, **kwargs: P.kwargs) -> R:
+            in_flow = FlowRunContext.get() is not None and TaskRunContext.get() is None
+            return (as_task if in_flow else step)(*args, **kwargs)
+
+        return stage
+
+    return decorate
 
 
-def skip_or_make(
-    stage: artifacts.Stage,
+def run_stage(
+    stage: artifacts.ArtifactBuilder,
     reference: type[Made],
     make: Callable[[], artifacts.Manifest],
     *,
     note: Callable[[artifacts.Manifest], str] = lambda manifest: "",
     verify: bool = False,
     repairs: bool = False,
-) -> Outcome[Made]:
+) -> StageResult[Made]:
     """The committed output of ``stage`` if there is one, else what ``make`` commits; logged in one line either way.
 
     Args:
@@ -78,7 +93,7 @@ def skip_or_make(
     skipped = manifest is not None
     manifest = manifest or make()
     seconds = time.monotonic() - started
-    outcome = Outcome(
+    outcome = StageResult(
         reference=reference.of(manifest, stage.uri), skipped=skipped, seconds=seconds, note=note(manifest)
     )
     state = "skipped, already committed" if skipped else f"{seconds:.1f} s"
@@ -86,13 +101,14 @@ def skip_or_make(
     return outcome
 
 
-def require_whole(*references: Reference, verify: bool = False) -> None:
-    """Check the files of committed artifacts, as :func:`skip_or_make` does. Raises ``IntegrityError``."""
+@stage_task(name="check-files")
+def check_files(*references: Reference, verify: bool = False) -> None:
+    """Check the files of committed artifacts, as :func:`run_stage` does. Raises ``IntegrityError``."""
     for reference in references:
         require_undamaged(find_damage(_files_of(reference.uri, reference.manifest()), digests=verify))
 
 
-def _is_whole(stage: artifacts.Stage, manifest: artifacts.Manifest, *, verify: bool, repairs: bool) -> bool:
+def _is_whole(stage: artifacts.ArtifactBuilder, manifest: artifacts.Manifest, *, verify: bool, repairs: bool) -> bool:
     """Return True if no committed file is damaged; else remove the markers of the damaged shards, or raise.
 
     The manifest stays until ``make`` writes the new one: where that fails, nothing is worse than before.
@@ -114,8 +130,8 @@ def _files_of(uri: str, manifest: artifacts.Manifest) -> list[Listed]:
     return [*listed_files(uri, manifest), *histories]
 
 
-def map_stage(
-    stage: artifacts.Stage,
+def run_shards(
+    stage: artifacts.ArtifactBuilder,
     items: Iterable[tuple[str, Item]],
     factory: Callable[..., compute.Worker[tuple[str, Item], artifacts.Shard]],
     settings: tuple[Any, ...],
@@ -141,7 +157,7 @@ def map_stage(
     in_a_row = 0
     with contextlib.closing(results):  # what is in hand elsewhere ends with it
         for result in results:
-            if not isinstance(result, Lost):
+            if not isinstance(result, FailedShard):
                 done[result.name], in_a_row = result, 0
                 continue
             name = result.item[0]
@@ -149,7 +165,7 @@ def map_stage(
             lost[name] = f"{type(result.error).__name__}: {result.error}"
             logs.get("stage").debug("%s: shard %s lost: %s", stage.kind, name, lost[name])
             in_a_row = in_a_row + 1 if isinstance(result.error, TransientError) else 0
-            if in_a_row == TRANSIENT_IN_A_ROW:
+            if in_a_row == MAX_CONSECUTIVE_TRANSIENT:
                 break
     if passing := [error for error in errors if isinstance(error, TransientError)]:
         raise TransientError(
@@ -171,13 +187,7 @@ def map_stage(
     return [done[name] for name in named if name in done], lost
 
 
-@stage_task(name="check-files")
-def check_files(references: list[Reference], verify: bool) -> None:
-    """Task of :func:`require_whole`."""
-    require_whole(*references, verify=verify)
-
-
-def counted(done: Iterable[artifacts.Shard]) -> dict[str, int]:
+def sum_outcomes(done: Iterable[artifacts.Shard]) -> dict[str, int]:
     """The outcomes of shards, added up, most frequent first."""
     total: Counter[str] = Counter()
     for shard in done:

@@ -38,17 +38,15 @@ from infra.formats.webdataset import DUPLICATE, TAKEN_DOWN
 from infra.settings import Settings
 from model.errors import ModelError
 from model.pipeline import KNNDiffusionPipeline
-from tasks.download.task import download_images
-from tasks.embed.task import embed_images
-from tasks.evaluate.task import evaluate_generator
-from tasks.index.task import build_database
+from tasks.embed.task import embed
+from tasks.evaluate.task import evaluate
 from tasks.neighbours import find_neighbours
 from tasks.references.types import DatabaseVersion, EmbeddingShards, Generator, ImageShards, Neighbours, Takedown
-from tasks.train.adopt import adopt_generator
+from tasks.train.adopt import adopt
 from tasks.train.data import TrainingInputs
-from tasks.train.task import train_generator
+from tasks.train.task import train
 
-STAGE = artifacts.Stage  # knows the ``kind`` and ``key`` of an output
+STAGE = artifacts.ArtifactBuilder  # knows the ``kind`` and ``key`` of an output
 COMMITTED = "committed"  # its method that looks an output up
 # End of the internal interfaces.
 
@@ -228,26 +226,24 @@ def _stages(root: Path, cache: Path) -> dict[str, Callable[[Any], Any]]:
     inputs = TrainingInputs(images=images, embeddings=embeddings, database=database, neighbours=neighbours)
 
     def download(config: Any, urls: str = "plain.jsonl", **options: Any) -> Any:
-        return download_images(str(root / "lists" / urls), base, _parse("download", config), cache=cache, **options)
+        return download(str(root / "lists" / urls), base, _parse("download", config), cache=cache, **options)
 
     def index(config: Any, rows: EmbeddingShards = embeddings, **options: Any) -> Any:
-        return build_database(rows, base, _parse("index", config), cache=cache, **options)
+        return index(rows, base, _parse("index", config), cache=cache, **options)
 
     return {
         "download": download,
         "download, more": lambda config: download(config, "shapes-grown.jsonl", previous=images),
         "download, takedown": lambda config: download(config, takedown=takedown),
-        "embed": lambda config: embed_images(images, base, _parse("embed", config), cache=cache),
+        "embed": lambda config: embed(images, base, _parse("embed", config), cache=cache),
         "index": index,
         "index, more": lambda config: index(config, grown, previous=database),
         "index, takedown": lambda config: index(config, takedown=takedown),
         "neighbours": lambda config: find_neighbours(embeddings, database, base, config["k"], cache=cache),
-        "train": lambda config: train_generator(inputs, base, _parse("train", config), cache=cache),
-        "adopt": lambda config: adopt_generator(config["generator"], base),
-        "evaluate": lambda config: evaluate_generator(
-            generator, database, base, _parse("evaluate", config), cache=cache
-        ),
-        "evaluate, swap": lambda config: evaluate_generator(
+        "train": lambda config: train(inputs, base, _parse("train", config), cache=cache),
+        "adopt": lambda config: adopt(config["generator"], base),
+        "evaluate": lambda config: evaluate(generator, database, base, _parse("evaluate", config), cache=cache),
+        "evaluate, swap": lambda config: evaluate(
             generator, database, base, _parse("evaluate", config), cache=cache, others={"other": database}
         ),
     }

@@ -30,9 +30,9 @@ from flows.cli.console import (
     index_changes,
     open_picture,
     print_traceback,
+    report_errors,
     say,
     settings,
-    told,
     writable,
 )
 from flows.cli.databases import databases, search
@@ -55,7 +55,7 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """Run the whole line on real pictures and end with one: download, embed, index, register, draw, swap."""
-    with told(verbose), prefect_api(folder / "prefect"):
+    with report_errors(verbose), prefect_api(folder / "prefect"):
         from flows.demo.run import run_demo
 
         picture, report = run_demo(folder, port, train)
@@ -93,7 +93,7 @@ def new_domain(
     verbose: Verbose = False,
 ) -> None:
     """Make a domain from a URL list: its database, and a generator with --train. Both become champions."""
-    with told(verbose), prefect_api():
+    with report_errors(verbose), prefect_api():
         from flows.new_domain import new_domain as flow
         from flows.recipes import RECIPES
         from infra.errors import InputError
@@ -151,12 +151,12 @@ def generate(
 
     With two prompts and --between N, N pictures on the way from the first to the second, without a choice among draws.
     """
-    with told(verbose):
+    with report_errors(verbose):
         import torch
 
         from infra.errors import InputError
-        from infra.registry import load_pipeline
         from tasks.evaluate.task import contact_sheet
+        from tasks.serve.load import load_pipeline
 
         writable(out, "picture", PICTURES)
         asked = [_picture_or_text(prompt) for prompt in prompts]
@@ -213,11 +213,11 @@ def edit(
 
     Of eight edits in four regions, the one closest to the text is kept.
     """
-    with told(verbose):
+    with report_errors(verbose):
         import torch
 
         from infra.errors import InputError
-        from infra.registry import load_pipeline
+        from tasks.serve.load import load_pipeline
 
         writable(out, "picture", PICTURES)
         if largest_region is not None and method != "local":
@@ -254,7 +254,7 @@ def evaluate(
     verbose: Verbose = False,
 ) -> None:
     """Score a generator on databases, swap them, and put scores, figures and worst copies on one page."""
-    with told(verbose), prefect_api():
+    with report_errors(verbose), prefect_api():
         from flows.evaluate_generator import EvaluateGeneratorConfig, evaluate_generator
         from tasks.evaluate.task import EvaluateConfig
 

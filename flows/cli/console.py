@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from infra.settings import Settings
-    from tasks.index.task import IndexChanges
+    from tasks.index.task import IndexOverrides
 
 Root = Annotated[str | None, typer.Option("--root", help="Where artifacts are kept: a folder or s3://… .")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks, and what the libraries say.")]
@@ -72,16 +72,16 @@ def settings(root: str | None) -> "Settings":
 
 def index_changes(
     index: str | None, memory: float | None, target_recall: float | None, dedup: bool | None
-) -> "IndexChanges":
+) -> "IndexOverrides":
     """What the options of an index ask for; ``memory`` in GiB. Options that are not given leave it as it is."""
-    from tasks.index.task import IndexChanges
+    from tasks.index.task import IndexOverrides
 
     memory_bytes = None if memory is None else int(memory * 2**30)
-    return IndexChanges(index=index, memory_bytes=memory_bytes, target_recall=target_recall, dedup=dedup)
+    return IndexOverrides(index=index, memory_bytes=memory_bytes, target_recall=target_recall, dedup=dedup)
 
 
 @contextmanager
-def told(verbose: bool) -> Iterator[None]:
+def report_errors(verbose: bool) -> Iterator[None]:
     """Run a command with logs set up, and tell what the user can mend in one line. Ctrl-C exits with 130."""
     _quiet_environment(verbose)
     from infra import logs

@@ -14,11 +14,11 @@ from flows.cli.console import (
     Verbose,
     age,
     open_picture,
+    report_errors,
     say,
     settings,
     size,
     table,
-    told,
     writable,
 )
 
@@ -52,7 +52,7 @@ def search(
     texts = [given for given in (query, text) if given is not None]
     if len(texts) + (image is not None) != 1:
         raise typer.BadParameter("give one query: words, or --text TEXT, or --image FILE")
-    with told(verbose):
+    with report_errors(verbose):
         from tasks.serve.gallery import most_shown, write_gallery
         from tasks.serve.load import search_database
 
@@ -78,7 +78,7 @@ def databases(
     verbose: Verbose = False,
 ) -> None:
     """List registered databases: name, version, rows, recall, encoder, aliases, size, age."""
-    with told(verbose):
+    with report_errors(verbose):
         from infra.registry import Registry
         from infra.uris import masked
 

@@ -16,9 +16,9 @@ from flows.cli.console import (
     Verify,
     Wait,
     index_changes,
+    report_errors,
     say,
     size,
-    told,
 )
 from infra.prefect_server import prefect_api
 
@@ -46,7 +46,7 @@ def rebuild_index(
     verbose: Verbose = False,
 ) -> None:
     """Add what is new to a domain's database, drop what was taken down; the result becomes the champion."""
-    with told(verbose), prefect_api():
+    with report_errors(verbose), prefect_api():
         from flows.rebuild_index import RebuildIndexConfig
         from flows.rebuild_index import rebuild_index as flow
 
@@ -82,7 +82,7 @@ def merge(
     verbose: Verbose = False,
 ) -> None:
     """Make one database of several, without embedding a picture again."""
-    with told(verbose), prefect_api():
+    with report_errors(verbose), prefect_api():
         from flows.combine_databases import MergeDatabasesConfig, merge_databases
 
         config = MergeDatabasesConfig(
@@ -114,7 +114,7 @@ def subset(
     verbose: Verbose = False,
 ) -> None:
     """Make a database of a part of another, without embedding a picture again."""
-    with told(verbose), prefect_api():
+    with report_errors(verbose), prefect_api():
         from flows.combine_databases import SubsetDatabaseConfig, subset_database
 
         config = SubsetDatabaseConfig(
@@ -140,7 +140,7 @@ def gc(
     verbose: Verbose = False,
 ) -> None:
     """List the files that no kept version refers to, and delete them with --delete."""
-    with told(verbose), prefect_api():
+    with report_errors(verbose), prefect_api():
         from flows.collect_garbage import CollectGarbageConfig, NotAllCollectedError, collect_garbage
 
         config = CollectGarbageConfig(

@@ -19,12 +19,11 @@ from flows.recipes import demo_cpu
 from flows.train_generator import TrainedGenerator
 from infra import logs
 from infra.errors import StageError
-from infra.registry import load_pipeline
 from infra.settings import Settings
 from infra.storage.folders import make_folder
 from model.saved_generator import EMBEDDED
 from tasks.evaluate.task import table
-from tasks.serve.load import pull_database, stored_pictures
+from tasks.serve.load import images_of_rows, load_database, load_pipeline
 
 PROMPTS = ("a red heart", "a sad face", "a green tree", "a red apple", "the sun", "a flower")
 SHOWN_NEIGHBOURS, SHOWN_SAMPLES = 3, 3
@@ -84,7 +83,7 @@ def draw(settings: Settings, path: Path) -> tuple[Path, float]:
     pipeline = load_pipeline("knn-diffusion", FIRST, settings)
     columns, swaps = [], []
     for database in DOMAINS:
-        opened = pull_database(database, settings)
+        opened = load_database(database, settings)
         started = time.monotonic()
         pipeline.swap_database(opened)
         swaps.append(time.monotonic() - started)
@@ -112,7 +111,7 @@ def _draw_all(pipeline: Any, database: str, settings: Settings) -> Groups:
             generator=torch.Generator().manual_seed(7),
             callback=told,
         )
-    near = stored_pictures(database, output.hits.ids, settings)
+    near = images_of_rows(database, output.hits.ids, settings)
     samples = [output.images[start : start + SHOWN_SAMPLES] for start in range(0, len(output.images), SHOWN_SAMPLES)]
     return list(zip(near, samples, strict=True))
 

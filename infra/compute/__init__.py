@@ -1,29 +1,29 @@
 """Work on a Ray cluster."""
 
 from infra.compute.ray_cluster import (
-    Placed,
+    ActorGroup,
     Worker,
+    actor_group,
+    capacity,
+    clamp_cpus,
     cluster,
     cpus,
-    fitting,
     gpus,
     map_shards,
-    placed,
-    room,
     run,
     start,
 )
 
 __all__ = [
-    "Placed",
+    "ActorGroup",
     "Worker",
+    "actor_group",
+    "capacity",
+    "clamp_cpus",
     "cluster",
     "cpus",
-    "fitting",
     "gpus",
     "map_shards",
-    "placed",
-    "room",
     "run",
     "start",
 ]

@@ -17,12 +17,12 @@ ISOLATED_AFTER = 2
 _HELD = 2  # shards of an actor: one in hand, one that waits for it
 
 
-def said(error: RayError) -> str:
+def one_line(error: RayError) -> str:
     """What Ray says of a worker, which takes it many lines, in one."""
     return " ".join(str(error).split())
 
 
-class Lost:
+class FailedShard:
     """A shard that could not be processed, and why."""
 
     def __init__(self, item: Any, error: BaseException) -> None:
@@ -50,7 +50,7 @@ class _Shard:
 
 
 @dataclasses.dataclass(eq=False, slots=True)
-class _Seat:
+class _Slot:
     """An actor, whether it runs yet, and the shards it holds."""
 
     actor: Any
@@ -62,7 +62,7 @@ class _Seat:
         return not self.held or (len(self.held) < _HELD and not shard.suspect and not self.held[0].suspect)
 
 
-class Crew:
+class ActorPool:
     """Actors with methods ``ready()`` and ``run(item, isolate)``.
 
     ``isolate`` asks to process a shard item by item, where an item that kills costs no other. The shards of an actor
@@ -75,8 +75,8 @@ class Crew:
         """Have ``size`` actors, each made by ``start()``, run ``items``."""
         self._start, self._size = start, size
         self._waiting = deque(_Shard(item) for item in items)
-        self._seats: list[_Seat] = []
-        self._pending: dict[Any, tuple[_Seat, _Shard | None]] = {}
+        self._seats: list[_Slot] = []
+        self._pending: dict[Any, tuple[_Slot, _Shard | None]] = {}
         self._failed_starts = 0
         for _ in range(size):
             self._take_seat()
@@ -92,13 +92,13 @@ class Crew:
             try:
                 result = ray.get(done)
             except RayTaskError as error:
-                result = Lost(shard.item if shard else None, error.cause or error)
+                result = FailedShard(shard.item if shard else None, error.cause or error)
             except RayError as error:  # died, was killed for its memory, found no environment, lost what it returned
                 self._replace(seat)
                 if shard is None:
                     self._failed_starts += 1
                     if self._failed_starts > SHARD_TRIES * self._size:
-                        raise StageError(f"no worker could be started ({said(error)}); see Ray's logs") from error
+                        raise StageError(f"no worker could be started ({one_line(error)}); see Ray's logs") from error
                     continue
                 shard.deaths += len(seat.held) == 1
                 shard.seen += 1
@@ -106,7 +106,7 @@ class Crew:
                     self._waiting.insert(sum(other.suspect for other in self._waiting), shard)  # suspects go first
                     self._feed()
                     continue
-                result = Lost(shard.item, error)
+                result = FailedShard(shard.item, error)
             if shard is None:
                 seat.runs = True
                 self._feed()
@@ -121,11 +121,11 @@ class Crew:
             ray.kill(seat.actor)
 
     def _take_seat(self) -> None:
-        seat = _Seat(self._start())
+        seat = _Slot(self._start())
         self._seats.append(seat)
         self._pending[seat.actor.ready.remote()] = (seat, None)
 
-    def _replace(self, seat: _Seat) -> None:
+    def _replace(self, seat: _Slot) -> None:
         if seat in self._seats:  # not yet for another of its shards
             self._seats.remove(seat)
             ray.kill(seat.actor)

@@ -18,14 +18,14 @@ _told = threading.Event()
 _training = threading.Event()
 
 
-def asked_to_stop() -> bool:
+def stop_requested() -> bool:
     """Whether this process was told to end while it trains."""
     return _told.is_set()
 
 
 @contextmanager
-def listening() -> Iterator[None]:
-    """Hold a SIGTERM back for as long as the block trains; :func:`asked_to_stop` tells of it."""
+def deferred_sigterm() -> Iterator[None]:
+    """Hold a SIGTERM back for as long as the block trains; :func:`stop_requested` tells of it."""
     _told.clear()
     _training.set()
     try:
@@ -34,7 +34,7 @@ def listening() -> Iterator[None]:
         _training.clear()
 
 
-def install() -> None:
+def install_handler() -> None:
     """Put the handler in the place of the one that is there. Only the main thread may."""
     before = signal.getsignal(signal.SIGTERM)
 
@@ -58,7 +58,7 @@ def listening_torch_config() -> Any:
     class Backend(base):
         def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
             super().on_training_start(worker_group, backend_config)
-            worker_group.execute(install)
+            worker_group.execute(install_handler)
 
     class Listening(TorchConfig):
         @property

@@ -33,7 +33,7 @@ class Progress:
 
 
 @contextmanager
-def drawn(folder_uri: str, what: str) -> Iterator[None]:
+def progress_bar(folder_uri: str, what: str) -> Iterator[None]:
     """A bar that follows the progress file until the block ends."""
     uri, ended = storage.join(folder_uri, Progress.FILE), threading.Event()
     storage.discard(uri)

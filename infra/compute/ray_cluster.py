@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from infra import uris
 from infra.compute import local_ray
-from infra.compute.actor_pool import SHARD_TRIES, Crew, said
-from infra.compute.progress import drawn
+from infra.compute.actor_pool import SHARD_TRIES, ActorPool, one_line
+from infra.compute.progress import progress_bar
 from infra.errors import InputError, StageError, TransientError
 
 Item = TypeVar("Item", contravariant=True)
@@ -76,7 +76,7 @@ def gpus() -> float:
     return float(ray.cluster_resources().get("GPU", 0))
 
 
-def fitting(wanted: float, gpus: float = 0) -> float:
+def clamp_cpus(wanted: float, gpus: float = 0) -> float:
     """``wanted`` cores, or all that the largest machine with so many GPUs has: more would wait for ever."""
     return min(wanted, max((one.get("CPU", 0) for one in _machines() if one.get("GPU", 0) >= gpus), default=wanted))
 
@@ -85,7 +85,7 @@ def _machines() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def room(cpus_each: float, gpus_each: float = 0) -> int:
+def capacity(cpus_each: float, gpus_each: float = 0) -> int:
     """How many workers of that size the machines hold at once.
 
     Raises ``StageError`` when no machine has so many GPUs: to wait for one is to wait for ever.
@@ -114,7 +114,7 @@ def map_shards(
     concurrency: int = 1,
     description: str,
 ) -> Iterator[Any]:
-    """Results in order of completion; a :class:`infra.compute.actor_pool.Lost` stands for a shard that failed.
+    """Results in order of completion; a :class:`infra.compute.actor_pool.FailedShard` stands for a shard that failed.
 
     Each actor builds ``factory(*settings)`` once and holds two shards at most, so a dead one costs little: its shards
     go to the others and to a new one, which is given some once it runs, for where its machine died there may be no
@@ -125,20 +125,20 @@ def map_shards(
     if not queue:
         return
     start()
-    cpus_per_actor = fitting(cpus_per_actor, gpus_per_actor)
+    cpus_per_actor = clamp_cpus(cpus_per_actor, gpus_per_actor)
     kind = _ACTOR.options(num_cpus=cpus_per_actor, num_gpus=gpus_per_actor, max_concurrency=concurrency)
     # A shard given to an actor that never starts would wait for ever.
-    size = min(actors, len(queue), max(1, room(cpus_per_actor, gpus_per_actor)))
+    size = min(actors, len(queue), max(1, capacity(cpus_per_actor, gpus_per_actor)))
     with (
         tqdm(total=len(queue), desc=description, unit="shard", leave=False) as progress,
-        contextlib.closing(Crew(lambda: kind.remote(factory, settings, uris.secrets()), queue, size)) as crew,
+        contextlib.closing(ActorPool(lambda: kind.remote(factory, settings, uris.secrets()), queue, size)) as crew,
     ):
         for result in crew.results():
             progress.update()
             yield result
 
 
-class Placed:
+class ActorGroup:
     """Workers that stay where they are placed and answer together; one that dies is built again where there is room."""
 
     def __init__(self, actors: Sequence[Any], cpus_each: float) -> None:
@@ -160,11 +160,11 @@ class Placed:
             raise (error.cause or error) from None
         except RayError as error:
             raise TransientError(
-                f"a worker was lost and could not be built again ({said(error)}); ask again"
+                f"a worker was lost and could not be built again ({one_line(error)}); ask again"
             ) from error
 
     def _require_room(self) -> None:
-        held = room(self._cpus_each)
+        held = capacity(self._cpus_each)
         if held < len(self._actors):
             raise TransientError(
                 f"a machine was lost: {len(self._actors)} workers of {self._cpus_each:g} cores are placed, the cluster "
@@ -173,15 +173,15 @@ class Placed:
 
 
 @contextmanager
-def placed(
+def actor_group(
     factory: Callable[..., Worker[Any, Any]], settings: Sequence[tuple[Any, ...]], *, cpus_each: float = 1
-) -> Iterator[Placed]:
+) -> Iterator[ActorGroup]:
     """A worker ``factory(*one)`` for each of ``settings``, spread over the machines of the cluster, until the end.
 
     Raises ``StageError`` where the cluster has no room for all of them, and does not grow.
     """
     start()
-    cpus_each = fitting(cpus_each)
+    cpus_each = clamp_cpus(cpus_each)
     options = {"num_cpus": cpus_each, "max_restarts": -1, "scheduling_strategy": "SPREAD"}
     kind = _ACTOR.options(**options, max_task_retries=SHARD_TRIES)
     actors = [kind.remote(factory, one, uris.secrets()) for one in settings]
@@ -191,13 +191,13 @@ def placed(
         try:
             ray.get(running)
         except RayError as error:
-            raise StageError(f"no worker could be started ({said(error)}); see Ray's logs") from error
+            raise StageError(f"no worker could be started ({one_line(error)}); see Ray's logs") from error
         if waiting:
             raise StageError(
                 f"{len(waiting)} of {len(actors)} workers of {cpus_each:g} cores found no room in {_START_S:g} s; the "
-                f"cluster has some for {room(cpus_each)}, others may hold a part: place fewer, or smaller ones"
+                f"cluster has some for {capacity(cpus_each)}, others may hold a part: place fewer, or smaller ones"
             )
-        yield Placed(actors, cpus_each)
+        yield ActorGroup(actors, cpus_each)
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -212,18 +212,18 @@ def run(
     was tried.
     """
     start()
-    cpus = fitting(cpus, gpus)
-    room(cpus, gpus)  # raises where there is none
+    cpus = clamp_cpus(cpus, gpus)
+    capacity(cpus, gpus)  # raises where there is none
     remote = ray.remote(_call).options(num_cpus=cpus, num_gpus=gpus, max_retries=SHARD_TRIES)
     try:
-        with drawn(watch, function.__name__) if watch else contextlib.nullcontext():
+        with progress_bar(watch, function.__name__) if watch else contextlib.nullcontext():
             return ray.get(remote.remote(function, arguments, uris.secrets()))
     except RayTaskError as error:
         raise (error.cause or error) from None
     except RayError as error:
         raise StageError(
-            f"the worker of {function.__name__} was lost ({said(error)}); give it more memory, or see Ray's logs, and "
-            "run again"
+            f"the worker of {function.__name__} was lost ({one_line(error)}); give it more memory, or see Ray's logs, "
+            "and run again"
         ) from error
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from infra import compute, storage, uris
 from infra.compute import preemption
-from infra.compute.progress import drawn
+from infra.compute.progress import progress_bar
 from infra.errors import StageError
 
 
@@ -34,8 +34,8 @@ def train(
 
     compute.start()
     gpus = int(use_gpu)
-    cpus = compute.fitting(cpus_per_worker, gpus)
-    if (room := compute.room(cpus, gpus)) < workers:
+    cpus = compute.clamp_cpus(cpus_per_worker, gpus)
+    if (room := compute.capacity(cpus, gpus)) < workers:
         raise StageError(
             f"{workers} workers of {cpus:g} cores and {gpus} GPUs are asked for, the cluster has room for {room}; set "
             "workers, or cpus_per_worker, to what it has"
@@ -57,7 +57,7 @@ def train(
         ),
     )
     try:
-        with drawn(folder_uri, "train"):
+        with progress_bar(folder_uri, "train"):
             trainer.fit()
     except TrainingFailedError as error:
         if isinstance(ended_with := getattr(error, "controller_failure", None), final):

@@ -22,7 +22,7 @@ from io import BytesIO
 from multiprocessing.connection import Connection, Pipe
 from typing import BinaryIO, Self
 
-from infra.download.images import Normalised, PictureNormaliser
+from infra.download.images import ImageNormaliser, Normalised
 from infra.errors import StageError
 
 _START_S = 60.0  # Python, NumPy and Pillow on a busy machine
@@ -63,7 +63,7 @@ class DecodeLimits:
 
 
 class NormaliserProcess:
-    """A process that normalises images as ``PictureNormaliser`` does, and can be called in its place.
+    """A process that normalises images as ``ImageNormaliser`` does, and can be called in its place.
 
     One image at a time: img2dataset normalises in a single thread. Use it as a context manager.
     """
@@ -170,7 +170,7 @@ def serve(descriptor: str, settings: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, but the parent decides
     given = json.loads(settings)
     limits = DecodeLimits(**given["limits"])
-    normalise = PictureNormaliser(**given["bounds"])
+    normalise = ImageNormaliser(**given["bounds"])
     _limit_codecs()
     resource.setrlimit(resource.RLIMIT_DATA, (limits.memory_bytes, limits.memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -53,7 +53,7 @@ _PILLOW_MOST_PIXELS = 178_956_970  # Pillow refuses more, whatever is asked for
 _PICTURE_COLUMNS = {"width", "height", "original_width", "original_height", "sha256"}
 _RESULT_COLUMNS = {"key", "status", "error_message", "error_class", *_PICTURE_COLUMNS}
 # What urllib and img2dataset say where no class heads the message; the first pattern found counts.
-_FOREIGN = (
+_MESSAGE_PATTERNS = (
     (r"^HTTP Error 30\d: The HTTP server returned a redirect error", "too_many_redirects"),
     (r"^HTTP Error (\d{3})", r"http_\1"),
     (r"^Use of image disallowed by X-Robots-Tag", "robots_disallowed"),
@@ -194,7 +194,7 @@ def _downloader_class(scratch: Path) -> Any:
     return Downloader
 
 
-def outcome_of(status: str, error_message: str | None) -> str:
+def classify_outcome(status: str, error_message: str | None) -> str:
     """The error class of a row of the parquet: the one its message starts with, or what the message means."""
     if status == "success":
         return "success"
@@ -202,7 +202,7 @@ def outcome_of(status: str, error_message: str | None) -> str:
     head = message.partition(":")[0]
     if head in ERROR_CLASSES or re.fullmatch(r"http_\d{3}", head):
         return head
-    for pattern, error_class in _FOREIGN:
+    for pattern, error_class in _MESSAGE_PATTERNS:
         if found := re.search(pattern, message):
             return found.expand(error_class)
     return "internal_error"
@@ -258,13 +258,13 @@ class _ShardWriter:
                 raise self._failure
             while self._written < len(self._keys):
                 self._add_next()
-        results = [self._results.get(key) or _lost(key) for key in self._keys]
+        results = [self._results.get(key) or _missing_result(key) for key in self._keys]
         table = self._rows.combine_chunks()
         for field in self._schema:
             if field.name in _RESULT_COLUMNS:
                 values = [result.get(field.name) for result in results]
                 table = table.append_column(field, pa.array(values, field.type))
-        classes = [outcome_of(result["status"], result["error_message"]) for result in results]
+        classes = [classify_outcome(result["status"], result["error_message"]) for result in results]
         table = table.append_column(pa.field("error_class", pa.string()), pa.array(classes, pa.string()))
         pq.write_table(table, self._stem.with_suffix(".parquet"))
 
@@ -286,7 +286,7 @@ class _ShardWriter:
             self._tar.addfile(member, BytesIO(data))
 
 
-def _lost(key: str) -> dict[str, Any]:
+def _missing_result(key: str) -> dict[str, Any]:
     """The result of a row for which img2dataset, which swallows what goes wrong in a sample, has written nothing."""
     message = "internal_error: img2dataset gave no result for this row; its log has the traceback"
     return {"key": key, "status": "failed_to_download", "error_message": message}

@@ -41,7 +41,7 @@ Normalised = tuple[bytes | None, int | None, int | None, int | None, int | None,
 """PNG bytes, width, height, original width, original height, error message: either the first five or the last."""
 
 
-class PictureError(ValueError):
+class ImageError(ValueError):
     """A picture that is not taken. ``str()`` is ``error_class: detail``."""
 
     def __init__(self, error_class: str, detail: str) -> None:
@@ -49,7 +49,7 @@ class PictureError(ValueError):
         super().__init__(f"{error_class}: {detail}")
 
 
-class PictureNormaliser:
+class ImageNormaliser:
     """Callable in the place of img2dataset's resizer: it never raises, the last item says what was wrong."""
 
     def __init__(self, *, max_pixels: int, min_side_px: int, max_side_px: int) -> None:
@@ -64,11 +64,11 @@ class PictureNormaliser:
         """Normalise one encoded picture; the original's width and height are those of the upright picture."""
         try:
             upright = self.decode(img_stream.read())
-            stored = fit(upright, self._max_side_px)
+            stored = shrink_to_fit(upright, self._max_side_px)
             buffer = io.BytesIO()
             stored.save(buffer, "PNG")
             return buffer.getvalue(), *stored.size, *upright.size, None
-        except PictureError as error:
+        except ImageError as error:
             return None, None, None, None, None, str(error)
         except MemoryError:
             return None, None, None, None, None, _OUT_OF_MEMORY
@@ -76,9 +76,9 @@ class PictureNormaliser:
             return None, None, None, None, None, f"internal_error: {type(error).__name__}: {error}"
 
     def decode(self, data: bytes) -> Image.Image:
-        """Upright RGB picture in full size. Raises ``PictureError``."""
+        """Upright RGB picture in full size. Raises ``ImageError``."""
         if not data:
-            raise PictureError("empty_body", "the answer held no bytes")
+            raise ImageError("empty_body", "the answer held no bytes")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what is checked here, and of odd metadata
             image = self._identified(data)
@@ -96,31 +96,31 @@ class PictureNormaliser:
     def _identified(self, data: bytes) -> Image.Image:
         """The image with its header read and nothing decoded."""
         if data.startswith(b"\xff\xd8") and jpeg_scans(data, most=_MAX_SCANS + 1) > _MAX_SCANS:
-            raise PictureError("too_many_scans", f"a JPEG with more than {_MAX_SCANS} scans")
+            raise ImageError("too_many_scans", f"a JPEG with more than {_MAX_SCANS} scans")
         try:
             return Image.open(io.BytesIO(data), formats=self._formats)
         except Image.DecompressionBombError as error:
-            raise PictureError("too_many_pixels", str(error)) from error
+            raise ImageError("too_many_pixels", str(error)) from error
         except UnidentifiedImageError as error:
             if _SIGNATURE.match(data):
-                raise PictureError("decode_error", "its header cannot be read") from error
-            raise PictureError("not_an_image", f"none of {', '.join(self._formats)}") from error
+                raise ImageError("decode_error", "its header cannot be read") from error
+            raise ImageError("not_an_image", f"none of {', '.join(self._formats)}") from error
         except Exception as error:
             raise _refusal(error) from error
 
     def _check(self, image: Image.Image) -> None:
         size = f"{image.width}x{image.height} pixels"
         if image.width * image.height > self._max_pixels:
-            raise PictureError("too_many_pixels", f"{size}, more than max_pixels={self._max_pixels}")
+            raise ImageError("too_many_pixels", f"{size}, more than max_pixels={self._max_pixels}")
         if min(image.size) < self._min_side_px:
-            raise PictureError("too_small", f"{size}, a side below min_side_px={self._min_side_px}")
+            raise ImageError("too_small", f"{size}, a side below min_side_px={self._min_side_px}")
         try:
             # An MPO's further frames are a camera's depth or brightness maps, not motion.
             moving = image.format != "MPO" and getattr(image, "is_animated", False)
         except Exception as error:
             raise _refusal(error) from error
         if moving:
-            raise PictureError("animated", f"{image.format} with several frames")
+            raise ImageError("animated", f"{image.format} with several frames")
 
 
 def jpeg_scans(data: bytes, most: int) -> int:
@@ -159,7 +159,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return rgb
 
 
-def fit(image: Image.Image, max_side_px: int) -> Image.Image:
+def shrink_to_fit(image: Image.Image, max_side_px: int) -> Image.Image:
     """``image`` reduced so that its longer side is at most ``max_side_px``; never enlarged, no side below 1."""
     longer = max(image.size)
     if longer <= max_side_px:
@@ -168,11 +168,11 @@ def fit(image: Image.Image, max_side_px: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _refusal(error: Exception) -> PictureError:
+def _refusal(error: Exception) -> ImageError:
     """Return what a failure of Pillow says about the image. Codecs report exhausted memory in their own words."""
     if isinstance(error, MemoryError) or "memory" in str(error).lower():
-        return PictureError(*_OUT_OF_MEMORY.split(": ", 1))
-    return PictureError("decode_error", str(error) or type(error).__name__)
+        return ImageError(*_OUT_OF_MEMORY.split(": ", 1))
+    return ImageError("decode_error", str(error) or type(error).__name__)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

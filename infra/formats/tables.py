@@ -20,7 +20,7 @@ _TEXT_COLUMNS = {name: pa.string() for name in ("url", "sha256", "key")}  # a ke
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
 
-def read_pictures(tar: Path) -> Iterator[tuple[str, bytes]]:
+def iter_images(tar: Path) -> Iterator[tuple[str, bytes]]:
     """(key, encoded picture) for each sample of a webdataset tar. Raises ``IntegrityError`` for a truncated one."""
     try:
         _require_end(tar)

@@ -18,7 +18,7 @@ _DROPPED = "dropped"
 _ON_RECORD = frozenset({"url", "key", "sha256", "status", "error_message", "error_class"})
 
 
-def drop_pictures(tar: Path, parquet: Path, stem: Path, reasons: Mapping[str, str]) -> dict[str, int]:
+def drop_images(tar: Path, parquet: Path, stem: Path, reasons: Mapping[str, str]) -> dict[str, int]:
     """Write both files as ``stem`` with their suffixes, without the pictures that ``reasons`` names.
 
     Args:

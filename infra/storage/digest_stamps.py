@@ -24,7 +24,9 @@ from infra.storage.folders import make_folder
 FOLDER = "verified"
 _TICK_S = 0.01  # of a file system's clock: times that are younger cannot tell two writes apart
 _MOST_SEEN = 1 << 17
-_seen: dict[tuple[str, str, str], tuple[Path, list[int]]] = {}  # stamps that this process has read, and what was there
+_stamps: dict[
+    tuple[str, str, str], tuple[Path, list[int]]
+] = {}  # stamps that this process has read, and what was there
 
 
 def is_verified(path: Path, sha256: str, size: int, cache: Path) -> bool:
@@ -38,19 +40,19 @@ def is_verified(path: Path, sha256: str, size: int, cache: Path) -> bool:
         return False
     if before.st_size != size:
         return False
-    key, now = (str(path), sha256, str(cache)), _identity(before)
-    if (seen := _seen.get(key)) and seen[1] == now and _used(seen[0]):
+    key, now = (str(path), sha256, str(cache)), _fingerprint(before)
+    if (seen := _stamps.get(key)) and seen[1] == now and _touch(seen[0]):
         return True
     stamp = stamp_file(cache, sha256, path)
     if _read_stamp(stamp) == now:
-        _used(stamp)
-        if len(_seen) >= _MOST_SEEN:
-            _seen.clear()
-        _seen[key] = stamp, now
+        _touch(stamp)
+        if len(_stamps) >= _MOST_SEEN:
+            _stamps.clear()
+        _stamps[key] = stamp, now
         return True
     time.sleep(min(_TICK_S, max(0.0, before.st_ctime + _TICK_S - time.time())))
     try:
-        if storage.sha256(str(path)) != sha256 or _identity(path.stat()) != now:
+        if storage.sha256(str(path)) != sha256 or _fingerprint(path.stat()) != now:
             return False
     except (FileNotFoundError, NotFoundError) as error:
         if isinstance(error.__cause__ or error, FileNotFoundError):  # another process found it damaged, and removed it
@@ -66,7 +68,7 @@ def stamp_file(cache: Path, sha256: str, path: Path) -> Path:
     return cache / FOLDER / sha256[:2] / f"{sha256}-{place}"
 
 
-def _used(stamp: Path) -> bool:
+def _touch(stamp: Path) -> bool:
     """Note that the stamp's file is used; whether the stamp is there, in a cache that may be written."""
     try:
         os.utime(stamp)  # the file's own times stay as they are
@@ -75,7 +77,7 @@ def _used(stamp: Path) -> bool:
     return True
 
 
-def _identity(status: os.stat_result) -> list[int]:
+def _fingerprint(status: os.stat_result) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
 
 
@@ -91,5 +93,5 @@ def write_stamp(stamp: Path, status: os.stat_result) -> None:
     partial = stamp.with_name(f".{stamp.name}.{os.getpid()}-{threading.get_ident()}")
     with contextlib.suppress(OSError):
         make_folder(stamp.parent)
-        partial.write_text(json.dumps(_identity(status)))
+        partial.write_text(json.dumps(_fingerprint(status)))
         partial.replace(stamp)

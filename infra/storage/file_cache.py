@@ -31,11 +31,11 @@ from infra import logs, storage, validation
 from infra.errors import InputError
 from infra.settings import Settings
 from infra.storage.digest_stamps import is_verified, stamp_file, write_stamp
-from infra.storage.errors import room_in
+from infra.storage.errors import disk_full_errors
 from infra.storage.folders import make_folder
-from infra.storage.locks import alone, drop_abandoned
+from infra.storage.locks import exclusive_folder, remove_stale
 
-DERIVED_SPARED_S = 3600.0
+DERIVED_GRACE_S = 3600.0
 _STAMPS_KEPT_S = 90 * 86_400.0
 _LONGEST_SUFFIX = 32
 _FETCHING = "fetching"
@@ -43,11 +43,11 @@ _OWED = "owed"
 _BOOKKEEPING = frozenset({"verified", _FETCHING, "uses", "lock", _OWED, f"{_OWED}.partial"})
 
 
-class DamagedError(Exception):
+class DigestMismatchError(Exception):
     """The bytes are not those of the digest."""
 
 
-class HeldPath(PosixPath):
+class PinnedPath(PosixPath):
     """A path in the cache; while it is referenced, the file is not evicted. A pickled copy is a plain path."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -69,19 +69,19 @@ def fetch(uri: str, sha256: str, size: int, cache: Path) -> Path:
     """
     suffix = Path(uri).suffix
     path = cache / validation.digest(sha256)[:2] / (sha256 + suffix[:_LONGEST_SUFFIX])
-    with room_in(cache):
-        held = _held(path, sha256, cache)
+    with disk_full_errors(cache):
+        held = _pin(path, sha256, cache)
         if path.exists() and is_verified(path, sha256, size, cache):
             return held
-        with alone(cache / _FETCHING / sha256, within=cache) as folder:
+        with exclusive_folder(cache / _FETCHING / sha256, within=cache) as folder:
             if not is_verified(path, sha256, size, cache):  # another process may have fetched it meanwhile
                 path.unlink(missing_ok=True)
                 arrived = storage.fetch(uri, folder / "file")
                 if arrived.stat().st_size != size or storage.sha256(str(arrived)) != sha256:
-                    raise DamagedError
+                    raise DigestMismatchError
                 arrived.replace(path)
                 write_stamp(stamp_file(cache, sha256, path), path.stat())
-    _came_in(cache, size)
+    _account_for(cache, size)
     return held
 
 
@@ -95,14 +95,14 @@ def fetch_registered(
     """
     kept = cache / REGISTERED / validation.digest(digest)
     try:
-        with room_in(cache):
-            kept = _held(kept, digest, cache)
+        with disk_full_errors(cache):
+            kept = _pin(kept, digest, cache)
     except InputError:
         if not is_whole(kept):  # of a cache that may only be read, what is there serves
             raise
     if is_whole(kept):
         return kept
-    with room_in(cache), alone(cache / _FETCHING / digest, within=cache) as folder:
+    with disk_full_errors(cache), exclusive_folder(cache / _FETCHING / digest, within=cache) as folder:
         if is_whole(kept):  # another process may have fetched it meanwhile
             return kept
         arrived = folder / "files"
@@ -113,7 +113,7 @@ def fetch_registered(
             place = kept / path.relative_to(arrived)
             make_folder(place.parent)
             path.replace(place)
-    _came_in(cache, size)
+    _account_for(cache, size)
     return kept
 
 
@@ -129,7 +129,7 @@ def evict(cache: Path, limit_bytes: int) -> int:
         for _, size, paths in files:
             if total <= limit_bytes:
                 break
-            if _dropped(cache, paths):
+            if _try_remove(cache, paths):
                 total -= size
     if total > limit_bytes:
         logs.get("cache").warning(
@@ -138,7 +138,7 @@ def evict(cache: Path, limit_bytes: int) -> int:
     return total
 
 
-def forget(digests: Collection[str], cache: Path, *, derived: bool = True) -> int:
+def purge(digests: Collection[str], cache: Path, *, derived: bool = True) -> int:
     """Remove what is kept under ``digests``, and whatever stages derived, unless in use; return the bytes that went.
 
     Of what was derived nobody knows what went into it, and it can be derived again. What is in use is told, and owed:
@@ -148,7 +148,7 @@ def forget(digests: Collection[str], cache: Path, *, derived: bool = True) -> in
         return 0
     freed, left = 0, set[str]()
     with _locked(cache / "lock", fcntl.LOCK_EX):
-        due = {*digests, *_owed(cache)}
+        due = {*digests, *_pending_purges(cache)}
         chosen = []
         for _, size, paths in _inventory(cache):
             made = {str(path.relative_to(cache)) for path in paths if _is_derived(cache, path)}
@@ -156,7 +156,7 @@ def forget(digests: Collection[str], cache: Path, *, derived: bool = True) -> in
                 chosen.append((size, paths, named))
         _owe(cache, {name for _, _, named in chosen for name in named})
         for size, paths, named in chosen:
-            if _dropped(cache, paths):
+            if _try_remove(cache, paths):
                 freed += size
             else:
                 left |= named
@@ -167,12 +167,12 @@ def forget(digests: Collection[str], cache: Path, *, derived: bool = True) -> in
     return freed
 
 
-def owes(cache: Path) -> bool:
+def has_pending_purges(cache: Path) -> bool:
     """Whether anything that was to be forgotten was in use then."""
-    return bool(_owed(cache))
+    return bool(_pending_purges(cache))
 
 
-def _owed(cache: Path) -> list[str]:
+def _pending_purges(cache: Path) -> list[str]:
     try:
         return (cache / _OWED).read_text().splitlines()
     except FileNotFoundError:
@@ -250,11 +250,11 @@ def _uses_of(cache: Path) -> _Uses:
         return _uses[key]
 
 
-def _held(path: Path, sha256: str, cache: Path) -> HeldPath:
+def _pin(path: Path, sha256: str, cache: Path) -> PinnedPath:
     """``path``, held from now on. The lock keeps it from falling between an eviction's look and its deed."""
     try:
         make_folder(path.parent)
-        uses, byte, held = _uses_of(cache), _byte(sha256), HeldPath(path)
+        uses, byte, held = _uses_of(cache), _byte(sha256), PinnedPath(path)
         with _locked(cache / "lock", fcntl.LOCK_SH):
             uses.hold(byte)
     except OSError as error:
@@ -271,7 +271,7 @@ def _let_go(uses: _Uses, byte: int, process: int) -> None:
         uses.let_go(byte)
 
 
-def _dropped(cache: Path, paths: list[Path]) -> bool:
+def _try_remove(cache: Path, paths: list[Path]) -> bool:
     """Remove a file by all of its names, and their stamps, unless it is in use; whether it went."""
     if any(_in_use(cache, path) for path in paths):
         return False
@@ -299,14 +299,14 @@ def _in_use(cache: Path, path: Path) -> bool:
         status = path.stat()
     except FileNotFoundError:  # whoever derives it has just given it its name
         return False
-    return time.time() - max(status.st_atime, status.st_mtime) < DERIVED_SPARED_S
+    return time.time() - max(status.st_atime, status.st_mtime) < DERIVED_GRACE_S
 
 
 def _byte(sha256: str) -> int:
     return int(sha256[:15], 16)
 
 
-def _came_in(cache: Path, size: int) -> None:
+def _account_for(cache: Path, size: int) -> None:
     limit, key = Settings().cache_bytes, (os.getpid(), str(cache))
     _came[key] = _came.get(key, limit) + size  # the first time, whatever came: others may have left much
     if _came[key] > limit // 100:
@@ -340,7 +340,7 @@ def _last_use(cache: Path, path: Path) -> float | None:
 
 def _drop_abandoned(cache: Path) -> None:
     """Remove what dead processes left on its way, and stamps that nobody has asked for in a long time."""
-    drop_abandoned(cache.glob(f"{_FETCHING}/*"), within=cache)
+    remove_stale(cache.glob(f"{_FETCHING}/*"), within=cache)
     for stamp in cache.glob("verified/*/*"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - stamp.stat().st_mtime > _STAMPS_KEPT_S:

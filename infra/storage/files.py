@@ -22,9 +22,9 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from infra.errors import InputError, NotFoundError
-from infra.storage.errors import code_of, patiently, room_in, told
+from infra.storage.errors import disk_full_errors, error_code, storage_errors, with_retries
 from infra.storage.folders import make_folder
-from infra.storage.locks import alone, drop_abandoned, this_boot
+from infra.storage.locks import boot_id, exclusive_folder, remove_stale
 from infra.uris import is_local, is_s3, join, local_path, masked, reveal
 
 PART_BYTES = 8 << 20
@@ -37,29 +37,29 @@ _SCRATCH = "knn-diffusion-"
 def exists(uri: str) -> bool:
     """Whether a file or folder is there. Raises ``NotFoundError`` when even the bucket is not."""
     fs, path = _fs(uri)
-    return patiently(uri, lambda: _info(fs, path) is not None)
+    return with_retries(uri, lambda: _info(fs, path) is not None)
 
 
 def size(uri: str) -> int:
     """Size in bytes. Raises ``NotFoundError``."""
     fs, path = _fs(uri)
-    return patiently(uri, lambda: int(fs.size(path)))
+    return with_retries(uri, lambda: int(fs.size(path)))
 
 
 def modified(uri: str) -> float:
     """When the object was written last, by the store's own clock; seconds since 1970. Raises ``NotFoundError``."""
     fs, path = _fs(uri)
-    return patiently(uri, lambda: float(fs.modified(path).timestamp()))
+    return with_retries(uri, lambda: float(fs.modified(path).timestamp()))
 
 
-def outdate(uri: str) -> None:
+def expire(uri: str) -> None:
     """Let a local file seem written long ago, which needs no room on a full disk; a remote object stays as it is."""
     if is_local(uri):
-        with told(uri):
+        with storage_errors(uri):
             os.utime(local_path(uri), (0, 0))
 
 
-def names(uri: str) -> list[str]:
+def list_names(uri: str) -> list[str]:
     """Sorted base names directly below a folder; empty when the folder is not there."""
     fs, path = _fs(uri)
 
@@ -68,11 +68,11 @@ def names(uri: str) -> list[str]:
             return []
         return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
 
-    return patiently(uri, listed)
+    return with_retries(uri, listed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Stored:
+class StoredObject:
     """An object that is there: its size in bytes, and when it was written, as :func:`modified` tells."""
 
     uri: str
@@ -80,35 +80,35 @@ class Stored:
     modified: float
 
 
-def walk(uri: str) -> list[Stored]:
+def walk(uri: str) -> list[StoredObject]:
     """Every object below a folder, sorted by URI; none when the folder is not there."""
     fs, path = _fs(uri)
 
-    def found() -> list[Stored]:
+    def found() -> list[StoredObject]:
         if _info(fs, path) is None:
             return []
         entries = fs.find(path, detail=True)
         return [
-            Stored(uri=join(uri, name.removeprefix(path)), bytes=int(entry["size"]), modified=_written(entry))
+            StoredObject(uri=join(uri, name.removeprefix(path)), bytes=int(entry["size"]), modified=_written(entry))
             for name, entry in sorted(entries.items())
         ]
 
-    return patiently(uri, found)
+    return with_retries(uri, found)
 
 
 @contextmanager
 def open_read(uri: str) -> Iterator[IO[bytes]]:
     """A binary reader; of a remote file, it asks for the ranges that are read. Raises ``NotFoundError``."""
     fs, path = _fs(uri)
-    stream = patiently(uri, lambda: fs.open(path, "rb"))
-    with told(uri), stream:
+    stream = with_retries(uri, lambda: fs.open(path, "rb"))
+    with storage_errors(uri), stream:
         yield stream
 
 
 def read_bytes(uri: str) -> bytes:
     """The whole object. Raises ``NotFoundError``."""
     fs, path = _fs(uri)
-    return patiently(uri, lambda: bytes(fs.cat_file(path)))
+    return with_retries(uri, lambda: bytes(fs.cat_file(path)))
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -117,12 +117,12 @@ def write_bytes(uri: str, data: bytes) -> None:
 
     def write() -> None:
         if isinstance(fs, LocalFileSystem):
-            with _replacing(Path(path)) as stream:
+            with _atomic_write(Path(path)) as stream:
                 stream.write(data)
         else:
             fs.pipe_file(path, data)
 
-    patiently(uri, write)
+    with_retries(uri, write)
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
@@ -135,13 +135,13 @@ def create_bytes(uri: str, data: bytes) -> bool:
 
     def create() -> bool:
         if isinstance(fs, LocalFileSystem):
-            return _link_new(Path(path), data)
+            return _create_exclusive(Path(path), data)
         try:
             fs.pipe_file(path, data, mode="create")
         except FileExistsError:
             pass
         except OSError as error:  # a store that does not name the condition
-            if code_of(error) not in {"PreconditionFailed", "412"}:
+            if error_code(error) not in {"PreconditionFailed", "412"}:
                 raise
         else:
             return True
@@ -150,7 +150,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
         except FileNotFoundError:  # gone since
             return False
 
-    return patiently(uri, create)
+    return with_retries(uri, create)
 
 
 def put(local: Path, uri: str) -> None:
@@ -159,7 +159,7 @@ def put(local: Path, uri: str) -> None:
 
     def copy() -> None:
         if isinstance(fs, LocalFileSystem):
-            with open(local, "rb") as source, _replacing(Path(path)) as target:
+            with open(local, "rb") as source, _atomic_write(Path(path)) as target:
                 for block in iter(lambda: source.read(_BLOCK_BYTES), b""):
                     target.write(block)
         elif is_s3(uri):
@@ -168,7 +168,7 @@ def put(local: Path, uri: str) -> None:
         else:
             fs.put_file(str(local), path)
 
-    patiently(uri, copy)
+    with_retries(uri, copy)
 
 
 def fetch(uri: str, local: Path) -> Path:
@@ -187,7 +187,7 @@ def fetch(uri: str, local: Path) -> Path:
             partial.unlink(missing_ok=True)
         return local
 
-    return patiently(uri, copy)
+    return with_retries(uri, copy)
 
 
 def remove(uri: str) -> None:
@@ -205,7 +205,7 @@ def remove(uri: str) -> None:
         if not is_local(uri) and _info(fs, path) == there:  # s3fs asks for many at once, and hears of no refusal
             raise PermissionError("it is still there after its deletion: locked, or without the right to delete")
 
-    patiently(uri, delete)
+    with_retries(uri, delete)
 
 
 def discard(uri: str) -> None:
@@ -230,11 +230,11 @@ def scratch() -> Iterator[Path]:
     One whose process was killed goes when the next one of its user and machine is made in the same place.
     """
     lock = _scratch_lock()
-    drop_abandoned(_own_scratches(lock), within=Path(tempfile.gettempdir()), lock_name=lock)
+    remove_stale(_own_scratches(lock), within=Path(tempfile.gettempdir()), lock_name=lock)
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, ignore_cleanup_errors=True) as own, ExitStack() as held:
         with suppress(OSError):  # no locks in that place: then nobody sweeps there either
-            held.enter_context(alone(Path(own), within=Path(own).parent, lock_name=lock))
-        with tempfile.TemporaryDirectory(dir=own, ignore_cleanup_errors=True) as folder, room_in(Path(folder)):
+            held.enter_context(exclusive_folder(Path(own), within=Path(own).parent, lock_name=lock))
+        with tempfile.TemporaryDirectory(dir=own, ignore_cleanup_errors=True) as folder, disk_full_errors(Path(folder)):
             yield Path(folder)
 
 
@@ -248,7 +248,7 @@ def _own_scratches(lock: str) -> Iterator[Path]:
 def _scratch_lock() -> str:
     """Named by this machine: the place may be shared with others, whose locks not every file system tells."""
     try:
-        return f"lock-{this_boot()}"
+        return f"lock-{boot_id()}"
     except OSError:
         return f"lock-{socket.gethostname()}"
 
@@ -261,7 +261,7 @@ def _fs(uri: str) -> tuple[Any, str]:
     if is_s3(uri):
         options["config_kwargs"] = {"retries": {"mode": "standard", "total_max_attempts": 2}}
     try:
-        with told(uri):  # some connect here already, ftp for one
+        with storage_errors(uri):  # some connect here already, ftp for one
             fs, path = fsspec.core.url_to_fs(reveal(uri), **options)
     except (ValueError, ImportError) as error:
         raise InputError(f"{masked(f'{uri} cannot be opened: {error}')}; write a path or an s3:// address") from None
@@ -275,7 +275,7 @@ def _info(fs: Any, path: str) -> dict[str, Any] | None:
     try:
         return cast(dict[str, Any], fs.info(path))
     except FileNotFoundError as error:
-        if code_of(error) == "NoSuchBucket":
+        if error_code(error) == "NoSuchBucket":
             raise
         return None
 
@@ -287,7 +287,7 @@ def _written(entry: dict[str, Any]) -> float:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def _atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A stream that becomes ``path`` when the block ends well, after fsync; otherwise nothing has happened."""
     make_folder(path.parent)
     partial = _partial(path)
@@ -302,7 +302,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
-def _link_new(path: Path, data: bytes) -> bool:
+def _create_exclusive(path: Path, data: bytes) -> bool:
     make_folder(path.parent)
     partial = _partial(path)
     try:

@@ -31,7 +31,7 @@ from typing import Any
 
 from infra import logs, storage
 from infra.errors import KNNDiffusionError, NotFoundError, StageError
-from infra.storage.locks import this_boot
+from infra.storage.locks import boot_id
 
 FOLDER = "lease"
 _POLL_S = 1.0
@@ -99,7 +99,7 @@ class Lease:
             try:
                 self._write(dataclasses.replace(self.holder, released=True))
             except KNNDiffusionError:
-                storage.outdate(self._uri)
+                storage.expire(self._uri)
 
     def _renew(self) -> None:
         while not self._ended.wait(self.holder.ttl_s / 3):
@@ -222,7 +222,7 @@ def _read(folder_uri: str, number: int) -> Holder | None:
 
 
 def _numbers(folder_uri: str) -> list[int]:
-    stems = (name.removesuffix(".json") for name in storage.names(storage.join(folder_uri, FOLDER)))
+    stems = (name.removesuffix(".json") for name in storage.list_names(storage.join(folder_uri, FOLDER)))
     return sorted(int(stem) for stem in stems if stem.isdecimal())
 
 
@@ -242,7 +242,7 @@ def _body(holder: Holder) -> bytes:
 def _machine() -> str:
     """This boot of this machine and its space of process numbers, where the system tells; else empty."""
     try:
-        return f"{this_boot()}:{Path('/proc/self/ns/pid').stat().st_ino}"
+        return f"{boot_id()}:{Path('/proc/self/ns/pid').stat().st_ino}"
     except OSError:
         return ""
 

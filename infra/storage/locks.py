@@ -14,7 +14,7 @@ LOCK = "lock"
 
 
 @contextlib.contextmanager
-def alone(folder: Path, *, within: Path, wait: bool = True, lock_name: str = LOCK) -> Iterator[Path]:
+def exclusive_folder(folder: Path, *, within: Path, wait: bool = True, lock_name: str = LOCK) -> Iterator[Path]:
     """``folder`` for this thread alone; it and all it holds are deleted afterwards.
 
     Raises:
@@ -64,11 +64,11 @@ def require_within(folder: Path, root: Path) -> None:
         )
 
 
-def drop_abandoned(folders: Iterable[Path], *, within: Path, lock_name: str = LOCK) -> None:
+def remove_stale(folders: Iterable[Path], *, within: Path, lock_name: str = LOCK) -> None:
     """Remove those of ``folders`` that nobody has for itself any more; links that lead out of ``within`` stay."""
     for folder in folders:
         if _is_within(folder, within):
-            with contextlib.suppress(OSError), alone(folder, within=within, wait=False, lock_name=lock_name):
+            with contextlib.suppress(OSError), exclusive_folder(folder, within=within, wait=False, lock_name=lock_name):
                 pass
 
 
@@ -76,6 +76,6 @@ def _is_within(folder: Path, root: Path) -> bool:
     return Path(os.path.realpath(root)) in Path(os.path.realpath(folder)).parents
 
 
-def this_boot() -> str:
+def boot_id() -> str:
     """This boot of this machine, which no other machine has. Raises ``OSError`` where the system does not tell."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.metrics.embedding_metrics import Rows, Values, weighted_frechet, weighted_mmd
+from model.metrics.embedding_metrics import Embeddings, Values, weighted_frechet, weighted_mmd
 
 Statistic = Callable[..., Values]
 """(R, N), or (R, N) and (R, M), counts to (R,) values."""
@@ -88,7 +88,7 @@ def mean_of(values: NDArray[np.floating] | NDArray[np.bool_]) -> Statistic:
     return lambda counts: counts @ wide / counts.sum(axis=1)
 
 
-def frechet_of(first: Rows, second: Rows) -> Statistic:
+def frechet_of(first: Embeddings, second: Embeddings) -> Statistic:
     """Fréchet distance of each resample in turn, since each needs its own eigenvalues."""
 
     def distances(first_counts: Values, second_counts: Values) -> Values:
@@ -98,7 +98,7 @@ def frechet_of(first: Rows, second: Rows) -> Statistic:
     return distances
 
 
-def mmd_of(first: Rows, second: Rows) -> Statistic:
+def mmd_of(first: Embeddings, second: Embeddings) -> Statistic:
     """:func:`model.metrics.embedding_metrics.mmd_distance`, all resamples at once."""
     return lambda first_counts, second_counts: weighted_mmd(first, first_counts, second, second_counts)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from model.errors import ModelError
 
-Rows = NDArray[np.float32]
+Embeddings = NDArray[np.float32]
 Values = NDArray[np.float64]
 
 MMD_SIGMA = 10.0
@@ -27,12 +27,12 @@ _BLOCK_PAIRS = 1 << 22
 _TIE = 1e-9  # squared distances of equal float64 rows differ by less
 
 
-def clip_score(images: Rows, texts: Rows) -> float:
+def clip_score(images: Embeddings, texts: Embeddings) -> float:
     """Mean cosine between picture i and text i, both (N, D): in [−1, 1], higher is better."""
     return float(pair_cosines(images, texts).mean())
 
 
-def pair_cosines(images: Rows, texts: Rows) -> Values:
+def pair_cosines(images: Embeddings, texts: Embeddings) -> Values:
     """(N,) cosine between picture i and text i, both (N, D)."""
     if images.shape != texts.shape:
         raise ModelError(f"{images.shape} pictures and {texts.shape} texts do not pair up")
@@ -40,7 +40,7 @@ def pair_cosines(images: Rows, texts: Rows) -> Values:
     return cosines
 
 
-def frechet_distance(first: Rows, second: Rows) -> float:
+def frechet_distance(first: Embeddings, second: Embeddings) -> float:
     """Fréchet distance between Gaussians fitted to two sets (N, D) and (M, D): at least 0, lower is closer.
 
     ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½)   (Heusel et al. 1706.08500, eq. 6, on CLIP instead of Inception features).
@@ -49,7 +49,7 @@ def frechet_distance(first: Rows, second: Rows) -> float:
     return weighted_frechet(first, np.ones(len(first)), second, np.ones(len(second)))
 
 
-def weighted_frechet(first: Rows, first_counts: Values, second: Rows, second_counts: Values) -> float:
+def weighted_frechet(first: Embeddings, first_counts: Values, second: Embeddings, second_counts: Values) -> float:
     """:func:`frechet_distance` where row i of each set counts ``counts[i]`` times: what a bootstrap asks for."""
     if min(len(first), len(second)) < 2:
         raise ModelError("a Fréchet distance needs at least two pictures on each side")
@@ -62,7 +62,7 @@ def weighted_frechet(first: Rows, first_counts: Values, second: Rows, second_cou
     return float(max(distance, 0.0))
 
 
-def mmd_distance(first: Rows, second: Rows) -> float:
+def mmd_distance(first: Embeddings, second: Embeddings) -> float:
     """Maximum mean discrepancy between two sets (N, D) and (M, D), the CMMD of Jayasumana et al. (2401.09603).
 
     1000 · (mean k(x, x′) + mean k(y, y′) − 2 mean k(x, y)),   k(a, b) = exp(−‖a − b‖² / 2σ²), σ = 10
@@ -77,7 +77,7 @@ def mmd_distance(first: Rows, second: Rows) -> float:
     return float(weighted_mmd(first, np.ones((1, len(first))), second, np.ones((1, len(second))))[0])
 
 
-def weighted_mmd(first: Rows, first_counts: Values, second: Rows, second_counts: Values) -> Values:
+def weighted_mmd(first: Embeddings, first_counts: Values, second: Embeddings, second_counts: Values) -> Values:
     """(R,) :func:`mmd_distance` of R resamples, where row i counts ``counts[r, i]`` times, (R, N) and (R, M)."""
     one, other = (counts / counts.sum(axis=1, keepdims=True) for counts in (first_counts, second_counts))
     within = _mean_kernel(first, one, first, one) + _mean_kernel(second, other, second, other)
@@ -85,7 +85,7 @@ def weighted_mmd(first: Rows, first_counts: Values, second: Rows, second_counts:
     return distances
 
 
-def precision_recall(samples: Rows, real: Rows, k: int = 3) -> tuple[float, float]:
+def precision_recall(samples: Embeddings, real: Embeddings, k: int = 3) -> tuple[float, float]:
     """Share of samples (N, D) that could be real, and of real pictures (M, D) that could be samples; each in [0, 1].
 
     A set's manifold is the union of balls around its rows, each as wide as the distance to the row's ``k``-th nearest
@@ -95,7 +95,7 @@ def precision_recall(samples: Rows, real: Rows, k: int = 3) -> tuple[float, floa
     return float(inside.mean()), float(covered.mean())
 
 
-def on_manifold(rows: Rows, manifold: Rows, k: int = 3) -> NDArray[np.bool_]:
+def on_manifold(rows: Embeddings, manifold: Embeddings, k: int = 3) -> NDArray[np.bool_]:
     """(N,) whether each of ``rows`` (N, D) lies in a ball of :func:`precision_recall` around a row of ``manifold``."""
     if len(manifold) <= k:
         raise ModelError(f"precision and recall need more than k = {k} pictures on each side, here are {len(manifold)}")
@@ -131,12 +131,12 @@ def copy_rate(sample_nearest: NDArray[np.floating], threshold: float) -> float:
     return float((sample_nearest > threshold).mean())
 
 
-def diversity(rows: Rows) -> float:
+def diversity(rows: Embeddings) -> float:
     """How different pictures of one prompt are: mean 1 − cosine over pairs of seeds, of (P, S, D); higher is wider."""
     return float(prompt_diversity(rows).mean())
 
 
-def prompt_diversity(rows: Rows) -> Values:
+def prompt_diversity(rows: Embeddings) -> Values:
     """(P,) mean 1 − cosine over the pairs of different seeds of each prompt, of (P, S, D)."""
     seeds = rows.shape[1]
     if rows.ndim != 3 or seeds < 2:
@@ -147,7 +147,7 @@ def prompt_diversity(rows: Rows) -> Values:
     return spread
 
 
-def _mean_kernel(first: Rows, first_weights: Values, second: Rows, second_weights: Values) -> Values:
+def _mean_kernel(first: Embeddings, first_weights: Values, second: Embeddings, second_weights: Values) -> Values:
     """(R,) mean of the kernel less 1 between two sets, by weights (R, N) and (R, M), a block of pairs at a time.
 
     The 1 cancels in the distance; without it the values near 0 keep their digits.
@@ -160,7 +160,7 @@ def _mean_kernel(first: Rows, first_weights: Values, second: Rows, second_weight
     return total
 
 
-def _squared_distances(first: Rows, second: Rows) -> Iterator[Values]:
+def _squared_distances(first: Embeddings, second: Embeddings) -> Iterator[Values]:
     """‖a − b‖² of all pairs, as many rows of ``first`` at a time as make some four million."""
     wide = second.astype(np.float64)
     lengths = np.square(wide).sum(axis=1)
@@ -170,7 +170,7 @@ def _squared_distances(first: Rows, second: Rows) -> Iterator[Values]:
         yield (np.square(block).sum(axis=1)[:, None] + lengths - 2 * block @ wide.T).clip(min=0)
 
 
-def _gaussian(rows: Rows, counts: Values) -> tuple[Values, Values]:
+def _gaussian(rows: Embeddings, counts: Values) -> tuple[Values, Values]:
     total = counts.sum()
     mean = counts @ rows.astype(np.float64) / total
     centred = (rows - mean) * np.sqrt(counts / (total - 1))[:, None]

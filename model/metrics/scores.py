@@ -10,23 +10,25 @@ from numpy.typing import NDArray
 
 from model.metrics import embedding_metrics
 from model.metrics.bootstrap import Score, Set, Statistic, bootstrap_interval, frechet_of, groups_of, mean_of, mmd_of
-from model.metrics.embedding_metrics import Rows
+from model.metrics.embedding_metrics import Embeddings
 
 _SHARE = (0.0, 1.0)
 _DISTANCE = (0.0, np.inf)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Yardstick:
+class ReferenceSet:
     """What samples are held against: real pictures (M, D), and the cosine above which a sample is a copy."""
 
-    real: Rows
+    real: Embeddings
     threshold: float
     resamples: int = 200
     seed: int = 0
 
 
-def score_samples(rows: Rows, queries: Rows, near: NDArray[np.floating], yardstick: Yardstick) -> dict[str, Score]:
+def score_samples(
+    rows: Embeddings, queries: Embeddings, near: NDArray[np.floating], yardstick: ReferenceSet
+) -> dict[str, Score]:
     """The scores of samples (N, D) by name: clip_score, fd, mmd, precision, recall, nearest, copy_rate.
 
     Args:
@@ -59,7 +61,7 @@ def score_samples(rows: Rows, queries: Rows, near: NDArray[np.floating], yardsti
 
 
 def score_mean(
-    values: NDArray[np.floating], queries: Rows, yardstick: Yardstick, *, bounds: tuple[float, float]
+    values: NDArray[np.floating], queries: Embeddings, yardstick: ReferenceSet, *, bounds: tuple[float, float]
 ) -> Score:
     """The mean of values (N,) with its interval; those of equal queries (N, D) are resampled together."""
     rng = np.random.default_rng(yardstick.seed)
@@ -67,7 +69,7 @@ def score_mean(
     return bootstrap_interval(mean_of(values), asked, resamples=yardstick.resamples, rng=rng, bounds=bounds)
 
 
-def flat(scores: dict[str, Score], suffix: str = "") -> dict[str, float]:
+def flatten(scores: dict[str, Score], suffix: str = "") -> dict[str, float]:
     """Scores as plain numbers: ``name_suffix``, and ``name_suffix_low`` and ``…_high`` where there is an interval."""
     plain: dict[str, float] = {}
     for name, score in scores.items():

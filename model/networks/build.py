@@ -6,23 +6,23 @@ from typing import Any, TypeAlias
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 
 from model.diffusion.flow_matching import Prediction
-from model.networks.denoiser import build_network
+from model.networks.denoiser import build_denoiser
 from model.networks.dit import TransformerConfig
 from model.networks.unet import UNetConfig
 from model.networks.vq_transformer import VQTransformer, VQTransformerConfig, build_vq_transformer
 
 AnyNetwork: TypeAlias = PixArtTransformer2DModel | UNet2DConditionModel | VQTransformer
-AnyNetworkConfig = TransformerConfig | UNetConfig | VQTransformerConfig
+NetworkConfig = TransformerConfig | UNetConfig | VQTransformerConfig
 
 
-def build_any(config: AnyNetworkConfig, *, embedding_dimension: int, seed: int) -> AnyNetwork:
+def build_network(config: NetworkConfig, *, embedding_dimension: int, seed: int) -> AnyNetwork:
     """The network of ``config`` with weights drawn from ``seed``."""
     if isinstance(config, VQTransformerConfig):
         return build_vq_transformer(config, embedding_dimension=embedding_dimension, seed=seed)
-    return build_network(config, embedding_dimension=embedding_dimension, seed=seed)
+    return build_denoiser(config, embedding_dimension=embedding_dimension, seed=seed)
 
 
-def size_of(network: AnyNetwork, prediction: Prediction) -> AnyNetworkConfig:
+def config_of_network(network: AnyNetwork, prediction: Prediction) -> NetworkConfig:
     """The config that a network was built from, or would be. An editor's is that of the network it was widened from."""
     held: Any = network.config
     if isinstance(network, VQTransformer):

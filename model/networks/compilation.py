@@ -20,7 +20,7 @@ def compile_in_place(network: nn.Module, *, whole: bool = True) -> None:
     """
     if isinstance(network, VQModel):
         return
-    blocks, transformer = repeated(network), isinstance(network, PixArtTransformer2DModel | VQTransformer)
+    blocks, transformer = transformer_blocks(network), isinstance(network, PixArtTransformer2DModel | VQTransformer)
     # The blocks of one code share its limit of graphs, though a U-Net's have shapes of their own; past it, they run as
     # if they were not compiled.
     dynamo = torch._dynamo.config
@@ -32,6 +32,6 @@ def compile_in_place(network: nn.Module, *, whole: bool = True) -> None:
         part.compile()
 
 
-def repeated(network: nn.Module) -> list[nn.Module]:
+def transformer_blocks(network: nn.Module) -> list[nn.Module]:
     """The blocks of the same code."""
     return [block for part in network.children() if isinstance(part, nn.ModuleList) for block in part]

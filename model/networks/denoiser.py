@@ -19,7 +19,7 @@ TIMESTEPS = 1000
 """A network's timestep is σ × 1000, the scale that its sinusoidal embedding was made for."""
 
 
-def build_network(config: NetworkConfig, *, embedding_dimension: int, seed: int) -> Network:
+def build_denoiser(config: NetworkConfig, *, embedding_dimension: int, seed: int) -> Network:
     """The network of ``config`` with weights drawn from ``seed``."""
     match config:
         case TransformerConfig():

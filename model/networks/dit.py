@@ -16,7 +16,7 @@ from torch import nn
 
 from model.diffusion.conditioning import MARKER_CHANNELS
 from model.diffusion.flow_matching import Prediction
-from model.networks.fused_attention import streamline
+from model.networks.fused_attention import use_fused_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ def build_transformer(config: TransformerConfig, *, embedding_dimension: int, se
             use_additional_conditions=False,
         )
         initialise(network)
-    streamline(network)
+    use_fused_attention(network)
     return network
 
 

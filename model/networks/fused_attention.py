@@ -19,7 +19,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 
-def few(context: int, tokens: int, heads: int, width: int, *, projections: int) -> bool:
+def folding_is_cheaper(context: int, tokens: int, heads: int, width: int, *, projections: int) -> bool:
     """Whether T condition tokens with so many of the two projections in them cost less, of n tokens and heads h, W.
 
     Both sides count products of a picture, in units of 2·W.
@@ -28,13 +28,13 @@ def few(context: int, tokens: int, heads: int, width: int, *, projections: int) 
     return folded < projections * tokens * width + 2 * tokens * context
 
 
-def is_bare(part: nn.Module) -> bool:
+def is_unmodified(part: nn.Module) -> bool:
     """Whether a layer is what its kind computes: no subclass, no hook (of pruning, say), no forward of its own."""
     kinds = (nn.Linear, TokenLinear, nn.Dropout)
     return type(part) in kinds and not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
 
 
-def weighted_values(tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def folded_attention(tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """What each head finds, summed: (B, n, C) tokens, keys (B, h, T, C), values (B, h, T, W) -> (B, n, W)."""
     scores = tokens @ keys.flatten(1, 2).mT
     weights = scores.view(*scores.shape[:2], *keys.shape[1:3]).softmax(-1).flatten(2)
@@ -42,23 +42,23 @@ def weighted_values(tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return found
 
 
-def into_keys(keys: Tensor, query: Tensor) -> Tensor:
+def fold_query(keys: Tensor, query: Tensor) -> Tensor:
     """Keys (B, T, h, d) with the queries' projection (W, W), scaled, in them: M, (B, h, T, W)."""
     return torch.einsum("bthd,hdw->bhtw", keys, query.view(*keys.shape[2:], -1))
 
 
-def into_values(values: Tensor, out: Tensor) -> Tensor:
+def fold_output(values: Tensor, out: Tensor) -> Tensor:
     """Values (B, T, h, d) with the answer's projection (W, W) in them: N, (B, h, T, W)."""
     return torch.einsum("bthd,whd->bhtw", values, out.view(-1, *values.shape[2:]))
 
 
-def apart(keys: Tensor) -> Tensor:
+def block_diagonal_keys(keys: Tensor) -> Tensor:
     """Keys (B, T, h, d) for queries (B, n, W): (B, h, T, W), of each head zero in the others' channels."""
     heads = torch.eye(keys.shape[2], dtype=keys.dtype, device=keys.device)
     return (keys.transpose(1, 2).unsqueeze(3) * heads[:, None, :, None]).flatten(3)
 
 
-class LeanProcessor(AttnProcessor2_0):
+class FoldedAttnProcessor(AttnProcessor2_0):
     """Attention of a PixArt block in fewer operations, where it is what its matrices and the answer's bias make of it.
 
     With a mask, other biases or none, dropout, a hook, an adapter in a projection's place, diffusers computes it.
@@ -78,7 +78,7 @@ class LeanProcessor(AttnProcessor2_0):
         if attention_mask is None and _is_plain(attn):
             if context is None:
                 return _to_themselves(attn, hidden_states)
-            if few(context.shape[1], hidden_states.shape[1], attn.heads, attn.inner_dim, projections=2):
+            if folding_is_cheaper(context.shape[1], hidden_states.shape[1], attn.heads, attn.inner_dim, projections=2):
                 return _to_few(attn, hidden_states, context)
         return cast(Tensor, super().__call__(attn, hidden_states, context, attention_mask, *arguments, **options))
 
@@ -96,8 +96,8 @@ def _to_themselves(attn: Attention, tokens: Tensor) -> Tensor:
 def _to_few(attn: Attention, tokens: Tensor, context: Tensor) -> Tensor:
     """Cross-attention from the context's side."""
     key, value = (projection(context).unflatten(2, (attn.heads, -1)) for projection in (attn.to_k, attn.to_v))
-    keys = into_keys(key, attn.to_q.weight * attn.scale)
-    found = weighted_values(tokens, keys, into_values(value, attn.to_out[0].weight))
+    keys = fold_query(key, attn.to_q.weight * attn.scale)
+    found = folded_attention(tokens, keys, fold_output(value, attn.to_out[0].weight))
     return found + cast(Tensor, attn.to_out[0].bias).to(found.dtype)
 
 
@@ -129,13 +129,13 @@ class TokenLinear(nn.Linear):
         return product + self.bias.to(product.dtype).expand(len(product), 1, -1)
 
 
-def streamline(network: nn.Module) -> None:
+def use_fused_attention(network: nn.Module) -> None:
     """Let a PixArt transformer compute in fewer operations, in place; other networks stay as they are."""
     if not isinstance(network, PixArtTransformer2DModel):
         return
     for part in network.modules():
         if isinstance(part, Attention) and type(part.processor) is AttnProcessor2_0:  # no one's own
-            part.set_processor(LeanProcessor())
+            part.set_processor(FoldedAttnProcessor())
     if type(network.pos_embed.proj) is nn.Conv2d:
         network.pos_embed.proj.__class__ = PatchProjection  # the same parameters under the same names
 
@@ -151,7 +151,7 @@ def _is_plain(attn: Attention) -> bool:
     """Whether attention is what its four matrices and the answer's bias make of it."""
     inside, (out, dropout) = (attn.to_q, attn.to_k, attn.to_v), attn.to_out
     return (
-        all(is_bare(part) for part in (*inside, out, dropout))
+        all(is_unmodified(part) for part in (*inside, out, dropout))
         and all(part.bias is None for part in inside)
         and out.bias is not None
         and not (attn.training and dropout.p)

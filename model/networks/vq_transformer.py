@@ -20,7 +20,13 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from model.diffusion.conditioning import MARKER_CHANNELS
-from model.networks.fused_attention import apart, few, into_values, is_bare, weighted_values
+from model.networks.fused_attention import (
+    block_diagonal_keys,
+    fold_output,
+    folded_attention,
+    folding_is_cheaper,
+    is_unmodified,
+)
 
 TIME_CHANNELS = 256
 """Channels of the sinusoidal embedding of t, which is stretched to 0 … 1000, the scale it was made for."""
@@ -69,10 +75,10 @@ class Attention(nn.Module):
             for project, source in ((self.query, tokens), (self.key, context), (self.value, context))
         )
         query, key = _normal(query, self.query_gain), _normal(key, self.key_gain)
-        few_tokens = few(context.shape[1], tokens.shape[1], key.shape[2], tokens.shape[2], projections=1)
-        if few_tokens and is_bare(self.out):
+        few_tokens = folding_is_cheaper(context.shape[1], tokens.shape[1], key.shape[2], tokens.shape[2], projections=1)
+        if few_tokens and is_unmodified(self.out):
             scaled = query.flatten(2) * self.head_width**-0.5
-            found = weighted_values(scaled, apart(key), into_values(value, self.out.weight))
+            found = folded_attention(scaled, block_diagonal_keys(key), fold_output(value, self.out.weight))
             return found + self.out.bias.to(found.dtype)
         seen = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         answer: Tensor = self.out(seen.transpose(1, 2).flatten(2))

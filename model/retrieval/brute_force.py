@@ -19,7 +19,7 @@ _SPARE = 32
 """Candidates beyond those wanted: float32 sums differ with their order, and what they tie apart is re-ranked."""
 
 
-class TorchRows:
+class TorchBruteForce:
     """All rows on an accelerator, compared by matrix products: exact, and fast there.
 
     No GPU was at hand when the float32 products of float16 rows were written: they follow torch 2.14, and are tested

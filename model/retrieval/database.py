@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from model.encoder.identity import EncoderIdentity
 from model.errors import ModelError
 from model.retrieval.arguments import checked_count, checked_exclusion, checked_queries, checked_rows
-from model.retrieval.shard_search import Proposer, StackedCells, open_proposer
+from model.retrieval.shard_search import CandidateSearch, StackedIVF, open_proposer
 from model.retrieval.stored_rows import Located, StoredRows
 
 if TYPE_CHECKING:
@@ -62,24 +62,24 @@ class SearchEffort:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Nearest:
+class NearestIds:
     """Neighbours, best first: scores (Q, K) float32 cosines, ids (Q, K) int64."""
 
     scores: NDArray[np.float32]
     ids: NDArray[np.int64]
 
     @classmethod
-    def nothing(cls, queries: int, width: int) -> "Nearest":
+    def nothing(cls, queries: int, width: int) -> "NearestIds":
         """No neighbour found yet."""
         return cls(scores=np.full((queries, width), -np.inf, np.float32), ids=np.full((queries, width), -1, np.int64))
 
-    def put(self, queries: NDArray[np.int64], better: "Nearest") -> None:
+    def put(self, queries: NDArray[np.int64], better: "NearestIds") -> None:
         """Put the answers ``better`` in the place of those to ``queries``."""
         self.scores[queries], self.ids[queries] = better.scores, better.ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Own:
+class Exclusion:
     """What a query must not find: the row that it is, and exact copies of it.
 
     ``ids`` (Q,) int64, −1 where that row lies elsewhere; ``rows`` (Q, D) float16, as they are stored.
@@ -88,9 +88,9 @@ class Own:
     ids: NDArray[np.int64]
     rows: NDArray[np.float16]
 
-    def of(self, queries: NDArray[np.int64]) -> "Own":
+    def of(self, queries: NDArray[np.int64]) -> "Exclusion":
         """Those of some queries."""
-        return Own(ids=self.ids[queries], rows=self.rows[queries])
+        return Exclusion(ids=self.ids[queries], rows=self.rows[queries])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,7 +186,7 @@ class Database:
         return list(self._parts)
 
     @property
-    def proposer(self) -> Proposer:
+    def proposer(self) -> CandidateSearch:
         """Where candidates come from."""
         return self._proposer
 
@@ -207,14 +207,17 @@ class Database:
         Where faiss-gpu is installed the cells of the index are copied there, if it has any that a GPU can search; else
         the rows are, and all of them compared.
         """
-        from model.retrieval.brute_force import TorchRows, available  # workers that search with FAISS never load torch
+        from model.retrieval.brute_force import (  # workers that search with FAISS never load torch
+            TorchBruteForce,
+            available,
+        )
 
         other, place, cells = self.with_effort(self.effort), available(device), None
-        if place.type == "cuda" and faiss.get_num_gpus() and isinstance(self._proposer, StackedCells):
+        if place.type == "cuda" and faiss.get_num_gpus() and isinstance(self._proposer, StackedIVF):
             from model.retrieval.gpu_index import cells_on_gpu
 
             cells = cells_on_gpu(self._proposer, place.index or 0)
-        other._proposer = cells or TorchRows(self._parts, place)
+        other._proposer = cells or TorchBruteForce(self._parts, place)
         return other
 
     def search(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Hits:
@@ -240,7 +243,7 @@ class Database:
         *,
         exclude: NDArray[np.int64] | None = None,
         excluded: NDArray[np.float16] | None = None,
-    ) -> Nearest:
+    ) -> NearestIds:
         """What :meth:`search` finds, without the rows, which are not read where the index holds them itself.
 
         ``excluded`` are the rows (Q, D) of ``exclude``, where they are at hand; alone, they are rows from elsewhere of
@@ -248,15 +251,15 @@ class Database:
         """
         k, queries = checked_count(k), checked_queries(queries, self.name, self.encoder)
         if exclude is None:
-            own = None if excluded is None else _elsewhere(excluded)
+            own = None if excluded is None else _copies_only(excluded)
             return self._nearest(queries, k, own)
         ids = checked_exclusion(exclude, len(queries), self.stored, self.name)
-        own = Own(ids=ids, rows=self.rows(ids) if excluded is None else excluded)
+        own = Exclusion(ids=ids, rows=self.rows(ids) if excluded is None else excluded)
         return self._nearest(queries, max(1, min(k, len(self) - 1)), own)
 
     def search_without(self, queries: NDArray[np.float32], width: int, excluded: NDArray[np.float16] | None) -> Hits:
         """``width`` neighbours as :meth:`search` has them; what to exclude (Q, D) may lie in another database."""
-        return self._with_rows(self._nearest(queries, width, None if excluded is None else _elsewhere(excluded)))
+        return self._with_rows(self._nearest(queries, width, None if excluded is None else _copies_only(excluded)))
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
         """Stored rows (*ids.shape, D) float16 of global ids."""
@@ -286,7 +289,7 @@ class Database:
             return [{"id": row} for row in rows]
         return [{"id": row, **known} for row, known in zip(rows, self._describe(rows), strict=True)]
 
-    def _with_rows(self, found: Nearest) -> Hits:
+    def _with_rows(self, found: NearestIds) -> Hits:
         embeddings = self.rows(np.maximum(found.ids, 0)).astype(np.float32)
         embeddings[found.ids < 0] = 0
         self._require_finite(found.ids, embeddings)
@@ -302,10 +305,10 @@ class Database:
                 f"row {row} of database {self.name} is not finite, in {part.path}; embed the images of its shard again"
             )
 
-    def _nearest(self, queries: NDArray[np.float32], width: int, own: Own | None) -> Nearest:
+    def _nearest(self, queries: NDArray[np.float32], width: int, own: Exclusion | None) -> NearestIds:
         width, extra, nprobe = min(width, len(self)), int(own is not None), self.effort.nprobe
         if width == 0:
-            return Nearest.nothing(len(queries), 0)
+            return NearestIds.nothing(len(queries), 0)
         found = self._proposed(queries, width, own, extra=extra, nprobe=nprobe)
         # Cells without enough rows leave a query short: then more cells are visited, and at last all rows looked at.
         while len(short := np.flatnonzero((found.ids < 0).any(axis=1))) and nprobe < self._proposer.cells:
@@ -320,14 +323,14 @@ class Database:
         return found
 
     def _proposed(
-        self, queries: NDArray[np.float32], width: int, own: Own | None, *, extra: int, nprobe: int
-    ) -> Nearest:
+        self, queries: NDArray[np.float32], width: int, own: Exclusion | None, *, extra: int, nprobe: int
+    ) -> NearestIds:
         """Propose ``width + extra`` and rank; where rows that may not be returned took places, deeper."""
         wanted = width + extra
         count = min(self.stored, wanted if self._proposer.exact else max(wanted, self.effort.candidates))
         most = max(1, _GATHERED_VALUES // (count * self.encoder.dimension))
         if len(queries) > most:  # so that the rows of all candidates fit into memory, however many there are
-            found = Nearest.nothing(len(queries), width)
+            found = NearestIds.nothing(len(queries), width)
             for few in np.array_split(np.arange(len(queries)), -(-len(queries) // most)):
                 theirs = None if own is None else own.of(few)
                 found.put(few, self._proposed(queries[few], width, theirs, extra=extra, nprobe=nprobe))
@@ -349,7 +352,7 @@ class Database:
             found.put(crowded, self._proposed(queries[crowded], width, theirs, extra=more, nprobe=nprobe))
         return found
 
-    def _look_at_all(self, query: NDArray[np.float32], own: Own | None, width: int) -> Nearest:
+    def _look_at_all(self, query: NDArray[np.float32], own: Exclusion | None, width: int) -> NearestIds:
         """The best of all rows for one query (1, D), a block at a time."""
         kept = np.full((1, width), -1, dtype=np.int64)
         for start in range(0, self.stored, _BLOCK_ROWS):
@@ -362,10 +365,10 @@ class Database:
         self,
         queries: NDArray[np.float32],
         candidates: NDArray[np.int64],
-        own: Own | None,
+        own: Exclusion | None,
         width: int,
         scores: NDArray[np.float32] | None = None,
-    ) -> tuple[Nearest, NDArray[np.int64]]:
+    ) -> tuple[NearestIds, NDArray[np.int64]]:
         """The best ``width`` of the candidates (Q, C) in exact order, and how many of each query's were barred.
 
         ``scores`` are given where they are those of the stored rows already.
@@ -394,9 +397,9 @@ class Database:
         order = np.lexsort((candidates, -scores), axis=1)[:, :width]
         best = np.take_along_axis(scores, order, axis=1)
         ids = np.where(np.isneginf(best), -1, np.take_along_axis(candidates, order, axis=1))
-        return Nearest(scores=best, ids=ids), barred.sum(axis=1)
+        return NearestIds(scores=best, ids=ids), barred.sum(axis=1)
 
 
-def _elsewhere(rows: NDArray[np.float16]) -> Own:
+def _copies_only(rows: NDArray[np.float16]) -> Exclusion:
     """Rows (Q, D) of which the database may hold copies, and which are none of its own."""
-    return Own(ids=np.full(len(rows), -1, np.int64), rows=rows)
+    return Exclusion(ids=np.full(len(rows), -1, np.int64), rows=rows)

@@ -81,8 +81,8 @@ def train_index(factory: str, dimension: int, sample: NDArray[np.float32]) -> fa
         ModelError: no such index, or too few rows for it.
     """
     index = require_factory(factory, dimension)
-    cells = cells_of(index)
-    if isinstance(cells, faiss.IndexIVFScalarQuantizer) and lossless(index):
+    cells = ivf_of(index)
+    if isinstance(cells, faiss.IndexIVFScalarQuantizer) and is_lossless(index):
         cells.by_residual = False  # the code of a row is then the row itself
     _bound_training(index, cells)
     if cells is not None and isinstance(graph := faiss.downcast_index(cells.quantizer), faiss.IndexHNSW):
@@ -98,7 +98,7 @@ def train_index(factory: str, dimension: int, sample: NDArray[np.float32]) -> fa
         index.train(sample)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
-            f"{factory!r} cannot be trained on {len(sample)} rows ({_told(error)}); take a smaller one"
+            f"{factory!r} cannot be trained on {len(sample)} rows ({_faiss_reason(error)}); take a smaller one"
         ) from error
     return index
 
@@ -109,10 +109,10 @@ def require_factory(factory: str, dimension: int) -> faiss.Index:
         index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise ModelError(
-            f"{factory!r} is no FAISS factory string for {dimension} dimensions ({_told(error)}); "
+            f"{factory!r} is no FAISS factory string for {dimension} dimensions ({_faiss_reason(error)}); "
             "take auto, or one such as IVF1024,SQfp16"
         ) from error
-    if (cells := cells_of(index)) is not None and cells.nlist > MOST_CELLS:
+    if (cells := ivf_of(index)) is not None and cells.nlist > MOST_CELLS:
         raise ModelError(f"{factory!r} has {cells.nlist} cells, more than FAISS may read; take at most {MOST_CELLS}")
     for name, why in _UNFIT.items():
         if re.search(rf"\b{name}", factory):
@@ -120,18 +120,18 @@ def require_factory(factory: str, dimension: int) -> faiss.Index:
     return index
 
 
-def codes_of(factory: str) -> str:
+def code_type(factory: str) -> str:
     """How the rows of ``factory`` are coded, whatever the number of its cells."""
     return re.sub(r"IVF\d+(_HNSW\d+)?", "IVF", factory)
 
 
 def memory_needed(factory: str, rows: int, dimension: int) -> int:
     """Bytes of codes and ids that an index of ``rows`` × ``dimension`` holds; 0 for one without cells."""
-    cells = cells_of(faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT))
+    cells = ivf_of(faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT))
     return 0 if cells is None else rows * (int(cells.code_size) + 8)
 
 
-def _told(error: Exception) -> str:
+def _faiss_reason(error: Exception) -> str:
     """The reason in FAISS's message, without where in its sources it was found."""
     lines = str(error).strip().splitlines() or ["no reason given"]
     return re.sub(r"^Error in .*? at \S+:\d+: ", "", lines[-1]).removeprefix("Error: ").strip()
@@ -146,27 +146,27 @@ def training_rows(factory: str, rows: int) -> int:
     return min(rows, max(wanted, PQ_TRAIN_ROWS) if "PQ" in factory else wanted)
 
 
-def cells_of(index: Any) -> Any:
+def ivf_of(index: Any) -> Any:
     """The IVF part of an index as what it is, or None when it has no cells."""
     cells = faiss.try_extract_index_ivf(index)
     return None if cells is None else faiss.downcast_index(cells)
 
 
-def lossless(index: Any) -> bool:
+def is_lossless(index: Any) -> bool:
     """Whether an index scores rows as they are stored: float32, or the same float16 values."""
     if isinstance(index, faiss.IndexFlat):
         return True
     if isinstance(index, faiss.IndexPreTransform):
         return False
-    cells = cells_of(index)
+    cells = ivf_of(index)
     if isinstance(cells, faiss.IndexIVFScalarQuantizer):
         return bool(cells.sq.qtype == faiss.ScalarQuantizer.QT_fp16)
     return isinstance(cells, faiss.IndexIVFFlat)
 
 
-def stackable(index: Any) -> bool:
+def is_stackable(index: Any) -> bool:
     """Whether shards of this index can be searched as one: inverted lists of plain codes, of one quantizer."""
-    cells = cells_of(index)
+    cells = ivf_of(index)
     plain = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
     return isinstance(cells, plain) and not isinstance(index, faiss.IndexRefine)
 
@@ -181,8 +181,8 @@ def fill_shard(template: Path, rows: Iterable[NDArray[np.float16]], output: Path
         The quantization error of every sixteenth row, as :func:`quantization_error` has it.
     """
     index = faiss.read_index(str(template))
-    cells, total, errors = cells_of(index), 0, [0.0]
-    stacked = stackable(index)
+    cells, total, errors = ivf_of(index), 0, [0.0]
+    stacked = is_stackable(index)
     for block in _blocks(rows):
         errors.append(quantization_error(index, block[::16]) * len(block))
         if stacked:
@@ -215,7 +215,7 @@ def map_shard(path: Path) -> Any:
     FAISS's other mapping (``IO_FLAG_MMAP_IFC``) copies the ids, which takes 9 ms a million rows.
     """
     index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
-    if (cells := cells_of(index)) is not None:
+    if (cells := ivf_of(index)) is not None:
         lists: Any = faiss.downcast_InvertedLists(cells.invlists)
         lists.prefetch_nthread = 0  # by default each search starts threads that read ahead
     return index
@@ -233,9 +233,9 @@ def merge_shards(parts: Sequence[tuple[Path, int]], output: Path) -> None:
     """
     opened = [map_shard(path) for path, _ in parts]
     shifts = [shift for _, shift in parts]
-    held = [cells_of(index).invlists for index in opened]
+    held = [ivf_of(index).invlists for index in opened]
     whole = map_shard(parts[0][0])
-    cells = cells_of(whole)
+    cells = ivf_of(whole)
     sizes = np.array([[lists.list_size(cell) for lists in held] for cell in range(cells.nlist)], dtype=np.int64)
     no_rows: Any = faiss.ArrayInvertedLists(cells.nlist, cells.code_size)
     cells.replace_invlists(no_rows, False)
@@ -243,7 +243,7 @@ def merge_shards(parts: Sequence[tuple[Path, int]], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("wb") as file:
         file.write(faiss.serialize_index(whole)[: -len(_NO_ROWS)].tobytes())
-        file.write(_told_sizes(sizes.sum(axis=1)))
+        file.write(_serialize_list_sizes(sizes.sum(axis=1)))
         for cell, of_parts in enumerate(sizes):
             present = [one for one in zip(held, shifts, of_parts.tolist(), strict=True) if one[2]]
             for lists, _, size in present:
@@ -252,7 +252,7 @@ def merge_shards(parts: Sequence[tuple[Path, int]], output: Path) -> None:
                 file.write((faiss.rev_swig_ptr(lists.get_ids(cell), size) + shift).data)
 
 
-def _told_sizes(sizes: NDArray[np.int64]) -> bytes:
+def _serialize_list_sizes(sizes: NDArray[np.int64]) -> bytes:
     """The sizes of the cells, as FAISS writes them: all, or where most are empty those that are not."""
     filled = np.flatnonzero(sizes)
     many = len(filled) > len(sizes) // 2
@@ -262,7 +262,7 @@ def _told_sizes(sizes: NDArray[np.int64]) -> bytes:
 
 def quantization_error(index: Any, sample: NDArray[np.float32]) -> float:
     """Mean of 1 − cosine between a row of ``sample`` (n, D) and the centroid of its cell; 0 without cells or rows."""
-    cells = cells_of(index)
+    cells = ivf_of(index)
     if cells is None or not len(sample):
         return 0.0
     return float((1 - cells.quantizer.search(_transformed(index, sample), 1)[0]).mean())

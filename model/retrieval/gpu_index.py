@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.errors import ModelError
-from model.retrieval.shard_search import Proposed, StackedCells
+from model.retrieval.shard_search import Proposed, StackedIVF
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +23,12 @@ MOST = 2_048
 """Neighbours, and cells, that a search on a GPU can be asked for."""
 
 
-class GpuCells:
+class GpuIVF:
     """A copy of a database's cells in a GPU's memory."""
 
     exact = False
 
-    def __init__(self, stacked: StackedCells, device: int) -> None:
+    def __init__(self, stacked: StackedIVF, device: int) -> None:
         """Copy them to GPU number ``device``. Raises ``RuntimeError``, faiss-gpu's own, where it does not take them."""
         self.rows, self.cells = stacked.rows, stacked.cells
         self._stacked = stacked
@@ -54,13 +54,13 @@ class GpuCells:
         return self._stacked.dense(ids), None
 
 
-def cells_on_gpu(stacked: StackedCells, device: int) -> GpuCells | None:
+def cells_on_gpu(stacked: StackedIVF, device: int) -> GpuIVF | None:
     """A copy of the cells on GPU number ``device``; None, and the reason in the log, where faiss-gpu has no such index.
 
     Raises ``ModelError`` where its memory is too small: the rows themselves take no less.
     """
     try:
-        return GpuCells(stacked, device)
+        return GpuIVF(stacked, device)
     except RuntimeError as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[-1]
         if "out of memory" in str(error):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.retrieval.database import Database
-from model.retrieval.shard_search import StackedCells
+from model.retrieval.shard_search import StackedIVF
 
 NEAREST = 10
 """Neighbours looked at of each row: enough to connect a group of copies, for each of its rows has others of it near."""
@@ -33,7 +33,7 @@ def find_pairs(database: Database, rows: NDArray[np.float16], first: int, bound:
     """
     cells, nprobe = database.proposer, database.effort.nprobe
     whole = len(database) == database.stored  # a search alone knows what is hidden
-    if whole and isinstance(cells, StackedCells) and cells.exact and len(rows) * nprobe >= _VISITORS * cells.cells:
+    if whole and isinstance(cells, StackedIVF) and cells.exact and len(rows) * nprobe >= _VISITORS * cells.cells:
         found = _by_cell(cells, rows, first, bound, nprobe)
     else:
         found = _by_search(database, rows, first, bound)
@@ -50,7 +50,7 @@ def _by_search(database: Database, rows: NDArray[np.float16], first: int, bound:
 
 
 def _by_cell(
-    cells: StackedCells, rows: NDArray[np.float16], first: int, bound: float, nprobe: int
+    cells: StackedIVF, rows: NDArray[np.float16], first: int, bound: float, nprobe: int
 ) -> Iterator[NDArray[np.int64]]:
     queries = rows.astype(np.float32)
     least = _least(queries, bound)
@@ -90,7 +90,7 @@ def _least(rows: NDArray[np.float32], bound: float) -> NDArray[np.float32]:
     return least
 
 
-def later_ones(pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+def duplicates_to_hide(pairs: NDArray[np.int64]) -> NDArray[np.int64]:
     """Of every group that ``pairs`` (n, 2) connect, all ids but the lowest: what is left out to keep one of each."""
     lowest: dict[int, int] = {}
 

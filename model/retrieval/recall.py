@@ -23,7 +23,7 @@ _COPY_MARGIN = 1e-2  # an exact copy scores within float16 rounding of the best 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Truth:
+class GroundTruth:
     """Queries and their true neighbours, to measure a database with, now and after it grew.
 
     ``queries`` (Q, D) float32; ``own`` (Q,) int64, the query's own row, −1 for a text; ``ids`` (Q, P) int64, −1 where
@@ -44,14 +44,14 @@ class Truth:
         """The queries' own rows (Q, D) as they are stored, since queries are those; None for texts."""
         return None if (self.own < 0).all() else self.queries.astype(np.float16)
 
-    def only(self, queries: NDArray[np.int64] | NDArray[np.bool_]) -> "Truth":
+    def only(self, queries: NDArray[np.int64] | NDArray[np.bool_]) -> "GroundTruth":
         """Some of the queries."""
-        return Truth(
+        return GroundTruth(
             queries=self.queries[queries], own=self.own[queries], ids=self.ids[queries], scores=self.scores[queries]
         )
 
 
-def find_truth(
+def exact_neighbours(
     parts: Sequence[NDArray[np.float16] | StoredRows],
     queries: NDArray[np.float32],
     *,
@@ -59,8 +59,8 @@ def find_truth(
     own_rows: NDArray[np.float16] | None = None,
     hidden: NDArray[np.int64] | None = None,
     depth: int = DEPTH,
-    grown_from: tuple[Truth, int] | None = None,
-) -> Truth:
+    grown_from: tuple[GroundTruth, int] | None = None,
+) -> GroundTruth:
     """The ``depth`` nearest rows of each query by brute force.
 
     Args:
@@ -106,7 +106,7 @@ def find_truth(
         first += len(part)
     ids[np.isneginf(scores)] = -1
     order = np.lexsort((ids, -scores), axis=1)[:, :depth]
-    return Truth(
+    return GroundTruth(
         queries=queries,
         own=np.full(count, -1, np.int64) if own is None else own,
         ids=np.take_along_axis(ids, order, axis=1),
@@ -114,7 +114,7 @@ def find_truth(
     )
 
 
-def recall(database: Database, truth: Truth, k: int = 10) -> float:
+def recall(database: Database, truth: GroundTruth, k: int = 10) -> float:
     """Share of the ``k`` true neighbours that ``database`` finds.
 
     A found row counts when it scores as high as the last true one: which of several equal rows comes last is no merit.
@@ -136,7 +136,7 @@ def brute_force(
 ) -> NDArray[np.int64]:
     """Ids (Q, K) of the exact top ``k``, −1 where nothing is left: rows (N, D) may be memory-mapped, queries (Q, D)."""
     own_rows = None if exclude is None else rows[exclude]
-    return find_truth([rows], queries, own=exclude, own_rows=own_rows, depth=k).ids
+    return exact_neighbours([rows], queries, own=exclude, own_rows=own_rows, depth=k).ids
 
 
 def _leave_out_copies(scores: NDArray[np.float32], block: NDArray[np.float16], own: NDArray[np.float16]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.errors import ModelError
-from model.retrieval.faiss_index import FIRST_ID_SHIFT, cells_of, lossless, map_shard, stackable
+from model.retrieval.faiss_index import FIRST_ID_SHIFT, is_lossless, is_stackable, ivf_of, map_shard
 
 _POSITION = (1 << FIRST_ID_SHIFT) - 1
 
@@ -27,7 +27,7 @@ Proposed = tuple[NDArray[np.int64], NDArray[np.float32] | None]
 """Ids (Q, C) of candidates, −1 where there were fewer, and their scores (Q, C) if those are the stored rows'."""
 
 
-class Proposer(Protocol):
+class CandidateSearch(Protocol):
     """Candidates for queries."""
 
     rows: tuple[int, ...]
@@ -42,15 +42,15 @@ class Proposer(Protocol):
         ...
 
 
-class SeparateShards:
+class IndependentShards:
     """Whole indexes, one a shard, each searched on its own."""
 
     def __init__(self, indexes: Sequence[Any]) -> None:
         """Search ``indexes``, whose ids are positions."""
         self._indexes = list(indexes)
         self.rows = tuple(int(index.ntotal) for index in indexes)
-        self.exact = all(lossless(index) for index in indexes)
-        self._cells = [cells_of(index) for index in indexes]
+        self.exact = all(is_lossless(index) for index in indexes)
+        self._cells = [ivf_of(index) for index in indexes]
         self._one_at_a_time = threading.Lock()  # an index of any make takes nprobe as its own state alone
         self.cells = max((cells.nlist for cells in self._cells if cells is not None), default=0)
 
@@ -73,7 +73,7 @@ class SeparateShards:
         return np.take_along_axis(together, best, axis=1), None
 
 
-class StackedCells:
+class StackedIVF:
     """One IVF over the memory-mapped inverted lists of all shards: a query is assigned to cells once, not per shard.
 
     A query is one thread's work, however many shards there are. Sharing its cells out among cores (``parallel_mode``)
@@ -84,10 +84,10 @@ class StackedCells:
     def __init__(self, quantizer: Any, shards: Sequence[Any], ordinals: Sequence[int]) -> None:
         """Put ``shards`` (indexes without a quantizer) under the trained ``quantizer``, an index without rows."""
         self.index, self._kept = quantizer, [*shards]
-        self._ivf = cells_of(quantizer)
+        self._ivf = ivf_of(quantizer)
         self.rows = tuple(int(shard.ntotal) for shard in shards)
-        self.exact, self.cells = lossless(quantizer), int(self._ivf.nlist)
-        lists = [cells_of(shard).invlists for shard in shards]
+        self.exact, self.cells = is_lossless(quantizer), int(self._ivf.nlist)
+        lists = [ivf_of(shard).invlists for shard in shards]
         if len(lists) > 1:
             pointers: Any = faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]
             for one in lists:
@@ -147,26 +147,26 @@ class StackedCells:
         return graph(efSearch=max(64, 2 * nprobe)) if isinstance(self._graph, faiss.IndexHNSW) else None
 
 
-def open_proposer(indexes: Sequence[Path], ordinals: Sequence[int], quantizer: Path | None) -> Proposer:
+def open_proposer(indexes: Sequence[Path], ordinals: Sequence[int], quantizer: Path | None) -> CandidateSearch:
     """Memory-map the index files. Raises ``ModelError`` when one cannot be read or belongs elsewhere."""
     template = None if quantizer is None else _open(quantizer)
-    if template is None or not stackable(template):
+    if template is None or not is_stackable(template):
         opened = [_open(path) for path in indexes]
         if any(map(_is_bare, opened)):
             raise ModelError(f"{indexes[0]} holds cells without their quantizer; rebuild the database")
-        return SeparateShards(opened)
+        return IndependentShards(opened)
     opened = [_open(path, map_shard) for path in indexes]
     for path, index in zip(indexes, opened, strict=True):
-        if not _is_bare(index) or (index.d, cells_of(index).nlist, cells_of(index).code_size) != (
-            template.d, cells_of(template).nlist, cells_of(template).code_size,
+        if not _is_bare(index) or (index.d, ivf_of(index).nlist, ivf_of(index).code_size) != (
+            template.d, ivf_of(template).nlist, ivf_of(template).code_size,
         ):  # fmt: skip
             raise ModelError(f"{path} was not filled from {quantizer}; rebuild the database")
-    return StackedCells(template, opened, ordinals)
+    return StackedIVF(template, opened, ordinals)
 
 
 def _is_bare(index: Any) -> bool:
     """Whether it has cells, and not their centroids."""
-    cells = cells_of(index)
+    cells = ivf_of(index)
     return cells is not None and cells.quantizer.ntotal == 0
 
 

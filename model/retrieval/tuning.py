@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.retrieval.database import Database, SearchEffort
-from model.retrieval.recall import Truth, recall
+from model.retrieval.recall import GroundTruth, recall
 
 CANDIDATES = (20, 50, 100, 200, 500, 1000)
 MOST_PROBES = 2_048  # what faiss-gpu takes
@@ -35,7 +35,7 @@ class Point:
 
 
 def tune(
-    database: Database, truths: Mapping[str, Truth], target: float, *, before: SearchEffort | None = None
+    database: Database, truths: Mapping[str, GroundTruth], target: float, *, before: SearchEffort | None = None
 ) -> tuple[Point, list[Point]]:
     """The cheapest effort whose recall@10 reaches ``target`` for every kind of query, and all that was measured.
 
@@ -64,7 +64,7 @@ def tune(
 
 
 def _deepen(
-    database: Database, truths: Mapping[str, Truth], target: float, nprobe: int, depths: tuple[int, ...]
+    database: Database, truths: Mapping[str, GroundTruth], target: float, nprobe: int, depths: tuple[int, ...]
 ) -> list[Point]:
     """More and more candidates until they reach the target or no longer help."""
     points: list[Point] = []
@@ -77,7 +77,7 @@ def _deepen(
     return points
 
 
-def measure(database: Database, truths: Mapping[str, Truth]) -> Point:
+def measure(database: Database, truths: Mapping[str, GroundTruth]) -> Point:
     """Recall@10 of a database as it is, and what it takes to find the ids of ten neighbours."""
     recalls = {kind: recall(database, truth) for kind, truth in truths.items()}
     queries = next((truth.queries[:_TIMED_QUERIES] for truth in truths.values() if len(truth)), None)

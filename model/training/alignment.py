@@ -59,7 +59,7 @@ def align_neighbour(picture: Pixels, neighbour: Pixels) -> tuple[Pixels, bool]:
     before = correlation(still, moving)
     for motion in MOTIONS:
         warp = _estimate(still, moving, motion)
-        if warp is None or not is_sane(warp, len(picture)):
+        if warp is None or not is_plausible(warp, len(picture)):
             continue
         moved = _warp(neighbour, warp)
         if correlation(still, _grey(moved)) > before:
@@ -91,7 +91,7 @@ def align_all(
     def align(rows: Sequence[int]) -> int:
         helped = 0
         for row in rows:
-            chosen = first_other(pixels[row], candidates, neighbours[row])
+            chosen = first_distinct(pixels[row], candidates, neighbours[row])
             aligned[row], converged = align_neighbour(pixels[row], candidates[chosen])
             helped += converged
         return helped
@@ -107,7 +107,7 @@ def align_all(
     return Aligned(aligned, converged / len(pixels))
 
 
-def first_other(picture: Pixels, candidates: Pixels, neighbours: NDArray[np.int64]) -> int:
+def first_distinct(picture: Pixels, candidates: Pixels, neighbours: NDArray[np.int64]) -> int:
     """The first of the neighbours (K,) that is no copy of the picture: pasting a copy would teach nothing."""
     for row in neighbours:
         if np.abs(picture.astype(np.int16) - candidates[row]).mean() >= MIN_DIFFERENCE:
@@ -122,7 +122,7 @@ def correlation(first: Pixels, second: Pixels) -> float:
     return float((first_centred * second_centred).sum()) / length if length else 0.0
 
 
-def is_sane(warp: NDArray[np.float32], side: int) -> bool:
+def is_plausible(warp: NDArray[np.float32], side: int) -> bool:
     """Whether the motion (2, 3) neither mirrors, nor crushes, nor throws the picture out of its frame."""
     if not np.isfinite(warp).all() or np.linalg.det(warp[:, :2]) <= 0:
         return False

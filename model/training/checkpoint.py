@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.errors import ModelError
 from model.training.interfaces import Checkpoints
-from model.training.sharding import split, whole
+from model.training.sharding import gather_state, shard_like
 
 
 def save(
@@ -24,8 +24,8 @@ def save(
 
     All workers call it, for what is split over them is gathered; rank 0 writes.
     """
-    states = {name: whole(module.state_dict()) for name, module in kept.items()}
-    stepped = [whole(optimizer.state_dict()) for optimizer in optimizers]
+    states = {name: gather_state(module.state_dict()) for name, module in kept.items()}
+    stepped = [gather_state(optimizer.state_dict()) for optimizer in optimizers]
     if rank == 0:
         path = checkpoints.scratch()
         torch.save({"step": step, **states, "optimizers": stepped}, path)
@@ -47,7 +47,7 @@ def restore(path: Path | None, kept: Mapping[str, Any], optimizers: Sequence[Any
             raise ValueError(f"its step is {step!r}")
         for name, module in kept.items():
             own = module.state_dict()
-            module.load_state_dict({key: split(part, own.get(key, part)) for key, part in state[name].items()})
+            module.load_state_dict({key: shard_like(part, own.get(key, part)) for key, part in state[name].items()})
         for optimizer, old in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(_as_of(optimizer, old))
     except torch.OutOfMemoryError:
@@ -64,7 +64,7 @@ def _as_of(optimizer: Any, old: dict[str, Any]) -> dict[str, Any]:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     stepped = {
         number: {
-            name: split(value, parameters[number]) if isinstance(value, Tensor) else value
+            name: shard_like(value, parameters[number]) if isinstance(value, Tensor) else value
             for name, value in state.items()
         }
         for number, state in old["state"].items()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from model.errors import ModelError
 from model.step_random import mixed_seed
-from model.training.neighbour_rows import DatabaseRows, Rows16
+from model.training.neighbour_rows import NeighbourEmbeddings, RowArray
 
 WINDOW_ROWS = 1 << 18
 _SHARDS, _ROWS = 1, 2  # streams of randomness
@@ -63,7 +63,7 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Rows:
+class TrainingRows:
     """Rows in lockstep, each array (n, …).
 
     Attributes:
@@ -98,7 +98,7 @@ class Source(Protocol):
         """How many rows ``load`` returns."""
         ...
 
-    def load(self, chosen: NDArray[np.int64] | None = None) -> Rows:
+    def load(self, chosen: NDArray[np.int64] | None = None) -> TrainingRows:
         """Read and decode the shard, or those rows of it that are ``chosen``, ascending."""
         ...
 
@@ -108,8 +108,8 @@ class TrainingSet:
 
     def __init__(
         self,
-        shards: Sequence[Source] | Rows,
-        database_rows: Rows16,
+        shards: Sequence[Source] | TrainingRows,
+        database_rows: RowArray,
         *,
         window_rows: int = WINDOW_ROWS,
         device: torch.device | str = "cpu",
@@ -126,14 +126,14 @@ class TrainingSet:
             rank: this worker.
             world: workers; of a set that streams each holds only what its own parts of the batches need.
         """
-        self._shards = [_Held(shards)] if isinstance(shards, Rows) else list(shards)
+        self._shards = [_Held(shards)] if isinstance(shards, TrainingRows) else list(shards)
         if not self._shards or not len(database_rows):
             raise ModelError("there is nothing to train on; embed at least one picture")
-        self._database = DatabaseRows(database_rows, device)
+        self._database = NeighbourEmbeddings(database_rows, device)
         self._device, self._window_rows = torch.device(device), window_rows
         self._rank, self._world = rank, world
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="training-set")
-        self._read: dict[_Wanted, Future[tuple[Rows, NDArray[np.int64] | None]]] = {}
+        self._read: dict[_Wanted, Future[tuple[TrainingRows, NDArray[np.int64] | None]]] = {}
         self._windows: dict[_Wanted, _Window] = {}
         self._plans: dict[tuple[int, int], list[_Place]] = {}
         self._orders: dict[tuple[int, _Place], Tensor] = {}
@@ -217,12 +217,12 @@ class TrainingSet:
         streams = len(self._plan(seed, place.epoch)) > 1
         return _Wanted(place.shards, (seed, place, size) if streams and self._world > 1 else None)
 
-    def _reading(self, wanted: "_Wanted") -> "Future[tuple[Rows, NDArray[np.int64] | None]]":
+    def _reading(self, wanted: "_Wanted") -> "Future[tuple[TrainingRows, NDArray[np.int64] | None]]":
         if wanted not in self._read:
             self._read[wanted] = self._reader.submit(self._load, wanted)
         return self._read[wanted]
 
-    def _load(self, wanted: "_Wanted") -> tuple[Rows, NDArray[np.int64] | None]:
+    def _load(self, wanted: "_Wanted") -> tuple[TrainingRows, NDArray[np.int64] | None]:
         """The rows, and which of the window they are, ascending (None: all)."""
         shards = [self._shards[number] for number in wanted.shards]
         own = None if wanted.share is None else self._own(*wanted.share)
@@ -264,13 +264,13 @@ class _Wanted(NamedTuple):
 class _Held:
     """Rows that are already there, as a shard."""
 
-    held: Rows
+    held: TrainingRows
 
     @property
     def rows(self) -> int:
         return len(self.held.pictures)
 
-    def load(self, chosen: NDArray[np.int64] | None = None) -> Rows:
+    def load(self, chosen: NDArray[np.int64] | None = None) -> TrainingRows:
         assert chosen is None, "a shard alone does not stream"  # noqa: S101
         return self.held
 
@@ -278,7 +278,9 @@ class _Held:
 class _Window:
     """Rows on the device."""
 
-    def __init__(self, rows: Rows, own: NDArray[np.int64] | None, database_rows: int, device: torch.device) -> None:
+    def __init__(
+        self, rows: TrainingRows, own: NDArray[np.int64] | None, database_rows: int, device: torch.device
+    ) -> None:
         if rows.neighbours.min() < 0 or rows.neighbours.max() >= database_rows:
             raise ModelError("the neighbours point past the database; they were searched in another version of it")
         self._pictures = torch.from_numpy(rows.pictures).to(device)
@@ -287,7 +289,7 @@ class _Window:
         self._reference = None if rows.reference is None else torch.from_numpy(rows.reference).to(device)
         self._own = None if own is None else torch.from_numpy(own).to(device)
 
-    def take(self, chosen: Tensor, database: DatabaseRows) -> Batch:
+    def take(self, chosen: Tensor, database: NeighbourEmbeddings) -> Batch:
         """The rows that are ``chosen`` of the whole window."""
         if self._own is not None:
             chosen = torch.searchsorted(self._own, chosen)
@@ -323,11 +325,11 @@ def _cut(rows: NDArray[np.int64], shards: list[Source]) -> list[tuple[Source, ND
     return [(shard, cut - (end - shard.rows)) for shard, cut, end in zip(shards, cuts, ends, strict=True) if len(cut)]
 
 
-def _join(loaded: list[Rows]) -> Rows:
+def _join(loaded: list[TrainingRows]) -> TrainingRows:
     if len(loaded) == 1:
         return loaded[0]
     references = [rows.reference for rows in loaded if rows.reference is not None]
-    return Rows(
+    return TrainingRows(
         pictures=np.concatenate([rows.pictures for rows in loaded]),
         embeddings=np.concatenate([rows.embeddings for rows in loaded]),
         neighbours=np.concatenate([rows.neighbours for rows in loaded]),

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from model.training.sharding import own_part
+from model.training.sharding import local_shard
 
 
 def ema_decay(step: int, decay: float) -> float:
@@ -21,7 +21,7 @@ def ema_copy(network: nn.Module) -> nn.Module:
 @torch.no_grad()
 def ema_update(average: nn.Module, network: nn.Module, decay: float) -> None:
     """Set average ← decay·average + (1 − decay)·network; buffers are copied."""
-    old_parts, new_parts = ([own_part(p) for p in module.parameters()] for module in (average, network))
+    old_parts, new_parts = ([local_shard(p) for p in module.parameters()] for module in (average, network))
     torch._foreach_lerp_(old_parts, new_parts, 1 - decay)
     for old, new in zip(average.buffers(), network.buffers(), strict=True):
         old.copy_(new)

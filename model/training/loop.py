@@ -18,7 +18,7 @@ from model.errors import ModelError
 from model.training.checkpoint import restore, save
 from model.training.ema import ema_copy, ema_decay, ema_update
 from model.training.interfaces import Checkpoints, Metrics, Objective, TrainingConfig, TrainingData
-from model.training.sharding import shard, whole
+from model.training.sharding import gather_state, shard
 from model.training.step import Step, learning_rate
 
 STOP_STEPS = 8
@@ -30,7 +30,7 @@ class InterruptedTrainingError(Exception):
 
 
 @contextlib.contextmanager
-def _telling_of_full_memory() -> Iterator[None]:
+def _out_of_memory_as_model_error() -> Iterator[None]:
     """Of the device's, wherever no smaller batch would help: a step's own gradients are seen to in ``Step``."""
     try:
         yield
@@ -39,7 +39,7 @@ def _telling_of_full_memory() -> Iterator[None]:
         raise ModelError(f"{told}; choose a smaller network or window, or a device with more") from error
 
 
-@_telling_of_full_memory()
+@_out_of_memory_as_model_error()
 def train(
     network: nn.Module,
     objective: Objective,
@@ -124,7 +124,7 @@ class Average:
     def whole(self) -> nn.Module:
         """It with all of its weights, ready for use. All workers call this together."""
         if self._whole is not self.network:
-            self._whole.load_state_dict(whole(self.network.state_dict()))
+            self._whole.load_state_dict(gather_state(self.network.state_dict()))
         return self._whole.to(self._device)
 
 

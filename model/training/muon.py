@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from model.training.sharding import own_part, split
+from model.training.sharding import local_shard, shard_like
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic whose iteration drives singular values towards 1, steep at zero (Jordan et al. 2024)."""
@@ -56,16 +56,18 @@ class Muon(torch.optim.Optimizer):
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        gradients = [own_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        buffers = [own_part(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        gradients = [local_shard(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        buffers = [local_shard(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         momenta = torch._foreach_lerp(gradients, buffers, group["momentum"])
         updates = orthogonalised(torch.stack([_whole(*pair) for pair in zip(momenta, parameters, strict=True)]))
         rate = group["lr"] * 0.2 * math.sqrt(max(shape))
-        own = [own_part(parameter) for parameter in parameters]
+        own = [local_shard(parameter) for parameter in parameters]
         torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
         steps = zip(updates.to(own[0].dtype), parameters, strict=True)
-        torch._foreach_add_(own, [own_part(split(update, parameter)) for update, parameter in steps], alpha=-rate)
+        torch._foreach_add_(
+            own, [local_shard(shard_like(update, parameter)) for update, parameter in steps], alpha=-rate
+        )
 
 
 def _whole(part: Tensor, like: Tensor) -> Tensor:

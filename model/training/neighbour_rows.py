@@ -15,8 +15,8 @@ from model.errors import ModelError
 from model.retrieval.stored_rows import StoredRows
 
 
-class Rows16(Protocol):
-    """What a float16 array (M, D), memory-mapped or not, and :class:`JoinedRows` have in common."""
+class RowArray(Protocol):
+    """What a float16 array (M, D), memory-mapped or not, and :class:`ConcatenatedRows` have in common."""
 
     @property
     def nbytes(self) -> int:
@@ -32,7 +32,7 @@ class Rows16(Protocol):
         ...
 
 
-class JoinedRows:
+class ConcatenatedRows:
     """Arrays one after the other as one, without a copy: the memory-mapped files of a database in shards."""
 
     def __init__(self, parts: "Sequence[NDArray[Any] | StoredRows]") -> None:
@@ -66,13 +66,13 @@ class JoinedRows:
         return found.reshape(*np.shape(ids), *found.shape[1:])
 
 
-class DatabaseRows:
+class NeighbourEmbeddings:
     """Rows by their ids, on the device where training runs."""
 
     LARGEST = 2 << 30
     """Bytes up to which all rows are held."""
 
-    def __init__(self, rows: Rows16, device: torch.device | str) -> None:
+    def __init__(self, rows: RowArray, device: torch.device | str) -> None:
         """Serve ``rows``."""
         self._mapped = rows
         self._held = None

@@ -14,23 +14,23 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_map_only
 
-from model.networks.compilation import repeated
+from model.networks.compilation import transformer_blocks
 
 
 def shard(network: nn.Module, device: torch.device) -> None:
     """Split ``network`` in place over all workers: block by block, and the rest."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in repeated(network):
+    for block in transformer_blocks(network):
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
 
 
-def whole(state: Any) -> Any:
+def gather_state(state: Any) -> Any:
     """A nest of tensors with every split one gathered, on the CPU. All workers call it together."""
     return tree_map_only(DTensor, lambda part: part.full_tensor().cpu(), state)
 
 
-def split(state: Tensor, like: Tensor) -> Tensor:
+def shard_like(state: Tensor, like: Tensor) -> Tensor:
     """A whole tensor split as ``like`` is; as it is when ``like`` is whole too, or of another shape."""
     if not isinstance(like, DTensor) or state.shape != like.shape:
         return state
@@ -38,6 +38,6 @@ def split(state: Tensor, like: Tensor) -> Tensor:
     return everywhere.redistribute(placements=like.placements)
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This worker's part of a split tensor, sharing its memory; a whole tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

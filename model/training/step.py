@@ -20,7 +20,7 @@ from model.networks.compilation import compile_in_place
 from model.step_random import Draw
 from model.training.interfaces import LearningObjective, Objective, TrainingConfig, TrainingData
 from model.training.muon import Muon
-from model.training.sharding import own_part, shard
+from model.training.sharding import local_shard, shard
 from model.training.throughput import flops_per_image, matrix_peak
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Step:
         if self._working is not self.network:
             with torch.no_grad():
                 torch._foreach_copy_(self._copies, self._weights)
-        return torch.stack([loss, own_part(norm)])
+        return torch.stack([loss, local_shard(norm)])
 
     def _count(self, start: int) -> None:
         """Count the operations of an image, leaving its gradients, and measure the machine."""

@@ -18,14 +18,14 @@ from infra import artifacts, storage, uris
 from infra.download.downloader import SHARD_ROWS, SHARDS, DownloadPolicy, download_shard
 from infra.errors import InputError, StageError
 from infra.formats import tables
-from infra.formats.webdataset import DUPLICATE, TAKEN_DOWN, drop_pictures
+from infra.formats.webdataset import DUPLICATE, TAKEN_DOWN, drop_images
 from infra.settings import Settings
-from tasks.references.types import ImageShards, Outcome, Takedown, config_of
-from tasks.references.url_history import Hashes, Seen, hashes_of, write_seen
-from tasks.stage import counted, map_stage, skip_or_make, stage_task
-from tasks.upkeep.takedown import Entries, entries_of
+from tasks.references.types import ImageShards, StageResult, Takedown, config_to_dict
+from tasks.references.url_history import Hashes, UrlHistory, hashes_of, write_seen
+from tasks.stage import run_shards, run_stage, stage_task, sum_outcomes
+from tasks.upkeep.takedown import Entries, read_entries
 
-_MAY_PASS = ("connection_error", "timeout", "deadline_exceeded", "dns_error", "http_429", "http_5")
+_TRANSIENT_OUTCOMES = ("connection_error", "timeout", "deadline_exceeded", "dns_error", "http_429", "http_5")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +44,8 @@ class DownloadConfig:
             raise ValueError(f"shard_rows must lie in 1…{SHARD_ROWS}: img2dataset's keys have four digits a shard")
 
 
-def download_images(
+@stage_task(name="download")
+def download(
     urls: str,
     base: str,
     config: DownloadConfig,
@@ -53,7 +54,7 @@ def download_images(
     takedown: Takedown | None = None,
     cache: Path | None = None,
     verify: bool = False,
-) -> Outcome[ImageShards]:
+) -> StageResult[ImageShards]:
     """Fetch what ``urls`` lists into ``base/images/<key>``.
 
     The same list (content and order, not file name) and config find the same folder. With ``previous`` its shards are
@@ -69,31 +70,33 @@ def download_images(
         IntegrityError: a committed file is damaged and is not downloaded again.
     """
     urls, cache = uris.hide(urls), cache or Settings().cache_folder
-    seen = Seen.of(previous, cache) if previous is not None else None
-    refused = entries_of(takedown, cache) if takedown is not None else Entries()
+    seen = UrlHistory.of(previous, cache) if previous is not None else None
+    refused = read_entries(takedown, cache) if takedown is not None else Entries()
     table = new_rows(tables.read_url_list(urls), seen, refused, config)
     if table.num_rows == 0:
         if previous is None:
             raise InputError(f"{urls} lists nothing that was not taken down; give it another URL")
-        return Outcome(reference=previous, skipped=True, seconds=0.0, note=f"{urls} lists nothing new")
+        return StageResult(reference=previous, skipped=True, seconds=0.0, note=f"{urls} lists nothing new")
     inputs = {"urls": {"uri": urls, "digest": _digest_of(table)}}
     if takedown is not None:
         inputs["takedown"] = takedown.as_input()
     # The version before is no input, or nothing that it alone refers to could ever be collected.
     lineage = {"previous": previous.digest} if previous is not None else {}
     without = ("workers", "max_lost_fraction", "retry_failed")
-    stage = artifacts.Stage(
-        base, ImageShards.kind, inputs=inputs, config={**config_of(config, without=without), **lineage}
+    stage = artifacts.ArtifactBuilder(
+        base, ImageShards.kind, inputs=inputs, config={**config_to_dict(config, without=without), **lineage}
     )
-    delta = _Delta(stage=stage, table=table, urls=urls, previous=previous, seen=seen, refused=refused, cache=cache)
+    delta = IncrementalDownload(
+        stage=stage, table=table, urls=urls, previous=previous, seen=seen, refused=refused, cache=cache
+    )
     started = time.monotonic()
     try:
         # Of what was added to a version, one shard may by now be all failures, and those delete the folder.
         repairs = previous is None
-        return skip_or_make(stage, ImageShards, lambda: delta.make(config), note=_note, verify=verify, repairs=repairs)
-    except _StillFailingError as error:
+        return run_stage(stage, ImageShards, lambda: delta.make(config), note=_note, verify=verify, repairs=repairs)
+    except _AllRetriesFailedError as error:
         assert previous is not None  # noqa: S101  # what failed before, failed for a version
-        return Outcome(reference=previous, skipped=False, seconds=time.monotonic() - started, note=str(error))
+        return StageResult(reference=previous, skipped=False, seconds=time.monotonic() - started, note=str(error))
 
 
 def histogram(outcomes: dict[str, int]) -> str:
@@ -101,26 +104,26 @@ def histogram(outcomes: dict[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in Counter(outcomes).most_common())
 
 
-class _StillFailingError(Exception):
+class _AllRetriesFailedError(Exception):
     """Everything that was asked again has failed again; its message counts how."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Delta:
+class IncrementalDownload:
     """What is asked for, and what was there before."""
 
-    stage: artifacts.Stage
+    stage: artifacts.ArtifactBuilder
     table: pa.Table
     urls: str
     previous: ImageShards | None
-    seen: Seen | None
+    seen: UrlHistory | None
     refused: Entries
     cache: Path
 
     def make(self, config: DownloadConfig) -> artifacts.Manifest:
         """Download, drop what is there already, commit it after the shards before."""
         before = self.previous.manifest() if self.previous is not None else None
-        taken = [shard.taken_over(self.previous.uri) for shard in before.shards] if self.previous and before else []
+        taken = [shard.reused_from(self.previous.uri) for shard in before.shards] if self.previous and before else []
         first = 1 + max((int(shard.name) for shard in taken), default=-1)
         starts = range(0, self.table.num_rows, config.shard_rows)
         if first + len(starts) > SHARDS:
@@ -129,14 +132,14 @@ class _Delta:
             (f"{n:05d}", (n, self.table.slice(start, config.shard_rows))) for n, start in enumerate(starts, start=first)
         ]
         settings = (self.stage.uri, config.policy)
-        done, lost = map_stage(
+        done, lost = run_shards(
             self.stage, items, _Download, settings, max_lost_fraction=config.max_lost_fraction, actors=config.workers
         )
-        self._require_news(counted(done))
-        self._require_any(counted(done))
+        self._require_news(sum_outcomes(done))
+        self._require_any(sum_outcomes(done))
         if self.seen is not None or self.refused.sha256:
             done = self._without_what_is_there(done, config.workers)
-        outcomes = counted(done)
+        outcomes = sum_outcomes(done)
         hashes = hashes_of(self.stage.uri, done, self.cache)
         info: dict[str, Any] = {
             "requested": self.table.num_rows,
@@ -157,12 +160,12 @@ class _Delta:
             return
         if self.seen.asked(self.table["url"].to_pylist(), failed_too=True).all():
             storage.remove(self.stage.uri)  # the next time they are asked again
-            raise _StillFailingError(f"still failing: {histogram(outcomes)}")
+            raise _AllRetriesFailedError(f"still failing: {histogram(outcomes)}")
 
     def _require_any(self, outcomes: dict[str, int]) -> None:
         """Refuse a download of nothing; URLs added to a database may all be dead, but not the network."""
         if outcomes.get("success") or (
-            self.previous is not None and not all(name.startswith(_MAY_PASS) for name in outcomes)
+            self.previous is not None and not all(name.startswith(_TRANSIENT_OUTCOMES) for name in outcomes)
         ):
             return
         storage.remove(storage.join(self.stage.uri, "shards"))  # perhaps the network was down: try all of them again
@@ -203,7 +206,7 @@ class _Delta:
             artifacts.fetch_shard(self.stage.uri, shard, suffix, self.cache) for suffix in (".tar", ".parquet")
         )
         with storage.scratch() as folder:
-            outcomes = drop_pictures(tar, parquet, folder / shard.name, reasons)
+            outcomes = drop_images(tar, parquet, folder / shard.name, reasons)
             # Killed in between, the shard has no marker and is downloaded again: files and marker never disagree.
             storage.remove(storage.join(self.stage.uri, "shards", f"{shard.name}.json"))
             info = {**shard.info, "outcomes": outcomes}
@@ -216,7 +219,7 @@ class _Delta:
         return self.seen.extended(self.stage.uri, added)
 
 
-def new_rows(table: pa.Table, seen: Seen | None, refused: Entries, config: DownloadConfig) -> pa.Table:
+def new_rows(table: pa.Table, seen: UrlHistory | None, refused: Entries, config: DownloadConfig) -> pa.Table:
     """The rows to ask for. Without a version before, all that are not refused, a URL that comes twice included."""
     urls = table["url"].to_pylist()
     wanted = np.array([url not in refused.url for url in urls], dtype=np.bool_)
@@ -253,17 +256,3 @@ class _Download:
             counts = download_shard(number, rows, folder, self._policy)
             info: dict[str, Any] = {"outcomes": counts.outcomes, "seconds": counts.seconds}
             return artifacts.commit_shard(self._folder_uri, name, folder, rows=counts.downloaded, info=info)
-
-
-@stage_task(name="download")
-def download(
-    urls: str,
-    base: str,
-    config: DownloadConfig,
-    cache: Path | None = None,
-    previous: ImageShards | None = None,
-    takedown: Takedown | None = None,
-    verify: bool = False,
-) -> Outcome[ImageShards]:
-    """Task of :func:`download_images`."""
-    return download_images(urls, base, config, previous=previous, takedown=takedown, cache=cache, verify=verify)

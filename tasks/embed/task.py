@@ -9,9 +9,9 @@ from infra import artifacts, compute, storage
 from infra.errors import StageError
 from model.encoder.clip import Encoder
 from model.encoder.identity import EMBEDDED, EncoderIdentity
-from tasks.embed.worker import DECODER_DIED, SECONDS, EmbedShard, Feeding
-from tasks.references.types import EmbeddingShards, ImageShards, Outcome, encoder_of
-from tasks.stage import counted, map_stage, skip_or_make, stage_task
+from tasks.embed.worker import DECODER_DIED, SECONDS, EmbedShard, WorkerConfig
+from tasks.references.types import EmbeddingShards, ImageShards, StageResult, encoder_of
+from tasks.stage import run_shards, run_stage, stage_task, sum_outcomes
 from tasks.upkeep.rewrite_embeddings import PART
 
 _LOCAL = "local-dir:"
@@ -40,7 +40,8 @@ class EmbedConfig:
             object.__setattr__(self, "encoder", _LOCAL + folder)
 
 
-def embed_images(
+@stage_task(name="embed")
+def embed(
     images: ImageShards,
     base: str,
     config: EmbedConfig,
@@ -48,7 +49,7 @@ def embed_images(
     cache: Path,
     previous: EmbeddingShards | None = None,
     verify: bool = False,
-) -> Outcome[EmbeddingShards]:
+) -> StageResult[EmbeddingShards]:
     """Embed every picture of ``images`` into ``base/embeddings/<key>``.
 
     What ``previous`` holds already is not embedded again, if the same encoder made it with the same settings: a shard
@@ -61,7 +62,9 @@ def embed_images(
         ModelError: no such encoder.
         StageError: no picture could be decoded, or too many shards were lost.
     """
-    stage = artifacts.Stage(base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=_settings(config))
+    stage = artifacts.ArtifactBuilder(
+        base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=_settings(config)
+    )
 
     def make() -> artifacts.Manifest:
         sources = images.manifest().shards
@@ -78,11 +81,11 @@ def embed_images(
             if shard.name not in taken
         ]
         settings = (images.uri, stage.uri, _feeding(config), cache)
-        made, lost = map_stage(
+        made, lost = run_shards(
             stage, items, EmbedShard, settings, max_lost_fraction=config.max_lost_fraction, **_resources(config)
         )
         done = [*taken.values(), *made]
-        outcomes = counted(done)
+        outcomes = sum_outcomes(done)
         if not outcomes.get("success"):
             raise StageError(f"no picture of {images.uri} could be decoded ({outcomes}); look at its tars")
         first, *others = (EncoderIdentity(**shard.info["encoder"]) for shard in done)
@@ -93,7 +96,7 @@ def embed_images(
         info = {"outcomes": outcomes, "lost_shards": lost, "shards_taken_over": len(taken), **_measured(made)}
         return stage.commit(done, identity=identity, info=info)
 
-    return skip_or_make(stage, EmbeddingShards, make, note=_note, verify=verify, repairs=True)
+    return run_stage(stage, EmbeddingShards, make, note=_note, verify=verify, repairs=True)
 
 
 def _settings(config: EmbedConfig) -> dict[str, Any]:
@@ -102,10 +105,10 @@ def _settings(config: EmbedConfig) -> dict[str, Any]:
     return {"encoder": config.encoder, "batch_size": config.batch_size, "precision": precision}
 
 
-def _feeding(config: EmbedConfig) -> Feeding:
+def _feeding(config: EmbedConfig) -> WorkerConfig:
     cuda = config.gpus_per_worker > 0
     decoders = config.decoders or (_decoders_of_a_gpu_worker(config.gpus_per_worker) if cuda else 1)
-    return Feeding(encoder=config.encoder, batch_size=config.batch_size, cuda=cuda, decoders=decoders)
+    return WorkerConfig(encoder=config.encoder, batch_size=config.batch_size, cuda=cuda, decoders=decoders)
 
 
 def _resources(config: EmbedConfig) -> dict[str, Any]:
@@ -129,7 +132,7 @@ def _reusable(previous: EmbeddingShards, config: EmbedConfig, names: set[str]) -
     """The shards of ``previous`` of these names, by name; none where its rows are not what ``config`` would give."""
     manifest = previous.manifest()
     decisive = {name: value for name, value in _settings(config).items() if name != "encoder"}
-    there = {shard.name: shard.taken_over(previous.uri) for shard in manifest.shards if shard.name in names}
+    there = {shard.name: shard.reused_from(previous.uri) for shard in manifest.shards if shard.name in names}
     if not there or any(manifest.config.get(name) != value for name, value in decisive.items()):
         return {}
     # Under one name there may be other weights today; only loading them tells.
@@ -141,7 +144,7 @@ def _parts(previous: EmbeddingShards, sources: Sequence[artifacts.Shard]) -> dic
     """The shards of ``previous``, by name, that leave pictures of the same tar in ``sources`` out on purpose."""
     tars = {shard.name: shard for shard in sources}
     return {
-        shard.name: shard.taken_over(previous.uri)
+        shard.name: shard.reused_from(previous.uri)
         for shard in previous.manifest().shards
         if (tar := tars.get(shard.name)) is not None
         and shard.info.get("source") == tar.file(".tar").sha256
@@ -174,16 +177,3 @@ def _note(manifest: artifacts.Manifest) -> str:
     if info.get("shards_taken_over"):
         parts.append(f"{info['shards_taken_over']} of {len(manifest.shards)} shards taken over")
     return ", ".join(parts)
-
-
-@stage_task(name="embed")
-def embed(
-    images: ImageShards,
-    base: str,
-    config: EmbedConfig,
-    cache: Path,
-    previous: EmbeddingShards | None = None,
-    verify: bool = False,
-) -> Outcome[EmbeddingShards]:
-    """Task of :func:`embed_images`."""
-    return embed_images(images, base, config, cache=cache, previous=previous, verify=verify)

@@ -55,7 +55,7 @@ _AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Feeding:
+class WorkerConfig:
     """How a worker's encoder is loaded and fed."""
 
     encoder: str
@@ -73,7 +73,7 @@ def fitted(preprocessing: Preprocessing, encoded: bytes) -> np.ndarray[Any, np.d
 class EmbedShard:
     """The encoder on a worker: two threads may call it at once, each with a shard."""
 
-    def __init__(self, images_uri: str, folder_uri: str, feeding: Feeding, cache: Path, fit: Fit = fitted) -> None:
+    def __init__(self, images_uri: str, folder_uri: str, feeding: WorkerConfig, cache: Path, fit: Fit = fitted) -> None:
         """Load the encoder and start the decoders, which call ``fit``. Raises ``ModelError``."""
         self._images_uri, self._folder_uri, self._cache = images_uri, folder_uri, cache
         self._feeding, self._fit = feeding, fit
@@ -116,7 +116,7 @@ class EmbedShard:
             artifacts.fetch_shard(self._images_uri, source, suffix, self._cache) for suffix in (".tar", ".parquet")
         )
         records = {record["key"]: record for record in tables.read_table(table).to_pylist()}
-        filling = _Filling(records, self._rows_of(earlier), self._keys_of(part))
+        filling = _ShardAssembler(records, self._rows_of(earlier), self._keys_of(part))
         clock["read_s"] += time.monotonic() - started
         rows = self._embedded(filling, tar, partial(_ahead, decoders, fit), clock)
 
@@ -138,10 +138,10 @@ class EmbedShard:
         clock["write_s"] = time.monotonic() - started
         return dataclasses.replace(shard, info={**info, **clock})
 
-    def _embedded(self, filling: "_Filling", tar: Path, ahead: "_Ahead", clock: Clock) -> Row:
+    def _embedded(self, filling: "_ShardAssembler", tar: Path, ahead: "_Ahead", clock: Clock) -> Row:
         """(n, D) rows in the order of the tar; ``filling`` gets what belongs to them."""
         size = self._feeding.batch_size
-        new = filling.new(_timed(tables.read_pictures(tar), clock))
+        new = filling.new(_timed(tables.iter_images(tar), clock))
         chunks = iter(lambda: list(itertools.islice(new, size)), [])
         decoded = ahead(self._encoder.preprocessing, chunks, _AHEAD * self._feeding.decoders)
         with self._turn:
@@ -167,7 +167,7 @@ class EmbedShard:
         return set(tables.read_table(table, ["key"])["key"].to_pylist())
 
 
-class _Filling:
+class _ShardAssembler:
     """What is collected of a shard while its pictures go by, in the order of the tar."""
 
     def __init__(
@@ -282,15 +282,15 @@ def _timed(samples: Iterator[tuple[str, bytes]], clock: Clock) -> Iterator[tuple
         yield sample
 
 
-def _pool(feeding: Feeding) -> Executor:
+def _pool(feeding: WorkerConfig) -> Executor:
     if not feeding.cuda:
         return ThreadPoolExecutor(feeding.decoders)
     # Started anew rather than forked: a copy of a process that holds CUDA and threads may hang.
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(feeding.decoders, mp_context=spawn, initializer=_become_decoder)
+    return ProcessPoolExecutor(feeding.decoders, mp_context=spawn, initializer=_init_decoder)
 
 
-def _become_decoder() -> None:
+def _init_decoder() -> None:
     """One thread, and no life after the worker's, which may be killed."""
     torch.set_num_threads(1)
     follow_parent()

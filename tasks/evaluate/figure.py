@@ -31,7 +31,7 @@ SHEET_COLUMNS, SHEET_ROWS = 8, 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Judged:
+class EvaluationView:
     """The evaluation on one database, its pictures at hand. ``copies`` holds (sample, source, what is known of it)."""
 
     name: str
@@ -46,7 +46,7 @@ class Judged:
     copies: Sequence[tuple[Image.Image, Image.Image, Mapping[str, Any]]]
 
 
-def plot_page(judged: Sequence[Judged], title: str) -> Figure:
+def plot_page(judged: Sequence[EvaluationView], title: str) -> Figure:
     """The figure page; 11 inches wide, as high as there are databases to show."""
     with matplotlib.rc_context(_STYLE):
         middle = any(entry.ablations or entry.swap for entry in judged)
@@ -62,7 +62,7 @@ def plot_page(judged: Sequence[Judged], title: str) -> Figure:
     return figure
 
 
-def _scores(band: Any, judged: Sequence[Judged]) -> None:
+def _scores(band: Any, judged: Sequence[EvaluationView]) -> None:
     """A panel a metric: each database's value under each condition, with its interval."""
     names = [m for m in METRICS if any(f"{m}_knn" in entry.scores for entry in judged)]
     panels = band.subplots(1, len(names), squeeze=False)[0]
@@ -90,7 +90,7 @@ def _point(axes: Axes, x: float, scores: Mapping[str, float], key: str, colour: 
     axes.plot([x], [value], "o", color=colour, ms=5)
 
 
-def _middle(band: Any, judged: Sequence[Judged]) -> None:
+def _middle(band: Any, judged: Sequence[EvaluationView]) -> None:
     """Ablations of each database in one panel a metric, and the swap matrix beside them."""
     ablated = [entry for entry in judged if entry.ablations]
     swapped = [entry for entry in judged if entry.swap]
@@ -111,7 +111,7 @@ def _middle(band: Any, judged: Sequence[Judged]) -> None:
         panels[2].set_axis_off()
 
 
-def _ablations(axes: Axes, judged: Sequence[Judged], metric: str) -> None:
+def _ablations(axes: Axes, judged: Sequence[EvaluationView], metric: str) -> None:
     names = list(judged[0].ablations)
     places = np.arange(len(names))[::-1]
     for number, entry in enumerate(judged):
@@ -129,7 +129,7 @@ def _ablations(axes: Axes, judged: Sequence[Judged], metric: str) -> None:
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
 
 
-def _matrix(axes: Axes, judged: Sequence[Judged]) -> None:
+def _matrix(axes: Axes, judged: Sequence[EvaluationView]) -> None:
     """Fréchet distance of the samples drawn from each database (row) to each domain (column)."""
     rows = [entry.name for entry in judged]
     columns = [*rows, *dict.fromkeys(name for entry in judged for name in entry.swap if name not in rows)]
@@ -151,7 +151,7 @@ def _matrix(axes: Axes, judged: Sequence[Judged]) -> None:
     axes.set_ylabel("drawn from", color=_FAINT, labelpad=8)
 
 
-def _pictures(band: Any, entry: Judged) -> None:
+def _pictures(band: Any, entry: EvaluationView) -> None:
     """Samples of the same prompts with neighbours and without, and the worst copies over their sources."""
     band.text(0.03, 0.97, f"Database {entry.name}", fontsize=11, weight="bold", va="top")
     top, bottom = band.subfigures(2, 1, height_ratios=[1.18, 1])

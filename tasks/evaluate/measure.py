@@ -16,13 +16,22 @@ from infra.compute.progress import Progress
 from infra.errors import InputError
 from model.metrics import embedding_metrics
 from model.metrics.bootstrap import Score
-from model.metrics.embedding_metrics import Rows
+from model.metrics.embedding_metrics import Embeddings
 from model.metrics.inception import inception_distance, require_inception
-from model.metrics.scores import Yardstick, flat, score_mean, score_samples
+from model.metrics.scores import ReferenceSet, flatten, score_mean, score_samples
 from model.pipeline import KNNDiffusionPipeline
 from model.retrieval.database import Database
 from model.saved_generator import pretrained_folder
-from tasks.evaluate.sampler import ABLATIONS, MAIN, Condition, Sampler, contact_sheet, embed_alike, ids_at, queries_of
+from tasks.evaluate.sampler import (
+    ABLATIONS,
+    MAIN,
+    Condition,
+    Sampler,
+    contact_sheet,
+    embed_unique,
+    queries_of,
+    row_ids_at,
+)
 from tasks.references.database import open_database
 from tasks.references.images import fetch_pictures
 from tasks.references.types import DatabaseVersion, Generator, encoder_of
@@ -80,7 +89,7 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Subject:
+class EvaluationInputs:
     """What is measured: a generator on a database, and the other domains that its samples are held against."""
 
     generator: Generator
@@ -96,10 +105,10 @@ def pipeline_folder(generator: Generator, cache: Path) -> Path:
     return plain if (plain / "model_index.json").exists() else generator_folder(generator, cache)
 
 
-def measure(subject: Subject, folder_uri: str, cache: Path) -> artifacts.Shard:
+def measure(subject: EvaluationInputs, folder_uri: str, cache: Path) -> artifacts.Shard:
     """Sample, embed, score, and commit what is worth showing."""
     weights = _weights(subject.config, cache)
-    worker = _Measurement(subject, folder_uri, cache)
+    worker = Evaluator(subject, folder_uri, cache)
     with storage.scratch() as folder:
         scores = worker.main(folder, weights)
         info: dict[str, Any] = {
@@ -117,10 +126,11 @@ def measure(subject: Subject, folder_uri: str, cache: Path) -> artifacts.Shard:
         return artifacts.commit_shard(folder_uri, SAMPLES, folder, rows=subject.config.samples, info=info)
 
 
-class _Measurement:
+class Evaluator:
     """The samples of each condition, drawn once and scored by everything."""
 
-    def __init__(self, subject: Subject, folder_uri: str, cache: Path) -> None:
+    def __init__(self, subject: EvaluationInputs, folder_uri: str, cache: Path) -> None:
+        """Open the databases of ``subject``; samples are kept in ``folder_uri``."""
         self._subject, self._config, self._cache = subject, subject.config, cache
         versions = {subject.name: subject.database, **subject.others}
         self._opened = {name: open_database(version, cache) for name, version in versions.items()}
@@ -148,7 +158,7 @@ class _Measurement:
         real = self._database.rows(self._real_ids).astype(np.float32)
         near = self._database.search(real, 1, exclude=self._real_ids).scores[:, 0]
         self._held_out, self._real_near = real[count:], near
-        self.yardstick = Yardstick(
+        self.yardstick = ReferenceSet(
             real=real[:count],
             threshold=embedding_metrics.copy_threshold(near[:count], config.copy_percentile, config.near_duplicate),
             resamples=self._config.bootstrap,
@@ -160,17 +170,17 @@ class _Measurement:
         scores = self._real_scores()
         for name, condition in MAIN.items():
             images, _ = self._sampler(condition)
-            scores |= flat(self._scored(condition), name)
+            scores |= flatten(self._scored(condition), name)
             contact_sheet(images[:SHOWN]).save(folder / f"{name}.png")
             if weights is not None:
                 real = fetch_pictures(self._subject.database, self._real_ids[: self.compared].tolist(), self._cache)
                 compared = images[: self.compared]
                 scores[f"fid_{name}"] = inception_distance(compared, real, weights, cuda=self._config.use_gpu)
-        return scores | flat({"diversity": self._diversity()}, "knn")
+        return scores | flatten({"diversity": self._diversity()}, "knn")
 
     def ablations(self) -> dict[str, dict[str, float]]:
         """The scores of every condition, by name."""
-        return {name: flat(self._scored(condition)) for name, condition in ABLATIONS.items()}
+        return {name: flatten(self._scored(condition)) for name, condition in ABLATIONS.items()}
 
     def swap(self) -> dict[str, float]:
         """Fréchet distance of the samples to each domain, over equally many rows of each; empty without others."""
@@ -228,7 +238,7 @@ class _Measurement:
                 self._real_near[self.compared :], self.yardstick.threshold
             )
         if self._config.prompt_urls:
-            scores |= flat(self._own_texts(), "real")
+            scores |= flatten(self._own_texts(), "real")
         return scores
 
     def _own_texts(self) -> dict[str, Score]:
@@ -238,7 +248,7 @@ class _Measurement:
         if not told:
             return {}
         rows = self._database.rows(np.array(list(told))).astype(np.float32)
-        texts = embed_alike(self._pipeline, list(told.values())).numpy()
+        texts = embed_unique(self._pipeline, list(told.values())).numpy()
         return {
             "clip_score": score_mean(
                 embedding_metrics.pair_cosines(rows, texts), texts, self.yardstick, bounds=(-1.0, 1.0)
@@ -249,7 +259,7 @@ class _Measurement:
 def random_rows(database: Database, wanted: int, seed: int) -> NDArray[np.int64]:
     """Ids of up to ``wanted`` different rows, none of them hidden."""
     rng = np.random.default_rng(seed + 1)
-    return ids_at(database, rng.choice(len(database), min(wanted, len(database)), replace=False))
+    return row_ids_at(database, rng.choice(len(database), min(wanted, len(database)), replace=False))
 
 
 def urls_of(database: Database) -> Iterator[tuple[int, str]]:
@@ -260,7 +270,7 @@ def urls_of(database: Database) -> Iterator[tuple[int, str]]:
             yield row["id"], row["url"]
 
 
-def _some_rows(database: Database, count: int, seed: int) -> Rows:
+def _some_rows(database: Database, count: int, seed: int) -> Embeddings:
     return database.rows(random_rows(database, count, seed)).astype(np.float32)
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 from PIL import Image
 
 from infra import artifacts, storage
-from tasks.evaluate.figure import SHEET_COLUMNS, SHEET_ROWS, Judged, plot_page
+from tasks.evaluate.figure import SHEET_COLUMNS, SHEET_ROWS, EvaluationView, plot_page
 from tasks.evaluate.measure import SAMPLES
 from tasks.evaluate.tables import (
     CONDITIONS,
@@ -25,8 +25,8 @@ from tasks.evaluate.tables import (
     to_csv,
 )
 from tasks.evaluate.task import Evaluation
-from tasks.references.types import Outcome, Reference
-from tasks.stage import skip_or_make, stage_task
+from tasks.references.types import Reference, StageResult
+from tasks.stage import run_stage, stage_task
 
 TABLE, MARKDOWN, FIGURE, PAGE = "evaluation.csv", "evaluation.md", "evaluation.png", "evaluation.html"
 _SHARD = "report"
@@ -56,21 +56,24 @@ class Report(Reference):
         return {file.name: folder / file.name for file in self.manifest().files}
 
 
-def report_evaluations(evaluations: Mapping[str, Evaluation], base: str, title: str, *, cache: Path) -> Outcome[Report]:
+@stage_task(name="report")
+def report_evaluations(
+    evaluations: Mapping[str, Evaluation], base: str, title: str, *, cache: Path
+) -> StageResult[Report]:
     """Put the evaluations of one generator, by database, on one page below ``base/report/<key>``."""
     inputs = {name: evaluation.as_input() for name, evaluation in evaluations.items()}
-    stage = artifacts.Stage(base, Report.kind, inputs=inputs, config={"title": title})
+    stage = artifacts.ArtifactBuilder(base, Report.kind, inputs=inputs, config={"title": title})
 
     def make() -> artifacts.Manifest:
-        judged = [judge(name, evaluation, cache) for name, evaluation in evaluations.items()]
+        judged = [load_view(name, evaluation, cache) for name, evaluation in evaluations.items()]
         with storage.scratch() as folder:
             write_report(judged, title, folder)
             return stage.commit([artifacts.commit_shard(stage.uri, _SHARD, folder, rows=len(judged), info={})], info={})
 
-    return skip_or_make(stage, Report, make)
+    return run_stage(stage, Report, make)
 
 
-def judge(name: str, evaluation: Evaluation, cache: Path) -> Judged:
+def load_view(name: str, evaluation: Evaluation, cache: Path) -> EvaluationView:
     """An evaluation with its pictures fetched and verified."""
     manifest = evaluation.manifest()
     (shard,) = (shard for shard in manifest.shards if shard.name == SAMPLES)
@@ -83,7 +86,7 @@ def judge(name: str, evaluation: Evaluation, cache: Path) -> Judged:
         (pictures[f"copies/{rank:02d}_sample.png"], pictures[f"copies/{rank:02d}_source.png"], known)
         for rank, known in enumerate(manifest.info["copies"])
     ]
-    return Judged(
+    return EvaluationView(
         name=name,
         samples=manifest.rows,
         compared=manifest.info.get("compared", manifest.rows),
@@ -97,7 +100,7 @@ def judge(name: str, evaluation: Evaluation, cache: Path) -> Judged:
     )
 
 
-def write_report(judged: Sequence[Judged], title: str, folder: Path) -> None:
+def write_report(judged: Sequence[EvaluationView], title: str, folder: Path) -> None:
     """Write the four files into ``folder``."""
     (folder / TABLE).write_text(to_csv({e.name: (e.scores, e.ablations, e.swap) for e in judged}))
     sections = tables(judged)
@@ -115,7 +118,7 @@ def preview(figure: Path, width: int = 1100) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def tables(judged: Sequence[Judged]) -> list[tuple[str, list[str], list[list[str]]]]:
+def tables(judged: Sequence[EvaluationView]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(heading, column heads, rows) of every table: scores, ablations, the swap matrix."""
     found = []
     for entry in judged:
@@ -134,7 +137,10 @@ def tables(judged: Sequence[Judged]) -> list[tuple[str, list[str], list[list[str
 
 
 def _page(
-    judged: Sequence[Judged], title: str, sections: Sequence[tuple[str, list[str], list[list[str]]]], figure: Path
+    judged: Sequence[EvaluationView],
+    title: str,
+    sections: Sequence[tuple[str, list[str], list[list[str]]]],
+    figure: Path,
 ) -> str:
     parts = [
         f"<h1>{html.escape(title)}</h1>",
@@ -186,9 +192,3 @@ def _png(picture: Image.Image) -> bytes:
 def _picture(path: Path) -> Image.Image:
     with Image.open(path) as image:
         return image.convert("RGB")
-
-
-@stage_task(name="report")
-def report(evaluations: dict[str, Evaluation], base: str, title: str, cache: Path) -> Outcome[Report]:
-    """Task of :func:`report_evaluations`."""
-    return report_evaluations(evaluations, base, title, cache=cache)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from model.metrics.embedding_metrics import Rows
+from model.metrics.embedding_metrics import Embeddings
 from model.pipeline import KNNDiffusionPipeline, QuerySlot
 from model.retrieval.database import Database
 
@@ -61,16 +61,16 @@ class Sampler:
         """
         self._pipeline, self.queries, self._told = pipeline, queries, told
         self._steps, self._guidance, self._seed = steps, guidance, seed
-        self._kept: dict[Condition, tuple[list[Image.Image], Rows]] = {}
+        self._kept: dict[Condition, tuple[list[Image.Image], Embeddings]] = {}
 
-    def __call__(self, condition: Condition) -> tuple[list[Image.Image], Rows]:
+    def __call__(self, condition: Condition) -> tuple[list[Image.Image], Embeddings]:
         """N pictures and their embeddings (N, D)."""
         key = self.resolved(condition)
         if key not in self._kept:
             self._kept[key] = self._draw(self.queries, key, 1)
         return self._kept[key]
 
-    def seeds(self, condition: Condition, prompts: int, each: int) -> Rows:
+    def seeds(self, condition: Condition, prompts: int, each: int) -> Embeddings:
         """(prompts, S, D): ``each`` pictures of each of the first queries, from different noise."""
         _, rows = self._draw(self.queries[:prompts], self.resolved(condition), each)
         return rows.reshape(-1, each, rows.shape[1])
@@ -84,7 +84,7 @@ class Sampler:
             query=condition.query or defaults.query, neighbours=condition.neighbours or defaults.neighbours
         )
 
-    def _draw(self, queries: Tensor, condition: Condition, each: int) -> tuple[list[Image.Image], Rows]:
+    def _draw(self, queries: Tensor, condition: Condition, each: int) -> tuple[list[Image.Image], Embeddings]:
         output = self._pipeline(
             queries,
             num_images_per_prompt=each,
@@ -109,18 +109,18 @@ def queries_of(
     if prompts:
         order = np.resize(rng.permutation(len(prompts)), samples).tolist()
         texts = [prompts[number] for number in order]
-        return embed_alike(pipeline, texts), texts
-    rows = ids_at(database, rng.choice(len(database), samples))
+        return embed_unique(pipeline, texts), texts
+    rows = row_ids_at(database, rng.choice(len(database), samples))
     return torch.from_numpy(database.rows(rows).astype(np.float32)), [""] * samples
 
 
-def embed_alike(pipeline: KNNDiffusionPipeline, texts: Sequence[str]) -> Tensor:
+def embed_unique(pipeline: KNNDiffusionPipeline, texts: Sequence[str]) -> Tensor:
     """(N, D): rows of one text are equal to the bit, which tells that what they are compared with is of one prompt."""
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     return pipeline.encoder.embed_texts(list(places))[[places[text] for text in texts]]
 
 
-def ids_at(database: Database, places: NDArray[np.int64]) -> NDArray[np.int64]:
+def row_ids_at(database: Database, places: NDArray[np.int64]) -> NDArray[np.int64]:
     """The ids at places among those of :meth:`Database.ids`, which are listed only where rows are hidden."""
     return places if len(database) == database.stored else database.ids()[places]
 

@@ -3,25 +3,25 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from infra import artifacts, compute, storage
 from infra.errors import InputError
-from tasks.evaluate.measure import SAMPLES, EvaluateConfig, Subject, measure
+from tasks.evaluate.measure import SAMPLES, EvaluateConfig, EvaluationInputs, measure
 from tasks.evaluate.sampler import ABLATIONS, contact_sheet
 from tasks.evaluate.tables import table, table_line
 from tasks.references.types import (
     DatabaseVersion,
     Generator,
-    Outcome,
     Reference,
-    config_of,
+    StageResult,
+    config_to_dict,
     domain_of,
     require_same_encoder,
 )
-from tasks.stage import skip_or_make, stage_task
+from tasks.stage import run_stage, stage_task
 
-__all__ = ["EvaluateConfig", "Evaluation", "contact_sheet", "evaluate", "evaluate_generator", "table", "table_line"]
+__all__ = ["EvaluateConfig", "Evaluation", "contact_sheet", "evaluate", "table", "table_line"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,8 @@ class Evaluation(Reference):
         return dict(self.manifest().info["swap"])
 
 
-def evaluate_generator(
+@stage_task(name="evaluate")
+def evaluate(
     generator: Generator,
     database: DatabaseVersion,
     base: str,
@@ -61,7 +62,7 @@ def evaluate_generator(
     *,
     cache: Path,
     others: Mapping[str, DatabaseVersion] | None = None,
-) -> Outcome[Evaluation]:
+) -> StageResult[Evaluation]:
     """Draw ``config.samples`` pictures with neighbours and as many without, and score both by every metric.
 
     Without prompts, pictures of the database stand in as queries; each finds itself, so the CLIP score is then one of
@@ -77,9 +78,9 @@ def evaluate_generator(
     require_same_encoder(**{label: version.manifest() for label, version in {name: database, **others}.items()})
     inputs = {"generator": generator.as_input(), "database": database.as_input()}
     inputs |= {f"other.{name}": other.as_input() for name, other in others.items()} | _weights_input(config)
-    asked = config_of(config, without=("use_gpu", "inception_weights"))
-    stage = artifacts.Stage(base, Evaluation.kind, inputs=inputs, config=asked)
-    subject = Subject(generator=generator, name=name, database=database, others=others, config=config)
+    asked = config_to_dict(config, without=("use_gpu", "inception_weights"))
+    stage = artifacts.ArtifactBuilder(base, Evaluation.kind, inputs=inputs, config=asked)
+    subject = EvaluationInputs(generator=generator, name=name, database=database, others=others, config=config)
 
     def make() -> artifacts.Manifest:
         done = stage.done().get(SAMPLES) or compute.run(
@@ -87,7 +88,7 @@ def evaluate_generator(
         )
         return stage.commit([done], info=done.info)
 
-    return skip_or_make(stage, Evaluation, make, note=lambda manifest: table_line(manifest.info["scores"]))
+    return run_stage(stage, Evaluation, make, note=lambda manifest: table_line(manifest.info["scores"]))
 
 
 def _weights_input(config: EvaluateConfig) -> dict[str, dict[str, str]]:
@@ -101,16 +102,3 @@ def _weights_input(config: EvaluateConfig) -> dict[str, dict[str, str]]:
             "weights-inception-2015-12-05-6726825d.pth, or leave it out"
         )
     return {"inception": {"uri": uri, "digest": storage.sha256(uri)}}
-
-
-@stage_task(name="evaluate")
-def evaluate(
-    generator: Generator,
-    database: DatabaseVersion,
-    base: str,
-    config: EvaluateConfig,
-    cache: Path,
-    others: dict[str, Any] | None = None,
-) -> Outcome[Evaluation]:
-    """Task of :func:`evaluate_generator`."""
-    return evaluate_generator(generator, database, base, config, cache=cache, others=others)

@@ -9,15 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import artifacts, compute, storage
-from infra.compute.actor_pool import Lost
+from infra.compute.actor_pool import FailedShard
 from infra.errors import StageError
 from infra.formats.arrays import read_array
 from model.retrieval.database import SearchEffort
-from model.retrieval.near_duplicates import find_pairs, later_ones
+from model.retrieval.near_duplicates import duplicates_to_hide, find_pairs
 from tasks.references.database import HIDDEN, open_shards
 from tasks.references.rows import stored_rows
 from tasks.references.types import DatabaseVersion, EmbeddingShards, Takedown
-from tasks.upkeep.takedown import entries_of, masks_named, rows_named
+from tasks.upkeep.takedown import match_rows, match_shards, read_entries
 
 _FEW_SHARDS = 16  # embedding shards; starting actors for so few takes longer than the search
 _GROUP_ROWS = 262_144
@@ -25,7 +25,7 @@ _EFFORT = SearchEffort(nprobe=4, candidates=50)  # near-duplicates share a cell,
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Grown:
+class BaseVersion:
     """A version to which rows were only added: what was found out about its rows still holds."""
 
     version: DatabaseVersion
@@ -39,7 +39,7 @@ class Grown:
         return read_array(artifacts.fetch_shard(self.version.uri, shard, name, cache), np.int64, shape)
 
 
-def hide_rows(
+def find_hidden_rows(
     folder_uri: str,
     indexed: Sequence[artifacts.Shard],
     embeddings: EmbeddingShards,
@@ -48,7 +48,7 @@ def hide_rows(
     takedown: Takedown | None,
     bound: float,
     dedup: bool,
-    grown: Grown | None,
+    grown: BaseVersion | None,
 ) -> artifacts.Shard:
     """Find rows to hide among those of index shards that are not committed as a version yet, and commit them.
 
@@ -69,7 +69,7 @@ def hide_rows(
         pairs += _search_pairs((folder_uri, list(indexed), embeddings, cache, bound), items)
     joined = np.unique(np.concatenate([np.zeros((0, 2), np.int64), *pairs]), axis=0)
     # What repeats only what is taken down is shown in its place.
-    repeated = later_ones(joined[~np.isin(joined, taken).any(axis=1)])
+    repeated = duplicates_to_hide(joined[~np.isin(joined, taken).any(axis=1)])
     hidden = np.union1d(taken, repeated) if dedup else taken
     info = {"taken_down": len(taken), "near_duplicates": len(repeated), "hidden": len(hidden)}
     with storage.scratch() as folder:
@@ -79,14 +79,14 @@ def hide_rows(
 
 
 def _taken_down(
-    embeddings: EmbeddingShards, cache: Path, takedown: Takedown | None, grown: Grown | None
+    embeddings: EmbeddingShards, cache: Path, takedown: Takedown | None, grown: BaseVersion | None
 ) -> NDArray[np.int64]:
     if takedown is None:
         return np.zeros(0, np.int64)
     before = None if grown is None else grown.version.manifest().inputs.get("takedown")
     if grown is None or before is None or before["digest"] != takedown.digest:
-        return rows_named(takedown, embeddings, cache)
-    masks = masks_named(entries_of(takedown, cache), embeddings, embeddings.manifest().shards[grown.shards :], cache)
+        return match_rows(takedown, embeddings, cache)
+    masks = match_shards(read_entries(takedown, cache), embeddings, embeddings.manifest().shards[grown.shards :], cache)
     new = np.flatnonzero(np.concatenate(masks)) + grown.rows if masks else np.zeros(0, np.int64)
     return np.concatenate([grown.array("taken.npy", cache), new])
 
@@ -102,7 +102,7 @@ def _search_pairs(settings: tuple[Any, ...], items: list[tuple[artifacts.Shard, 
     groups = _grouped(items, min(_GROUP_ROWS, share))
     found = list(compute.map_shards(_Pairs, settings, groups, actors=actors, description="near-duplicates"))
     for lost in found:
-        if isinstance(lost, Lost):
+        if isinstance(lost, FailedShard):
             raise StageError(f"near-duplicates could not be looked for ({lost.error}); run again") from lost.error
     return found
 

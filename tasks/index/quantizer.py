@@ -12,10 +12,10 @@ from infra.formats.arrays import require_finite
 from model.retrieval.faiss_index import (
     FLAT_ROWS,
     choose_index,
-    codes_of,
+    code_type,
+    is_stackable,
     memory_needed,
     quantization_error,
-    stackable,
     train_index,
     training_rows,
 )
@@ -24,12 +24,12 @@ from tasks.references.lineage import embeddings_of
 from tasks.references.rows import stored_rows
 from tasks.references.types import DatabaseVersion, EmbeddingShards, encoder_of
 
-OUTGROWN = 4
+RETRAIN_GROWTH = 4
 """A quantizer is trained anew when the database has so many times the rows that it had then."""
 _DRIFT_ROWS = 4_096
 
 
-def kept_quantizer(
+def reusable_quantizer(
     previous: DatabaseVersion,
     embeddings: EmbeddingShards,
     factory_asked: str,
@@ -57,22 +57,22 @@ def kept_quantizer(
     ):
         why = f"auto is asked for, and takes {better} for {source.rows} rows, not {factory}"
     elif factory_asked == "auto" and (
-        source.rows > FLAT_ROWS if factory == "Flat" else source.rows > OUTGROWN * trained_for
+        source.rows > FLAT_ROWS if factory == "Flat" else source.rows > RETRAIN_GROWTH * trained_for
     ):
         why = f"{source.rows} rows have outgrown the {factory} of {trained_for}"
-    elif factory_asked == "auto" and (told := _beside_memory(before, factory, source, memory_bytes)):
+    elif factory_asked == "auto" and (told := _memory_mismatch(before, factory, source, memory_bytes)):
         why = told
     else:
-        drift = _drift(shard.taken_over(previous.uri), embeddings, previous, cache)
+        drift = _drift(shard.reused_from(previous.uri), embeddings, previous, cache)
         if drift > max_drift:
             why = f"its error on new rows grew by {drift:.0%}, beyond max_drift {max_drift:.0%}"
     if why is None:
-        return shard.taken_over(previous.uri)
+        return shard.reused_from(previous.uri)
     logs.get("stage").info("%-11s the quantizer is trained anew: %s", DatabaseVersion.kind, why)
     return None
 
 
-def _beside_memory(
+def _memory_mismatch(
     before: artifacts.Manifest, factory: str, source: artifacts.Manifest, memory_bytes: int
 ) -> str | None:
     """Why ``factory`` is not what ``memory_bytes`` should hold; None where it is."""
@@ -83,7 +83,7 @@ def _beside_memory(
         return f"{source.rows} rows in {factory} take {needed / 2**20:.0f} MiB, beyond memory_bytes {memory_bytes}"
     if memory_bytes != before.config["memory_bytes"]:
         better = choose_index(source.rows, encoder_of(source).dimension, memory_bytes)
-        if codes_of(better) != codes_of(factory):
+        if code_type(better) != code_type(factory):
             return f"memory_bytes {memory_bytes} is for {better}, not {factory}"
     return None
 
@@ -113,7 +113,7 @@ def train_quantizer(
     source = embeddings.manifest()
     wanted = training_rows(factory, source.rows)
     chosen = np.sort(np.random.default_rng(seed).choice(source.rows, wanted, replace=False))
-    sample = _pick(embeddings, source.shards, chosen, cache)
+    sample = _gather_rows(embeddings, source.shards, chosen, cache)
     index = train_index(factory, encoder_of(source).dimension, sample)
     errors = [quantization_error(index, sample[:: max(1, len(sample) // _DRIFT_ROWS)])]
     if previous is not None:
@@ -122,7 +122,7 @@ def train_quantizer(
         "factory": factory,
         "trained_on": len(sample),
         "database_rows": source.rows,
-        "mergeable": stackable(index),
+        "mergeable": is_stackable(index),
         "error": max(errors),
     }
     with storage.scratch() as folder:
@@ -136,10 +136,10 @@ def _new_rows(embeddings: EmbeddingShards, previous: DatabaseVersion, cache: Pat
     new = [shard for shard in embeddings.manifest().shards if shard.file(".npy").sha256 not in known]
     total = sum(shard.rows for shard in new)
     chosen = np.sort(np.random.default_rng(0).choice(total, min(total, _DRIFT_ROWS), replace=False))
-    return _pick(embeddings, new, chosen, cache)
+    return _gather_rows(embeddings, new, chosen, cache)
 
 
-def _pick(
+def _gather_rows(
     embeddings: EmbeddingShards, shards: Sequence[artifacts.Shard], chosen: NDArray[np.int64], cache: Path
 ) -> NDArray[np.float32]:
     """Chosen rows (n, D), ascending, counted over ``shards`` of the embeddings."""

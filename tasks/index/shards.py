@@ -18,7 +18,7 @@ from infra import artifacts, storage
 from model.retrieval.faiss_index import FIRST_ID_SHIFT, fill_shard, merge_shards
 from tasks.references.rows import finite_rows
 from tasks.references.types import DatabaseVersion, EmbeddingShards
-from tasks.stage import map_stage
+from tasks.stage import run_shards
 
 PART_ROWS = 262_144
 """So many rows are filled by one worker; it does not decide what comes out."""
@@ -64,7 +64,7 @@ class Piece:
 
 
 def fill_shards(
-    stage: artifacts.Stage,
+    stage: artifacts.ArtifactBuilder,
     embeddings: EmbeddingShards,
     template: artifacts.Shard,
     shard_rows: int,
@@ -76,7 +76,7 @@ def fill_shards(
     groups = group_shards(members, shard_rows, previous)
     held = {} if previous is None else _held(previous, members, template)
     # Never committed: gone once they are merged.
-    parts = artifacts.Stage(stage.uri, "parts", inputs={}, config={"rows": PART_ROWS})
+    parts = artifacts.ArtifactBuilder(stage.uri, "parts", inputs={}, config={"rows": PART_ROWS})
     found, there = {}, stage.done()
     fills: list[tuple[str, Group]] = []
     part_fills: list[tuple[str, Group]] = []
@@ -92,10 +92,10 @@ def fill_shards(
         else:
             fills.append((group.name, group))
     settings = (embeddings.uri, stage.uri, template, cache)
-    made = map_stage(stage, fills, _Fill, (*settings, stage.uri))[0]
+    made = run_shards(stage, fills, _Fill, (*settings, stage.uri))[0]
     if merges:
-        filled = {part.name: part for part in map_stage(parts, part_fills, _Fill, (*settings, parts.uri))[0]}
-        made += map_stage(stage, merges, _Merge, (*settings[1:], parts.uri, filled))[0]
+        filled = {part.name: part for part in run_shards(parts, part_fills, _Fill, (*settings, parts.uri))[0]}
+        made += run_shards(stage, merges, _Merge, (*settings[1:], parts.uri, filled))[0]
         storage.discard(storage.join(stage.uri, parts.kind))
     found |= {shard.name: shard for shard in made}
     return [found[group.name] for group in groups]
@@ -168,7 +168,7 @@ def _held(previous: DatabaseVersion, members: Sequence[artifacts.Shard], templat
         if names and all(name in named for name in names):
             group = Group(shard.info["ordinal"], tuple(named[name] for name in names))
             if group.source(template) == shard.info["source"]:
-                held[group.name] = Piece(group, shard.taken_over(previous.uri))
+                held[group.name] = Piece(group, shard.reused_from(previous.uri))
     return held
 
 

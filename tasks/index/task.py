@@ -17,8 +17,8 @@ from typing import Any
 from infra import artifacts, compute, logs
 from infra.errors import StageError
 from model.retrieval.faiss_index import MEMORY_BYTES, choose_index, require_factory
-from tasks.index.hidden_rows import Grown, hide_rows
-from tasks.index.quantizer import kept_quantizer, train_quantizer
+from tasks.index.hidden_rows import BaseVersion, find_hidden_rows
+from tasks.index.quantizer import reusable_quantizer, train_quantizer
 from tasks.index.shards import fill_shards
 from tasks.index.tuning import tune_database
 from tasks.references.database import QUANTIZER
@@ -26,13 +26,13 @@ from tasks.references.lineage import embeddings_of
 from tasks.references.types import (
     DatabaseVersion,
     EmbeddingShards,
-    Outcome,
+    StageResult,
     Takedown,
-    config_from,
-    config_of,
+    config_from_manifest,
+    config_to_dict,
     encoder_of,
 )
-from tasks.stage import skip_or_make, stage_task
+from tasks.stage import run_stage, stage_task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +61,7 @@ class IndexConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class IndexChanges:
+class IndexOverrides:
     """What a version's index is to have otherwise than the one before, or than by default; None: as there."""
 
     index: str | None = None
@@ -79,7 +79,8 @@ class IndexChanges:
         return dataclasses.replace(config, **changes)
 
 
-def build_database(
+@stage_task(name="index")
+def index(
     embeddings: EmbeddingShards,
     base: str,
     config: IndexConfig,
@@ -88,7 +89,7 @@ def build_database(
     previous: DatabaseVersion | None = None,
     takedown: Takedown | None = None,
     verify: bool = False,
-) -> Outcome[DatabaseVersion]:
+) -> StageResult[DatabaseVersion]:
     """Index every row of ``embeddings`` into ``base/database/<key>``, in shards over neighbouring embedding shards.
 
     Args:
@@ -112,15 +113,15 @@ def build_database(
     kept = (
         None
         if previous is None
-        else kept_quantizer(previous, embeddings, config.index, config.max_drift, config.memory_bytes, cache)
+        else reusable_quantizer(previous, embeddings, config.index, config.max_drift, config.memory_bytes, cache)
     )
     inputs = {"embeddings": embeddings.as_input()}
     if takedown is not None:
         inputs["takedown"] = takedown.as_input()
-    asked = config_of(config)
+    asked = config_to_dict(config)
     if previous is not None and kept is not None:
         asked["grown_from"] = previous.digest  # it decides quantizer and shards; they say where their files are
-    stage = artifacts.Stage(base, DatabaseVersion.kind, inputs=inputs, config=asked)
+    stage = artifacts.ArtifactBuilder(base, DatabaseVersion.kind, inputs=inputs, config=asked)
 
     def make() -> artifacts.Manifest:
         if kept is None:
@@ -136,7 +137,7 @@ def build_database(
         done = fill_shards(stage, embeddings, template, config.shard_rows, before, cache)
         grown = None if previous is None or kept is None else _grown_from(previous, embeddings)
         indexed = [template, *done]
-        hidden = hide_rows(
+        hidden = find_hidden_rows(
             stage.uri, indexed, embeddings, cache,
             takedown=takedown, bound=config.near_duplicate_cosine, dedup=config.dedup, grown=grown,
         )  # fmt: skip
@@ -148,16 +149,16 @@ def build_database(
         info = {"factory": factory, **measured, **hidden.info, "shards_taken_over": taken_over}
         return stage.commit([*indexed, hidden, truth], identity=source.identity, info=info)
 
-    return skip_or_make(stage, DatabaseVersion, make, note=_note, verify=verify, repairs=True)
+    return run_stage(stage, DatabaseVersion, make, note=_note, verify=verify, repairs=True)
 
 
-def _grown_from(previous: DatabaseVersion, embeddings: EmbeddingShards) -> Grown | None:
+def _grown_from(previous: DatabaseVersion, embeddings: EmbeddingShards) -> BaseVersion | None:
     """What ``previous`` knows of rows that are all still there, at their ids; None after a compaction."""
     before, now = embeddings_of(previous).manifest().shards, embeddings.manifest().shards
     same = [(one.name, one.file(".npy").sha256) for one in before]
     if same != [(one.name, one.file(".npy").sha256) for one in now[: len(before)]]:
         return None
-    return Grown(version=previous, shards=len(before), rows=sum(shard.rows for shard in before))
+    return BaseVersion(version=previous, shards=len(before), rows=sum(shard.rows for shard in before))
 
 
 def _hides_only(embeddings: EmbeddingShards, config: IndexConfig, previous: DatabaseVersion | None) -> bool:
@@ -166,7 +167,7 @@ def _hides_only(embeddings: EmbeddingShards, config: IndexConfig, previous: Data
         return False
     before = previous.manifest()
     same_rows = before.inputs["embeddings"]["digest"] == embeddings.digest
-    return same_rows and config == config_from(IndexConfig, before.config)
+    return same_rows and config == config_from_manifest(IndexConfig, before.config)
 
 
 def _require_recall(factory: str, measured: dict[str, Any], config: IndexConfig, *, hides_only: bool) -> None:
@@ -192,22 +193,8 @@ def _note(manifest: artifacts.Manifest) -> str:
         "no pictures to measure with" if image is None else f"recall@10 image {image:.3f}",
         "no texts to measure with" if text is None else f"text {text:.3f}",
     ]
-    further = [f"{info[name]} {told}" for name, told in _TOLD.items() if info[name]]
+    further = [f"{info[name]} {told}" for name, told in _LABELS.items() if info[name]]
     return ", ".join([info["factory"], *recalls, *further])
 
 
-_TOLD = {"near_duplicates": "near-duplicates", "hidden": "hidden", "shards_taken_over": "index shards taken over"}
-
-
-@stage_task(name="index")
-def index(
-    embeddings: EmbeddingShards,
-    base: str,
-    config: IndexConfig,
-    cache: Path,
-    previous: DatabaseVersion | None = None,
-    takedown: Takedown | None = None,
-    verify: bool = False,
-) -> Outcome[DatabaseVersion]:
-    """Task of :func:`build_database`."""
-    return build_database(embeddings, base, config, cache=cache, previous=previous, takedown=takedown, verify=verify)
+_LABELS = {"near_duplicates": "near-duplicates", "hidden": "hidden", "shards_taken_over": "index shards taken over"}

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from infra import artifacts, storage
 from model.retrieval.database import Database, SearchEffort
-from model.retrieval.recall import Truth, find_truth
+from model.retrieval.recall import GroundTruth, exact_neighbours
 from model.retrieval.tuning import Point, tune
-from tasks.index.hidden_rows import Grown
+from tasks.index.hidden_rows import BaseVersion
 from tasks.references.database import TRUTH, hidden_ids, open_shards
-from tasks.references.types import EmbeddingShards, config_from
+from tasks.references.types import EmbeddingShards, config_from_manifest
 
 CURVE = "recall.png"
 RECALL_AT = 10
@@ -30,7 +30,7 @@ def tune_database(
     embeddings: EmbeddingShards,
     cache: Path,
     config: Any,
-    grown: Grown | None,
+    grown: BaseVersion | None,
 ) -> tuple[artifacts.Shard, dict[str, Any]]:
     """The shard of queries with their true neighbours, and what the manifest tells of effort and recall.
 
@@ -43,7 +43,9 @@ def tune_database(
     database = open_shards(
         folder_uri, indexed, embeddings, cache, name="tuned", effort=SearchEffort(), hidden=barred, rows_at_once=False
     )
-    kept, drawn_from = ({}, database.stored) if grown is None else _kept(database, barred, grown, config, cache)
+    kept, drawn_from = (
+        ({}, database.stored) if grown is None else _reusable_queries(database, barred, grown, config, cache)
+    )
     truths = {
         "image": kept["image"] if "image" in kept else _pictures(database, barred, config),
         "text": kept["text"] if "text" in kept else _texts(database, barred, config),
@@ -71,15 +73,15 @@ def tune_database(
         return artifacts.commit_shard(folder_uri, TRUTH, folder, rows=0, info={"drawn_from": drawn_from}), info
 
 
-def _pictures(database: Database, hidden: NDArray[np.int64], config: Any) -> Truth:
+def _pictures(database: Database, hidden: NDArray[np.int64], config: Any) -> GroundTruth:
     """Rows drawn by the config's seed as queries, and their truth."""
     wanted = _image_queries(database, config)
-    picked = _drawn_ids(database, hidden, wanted, np.random.default_rng(config.seed))
+    picked = _choose_ids(database, hidden, wanted, np.random.default_rng(config.seed))
     own = database.rows(picked)
-    return find_truth(database.parts, own.astype(np.float32), own=picked, own_rows=own, hidden=hidden)
+    return exact_neighbours(database.parts, own.astype(np.float32), own=picked, own_rows=own, hidden=hidden)
 
 
-def _texts(database: Database, hidden: NDArray[np.int64], config: Any) -> Truth:
+def _texts(database: Database, hidden: NDArray[np.int64], config: Any) -> GroundTruth:
     """Texts drawn by the config's seed as queries, and their truth."""
     texts = np.empty((0, database.encoder.dimension), dtype=np.float32)
     if config.texts:
@@ -88,10 +90,10 @@ def _texts(database: Database, hidden: NDArray[np.int64], config: Any) -> Truth:
         wanted = min(config.recall_queries, len(config.texts))
         chosen = np.random.default_rng(config.seed).choice(len(config.texts), wanted, replace=False)
         texts = encoder_for(database.encoder).embed_texts([config.texts[i] for i in chosen]).numpy()
-    return find_truth(database.parts, texts, hidden=hidden)
+    return exact_neighbours(database.parts, texts, hidden=hidden)
 
 
-def _drawn_ids(
+def _choose_ids(
     database: Database, hidden: NDArray[np.int64], count: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
     """Ids (count,) of rows that a search may return, each at most once. ``hidden`` are sorted."""
@@ -111,12 +113,12 @@ def _image_queries(database: Database, config: Any) -> int:
     return int(min(config.recall_queries, len(database)))
 
 
-def _kept(
-    database: Database, hidden: NDArray[np.int64], grown: Grown, config: Any, cache: Path
-) -> tuple[dict[str, Truth], int]:
+def _reusable_queries(
+    database: Database, hidden: NDArray[np.int64], grown: BaseVersion, config: Any, cache: Path
+) -> tuple[dict[str, GroundTruth], int]:
     """The truth over all rows of those queries that still serve, and how many rows the pictures were drawn from."""
     before = grown.version.manifest()
-    stored = config_from(type(config), before.config)
+    stored = config_from_manifest(type(config), before.config)
     if any(getattr(stored, name) != getattr(config, name) for name in _DECIDES_TRUTH):
         return {}, database.stored
     (shard,) = (shard for shard in before.shards if shard.name == TRUTH)
@@ -129,7 +131,9 @@ def _kept(
     return {kind: _grown(database, truth, grown.rows, hidden, shown) for kind, truth in truths.items()}, drawn_from
 
 
-def _grown(database: Database, before: Truth, rows: int, hidden: NDArray[np.int64], shown: NDArray[np.int64]) -> Truth:
+def _grown(
+    database: Database, before: GroundTruth, rows: int, hidden: NDArray[np.int64], shown: NDArray[np.int64]
+) -> GroundTruth:
     """The truth of the same queries over more rows, and over those ``shown`` again that were hidden before.
 
     Queries that were hidden meanwhile are left out.
@@ -140,21 +144,21 @@ def _grown(database: Database, before: Truth, rows: int, hidden: NDArray[np.int6
     # Rows that were there before are known down to the last of those kept: below it, one of them may be nearer.
     lowest = np.where(before.ids >= 0, before.scores, np.inf).min(axis=1, keepdims=True)
     if len(shown):
-        found = find_truth([database.rows(shown)], before.queries, own_rows=own_rows)
+        found = exact_neighbours([database.rows(shown)], before.queries, own_rows=own_rows)
         ids = np.where(found.ids >= 0, shown[found.ids], -1)
         before = dataclasses.replace(
             before,
             ids=np.concatenate([before.ids, ids], axis=1),
             scores=np.concatenate([before.scores, found.scores], axis=1),
         )
-    truth = find_truth(
+    truth = exact_neighbours(
         database.parts, before.queries, own=own, own_rows=own_rows, hidden=hidden, grown_from=(before, rows)
     )
     unknown = truth.scores < lowest
     truth.ids[unknown], truth.scores[unknown] = -1, -np.inf
     again = np.flatnonzero((truth.ids >= 0).sum(axis=1) < RECALL_AT)
     if len(again):
-        some = find_truth(
+        some = exact_neighbours(
             database.parts,
             truth.queries[again],
             own=None if own is None else own[again],
@@ -165,18 +169,18 @@ def _grown(database: Database, before: Truth, rows: int, hidden: NDArray[np.int6
     return truth
 
 
-def _effort_before(grown: Grown, target: float) -> SearchEffort | None:
+def _effort_before(grown: BaseVersion, target: float) -> SearchEffort | None:
     """What the version before needs for the same target."""
     manifest = grown.version.manifest()
     same = manifest.config["target_recall"] == target
     return SearchEffort(**manifest.info["effort"]) if same else None
 
 
-def _read(grown: Grown, shard: artifacts.Shard, cache: Path) -> dict[str, Truth]:
+def _read(grown: BaseVersion, shard: artifacts.Shard, cache: Path) -> dict[str, GroundTruth]:
     truths = {}
     for kind in ("image", "text"):
         with np.load(artifacts.fetch_shard(grown.version.uri, shard, f"{kind}.npz", cache)) as kept:
-            truths[kind] = Truth(**kept)
+            truths[kind] = GroundTruth(**kept)
     return truths
 
 

@@ -75,10 +75,10 @@ class GeneratorModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights, and the database from the registry that this model was loaded from."""
         from model.pipeline import KNNDiffusionPipeline
-        from tasks.serve.load import pull_database
+        from tasks.serve.load import load_database
 
         settings = Settings(MLFLOW_TRACKING_URI=mlflow.get_tracking_uri())
-        database = pull_database(context.model_config["database"], settings)
+        database = load_database(context.model_config["database"], settings)
         self.pipeline = KNNDiffusionPipeline.open(Path(context.artifacts["pipeline"]), database)
 
     def predict(

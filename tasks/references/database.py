@@ -25,7 +25,7 @@ HIDDEN = "rows-hidden"
 """The pseudo-shard of what is never returned: ``taken.npy``, ``pairs.npy`` of near-duplicates, ``hidden.npy``."""
 TRUTH = "rows-true"
 """The pseudo-shard of held-out queries and their true neighbours, ``image.npz`` and ``text.npz``."""
-_TOLD = ["key", "url", "sha256", "width", "height"]
+_COLUMNS = ["key", "url", "sha256", "width", "height"]
 _TABLES_KEPT = 32  # of at most some 2 MB: the rows of all would take a gigabyte a million
 
 
@@ -154,7 +154,7 @@ class Metadata:
     def _read(self, number: int) -> pa.Table:
         shard = self._shards[number]
         path = artifacts.fetch_shard(self._uri, shard, ".parquet", self._cache)
-        table = tables.read_table(path, _TOLD)
+        table = tables.read_table(path, _COLUMNS)
         if table.num_rows != shard.rows:
             raise IntegrityError(f"{path} has {table.num_rows} rows, shard {shard.name} of {self._uri} {shard.rows}")
         return table

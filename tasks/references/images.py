@@ -33,7 +33,7 @@ def fetch_pictures(version: DatabaseVersion, ids: Sequence[int], cache: Path) ->
     for shard in images.manifest().shards:
         if not any(name == shard.name for name, _ in wanted):
             continue
-        for key, encoded in tables.read_pictures(artifacts.fetch_shard(images.uri, shard, ".tar", cache)):
+        for key, encoded in tables.iter_images(artifacts.fetch_shard(images.uri, shard, ".tar", cache)):
             if (shard.name, key) in wanted:
                 with Image.open(io.BytesIO(encoded)) as image:
                     found[shard.name, key] = to_rgb(image)

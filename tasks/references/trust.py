@@ -6,13 +6,13 @@ only its own root is read and only the bundled encoder is loaded. SECURITY.md ex
 """
 
 from infra import artifacts, storage
-from infra.registry import Pulled, Registry
+from infra.registry import PulledVersion, Registry
 from infra.settings import Settings
 from model.saved_generator import SHIPPED
 from tasks.references.types import Generator, Made
 
 
-def open_named(kind: type[Made], name: str, settings: Settings, *, trust: bool = False) -> tuple[Made, Pulled]:
+def open_named(kind: type[Made], name: str, settings: Settings, *, trust: bool = False) -> tuple[Made, PulledVersion]:
     """Open a database version or generator by short name, ``models:/`` URI or folder.
 
     Raises:

@@ -177,13 +177,13 @@ def require_same_encoder(**manifests: artifacts.Manifest) -> EncoderIdentity:
     return first
 
 
-def config_from(of: type[Config], stored: Mapping[str, Any]) -> Config:
+def config_from_manifest(of: type[Config], stored: Mapping[str, Any]) -> Config:
     """A config dataclass from what a manifest keeps of it; what it does not keep is as by default."""
     names = {field.name for field in dataclasses.fields(of)}
     return TypeAdapter(of).validate_python({name: value for name, value in stored.items() if name in names})
 
 
-def config_of(config: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+def config_to_dict(config: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """A config dataclass as JSON-ready settings, less those that only decide how fast the output is made."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in without}
 
@@ -197,7 +197,7 @@ Made = TypeVar("Made", bound=Reference)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome(Generic[Made]):
+class StageResult(Generic[Made]):
     """What a stage returns: the reference, and whether it was there already."""
 
     reference: Made

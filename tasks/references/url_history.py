@@ -29,7 +29,7 @@ from tasks.references.types import ImageShards
 
 Hashed = NDArray[np.uint64]
 
-ANSWERED = ("success", DUPLICATE, TAKEN_DOWN)
+FINAL_OUTCOMES = ("success", DUPLICATE, TAKEN_DOWN)
 """Outcomes after which a URL is not asked again, even where failures are."""
 _FILE = "seen.npz"
 _TAKE_IN = 2  # an older file of up to so many times the new one's rows is merged into it
@@ -53,7 +53,7 @@ class Hashes:
         return len(self.answered) + len(self.failed)
 
 
-class Seen:
+class UrlHistory:
     """What a version of image shards has seen."""
 
     def __init__(self, parts: list[Hashes], files: list[dict[str, Any]]) -> None:
@@ -122,7 +122,7 @@ def hash_digests(digests: Iterable[str]) -> Hashed:
 
 def _hashes(parquet: Path) -> Hashes:
     table = tables.read_table(parquet, ["url", "sha256", "error_class"])
-    answered = pc.is_in(table["error_class"], pa.array(ANSWERED))
+    answered = pc.is_in(table["error_class"], pa.array(FINAL_OUTCOMES))
     content = table["sha256"].filter(pc.and_(answered, pc.is_valid(table["sha256"])))
     return Hashes(
         answered=hash_texts(table["url"].filter(answered).to_pylist()),

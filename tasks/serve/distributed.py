@@ -17,7 +17,7 @@ from infra.errors import InputError
 from model.encoder.identity import EncoderIdentity
 from model.errors import ModelError
 from model.retrieval.arguments import checked_count, checked_exclusion, checked_ids, checked_queries, checked_rows
-from model.retrieval.database import Hits, Nearest, Searchable
+from model.retrieval.database import Hits, NearestIds, Searchable
 from tasks.references.database import Metadata, index_shards, open_part
 from tasks.references.lineage import embeddings_of
 from tasks.references.types import DatabaseVersion, domain_of, encoder_of
@@ -36,7 +36,7 @@ def distributed_database(
     if actors < 1:
         raise InputError(f"{actors} actors cannot hold a database; give at least 1")
     parts = _balanced(index_shards(version), actors)
-    with compute.placed(_Part, [(version, part, cache) for part in parts], cpus_each=cpus_each) as placed:
+    with compute.actor_group(_Part, [(version, part, cache) for part in parts], cpus_each=cpus_each) as placed:
         yield DistributedDatabase(version, parts, placed, cache)
 
 
@@ -44,7 +44,11 @@ class DistributedDatabase(Searchable):
     """A database on actors: what a pipeline, and anyone who searches, needs of one."""
 
     def __init__(
-        self, version: DatabaseVersion, parts: Sequence[Sequence[artifacts.Shard]], placed: compute.Placed, cache: Path
+        self,
+        version: DatabaseVersion,
+        parts: Sequence[Sequence[artifacts.Shard]],
+        placed: compute.ActorGroup,
+        cache: Path,
     ) -> None:
         """Ask ``placed`` workers, which hold ``parts`` in row order."""
         manifest, embeddings = version.manifest(), embeddings_of(version)
@@ -81,10 +85,10 @@ class DistributedDatabase(Searchable):
         embeddings = np.concatenate([hits.embeddings for hits in answers], axis=1)
         return Hits(scores=scores[pick], ids=ids[pick], embeddings=embeddings[pick])
 
-    def nearest(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Nearest:
+    def nearest(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> NearestIds:
         """What :meth:`search` finds, without the rows."""
         found = self.search(queries, k, exclude=exclude)
-        return Nearest(scores=found.scores, ids=found.ids)
+        return NearestIds(scores=found.scores, ids=found.ids)
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
         """Stored rows (*ids.shape, D) float16 of global ids, each asked of the actor that holds it."""

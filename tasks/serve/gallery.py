@@ -14,11 +14,11 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
-from infra.download.images import fit, to_rgb
+from infra.download.images import shrink_to_fit, to_rgb
 from infra.errors import InputError
 from infra.text import printable
 from tasks.references.images import fetch_pictures
-from tasks.serve.load import Found
+from tasks.serve.load import SearchResult
 
 MOST = 500
 """Pictures on a page: with thumbnails of this size it stays below 40 MB, be they noise, and is 2 to 5 MB as a rule."""
@@ -46,7 +46,7 @@ li img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #fff; bo
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def write_gallery(path: Path, query: str | Image.Image, found: Found, cache: Path, *, name: str = "") -> None:
+def write_gallery(path: Path, query: str | Image.Image, found: SearchResult, cache: Path, *, name: str = "") -> None:
     """Write the page of a search to ``path``, its pictures read from the database's image shards.
 
     Args:
@@ -73,7 +73,7 @@ def most_shown(count: int) -> None:
         raise InputError(f"a page shows at most {MOST} pictures, {count} were asked for; give a smaller --k")
 
 
-def gallery(query: str | Image.Image, found: Found, pictures: Sequence[Image.Image], *, name: str = "") -> str:
+def gallery(query: str | Image.Image, found: SearchResult, pictures: Sequence[Image.Image], *, name: str = "") -> str:
     """The page: the query on top, then a thumbnail, score, key and link for each row found, with its picture."""
     told = html.escape(_short(query if isinstance(query, str) else name or "a picture"))
     above = "" if isinstance(query, str) else f'<img src="{_inlined(query)}" alt="the query: {told}">'
@@ -114,7 +114,7 @@ def _figure(row: dict[str, Any], picture: Image.Image) -> str:
 def _inlined(picture: Image.Image) -> str:
     """A thumbnail of the picture as a data URL."""
     buffer = io.BytesIO()
-    fit(to_rgb(picture), THUMBNAIL_PX).save(buffer, "WEBP", quality=85)
+    shrink_to_fit(to_rgb(picture), THUMBNAIL_PX).save(buffer, "WEBP", quality=85)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

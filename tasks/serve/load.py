@@ -22,7 +22,7 @@ from tasks.train.task import PIPELINE, generator_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class SearchResult:
     """What a search found: the version that was searched, its name, and its nearest rows, best first.
 
     A row is {rank, score, id, key, url, …}; ``score`` is the cosine to the query.
@@ -33,7 +33,7 @@ class Found:
     rows: list[dict[str, Any]]
 
 
-def pull_database(reference: str, settings: Settings, *, trust: bool = False) -> Database:
+def load_database(reference: str, settings: Settings, *, trust: bool = False) -> Database:
     """The open database that ``reference`` (MLflow URI, short name or folder) names.
 
     ``trust`` treats a folder outside of the settings' root like one below it; see SECURITY.md.
@@ -47,10 +47,10 @@ def pull_database(reference: str, settings: Settings, *, trust: bool = False) ->
 
 def search_database(
     reference: str, query: str | Image.Image, k: int, settings: Settings, *, trust: bool = False
-) -> Found:
+) -> SearchResult:
     """The ``k`` nearest rows of a text or a picture, in the database named.
 
-    Raises ``InputError`` for an empty text, ``NotFoundError`` and ``IntegrityError`` as :func:`pull_database`.
+    Raises ``InputError`` for an empty text, ``NotFoundError`` and ``IntegrityError`` as :func:`load_database`.
     """
     if isinstance(query, str) and not query.strip():
         raise InputError("the query is empty; write what to look for")
@@ -66,14 +66,23 @@ def search_database(
         {"rank": rank, "score": float(score), **row}
         for rank, (score, row) in enumerate(zip(hits.scores[0, found], described, strict=True), start=1)
     ]
-    return Found(version=version, name=name, rows=rows)
+    return SearchResult(version=version, name=name, rows=rows)
 
 
-def open_pipeline(model: str, database: str, settings: Settings, *, trust: bool = False) -> KNNDiffusionPipeline:
-    """A pipeline of the generator and the database named; ``trust`` as in :func:`pull_database`.
+def load_pipeline(
+    model: str, database: str, settings: Settings | None = None, *, trust: bool = False
+) -> KNNDiffusionPipeline:
+    """Load a generator together with a database.
+
+    Args:
+        model: short name, ``models:/`` URI or folder of a generator, or the name of a bundled one.
+        database: short name, ``models:/`` URI or folder of a database.
+        settings: default: from the environment.
+        trust: as in :func:`load_database`.
 
     Raises ``ModelError`` when their encoders differ, ``InputError`` for a folder that needs ``trust``.
     """
+    settings = settings or Settings()
     plain = pretrained_folder(model)
     if (plain / "model_index.json").exists():  # the embedded one, or what save_pretrained wrote
         generator, folder = saved_pipeline(model, "", settings, trust=trust), plain
@@ -83,12 +92,12 @@ def open_pipeline(model: str, database: str, settings: Settings, *, trust: bool 
             folder = pulled.local / "artifacts" / PIPELINE
         else:
             folder = generator_folder(generator, settings.cache_folder)
-    pipeline = KNNDiffusionPipeline.open(folder, pull_database(database, settings, trust=trust))
+    pipeline = KNNDiffusionPipeline.open(folder, load_database(database, settings, trust=trust))
     generator.require_known(pipeline.identity)
     return pipeline
 
 
-def stored_pictures(reference: str, ids: NDArray[np.int64], settings: Settings) -> list[list[Image.Image]]:
+def images_of_rows(reference: str, ids: NDArray[np.int64], settings: Settings) -> list[list[Image.Image]]:
     """The pictures behind rows (Q, K) of a database, read from its image shards."""
     version, _ = _pull_version(reference, settings)
     pictures = iter(fetch_pictures(version, ids.reshape(-1).tolist(), settings.cache_folder))

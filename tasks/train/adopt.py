@@ -7,12 +7,13 @@ from infra import artifacts, storage
 from infra.errors import InputError
 from model.pipeline import KNNDiffusionPipeline
 from model.saved_generator import SHIPPED, pretrained_folder
-from tasks.references.types import Generator, Outcome, config_of
-from tasks.stage import skip_or_make, stage_task
+from tasks.references.types import Generator, StageResult, config_to_dict
+from tasks.stage import run_stage, stage_task
 from tasks.train.task import PIPELINE
 
 
-def adopt_generator(name: str, base: str, *, confined_to: str | None = None) -> Outcome[Generator]:
+@stage_task(name="adopt")
+def adopt(name: str, base: str, *, confined_to: str | None = None) -> StageResult[Generator]:
     """Copy the pipeline ``name`` (a local folder, or one that ships with this package) to ``base/generator/<key>``.
 
     What it holds decides the key: other weights or other defaults are another generator. Its rows are 0, since what it
@@ -31,7 +32,7 @@ def adopt_generator(name: str, base: str, *, confined_to: str | None = None) -> 
         )
     uri = name if name in SHIPPED else storage.absolute(name)
     inputs = {PIPELINE: {"uri": uri, "digest": _digest(folder)}}
-    stage = artifacts.Stage(base, Generator.kind, inputs=inputs, config={})
+    stage = artifacts.ArtifactBuilder(base, Generator.kind, inputs=inputs, config={})
 
     def make() -> artifacts.Manifest:
         pipeline = KNNDiffusionPipeline.open(folder)
@@ -40,9 +41,9 @@ def adopt_generator(name: str, base: str, *, confined_to: str | None = None) -> 
         with storage.scratch() as scratch:
             shutil.copytree(folder, scratch / PIPELINE)
             done = artifacts.commit_shard(stage.uri, PIPELINE, scratch, rows=0, info=info)
-        return stage.commit([done], identity={"encoder": config_of(pipeline.identity)}, info=info)
+        return stage.commit([done], identity={"encoder": config_to_dict(pipeline.identity)}, info=info)
 
-    return skip_or_make(stage, Generator, make, note=_note)
+    return run_stage(stage, Generator, make, note=_note)
 
 
 def _digest(folder: Path) -> str:
@@ -53,9 +54,3 @@ def _digest(folder: Path) -> str:
 
 def _note(manifest: artifacts.Manifest) -> str:
     return f"{manifest.info['adopted']} as it is, {manifest.info['parameters'] / 1e6:.1f} M parameters"
-
-
-@stage_task(name="adopt")
-def adopt(name: str, base: str, confined_to: str | None = None) -> Outcome[Generator]:
-    """Task of :func:`adopt_generator`."""
-    return adopt_generator(name, base, confined_to=confined_to)

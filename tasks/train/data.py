@@ -27,14 +27,14 @@ from infra.download.images import to_rgb
 from infra.errors import InputError
 from infra.formats import tables
 from infra.formats.arrays import read_array
-from infra.storage.errors import room_in
-from infra.storage.locks import alone
+from infra.storage.errors import disk_full_errors
+from infra.storage.locks import exclusive_folder
 from model.networks.latents import Autoencoder, encode_latents
 from model.networks.vq_autoencoder import encode_codes
 from model.retrieval.stored_rows import StoredRows
 from model.training.alignment import align_all
-from model.training.data import Rows, TrainingSet, picture_to_array, to_model_range
-from model.training.neighbour_rows import JoinedRows, Rows16
+from model.training.data import TrainingRows, TrainingSet, picture_to_array, to_model_range
+from model.training.neighbour_rows import ConcatenatedRows, RowArray
 from tasks.references.lineage import embeddings_of, images_of
 from tasks.references.rows import finite_rows
 from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, Neighbours, encoder_of
@@ -62,7 +62,7 @@ class TrainingInputs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Treatment:
+class ImageProcessing:
     """What becomes of a picture on its way to the network."""
 
     side: int  # px
@@ -79,7 +79,7 @@ class Treatment:
 
 
 def load_training_set(
-    inputs: TrainingInputs, treatment: Treatment, cache: Path, *, window_bytes: int, rank: int = 0, world: int = 1
+    inputs: TrainingInputs, treatment: ImageProcessing, cache: Path, *, window_bytes: int, rank: int = 0, world: int = 1
 ) -> TrainingSet:
     """The training set over ``inputs``, in windows of about ``window_bytes`` over all workers, as ``rank`` needs it.
 
@@ -99,7 +99,7 @@ def load_training_set(
     )
 
 
-def training_shards(inputs: TrainingInputs, treatment: Treatment, cache: Path) -> list["ShardSource"]:
+def training_shards(inputs: TrainingInputs, treatment: ImageProcessing, cache: Path) -> list["ShardSource"]:
     """The shards of ``inputs`` as the loop takes them. Nothing is read yet but manifests."""
     embeddings = inputs.embeddings.manifest()
     pictures = {shard.name: shard for shard in inputs.images.manifest().shards}
@@ -117,13 +117,13 @@ def training_shards(inputs: TrainingInputs, treatment: Treatment, cache: Path) -
     return sources
 
 
-def database_rows(database: DatabaseVersion, cache: Path) -> Rows16:
+def database_rows(database: DatabaseVersion, cache: Path) -> RowArray:
     """The embeddings (M, D) float16 that the neighbours point into, mapped as they are asked for."""
     embeddings = embeddings_of(database)
     manifest = embeddings.manifest()
     dimension = encoder_of(manifest).dimension
     files = [artifacts.fetch_shard(embeddings.uri, shard, ".npy", cache) for shard in manifest.shards]
-    return JoinedRows(
+    return ConcatenatedRows(
         [StoredRows(file, dimension, shard.rows) for file, shard in zip(files, manifest.shards, strict=True)]
     )
 
@@ -161,7 +161,7 @@ class StoredShard:
 class DecodedDatabase:
     """Every picture of a database, decoded once and kept in the cache."""
 
-    def __init__(self, database: DatabaseVersion, treatment: Treatment, cache: Path) -> None:
+    def __init__(self, database: DatabaseVersion, treatment: ImageProcessing, cache: Path) -> None:
         """Over the pictures that ``database`` was embedded from, at ``treatment.side`` px."""
         embeddings = embeddings_of(database)
         images = images_of(embeddings)
@@ -175,16 +175,16 @@ class DecodedDatabase:
             for shard in embeddings.manifest().shards
         ]  # fmt: skip
         self._side, self._cache = treatment.side, cache
-        self._joined: JoinedRows | None = None
+        self._joined: ConcatenatedRows | None = None
 
     def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """The pictures (m, S, S, 3) of rows (m,) of the database. The first call decodes all that are not kept yet."""
         if self._joined is None:
-            self._joined = JoinedRows([self._decoded(shard) for shard in self._shards])
+            self._joined = ConcatenatedRows([self._decoded(shard) for shard in self._shards])
         return self._joined[rows]
 
     def _decoded(self, shard: StoredShard) -> NDArray[np.uint8]:
-        return kept(self._cache, "pixels", shard.digest(self._side), lambda: shard.pixels(self._side))
+        return cached_array(self._cache, "pixels", shard.digest(self._side), lambda: shard.pixels(self._side))
 
 
 class ShardSource:
@@ -194,7 +194,7 @@ class ShardSource:
         self,
         stored: StoredShard,
         neighbours: tuple[str, artifacts.File],
-        treatment: Treatment,
+        treatment: ImageProcessing,
         store: DecodedDatabase | None,
         rows: int,
         dimension: int,
@@ -203,7 +203,7 @@ class ShardSource:
         self._stored, self._neighbours, self._treatment, self._store = stored, neighbours, treatment, store
         self.rows, self.dimension = rows, dimension
 
-    def load(self, chosen: NDArray[np.int64] | None = None) -> Rows:
+    def load(self, chosen: NDArray[np.int64] | None = None) -> TrainingRows:
         """Read and decode what is ``chosen`` (None: all). What is kept is made of the whole shard, once."""
         uri, file = self._neighbours
         count = self._stored.embeddings.rows
@@ -219,10 +219,10 @@ class ShardSource:
             made_with = (self._store.digest, file.sha256)
             reference = np.array(self._kept("references", lambda: self._align(neighbours), *made_with)[rows])
         embeddings = np.array(self._stored.embedded()[rows])
-        return Rows(pictures=pictures, embeddings=embeddings, neighbours=neighbours[rows], reference=reference)
+        return TrainingRows(pictures=pictures, embeddings=embeddings, neighbours=neighbours[rows], reference=reference)
 
     def _kept(self, kind: str, make: Callable[[], NDArray[Any]], *made_with: str) -> NDArray[Any]:
-        return kept(self._stored.cache, kind, self._stored.digest(self._treatment.side, *made_with), make)
+        return cached_array(self._stored.cache, kind, self._stored.digest(self._treatment.side, *made_with), make)
 
     def _encode(self) -> NDArray[Any]:
         """The pictures as the autoencoder's latents (n, C, s, s) float16, or its codes (n, tokens) int32."""
@@ -256,7 +256,7 @@ def read_pixels(tar: Path, keys: Sequence[str], side: int, threads: int = 1) -> 
     """(len(keys), side, side, 3) uint8 in the order of ``keys``. Raises ``InputError`` when one is not there."""
     position = {key: number for number, key in enumerate(keys)}
     pixels = np.empty((len(keys), side, side, 3), dtype=np.uint8)
-    found = ((position.pop(key), encoded) for key, encoded in tables.read_pictures(tar) if key in position)
+    found = ((position.pop(key), encoded) for key, encoded in tables.iter_images(tar) if key in position)
 
     def decode(numbered: tuple[int, bytes]) -> None:
         number, encoded = numbered
@@ -273,14 +273,14 @@ def read_pixels(tar: Path, keys: Sequence[str], side: int, threads: int = 1) -> 
     return pixels
 
 
-def kept(cache: Path, kind: str, digest: str, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+def cached_array(cache: Path, kind: str, digest: str, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
     """The array of that name in ``cache``, memory-mapped; what ``make`` returns is written first, whole or not at all.
 
     One process of a machine makes it, and the others wait for it.
     """
     path = cache / kind / f"{digest}.npy"
     if not path.exists():
-        with room_in(cache), alone(cache / "fetching" / digest, within=cache) as folder:
+        with disk_full_errors(cache), exclusive_folder(cache / "fetching" / digest, within=cache) as folder:
             if not path.exists():
                 with (folder / "made").open("wb") as stream:
                     np.save(stream, make())

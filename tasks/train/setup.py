@@ -15,7 +15,7 @@ from model.diffusion.flow_matching import Prediction
 from model.diffusion.vq_diffusion import MaskAndReplace, Transitions
 from model.encoder.identity import EncoderIdentity
 from model.errors import ModelError
-from model.networks.build import AnyNetwork, AnyNetworkConfig, build_any, size_of
+from model.networks.build import AnyNetwork, NetworkConfig, build_network, config_of_network
 from model.networks.dit import TransformerConfig
 from model.networks.editor import is_editor, widen_input
 from model.networks.latents import Autoencoder
@@ -31,7 +31,7 @@ from model.training.objectives.restoration import Restoration, RestorationConfig
 class TrainConfig:
     """The network, what it is told, how long it learns, and on how many workers."""
 
-    network: AnyNetworkConfig | None = None  # None: that of start_from, or a small transformer
+    network: NetworkConfig | None = None  # None: that of start_from, or a small transformer
     autoencoder: str | None = None  # folder of a diffusers AutoencoderKL or VQModel; None: pixels
     image_size: int | None = None  # px; None: what the network and its autoencoder work on
     editing: bool = False  # learn to restore pictures too: a transformer over pixels
@@ -61,11 +61,11 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Setup:
+class TrainingSetup:
     """A network ready to train, and what belongs to it."""
 
     network: AnyNetwork
-    size: AnyNetworkConfig
+    size: NetworkConfig
     autoencoder: Autoencoder | None
     scheduler: Any  # of start_from, for it is drawn as it was; None: a new one
     image_size: int  # px
@@ -77,7 +77,7 @@ class Setup:
         return "velocity" if isinstance(self.size, VQTransformerConfig) else self.size.prediction
 
 
-def set_up(config: TrainConfig, encoder: EncoderIdentity) -> Setup:
+def build_setup(config: TrainConfig, encoder: EncoderIdentity) -> TrainingSetup:
     """Build or load the network of ``config`` for pictures embedded by ``encoder``.
 
     Raises:
@@ -90,11 +90,11 @@ def set_up(config: TrainConfig, encoder: EncoderIdentity) -> Setup:
     scheduler = None
     if config.start_from is None:
         size = config.network or TransformerConfig()
-        network = build_any(size, embedding_dimension=encoder.dimension, seed=config.training.seed)
+        network = build_network(size, embedding_dimension=encoder.dimension, seed=config.training.seed)
     else:
-        pipeline = open_start(config.start_from, encoder)
+        pipeline = load_initial_pipeline(config.start_from, encoder)
         network = pipeline.transformer.float().requires_grad_(True)
-        size = size_of(network, pipeline.config.prediction)
+        size = config_of_network(network, pipeline.config.prediction)
         if config.network not in (None, size):
             raise InputError(
                 f"{config.start_from} is {size}, not {config.network}; leave network out to take its own size"
@@ -107,13 +107,13 @@ def set_up(config: TrainConfig, encoder: EncoderIdentity) -> Setup:
         network = _widened(network, autoencoder)
     if config.guidance_scale is not None:
         defaults["guidance_scale"] = config.guidance_scale
-    side = picture_side(size, autoencoder)
+    side = image_side(size, autoencoder)
     if config.image_size not in (None, side):
         raise InputError(
             f"image_size is {config.image_size} px, but the network works on pictures of {side} px; "
             "leave image_size out, or choose a network of another size"
         )
-    return Setup(
+    return TrainingSetup(
         network=network,
         size=size,
         autoencoder=autoencoder,
@@ -123,7 +123,7 @@ def set_up(config: TrainConfig, encoder: EncoderIdentity) -> Setup:
     )
 
 
-def objective_of(config: TrainConfig, setup: Setup) -> Objective:
+def objective_of(config: TrainConfig, setup: TrainingSetup) -> Objective:
     """What the network of ``setup`` learns by."""
     if isinstance(setup.size, VQTransformerConfig):
         return MaskAndReplace(Transitions(codes=setup.size.codes, timesteps=setup.size.timesteps), config.conditioning)
@@ -132,7 +132,7 @@ def objective_of(config: TrainConfig, setup: Setup) -> Objective:
     return FlowMatching(config.conditioning, setup.prediction)
 
 
-def open_start(start_from: str, encoder: EncoderIdentity) -> KNNDiffusionPipeline:
+def load_initial_pipeline(start_from: str, encoder: EncoderIdentity) -> KNNDiffusionPipeline:
     """The pipeline to start from. Raises ``EncoderMismatchError`` when its encoder is another."""
     pipeline = KNNDiffusionPipeline.open(pretrained_folder(start_from))
     if not pipeline.identity.same_space(encoder):
@@ -158,7 +158,7 @@ def load_autoencoder(folder: str) -> Autoencoder:
     return loaded.eval().requires_grad_(False)
 
 
-def picture_side(size: AnyNetworkConfig, autoencoder: Autoencoder | None) -> int:
+def image_side(size: NetworkConfig, autoencoder: Autoencoder | None) -> int:
     """The side in px of the pictures that a network sees through its autoencoder. Raises ``InputError``."""
     if autoencoder is None:
         if isinstance(size, VQTransformerConfig):

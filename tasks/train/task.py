@@ -24,19 +24,19 @@ from model.errors import ModelError
 from model.networks.vq_transformer import VQTransformerConfig
 from model.pipeline import new_pipeline, to_images
 from model.saved_generator import contents_digest, pretrained_folder
-from model.training.data import Rows, TrainingSet
-from model.training.loop import train
+from model.training import loop
+from model.training.data import TrainingRows, TrainingSet
 from model.training.preview import draw_preview, to_pictures
-from tasks.references.types import Generator, Outcome, config_of, encoder_of, require_same_encoder
-from tasks.stage import skip_or_make, stage_task
-from tasks.train.data import TrainingInputs, Treatment, database_rows, load_training_set, training_shards
-from tasks.train.setup import Setup, TrainConfig, objective_of, set_up
+from tasks.references.types import Generator, StageResult, config_to_dict, encoder_of, require_same_encoder
+from tasks.stage import run_stage, stage_task
+from tasks.train.data import ImageProcessing, TrainingInputs, database_rows, load_training_set, training_shards
+from tasks.train.setup import TrainConfig, TrainingSetup, build_setup, objective_of
 
 PIPELINE = "pipeline"
 """The folder, below a generator's, that ``KNNDiffusionPipeline.from_pretrained`` loads."""
 CHECKPOINTS_KEPT = 2
 """The newest, and one to go back to should it be damaged."""
-FINAL = (ModelError, InputError, IntegrityError)
+NOT_RETRYABLE = (ModelError, InputError, IntegrityError)
 """What a worker raises that no second try mends."""
 OUTAGE_PAUSE = 10
 """A tracking server that did not answer is left alone for so many times as long as it was waited for."""
@@ -44,9 +44,10 @@ PREVIEWED = 16
 """Pictures on the sheet that shows a network learn."""
 
 
-def train_generator(
+@stage_task(name="train")
+def train(
     inputs: TrainingInputs, base: str, config: TrainConfig, *, cache: Path, run: tracking.Run | None = None
-) -> Outcome[Generator]:
+) -> StageResult[Generator]:
     """Train on ``inputs`` and store the pipeline under ``base/generator/<key>``.
 
     Killed at any point, the same call goes on from the last checkpoint, on as many workers as it is given.
@@ -61,26 +62,26 @@ def train_generator(
     for name in ("start_from", "autoencoder"):
         if (folder := getattr(config, name)) is not None:
             sources[name] = {"uri": folder, "digest": contents_digest(folder)}
-    stage = artifacts.Stage(base, Generator.kind, inputs=sources, config=_decisive(config))
+    stage = artifacts.ArtifactBuilder(base, Generator.kind, inputs=sources, config=key_settings(config))
 
     def make() -> artifacts.Manifest:
         embeddings, database = inputs.embeddings.manifest(), inputs.database.manifest()
         require_same_encoder(embeddings=embeddings, database=database, neighbours=inputs.neighbours.manifest())
-        set_up(config, encoder_of(embeddings))  # what does not fit is told here, before workers start
+        build_setup(config, encoder_of(embeddings))  # what does not fit is told here, before workers start
         if PIPELINE not in stage.done():
             ray_train.train(
-                _loop,
+                train_worker,
                 {"inputs": inputs, "folder_uri": stage.uri, "config": config, "cache": cache, "run": run},
                 workers=config.workers,
                 cpus_per_worker=config.cpus_per_worker,
                 use_gpu=config.use_gpu,
                 folder_uri=stage.uri,
-                final=FINAL,
+                final=NOT_RETRYABLE,
             )
         done = stage.done()[PIPELINE]
-        return stage.commit([done], identity=embeddings.identity, info=done.info | {"asked": config_of(config)})
+        return stage.commit([done], identity=embeddings.identity, info=done.info | {"asked": config_to_dict(config)})
 
-    return skip_or_make(stage, Generator, make, note=_note)
+    return run_stage(stage, Generator, make, note=_note)
 
 
 def generator_folder(generator: Generator, cache: Path) -> Path:
@@ -112,7 +113,7 @@ class _Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest that every worker finds whole. Raises ``IntegrityError`` when none is."""
-        markers = [name for name in storage.names(storage.join(self._uri, "shards")) if name.endswith(".json")]
+        markers = [name for name in storage.list_names(storage.join(self._uri, "shards")) if name.endswith(".json")]
         for name in sorted((marker.removesuffix(".json") for marker in markers), reverse=True):
             path = None
             try:
@@ -137,7 +138,7 @@ class _Checkpoints:
         state.rename(folder / f"{name}.pt")
         artifacts.commit_shard(self._uri, name, folder, rows=0, info={"step": step, "values": self._metrics.last})
         (folder / f"{name}.pt").unlink()
-        for marker in storage.names(storage.join(self._uri, "shards"))[:-CHECKPOINTS_KEPT]:
+        for marker in storage.list_names(storage.join(self._uri, "shards"))[:-CHECKPOINTS_KEPT]:
             storage.discard(storage.join(self._uri, "shards", marker))
             storage.discard(storage.join(self._uri, f"{marker.removesuffix('.json')}.pt"))
 
@@ -192,7 +193,7 @@ class _Preview:
 
     COLUMNS = 4
 
-    def __init__(self, inputs: TrainingInputs, setup: Setup, treatment: Treatment, cache: Path) -> None:
+    def __init__(self, inputs: TrainingInputs, setup: TrainingSetup, treatment: ImageProcessing, cache: Path) -> None:
         self._inputs, self._setup, self._cache = inputs, setup, cache
         self._treatment = dataclasses.replace(treatment, editing=False)
         self._data: TrainingSet | None = None
@@ -219,7 +220,7 @@ class _Preview:
 
     def _first(self) -> TrainingSet:
         rows = training_shards(self._inputs, self._treatment, self._cache)[0].load()
-        first = Rows(
+        first = TrainingRows(
             pictures=rows.pictures[:PREVIEWED],
             embeddings=rows.embeddings[:PREVIEWED],
             neighbours=rows.neighbours[:PREVIEWED],
@@ -227,7 +228,7 @@ class _Preview:
         return TrainingSet(first, database_rows(self._inputs.database, self._cache), device=self._treatment.device)
 
 
-def _loop(arguments: dict[str, Any]) -> None:
+def train_worker(arguments: dict[str, Any]) -> None:
     """What every Ray Train worker runs."""
     inputs: TrainingInputs = arguments["inputs"]
     config: TrainConfig = arguments["config"]
@@ -236,14 +237,14 @@ def _loop(arguments: dict[str, Any]) -> None:
     rank, world = ray_train.worker_rank()
     if not config.use_gpu:
         torch.set_num_threads(config.cpus_per_worker)
-    setup = set_up(config, encoder_of(inputs.embeddings.manifest()))
-    treatment = _treatment(config, setup)
+    setup = build_setup(config, encoder_of(inputs.embeddings.manifest()))
+    treatment = image_processing(config, setup)
     data = load_training_set(inputs, treatment, cache, window_bytes=config.window_bytes, rank=rank, world=world)
     total = config.training.steps * config.training.batch_size
-    with storage.scratch() as scratch, preemption.listening():
+    with storage.scratch() as scratch, preemption.deferred_sigterm():
         preview = _Preview(inputs, setup, treatment, cache)
         metrics = _Metrics(folder_uri, total, arguments["run"], preview)
-        average = train(
+        average = loop.train(
             setup.network,
             objective_of(config, setup),
             data,
@@ -253,15 +254,15 @@ def _loop(arguments: dict[str, Any]) -> None:
             device=treatment.device,
             rank=rank,
             world=world,
-            stop=preemption.asked_to_stop,
+            stop=preemption.stop_requested,
         )
         if rank == 0:
             info = {"images_seen": total, **metrics.last, "parameters": sum(p.numel() for p in average.parameters())}
-            _keep(average, setup, encoder_of(inputs.embeddings.manifest()), scratch / "out" / PIPELINE)
+            save_pipeline(average, setup, encoder_of(inputs.embeddings.manifest()), scratch / "out" / PIPELINE)
             artifacts.commit_shard(folder_uri, PIPELINE, scratch / "out", rows=len(data), info=info)
 
 
-def _keep(average: nn.Module, setup: Setup, encoder: EncoderIdentity, folder: Path) -> None:
+def save_pipeline(average: nn.Module, setup: TrainingSetup, encoder: EncoderIdentity, folder: Path) -> None:
     """Save the pipeline around the trained network."""
     autoencoder = None if setup.autoencoder is None else setup.autoencoder.cpu()
     pipeline = new_pipeline(
@@ -275,12 +276,13 @@ def _keep(average: nn.Module, setup: Setup, encoder: EncoderIdentity, folder: Pa
     pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def _treatment(config: TrainConfig, setup: Setup) -> Treatment:
+def image_processing(config: TrainConfig, setup: TrainingSetup) -> ImageProcessing:
+    """Return how this worker prepares images: at which size, on which device, with which autoencoder."""
     # By its number: a thread that reads ahead does not know which GPU is this worker's.
     device = f"cuda:{torch.cuda.current_device()}" if config.use_gpu else "cpu"
     autoencoder = None if setup.autoencoder is None else setup.autoencoder.to(device)
     folder = config.autoencoder or f"{config.start_from}/vae"
-    return Treatment(
+    return ImageProcessing(
         side=setup.image_size,
         autoencoder=autoencoder,
         autoencoder_digest=contents_digest(folder) if autoencoder else "",
@@ -298,9 +300,9 @@ def _located(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, start_from=start, autoencoder=autoencoder)
 
 
-def _decisive(config: TrainConfig) -> dict[str, Any]:
+def key_settings(config: TrainConfig) -> dict[str, Any]:
     """What decides the weights, but for rounding: a run may go on with more workers or pieces, or elsewhere."""
-    settings = config_of(config, without=("workers", "cpus_per_worker", "use_gpu", "start_from", "autoencoder"))
+    settings = config_to_dict(config, without=("workers", "cpus_per_worker", "use_gpu", "start_from", "autoencoder"))
     for name in ("pieces", "compile", "bfloat16_copy", "sharding", "log_images", "checkpoint_images", "grid_images"):
         settings["training"].pop(name)
     return settings
@@ -310,11 +312,3 @@ def _note(manifest: artifacts.Manifest) -> str:
     info = manifest.info
     measured = f", {info['images_per_s']:.0f}/s, loss {info['loss']:.4f}" if "loss" in info else ""
     return f"{info['images_seen']} images seen{measured}"
-
-
-@stage_task(name="train")
-def train_task(
-    inputs: TrainingInputs, base: str, config: TrainConfig, cache: Path, run: tracking.Run | None = None
-) -> Outcome[Generator]:
-    """Task of :func:`train_generator`."""
-    return train_generator(inputs, base, config, cache=cache, run=run)

@@ -12,75 +12,78 @@ import pyarrow.compute as pc
 
 from infra import artifacts, storage
 from infra.formats import tables
-from infra.formats.webdataset import TAKEN_DOWN, drop_pictures
-from tasks.references.types import EmbeddingShards, ImageShards, Outcome, Takedown
-from tasks.references.url_history import Seen
-from tasks.stage import counted, map_stage, skip_or_make, stage_task
+from infra.formats.webdataset import TAKEN_DOWN, drop_images
+from tasks.references.types import EmbeddingShards, ImageShards, StageResult, Takedown
+from tasks.references.url_history import UrlHistory
+from tasks.stage import run_shards, run_stage, stage_task, sum_outcomes
 from tasks.upkeep.rewrite_embeddings import KeepRows
-from tasks.upkeep.takedown import Matcher, entries_of, masks_named
+from tasks.upkeep.takedown import Matcher, match_shards, read_entries
 
 _READERS = 8
 
 
+@stage_task(name="compact")
 def compact(
     images: ImageShards, embeddings: EmbeddingShards, takedown: Takedown, base: str, *, cache: Path
-) -> tuple[Outcome[ImageShards], Outcome[EmbeddingShards]]:
+) -> tuple[StageResult[ImageShards], StageResult[EmbeddingShards]]:
     """``images`` and ``embeddings`` without what ``takedown`` names; they themselves when they hold none of it."""
     slimmer = compact_images(images, takedown, base, cache=cache)
     if slimmer.reference == images:
-        return slimmer, Outcome(reference=embeddings, skipped=True, seconds=0.0, note=slimmer.note)
+        return slimmer, StageResult(reference=embeddings, skipped=True, seconds=0.0, note=slimmer.note)
     return slimmer, compact_embeddings(embeddings, slimmer.reference, takedown, base, cache=cache)
 
 
-def compact_images(images: ImageShards, takedown: Takedown, base: str, *, cache: Path) -> Outcome[ImageShards]:
+def compact_images(images: ImageShards, takedown: Takedown, base: str, *, cache: Path) -> StageResult[ImageShards]:
     """Image shards without the pictures named, in ``base/images/<key>``."""
     source = images.manifest()
     # As with a download that adds, the version before is no input: it must be free to go.
     config = {**source.config, "previous": images.digest}
-    stage = artifacts.Stage(base, ImageShards.kind, inputs={"takedown": takedown.as_input()}, config=config)
+    stage = artifacts.ArtifactBuilder(base, ImageShards.kind, inputs={"takedown": takedown.as_input()}, config=config)
     named = {} if stage.committed() else _keys_named(images, takedown, cache)
     if not named and not stage.committed():
-        return Outcome(reference=images, skipped=True, seconds=0.0, note="holds nothing that was taken down")
+        return StageResult(reference=images, skipped=True, seconds=0.0, note="holds nothing that was taken down")
 
     def make() -> artifacts.Manifest:
         items = [(shard.name, (shard, named[shard.name])) for shard in source.shards if shard.name in named]
-        done, _ = map_stage(stage, items, _DropPictures, (images.uri, stage.uri, cache))
+        done, _ = run_shards(stage, items, _DropPictures, (images.uri, stage.uri, cache))
         rewritten = {shard.name: shard for shard in done}
-        kept = [rewritten.get(shard.name) or shard.taken_over(images.uri) for shard in source.shards]
+        kept = [rewritten.get(shard.name) or shard.reused_from(images.uri) for shard in source.shards]
         info = {
             "requested": source.info.get("requested", source.rows),
-            "outcomes": counted(kept),
-            "seen": Seen.of(images, cache).kept(stage.uri),
+            "outcomes": sum_outcomes(kept),
+            "seen": UrlHistory.of(images, cache).kept(stage.uri),
             "shards_rewritten": len(done),
             "pictures_dropped": sum(len(keys) for keys in named.values()),
         }
         return stage.commit(kept, identity=source.identity, info=info)
 
-    return skip_or_make(stage, ImageShards, make, note=_note)
+    return run_stage(stage, ImageShards, make, note=_note)
 
 
 def compact_embeddings(
     embeddings: EmbeddingShards, images: ImageShards, takedown: Takedown, base: str, *, cache: Path
-) -> Outcome[EmbeddingShards]:
+) -> StageResult[EmbeddingShards]:
     """The embeddings of compacted ``images``: what embedding them would give, their rows copied from ``embeddings``."""
     source = embeddings.manifest()
-    stage = artifacts.Stage(base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=source.config)
+    stage = artifacts.ArtifactBuilder(
+        base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=source.config
+    )
 
     def make() -> artifacts.Manifest:
         tars = {shard.name: shard for shard in images.manifest().shards}
         affected = [shard for shard in source.shards if tars[shard.name].folder is None]
-        masks = masks_named(entries_of(takedown, cache), embeddings, affected, cache)
+        masks = match_shards(read_entries(takedown, cache), embeddings, affected, cache)
         items = [
             (shard.name, (shard, ~mask, tars[shard.name].file(".tar").sha256))
             for shard, mask in zip(affected, masks, strict=True)
         ]
-        done, _ = map_stage(stage, items, KeepRows, (embeddings.uri, stage.uri, cache))
+        done, _ = run_shards(stage, items, KeepRows, (embeddings.uri, stage.uri, cache))
         rewritten = {shard.name: shard for shard in done}
-        kept = [rewritten.get(shard.name) or shard.taken_over(embeddings.uri) for shard in source.shards]
-        info = {"outcomes": counted(kept), "lost_shards": {}, "shards_rewritten": len(done)}
+        kept = [rewritten.get(shard.name) or shard.reused_from(embeddings.uri) for shard in source.shards]
+        info = {"outcomes": sum_outcomes(kept), "lost_shards": {}, "shards_rewritten": len(done)}
         return stage.commit(kept, identity=source.identity, info=info)
 
-    return skip_or_make(stage, EmbeddingShards, make, note=_note)
+    return run_stage(stage, EmbeddingShards, make, note=_note)
 
 
 class _DropPictures:
@@ -95,14 +98,14 @@ class _DropPictures:
             artifacts.fetch_shard(self._images_uri, shard, suffix, self._cache) for suffix in (".tar", ".parquet")
         )
         with storage.scratch() as folder:
-            outcomes = drop_pictures(tar, parquet, folder / name, dict.fromkeys(keys, TAKEN_DOWN))
+            outcomes = drop_images(tar, parquet, folder / name, dict.fromkeys(keys, TAKEN_DOWN))
             info = {**shard.info, "outcomes": outcomes}
             return artifacts.commit_shard(self._folder_uri, name, folder, rows=outcomes.get("success", 0), info=info)
 
 
 def _keys_named(images: ImageShards, takedown: Takedown, cache: Path) -> dict[str, list[str]]:
     """For each shard that holds any, the keys of its pictures that are named."""
-    matcher = Matcher(entries_of(takedown, cache))
+    matcher = Matcher(read_entries(takedown, cache))
 
     def keys(shard: artifacts.Shard) -> list[str]:
         path = artifacts.fetch_shard(images.uri, shard, ".parquet", cache)
@@ -118,11 +121,3 @@ def _keys_named(images: ImageShards, takedown: Takedown, cache: Path) -> dict[st
 
 def _note(manifest: artifacts.Manifest) -> str:
     return f"compacted: {manifest.info['shards_rewritten']} of {len(manifest.shards)} shards rewritten"
-
-
-@stage_task(name="compact")
-def compact_task(
-    images: ImageShards, embeddings: EmbeddingShards, takedown: Takedown, base: str, cache: Path
-) -> tuple[Outcome[ImageShards], Outcome[EmbeddingShards]]:
-    """Task of :func:`compact`."""
-    return compact(images, embeddings, takedown, base, cache=cache)

@@ -28,14 +28,14 @@ from infra.settings import Settings
 from infra.storage import file_cache
 from tasks.references.types import Takedown
 from tasks.stage import base_of, stage_task
-from tasks.upkeep.takedown import Entries, entries_of, takedowns_below
+from tasks.upkeep.takedown import Entries, list_takedowns, read_entries
 
 _KEY = re.compile(r"[0-9a-f]{16}")
 _MARKER = re.compile(r"/shards/[^/]+\.json$")
 _NO_DOMAINS = ("mlflow", "mlflow.db")
 _LISTS = frozenset({"urls"})  # inputs that may be anywhere on the web
 DAY_S = 86_400.0
-_UNTIL_THEN = "until then nothing is collected, for it may refer to anything"
+_BLOCKED = "until then nothing is collected, for it may refer to anything"
 _READERS = 16
 
 
@@ -53,6 +53,7 @@ class Garbage:
         return sum(size for _, size in self.files)
 
 
+@stage_task(name="collect")
 def collect(
     domain: str,
     settings: Settings,
@@ -92,32 +93,32 @@ def collect(
     named = _kept(versions, keep_versions, storage.canonical(base))
     if folders and places.isdisjoint(named):
         raise StageError(
-            f"the versions of {domain} registered at {uris.masked(settings.tracking_uri)} refer to no folder of "
-            f"{base}, so all of it would be deleted; name the registry that it was registered in, or delete the folder yourself"
+            f"no version of {domain} registered at {uris.masked(settings.tracking_uri)} refers to a folder of {base}; "
+            "all of it would be deleted: name the registry that it was registered in, or delete the folder yourself"
         )
     takedowns = _widest_takedowns(base, settings.cache_folder)
     kept = reachable([*named, *committed, *takedowns, *_young_elsewhere(settings, domain, since)])
-    doomed: list[storage.Stored] = []
+    to_delete: list[storage.StoredObject] = []
     for folder, files in folders.items():
         place = storage.canonical(folder)
         if place not in kept.folders and folder not in young:
-            doomed += _unreferenced(folder, files, kept.files[place])
-    doomed.sort(key=_turn)
+            to_delete += _unreferenced(folder, files, kept.files[place])
+    to_delete.sort(key=_deletion_order)
     if not dry_run:
         check()
-        _mark(registry, versions, doomed)
-        digests = _digests(doomed) if any(file.uri.endswith(".tar") for file in doomed) else None
+        _mark(registry, versions, to_delete)
+        digests = _digests(to_delete) if any(file.uri.endswith(".tar") for file in to_delete) else None
         _forget(digests, settings.cache_folder)
-        for file in doomed:
+        for file in to_delete:
             check()
             storage.remove(file.uri)
         if digests:
             _forget(digests, settings.cache_folder)  # what was read again meanwhile
         check()
-        _remove_empty(folders, {file.uri for file in doomed})
-    garbage = Garbage(domain=domain, files=tuple((file.uri, file.bytes) for file in doomed), deleted=not dry_run)
+        _remove_empty(folders, {file.uri for file in to_delete})
+    garbage = Garbage(domain=domain, files=tuple((file.uri, file.bytes) for file in to_delete), deleted=not dry_run)
     state = "deleted" if garbage.deleted else "would go; nothing was deleted"
-    logs.get("stage").info("%-11s %7d files %d bytes of %s  %s", "gc", len(doomed), garbage.bytes, domain, state)
+    logs.get("stage").info("%-11s %7d files %d bytes of %s  %s", "gc", len(to_delete), garbage.bytes, domain, state)
     return garbage
 
 
@@ -138,13 +139,13 @@ def reachable(roots: Iterable[str]) -> Reachable:
         if uri in kept.folders:
             continue
         if not _is_artifact(uri):
-            if _KEY.fullmatch(uri.rpartition("/")[2]) and storage.names(uri):
-                raise IntegrityError(f"{uri} has lost its {artifacts.MANIFEST}; restore it; {_UNTIL_THEN}")
+            if _KEY.fullmatch(uri.rpartition("/")[2]) and storage.list_names(uri):
+                raise IntegrityError(f"{uri} has lost its {artifacts.MANIFEST}; restore it; {_BLOCKED}")
             continue
         try:
             manifest = artifacts.read_manifest(uri)
         except IntegrityError as error:
-            raise IntegrityError(f"{error}; {_UNTIL_THEN}") from error
+            raise IntegrityError(f"{error}; {_BLOCKED}") from error
         kept.folders.add(uri)
         waiting += [storage.canonical(source["uri"]) for name, source in manifest.inputs.items() if name not in _LISTS]
         for shard in manifest.shards:
@@ -194,7 +195,7 @@ def _kept(versions: list[dict[str, Any]], keep_versions: int, base: str) -> list
             if not collected and (name == own or uri.startswith(base + "/") or storage.exists(uri)):
                 raise IntegrityError(
                     f"{name} version {version['version']} was registered at {uri}, where no {artifacts.MANIFEST} is; "
-                    f"restore it, name the root that it lies in, or delete it in the registry; {_UNTIL_THEN}"
+                    f"restore it, name the root that it lies in, or delete it in the registry; {_BLOCKED}"
                 )
     return kept
 
@@ -213,21 +214,21 @@ def _require_own_root(domain: str, versions: list[dict[str, Any]], places: set[s
             raise IntegrityError(
                 f"{version['name']} version {version['version']} was registered at {uri}, outside of the root "
                 f"{storage.canonical(settings.root)}; collect its own root (--root {uri.rsplit('/', 3)[0]}), or delete "
-                f"the version in the registry if this root replaces that one; {_UNTIL_THEN}"
+                f"the version in the registry if this root replaces that one; {_BLOCKED}"
             )
 
 
 def domains_of(root: str) -> list[str]:
     """The folders below the root that hold image shards or databases."""
-    names = [name for name in storage.names(root) if name not in _NO_DOMAINS]
-    return [name for name in names if {"images", "database"} & set(storage.names(storage.join(root, name)))]
+    names = [name for name in storage.list_names(root) if name not in _NO_DOMAINS]
+    return [name for name in names if {"images", "database"} & set(storage.list_names(storage.join(root, name)))]
 
 
 def _young_elsewhere(settings: Settings, domain: str, since: float) -> list[str]:
     """Artifacts of the root's other domains that were committed lately: a run there may not have registered yet."""
     bases = [base_of(settings, other) for other in domains_of(settings.root) if other != domain]
-    kinds = [storage.join(base, kind) for base in bases for kind in storage.names(base)]
-    folders = [storage.join(kind, key) for kind in kinds for key in storage.names(kind) if _KEY.fullmatch(key)]
+    kinds = [storage.join(base, kind) for base in bases for kind in storage.list_names(base)]
+    folders = [storage.join(kind, key) for kind in kinds for key in storage.list_names(kind) if _KEY.fullmatch(key)]
 
     def is_young(folder: str) -> bool:
         try:
@@ -239,9 +240,9 @@ def _young_elsewhere(settings: Settings, domain: str, since: float) -> list[str]
         return [folder for folder, young in zip(folders, pool.map(is_young, folders), strict=True) if young]
 
 
-def _folders(base: str) -> dict[str, list[storage.Stored]]:
+def _folders(base: str) -> dict[str, list[storage.StoredObject]]:
     """Every artifact folder ``base/kind/key``, committed or not, and its files."""
-    found: defaultdict[str, list[storage.Stored]] = defaultdict(list)
+    found: defaultdict[str, list[storage.StoredObject]] = defaultdict(list)
     for file in storage.walk(base):
         kind, _, rest = file.uri.removeprefix(base).lstrip("/").partition("/")
         key, slash, _ = rest.partition("/")
@@ -250,7 +251,7 @@ def _folders(base: str) -> dict[str, list[storage.Stored]]:
     return dict(found)
 
 
-def _unreferenced(folder: str, files: list[storage.Stored], kept: set[str]) -> list[storage.Stored]:
+def _unreferenced(folder: str, files: list[storage.StoredObject], kept: set[str]) -> list[storage.StoredObject]:
     """The files of a folder but those ``kept``, by name, and the markers of shards that are kept whole.
 
     Without its marker a shard would be made again, over files that a version relies on.
@@ -266,7 +267,7 @@ def _unreferenced(folder: str, files: list[storage.Stored], kept: set[str]) -> l
     return going
 
 
-def _digests(going: list[storage.Stored]) -> set[str]:
+def _digests(going: list[storage.StoredObject]) -> set[str]:
     """The sha256 of remote files that go, under which caches keep them: by their markers, which go with them."""
     markers = [file.uri for file in going if _MARKER.search(file.uri) and not storage.is_local(file.uri)]
     with ThreadPoolExecutor(_READERS) as pool:
@@ -279,8 +280,8 @@ def _forget(digests: set[str] | None, folder: Path) -> None:
     One that may not be written keeps nothing else from going.
     """
     try:
-        if digests is not None or file_cache.owes(folder):
-            file_cache.forget(digests or (), folder, derived=digests is not None)
+        if digests is not None or file_cache.has_pending_purges(folder):
+            file_cache.purge(digests or (), folder, derived=digests is not None)
     except OSError as error:
         told = "%-11s %s cannot forget what goes (%s): copies of it may stay there; delete that folder"
         logs.get("stage").warning(told, "gc", folder, error.strerror)
@@ -291,9 +292,9 @@ def _widest_takedowns(base: str, folder: Path) -> list[str]:
 
     Where one cannot be read, all of them.
     """
-    uris = takedowns_below(base)
+    uris = list_takedowns(base)
     try:
-        listed = [(entries_of(Takedown.open(uri), folder), uri) for uri in uris]
+        listed = [(read_entries(Takedown.open(uri), folder), uri) for uri in uris]
     except KNNDiffusionError:
         return uris
     kept: list[tuple[Entries, str]] = []
@@ -319,21 +320,21 @@ def _is_marker(name: str) -> bool:
     return _MARKER.fullmatch(f"/{name}") is not None
 
 
-def _turn(file: storage.Stored) -> tuple[int, float, str]:
+def _deletion_order(file: storage.StoredObject) -> tuple[int, float, str]:
     """When a file goes: manifests first, the youngest before those that it refers to, and markers next."""
     if file.uri.endswith("/" + artifacts.MANIFEST):
         return 0, -file.modified, file.uri
     return 1 if _MARKER.search(file.uri) else 2, 0.0, file.uri
 
 
-def _remove_empty(folders: dict[str, list[storage.Stored]], gone: set[str]) -> None:
+def _remove_empty(folders: dict[str, list[storage.StoredObject]], gone: set[str]) -> None:
     """Folders that lost all of their files."""
     for folder, files in folders.items():
         if all(file.uri in gone for file in files):
             storage.remove(folder)
 
 
-def _mark(registry: Registry, versions: list[dict[str, Any]], gone: list[storage.Stored]) -> None:
+def _mark(registry: Registry, versions: list[dict[str, Any]], gone: list[storage.StoredObject]) -> None:
     """Say in the registry which versions cannot be pulled any more, once all of ``gone`` is."""
     uris = {storage.canonical(file.uri) for file in gone if file.uri.endswith(artifacts.MANIFEST)}
     when = datetime.now(UTC).isoformat(timespec="seconds")
@@ -341,11 +342,3 @@ def _mark(registry: Registry, versions: list[dict[str, Any]], gone: list[storage
         uri = version.get("uri")
         if uri and storage.join(storage.canonical(uri), artifacts.MANIFEST) in uris:
             registry.tag(version["name"], version["version"], "collected", when)
-
-
-@stage_task(name="collect")
-def collect_task(
-    domain: str, settings: Settings, keep_versions: int, dry_run: bool, grace_s: float, check: Callable[[], None]
-) -> Garbage:
-    """Task of :func:`collect`."""
-    return collect(domain, settings, keep_versions=keep_versions, dry_run=dry_run, grace_s=grace_s, check=check)

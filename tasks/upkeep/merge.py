@@ -24,15 +24,15 @@ from tasks.references.types import (
     DatabaseVersion,
     EmbeddingShards,
     ImageShards,
-    Outcome,
+    StageResult,
     Takedown,
     require_same_encoder,
 )
-from tasks.references.url_history import Hashes, Seen, hash_digests, hash_texts, write_seen
-from tasks.stage import counted, map_stage, skip_or_make, stage_task
+from tasks.references.url_history import Hashes, UrlHistory, hash_digests, hash_texts, write_seen
+from tasks.stage import run_shards, run_stage, stage_task, sum_outcomes
 from tasks.upkeep.filter_expression import parse_where
 from tasks.upkeep.rewrite_embeddings import KeepRows
-from tasks.upkeep.takedown import Entries, Matcher, commit_takedown, hidden_by, with_bytes
+from tasks.upkeep.takedown import Entries, Matcher, commit_takedown, inherited_takedown, with_image_hashes
 
 _READERS = 8
 _COLUMNS = ["key", "url", "sha256", "width", "height"]
@@ -40,14 +40,15 @@ Source = TypeVar("Source", ImageShards, EmbeddingShards)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Combined:
+class CombinedInputs:
     """What a database of the new domain is built from."""
 
-    embeddings: Outcome[EmbeddingShards]
+    embeddings: StageResult[EmbeddingShards]
     takedown: Takedown | None
 
 
-def merge(databases: Mapping[str, DatabaseVersion], base: str, *, cache: Path) -> Combined:
+@stage_task(name="merge")
+def merge(databases: Mapping[str, DatabaseVersion], base: str, *, cache: Path) -> CombinedInputs:
     """The embeddings of all ``databases``, by name, one after the other, and what any of them has taken down.
 
     Raises:
@@ -64,10 +65,10 @@ def merge(databases: Mapping[str, DatabaseVersion], base: str, *, cache: Path) -
     embeddings = _merged_embeddings(parts, pictures, names, images.reference, base)
     entries = Entries()
     for database in databases.values():
-        entries |= hidden_by(database, cache)
-    entries = with_bytes(entries, images.reference, cache)
+        entries |= inherited_takedown(database, cache)
+    entries = with_image_hashes(entries, images.reference, cache)
     together = commit_takedown(entries, base, info={"of": ", ".join(databases)}).reference if len(entries) else None
-    return Combined(embeddings=embeddings, takedown=together)
+    return CombinedInputs(embeddings=embeddings, takedown=together)
 
 
 def is_combined(images: ImageShards) -> bool:
@@ -75,16 +76,16 @@ def is_combined(images: ImageShards) -> bool:
     return bool({"merged", "where"} & images.manifest().config.keys())
 
 
-def merged_images(parts: Sequence[ImageShards], base: str, *, cache: Path) -> Outcome[ImageShards]:
+def merged_images(parts: Sequence[ImageShards], base: str, *, cache: Path) -> StageResult[ImageShards]:
     """All shards of ``parts`` under new numbers, in ``base/images/<key>``; later downloads go on as the first's did."""
     sources = [part.manifest() for part in parts]
     # The parts are no inputs: what is needed of them the shards refer to.
     config = {**sources[0].config, "merged": [part.digest for part in parts]}
-    stage = artifacts.Stage(base, ImageShards.kind, inputs={}, config=config)
+    stage = artifacts.ArtifactBuilder(base, ImageShards.kind, inputs={}, config=config)
 
     def make() -> artifacts.Manifest:
         every = [
-            shard.taken_over(part.uri) for part, source in zip(parts, sources, strict=True) for shard in source.shards
+            shard.reused_from(part.uri) for part, source in zip(parts, sources, strict=True) for shard in source.shards
         ]
         if len(every) > SHARDS:
             raise InputError(f"together they have {len(every)} shards, names have five digits; download larger shards")
@@ -92,14 +93,16 @@ def merged_images(parts: Sequence[ImageShards], base: str, *, cache: Path) -> Ou
         for source in sources:
             outcomes.update(source.info["outcomes"])
         seen = [
-            file for number, part in enumerate(parts) for file in Seen.of(part, cache).kept(f"{stage.uri}/{number}")
+            file
+            for number, part in enumerate(parts)
+            for file in UrlHistory.of(part, cache).kept(f"{stage.uri}/{number}")
         ]
         requested = sum(source.info.get("requested", source.rows) for source in sources)
         info = {"requested": requested, "outcomes": dict(outcomes), "seen": seen}
         chosen = [source.identity for source in sources]  # of a part that is a subset, which it is
         return stage.commit(_renumbered(every), identity={"of": chosen} if any(chosen) else {}, info=info)
 
-    return skip_or_make(stage, ImageShards, make, note=lambda manifest: f"{len(parts)} databases joined")
+    return run_stage(stage, ImageShards, make, note=lambda manifest: f"{len(parts)} databases joined")
 
 
 def _merged_embeddings(
@@ -108,12 +111,12 @@ def _merged_embeddings(
     names: Sequence[str],
     images: ImageShards,
     base: str,
-) -> Outcome[EmbeddingShards]:
+) -> StageResult[EmbeddingShards]:
     """All embedding shards, each under the name that its image shard has now."""
     sources = [part.manifest() for part in parts]
     # Of the same pictures there may be other rows: of other weights under one name, or of shards lost at first.
     config = {**sources[0].config, "merged": [part.digest for part in parts]}
-    stage = artifacts.Stage(base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=config)
+    stage = artifacts.ArtifactBuilder(base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=config)
 
     def make() -> artifacts.Manifest:
         every, first = [], 0
@@ -121,26 +124,29 @@ def _merged_embeddings(
             numbers = {shard.name: first + n for n, shard in enumerate(tars.manifest().shards)}
             first += len(numbers)
             every += [
-                dataclasses.replace(shard.taken_over(part.uri), name=f"{numbers[shard.name]:05d}")
+                dataclasses.replace(shard.reused_from(part.uri), name=f"{numbers[shard.name]:05d}")
                 for shard in source.shards
             ]
-        return stage.commit(every, identity=sources[0].identity, info={"outcomes": counted(every), "lost_shards": {}})
+        return stage.commit(
+            every, identity=sources[0].identity, info={"outcomes": sum_outcomes(every), "lost_shards": {}}
+        )
 
-    return skip_or_make(stage, EmbeddingShards, make, note=lambda manifest: "nothing embedded")
+    return run_stage(stage, EmbeddingShards, make, note=lambda manifest: "nothing embedded")
 
 
 def _renumbered(every: Sequence[artifacts.Shard]) -> list[artifacts.Shard]:
     return [dataclasses.replace(shard, name=f"{number:05d}") for number, shard in enumerate(every)]
 
 
-def subset(database: DatabaseVersion, where: str, base: str, *, cache: Path) -> Combined:
+@stage_task(name="subset")
+def subset(database: DatabaseVersion, where: str, base: str, *, cache: Path) -> CombinedInputs:
     """Select the rows of ``database`` that match the filter and were not taken down.
 
     Raises:
         InputError: the filter cannot be read, or takes nothing.
     """
     row_filter = parse_where(where)
-    embeddings, entries = embeddings_of(database), hidden_by(database, cache)
+    embeddings, entries = embeddings_of(database), inherited_takedown(database, cache)
     source = embeddings.manifest()
     matcher = Matcher(entries)
 
@@ -162,29 +168,29 @@ def subset(database: DatabaseVersion, where: str, base: str, *, cache: Path) -> 
     images = _subset_images(images_of(embeddings), masks, [hashes for _, hashes in found.values()], selection, base)
     rows = _subset_embeddings(embeddings, images.reference, masks, selection, base, cache)
     listed = commit_takedown(entries, base, info={"of": database.uri}).reference if len(entries) else None
-    return Combined(embeddings=rows, takedown=listed)
+    return CombinedInputs(embeddings=rows, takedown=listed)
 
 
 def _subset_images(
     images: ImageShards, masks: Mapping[str, Any], seen: Sequence[Hashes], selection: Mapping[str, str], base: str
-) -> Outcome[ImageShards]:
+) -> StageResult[ImageShards]:
     """The shards that hold a wanted picture. What is left out counts as never asked for: it may be added again.
 
     Two filters may want pictures of the same shards: ``selection`` tells them apart, and what is made from them.
     """
     source = images.manifest()
-    stage = artifacts.Stage(base, ImageShards.kind, inputs={}, config={**source.config, **selection})
+    stage = artifacts.ArtifactBuilder(base, ImageShards.kind, inputs={}, config={**source.config, **selection})
 
     def make() -> artifacts.Manifest:
-        kept = [shard.taken_over(images.uri) for shard in source.shards if shard.name in masks]
+        kept = [shard.reused_from(images.uri) for shard in source.shards if shard.name in masks]
         info = {
             "requested": sum(int(stays.sum()) for stays in masks.values()),
-            "outcomes": counted(kept),
+            "outcomes": sum_outcomes(kept),
             "seen": [write_seen(stage.uri, Hashes.joined(seen))],
         }
         return stage.commit(kept, identity=selection, info=info)
 
-    return skip_or_make(stage, ImageShards, make, note=lambda manifest: f"those that hold {selection['where']}")
+    return run_stage(stage, ImageShards, make, note=lambda manifest: f"those that hold {selection['where']}")
 
 
 def _subset_embeddings(
@@ -194,10 +200,10 @@ def _subset_embeddings(
     selection: Mapping[str, str],
     base: str,
     cache: Path,
-) -> Outcome[EmbeddingShards]:
+) -> StageResult[EmbeddingShards]:
     source = embeddings.manifest()
     config = {**source.config, **selection}
-    stage = artifacts.Stage(base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=config)
+    stage = artifacts.ArtifactBuilder(base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=config)
 
     def make() -> artifacts.Manifest:
         tars = {shard.name: shard.file(".tar").sha256 for shard in images.manifest().shards}
@@ -207,21 +213,9 @@ def _subset_embeddings(
             for shard in wanted
             if not masks[shard.name].all()
         ]
-        done, _ = map_stage(stage, items, KeepRows, (embeddings.uri, stage.uri, cache, True))
+        done, _ = run_shards(stage, items, KeepRows, (embeddings.uri, stage.uri, cache, True))
         rewritten = {shard.name: shard for shard in done}
-        kept = [rewritten.get(shard.name) or shard.taken_over(embeddings.uri) for shard in wanted]
-        return stage.commit(kept, identity=source.identity, info={"outcomes": counted(kept), "lost_shards": {}})
+        kept = [rewritten.get(shard.name) or shard.reused_from(embeddings.uri) for shard in wanted]
+        return stage.commit(kept, identity=source.identity, info={"outcomes": sum_outcomes(kept), "lost_shards": {}})
 
-    return skip_or_make(stage, EmbeddingShards, make, note=lambda manifest: selection["where"])
-
-
-@stage_task(name="merge")
-def merge_task(databases: dict[str, DatabaseVersion], base: str, cache: Path) -> Combined:
-    """Task of :func:`merge`."""
-    return merge(databases, base, cache=cache)
-
-
-@stage_task(name="subset")
-def subset_task(database: DatabaseVersion, where: str, base: str, cache: Path) -> Combined:
-    """Task of :func:`subset`."""
-    return subset(database, where, base, cache=cache)
+    return run_stage(stage, EmbeddingShards, make, note=lambda manifest: selection["where"])

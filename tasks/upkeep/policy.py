@@ -14,10 +14,10 @@ from tasks.references.lineage import embeddings_of, images_of, takedown_of
 from tasks.references.types import DatabaseVersion, Takedown
 from tasks.stage import base_of
 from tasks.upkeep.merge import is_combined
-from tasks.upkeep.takedown import Entries, commit_takedown, entries_of, ever_taken_down
+from tasks.upkeep.takedown import Entries, all_takedown_entries, commit_takedown, read_entries
 
 
-def standing_takedown(domain: str, settings: Settings, cache: Path, further: Takedown | None = None) -> Takedown | None:
+def required_takedown(domain: str, settings: Settings, cache: Path, further: Takedown | None = None) -> Takedown | None:
     """What may not be shown in the domain: all that was ever taken down in it, and ``further``; None if nothing.
 
     Raises:
@@ -30,19 +30,21 @@ def standing_takedown(domain: str, settings: Settings, cache: Path, further: Tak
         own = None if champion is None else takedown_of(champion)
     except (NotFoundError, IntegrityError) as error:
         logs.get("stage").warning("the champion of %s cannot be read, all takedowns below it hold: %s", domain, error)
-    return standing_beside(base_of(settings, domain), cache, own, further)
+    return merge_with_existing(base_of(settings, domain), cache, own, further)
 
 
-def standing_beside(base: str, cache: Path, own: Takedown | None, further: Takedown | None = None) -> Takedown | None:
+def merge_with_existing(
+    base: str, cache: Path, own: Takedown | None, further: Takedown | None = None
+) -> Takedown | None:
     """``own``, the champion's, with ``further`` and all takedowns below ``base``; ``own`` itself where it has them all.
 
     What a champion hides is not enough: the alias may be missing in another registry, or have been moved back to a
     version of before. Raises ``IntegrityError`` where a takedown is damaged.
     """
-    held = Entries() if own is None else entries_of(own, cache)
-    together = held | ever_taken_down(base, cache)
+    held = Entries() if own is None else read_entries(own, cache)
+    together = held | all_takedown_entries(base, cache)
     if further is not None:
-        together |= entries_of(further, cache)
+        together |= read_entries(further, cache)
     if together == held:
         return own
     return commit_takedown(together, base, info={"of": base}).reference

@@ -21,9 +21,9 @@ from infra import artifacts, logs, storage, uris
 from infra.errors import InputError, KNNDiffusionError
 from infra.formats import tables
 from tasks.references.lineage import takedown_of
-from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, Outcome, Takedown
-from tasks.references.url_history import ANSWERED
-from tasks.stage import skip_or_make, stage_task
+from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, StageResult, Takedown
+from tasks.references.url_history import FINAL_OUTCOMES
+from tasks.stage import run_stage, stage_task
 
 COLUMNS = ("url", "sha256", "key")
 _SCHEMA = pa.schema([("column", pa.string()), ("value", pa.string())])
@@ -74,9 +74,10 @@ class Matcher:
         return named
 
 
+@stage_task(name="takedown")
 def take_down(
     listed: str, images: ImageShards, base: str, *, cache: Path, previous: Takedown | None = None
-) -> Outcome[Takedown]:
+) -> StageResult[Takedown]:
     """Add what the list at ``listed`` names in ``images`` to ``previous``, into ``base/takedown/<key>``.
 
     A picture is its bytes: beside a url stands the sha256 of what it served, so that copies at other URLs go too, and
@@ -86,18 +87,20 @@ def take_down(
     Raises:
         InputError: no entry names a picture, now or before, or a key is borne by more than one.
     """
-    before = entries_of(previous, cache) if previous is not None else Entries()
+    before = read_entries(previous, cache) if previous is not None else Entries()
     asked = read_takedown_list(listed)
     known = not asked.key and not len(asked - before)  # what a key names is looked up: it is kept as a sha256
     entries = before if known else before | _resolved(asked, before, images, cache, listed)
     if previous is not None and entries == before:
-        return Outcome(reference=previous, skipped=True, seconds=0.0, note="nothing that was not taken down before")
+        return StageResult(reference=previous, skipped=True, seconds=0.0, note="nothing that was not taken down before")
     return commit_takedown(entries, base, info={"list": storage.absolute(uris.hide(listed))})
 
 
-def commit_takedown(entries: Entries, base: str, *, info: Mapping[str, str]) -> Outcome[Takedown]:
+def commit_takedown(entries: Entries, base: str, *, info: Mapping[str, str]) -> StageResult[Takedown]:
     """Store ``entries``; the same entries find the same folder, however they came together."""
-    stage = artifacts.Stage(base, Takedown.kind, inputs={}, config={"entries": artifacts.digest_of(entries.listed())})
+    stage = artifacts.ArtifactBuilder(
+        base, Takedown.kind, inputs={}, config={"entries": artifacts.digest_of(entries.listed())}
+    )
 
     def make() -> artifacts.Manifest:
         with storage.scratch() as folder:
@@ -105,81 +108,83 @@ def commit_takedown(entries: Entries, base: str, *, info: Mapping[str, str]) -> 
             shard = artifacts.commit_shard(stage.uri, "00000", folder, rows=len(entries), info={})
         return stage.commit([shard], info=info)
 
-    return skip_or_make(stage, Takedown, make)
+    return run_stage(stage, Takedown, make)
 
 
-def entries_of(takedown: Takedown, cache: Path) -> Entries:
+def read_entries(takedown: Takedown, cache: Path) -> Entries:
     """What a takedown artifact holds."""
     (shard,) = takedown.manifest().shards
     rows = tables.read_table(artifacts.fetch_shard(takedown.uri, shard, ".parquet", cache)).to_pylist()
     return Entries(*(frozenset(row["value"] for row in rows if row["column"] == name) for name in COLUMNS))
 
 
-def ever_taken_down(base: str, cache: Path, confined_to: str | None = None) -> Entries:
+def all_takedown_entries(base: str, cache: Path, confined_to: str | None = None) -> Entries:
     """What was ever taken down in the domain whose folder is ``base``, whatever its registry and versions say.
 
     Raises:
         IntegrityError: a list is damaged; nobody knows what it named.
     """
-    together, uris = Entries(), takedowns_below(base)
+    together, uris = Entries(), list_takedowns(base)
     try:
         with ThreadPoolExecutor(_READERS) as pool:
-            for entries in pool.map(lambda uri: entries_of(Takedown.open(uri, confined_to=confined_to), cache), uris):
+            for entries in pool.map(lambda uri: read_entries(Takedown.open(uri, confined_to=confined_to), cache), uris):
                 together |= entries
     except KNNDiffusionError:
-        if takedowns_below(base) == uris:
+        if list_takedowns(base) == uris:
             raise
-        return ever_taken_down(base, cache, confined_to)  # one that a wider one holds was collected meanwhile
+        return all_takedown_entries(base, cache, confined_to)  # one that a wider one holds was collected meanwhile
     return together
 
 
-def takedowns_below(base: str) -> list[str]:
+def list_takedowns(base: str) -> list[str]:
     """The folder of every committed takedown of a domain."""
-    folders = [storage.join(base, Takedown.kind, name) for name in storage.names(storage.join(base, Takedown.kind))]
+    folders = [
+        storage.join(base, Takedown.kind, name) for name in storage.list_names(storage.join(base, Takedown.kind))
+    ]
     return [folder for folder in folders if storage.exists(storage.join(folder, artifacts.MANIFEST))]
 
 
 @contextlib.contextmanager
-def taken_back(
+def rolled_back_on(
     base: str, when: type[Exception] | tuple[type[Exception], ...], *, but: Callable[[], Takedown | None] = lambda: None
 ) -> Iterator[None]:
     """Takedowns that are new below ``base`` go again ``when`` no version can be made with them: they bind nobody.
 
     ``but`` tells the one that a version was made with meanwhile.
     """
-    before = takedowns_below(base)
+    before = list_takedowns(base)
     try:
         yield
     except when:
         kept = but()
         stays = {*before, *([] if kept is None else [storage.canonical(kept.uri)])}
-        for folder in takedowns_below(base):
+        for folder in list_takedowns(base):
             if not {folder, storage.canonical(folder)} & stays:
                 storage.discard(folder)
         raise
 
 
-def hidden_by(version: DatabaseVersion, cache: Path) -> Entries:
+def inherited_takedown(version: DatabaseVersion, cache: Path) -> Entries:
     """What a database made of ``version`` may not show either: all that was ever taken down in its domain."""
     base, kind, _ = storage.join(version.uri).rsplit("/", 2)
     own = takedown_of(version)
-    entries = Entries() if own is None else entries_of(own, cache)
-    return entries | ever_taken_down(base, cache, version.confined_to) if kind == DatabaseVersion.kind else entries
+    entries = Entries() if own is None else read_entries(own, cache)
+    return entries | all_takedown_entries(base, cache, version.confined_to) if kind == DatabaseVersion.kind else entries
 
 
-def with_bytes(entries: Entries, images: ImageShards, cache: Path) -> Entries:
+def with_image_hashes(entries: Entries, images: ImageShards, cache: Path) -> Entries:
     """``entries``, and the sha256 of the pictures that their urls served in ``images``: copies elsewhere go, too."""
     found, _ = _pictures_named(Entries(url=entries.url), images, cache) if entries.url else ([], None)
     return entries | Entries(sha256=frozenset(row["sha256"] for row in found if row["sha256"]))
 
 
-def rows_named(takedown: Takedown, embeddings: EmbeddingShards, cache: Path) -> NDArray[np.int64]:
+def match_rows(takedown: Takedown, embeddings: EmbeddingShards, cache: Path) -> NDArray[np.int64]:
     """Dense row ids of ``embeddings`` that ``takedown`` names, ascending."""
-    masks = masks_named(entries_of(takedown, cache), embeddings, embeddings.manifest().shards, cache)
+    masks = match_shards(read_entries(takedown, cache), embeddings, embeddings.manifest().shards, cache)
     return np.flatnonzero(np.concatenate(masks)) if masks else np.empty(0, dtype=np.int64)
 
 
-def masks_named(
+def match_shards(
     entries: Entries, source: EmbeddingShards | ImageShards, of: Iterable[artifacts.Shard], cache: Path
 ) -> list[NDArray[np.bool_]]:
     """For each shard ``of`` the source, which rows of its parquet are named."""
@@ -222,7 +227,7 @@ def _resolved(asked: Entries, before: Entries, images: ImageShards, cache: Path,
     found, bearers = _pictures_named(asked, images, cache)
     there = Entries(*(frozenset(row[name] for row in found) for name in COLUMNS)) | before
     if absent := (asked - there).listed():
-        _tell_absent(absent, len(asked), images, listed)
+        _report_unmatched(absent, len(asked), images, listed)
     if repeated := sorted(key for key, count in bearers.items() if count > 1):
         raise InputError(
             f"{listed}: key {repeated[0]} is borne by {bearers[repeated[0]]} pictures of {images.uri}, a merged "
@@ -236,7 +241,7 @@ def _resolved(asked: Entries, before: Entries, images: ImageShards, cache: Path,
     )
 
 
-def _tell_absent(absent: list[dict[str, str]], asked: int, images: ImageShards, listed: str) -> None:
+def _report_unmatched(absent: list[dict[str, str]], asked: int, images: ImageShards, listed: str) -> None:
     """Warn of entries that name no picture; refuse a list of nothing else, which is more likely the wrong one."""
     first = ", ".join(f"{entry['column']} {entry['value']}" for entry in absent[:_NAMED_FIRST])
     told = f"{len(absent)} of {asked} entries ({first}{', …' if len(absent) > _NAMED_FIRST else ''})"
@@ -254,17 +259,9 @@ def _pictures_named(asked: Entries, images: ImageShards, cache: Path) -> tuple[l
     def named(shard: artifacts.Shard) -> list[dict[str, str]]:
         table = tables.read_table(artifacts.fetch_shard(images.uri, shard, ".parquet", cache), _ASKED_COLUMNS)
         table = table.filter(pa.array(matcher.mask(table)))
-        rows: list[dict[str, str]] = table.filter(pc.is_in(table["error_class"], pa.array(ANSWERED))).to_pylist()
+        rows: list[dict[str, str]] = table.filter(pc.is_in(table["error_class"], pa.array(FINAL_OUTCOMES))).to_pylist()
         return rows
 
     with ThreadPoolExecutor(_READERS) as pool:
         found = [row for rows in pool.map(named, images.manifest().shards) for row in rows]
     return found, Counter(row["key"] for row in found if row["key"] in asked.key)
-
-
-@stage_task(name="takedown")
-def takedown_task(
-    listed: str, images: ImageShards, base: str, cache: Path, previous: Takedown | None
-) -> Outcome[Takedown]:
-    """Task of :func:`take_down`."""
-    return take_down(listed, images, base, cache=cache, previous=previous)

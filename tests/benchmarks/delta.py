@@ -38,8 +38,8 @@ from infra.settings import Settings
 from model.encoder.clip import Encoder
 from tasks.download.task import DownloadConfig
 from tasks.embed.task import EmbedConfig
-from tasks.index.task import IndexConfig, build_database
-from tasks.references.types import METADATA_SCHEMA, EmbeddingShards, ImageShards, config_of
+from tasks.index.task import IndexConfig, index
+from tasks.references.types import METADATA_SCHEMA, EmbeddingShards, ImageShards, config_to_dict
 from tasks.references.url_history import hashes_of, write_seen
 from tasks.register import register_database
 from tasks.stage import base_of
@@ -92,19 +92,21 @@ class MadeUp:
         self._settings = Settings(root=str(root))
         self._base, cache = base_of(self._settings, self._name), self._settings.cache_folder
         policy = DownloadPolicy(allow_hosts=(host,), threads=32, retries=0)
-        download = config_of(DownloadConfig(shard_rows=SHARD_ROWS, policy=policy, workers=os.cpu_count() or 1))
-        stage = artifacts.Stage(self._base, ImageShards.kind, inputs={}, config=download)
+        download = config_to_dict(DownloadConfig(shard_rows=SHARD_ROWS, policy=policy, workers=os.cpu_count() or 1))
+        stage = artifacts.ArtifactBuilder(self._base, ImageShards.kind, inputs={}, config=download)
         numbers = range(rows // SHARD_ROWS)
         done = [self._image_shard(stage.uri, number) for number in numbers]
         info = {"seen": [write_seen(stage.uri, hashes_of(stage.uri, done, cache))], "outcomes": {"success": rows}}
         images = ImageShards.of(stage.commit(done, info=info), stage.uri)
-        embed = {**config_of(EmbedConfig()), "precision": "float32"}
-        stage = artifacts.Stage(self._base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=embed)
+        embed = {**config_to_dict(EmbedConfig()), "precision": "float32"}
+        stage = artifacts.ArtifactBuilder(
+            self._base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=embed
+        )
         known = {"encoder": dataclasses.asdict(encoder.identity), "outcomes": {"success": SHARD_ROWS}}
         filled = [self._embedding_shard(stage.uri, shard, number, centres, known) for number, shard in enumerate(done)]
         identity = {"encoder": dataclasses.asdict(encoder.identity)}
         embeddings = EmbeddingShards.of(stage.commit(filled, identity=identity, info={}), stage.uri)
-        built = build_database(embeddings, self._base, IndexConfig(), cache=cache)
+        built = index(embeddings, self._base, IndexConfig(), cache=cache)
         register_database(self._name, built.reference, self._settings)
 
     def grown(self, number: int, files: list[str]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from flows.demo.images import twemoji_folder
 from model.encoder.clip import Encoder
 from model.images import on_white
-from model.metrics.embedding_metrics import Rows
+from model.metrics.embedding_metrics import Embeddings
 from model.retrieval.database import Database, ShardFiles
 from model.retrieval.faiss_index import fill_shard, train_index
 from model.training.data import picture_to_array
@@ -106,7 +106,7 @@ def opened(kept: Path, encoder: Encoder) -> Database:
     return Database([ShardFiles(index=index, embeddings=(kept,))], encoder=encoder.identity, name=OWN)
 
 
-def rows_of(kept: Path) -> Rows:
+def rows_of(kept: Path) -> Embeddings:
     """(M, D) float32 of what :func:`embedded` has kept."""
     return np.load(kept).astype(np.float32)
 

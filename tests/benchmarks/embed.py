@@ -35,11 +35,11 @@ from contestant import Contestant, Spent, serve, spent
 import model.encoder.clip
 from flows.demo.images import twemoji_folder
 from infra import artifacts, compute
-from infra.download.images import PictureNormaliser
+from infra.download.images import ImageNormaliser
 from infra.formats.tables import write_table
 from model.encoder.clip import Encoder
 from tasks.embed.task import EmbedConfig
-from tasks.embed.worker import EmbedShard, Feeding
+from tasks.embed.worker import EmbedShard, WorkerConfig
 from tasks.references.types import METADATA_SCHEMA
 
 SHARDS, SHARD_ROWS, ROUNDS = 4, 500, 2
@@ -110,7 +110,7 @@ def told(who: str, taken: Spent) -> Spent:
 
 def write_shards(folder: Path, shards: int = SHARDS, shard_rows: int = SHARD_ROWS) -> list[artifacts.Shard]:
     """Twemoji as the download stage stores it, some pictures more than once where there are not so many."""
-    normalise = PictureNormaliser(max_pixels=10**6, min_side_px=1, max_side_px=512)
+    normalise = ImageNormaliser(max_pixels=10**6, min_side_px=1, max_side_px=512)
     files = sorted(twemoji_folder().glob("*.png"))
     done = []
     for number in range(shards):
@@ -134,7 +134,7 @@ def write_shards(folder: Path, shards: int = SHARDS, shard_rows: int = SHARD_ROW
 @contextmanager
 def our_workers(folder: Path, shards: list[artifacts.Shard], others: list[int]) -> Iterator[Round]:
     """An actor a core, each holding two shards at once, as the stage has them. All of Ray's processors count."""
-    feeding = Feeding(encoder="sticker-clip", batch_size=BATCH, cuda=False, decoders=1)
+    feeding = WorkerConfig(encoder="sticker-clip", batch_size=BATCH, cuda=False, decoders=1)
     arguments = (str(folder / "images"), str(folder / "ours"), feeding, folder)
     with compute.cluster(cores=CORES):
         compute.cpus()  # starts it

@@ -32,8 +32,8 @@ from flows.demo.images import emoji_names
 from model.encoder.clip import Encoder
 from model.metrics import embedding_metrics
 from model.metrics.bootstrap import Score
-from model.metrics.embedding_metrics import Rows
-from model.metrics.scores import Yardstick, flat, score_mean, score_samples
+from model.metrics.embedding_metrics import Embeddings
+from model.metrics.scores import ReferenceSet, flatten, score_mean, score_samples
 from model.pipeline import KNNDiffusionPipeline
 from model.saved_generator import DISCRETE, EMBEDDED, pretrained_folder, weights_digest
 from model.step_random import mixed_seed
@@ -71,7 +71,7 @@ def bench_generator(samples: int, device: str, model: str = EMBEDDED) -> dict[st
         tqdm.write(f"{name}: CLIP score {embedding_metrics.clip_score(rows[name], queries[:count].numpy()):.4f}")
     save_sheet({name: pixels[name][:SHOWN] for name in MAIN}, BENCH / f"{model}.png")
 
-    def clip_score(pictures: Rows) -> Score:
+    def clip_score(pictures: Embeddings) -> Score:
         asked = queries[: len(pictures)].numpy()
         return score_mean(embedding_metrics.pair_cosines(pictures, asked), asked, yardstick, bounds=(-1.0, 1.0))
 
@@ -83,11 +83,11 @@ def bench_generator(samples: int, device: str, model: str = EMBEDDED) -> dict[st
         "clip_score_real": clip_score(scene.described),
     }
     return {
-        **flat(scores | {"fd_own": knn["fd"]}),
+        **flatten(scores | {"fd_own": knn["fd"]}),
         "clip_score_ratio": knn["clip_score"].value / no_knn.value,
         **distances(rows["knn"], own, others),
         "fd_real_split": real_split(own, samples),
-        **flat({name: knn[name] for name in ("copy_rate", "nearest", "precision", "recall")}),
+        **flatten({name: knn[name] for name in ("copy_rate", "nearest", "precision", "recall")}),
         "copy_threshold": yardstick.threshold,
         "nearest_real": scene.nearest_real,
         "samples": samples,
@@ -115,7 +115,7 @@ def bench_ablations(samples: int, device: str) -> dict[str, Any]:
     scores, sheets = {}, {}
     for name, condition in ABLATIONS.items():
         sheets[name] = scene.studio.draw(f"ablation-{name}", condition, samples)
-        scores[name] = flat(scene.score(scene.encoder.embed_pixels(sheets[name]).numpy()))
+        scores[name] = flatten(scene.score(scene.encoder.embed_pixels(sheets[name]).numpy()))
         tqdm.write(f"{name}: CLIP score {scores[name]['clip_score']:.3f}, FD {scores[name]['fd']:.3f}")
     shown = {name: pictures[:SHOWN_ABLATED] for name, pictures in sheets.items()}
     save_sheet(shown, BENCH / "ablations.png", columns=1)
@@ -135,13 +135,13 @@ class Scene:
     """What the generator draws here, and what its pictures are held against."""
 
     encoder: Encoder
-    own: Rows
+    own: Embeddings
     """(M, D): Twemoji's pictures."""
     queries: torch.Tensor
     """(N, D): the embedded captions."""
-    described: Rows
+    described: Embeddings
     """(N, D): the pictures that the captions name."""
-    yardstick: Yardstick
+    yardstick: ReferenceSet
     nearest_real: float
     """Mean cosine of a picture to the nearest other one."""
     studio: "Studio"
@@ -163,12 +163,12 @@ class Scene:
             own=own,
             queries=queries,
             described=own[[captions[text] for text in texts]],
-            yardstick=Yardstick(real=own, threshold=embedding_metrics.copy_threshold(near), seed=SEED),
+            yardstick=ReferenceSet(real=own, threshold=embedding_metrics.copy_threshold(near), seed=SEED),
             nearest_real=float(near[np.isfinite(near)].mean()),
             studio=Studio(pipeline, queries, settings_of(model, pipeline, own, list(captions), device)),
         )
 
-    def score(self, rows: Rows) -> dict[str, Score]:
+    def score(self, rows: Embeddings) -> dict[str, Score]:
         """Every metric of the pictures (N, D) of all queries."""
         near = self.studio.pipeline.database.search(rows, 1).scores[:, 0]
         return score_samples(rows, self.queries.numpy(), near, self.yardstick)
@@ -182,7 +182,7 @@ def twemoji_captions(files: list[Path]) -> dict[str, int]:
 
 
 def settings_of(
-    model: str, pipeline: KNNDiffusionPipeline, own: Rows, captions: list[str], device: str
+    model: str, pipeline: KNNDiffusionPipeline, own: Embeddings, captions: list[str], device: str
 ) -> dict[str, Any]:
     """All that decides the pictures but the code."""
     scheduler = dict(pipeline.scheduler.config) if pipeline.scheduler is not None else {}
@@ -252,7 +252,7 @@ class Studio:
         write_whole(path, lambda file: np.savez(file, pixels=pixels))
 
 
-def distances(rows: Rows, own: Rows, others: dict[str, Rows]) -> dict[str, Any]:
+def distances(rows: Embeddings, own: Embeddings, others: dict[str, Embeddings]) -> dict[str, Any]:
     """Fréchet distance of the samples to each other domain, and to their own over as many pictures: those compare."""
     told = {}
     for name, other in others.items():
@@ -271,7 +271,7 @@ def distances(rows: Rows, own: Rows, others: dict[str, Rows]) -> dict[str, Any]:
     }
 
 
-def real_split(own: Rows, samples: int) -> float:
+def real_split(own: Embeddings, samples: int) -> float:
     """What as many real pictures score against the rest of their domain, at most half of it."""
     order = np.random.default_rng(SEED).permutation(len(own))
     count = min(samples, len(own) // 2)
@@ -294,5 +294,5 @@ def save_sheet(sheets: dict[str, NDArray[np.uint8]], path: Path, columns: int = 
     page.save(path)
 
 
-def _some(rows: Rows, count: int) -> Rows:
+def _some(rows: Embeddings, count: int) -> Embeddings:
     return rows[np.random.default_rng(SEED).permutation(len(rows))[:count]]

@@ -33,7 +33,7 @@ from seeded import FOLDER, QUERIES, WIDTH, held_out, row_files, seeded_database
 
 from infra.artifacts import Manifest
 from model.retrieval.database import Database, SearchEffort
-from model.retrieval.recall import Truth, recall
+from model.retrieval.recall import GroundTruth, recall
 from tasks.references.database import open_database
 
 SIZES = (100_000, 1_000_000, 10_000_000)
@@ -76,7 +76,7 @@ def _index(rows: int) -> dict[str, Any]:
     return found
 
 
-def _searched(database: Database, truth: Truth) -> dict[str, Any]:
+def _searched(database: Database, truth: GroundTruth) -> dict[str, Any]:
     """Effort, recall and queries/s of a database as it is."""
     taken = seconds(lambda: database.search(truth.queries, 10))
     return {
@@ -86,7 +86,9 @@ def _searched(database: Database, truth: Truth) -> dict[str, Any]:
     }
 
 
-def _beside(other: str, theirs: dict[str, Any], database: Database, truth: Truth, wanted: float) -> dict[str, Any]:
+def _beside(
+    other: str, theirs: dict[str, Any], database: Database, truth: GroundTruth, wanted: float
+) -> dict[str, Any]:
     """What was measured of another index, and of ours at the least effort that has the recall ``wanted``."""
     for nprobe in sorted({*(1 << power for power in range(12)), *(3 << power for power in range(10))}):
         harder = database.with_effort(SearchEffort(nprobe=nprobe, candidates=database.effort.candidates))
@@ -96,7 +98,7 @@ def _beside(other: str, theirs: dict[str, Any], database: Database, truth: Truth
     return {**theirs, **ours, f"qps_ratio_{other}": ours[f"queries_s_beside_{other}"] / theirs[f"queries_s_{other}"]}
 
 
-def _in_its_memory(rows: int, theirs: dict[str, Any], truth: Truth) -> dict[str, Any]:
+def _in_its_memory(rows: int, theirs: dict[str, Any], truth: GroundTruth) -> dict[str, Any]:
     """What ``auto`` makes of the memory that autofaiss's index takes."""
     version, _ = seeded_database(rows, memory_bytes=int(rows * theirs["bytes_a_row_autofaiss"]))
     database, manifest = open_database(version, FOLDER / "cache"), version.manifest()
@@ -109,7 +111,7 @@ def _in_its_memory(rows: int, theirs: dict[str, Any], truth: Truth) -> dict[str,
     return told | {"qps_ratio_autofaiss": told["queries_s"] / theirs["queries_s_autofaiss"]}
 
 
-def _flat(rows: int, truth: Truth) -> float:
+def _flat(rows: int, truth: GroundTruth) -> float:
     """Queries/s of FAISS's exact search."""
     flat = faiss.IndexFlatIP(WIDTH)
     for path in row_files(rows):

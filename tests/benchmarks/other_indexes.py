@@ -13,13 +13,13 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from model.retrieval.recall import Truth
+from model.retrieval.recall import GroundTruth
 
 ROUNDS = 5
 """Of which the median counts."""
 
 
-def autofaiss(files: Sequence[Path], folder: Path, bytes_: int, truth: Truth, wanted: float) -> dict[str, Any]:
+def autofaiss(files: Sequence[Path], folder: Path, bytes_: int, truth: GroundTruth, wanted: float) -> dict[str, Any]:
     python = os.environ.get("AUTOFAISS_PYTHON")
     if not python:
         print("index: AUTOFAISS_PYTHON is not set, so autofaiss is left out; the benchmark's head says how to have it")
@@ -80,7 +80,7 @@ print(json.dumps({"hnswlib": f"M 16, ef {ef}", "recall_at_10_hnswlib": recall, "
 """  # noqa: E501
 
 
-def hnswlib(files: Sequence[Path], folder: Path, truth: Truth, wanted: float) -> dict[str, Any]:
+def hnswlib(files: Sequence[Path], folder: Path, truth: GroundTruth, wanted: float) -> dict[str, Any]:
     python = os.environ.get("HNSWLIB_PYTHON")
     if not python:
         print("index: HNSWLIB_PYTHON is not set, so hnswlib is left out; the benchmark's head says how to have it")
@@ -94,7 +94,7 @@ def hnswlib(files: Sequence[Path], folder: Path, truth: Truth, wanted: float) ->
     return measured
 
 
-def recall_of(ids: NDArray[np.int64], truth: Truth) -> float:
+def recall_of(ids: NDArray[np.int64], truth: GroundTruth) -> float:
     return float(
         np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids.tolist(), truth.ids[:, :10].tolist(), strict=True)])
     )

@@ -16,8 +16,8 @@ from infra import artifacts, compute, storage
 from infra.download.downloader import SHARD_ROWS
 from infra.formats.tables import write_table
 from model.encoder.identity import EncoderIdentity
-from model.retrieval.recall import Truth, find_truth
-from tasks.index.task import IndexConfig, build_database
+from model.retrieval.recall import GroundTruth, exact_neighbours
+from tasks.index.task import IndexConfig, index
 from tasks.references.types import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards
 
 WIDTH = 256
@@ -39,7 +39,7 @@ def clustered(rows: int, seed: int) -> NDArray[np.float32]:
 def seeded_embeddings(rows: int) -> EmbeddingShards:
     """Committed embedding shards of so many seeded rows; made once. Their metadata has no rows: nobody asks for it."""
     config = {"rows": rows, "shard_rows": SHARD_ROWS}
-    stage = artifacts.Stage(str(FOLDER / str(rows)), EmbeddingShards.kind, inputs={}, config=config)
+    stage = artifacts.ArtifactBuilder(str(FOLDER / str(rows)), EmbeddingShards.kind, inputs={}, config=config)
     manifest = stage.committed()
     if manifest is None:
         done = [_commit(stage, f"{number:05d}", part) for number, part in enumerate(_parts(rows))]
@@ -53,7 +53,7 @@ def _parts(rows: int) -> Iterator[NDArray[np.float16]]:
         yield from np.split(drawn, range(SHARD_ROWS, len(drawn), SHARD_ROWS))
 
 
-def _commit(stage: artifacts.Stage, name: str, part: NDArray[np.float16]) -> artifacts.Shard:
+def _commit(stage: artifacts.ArtifactBuilder, name: str, part: NDArray[np.float16]) -> artifacts.Shard:
     with storage.scratch() as folder:
         (folder / "img_emb").mkdir()
         np.save(folder / "img_emb" / f"img_emb_{name}.npy", part)
@@ -65,19 +65,19 @@ def seeded_database(rows: int, **config: Any) -> tuple[DatabaseVersion, float]:
     """The version that the index stage builds of them, and the seconds that took; 0 when it was there."""
     embeddings, base = seeded_embeddings(rows), str(FOLDER / str(rows))
     with compute.cluster(None, None):
-        outcome = build_database(embeddings, base, IndexConfig(**config), cache=FOLDER / "cache")
+        outcome = index(embeddings, base, IndexConfig(**config), cache=FOLDER / "cache")
     return outcome.reference, 0.0 if outcome.skipped else outcome.seconds
 
 
-def held_out(rows: int) -> Truth:
+def held_out(rows: int) -> GroundTruth:
     """Queries of the same clusters that are no rows, and their true neighbours; kept, for they take a while."""
     kept = FOLDER / str(rows) / "truth.npz"
     if not kept.exists():
         parts = [np.load(path, mmap_mode="r") for path in row_files(rows)]
-        truth = find_truth(parts, clustered(QUERIES, seed=10_000_019), depth=10)
+        truth = exact_neighbours(parts, clustered(QUERIES, seed=10_000_019), depth=10)
         np.savez(kept, queries=truth.queries, own=truth.own, ids=truth.ids, scores=truth.scores)
     with np.load(kept) as found:
-        return Truth(**found)
+        return GroundTruth(**found)
 
 
 def row_files(rows: int) -> list[Path]:

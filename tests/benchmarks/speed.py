@@ -36,7 +36,7 @@ from model.networks.editor import widen_input
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
 from model.pipeline import new_pipeline
 from model.step_random import Draw
-from model.training.data import Rows, TrainingSet
+from model.training.data import TrainingRows, TrainingSet
 from model.training.ema import ema_copy, ema_update
 from model.training.interfaces import Objective, TrainingConfig
 from model.training.loop import train
@@ -113,7 +113,7 @@ def random_set(size: Size, dimension: int, device: str, *, codes: bool) -> Train
     rows = rng.standard_normal((size.rows, dimension)).astype(np.float16)
     shape = (size.rows, 256) if codes else (size.rows, 64, 64, 3)
     pictures = rng.integers(0, 1024 if codes else 256, shape).astype(np.int16 if codes else np.uint8)
-    held = Rows(
+    held = TrainingRows(
         pictures=pictures,
         embeddings=rows,
         neighbours=rng.integers(0, size.rows, (size.rows, POOL)),

@@ -87,7 +87,7 @@ def evaluation() -> dict[str, Any]:
 
 def make(root: Path) -> None:
     """Run the flows."""
-    from fakes import LoopbackServer, Reply
+    from support.fakes import LoopbackServer, Reply
 
     from flows.evaluate_generator import evaluate_generator
     from flows.new_domain import new_domain
@@ -146,7 +146,8 @@ def pack(root: Path) -> None:
 if __name__ == "__main__":
     sys.path[:0] = [str(CHECKOUT / "tests"), str(CHECKOUT)]
     import conftest  # noqa: F401  # its environment: no telemetry, no settings of the user
-    from infra.prefect_api import prefect_api
+
+    from infra.prefect_server import prefect_api
 
     with tempfile.TemporaryDirectory() as scratch, prefect_api(Path(scratch, "prefect")):
         os.environ["KNN_DIFFUSION_CACHE"] = str(Path(scratch, "cache"))

@@ -13,7 +13,7 @@ from support.fakes import WithoutRay
 
 from infra import storage
 from infra.errors import StageError
-from infra.storage.errors import told
+from infra.storage.errors import storage_errors
 
 STAGES = {"images": ".tar", "embeddings": ".npy", "database": ".faiss"}
 SHARDS_LEFT = {"images": 2, "embeddings": 2, "database": 0}
@@ -28,7 +28,7 @@ def failing(kind: str, error: Exception, put: Put, seen: list[str]) -> Put:
         if f"/{kind}/" in uri and uri.endswith(STAGES[kind]) and not uri.endswith("quantizer.faiss"):
             seen.append(uri)
             if len(seen) == SHARDS_LEFT[kind] + 1:
-                with told(uri):
+                with storage_errors(uri):
                     raise error
         put(local, uri)
 

@@ -174,7 +174,7 @@ def test_what_a_merge_elsewhere_is_made_of_stays_while_it_runs(
         assert living.collect(grace_s=3600, dry_run=False)[0].files
         return register(*arguments)
 
-    monkeypatch.setattr(module, "register_database_task", meanwhile)
+    monkeypatch.setattr(module, "register_database", meanwhile)
     merged = module.merge_databases(union).database.reference
     assert living.found(merged) == set(NAMES[:6])
     from tasks.references.images import fetch_pictures
@@ -222,7 +222,7 @@ def test_a_collection_that_is_interrupted_goes_on_and_keeps_no_other_one_up(
 
     first = living.build(NAMES[:4]).database.reference
     base = f"{living.root}/shapes"
-    artifacts.Stage(base, "neighbours", inputs={"database": first.as_input()}, config={}).commit([], info={})
+    artifacts.ArtifactBuilder(base, "neighbours", inputs={"database": first.as_input()}, config={}).commit([], info={})
     living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
     living.build(NAMES[4:6], domain="others")
     remove, removed = storage.remove, list[str]()
@@ -283,9 +283,9 @@ def test_takedowns_that_a_wider_one_holds_go_with_their_versions(living: Living,
     for number in (1, 2, 3):
         living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[number])}, name="down.jsonl"))
     lists = f"{living.root}/shapes/takedown"
-    assert len(storage.names(lists)) == 3
+    assert len(storage.list_names(lists)) == 3
     living.collect(dry_run=False)
-    assert len(storage.names(lists)) == 1
+    assert len(storage.list_names(lists)) == 1
     living.rebuild(urls=living.listed(*NAMES[:7]))
     assert living.champion() == {NAMES[0], *NAMES[4:7]}
 
@@ -311,8 +311,8 @@ def test_a_cache_that_may_not_be_written_keeps_nothing_from_going(
     def refused(*_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("infra.storage.file_cache.forget", refused)
-    monkeypatch.setattr("infra.storage.file_cache.owes", lambda _: True)
+    monkeypatch.setattr("infra.storage.file_cache.purge", refused)
+    monkeypatch.setattr("infra.storage.file_cache.has_pending_purges", lambda _: True)
     assert living.collect(dry_run=False)[0].files
     assert living.collect()[0].files == ()
     assert "cannot forget what goes (Permission denied): copies of it may stay there; delete" in caplog.text

@@ -14,7 +14,7 @@ from tasks.references.lineage import embeddings_of
 
 def test_databases_are_merged_by_the_flow(living: Living, ray: WithoutRay) -> None:
     from flows.combine_databases import MergeDatabasesConfig, merge_databases
-    from tasks.serve.load import pull_database
+    from tasks.serve.load import load_database
 
     living.build(NAMES[:6])
     living.build(NAMES[6:10], domain="others")
@@ -22,7 +22,7 @@ def test_databases_are_merged_by_the_flow(living: Living, ray: WithoutRay) -> No
     merged = merge_databases(MergeDatabasesConfig(domain="both", databases=("shapes", "others"), root=str(living.root)))
     assert {description for description, _ in ray.items} & {"images", "embeddings"} == set()
     assert living.found(merged.database.reference) == set(NAMES[:10])
-    assert len(pull_database("both", living.settings)) == 10
+    assert len(load_database("both", living.settings)) == 10
     from flows.rebuild_index import RebuildIndexConfig, rebuild_index
 
     living.server.requests.clear()
@@ -86,7 +86,7 @@ def test_a_union_that_cannot_be_made_hides_nothing_of_the_domain(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows.combine_databases import MergeDatabasesConfig, merge_databases
-    from tasks.upkeep.takedown import takedowns_below
+    from tasks.upkeep.takedown import list_takedowns
 
     for number, domain in enumerate("ab"):
         living.build(NAMES[4 * number : 4 + 4 * number], domain=domain)
@@ -101,7 +101,7 @@ def test_a_union_that_cannot_be_made_hides_nothing_of_the_domain(
         merge_databases(
             MergeDatabasesConfig(databases=("a", "b"), domain="shapes", root=str(living.root), replace=True)
         )
-    assert takedowns_below(f"{living.root}/shapes") == []
+    assert list_takedowns(f"{living.root}/shapes") == []
     living.rebuild(urls=living.listed(*NAMES[:3]))
     assert living.champion() == set(NAMES[:3])
 

@@ -44,7 +44,7 @@ def test_all_are_deployed_as_the_readme_says(tmp_path: Path) -> None:
     deploy = """
 import subprocess, sys
 from pathlib import Path
-from infra.prefect_api import prefect_api
+from infra.prefect_server import prefect_api
 with prefect_api(Path(sys.argv[1])):
     for words in (["work-pool", "create", "knn-diffusion", "--type", "process"], ["--no-prompt", "deploy", "--all"]):
         subprocess.run([sys.executable, "-m", "prefect", *words], check=True)

@@ -139,9 +139,8 @@ def test_pyfunc_loads_in_a_fresh_process_elsewhere(domain: Any, tmp_path: Path) 
 def test_pulled_pipeline_draws_and_swaps(domain: Any) -> None:
     import torch
 
-    from infra.registry import load_pipeline
     from infra.settings import Settings
-    from tasks.serve.load import pull_database
+    from tasks.serve.load import load_database, load_pipeline
 
     settings = Settings(root=str(domain.root))
     pipeline = load_pipeline("models:/knn-diffusion@champion", "shapes", settings)
@@ -149,7 +148,7 @@ def test_pulled_pipeline_draws_and_swaps(domain: Any) -> None:
     first = pipeline("red circle", generator=torch.Generator().manual_seed(1), **options)
     assert len(first.images) == 2
     assert first.hits.ids.shape == (1, NEIGHBOURS)
-    pipeline.swap_database(pull_database(domain.result.database.reference.uri, settings))
+    pipeline.swap_database(load_database(domain.result.database.reference.uri, settings))
     again = pipeline("red circle", generator=torch.Generator().manual_seed(1), **options)
     assert [np.asarray(a).tolist() for a in first.images] == [np.asarray(b).tolist() for b in again.images]
 
@@ -159,7 +158,7 @@ def test_damaged_tar_is_found_by_its_digest(domain: Any, tmp_path: Path) -> None
 
     from infra import compute
     from infra.errors import KNNDiffusionError
-    from tasks.embed.task import EmbedConfig, embed_images
+    from tasks.embed.task import EmbedConfig, embed
     from tasks.references.types import ImageShards
 
     copy = tmp_path / "images"
@@ -167,7 +166,7 @@ def test_damaged_tar_is_found_by_its_digest(domain: Any, tmp_path: Path) -> None
     tar = sorted(copy.glob("*.tar"))[1]
     tar.write_bytes(tar.read_bytes()[:-512])
     with compute.cluster(), pytest.raises(KNNDiffusionError, match=f"{tar.name}.*differs from its committed digest"):
-        embed_images(ImageShards.open(str(copy)), str(tmp_path), EmbedConfig(workers=1), cache=tmp_path)
+        embed(ImageShards.open(str(copy)), str(tmp_path), EmbedConfig(workers=1), cache=tmp_path)
 
 
 def test_damaged_embeddings_are_found_when_the_database_is_opened(domain: Any, tmp_path: Path) -> None:

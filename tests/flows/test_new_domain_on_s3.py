@@ -40,10 +40,10 @@ def made_and_made_again(bucket: Bucket, folder: Path, monkeypatch: pytest.Monkey
 
 
 def assert_found(made: Any, settings: Settings) -> None:
-    from tasks.serve.load import pull_database, search_database
+    from tasks.serve.load import load_database, search_database
 
     for name in ("shapes", made.database.reference.uri):
-        assert len(pull_database(name, settings)) == len(good_replies())
+        assert len(load_database(name, settings)) == len(good_replies())
     found = search_database("shapes", "red circle", 3, settings).rows
     assert [row["rank"] for row in found] == [1, 2, 3]
     assert all(row["url"].endswith(".png") for row in found)
@@ -62,7 +62,7 @@ def test_the_whole_line_lives_in_a_real_object_store(
 ) -> None:
     import torch
 
-    from infra.registry import load_pipeline
+    from tasks.serve.load import load_pipeline
 
     made = made_and_made_again(radosgw_bucket, tmp_path, monkeypatch, train=True)
     keys = radosgw_bucket.keys()

@@ -169,11 +169,11 @@ def test_all_pictures_may_be_taken_down_and_others_put_in_their_place(living: Li
 def test_what_is_hidden_already_stays_so_when_what_follows_is_refused(
     living: Living, ray: WithoutRay, asked: str
 ) -> None:
-    from tasks.index.task import IndexChanges, IndexConfig
+    from tasks.index.task import IndexConfig, IndexOverrides
 
     living.build(NAMES[:4])
     down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")
-    kind = IndexConfig if asked == "index" else IndexChanges
+    kind = IndexConfig if asked == "index" else IndexOverrides
     with pytest.raises(ModelError, match="IVF4X"):
         living.rebuild(takedown=down, **{asked: kind(index="IVF4X")})
     assert living.champion() == set(NAMES[:4]) - {NAMES[1]}
@@ -237,11 +237,11 @@ def test_killed_before_it_was_registered_it_goes_on_where_it_was(
     def killed(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "register_database_task", killed)
+    monkeypatch.setattr(module, "register_database", killed)
     with pytest.raises(BaseException):  # noqa: B017  # as Prefect tells of it
         living.rebuild(urls=listed)
     assert len(living.versions()) == 1
-    monkeypatch.setattr(module, "register_database_task", register)
+    monkeypatch.setattr(module, "register_database", register)
     ray.items.clear()
     again = living.rebuild(urls=listed)
     assert (living.server.requests, ray.items) == ([], [])

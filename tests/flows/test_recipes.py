@@ -12,7 +12,7 @@ from model.networks.dit import TransformerConfig
 from model.networks.unet import UNetConfig
 from model.networks.vq_transformer import VQTransformerConfig
 from model.saved_generator import EMBEDDED
-from tasks.train.setup import TrainConfig, picture_side
+from tasks.train.setup import TrainConfig, image_side
 
 
 def made(name: str, **options: Any) -> NewDomainConfig:
@@ -76,7 +76,7 @@ def test_photos_are_latents_of_the_autoencoder_that_is_given() -> None:
     assert train is not None
     assert isinstance(train.network, TransformerConfig)
     assert (train.autoencoder, train.image_size) == ("vae", 256)
-    assert picture_side(train.network, Latent()) == 256  # type: ignore[arg-type]
+    assert image_side(train.network, Latent()) == 256  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

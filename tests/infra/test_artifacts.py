@@ -14,7 +14,7 @@ from support.fakes import LoopbackServer, Reply
 from support.object_stores import Bucket
 
 from infra import artifacts, storage
-from infra.artifacts import File, Manifest, Shard, Stage
+from infra.artifacts import ArtifactBuilder, File, Manifest, Shard
 from infra.errors import InputError, IntegrityError, NotFoundError, StageError
 
 INPUTS = {"images": {"uri": "/data/images/1", "digest": "11" * 32}, "urls": {"uri": "s3://b/2", "digest": "22" * 32}}
@@ -30,13 +30,18 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{bucket.uri}/twemoji"
 
 
-def stage(base: str, **changes: Any) -> Stage:
+def stage(base: str, **changes: Any) -> ArtifactBuilder:
     request = {"kind": "images", "inputs": INPUTS, "config": CONFIG, **changes}
-    return Stage(base, request["kind"], inputs=request["inputs"], config=request["config"])
+    return ArtifactBuilder(base, request["kind"], inputs=request["inputs"], config=request["config"])
 
 
 def fill(
-    where: Stage, name: str, files: Mapping[str, bytes], *, rows: int = 3, info: Mapping[str, Any] | None = None
+    where: ArtifactBuilder,
+    name: str,
+    files: Mapping[str, bytes],
+    *,
+    rows: int = 3,
+    info: Mapping[str, Any] | None = None,
 ) -> Shard:
     """Commit a shard of these files, as a worker does."""
     with storage.scratch() as scratch:
@@ -46,7 +51,7 @@ def fill(
         return artifacts.commit_shard(where.uri, name, scratch, rows=rows, info=info or {})
 
 
-def committed(base: str, **changes: Any) -> tuple[Stage, Manifest]:
+def committed(base: str, **changes: Any) -> tuple[ArtifactBuilder, Manifest]:
     """A stage of two shards, committed."""
     made = stage(base, **changes)
     shards = [fill(made, "00000", {"00000.tar": b"tar zero"}), fill(made, "00001", {"00001.tar": b"tar one"}, rows=4)]
@@ -77,7 +82,7 @@ def test_a_committed_folder_reads_back_as_it_was_committed(base: str) -> None:
     assert manifest.files[1] == File(name="00001.tar", bytes=7, sha256=hashlib.sha256(b"tar one").hexdigest())
     assert made.uri == f"{base}/images/{made.key}"
     assert artifacts.read_manifest(made.uri) == manifest
-    assert storage.names(made.uri) == ["00000.tar", "00001.tar", "manifest.json", "shards"]
+    assert storage.list_names(made.uri) == ["00000.tar", "00001.tar", "manifest.json", "shards"]
     assert storage.read_bytes(f"{made.uri}/00001.tar") == b"tar one"
 
 

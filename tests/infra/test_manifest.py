@@ -196,7 +196,7 @@ def test_records_made_by_code_are_checked_too(tmp_path: Path) -> None:
         Shard(name="a/b", rows=0, files=(), info={})
     shards = [Shard(name=name, rows=0, files=(), info={}) for name in ("a", "A")]
     with pytest.raises(ValueError, match="differs from another in case alone"):
-        artifacts.Stage(str(tmp_path), "images", inputs={}, config={}).commit(shards, info={})
+        artifacts.ArtifactBuilder(str(tmp_path), "images", inputs={}, config={}).commit(shards, info={})
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from support.object_stores import Bucket
 from infra import artifacts, storage, tracking
 from infra.artifacts import Manifest
 from infra.errors import IntegrityError, KNNDiffusionError, NotFoundError, StageError, TransientError
-from infra.registry import DATABASE_PREFIX, GENERATOR_NAME, Registered, Registry
+from infra.registry import DATABASE_PREFIX, GENERATOR_NAME, RegisteredVersion, Registry
 from infra.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # MLflow's advice on type hints and examples
@@ -61,10 +61,12 @@ class Line:
 
     def folder(self, kind: str = "database", *, rows: int = 3, base: str | None = None) -> tuple[str, Manifest]:
         """A committed folder."""
-        stage = artifacts.Stage(base or f"{self.settings.root}/twemoji", kind, inputs={}, config={"rows": rows})
+        stage = artifacts.ArtifactBuilder(
+            base or f"{self.settings.root}/twemoji", kind, inputs={}, config={"rows": rows}
+        )
         return stage.uri, fill(stage, rows)
 
-    def register(self, name: str, folder_uri: str, **changes: Any) -> Registered:
+    def register(self, name: str, folder_uri: str, **changes: Any) -> RegisteredVersion:
         arguments: dict[str, Any] = {"tags": {}, "model_config": {"greeting": "hello"}, **changes}
         return self.registry.register(name, folder_uri, script=self._script, signature=SIGNATURE, **arguments)
 
@@ -75,7 +77,7 @@ class Line:
         return str(caught.value)
 
 
-def fill(stage: artifacts.Stage, rows: int) -> Manifest:
+def fill(stage: artifacts.ArtifactBuilder, rows: int) -> Manifest:
     with storage.scratch() as scratch:
         (scratch / "00000.faiss").write_bytes(b"index" * rows)
         shard = artifacts.commit_shard(stage.uri, "00000", scratch, rows=rows, info={})
@@ -98,7 +100,7 @@ def named(versions: list[dict[str, Any]]) -> list[tuple[str, int, list[str]]]:
 def test_a_registered_database_is_found_by_every_name(line: Line) -> None:
     uri, manifest = line.folder()
     registered = line.register(DATABASE, uri, tags={"encoder": "tiny", "rows": "3"})
-    assert registered == Registered(
+    assert registered == RegisteredVersion(
         name=DATABASE,
         version=1,
         uri=f"models:/{DATABASE}/1",
@@ -266,7 +268,9 @@ def test_the_same_content_is_found_again_not_registered_twice(line: Line) -> Non
 
 def test_the_same_content_in_another_folder_is_another_version(line: Line, tmp_path: Path) -> None:
     uri, manifest = line.folder()
-    stage = artifacts.Stage(f"{line.settings.root}/twemoji", "database", inputs={}, config={"rows": 3, "nprobe": 9})
+    stage = artifacts.ArtifactBuilder(
+        f"{line.settings.root}/twemoji", "database", inputs={}, config={"rows": 3, "nprobe": 9}
+    )
     assert fill(stage, rows=3).digest == manifest.digest
     assert line.register(DATABASE, uri, tags={"recall": "0.90"}).version == 1
     assert line.register(DATABASE, stage.uri, tags={"recall": "0.99"}).version == 2
@@ -435,7 +439,7 @@ def test_a_database_that_changed_since_it_was_registered_is_refused(line: Line) 
     manifest = Path(uri, "manifest.json")
     whole = manifest.read_bytes()
 
-    stage = artifacts.Stage(f"{line.settings.root}/twemoji", "database", inputs={}, config={"rows": 3})
+    stage = artifacts.ArtifactBuilder(f"{line.settings.root}/twemoji", "database", inputs={}, config={"rows": 3})
     assert stage.uri == uri
     fill(stage, rows=7)  # well formed, but other content
     for reference in ("twemoji", f"models:/{DATABASE}/1"):

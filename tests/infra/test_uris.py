@@ -98,7 +98,7 @@ def test_secrets_travel_to_another_process() -> None:
     ],
 )
 def test_storage_errors_quote_no_secret(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infra.storage.errors.PAUSES_S", ())
+    monkeypatch.setattr("infra.storage.errors.RETRY_DELAYS_S", ())
     for given in (uri, uris.hide(uri)):
         with pytest.raises(Exception) as caught:
             storage.read_bytes(given)

@@ -11,7 +11,7 @@ from support import tiny_models
 
 from infra import artifacts, storage
 from infra.formats.tables import write_table
-from tasks.index.task import IndexConfig, build_database
+from tasks.index.task import IndexConfig, index
 from tasks.references.database import TRUTH, open_database
 from tasks.references.types import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards, Takedown
 from tasks.upkeep.takedown import Entries, commit_takedown
@@ -24,8 +24,10 @@ def stored(base: Path, parts: Parts, *, first: int = 0, previous: EmbeddingShard
     """Embedding shards of ``parts``, numbered from ``first``, behind those of ``previous``; urls tell row from row."""
     identity = {"encoder": dataclasses.asdict(tiny_models.identity())}
     total = sum(map(len, parts)) + (previous.rows if previous else 0)
-    stage = artifacts.Stage(str(base), EmbeddingShards.kind, inputs={}, config={"rows": total, "first": first})
-    done = [] if previous is None else [one.taken_over(previous.uri) for one in previous.manifest().shards]
+    stage = artifacts.ArtifactBuilder(
+        str(base), EmbeddingShards.kind, inputs={}, config={"rows": total, "first": first}
+    )
+    done = [] if previous is None else [one.reused_from(previous.uri) for one in previous.manifest().shards]
     for number, rows in enumerate(parts, start=first):
         name = f"{number:05d}"
         with storage.scratch() as folder:
@@ -38,7 +40,7 @@ def stored(base: Path, parts: Parts, *, first: int = 0, previous: EmbeddingShard
 
 
 def build(embeddings: EmbeddingShards, base: Path, config: IndexConfig = CONFIG, **options: Any) -> DatabaseVersion:
-    return build_database(embeddings, str(base), config, cache=base / "cache", **options).reference
+    return index(embeddings, str(base), config, cache=base / "cache", **options).reference
 
 
 def exact(queries: NDArray[Any], rows: NDArray[np.float16], k: int, without: set[int] = frozenset()) -> list[list[int]]:  # type: ignore[assignment]

@@ -137,7 +137,7 @@ class WithoutRay:
             patch.setattr(compute, name, getattr(self, name))
 
     def map_shards(self, factory: Any, settings: Any, items: Any, *, description: str, **_: Any) -> Iterator[Any]:
-        from infra.compute.actor_pool import Lost
+        from infra.compute.actor_pool import FailedShard
 
         queue = list(items)
         worker = factory(*settings) if queue else None
@@ -146,7 +146,7 @@ class WithoutRay:
             try:
                 yield worker(item)
             except Exception as error:
-                yield Lost(item, error)
+                yield FailedShard(item, error)
 
     def run(self, function: Any, *arguments: Any, **_: Any) -> Any:
         return function(*arguments)

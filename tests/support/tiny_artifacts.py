@@ -36,7 +36,7 @@ def sha(data: bytes) -> str:
 
 def image_shards(base: Path | str, parts: Sequence[Sequence[tuple[str, bytes | None]]], **config: Any) -> ImageShards:
     """Committed image shards: for each picture its url and bytes; without bytes, a URL that answered 404."""
-    stage = artifacts.Stage(
+    stage = artifacts.ArtifactBuilder(
         str(base), ImageShards.kind, inputs={}, config={"made": str(base), "shard_rows": 4, **config}
     )
     done = []
@@ -68,7 +68,7 @@ def _image_shard(uri: str, name: str, part: Sequence[tuple[str, bytes | None]], 
 
 def embedding_shards(base: Path | str, images: ImageShards, seed: int = 0) -> EmbeddingShards:
     """An embedding for each picture of ``images``: seeded, by the picture's digest, so that the same are alike."""
-    stage = artifacts.Stage(
+    stage = artifacts.ArtifactBuilder(
         str(base), EmbeddingShards.kind, inputs={"images": images.as_input()}, config={"encoder": "made", "seed": seed}
     )
     done = []

@@ -67,7 +67,7 @@ def stored_inputs(base: Path) -> TrainingInputs:
 
 
 def _stage(base: Path, kind: str, inputs: Any, fill: Callable[[Path, str, slice], Any]) -> artifacts.Manifest:
-    stage = artifacts.Stage(str(base), kind, inputs=inputs, config={"k": POOL})
+    stage = artifacts.ArtifactBuilder(str(base), kind, inputs=inputs, config={"k": POOL})
     done, start = [], 0
     for number, size in enumerate(SIZES):
         name, folder = f"{number:05d}", base / "made" / kind / str(number)

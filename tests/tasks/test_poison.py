@@ -18,11 +18,11 @@ from support.tiny_domain import COLOURS, SHAPES, drawn, encoded
 from infra import artifacts, compute
 from infra.download.downloader import DownloadPolicy, download_shard
 from infra.formats.tables import read_table
-from tasks.embed.worker import DECODER_DIED, EmbedShard, Feeding
+from tasks.embed.worker import DECODER_DIED, EmbedShard, WorkerConfig
 
 HEALTHY = [encoded(drawn(colour, shape)) for colour in COLOURS for shape in SHAPES][:7]
 POISONED = HEALTHY[3] + poison.MARK
-FEEDING = Feeding(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1)
+FEEDING = WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1)
 TESTS = str(Path(__file__).parents[1])
 
 
@@ -60,7 +60,7 @@ def test_embed_shard_isolates_when_decoders_of_a_gpu_worker_die_twice(
 
     uri, source = images_of(tmp_path, *HEALTHY[:3], POISONED)
     embed = EmbedShard(uri, str(tmp_path / "out"), FEEDING, tmp_path / "cache", poison.fit)
-    pools = partial(worker._pool, Feeding(encoder="sticker-clip", batch_size=4, cuda=True, decoders=1))
+    pools = partial(worker._pool, WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=True, decoders=1))
     monkeypatch.setattr(worker, "_pool", lambda _: pools())
     embed._decoders = pools()
     assert embed((source.name, (source, None, None))).info["outcomes"] == {"success": 3, DECODER_DIED: 1}

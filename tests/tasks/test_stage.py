@@ -10,7 +10,7 @@ from support.object_stores import Bucket
 from infra import artifacts, compute, storage
 from infra.errors import InputError, IntegrityError, StageError, TransientError
 from tasks.references.types import ImageShards
-from tasks.stage import map_stage, require_whole, skip_or_make, stage_task
+from tasks.stage import check_files, run_shards, run_stage, stage_task
 
 
 def counting() -> Any:
@@ -35,8 +35,8 @@ def counting() -> Any:
     return Counting
 
 
-def stage_at(folder: Path) -> artifacts.Stage:
-    return artifacts.Stage(str(folder / "base"), "images", inputs={}, config={"a": 1})
+def stage_at(folder: Path) -> artifacts.ArtifactBuilder:
+    return artifacts.ArtifactBuilder(str(folder / "base"), "images", inputs={}, config={"a": 1})
 
 
 def unreachable() -> Any:
@@ -61,7 +61,7 @@ def test_a_store_that_is_down_ends_the_stage_early_and_may_pass(tmp_path: Path) 
     stage = stage_at(tmp_path)
     items = [(f"{number:05d}", int(number == 0)) for number in range(30)]
     with compute.cluster(cores=1), pytest.raises(TransientError) as caught:
-        map_stage(stage, items, unreachable(), (stage.uri, str(tmp_path)), actors=1, max_lost_fraction=1.0)
+        run_shards(stage, items, unreachable(), (stage.uri, str(tmp_path)), actors=1, max_lost_fraction=1.0)
     assert str(caught.value) == (
         "images: 29 of 30 shards have to wait (the store could not be reached); the other 1 are committed"
     )
@@ -76,7 +76,7 @@ def test_committed_output_is_not_made_again(tmp_path: Path) -> None:
         made.append(1)
         return stage.commit([], info={})
 
-    first, second = (skip_or_make(stage, ImageShards, make) for _ in range(2))
+    first, second = (run_stage(stage, ImageShards, make) for _ in range(2))
     assert (first.skipped, second.skipped, len(made)) == (False, True, 1)
     assert first.reference == second.reference
 
@@ -87,13 +87,13 @@ def test_lost_shards_are_named_and_only_those_are_tried_again(tmp_path: Path) ->
     items = [("00000", 3), ("00001", 0), ("00002", 2)]
     with compute.cluster(cores=2):
         with pytest.raises(StageError, match=r"1 of 3 shards failed \(InputError: 00001 cannot be read\).*other 2 are"):
-            map_stage(stage, items, counting(), settings, actors=1)
+            run_shards(stage, items, counting(), settings, actors=1)
         assert sorted(stage.done()) == ["00000", "00002"]
-        done, lost = map_stage(stage, items, counting(), settings, actors=1, max_lost_fraction=0.4)
+        done, lost = run_shards(stage, items, counting(), settings, actors=1, max_lost_fraction=0.4)
         assert [shard.rows for shard in done] == [3, 2]  # a second making of these would fail: their folders are there
         assert lost == {"00001": "InputError: 00001 cannot be read"}
         with pytest.raises(InputError, match="alone cannot be read"):
-            map_stage(stage, [("alone", 0)], counting(), settings, actors=1)
+            run_shards(stage, [("alone", 0)], counting(), settings, actors=1)
 
 
 def test_more_workers_than_cores_wait_for_nobody(tmp_path: Path) -> None:
@@ -101,10 +101,10 @@ def test_more_workers_than_cores_wait_for_nobody(tmp_path: Path) -> None:
     items = [(f"{number:05d}", number + 1) for number in range(6)]
     with compute.cluster(cores=1):
         settings = (stage.uri, str(tmp_path))
-        done, lost = map_stage(stage, items, counting(), settings, actors=3, cpus_per_actor=2)
+        done, lost = run_shards(stage, items, counting(), settings, actors=3, cpus_per_actor=2)
         assert compute.run(abs, -3, cpus=4) == 3
         with pytest.raises(StageError, match="1 GPUs are asked for each worker, the largest machine has 0"):
-            map_stage(stage, [("x", 1)], counting(), settings, gpus_per_actor=1)
+            run_shards(stage, [("x", 1)], counting(), settings, gpus_per_actor=1)
         with pytest.raises(StageError, match="1 GPUs are asked for each worker, the largest machine has 0; ask for no"):
             compute.run(abs, -1, gpus=1)
     assert ([shard.rows for shard in done], lost) == ([1, 2, 3, 4, 5, 6], {})
@@ -144,7 +144,9 @@ def test_only_transient_errors_are_retried(prefect_server: None, error: type[Exc
     assert len(tried) == tries
 
 
-def make_in(stage: artifacts.Stage, texts: dict[str, str], made: list[str]) -> Callable[[], artifacts.Manifest]:
+def make_in(
+    stage: artifacts.ArtifactBuilder, texts: dict[str, str], made: list[str]
+) -> Callable[[], artifacts.Manifest]:
     """What commits a shard for each of ``texts`` that has no marker, and notes its name in ``made``."""
 
     def make() -> artifacts.Manifest:
@@ -171,16 +173,16 @@ DAMAGE = {
 
 
 @pytest.fixture(params=["local", "moto"])
-def kept(request: pytest.FixtureRequest, tmp_path: Path) -> artifacts.Stage:
+def kept(request: pytest.FixtureRequest, tmp_path: Path) -> artifacts.ArtifactBuilder:
     """A stage on a disk and in an object store."""
     base = str(tmp_path)
     if request.param == "moto":
         bucket: Bucket = request.getfixturevalue("moto_bucket")
         base = f"{bucket.uri}/base"
-    return artifacts.Stage(base, "images", inputs={}, config={"a": 1})
+    return artifacts.ArtifactBuilder(base, "images", inputs={}, config={"a": 1})
 
 
-def damage(stage: artifacts.Stage, data: bytes | None) -> str:
+def damage(stage: artifacts.ArtifactBuilder, data: bytes | None) -> str:
     uri = storage.join(stage.uri, "00001.txt")
     if data is None:
         storage.remove(uri)
@@ -190,15 +192,15 @@ def damage(stage: artifacts.Stage, data: bytes | None) -> str:
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_skip_of_a_stage_with_a_damaged_file_is_refused_in_one_line(kind: str, kept: artifacts.Stage) -> None:
+def test_skip_of_a_stage_with_a_damaged_file_is_refused_in_one_line(kind: str, kept: artifacts.ArtifactBuilder) -> None:
     make = make_in(kept, TEXTS, [])
-    skip_or_make(kept, ImageShards, make)
+    run_stage(kept, ImageShards, make)
     data, reason = DAMAGE[kind]
     uri = damage(kept, data)
     if kind == "other bytes":
-        assert skip_or_make(kept, ImageShards, make).skipped  # the size is the same: only reading it tells
+        assert run_stage(kept, ImageShards, make).skipped  # the size is the same: only reading it tells
     with pytest.raises(IntegrityError) as caught:
-        skip_or_make(kept, ImageShards, make, verify=kind == "other bytes")
+        run_stage(kept, ImageShards, make, verify=kind == "other bytes")
     message = str(caught.value)
     assert message.startswith(f"{uri} {reason}")
     assert message.endswith(f"; restore it, or delete {kept.uri} and run again")
@@ -207,46 +209,46 @@ def test_skip_of_a_stage_with_a_damaged_file_is_refused_in_one_line(kind: str, k
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_skip_of_a_stage_that_repairs_makes_the_damaged_shard_alone(kind: str, kept: artifacts.Stage) -> None:
+def test_skip_of_a_stage_that_repairs_makes_the_damaged_shard_alone(kind: str, kept: artifacts.ArtifactBuilder) -> None:
     made: list[str] = []
     make = make_in(kept, TEXTS, made)
-    first = skip_or_make(kept, ImageShards, make)
+    first = run_stage(kept, ImageShards, make)
     made.clear()
     uri = damage(kept, DAMAGE[kind][0])
-    again = skip_or_make(kept, ImageShards, make, verify=True, repairs=True)
+    again = run_stage(kept, ImageShards, make, verify=True, repairs=True)
     assert (again.skipped, made) == (False, ["00001"])
     assert again.reference == first.reference  # the same content, and so the same digest
     assert storage.read_bytes(uri) == b"one"
-    assert skip_or_make(kept, ImageShards, make, verify=True, repairs=True).skipped
+    assert run_stage(kept, ImageShards, make, verify=True, repairs=True).skipped
 
 
 def test_repair_that_fails_keeps_the_manifest(tmp_path: Path) -> None:
     stage = stage_at(tmp_path)
-    first = skip_or_make(stage, ImageShards, make_in(stage, TEXTS, []))
+    first = run_stage(stage, ImageShards, make_in(stage, TEXTS, []))
     uri = damage(stage, None)
 
     def fail() -> artifacts.Manifest:
         raise InputError("its inputs are gone")
 
     with pytest.raises(InputError, match="its inputs are gone"):
-        skip_or_make(stage, ImageShards, fail, repairs=True)
+        run_stage(stage, ImageShards, fail, repairs=True)
     assert ImageShards.open(stage.uri) == first.reference
-    skip_or_make(stage, ImageShards, make_in(stage, TEXTS, []), repairs=True)
+    run_stage(stage, ImageShards, make_in(stage, TEXTS, []), repairs=True)
     assert storage.read_bytes(uri) == b"one"
 
 
 def test_repair_leaves_the_folder_of_an_earlier_version_to_it(tmp_path: Path) -> None:
-    before, after = (artifacts.Stage(str(tmp_path), "images", inputs={}, config={"a": n}) for n in range(2))
+    before, after = (artifacts.ArtifactBuilder(str(tmp_path), "images", inputs={}, config={"a": n}) for n in range(2))
     manifest = make_in(before, TEXTS, [])()
 
     def make() -> artifacts.Manifest:
-        return after.commit([shard.taken_over(before.uri) for shard in manifest.shards], info={})
+        return after.commit([shard.reused_from(before.uri) for shard in manifest.shards], info={})
 
-    skip_or_make(after, ImageShards, make)
+    run_stage(after, ImageShards, make)
     uri = damage(before, None)
     with pytest.raises(IntegrityError, match="is missing though it was committed") as caught:
-        skip_or_make(after, ImageShards, make, repairs=True)
+        run_stage(after, ImageShards, make, repairs=True)
     assert str(caught.value).startswith(uri)
     assert len(before.done()) == 3
     with pytest.raises(IntegrityError, match="is missing though it was committed"):
-        require_whole(ImageShards.open(after.uri))
+        check_files(ImageShards.open(after.uri))

@@ -13,7 +13,7 @@ from support.tiny_domain import drawn, encoded, write_urls
 from infra import artifacts, compute
 from infra.download.downloader import DownloadPolicy
 from infra.errors import NotFoundError, TransientError
-from tasks.download.task import DownloadConfig, download_images
+from tasks.download.task import DownloadConfig, download
 
 SHARDS, SHARD_ROWS = 4, 2
 
@@ -49,7 +49,7 @@ def test_a_stage_whose_store_dies_goes_on_at_the_shard(
     urls = listed(pictures, tmp_path)
 
     def run(base: str) -> artifacts.Manifest:
-        return download_images(urls, f"{bucket.uri}/{base}", config(pictures)).reference.manifest()
+        return download(urls, f"{bucket.uri}/{base}", config(pictures)).reference.manifest()
 
     def markers() -> set[str]:
         return {key for key in list(bucket.keys()) if "/shards/" in key}
@@ -83,7 +83,7 @@ def test_a_missing_bucket_is_told_before_anything_is_downloaded(
     bucket: Bucket, pictures: LoopbackServer, tmp_path: Path
 ) -> None:
     with pytest.raises(NotFoundError, match=r"there is no bucket no-such-bucket .*; make it, or name another root$"):
-        download_images(listed(pictures, tmp_path), "s3://no-such-bucket/twemoji", config(pictures))
+        download(listed(pictures, tmp_path), "s3://no-such-bucket/twemoji", config(pictures))
     with bucket.store.locked(), pytest.raises(NotFoundError, match=r"; check the credentials and the bucket$"):
-        download_images(listed(pictures, tmp_path), f"{bucket.uri}/twemoji", config(pictures))
+        download(listed(pictures, tmp_path), f"{bucket.uri}/twemoji", config(pictures))
     assert pictures.requests == []

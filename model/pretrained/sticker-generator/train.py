@@ -66,7 +66,7 @@ from model.pipeline import new_pipeline
 from model.saved_generator import weights_digest
 from model.step_random import Draw
 from model.training.alignment import align_all
-from model.training.data import Rows, TrainingSet, picture_to_array, to_model_range, to_pixels
+from model.training.data import TrainingRows, TrainingSet, picture_to_array, to_model_range, to_pixels
 from model.training.interfaces import Objective, TrainingConfig
 from model.training.loop import InterruptedTrainingError, train
 from model.training.objectives.restoration import Restoration, RestorationConfig
@@ -307,7 +307,7 @@ def embedded(pixels: NDArray[np.uint8], encoder: Encoder) -> NDArray[np.float16]
 def training_set(data: dict[str, NDArray[Any]], device: str, *, references: bool = False) -> TrainingSet:
     """Every picture as often as its weight says; with aligned neighbours for editing."""
     chosen = np.repeat(np.arange(len(data["pixels"])), data["weights"])
-    rows = Rows(
+    rows = TrainingRows(
         pictures=data["pixels"][chosen],
         embeddings=data["rows"][chosen],
         neighbours=data["neighbours"][chosen],

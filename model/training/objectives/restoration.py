@@ -55,7 +55,7 @@ class RestorationConfig:
             raise ValueError("probabilities must lie in [0, 1], and empty + whole too: they exclude each other")
 
 
-class Chances(NamedTuple):
+class PasteRandomness(NamedTuple):
     """What decides where a neighbour shows, uniform in [0, 1): ``kind`` (B,), ``shapes`` (B, 2, 6), ``second`` (B,)."""
 
     kind: Tensor
@@ -63,12 +63,12 @@ class Chances(NamedTuple):
     second: Tensor
 
 
-def draw_chances(draw: Draw, batch: int) -> Chances:
+def draw_chances(draw: Draw, batch: int) -> PasteRandomness:
     """Those of a batch, float32 on the draw's device."""
-    return Chances(draw.uniform(batch), draw.uniform(batch, 2, 6), draw.uniform(batch))
+    return PasteRandomness(draw.uniform(batch), draw.uniform(batch, 2, 6), draw.uniform(batch))
 
 
-def regions(chances: Chances, side: int, config: RestorationConfig) -> Tensor:
+def regions(chances: PasteRandomness, side: int, config: RestorationConfig) -> Tensor:
     """Where the neighbour is to show: (B, 1, S, S) float32 in {0, 1}.
 
     A region is a turned rectangle or ellipse, or two of them; its area is log-uniform before the rim cuts it.
@@ -82,7 +82,7 @@ def regions(chances: Chances, side: int, config: RestorationConfig) -> Tensor:
     return shown[:, None].float()
 
 
-def soften(mask: Tensor, feather_px: float) -> Tensor:
+def feather(mask: Tensor, feather_px: float) -> Tensor:
     """The mask (B, 1, S, S) with a Gaussian edge; empty and whole masks stay what they are."""
     if feather_px == 0:
         return mask
@@ -95,7 +95,7 @@ def soften(mask: Tensor, feather_px: float) -> Tensor:
     return (across.unfold(2, len(kernel), 1) * kernel).sum(-1).clamp(0, 1)
 
 
-def corrupt(images: Tensor, aligned: Tensor, mask: Tensor, *, feather_px: float = 0.0) -> Tensor:
+def paste_region(images: Tensor, aligned: Tensor, mask: Tensor, *, feather_px: float = 0.0) -> Tensor:
     """The pictures with the region of their aligned neighbours pasted in.
 
     Args:
@@ -107,7 +107,7 @@ def corrupt(images: Tensor, aligned: Tensor, mask: Tensor, *, feather_px: float 
     Returns:
         (B, 3, S, S) in [−1, 1].
     """
-    return torch.lerp(images, aligned, soften(mask, feather_px))
+    return torch.lerp(images, aligned, feather(mask, feather_px))
 
 
 class Reference(nn.Module):
@@ -118,10 +118,10 @@ class Reference(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, images: Tensor, aligned: Tensor, chances: Chances, hidden: Tensor) -> Tensor:
+    def forward(self, images: Tensor, aligned: Tensor, chances: PasteRandomness, hidden: Tensor) -> Tensor:
         """(B, 3, S, S) of both and ``hidden`` uniform (B,) -> (B, 3, S, S)."""
         mask = regions(chances, images.shape[-1], self.config)
-        corrupted = corrupt(images, aligned, mask, feather_px=self.config.feather_px)
+        corrupted = paste_region(images, aligned, mask, feather_px=self.config.feather_px)
         return corrupted.masked_fill((hidden < self.config.drop_reference)[:, None, None, None], 0)
 
 

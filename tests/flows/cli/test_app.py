@@ -253,7 +253,7 @@ class Drawer:
 @pytest.fixture
 def drawer(monkeypatch: pytest.MonkeyPatch) -> Drawer:
     made = Drawer()
-    monkeypatch.setattr("infra.registry.load_pipeline", lambda *_, **__: made)
+    monkeypatch.setattr("tasks.serve.load.load_pipeline", lambda *_, **__: made)
     return made
 
 
@@ -277,7 +277,7 @@ def test_a_prompt_that_reads_as_a_pictures_name_is_no_text(drawer: Drawer, tmp_p
 def test_foreign_folder_is_refused_without_trust(prefect_server: None, command: str, tmp_path: Path) -> None:
     with LoopbackServer({}) as internal:
         source = {"embeddings": {"uri": internal.url("/shapes/embeddings/0"), "digest": "0"}}
-        stage = artifacts.Stage(f"{tmp_path}/foreign/shapes", "database", inputs=source, config={})
+        stage = artifacts.ArtifactBuilder(f"{tmp_path}/foreign/shapes", "database", inputs=source, config={})
         identity = {"name": "hf-hub:evil/clip", "weights_digest": "", "preprocess_digest": "", "dimension": 4}
         stage.commit([], identity={"encoder": identity}, info={})
         drawn("red", "bar").save(tmp_path / "in.png")

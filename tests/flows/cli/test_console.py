@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from flows.cli.app import main
-from flows.cli.console import say, table, told
+from flows.cli.console import report_errors, say, table
 from infra.errors import InputError
 
 FORGED = "http://a/\x1b[2J\x9b2J\u202egnp.\n2     0.999  7   http://forged"
@@ -25,7 +25,7 @@ def test_say_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_told_prints_an_error_without_control_characters_and_passwords(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit), told(False):
+    with pytest.raises(typer.Exit), report_errors(False):
         raise InputError("https://u:hunter2@host/\x1b[2J\u202e is no list")
     assert capsys.readouterr().err == "knn-diffusion: https://u:***@host/\\x1b[2J\\u202e is no list\n"
 

@@ -137,8 +137,8 @@ def test_the_report_tells_of_a_training_what_there_is_to_tell(measured: dict[str
 
 @pytest.mark.slow
 def test_from_urls_to_the_picture_of_the_swap(domain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from infra.registry import load_pipeline
     from infra.settings import Settings
+    from tasks.serve.load import load_pipeline
 
     tiny = domain.result.trained.generator.reference.uri + "/pipeline"
     whole = images.write_lists

@@ -13,7 +13,7 @@ from ray.exceptions import OutOfMemoryError, RuntimeEnvSetupError
 
 from infra import compute
 from infra.compute import actor_pool, ray_cluster
-from infra.compute.actor_pool import SHARD_TRIES, Crew, Lost
+from infra.compute.actor_pool import SHARD_TRIES, ActorPool, FailedShard
 from infra.errors import StageError, TransientError
 
 
@@ -39,9 +39,9 @@ def test_a_shard_that_kills_its_worker_costs_no_other(concurrency: int, tmp_path
         shards = ["a", "b", "poison", "c", "d", "e"]
         results = list(compute.map_shards(Worker, (), shards, actors=1, concurrency=concurrency, description="shards"))
 
-    lost = [result.item for result in results if isinstance(result, Lost)]
+    lost = [result.item for result in results if isinstance(result, FailedShard)]
     assert lost == ["poison"]
-    assert sorted(result for result in results if not isinstance(result, Lost)) == ["a", "b", "c", "d", "e"]
+    assert sorted(result for result in results if not isinstance(result, FailedShard)) == ["a", "b", "c", "d", "e"]
     tries = {path.name: len(path.read_text()) for path in tmp_path.iterdir()}
     assert tries["poison"] <= SHARD_TRIES + 1, "one in company, the others alone"
     assert all(count <= 2 for name, count in tries.items() if name != "poison")
@@ -74,9 +74,9 @@ def test_a_worker_killed_for_its_memory_costs_its_shard_alone(killed: list[Actor
             raise error
         return item
 
-    ended = list(Crew(lambda: Actor(lambda: None, run), ["a", "big", "unlucky", "b"], 2).results())
-    assert sorted(one for one in ended if not isinstance(one, Lost)) == ["a", "b", "unlucky"]
-    (lost,) = (one for one in ended if isinstance(one, Lost))
+    ended = list(ActorPool(lambda: Actor(lambda: None, run), ["a", "big", "unlucky", "b"], 2).results())
+    assert sorted(one for one in ended if not isinstance(one, FailedShard)) == ["a", "b", "unlucky"]
+    (lost,) = (one for one in ended if isinstance(one, FailedShard))
     assert (lost.item, lost.error) == ("big", error)
     assert len(killed) == tries["big"] + 1
 
@@ -90,7 +90,7 @@ def test_crew_isolates_a_shard_after_the_second_death(killed: list[Actor]) -> No
             raise OutOfMemoryError("it died")
         return item
 
-    ended = list(Crew(lambda: Actor(lambda: None, run), ["a", "poison", "b"], 1).results())
+    ended = list(ActorPool(lambda: Actor(lambda: None, run), ["a", "poison", "b"], 1).results())
     assert sorted(ended) == ["a", "b", "poison"]
     assert [isolate for item, isolate in given if item == "poison"] == [False, False, True]
     assert not any(isolate for item, isolate in given if item != "poison")
@@ -115,7 +115,7 @@ def test_workers_that_find_no_environment_are_told_in_one_line(killed: list[Acto
         raise RuntimeEnvSetupError("no such\nworking_dir")
 
     with pytest.raises(StageError) as caught:
-        list(Crew(lambda: Actor(ready, lambda item, _: item), ["a"], 1).results())
+        list(ActorPool(lambda: Actor(ready, lambda item, _: item), ["a"], 1).results())
     assert str(caught.value) == (
         "no worker could be started (Failed to set up runtime environment. no such working_dir); see Ray's logs"
     )
@@ -136,7 +136,7 @@ def test_a_lost_worker_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     with compute.cluster(cores=1):
         with pytest.raises(StageError) as of_one:
             compute.run(os._exit, 1)
-        with compute.placed(Worker, [()]) as placed, pytest.raises(TransientError) as of_many:
+        with compute.actor_group(Worker, [()]) as placed, pytest.raises(TransientError) as of_many:
             placed.ask(1)
     assert str(of_one.value).startswith("the worker of _exit was lost (")
     assert str(of_one.value).endswith("); give it more memory, or see Ray's logs, and run again")
@@ -160,12 +160,12 @@ def test_workers_that_find_no_room_are_told_of_and_not_waited_for(monkeypatch: p
     with compute.cluster(cores=1):
         with (
             pytest.raises(StageError, match=r"^1 of 2 workers of 1 cores found no room in 20 s; .* for 1,"),
-            compute.placed(Worker, [(), ()]),
+            compute.actor_group(Worker, [(), ()]),
         ):
             pass
-        with compute.placed(Worker, [(), ()], cpus_each=0.5) as placed:
+        with compute.actor_group(Worker, [(), ()], cpus_each=0.5) as placed:
             assert placed.ask(0.5) == [0.5, 0.5], "slow ones are waited for"
-            monkeypatch.setattr(ray_cluster, "room", lambda *_: 1)
+            monkeypatch.setattr(ray_cluster, "capacity", lambda *_: 1)
             with pytest.raises(TransientError, match=r"^a machine was lost: 2 workers .* room for 1; ask again once"):
                 placed.ask(30)
 
@@ -180,12 +180,12 @@ def test_workers_are_as_many_as_the_machines_hold(
     machines = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 3.0, "memory": 1.0}]
     gone = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
     monkeypatch.setattr(ray, "nodes", lambda: [*({"Alive": True, "Resources": one} for one in machines), gone])
-    assert compute.room(*each) == room
-    assert (compute.fitting(8), compute.fitting(3.5, 1), compute.fitting(8, 9)) == (4, 3.5, 8)
+    assert compute.capacity(*each) == room
+    assert (compute.clamp_cpus(8), compute.clamp_cpus(3.5, 1), compute.clamp_cpus(8, 9)) == (4, 3.5, 8)
     machines[0]["CPU"], machines[1]["CPU"] = 2.0, 6.0
-    assert (compute.fitting(8), compute.fitting(8, 1)) == (6, 2), "the one with GPUs has fewer cores"
-    assert compute.room(0, 0) > 100, "no core at all is asked, of a head that has none"
+    assert (compute.clamp_cpus(8), compute.clamp_cpus(8, 1)) == (6, 2), "the one with GPUs has fewer cores"
+    assert compute.capacity(0, 0) > 100, "no core at all is asked, of a head that has none"
     with pytest.raises(
         StageError, match="3 GPUs are asked for each worker, the largest machine has 2; ask for no more"
     ):
-        compute.room(1, 3)
+        compute.capacity(1, 3)

@@ -9,7 +9,7 @@ import pytest
 
 from infra import compute
 from infra.compute import ray_cluster
-from infra.compute.actor_pool import Lost
+from infra.compute.actor_pool import FailedShard
 
 SECONDS = 0.4
 
@@ -61,7 +61,7 @@ def test_a_dead_node_costs_at_most_the_shards_in_hand(
                 dead = nodes.list_all_nodes()[1]
                 nodes.remove_node(dead, allow_graceful=False)
 
-    assert not [result for result in results if isinstance(result, Lost)]
+    assert not [result for result in results if isinstance(result, FailedShard)]
     assert sorted(shard for shard, _ in results) == list(range(16))
     begun = [path.name.split("-")[0] for path in tmp_path.iterdir()]
     assert len(begun) - len(set(begun)) <= 2, "an actor holds two shards at most"

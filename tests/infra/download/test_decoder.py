@@ -13,7 +13,7 @@ from PIL import Image
 from support.hostile_images import encoded, large_canvas, many_scans
 
 from infra.download.decoder import DecodeLimits, ImageBounds, NormaliserProcess
-from infra.download.images import Normalised, PictureNormaliser, jpeg_scans
+from infra.download.images import ImageNormaliser, Normalised, jpeg_scans
 
 BOUNDS = ImageBounds(max_pixels=50_000_000, min_side_px=8, max_side_px=512)
 LIMITS = DecodeLimits(seconds=20.0, memory_bytes=2 << 30)
@@ -56,7 +56,7 @@ def pid_of(process: NormaliserProcess) -> int:
 def test_normaliser_process_any_image_gives_what_the_normaliser_gives(
     data: bytes, unhurried: NormaliserProcess
 ) -> None:
-    direct = PictureNormaliser(max_pixels=50_000_000, min_side_px=8, max_side_px=512)
+    direct = ImageNormaliser(max_pixels=50_000_000, min_side_px=8, max_side_px=512)
     assert unhurried(io.BytesIO(data)) == direct(io.BytesIO(data))
 
 
@@ -123,7 +123,7 @@ def test_decode_limits_that_limit_nothing_are_refused(changes: dict[str, Any]) -
 
 
 def test_normaliser_jpeg_of_hundreds_of_scans_is_refused_undecoded() -> None:
-    normalise = PictureNormaliser(max_pixels=50_000_000, min_side_px=8, max_side_px=512)
+    normalise = ImageNormaliser(max_pixels=50_000_000, min_side_px=8, max_side_px=512)
     assert normalise(io.BytesIO(many_scans(100)))[1:3] == (16, 16)
     hostile = io.BytesIO(many_scans(900, side=3000))
     started = time.monotonic()

@@ -24,7 +24,7 @@ from support.fakes import LoopbackServer, Reply
 from support.hostile_images import large_canvas, many_scans
 
 from infra.download.decoder import DecodeLimits, NormaliserProcess
-from infra.download.downloader import ERROR_CLASSES, DownloadPolicy, ShardCounts, download_shard, outcome_of
+from infra.download.downloader import ERROR_CLASSES, DownloadPolicy, ShardCounts, classify_outcome, download_shard
 from infra.download.limits import Limits
 from infra.download.safe_urlopen import guarded
 from infra.errors import InputError, StageError
@@ -219,7 +219,7 @@ def test_every_outcome_has_its_class_and_harms_no_other(tmp_path: Path, monkeypa
     assert counts.downloaded == counts.outcomes["success"] == 31
     assert sum(name.endswith(".png") for name in members_of(tmp_path)) == 31
     for row in table.to_pylist():
-        assert outcome_of(row["status"], row["error_message"]) == row["error_class"]
+        assert classify_outcome(row["status"], row["error_message"]) == row["error_class"]
         assert (row["sha256"] is not None) == (row["error_class"] == "success")
 
 
@@ -390,5 +390,5 @@ def test_a_policy_that_can() -> None:
     ],
 )
 def test_outcomes_are_read_from_messages(message: str | None, error_class: str) -> None:
-    assert outcome_of("failed_to_download", message) == error_class
-    assert outcome_of("success", message) == "success"
+    assert classify_outcome("failed_to_download", message) == error_class
+    assert classify_outcome("success", message) == "success"

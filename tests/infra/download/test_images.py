@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from infra.download.images import Normalised, PictureNormaliser, fit, to_rgb
+from infra.download.images import ImageNormaliser, Normalised, shrink_to_fit, to_rgb
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 BOUNDS = {"max_pixels": 50_000_000, "min_side_px": 8, "max_side_px": 512}
 
 
 def normalised(data: bytes, **changes: int) -> Normalised:
-    return PictureNormaliser(**{**BOUNDS, **changes})(io.BytesIO(data))
+    return ImageNormaliser(**{**BOUNDS, **changes})(io.BytesIO(data))
 
 
 def taken(data: bytes, **changes: int) -> np.ndarray[Any, Any]:
@@ -303,7 +303,7 @@ def test_reducing_averages() -> None:
 def test_a_lopsided_picture_keeps_a_pixel(size: tuple[int, int]) -> None:
     height, width, _ = taken(encoded(plain(size=size), "PNG"), max_side_px=64).shape
     assert sorted((width, height)) == [1, 64]
-    assert fit(plain(size=(10_000, 1)), 10).size == (10, 1)
+    assert shrink_to_fit(plain(size=(10_000, 1)), 10).size == (10, 1)
 
 
 def test_the_same_picture_gives_the_same_bytes_and_nothing_besides_pixels() -> None:

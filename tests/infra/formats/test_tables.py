@@ -168,7 +168,7 @@ def test_pictures_come_in_order_with_their_keys_and_nothing_else_does(form: int,
     ]
     members.append(("sub/000010003.jpg", b"\xff\xd8"))
     tar = tar_of(tmp_path / "00001.tar", members, form)
-    assert list(tables.read_pictures(tar)) == [*pictures, ("000010003", b"\xff\xd8")]
+    assert list(tables.iter_images(tar)) == [*pictures, ("000010003", b"\xff\xd8")]
 
 
 def test_links_and_folders_named_like_pictures_are_no_pictures(tmp_path: Path) -> None:
@@ -177,11 +177,11 @@ def test_links_and_folders_named_like_pictures_are_no_pictures(tmp_path: Path) -
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/hostname"
             tar.addfile(info)
-    assert list(tables.read_pictures(tmp_path / "a.tar")) == []
+    assert list(tables.iter_images(tmp_path / "a.tar")) == []
 
 
 def test_an_empty_tar_holds_no_picture(tmp_path: Path) -> None:
-    assert list(tables.read_pictures(tar_of(tmp_path / "a.tar", []))) == []
+    assert list(tables.iter_images(tar_of(tmp_path / "a.tar", []))) == []
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 100, 512, 700, 512 + 2048 + 512, 512 + 2048 + 1000])
@@ -189,7 +189,7 @@ def test_a_tar_cut_off_inside_a_member_is_refused(kept_bytes: int, tmp_path: Pat
     tar = tar_of(tmp_path / "00000.tar", [("a.png", b"a" * 2000), ("b.png", b"b" * 2000)])
     tar.write_bytes(tar.read_bytes()[:kept_bytes])
     with pytest.raises(IntegrityError) as caught:
-        list(tables.read_pictures(tar))
+        list(tables.iter_images(tar))
     assert str(caught.value).startswith(f"{tar} is no whole tar (")
     assert str(caught.value).endswith("); delete its shard's marker and run again")
 
@@ -197,7 +197,7 @@ def test_a_tar_cut_off_inside_a_member_is_refused(kept_bytes: int, tmp_path: Pat
 def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"<html>Not Found</html>" * 100)
     with pytest.raises(IntegrityError, match=r"a\.tar is no whole tar \("):
-        list(tables.read_pictures(tmp_path / "a.tar"))
+        list(tables.iter_images(tmp_path / "a.tar"))
 
 
 def test_a_table_is_written_to_its_schema_and_read_by_column(tmp_path: Path) -> None:

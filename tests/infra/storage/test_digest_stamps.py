@@ -10,7 +10,7 @@ from infra import storage
 from infra.errors import NotFoundError
 from infra.storage import digest_stamps
 from infra.storage.digest_stamps import is_verified
-from infra.storage.errors import told
+from infra.storage.errors import storage_errors
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path: Path, cache: Path, monkey
     path, digest, size = file_of(tmp_path / "a", b"right bytes")
 
     def refused(uri: str) -> str:
-        with told(uri):
+        with storage_errors(uri):
             raise PermissionError("no")  # root, who runs tests, may read everything
 
     monkeypatch.setattr(storage, "sha256", refused)

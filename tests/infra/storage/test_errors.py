@@ -22,7 +22,7 @@ from infra.storage import errors
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tries follow each other without a pause."""
-    monkeypatch.setattr(errors, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(errors, "RETRY_DELAYS_S", (0.0, 0.0))
 
 
 def test_a_missing_bucket_is_one_clear_line(bucket: Bucket, tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_a_missing_bucket_is_one_clear_line(bucket: Bucket, tmp_path: Path) -> N
         lambda: storage.fetch(uri, tmp_path / "b"),
         lambda: storage.exists(uri),
         lambda: storage.size(uri),
-        lambda: storage.names("s3://no-such-bucket/d"),
+        lambda: storage.list_names("s3://no-such-bucket/d"),
         lambda: storage.remove(uri),
     ):
         with pytest.raises(NotFoundError) as caught:
@@ -59,7 +59,7 @@ def test_refused_credentials_are_one_clear_line(bucket: Bucket, tmp_path: Path) 
             lambda: storage.create_bytes(uri, b"y"),
             lambda: storage.put(tmp_path / "a", uri),
             lambda: storage.exists(uri),
-            lambda: storage.names(uri),
+            lambda: storage.list_names(uri),
             lambda: storage.remove(uri),
         ):
             with pytest.raises(NotFoundError) as caught:
@@ -101,7 +101,7 @@ def test_a_store_that_is_not_there_is_one_clear_line(
         endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     s3fs.S3FileSystem.clear_instance_cache()
-    for touch in (storage.exists, storage.read_bytes, storage.names):
+    for touch in (storage.exists, storage.read_bytes, storage.list_names):
         with pytest.raises(TransientError) as caught:
             touch("s3://bucket/a")
         message = one_line(caught)
@@ -192,12 +192,12 @@ def test_what_will_not_pass_is_not_tried_again(breaking: type[BreakingFileSystem
 def test_pauses_grow_and_a_long_failure_is_not_repeated(
     breaking: type[BreakingFileSystem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(errors, "PAUSES_S", (0.05, 0.1, 0.2))
+    monkeypatch.setattr(errors, "RETRY_DELAYS_S", (0.05, 0.1, 0.2))
     breaking.error, breaking.times = ConnectionResetError("reset"), 3
     started = time.monotonic()
     storage.write_bytes("breaking://x/a", b"data")
     assert 0.35 <= time.monotonic() - started < 3
-    monkeypatch.setattr(errors, "NO_RETRY_AFTER_S", -1.0)
+    monkeypatch.setattr(errors, "RETRY_DEADLINE_S", -1.0)
     breaking.times = 3
     with pytest.raises(TransientError):
         storage.write_bytes("breaking://x/a", b"data")

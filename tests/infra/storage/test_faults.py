@@ -43,7 +43,7 @@ def wait_for_an_upload(bucket: Bucket, uploading: Future[None]) -> None:
 def test_a_store_killed_in_the_middle_of_an_upload_keeps_old_objects_whole(
     radosgw_bucket: Bucket, store: RadosGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(errors, "PAUSES_S", (0.1,))
+    monkeypatch.setattr(errors, "RETRY_DELAYS_S", (0.1,))
     bucket, path = radosgw_bucket, big_file(tmp_path)
     bucket.write("d/old.npy", b"old and whole")
     for key in ("d/old.npy", "d/new.npy"):
@@ -71,7 +71,7 @@ def test_a_store_killed_in_the_middle_of_an_upload_keeps_old_objects_whole(
 def test_a_store_that_is_back_soon_is_waited_for(
     radosgw_bucket: Bucket, store: RadosGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(errors, "PAUSES_S", (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0))
+    monkeypatch.setattr(errors, "RETRY_DELAYS_S", (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0))
     bucket, path = radosgw_bucket, big_file(tmp_path)
     with ThreadPoolExecutor(2) as pool:
         uploading = pool.submit(storage.put, path, f"{bucket.uri}/a.npy")
@@ -87,7 +87,7 @@ def test_a_store_that_is_back_soon_is_waited_for(
 def test_a_store_that_does_not_answer_is_given_up(
     radosgw_bucket: Bucket, store: RadosGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(errors, "PAUSES_S", (0.1,))
+    monkeypatch.setattr(errors, "RETRY_DELAYS_S", (0.1,))
     monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 1)
     radosgw_bucket.write("a", b"x")
     with store.frozen(), pytest.raises(TransientError) as caught:

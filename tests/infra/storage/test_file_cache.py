@@ -235,7 +235,7 @@ def test_a_flipped_byte_in_the_cache_is_found_and_the_file_fetched_anew(shelf: S
 
 def test_other_bytes_and_no_bytes_are_not_kept(shelf: Shelf) -> None:
     shelf.server.replies["/1.npy"] = Reply(body=shelf.data[2])
-    with pytest.raises(caching.DamagedError):
+    with pytest.raises(caching.DigestMismatchError):
         shelf.fetch(1)
     del shelf.server.replies["/1.npy"]
     with pytest.raises(NotFoundError, match=r"/1\.npy does not exist"):
@@ -249,7 +249,7 @@ def test_what_stages_keep_counts_and_goes_when_it_was_long_unused(shelf: Shelf) 
     for path in (old, new):
         path.parent.mkdir(parents=True)
         path.write_bytes(bytes(2 * SIZE))
-    os.utime(old, (time.time() - 2 * caching.DERIVED_SPARED_S,) * 2)
+    os.utime(old, (time.time() - 2 * caching.DERIVED_GRACE_S,) * 2)
     shelf.fetch(0)
     assert (old.exists(), new.exists(), shelf.there()) == (False, True, [0])
     for number in (1, 2):
@@ -268,10 +268,10 @@ def test_a_folder_that_is_referenced_keeps_its_files(shelf: Shelf) -> None:
     digest = "ab" * 32
     held = caching.fetch_registered(digest, whole, download, shelf.folder)
     assert held == shelf.folder / "registered" / digest
-    os.utime(held / "weights", (time.time() - 2 * caching.DERIVED_SPARED_S,) * 2)
+    os.utime(held / "weights", (time.time() - 2 * caching.DERIVED_GRACE_S,) * 2)
     for stray in (shelf.folder / ".stray", held.parent / ".stray"):
         stray.write_bytes(b"x")
-        os.utime(stray, (time.time() - 2 * caching.DERIVED_SPARED_S,) * 2)
+        os.utime(stray, (time.time() - 2 * caching.DERIVED_GRACE_S,) * 2)
     caching.evict(shelf.folder, 0)
     assert whole(held)
     assert not (shelf.folder / ".stray").exists()
@@ -307,7 +307,7 @@ def test_a_second_name_of_a_file_goes_with_it(shelf: Shelf) -> None:
     link = shelf.folder / "generators/abc/model.npy"
     link.parent.mkdir(parents=True)
     os.link(path, link)
-    os.utime(path, (time.time() - 2 * caching.DERIVED_SPARED_S,) * 2)
+    os.utime(path, (time.time() - 2 * caching.DERIVED_GRACE_S,) * 2)
     del path
     for number in range(1, 5):
         shelf.fetch(number)
@@ -360,7 +360,7 @@ def test_what_is_forgotten_goes_unless_it_is_in_use(shelf: Shelf, caplog: pytest
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"holds no pictures")
     os.utime(old, (0, 0))
-    freed = caching.forget({shelf.file(number)[1] for number in (0, 1)}, shelf.folder)
+    freed = caching.purge({shelf.file(number)[1] for number in (0, 1)}, shelf.folder)
     assert (freed, shelf.there(), old.exists(), new.exists()) == (SIZE + 7, [0, 2], False, True)
     assert "keeps 2 of the files that were to go: they are in use" in caplog.text
     os.utime(new, (0, 0))
@@ -369,15 +369,15 @@ def test_what_is_forgotten_goes_unless_it_is_in_use(shelf: Shelf, caplog: pytest
     fresh = shelf.folder / "pixels" / "fresh.npy"
     fresh.write_bytes(b"of pictures that stay")
     os.utime(fresh, (0, 0))
-    assert caching.forget((), shelf.folder, derived=False) == 7
+    assert caching.purge((), shelf.folder, derived=False) == 7
     assert fresh.exists(), "nobody asked for it to go"
     fresh.unlink()
     assert ("keeps 1 of the files" in caplog.text, weights.exists()) == (True, True)
     assert shelf.fetch(1).read_bytes() == shelf.data[1]
     del held
     gc.collect()
-    assert caching.owes(shelf.folder)
-    assert caching.forget((), shelf.folder, derived=False) == SIZE, "though nobody names it any more"
+    assert caching.has_pending_purges(shelf.folder)
+    assert caching.purge((), shelf.folder, derived=False) == SIZE, "though nobody names it any more"
     assert shelf.there() == [1, 2]
-    assert not caching.owes(shelf.folder)
-    assert caching.forget({"0" * 64}, shelf.folder / "none") == 0
+    assert not caching.has_pending_purges(shelf.folder)
+    assert caching.purge({"0" * 64}, shelf.folder / "none") == 0

@@ -104,13 +104,13 @@ def test_every_object_below_a_folder_is_listed_with_its_size_and_time(folder: st
 
 
 def test_names_are_sorted_base_names_of_files_and_folders(folder: str) -> None:
-    assert storage.names(folder) == []
+    assert storage.list_names(folder) == []
     for name in ("b.tar", "a.tar", "sub/c.tar"):
         storage.write_bytes(f"{folder}/{name}", b"x")
-    assert storage.names(folder) == ["a.tar", "b.tar", "sub"]
-    assert storage.names(f"{folder}/sub") == ["c.tar"]
+    assert storage.list_names(folder) == ["a.tar", "b.tar", "sub"]
+    assert storage.list_names(f"{folder}/sub") == ["c.tar"]
     storage.write_bytes(f"{folder}/d.tar", b"x")
-    assert storage.names(folder) == ["a.tar", "b.tar", "d.tar", "sub"]
+    assert storage.list_names(folder) == ["a.tar", "b.tar", "d.tar", "sub"]
 
 
 def test_exists_knows_files_and_folders(folder: str) -> None:
@@ -125,11 +125,11 @@ def test_remove_takes_a_file_or_all_of_a_folder_and_nothing_else(folder: str) ->
     for name in ("keep", "a/one", "a/b/two", "ab"):
         storage.write_bytes(f"{folder}/{name}", b"x")
     storage.remove(f"{folder}/a")
-    assert storage.names(folder) == ["ab", "keep"]
+    assert storage.list_names(folder) == ["ab", "keep"]
     storage.remove(f"{folder}/ab")
     storage.remove(f"{folder}/ab")  # not there any more
     storage.remove(f"{folder}/never")
-    assert storage.names(folder) == ["keep"]
+    assert storage.list_names(folder) == ["keep"]
 
 
 def test_what_may_not_be_deleted_is_told(moto_bucket: Bucket) -> None:
@@ -185,10 +185,10 @@ def test_a_listing_of_several_pages_is_whole(folder: str) -> None:
     names = [f"{number:05d}.json" for number in range(count)]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda name: storage.write_bytes(f"{folder}/shards/{name}", b"{}"), names))
-    assert storage.names(f"{folder}/shards") == names
-    assert storage.names(folder) == ["shards"]
+    assert storage.list_names(f"{folder}/shards") == names
+    assert storage.list_names(folder) == ["shards"]
     storage.remove(f"{folder}/shards")  # a store deletes a thousand at once
-    assert storage.names(folder) == []
+    assert storage.list_names(folder) == []
 
 
 def test_a_big_file_goes_up_in_parts_and_is_read_by_ranges(bucket: Bucket, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_of_many_writers_one_creates(folder: str) -> None:
     assert storage.create_bytes(uri, b"writer %d" % won.index(True))  # its answer was lost, and it asks again
     storage.remove(uri)
     assert storage.create_bytes(uri, b"later")
-    assert storage.names(folder) == ["first.json"]
+    assert storage.list_names(folder) == ["first.json"]
 
 
 def test_when_a_file_was_written_is_told_by_the_stores_clock(folder: str) -> None:
@@ -259,11 +259,11 @@ def test_a_local_write_that_breaks_off_leaves_what_was_there(how: str, tmp_path:
         assert one_line(caught).startswith(f"no space left for {tmp_path}/out/{name}; free some, or name another place")
         assert one_line(caught).endswith("and run again: what is committed stays")
     assert (tmp_path / "out/old").read_bytes() == b"old"
-    assert storage.names(str(tmp_path / "out")) == ["old"]
+    assert storage.list_names(str(tmp_path / "out")) == ["old"]
     for name in ("old", "fresh"):  # what was left over is not in the way
         write(name)
         assert (tmp_path / "out" / name).read_bytes() == new
-    assert storage.names(str(tmp_path / "out")) == ["fresh", "old"]
+    assert storage.list_names(str(tmp_path / "out")) == ["fresh", "old"]
 
 
 @pytest.mark.parametrize("how", ["write_bytes", "put"])

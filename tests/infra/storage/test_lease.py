@@ -47,7 +47,7 @@ class Domain:
         return str(caught.value)
 
     def files(self) -> list[str]:
-        names = storage.names(f"{self.folder}/{leases.FOLDER}")
+        names = storage.list_names(f"{self.folder}/{leases.FOLDER}")
         return [name for name in names if not name.endswith(".partial")]  # a renewal on its way
 
     def process(self, script: str, *arguments: str) -> subprocess.Popen[str]:
@@ -272,7 +272,7 @@ def test_one_who_was_slow_finds_the_number_taken_by_a_later_one(domain: Domain) 
 def test_a_store_that_is_away_for_too_long_loses_the_lease(
     moto_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(errors, "PAUSES_S", ())
+    monkeypatch.setattr(errors, "RETRY_DELAYS_S", ())
     own = ObjectStore()
     monkeypatch.setenv("AWS_ENDPOINT_URL", own.endpoint)
     s3fs.S3FileSystem.clear_instance_cache()
@@ -292,7 +292,7 @@ def test_a_file_that_is_no_lease_counts_for_a_minute(data: bytes, tmp_path: Path
         pass
     os.utime(tmp_path / "lease/000007.json", (time.time() - 70,) * 2)
     with lease(str(tmp_path), holder="second", ttl_s=1):
-        assert storage.names(f"{tmp_path}/lease") == ["000008.json"]
+        assert storage.list_names(f"{tmp_path}/lease") == ["000008.json"]
 
 
 def test_a_time_that_a_store_cannot_tell_is_refused(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_a_full_disk_keeps_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     folder = str(tmp_path / "twemoji")
 
     def full(uri: str, data: bytes) -> None:
-        raise errors.no_space(uri)
+        raise errors.disk_full_error(uri)
 
     with lease(folder, holder="first"):
         monkeypatch.setattr(storage, "write_bytes", full)
@@ -319,7 +319,7 @@ def test_a_disk_that_is_full_for_a_moment_loses_no_lease(tmp_path: Path, monkeyp
 
     def full_for_a_moment(uri: str, data: bytes) -> None:
         if uri.endswith("000001.json") and next(full, None) is not None:
-            raise errors.no_space(uri)
+            raise errors.disk_full_error(uri)
         write(uri, data)
 
     with lease(str(tmp_path / "twemoji"), holder="first", ttl_s=1.5) as held:

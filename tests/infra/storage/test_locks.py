@@ -7,7 +7,7 @@ from support.hostile import is_untouched, victim
 
 from infra.errors import InputError
 from infra.storage import file_cache as caching
-from infra.storage.locks import alone, drop_abandoned
+from infra.storage.locks import exclusive_folder, remove_stale
 
 
 @pytest.mark.parametrize("name", ["../Documents", "fetching/../../Documents", "link", ".", ""])
@@ -15,7 +15,10 @@ def test_alone_outside_its_root_is_refused_and_deletes_nothing(name: str, tmp_pa
     documents, cache = victim(tmp_path / "Documents"), tmp_path / "cache"
     (cache / "fetching").mkdir(parents=True)
     (cache / "link").symlink_to(documents)
-    with pytest.raises(InputError, match=r"is not below .*; remove the link"), alone(cache / name, within=cache):
+    with (
+        pytest.raises(InputError, match=r"is not below .*; remove the link"),
+        exclusive_folder(cache / name, within=cache),
+    ):
         pytest.fail("it was entered")
     assert is_untouched(documents)
     assert cache.exists()
@@ -23,7 +26,7 @@ def test_alone_outside_its_root_is_refused_and_deletes_nothing(name: str, tmp_pa
 
 def test_alone_is_refused_when_a_link_takes_its_place_meanwhile(tmp_path: Path) -> None:
     documents, folder = victim(tmp_path / "Documents"), tmp_path / "cache" / "mine"
-    with pytest.raises(InputError, match="is not below"), alone(folder, within=tmp_path / "cache"):
+    with pytest.raises(InputError, match="is not below"), exclusive_folder(folder, within=tmp_path / "cache"):
         folder.rename(tmp_path / "cache" / "moved")
         folder.symlink_to(documents)
     assert is_untouched(documents)
@@ -31,7 +34,7 @@ def test_alone_is_refused_when_a_link_takes_its_place_meanwhile(tmp_path: Path) 
 
 def test_alone_removes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
     documents, folder = victim(tmp_path / "Documents"), tmp_path / "cache" / "mine"
-    with alone(folder, within=tmp_path / "cache"):
+    with exclusive_folder(folder, within=tmp_path / "cache"):
         (folder / "link").symlink_to(documents)
     assert not folder.exists()
     assert is_untouched(documents)
@@ -40,7 +43,7 @@ def test_alone_removes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
 def test_alone_below_a_root_that_is_a_link_is_as_anywhere(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "cache").symlink_to(tmp_path / "disk")
-    with alone(tmp_path / "cache" / "mine", within=tmp_path / "cache") as folder:
+    with exclusive_folder(tmp_path / "cache" / "mine", within=tmp_path / "cache") as folder:
         (folder / "file").write_text("x")
     assert list((tmp_path / "disk").iterdir()) == []
 
@@ -49,7 +52,7 @@ def test_drop_abandoned_leaves_links_that_lead_out(tmp_path: Path) -> None:
     documents, cache = victim(tmp_path / "Documents"), tmp_path / "cache"
     (cache / "dead").mkdir(parents=True)
     (cache / "link").symlink_to(documents)
-    drop_abandoned(cache.glob("*"), within=cache)
+    remove_stale(cache.glob("*"), within=cache)
     assert [path.name for path in cache.iterdir()] == ["link"]
     assert is_untouched(documents)
 
@@ -59,7 +62,7 @@ def test_eviction_and_forgetting_leave_what_a_link_in_the_cache_leads_to(tmp_pat
     cache.mkdir()
     (cache / "link").symlink_to(documents)
     assert caching.evict(cache, 0) == 0
-    assert caching.forget(["thesis"], cache) == 0
+    assert caching.purge(["thesis"], cache) == 0
     assert is_untouched(documents)
 
 

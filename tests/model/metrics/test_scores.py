@@ -5,10 +5,10 @@ import pytest
 from support import tiny_models
 
 from model.metrics.bootstrap import Score
-from model.metrics.scores import Yardstick, score_mean, score_samples
+from model.metrics.scores import ReferenceSet, score_mean, score_samples
 
 REAL = tiny_models.unit_rows(150, seed=9).astype(np.float32)
-YARDSTICK = Yardstick(real=REAL, threshold=0.75)
+YARDSTICK = ReferenceSet(real=REAL, threshold=0.75)
 
 
 def width(score: Score) -> float:

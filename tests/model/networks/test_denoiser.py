@@ -6,15 +6,15 @@ import torch
 from support import tiny_models
 from torch import Tensor, nn
 
-from model.networks.build import AnyNetworkConfig, build_any, size_of
-from model.networks.denoiser import as_denoiser, build_network
+from model.networks.build import NetworkConfig, build_network, config_of_network
+from model.networks.denoiser import as_denoiser, build_denoiser
 from model.networks.dit import TransformerConfig
 from model.networks.editor import widen_input
 from model.networks.unet import UNetConfig
 from model.networks.vq_transformer import VQTransformer, VQTransformerConfig
 
 UNET = UNetConfig(image_size=8, widths=(32, 64), layers=1)
-SIZES: list[AnyNetworkConfig] = [
+SIZES: list[NetworkConfig] = [
     tiny_models.size(channels=4, heads=2, prediction="sample"),
     UNET,
     UNetConfig(image_size=16, channels=4, widths=(64, 128), layers=2, head_width=64, prediction="sample"),
@@ -74,7 +74,7 @@ def test_a_wrapped_network_is_called_through_its_wrapper() -> None:
             return self.module(*asked, **options)
 
     for config in (tiny_models.size(), UNET):
-        network = build_network(config, embedding_dimension=tiny_models.WIDTH, seed=0)
+        network = build_denoiser(config, embedding_dimension=tiny_models.WIDTH, seed=0)
         wrapper = Wrapper(network)
         torch.testing.assert_close(
             as_denoiser(wrapper, "velocity")(*given()), as_denoiser(network, "velocity")(*given())
@@ -83,23 +83,23 @@ def test_a_wrapped_network_is_called_through_its_wrapper() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: size.kind)
-def test_a_network_tells_the_size_that_it_was_built_from(size: AnyNetworkConfig) -> None:
-    network = build_any(size, embedding_dimension=tiny_models.WIDTH, seed=0)
-    assert size_of(network, getattr(size, "prediction", "velocity")) == size
+def test_a_network_tells_the_size_that_it_was_built_from(size: NetworkConfig) -> None:
+    network = build_network(size, embedding_dimension=tiny_models.WIDTH, seed=0)
+    assert config_of_network(network, getattr(size, "prediction", "velocity")) == size
     if not isinstance(network, VQTransformer):
         assert next(network.parameters()).dtype == torch.float32
 
 
 def test_an_editors_size_is_that_of_its_base() -> None:
     base = tiny_models.network()
-    assert size_of(widen_input(base), "velocity") == size_of(base, "velocity") == tiny_models.size()
+    assert config_of_network(widen_input(base), "velocity") == config_of_network(base, "velocity") == tiny_models.size()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: size.kind)
-def test_a_size_goes_through_a_form_as_itself(size: AnyNetworkConfig) -> None:
+def test_a_size_goes_through_a_form_as_itself(size: NetworkConfig) -> None:
     from pydantic import TypeAdapter, ValidationError
 
-    adapter: TypeAdapter[AnyNetworkConfig] = TypeAdapter(AnyNetworkConfig)
+    adapter: TypeAdapter[NetworkConfig] = TypeAdapter(NetworkConfig)
     assert adapter.validate_python(dataclasses.asdict(size)) == size
     assert adapter.validate_json(adapter.dump_json(size)) == size
     assert type(adapter.validate_python({"kind": size.kind})) is type(size)

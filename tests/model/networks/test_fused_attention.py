@@ -13,10 +13,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import prune
 
 from model.networks import fused_attention, vq_transformer
-from model.networks.compilation import repeated
+from model.networks.compilation import transformer_blocks
 from model.networks.denoiser import as_denoiser
 from model.networks.dit import TransformerConfig, build_transformer
-from model.networks.fused_attention import LeanProcessor, PatchProjection, TokenLinear, streamline, sum_by_picture
+from model.networks.fused_attention import (
+    FoldedAttnProcessor,
+    PatchProjection,
+    TokenLinear,
+    sum_by_picture,
+    use_fused_attention,
+)
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
 from model.training.throughput import flops_per_image
 
@@ -62,7 +68,7 @@ def assert_same(network: PixArtTransformer2DModel, written: PixArtTransformer2DM
 def folded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The condition tokens of every layer that took them for few."""
     seen: list[int] = []
-    compute = fused_attention.weighted_values
+    compute = fused_attention.folded_attention
 
     def counting(tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         seen.append(keys.shape[2])
@@ -76,7 +82,7 @@ def folded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("tokens", [1, FEW, 10, 11, MANY])
 def test_of_few_tokens_and_many_it_draws_and_learns_what_is_written(tokens: int, folded: list[int]) -> None:
     network = stirred()
-    assert {type(processor) for processor in network.attn_processors.values()} == {LeanProcessor}
+    assert {type(processor) for processor in network.attn_processors.values()} == {FoldedAttnProcessor}
     assert_same(network, as_written(network), tokens)
     assert set(folded) == ({tokens} if tokens <= 10 else set())
 
@@ -96,7 +102,7 @@ def test_tokens_are_few_where_they_take_fewer_operations_so(
 
     assert operations(network, border) < operations(written, border)
     assert operations(network, border + 1) == operations(written, border + 1)
-    monkeypatch.setattr(fused_attention, "few", lambda *_, **__: True)
+    monkeypatch.setattr(fused_attention, "folding_is_cheaper", lambda *_, **__: True)
     assert operations(network, border + 1) > operations(written, border + 1)
 
 
@@ -153,7 +159,7 @@ def test_an_attention_of_ones_own_stays() -> None:
 
     network = stirred()
     network.set_attn_processor(Own())
-    streamline(network)
+    use_fused_attention(network)
     assert {type(processor) for processor in network.attn_processors.values()} == {Own}
 
 
@@ -177,7 +183,7 @@ def test_patches_of_any_layout_are_projected_as_a_convolution_does() -> None:
 def test_sums_by_picture_change_no_answer_and_no_gradient() -> None:
     network = stirred()
     summed = copy.deepcopy(network)
-    for block in repeated(summed):
+    for block in transformer_blocks(summed):
         sum_by_picture(block)
     layers = [part for part in summed.transformer_blocks[0].modules() if isinstance(part, TokenLinear)]
     assert len(layers) == 4, "both attentions' answers, and the two layers after them"
@@ -211,11 +217,11 @@ def test_under_autocast_it_answers_in_the_type_that_diffusers_does(kind: torch.d
 def test_a_network_that_is_no_pixart_stays_as_it_is_and_one_is_streamlined_once() -> None:
     codes = build_vq_transformer(VQTransformerConfig(codes=8, tokens=4, layers=1), embedding_dimension=8, seed=0)
     before = [type(part) for part in codes.modules()]
-    streamline(codes)
+    use_fused_attention(codes)
     assert [type(part) for part in codes.modules()] == before
     network = stirred()
     expected = velocity(network)
-    streamline(network)
+    use_fused_attention(network)
     assert torch.equal(velocity(network), expected)
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from support import tiny_models
 from torch import Tensor
 
-from model.retrieval.brute_force import TorchRows
+from model.retrieval.brute_force import TorchBruteForce
 
 WIDTH = 64
 
@@ -49,7 +49,7 @@ def test_a_crowd_of_near_copies_costs_no_neighbour(
 ) -> None:
     rows, queries = near_copies(400)
     database = tiny_models.database(tmp_path, rows[:300], rows[300:]).to("cpu")
-    assert isinstance(database.proposer, TorchRows)
+    assert isinstance(database.proposer, TorchBruteForce)
     database.proposer._parts = [part.to(kept) for part in database.proposer._parts]
     products_of_a_gpu(monkeypatch)
     require_true_neighbours(database, rows, queries)

@@ -15,7 +15,7 @@ from support import tiny_models
 import model.retrieval.database
 from model.errors import ModelError
 from model.retrieval.database import Database, Hits, SearchEffort, ShardFiles
-from model.retrieval.faiss_index import cells_of
+from model.retrieval.faiss_index import ivf_of
 
 
 def ranked(queries: NDArray[Any], rows: NDArray[np.float16]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -270,7 +270,7 @@ def test_opening_copies_no_ids_and_a_search_starts_no_threads_that_read_ahead(tm
         tmp_path, tiny_models.unit_rows(60), tiny_models.unit_rows(0), factory="IVF8,SQfp16"
     )
     shards = [part for part in database.proposer._kept if isinstance(part, faiss.Index)]  # type: ignore[attr-defined]
-    mapped = [faiss.downcast_InvertedLists(cells_of(shard).invlists) for shard in shards]
+    mapped = [faiss.downcast_InvertedLists(ivf_of(shard).invlists) for shard in shards]
     assert [(type(lists), lists.prefetch_nthread) for lists in mapped] == [(faiss.OnDiskInvertedLists, 0)] * 2
 
 

@@ -10,10 +10,10 @@ from model.errors import ModelError
 from model.retrieval.faiss_index import (
     choose_index,
     fill_shard,
-    lossless,
+    is_lossless,
+    is_stackable,
     merge_shards,
     quantization_error,
-    stackable,
     train_index,
     training_rows,
 )
@@ -51,10 +51,10 @@ def test_what_fits_into_no_memory_is_refused_with_what_it_would_need() -> None:
 def test_only_codes_that_are_the_stored_rows_count_as_lossless() -> None:
     sample = tiny_models.unit_rows(400).astype(np.float32)
     exact = {
-        name: lossless(train_index(name, tiny_models.WIDTH, sample)) for name in ("Flat", "IVF4,Flat", "IVF4,SQfp16")
+        name: is_lossless(train_index(name, tiny_models.WIDTH, sample)) for name in ("Flat", "IVF4,Flat", "IVF4,SQfp16")
     }
     rounded = {
-        name: lossless(train_index(name, tiny_models.WIDTH, sample))
+        name: is_lossless(train_index(name, tiny_models.WIDTH, sample))
         for name in ("IVF4,SQ8", "IVF4,PQ4x4", "OPQ4,IVF4,SQfp16")
     }
     assert set(exact.values()) == {True}
@@ -66,7 +66,9 @@ def test_only_codes_that_are_the_stored_rows_count_as_lossless() -> None:
     [("Flat", False), ("HNSW8", False), ("IVF4,PQ4x4fs", False), ("IVF4,SQ8", True), ("OPQ4,IVF4,PQ4x4", True)],
 )
 def test_inverted_lists_of_plain_codes_can_be_searched_as_one(factory: str, stacked: bool) -> None:
-    assert stackable(train_index(factory, tiny_models.WIDTH, tiny_models.unit_rows(400).astype(np.float32))) == stacked
+    assert (
+        is_stackable(train_index(factory, tiny_models.WIDTH, tiny_models.unit_rows(400).astype(np.float32))) == stacked
+    )
 
 
 def test_many_cells_are_clustered_in_two_levels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ from support import tiny_models
 
 from model.errors import ModelError
 from model.retrieval import gpu_index
-from model.retrieval.brute_force import TorchRows
+from model.retrieval.brute_force import TorchBruteForce
 from model.retrieval.database import SearchEffort
-from model.retrieval.gpu_index import GpuCells
+from model.retrieval.gpu_index import GpuIVF
 
 FACTORIES = ["IVF8,SQfp16", "IVF8_HNSW8,Flat", "OPQ4_8,IVF8,PQ4x4"]
 
@@ -54,7 +54,7 @@ def test_cells_on_a_gpu_are_searched_as_those_of_the_database(
     database = tiny_models.database(tmp_path, rows[:150], rows[150:], factory=factory, nprobe=4, candidates=50)
     card = Card(monkeypatch)
     moved = database.to("cuda:1")
-    assert isinstance(moved.proposer, GpuCells)
+    assert isinstance(moved.proposer, GpuIVF)
     assert [(device, vars(options)) for device, options in card.copied] == [
         (1, {"allowCpuCoarseQuantizer": True, "indicesOptions": 3, "useFloat16": True})
     ]
@@ -78,8 +78,8 @@ def test_what_a_gpu_cannot_be_asked_for_is_found_all_the_same(tmp_path: Path, mo
 def test_without_cells_all_rows_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = []
     monkeypatch.setattr(
-        "model.retrieval.brute_force.TorchRows",
-        lambda parts, device: moved.append(str(device)) or TorchRows(parts, torch.device("cpu")),
+        "model.retrieval.brute_force.TorchBruteForce",
+        lambda parts, device: moved.append(str(device)) or TorchBruteForce(parts, torch.device("cpu")),
     )
     rows = tiny_models.unit_rows(40)
     database, card = tiny_models.database(tmp_path, rows), Card(monkeypatch)
@@ -109,14 +109,14 @@ def test_where_a_gpu_refuses_the_index_all_rows_are_compared_there(
         )
 
     monkeypatch.setattr(
-        "model.retrieval.brute_force.TorchRows", lambda parts, device: TorchRows(parts, torch.device("cpu"))
+        "model.retrieval.brute_force.TorchBruteForce", lambda parts, device: TorchBruteForce(parts, torch.device("cpu"))
     )
     rows = tiny_models.unit_rows(60)
     database = tiny_models.database(tmp_path, rows, factory="IVF8,SQfp16", nprobe=8)
     Card(monkeypatch)
     monkeypatch.setattr(faiss, "index_cpu_to_gpu", refused)
     moved = database.to("cuda")
-    assert isinstance(moved.proposer, TorchRows)
+    assert isinstance(moved.proposer, TorchBruteForce)
     np.testing.assert_array_equal(moved.search(rows[:3], 5).ids, database.search(rows[:3], 5).ids)
     (told,) = [record.getMessage() for record in caplog.records]
     assert told.startswith("GPU 0 cannot search this index (Device 0 has 49152 bytes of shared memory, while 8 bits")

@@ -5,7 +5,7 @@ import pytest
 from support import tiny_models
 
 from model.retrieval import near_duplicates
-from model.retrieval.near_duplicates import NEAREST, find_pairs, later_ones
+from model.retrieval.near_duplicates import NEAREST, duplicates_to_hide, find_pairs
 
 
 def near(row: np.ndarray, step: float) -> np.ndarray:
@@ -56,13 +56,13 @@ def test_a_large_group_is_connected_though_few_pairs_of_each_row_are_kept(tmp_pa
     rows[40:80] = rows[5]
     database = tiny_models.database(tmp_path, rows[:50], rows[50:], factory="IVF4,SQfp16", nprobe=1)
     pairs = find_pairs(database, rows, 0, 0.999)
-    assert later_ones(pairs).tolist() == list(range(40, 80))
+    assert duplicates_to_hide(pairs).tolist() == list(range(40, 80))
     assert len(pairs) <= 41 * NEAREST
     others = pairs[(pairs != 5).all(axis=1) & ((pairs < 40) | (pairs > 52)).all(axis=1)]  # taken down
-    assert later_ones(others).tolist() == list(range(54, 80))
+    assert duplicates_to_hide(others).tolist() == list(range(54, 80))
 
 
 def test_one_of_each_group_is_kept_the_first() -> None:
     pairs = np.array([[2, 9], [5, 9], [7, 8], [5, 11]])
-    assert later_ones(pairs).tolist() == [5, 8, 9, 11]
-    assert later_ones(np.zeros((0, 2), np.int64)).tolist() == []
+    assert duplicates_to_hide(pairs).tolist() == [5, 8, 9, 11]
+    assert duplicates_to_hide(np.zeros((0, 2), np.int64)).tolist() == []

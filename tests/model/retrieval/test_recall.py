@@ -6,14 +6,14 @@ from support import tiny_models
 
 from model.retrieval.database import Database
 from model.retrieval.faiss_index import fill_shard
-from model.retrieval.recall import brute_force, find_truth, recall
+from model.retrieval.recall import brute_force, exact_neighbours, recall
 
 
 def recall_at_k(
     database: Database, rows: np.ndarray, queries: np.ndarray, k: int, exclude: np.ndarray | None = None
 ) -> float:
     own = None if exclude is None else rows[exclude]
-    return recall(database, find_truth([rows[:33], rows[33:]], queries, own=exclude, own_rows=own), k)
+    return recall(database, exact_neighbours([rows[:33], rows[33:]], queries, own=exclude, own_rows=own), k)
 
 
 @pytest.mark.parametrize("exclude", [None, np.arange(12)])

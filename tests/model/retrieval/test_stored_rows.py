@@ -14,9 +14,9 @@ from support import tiny_models
 from model.errors import ModelError
 from model.retrieval import stored_rows
 from model.retrieval.database import Database, SearchEffort
-from model.retrieval.recall import find_truth
+from model.retrieval.recall import exact_neighbours
 from model.retrieval.stored_rows import StoredRows
-from model.training.neighbour_rows import JoinedRows
+from model.training.neighbour_rows import ConcatenatedRows
 
 MOST = 3
 ROWS = np.split(tiny_models.unit_rows(60), 12)
@@ -59,7 +59,7 @@ def test_of_many_files_those_mapped_last_stay_mapped(tmp_path: Path) -> None:
 
 
 def test_training_reads_them_as_one_array_and_maps_few(tmp_path: Path) -> None:
-    whole, joined = np.concatenate(ROWS), JoinedRows(parts_of(tmp_path))
+    whole, joined = np.concatenate(ROWS), ConcatenatedRows(parts_of(tmp_path))
     assert (len(joined), joined.nbytes) == (60, whole.nbytes)
     assert mapped(tmp_path) == set()
     ids = np.random.default_rng(0).integers(0, 60, (7, 3))
@@ -89,11 +89,11 @@ def test_threads_that_let_each_others_files_go_read_the_same_rows(tmp_path: Path
 def test_a_truth_keeps_no_file_mapped_that_was_not(tmp_path: Path) -> None:
     parts, queries = parts_of(tmp_path), tiny_models.unit_rows(4, seed=1).astype(np.float32)
     parts[5].array  # noqa: B018 - mapped, and stays so
-    expected = find_truth(ROWS, queries)
-    np.testing.assert_array_equal(find_truth(parts, queries).ids, expected.ids)
+    expected = exact_neighbours(ROWS, queries)
+    np.testing.assert_array_equal(exact_neighbours(parts, queries).ids, expected.ids)
     assert mapped(tmp_path) == {"5.npy"}
     (tmp_path / "0.npy").unlink()
-    find_truth(parts, queries, grown_from=(expected, 5))
+    exact_neighbours(parts, queries, grown_from=(expected, 5))
     assert mapped(tmp_path) == {"5.npy"}
 
 

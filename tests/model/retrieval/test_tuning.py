@@ -6,17 +6,17 @@ import pytest
 from support import tiny_models
 
 from model.retrieval.database import Database, SearchEffort
-from model.retrieval.recall import Truth, find_truth, recall
+from model.retrieval.recall import GroundTruth, exact_neighbours, recall
 from model.retrieval.tuning import CANDIDATES, tune
 
 WIDE = 32
 
 
-def truths_of(rows: np.ndarray, count: int = 40) -> dict[str, Truth]:
+def truths_of(rows: np.ndarray, count: int = 40) -> dict[str, GroundTruth]:
     own = np.arange(0, len(rows), len(rows) // count)[:count]
     return {
-        "image": find_truth([rows], rows[own].astype(np.float32), own=own, own_rows=rows[own]),
-        "text": find_truth([rows], tiny_models.unit_rows(count, rows.shape[1], seed=5).astype(np.float32)),
+        "image": exact_neighbours([rows], rows[own].astype(np.float32), own=own, own_rows=rows[own]),
+        "text": exact_neighbours([rows], tiny_models.unit_rows(count, rows.shape[1], seed=5).astype(np.float32)),
     }
 
 
@@ -60,7 +60,7 @@ def test_what_cannot_be_reached_gives_its_best(tmp_path: Path) -> None:
 
 def test_a_kind_without_queries_asks_for_nothing(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(300)
-    none = {"text": find_truth([rows], np.zeros((0, tiny_models.WIDTH), np.float32))}
+    none = {"text": exact_neighbours([rows], np.zeros((0, tiny_models.WIDTH), np.float32))}
     best, _ = tune(tiny_models.database(tmp_path, rows), {**truths_of(rows), **none}, 0.95)
     assert best.recalls["text"] == 1.0
 
@@ -68,12 +68,12 @@ def test_a_kind_without_queries_asks_for_nothing(tmp_path: Path) -> None:
 def test_truth_grows_with_the_rows_and_forgets_what_is_hidden() -> None:
     rows = tiny_models.unit_rows(900)
     own = np.array([3, 400, 77])
-    first = find_truth([rows[:600]], rows[own].astype(np.float32), own=own, own_rows=rows[own])
+    first = exact_neighbours([rows[:600]], rows[own].astype(np.float32), own=own, own_rows=rows[own])
     hidden = np.sort(np.array([int(first.ids[0, 0]), int(first.ids[1, 2]), 700]))
-    grown = find_truth(
+    grown = exact_neighbours(
         [rows[:500], rows[500:]], first.queries, own=own, own_rows=rows[own], hidden=hidden, grown_from=(first, 600)
     )
-    whole = find_truth([rows], first.queries, own=own, own_rows=rows[own], hidden=hidden)
+    whole = exact_neighbours([rows], first.queries, own=own, own_rows=rows[own], hidden=hidden)
     np.testing.assert_array_equal(grown.ids[:, :10], whole.ids[:, :10])
     assert not np.isin(grown.ids, hidden).any()
     assert (grown.ids[:, :10] >= 600).any(), "new rows are among the nearest"

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from model.errors import ModelError
 from model.training import alignment
-from model.training.alignment import align_all, align_neighbour, correlation, first_other, is_sane
+from model.training.alignment import align_all, align_neighbour, correlation, first_distinct, is_plausible
 
 SIDE = 64
 IDENTITY = np.eye(2, 3, dtype=np.float32)
@@ -105,7 +105,7 @@ def test_sane_bounds(warp: NDArray[np.float32], sane: bool) -> None:
     if warp[0, 0] not in (1, -1):  # about the centre
         warp = warp.copy()
         warp[:, 2] = 31.5 - warp[:, :2] @ [31.5, 31.5]
-    assert is_sane(warp, SIDE) is sane
+    assert is_plausible(warp, SIDE) is sane
 
 
 def test_correlation_of_known_pictures() -> None:
@@ -120,8 +120,8 @@ def test_a_copy_is_passed_over() -> None:
     almost = picture.copy()
     almost[0, 0] = 0
     candidates = np.stack([picture, almost, other])
-    assert first_other(picture, candidates, np.array([0, 1, 2])) == 2
-    assert first_other(picture, candidates, np.array([1, 0])) == 1, "copies alone: the nearest of them"
+    assert first_distinct(picture, candidates, np.array([0, 1, 2])) == 2
+    assert first_distinct(picture, candidates, np.array([1, 0])) == 1, "copies alone: the nearest of them"
 
 
 def test_every_picture_gets_the_reference_that_it_gets_alone() -> None:

@@ -10,19 +10,19 @@ from PIL import Image
 from support import tiny_models
 
 from model.errors import ModelError
-from model.training.data import Batch, Rows, TrainingSet, picture_to_array, to_model_range
-from model.training.neighbour_rows import DatabaseRows, JoinedRows
+from model.training.data import Batch, TrainingRows, TrainingSet, picture_to_array, to_model_range
+from model.training.neighbour_rows import ConcatenatedRows, NeighbourEmbeddings
 
 N = 12
 DATABASE = tiny_models.unit_rows(2 * N, seed=1)
 
 
-def rows(first: int = 0, last: int = N) -> Rows:
+def rows(first: int = 0, last: int = N) -> TrainingRows:
     """Picture i is the flat grey 20·i, its embedding row i, its neighbours the database's rows i + 1 and 2·i."""
     own = np.arange(first, last)
     pixels = np.repeat(own.astype(np.uint8) * 20, 4 * 4 * 3).reshape(len(own), 4, 4, 3)
     neighbours = np.stack([own + 1, own * 2], axis=1)
-    return Rows(
+    return TrainingRows(
         pictures=pixels, embeddings=tiny_models.unit_rows(N)[first:last], neighbours=neighbours, reference=255 - pixels
     )
 
@@ -33,14 +33,14 @@ class Shard:
     def __init__(self, first: int, last: int) -> None:
         self._held, self.rows, self.loads, self.loaded = rows(first, last), last - first, 0, 0
 
-    def load(self, chosen: NDArray[np.int64] | None = None) -> Rows:
+    def load(self, chosen: NDArray[np.int64] | None = None) -> TrainingRows:
         self.loads += 1
         self.loaded += self.rows if chosen is None else len(chosen)
         if chosen is None:
             return self._held
         assert (np.diff(chosen) > 0).all()
-        parts = {field.name: getattr(self._held, field.name)[chosen] for field in dataclasses.fields(Rows)}
-        return Rows(**parts)
+        parts = {field.name: getattr(self._held, field.name)[chosen] for field in dataclasses.fields(TrainingRows)}
+        return TrainingRows(**parts)
 
 
 def shards(*sizes: int) -> list[Shard]:
@@ -135,7 +135,7 @@ def test_the_window_after_is_read_while_this_one_trains() -> None:
     reading, go = threading.Event(), threading.Event()
 
     class Slow(Shard):
-        def load(self, chosen: NDArray[np.int64] | None = None) -> Rows:
+        def load(self, chosen: NDArray[np.int64] | None = None) -> TrainingRows:
             self.loads += 1
             if self.loads == 1 and len(opened) == 1:
                 reading.set()
@@ -215,7 +215,7 @@ def test_another_workers_part_is_refused() -> None:
     ids=["latents", "codes"],
 )
 def test_latents_and_codes_pass_unscaled(stored: NDArray[Any], expected: torch.dtype) -> None:
-    made = Rows(pictures=stored, embeddings=rows().embeddings, neighbours=rows().neighbours)
+    made = TrainingRows(pictures=stored, embeddings=rows().embeddings, neighbours=rows().neighbours)
     batch = TrainingSet(made, DATABASE).batch(0, seed=0, size=N)
     assert batch.images.dtype == expected
     assert sorted(batch.images.flatten().tolist()) == list(range(N * 4))
@@ -226,13 +226,13 @@ def test_latents_and_codes_pass_unscaled(stored: NDArray[Any], expected: torch.d
 def test_what_does_not_belong_together_is_refused(pictures: int, embeddings: int, neighbours: int) -> None:
     message = f"{pictures} pictures, {embeddings} embeddings and {neighbours} neighbour lists.*rebuild"
     with pytest.raises(ModelError, match=message):
-        Rows(
+        TrainingRows(
             pictures=np.zeros((pictures, 4, 4, 3), np.uint8),
             embeddings=tiny_models.unit_rows(embeddings),
             neighbours=np.zeros((neighbours, 2), np.int64),
         )
     with pytest.raises(ModelError, match="11 references for 12 pictures"):
-        Rows(pictures=rows().pictures, embeddings=rows().embeddings, neighbours=rows().neighbours,
+        TrainingRows(pictures=rows().pictures, embeddings=rows().embeddings, neighbours=rows().neighbours,
              reference=rows(0, 11).pictures)  # fmt: skip
 
 
@@ -241,7 +241,7 @@ def test_what_does_not_belong_together_is_refused(pictures: int, embeddings: int
 )
 def test_a_shard_that_could_not_be_read_is_read_again_when_asked_again(error: Exception, told: str) -> None:
     class Failing(Shard):
-        def load(self, chosen: NDArray[np.int64] | None = None) -> Rows:
+        def load(self, chosen: NDArray[np.int64] | None = None) -> TrainingRows:
             if not self.loads:
                 self.loads += 1
                 raise error
@@ -267,7 +267,7 @@ def test_neighbours_of_another_database_are_refused(beyond: int) -> None:
 
 
 def test_joined_rows_are_one_array() -> None:
-    joined = JoinedRows([DATABASE[:5], DATABASE[5:6], DATABASE[6:]])
+    joined = ConcatenatedRows([DATABASE[:5], DATABASE[5:6], DATABASE[6:]])
     ids = np.random.default_rng(0).integers(0, 2 * N, (3, 7))
     np.testing.assert_array_equal(joined[ids], DATABASE[ids])
     np.testing.assert_array_equal(joined[:], DATABASE)
@@ -277,15 +277,15 @@ def test_joined_rows_are_one_array() -> None:
         with pytest.raises(IndexError, match=f"asked of {2 * N}"):
             joined[np.array([0, outside])]
     with pytest.raises(ModelError, match="one shape"):
-        JoinedRows([DATABASE, DATABASE[:, :4]])
+        ConcatenatedRows([DATABASE, DATABASE[:, :4]])
 
 
 def test_rows_that_do_not_fit_are_read_from_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    ids, joined = torch.tensor([[0, 23], [5, 5]]), JoinedRows([DATABASE[:5], DATABASE[5:]])
-    held = DatabaseRows(joined, "cpu")
-    monkeypatch.setattr(DatabaseRows, "LARGEST", DATABASE.nbytes - 1)
-    mapped = DatabaseRows(joined, "cpu")
-    monkeypatch.setattr(JoinedRows, "__getitem__", lambda *_: np.zeros((2, 2, 8), np.float16))
+    ids, joined = torch.tensor([[0, 23], [5, 5]]), ConcatenatedRows([DATABASE[:5], DATABASE[5:]])
+    held = NeighbourEmbeddings(joined, "cpu")
+    monkeypatch.setattr(NeighbourEmbeddings, "LARGEST", DATABASE.nbytes - 1)
+    mapped = NeighbourEmbeddings(joined, "cpu")
+    monkeypatch.setattr(ConcatenatedRows, "__getitem__", lambda *_: np.zeros((2, 2, 8), np.float16))
     np.testing.assert_array_equal(held.take(ids), DATABASE[ids].astype(np.float32))
     assert held.take(ids).dtype == torch.float32
     assert not mapped.take(ids).any(), "asked at every call"

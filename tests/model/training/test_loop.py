@@ -19,7 +19,7 @@ from model.errors import ModelError
 from model.networks.dit import build_transformer
 from model.networks.vq_autoencoder import AutoencoderObjective
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
-from model.training.data import Batch, Rows, TrainingSet, to_model_range
+from model.training.data import Batch, TrainingRows, TrainingSet, to_model_range
 from model.training.interfaces import TrainingConfig, TrainingData
 from model.training.loop import InterruptedTrainingError, train
 from model.training.muon import Muon
@@ -41,7 +41,7 @@ def training_set(pictures: int = 10, *, neighbours: Sequence[int] = (1, 2)) -> T
     """Random pictures of 8 px, each with the next two as neighbours."""
     pixels = np.random.default_rng(0).integers(0, 256, (pictures, 8, 8, 3), dtype=np.uint8)
     ids = (np.arange(pictures)[:, None] + neighbours) % pictures
-    rows = Rows(pictures=pixels, embeddings=tiny_models.unit_rows(pictures), neighbours=ids)
+    rows = TrainingRows(pictures=pixels, embeddings=tiny_models.unit_rows(pictures), neighbours=ids)
     return TrainingSet(rows, tiny_models.unit_rows(pictures))
 
 
@@ -362,7 +362,7 @@ def test_what_codes_teach_does_not_depend_on_the_pieces(tmp_path: Path) -> None:
     size = VQTransformerConfig(codes=8, tokens=4, timesteps=6, layers=1, heads=1, head_width=16)
     pictures = np.random.default_rng(0).integers(0, 8, (10, 4))
     ids = (np.arange(10)[:, None] + (1, 2)) % 10
-    rows = Rows(pictures=pictures, embeddings=tiny_models.unit_rows(10), neighbours=ids)
+    rows = TrainingRows(pictures=pictures, embeddings=tiny_models.unit_rows(10), neighbours=ids)
     found = []
     for pieces in (1, 4):
         objective = MaskAndReplace(Transitions(codes=8, timesteps=6), CONDITIONING)

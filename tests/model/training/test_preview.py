@@ -2,7 +2,7 @@ import pytest
 import torch
 from support import tiny_models
 
-from model.networks.build import build_any
+from model.networks.build import build_network
 from model.networks.editor import widen_input
 from model.networks.unet import UNetConfig
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, decode_codes
@@ -28,12 +28,12 @@ def test_every_network_draws_what_its_batch_asks_for(network: str) -> None:
             built = widen_input(tiny_models.network())
         case "unet":
             size = UNetConfig(image_size=8, widths=(32, 64), layers=1)
-            built = build_any(size, embedding_dimension=tiny_models.WIDTH, seed=0)
+            built = build_network(size, embedding_dimension=tiny_models.WIDTH, seed=0)
             torch.nn.init.normal_(built.conv_out.weight, generator=torch.Generator().manual_seed(0))
         case _:
             autoencoder = build_autoencoder(VQ, seed=0)
             codes = VQTransformerConfig(codes=8, tokens=4, timesteps=10, layers=1, heads=1, head_width=16)
-            built = build_any(codes, embedding_dimension=tiny_models.WIDTH, seed=0)
+            built = build_network(codes, embedding_dimension=tiny_models.WIDTH, seed=0)
             torch.nn.init.normal_(built.head.weight, std=2, generator=torch.Generator().manual_seed(0))
             torch.nn.init.normal_(built.time_out.weight, std=2, generator=torch.Generator().manual_seed(0))
     first, same, other = (
@@ -47,7 +47,7 @@ def test_every_network_draws_what_its_batch_asks_for(network: str) -> None:
 
 def test_a_process_of_fewer_times_than_steps_is_drawn_in_all_of_them() -> None:
     codes = VQTransformerConfig(codes=8, tokens=4, timesteps=3, layers=1, heads=1, head_width=16)
-    built = build_any(codes, embedding_dimension=tiny_models.WIDTH, seed=0)
+    built = build_network(codes, embedding_dimension=tiny_models.WIDTH, seed=0)
     drawn = draw_preview(built, batch(), prediction="velocity", autoencoder=build_autoencoder(VQ, seed=0))
     assert drawn.shape == (3, 3, 8, 8)
 

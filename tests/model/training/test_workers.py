@@ -19,7 +19,7 @@ from torch import nn
 
 from model.diffusion.conditioning import ConditioningConfig
 from model.networks.dit import build_transformer
-from model.training.data import Batch, Rows, TrainingSet
+from model.training.data import Batch, TrainingRows, TrainingSet
 from model.training.interfaces import TrainingConfig
 from model.training.loop import InterruptedTrainingError, train
 from model.training.objectives.flow_matching import FlowMatching
@@ -45,10 +45,10 @@ class Half:
     def __init__(self, first: int) -> None:
         self._own = np.arange(first, first + self.rows)
 
-    def load(self, chosen: NDArray[np.int64] | None = None) -> Rows:
+    def load(self, chosen: NDArray[np.int64] | None = None) -> TrainingRows:
         own = self._own if chosen is None else self._own[chosen]
         pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
-        return Rows(
+        return TrainingRows(
             pictures=pixels[own], embeddings=tiny_models.unit_rows(10)[own], neighbours=(own[:, None] + (1, 2)) % 10
         )
 

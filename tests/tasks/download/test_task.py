@@ -20,9 +20,9 @@ from infra.artifacts import read_manifest
 from infra.download.downloader import DownloadPolicy
 from infra.errors import InputError, StageError
 from infra.formats import tables
-from tasks.download.task import DownloadConfig, download_images
+from tasks.download.task import DownloadConfig, download
 from tasks.references.types import ImageShards
-from tasks.references.url_history import Hashes, Seen, hash_texts
+from tasks.references.url_history import Hashes, UrlHistory, hash_texts
 from tasks.upkeep.takedown import Entries, commit_takedown
 
 NAMES = [f"/{c}-{s}.png" for c in COLOURS for s in SHAPES]
@@ -49,7 +49,7 @@ class Lists:
         urls = write_urls(self.folder / "urls.jsonl", [self.server.url(path) for path in paths])
         config = DownloadConfig(shard_rows=4, policy=self.policy, workers=2, retry_failed=retry)
         self.server.requests.clear()
-        return download_images(str(urls), str(self.folder / "base"), config, cache=self.folder / "cache", **more)
+        return download(str(urls), str(self.folder / "base"), config, cache=self.folder / "cache", **more)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def outcomes(images: ImageShards) -> dict[str, str]:
 
 
 def pictures(images: ImageShards, shard: artifacts.Shard) -> dict[str, bytes]:
-    return dict(tables.read_pictures(Path(shard.folder or images.uri) / shard.file(".tar").name))
+    return dict(tables.iter_images(Path(shard.folder or images.uri) / shard.file(".tar").name))
 
 
 def test_only_new_urls_are_asked_for(lists: Lists) -> None:
@@ -155,7 +155,7 @@ def test_a_dead_url_is_recorded_but_a_dead_network_is_not(lists: Lists, tmp_path
     with pytest.raises(
         StageError, match=r"none of the 2 URLs .* \(connection_error 2\).* mend the list or the network"
     ):
-        download_images(str(urls), str(tmp_path / "base"), DownloadConfig(policy=policy), previous=second)
+        download(str(urls), str(tmp_path / "base"), DownloadConfig(policy=policy), previous=second)
 
 
 def test_killed_between_shards_the_same_version_comes_out(lists: Lists) -> None:
@@ -173,7 +173,7 @@ def test_killed_between_shards_the_same_version_comes_out(lists: Lists) -> None:
 def test_a_version_without_the_file_of_what_it_has_seen_is_read_itself(tmp_path: Path) -> None:
     body = BODY[NAMES[0]]
     images = image_shards(tmp_path, [[("http://host/a.png", body), ("http://host/b.png", None)]])
-    seen = Seen.of(images, tmp_path)
+    seen = UrlHistory.of(images, tmp_path)
     urls = ["http://host/a.png", "http://host/b.png", "http://host/c.png"]
     assert seen.asked(urls, failed_too=True).tolist() == [True, True, False]
     assert seen.asked(urls, failed_too=False).tolist() == [True, False, False]
@@ -189,7 +189,7 @@ def test_files_of_a_thousand_nights_are_few(tmp_path: Path) -> None:
             with np.load(io.BytesIO(storage.read_bytes(storage.join(entry["folder"], "seen.npz")))) as stored:
                 parts.append(Hashes(**stored))
         added = Hashes(np.sort(hash_texts(f"{night}-{n}" for n in range(3))), nothing, nothing)
-        files = Seen(parts, files).extended(str(tmp_path / str(night)), added)
+        files = UrlHistory(parts, files).extended(str(tmp_path / str(night)), added)
     assert len(files) <= 9
     assert sum(entry["rows"] for entry in files) == 900
 
@@ -217,7 +217,7 @@ def test_columns_of_every_kind_are_kept(lists: Lists, tmp_path: Path) -> None:
         pq.write_table(table, tmp_path / "urls.parquet")
         config = DownloadConfig(policy=lists.policy)
         options: Any = {"cache": tmp_path, "previous": first}
-        made += [download_images(str(tmp_path / "urls.parquet"), str(tmp_path), config, **options) for _ in range(2)]
+        made += [download(str(tmp_path / "urls.parquet"), str(tmp_path), config, **options) for _ in range(2)]
     assert [outcome.skipped for outcome in made] == [False, True, False, True]
     assert made[0].reference.uri != made[2].reference.uri, "another date is another list"
     shard = made[0].reference.manifest().shards[-1]
@@ -231,7 +231,7 @@ def test_columns_of_every_kind_are_kept(lists: Lists, tmp_path: Path) -> None:
 
 def test_a_list_is_known_by_the_digest_that_earlier_releases_gave_it(lists: Lists, tmp_path: Path) -> None:
     (tmp_path / "urls.csv").write_text(f"url,likes,score,name\n{lists.server.url(NAMES[0])},3,0.1,ä\n")
-    made = download_images(str(tmp_path / "urls.csv"), str(tmp_path), DownloadConfig(policy=lists.policy))
+    made = download(str(tmp_path / "urls.csv"), str(tmp_path), DownloadConfig(policy=lists.policy))
     columns = [["url", "likes", "score", "name"], [lists.server.url(NAMES[0])], [3], [0.1], ["ä"]]
     assert made.reference.manifest().inputs["urls"]["digest"] == artifacts.digest_of(columns)
 

@@ -31,8 +31,8 @@ from infra.errors import StageError
 from infra.formats.tables import read_table, write_table
 from model.encoder.clip import Encoder
 from tasks.embed import worker
-from tasks.embed.task import EmbedConfig, _feeding, _parts, _resources, _reusable, embed_images
-from tasks.embed.worker import EmbedShard, Feeding
+from tasks.embed.task import EmbedConfig, _feeding, _parts, _resources, _reusable, embed
+from tasks.embed.worker import EmbedShard, WorkerConfig
 from tasks.references.types import METADATA_SCHEMA, EmbeddingShards, ImageShards
 from tasks.upkeep.rewrite_embeddings import KeepRows
 
@@ -56,7 +56,7 @@ def image_shards(base: Path, **shards: Sequence[bytes]) -> ImageShards:
     """Image shards as a download leaves them; keyword ``s00000`` names shard 00000."""
     names = {name[1:]: list(pictures) for name, pictures in shards.items()}
     content = {name: [hashlib.sha256(p).hexdigest() for p in pictures] for name, pictures in names.items()}
-    stage = artifacts.Stage(str(base), ImageShards.kind, inputs={}, config={"content": content})
+    stage = artifacts.ArtifactBuilder(str(base), ImageShards.kind, inputs={}, config={"content": content})
     done = [commit_pictures(stage.uri, name, pictures, base / "local") for name, pictures in names.items()]
     return ImageShards.of(stage.commit(done, info={}), stage.uri)
 
@@ -86,13 +86,13 @@ def rows_of(embeddings: EmbeddingShards, shard: artifacts.Shard) -> np.ndarray[A
 
 
 def embedded(images: ImageShards, base: Path, config: EmbedConfig = CONFIG, **options: Any) -> EmbeddingShards:
-    return embed_images(images, str(base), config, cache=base / "cache", **options).reference
+    return embed(images, str(base), config, cache=base / "cache", **options).reference
 
 
 def test_one_shard_for_one_shard_in_the_order_of_the_tar(cluster: None, encoder: Encoder, tmp_path: Path) -> None:
     broken = PICTURES[3][:60]
     images = image_shards(tmp_path, s00000=[*PICTURES[:3], broken, *PICTURES[4:11]], s00001=PICTURES[11:13])
-    outcome = embed_images(images, str(tmp_path), CONFIG, cache=tmp_path / "cache")
+    outcome = embed(images, str(tmp_path), CONFIG, cache=tmp_path / "cache")
     manifest = outcome.reference.manifest()
     assert [(shard.name, shard.rows) for shard in manifest.shards] == [("00000", 10), ("00001", 2)]
     assert manifest.info["outcomes"] == {"success": 12, "decode_error": 1}
@@ -123,7 +123,7 @@ def test_what_an_earlier_version_holds_is_not_embedded_again(cluster: None, tmp_
     stayed = [*PICTURES[9:12], *PICTURES[14:20], PICTURES[30]]
     second = image_shards(tmp_path, s00000=PICTURES[:9], s00001=stayed, s00002=PICTURES[20:24], s00003=PICTURES[40:43])
     earlier = embedded(first, tmp_path)
-    outcome = embed_images(second, str(tmp_path), CONFIG, cache=tmp_path / "cache", previous=earlier)
+    outcome = embed(second, str(tmp_path), CONFIG, cache=tmp_path / "cache", previous=earlier)
     manifest = outcome.reference.manifest()
     assert [shard.folder for shard in manifest.shards] == [earlier.uri, None, earlier.uri, None]
     info = manifest.info
@@ -143,11 +143,13 @@ def test_what_an_earlier_version_holds_is_not_embedded_again(cluster: None, tmp_
 
 def test_a_picture_stored_in_another_size_is_another(cluster: None, tmp_path: Path) -> None:
     """The digest is of the bytes as downloaded; a list fetched again with a smaller bound has the same."""
-    embed = EmbedShard("none", "none", Feeding(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1), tmp_path)
+    embed = EmbedShard(
+        "none", "none", WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1), tmp_path
+    )
     images = image_shards(tmp_path, s00000=PICTURES[:3])
     earlier = embedded(images, tmp_path)
     (shard,) = earlier.manifest().shards
-    known = embed._rows_of(shard.taken_over(earlier.uri))
+    known = embed._rows_of(shard.reused_from(earlier.uri))
     records = read_table(Path(images.uri) / "00000.parquet").to_pylist()
     assert [worker._picture(record) in known for record in records] == [True] * 3
     assert not any(worker._picture({**record, "width": 24}) in known for record in records)
@@ -213,8 +215,10 @@ def test_what_a_subset_left_out_stays_out_whatever_embeds_it(cluster: None, tmp_
     folders = [str(tmp_path / "embeddings" / name) for name in ("part", "compacted")]
     part = KeepRows(whole.uri, folders[0], tmp_path / "cache", part=True)((first.name, (first, kept, before)))
     compacted = KeepRows(folders[0], folders[1], tmp_path / "cache")((first.name, (part, np.ones(5, np.bool_), after)))
-    stage = artifacts.Stage(str(tmp_path), EmbeddingShards.kind, inputs={"images": images.as_input()}, config={})
-    every = [compacted.taken_over(folders[1]), second.taken_over(whole.uri)]
+    stage = artifacts.ArtifactBuilder(
+        str(tmp_path), EmbeddingShards.kind, inputs={"images": images.as_input()}, config={}
+    )
+    every = [compacted.reused_from(folders[1]), second.reused_from(whole.uri)]
     earlier = EmbeddingShards.of(stage.commit(every, identity=whole.manifest().identity, info={}), stage.uri)
 
     other = dataclasses.replace(CONFIG, batch_size=2)
@@ -298,7 +302,7 @@ def test_decoders_in_processes_give_what_threads_give(encoder: Encoder) -> None:
     samples = [(str(number), data) for number, data in enumerate([*PICTURES[:7], b"no picture", *PICTURES[8:10]])]
     chunks = [samples[:4], samples[4:8], samples[8:]]
     results = []
-    feeding = Feeding(encoder="sticker-clip", batch_size=4, cuda=True, decoders=2)
+    feeding = WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=True, decoders=2)
     for pool in (ThreadPoolExecutor(1), worker._pool(feeding)):
         with pool:
             results.append(list(worker._ahead(pool, worker.fitted, encoder.preprocessing, iter(chunks), depth=2)))
@@ -312,7 +316,7 @@ def test_decoders_in_processes_give_what_threads_give(encoder: Encoder) -> None:
 
 def test_decoders_that_were_killed_are_replaced(tmp_path: Path) -> None:
     images = image_shards(tmp_path, s00000=PICTURES[:5])
-    feeding = Feeding(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1)
+    feeding = WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1)
     embed = EmbedShard(images.uri, str(tmp_path / "out"), feeding, tmp_path)
     doomed: Any = worker._pool(dataclasses.replace(feeding, cuda=True))
     doomed.submit(int).result()

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from infra import artifacts
-from tasks.evaluate.figure import Judged, plot_page
+from tasks.evaluate.figure import EvaluationView, plot_page
 from tasks.evaluate.measure import SAMPLES
 from tasks.evaluate.report import Report, preview, report_evaluations, tables, write_report
 from tasks.evaluate.tables import aligned, markdown, score_rows, swap_heads, swap_rows, table, table_line
@@ -34,10 +34,10 @@ def picture(colour: str) -> Image.Image:
     return Image.new("RGB", (8, 8), colour)
 
 
-def judged(name: str = "emoji", **changes: Any) -> Judged:
+def judged(name: str = "emoji", **changes: Any) -> EvaluationView:
     known = {"cosine": 0.987, "copy": True, "prompt": "a <b>red</b> heart", "row": 7, "url": "http://x/heart.png"}
     sheets = {"knn": Image.new("RGB", (64, 32), "blue"), "no_knn": Image.new("RGB", (64, 32), "green")}
-    whole = Judged(
+    whole = EvaluationView(
         name=name,
         samples=32,
         compared=32,
@@ -145,7 +145,7 @@ def test_what_was_not_measured_takes_no_place(missing: dict[str, Any], tmp_path:
 
 def committed(base: Path) -> Evaluation:
     """An evaluation as the stage commits it."""
-    stage = artifacts.Stage(str(base), "evaluation", inputs={}, config={})
+    stage = artifacts.ArtifactBuilder(str(base), "evaluation", inputs={}, config={})
     local = base / "local"
     (local / "copies").mkdir(parents=True)
     for name, image in judged().sheets.items():

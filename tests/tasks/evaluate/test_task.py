@@ -16,10 +16,10 @@ from support import tiny_models
 from infra import artifacts, compute
 from infra.errors import EncoderMismatchError, InputError
 from tasks.evaluate import measure as measuring
-from tasks.evaluate.measure import Subject, measure
+from tasks.evaluate.measure import EvaluationInputs, measure
 from tasks.evaluate.sampler import ABLATIONS, queries_of
 from tasks.evaluate.tables import METRICS
-from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate_generator
+from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
 from tasks.references.images import fetch_pictures
 from tasks.references.types import DatabaseVersion, Generator, domain_of, encoder_of
 
@@ -65,7 +65,7 @@ def version(domain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dat
 
 
 def measured(version: DatabaseVersion, folder: Path, config: EvaluateConfig = CONFIG, **others: Any) -> Any:
-    subject = Subject(generator=GENERATOR, name="shapes", database=version, others=others, config=config)
+    subject = EvaluationInputs(generator=GENERATOR, name="shapes", database=version, others=others, config=config)
     return measure(subject, str(folder / "evaluation"), folder).info
 
 
@@ -151,12 +151,12 @@ def test_samples_are_held_against_other_domains(version: DatabaseVersion, tmp_pa
 
 def test_domains_of_another_encoder_are_told_before_anything_is_drawn(domain: Any, tmp_path: Path) -> None:
     database = domain.result.database.reference
-    stage = artifacts.Stage(str(tmp_path / "foreign"), DatabaseVersion.kind, inputs={}, config={})
+    stage = artifacts.ArtifactBuilder(str(tmp_path / "foreign"), DatabaseVersion.kind, inputs={}, config={})
     width = encoder_of(database.manifest()).dimension  # as wide: a distance to it could be computed, and means nothing
     manifest = stage.commit([], identity={"encoder": dataclasses.asdict(tiny_models.identity(width))}, info={})
     others = {"foreign": DatabaseVersion.of(manifest, stage.uri)}
     with pytest.raises(EncoderMismatchError, match=r"shapes was made by sticker-clip .*, foreign by tiny-clip"):
-        evaluate_generator(GENERATOR, database, str(tmp_path / "base"), CONFIG, cache=tmp_path, others=others)
+        evaluate(GENERATOR, database, str(tmp_path / "base"), CONFIG, cache=tmp_path, others=others)
     assert not (tmp_path / "base").exists()
 
 
@@ -190,7 +190,7 @@ def test_the_stage_is_skipped_for_what_it_has_measured(domain: Any, tmp_path: Pa
     config = EvaluateConfig(samples=8, steps=1, bootstrap=3, seeds=2, diversity_prompts=1)
     with compute.cluster():
         first, again = (
-            evaluate_generator(generator, database, str(tmp_path), config, cache=tmp_path, others={"twin": database})
+            evaluate(generator, database, str(tmp_path), config, cache=tmp_path, others={"twin": database})
             for _ in range(2)
         )
     assert (first.skipped, again.skipped) == (False, True)
@@ -237,7 +237,7 @@ def test_weights_that_are_not_there_are_told_before_anything_is_drawn(domain: An
     database = domain.result.database.reference
     config = dataclasses.replace(CONFIG, inception_weights=str(tmp_path / "inception.pth"))
     with pytest.raises(InputError, match=r"no Inception weights at .*inception\.pth; give the path"):
-        evaluate_generator(GENERATOR, database, str(tmp_path), config, cache=tmp_path)
+        evaluate(GENERATOR, database, str(tmp_path), config, cache=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

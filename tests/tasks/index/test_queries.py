@@ -15,9 +15,9 @@ from infra.errors import StageError
 from infra.registry import Registry
 from infra.settings import Settings
 from model.encoder import clip
-from model.retrieval.recall import Truth, find_truth
+from model.retrieval.recall import GroundTruth, exact_neighbours
 from tasks.index import tuning
-from tasks.index.task import build_database
+from tasks.index.task import index
 from tasks.register import register_database
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -103,12 +103,12 @@ def test_a_version_without_pictures_to_measure_with_is_told_of_registered_and_fo
 ) -> None:
     embeddings = stored(tmp_path, np.split(tiny_models.unit_rows(300), 3))
 
-    def none_left(database: Any, *_: Any) -> Truth:
-        return find_truth(database.parts, np.empty((0, tiny_models.WIDTH), np.float32))
+    def none_left(database: Any, *_: Any) -> GroundTruth:
+        return exact_neighbours(database.parts, np.empty((0, tiny_models.WIDTH), np.float32))
 
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "_pictures", none_left)
-        built = build_database(embeddings, str(tmp_path), CONFIG, cache=tmp_path / "cache")
+        built = index(embeddings, str(tmp_path), CONFIG, cache=tmp_path / "cache")
     assert built.note.startswith("IVF8,SQfp16, no pictures to measure with, no texts to measure with")
     settings = Settings(root=str(tmp_path / "data"))
     register_database("shapes", built.reference, settings)

@@ -17,7 +17,7 @@ from support.fakes import Killed, WithoutRay, workers_of
 from infra import storage
 from infra.errors import IntegrityError
 from tasks.index import shards
-from tasks.index.task import IndexConfig, build_database
+from tasks.index.task import IndexConfig, index
 from tasks.references.database import index_shards, open_database
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -54,7 +54,7 @@ def test_a_version_grows_by_what_is_new_alone(tmp_path: Path) -> None:
     assert second.manifest().info["recall_at_10_image"] >= 0.95
     queries = np.concatenate([tiny_models.unit_rows(9, seed=3), rows[650:652]])
     assert everything(second, tmp_path).search(queries, 5).ids.tolist() == exact(queries, rows, 5)
-    again = build_database(after, str(tmp_path), CONFIG, cache=tmp_path / "cache", previous=first)
+    again = index(after, str(tmp_path), CONFIG, cache=tmp_path / "cache", previous=first)
     assert (again.skipped, again.reference) == (True, second)
 
 

@@ -13,7 +13,7 @@ from infra.errors import InputError
 from tasks.references.images import fetch_pictures
 from tasks.references.types import DatabaseVersion
 from tasks.register import _stored_bytes
-from tasks.train.data import DecodedDatabase, Treatment, database_rows
+from tasks.train.data import DecodedDatabase, ImageProcessing, database_rows
 
 
 def trained(database: DatabaseVersion, cache: Path) -> Any:
@@ -23,7 +23,7 @@ def trained(database: DatabaseVersion, cache: Path) -> Any:
 READERS: list[Callable[[DatabaseVersion, Path], Any]] = [
     trained,
     database_rows,
-    lambda database, cache: DecodedDatabase(database, Treatment(side=16), cache),
+    lambda database, cache: DecodedDatabase(database, ImageProcessing(side=16), cache),
     lambda database, cache: fetch_pictures(database, [0], cache),
     lambda database, cache: _stored_bytes(database),
 ]
@@ -34,7 +34,7 @@ def remade(tmp_path_factory: pytest.TempPathFactory) -> DatabaseVersion:
     """A version whose embeddings were deleted and made again, by another encoder."""
     inputs = tiny_training.stored_inputs(tmp_path_factory.mktemp("stored"))
     manifest = inputs.embeddings.manifest()
-    stage = artifacts.Stage(
+    stage = artifacts.ArtifactBuilder(
         str(Path(inputs.embeddings.uri).parents[1]), manifest.kind, inputs=manifest.inputs, config=manifest.config
     )
     assert stage.uri == inputs.embeddings.uri

@@ -16,9 +16,9 @@ from model.encoder.clip import Encoder
 from tasks.references.lineage import embeddings_of, images_of
 from tasks.references.trust import open_folder, open_named, own_root, saved_pipeline
 from tasks.references.types import DatabaseVersion, EmbeddingShards, Generator, ImageShards
-from tasks.references.url_history import Seen
-from tasks.serve.load import open_pipeline, search_database
-from tasks.train.adopt import adopt_generator
+from tasks.references.url_history import UrlHistory
+from tasks.serve.load import load_pipeline, search_database
+from tasks.train.adopt import adopt
 
 BUNDLED = "sticker-clip"
 FOREIGN_ENCODERS = ["hf-hub:evil/clip", "local-dir:/etc", "ViT-B-32/laion2b_s34b_b79k"]
@@ -33,7 +33,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 def commit(base: Path | str, kind: str, *, encoder: str = BUNDLED, **parts: Any) -> str:
     """Commit an artifact without rows, and return its folder."""
-    stage = artifacts.Stage(str(base), kind, inputs=parts.get("inputs", {}), config={"encoder": encoder})
+    stage = artifacts.ArtifactBuilder(str(base), kind, inputs=parts.get("inputs", {}), config={"encoder": encoder})
     identity = {"name": encoder, "weights_digest": "w", "preprocess_digest": "p", "dimension": 4}
     stage.commit(parts.get("shards", []), identity={"encoder": identity}, info=parts.get("info", {}))
     return stage.uri
@@ -106,7 +106,7 @@ def test_url_history_of_foreign_images_outside_their_root_needs_trust(tmp_path: 
     entry = {"folder": str(tmp_path / "private"), "file": {"name": "seen.npz", "sha256": "0", "bytes": 0}, "rows": 0}
     uri = commit(tmp_path / "foreign" / "shapes", "images", info={"seen": [entry]})
     with pytest.raises(InputError, match=r"refers to .*/private, outside of its own root"):
-        Seen.of(open_folder(ImageShards, uri, settings), tmp_path)
+        UrlHistory.of(open_folder(ImageShards, uri, settings), tmp_path)
 
 
 @pytest.mark.parametrize("encoder", FOREIGN_ENCODERS)
@@ -184,10 +184,10 @@ def test_encoder_named_by_foreign_pipeline_needs_trust(
     made = pipeline(None)
     made.register_to_config(encoder_identity=dataclasses.asdict(made.identity) | {"name": encoder})
     made.save_pretrained(saved)
-    monkeypatch.setattr("tasks.serve.load.pull_database", lambda *_, **__: None)
+    monkeypatch.setattr("tasks.serve.load.load_database", lambda *_, **__: None)
     steps: list[Callable[[bool], Any]] = [
-        lambda trust: open_pipeline(str(saved), "shapes", settings, trust=trust),
-        lambda trust: adopt_generator(
+        lambda trust: load_pipeline(str(saved), "shapes", settings, trust=trust),
+        lambda trust: adopt(
             str(saved), f"{tmp_path}/own", confined_to=saved_pipeline(str(saved), "", settings, trust=trust).confined_to
         ),
     ]

@@ -25,7 +25,7 @@ def committed(
     rows: int = 3,
     inputs: dict[str, dict[str, str]] | None = None,
 ) -> tuple[str, Manifest]:
-    stage = artifacts.Stage(str(base), kind, inputs=inputs or {}, config={})
+    stage = artifacts.ArtifactBuilder(str(base), kind, inputs=inputs or {}, config={})
     with storage.scratch() as scratch:
         (scratch / "00000.npy").write_bytes(b"row" * rows)
         shard = artifacts.commit_shard(stage.uri, "00000", scratch, rows=rows, info={})
@@ -135,11 +135,11 @@ class Config:
 
 
 def test_a_config_keys_a_stage_less_what_only_decides_its_speed(tmp_path: Path) -> None:
-    assert types.config_of(Config(), without=("threads",)) == {"k": 10, "limits": {"side_px": 64}}
+    assert types.config_to_dict(Config(), without=("threads",)) == {"k": 10, "limits": {"side_px": 64}}
 
     def key(config: Config) -> str:
-        settings = types.config_of(config, without=("threads",))
-        return artifacts.Stage(str(tmp_path), "neighbours", inputs={}, config=settings).key
+        settings = types.config_to_dict(config, without=("threads",))
+        return artifacts.ArtifactBuilder(str(tmp_path), "neighbours", inputs={}, config=settings).key
 
     assert key(Config(threads=1)) == key(Config(threads=64))
     assert key(Config(k=11)) != key(Config())

@@ -16,7 +16,7 @@ from infra.settings import Settings
 from infra.text import printable
 from tasks.references.types import DatabaseVersion, EmbeddingShards
 from tasks.serve.gallery import MOST, THUMBNAIL_PX, gallery, write_gallery
-from tasks.serve.load import Found, search_database
+from tasks.serve.load import SearchResult, search_database
 
 HOSTILE = 'http://a.example/x"y\'<script>alert(1)</script>.png?a=1&amp;b="onerror="alert(2)'
 
@@ -52,13 +52,13 @@ class Page(HTMLParser):
         return decoded
 
 
-def found(*urls: str | None, rows: int = 12_345) -> Found:
+def found(*urls: str | None, rows: int = 12_345) -> SearchResult:
     version = DatabaseVersion(uri="/data/birds/database/1f0c", rows=rows, digest="d")
     hits = [
         {"rank": rank, "score": 0.5 - rank / 100, "id": 40 + rank, "key": f"00000{rank:04d}", "url": url}
         for rank, url in enumerate(urls, start=1)
     ]
-    return Found(version=version, name="models:/knn-database.birds/3", rows=hits)
+    return SearchResult(version=version, name="models:/knn-database.birds/3", rows=hits)
 
 
 def pictures(count: int, side: int = 300) -> list[Image.Image]:
@@ -157,7 +157,7 @@ def test_more_pictures_than_a_page_shows_are_refused(tmp_path: Path) -> None:
 
 def test_nothing_found_is_a_page_too_and_half_a_character_is_written(tmp_path: Path, domain: Any) -> None:
     version = domain.result.database.reference
-    empty = Found(version=version, name="shapes", rows=[])
+    empty = SearchResult(version=version, name="shapes", rows=[])
     write_gallery(tmp_path / "page.html", "a \udce9 bird", empty, tmp_path)
     assert "The 0 nearest of" in (tmp_path / "page.html").read_text(encoding="utf-8")
 

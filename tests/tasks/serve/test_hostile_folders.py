@@ -13,7 +13,7 @@ from infra.artifacts import Manifest
 from infra.errors import InputError, IntegrityError
 from infra.settings import Settings
 from tasks.references.types import DatabaseVersion, Generator
-from tasks.serve.load import open_pipeline, search_database
+from tasks.serve.load import load_pipeline, search_database
 from tasks.train.task import generator_folder
 
 ENCODER = {"name": "made", "weights_digest": "w" * 64, "preprocess_digest": "p" * 64, "dimension": 16}
@@ -96,7 +96,7 @@ def test_generate_with_a_file_name_that_leaves_the_cache_overwrites_nothing(sett
         LoopbackServer(replies(pages)) as server,
         pytest.raises(IntegrityError, match=r"a file name must be a relative path without '\.\.'"),
     ):
-        open_pipeline(server.url("/gen"), "nothing", settings)
+        load_pipeline(server.url("/gen"), "nothing", settings)
     assert startup.read_text() == "export EDITOR=vi"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from infra.errors import InputError
-from tasks.train.adopt import adopt_generator
+from tasks.train.adopt import adopt
 from tasks.train.task import PIPELINE, generator_folder
 
 
@@ -23,7 +23,7 @@ def saved(domain: Any, tmp_path: Path) -> Path:
 def test_it_is_copied_once_and_names_its_encoder_and_its_origin(saved: Path, domain: Any, tmp_path: Path) -> None:
     from tasks.references.types import encoder_of
 
-    first, again = (adopt_generator(str(saved), str(tmp_path / "base")) for _ in range(2))
+    first, again = (adopt(str(saved), str(tmp_path / "base")) for _ in range(2))
     assert (first.skipped, again.skipped) == (False, True)
     assert first.reference == again.reference
     manifest = first.reference.manifest()
@@ -37,23 +37,23 @@ def test_it_is_copied_once_and_names_its_encoder_and_its_origin(saved: Path, dom
 
 def test_other_defaults_are_another_generator_and_where_it_lies_is_not(saved: Path, tmp_path: Path) -> None:
     base = str(tmp_path / "base")
-    first = adopt_generator(str(saved), base).reference
+    first = adopt(str(saved), base).reference
     moved = saved.rename(tmp_path / "moved")
-    assert adopt_generator(str(moved), base).reference == first
+    assert adopt(str(moved), base).reference == first
     index = moved / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"guidance_scale": 1.5}))
-    assert adopt_generator(str(moved), base).reference.digest != first.digest
+    assert adopt(str(moved), base).reference.digest != first.digest
 
 
 def test_what_is_no_pipeline_is_refused_with_the_mend(saved: Path, tmp_path: Path) -> None:
     from model.errors import ModelError
 
     with pytest.raises(InputError, match="none holds no saved pipeline; name a folder that save_pretrained wrote"):
-        adopt_generator(str(tmp_path / "none"), str(tmp_path))
+        adopt(str(tmp_path / "none"), str(tmp_path))
     for weights in saved.rglob("*.safetensors"):
         weights.write_bytes(b"")
     with pytest.raises(ModelError, match="holds no usable generator"):
-        adopt_generator(str(saved), str(tmp_path))
+        adopt(str(saved), str(tmp_path))
     assert not list(tmp_path.glob("generator/*/manifest.json"))
 
 

@@ -18,9 +18,16 @@ from infra.formats import tables
 from model.networks.latents import encode_latents
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, encode_codes
 from model.training.alignment import align_all
-from model.training.data import Rows, TrainingSet, picture_to_array, to_model_range
+from model.training.data import TrainingRows, TrainingSet, picture_to_array, to_model_range
 from tasks.train import data
-from tasks.train.data import TrainingInputs, Treatment, kept, load_training_set, read_pixels, training_shards
+from tasks.train.data import (
+    ImageProcessing,
+    TrainingInputs,
+    cached_array,
+    load_training_set,
+    read_pixels,
+    training_shards,
+)
 
 SIDE = 16
 PIXELS = np.stack([picture_to_array(picture(number), SIDE) for number in range(COUNT)])
@@ -31,8 +38,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> TrainingInputs:
     return tiny_training.stored_inputs(tmp_path_factory.mktemp("stored"))
 
 
-def loaded(inputs: TrainingInputs, cache: Path, **treatment: Any) -> list[Rows]:
-    return [shard.load() for shard in training_shards(inputs, Treatment(**{"side": SIDE} | treatment), cache)]
+def loaded(inputs: TrainingInputs, cache: Path, **treatment: Any) -> list[TrainingRows]:
+    return [shard.load() for shard in training_shards(inputs, ImageProcessing(**{"side": SIDE} | treatment), cache)]
 
 
 def test_a_shard_holds_pictures_embeddings_and_neighbours_of_the_same_rows(
@@ -52,11 +59,11 @@ def test_pictures_are_brought_to_the_side_asked_for(inputs: TrainingInputs, tmp_
 
 
 def test_streamed_windows_hold_what_one_held_set_does(inputs: TrainingInputs, tmp_path: Path) -> None:
-    treatment = Treatment(side=SIDE)
+    treatment = ImageProcessing(side=SIDE)
     row_bytes = treatment.row_bytes() + 2 * tiny_models.WIDTH + 8 * POOL
     database = tiny_models.unit_rows(COUNT)
     whole = load_training_set(inputs, treatment, tmp_path, window_bytes=row_bytes * COUNT)
-    held = Rows(pictures=PIXELS, embeddings=database, neighbours=nearest())
+    held = TrainingRows(pictures=PIXELS, embeddings=database, neighbours=nearest())
     expected = TrainingSet(held, database)
     for step in range(6):
         one, other = (data.batch(step, seed=3, size=5) for data in (whole, expected))
@@ -75,11 +82,11 @@ def test_streamed_windows_hold_what_one_held_set_does(inputs: TrainingInputs, tm
 @pytest.mark.parametrize("kind", ["pixels", "editing", "latents"])
 def test_chosen_rows_are_those_of_the_whole_shard(inputs: TrainingInputs, tmp_path: Path, kind: str) -> None:
     encoded = {"autoencoder": small_kl(), "autoencoder_digest": kind}
-    treatment = Treatment(side=SIDE, editing=kind == "editing", **encoded if kind == "latents" else {})
+    treatment = ImageProcessing(side=SIDE, editing=kind == "editing", **encoded if kind == "latents" else {})
     chosen = np.array([0, 2, 3])
     apart = [shard.load(chosen) for shard in training_shards(inputs, treatment, tmp_path)]
     for part, whole in zip(apart, [s.load() for s in training_shards(inputs, treatment, tmp_path)], strict=True):
-        for field in dataclasses.fields(Rows):
+        for field in dataclasses.fields(TrainingRows):
             one, all_rows = getattr(part, field.name), getattr(whole, field.name)
             assert (one is None) == (all_rows is None) == (field.name == "reference" and kind != "editing")
             if one is not None:
@@ -101,7 +108,7 @@ def test_pictures_are_decoded_by_several_threads_in_their_order(
     monkeypatch.setattr(data, "picture_to_array", fitted)
     monkeypatch.setattr(data, "DECODED_AT_ONCE", 3)
     tar = sorted(Path(inputs.images.uri).glob("*.tar"))[0]
-    keys = sorted(key for key, _ in tables.read_pictures(tar))
+    keys = sorted(key for key, _ in tables.iter_images(tar))
     np.testing.assert_array_equal(read_pixels(tar, keys[::-1], SIDE, threads=2), PIXELS[: len(keys)][::-1])
     assert len(seen) == 2
 
@@ -170,11 +177,11 @@ def test_what_is_kept_is_whole_or_not_there(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        kept(tmp_path, "deep", "rows", broken)
+        cached_array(tmp_path, "deep", "rows", broken)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    np.testing.assert_array_equal(kept(tmp_path, "deep", "rows", lambda: np.arange(3)), [0, 1, 2])
-    np.testing.assert_array_equal(kept(tmp_path, "deep", "rows", broken), [0, 1, 2])
-    assert isinstance(kept(tmp_path, "deep", "rows", broken), np.memmap)
+    np.testing.assert_array_equal(cached_array(tmp_path, "deep", "rows", lambda: np.arange(3)), [0, 1, 2])
+    np.testing.assert_array_equal(cached_array(tmp_path, "deep", "rows", broken), [0, 1, 2])
+    assert isinstance(cached_array(tmp_path, "deep", "rows", broken), np.memmap)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["rows.npy"]
 
 
@@ -188,7 +195,7 @@ def test_what_is_kept_is_made_once_however_many_ask(tmp_path: Path) -> None:
 
     def ask(_: int) -> NDArray[Any]:
         together.wait(10)
-        return kept(tmp_path, "deep", "rows", make)
+        return cached_array(tmp_path, "deep", "rows", make)
 
     with ThreadPoolExecutor(3) as pool:
         for found in pool.map(ask, range(3)):
@@ -201,4 +208,4 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(StageError, match="full"):
-        kept(tmp_path, "deep", "rows", full)
+        cached_array(tmp_path, "deep", "rows", full)

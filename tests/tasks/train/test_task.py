@@ -26,7 +26,7 @@ from infra.compute import preemption, ray_train
 from infra.errors import EncoderMismatchError, InputError, IntegrityError
 from model.diffusion.conditioning import ConditioningConfig
 from model.diffusion.vq_diffusion import MaskAndReplace
-from model.networks.build import size_of
+from model.networks.build import config_of_network
 from model.networks.dit import TransformerConfig
 from model.networks.editor import is_editor, widen_input
 from model.networks.unet import UNetConfig
@@ -39,11 +39,11 @@ from model.training.interfaces import TrainingConfig
 from model.training.loop import InterruptedTrainingError
 from model.training.objectives.flow_matching import FlowMatching
 from model.training.objectives.restoration import Restoration
-from tasks.references.types import Generator, Outcome
+from tasks.references.types import Generator, StageResult
 from tasks.train import task as training
 from tasks.train.data import TrainingInputs
-from tasks.train.setup import TrainConfig, objective_of, set_up
-from tasks.train.task import generator_folder, train_generator
+from tasks.train.setup import TrainConfig, build_setup, objective_of
+from tasks.train.task import generator_folder, train
 
 SHORT = TrainingConfig(
     images=24, batch_size=4, warmup_images=8, checkpoint_images=8, log_images=8, grid_images=24, ema_decay=0.5
@@ -91,11 +91,11 @@ def configured(**changes: Any) -> TrainConfig:
     return TrainConfig(**{"conditioning": conditioning, "training": SHORT, "cpus_per_worker": 1} | changes)
 
 
-def trained(inputs: TrainingInputs, base: Path, *, run: Any = None, **changes: Any) -> Outcome[Generator]:
-    return train_generator(inputs, str(base), configured(**changes), cache=base / "cache", run=run)
+def trained(inputs: TrainingInputs, base: Path, *, run: Any = None, **changes: Any) -> StageResult[Generator]:
+    return train(inputs, str(base), configured(**changes), cache=base / "cache", run=run)
 
 
-def opened(outcome: Outcome[Generator], base: Path) -> KNNDiffusionPipeline:
+def opened(outcome: StageResult[Generator], base: Path) -> KNNDiffusionPipeline:
     return KNNDiffusionPipeline.open(generator_folder(outcome.reference, base / "cache"))
 
 
@@ -143,7 +143,7 @@ def test_every_network_is_trained_saved_and_draws(inputs: TrainingInputs, tmp_pa
     assert (cells[10:] == 255).all()
     pipeline = opened(outcome, tmp_path)
     assert is_editor(pipeline.transformer) == (kind == "editor")
-    assert size_of(pipeline.transformer, "velocity") == changes["network"]
+    assert config_of_network(pipeline.transformer, "velocity") == changes["network"]
     assert pipeline.config.neighbours == 2
     pipeline.swap_database(tiny_models.database(tmp_path / "db", tiny_models.unit_rows(COUNT)))
     query = torch.from_numpy(tiny_models.unit_rows(2)).float()
@@ -157,12 +157,12 @@ def test_a_run_that_hears_a_signal_keeps_its_step_and_goes_on_from_it(
 ) -> None:
     unbroken = trained(inputs, tmp_path / "whole", network=SMALL).reference.manifest()
     asked = iter([False, False, True])
-    monkeypatch.setattr(preemption, "asked_to_stop", lambda: next(asked))
+    monkeypatch.setattr(preemption, "stop_requested", lambda: next(asked))
     with pytest.raises(InterruptedTrainingError, match="stopped after 12 images"):
         trained(inputs, tmp_path / "broken", network=SMALL)
     (folder,) = (tmp_path / "broken").glob("generator/*/checkpoints/shards")
     assert [path.stem for path in sorted(folder.iterdir())] == ["000000002", "000000003"]
-    monkeypatch.setattr(preemption, "asked_to_stop", lambda: False)
+    monkeypatch.setattr(preemption, "stop_requested", lambda: False)
     resumed = trained(inputs, tmp_path / "broken", network=SMALL).reference.manifest()
     assert resumed.digest == unbroken.digest
 
@@ -174,7 +174,7 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished_with_the_numbers_it_
 ) -> None:
     run = Run()
     with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(training, "_keep", None)
+        patch.setattr(training, "save_pipeline", None)
         trained(inputs, tmp_path, run=run, network=SMALL)
     if not kept:  # as by an earlier release
         (*_, marker) = sorted(tmp_path.glob("generator/*/checkpoints/shards/*.json"))
@@ -195,7 +195,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     unbroken = trained(inputs, tmp_path / "whole", network=SMALL).reference.manifest()
     base, run = tmp_path / "broken", Run()
     with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(training, "_keep", None)
+        patch.setattr(training, "save_pipeline", None)
         trained(inputs, base, network=SMALL)
     (folder,) = base.glob("generator/*/checkpoints")
     (older, newest) = sorted(folder.glob("*.pt"))
@@ -291,14 +291,14 @@ def test_a_start_that_is_tuned_is_drawn_as_it_was(inputs: TrainingInputs, tmp_pa
     pipeline = opened(trained(inputs, tmp_path, start_from=saved(tmp_path / "start", scheduler=euler)), tmp_path)
     assert isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
     assert pipeline.scheduler.config.shift == 3
-    setup = set_up(configured(network=SMALL), tiny_models.identity())
+    setup = build_setup(configured(network=SMALL), tiny_models.identity())
     assert setup.scheduler is None, "a new one"
 
 
 def test_a_start_gives_its_size_its_defaults_and_its_weights(tmp_path: Path) -> None:
     network = tiny_models.network(image_size=16, layers=2)
     start = saved(tmp_path, network=network, guidance_scale=3.5, num_inference_steps=7, query="mean", candidates=4)
-    setup = set_up(configured(start_from=start), tiny_models.identity())
+    setup = build_setup(configured(start_from=start), tiny_models.identity())
     assert setup.size == tiny_models.size(image_size=16, layers=2)
     assert (setup.image_size, setup.autoencoder) == (16, None)
     assert setup.defaults == {
@@ -315,18 +315,19 @@ def test_a_start_gives_its_size_its_defaults_and_its_weights(tmp_path: Path) -> 
         torch.testing.assert_close(weight, network.state_dict()[name])
     assert all(parameter.requires_grad for parameter in setup.network.parameters())
     assert (
-        set_up(configured(start_from=start, guidance_scale=1.0), tiny_models.identity()).defaults["guidance_scale"] == 1
+        build_setup(configured(start_from=start, guidance_scale=1.0), tiny_models.identity()).defaults["guidance_scale"]
+        == 1
     )
-    assert set_up(configured(start_from=start, network=setup.size), tiny_models.identity()).size == setup.size
+    assert build_setup(configured(start_from=start, network=setup.size), tiny_models.identity()).size == setup.size
     with pytest.raises(InputError, match="leave network out to take its own size"):
-        set_up(configured(start_from=start, network=SMALL), tiny_models.identity())
+        build_setup(configured(start_from=start, network=SMALL), tiny_models.identity())
     with pytest.raises(EncoderMismatchError, match="start from random weights"):
-        set_up(configured(start_from=start), tiny_models.identity(name="other", weights="f" * 64))
+        build_setup(configured(start_from=start), tiny_models.identity(name="other", weights="f" * 64))
 
 
 def test_the_embedded_generator_is_taken_as_it_is() -> None:
     pipeline = KNNDiffusionPipeline.open(pretrained_folder("sticker-generator"))
-    setup = set_up(configured(start_from="sticker-generator"), pipeline.identity)
+    setup = build_setup(configured(start_from="sticker-generator"), pipeline.identity)
     assert setup.size == TransformerConfig(image_size=64, patch_size=4, layers=6, heads=8, head_width=64)
     assert is_editor(setup.network)
     assert isinstance(objective_of(configured(start_from="sticker-generator"), setup), FlowMatching)
@@ -335,26 +336,26 @@ def test_the_embedded_generator_is_taken_as_it_is() -> None:
 
 def test_editing_widens_a_network_that_only_draws(tmp_path: Path) -> None:
     start = saved(tmp_path / "base")
-    assert is_editor(set_up(configured(start_from=start, editing=True), tiny_models.identity()).network)
+    assert is_editor(build_setup(configured(start_from=start, editing=True), tiny_models.identity()).network)
     editor = saved(tmp_path / "editor", network=widen_input(tiny_models.network(image_size=16)))
     for editing in (False, True):
-        setup = set_up(configured(start_from=editor, editing=editing), tiny_models.identity())
+        setup = build_setup(configured(start_from=editor, editing=editing), tiny_models.identity())
         assert is_editor(setup.network), "an editor stays one"
     unet = saved(
         tmp_path / "unet",
-        network=set_up(configured(network=UNetConfig(widths=(32, 32))), tiny_models.identity()).network,
+        network=build_setup(configured(network=UNetConfig(widths=(32, 32))), tiny_models.identity()).network,
     )
     with pytest.raises(InputError, match="editing is learned by a transformer over pixels"):
-        set_up(configured(start_from=unet, editing=True), tiny_models.identity())
+        build_setup(configured(start_from=unet, editing=True), tiny_models.identity())
 
 
 def test_a_start_over_codes_brings_its_autoencoder(tmp_path: Path) -> None:
-    network = set_up(
+    network = build_setup(
         configured(network=CODES, autoencoder=autoencoders(tmp_path)["vq"]), tiny_models.identity()
     ).network
     assert isinstance(network, VQTransformer)
     start = saved(tmp_path / "start", network=network, vae=build_autoencoder(VQ, seed=0))
-    setup = set_up(configured(start_from=start), tiny_models.identity())
+    setup = build_setup(configured(start_from=start), tiny_models.identity())
     assert (setup.size, setup.image_size) == (CODES, 16)
     assert setup.autoencoder is not None
     objective = objective_of(configured(start_from=start), setup)
@@ -384,7 +385,7 @@ def test_what_does_not_fit_is_told_before_training(tmp_path: Path, changes: dict
     if "autoencoder" in changes:
         changes = changes | {"autoencoder": folders[changes["autoencoder"]]}
     with pytest.raises(InputError, match=message):
-        set_up(configured(**changes), tiny_models.identity())
+        build_setup(configured(**changes), tiny_models.identity())
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
@@ -402,9 +403,9 @@ def test_an_autoencoder_that_is_not_whole_is_told_before_training(tmp_path: Path
     for told, weights_then in damaged.items():
         save_file(weights_then, weights)
         with pytest.raises(InputError, match=rf"(?s)holds no usable autoencoder.*({told})"):
-            set_up(config, tiny_models.identity())
+            build_setup(config, tiny_models.identity())
     save_file(whole, weights)
-    assert set_up(config, tiny_models.identity()).autoencoder is not None
+    assert build_setup(config, tiny_models.identity()).autoencoder is not None
 
 
 @pytest.mark.parametrize(
@@ -427,7 +428,7 @@ def test_a_config_that_cannot_be_right_is_refused(wrong: dict[str, Any], message
 def test_a_kept_file_that_was_damaged_is_replaced_where_the_pipeline_is_opened(
     moto_bucket: Bucket, tmp_path: Path
 ) -> None:
-    stage = artifacts.Stage(f"{moto_bucket.uri}/d", Generator.kind, inputs={}, config={})
+    stage = artifacts.ArtifactBuilder(f"{moto_bucket.uri}/d", Generator.kind, inputs={}, config={})
     with storage.scratch() as scratch:
         (scratch / "pipeline").mkdir()
         (scratch / "pipeline/weights").write_bytes(b"as they were committed")

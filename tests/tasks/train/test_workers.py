@@ -23,7 +23,7 @@ from model.diffusion.conditioning import ConditioningConfig
 from model.training.interfaces import TrainingConfig
 from model.training.loop import InterruptedTrainingError
 from tasks.train.setup import TrainConfig
-from tasks.train.task import train_generator
+from tasks.train.task import train
 
 ROOT = Path(__file__).parents[3]
 CONFIG = TrainConfig(
@@ -80,7 +80,7 @@ def resume(folder: Path) -> None:
 
         ray_train.train = train
         run: Any = Told(base / "told")
-        train_generator(inputs, str(base), dataclasses.replace(CONFIG, workers=2), cache=base / "cache", run=run)
+        train(inputs, str(base), dataclasses.replace(CONFIG, workers=2), cache=base / "cache", run=run)
 
 
 @pytest.mark.slow
@@ -92,12 +92,12 @@ def test_two_workers_go_on_from_the_newest_checkpoint_of_one_that_both_find_whol
     (tmp_path / "inputs").write_bytes(pickle.dumps(inputs))
     monkeypatch.setattr(ray_train, "train", lambda loop, config, **_: loop(config))
     monkeypatch.setattr(ray_train, "worker_rank", lambda: (0, 1))
-    train_generator(inputs, str(tmp_path / "alone"), CONFIG, cache=tmp_path / "cache")
+    train(inputs, str(tmp_path / "alone"), CONFIG, cache=tmp_path / "cache")
     for name in ("whole", "damaged"):
         asked = iter([False, False, True])
-        monkeypatch.setattr(preemption, "asked_to_stop", lambda asked=asked: next(asked))
+        monkeypatch.setattr(preemption, "stop_requested", lambda asked=asked: next(asked))
         with pytest.raises(InterruptedTrainingError, match="stopped after 12 images"):
-            train_generator(inputs, str(tmp_path / name), CONFIG, cache=tmp_path / name / "cache")
+            train(inputs, str(tmp_path / name), CONFIG, cache=tmp_path / name / "cache")
 
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = os.environ | {"PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}

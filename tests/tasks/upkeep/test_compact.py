@@ -12,9 +12,9 @@ from support.tiny_artifacts import PICTURES, embedding, embedding_shards, image_
 from infra import storage
 from infra.formats import tables
 from tasks.references.types import EmbeddingShards, ImageShards, Takedown
-from tasks.references.url_history import Seen
+from tasks.references.url_history import UrlHistory
 from tasks.upkeep.compact import compact
-from tasks.upkeep.takedown import Entries, commit_takedown, rows_named
+from tasks.upkeep.takedown import Entries, commit_takedown, match_rows
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_only_shards_that_hold_named_rows_are_rewritten(tmp_path: Path, ray: Wit
     found = [np.load(path) for name, path in read(rows).items() if name.endswith(".npy")]
     assert np.array_equal(np.concatenate(found), expected)
     assert [row["row"] for row in pq.read_table(read(rows)["metadata/metadata_00000.parquet"]).to_pylist()] == [0, 1]
-    assert rows_named(down, rows, tmp_path).tolist() == []
+    assert match_rows(down, rows, tmp_path).tolist() == []
     assert len(ray.items) == 4
 
 
@@ -68,14 +68,14 @@ def test_no_byte_of_it_is_left_but_it_is_refused_for_ever(tmp_path: Path) -> Non
     slim, _ = compact(images, embeddings, taken(tmp_path, 1), str(tmp_path), cache=tmp_path)
     tars = [path for name, path in read(slim.reference).items() if name.endswith(".tar")]
     assert not any(picture in path.read_bytes() or b"000000001.json" in path.read_bytes() for path in tars)
-    assert [key for key, _ in tables.read_pictures(tars[0])] == ["000000000", "000000002"]
+    assert [key for key, _ in tables.iter_images(tars[0])] == ["000000000", "000000002"]
     row = pq.read_table(read(slim.reference)["00000.parquet"]).to_pylist()[1]
     assert row == {
         "url": PICTURES[1][0], "key": "000000001", "sha256": sha(picture), "status": "dropped",
         "error_class": "taken_down", "error_message": "taken_down: left out of the shard",
         "width": None, "height": None, "original_width": None, "original_height": None,
     }  # fmt: skip
-    seen = Seen.of(slim.reference, tmp_path)
+    seen = UrlHistory.of(slim.reference, tmp_path)
     assert seen.asked([PICTURES[1][0]], failed_too=False).all()
     assert seen.holds([sha(picture)]).all()
 

@@ -12,16 +12,16 @@ from support.tiny_domain import encoded
 from infra import artifacts
 from infra.errors import EncoderMismatchError, InputError
 from tasks.download.task import DownloadConfig
-from tasks.index.task import IndexConfig, build_database
+from tasks.index.task import IndexConfig, index
 from tasks.references.database import open_database
 from tasks.references.images import fetch_pictures
 from tasks.references.lineage import images_of
-from tasks.references.types import DatabaseVersion, config_from, require_same_encoder
-from tasks.references.url_history import Seen
+from tasks.references.types import DatabaseVersion, config_from_manifest, require_same_encoder
+from tasks.references.url_history import UrlHistory
 from tasks.upkeep.compact import compact
 from tasks.upkeep.filter_expression import parse_where
-from tasks.upkeep.merge import Combined, merge, subset
-from tasks.upkeep.takedown import Entries, commit_takedown, entries_of
+from tasks.upkeep.merge import CombinedInputs, merge, subset
+from tasks.upkeep.takedown import Entries, commit_takedown, read_entries
 
 INDEX = IndexConfig(index="Flat", recall_queries=4)
 
@@ -36,11 +36,11 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> WithoutRay:
 def database(folder: Path, *parts: list[tuple[str, bytes | None]], **options: Any) -> DatabaseVersion:
     images = image_shards(folder, parts)
     rows = embedding_shards(folder, images)
-    return build_database(rows, str(folder), INDEX, cache=folder / "cache", **options).reference
+    return index(rows, str(folder), INDEX, cache=folder / "cache", **options).reference
 
 
-def indexed(combined: Combined, folder: Path) -> DatabaseVersion:
-    return build_database(
+def indexed(combined: CombinedInputs, folder: Path) -> DatabaseVersion:
+    return index(
         combined.embeddings.reference, str(folder), INDEX, cache=folder / "cache", takedown=combined.takedown
     ).reference
 
@@ -73,21 +73,19 @@ def test_a_union_hides_what_either_has_taken_down_and_goes_on_after_its_shards(t
     a, b = image_shards(tmp_path / "a", [PICTURES[:3]]), image_shards(tmp_path / "b", [PICTURES[3:6]])
     down = commit_takedown(Entries(frozenset({PICTURES[4][0]})), str(tmp_path / "b"), info={}).reference
     versions = {
-        "a": build_database(embedding_shards(tmp_path / "a", a), str(tmp_path), INDEX, cache=tmp_path).reference,
-        "b": build_database(
-            embedding_shards(tmp_path / "b", b), str(tmp_path), INDEX, cache=tmp_path, takedown=down
-        ).reference,
+        "a": index(embedding_shards(tmp_path / "a", a), str(tmp_path), INDEX, cache=tmp_path).reference,
+        "b": index(embedding_shards(tmp_path / "b", b), str(tmp_path), INDEX, cache=tmp_path, takedown=down).reference,
     }
     union = merge(versions, str(tmp_path / "c"), cache=tmp_path)
     assert union.takedown is not None
-    assert entries_of(union.takedown, tmp_path).url == {PICTURES[4][0]}
+    assert read_entries(union.takedown, tmp_path).url == {PICTURES[4][0]}
     both = indexed(union, tmp_path / "c")
     assert all(PICTURES[4][0] not in urls for urls in found(both, tmp_path, k=6))
     images = images_of(union.embeddings.reference)
-    assert Seen.of(images, tmp_path).asked([url for url, _ in PICTURES[:7]], failed_too=True).tolist() == [True] * 6 + [
-        False
-    ]
-    assert config_from(DownloadConfig, images.manifest().config).shard_rows == 4
+    assert UrlHistory.of(images, tmp_path).asked([url for url, _ in PICTURES[:7]], failed_too=True).tolist() == [
+        True
+    ] * 6 + [False]
+    assert config_from_manifest(DownloadConfig, images.manifest().config).shard_rows == 4
 
 
 def test_a_union_follows_its_parts_though_they_hold_the_same_shards(tmp_path: Path) -> None:
@@ -121,7 +119,7 @@ def test_what_is_made_of_a_subset_is_not_what_is_made_of_another(tmp_path: Path)
 def test_databases_of_two_encoders_are_refused_naming_both(tmp_path: Path) -> None:
     a = database(tmp_path / "a", PICTURES[:3]).manifest()
     encoder = {**IDENTITY["encoder"], "name": "other", "weights_digest": "v" * 64}
-    other = artifacts.Stage(str(tmp_path), "database", inputs={}, config={}).commit(
+    other = artifacts.ArtifactBuilder(str(tmp_path), "database", inputs={}, config={}).commit(
         [], identity={"encoder": encoder}, info={}
     )
     with pytest.raises(EncoderMismatchError, match=r"a was made by made.*, \./b by other.*rebuild one") as caught:

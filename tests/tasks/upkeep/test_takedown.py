@@ -10,7 +10,7 @@ from support.tiny_artifacts import PICTURES, embedding_shards, image_shards, sha
 from infra import artifacts
 from infra.errors import InputError
 from tasks.references.types import ImageShards
-from tasks.upkeep.takedown import entries_of, read_takedown_list, rows_named, take_down
+from tasks.upkeep.takedown import match_rows, read_entries, read_takedown_list, take_down
 
 
 def listed(folder: Path, *rows: dict[str, Any], name: str = "down.jsonl") -> str:
@@ -29,7 +29,7 @@ def test_rows_are_named_by_url_digest_and_key(tmp_path: Path) -> None:
     embeddings = embedding_shards(tmp_path, images)
     by = [{"url": PICTURES[1][0]}, {"sha256": sha(PICTURES[2][1]).upper()}, {"key": "000020001"}]
     taken = take_down(listed(tmp_path, *by), images, str(tmp_path), cache=tmp_path).reference
-    named = rows_named(taken, embeddings, tmp_path)
+    named = match_rows(taken, embeddings, tmp_path)
     assert named.tolist() == [1, 2, 4]
     assert [urls_of(embeddings)[row] for row in named] == [PICTURES[n][0] for n in (1, 2, 4)]
 
@@ -40,12 +40,12 @@ def test_lists_add_up_and_the_same_list_makes_nothing(tmp_path: Path) -> None:
     both = take_down(
         listed(tmp_path, {"url": PICTURES[4][0]}), images, str(tmp_path), cache=tmp_path, previous=first.reference
     )
-    assert entries_of(both.reference, tmp_path).url == {PICTURES[0][0], PICTURES[4][0]}
+    assert read_entries(both.reference, tmp_path).url == {PICTURES[0][0], PICTURES[4][0]}
     again = take_down(
         listed(tmp_path, {"url": PICTURES[0][0]}), images, str(tmp_path), cache=tmp_path, previous=both.reference
     )
     assert (again.skipped, again.reference) == (True, both.reference)
-    assert rows_named(both.reference, embedding_shards(tmp_path, images), tmp_path).tolist() == [0, 4]
+    assert match_rows(both.reference, embedding_shards(tmp_path, images), tmp_path).tolist() == [0, 4]
 
 
 def test_a_list_that_was_taken_down_before_is_told_without_a_look_at_the_pictures(
@@ -69,7 +69,7 @@ def test_a_list_that_was_taken_down_before_is_told_without_a_look_at_the_picture
     assert images.uri not in read
     by_key = listed(tmp_path, {"key": "000000001"}, name="key.jsonl")
     more = take_down(by_key, images, str(tmp_path), cache=tmp_path, previous=first).reference
-    assert entries_of(more, tmp_path).sha256 >= {sha(PICTURES[1][1])}
+    assert read_entries(more, tmp_path).sha256 >= {sha(PICTURES[1][1])}
 
 
 def test_a_list_naming_nothing_is_refused_unless_it_was_taken_down_before(tmp_path: Path) -> None:
@@ -96,8 +96,8 @@ def test_an_entry_that_names_no_picture_keeps_none_of_the_others_up(
     assert (
         "names no picture" in caplog.text and f"3 of 4 entries (url http://host/gone.png, url {absent}" in caplog.text
     )
-    assert rows_named(taken, embedding_shards(tmp_path, images), tmp_path).tolist() == [0]
-    kept = entries_of(taken, tmp_path)
+    assert match_rows(taken, embedding_shards(tmp_path, images), tmp_path).tolist() == [0]
+    kept = read_entries(taken, tmp_path)
     assert kept.url == {PICTURES[0][0], absent, "http://host/gone.png"}  # refused when they come
     assert kept.key == set()  # whose picture may be another's tomorrow
 
@@ -108,8 +108,8 @@ def test_the_same_bytes_at_another_url_go_too(by: str, tmp_path: Path) -> None:
     images = image_shards(tmp_path, [[PICTURES[1], (url, body)], [("http://host/copy.png", body), PICTURES[2]]])
     entry = {"url": url, "key": "000000001", "sha256": sha(body)}[by]
     taken = take_down(listed(tmp_path, {by: entry}), images, str(tmp_path), cache=tmp_path).reference
-    assert rows_named(taken, embedding_shards(tmp_path, images), tmp_path).tolist() == [1, 2]
-    assert entries_of(taken, tmp_path).sha256 == {sha(body)}
+    assert match_rows(taken, embedding_shards(tmp_path, images), tmp_path).tolist() == [1, 2]
+    assert read_entries(taken, tmp_path).sha256 == {sha(body)}
 
 
 def test_a_key_that_two_pictures_bear_is_refused(tmp_path: Path) -> None:

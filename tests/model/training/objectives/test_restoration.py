@@ -12,7 +12,14 @@ from model.errors import ModelError
 from model.networks.editor import widen_input
 from model.step_random import Draw
 from model.training.data import Batch
-from model.training.objectives.restoration import Restoration, RestorationConfig, corrupt, draw_chances, regions, soften
+from model.training.objectives.restoration import (
+    Restoration,
+    RestorationConfig,
+    draw_chances,
+    feather,
+    paste_region,
+    regions,
+)
 
 LOCAL = {"empty": 0.0, "whole": 0.0}
 CONDITIONING = ConditioningConfig(neighbours=2, pool=2)
@@ -78,7 +85,7 @@ def test_the_neighbour_shows_inside_of_the_mask_alone() -> None:
     images, aligned = torch.full((1, 3, 4, 4), -1.0), torch.full((1, 3, 4, 4), 0.5)
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., 1, 2] = 1
-    corrupted = corrupt(images, aligned, mask)
+    corrupted = paste_region(images, aligned, mask)
     assert corrupted[0, :, 1, 2].tolist() == [0.5] * 3
     assert (corrupted == -1).sum() == 3 * 15
 
@@ -86,15 +93,15 @@ def test_the_neighbour_shows_inside_of_the_mask_alone() -> None:
 def test_a_soft_edge_fades_and_leaves_empty_and_whole_alone() -> None:
     step = torch.zeros(1, 1, 16, 16)
     step[..., 8:] = 1
-    soft = soften(step, 1.0)
+    soft = feather(step, 1.0)
     assert soft.shape == step.shape
     assert (soft[..., 1:].diff() >= 0).all()
     assert soft[0, 0, 5, 7:9].tolist() == pytest.approx([0.3, 0.7], abs=0.05)
     assert torch.allclose(soft, soft[:, :, :1].expand_as(soft)), "no fading at the picture's rim"
     assert soft[..., 0].max() == 0
     for flat in (torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)):
-        assert torch.allclose(soften(flat, 2.0), flat, atol=1e-6)
-    assert soften(step, 0) is step
+        assert torch.allclose(feather(flat, 2.0), flat, atol=1e-6)
+    assert feather(step, 0) is step
 
 
 def test_under_autocast_an_edge_and_what_it_lets_through_stay_float32() -> None:
@@ -102,8 +109,8 @@ def test_under_autocast_an_edge_and_what_it_lets_through_stay_float32() -> None:
     step = torch.zeros(1, 1, 16, 16)
     step[..., 8:] = 1
     with torch.autocast("cpu", torch.bfloat16):
-        corrupted = corrupt(images, aligned, step, feather_px=1.0)
-    torch.testing.assert_close(corrupted, corrupt(images, aligned, step, feather_px=1.0))
+        corrupted = paste_region(images, aligned, step, feather_px=1.0)
+    torch.testing.assert_close(corrupted, paste_region(images, aligned, step, feather_px=1.0))
 
 
 class Recorder(nn.Module):
