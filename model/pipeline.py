@@ -1,454 +1,279 @@
-"""KNNDiffusionPipeline: a diffusers pipeline with a database in it.
+"""KNNDiffusionPipeline: a diffusers pipeline that retrieves from an image database.
 
-Legend: ``P`` prompts, ``M`` pictures a prompt, ``K`` neighbours, ``D`` embedding width, ``S`` side.
+Legend: ``P`` prompts, ``M`` images per prompt, ``K`` neighbours, ``D`` embedding width, ``S`` side.
 
-    prompt --encoder--> query (D) --database--> neighbours (K, D) --tokens--> network, guided --> picture
+    prompt --encoder--> query (D) --database--> neighbours (K, D) --tokens--> network, guided --> image
 
 The network is a transformer or a U-Net over pixels or latents (flow matching), or a transformer over codes
-(VQ-Diffusion); the saved folder says which. The database is no part of what is saved: any one of the same encoder can
-be plugged in, and swapped while the pipeline runs. A call works with the database it started with.
+(VQ-Diffusion); the saved folder records which. The database is not part of a saved pipeline. Any database of the same
+encoder can be plugged in, and swapped between calls; a call uses the database that it started with.
 """
 
 import dataclasses
-import logging
-import math
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    ModelMixin,
-    PixArtTransformer2DModel,
-    UNet2DConditionModel,
-    UniPCMultistepScheduler,
-    VQModel,
-)
-from diffusers.configuration_utils import FrozenDict
-from diffusers.utils import BaseOutput
-from diffusers.utils import logging as diffusers_logging
+from diffusers import AutoencoderKL, VQModel
+from diffusers.utils import BaseOutput, replace_example_docstring
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.diffusion.conditioning import MARKER_CHANNELS, condition_tokens, tokens_between
-from model.diffusion.flow_matching import Denoiser, Prediction
-from model.diffusion.guidance import WHOLE
-from model.diffusion.solver import Told, is_count, new_scheduler
-from model.editing.edit import EditConfig, edit
-from model.encoder.clip import Encoder, encoder_for
+from model.diffusion.conditioning import interpolate_tokens
+from model.diffusion.flow_matching import Prediction
+from model.diffusion.solver import Scheduler, new_scheduler
+from model.editing.config import EditConfig, EditMethod
+from model.editing.edit import edit, fit_images, needs_source_tokens
 from model.encoder.identity import EncoderIdentity
 from model.errors import ModelError
-from model.generation.sampling import Asked, draw
-from model.images import on_white
-from model.networks.compilation import compile_in_place
-from model.networks.denoiser import as_denoiser
-from model.networks.editor import is_editor, with_reference
-from model.networks.fused_attention import use_fused_attention
-from model.networks.vq_transformer import VQTransformer
-from model.retrieval.database import Hits, Searchable
-from model.saved_generator import check_weights
-from model.training.data import to_pixels
+from model.generation import arguments
+from model.generation.arguments import Images, OutputType
+from model.generation.backbone import is_discrete
+from model.generation.base_pipeline import BasePipeline
+from model.generation.batching import ProgressCallback, is_positive_int
+from model.generation.condition import QuerySlot
+from model.generation.prompts import Prompt, Prompts, one_for_each
+from model.generation.sampling import SamplingRequest, embed_images, generate, initial_noise
+from model.networks.build import AnyNetwork
+from model.retrieval.database import Hits
 
-logger = logging.getLogger(__name__)
+_RENAMED = {"prompts": "prompt", "negative_prompts": "negative_prompt", "callback": "on_progress"}
+_RENAMED_IN_EDIT = {"images": "image", "prompts": "prompt"}
 
-QuerySlot = Literal["text", "mean", "both", "none"]
-"""What stands in the query's slot: the prompt's embedding, its neighbours' mean, the mean of the two, or nothing."""
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import torch
+        >>> from infra.settings import Settings
+        >>> from model.pipeline import KNNDiffusionPipeline
+        >>> from model.saved_generator import EMBEDDED, pretrained_folder
+        >>> from tasks.serve.load import load_database
 
-Prompt = str | Image.Image
-Prompts = Prompt | Sequence[Prompt] | Tensor
-"""Texts and pictures, mixed as one likes, or embeddings (P, D) of the encoder."""
+        >>> database = load_database("birds", Settings())
+        >>> pipe = KNNDiffusionPipeline.open(pretrained_folder(EMBEDDED), database)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> image = pipe("an owl", guidance_scale=3.0, generator=generator).images[0]
+        >>> image.save("owl.png")
+        ```
+"""
 
 
 @dataclasses.dataclass
 class KNNDiffusionOutput(BaseOutput):
-    """Pictures, prompt after prompt, and the prompts' neighbours that they were drawn from (None without retrieval)."""
-
-    images: list[Image.Image]
-    hits: Hits | None
-
-
-class Conditioned(NamedTuple):
-    """What the network is told of P prompts, and where it comes from.
+    """Output of :class:`KNNDiffusionPipeline`.
 
     Attributes:
-        tokens: (P, 1 + K, D + 1), hidden neighbours among them where training showed more.
-        query: (P, D) unit rows, what stands in the query's slot; None: nothing.
-        hits: the neighbours; None without retrieval.
+        images: P·M images, prompt after prompt, in the requested output type.
+        hits: The neighbours of each prompt, or None without retrieval.
     """
 
-    tokens: Tensor
-    query: Tensor | None
+    images: Images
     hits: Hits | None
 
 
-class KNNDiffusionPipeline(DiffusionPipeline):
-    """Texts, pictures or embeddings to pictures, through the neighbours in ``database``."""
-
-    _optional_components = ["scheduler", "vae"]  # noqa: RUF012 - as diffusers declares it
-
-    def __init__(
-        self,
-        transformer: PixArtTransformer2DModel | UNet2DConditionModel | VQTransformer,
-        scheduler: UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler | None = None,
-        vae: AutoencoderKL | VQModel | None = None,
-        encoder_identity: dict[str, Any] | None = None,
-        neighbours: int = 10,
-        trained_neighbours: int | None = None,
-        candidates: int = 1,
-        guidance_scale: float = 2.0,
-        guidance_interval: tuple[float, ...] | list[float] = WHOLE,
-        num_inference_steps: int = 25,
-        query: str = "text",
-        prediction: str = "velocity",
-        truncation: float = 0.86,
-    ) -> None:
-        """Join the parts. ``neighbours`` … ``truncation`` are the defaults; a call may override most.
-
-        Args:
-            transformer: the network: velocities of pixels or latents, or logits of codes.
-            scheduler: of the continuous networks; the discrete one needs none.
-            vae: what the network's latents or codes belong to; None where it works on pixels.
-            encoder_identity: the fields of :class:`model.encoder.clip.EncoderIdentity`.
-            neighbours: K.
-            trained_neighbours: the most that training has shown at once; None: K.
-            candidates: pictures drawn for each that is returned.
-            guidance_scale: 1 follows the condition as trained.
-            guidance_interval: the noise levels σ at which guidance acts (continuous networks).
-            num_inference_steps: steps from noise to picture.
-            query: what stands in the query's slot.
-            prediction: what a continuous network answers with.
-            truncation: probability mass kept of every code (discrete network).
-
-        Raises:
-            ModelError: ``encoder_identity`` is missing (it has a default only because diffusers takes an argument
-                without one for a module), or a part that the network needs is, or they do not fit, or no call could
-                use a default.
-        """
-        super().__init__()
-        if encoder_identity is None:
-            raise ModelError("encoder_identity is missing: a generator is of use in its encoder's space alone")
-        if isinstance(transformer, VQTransformer) and vae is None:
-            raise ModelError("a network over codes needs the vae (a VQModel) that the codes belong to")
-        if not isinstance(transformer, VQTransformer) and scheduler is None:
-            raise ModelError(
-                "a continuous network needs a scheduler; give that of model.diffusion.solver.new_scheduler"
-            )
-        use_fused_attention(transformer)
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.register_to_config(
-            encoder_identity=dict(encoder_identity),
-            neighbours=neighbours,
-            trained_neighbours=trained_neighbours or neighbours,
-            candidates=candidates,
-            guidance_scale=guidance_scale,
-            guidance_interval=list(guidance_interval),
-            num_inference_steps=num_inference_steps,
-            query=query,
-            prediction=prediction,
-            truncation=truncation,
-        )
-        _check_defaults(self.config)
-        self._identity = EncoderIdentity(**encoder_identity)
-        if _condition_width(transformer) != self._identity.dimension + MARKER_CHANNELS:
-            raise ModelError(
-                f"the network takes embeddings of {_condition_width(transformer) - MARKER_CHANNELS} numbers, "
-                f"{self._identity} makes others; name the encoder that the network was trained with"
-            )
-        self._encoder: Encoder | None = None
-        self._database: Searchable | None = None
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
-        """As diffusers does, which takes weights that are not there for a warning.
-
-        Raises ``ModelError`` for a part whose weights are of another config, or no finite numbers.
-        """
-        pipeline: Self = super().from_pretrained(pretrained_model_name_or_path, **options)
-        for name, part in pipeline.components.items():
-            if isinstance(part, ModelMixin) and name not in options:
-                check_weights(Path(part.config._name_or_path), part)
-        return pipeline
-
-    @classmethod
-    def open(cls, folder: Path | str, database: Searchable | None = None) -> Self:
-        """Load a saved pipeline and plug a database in.
-
-        Raises ``ModelError`` when the folder holds none, or holds weights of another config.
-        """
-        bars = diffusers_logging.is_progress_bar_enabled()
-        diffusers_logging.disable_progress_bar()  # a few small files are no long work
-        try:
-            pipeline: Self = cls.from_pretrained(
-                str(folder), torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
-            )
-        except Exception as error:  # diffusers and safetensors raise OSError, ValueError and types of their own
-            raise ModelError(
-                f"{folder} holds no usable generator ({error}); train it again, or pull it anew"
-            ) from error
-        finally:
-            if bars:
-                diffusers_logging.enable_progress_bar()
-        if database is not None:
-            pipeline.swap_database(database)
-        return pipeline
-
-    @property
-    def database(self) -> Searchable:
-        """The database in use. Raises ``ModelError`` when none is plugged in."""
-        if self._database is None:
-            raise ModelError("this pipeline has no database yet; give it one with swap_database")
-        return self._database
-
-    def swap_database(self, database: Searchable) -> None:
-        """Draw from ``database`` from the next call on. Raises ``ModelError`` when another encoder made it."""
-        if not database.encoder.same_space(self._identity):
-            raise ModelError(
-                f"database {database.name} was made by {database.encoder}, this generator was trained with "
-                f"{self._identity}; rebuild the database with that encoder"
-            )
-        self._database = database
-
-    @property
-    def identity(self) -> EncoderIdentity:
-        """The encoder that the network was trained with."""
-        return self._identity
-
-    @property
-    def encoder(self) -> Encoder:
-        """The encoder of the prompts, loaded when first needed and checked against the one trained with."""
-        if self._encoder is None:
-            self._encoder = encoder_for(self._identity, device=self.device)
-        return self._encoder
-
-    @property
-    def side(self) -> int:
-        """Width and height of the pictures it draws, in px."""
-        if isinstance(self.transformer, VQTransformer):
-            return int(self.vae.config.sample_size)
-        scale = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return int(self.transformer.config.sample_size) * scale
-
-    def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
-        """As diffusers does, but for the paths that parts were loaded from, which they forget here."""
-        for part in (self, *self.components.values()):
-            if isinstance(kept := getattr(part, "_internal_dict", None), dict):
-                part._internal_dict = FrozenDict({key: kept[key] for key in kept if key != "_name_or_path"})
-        super().save_pretrained(save_directory, *arguments, **options)
-
-    def compile(self) -> None:
-        """Compile the network where it is, for drawing many pictures on a GPU: after ``to``, before the first call.
-
-        A transformer takes about half a minute more at its first call, and again where another batch size or number of
-        neighbours comes (guidance in an interval has two batch sizes in one call). A U-Net takes minutes.
-        """
-        compile_in_place(self.transformer)
+class KNNDiffusionPipeline(BasePipeline):
+    """Pipeline for image generation and editing from texts, images or embeddings and their neighbours in a database."""
 
     @torch.inference_mode()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
-        prompts: Prompts,
+        prompt: Prompts | None = None,
+        negative_prompt: Prompts | None = None,
         *,
-        negative_prompts: Prompts | None = None,
         num_images_per_prompt: int = 1,
-        guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
         generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
         neighbours: int | None = None,
         candidates: int | None = None,
         query: QuerySlot | None = None,
         retrieve: bool = True,
         shared_noise: bool = False,
         between: int | None = None,
-        callback: Told | None = None,
-    ) -> KNNDiffusionOutput:
-        """Draw pictures.
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        on_progress: ProgressCallback | None = None,
+        **renamed: Any,
+    ) -> KNNDiffusionOutput | tuple[Images, Hits | None]:
+        """Generate images.
 
         Args:
-            prompts: a text or a picture, several of them, or embeddings (P, D) of the encoder.
-            negative_prompts: what to keep away from, one for all or one for each; needs a guidance above 1.
-            num_images_per_prompt: M, drawn from different noise.
-            guidance_scale: 1 follows the condition as trained; above, more strongly.
-            num_inference_steps: steps from noise to picture.
-            generator: source of the noise, on the CPU; the same seed gives the same pictures whatever the batch.
-            neighbours: K, free to differ from training.
-            candidates: pictures drawn for each that is returned, at so many times the cost. The one whose embedding is
-                closest to what stands in the query's slot (to the prompt's, where nothing does) is kept.
-            query: what stands in the query's slot.
-            retrieve: False hides the neighbours: the ablation without retrieval.
-            shared_noise: whether all pictures start from one noise, so that only the prompts tell them apart; there is
-                no choice among candidates then.
-            between: pictures on the way from the first of two prompts to the second, ends included, in place of one of
-                each, and from one noise.
-            callback: called with (step, steps) of all batches together.
+            prompt: A text or an image, several of them in any mix, or embeddings (P, D) of the encoder.
+            negative_prompt: What to push away from, one for all prompts or one for each. Needs a ``guidance_scale``
+                above 1. Default: None, the null condition.
+            num_images_per_prompt: M, generated from different noise. Default: 1.
+            num_inference_steps: Number of sampling steps. Default: the generator's.
+            guidance_scale: 1 is the conditional model itself; larger values follow the prompt more strongly. Default:
+                the generator's.
+            height: Height of the images in px; only ``side`` is supported. Default: ``side``.
+            width: Width of the images in px; only ``side`` is supported. Default: ``side``.
+            generator: Source of the noise, on the CPU. The same seed gives the same images, whatever the batch.
+                Default: a random seed.
+            latents: Noise to start from instead of ``generator``: (P·M·candidates, C, s, s) standard normal, or
+                (P·M·candidates, steps, n) uniform in [0, 1) for networks over codes. Default: None.
+            neighbours: K; it may differ from training. Default: the generator's.
+            candidates: Images generated for each image that is returned, at so many times the cost. The one whose
+                embedding is closest to the query's slot is kept. Default: the generator's.
+            query: Embedding in the query's slot: "text" (the prompt's), "mean" (of the neighbours), "both" (the mean of
+                the two) or "none". Default: the generator's; without retrieval "text".
+            retrieve: False hides the neighbours, the ablation without retrieval. Default: True.
+            shared_noise: True starts all images from the same noise, and disables ``candidates``. Default: False.
+            between: Interpolate two prompts in so many images, ends included; see :meth:`interpolate`. Default: None.
+            output_type: "pil", "np" (float32 (P·M, S, S, 3) in [0, 1]) or "pt" (float32 (P·M, 3, S, S) in [0, 1]).
+                Default: "pil".
+            return_dict: False returns a tuple (images, hits). Default: True.
+            on_progress: Called with (step, total steps) after each step, over all batches. Default: None.
+            **renamed: Old names of arguments: ``prompts``, ``negative_prompts``, ``callback``. Deprecated.
+
+        Examples:
 
         Returns:
-            P·M pictures, prompt after prompt (``between``·M, step after step), and the hits of each prompt.
+            :class:`KNNDiffusionOutput`: P·M images, prompt after prompt, and the neighbours of each prompt.
 
         Raises:
-            ModelError: a prompt is empty, there are not two to go between, a number or the generator makes no sense,
-                memory is out, or the weights draw no finite numbers.
-        """
-        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        k = self.config.neighbours if neighbours is None else neighbours
-        choice = self.config.candidates if candidates is None else candidates
-        if not math.isfinite(scale):
-            raise ModelError(f"guidance_scale is {scale}; give a number")
-        if negative_prompts is not None and scale <= 1:
-            raise ModelError(f"negative_prompts need a guidance_scale above 1 to act, it is {scale}; raise it")
-        if not all(map(is_count, (num_images_per_prompt, steps, k, choice))):
-            counts = "num_images_per_prompt, num_inference_steps, neighbours and candidates"
-            raise ModelError(f"{counts} must be at least 1, in whole numbers")
+            ModelError: An argument is not valid, memory is exhausted, or the results are NaN or infinite.
+        """  # noqa: D414 - the decorator fills in the examples
+        named = {"prompt": prompt, "negative_prompt": negative_prompt, "on_progress": on_progress}
+        prompt, negative_prompt, on_progress = arguments.renamed_arguments(_RENAMED, renamed, named).values()
+        config = self.config
+        steps = config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        scale = config.guidance_scale if guidance_scale is None else guidance_scale
+        k = config.neighbours if neighbours is None else neighbours
+        choices = config.candidates if candidates is None else candidates
+        counts = {"num_images_per_prompt": num_images_per_prompt, "num_inference_steps": steps}
+        for name, value in (counts | {"neighbours": k, "candidates": choices}).items():
+            arguments.check_count(name, value)
+        arguments.check_finite("guidance_scale", scale)
+        arguments.check_choice("output_type", output_type, ("pil", "np", "pt"))
+        arguments.check_size(self.side, height, width)
+        if negative_prompt is not None and scale <= 1:
+            raise ModelError(f"guidance_scale is too small for a negative_prompt: {scale}; give a value above 1")
         shared_noise = shared_noise or between is not None
-        choice = 1 if shared_noise else choice
-        each = num_images_per_prompt * choice
-        embeddings = self.embed(prompts)
-        database = self.database if retrieve else None  # another may be swapped in meanwhile
+        choices = 1 if shared_noise else choices
+        repeats = num_images_per_prompt * choices
+
+        embeddings = self.embed(prompt)
+        database = self.database if retrieve else None  # it may be swapped during the call
         condition = self.condition(embeddings, k, query, retrieve, database=database)
-        tokens = condition.tokens if between is None else _way(condition.tokens, between)
+        tokens = condition.tokens if between is None else _interpolate(condition.tokens, between)
         negative = None
-        if negative_prompts is not None:
-            against = _each(self.embed(negative_prompts), len(tokens))
-            negative = self.condition(against, k, query, retrieve, database=database).tokens.repeat_interleave(
-                each, dim=0
+        if negative_prompt is not None:
+            away = one_for_each(self.embed(negative_prompt), len(tokens), name="negative prompts", of="prompts")
+            negative = self.condition(away, k, query, retrieve, database=database).tokens.repeat_interleave(
+                repeats, dim=0
             )
+        tokens = tokens.repeat_interleave(repeats, dim=0)
         target = embeddings if condition.query is None else condition.query
-        asked = Asked(
-            tokens=tokens.repeat_interleave(each, dim=0),
+        backbone = self.backbone
+        request = SamplingRequest(
+            tokens=tokens,
             targets=target.repeat_interleave(num_images_per_prompt, dim=0),
-            candidates=choice,
+            noise=initial_noise(backbone, latents, len(tokens), steps, generator, shared_noise),
+            candidates=choices,
             negative=negative,
             guidance_scale=scale,
             steps=steps,
-            generator=generator,
-            shared_noise=shared_noise,
-            told=callback,
+            on_progress=on_progress,
         )
-        return KNNDiffusionOutput(images=to_images(draw(self, asked)), hits=condition.hits)
+        images = arguments.to_output(generate(backbone, self._embed_pixels, request), output_type)
+        return KNNDiffusionOutput(images=images, hits=condition.hits) if return_dict else (images, condition.hits)
 
+    @torch.inference_mode()
     def edit(
         self,
-        images: Image.Image | Sequence[Image.Image],
-        prompts: Prompts,
+        image: Image.Image | Sequence[Image.Image] | None = None,
+        prompt: Prompts | None = None,
         *,
         strength: float = 1.0,
-        method: Literal["local", "restore", "sdedit"] = "local",
+        method: EditMethod = "local",
         num_inference_steps: int | None = None,
         generator: torch.Generator | None = None,
         neighbours: int | None = None,
         retrieve: bool = True,
         **options: Any,
     ) -> list[Image.Image]:
-        """Edit pictures by texts, without a mask: what disagrees with the text is redrawn, the rest stays.
+        """Edit images by texts, without a mask: regenerate what disagrees with the text, and keep the rest.
 
-        See :func:`model.editing.edit` for arguments and errors; ``options`` (guidance_scale, candidates, …) are
-        those of :class:`model.editing.edit.EditConfig`, whose defaults were measured.
+        Args:
+            image: One or several images. Transparency becomes white; the centre square is resized to ``side``.
+            prompt: What the edited images should show: a text for all or one for each, or embeddings (B, D).
+            strength: Noise level to start from, in (0, 1]; small values return the source. Default: 1.
+            method: "local" regenerates one region, "restore" needs a network trained for editing, "sdedit" is the
+                baseline. Default: "local".
+            num_inference_steps: Number of sampling steps. Default: 12.
+            generator: Source of the noise, on the CPU. Default: a random seed.
+            neighbours: K. Default: the number shown in training, with which the other defaults were measured.
+            retrieve: False hides the neighbours. Default: True.
+            **options: Further fields of :class:`model.editing.config.EditConfig`, e.g. guidance_scale or candidates.
+
+        Returns:
+            One RGB image of ``side`` × ``side`` px for each image.
+
+        Raises:
+            ModelError: An argument is not valid, the generator does not support the method, memory is exhausted, or the
+                results are NaN or infinite.
         """
+        renamed = {name: options.pop(name) for name in _RENAMED_IN_EDIT if name in options}
+        named = {"image": image, "prompt": prompt}
+        image, prompt = arguments.renamed_arguments(_RENAMED_IN_EDIT, renamed, named).values()
         if num_inference_steps is not None:
             options["steps"] = num_inference_steps
-        config = EditConfig(method=method, strength=strength, **options)
-        return edit(self, images, prompts, config, generator=generator, neighbours=neighbours, retrieve=retrieve)
+        config, backbone = EditConfig(method=method, strength=strength, **options), self.backbone
+        k = self.config.trained_neighbours if neighbours is None else neighbours
+        arguments.check_count("neighbours", k)
+        sources = fit_images([image] if isinstance(image, Image.Image) else image or [], self.side)
+        targets = one_for_each(self.embed(prompt), len(sources), name="prompts", of="images")
+        database = self.database if retrieve else None  # it may be swapped during the call
+        tokens = self.condition(targets, k, retrieve=retrieve, database=database).tokens
+        source_tokens = None
+        if needs_source_tokens(config):
+            embeddings = embed_images(self._embed_pixels, sources, backbone.device)
+            source_tokens = self.condition(embeddings, k, retrieve=retrieve, database=database).tokens
+        edited = edit(backbone, self._embed_pixels, sources, targets, tokens, source_tokens, config, generator)
+        return [Image.fromarray(pixels) for pixels in edited]
 
     def interpolate(self, first: Prompt, second: Prompt, count: int = 8, **options: Any) -> KNNDiffusionOutput:
-        """``count`` pictures on the way from one prompt to the other, from one noise; ``options`` as of a call.
+        """Generate ``count`` images between two prompts, ends included, from the same noise.
 
-        The neighbours of one turn into those of the other with the query, rank by rank: were they searched anew on the
-        way, pictures would stay the same and then jump. The hits are those of the ends.
+        The neighbours are interpolated like the queries, rank by rank. New searches along the way would instead give
+        runs of equal images with jumps between them. The hits are those of the two prompts.
+
+        Args:
+            first: A text or an image.
+            second: A text or an image.
+            count: Number of images, at least 2. Default: 8.
+            **options: Further arguments of a call.
         """
         output: KNNDiffusionOutput = self([first, second], between=count, **options)
         return output
 
-    def embed(self, prompts: Prompts) -> Tensor:
-        """Prompts as unit rows (P, D) on the CPU. Raises ``ModelError`` for an empty one, words or picture."""
-        if isinstance(prompts, Tensor):
-            if prompts.ndim != 2 or not len(prompts) or not prompts.isfinite().all():
-                raise ModelError(f"embeddings {tuple(prompts.shape)} must be finite rows (P, D), at least one")
-            return F.normalize(prompts.float().cpu(), dim=-1)
-        kinds = "give str, PIL images or embeddings (P, D)"
-        if not isinstance(prompts, Prompt | Iterable):
-            raise ModelError(f"prompts are {type(prompts).__name__}; {kinds}")
-        listed = [prompts] if isinstance(prompts, Prompt) else list(prompts)
-        if not listed or any(isinstance(prompt, str) and not prompt.strip() for prompt in listed):
-            raise ModelError("a prompt is empty; write what the picture should show")
-        rows = torch.empty(len(listed), self._identity.dimension)
-        texts = {number: prompt for number, prompt in enumerate(listed) if isinstance(prompt, str)}
-        pictures = {number: on_white(prompt) for number, prompt in enumerate(listed) if isinstance(prompt, Image.Image)}
-        if len(texts) + len(pictures) < len(listed):
-            raise ModelError(f"a prompt is neither text nor picture; {kinds}")
-        if texts:
-            rows[list(texts)] = self.encoder.embed_texts(list(texts.values()))
-        if pictures:
-            rows[list(pictures)] = self.encoder.embed_images(list(pictures.values()))
-        return rows
-
-    def condition(
-        self,
-        embeddings: Tensor,
-        k: int,
-        query: str | None = None,
-        retrieve: bool = True,
-        *,
-        database: Searchable | None = None,
-    ) -> Conditioned:
-        """What the network is told of embeddings (P, D), by ``database``, the one plugged in where None.
-
-        Fewer neighbours than training showed, for ``k`` or the database is small, are filled up with hidden ones.
-        """
-        dimension, batch, hits = self._identity.dimension, len(embeddings), None
-        if retrieve:
-            database = self.database if database is None else database
-            hits = database.search(embeddings.numpy(), k)
-            if k > len(database):
-                logger.warning("the database holds %d images, %d neighbours were asked for", len(database), k)
-        # Without retrieval all K neighbours are hidden: the input that training has shown for it.
-        found = torch.zeros(batch, k, dimension) if hits is None else torch.from_numpy(hits.embeddings)
-        mean = F.normalize(found.mean(dim=1), dim=-1)
-        slot: Tensor | None
-        match query or (self.config.query if retrieve else "text"):
-            case "text":
-                slot = embeddings
-            case "mean" if hits is not None:
-                slot = mean
-            case "both" if hits is not None:
-                slot = F.normalize(embeddings + mean, dim=-1)
-            case "none":
-                slot = None
-            case other:
-                raise ModelError(f"query={other!r}: write 'text', 'none', or, with retrieval, 'mean' or 'both'")
-        found = F.pad(found, (0, 0, 0, max(0, self.config.trained_neighbours - found.shape[1])))
-        return Conditioned(condition_tokens(slot, found, dimension=dimension, batch=batch), slot, hits)
-
-    def denoiser(self) -> Denoiser:
-        """The continuous network as a function of (x_σ, σ, tokens) to a velocity; an editor sees no picture to edit."""
-        denoiser = as_denoiser(self.transformer.eval(), self.config.prediction)
-        return with_reference(denoiser, None) if is_editor(self.transformer) else denoiser
-
-
-def to_images(pictures: Tensor) -> list[Image.Image]:
-    """(B, 3, S, S) in [−1, 1] to RGB pictures."""
-    return [Image.fromarray(picture) for picture in to_pixels(pictures)]
-
 
 def new_pipeline(
-    network: PixArtTransformer2DModel | UNet2DConditionModel | VQTransformer,
+    network: AnyNetwork,
     encoder: EncoderIdentity,
     *,
     prediction: Prediction = "velocity",
     vae: AutoencoderKL | VQModel | None = None,
-    scheduler: UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler | None = None,
+    scheduler: Scheduler | None = None,
     **defaults: Any,
 ) -> KNNDiffusionPipeline:
-    """A pipeline around a trained network, drawn with ``scheduler``, or :func:`model.diffusion.solver.new_scheduler`.
+    """Return a pipeline around a trained network.
 
-    ``defaults`` are those of :class:`KNNDiffusionPipeline`: neighbours, guidance_scale, query, ….
+    Args:
+        network: The network.
+        encoder: The encoder that it was trained with.
+        prediction: Output of a continuous network. Default: "velocity".
+        vae: The autoencoder of the network's latents or codes. Default: None, for networks over pixels.
+        scheduler: Of a continuous network. Default: :func:`model.diffusion.solver.new_scheduler`.
+        **defaults: Defaults of the pipeline: neighbours, guidance_scale, query, ….
     """
     return KNNDiffusionPipeline(
         transformer=network,
-        scheduler=None if isinstance(network, VQTransformer) else scheduler or new_scheduler(),
+        scheduler=None if is_discrete(network) else scheduler or new_scheduler(),
         vae=vae,
         encoder_identity=dataclasses.asdict(encoder),
         prediction=prediction,
@@ -456,41 +281,9 @@ def new_pipeline(
     )
 
 
-def _check_defaults(config: Any) -> None:
-    """Raise ``ModelError`` for defaults that no call could use."""
-    counts = {name: config[name] for name in ("neighbours", "trained_neighbours", "candidates", "num_inference_steps")}
-    for name, value in counts.items():
-        if not is_count(value):
-            raise ModelError(f"{name} is {value!r}; give a whole number, at least 1")
-    for name, known in (("query", get_args(QuerySlot)), ("prediction", get_args(Prediction))):
-        if config[name] not in known:
-            raise ModelError(f"{name} is {config[name]!r}; write one of {', '.join(known)}")
-    levels, scale, mass = config.guidance_interval, config.guidance_scale, config.truncation
-    if len(levels) != 2 or not all(map(math.isfinite, levels)) or not levels[0] < levels[1]:
-        raise ModelError(f"guidance_interval is {levels}; give two noise levels, the lower first")
-    if not math.isfinite(scale):
-        raise ModelError(f"guidance_scale is {scale}; give a number")
-    if not 0 < mass <= 1:
-        raise ModelError(f"truncation is {mass}; give a share above 0, and at most 1, which keeps all")
-
-
-def _condition_width(network: nn.Module) -> int:
-    """E, the channels of the condition tokens that a network takes."""
-    config: Any = network.config
-    if isinstance(network, VQTransformer):
-        return int(config.condition_channels)
-    return int(config.get("caption_channels") or config.cross_attention_dim)  # a transformer projects its captions
-
-
-def _way(tokens: Tensor, count: int) -> Tensor:
+def _interpolate(tokens: Tensor, count: int) -> Tensor:
     if len(tokens) != 2:
-        raise ModelError(f"a way goes from one prompt to another; {len(tokens)} were given")
-    if not is_count(count) or count < 2:
-        raise ModelError("an interpolation has two ends; ask for at least 2 pictures")
-    return tokens_between(tokens, count)
-
-
-def _each(embeddings: Tensor, count: int) -> Tensor:
-    if len(embeddings) not in (1, count):
-        raise ModelError(f"{len(embeddings)} negative prompts for {count} prompts; give one for all, or one for each")
-    return embeddings.expand(count, -1)
+        raise ModelError(f"interpolation needs two prompts: {len(tokens)} were given")
+    if not is_positive_int(count) or count < 2:
+        raise ModelError(f"interpolation has two ends: {count}; give a count of at least 2")
+    return interpolate_tokens(tokens, count)

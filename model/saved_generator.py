@@ -1,4 +1,4 @@
-"""Saved generators: where one lies, what tells its weights from others, and whether these are all there."""
+"""Saved generators: locate them, digest their weights, and check that all weights are present and finite."""
 
 import hashlib
 from pathlib import Path
@@ -9,35 +9,38 @@ from safetensors import safe_open
 from model.errors import ModelError
 
 EMBEDDED = "sticker-generator"
-"""The generator that ships with this package, and the one that everything takes unless told."""
+"""Name of the bundled continuous generator; the default everywhere."""
 DISCRETE = "sticker-generator-discrete"
-"""The discrete one, which ships too; any other name is a folder."""
+"""Name of the bundled discrete generator."""
 SHIPPED = (EMBEDDED, DISCRETE)
+"""Names of all bundled generators; any other name is a folder."""
 
 _PRETRAINED = Path(__file__).parent / "pretrained"
 
 
 def pretrained_folder(name: str) -> Path:
-    """The folder of a saved pipeline: of one that ships with this package, or ``name`` itself."""
+    """Return the folder of a saved pipeline: that of a bundled generator, or ``name`` itself."""
     return _PRETRAINED / name / "pipeline" if name in SHIPPED else Path(name)
 
 
 def weights_digest(name: str) -> str:
-    """Hex sha256 over the weight files of a saved pipeline. Raises ``ModelError`` when there are none."""
+    """Return the hex sha256 of a saved pipeline's weight files. Raises ``ModelError`` if it has none."""
     digest = hashlib.sha256()
     files = sorted(pretrained_folder(name).rglob("*.safetensors"))
     if not files:
-        others = " or ".join(SHIPPED)
-        raise ModelError(f"{name} holds no weights (*.safetensors); name a folder of save_pretrained's, or {others}")
+        bundled = " or ".join(SHIPPED)
+        raise ModelError(
+            f"no weights (*.safetensors) found: {name}; name a folder written by save_pretrained, or {bundled}"
+        )
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
 def contents_digest(name: str) -> str:
-    """Hex sha256 over the weights and the settings (``*.json``) of a saved pipeline or part of one: all it does.
+    """Return the hex sha256 of the weights and configs (``*.json``) of a saved pipeline or one of its parts.
 
-    Raises ``ModelError`` when there are no weights.
+    Raises ``ModelError`` if it has no weights.
     """
     folder, digest = pretrained_folder(name), hashlib.sha256(weights_digest(name).encode())
     for file in sorted(folder.rglob("*.json")):
@@ -47,21 +50,21 @@ def contents_digest(name: str) -> str:
 
 
 def check_weights(folder: Path, module: Any) -> None:
-    """Raise ``ModelError`` unless the safetensors in ``folder`` are all of ``module``'s weights, and these are finite.
+    """Raise ``ModelError`` unless the safetensors in ``folder`` match the weights of ``module`` and are finite.
 
-    diffusers leaves what is missing as memory was, drops the rest, and warns.
+    diffusers only warns: it leaves missing weights uninitialised and ignores unexpected ones.
     """
-    held: dict[str, None] = {}
+    stored: dict[str, None] = {}
     for file in folder.glob("diffusion_pytorch_model*.safetensors"):
         with safe_open(file, framework="pt") as weights:
-            held |= dict.fromkeys(weights.keys())
-    module._fix_state_dict_keys_on_load(held)  # old autoencoders name their attention otherwise
-    wanted = module.state_dict().keys()
-    missing, unexpected = len(wanted - held.keys()), len(held.keys() - wanted)
-    if held and (missing or unexpected):
+            stored |= dict.fromkeys(weights.keys())
+    module._fix_state_dict_keys_on_load(stored)  # old autoencoders use other names for their attention layers
+    expected = module.state_dict().keys()
+    missing, unexpected = len(expected - stored.keys()), len(stored.keys() - expected)
+    if stored and (missing or unexpected):
         raise ModelError(
-            f"{folder.name}: of the {len(wanted)} weights that its config.json asks for {missing} are missing, and "
-            f"{unexpected} others are there; copy or download both files again, they are of two networks"
+            f"{folder.name}: weights do not match config.json: {missing} of {len(expected)} are missing, "
+            f"{unexpected} are unexpected; copy or download both files again, they belong to different networks"
         )
     if not all(weights.isfinite().all() for weights in module.state_dict().values()):
-        raise ModelError(f"{folder.name}: its weights are not all finite numbers")
+        raise ModelError(f"{folder.name}: some weights are NaN or infinite; download or train the generator again")

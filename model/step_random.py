@@ -1,7 +1,7 @@
-"""Randomness that a step, and nothing else, decides: no state to keep, none to lose.
+"""Stateless random numbers: a function of seed, step and stream only, so a resumed run restores no state.
 
-A step's numbers are drawn for its whole global batch and every part keeps its own rows, so how many workers share a
-step, or in how many pieces one of them takes it, changes no number.
+Each step generates the numbers of its whole global batch, and each part keeps its own rows. The numbers therefore do
+not depend on how many workers share a step, nor on how many pieces a worker splits its share into.
 """
 
 import numpy as np
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-class Draw:
-    """What one part of one step draws, in the order it asks."""
+class StepRandom:
+    """Random numbers for one part of one training step; each call continues the sequence."""
 
     def __init__(
         self,
@@ -22,26 +22,39 @@ class Draw:
         parts: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Draw for part ``part`` of ``parts`` of ``step``; ``stream`` keeps uses apart (shuffling, noise)."""
-        self._generator = torch.Generator(device).manual_seed(mixed_seed(seed, step, stream))
+        """Seed the generator.
+
+        Args:
+            seed: Seed of the training run.
+            step: Number of the step.
+            stream: Separates uses that must be independent, such as shuffling and noise. Default: 0.
+            part: Part of the global batch whose rows are returned. Default: 0.
+            parts: Number of parts of the global batch. Default: 1.
+            device: Device of the generator and of the numbers. Default: CPU.
+        """
+        self._generator = torch.Generator(device).manual_seed(mix_seeds(seed, step, stream))
         self._part, self._parts = part, parts
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal float32; ``shape[0]`` counts the rows of this part."""
-        return self._mine(torch.randn(self._whole(shape), generator=self._generator, device=self._generator.device))
+        """Sample standard normal float32; ``shape[0]`` counts the rows of this part."""
+        return self._own_rows(torch.randn(self._global(shape), generator=self._generator, device=self._device))
 
     def uniform(self, *shape: int) -> Tensor:
-        """Uniform float32 in [0, 1); ``shape[0]`` counts the rows of this part."""
-        return self._mine(torch.rand(self._whole(shape), generator=self._generator, device=self._generator.device))
+        """Sample uniform float32 in [0, 1); ``shape[0]`` counts the rows of this part."""
+        return self._own_rows(torch.rand(self._global(shape), generator=self._generator, device=self._device))
 
-    def _whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    @property
+    def _device(self) -> torch.device:
+        return self._generator.device
+
+    def _global(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (shape[0] * self._parts, *shape[1:])
 
-    def _mine(self, drawn: Tensor) -> Tensor:
-        return drawn.chunk(self._parts)[self._part]
+    def _own_rows(self, numbers: Tensor) -> Tensor:
+        return numbers.chunk(self._parts)[self._part]
 
 
-def mixed_seed(*parts: int) -> int:
-    """One 63-bit seed out of several numbers."""
-    low, high = np.random.SeedSequence(parts).generate_state(2, np.uint32)
+def mix_seeds(*seeds: int) -> int:
+    """Combine several numbers into one 63-bit seed."""
+    low, high = np.random.SeedSequence(seeds).generate_state(2, np.uint32)
     return int(high) << 31 ^ int(low)

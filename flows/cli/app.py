@@ -10,7 +10,7 @@ import inspect
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -155,14 +155,14 @@ def generate(
         import torch
 
         from infra.errors import InputError
-        from tasks.evaluate.task import contact_sheet
+        from model.images import image_grid
         from tasks.serve.load import load_pipeline
 
         writable(out, "picture", PICTURES)
         asked = [_picture_or_text(prompt) for prompt in prompts]
         pipeline = load_pipeline(model, database, settings(root), trust=trust)
-        options = {
-            "negative_prompts": negative,
+        options: dict[str, Any] = {
+            "negative_prompt": negative,
             "num_inference_steps": steps,
             "guidance_scale": guidance,
             "neighbours": neighbours,
@@ -172,11 +172,11 @@ def generate(
         if between is None:
             output = pipeline(asked, **options)
         elif len(asked) == 2:
-            output = pipeline.interpolate(*asked, between, **options)
+            output = pipeline.interpolate(asked[0], asked[1], between, **options)
         else:
             raise InputError(f"--between goes from one prompt to another; {len(asked)} were given")
         count = len(output.images)
-        contact_sheet(output.images, columns=count if count <= LONGEST_ROW else math.isqrt(count - 1) + 1).save(out)
+        image_grid(output.images, columns=count if count <= LONGEST_ROW else math.isqrt(count - 1) + 1).save(out)
         say(out)
 
 
@@ -231,7 +231,7 @@ def edit(
             "candidates": candidates,
             "largest_region": largest_region,
         }
-        options = {name: value for name, value in given.items() if value is not None}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         (edited,) = pipeline.edit(source, prompt, generator=torch.Generator().manual_seed(seed), **options)
         edited.save(out)
         say(out)

@@ -109,7 +109,7 @@ def _draw_all(pipeline: Any, database: str, settings: Settings) -> Groups:
             num_images_per_prompt=SHOWN_SAMPLES,
             neighbours=SHOWN_NEIGHBOURS,  # those that stand beside the samples, and no others
             generator=torch.Generator().manual_seed(7),
-            callback=told,
+            on_progress=told,
         )
     near = images_of_rows(database, output.hits.ids, settings)
     samples = [output.images[start : start + SHOWN_SAMPLES] for start in range(0, len(output.images), SHOWN_SAMPLES)]

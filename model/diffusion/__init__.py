@@ -1,1 +1,1 @@
-"""Noise to pictures: the condition, flow matching, guidance."""
+"""Diffusion processes: conditioning, flow matching, VQ-Diffusion, guidance, solver."""

@@ -1,13 +1,13 @@
-"""Flow matching in pixel space: the straight path from a picture to noise, and the loss along it.
+"""Flow matching: the straight path from an image to noise, and the loss along it.
 
-Legend: ``B`` batch, ``C H W`` a picture in [−1, 1], ``σ`` in [0, 1] the share of noise.
+Legend: ``B`` batch, ``C H W`` an image or latent, images in [−1, 1], ``σ`` in [0, 1] the share of noise.
 
     x_σ = (1 − σ)·x + σ·ε,   ε ~ N(0, I)          (Lipman et al. 2210.02747, with the path of rectified flow)
     v   = dx_σ/dσ = ε − x                         what the sampler integrates from σ = 1 to 0
     L   = E ‖v̂ − v‖²,  σ = sigmoid(z), z ~ N(0, 1)  (logit-normal: Esser et al. 2403.03206, eq. 19)
 
-The network may answer with the velocity itself or with the clean picture x̂, turned into v̂ = (x_σ − x̂)/σ. The loss is
-on v̂ in both cases.
+The network predicts either the velocity or the clean image x̂, which is converted to v̂ = (x_σ − x̂)/σ. The loss is on v̂
+in both cases.
 """
 
 from collections.abc import Callable
@@ -16,38 +16,39 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model.step_random import Draw
+from model.step_random import StepRandom
 
 Prediction = Literal["velocity", "sample"]
+"""Output of a continuous network: the velocity, or the clean image."""
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_σ (B, C, H, W), σ (B,), condition (B, T, E)) -> v̂ (B, C, H, W)."""
 
 MIN_SIGMA = 0.05
-"""Below this σ the division by σ is held, so that a clean-picture network is not asked for infinite precision."""
+"""Lower bound of the divisor σ: without it, errors of a predicted clean image would be amplified without limit."""
 
 
 def add_noise(images: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """The point x_σ = (1 − σ)·x + σ·ε on the path: images and noise (B, C, H, W), sigma (B,)."""
+    """Return the point x_σ = (1 − σ)·x + σ·ε on the path, for images and noise (B, C, H, W), sigma (B,)."""
     return torch.lerp(images, noise, sigma[:, None, None, None])
 
 
 def to_velocity(output: Tensor, noisy: Tensor, sigma: Tensor, prediction: Prediction) -> Tensor:
-    """The network's output as a velocity (B, C, H, W)."""
+    """Convert the network's output to a velocity (B, C, H, W)."""
     if prediction == "velocity":
         return output
     return (noisy - output) / sigma[:, None, None, None].clamp(min=MIN_SIGMA)
 
 
-def sample_sigmas(batch: int, draw: Draw) -> Tensor:
-    """Logit-normal noise levels (B,) float32 in (0, 1)."""
-    return torch.sigmoid(draw.normal(batch))
+def sample_sigmas(batch: int, rng: StepRandom) -> Tensor:
+    """Sample logit-normal noise levels (B,) float32 in (0, 1)."""
+    return torch.sigmoid(rng.normal(batch))
 
 
 def flow_matching_loss(denoiser: Denoiser, images: Tensor, condition: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of the velocity, a scalar.
+    """Return the mean squared error of the velocity, a scalar.
 
     Args:
-        denoiser: the network with its output already a velocity.
+        denoiser: Network whose output is a velocity.
         images: (B, C, H, W) in [−1, 1].
         condition: (B, T, E) tokens.
         sigma: (B,) noise levels.

@@ -6,27 +6,27 @@ from torch import Tensor
 from model.diffusion.conditioning import null_condition
 from model.diffusion.flow_matching import Denoiser
 
-WHOLE = (0.0, 1.0)
-"""The interval of σ in which guidance acts throughout."""
+FULL_INTERVAL = (0.0, 1.0)
+"""The interval of σ that applies guidance at every noise level."""
 
 
-def guided(
-    denoiser: Denoiser, scale: float, *, negative: Tensor | None = None, interval: tuple[float, float] = WHOLE
+def with_guidance(
+    denoiser: Denoiser, scale: float, *, negative: Tensor | None = None, interval: tuple[float, float] = FULL_INTERVAL
 ) -> Denoiser:
-    """The denoiser with its condition pushed by ``scale``: v = v∅ + scale·(v_c − v∅).
+    """Return the denoiser with guidance: v = v∅ + scale·(v_c − v∅).
 
     Args:
-        denoiser: what answers with a velocity.
-        scale: 1 is the conditional model itself and costs one network call a step; anything else costs two.
-        negative: (B, T, E) tokens to push away from; hidden embeddings where None.
-        interval: the levels σ at which guidance acts, ends included. Outside it the condition alone is followed, which
-            costs one call: guidance at the noisiest and cleanest levels narrows the samples more than it sharpens them
-            (Kynkäänniemi et al. 2404.07724).
+        denoiser: Network whose output is a velocity.
+        scale: 1 is the conditional model itself and costs one network call per step; other values cost two.
+        negative: (B, T, E) tokens to push away from. Default: the null condition.
+        interval: Noise levels σ at which guidance acts, ends included. Outside it only the condition is evaluated,
+            which costs one call. Guidance at the highest and lowest levels reduces diversity more than it improves
+            the images (Kynkäänniemi et al. 2404.07724). Default: all levels.
     """
     if scale == 1:
         return denoiser
 
-    def call(noisy: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
+    def guided(noisy: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
         if not interval[0] <= float(sigma[0]) <= interval[1]:
             return denoiser(noisy, sigma, condition)
         against = null_condition(condition) if negative is None else negative
@@ -34,4 +34,4 @@ def guided(
         conditional, unconditional = denoiser(noisy.repeat(2, 1, 1, 1), sigma.repeat(2), both).chunk(2)
         return unconditional + scale * (conditional - unconditional)
 
-    return call
+    return guided

@@ -1,40 +1,36 @@
-"""VQ-Diffusion (Gu et al. 2111.14822): codes are masked or replaced step by step, and a network learns the way back.
+"""VQ-Diffusion (Gu et al. 2111.14822): codes are masked or replaced step by step, and a network reverses the process.
 
-Legend: ``B`` batch, ``n`` tokens of a picture, ``K`` codes ([MASK] is code K), ``T E`` condition tokens and their
-channels, ``x_0`` clean codes, ``x_t`` noisy ones, ``s < t`` two times (s = t − 1 in training, less when sampling
-strides), ``α β γ`` the probabilities to stay, to turn into each one code, to turn into [MASK].
+Legend: ``B`` batch, ``n`` tokens of an image, ``K`` codes ([MASK] is code K), ``T E`` condition tokens and their
+channels, ``x_0`` clean codes, ``x_t`` noisy ones, ``s < t`` two times (s = t − 1 in training, smaller when sampling
+in strides), ``α β γ`` the probabilities to keep a code, to replace it by each one code, to replace it by [MASK].
 
-    q(x_t|x_s):  stay α, any code β each, [MASK] γ, α + K·β + γ = 1;  [MASK] stays [MASK]         (matrix Q)
+    q(x_t|x_s):  keep α, each code β, [MASK] γ, α + K·β + γ = 1;  [MASK] stays [MASK]               (matrix Q)
     ᾱ_t = Π α,  γ̄_t = 1 − Π (1 − γ),  β̄_t = (1 − ᾱ_t − γ̄_t)/K                                       (eq. 8)
     q(x_s|x_t,x_0) = q(x_t|x_s)·q(x_s|x_0) / q(x_t|x_0)                                              (eq. 5)
     p_θ(x_s|x_t) = Σ_x̃ q(x_s|x_t,x̃)·p_θ(x̃|x_t),  the network giving p_θ(x̃|x_t) over clean codes     (eq. 11)
 
-The matrices are never made: each has three different numbers, so every formula costs O(K) a token. The sum of eq. 11
+The matrices are never built: each has three different numbers, so every formula costs O(K) per token. The sum of eq. 11
 with w(x̃) = p_θ(x̃|x_t)/q(x_t|x̃), W = Σ w is
 
     p_θ(x_s = j|x_t) = q(x_t|j)·(ᾱ_s·w(j) + β̄_s·W),    p_θ(x_s = [MASK]|x_t) = q(x_t|[MASK])·γ̄_s·W
 
-and a certain p_θ turns it into eq. 5. All of it is in logarithms and float32.
+and a certain p_θ turns it into eq. 5. All of it is computed in logarithms and float32.
 """
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.diffusion.conditioning import ConditioningConfig, null_condition, training_condition
+from model.diffusion.conditioning import null_condition
 from model.errors import ModelError
-from model.step_random import Draw
-from model.training.data import Batch
 
 LOG_ZERO = -70.0
-"""The logarithm of an impossible event: finite, so that no gradient is lost, and e⁻⁷⁰ vanishes beside anything."""
+"""Logarithm of an impossible event: finite, so that gradients stay finite; e⁻⁷⁰ is negligible in every sum."""
 
 CodeDenoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(codes (B, n) int64 in 0 … K, t (B,) int64 in 1 … T, condition (B, T, E)) -> logits (B, n, K) of the clean codes."""
@@ -48,14 +44,14 @@ class Rates(NamedTuple):
     mask: Tensor
 
 
-class Known(NamedTuple):
-    """A picture that sampling starts from, and what of it is to stay.
+class KnownCodes(NamedTuple):
+    """Codes of an image to start sampling from, and which of them to keep.
 
     Attributes:
-        codes: (B, n) int64 below K, its codes x_0.
-        free: (B, n) bool, the tokens that are drawn anew; around them x_0 is shown at the noise of each step.
-        first: the time 1 … T to start from, at x_t of q(x_t|x_0): T keeps nothing of the free ones.
-        uniforms: (B, n, 2) in [0, 1), of that noise.
+        codes: (B, n) int64 below K, the clean codes x_0.
+        free: (B, n) bool, the tokens to regenerate. The others follow q(x_t|x_0) at the time of each step.
+        first: Start time 1 … T, where sampling starts from q(x_t|x_0). At T nothing of the free tokens remains.
+        uniforms: (B, n, 2) in [0, 1), the randomness of q(x_t|x_0).
     """
 
     codes: Tensor
@@ -66,7 +62,7 @@ class Known(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Transitions:
-    """How fast codes are masked and replaced: ᾱ_t and γ̄_t run straight from t = 1 to t = T.
+    """Schedule of masking and replacing codes: ᾱ_t and γ̄_t are linear from t = 1 to t = T.
 
     The defaults are those of the paper's public code: nearly all noise is [MASK], a millionth is a wrong code.
     """
@@ -79,37 +75,37 @@ class Transitions:
     mask_last: float = 0.99999
 
     def __post_init__(self) -> None:
-        """Refuse what is no process, or none that ends in [MASK] alone."""
+        """Validate that the schedule is a process that ends in [MASK] only."""
         if self.codes < 2 or self.timesteps < 2:
-            raise ValueError("codes and timesteps must be at least 2")
+            raise ValueError(f"codes and timesteps must be at least 2: {self.codes}, {self.timesteps}")
         if not 0.99 <= self.mask_last < 1:
-            raise ValueError("mask_last must lie in [0.99, 1): sampling starts from [MASK] alone")
+            raise ValueError(f"mask_last must be in [0.99, 1): {self.mask_last}; sampling starts from [MASK] only")
         if not (0 <= self.mask_first < self.mask_last and 0 < self.stay_last < self.stay_first < 1):
-            raise ValueError("stay_first must lie above stay_last and mask_first below mask_last, all inside (0, 1)")
+            raise ValueError("stay_first must be above stay_last and mask_first below mask_last, all inside (0, 1)")
         steps = torch.arange(1, self.timesteps + 1)
         if min(self.cumulative(steps).replace.min(), self.between(steps - 1, steps).replace.min()) < -1e-12:
-            raise ValueError("some step would replace with a negative probability; lower stay_first or mask_last")
+            raise ValueError("a step has a negative probability of replacement; lower stay_first or mask_last")
 
     @property
     def mask(self) -> int:
-        """The code that stands for [MASK]."""
+        """The code of [MASK]."""
         return self.codes
 
     def cumulative(self, t: Tensor) -> Rates:
-        """ᾱ, β̄, γ̄ at times t (B,) int64 in 0 … T, where 0 is no noise at all (eq. 8)."""
-        way = (t.double() - 1) / (self.timesteps - 1)
-        stay = torch.where(t == 0, 1.0, self.stay_first + (self.stay_last - self.stay_first) * way)
-        mask = torch.where(t == 0, 0.0, self.mask_first + (self.mask_last - self.mask_first) * way)
+        """Return ᾱ, β̄, γ̄ at times t (B,) int64 in 0 … T, where 0 is no noise (eq. 8)."""
+        share = (t.double() - 1) / (self.timesteps - 1)
+        stay = torch.where(t == 0, 1.0, self.stay_first + (self.stay_last - self.stay_first) * share)
+        mask = torch.where(t == 0, 0.0, self.mask_first + (self.mask_last - self.mask_first) * share)
         return Rates(stay, (1 - stay - mask) / self.codes, mask)
 
     def between(self, s: Tensor, t: Tensor) -> Rates:
-        """α, β, γ of all steps from s to t together, 0 ≤ s < t ≤ T, both (B,): eq. 8 divided by itself."""
+        """Return α, β, γ of all steps from s to t combined, 0 ≤ s < t ≤ T, both (B,): a ratio of eq. 8."""
         earlier, later = self.cumulative(s), self.cumulative(t)
         stay, unmasked = later.stay / earlier.stay, (1 - later.mask) / (1 - earlier.mask)
         return Rates(stay, (unmasked - stay) / self.codes, 1 - unmasked)
 
     def corrupt(self, codes: Tensor, t: Tensor, uniforms: Tensor) -> Tensor:
-        """Draw x_t from q(x_t|x_0) (eq. 8): codes (B, n) int64, t (B,), uniforms (B, n, 2) in [0, 1)."""
+        """Sample x_t from q(x_t|x_0) (eq. 8): codes (B, n) int64, t (B,), uniforms (B, n, 2) in [0, 1)."""
         rates = self.cumulative(t)
         mask, replace = rates.mask[:, None], self.codes * rates.replace[:, None]
         chance, choice = uniforms.double().unbind(2)
@@ -118,9 +114,12 @@ class Transitions:
 
 
 def log_likelihood(noisy: Tensor, rates: Rates, codes: int) -> Tensor:
-    """What each class j = 0 … K makes of the codes seen, log q(x_t = noisy | x_s = j): its rows in the matrix Q.
+    """Return log q(x_t = noisy | x_s = j) of each class j = 0 … K, a row of the matrix Q: (B, n, K + 1) float32.
 
-    Of noisy (B, n) int64, rates from s to t and K codes: (B, n, K + 1) float32.
+    Args:
+        noisy: (B, n) int64 codes x_t.
+        rates: Rates from s to t.
+        codes: K.
     """
     masked = noisy == codes
     other = torch.where(masked, _log(rates.mask), _log(rates.replace))[..., None]
@@ -131,10 +130,17 @@ def log_likelihood(noisy: Tensor, rates: Rates, codes: int) -> Tensor:
 
 
 def log_reverse(log_clean: Tensor, noisy: Tensor, s: Tensor, t: Tensor, transitions: Transitions) -> Tensor:
-    """One step back or a stride of them, log p_θ(x_s|x_t): eq. 11 with eq. 5 inside, summed in closed form.
+    """Return log p_θ(x_s|x_t) of one reverse step or stride: eq. 11 with eq. 5 inside, summed in closed form.
 
-    Of log_clean (B, n, K), log p_θ(x_0|x_t), codes x_t (B, n), times 0 ≤ s < t ≤ T (B,): (B, n, K + 1) float32,
-    normalised. A ``log_one_hot`` for log_clean gives the posterior itself, eq. 5.
+    Args:
+        log_clean: (B, n, K) log p_θ(x_0|x_t). A ``log_one_hot`` gives the posterior itself, eq. 5.
+        noisy: (B, n) codes x_t.
+        s: (B,) earlier times, 0 ≤ s < t.
+        t: (B,) times, at most T.
+        transitions: The forward process.
+
+    Returns:
+        (B, n, K + 1) float32, normalised.
     """
     earlier = transitions.cumulative(s)
     weight = log_clean - log_likelihood(noisy, transitions.cumulative(t), transitions.codes)[..., :-1]
@@ -145,14 +151,22 @@ def log_reverse(log_clean: Tensor, noisy: Tensor, s: Tensor, t: Tensor, transiti
 
 
 def log_one_hot(codes: Tensor, classes: int) -> Tensor:
-    """The logarithm (B, n, classes) float32 of certainty in codes (B, n) int64."""
+    """Return the log-probabilities (B, n, classes) float32 of certainty in codes (B, n) int64."""
     return torch.where(torch.arange(classes, device=codes.device) == codes[..., None], 0.0, LOG_ZERO)
 
 
 def step_divergence(log_clean: Tensor, clean: Tensor, noisy: Tensor, t: Tensor, transitions: Transitions) -> Tensor:
-    """L_{t−1} = KL(q(x_{t−1}|x_t,x_0) ‖ p_θ(x_{t−1}|x_t)), which at t = 1 is L_0 = −log p_θ(x_0|x_1).
+    """Return L_{t−1} = KL(q(x_{t−1}|x_t,x_0) ‖ p_θ(x_{t−1}|x_t)), which at t = 1 is L_0 = −log p_θ(x_0|x_1).
 
-    Of log_clean (B, n, K), log p_θ(x_0|x_t), codes clean x_0 and noisy x_t (B, n), t (B,): (B,) nats per token.
+    Args:
+        log_clean: (B, n, K) log p_θ(x_0|x_t).
+        clean: (B, n) codes x_0.
+        noisy: (B, n) codes x_t.
+        t: (B,) times.
+        transitions: The forward process.
+
+    Returns:
+        (B,) nats per token.
     """
     with torch.no_grad():
         certain = log_one_hot(clean, transitions.codes)
@@ -161,104 +175,8 @@ def step_divergence(log_clean: Tensor, clean: Tensor, noisy: Tensor, t: Tensor, 
     return F.kl_div(predicted, target, reduction="none", log_target=True).sum(2).mean(1)
 
 
-class CodeLosses(nn.Module):
-    """What the objective takes from the logits, as a module of its own, so that a GPU computes it in one pass."""
-
-    def __init__(self, transitions: Transitions) -> None:
-        """Of the process ``transitions``."""
-        super().__init__()
-        self.transitions = transitions
-
-    def forward(self, logits: Tensor, clean: Tensor, noisy: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """L_{t−1} and −log p_θ(x_0|x_t), each (B,) float32 nats per token.
-
-        Of logits (B, n, K) of any float dtype, codes clean x_0 and noisy x_t (B, n), t (B,).
-        """
-        log_clean = logits.float().log_softmax(2)
-        auxiliary = -log_clean.gather(2, clean[..., None]).mean((1, 2))
-        return step_divergence(log_clean, clean, noisy, t, self.transitions), auxiliary
-
-
-class MaskAndReplace(nn.Module):
-    """The training objective: Σ_t L_{t−1} from one t per picture, drawn where the loss is large, and an x_0 term.
-
-    t is drawn with a probability p_t ∝ √E[L_t²] and its loss divided by p_t, which leaves the mean as it is and
-    lowers the variance (Nichol & Dhariwal 2102.09672, §3.3); uniformly until each t was seen ``WARM`` times. The
-    statistics are buffers, so that a resumed run goes on with them; they are of what :meth:`one_step` surrounds.
-    """
-
-    WARM = 10
-    MEMORY = 0.9
-    UNIFORM_SHARE = 0.01
-    history: Tensor
-    seen: Tensor
-
-    def __init__(
-        self, transitions: Transitions, conditioning: ConditioningConfig, *, auxiliary_weight: float = 5e-4
-    ) -> None:
-        """Train for ``transitions``; ``auxiliary_weight`` is that of −log p_θ(x_0|x_t) beside the bound."""
-        super().__init__()
-        self.transitions, self.conditioning, self.auxiliary_weight = transitions, conditioning, auxiliary_weight
-        self.losses = CodeLosses(transitions)
-        self.register_buffer("history", torch.zeros(transitions.timesteps))
-        self.register_buffer("seen", torch.zeros(transitions.timesteps))
-        self._told: list[tuple[Tensor, Tensor]] | None = None
-
-    def forward(self, network: nn.Module, batch: Batch, draw: Draw) -> Tensor:
-        """The mean loss, a scalar float32: a bound on −log p(x_0) in nats per token, plus the x_0 term.
-
-        ``network`` is a ``CodeDenoiser``; the batch's images are codes (B, n) int64 below K; all is on one device.
-        """
-        condition = training_condition(batch.query, batch.neighbours, self.conditioning, draw)
-        t, probability = self.draw_times(draw.uniform(len(batch.images)))
-        noisy = self.transitions.corrupt(batch.images, t, draw.uniform(*batch.images.shape, 2))
-        divergence, auxiliary = self.losses(network(noisy, t, condition), batch.images, noisy, t)
-        if self._told is not None:
-            self._told.append((t, divergence.detach()))
-        loss: Tensor = (divergence + self.auxiliary_weight * auxiliary) / probability
-        return loss.mean()
-
-    @contextlib.contextmanager
-    def one_step(self) -> Iterator[None]:
-        """Around a step's calls: all draw t by one history, which takes in what they told once they are done."""
-        told: list[tuple[Tensor, Tensor]] = []
-        self._told = told
-        try:
-            yield
-        finally:
-            self._told = None
-        times, divergences = zip(*told, strict=True)
-        self.remember(torch.cat(times), torch.cat(divergences))
-
-    def probabilities(self) -> Tensor:
-        """The p_t of t = 1 … T, (T,) float32."""
-        uniform = torch.full_like(self.history, 1 / len(self.history))
-        size = self.history.sqrt() + 1e-10
-        important = (1 - self.UNIFORM_SHARE) * size / size.sum() + self.UNIFORM_SHARE * uniform
-        return torch.where((self.seen >= self.WARM).all(), important, uniform)
-
-    def draw_times(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Times t (B,) int64 in 1 … T by inverse CDF of uniforms (B,), and their p_t (B,)."""
-        probabilities = self.probabilities()
-        index = _inverse_cdf(probabilities.expand(len(uniforms), -1), uniforms)
-        return index + 1, probabilities[index]
-
-    @torch.no_grad()
-    def remember(self, t: Tensor, divergence: Tensor) -> None:
-        """Take the losses (B,) of times t (B,) into the running E[L_t²]; workers share theirs."""
-        fresh = torch.zeros(2, len(self.history), device=divergence.device)
-        fresh.index_add_(1, t - 1, torch.stack([torch.ones_like(divergence), divergence.square()]))
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(fresh)
-        count, squares = fresh
-        mean = squares / count.clamp(min=1)
-        mixed = torch.where(self.seen > 0, self.MEMORY * self.history + (1 - self.MEMORY) * mean, mean)
-        self.history.copy_(torch.where(count > 0, mixed, self.history))
-        self.seen.add_(count)
-
-
-def truncate(log_clean: Tensor, mass: float) -> Tensor:
-    """Keep the likeliest codes (B, n, K) that together reach ``mass`` and renormalise; 1 keeps all."""
+def truncate_probabilities(log_clean: Tensor, mass: float) -> Tensor:
+    """Keep the likeliest codes of log-probabilities (B, n, K) that reach ``mass``, and renormalise; 1 keeps all."""
     if mass >= 1:
         return log_clean
     ordered, order = log_clean.sort(2, descending=True)
@@ -278,34 +196,34 @@ def sample_codes(
     guidance_scale: float = 1.0,
     truncation: float = 0.86,
     negative: Tensor | None = None,
-    known: Known | None = None,
-    callback: Callable[[int, Tensor], None] | None = None,
+    known: KnownCodes | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Codes from [MASK] alone, in as many strides as there are uniforms (the x_0 reparameterisation makes strides).
+    """Sample codes, starting from [MASK] only, in as many strides as there are uniforms (x_0 reparameterisation).
 
-    A picture's randomness is its own row of ``uniforms``: whoever shares its batch changes nothing.
+    Each image has its own row of ``uniforms``, so it does not depend on its batch.
 
     Args:
-        network: the denoiser of codes.
+        network: The denoiser of codes.
         condition: (B, T, E) tokens.
         uniforms: (B, steps, n) in [0, 1), with steps ≤ T.
-        transitions: the process that the network was trained for.
-        guidance_scale: 1 is the conditional model itself; anything else costs a call of twice the batch.
-        truncation: the probability mass kept of every token; 1 keeps all.
-        negative: (B, T, E) tokens to be guided away from, in place of the null condition.
-        known: codes to start from or to keep some of, in place of [MASK] alone.
-        callback: told the number of each step (0 …) and its codes (B, n).
+        transitions: The process that the network was trained for.
+        guidance_scale: 1 is the conditional model itself; other values double the batch of each call. Default: 1.
+        truncation: Probability mass kept per token; 1 keeps all. Default: 0.86.
+        negative: (B, T, E) tokens to push away from. Default: the null condition.
+        known: Codes to start from or to keep in part. Default: start from [MASK] only.
+        on_step: Called with the number of each finished step, from 1.
 
     Returns:
         (B, n) int64 codes below K.
 
     Raises:
-        ModelError: no step or more than the process has, or the network answers with no finite numbers.
+        ModelError: The number of steps is out of range, or the network's output is NaN.
     """
     batch, steps, tokens = uniforms.shape
     first = transitions.timesteps if known is None else known.first
     if not 1 <= steps <= first:
-        raise ModelError(f"{steps} steps asked of a process of {first}; ask for 1 to that many")
+        raise ModelError(f"the number of steps is out of range: {steps}; give 1 to {first}")
 
     def times(left: int) -> Tensor:
         return torch.full((batch,), round(first * left / steps), device=uniforms.device)
@@ -314,50 +232,51 @@ def sample_codes(
         codes = torch.full((batch, tokens), transitions.mask, device=uniforms.device)
     else:
         codes = transitions.corrupt(known.codes, times(steps), known.uniforms)
-    denoise = _guided(network, condition, negative, guidance_scale)
+    denoise = _guided_log_clean(network, condition, negative, guidance_scale)
     for step in range(steps):
         t, s = times(steps - step), times(steps - step - 1)
         answer = denoise(codes, t)
-        log_clean = truncate(answer, truncation)
-        codes = _inverse_cdf(log_reverse(log_clean, codes, s, t, transitions).exp(), uniforms[:, step])
+        log_clean = truncate_probabilities(answer, truncation)
+        codes = sample_inverse_cdf(log_reverse(log_clean, codes, s, t, transitions).exp(), uniforms[:, step])
         if known is not None:
             codes = torch.where(known.free, codes, transitions.corrupt(known.codes, s, known.uniforms))
-        if callback is not None:
-            callback(step, codes)
-    if answer.isnan().any():  # asked once, for a GPU waits for it; what is sampled of no numbers looks like codes
+        if on_step is not None:
+            on_step(step + 1)
+    # Samples of NaN probabilities look like valid codes. Checked once, because the check synchronises with a GPU.
+    if answer.isnan().any():
         raise ModelError(
-            "the network answers with no finite numbers: the weights are broken; train again, or pull them anew"
+            "sampling produced NaN or infinite values: the weights are corrupt; retrain or download the generator again"
         )
     return codes
 
 
-def guide(log_conditional: Tensor, log_unconditional: Tensor, scale: float) -> Tensor:
-    """Push log-probabilities (B, n, K), log p∅ + scale·(log p_c − log p∅), and renormalise (2207.12598, eq. 6)."""
+def apply_guidance(log_conditional: Tensor, log_unconditional: Tensor, scale: float) -> Tensor:
+    """Guide log-probabilities (B, n, K): log p∅ + scale·(log p_c − log p∅), and renormalise (2207.12598, eq. 6)."""
     return torch.lerp(log_unconditional, log_conditional, scale).log_softmax(2)
 
 
-def _guided(
+def _guided_log_clean(
     network: CodeDenoiser, condition: Tensor, negative: Tensor | None, scale: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """(codes (B, n), t (B,)) -> guided log p_θ(x_0|x_t) (B, n, K)."""
+    """Return the function (codes (B, n), t (B,)) -> guided log p_θ(x_0|x_t) (B, n, K)."""
     if scale == 1:
         return lambda codes, t: network(codes, t, condition).float().log_softmax(2)
     both = torch.cat([condition, null_condition(condition) if negative is None else negative])
 
     def call(codes: Tensor, t: Tensor) -> Tensor:
         conditional, unconditional = network(codes.repeat(2, 1), t.repeat(2), both).float().log_softmax(2).chunk(2)
-        return guide(conditional, unconditional, scale)
+        return apply_guidance(conditional, unconditional, scale)
 
     return call
 
 
-def _inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """The class (…) that each uniform (…) in [0, 1) falls into, of probabilities (…, classes)."""
+def sample_inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Return the class (…) that each uniform (…) in [0, 1) selects from probabilities (…, classes)."""
     edges = probabilities.double().cumsum(-1)
     found = torch.searchsorted(edges, uniforms.double()[..., None] * edges[..., -1:], right=True).squeeze(-1)
-    return found.clamp(max=probabilities.shape[-1] - 1)  # of no numbers it finds none
+    return found.clamp(max=probabilities.shape[-1] - 1)  # NaN probabilities would select a class out of range
 
 
 def _log(rate: Tensor) -> Tensor:
-    """The logarithm of a rate (B,) as (B, 1) float32, no less than ``LOG_ZERO``."""
+    """Return the logarithm of a rate (B,) as (B, 1) float32, at least ``LOG_ZERO``."""
     return rate.clamp(min=math.exp(LOG_ZERO)).log().float()[:, None]

@@ -1,105 +1,122 @@
-"""Editing by the discrete generator: codes of one region are drawn anew, and the picture around it stays as it was.
+"""Editing with discrete generators: the codes of one region are regenerated, the image around it stays.
 
-Legend: ``B`` pictures, ``S`` side, ``n`` codes of a picture (g × g of them), ``N`` draws of noise, ``T`` condition
-tokens, ``E`` their channels.
+Legend: ``B`` images, ``S`` side, ``n`` codes of an image (g × g of them), ``N`` noise samples, ``T`` condition tokens,
+``E`` their channels.
 
-    where      d = mean over x_t of ½ Σ |p(x_0|x_t, text) − p(x_0|x_t, what the source shows)|, at the masked codes
+    where      d = mean over x_t of ½ Σ |p(x_0|x_t, text) − p(x_0|x_t, source's own condition)|, at the masked codes
     what       x_s ← region ? p_θ(x_s|x_t, text) : q(x_s|the source's codes)  after every stride
 
-It is :mod:`model.editing.regions` with codes for pixels: total variation in place of the velocities' difference, and
-masks in place of Gaussian noise.
+This is :mod:`model.editing.regions` with codes in place of pixels: total variation replaces the difference of
+velocities, and masks replace Gaussian noise.
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from model.diffusion.vq_diffusion import CodeDenoiser, Known, Transitions, sample_codes
-from model.editing.regions import cells_of, laid_over
-from model.networks.vq_autoencoder import decode_codes, encode_codes
-
-if TYPE_CHECKING:
-    from model.editing.edit import EditConfig
-    from model.pipeline import KNNDiffusionPipeline
+from model.diffusion.vq_diffusion import CodeDenoiser, KnownCodes, Transitions
+from model.editing.config import EditConfig
+from model.editing.regions import composite, to_grid
+from model.generation.discrete import DiscreteBackbone
 
 CONTRAST_SHARE = 0.9
-"""Time, as a share of the process, at which text and source are compared: most codes are masked, a few place it."""
-NOISING = 2
-"""Uniforms a code that noise the source, before those of the steps."""
+"""Time, as a share of the process, at which text and source are compared. Most codes are masked there; the few visible
+ones fix the layout."""
 
 
-class CodeCanvas:
-    """The codes of pictures that are edited: what :class:`model.editing.edit.Canvas` asks for."""
+class DiscreteCanvas:
+    """Images being edited as codes; see :class:`model.editing.edit.Canvas`."""
+
+    NOISE_STEPS: ClassVar[int] = 2
+    """Uniform numbers per code that add noise to the source, before those of the steps."""
 
     def __init__(
         self,
-        pipeline: "KNNDiffusionPipeline",
+        backbone: DiscreteBackbone,
         source: Tensor,
         condition: Tensor,
-        config: "EditConfig",
+        config: EditConfig,
         negative: Tensor | None,
     ) -> None:
-        """Of sources (B, 3, S, S) in [−1, 1] and what they should show (B, T, E), on the pipeline's device."""
-        network = pipeline.transformer
-        self._pipeline, self._source, self._condition = pipeline, source, condition
+        """Prepare a batch, on the backbone's device.
+
+        Args:
+            backbone: The generator.
+            source: (B, 3, S, S) in [−1, 1].
+            condition: (B, T, E) tokens of the target.
+            config: How to edit.
+            negative: (B, T, E) tokens to push away from, or None for the null condition.
+        """
+        self._backbone, self._source, self._condition = backbone, source, condition
         self._negative, self._scale = negative, config.guidance_scale
-        self._codes = encode_codes(pipeline.vae, source)
-        self._transitions = Transitions(codes=network.config.codes, timesteps=network.config.timesteps)
-        self._first = max(1, round(config.strength * self._transitions.timesteps))
+        self._codes = backbone.encode(source)
+        self._first = max(1, round(config.strength * backbone.transitions.timesteps))
 
-    def contrast(self, shown: Tensor, noises: Tensor) -> Tensor:
-        """Where text and source disagree, (B, 1, g, g); ``shown`` (B, T, E), uniforms (B, N, NOISING + steps, n)."""
-        hiding = noises[:, :, :NOISING].transpose(2, 3)
-        return code_contrast(self._pipeline.transformer, self._codes, self._condition, shown, hiding, self._transitions)
-
-    def whole(self, noise: Tensor) -> Tensor:
-        """Everything drawn anew from the strength on, (B, 3, S, S), by uniforms (B, NOISING + steps, n)."""
-        return self._drawn(torch.ones_like(self._codes, dtype=torch.bool), noise)
-
-    def inside(self, region: Tensor, noise: Tensor) -> Tensor:
-        """The region (B, 1, S, S) in [0, 1] drawn anew, each code it touches, and the source around it."""
-        cells = (cells_of(region, math.isqrt(self._codes.shape[1])) > 0).float()
-        return laid_over(self._source, self._drawn(cells.flatten(1) > 0, noise), cells)
-
-    def _drawn(self, free: Tensor, noise: Tensor) -> Tensor:
-        hiding, uniforms = noise[:, :NOISING].transpose(1, 2), noise[:, NOISING:]
-        codes = sample_codes(
-            self._pipeline.transformer,
-            self._condition,
-            uniforms[:, : self._first],  # a process has no more strides than times
-            transitions=self._transitions,
-            guidance_scale=self._scale,
-            truncation=self._pipeline.config.truncation,
-            negative=self._negative,
-            known=Known(codes=self._codes, free=free, first=self._first, uniforms=hiding),
+    def contrast(self, source_condition: Tensor, noises: Tensor) -> Tensor:
+        """As :class:`model.editing.edit.Canvas`; uniform noises (B, N, NOISE_STEPS + steps, n), result (B, 1, g, g)."""
+        uniforms = noises[:, :, : self.NOISE_STEPS].transpose(2, 3)
+        backbone = self._backbone
+        return code_contrast(
+            backbone.network, self._codes, self._condition, source_condition, uniforms, backbone.transitions
         )
-        return decode_codes(self._pipeline.vae, codes).float()
+
+    def regenerate(self, noise: Tensor) -> Tensor:
+        """As :class:`model.editing.edit.Canvas`; uniform noise (B, NOISE_STEPS + steps, n)."""
+        return self._sample(torch.ones_like(self._codes, dtype=torch.bool), noise)
+
+    def inpaint(self, region: Tensor, noise: Tensor) -> Tensor:
+        """As :class:`model.editing.edit.Canvas`; regenerates every code that the region touches."""
+        cells = (to_grid(region, math.isqrt(self._codes.shape[1])) > 0).float()
+        return composite(self._source, self._sample(cells.flatten(1) > 0, noise), cells)
+
+    def _sample(self, free: Tensor, noise: Tensor) -> Tensor:
+        uniforms = noise[:, self.NOISE_STEPS :]
+        known = KnownCodes(
+            codes=self._codes,
+            free=free,
+            first=self._first,
+            uniforms=noise[:, : self.NOISE_STEPS].transpose(1, 2),
+        )
+        return self._backbone.generate(
+            self._condition,
+            uniforms,
+            steps=min(uniforms.shape[1], self._first),  # a process has no more strides than timesteps
+            guidance_scale=self._scale,
+            negative=self._negative,
+            on_step=None,
+            known=known,
+        )
 
 
 @torch.no_grad()
 def code_contrast(
-    network: CodeDenoiser, codes: Tensor, condition: Tensor, shown: Tensor, uniforms: Tensor, transitions: Transitions
+    network: CodeDenoiser,
+    codes: Tensor,
+    condition: Tensor,
+    source_condition: Tensor,
+    uniforms: Tensor,
+    transitions: Transitions,
 ) -> Tensor:
-    """How much the text and what the source shows disagree at each code: (B, 1, g, g) in [0, 1].
+    """Return how much the text and the source's own condition disagree at each code: (B, 1, g, g) in [0, 1].
 
     Args:
-        network: the denoiser of codes.
+        network: The denoiser of codes.
         codes: (B, n) int64, the source's.
         condition: (B, T, E) tokens of the text.
-        shown: (B, T, E) tokens of the source itself.
-        uniforms: (B, N, n, 2) in [0, 1), which codes each draw hides.
-        transitions: the process that the network was trained for.
+        source_condition: (B, T, E) tokens of the source itself.
+        uniforms: (B, N, n, 2) in [0, 1), which decide the codes that each noise sample masks.
+        transitions: The process that the network was trained for.
     """
     t = torch.full((len(codes),), math.ceil(CONTRAST_SHARE * transitions.timesteps), device=codes.device)
-    both = torch.cat([condition, shown])
-    total, hidden = (torch.zeros(codes.shape, device=codes.device) for _ in range(2))
-    for chance in uniforms.unbind(1):
-        noisy = transitions.corrupt(codes, t, chance)
-        text, itself = network(noisy.repeat(2, 1), t.repeat(2), both).float().softmax(2).chunk(2)
+    both = torch.cat([condition, source_condition])
+    total, times_masked = (torch.zeros(codes.shape, device=codes.device) for _ in range(2))
+    for sample in uniforms.unbind(1):
+        noisy = transitions.corrupt(codes, t, sample)
+        of_text, of_source = network(noisy.repeat(2, 1), t.repeat(2), both).float().softmax(2).chunk(2)
         masked = (noisy == transitions.mask).float()
-        total += masked * (text - itself).abs().sum(2) / 2
-        hidden += masked
+        total += masked * (of_text - of_source).abs().sum(2) / 2
+        times_masked += masked
     side = math.isqrt(codes.shape[1])
-    return (total / hidden.clamp(min=1)).view(-1, 1, side, side)
+    return (total / times_masked.clamp(min=1)).view(-1, 1, side, side)

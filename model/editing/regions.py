@@ -1,12 +1,13 @@
-"""Editing one region of a picture that nobody marked: found by contrast, drawn anew, and chosen among several.
+"""Editing of one region of an image without a mask: find it by contrast, regenerate it, choose among candidates.
 
-Legend: ``B`` pictures, ``R`` regions, ``N`` draws of noise, ``S`` side, ``T`` condition tokens, ``E`` their channels.
+Legend: ``B`` images, ``R`` regions, ``N`` noise samples, ``C S S`` pixels or latents of an image, ``T`` condition
+tokens, ``E`` their channels.
 
-    where      d = mean over ε of |v̂(x_σ, text) − v̂(x_σ, what the source shows)|, σ = 0.95  (DiffEdit 2210.11427)
+    where      d = mean over ε of |v̂(x_σ, text) − v̂(x_σ, source's own condition)|, σ = 0.95  (DiffEdit 2210.11427)
     what       x ← region·x + (1 − region)·((1 − σ)·source + σ·ε) after every step  (Blended Diffusion 2111.14818)
-    which      of several regions and draws the one closest to the text that keeps the rest
+    which      of several regions and noise samples the candidate closest to the text that keeps the rest
 
-At high noise the two answers differ over whole parts (the hair, the heart), at low noise only along edges, hence σ.
+At high noise the two outputs differ over whole parts (the hair, the heart), at low noise only along edges, hence σ.
 """
 
 from collections.abc import Sequence
@@ -20,50 +21,54 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.diffusion.flow_matching import Denoiser, add_noise
-from model.editing.edit_metrics import changed_region, psnr_outside
+from model.editing.edit_metrics import changed_region, max_channel_difference, psnr_outside
 
 CONTRAST_LEVEL = 0.95
-CONTRAST_DRAWS = 4
-"""Draws of noise that the contrast is the mean over."""
+CONTRAST_SAMPLES = 4
+"""Noise samples that the contrast is averaged over."""
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8)
-"""Shares of a picture's pixels, those of most contrast, in which connected patches are looked for."""
+"""Shares of an image's pixels, those of highest contrast, that are searched for connected patches."""
 SMALLEST_REGION = 0.02
-"""Share of a picture below which a patch is a speck."""
-ALIKE = 0.6
+"""Patches that cover a smaller share of the image are ignored."""
+SAME_REGION_IOU = 0.6
 """Intersection over union from which on two regions count as one."""
 GROW_PX = 2
-"""Pixels that join what lies so near to each other; one of them comes off again at the rim."""
+"""Pixels by which patches are dilated to join nearby ones; one of them is eroded again."""
+KEPT_BELOW, CHANGED_ABOVE = 0.06, 0.16
+"""Differences, as shares of the range: below the first the source's pixels return, above the second the edit stays."""
 
 
-def text_contrast(denoiser: Denoiser, source: Tensor, condition: Tensor, shown: Tensor, noises: Tensor) -> Tensor:
-    """How much the text and what the source shows disagree at each pixel: (B, 1, S, S), at least 0.
+def text_contrast(
+    denoiser: Denoiser, source: Tensor, condition: Tensor, source_condition: Tensor, noises: Tensor
+) -> Tensor:
+    """Return how much the text and the source's own condition disagree at each pixel: (B, 1, S, S), at least 0.
 
     Args:
-        denoiser: of C input channels, its output a velocity.
+        denoiser: Of C input channels, its output a velocity.
         source: (B, C, S, S), pixels or latents.
         condition: (B, T, E) tokens of the text.
-        shown: (B, T, E) tokens of the source itself.
+        source_condition: (B, T, E) tokens of the source itself.
         noises: (B, N, C, S, S) standard normal.
     """
     level = source.new_full((len(source),), CONTRAST_LEVEL)
-    both, total = torch.cat([condition, shown]), source.new_zeros(len(source), 1, *source.shape[2:])
+    both, total = torch.cat([condition, source_condition]), source.new_zeros(len(source), 1, *source.shape[2:])
     for noise in noises.unbind(1):
         noisy = add_noise(source, noise, level)
-        text, itself = denoiser(noisy.repeat(2, 1, 1, 1), level.repeat(2), both).float().chunk(2)
-        total += (text - itself).abs().amax(dim=1, keepdim=True)
+        of_text, of_source = denoiser(noisy.repeat(2, 1, 1, 1), level.repeat(2), both).float().chunk(2)
+        total += (of_text - of_source).abs().amax(dim=1, keepdim=True)
     return total / noises.shape[1]
 
 
 def propose_regions(contrast: Tensor, count: int, *, largest: float) -> Tensor:
-    """Connected patches of high contrast, those that hold the most of it first: (B, count, 1, S, S) in [0, 1].
+    """Propose connected patches of high contrast, those with the highest sum first: (B, count, 1, S, S) in [0, 1].
 
-    Regions overlap little, cover at most ``largest`` of the picture before their edge is softened, and repeat where
-    there are fewer than ``count``. A picture without contrast has empty ones.
+    Regions overlap little and cover at most ``largest`` of the image before their edge is softened. They repeat if
+    there are fewer than ``count``. An image without contrast gets empty regions.
 
     Args:
         contrast: (B, 1, S, S), at least 0.
         count: R.
-        largest: share of the picture, in (0, 1].
+        largest: Maximum share of the image, in (0, 1].
     """
     smooth = F.avg_pool2d(contrast.cpu().float(), 5, stride=1, padding=2, count_include_pad=False)[:, 0].numpy()
     regions = np.stack([_repeated(_patches(values, count, largest), count, values.shape) for values in smooth])
@@ -71,51 +76,63 @@ def propose_regions(contrast: Tensor, count: int, *, largest: float) -> Tensor:
     return soft[:, :, None].to(contrast.device)
 
 
-def cells_of(region: Tensor, side: int) -> Tensor:
-    """What a region of pixels (B, 1, S, S) in [0, 1] touches of a grid of latents or codes: (B, 1, side, side)."""
+def to_grid(region: Tensor, side: int) -> Tensor:
+    """Map a region of pixels (B, 1, S, S) in [0, 1] to the latents or codes that it touches: (B, 1, side, side)."""
     return F.max_pool2d(region, region.shape[-1] // side)
 
 
-def laid_over(source: Tensor, drawn: Tensor, cells: Tensor) -> Tensor:
-    """Decoded pictures where their cells were drawn, softly at the rim, and the source elsewhere: (B, 3, S, S).
+def composite(source: Tensor, decoded: Tensor, cells: Tensor) -> Tensor:
+    """Composite decoded images, where their cells were regenerated, onto the source, with a soft edge: (B, 3, S, S).
 
-    An autoencoder shifts every pixel, those of cells that nobody touched, too.
+    Decoded pixels cannot be used elsewhere, because an autoencoder shifts every pixel, also those of unchanged cells.
     """
     region = F.interpolate(cells.to(source.dtype), size=source.shape[-2:])
-    return torch.lerp(source, drawn, F.avg_pool2d(region, 5, stride=1, padding=2, count_include_pad=False))
+    return torch.lerp(source, decoded, F.avg_pool2d(region, 5, stride=1, padding=2, count_include_pad=False))
 
 
-def draw_inside(
+def inpaint_region(
     denoiser: Denoiser, source: Tensor, region: Tensor, condition: Tensor, noise: Tensor, levels: Tensor
 ) -> Tensor:
-    """The source with its region drawn anew and everything else as it was: (B, C, S, S) float32, not clamped.
+    """Regenerate a region of the source and keep the rest: (B, C, S, S) float32, not clamped.
 
     Args:
-        denoiser: of C input channels, guided.
+        denoiser: Of C input channels, guided.
         source: (B, C, S, S), pixels or latents.
         region: (B, 1, S, S) in [0, 1].
         condition: (B, T, E).
         noise: (B, C, S, S) standard normal.
-        levels: (steps + 1,), falling to 0, as :func:`model.editing.edit.edit_levels` has them.
+        levels: (steps + 1,), decreasing to 0, as :func:`model.editing.config.noise_levels` returns them.
     """
-    picture = add_noise(source, noise, levels[:1].expand(len(source)))
+    sample = add_noise(source, noise, levels[:1].expand(len(source)))
     for level, following in pairwise(levels):
-        picture = picture + (following - level) * denoiser(picture, level.expand(len(picture)), condition)
+        sample = sample + (following - level) * denoiser(sample, level.expand(len(sample)), condition)
         outside = add_noise(source, noise, following.expand(len(source)))
-        picture = torch.lerp(outside, picture, region)
-    return picture.float()
+        sample = torch.lerp(outside, sample, region)
+    return sample.float()
 
 
-def choose(source: Tensor, candidates: Sequence[Tensor], scores: Tensor, *, kept_db: float) -> Tensor:
-    """Of each picture's candidates the one of the highest score that keeps the rest: (B, 3, S, S).
+def keep_unchanged(edited: Tensor, source: Tensor) -> Tensor:
+    """Restore the source's pixels where the edited images hardly differ: (B, 3, S, S) in [−1, 1].
 
-    Where none keeps it, the one that comes closest.
+    The difference is averaged over 5×5 pixels. Around a change, 2 pixels of the edit stay and 2 more are blended.
+    """
+    difference = max_channel_difference(edited, source)
+    smooth = F.avg_pool2d(difference, 5, stride=1, padding=2, count_include_pad=False)
+    changed = ((smooth - KEPT_BELOW) / (CHANGED_ABOVE - KEPT_BELOW)).clamp(0, 1)
+    widened = F.max_pool2d(changed, 5, stride=1, padding=2)
+    return torch.lerp(source, edited, F.avg_pool2d(widened, 5, stride=1, padding=2, count_include_pad=False))
+
+
+def select_candidate(source: Tensor, candidates: Sequence[Tensor], scores: Tensor, *, kept_db: float) -> Tensor:
+    """Select, for each image, the candidate of the highest score that keeps the rest: (B, 3, S, S).
+
+    If no candidate keeps it, select the one that comes closest.
 
     Args:
         source: (B, 3, S, S) in [−1, 1].
-        candidates: R times (B, 3, S, S).
+        candidates: R tensors (B, 3, S, S).
         scores: (R, B), higher is better.
-        kept_db: least PSNR outside of the changed region.
+        kept_db: Minimum PSNR outside of the changed region.
     """
     kept = torch.stack([psnr_outside(source, one, changed_region(source, one)) for one in candidates]).cpu()
     best = torch.where(kept >= kept_db, scores.cpu(), kept - 1e3).argmax(dim=0)
@@ -123,7 +140,7 @@ def choose(source: Tensor, candidates: Sequence[Tensor], scores: Tensor, *, kept
 
 
 def _patches(values: NDArray[np.float32], count: int, largest: float) -> list[NDArray[np.bool_]]:
-    """At most ``count`` patches (S, S) of one picture, the heaviest first."""
+    """Return at most ``count`` patches (S, S) of one image, those with the highest contrast sum first."""
     found = []
     kernel = np.ones((2 * GROW_PX + 1,) * 2, np.uint8)
     for share in SHARES:
@@ -136,7 +153,9 @@ def _patches(values: NDArray[np.float32], count: int, largest: float) -> list[ND
                 found.append((float(values[patch].sum()), patch))
     chosen: list[NDArray[np.bool_]] = []
     for _, patch in sorted(found, key=lambda one: -one[0]):
-        if len(chosen) < count and all((patch & other).sum() < ALIKE * (patch | other).sum() for other in chosen):
+        if len(chosen) < count and all(
+            (patch & other).sum() < SAME_REGION_IOU * (patch | other).sum() for other in chosen
+        ):
             chosen.append(patch)
     return chosen
 

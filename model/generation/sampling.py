@@ -1,111 +1,105 @@
-"""What a pipeline's network draws from condition tokens: velocities integrated to pictures, or codes sampled.
+"""Generation of images from condition tokens, with a choice among candidates.
 
-Legend: ``B`` pictures drawn, ``S`` side, ``T`` condition tokens, ``E`` their channels, ``D`` embedding width.
+Legend: ``B`` samples, ``S`` side, ``T`` condition tokens, ``E`` their channels, ``D`` embedding width.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.diffusion.guidance import guided
-from model.diffusion.solver import Told, draw_noise, draw_uniforms, in_batches, integrate
-from model.diffusion.vq_diffusion import Transitions, sample_codes
-from model.networks.latents import decode_latents
-from model.networks.vq_autoencoder import decode_codes
-from model.networks.vq_transformer import VQTransformer
-from model.training.data import to_pixels
+from model.errors import ModelError
+from model.generation.backbone import Backbone
+from model.generation.batching import ProgressCallback, run_batched
+from model.images import to_pixels
 
-if TYPE_CHECKING:
-    from model.pipeline import KNNDiffusionPipeline
+EmbedPixels = Callable[[NDArray[np.uint8]], Tensor]
+"""The encoder: uint8 pixels (B, S, S, 3) -> unit rows (B, D) on the CPU."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """What is to be drawn, and how.
+class SamplingRequest:
+    """What to generate, and how.
 
     Attributes:
-        tokens: (B, T, E), on the CPU; those of one picture's candidates stand together.
-        targets: (B / candidates, D) unit rows, what each picture is to be close to.
-        candidates: pictures drawn for each that is returned.
-        negative: (B, T, E) to keep away from; None: the hidden condition.
-        guidance_scale: 1 follows the condition as trained.
-        steps: from noise to picture.
-        generator: source of the noise, on the CPU.
-        shared_noise: whether all start from the same.
-        told: called with (step, steps) of all batches together.
+        tokens: (B, T, E) on the CPU; the candidates of one image are adjacent.
+        targets: (B / candidates, D) unit rows that the candidates are compared with.
+        noise: (B, …noise_shape) on the CPU, as :meth:`Backbone.noise` samples it.
+        candidates: Images generated for each image that is returned.
+        negative: (B, T, E) tokens to push away from, or None for the null condition.
+        guidance_scale: 1 is the conditional model itself.
+        steps: Number of sampling steps.
+        on_progress: Called with (step, total steps) over all batches, or None.
     """
 
     tokens: Tensor
     targets: Tensor
+    noise: Tensor
     candidates: int
     negative: Tensor | None
     guidance_scale: float
     steps: int
-    generator: torch.Generator | None
-    shared_noise: bool
-    told: Told | None
+    on_progress: ProgressCallback | None
 
 
-def draw(pipeline: "KNNDiffusionPipeline", asked: Asked) -> Tensor:
-    """(B / candidates, 3, S, S) float32 in [−1, 1] on the CPU. Raises ``ModelError`` as :func:`in_batches`."""
-    discrete = isinstance(pipeline.transformer, VQTransformer)
-    pictures = _sampled(pipeline, asked) if discrete else _integrated(pipeline, asked)
-    return pictures if asked.candidates == 1 else _closest(pipeline, pictures, asked)
+def generate(backbone: Backbone, embed_pixels: EmbedPixels, request: SamplingRequest) -> Tensor:
+    """Generate images and keep the best of each image's candidates.
 
+    Returns:
+        (B / candidates, 3, S, S) float32 in [−1, 1] on the CPU.
 
-def seen(pipeline: "KNNDiffusionPipeline", pixels: NDArray[np.uint8]) -> Tensor:
-    """Pictures (B, S, S, 3) as the encoder sees them: unit rows (B, D). Raises ``ModelError`` as :func:`in_batches`."""
-    encoder = pipeline.encoder
-    return in_batches(lambda rows, _: encoder.embed_pixels(pixels[rows]), len(pixels), 1, pipeline.device, None)
+    Raises:
+        ModelError: As :func:`model.generation.batching.run_batched`.
+    """
+    device, negative = backbone.device, request.negative
 
-
-def _closest(pipeline: "KNNDiffusionPipeline", pictures: Tensor, asked: Asked) -> Tensor:
-    """Of each picture's candidates the one that the encoder sees closest to its target."""
-    rows = seen(pipeline, to_pixels(pictures))
-    cosines = (rows * asked.targets.repeat_interleave(asked.candidates, dim=0)).sum(1)
-    best = cosines.reshape(-1, asked.candidates).argmax(1)
-    return pictures[torch.arange(len(best)) * asked.candidates + best]
-
-
-def _integrated(pipeline: "KNNDiffusionPipeline", asked: Asked) -> Tensor:
-    network, device = pipeline.transformer.config, pipeline.device
-    shape = (network.out_channels, network.sample_size, network.sample_size)
-    noise = draw_noise(len(asked.tokens), shape, asked.generator, shared=asked.shared_noise)
-    first, last = pipeline.config.guidance_interval
-    interval = (float(first), float(last))
-
-    def batch(rows: slice, step: Callable[[int], None]) -> Tensor:
-        away = None if asked.negative is None else asked.negative[rows].to(device)
-        denoiser = guided(pipeline.denoiser(), asked.guidance_scale, negative=away, interval=interval)
-        start, condition = noise[rows].to(device), asked.tokens[rows].to(device)
-        drawn = integrate(denoiser, start, condition, pipeline.scheduler, asked.steps, step)
-        return (drawn if pipeline.vae is None else decode_latents(pipeline.vae, drawn)).clamp(-1, 1).float()
-
-    return in_batches(batch, len(asked.tokens), asked.steps, device, asked.told)
-
-
-def _sampled(pipeline: "KNNDiffusionPipeline", asked: Asked) -> Tensor:
-    network, device = pipeline.transformer.config, pipeline.device
-    shape = (asked.steps, network.tokens)
-    uniforms = draw_uniforms(len(asked.tokens), shape, asked.generator, shared=asked.shared_noise)
-    transitions = Transitions(codes=network.codes, timesteps=network.timesteps)
-
-    def batch(rows: slice, step: Callable[[int], None]) -> Tensor:
-        codes = sample_codes(
-            pipeline.transformer.eval(),
-            asked.tokens[rows].to(device),
-            uniforms[rows].to(device),
-            transitions=transitions,
-            guidance_scale=asked.guidance_scale,
-            truncation=pipeline.config.truncation,
-            negative=None if asked.negative is None else asked.negative[rows].to(device),
-            callback=lambda number, _: step(number + 1),
+    def generate_batch(rows: slice, on_step: Callable[[int], None]) -> Tensor:
+        return backbone.generate(
+            request.tokens[rows].to(device),
+            request.noise[rows].to(device),
+            steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            negative=None if negative is None else negative[rows].to(device),
+            on_step=on_step,
         )
-        return decode_codes(pipeline.vae, codes).float()
 
-    return in_batches(batch, len(asked.tokens), asked.steps, device, asked.told)
+    images = run_batched(generate_batch, len(request.tokens), request.steps, device, request.on_progress)
+    return images if request.candidates == 1 else _best_candidates(images, embed_pixels, request, device)
+
+
+def initial_noise(
+    backbone: Backbone,
+    latents: Tensor | None,
+    count: int,
+    steps: int,
+    generator: torch.Generator | None,
+    shared: bool,
+) -> Tensor:
+    """Return the noise of ``count`` images: ``latents`` if given, else sampled from ``generator``.
+
+    Raises ``ModelError`` for latents of the wrong shape.
+    """
+    if latents is None:
+        return backbone.noise(count, steps, generator, shared=shared)
+    expected = (count, *backbone.noise_shape(steps))
+    if tuple(latents.shape) != expected:
+        raise ModelError(f"latents have the wrong shape: {tuple(latents.shape)}; give {expected}")
+    return latents.cpu().float()
+
+
+def embed_images(embed_pixels: EmbedPixels, pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """Embed uint8 images (B, S, S, 3) in batches: unit rows (B, D). Raises ``ModelError`` as :func:`run_batched`."""
+    return run_batched(lambda rows, _: embed_pixels(pixels[rows]), len(pixels), 1, device, None)
+
+
+def _best_candidates(
+    images: Tensor, embed_pixels: EmbedPixels, request: SamplingRequest, device: torch.device
+) -> Tensor:
+    """Return, of each image's candidates, the one whose embedding is closest to the target."""
+    embeddings = embed_images(embed_pixels, to_pixels(images), device)
+    cosines = (embeddings * request.targets.repeat_interleave(request.candidates, dim=0)).sum(1)
+    best = cosines.reshape(-1, request.candidates).argmax(1)
+    return images[torch.arange(len(best)) * request.candidates + best]

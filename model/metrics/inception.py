@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from model.errors import ModelError
-from model.training.data import picture_to_array
+from model.images import image_to_array
 
 
 def require_inception(weights: Path) -> None:
@@ -68,5 +68,5 @@ class _Pictures(Dataset[Any]):
         return len(self._pictures)
 
     def __getitem__(self, number: int) -> torch.Tensor:
-        pixels = picture_to_array(self._pictures[number].convert("RGB"), self._side)
+        pixels = image_to_array(self._pictures[number].convert("RGB"), self._side)
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)

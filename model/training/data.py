@@ -18,48 +18,16 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from model.errors import ModelError
-from model.step_random import mixed_seed
+from model.images import to_model_range
+from model.step_random import mix_seeds
+from model.training.batch import Batch
 from model.training.neighbour_rows import NeighbourEmbeddings, RowArray
 
 WINDOW_ROWS = 1 << 18
 _SHARDS, _ROWS = 1, 2  # streams of randomness
-
-
-def picture_to_array(image: Image.Image, side: int) -> NDArray[np.uint8]:
-    """An RGB picture to (side, side, 3) uint8: the centre square, as CLIP's own preprocessing takes it."""
-    return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS), dtype=np.uint8)
-
-
-def to_model_range(pixels: Tensor) -> Tensor:
-    """uint8 (B, S, S, 3) to float32 (B, 3, S, S) in [−1, 1]."""
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_pixels(pictures: Tensor) -> NDArray[np.uint8]:
-    """float32 (B, 3, S, S) in [−1, 1], on the CPU, to uint8 (B, S, S, 3): the way back."""
-    pixels: NDArray[np.uint8] = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return pixels
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
-    """One worker's part of a step, on the training device.
-
-    Attributes:
-        images: (b, 3, S, S) float32 in [−1, 1], (b, C, s, s) latents, or (b, n) int64 codes.
-        query: (b, D) float32 unit rows.
-        neighbours: (b, P, D) float32 unit rows, nearest first.
-        reference: (b, 3, S, S) in [−1, 1], the aligned first neighbours that editing trains with, or None.
-    """
-
-    images: Tensor
-    query: Tensor
-    neighbours: Tensor
-    reference: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,7 +140,7 @@ class TrainingSet:
 
     def _new_plan(self, seed: int, epoch: int) -> list["_Place"]:
         """The windows of an epoch; shards of a window sorted, so that a window is a set."""
-        order = np.random.default_rng(mixed_seed(seed, epoch, _SHARDS)).permutation(len(self._shards))
+        order = np.random.default_rng(mix_seeds(seed, epoch, _SHARDS)).permutation(len(self._shards))
         windows: list[list[int]] = [[]]
         held = 0
         for shard in order.tolist():
@@ -249,7 +217,7 @@ class _Place(NamedTuple):
 
     def order(self, seed: int) -> Tensor:
         """The window's rows in the order of training."""
-        generator = torch.Generator().manual_seed(mixed_seed(seed, self.epoch, _ROWS, self.number))
+        generator = torch.Generator().manual_seed(mix_seeds(seed, self.epoch, _ROWS, self.number))
         return torch.randperm(self.end - self.start, generator=generator)
 
 

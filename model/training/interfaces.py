@@ -9,8 +9,8 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from model.step_random import Draw
-from model.training.data import Batch
+from model.step_random import StepRandom
+from model.training.batch import Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +71,7 @@ class Objective(Protocol):
     The modules in it are functions of tensors alone, which are compiled where the network is.
     """
 
-    def __call__(self, network: nn.Module, batch: Batch, draw: Draw) -> torch.Tensor:
+    def __call__(self, network: nn.Module, batch: Batch, rng: StepRandom) -> torch.Tensor:
         """Mean loss of ``batch``, a scalar."""
         ...
 
@@ -80,7 +80,7 @@ class Objective(Protocol):
 class LearningObjective(Objective, Protocol):
     """One that learns of its losses: of those of a whole step, in however many pieces it is taken."""
 
-    def one_step(self) -> AbstractContextManager[None]:
+    def collecting_losses(self) -> AbstractContextManager[None]:
         """Around all pieces of a step; of one that fails nothing is learned."""
         ...
 

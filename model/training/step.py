@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.errors import ModelError
 from model.networks.compilation import compile_in_place
-from model.step_random import Draw
+from model.step_random import StepRandom
 from model.training.interfaces import LearningObjective, Objective, TrainingConfig, TrainingData
 from model.training.muon import Muon
 from model.training.sharding import local_shard, shard
@@ -89,10 +89,10 @@ class Step:
         """Count the operations of an image, leaving its gradients, and measure the machine."""
         seed, size = self.config.seed, self.config.batch_size
         batch = self._data.batch(start, seed=seed, size=size, part=self._rank * size // self._world, parts=size)
-        draw = Draw(seed, start, device=self._device)
+        rng = StepRandom(seed, start, device=self._device)
         objective = copy.deepcopy(self._objective)  # counting teaches it nothing
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
-            self.flops = flops_per_image(lambda: objective(self._working, batch, draw))
+            self.flops = flops_per_image(lambda: objective(self._working, batch, rng))
         self.peak = matrix_peak(self._device)
 
     def _fitting_gradients(self, number: int) -> torch.Tensor:
@@ -107,7 +107,7 @@ class Step:
 
     def _one_step(self) -> contextlib.AbstractContextManager[None]:
         objective = self._objective
-        return objective.one_step() if isinstance(objective, LearningObjective) else contextlib.nullcontext()
+        return objective.collecting_losses() if isinstance(objective, LearningObjective) else contextlib.nullcontext()
 
     def _halve(self, error: torch.OutOfMemoryError) -> None:
         # One worker that starts its step again would wait for the others for ever.
@@ -123,12 +123,12 @@ class Step:
             part, parts = self._rank * self._pieces + piece, self._world * self._pieces
             seed, size = self.config.seed, self.config.batch_size
             batch = self._data.batch(number, seed=seed, size=size, part=part, parts=parts)
-            draw = Draw(seed, number, stream=_NOISE, part=part, parts=parts, device=self._device)
+            rng = StepRandom(seed, number, stream=_NOISE, part=part, parts=parts, device=self._device)
             if piece == 0 or self._working is not self.network:  # else the pieces' gradients add up where they are
                 self._working.zero_grad()
             with self._sharing(last=piece + 1 == self._pieces):
                 with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
-                    loss = self._objective(self._replica, batch, draw) / self._pieces
+                    loss = self._objective(self._replica, batch, rng) / self._pieces
                 loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
             if self._working is not self.network:

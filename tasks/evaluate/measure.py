@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from infra import artifacts, storage, uris
 from infra.compute.progress import Progress
 from infra.errors import InputError
+from model.images import image_grid
 from model.metrics import embedding_metrics
 from model.metrics.bootstrap import Score
 from model.metrics.embedding_metrics import Embeddings
@@ -22,16 +23,7 @@ from model.metrics.scores import ReferenceSet, flatten, score_mean, score_sample
 from model.pipeline import KNNDiffusionPipeline
 from model.retrieval.database import Database
 from model.saved_generator import pretrained_folder
-from tasks.evaluate.sampler import (
-    ABLATIONS,
-    MAIN,
-    Condition,
-    Sampler,
-    contact_sheet,
-    embed_unique,
-    queries_of,
-    row_ids_at,
-)
+from tasks.evaluate.sampler import ABLATIONS, MAIN, Condition, Sampler, embed_unique, queries_of, row_ids_at
 from tasks.references.database import open_database
 from tasks.references.images import fetch_pictures
 from tasks.references.types import DatabaseVersion, Generator, encoder_of
@@ -171,7 +163,7 @@ class Evaluator:
         for name, condition in MAIN.items():
             images, _ = self._sampler(condition)
             scores |= flatten(self._scored(condition), name)
-            contact_sheet(images[:SHOWN]).save(folder / f"{name}.png")
+            image_grid(images[:SHOWN]).save(folder / f"{name}.png")
             if weights is not None:
                 real = fetch_pictures(self._subject.database, self._real_ids[: self.compared].tolist(), self._cache)
                 compared = images[: self.compared]

@@ -4,7 +4,6 @@ Legend: ``N`` samples, ``S`` seeds, ``D`` embedding width.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,8 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from model.generation.condition import QuerySlot
 from model.metrics.embedding_metrics import Embeddings
-from model.pipeline import KNNDiffusionPipeline, QuerySlot
+from model.pipeline import KNNDiffusionPipeline
 from model.retrieval.database import Database
 
 
@@ -91,7 +91,7 @@ class Sampler:
             num_inference_steps=self._steps,
             guidance_scale=self._guidance,
             generator=torch.Generator().manual_seed(self._seed),
-            callback=lambda step, steps: self._told(f"draw {len(queries) * each}, {condition}", step, steps),
+            on_progress=lambda step, steps: self._told(f"draw {len(queries) * each}, {condition}", step, steps),
             **dataclasses.asdict(condition),
         )
         images = list(output.images)
@@ -123,12 +123,3 @@ def embed_unique(pipeline: KNNDiffusionPipeline, texts: Sequence[str]) -> Tensor
 def row_ids_at(database: Database, places: NDArray[np.int64]) -> NDArray[np.int64]:
     """The ids at places among those of :meth:`Database.ids`, which are listed only where rows are hidden."""
     return places if len(database) == database.stored else database.ids()[places]
-
-
-def contact_sheet(images: Sequence[Image.Image], columns: int = 8) -> Image.Image:
-    """Pictures of one size in rows of ``columns``."""
-    width, height = images[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
-    for image, (row, column) in zip(images, itertools.product(range(len(images)), range(columns)), strict=False):
-        sheet.paste(image, (column * width, row * height))
-    return sheet

@@ -8,7 +8,7 @@ from typing import ClassVar
 from infra import artifacts, compute, storage
 from infra.errors import InputError
 from tasks.evaluate.measure import SAMPLES, EvaluateConfig, EvaluationInputs, measure
-from tasks.evaluate.sampler import ABLATIONS, contact_sheet
+from tasks.evaluate.sampler import ABLATIONS
 from tasks.evaluate.tables import table, table_line
 from tasks.references.types import (
     DatabaseVersion,
@@ -21,7 +21,7 @@ from tasks.references.types import (
 )
 from tasks.stage import run_stage, stage_task
 
-__all__ = ["EvaluateConfig", "Evaluation", "contact_sheet", "evaluate", "table", "table_line"]
+__all__ = ["EvaluateConfig", "Evaluation", "evaluate", "table", "table_line"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,11 +29,12 @@ from infra.formats import tables
 from infra.formats.arrays import read_array
 from infra.storage.errors import disk_full_errors
 from infra.storage.locks import exclusive_folder
+from model.images import image_to_array, to_model_range
 from model.networks.latents import Autoencoder, encode_latents
 from model.networks.vq_autoencoder import encode_codes
 from model.retrieval.stored_rows import StoredRows
 from model.training.alignment import align_all
-from model.training.data import TrainingRows, TrainingSet, picture_to_array, to_model_range
+from model.training.data import TrainingRows, TrainingSet
 from model.training.neighbour_rows import ConcatenatedRows, RowArray
 from tasks.references.lineage import embeddings_of, images_of
 from tasks.references.rows import finite_rows
@@ -261,7 +262,7 @@ def read_pixels(tar: Path, keys: Sequence[str], side: int, threads: int = 1) -> 
     def decode(numbered: tuple[int, bytes]) -> None:
         number, encoded = numbered
         with Image.open(io.BytesIO(encoded)) as image:
-            pixels[number] = picture_to_array(to_rgb(image), side)
+            pixels[number] = image_to_array(to_rgb(image), side)
 
     with ThreadPoolExecutor(threads) as pool:
         for some in iter(lambda: list(itertools.islice(found, DECODED_AT_ONCE)), []):

@@ -12,7 +12,7 @@ from infra import uris
 from infra.errors import EncoderMismatchError, InputError
 from model.diffusion.conditioning import ConditioningConfig
 from model.diffusion.flow_matching import Prediction
-from model.diffusion.vq_diffusion import MaskAndReplace, Transitions
+from model.diffusion.vq_diffusion import Transitions
 from model.encoder.identity import EncoderIdentity
 from model.errors import ModelError
 from model.networks.build import AnyNetwork, NetworkConfig, build_network, config_of_network
@@ -25,6 +25,7 @@ from model.saved_generator import check_weights, pretrained_folder
 from model.training.interfaces import Objective, TrainingConfig
 from model.training.objectives.flow_matching import FlowMatching
 from model.training.objectives.restoration import Restoration, RestorationConfig
+from model.training.objectives.vq_diffusion import MaskAndReplace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -21,12 +20,13 @@ from infra.errors import InputError, IntegrityError, NotFoundError
 from infra.uris import masked
 from model.encoder.identity import EncoderIdentity
 from model.errors import ModelError
+from model.images import image_grid, to_pil
 from model.networks.vq_transformer import VQTransformerConfig
-from model.pipeline import new_pipeline, to_images
+from model.pipeline import new_pipeline
 from model.saved_generator import contents_digest, pretrained_folder
 from model.training import loop
 from model.training.data import TrainingRows, TrainingSet
-from model.training.preview import draw_preview, to_pictures
+from model.training.preview import decode_targets, generate_preview
 from tasks.references.types import Generator, StageResult, config_to_dict, encoder_of, require_same_encoder
 from tasks.stage import run_stage, stage_task
 from tasks.train.data import ImageProcessing, TrainingInputs, database_rows, load_training_set, training_shards
@@ -204,19 +204,15 @@ class _Preview:
         batch = self._data.batch(0, seed=0, size=len(self._data))
         near = batch.neighbours[:, : self._setup.defaults["trained_neighbours"]]
         autoencoder = self._setup.autoencoder
-        drawn = draw_preview(
+        generated = generate_preview(
             average,
             dataclasses.replace(batch, neighbours=near),
             prediction=self._setup.prediction,
             autoencoder=autoencoder,
         )
-        own = to_pictures(batch.images, autoencoder)
-        cells = [np.asarray(image) for pair in zip(to_images(own), to_images(drawn), strict=True) for image in pair]
-        width = 2 * self.COLUMNS
-        cells += [np.full_like(cells[0], 255)] * (-len(cells) % width)
-        return Image.fromarray(
-            np.concatenate([np.concatenate(cells[at : at + width], axis=1) for at in range(0, len(cells), width)])
-        )
+        originals = decode_targets(batch.images, autoencoder)
+        pairs = zip(to_pil(originals), to_pil(generated), strict=True)
+        return image_grid([image for pair in pairs for image in pair], columns=2 * self.COLUMNS)
 
     def _first(self) -> TrainingSet:
         rows = training_shards(self._inputs, self._treatment, self._cache)[0].load()

@@ -23,11 +23,10 @@ from tqdm.auto import tqdm
 
 from flows.demo.images import twemoji_folder
 from model.encoder.clip import Encoder
-from model.images import on_white
+from model.images import image_to_array, to_rgb
 from model.metrics.embedding_metrics import Embeddings
 from model.retrieval.database import Database, ShardFiles
 from model.retrieval.faiss_index import fill_shard, train_index
-from model.training.data import picture_to_array
 
 BENCH = Path("build/bench")
 OWN = "twemoji"
@@ -88,7 +87,7 @@ def embedded(source: Source, encoder: Encoder) -> Path:
         pictures, rows = source.pictures(), []
         with tqdm(desc=f"embed {source.name}", total=source.count, unit="picture", leave=False) as bar:
             while taken := list(itertools.islice(pictures, EMBED_BATCH)):
-                pixels = np.stack([picture_to_array(on_white(picture), SIDE) for picture in taken])
+                pixels = np.stack([image_to_array(to_rgb(picture), SIDE) for picture in taken])
                 rows.append(encoder.embed_pixels(pixels).numpy().astype(np.float16))
                 bar.update(len(taken))
         write_whole(kept, lambda file: np.save(file, np.concatenate(rows)))

@@ -26,15 +26,17 @@ from domains import BENCH, embedded, opened, twemoji
 from PIL import Image, ImageDraw, ImageFont
 
 from flows.demo.images import emoji_names, twemoji_folder
-from model.editing.discrete_canvas import CodeCanvas
-from model.editing.edit import EditConfig, FieldCanvas, fit_images
+from model.editing.config import EditConfig
+from model.editing.continuous_canvas import ContinuousCanvas
+from model.editing.discrete_canvas import DiscreteCanvas
+from model.editing.edit import fit_images
 from model.editing.edit_metrics import changed_region, psnr_outside
 from model.encoder.clip import Encoder
+from model.images import to_model_range
 from model.metrics.embedding_metrics import clip_score
 from model.networks.editor import is_editor
 from model.pipeline import KNNDiffusionPipeline
 from model.saved_generator import EMBEDDED, pretrained_folder, weights_digest
-from model.training.data import to_model_range
 
 EDITS = (
     ("1f469", "woman with red hair"),
@@ -148,7 +150,7 @@ def drawing_blindly() -> Iterator[None]:
         return found
 
     with contextlib.ExitStack() as patches:
-        for kind in (FieldCanvas, CodeCanvas):
+        for kind in (ContinuousCanvas, DiscreteCanvas):
             patches.enter_context(mock.patch.object(kind, "contrast", forgetting(kind.contrast)))
         yield
 

@@ -30,14 +30,15 @@ from tqdm.auto import tqdm
 
 from flows.demo.images import emoji_names
 from model.encoder.clip import Encoder
+from model.images import image_grid
 from model.metrics import embedding_metrics
 from model.metrics.bootstrap import Score
 from model.metrics.embedding_metrics import Embeddings
 from model.metrics.scores import ReferenceSet, flatten, score_mean, score_samples
 from model.pipeline import KNNDiffusionPipeline
 from model.saved_generator import DISCRETE, EMBEDDED, pretrained_folder, weights_digest
-from model.step_random import mixed_seed
-from tasks.evaluate.sampler import ABLATIONS, MAIN, Condition, contact_sheet, queries_of
+from model.step_random import mix_seeds
+from tasks.evaluate.sampler import ABLATIONS, MAIN, Condition, queries_of
 
 SEED = 0
 CHUNK = {"cpu": 64, "cuda": 512}
@@ -244,8 +245,8 @@ class Studio:
 
         output = self.pipeline(
             queries,
-            generator=torch.Generator().manual_seed(mixed_seed(SEED, start)),
-            callback=told,
+            generator=torch.Generator().manual_seed(mix_seeds(SEED, start)),
+            on_progress=told,
             **options,
         )
         pixels = np.stack([np.asarray(image) for image in output.images])
@@ -282,8 +283,7 @@ def save_sheet(sheets: dict[str, NDArray[np.uint8]], path: Path, columns: int = 
     """The conditions side by side, each under its name."""
     titles = {"knn": "with neighbours", "no_knn": "without neighbours"}
     made = {
-        name: contact_sheet([Image.fromarray(picture) for picture in pixels], columns)
-        for name, pixels in sheets.items()
+        name: image_grid([Image.fromarray(picture) for picture in pixels], columns) for name, pixels in sheets.items()
     }
     gap, title = 24, 20
     width, height = next(iter(made.values())).size

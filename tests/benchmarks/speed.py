@@ -27,20 +27,21 @@ import torch
 from torch import nn
 
 from model.diffusion.conditioning import MARKER_CHANNELS, ConditioningConfig
-from model.diffusion.vq_diffusion import MaskAndReplace, Transitions
+from model.diffusion.vq_diffusion import Transitions
 from model.encoder.clip import Encoder
 from model.encoder.identity import EncoderIdentity
-from model.generation.sampling import Asked, draw
+from model.generation.sampling import SamplingRequest, generate
 from model.networks.dit import TransformerConfig, build_transformer
 from model.networks.editor import widen_input
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
 from model.pipeline import new_pipeline
-from model.step_random import Draw
+from model.step_random import StepRandom
 from model.training.data import TrainingRows, TrainingSet
 from model.training.ema import ema_copy, ema_update
 from model.training.interfaces import Objective, TrainingConfig
 from model.training.loop import train
 from model.training.objectives.restoration import Restoration, RestorationConfig
+from model.training.objectives.vq_diffusion import MaskAndReplace
 
 POOL = 20
 
@@ -182,7 +183,7 @@ def plain_training(network: nn.Module, objective: nn.Module, dataset: TrainingSe
         for step in range(first, first + size.window):
             batch = dataset.batch(step, seed=0, size=size.batch)
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                loss = objective(network, batch, Draw(0, step, device=device))
+                loss = objective(network, batch, StepRandom(0, step, device=device))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -202,18 +203,19 @@ def drawing(size: Size, identity: EncoderIdentity, device: str) -> tuple[float, 
 
     @torch.inference_mode()
     def drawn(steps: int) -> None:
-        draw(
-            pipeline,
-            Asked(
+        backbone = pipeline.backbone
+        generate(
+            backbone,
+            lambda pixels: pipeline.encoder.embed_pixels(pixels),
+            SamplingRequest(
                 tokens=tokens,
                 targets=tokens[:, 0, :-MARKER_CHANNELS],
                 candidates=1,
                 negative=None,
                 guidance_scale=2.0,
                 steps=steps,
-                generator=torch.Generator().manual_seed(0),
-                shared_noise=False,
-                told=None,
+                noise=backbone.noise(len(tokens), steps, torch.Generator().manual_seed(0)),
+                on_progress=None,
             ),
         )
 

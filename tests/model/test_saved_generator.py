@@ -14,7 +14,7 @@ from model.pipeline import KNNDiffusionPipeline, new_pipeline
 from model.saved_generator import SHIPPED, contents_digest, pretrained_folder, weights_digest
 
 
-def test_the_weights_digest_is_of_the_weights_alone(tmp_path: Path) -> None:
+def test_weights_digest_ignores_the_config(tmp_path: Path) -> None:
     for name, seed, neighbours in (("a", 0, 3), ("same", 0, 4), ("other", 1, 3)):
         network = tiny_models.network(seed=seed)
         new_pipeline(network, tiny_models.identity(), prediction="sample", neighbours=neighbours).save_pretrained(
@@ -25,7 +25,7 @@ def test_the_weights_digest_is_of_the_weights_alone(tmp_path: Path) -> None:
     assert len(digests["a"]) == 64
 
 
-def test_the_contents_digest_is_of_the_settings_too_wherever_they_are(tmp_path: Path) -> None:
+def test_contents_digest_covers_every_config(tmp_path: Path) -> None:
     new_pipeline(tiny_models.network(), tiny_models.identity(), neighbours=3).save_pretrained(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "same")
     for name in ("model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"):
@@ -37,13 +37,13 @@ def test_the_contents_digest_is_of_the_settings_too_wherever_they_are(tmp_path: 
     assert len(set(digests.values())) == len(digests) == 4
 
 
-def test_a_folder_without_weights_has_no_digest(tmp_path: Path) -> None:
+def test_digests_without_weights_raise(tmp_path: Path) -> None:
     for digest in (weights_digest, contents_digest):
-        with pytest.raises(ModelError, match=r"holds no weights .*or sticker-generator"):
+        with pytest.raises(ModelError, match=r"no weights .* found: .*or sticker-generator"):
             digest(str(tmp_path))
 
 
-def test_a_name_is_a_folder_but_for_the_embedded_one(tmp_path: Path) -> None:
+def test_pretrained_folder_resolves_bundled_names_and_folders(tmp_path: Path) -> None:
     assert pretrained_folder(str(tmp_path)) == tmp_path
     embedded = pretrained_folder("sticker-generator")
     assert embedded.parts[-4:] == ("model", "pretrained", "sticker-generator", "pipeline")
@@ -51,13 +51,11 @@ def test_a_name_is_a_folder_but_for_the_embedded_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_what_ships_is_small_and_draws_and_edits_in_the_space_of_the_embedded_encoder(
-    name: str, tmp_path: Path
-) -> None:
+def test_bundled_generators_are_small_and_generate_and_edit(name: str, tmp_path: Path) -> None:
     weights = [file.stat().st_size for file in pretrained_folder(name).rglob("*.safetensors")]
     assert 0 < sum(weights) <= 60e6
     encoder = Encoder()
-    rows = encoder.embed_texts([f"a picture of {thing}" for thing in ("rain", "a dog", "a car")]).numpy()
+    rows = encoder.embed_texts([f"an image of {thing}" for thing in ("rain", "a dog", "a car")]).numpy()
     database = tiny_models.database(tmp_path, rows.astype(np.float16), encoder=encoder.identity)
     pipeline = KNNDiffusionPipeline.open(pretrained_folder(name), database)
 

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from model.encoder.identity import EncoderIdentity
 from model.networks.dit import TransformerConfig, build_transformer
+from model.networks.editor import widen_input
+from model.networks.unet import UNetConfig, build_unet
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
@@ -118,3 +120,14 @@ def discrete_pipeline() -> KNNDiffusionPipeline:
     coder = stirred(build_vq_transformer(size, embedding_dimension=8, seed=0))
     vae = build_autoencoder(coding, seed=0).eval()
     return new_pipeline(coder, identity(), vae=vae, neighbours=3)
+
+
+def unet_pipeline() -> KNNDiffusionPipeline:
+    """A U-Net over 8 × 8 pixels."""
+    size = UNetConfig(image_size=8, widths=(32, 32), layers=1)
+    return new_pipeline(stirred(build_unet(size, embedding_dimension=WIDTH, seed=0)), identity(), neighbours=3)
+
+
+def editor_pipeline() -> KNNDiffusionPipeline:
+    """A transformer over 8 × 8 pixels that also takes a reference."""
+    return new_pipeline(widen_input(network()), identity(), neighbours=3)

@@ -49,27 +49,24 @@ from torch import Tensor, nn
 
 from model.diffusion.conditioning import ConditioningConfig, condition_tokens
 from model.diffusion.flow_matching import Denoiser, flow_matching_loss, sample_sigmas
-from model.diffusion.vq_diffusion import MaskAndReplace, Transitions, sample_codes, step_divergence
+from model.diffusion.vq_diffusion import Transitions, sample_codes, step_divergence
 from model.encoder.clip import Encoder
+from model.images import image_grid, image_to_array, to_model_range, to_pil
 from model.networks.denoiser import as_denoiser
 from model.networks.dit import TransformerConfig, build_transformer
 from model.networks.editor import is_editor, widen_input, with_reference
-from model.networks.vq_autoencoder import (
-    AutoencoderConfig,
-    AutoencoderObjective,
-    build_autoencoder,
-    decode_codes,
-    encode_codes,
-)
+from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, decode_codes, encode_codes
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
 from model.pipeline import new_pipeline
 from model.saved_generator import weights_digest
-from model.step_random import Draw
+from model.step_random import StepRandom
 from model.training.alignment import align_all
-from model.training.data import TrainingRows, TrainingSet, picture_to_array, to_model_range, to_pixels
+from model.training.data import TrainingRows, TrainingSet
 from model.training.interfaces import Objective, TrainingConfig
 from model.training.loop import InterruptedTrainingError, train
+from model.training.objectives.autoencoder import AutoencoderObjective
 from model.training.objectives.restoration import Restoration, RestorationConfig
+from model.training.objectives.vq_diffusion import MaskAndReplace
 
 UNSEEN = frozenset({"openmoji", "twemoji"})
 WATCHED = "openmoji"
@@ -145,16 +142,14 @@ class Unseen:
     @torch.inference_mode()
     def loss(self, network: nn.Module) -> float:
         """The flow matching loss with nothing hidden, under the same noise at every call."""
-        draw = Draw(0, 0, device=self._images.device)
-        sigma, noise = sample_sigmas(len(self._images), draw), draw.normal(*self._images.shape)
+        rng = StepRandom(0, 0, device=self._images.device)
+        sigma, noise = sample_sigmas(len(self._images), rng), rng.normal(*self._images.shape)
         return float(flow_matching_loss(_drawing(network), self._images, self._tokens, sigma, noise))
 
     @torch.inference_mode()
     def draw(self, network: nn.Module, path: Path) -> None:
         """A sheet of samples, 8 a row."""
-        pixels = to_pixels(self.sample(network, self._tokens[:64]).cpu())
-        sheet = [np.concatenate(list(pixels[start : start + 8]), axis=1) for start in range(0, len(pixels) - 7, 8)]
-        Image.fromarray(np.concatenate(sheet)).save(path)
+        image_grid(to_pil(self.sample(network, self._tokens[:64]).cpu())).save(path)
 
     def sample(self, network: nn.Module, tokens: Tensor, steps: int = 20) -> Tensor:
         """Pictures (B, 3, S, S) in [−1, 1] of tokens (B, T, E): Euler steps without guidance."""
@@ -179,9 +174,9 @@ class UnseenCodes(Unseen):
     @torch.inference_mode()
     def loss(self, network: nn.Module) -> float:
         """The bound on −log p(x_0) in nats a token with nothing hidden, from the same t and noise at every call."""
-        draw = Draw(0, 0, device=self._codes.device)
-        t = (draw.uniform(len(self._codes)) * self._transitions.timesteps).long() + 1
-        noisy = self._transitions.corrupt(self._codes, t, draw.uniform(*self._codes.shape, 2))
+        rng = StepRandom(0, 0, device=self._codes.device)
+        t = (rng.uniform(len(self._codes)) * self._transitions.timesteps).long() + 1
+        noisy = self._transitions.corrupt(self._codes, t, rng.uniform(*self._codes.shape, 2))
         log_clean = network(noisy, t, self._tokens).float().log_softmax(2)
         divergence = step_divergence(log_clean, self._codes, noisy, t, self._transitions)
         return float(divergence.mean()) * self._transitions.timesteps
@@ -204,7 +199,7 @@ def load(path: Path, limit: int | None) -> NDArray[np.uint8]:
 
     def decode(webp: bytes) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(webp)) as image:
-            return picture_to_array(image.convert("RGB"), SIDE)
+            return image_to_array(image.convert("RGB"), SIDE)
 
     with ThreadPoolExecutor() as pool:
         return np.stack(list(pool.map(decode, encoded)))

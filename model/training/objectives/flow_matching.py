@@ -9,8 +9,8 @@ from model.diffusion.conditioning import ConditioningConfig, training_condition
 from model.diffusion.flow_matching import Prediction, flow_matching_loss, sample_sigmas
 from model.networks.denoiser import as_denoiser, bare
 from model.networks.editor import is_editor, with_reference
-from model.step_random import Draw
-from model.training.data import Batch
+from model.step_random import StepRandom
+from model.training.batch import Batch
 
 
 class FlowMatching(nn.Module):
@@ -24,11 +24,11 @@ class FlowMatching(nn.Module):
         super().__init__()
         self.conditioning, self.prediction = conditioning, prediction
 
-    def forward(self, network: nn.Module, batch: Batch, draw: Draw) -> Tensor:
+    def forward(self, network: nn.Module, batch: Batch, rng: StepRandom) -> Tensor:
         """Mean loss of ``batch``, a scalar."""
-        condition = training_condition(batch.query, batch.neighbours, self.conditioning, draw)
-        sigma = sample_sigmas(len(batch.images), draw)
-        noise = draw.normal(*batch.images.shape)
+        condition = training_condition(batch.query, batch.neighbours, self.conditioning, rng)
+        sigma = sample_sigmas(len(batch.images), rng)
+        noise = rng.normal(*batch.images.shape)
         denoiser = as_denoiser(network, self.prediction)
         if is_editor(bare(network)):
             denoiser = with_reference(denoiser, None)

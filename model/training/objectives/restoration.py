@@ -24,8 +24,8 @@ from model.diffusion.flow_matching import Prediction, flow_matching_loss, sample
 from model.errors import ModelError
 from model.networks.denoiser import as_denoiser
 from model.networks.editor import with_reference
-from model.step_random import Draw
-from model.training.data import Batch
+from model.step_random import StepRandom
+from model.training.batch import Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,9 +63,9 @@ class PasteRandomness(NamedTuple):
     second: Tensor
 
 
-def draw_chances(draw: Draw, batch: int) -> PasteRandomness:
+def draw_chances(rng: StepRandom, batch: int) -> PasteRandomness:
     """Those of a batch, float32 on the draw's device."""
-    return PasteRandomness(draw.uniform(batch), draw.uniform(batch, 2, 6), draw.uniform(batch))
+    return PasteRandomness(rng.uniform(batch), rng.uniform(batch, 2, 6), rng.uniform(batch))
 
 
 def regions(chances: PasteRandomness, side: int, config: RestorationConfig) -> Tensor:
@@ -134,7 +134,7 @@ class Restoration(nn.Module):
         self.conditioning, self.prediction = conditioning, prediction
         self.reference = Reference(config)
 
-    def forward(self, network: nn.Module, batch: Batch, draw: Draw) -> Tensor:
+    def forward(self, network: nn.Module, batch: Batch, rng: StepRandom) -> Tensor:
         """Mean loss of ``batch``, a scalar. Raises ``ModelError`` when it holds no references of its shape."""
         if batch.reference is None:
             raise ModelError("the batch holds no reference pictures; align the first neighbours before training")
@@ -144,10 +144,10 @@ class Restoration(nn.Module):
                 "is trained on pixels, so give the pictures themselves"
             )
         images, count = batch.images, len(batch.images)
-        condition = training_condition(batch.query, batch.neighbours, self.conditioning, draw)
-        sigma = sample_sigmas(count, draw)
-        noise = draw.normal(*images.shape)
-        chances, hidden = draw_chances(draw, count), draw.uniform(count)
+        condition = training_condition(batch.query, batch.neighbours, self.conditioning, rng)
+        sigma = sample_sigmas(count, rng)
+        noise = rng.normal(*images.shape)
+        chances, hidden = draw_chances(rng, count), rng.uniform(count)
         reference = self.reference(images, batch.reference, chances, hidden)
         denoiser = with_reference(as_denoiser(network, self.prediction), reference)
         return flow_matching_loss(denoiser, images, condition, sigma, noise)

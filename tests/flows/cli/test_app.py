@@ -351,11 +351,11 @@ def test_edit_refuses_what_is_no_picture_and_numbers_without_meaning(domain: Any
     refused(run("edit", f"{tmp_path}/torn.png", "a", *options), "torn.png is no picture that can be read")
     Image.new("RGB", (16, 16)).save(tmp_path / "fine.png")
     refused(run("edit", f"{tmp_path}/fine.png", " ", *options), "a prompt is empty")
-    told = "strength is 2.0; give a number above 0"
+    told = "strength is out of range: 2.0; give a number above 0"
     refused(run("edit", f"{tmp_path}/fine.png", "a", *options, "--strength", "2"), told)
     refused(
         run("edit", f"{tmp_path}/fine.png", "a", *options, "--largest-region", "0"),
-        "largest_region is 0.0; give a share above 0",
+        "largest_region is out of range: 0.0; give a number above 0",
     )
 
 

@@ -8,16 +8,16 @@ from torch import Tensor
 
 from model.diffusion.conditioning import (
     ConditioningConfig,
-    bridge_text_gap,
-    choose_neighbours,
     condition_tokens,
+    interpolate_tokens,
     null_condition,
+    perturb_query,
     slerp,
-    tokens_between,
+    subsample_neighbours,
     training_condition,
 )
 from model.errors import ModelError
-from model.step_random import Draw
+from model.step_random import StepRandom
 
 HIDE_NOTHING: dict[str, Any] = {
     "drop_all": 0.0,
@@ -33,11 +33,11 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
     return torch.nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def seeded(seed: int = 0) -> Draw:
-    return Draw(seed, 0)
+def seeded(seed: int = 0) -> StepRandom:
+    return StepRandom(seed, 0)
 
 
-def test_tokens_are_the_query_then_its_neighbours_at_unit_variance_and_marked() -> None:
+def test_condition_tokens_have_unit_variance_and_a_query_marker() -> None:
     query, neighbours = rows(2, 16), rows(2, 3, 16, seed=1)
     tokens = condition_tokens(query, neighbours, dimension=16, batch=2)
     assert tokens.shape == (2, 4, 17)
@@ -47,7 +47,7 @@ def test_tokens_are_the_query_then_its_neighbours_at_unit_variance_and_marked() 
     assert tokens[..., 16].tolist() == [[1, 0, 0, 0]] * 2
 
 
-def test_what_is_hidden_keeps_its_place_and_marker() -> None:
+def test_condition_tokens_hidden_parts_keep_position_and_marker() -> None:
     query, neighbours = rows(2, 8), rows(2, 3, 8, seed=1)
     without_query = condition_tokens(None, neighbours, dimension=8, batch=2)
     torch.testing.assert_close(without_query[:, 1:], condition_tokens(query, neighbours, dimension=8, batch=2)[:, 1:])
@@ -61,14 +61,14 @@ def test_what_is_hidden_keeps_its_place_and_marker() -> None:
 
 
 @pytest.mark.parametrize(("query", "neighbours"), [((2, 9), (2, 3, 8)), ((2, 8), (2, 3, 9)), ((3, 8), (2, 3, 8))])
-def test_embeddings_of_another_width_or_batch_are_refused(query: tuple[int, ...], neighbours: tuple[int, ...]) -> None:
+def test_condition_tokens_wrong_shape_raises(query: tuple[int, ...], neighbours: tuple[int, ...]) -> None:
     with pytest.raises(ModelError) as caught:
         condition_tokens(rows(*query), rows(*neighbours), dimension=8, batch=2)
     for part in (str(query), str(neighbours), "embed with the encoder"):
         assert part in str(caught.value)
 
 
-def test_the_null_condition_hides_every_embedding_and_keeps_the_marker() -> None:
+def test_null_condition_hides_embeddings_and_keeps_markers() -> None:
     tokens = condition_tokens(rows(2, 8), rows(2, 3, 8), dimension=8, batch=2)
     before = tokens.clone()
     hidden = null_condition(tokens)
@@ -77,7 +77,7 @@ def test_the_null_condition_hides_every_embedding_and_keeps_the_marker() -> None
     assert torch.equal(tokens, before)
 
 
-def test_parts_are_hidden_as_often_as_configured_and_never_two_ways_at_once() -> None:
+def test_training_condition_hides_parts_at_the_configured_rates() -> None:
     config = ConditioningConfig(
         drop_all=0.1, drop_query=0.25, drop_neighbours=0.4, gap_probability=0, fewer_neighbours=0
     )
@@ -103,11 +103,11 @@ def test_parts_are_hidden_as_often_as_configured_and_never_two_ways_at_once() ->
     torch.testing.assert_close(tokens[shares["nothing"]], whole[shares["nothing"]])
     torch.testing.assert_close(tokens[shares["query"]][:, 1:], whole[shares["query"]][:, 1:])
     torch.testing.assert_close(tokens[shares["neighbours"]][:, 0], whole[shares["neighbours"]][:, 0])
-    assert torch.equal(tokens[shares["all"]], null_condition(whole)[shares["all"]]), "guidance's own null condition"
+    assert torch.equal(tokens[shares["all"]], null_condition(whole)[shares["all"]]), "the null condition of guidance"
 
 
 @pytest.mark.parametrize("part", ["drop_all", "drop_query", "drop_neighbours"])
-def test_certainty_hides_every_sample(part: str) -> None:
+def test_training_condition_drop_probability_1_hides_every_sample(part: str) -> None:
     config = ConditioningConfig(**HIDE_NOTHING | {part: 1.0})
     tokens = training_condition(rows(500, 4), rows(500, 2, 4), config, seeded())
     hidden = (tokens[..., :4] == 0).all(2).all(0)
@@ -121,29 +121,29 @@ def test_certainty_hides_every_sample(part: str) -> None:
     )
 
 
-def test_the_gap_is_bridged_in_some_samples_and_the_others_are_left_alone() -> None:
+def test_perturb_query_changes_the_configured_share_of_samples() -> None:
     query = rows(20_000, 16)
-    bridged = bridge_text_gap(query, ConditioningConfig(gap_probability=0.3, gap_weight=0.5), seeded())
-    torch.testing.assert_close(bridged.norm(dim=1), torch.ones(20_000))
-    touched = (bridged - query).abs().amax(1) > 1e-6
+    perturbed = perturb_query(query, ConditioningConfig(gap_probability=0.3, gap_weight=0.5), seeded())
+    torch.testing.assert_close(perturbed.norm(dim=1), torch.ones(20_000))
+    touched = (perturbed - query).abs().amax(1) > 1e-6
     assert touched.float().mean().item() == pytest.approx(0.3, abs=0.014)
-    cosine = (bridged * query).sum(1)
-    assert cosine.min() >= 0, "at most half of the mixture is another direction"
+    cosine = (perturbed * query).sum(1)
+    assert cosine.min() >= 0, "at most half of the mixture is random"
     assert cosine[touched].mean() < 0.97
 
 
-def test_the_gap_grows_with_its_weight() -> None:
+def test_perturb_query_larger_weight_moves_further() -> None:
     query = rows(2_000, 16)
 
     def nearness(weight: float) -> float:
         config = ConditioningConfig(gap_probability=1, gap_weight=weight)
-        return float((bridge_text_gap(query, config, seeded()) * query).sum(1).mean())
+        return float((perturb_query(query, config, seeded()) * query).sum(1).mean())
 
     assert nearness(0) == pytest.approx(1)
     assert nearness(0.3) > nearness(0.6) > nearness(0.9) > 0.3
 
 
-def test_the_gap_is_the_query_s_alone() -> None:
+def test_training_condition_perturbs_only_the_query() -> None:
     query, neighbours = rows(50, 8), rows(50, 3, 8, seed=1)
     config = ConditioningConfig(**HIDE_NOTHING | {"gap_probability": 1.0})
     tokens = training_condition(query, neighbours, config, seeded())
@@ -152,7 +152,7 @@ def test_the_gap_is_the_query_s_alone() -> None:
     assert (tokens[:, 0] - whole[:, 0]).abs().amax(1).min() > 1e-3
 
 
-def test_a_training_condition_follows_from_its_draw() -> None:
+def test_training_condition_is_a_function_of_the_seed() -> None:
     query, neighbours = rows(50, 8), rows(50, 3, 8, seed=1)
     first, same, other = (
         training_condition(query, neighbours, ConditioningConfig(), seeded(seed)) for seed in (1, 1, 2)
@@ -161,7 +161,7 @@ def test_a_training_condition_follows_from_its_draw() -> None:
     assert not torch.equal(first, other)
 
 
-def test_stored_half_precision_rows_become_float32_tokens() -> None:
+def test_training_condition_float16_rows_give_float32_tokens() -> None:
     query, neighbours = (
         torch.from_numpy(tiny_models.unit_rows(4)),
         torch.from_numpy(tiny_models.unit_rows(8)).reshape(4, 2, -1),
@@ -172,26 +172,26 @@ def test_stored_half_precision_rows_become_float32_tokens() -> None:
 
 
 def numbered(batch: int, pool: int) -> Tensor:
-    """Neighbours (B, P, 2) that tell their rank: the first channel is 1 + it."""
+    """Return neighbours (B, P, 2) whose first channel is their rank, from 1."""
     ranks = torch.arange(1.0, pool + 1).expand(batch, pool)
     return torch.stack([ranks, -ranks], dim=2)
 
 
 def ranks_shown(batch: int, pool: int, **settings: Any) -> Tensor:
-    """Of each sample, the ranks (1 …) of the neighbours that it sees, 0 for a hidden one."""
+    """Return the ranks (1 …) of the neighbours that each sample sees, 0 for a hidden one."""
     config = ConditioningConfig(pool=pool, **settings)
-    shown = choose_neighbours(numbered(batch, pool), config, seeded())
+    shown = subsample_neighbours(numbered(batch, pool), config, seeded())
     assert torch.equal(shown[..., 1], -shown[..., 0]), "whole rows are chosen"
     return shown[..., 0].long()
 
 
-def test_a_pool_no_larger_than_what_is_shown_is_shown_as_it_is() -> None:
+def test_subsample_neighbours_small_pool_is_unchanged() -> None:
     assert ranks_shown(50, 3, neighbours=3, fewer_neighbours=0).tolist() == [[1, 2, 3]] * 50
-    short = choose_neighbours(numbered(5, 2), ConditioningConfig(neighbours=3, fewer_neighbours=0), seeded())
-    assert short.shape == (5, 2, 2), "a database may hold fewer"
+    short = subsample_neighbours(numbered(5, 2), ConditioningConfig(neighbours=3, fewer_neighbours=0), seeded())
+    assert short.shape == (5, 2, 2), "a database may have fewer"
 
 
-def test_half_of_the_samples_see_the_nearest_of_a_pool_and_half_a_random_choice_in_order() -> None:
+def test_subsample_neighbours_half_nearest_half_random_in_order() -> None:
     ranks = ranks_shown(20_000, 6, neighbours=3, fewer_neighbours=0)
     assert (ranks.diff(dim=1) > 0).all(), "nearest first, none twice"
     nearest = (ranks == torch.tensor([1, 2, 3])).all(1)
@@ -203,7 +203,7 @@ def test_half_of_the_samples_see_the_nearest_of_a_pool_and_half_a_random_choice_
     assert shares[3:].tolist() == pytest.approx([10 / 19] * 3, abs=0.03)
 
 
-def test_some_samples_see_fewer_neighbours_the_nearest_ones_and_one_at_least() -> None:
+def test_subsample_neighbours_fewer_neighbours_are_the_nearest() -> None:
     ranks = ranks_shown(20_000, 4, neighbours=4, fewer_neighbours=0.5)
     counts = (ranks > 0).sum(1)
     assert torch.equal(ranks, torch.arange(1, 5) * (torch.arange(4) < counts[:, None]))
@@ -211,7 +211,7 @@ def test_some_samples_see_fewer_neighbours_the_nearest_ones_and_one_at_least() -
     assert shares == pytest.approx([0, 0.125, 0.125, 0.125, 0.625], abs=0.014)
 
 
-def test_a_training_condition_shows_as_many_neighbours_as_are_asked_for() -> None:
+def test_training_condition_has_the_configured_number_of_neighbours() -> None:
     config = ConditioningConfig(neighbours=3, pool=6)
     assert training_condition(rows(5, 8), rows(5, 6, 8), config, seeded()).shape == (5, 4, 9)
 
@@ -227,30 +227,30 @@ def test_a_training_condition_shows_as_many_neighbours_as_are_asked_for() -> Non
         {"gap_weight": 1.0},
     ],
 )
-def test_what_cannot_be_sampled_is_refused(wrong: dict[str, Any]) -> None:
+def test_conditioning_config_invalid_field_raises(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(reversed(wrong))):
         ConditioningConfig(**wrong)
 
 
-def test_slerp_stays_on_the_sphere_at_even_angles() -> None:
+def test_slerp_gives_unit_rows_at_even_angles() -> None:
     first, second = torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0])
-    way = slerp(first, second, 4)
-    torch.testing.assert_close(way.norm(dim=1), torch.ones(4))
-    angles = torch.arccos((way[:-1] * way[1:]).sum(1))
+    points = slerp(first, second, 4)
+    torch.testing.assert_close(points.norm(dim=1), torch.ones(4))
+    angles = torch.arccos((points[:-1] * points[1:]).sum(1))
     torch.testing.assert_close(angles, torch.full((3,), math.pi / 6))
     torch.testing.assert_close(slerp(first, first, 3), first.expand(3, 3))
     torch.testing.assert_close(slerp(torch.zeros(3), torch.zeros(3), 2), torch.zeros(2, 3))
 
 
-def test_between_two_conditions_every_token_turns_and_what_is_hidden_stays_so() -> None:
+def test_interpolate_tokens_rotates_tokens_and_keeps_hidden_ones() -> None:
     rows = torch.nn.functional.normalize(torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0)), dim=2)
     rows[:, 3] = 0
     ends = condition_tokens(rows[:, 0], rows[:, 1:], dimension=8, batch=2)
-    way = tokens_between(ends, 5)
-    assert way.shape == (5, 4, 9)
-    torch.testing.assert_close(way[[0, -1]], ends)
-    torch.testing.assert_close(way[:, :3, :8].norm(dim=2), torch.full((5, 3), 8**0.5))
-    assert (way[:, 3] == ends[0, 3]).all()
-    turns = (way[:-1, :3, :8] * way[1:, :3, :8]).sum(2) / 8
+    points = interpolate_tokens(ends, 5)
+    assert points.shape == (5, 4, 9)
+    torch.testing.assert_close(points[[0, -1]], ends)
+    torch.testing.assert_close(points[:, :3, :8].norm(dim=2), torch.full((5, 3), 8**0.5))
+    assert (points[:, 3] == ends[0, 3]).all()
+    turns = (points[:-1, :3, :8] * points[1:, :3, :8]).sum(2) / 8
     torch.testing.assert_close(turns, turns[:1].expand(4, 3))
     assert (turns < 1).all()

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from model.diffusion.conditioning import condition_tokens, null_condition
-from model.diffusion.guidance import guided
+from model.diffusion.guidance import with_guidance
 
 QUERY, NEIGHBOURS = torch.eye(4)[:2], torch.eye(4)[2:].repeat(2, 1, 1)
 TOKENS = condition_tokens(QUERY, NEIGHBOURS, dimension=4, batch=2)
@@ -12,21 +12,21 @@ SIGMA = torch.tensor([0.3, 0.8])
 
 
 class Recorder:
-    """A denoiser whose answer depends on everything it is given, and that keeps what it was given."""
+    """A denoiser whose output depends on all of its inputs, and that records them."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __call__(self, noisy: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
         self.calls.append((noisy, sigma, condition))
-        told = (condition * torch.arange(1, condition.shape[2] + 1)).mean((1, 2))
-        return noisy * sigma[:, None, None, None] + told[:, None, None, None]
+        offset = (condition * torch.arange(1, condition.shape[2] + 1)).mean((1, 2))
+        return noisy * sigma[:, None, None, None] + offset[:, None, None, None]
 
 
 @pytest.mark.parametrize("negative", [None, -TOKENS])
-def test_scale_1_is_the_conditional_model_at_one_call_of_one_batch(negative: Tensor | None) -> None:
+def test_with_guidance_scale_1_is_one_conditional_call(negative: Tensor | None) -> None:
     denoiser = Recorder()
-    output = guided(denoiser, 1, negative=negative)(NOISY, SIGMA, TOKENS)
+    output = with_guidance(denoiser, 1, negative=negative)(NOISY, SIGMA, TOKENS)
     assert torch.equal(output, Recorder()(NOISY, SIGMA, TOKENS))
     ((noisy, sigma, condition),) = denoiser.calls
     assert torch.equal(noisy, NOISY)
@@ -35,17 +35,17 @@ def test_scale_1_is_the_conditional_model_at_one_call_of_one_batch(negative: Ten
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.0, 7.5])
-def test_guidance_goes_on_from_the_unconditional_through_the_conditional(scale: float) -> None:
+def test_with_guidance_extrapolates_from_unconditional_to_conditional(scale: float) -> None:
     conditional = Recorder()(NOISY, SIGMA, TOKENS)
     unconditional = Recorder()(NOISY, SIGMA, null_condition(TOKENS))
     assert (conditional - unconditional).abs().min() > 0.01
-    output = guided(Recorder(), scale)(NOISY, SIGMA, TOKENS)
+    output = with_guidance(Recorder(), scale)(NOISY, SIGMA, TOKENS)
     torch.testing.assert_close(output, unconditional + scale * (conditional - unconditional))
 
 
-def test_any_other_scale_costs_one_call_of_twice_the_batch() -> None:
+def test_with_guidance_other_scale_is_one_call_of_twice_the_batch() -> None:
     denoiser = Recorder()
-    guided(denoiser, 2)(NOISY, SIGMA, TOKENS)
+    with_guidance(denoiser, 2)(NOISY, SIGMA, TOKENS)
     ((noisy, sigma, condition),) = denoiser.calls
     assert torch.equal(noisy, torch.cat([NOISY, NOISY]))
     assert sigma.tolist() == pytest.approx([0.3, 0.8, 0.3, 0.8])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.editing.edit_metrics import MAX_PSNR, changed_region, difference, psnr_outside
+from model.editing.edit_metrics import MAX_PSNR, changed_region, max_channel_difference, psnr_outside
 from model.errors import ModelError
 
 SIDE = 32
@@ -15,11 +15,11 @@ def white() -> Tensor:
 
 
 def painted(*boxes: tuple[int, int, int, int], channel: int = 1, value: float = -1) -> Tensor:
-    """White with boxes (top, left, bottom, right), bottom and right excluded."""
-    picture = white()
+    """Return a white image with boxes (top, left, bottom, right), bottom and right excluded."""
+    image = white()
     for top, left, bottom, right in boxes:
-        picture[:, channel, top:bottom, left:right] = value
-    return picture
+        image[:, channel, top:bottom, left:right] = value
+    return image
 
 
 def box(top: int, left: int, bottom: int, right: int) -> Tensor:
@@ -28,17 +28,17 @@ def box(top: int, left: int, bottom: int, right: int) -> Tensor:
     return mask
 
 
-def test_difference_is_that_of_the_channel_that_differs_most() -> None:
-    assert difference(white(), painted((0, 0, 1, 1), value=0.5))[0, 0, 0, 0] == 0.25
-    assert difference(white(), painted((0, 0, 1, 1)))[0, 0, :2, 0].tolist() == [1, 0]
+def test_max_channel_difference_is_the_largest_of_the_channels() -> None:
+    assert max_channel_difference(white(), painted((0, 0, 1, 1), value=0.5))[0, 0, 0, 0] == 0.25
+    assert max_channel_difference(white(), painted((0, 0, 1, 1)))[0, 0, :2, 0].tolist() == [1, 0]
 
 
-def test_the_region_is_the_patch_and_its_rim() -> None:
+def test_changed_region_is_the_patch_and_its_rim() -> None:
     assert torch.equal(changed_region(white(), painted((10, 8, 16, 20))), box(8, 6, 18, 22))
     assert torch.equal(changed_region(white(), painted((10, 8, 16, 20)), rim_px=0), box(10, 8, 16, 20))
 
 
-def test_the_largest_of_two_patches_is_the_region_and_the_other_is_damage() -> None:
+def test_changed_region_second_patch_counts_as_damage() -> None:
     before, after = white(), painted((2, 2, 6, 6), (12, 12, 20, 20))
     region = changed_region(before, after)
     assert torch.equal(region, box(10, 10, 22, 22))
@@ -47,25 +47,25 @@ def test_the_largest_of_two_patches_is_the_region_and_the_other_is_damage() -> N
     assert psnr_outside(before, after, region).item() == pytest.approx(expected, abs=1e-3)
 
 
-def test_corners_join_a_patch() -> None:
+def test_changed_region_joins_patches_at_corners() -> None:
     assert changed_region(white(), painted((4, 4, 8, 8), (8, 8, 12, 12)), rim_px=0).sum() == 32
 
 
-def test_what_stays_below_the_threshold_did_not_change() -> None:
+def test_changed_region_ignores_changes_below_the_threshold() -> None:
     after = painted((4, 4, 12, 12), value=1 - 2 * 0.09)
     assert not changed_region(white(), after).any()
     assert changed_region(white(), after, threshold=0.08).any()
     assert changed_region(white(), painted((4, 4, 12, 12), value=1 - 2 * 0.11)).any()
 
 
-def test_an_edit_of_everything_is_no_region() -> None:
+def test_changed_region_of_a_whole_change_is_empty() -> None:
     after = -white()
     region = changed_region(white(), after)
     assert not region.any()
     assert psnr_outside(white(), after, region).item() == pytest.approx(0, abs=1e-4)
 
 
-def test_a_region_past_the_cap_shrinks_to_what_changed_most() -> None:
+def test_changed_region_above_the_maximum_shrinks_to_the_largest_changes() -> None:
     after = painted((0, 0, SIDE, SIDE), value=0.6)  # 0.2 everywhere
     after[:, 1, 8:16, 8:16] = -1
     region = changed_region(white(), after)
@@ -73,13 +73,13 @@ def test_a_region_past_the_cap_shrinks_to_what_changed_most() -> None:
     assert psnr_outside(white(), after, region).item() == pytest.approx(-10 * math.log10(0.2**2 / 3), abs=0.01)
 
 
-def test_each_picture_has_a_region_of_its_own() -> None:
+def test_changed_region_is_estimated_per_image() -> None:
     after = torch.cat([painted((4, 4, 8, 8)), white(), painted((20, 20, 24, 24), channel=2)])
     regions = changed_region(white().expand(3, -1, -1, -1), after)
     assert regions.sum((1, 2, 3)).tolist() == [64, 0, 64]
 
 
-def test_psnr_of_known_errors() -> None:
+def test_psnr_outside_of_known_errors() -> None:
     before = torch.zeros(3, 3, SIDE, SIDE)
     after = torch.stack([torch.full((3, SIDE, SIDE), value) for value in (0.2, 0.02, 0.0)])
     after[:, :, :8, :8] = 1
@@ -87,11 +87,11 @@ def test_psnr_of_known_errors() -> None:
     assert decibel.tolist() == pytest.approx([20, 40, MAX_PSNR], abs=1e-3)
 
 
-def test_bad_input_is_refused() -> None:
-    with pytest.raises(ModelError, match="one shape"):
-        difference(white(), white()[..., :8])
+def test_edit_metrics_invalid_input_raises() -> None:
+    with pytest.raises(ModelError, match="images differ in shape"):
+        max_channel_difference(white(), white()[..., :8])
     for wrong in ({"threshold": 0}, {"max_share": 1}, {"rim_px": -1}):
-        with pytest.raises(ModelError, match="threshold must lie"):
+        with pytest.raises(ModelError, match="threshold must be in"):
             changed_region(white(), white(), **wrong)
-    with pytest.raises(ModelError, match="no outside"):
+    with pytest.raises(ModelError, match="PSNR is undefined"):
         psnr_outside(white(), white(), box(0, 0, SIDE, SIDE))

@@ -10,7 +10,9 @@ from PIL import Image
 from support import tiny_models
 
 from model.errors import ModelError
-from model.training.data import Batch, TrainingRows, TrainingSet, picture_to_array, to_model_range
+from model.images import image_to_array, to_model_range
+from model.training.batch import Batch
+from model.training.data import TrainingRows, TrainingSet
 from model.training.neighbour_rows import ConcatenatedRows, NeighbourEmbeddings
 
 N = 12
@@ -81,7 +83,7 @@ def test_pixels_become_the_range_of_the_model() -> None:
 def test_a_picture_is_its_centre_square() -> None:
     wide = Image.new("RGB", (120, 40), "red")
     wide.paste((0, 0, 255), (40, 0, 80, 40))
-    array = picture_to_array(wide, 8)
+    array = image_to_array(wide, 8)
     assert (array.shape, array.dtype) == ((8, 8, 3), np.uint8)
     assert np.abs(array.astype(int) - [0, 0, 255]).max() < 20, "no more red than the filter takes from beside the crop"
 

@@ -14,16 +14,19 @@ from torch import nn
 
 from model.diffusion.conditioning import ConditioningConfig
 from model.diffusion.flow_matching import Prediction
-from model.diffusion.vq_diffusion import MaskAndReplace, Transitions
+from model.diffusion.vq_diffusion import Transitions
 from model.errors import ModelError
+from model.images import to_model_range
 from model.networks.dit import build_transformer
-from model.networks.vq_autoencoder import AutoencoderObjective
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
-from model.training.data import Batch, TrainingRows, TrainingSet, to_model_range
+from model.training.batch import Batch
+from model.training.data import TrainingRows, TrainingSet
 from model.training.interfaces import TrainingConfig, TrainingData
 from model.training.loop import InterruptedTrainingError, train
 from model.training.muon import Muon
+from model.training.objectives.autoencoder import AutoencoderObjective
 from model.training.objectives.flow_matching import FlowMatching
+from model.training.objectives.vq_diffusion import MaskAndReplace
 from model.training.step import build_optimizers
 
 BATCH = 4

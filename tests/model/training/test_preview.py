@@ -7,8 +7,8 @@ from model.networks.editor import widen_input
 from model.networks.unet import UNetConfig
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, decode_codes
 from model.networks.vq_transformer import VQTransformerConfig
-from model.training.data import Batch
-from model.training.preview import draw_preview, to_pictures
+from model.training.batch import Batch
+from model.training.preview import decode_targets, generate_preview
 
 VQ = AutoencoderConfig(image_size=8, downscale=4, codes=8, code_width=4, channels=(8, 8, 8))
 
@@ -19,7 +19,7 @@ def batch(seed: int = 0) -> Batch:
 
 
 @pytest.mark.parametrize("network", ["transformer", "editor", "unet", "vq-transformer"])
-def test_every_network_draws_what_its_batch_asks_for(network: str) -> None:
+def test_generate_preview_every_network_depends_on_its_batch(network: str) -> None:
     autoencoder = None
     match network:
         case "transformer":
@@ -37,7 +37,7 @@ def test_every_network_draws_what_its_batch_asks_for(network: str) -> None:
             torch.nn.init.normal_(built.head.weight, std=2, generator=torch.Generator().manual_seed(0))
             torch.nn.init.normal_(built.time_out.weight, std=2, generator=torch.Generator().manual_seed(0))
     first, same, other = (
-        draw_preview(built, batch(seed), prediction="velocity", autoencoder=autoencoder) for seed in (0, 0, 1)
+        generate_preview(built, batch(seed), prediction="velocity", autoencoder=autoencoder) for seed in (0, 0, 1)
     )
     assert first.shape == (3, 3, 8, 8)
     assert first.abs().max() <= 1
@@ -45,23 +45,24 @@ def test_every_network_draws_what_its_batch_asks_for(network: str) -> None:
     assert not torch.equal(first, other) or network == "vq-transformer"
 
 
-def test_a_process_of_fewer_times_than_steps_is_drawn_in_all_of_them() -> None:
+def test_generate_preview_short_process_uses_all_its_timesteps() -> None:
     codes = VQTransformerConfig(codes=8, tokens=4, timesteps=3, layers=1, heads=1, head_width=16)
     built = build_network(codes, embedding_dimension=tiny_models.WIDTH, seed=0)
-    drawn = draw_preview(built, batch(), prediction="velocity", autoencoder=build_autoencoder(VQ, seed=0))
-    assert drawn.shape == (3, 3, 8, 8)
+    images = generate_preview(built, batch(), prediction="velocity", autoencoder=build_autoencoder(VQ, seed=0))
+    assert images.shape == (3, 3, 8, 8)
 
 
-def test_an_editor_draws_as_its_base() -> None:
+def test_generate_preview_editor_equals_its_base() -> None:
     base = tiny_models.network()
-    drawn = [
-        draw_preview(network, batch(), prediction="velocity", autoencoder=None) for network in (base, widen_input(base))
+    images = [
+        generate_preview(network, batch(), prediction="velocity", autoencoder=None)
+        for network in (base, widen_input(base))
     ]
-    torch.testing.assert_close(drawn[0], drawn[1])
+    torch.testing.assert_close(images[0], images[1])
 
 
-def test_codes_and_latents_become_pictures() -> None:
+def test_decode_targets_decodes_codes_and_latents() -> None:
     autoencoder, codes = build_autoencoder(VQ, seed=0), torch.arange(8).reshape(2, 4)
-    torch.testing.assert_close(to_pictures(codes, autoencoder), decode_codes(autoencoder, codes).clamp(-1, 1))
-    assert to_pictures(torch.zeros(2, 4, 2, 2), autoencoder).shape == (2, 3, 8, 8)
-    assert to_pictures(torch.full((1, 3, 2, 2), 2.0), None).unique().tolist() == [1]
+    torch.testing.assert_close(decode_targets(codes, autoencoder), decode_codes(autoencoder, codes).clamp(-1, 1))
+    assert decode_targets(torch.zeros(2, 4, 2, 2), autoencoder).shape == (2, 3, 8, 8)
+    assert decode_targets(torch.full((1, 3, 2, 2), 2.0), None).unique().tolist() == [1]

@@ -19,7 +19,8 @@ from torch import nn
 
 from model.diffusion.conditioning import ConditioningConfig
 from model.networks.dit import build_transformer
-from model.training.data import Batch, TrainingRows, TrainingSet
+from model.training.batch import Batch
+from model.training.data import TrainingRows, TrainingSet
 from model.training.interfaces import TrainingConfig
 from model.training.loop import InterruptedTrainingError, train
 from model.training.objectives.flow_matching import FlowMatching

@@ -15,10 +15,11 @@ from support.tiny_training import COUNT, POOL, SIZES, nearest, picture, small_kl
 
 from infra.errors import InputError, StageError
 from infra.formats import tables
+from model.images import image_to_array, to_model_range
 from model.networks.latents import encode_latents
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, encode_codes
 from model.training.alignment import align_all
-from model.training.data import TrainingRows, TrainingSet, picture_to_array, to_model_range
+from model.training.data import TrainingRows, TrainingSet
 from tasks.train import data
 from tasks.train.data import (
     ImageProcessing,
@@ -30,7 +31,7 @@ from tasks.train.data import (
 )
 
 SIDE = 16
-PIXELS = np.stack([picture_to_array(picture(number), SIDE) for number in range(COUNT)])
+PIXELS = np.stack([image_to_array(picture(number), SIDE) for number in range(COUNT)])
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +104,9 @@ def test_pictures_are_decoded_by_several_threads_in_their_order(
         if threading.get_ident() not in seen and len(seen) < 2:
             seen.add(threading.get_ident())
             together.wait(10)
-        return picture_to_array(image, side)
+        return image_to_array(image, side)
 
-    monkeypatch.setattr(data, "picture_to_array", fitted)
+    monkeypatch.setattr(data, "image_to_array", fitted)
     monkeypatch.setattr(data, "DECODED_AT_ONCE", 3)
     tar = sorted(Path(inputs.images.uri).glob("*.tar"))[0]
     keys = sorted(key for key, _ in tables.iter_images(tar))

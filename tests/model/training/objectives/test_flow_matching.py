@@ -5,14 +5,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.diffusion.conditioning import ConditioningConfig
-from model.diffusion.vq_diffusion import MaskAndReplace, Transitions
+from model.diffusion.vq_diffusion import Transitions
 from model.networks.dit import build_transformer
 from model.networks.editor import EDITOR_CHANNELS, widen_input
-from model.networks.vq_autoencoder import AutoencoderConfig, AutoencoderObjective, build_autoencoder
+from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder
 from model.networks.vq_transformer import VQTransformer
-from model.step_random import Draw
-from model.training.data import Batch
+from model.step_random import StepRandom
+from model.training.batch import Batch
+from model.training.objectives.autoencoder import AutoencoderObjective
 from model.training.objectives.flow_matching import FlowMatching
+from model.training.objectives.vq_diffusion import MaskAndReplace
 
 BATCH = 6
 SHOWN = ConditioningConfig(
@@ -45,8 +47,8 @@ class Recorded(nn.Module):
 
 def test_a_network_that_says_nothing_errs_by_the_velocity() -> None:
     network = build_transformer(tiny_models.size(), embedding_dimension=tiny_models.WIDTH, seed=0)  # its head is zero
-    given, noise = batch(), Draw(1, 2)
-    loss = FlowMatching(SHOWN)(network, given, Draw(1, 2))
+    given, noise = batch(), StepRandom(1, 2)
+    loss = FlowMatching(SHOWN)(network, given, StepRandom(1, 2))
     noise.uniform(BATCH, 1), noise.uniform(BATCH, 1), noise.normal(BATCH, tiny_models.WIDTH)  # the text gap's
     noise.uniform(BATCH, 1), noise.uniform(BATCH, 1), noise.uniform(BATCH)  # the neighbours' and the drops'
     noise.normal(BATCH)  # σ
@@ -56,7 +58,7 @@ def test_a_network_that_says_nothing_errs_by_the_velocity() -> None:
 
 def test_it_shows_the_network_noisy_pictures_their_level_and_their_condition() -> None:
     network, given = Recorded(tiny_models.network()), batch()
-    FlowMatching(SHOWN)(network, given, Draw(0, 0)).backward()
+    FlowMatching(SHOWN)(network, given, StepRandom(0, 0)).backward()
     assert network.noisy.shape == (BATCH, 3, 8, 8)
     assert ((network.timestep > 0) & (network.timestep < 1000)).all()
     assert len(network.timestep.unique()) == BATCH, "a level for each picture"
@@ -68,10 +70,10 @@ def test_it_shows_the_network_noisy_pictures_their_level_and_their_condition() -
 def test_an_editor_is_shown_no_picture_and_learns_as_its_base_does() -> None:
     base, given = tiny_models.network(), batch()
     editor = Recorded(widen_input(base))
-    loss = FlowMatching(SHOWN)(editor, given, Draw(0, 0))
+    loss = FlowMatching(SHOWN)(editor, given, StepRandom(0, 0))
     assert editor.noisy.shape == (BATCH, EDITOR_CHANNELS, 8, 8)
     assert not editor.noisy[:, 3:].any()
-    assert loss.item() == pytest.approx(FlowMatching(SHOWN)(base, given, Draw(0, 0)).item(), rel=1e-5)
+    assert loss.item() == pytest.approx(FlowMatching(SHOWN)(base, given, StepRandom(0, 0)).item(), rel=1e-5)
 
 
 def test_a_wrapped_editor_is_known_too() -> None:
@@ -84,8 +86,8 @@ def test_a_wrapped_editor_is_known_too() -> None:
             return self.module(*given, **options)
 
     editor, given = widen_input(tiny_models.network()), batch()
-    wrapped = FlowMatching(SHOWN)(Wrapped(editor), given, Draw(0, 0))
-    assert wrapped.item() == FlowMatching(SHOWN)(editor, given, Draw(0, 0)).item()
+    wrapped = FlowMatching(SHOWN)(Wrapped(editor), given, StepRandom(0, 0))
+    assert wrapped.item() == FlowMatching(SHOWN)(editor, given, StepRandom(0, 0)).item()
 
 
 def test_parts_of_a_step_have_the_loss_of_the_whole() -> None:
@@ -94,8 +96,10 @@ def test_parts_of_a_step_have_the_loss_of_the_whole() -> None:
         Batch(images=given.images[rows], query=given.query[rows], neighbours=given.neighbours[rows])
         for rows in (slice(0, 3), slice(3, 6))
     ]
-    parts = [objective(network, half, Draw(4, 5, part=part, parts=2)) for part, half in enumerate(halves)]
-    assert torch.stack(parts).mean().item() == pytest.approx(objective(network, given, Draw(4, 5)).item(), rel=1e-5)
+    parts = [objective(network, half, StepRandom(4, 5, part=part, parts=2)) for part, half in enumerate(halves)]
+    assert torch.stack(parts).mean().item() == pytest.approx(
+        objective(network, given, StepRandom(4, 5)).item(), rel=1e-5
+    )
 
 
 class DrawnThere:

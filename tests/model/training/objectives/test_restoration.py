@@ -10,8 +10,8 @@ from model.diffusion.conditioning import ConditioningConfig, training_condition
 from model.diffusion.flow_matching import sample_sigmas
 from model.errors import ModelError
 from model.networks.editor import widen_input
-from model.step_random import Draw
-from model.training.data import Batch
+from model.step_random import StepRandom
+from model.training.batch import Batch
 from model.training.objectives.restoration import (
     Restoration,
     RestorationConfig,
@@ -25,12 +25,12 @@ LOCAL = {"empty": 0.0, "whole": 0.0}
 CONDITIONING = ConditioningConfig(neighbours=2, pool=2)
 
 
-def drawn_regions(draw: Draw, batch: int, side: int, config: RestorationConfig) -> Tensor:
+def drawn_regions(draw: StepRandom, batch: int, side: int, config: RestorationConfig) -> Tensor:
     return regions(draw_chances(draw, batch), side, config)
 
 
 def shares(**changes: Any) -> Tensor:
-    return drawn_regions(Draw(0, 0), 2000, 32, RestorationConfig(**LOCAL | changes)).mean((1, 2, 3))
+    return drawn_regions(StepRandom(0, 0), 2000, 32, RestorationConfig(**LOCAL | changes)).mean((1, 2, 3))
 
 
 def batch(count: int = 4, seed: int = 0) -> Batch:
@@ -42,17 +42,17 @@ def batch(count: int = 4, seed: int = 0) -> Batch:
 
 def test_regions_are_zero_or_one_and_follow_from_the_draw() -> None:
     config = RestorationConfig()
-    mask = drawn_regions(Draw(0, 0), 64, 16, config)
+    mask = drawn_regions(StepRandom(0, 0), 64, 16, config)
     assert (mask.shape, mask.dtype) == ((64, 1, 16, 16), torch.float32)
     assert set(mask.unique().tolist()) == {0, 1}
-    assert torch.equal(mask, drawn_regions(Draw(0, 0), 64, 16, config))
-    assert not torch.equal(mask, drawn_regions(Draw(0, 1), 64, 16, config))
-    halves = [drawn_regions(Draw(0, 0, part=part, parts=2), 32, 16, config) for part in range(2)]
+    assert torch.equal(mask, drawn_regions(StepRandom(0, 0), 64, 16, config))
+    assert not torch.equal(mask, drawn_regions(StepRandom(0, 1), 64, 16, config))
+    halves = [drawn_regions(StepRandom(0, 0, part=part, parts=2), 32, 16, config) for part in range(2)]
     assert torch.equal(torch.cat(halves), mask), "a part of a batch sees the batch's regions"
 
 
 def test_some_regions_are_empty_and_some_are_everything() -> None:
-    share = drawn_regions(Draw(0, 0), 4000, 16, RestorationConfig(empty=0.1, whole=0.3)).mean((1, 2, 3))
+    share = drawn_regions(StepRandom(0, 0), 4000, 16, RestorationConfig(empty=0.1, whole=0.3)).mean((1, 2, 3))
     assert (share == 0).float().mean() == pytest.approx(0.1, abs=0.02)
     assert (share == 1).float().mean() == pytest.approx(0.3, abs=0.03)
 
@@ -74,7 +74,7 @@ def test_a_second_region_adds_to_the_first() -> None:
 
 
 def test_regions_land_everywhere() -> None:
-    mask = drawn_regions(Draw(0, 0), 4000, 16, RestorationConfig(**LOCAL)).mean((0, 1))
+    mask = drawn_regions(StepRandom(0, 0), 4000, 16, RestorationConfig(**LOCAL)).mean((0, 1))
     assert mask.min() > 0.01
     assert mask[8, 8] > 0.2
     assert torch.allclose(mask, mask.flip(0), atol=0.05)
@@ -129,7 +129,7 @@ class Recorder(nn.Module):
 def seen(data: Batch, **changes: Any) -> tuple[Tensor, Tensor]:
     network = Recorder()
     objective = Restoration(CONDITIONING, RestorationConfig(**{"drop_reference": 0} | changes), prediction="velocity")
-    loss = objective(network, data, Draw(0, 0))
+    loss = objective(network, data, StepRandom(0, 0))
     assert loss.shape == ()
     return network.seen[:, :3], network.seen[:, 3:]
 
@@ -138,7 +138,7 @@ def test_the_network_sees_the_noised_clean_picture_beside_the_corrupted_one() ->
     data = batch()
     noisy, reference = seen(data, empty=1, whole=0)
     assert torch.equal(reference, data.images)
-    draw = Draw(0, 0)
+    draw = StepRandom(0, 0)
     training_condition(data.query, data.neighbours, CONDITIONING, draw)
     sigma = sample_sigmas(4, draw)[:, None, None, None]
     torch.testing.assert_close(noisy, (1 - sigma) * data.images + sigma * draw.normal(4, 3, 8, 8))
@@ -159,13 +159,13 @@ def test_training_lowers_the_loss_by_looking_at_the_reference() -> None:
 
     def mean_loss(objective: Restoration) -> float:
         with torch.no_grad():
-            return float(np.mean([objective(network, batch(32, seed=90), Draw(9, n)) for n in range(8)]))
+            return float(np.mean([objective(network, batch(32, seed=90), StepRandom(9, n)) for n in range(8)]))
 
     before = mean_loss(shown)
     assert mean_loss(hidden) == pytest.approx(before), "the new channels start at zero"
     for step in range(80):
         optimizer.zero_grad()
-        shown(network, batch(32, seed=step), Draw(0, step)).backward()
+        shown(network, batch(32, seed=step), StepRandom(0, step)).backward()
         optimizer.step()
     assert mean_loss(shown) < before / 2
     assert mean_loss(shown) < mean_loss(hidden), "pictures never seen before cannot be known without it"
@@ -175,12 +175,12 @@ def test_a_batch_without_references_is_refused() -> None:
     objective, full = Restoration(CONDITIONING, RestorationConfig(), prediction="sample"), batch()
     bare = Batch(images=full.images, query=full.query, neighbours=full.neighbours)
     with pytest.raises(ModelError, match="no reference pictures; align"):
-        objective(Recorder(), bare, Draw(0, 0))
+        objective(Recorder(), bare, StepRandom(0, 0))
     latents = Batch(
         images=full.images[:, :, :4, :4], query=full.query, neighbours=full.neighbours, reference=full.reference
     )
     with pytest.raises(ModelError, match="trained on pixels"):
-        objective(Recorder(), latents, Draw(0, 0))
+        objective(Recorder(), latents, StepRandom(0, 0))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,150 @@
+"""Editing with continuous generators: pixels or latents moved by velocities.
+
+Legend: ``B`` images, ``N`` noise samples, ``S`` side, ``C s s`` pixels or latents of an image, ``T`` condition tokens,
+``E`` their channels, ``σ`` share of noise.
+
+    x_s = (1 − s)·source + s·ε                     s the strength: 1 starts from pure noise
+    σ from s to 0:  v = v̂(x_σ, reference = source, text and its neighbours), guided
+"""
+
+import itertools
+
+from torch import Tensor
+
+from model.diffusion.conditioning import null_condition
+from model.diffusion.flow_matching import Denoiser, add_noise
+from model.diffusion.guidance import with_guidance
+from model.editing.config import EditConfig, noise_levels
+from model.editing.regions import composite, inpaint_region, keep_unchanged, text_contrast, to_grid
+from model.generation.continuous import ContinuousBackbone
+from model.networks.editor import with_reference
+
+
+class ContinuousCanvas:
+    """Images being edited as pixels or latents; see :class:`model.editing.edit.Canvas`."""
+
+    def __init__(
+        self,
+        backbone: ContinuousBackbone,
+        source: Tensor,
+        condition: Tensor,
+        config: EditConfig,
+        negative: Tensor | None,
+    ) -> None:
+        """Prepare a batch, on the backbone's device.
+
+        Args:
+            backbone: The generator.
+            source: (B, 3, S, S) in [−1, 1].
+            condition: (B, T, E) tokens of the target.
+            config: How to edit.
+            negative: (B, T, E) tokens to push away from, or None for the null condition.
+        """
+        self._backbone, self._denoiser, self._condition = backbone, backbone.denoiser, condition
+        self._config, self._negative, self._source = config, negative, source
+        self._encoded = backbone.encode(source)
+
+    def contrast(self, source_condition: Tensor, noises: Tensor) -> Tensor:
+        """As :class:`model.editing.edit.Canvas`; noises (B, N, C, s, s)."""
+        return text_contrast(self._denoiser, self._encoded, self._condition, source_condition, noises)
+
+    def regenerate(self, noise: Tensor) -> Tensor:
+        """As :class:`model.editing.edit.Canvas`; noise (B, C, s, s)."""
+        edited = sdedit(self._denoiser, self._encoded, self._condition, noise, self._config, negative=self._negative)
+        return self._backbone.decode(edited)
+
+    def inpaint(self, region: Tensor, noise: Tensor) -> Tensor:
+        """As :class:`model.editing.edit.Canvas`; noise (B, C, s, s)."""
+        denoiser = with_guidance(self._denoiser, self._config.guidance_scale, negative=self._negative)
+        cells, levels = to_grid(region, self._encoded.shape[-1]), noise_levels(self._config).to(noise.device)
+        inpainted = self._backbone.decode(
+            inpaint_region(denoiser, self._encoded, cells, self._condition, noise, levels)
+        )
+        return inpainted if self._backbone.vae is None else composite(self._source, inpainted, cells)
+
+
+def restore(
+    denoiser: Denoiser,
+    source: Tensor,
+    condition: Tensor,
+    noise: Tensor,
+    config: EditConfig,
+    *,
+    negative: Tensor | None = None,
+) -> Tensor:
+    """Edit images with a network that was trained to restore.
+
+    Args:
+        denoiser: Of six input channels, its output a velocity.
+        source: (B, 3, S, S) in [−1, 1].
+        condition: (B, T, E) tokens of the text and its neighbours.
+        noise: (B, 3, S, S) standard normal.
+        config: How to edit.
+        negative: (B, T, E) tokens to push away from, e.g. those of the source. Default: the null condition.
+
+    Returns:
+        (B, 3, S, S) float32 in [−1, 1].
+    """
+    guided = with_edit_guidance(denoiser, source, config, negative=negative)
+    edited = _euler(guided, source, condition, noise, config).clamp(-1, 1)
+    return keep_unchanged(edited, source) if config.keep else edited
+
+
+def sdedit(
+    denoiser: Denoiser,
+    source: Tensor,
+    condition: Tensor,
+    noise: Tensor,
+    config: EditConfig,
+    *,
+    negative: Tensor | None = None,
+) -> Tensor:
+    """Edit by the baseline (SDEdit, 2108.01073): add noise to the source and denoise it under the text.
+
+    Only the noise level keeps the source.
+
+    Args:
+        denoiser: Of C input channels, its output a velocity.
+        source: (B, C, s, s), pixels or latents.
+        condition: (B, T, E) tokens of the text and its neighbours.
+        noise: (B, C, s, s) standard normal.
+        config: How to edit.
+        negative: (B, T, E) tokens to push away from. Default: the null condition.
+
+    Returns:
+        (B, C, s, s) float32, not clamped.
+    """
+    guided = with_guidance(denoiser, config.guidance_scale, negative=negative)
+    return _euler(guided, source, condition, noise, config)
+
+
+def with_edit_guidance(
+    denoiser: Denoiser, source: Tensor, config: EditConfig, *, negative: Tensor | None = None
+) -> Denoiser:
+    """Return a denoiser of six input channels that sees the source, guided towards the text and the source.
+
+    v = v(y, c−) + a·(v(y, c) − v(y, c−)) + (b − 1)·(v(y, ∅) − v(0, ∅)), with y the source (after InstructPix2Pix
+    2211.09800, eq. 3), a ``guidance_scale`` and b ``image_guidance_scale``. Unless b is 1 it costs two more network
+    calls per step. c− is ``negative`` (B, T, E), or ∅ if None.
+    """
+    referenced = with_reference(denoiser, source)
+    towards_text = with_guidance(referenced, config.guidance_scale, negative=negative)
+    if config.image_guidance_scale == 1:
+        return towards_text
+    unreferenced = with_reference(denoiser, None)
+
+    def guided(noisy: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
+        nothing = null_condition(condition)
+        towards_source = referenced(noisy, sigma, nothing) - unreferenced(noisy, sigma, nothing)
+        return towards_text(noisy, sigma, condition) + (config.image_guidance_scale - 1) * towards_source
+
+    return guided
+
+
+def _euler(denoiser: Denoiser, source: Tensor, condition: Tensor, noise: Tensor, config: EditConfig) -> Tensor:
+    """Take Euler steps along the noise levels, starting from the noised source: (B, C, s, s) float32."""
+    levels = noise_levels(config).to(source.device)
+    sample = add_noise(source, noise, levels[:1].expand(len(source)))
+    for level, following in itertools.pairwise(levels):
+        sample = sample + (following - level) * denoiser(sample, level.expand(len(sample)), condition)
+    return sample.float()

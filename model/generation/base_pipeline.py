@@ -1,0 +1,239 @@
+"""Components of a pipeline: network, encoder and database, and the condition that they give.
+
+Legend: ``P`` prompts, ``K`` neighbours, ``D`` embedding width.
+"""
+
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, VQModel
+from diffusers.configuration_utils import FrozenDict
+from diffusers.utils import logging as diffusers_logging
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.diffusion.conditioning import MARKER_CHANNELS
+from model.diffusion.guidance import FULL_INTERVAL
+from model.diffusion.solver import Scheduler
+from model.encoder.clip import Encoder, encoder_for
+from model.encoder.identity import EncoderIdentity
+from model.errors import ModelError
+from model.generation.arguments import check_defaults
+from model.generation.backbone import Backbone, is_discrete, new_backbone
+from model.generation.condition import Condition, build_condition
+from model.generation.prompts import Prompts, embed_prompts
+from model.networks.build import AnyNetwork
+from model.networks.compilation import compile_in_place
+from model.networks.fused_attention import use_fused_attention
+from model.retrieval.database import Searchable
+from model.saved_generator import check_weights
+
+
+class BasePipeline(DiffusionPipeline):
+    """Base of :class:`model.pipeline.KNNDiffusionPipeline`: components, database, and conditions."""
+
+    _optional_components = ["scheduler", "vae"]  # noqa: RUF012 - as diffusers declares it
+
+    def __init__(
+        self,
+        transformer: AnyNetwork,
+        scheduler: Scheduler | None = None,
+        vae: AutoencoderKL | VQModel | None = None,
+        encoder_identity: dict[str, Any] | None = None,
+        neighbours: int = 10,
+        trained_neighbours: int | None = None,
+        candidates: int = 1,
+        guidance_scale: float = 2.0,
+        guidance_interval: tuple[float, ...] | list[float] = FULL_INTERVAL,
+        num_inference_steps: int = 25,
+        query: str = "text",
+        prediction: str = "velocity",
+        truncation: float = 0.86,
+    ) -> None:
+        """Join the components; the arguments from ``neighbours`` on are defaults, most of which a call may override.
+
+        Args:
+            transformer: The network: velocities of pixels or latents, or logits of codes.
+            scheduler: Any flow-matching scheduler of diffusers. Required for continuous networks, unused by discrete.
+            vae: The autoencoder of the network's latents or codes. Default: None, for networks over pixels.
+            encoder_identity: Fields of :class:`model.encoder.identity.EncoderIdentity`. Required.
+            neighbours: K. Default: 10.
+            trained_neighbours: Maximum number of neighbours shown in training. Default: ``neighbours``.
+            candidates: Images generated for each image that is returned. Default: 1.
+            guidance_scale: 1 is the conditional model itself. Default: 2.
+            guidance_interval: Noise levels σ at which guidance acts (continuous networks). Default: (0, 1), all.
+            num_inference_steps: Number of sampling steps. Default: 25.
+            query: Embedding in the query's slot: "text", "mean", "both" or "none". Default: "text".
+            prediction: Output of a continuous network: "velocity" or "sample". Default: "velocity".
+            truncation: Probability mass kept per code (discrete networks). Default: 0.86.
+
+        Raises:
+            ModelError: A component that the network needs is missing, the components do not match, or a default is not
+                valid.
+        """
+        super().__init__()
+        if encoder_identity is None:  # optional only because diffusers takes arguments without a default for modules
+            raise ModelError(
+                "encoder_identity is missing; a generator only works with the encoder that it was trained with"
+            )
+        if scheduler is None and not is_discrete(transformer):
+            raise ModelError("the scheduler is missing: a continuous network needs one; pass new_scheduler()")
+        use_fused_attention(transformer)
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_to_config(
+            encoder_identity=dict(encoder_identity),
+            neighbours=neighbours,
+            trained_neighbours=trained_neighbours or neighbours,
+            candidates=candidates,
+            guidance_scale=guidance_scale,
+            guidance_interval=list(guidance_interval),
+            num_inference_steps=num_inference_steps,
+            query=query,
+            prediction=prediction,
+            truncation=truncation,
+        )
+        check_defaults(self.config)
+        self._identity = EncoderIdentity(**encoder_identity)
+        if (width := self._new_backbone().condition_channels - MARKER_CHANNELS) != self._identity.dimension:
+            raise ModelError(
+                f"the network takes embeddings of width {width}, but the encoder is {self._identity}; "
+                "name the encoder that the network was trained with"
+            )
+        self._encoder: Encoder | None = None
+        self._database: Searchable | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """Load a pipeline as diffusers does, but refuse incomplete weights instead of warning.
+
+        Raises ``ModelError`` if a component's weights do not match its config or are not finite.
+        """
+        pipeline: Self = super().from_pretrained(pretrained_model_name_or_path, **options)
+        for name, part in pipeline.components.items():
+            if isinstance(part, ModelMixin) and name not in options:
+                check_weights(Path(part.config._name_or_path), part)
+        return pipeline
+
+    @classmethod
+    def open(cls, folder: Path | str, database: Searchable | None = None) -> Self:
+        """Load a saved pipeline in float32 and plug in a database.
+
+        Raises ``ModelError`` if the folder has no valid pipeline, or if another encoder made the database.
+        """
+        bars = diffusers_logging.is_progress_bar_enabled()
+        diffusers_logging.disable_progress_bar()  # the files are few and small
+        try:
+            pipeline: Self = cls.from_pretrained(
+                str(folder), torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
+            )
+        except Exception as error:  # diffusers and safetensors raise OSError, ValueError and types of their own
+            raise ModelError(f"cannot load a generator: {folder} ({error}); train or download it again") from error
+        finally:
+            if bars:
+                diffusers_logging.enable_progress_bar()
+        if database is not None:
+            pipeline.swap_database(database)
+        return pipeline
+
+    @property
+    def database(self) -> Searchable:
+        """The database in use. Raises ``ModelError`` if there is none."""
+        if self._database is None:
+            raise ModelError("this pipeline has no database; plug one in with swap_database")
+        return self._database
+
+    def swap_database(self, database: Searchable) -> None:
+        """Use ``database`` from the next call on. Raises ``ModelError`` if another encoder made it."""
+        if not database.encoder.same_space(self._identity):
+            raise ModelError(
+                f"database {database.name} was made with {database.encoder}, but this generator was trained with "
+                f"{self._identity}; rebuild the database with that encoder"
+            )
+        self._database = database
+
+    @property
+    def identity(self) -> EncoderIdentity:
+        """The encoder that the network was trained with."""
+        return self._identity
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder of the prompts, loaded at first use and checked against the one trained with."""
+        if self._encoder is None:
+            self._encoder = encoder_for(self._identity, device=self.device)
+        return self._encoder
+
+    @property
+    def backbone(self) -> Backbone:
+        """The network with its scheduler and autoencoder, in evaluation mode."""
+        self.transformer.eval()
+        return self._new_backbone()
+
+    @property
+    def side(self) -> int:
+        """Width and height of the images, in px."""
+        return self._new_backbone().side
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
+        """Save as diffusers does, without the paths that components were loaded from."""
+        for part in (self, *self.components.values()):
+            if isinstance(config := getattr(part, "_internal_dict", None), dict):
+                part._internal_dict = FrozenDict({key: config[key] for key in config if key != "_name_or_path"})
+        super().save_pretrained(save_directory, *args, **options)
+
+    def compile(self) -> None:
+        """Compile the network in place, to generate many images on a GPU. Call it after ``to``.
+
+        The first call of a transformer takes about half a minute more, and again for each new batch size or number of
+        neighbours; guidance in an interval has two batch sizes per call. A U-Net takes minutes.
+        """
+        compile_in_place(self.transformer)
+
+    def embed(self, prompts: Prompts) -> Tensor:
+        """Embed prompts as unit rows (P, D) on the CPU. Raises ``ModelError`` for an empty text or image."""
+        return embed_prompts(prompts, lambda: self.encoder, self._identity.dimension)
+
+    def condition(
+        self,
+        embeddings: Tensor,
+        k: int,
+        query: str | None = None,
+        retrieve: bool = True,
+        *,
+        database: Searchable | None = None,
+    ) -> Condition:
+        """Retrieve the neighbours of embeddings (P, D) and build the condition tokens.
+
+        Args:
+            embeddings: (P, D) unit rows on the CPU.
+            k: Number of neighbours, K.
+            query: Embedding in the query's slot. Default: the generator's; without retrieval "text".
+            retrieve: False hides the neighbours. Default: True.
+            database: Where to retrieve. Default: the database plugged in.
+        """
+        if retrieve and database is None:
+            database = self.database
+        return build_condition(
+            embeddings,
+            k,
+            query or (self.config.query if retrieve else "text"),
+            database=database if retrieve else None,
+            dimension=self._identity.dimension,
+            trained_neighbours=self.config.trained_neighbours,
+        )
+
+    def _embed_pixels(self, pixels: NDArray[np.uint8]) -> Tensor:
+        return self.encoder.embed_pixels(pixels)
+
+    def _new_backbone(self) -> Backbone:
+        first, last = self.config.guidance_interval
+        return new_backbone(
+            self.transformer,
+            vae=self.vae,
+            scheduler=self.scheduler,
+            prediction=self.config.prediction,
+            guidance_interval=(float(first), float(last)),
+            truncation=self.config.truncation,
+        )
