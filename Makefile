@@ -7,23 +7,24 @@ export DO_NOT_TRACK := 1
 export NO_ALBUMENTATIONS_UPDATE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
+export NO_MKDOCS_2_WARNING := 1
 
 SHELL := /bin/bash
 WORKERS ?= 2
 
-.PHONY: help install demo test test-fast test-kills test-s3 coverage check bench clean
+.PHONY: help install demo test test-fast test-kills test-s3 coverage check docs bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-install: $(BIN)/.installed  ## create .venv with exactly the versions that were tested
+install: $(BIN)/.installed  ## create .venv with the tested versions
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,demo,dev,stickers,fid]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,demo,dev,docs,stickers,fid]'
 	@touch $@
 
-demo: install  ## the whole line on real pictures: download, embed, index, register, swap, draw
+demo: install  ## the full pipeline on 5,400 images: download, embed, index, register, generate, swap
 	@$(BIN)/knn-diffusion demo
 
 test: install  ## every test, offline (TESTS=tests/tasks/index for some)
@@ -38,18 +39,23 @@ coverage: install  ## line and branch coverage of every test, as HTML under buil
 test-kills: install  ## 100 kills of the command, each resumed (KILLS=20 for fewer)
 	@KILLS=$(or $(KILLS),100) $(BIN)/python -m pytest -s tests/flows/test_kills.py
 
-test-s3: install  ## the tests of a real object store: starts a Ceph RadosGW on loopback (as root on Debian), ends it
+test-s3: install  ## tests against a real object store: a Ceph RadosGW on loopback (as root, on Debian)
 	@trap 'tests/services/start-s3.sh stop' EXIT; \
 	started=$$(tests/services/start-s3.sh start) && eval "$$started" && $(BIN)/python -m pytest -m s3 $(TESTS)
 
-check: install  ## formatting, lint, types, import contracts
+check: install  ## formatting, lint, spelling, words, types, import contracts
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
+	@$(BIN)/codespell
+	@$(BIN)/python tests/style.py
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: install  ## performance ratios, one JSON each under build/bench (NAME=swap for one; NAME=generator SAMPLES=200)
+docs: install  ## the documentation site, in build/docs
+	@$(BIN)/mkdocs build
+
+bench: install  ## benchmarks, one JSON file each in build/bench (NAME=swap, NAME=generator SAMPLES=200)
 	@$(BIN)/python tests/benchmarks/run.py $(NAME) $(if $(SAMPLES),--samples $(SAMPLES))
 
-clean:  ## remove what runs have made, not the environment
+clean:  ## remove build outputs and caches, not the environment
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
