@@ -1,4 +1,4 @@
-"""MkDocs hook: generate the command line and configuration references from the code.
+"""MkDocs hooks: generate the command line and configuration references from the code, show markers of code blocks.
 
 The command line is read from the Typer application. Configurations are read from the source of their dataclasses,
 because the comment behind a field describes it and is not available at run time.
@@ -18,6 +18,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
+MARKERS = {"gpu": "Needs a GPU", "cluster": "Needs servers or a cluster", "slow": "Takes minutes to hours"}
+"""Markers in the info string of a code block, and the title that the reader sees."""
 PACKAGES = ("flows", "tasks", "model", "infra")
 _CONFIG_NAME = re.compile(r"^[A-Z]\w*(Config|Policy|Changes)$")
 
@@ -27,6 +29,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "reference/cli.md", content=cli_page()))
     files.append(File.generated(config, "reference/configuration.md", content=configuration_page()))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replace the marker of a code block by a title."""
+    fence = rf"^( *```\w+) ({'|'.join(MARKERS)})$"
+    return re.sub(fence, lambda match: f'{match[1]} title="{MARKERS[match[2]]}"', markdown, flags=re.MULTILINE)
 
 
 def cli_page() -> str:
