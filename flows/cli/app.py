@@ -16,8 +16,8 @@ import typer
 
 from flows.cli.console import (
     DATABASE,
+    IMAGES,
     MODEL,
-    PICTURES,
     Dedup,
     Index,
     Memory,
@@ -28,7 +28,7 @@ from flows.cli.console import (
     Verify,
     Wait,
     index_changes,
-    open_picture,
+    open_image,
     print_traceback,
     report_errors,
     say,
@@ -158,8 +158,8 @@ def generate(
         from model.images import image_grid
         from tasks.serve.load import load_pipeline
 
-        writable(out, "picture", PICTURES)
-        asked = [_picture_or_text(prompt) for prompt in prompts]
+        writable(out, "picture", IMAGES)
+        asked = [_image_or_text(prompt) for prompt in prompts]
         pipeline = load_pipeline(model, database, settings(root), trust=trust)
         options: dict[str, Any] = {
             "negative_prompt": negative,
@@ -219,10 +219,10 @@ def edit(
         from infra.errors import InputError
         from tasks.serve.load import load_pipeline
 
-        writable(out, "picture", PICTURES)
+        writable(out, "picture", IMAGES)
         if largest_region is not None and method != "local":
             raise InputError(f"--largest-region is of the method local; {method} has no regions")
-        source = open_picture(image)
+        source = open_image(image)
         pipeline = load_pipeline(model, database, settings(root), trust=trust)
         given = {
             "method": method,
@@ -265,15 +265,15 @@ def evaluate(
         say(evaluate_generator(config).report.reference.uri + "/evaluation.html")
 
 
-def _picture_or_text(prompt: str) -> "str | Image.Image":
+def _image_or_text(prompt: str) -> "str | Image.Image":
     """The picture where ``prompt`` names the file of one, else the text.
 
     Raises ``InputError`` for what reads as a picture's name, ends as one and has a slash or no space, and is none.
     """
     path = Path(prompt)
     there = bool(path.suffix) and len(prompt) < 256 and path.is_file()
-    named = there or (path.suffix.lower() in PICTURES and ("/" in prompt or " " not in prompt))
-    return open_picture(path) if named else prompt
+    named = there or (path.suffix.lower() in IMAGES and ("/" in prompt or " " not in prompt))
+    return open_image(path) if named else prompt
 
 
 app = typer.Typer(

@@ -59,7 +59,7 @@ Dedup = Annotated[
 ]
 MODEL = "Generator: short name, models:/…, a folder, or what ships with this package: sticker-generator[-discrete]."
 DATABASE = "Short name (its champion), models:/NAME@ALIAS, models:/NAME/VERSION, or a folder."
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 _AGES = ((86_400, "d"), (3_600, "h"), (60, "min"))
 
 
@@ -103,7 +103,7 @@ def report_errors(verbose: bool) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def open_picture(path: Path) -> "Image.Image":
+def open_image(path: Path) -> "Image.Image":
     """The picture in a file, turned upright. Raises ``InputError`` when there is none."""
     from PIL import Image, ImageOps
 

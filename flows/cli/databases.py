@@ -13,7 +13,7 @@ from flows.cli.console import (
     Trust,
     Verbose,
     age,
-    open_picture,
+    open_image,
     report_errors,
     say,
     settings,
@@ -59,7 +59,7 @@ def search(
         if html is not None:
             writable(html, "page", (".html", ".htm"))
             most_shown(k)
-        sought = texts[0] if image is None else open_picture(image)
+        sought = texts[0] if image is None else open_image(image)
         found = search_database(database, sought, k, settings(root), trust=trust)
         if html is not None:
             name = "" if image is None else image.name

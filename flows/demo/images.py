@@ -94,7 +94,7 @@ def emoji_names() -> dict[str, str]:
 
 
 @contextmanager
-def serve_pictures(root: Path, port: int | None) -> Iterator[str]:
+def serve_images(root: Path, port: int | None) -> Iterator[str]:
     """Serve both sets on loopback, a stand-in for the web; yields host:port.
 
     The port is kept in ``root``, since it is part of every URL and so of what the stages were asked for.

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from flows.demo.figure import SwapRow, draw_swap
-from flows.demo.images import CREDITS, DOMAINS, FIRST, draw_openmoji, serve_pictures, write_lists
+from flows.demo.images import CREDITS, DOMAINS, FIRST, draw_openmoji, serve_images, write_lists
 from flows.new_domain import Domain, NewDomainConfig, new_domain
 from flows.recipes import demo_cpu
 from flows.train_generator import TrainedGenerator
@@ -48,7 +48,7 @@ def run_demo(root: Path, port: int | None = None, train: bool = False) -> tuple[
     make_folder(root)
     draw_openmoji(root / "openmoji")
     seconds = {"draw_openmoji": time.monotonic() - started}
-    with serve_pictures(root, port) as address:
+    with serve_images(root, port) as address:
         lists = write_lists(root, address)
         texts = tuple((root / "texts.txt").read_text().splitlines())
         recipe = functools.partial(demo_cpu, root=str(root / "data"), texts=texts, allow_hosts=(address,))

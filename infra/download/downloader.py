@@ -38,9 +38,9 @@ SHARD_ROWS, SHARDS = 10_000, 100_000
 
 _OF_URLS = ("invalid_url", "blocked_scheme", "blocked_address", "dns_error", "too_many_redirects", "robots_disallowed")
 _OF_TRANSFERS = ("connection_error", "timeout", "deadline_exceeded", "body_too_large", "empty_body")
-_OF_PICTURES = ("not_an_image", "decode_error", "too_small", "too_many_pixels", "too_many_scans", "animated")
+_OF_IMAGES = ("not_an_image", "decode_error", "too_small", "too_many_pixels", "too_many_scans", "animated")
 _OF_DECODING = ("decode_timeout", "decode_memory", "decoder_died")
-ERROR_CLASSES = frozenset({"success", *_OF_URLS, *_OF_TRANSFERS, *_OF_PICTURES, *_OF_DECODING, "internal_error"})
+ERROR_CLASSES = frozenset({"success", *_OF_URLS, *_OF_TRANSFERS, *_OF_IMAGES, *_OF_DECODING, "internal_error"})
 """Every outcome of a row's download, besides ``http_404`` and its like.
 
 Rows whose picture was left out afterwards have those of ``infra.formats.webdataset`` in the same column.
@@ -50,8 +50,8 @@ _SPOOL_BYTES = 64 << 20  # of pictures that wait for their turn are held in memo
 _SHARD_DIGITS = 5
 _ROW_DIGITS = 4
 _PILLOW_MOST_PIXELS = 178_956_970  # Pillow refuses more, whatever is asked for
-_PICTURE_COLUMNS = {"width", "height", "original_width", "original_height", "sha256"}
-_RESULT_COLUMNS = {"key", "status", "error_message", "error_class", *_PICTURE_COLUMNS}
+_IMAGE_COLUMNS = {"width", "height", "original_width", "original_height", "sha256"}
+_RESULT_COLUMNS = {"key", "status", "error_message", "error_class", *_IMAGE_COLUMNS}
 # What urllib and img2dataset say where no class heads the message; the first pattern found counts.
 _MESSAGE_PATTERNS = (
     (r"^HTTP Error 30\d: The HTTP server returned a redirect error", "too_many_redirects"),

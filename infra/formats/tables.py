@@ -17,7 +17,7 @@ from infra import storage, uris
 from infra.errors import InputError, IntegrityError
 
 _TEXT_COLUMNS = {name: pa.string() for name in ("url", "sha256", "key")}  # a key is digits: its zeros must stay
-PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
 
 def iter_images(tar: Path) -> Iterator[tuple[str, bytes]]:
@@ -27,7 +27,7 @@ def iter_images(tar: Path) -> Iterator[tuple[str, bytes]]:
         with tarfile.open(tar, "r|") as archive:
             for member in archive:
                 name = PurePosixPath(member.name)
-                if member.isfile() and name.suffix in PICTURE_SUFFIXES:
+                if member.isfile() and name.suffix in IMAGE_SUFFIXES:
                     stream = archive.extractfile(member)
                     if stream is not None:
                         yield name.stem, stream.read()

@@ -45,8 +45,8 @@ def inception_distance(
     from torch_fidelity import calculate_metrics  # type: ignore[import-untyped, unused-ignore]
 
     scores = calculate_metrics(
-        input1=_Pictures(first, first[0].width),
-        input2=_Pictures(second, first[0].width),
+        input1=_Images(first, first[0].width),
+        input2=_Images(second, first[0].width),
         fid=True,
         feature_extractor_weights_path=str(weights),
         cuda=cuda,
@@ -58,7 +58,7 @@ def inception_distance(
     return max(float(scores["frechet_inception_distance"]), 0.0)
 
 
-class _Pictures(Dataset[Any]):
+class _Images(Dataset[Any]):
     """Pictures as uint8 (3, S, S)."""
 
     def __init__(self, pictures: Sequence[Image.Image], side: int) -> None:

@@ -4,7 +4,7 @@ import torch
 from diffusers import PixArtTransformer2DModel, VQModel
 from torch import nn
 
-from model.networks.fused_attention import sum_by_picture
+from model.networks.fused_attention import sum_by_image
 from model.networks.vq_transformer import VQTransformer
 
 GRAPHS = 8
@@ -27,7 +27,7 @@ def compile_in_place(network: nn.Module, *, whole: bool = True) -> None:
     dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS * len(blocks))
     if transformer:
         for block in blocks:
-            sum_by_picture(block)
+            sum_by_image(block)
     for part in [network] if whole and transformer else blocks:
         part.compile()
 

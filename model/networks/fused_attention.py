@@ -140,7 +140,7 @@ def use_fused_attention(network: nn.Module) -> None:
         network.pos_embed.proj.__class__ = PatchProjection  # the same parameters under the same names
 
 
-def sum_by_picture(block: nn.Module) -> None:
+def sum_by_image(block: nn.Module) -> None:
     """Make the layers of a transformer's block :class:`TokenLinear`, in place: worth it where it is compiled."""
     for part in block.modules():
         if type(part) is nn.Linear and part.bias is not None:

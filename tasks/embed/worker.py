@@ -157,7 +157,7 @@ class EmbedShard:
         folder = str(earlier.folder)
         table = tables.read_table(artifacts.fetch_shard(folder, earlier, ".parquet", self._cache))
         rows = np.array(finite_rows(folder, earlier, self._cache))
-        return {_picture(record): rows[record["row"]] for record in table.to_pylist() if record["sha256"]}
+        return {_image(record): rows[record["row"]] for record in table.to_pylist() if record["sha256"]}
 
     def _keys_of(self, part: artifacts.Shard | None) -> set[str] | None:
         """The keys of the pictures that are wanted; None for all."""
@@ -185,7 +185,7 @@ class _ShardAssembler:
         for key, encoded in samples:
             if self._wanted is not None and key not in self._wanted:
                 continue
-            row = self._earlier.get(_picture(self._record(key)))
+            row = self._earlier.get(_image(self._record(key)))
             self._taken.append((key, row))
             if row is None:
                 yield key, encoded
@@ -302,5 +302,5 @@ def _decoder(fit: Fit) -> Fit:
     return fit
 
 
-def _picture(record: dict[str, Any]) -> Picture:
+def _image(record: dict[str, Any]) -> Picture:
     return record["key"], record["sha256"], record["width"], record["height"]

@@ -25,7 +25,7 @@ from model.retrieval.database import Database
 from model.saved_generator import pretrained_folder
 from tasks.evaluate.sampler import ABLATIONS, MAIN, Condition, Sampler, embed_unique, queries_of, row_ids_at
 from tasks.references.database import open_database
-from tasks.references.images import fetch_pictures
+from tasks.references.images import fetch_images
 from tasks.references.types import DatabaseVersion, Generator, encoder_of
 from tasks.train.task import generator_folder
 
@@ -165,7 +165,7 @@ class Evaluator:
             scores |= flatten(self._scored(condition), name)
             image_grid(images[:SHOWN]).save(folder / f"{name}.png")
             if weights is not None:
-                real = fetch_pictures(self._subject.database, self._real_ids[: self.compared].tolist(), self._cache)
+                real = fetch_images(self._subject.database, self._real_ids[: self.compared].tolist(), self._cache)
                 compared = images[: self.compared]
                 scores[f"fid_{name}"] = inception_distance(compared, real, weights, cuda=self._config.use_gpu)
         return scores | flatten({"diversity": self._diversity()}, "knn")
@@ -191,7 +191,7 @@ class Evaluator:
         hits = self._database.search(rows, 1)
         worst = np.argsort(-hits.scores[:, 0], kind="stable")[:WORST_COPIES].tolist()
         ids = hits.ids[worst, 0].tolist()
-        sources = fetch_pictures(self._subject.database, ids, self._cache)
+        sources = fetch_images(self._subject.database, ids, self._cache)
         (folder / "copies").mkdir()
         told = []
         for rank, (number, source, known) in enumerate(zip(worst, sources, self._database.describe(ids), strict=True)):

@@ -78,7 +78,7 @@ def load_view(name: str, evaluation: Evaluation, cache: Path) -> EvaluationView:
     manifest = evaluation.manifest()
     (shard,) = (shard for shard in manifest.shards if shard.name == SAMPLES)
     pictures = {
-        file.name: _picture(artifacts.fetch_file(evaluation.uri, file, cache))
+        file.name: _image(artifacts.fetch_file(evaluation.uri, file, cache))
         for file in shard.files
         if file.name.endswith(".png")
     }
@@ -189,6 +189,6 @@ def _png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _picture(path: Path) -> Image.Image:
+def _image(path: Path) -> Image.Image:
     with Image.open(path) as image:
         return image.convert("RGB")

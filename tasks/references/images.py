@@ -15,7 +15,7 @@ from tasks.references.lineage import embeddings_of, images_of
 from tasks.references.types import DatabaseVersion
 
 
-def fetch_pictures(version: DatabaseVersion, ids: Sequence[int], cache: Path) -> list[Image.Image]:
+def fetch_images(version: DatabaseVersion, ids: Sequence[int], cache: Path) -> list[Image.Image]:
     """The RGB pictures of rows, in their order; a row may come twice. Reads the image shards that hold them.
 
     Raises:

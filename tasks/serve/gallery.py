@@ -17,7 +17,7 @@ from PIL import Image
 from infra.download.images import shrink_to_fit, to_rgb
 from infra.errors import InputError
 from infra.text import printable
-from tasks.references.images import fetch_pictures
+from tasks.references.images import fetch_images
 from tasks.serve.load import SearchResult
 
 MOST = 500
@@ -61,7 +61,7 @@ def write_gallery(path: Path, query: str | Image.Image, found: SearchResult, cac
         IntegrityError: an image shard is missing, or differs from what was committed.
     """
     most_shown(len(found.rows))
-    pictures = fetch_pictures(found.version, [row["id"] for row in found.rows], cache)
+    pictures = fetch_images(found.version, [row["id"] for row in found.rows], cache)
     page = gallery(query, found, pictures, name=name)
     # A text from the command line may hold halves of characters, which UTF-8 has not.
     path.write_bytes(page.encode("utf-8", "xmlcharrefreplace"))

@@ -15,7 +15,7 @@ from model.pipeline import KNNDiffusionPipeline
 from model.retrieval.database import Database
 from model.saved_generator import pretrained_folder
 from tasks.references.database import open_database
-from tasks.references.images import fetch_pictures
+from tasks.references.images import fetch_images
 from tasks.references.trust import open_named, saved_pipeline
 from tasks.references.types import DatabaseVersion, Generator
 from tasks.train.task import PIPELINE, generator_folder
@@ -100,7 +100,7 @@ def load_pipeline(
 def images_of_rows(reference: str, ids: NDArray[np.int64], settings: Settings) -> list[list[Image.Image]]:
     """The pictures behind rows (Q, K) of a database, read from its image shards."""
     version, _ = _pull_version(reference, settings)
-    pictures = iter(fetch_pictures(version, ids.reshape(-1).tolist(), settings.cache_folder))
+    pictures = iter(fetch_images(version, ids.reshape(-1).tolist(), settings.cache_folder))
     return [[next(pictures) for _ in rows] for rows in ids]
 
 

@@ -45,7 +45,7 @@ def compact_images(images: ImageShards, takedown: Takedown, base: str, *, cache:
 
     def make() -> artifacts.Manifest:
         items = [(shard.name, (shard, named[shard.name])) for shard in source.shards if shard.name in named]
-        done, _ = run_shards(stage, items, _DropPictures, (images.uri, stage.uri, cache))
+        done, _ = run_shards(stage, items, _DropImages, (images.uri, stage.uri, cache))
         rewritten = {shard.name: shard for shard in done}
         kept = [rewritten.get(shard.name) or shard.reused_from(images.uri) for shard in source.shards]
         info = {
@@ -86,7 +86,7 @@ def compact_embeddings(
     return run_stage(stage, EmbeddingShards, make, note=_note)
 
 
-class _DropPictures:
+class _DropImages:
     """A shard's tar and table without the pictures of some keys, on a worker."""
 
     def __init__(self, images_uri: str, folder_uri: str, cache: Path) -> None:

@@ -174,7 +174,7 @@ def inherited_takedown(version: DatabaseVersion, cache: Path) -> Entries:
 
 def with_image_hashes(entries: Entries, images: ImageShards, cache: Path) -> Entries:
     """``entries``, and the sha256 of the pictures that their urls served in ``images``: copies elsewhere go, too."""
-    found, _ = _pictures_named(Entries(url=entries.url), images, cache) if entries.url else ([], None)
+    found, _ = _images_named(Entries(url=entries.url), images, cache) if entries.url else ([], None)
     return entries | Entries(sha256=frozenset(row["sha256"] for row in found if row["sha256"]))
 
 
@@ -224,7 +224,7 @@ def read_takedown_list(uri: str) -> Entries:
 
 def _resolved(asked: Entries, before: Entries, images: ImageShards, cache: Path, listed: str) -> Entries:
     """``asked`` as it is kept: checked against the pictures of ``images``, with the sha256 of each that it names."""
-    found, bearers = _pictures_named(asked, images, cache)
+    found, bearers = _images_named(asked, images, cache)
     there = Entries(*(frozenset(row[name] for row in found) for name in COLUMNS)) | before
     if absent := (asked - there).listed():
         _report_unmatched(absent, len(asked), images, listed)
@@ -252,7 +252,7 @@ def _report_unmatched(absent: list[dict[str, str]], asked: int, images: ImageSha
     )
 
 
-def _pictures_named(asked: Entries, images: ImageShards, cache: Path) -> tuple[list[dict[str, str]], Counter[str]]:
+def _images_named(asked: Entries, images: ImageShards, cache: Path) -> tuple[list[dict[str, str]], Counter[str]]:
     """The rows of pictures, kept or taken out, that an entry names, and how many bear each key that was asked."""
     matcher = Matcher(asked)
 

@@ -58,8 +58,8 @@ def bench_delta(sizes: tuple[int, int] = SIZES, added: int = ADDED) -> dict[str,
         return missing
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        lists = [turned_pictures(folder / "www", number, added) for number in range(ROUNDS)]
-        lists.insert(0, turned_pictures(folder / "www", ROUNDS, SHARD_ROWS))
+        lists = [turned_images(folder / "www", number, added) for number in range(ROUNDS)]
+        lists.insert(0, turned_images(folder / "www", ROUNDS, SHARD_ROWS))
         host = stack.enter_context(nginx(folder / "nginx", folder / "www"))
         stack.enter_context(at_hand(folder))
         stack.enter_context(compute.cluster())
@@ -170,7 +170,7 @@ def at_hand(folder: Path) -> Iterator[None]:
             os.environ["KNN_DIFFUSION_CACHE"] = before
 
 
-def turned_pictures(folder: Path, number: int, count: int) -> list[str]:
+def turned_images(folder: Path, number: int, count: int) -> list[str]:
     """Write ``count`` pictures below ``folder``, each as it is nowhere else; their names."""
     files = sorted(twemoji_folder().glob("*.png"))
     (folder / str(number)).mkdir(parents=True)

@@ -36,9 +36,9 @@ def test_garbage_is_never_what_an_alias_or_another_domain_reaches(living: Living
         open_database(first, living.folder / "cache")
     circles = {name for name in NAMES[:FIRST] if "circle" in name}
     assert living.found(part.database.reference) == circles  # its shards lie in the folders of "shapes"
-    from tasks.references.images import fetch_pictures
+    from tasks.references.images import fetch_images
 
-    assert len(fetch_pictures(part.database.reference, [0, 1], living.folder / "cache")) == 2
+    assert len(fetch_images(part.database.reference, [0, 1], living.folder / "cache")) == 2
 
 
 def test_young_and_half_done_folders_are_left_alone(living: Living, ray: WithoutRay) -> None:
@@ -177,9 +177,9 @@ def test_what_a_merge_elsewhere_is_made_of_stays_while_it_runs(
     monkeypatch.setattr(module, "register_database", meanwhile)
     merged = module.merge_databases(union).database.reference
     assert living.found(merged) == set(NAMES[:6])
-    from tasks.references.images import fetch_pictures
+    from tasks.references.images import fetch_images
 
-    assert len(fetch_pictures(merged, list(range(6)), living.folder / "cache")) == 6
+    assert len(fetch_images(merged, list(range(6)), living.folder / "cache")) == 6
 
 
 def test_a_domain_that_cannot_be_collected_keeps_no_other_one_up(living: Living, ray: WithoutRay) -> None:
@@ -318,7 +318,7 @@ def test_a_cache_that_may_not_be_written_keeps_nothing_from_going(
     assert "cannot forget what goes (Permission denied): copies of it may stay there; delete" in caplog.text
 
 
-def test_what_was_derived_of_pictures_goes_with_a_later_collection_if_it_was_in_use(
+def test_what_was_derived_of_images_goes_with_a_later_collection_if_it_was_in_use(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KNN_DIFFUSION_CACHE", str(living.folder / "cache"))

@@ -106,7 +106,7 @@ def test_a_union_that_cannot_be_made_hides_nothing_of_the_domain(
     assert living.champion() == set(NAMES[:3])
 
 
-def test_pictures_of_a_domain_s_own_are_not_put_out_of_sight_by_a_merge_or_a_subset(
+def test_images_of_a_domain_s_own_are_not_put_out_of_sight_by_a_merge_or_a_subset(
     living: Living, ray: WithoutRay
 ) -> None:
     from flows.combine_databases import (

@@ -28,7 +28,7 @@ from infra.settings import Settings
 KILLS = int(os.environ.get("KILLS", "4"))
 SEED = int(os.environ.get("KILLS_SEED", "0"))
 MOST_IN_A_ROW = 10
-PICTURES = 12
+IMAGES = 12
 APPEARING = (
     "mlflow.db.new",
     "mlflow.db.new-journal",
@@ -122,7 +122,7 @@ def made(root: Path) -> Made:
 
 @pytest.fixture
 def shapes(prefect_server: None, tmp_path: Path) -> Iterator[Command]:
-    pictures = dict(list(good_replies().items())[:PICTURES])
+    pictures = dict(list(good_replies().items())[:IMAGES])
     (tmp_path / "home").mkdir()
     with LoopbackServer(pictures) as server:
         urls = write_urls(tmp_path / "urls.jsonl", [server.url(path) for path in pictures])

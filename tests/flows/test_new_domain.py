@@ -17,7 +17,7 @@ GOOD = len(COLOURS) * len(SHAPES)
 TAKEN = GOOD + sum(outcome == "success" for _, outcome in odd_replies().values())
 
 
-def test_each_picture_is_counted_under_its_own_outcome(domain: Any) -> None:
+def test_each_image_is_counted_under_its_own_outcome(domain: Any) -> None:
     from infra.formats.tables import read_table
 
     manifest = domain.result.images.reference.manifest()
@@ -57,7 +57,7 @@ def test_recall_is_measured_for_both_kinds_of_query(domain: Any) -> None:
     assert info["text_queries"] == 32
 
 
-def test_neighbours_are_the_nearest_and_never_the_picture_itself(domain: Any) -> None:
+def test_neighbours_are_the_nearest_and_never_the_image_itself(domain: Any) -> None:
     from tasks.references.types import Neighbours
 
     embeddings = Path(domain.result.embeddings.reference.uri)

@@ -150,7 +150,7 @@ def test_what_is_taken_down_waits_for_no_download(living: Living, ray: WithoutRa
     assert living.rebuild(takedown=further, urls=living.listed(*NAMES[:5]), compact=True).unchanged
 
 
-def test_all_pictures_may_be_taken_down_and_others_put_in_their_place(living: Living, ray: WithoutRay) -> None:
+def test_all_images_may_be_taken_down_and_others_put_in_their_place(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:4])
     down = living.listed(*({"url": living.server.url(name)} for name in NAMES[:4]), name="down.jsonl")
     living.rebuild(takedown=down, urls=living.listed(*NAMES[4:8]))

@@ -68,7 +68,7 @@ def test_a_second_rebuild_in_an_object_store_is_refused_while_the_first_runs(liv
     assert living.rebuild(urls=living.listed(*NAMES[:5])).after.database.rows == 5
 
 
-def test_pictures_of_shards_that_were_taken_over_go_from_the_cache(living: Living) -> None:
+def test_images_of_shards_that_were_taken_over_go_from_the_cache(living: Living) -> None:
     living.build(NAMES[:4])
     living.rebuild(urls=living.listed(*NAMES[:6]))
     living.collect(dry_run=False)  # the first version's manifest goes, its shards are the second's
@@ -78,7 +78,7 @@ def test_pictures_of_shards_that_were_taken_over_go_from_the_cache(living: Livin
     assert not cached(living, BODY[NAMES[1]])
 
 
-def test_pictures_go_from_the_cache_though_the_collection_was_interrupted(
+def test_images_go_from_the_cache_though_the_collection_was_interrupted(
     living: Living, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     living.build(NAMES[:4])

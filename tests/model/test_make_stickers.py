@@ -78,7 +78,7 @@ def fluent(make: ModuleType, folder: Path) -> Path:
     return put(folder, make.STYLES["fluent-3d"], files)
 
 
-def test_pictures_are_named_and_framed(make: ModuleType, run: Callable[..., Path], tmp_path: Path) -> None:
+def test_images_are_named_and_framed(make: ModuleType, run: Callable[..., Path], tmp_path: Path) -> None:
     fluent(make, tmp_path)
     table = pq.read_table(run("fluent-3d") / "fluent-3d.parquet")
     assert table.schema.equals(make.SCHEMA)

@@ -20,7 +20,7 @@ DIMENSION = 16
 IDENTITY = {
     "encoder": {"name": "made", "weights_digest": "w" * 64, "preprocess_digest": "p" * 64, "dimension": DIMENSION}
 }
-PICTURES = [(f"http://host/{c}-{s}.png", encoded(drawn(c, s))) for c in COLOURS for s in SHAPES]
+IMAGES = [(f"http://host/{c}-{s}.png", encoded(drawn(c, s))) for c in COLOURS for s in SHAPES]
 IMAGE_SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("url", "key", "status", "error_message")),

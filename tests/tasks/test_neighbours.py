@@ -26,7 +26,7 @@ def test_a_row_is_not_its_own_neighbour_wherever_the_database_has_it_from(tmp_pa
         assert not (neighbours == theirs[:, None]).all(axis=2).any()
 
 
-def test_pictures_that_a_domain_has_taken_down_since_are_not_trained_on(tmp_path: Path) -> None:
+def test_images_that_a_domain_has_taken_down_since_are_not_trained_on(tmp_path: Path) -> None:
     rows, cache = tiny_models.unit_rows(400), tmp_path / "cache"
     embeddings = stored(tmp_path, np.split(rows[:300], 3))
     first = build(embeddings, tmp_path)

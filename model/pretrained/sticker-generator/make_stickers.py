@@ -195,7 +195,7 @@ def frame(picture: Image.Image) -> Image.Image:
     return square.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
-def iconify_pictures(package: Package, tarball: Path, names: Names) -> Iterator[tuple[str, str, Image.Image]]:
+def iconify_images(package: Package, tarball: Path, names: Names) -> Iterator[tuple[str, str, Image.Image]]:
     """Key, name and picture of each icon of an Iconify set that is taken; what the set itself hides is not."""
     files = unpack(tarball, r"(icons|info)\.json")
     icons, info = json.loads(files["icons.json"]), json.loads(files["info.json"])
@@ -209,7 +209,7 @@ def iconify_pictures(package: Package, tarball: Path, names: Names) -> Iterator[
             yield key, name, draw(icons, icon)
 
 
-def fluent_pictures(package: Package, tarball: Path, names: Names) -> Iterator[tuple[str, str, Image.Image]]:
+def fluent_images(package: Package, tarball: Path, names: Names) -> Iterator[tuple[str, str, Image.Image]]:
     """Key, name and picture of each WebP file that is named after the code points of an emoji."""
     files = unpack(tarball, r"package\.json|assets/.+\.webp")
     check_license(package, json.loads(files.pop("package.json"))["license"])
@@ -223,7 +223,7 @@ def make_style(style: str, names: Names, packages: Path, out: Path) -> int:
     """Write the style's parquet file, aside and renamed; returns its rows."""
     package = STYLES[style]
     tarball = fetch(package, packages)
-    pictures = iconify_pictures if package.name.startswith("@iconify-json/") else fluent_pictures
+    pictures = iconify_images if package.name.startswith("@iconify-json/") else fluent_images
     rows = []
     with reading(tarball):
         for key, name, picture in pictures(package, tarball, names):

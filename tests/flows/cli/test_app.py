@@ -112,7 +112,7 @@ def test_search_takes_the_text_as_an_option_too(domain: Any) -> None:
     assert len(json.loads(told.stdout)) == 10
 
 
-def test_search_by_image_finds_the_picture_whatever_its_mode(domain: Any, tmp_path: Path) -> None:
+def test_search_by_image_finds_the_image_whatever_its_mode(domain: Any, tmp_path: Path) -> None:
     circle = drawn("blue", "circle")
     circle.save(tmp_path / "plain.png")
     circle.convert("RGBA").save(tmp_path / "alpha.webp", lossless=True)
@@ -129,7 +129,7 @@ def test_search_by_image_finds_the_picture_whatever_its_mode(domain: Any, tmp_pa
         assert first["score"] > second["score"]
 
 
-def test_search_writes_a_page_of_the_pictures(domain: Any, tmp_path: Path) -> None:
+def test_search_writes_a_page_of_the_images(domain: Any, tmp_path: Path) -> None:
     page, root = tmp_path / "page.html", ["--root", str(domain.root)]
     result = run("search", "shapes", "a red circle", "--k", "3", "--html", str(page), *root)
     assert result.exit_code == 0, result.stderr
@@ -207,7 +207,7 @@ def test_ages_are_told_in_words(seconds: float, told: str) -> None:
     assert age(int((time.time() - seconds) * 1000)) == told
 
 
-def test_generate_writes_a_picture_a_prompt_and_repeats_itself(domain: Any, tmp_path: Path) -> None:
+def test_generate_writes_a_image_a_prompt_and_repeats_itself(domain: Any, tmp_path: Path) -> None:
     pictures = []
     for name, seed, candidates in (("a.png", "5", "1"), ("b.png", "5", "1"), ("c.png", "6", "1"), ("d.png", "5", "9")):
         options = ["--seed", seed, "--steps", "2", "--candidates", candidates, "--root", str(domain.root)]
@@ -221,7 +221,7 @@ def test_generate_writes_a_picture_a_prompt_and_repeats_itself(domain: Any, tmp_
     assert (pictures[0] != pictures[3]).any()
 
 
-def test_generate_takes_pictures_for_prompts_and_goes_from_one_to_another(domain: Any, tmp_path: Path) -> None:
+def test_generate_takes_images_for_prompts_and_goes_from_one_to_another(domain: Any, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), "blue").save(tmp_path / "blue.png")
     options = ["--database", "shapes", "--steps", "2", "--root", str(domain.root), "--out"]
     result = run("generate", str(tmp_path / "blue.png"), "red bar", *options, str(tmp_path / "a.png"), "--between", "3")
@@ -257,7 +257,7 @@ def drawer(monkeypatch: pytest.MonkeyPatch) -> Drawer:
     return made
 
 
-def test_a_prompt_that_reads_as_a_pictures_name_is_no_text(drawer: Drawer, tmp_path: Path) -> None:
+def test_a_prompt_that_reads_as_a_images_name_is_no_text(drawer: Drawer, tmp_path: Path) -> None:
     options = ["--database", "shapes", "--out", str(tmp_path / "a.png")]
     for name in ("photo.PNG", f"{tmp_path}/my photo.webp"):
         refused(run("generate", "red bar", name, *options), f"{name} does not exist; name a picture")
@@ -297,7 +297,7 @@ def test_foreign_folder_is_refused_without_trust(prefect_server: None, command: 
 
 
 @pytest.mark.parametrize(("count", "columns", "rows"), [(2, 2, 1), (12, 12, 1), (13, 4, 4), (255, 16, 16)])
-def test_few_pictures_make_a_row_and_many_a_grid(
+def test_few_images_make_a_row_and_many_a_grid(
     drawer: Drawer, tmp_path: Path, count: int, columns: int, rows: int
 ) -> None:
     options = ["--database", "shapes", "--between", str(count), "--out", str(tmp_path / "a.webp")]
@@ -344,7 +344,7 @@ def test_edit_takes_any_generator_that_draws_pixels_and_repeats_itself(domain: A
     assert (pictures[0] != pictures[2]).any()
 
 
-def test_edit_refuses_what_is_no_picture_and_numbers_without_meaning(domain: Any, tmp_path: Path) -> None:
+def test_edit_refuses_what_is_no_image_and_numbers_without_meaning(domain: Any, tmp_path: Path) -> None:
     options = ["--database", "shapes", "--root", str(domain.root), "--out", str(tmp_path / "a.png")]
     refused(run("edit", f"{tmp_path}/none.png", "a", *options), "none.png does not exist")
     (tmp_path / "torn.png").write_bytes(b"no picture")
@@ -359,7 +359,7 @@ def test_edit_refuses_what_is_no_picture_and_numbers_without_meaning(domain: Any
     )
 
 
-def test_search_refuses_a_picture_that_pillow_finds_no_class_of_error_for(tmp_path: Path) -> None:
+def test_search_refuses_a_image_that_pillow_finds_no_class_of_error_for(tmp_path: Path) -> None:
     (tmp_path / "bad.ppm").write_bytes(b"P6 x 3 255\n")
     with pytest.raises(ValueError, match="invalid literal"):
         Image.open(tmp_path / "bad.ppm")

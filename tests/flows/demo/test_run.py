@@ -23,7 +23,7 @@ def listed(path: Path) -> list[str]:
     return [url.split("/", 3)[3] for url in pq.read_table(path)["url"].to_pylist()]
 
 
-def test_every_picture_is_in_the_list_of_its_domain(tmp_path: Path) -> None:
+def test_every_image_is_in_the_list_of_its_domain(tmp_path: Path) -> None:
     paths = images.write_lists(tmp_path, "127.0.0.1:9")
     files = {name: listed(path) for name, path in paths.items()}
     assert {name: len(entries) for name, entries in files.items()} == {FIRST: 3879, ANIMALS: 130, OPENMOJI: 1398}
@@ -69,7 +69,7 @@ def test_both_sets_are_served_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "openmoji").mkdir()
     (tmp_path / "openmoji" / "1F408.png").write_bytes(b"a cat")
     (tmp_path / "secret.png").write_bytes(b"secret")
-    with images.serve_pictures(tmp_path, None) as address:
+    with images.serve_images(tmp_path, None) as address:
         with urllib.request.urlopen(f"http://{address}/openmoji/1F408.png", timeout=10) as answer:
             assert answer.read() == b"a cat"
         with urllib.request.urlopen(f"http://{address}/twemoji/1f408.png", timeout=10) as answer:
@@ -80,10 +80,10 @@ def test_both_sets_are_served_and_nothing_else(tmp_path: Path) -> None:
         assert (tmp_path / "port").read_text() == address.split(":")[1]
         with (
             pytest.raises(StageError, match=r"is taken .* start anew with another --folder"),
-            images.serve_pictures(tmp_path, None),
+            images.serve_images(tmp_path, None),
         ):
             pass
-    with images.serve_pictures(tmp_path, None) as again:
+    with images.serve_images(tmp_path, None) as again:
         assert again == address
 
 
@@ -136,7 +136,7 @@ def test_the_report_tells_of_a_training_what_there_is_to_tell(measured: dict[str
 
 
 @pytest.mark.slow
-def test_from_urls_to_the_picture_of_the_swap(domain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_urls_to_the_image_of_the_swap(domain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from infra.settings import Settings
     from tasks.serve.load import load_pipeline
 

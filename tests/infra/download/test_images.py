@@ -83,7 +83,7 @@ def test_a_jpeg_keeps_its_pixels_nearly() -> None:
         *[b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"],
     ],
 )
-def test_what_is_no_picture(data: bytes) -> None:
+def test_what_is_no_image(data: bytes) -> None:
     assert refused(data) == "not_an_image"
 
 
@@ -93,17 +93,17 @@ def test_nothing_at_all() -> None:
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "AVIF", "JPEG2000"])
 @pytest.mark.parametrize("part", [0.2, 0.5, 0.9])
-def test_a_truncated_picture(form: str, part: float) -> None:
+def test_a_truncated_image(form: str, part: float) -> None:
     data = encoded(noise(), form)
     assert refused(data[: int(len(data) * part)]) == "decode_error"
 
 
-def test_a_picture_cut_within_its_header() -> None:
+def test_a_image_cut_within_its_header() -> None:
     for form in ("PNG", "JPEG", "GIF", "WEBP"):
         assert refused(encoded(noise(), form)[:20]) == "decode_error"
 
 
-def test_a_corrupt_picture() -> None:
+def test_a_corrupt_image() -> None:
     data = bytearray(encoded(noise(), "PNG"))
     middle = len(data) // 2
     data[middle : middle + 50] = bytes(50)
@@ -123,7 +123,7 @@ def test_several_frames(form: str) -> None:
     assert np.abs(taken(encoded(plain(), form, save_all=True)).astype(int) - RED).max() < 12
 
 
-def test_a_camera_jpeg_with_an_extra_map_is_a_still_picture() -> None:
+def test_a_camera_jpeg_with_an_extra_map_is_a_still_image() -> None:
     data = encoded(plain(GREEN), "MPO", save_all=True, append_images=[plain(BLACK, (8, 8))])
     assert np.abs(taken(data).astype(int) - GREEN).max() <= 3
 
@@ -243,7 +243,7 @@ def test_alpha_is_laid_on_white(mode: str, left: Any, right: Any, seen: list[tup
     assert np.abs(pixels[0, [0, 15]].astype(int) - seen).max() <= 1
 
 
-def test_one_bit_pictures() -> None:
+def test_one_bit_images() -> None:
     assert taken(encoded(halves(0, 1, "1"), "PNG"))[0, [0, 15]].tolist() == [list(BLACK), list(WHITE)]
 
 
@@ -262,7 +262,7 @@ def test_to_rgb_takes_every_mode_and_leaves_the_original(mode: str) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_pictures_are_turned_upright(orientation: int, form: str) -> None:
+def test_images_are_turned_upright(orientation: int, form: str) -> None:
     picture = Image.new("RGB", (24, 16), WHITE)
     picture.paste(RED, (0, 0, 12, 8))
     picture.paste(BLUE, (12, 0, 24, 8))
@@ -283,7 +283,7 @@ def test_unreadable_exif_costs_nothing(exif: bytes, form: str) -> None:
     assert np.abs(taken(encoded(plain(GREEN), form, exif=exif)).astype(int) - GREEN).max() <= 3
 
 
-def test_large_pictures_are_reduced() -> None:
+def test_large_images_are_reduced() -> None:
     data = encoded(halves(RED, BLUE, "RGB").resize((1000, 500), Image.Resampling.NEAREST), "PNG")
     _, width, height, original_width, original_height, _ = normalised(data, max_side_px=100)
     assert (width, height, original_width, original_height) == (100, 50, 1000, 500)
@@ -300,13 +300,13 @@ def test_reducing_averages() -> None:
 
 
 @pytest.mark.parametrize("size", [(8000, 8), (8, 8000)])
-def test_a_lopsided_picture_keeps_a_pixel(size: tuple[int, int]) -> None:
+def test_a_lopsided_image_keeps_a_pixel(size: tuple[int, int]) -> None:
     height, width, _ = taken(encoded(plain(size=size), "PNG"), max_side_px=64).shape
     assert sorted((width, height)) == [1, 64]
     assert shrink_to_fit(plain(size=(10_000, 1)), 10).size == (10, 1)
 
 
-def test_the_same_picture_gives_the_same_bytes_and_nothing_besides_pixels() -> None:
+def test_the_same_image_gives_the_same_bytes_and_nothing_besides_pixels() -> None:
     data = encoded(noise(), "JPEG", icc_profile=b"profile" * 20, comment=b"hello", dpi=(72, 72))
     stored = normalised(data)[0]
     assert stored is not None

@@ -159,7 +159,7 @@ def test_a_missing_list_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_pictures_come_in_order_with_their_keys_and_nothing_else_does(form: int, tmp_path: Path) -> None:
+def test_images_come_in_order_with_their_keys_and_nothing_else_does(form: int, tmp_path: Path) -> None:
     pictures = [("000010002", b"\x89PNG two"), ("000010000", b""), ("000010001", bytes(range(256)) * 300)]
     members = [
         member
@@ -171,7 +171,7 @@ def test_pictures_come_in_order_with_their_keys_and_nothing_else_does(form: int,
     assert list(tables.iter_images(tar)) == [*pictures, ("000010003", b"\xff\xd8")]
 
 
-def test_links_and_folders_named_like_pictures_are_no_pictures(tmp_path: Path) -> None:
+def test_links_and_folders_named_like_images_are_no_images(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind in (("a.png", tarfile.DIRTYPE), ("b.png", tarfile.SYMTYPE), ("c.png", tarfile.LNKTYPE)):
             info = tarfile.TarInfo(name)
@@ -180,7 +180,7 @@ def test_links_and_folders_named_like_pictures_are_no_pictures(tmp_path: Path) -
     assert list(tables.iter_images(tmp_path / "a.tar")) == []
 
 
-def test_an_empty_tar_holds_no_picture(tmp_path: Path) -> None:
+def test_an_empty_tar_holds_no_image(tmp_path: Path) -> None:
     assert list(tables.iter_images(tar_of(tmp_path / "a.tar", []))) == []
 
 

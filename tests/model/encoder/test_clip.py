@@ -56,7 +56,7 @@ def smile() -> Image.Image:
     return image
 
 
-PICTURES = [apple(), square(), heart(), smile()]
+IMAGES = [apple(), square(), heart(), smile()]
 TEXTS = ["a red apple", "a blue square", "a red heart", "a smiling face"]
 
 
@@ -73,8 +73,8 @@ def changed_copy(folder: Path, *, mean: float | None = None, weight: float = 0.0
     return f"local-dir:{folder}"
 
 
-def test_each_text_is_nearest_to_its_picture_and_each_picture_to_its_text(encoder: Encoder) -> None:
-    cosines = encoder.embed_texts(TEXTS) @ encoder.embed_images(PICTURES).T
+def test_each_text_is_nearest_to_its_image_and_each_image_to_its_text(encoder: Encoder) -> None:
+    cosines = encoder.embed_texts(TEXTS) @ encoder.embed_images(IMAGES).T
     assert cosines.argmax(0).tolist() == [0, 1, 2, 3]
     assert cosines.argmax(1).tolist() == [0, 1, 2, 3]
     apple_to_apple, apple_to_square = cosines[0, :2].tolist()
@@ -82,22 +82,22 @@ def test_each_text_is_nearest_to_its_picture_and_each_picture_to_its_text(encode
 
 
 def test_rows_are_unit_float32_of_the_width_of_the_identity(encoder: Encoder) -> None:
-    for rows in (encoder.embed_texts(TEXTS), encoder.embed_images(PICTURES)):
+    for rows in (encoder.embed_texts(TEXTS), encoder.embed_images(IMAGES)):
         assert (rows.shape, rows.dtype) == ((4, encoder.identity.dimension), torch.float32)
         torch.testing.assert_close(rows.norm(dim=1), torch.ones(4))
     assert encoder.identity.dimension == 256
 
 
 def test_neither_batches_nor_company_change_a_row(encoder: Encoder) -> None:
-    images, texts = encoder.embed_images(PICTURES), encoder.embed_texts(TEXTS)
-    torch.testing.assert_close(encoder.embed_images(PICTURES, batch_size=3), images, atol=1e-5, rtol=0)
+    images, texts = encoder.embed_images(IMAGES), encoder.embed_texts(TEXTS)
+    torch.testing.assert_close(encoder.embed_images(IMAGES, batch_size=3), images, atol=1e-5, rtol=0)
     torch.testing.assert_close(encoder.embed_texts(TEXTS, batch_size=3), texts, atol=1e-5, rtol=0)
     torch.testing.assert_close(encoder.embed_texts(TEXTS[2:3]), texts[2:3], atol=1e-5, rtol=0)
-    by_hand = encoder.embed_preprocessed(encoder.preprocessing(PICTURES))
+    by_hand = encoder.embed_preprocessed(encoder.preprocessing(IMAGES))
     torch.testing.assert_close(by_hand, images, atol=1e-5, rtol=0)
 
 
-def test_pictures_of_any_size_fit(encoder: Encoder) -> None:
+def test_images_of_any_size_fit(encoder: Encoder) -> None:
     sizes = [(64, 64), (400, 400), (31, 31)]
     rows = encoder.embed_images([square().resize(size) for size in sizes])
     assert (rows @ rows[0]).min() > 0.9

@@ -13,7 +13,7 @@ def test_a_resample_draws_as_many_as_there_are() -> None:
     assert (counts == 0).mean() == pytest.approx(np.exp(-1), abs=0.02)  # the share that a bootstrap leaves out
 
 
-def test_groups_are_drawn_whole_and_groups_of_one_as_pictures_are() -> None:
+def test_groups_are_drawn_whole_and_groups_of_one_as_images_are() -> None:
     groups = np.array([0, 1, 0, 2, 1, 0])
     counts = resampled(groups, 50, np.random.default_rng(0))
     assert (counts == counts[:, [0, 1, 0, 3, 1, 0]]).all()
@@ -77,7 +77,7 @@ def test_counts_stand_for_the_rows_they_count(statistic_of, distance) -> None:  
 @pytest.mark.parametrize(
     ("statistic_of", "repetitions", "least"), [(mean_of, 300, 0.90), (mmd_of, 150, 0.88), (frechet_of, 150, 0.85)]
 )
-def test_intervals_cover_what_is_expected_of_so_many_pictures(statistic_of, repetitions, least) -> None:  # type: ignore[no-untyped-def]
+def test_intervals_cover_what_is_expected_of_so_many_images(statistic_of, repetitions, least) -> None:  # type: ignore[no-untyped-def]
     """Of 95% intervals about that many hold the mean of all repetitions; many more would be too wide to tell apart."""
     rng = np.random.default_rng(0)
     scores = []

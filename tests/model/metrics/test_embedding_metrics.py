@@ -74,7 +74,7 @@ def test_few_rows_of_many_dimensions_have_a_distance_all_the_same() -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 5), (5, 1), (0, 5)])
-def test_one_picture_has_no_distribution(first: int, second: int) -> None:
+def test_one_image_has_no_distribution(first: int, second: int) -> None:
     with pytest.raises(ModelError, match="at least two"):
         frechet_distance(
             tiny_models.unit_rows(first).astype(np.float32), tiny_models.unit_rows(second).astype(np.float32)
@@ -91,7 +91,7 @@ def test_the_clip_score_is_the_mean_cosine_of_pairs() -> None:
     assert clip_score(rows, rows[::-1]) < 0.9
 
 
-def test_pictures_and_texts_must_pair_up() -> None:
+def test_images_and_texts_must_pair_up() -> None:
     with pytest.raises(ModelError, match=r"\(3, 8\) pictures and \(2, 8\) texts"):
         clip_score(tiny_models.unit_rows(3).astype(np.float32), tiny_models.unit_rows(2).astype(np.float32))
 
@@ -120,7 +120,7 @@ def test_the_mmd_is_the_published_formula() -> None:
     assert mmd_distance(many, many[::-1]) == pytest.approx(0, abs=1e-9)
 
 
-def test_the_mmd_of_many_pictures_holds_no_matrix_of_all_pairs() -> None:
+def test_the_mmd_of_many_images_holds_no_matrix_of_all_pairs() -> None:
     rows = tiny_models.unit_rows(6_000, 2).astype(np.float32)
     tracemalloc.start()
     mmd_distance(rows, rows[::-1])
@@ -165,7 +165,7 @@ def test_balls_reach_to_the_third_neighbour() -> None:
         on_manifold(asked, line[:3])
 
 
-def test_copies_are_copies_and_held_out_pictures_are_at_the_percentile() -> None:
+def test_copies_are_copies_and_held_out_images_are_at_the_percentile() -> None:
     rows = tiny_models.unit_rows(2_000, 6).astype(np.float32)
     cosines = rows @ rows.T
     np.fill_diagonal(cosines, -np.inf)
@@ -176,7 +176,7 @@ def test_copies_are_copies_and_held_out_pictures_are_at_the_percentile() -> None
     assert copy_rate((tiny_models.unit(-rows[:, ::-1]) @ rows.T).max(axis=1), threshold) < 0.3
 
 
-def test_pictures_stored_twice_and_variants_do_not_hide_copies() -> None:
+def test_images_stored_twice_and_variants_do_not_hide_copies() -> None:
     apart = np.linspace(0.2, 0.7, 51)
     for doubled in (1.0, 1.0003, 1 - 1e-3, NEAR_DUPLICATE):
         assert copy_threshold(np.append(apart, [doubled] * 500), 50) == pytest.approx(0.45)
@@ -185,7 +185,7 @@ def test_pictures_stored_twice_and_variants_do_not_hide_copies() -> None:
     assert copy_threshold(np.append(apart, [0.8] * 500), 50, 0.75) == pytest.approx(0.45)
 
 
-def test_slightly_changed_copies_are_found_among_variants_and_new_pictures_are_not() -> None:
+def test_slightly_changed_copies_are_found_among_variants_and_new_images_are_not() -> None:
     """Half of the database are families of six, as skin tones are; copies are as far off as variants at their edge."""
     families, alone, new = (tiny_models.unit_rows(count, 24, seed=count) for count in (100, 500, 400))
     tones = tiny_models.unit(families[:, None] + 0.015 * np.random.default_rng(0).normal(size=(100, 6, 24)))

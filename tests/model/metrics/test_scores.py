@@ -32,7 +32,7 @@ def test_samples_of_one_prompt_are_not_taken_for_as_many_prompts(metric: str) ->
     assert together > 1.8 * apart
 
 
-def test_prompts_that_do_not_repeat_are_resampled_as_pictures() -> None:
+def test_prompts_that_do_not_repeat_are_resampled_as_images() -> None:
     values = np.random.default_rng(0).normal(size=12)
     rows = tiny_models.unit_rows(12).astype(np.float32)
     alone = score_mean(values, rows, YARDSTICK, bounds=(-9.0, 9.0))

@@ -54,7 +54,7 @@ def test_what_a_network_is_given_has_the_type_of_its_weights_but_for_its_level(d
     assert output.dtype == torch.float32
 
 
-def test_a_clean_picture_becomes_the_velocity_towards_it() -> None:
+def test_a_clean_image_becomes_the_velocity_towards_it() -> None:
     noisy, sigma, tokens = given()
     sigma = torch.tensor([0.5, 0.8])
     network = Echo(torch.float32)

@@ -20,7 +20,7 @@ from model.networks.fused_attention import (
     FoldedAttnProcessor,
     PatchProjection,
     TokenLinear,
-    sum_by_picture,
+    sum_by_image,
     use_fused_attention,
 )
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
@@ -180,11 +180,11 @@ def test_patches_of_any_layout_are_projected_as_a_convolution_does() -> None:
         torch.testing.assert_close(product(layout), convolution(layout))
 
 
-def test_sums_by_picture_change_no_answer_and_no_gradient() -> None:
+def test_sums_by_image_change_no_answer_and_no_gradient() -> None:
     network = stirred()
     summed = copy.deepcopy(network)
     for block in transformer_blocks(summed):
-        sum_by_picture(block)
+        sum_by_image(block)
     layers = [part for part in summed.transformer_blocks[0].modules() if isinstance(part, TokenLinear)]
     assert len(layers) == 4, "both attentions' answers, and the two layers after them"
     assert not any(isinstance(part, TokenLinear) for part in summed.adaln_single.modules()), "of no tokens"
@@ -192,7 +192,7 @@ def test_sums_by_picture_change_no_answer_and_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 3), (4, 5, 3), (4, 5, 6, 3)])
-def test_sums_by_picture_take_any_shape(shape: tuple[int, ...]) -> None:
+def test_sums_by_image_take_any_shape(shape: tuple[int, ...]) -> None:
     layer = nn.Linear(3, 5)
     given = torch.randn(shape)
     expected = layer(given)
@@ -206,7 +206,7 @@ def test_under_autocast_it_answers_in_the_type_that_diffusers_does(kind: torch.d
     with torch.autocast("cpu", torch.float16, enabled=kind == torch.float16):
         block, tokens, context = network.transformer_blocks[0], torch.randn(2, 16, 32), torch.randn(2, FEW, 32)
         written = as_written(network).transformer_blocks[0]
-        sum_by_picture(block)
+        sum_by_image(block)
         for name in ("attn1", "attn2"):
             given = (tokens,) if name == "attn1" else (tokens, context)
             found, expected = getattr(block, name)(*given), getattr(written, name)(*given)

@@ -25,13 +25,13 @@ def given(batch: int = 2, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor
 
 
 @pytest.mark.parametrize("channels", [3, 4])
-def test_its_first_output_is_zero_and_of_the_pictures_shape(channels: int) -> None:
+def test_its_first_output_is_zero_and_of_the_images_shape(channels: int) -> None:
     output = as_denoiser(build(channels=channels), "velocity")(*given(channels=channels))
     assert output.shape == (2, channels, 8, 8)
     assert not output.any()
 
 
-def test_its_output_follows_picture_level_and_condition() -> None:
+def test_its_output_follows_image_level_and_condition() -> None:
     network = build()
     torch.nn.init.normal_(network.conv_out.weight, generator=torch.Generator().manual_seed(1))
     denoise, (noisy, sigma, tokens) = as_denoiser(network.eval(), "velocity"), given()

@@ -58,7 +58,7 @@ def test_what_comes_into_view_has_the_background_of_the_neighbour() -> None:
     assert aligned[:, -4:].max() < 95
 
 
-def test_a_flat_picture_leaves_the_neighbour_as_it_is() -> None:
+def test_a_flat_image_leaves_the_neighbour_as_it_is() -> None:
     neighbour = drawing()
     for flat in (np.full_like(neighbour, 255), np.zeros_like(neighbour)):
         aligned, converged = align_neighbour(flat, neighbour)
@@ -67,7 +67,7 @@ def test_a_flat_picture_leaves_the_neighbour_as_it_is() -> None:
         assert aligned is not neighbour
 
 
-def test_a_motion_that_throws_the_picture_out_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_motion_that_throws_the_image_out_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     thrown = np.float32([[1, 0, 40], [0, 1, 0]])
     monkeypatch.setattr(alignment, "_estimate", lambda *_: thrown)
     aligned, converged = align_neighbour(drawing(), moved(drawing(), shift=(40, 0)))
@@ -108,7 +108,7 @@ def test_sane_bounds(warp: NDArray[np.float32], sane: bool) -> None:
     assert is_plausible(warp, SIDE) is sane
 
 
-def test_correlation_of_known_pictures() -> None:
+def test_correlation_of_known_images() -> None:
     ramp = np.arange(16, dtype=np.uint8).reshape(4, 4)
     assert correlation(ramp, ramp * 3) == pytest.approx(1)
     assert correlation(ramp, 15 - ramp) == pytest.approx(-1)
@@ -124,7 +124,7 @@ def test_a_copy_is_passed_over() -> None:
     assert first_distinct(picture, candidates, np.array([1, 0])) == 1, "copies alone: the nearest of them"
 
 
-def test_every_picture_gets_the_reference_that_it_gets_alone() -> None:
+def test_every_image_gets_the_reference_that_it_gets_alone() -> None:
     pixels = np.stack([moved(drawing(), degrees=3 * turn) for turn in range(70)])
     neighbours = np.stack([(np.arange(70) + 1) % 70, (np.arange(70) + 2) % 70], axis=1)
     before = cv2.getNumThreads()

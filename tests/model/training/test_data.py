@@ -80,7 +80,7 @@ def test_pixels_become_the_range_of_the_model() -> None:
     assert scaled.flatten().tolist() == pytest.approx([-1, -0.6, 1])
 
 
-def test_a_picture_is_its_centre_square() -> None:
+def test_a_image_is_its_centre_square() -> None:
     wide = Image.new("RGB", (120, 40), "red")
     wide.paste((0, 0, 255), (40, 0, 80, 40))
     array = image_to_array(wide, 8)
@@ -97,7 +97,7 @@ def test_the_parts_of_a_row_stay_together() -> None:
 
 @pytest.mark.parametrize("size", [1, 4, 5, 8, 30])
 @pytest.mark.parametrize("window_rows", [1, 5, 100])
-def test_every_picture_comes_once_an_epoch_and_in_lockstep(size: int, window_rows: int) -> None:
+def test_every_image_comes_once_an_epoch_and_in_lockstep(size: int, window_rows: int) -> None:
     data = training_set(shards(3, 4, 1, 4), window_rows=window_rows)
     for step in range(4):
         require_lockstep(data.batch(step, seed=0, size=size))

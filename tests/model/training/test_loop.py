@@ -111,7 +111,7 @@ def require_equal(first: nn.Module, second: nn.Module) -> None:
     ("prediction", "patch_size", "head_width", "steps", "fall"),
     [("velocity", 2, 32, 400, 4), ("sample", 4, 64, 250, 12)],
 )
-def test_two_pictures_are_learned_and_drawn_from_their_embeddings(
+def test_two_images_are_learned_and_drawn_from_their_embeddings(
     tmp_path: Path, prediction: Prediction, patch_size: int, head_width: int, steps: int, fall: float
 ) -> None:
     data = training_set(2, neighbours=[0])
@@ -447,7 +447,7 @@ def test_a_run_that_is_told_to_stop_keeps_the_step_in_hand_and_goes_on_from_it(t
     assert resumed_metrics["loss"] == metrics["loss"][3:]
 
 
-def test_pictures_come_at_their_images_of_the_average(tmp_path: Path) -> None:
+def test_images_come_at_their_images_of_the_average(tmp_path: Path) -> None:
     shown: list[tuple[int, bool]] = []
 
     class Shown(MetricsLog):

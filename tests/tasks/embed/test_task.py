@@ -38,7 +38,7 @@ from tasks.upkeep.rewrite_embeddings import KeepRows
 
 SHIPPED = Path(model.encoder.clip.__file__).parent.parent / "pretrained" / "sticker-clip"
 CONFIG = EmbedConfig(workers=1, batch_size=8)
-PICTURES = [encoded(drawn(colour, shape)) for colour in COLOURS for shape in SHAPES]
+IMAGES = [encoded(drawn(colour, shape)) for colour in COLOURS for shape in SHAPES]
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,11 @@ def image_shards(base: Path, **shards: Sequence[bytes]) -> ImageShards:
     names = {name[1:]: list(pictures) for name, pictures in shards.items()}
     content = {name: [hashlib.sha256(p).hexdigest() for p in pictures] for name, pictures in names.items()}
     stage = artifacts.ArtifactBuilder(str(base), ImageShards.kind, inputs={}, config={"content": content})
-    done = [commit_pictures(stage.uri, name, pictures, base / "local") for name, pictures in names.items()]
+    done = [commit_images(stage.uri, name, pictures, base / "local") for name, pictures in names.items()]
     return ImageShards.of(stage.commit(done, info={}), stage.uri)
 
 
-def commit_pictures(uri: str, name: str, pictures: Sequence[bytes], scratch: Path) -> artifacts.Shard:
+def commit_images(uri: str, name: str, pictures: Sequence[bytes], scratch: Path) -> artifacts.Shard:
     records = []
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -90,19 +90,19 @@ def embedded(images: ImageShards, base: Path, config: EmbedConfig = CONFIG, **op
 
 
 def test_one_shard_for_one_shard_in_the_order_of_the_tar(cluster: None, encoder: Encoder, tmp_path: Path) -> None:
-    broken = PICTURES[3][:60]
-    images = image_shards(tmp_path, s00000=[*PICTURES[:3], broken, *PICTURES[4:11]], s00001=PICTURES[11:13])
+    broken = IMAGES[3][:60]
+    images = image_shards(tmp_path, s00000=[*IMAGES[:3], broken, *IMAGES[4:11]], s00001=IMAGES[11:13])
     outcome = embed(images, str(tmp_path), CONFIG, cache=tmp_path / "cache")
     manifest = outcome.reference.manifest()
     assert [(shard.name, shard.rows) for shard in manifest.shards] == [("00000", 10), ("00001", 2)]
     assert manifest.info["outcomes"] == {"success": 12, "decode_error": 1}
 
-    expected = encoder.embed_images([Image.open(io.BytesIO(p)).convert("RGB") for p in PICTURES[:3] + PICTURES[4:13]])
+    expected = encoder.embed_images([Image.open(io.BytesIO(p)).convert("RGB") for p in IMAGES[:3] + IMAGES[4:13]])
     rows = np.concatenate([rows_of(outcome.reference, shard) for shard in manifest.shards])
     assert rows.dtype == np.float16
     np.testing.assert_allclose(rows, expected.numpy(), atol=1e-3)
     table = read_table(Path(outcome.reference.uri) / "metadata" / "metadata_00000.parquet")
-    digests = [hashlib.sha256(p).hexdigest() for p in PICTURES[:3] + PICTURES[4:11]]
+    digests = [hashlib.sha256(p).hexdigest() for p in IMAGES[:3] + IMAGES[4:11]]
     assert table["sha256"].to_pylist() == digests
     assert table["row"].to_pylist() == list(range(10))
 
@@ -118,10 +118,10 @@ def test_one_shard_for_one_shard_in_the_order_of_the_tar(cluster: None, encoder:
 
 
 def test_what_an_earlier_version_holds_is_not_embedded_again(cluster: None, tmp_path: Path) -> None:
-    first = image_shards(tmp_path, s00000=PICTURES[:9], s00001=PICTURES[9:20], s00002=PICTURES[20:24])
+    first = image_shards(tmp_path, s00000=IMAGES[:9], s00001=IMAGES[9:20], s00002=IMAGES[20:24])
     # The second shard lost two pictures and won one, the third is as it was, the fourth is new.
-    stayed = [*PICTURES[9:12], *PICTURES[14:20], PICTURES[30]]
-    second = image_shards(tmp_path, s00000=PICTURES[:9], s00001=stayed, s00002=PICTURES[20:24], s00003=PICTURES[40:43])
+    stayed = [*IMAGES[9:12], *IMAGES[14:20], IMAGES[30]]
+    second = image_shards(tmp_path, s00000=IMAGES[:9], s00001=stayed, s00002=IMAGES[20:24], s00003=IMAGES[40:43])
     earlier = embedded(first, tmp_path)
     outcome = embed(second, str(tmp_path), CONFIG, cache=tmp_path / "cache", previous=earlier)
     manifest = outcome.reference.manifest()
@@ -141,25 +141,25 @@ def test_what_an_earlier_version_holds_is_not_embedded_again(cluster: None, tmp_
     assert third.digest == anew.digest
 
 
-def test_a_picture_stored_in_another_size_is_another(cluster: None, tmp_path: Path) -> None:
+def test_a_image_stored_in_another_size_is_another(cluster: None, tmp_path: Path) -> None:
     """The digest is of the bytes as downloaded; a list fetched again with a smaller bound has the same."""
     embed = EmbedShard(
         "none", "none", WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1), tmp_path
     )
-    images = image_shards(tmp_path, s00000=PICTURES[:3])
+    images = image_shards(tmp_path, s00000=IMAGES[:3])
     earlier = embedded(images, tmp_path)
     (shard,) = earlier.manifest().shards
     known = embed._rows_of(shard.reused_from(earlier.uri))
     records = read_table(Path(images.uri) / "00000.parquet").to_pylist()
-    assert [worker._picture(record) in known for record in records] == [True] * 3
-    assert not any(worker._picture({**record, "width": 24}) in known for record in records)
+    assert [worker._image(record) in known for record in records] == [True] * 3
+    assert not any(worker._image({**record, "width": 24}) in known for record in records)
 
 
 def test_rows_of_another_making_are_not_taken(cluster: None, tmp_path: Path) -> None:
     folder = tmp_path / "clip"
     shutil.copytree(SHIPPED, folder)
     config = dataclasses.replace(CONFIG, encoder=f"local-dir:{folder}")
-    images = image_shards(tmp_path, s00000=PICTURES[:5])
+    images = image_shards(tmp_path, s00000=IMAGES[:5])
     earlier = embedded(images, tmp_path / "before", config)
     assert _reusable(earlier, dataclasses.replace(config, batch_size=4), {"00000"}) == {}
     assert _reusable(earlier, dataclasses.replace(config, gpus_per_worker=1), {"00000"}) == {}, "bfloat16"
@@ -175,7 +175,7 @@ def test_rows_of_another_making_are_not_taken(cluster: None, tmp_path: Path) -> 
 
 
 def test_a_version_that_kept_no_source_has_its_rows_copied(cluster: None, tmp_path: Path) -> None:
-    images = image_shards(tmp_path, s00000=PICTURES[:5])
+    images = image_shards(tmp_path, s00000=IMAGES[:5])
     earlier = without_source(embedded(images, tmp_path / "before"))
     again = embedded(images, tmp_path / "after", previous=earlier).manifest()
     assert (again.info["shards_taken_over"], again.info["copied"], again.info["embedded"]) == (0, 5, 0)
@@ -196,7 +196,7 @@ def without_source(embeddings: EmbeddingShards) -> EmbeddingShards:
 
 def test_the_same_model_by_another_name_shares_its_rows(cluster: None, tmp_path: Path) -> None:
     shutil.copytree(SHIPPED, tmp_path / "clip")
-    images = image_shards(tmp_path, s00000=PICTURES[:5])
+    images = image_shards(tmp_path, s00000=IMAGES[:5])
     earlier = embedded(images, tmp_path)
     named = dataclasses.replace(CONFIG, encoder=f"local-dir:{tmp_path / 'clip'}")
     manifest = embedded(images, tmp_path, named, previous=earlier).manifest()
@@ -205,10 +205,10 @@ def test_the_same_model_by_another_name_shares_its_rows(cluster: None, tmp_path:
 
 
 def test_what_a_subset_left_out_stays_out_whatever_embeds_it(cluster: None, tmp_path: Path) -> None:
-    second_tar = [b"no picture", *PICTURES[6:10]]
-    images = image_shards(tmp_path, s00000=[*PICTURES[:6], b"nor this"], s00001=second_tar)
+    second_tar = [b"no picture", *IMAGES[6:10]]
+    images = image_shards(tmp_path, s00000=[*IMAGES[:6], b"nor this"], s00001=second_tar)
     # A picture of the first tar is left out; then what could not be decoded is taken down, and compacted away.
-    grown = image_shards(tmp_path / "grown", s00000=PICTURES[:6], s00001=second_tar, s00002=PICTURES[10:12])
+    grown = image_shards(tmp_path / "grown", s00000=IMAGES[:6], s00001=second_tar, s00002=IMAGES[10:12])
     whole, kept = embedded(images, tmp_path), np.arange(6) != 1
     first, second = whole.manifest().shards
     before, after = (pictures.manifest().shards[0].file(".tar").sha256 for pictures in (images, grown))
@@ -234,7 +234,7 @@ def test_an_encoder_that_changed_between_two_shards_is_found(cluster: None, tmp_
     folder = tmp_path / "clip"
     shutil.copytree(SHIPPED, folder)
     config = dataclasses.replace(CONFIG, encoder=f"local-dir:{folder}")
-    images = image_shards(tmp_path, s00000=PICTURES[:3], s00001=PICTURES[3:5])
+    images = image_shards(tmp_path, s00000=IMAGES[:3], s00001=IMAGES[3:5])
     whole = Path(embedded(images, tmp_path, config).uri)
     for left_out in (artifacts.MANIFEST, "shards/00001.json"):  # as after a kill
         (whole / left_out).unlink()
@@ -251,14 +251,14 @@ def test_nothing_that_can_be_decoded_is_an_error(cluster: None, tmp_path: Path) 
         embedded(images, tmp_path)
 
 
-def test_a_picture_that_pillow_finds_no_class_of_error_for_costs_itself_alone(cluster: None, tmp_path: Path) -> None:
-    start = PICTURES[0].index(b"IDAT") - 4
-    (length,) = struct.unpack_from(">I", PICTURES[0], start)
-    data = PICTURES[0][start + 8 : start + 8 + length // 2]
-    broken = PICTURES[0][:start] + png_chunk(b"IDAT", data) + png_chunk(b"ID\0T", b"")
+def test_a_image_that_pillow_finds_no_class_of_error_for_costs_itself_alone(cluster: None, tmp_path: Path) -> None:
+    start = IMAGES[0].index(b"IDAT") - 4
+    (length,) = struct.unpack_from(">I", IMAGES[0], start)
+    data = IMAGES[0][start + 8 : start + 8 + length // 2]
+    broken = IMAGES[0][:start] + png_chunk(b"IDAT", data) + png_chunk(b"ID\0T", b"")
     with Image.open(io.BytesIO(broken)) as image, pytest.raises(SyntaxError, match="broken PNG file"):
         image.load()
-    images = image_shards(tmp_path, s00000=[PICTURES[1], broken, PICTURES[2]])
+    images = image_shards(tmp_path, s00000=[IMAGES[1], broken, IMAGES[2]])
     assert embedded(images, tmp_path).manifest().info["outcomes"] == {"success": 2, "decode_error": 1}
 
 
@@ -268,7 +268,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 @pytest.mark.slow
 def test_a_killed_worker_costs_the_shards_in_hand(cluster: None, tmp_path: Path) -> None:
-    shards: Mapping[str, Any] = {f"s{n:05d}": PICTURES[4 * n : 4 * n + 4] * 3 for n in range(10)}
+    shards: Mapping[str, Any] = {f"s{n:05d}": IMAGES[4 * n : 4 * n + 4] * 3 for n in range(10)}
     images = image_shards(tmp_path, **shards)
     killed: list[set[str]] = []
 
@@ -299,7 +299,7 @@ def test_a_killed_worker_costs_the_shards_in_hand(cluster: None, tmp_path: Path)
 
 
 def test_decoders_in_processes_give_what_threads_give(encoder: Encoder) -> None:
-    samples = [(str(number), data) for number, data in enumerate([*PICTURES[:7], b"no picture", *PICTURES[8:10]])]
+    samples = [(str(number), data) for number, data in enumerate([*IMAGES[:7], b"no picture", *IMAGES[8:10]])]
     chunks = [samples[:4], samples[4:8], samples[8:]]
     results = []
     feeding = WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=True, decoders=2)
@@ -315,7 +315,7 @@ def test_decoders_in_processes_give_what_threads_give(encoder: Encoder) -> None:
 
 
 def test_decoders_that_were_killed_are_replaced(tmp_path: Path) -> None:
-    images = image_shards(tmp_path, s00000=PICTURES[:5])
+    images = image_shards(tmp_path, s00000=IMAGES[:5])
     feeding = WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1)
     embed = EmbedShard(images.uri, str(tmp_path / "out"), feeding, tmp_path)
     doomed: Any = worker._pool(dataclasses.replace(feeding, cuda=True))

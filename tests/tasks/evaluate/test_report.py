@@ -97,7 +97,7 @@ def test_every_number_is_in_the_csv(tmp_path: Path) -> None:
     assert found["emoji", "against animals", "fd"]["value"] == "0.3"
 
 
-def test_the_page_stands_alone_and_shows_every_picture(tmp_path: Path) -> None:
+def test_the_page_stands_alone_and_shows_every_image(tmp_path: Path) -> None:
     write_report([judged()], "copies & <swaps>", tmp_path)
     page = (tmp_path / "evaluation.html").read_text()
     assert "<title>copies &amp; &lt;swaps&gt;</title>" in page
@@ -124,7 +124,7 @@ def test_the_figure_shows_samples_and_copies(tmp_path: Path) -> None:
         assert image.height == pytest.approx(shown.shape[0] * 300 / shown.shape[1], abs=1)
 
 
-def test_of_how_many_pictures_distances_are_is_told_where_it_is_not_of_all_samples() -> None:
+def test_of_how_many_images_distances_are_is_told_where_it_is_not_of_all_samples() -> None:
     heads = [head for head, _, _ in tables([judged(compared=20)])]
     assert heads[0] == (
         "Scores on emoji, 32 samples (distances, precision and recall: 20 of them against as many real pictures)"

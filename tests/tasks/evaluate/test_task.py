@@ -20,7 +20,7 @@ from tasks.evaluate.measure import EvaluationInputs, measure
 from tasks.evaluate.sampler import ABLATIONS, queries_of
 from tasks.evaluate.tables import METRICS
 from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
-from tasks.references.images import fetch_pictures
+from tasks.references.images import fetch_images
 from tasks.references.types import DatabaseVersion, Generator, domain_of, encoder_of
 
 GENERATOR = Generator(uri="sticker-generator", rows=0, digest="0" * 64)
@@ -48,7 +48,7 @@ class Standin:
         self.calls.append({"pictures": len(queries) * num_images_per_prompt, **options})
         if options["retrieve"]:
             ids = self.database.search(queries.numpy(), 1).ids[:, 0]
-            images = fetch_pictures(self.version, ids.repeat(num_images_per_prompt).tolist(), self.cache)
+            images = fetch_images(self.version, ids.repeat(num_images_per_prompt).tolist(), self.cache)
         else:
             rng = np.random.default_rng(0)
             images = [Image.fromarray(rng.integers(0, 255, (48, 48, 3), dtype=np.uint8)) for _ in range(len(queries))]
@@ -94,7 +94,7 @@ def test_every_score_has_its_interval_and_its_place_in_the_table(version: Databa
     assert {name: scores[name] for name in without} == pytest.approx(without)
 
 
-def test_real_pictures_are_held_against_as_many_as_samples_are(version: DatabaseVersion, tmp_path: Path) -> None:
+def test_real_images_are_held_against_as_many_as_samples_are(version: DatabaseVersion, tmp_path: Path) -> None:
     """Of more samples than half of the database, that many are compared; FD and MMD fall with the number."""
     half = version.rows // 2
     many = measured(version, tmp_path, dataclasses.replace(CONFIG, samples=version.rows - 1, bootstrap=0))
@@ -134,7 +134,7 @@ def test_worst_copies_stand_beside_their_source(version: DatabaseVersion, tmp_pa
     assert cosines == sorted(cosines, reverse=True)
     assert all(copied["copy"] for copied in copies)
     for rank, copied in enumerate(copies):
-        (stored,) = fetch_pictures(version, [copied["row"]], tmp_path)
+        (stored,) = fetch_images(version, [copied["row"]], tmp_path)
         with Image.open(tmp_path / "evaluation" / "copies" / f"{rank:02d}_source.png") as source:
             assert np.array_equal(np.asarray(source), np.asarray(stored))
         with Image.open(tmp_path / "evaluation" / "copies" / f"{rank:02d}_sample.png") as sample:
@@ -160,7 +160,7 @@ def test_domains_of_another_encoder_are_told_before_anything_is_drawn(domain: An
     assert not (tmp_path / "base").exists()
 
 
-def test_real_pictures_are_scored_with_their_own_texts(version: DatabaseVersion, domain: Any, tmp_path: Path) -> None:
+def test_real_images_are_scored_with_their_own_texts(version: DatabaseVersion, domain: Any, tmp_path: Path) -> None:
     texts = domain.config.evaluate.prompts
     urls = tuple(domain.server.url(f"/{text.replace(' ', '-')}.png") for text in texts)
     own, other = (
@@ -209,7 +209,7 @@ def test_fid_is_of_the_centre_squares_that_the_generator_learned_from(
     """Stored pictures are 48 × 48; here wide ones come, with the same in their middle."""
 
     def widened(version: DatabaseVersion, ids: list[int], cache: Path) -> list[Image.Image]:
-        return [ImageOps.pad(picture, (96, 48), color="red") for picture in fetch_pictures(version, ids, cache)]
+        return [ImageOps.pad(picture, (96, 48), color="red") for picture in fetch_images(version, ids, cache)]
 
     compared: list[list[Any]] = []
 
@@ -226,7 +226,7 @@ def test_fid_is_of_the_centre_squares_that_the_generator_learned_from(
     config = dataclasses.replace(CONFIG, inception_weights=str(tmp_path / "inception.pth"))
     scores = measured(version, tmp_path, config)["scores"]
     assert (scores["fid_knn"], scores["fid_no_knn"]) == (1.0, 2.0)
-    stored = {np.asarray(picture).tobytes() for picture in fetch_pictures(version, list(range(version.rows)), tmp_path)}
+    stored = {np.asarray(picture).tobytes() for picture in fetch_images(version, list(range(version.rows)), tmp_path)}
     for samples, real in compared:
         assert len(samples) == len(real) == CONFIG.samples
         assert {(picture.dtype, picture.shape) for picture in samples + real} == {(torch.uint8, (3, 48, 48))}
@@ -272,14 +272,14 @@ def test_what_cannot_be_measured_is_refused(changes: dict[str, Any], message: st
         EvaluateConfig(**changes)
 
 
-def test_pictures_of_rows_come_in_the_order_asked(domain: Any, tmp_path: Path) -> None:
+def test_images_of_rows_come_in_the_order_asked(domain: Any, tmp_path: Path) -> None:
     from model.encoder.clip import encoder_for
     from tasks.references.database import open_database
     from tasks.references.types import encoder_of
 
     version = domain.result.database.reference
     ids = [17, 3, 17, 40, 0]
-    pictures = fetch_pictures(version, ids, tmp_path)
+    pictures = fetch_images(version, ids, tmp_path)
     rows = encoder_for(encoder_of(version.manifest())).embed_images(pictures).numpy()
     assert np.einsum("nd,nd->n", rows, open_database(version, tmp_path).rows(np.array(ids))) == pytest.approx(
         1, abs=0.02

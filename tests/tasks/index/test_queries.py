@@ -98,7 +98,7 @@ class Words:
         return torch.from_numpy(np.concatenate([tiny_models.unit_rows(1, seed=len(text)) for text in texts])).float()
 
 
-def test_a_version_without_pictures_to_measure_with_is_told_of_registered_and_followed(
+def test_a_version_without_images_to_measure_with_is_told_of_registered_and_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embeddings = stored(tmp_path, np.split(tiny_models.unit_rows(300), 3))

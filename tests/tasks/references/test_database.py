@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from support.tiny_artifacts import PICTURES, embedding_shards, image_shards, sha
+from support.tiny_artifacts import IMAGES, embedding_shards, image_shards, sha
 
 from infra.formats import tables
 from tasks.references import database
 from tasks.references.database import Metadata
 
-PARTS = [PICTURES[start : start + 2] for start in range(0, 12, 2)]
+PARTS = [IMAGES[start : start + 2] for start in range(0, 12, 2)]
 COLUMNS = ["key", "url", "sha256", "width", "height"]
 
 
@@ -25,7 +25,7 @@ def lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Metadata:
 
 
 def known(row: int) -> dict[str, Any]:
-    url, data = PICTURES[row]
+    url, data = IMAGES[row]
     key = f"{row // 2:05d}{row % 2:04d}"
     return dict(zip(COLUMNS, (key, url, sha(data), 48, 48), strict=True))
 

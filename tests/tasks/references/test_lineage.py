@@ -10,7 +10,7 @@ from support import tiny_training
 from flows.train_generator import TrainGeneratorConfig, train_generator
 from infra import artifacts
 from infra.errors import InputError
-from tasks.references.images import fetch_pictures
+from tasks.references.images import fetch_images
 from tasks.references.types import DatabaseVersion
 from tasks.register import _stored_bytes
 from tasks.train.data import DecodedDatabase, ImageProcessing, database_rows
@@ -24,7 +24,7 @@ READERS: list[Callable[[DatabaseVersion, Path], Any]] = [
     trained,
     database_rows,
     lambda database, cache: DecodedDatabase(database, ImageProcessing(side=16), cache),
-    lambda database, cache: fetch_pictures(database, [0], cache),
+    lambda database, cache: fetch_images(database, [0], cache),
     lambda database, cache: _stored_bytes(database),
 ]
 

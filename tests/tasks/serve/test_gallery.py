@@ -65,7 +65,7 @@ def pictures(count: int, side: int = 300) -> list[Image.Image]:
     return [Image.new("RGB", (side, side // 2), (20 * number, 0, 255 - 20 * number)) for number in range(count)]
 
 
-def test_a_page_has_query_pictures_scores_keys_and_links() -> None:
+def test_a_page_has_query_images_scores_keys_and_links() -> None:
     urls = ["http://a.example/red%20bird.png", "https://b.example/owl.png?size=2"]
     page = Page(gallery("a red bird", found(*urls), pictures(2)))
     assert [link["href"] for link in page.all("a")] == urls
@@ -78,7 +78,7 @@ def test_a_page_has_query_pictures_scores_keys_and_links() -> None:
     assert np.abs(np.asarray(second)[50, 50] - [20, 0, 235.0]).max() < 12
 
 
-def test_a_picture_that_was_sought_is_on_top() -> None:
+def test_a_image_that_was_sought_is_on_top() -> None:
     query = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
     page = Page(gallery(query, found("http://a/b.png"), pictures(1), name="my <bird>.png"))
     shown = page.pictures()
@@ -148,7 +148,7 @@ def test_a_page_is_bounded_even_for_noise_and_endless_urls() -> None:
     assert all(len(image["alt"]) <= 120 for image in page.all("img"))
 
 
-def test_more_pictures_than_a_page_shows_are_refused(tmp_path: Path) -> None:
+def test_more_images_than_a_page_shows_are_refused(tmp_path: Path) -> None:
     many = found(*["http://a/b.png"] * (MOST + 1))
     with pytest.raises(InputError, match=f"at most {MOST} pictures, {MOST + 1} were asked for; give a smaller --k"):
         write_gallery(tmp_path / "page.html", "x", many, tmp_path)
@@ -162,7 +162,7 @@ def test_nothing_found_is_a_page_too_and_half_a_character_is_written(tmp_path: P
     assert "The 0 nearest of" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
-def test_a_search_by_picture_finds_it_and_the_stored_pictures_are_on_the_page(domain: Any, tmp_path: Path) -> None:
+def test_a_search_by_image_finds_it_and_the_stored_images_are_on_the_page(domain: Any, tmp_path: Path) -> None:
     sought = drawn("green", "ring")
     result = search_database("shapes", sought, 3, _settings(domain))
     assert result.name == "models:/knn-database.shapes/1"

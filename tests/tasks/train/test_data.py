@@ -43,7 +43,7 @@ def loaded(inputs: TrainingInputs, cache: Path, **treatment: Any) -> list[Traini
     return [shard.load() for shard in training_shards(inputs, ImageProcessing(**{"side": SIDE} | treatment), cache)]
 
 
-def test_a_shard_holds_pictures_embeddings_and_neighbours_of_the_same_rows(
+def test_a_shard_holds_images_embeddings_and_neighbours_of_the_same_rows(
     inputs: TrainingInputs, tmp_path: Path
 ) -> None:
     parts = loaded(inputs, tmp_path)
@@ -55,7 +55,7 @@ def test_a_shard_holds_pictures_embeddings_and_neighbours_of_the_same_rows(
     assert {entry.name for entry in tmp_path.iterdir()} <= {"verified"}, "pictures are not kept twice"
 
 
-def test_pictures_are_brought_to_the_side_asked_for(inputs: TrainingInputs, tmp_path: Path) -> None:
+def test_images_are_brought_to_the_side_asked_for(inputs: TrainingInputs, tmp_path: Path) -> None:
     assert loaded(inputs, tmp_path, side=8)[0].pictures.shape == (SIZES[0], 8, 8, 3)
 
 
@@ -94,7 +94,7 @@ def test_chosen_rows_are_those_of_the_whole_shard(inputs: TrainingInputs, tmp_pa
                 np.testing.assert_array_equal(one, all_rows[chosen])
 
 
-def test_pictures_are_decoded_by_several_threads_in_their_order(
+def test_images_are_decoded_by_several_threads_in_their_order(
     inputs: TrainingInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: set[int] = set()
@@ -167,7 +167,7 @@ def test_latents_and_codes_of_one_autoencoder_are_kept_apart(inputs: TrainingInp
     assert shapes == [(SIZES[0], 16), (SIZES[0], 4, 4, 4)]
 
 
-def test_a_tar_without_an_embedded_picture_is_refused(inputs: TrainingInputs) -> None:
+def test_a_tar_without_an_embedded_image_is_refused(inputs: TrainingInputs) -> None:
     (tar, _) = sorted(Path(inputs.images.uri).glob("*.tar"))
     with pytest.raises(InputError, match=r"lacks 1 pictures that were embedded, 000000009 first; embed again"):
         read_pixels(tar, ["000000001", "000000009"], SIDE)

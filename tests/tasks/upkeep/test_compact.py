@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from support.fakes import WithoutRay
-from support.tiny_artifacts import PICTURES, embedding, embedding_shards, image_shards, sha, urls_of
+from support.tiny_artifacts import IMAGES, embedding, embedding_shards, image_shards, sha, urls_of
 
 from infra import storage
 from infra.formats import tables
@@ -25,12 +25,12 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> WithoutRay:
 
 
 def made(folder: Path) -> tuple[ImageShards, EmbeddingShards]:
-    images = image_shards(folder, [PICTURES[:3], PICTURES[3:6], [("http://host/gone.png", None), *PICTURES[6:8]]])
+    images = image_shards(folder, [IMAGES[:3], IMAGES[3:6], [("http://host/gone.png", None), *IMAGES[6:8]]])
     return images, embedding_shards(folder, images)
 
 
 def taken(folder: Path, *numbers: int) -> Takedown:
-    urls = frozenset(PICTURES[n][0] for n in numbers)
+    urls = frozenset(IMAGES[n][0] for n in numbers)
     return commit_takedown(Entries(urls), str(folder), info={}).reference
 
 
@@ -52,8 +52,8 @@ def test_only_shards_that_hold_named_rows_are_rewritten(tmp_path: Path, ray: Wit
         assert kept == {"00000": None, "00001": before.uri, "00002": None}
         assert before.uri not in [given["uri"] for given in after.manifest().inputs.values()]
     assert (slim.rows, rows.rows) == (6, 6)
-    assert urls_of(rows) == [PICTURES[n][0] for n in (0, 2, 3, 4, 5, 6)]
-    expected = np.array([embedding(sha(PICTURES[n][1])) for n in (0, 2, 3, 4, 5, 6)], dtype=np.float16)
+    assert urls_of(rows) == [IMAGES[n][0] for n in (0, 2, 3, 4, 5, 6)]
+    expected = np.array([embedding(sha(IMAGES[n][1])) for n in (0, 2, 3, 4, 5, 6)], dtype=np.float16)
     found = [np.load(path) for name, path in read(rows).items() if name.endswith(".npy")]
     assert np.array_equal(np.concatenate(found), expected)
     assert [row["row"] for row in pq.read_table(read(rows)["metadata/metadata_00000.parquet"]).to_pylist()] == [0, 1]
@@ -63,7 +63,7 @@ def test_only_shards_that_hold_named_rows_are_rewritten(tmp_path: Path, ray: Wit
 
 def test_no_byte_of_it_is_left_but_it_is_refused_for_ever(tmp_path: Path) -> None:
     images, embeddings = made(tmp_path)
-    picture = PICTURES[1][1]
+    picture = IMAGES[1][1]
     assert any(picture in path.read_bytes() for path in read(images).values())
     slim, _ = compact(images, embeddings, taken(tmp_path, 1), str(tmp_path), cache=tmp_path)
     tars = [path for name, path in read(slim.reference).items() if name.endswith(".tar")]
@@ -71,12 +71,12 @@ def test_no_byte_of_it_is_left_but_it_is_refused_for_ever(tmp_path: Path) -> Non
     assert [key for key, _ in tables.iter_images(tars[0])] == ["000000000", "000000002"]
     row = pq.read_table(read(slim.reference)["00000.parquet"]).to_pylist()[1]
     assert row == {
-        "url": PICTURES[1][0], "key": "000000001", "sha256": sha(picture), "status": "dropped",
+        "url": IMAGES[1][0], "key": "000000001", "sha256": sha(picture), "status": "dropped",
         "error_class": "taken_down", "error_message": "taken_down: left out of the shard",
         "width": None, "height": None, "original_width": None, "original_height": None,
     }  # fmt: skip
     seen = UrlHistory.of(slim.reference, tmp_path)
-    assert seen.asked([PICTURES[1][0]], failed_too=False).all()
+    assert seen.asked([IMAGES[1][0]], failed_too=False).all()
     assert seen.holds([sha(picture)]).all()
 
 
@@ -95,15 +95,15 @@ def test_where_nothing_is_named_the_version_stays(tmp_path: Path) -> None:
 def test_in_an_object_store_shards_of_a_union_are_rewritten_under_their_own_names(bucket: Any, tmp_path: Path) -> None:
     from tasks.upkeep.merge import merged_images
 
-    parts = [image_shards(f"{bucket.uri}/{name}", [PICTURES[n : n + 2]]) for name, n in (("a", 0), ("b", 2))]
+    parts = [image_shards(f"{bucket.uri}/{name}", [IMAGES[n : n + 2]]) for name, n in (("a", 0), ("b", 2))]
     union = merged_images(parts, f"{bucket.uri}/c", cache=tmp_path).reference
     rows = embedding_shards(f"{bucket.uri}/c", union)
-    down = commit_takedown(Entries(frozenset({PICTURES[0][0], PICTURES[3][0]})), f"{bucket.uri}/c", info={}).reference
+    down = commit_takedown(Entries(frozenset({IMAGES[0][0], IMAGES[3][0]})), f"{bucket.uri}/c", info={}).reference
     slim, kept = compact(union, rows, down, f"{bucket.uri}/c", cache=tmp_path)
     names = [file.name for shard in slim.reference.manifest().shards for file in shard.files]
     assert names == ["00000.parquet", "00000.tar", "00001.parquet", "00001.tar"]
-    assert urls_of(kept.reference) == [PICTURES[1][0], PICTURES[2][0]]
+    assert urls_of(kept.reference) == [IMAGES[1][0], IMAGES[2][0]]
     keys: list[str] = bucket.keys()
     tars = [bucket.read(key) for key in keys if key.startswith("c/images") and key.endswith(".tar")]
     assert len(tars) == 2
-    assert not any(PICTURES[n][1] in tar for n in (0, 3) for tar in tars)
+    assert not any(IMAGES[n][1] in tar for n in (0, 3) for tar in tars)

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from support.fakes import WithoutRay
-from support.tiny_artifacts import IDENTITY, PICTURES, embedding, embedding_shards, image_shards, sha, urls_of
+from support.tiny_artifacts import IDENTITY, IMAGES, embedding, embedding_shards, image_shards, sha, urls_of
 from support.tiny_domain import encoded
 
 from infra import artifacts
@@ -14,7 +14,7 @@ from infra.errors import EncoderMismatchError, InputError
 from tasks.download.task import DownloadConfig
 from tasks.index.task import IndexConfig, index
 from tasks.references.database import open_database
-from tasks.references.images import fetch_pictures
+from tasks.references.images import fetch_images
 from tasks.references.lineage import images_of
 from tasks.references.types import DatabaseVersion, config_from_manifest, require_same_encoder
 from tasks.references.url_history import UrlHistory
@@ -48,7 +48,7 @@ def indexed(combined: CombinedInputs, folder: Path) -> DatabaseVersion:
 def found(version: DatabaseVersion, folder: Path, k: int = 5) -> list[list[str]]:
     """For each picture, the urls of its nearest rows."""
     opened = open_database(version, folder / "cache")
-    queries = pa.array([sha(data) for _, data in PICTURES[:8]]).to_pylist()
+    queries = pa.array([sha(data) for _, data in IMAGES[:8]]).to_pylist()
     import numpy as np
 
     hits = opened.search(np.array([embedding(digest) for digest in queries], dtype=np.float32), k)
@@ -56,56 +56,56 @@ def found(version: DatabaseVersion, folder: Path, k: int = 5) -> list[list[str]]
 
 
 def test_a_union_finds_what_a_fresh_build_finds(tmp_path: Path) -> None:
-    a = database(tmp_path / "a", PICTURES[:3], PICTURES[3:5])
-    b = database(tmp_path / "b", PICTURES[5:7], PICTURES[7:8])
+    a = database(tmp_path / "a", IMAGES[:3], IMAGES[3:5])
+    b = database(tmp_path / "b", IMAGES[5:7], IMAGES[7:8])
     both = indexed(merge({"a": a, "b": b}, str(tmp_path / "c"), cache=tmp_path), tmp_path / "c")
-    fresh = database(tmp_path / "fresh", PICTURES[:3], PICTURES[3:5], PICTURES[5:7], PICTURES[7:8])
+    fresh = database(tmp_path / "fresh", IMAGES[:3], IMAGES[3:5], IMAGES[5:7], IMAGES[7:8])
     assert found(both, tmp_path) == found(fresh, tmp_path)
     assert both.rows == 8
     # The same key is borne by a picture of each, and each row still leads to its own.
-    pictures = fetch_pictures(both, list(range(8)), tmp_path / "cache")
-    assert [encoded(picture) for picture in pictures] == [data for _, data in PICTURES[:8]]
+    pictures = fetch_images(both, list(range(8)), tmp_path / "cache")
+    assert [encoded(picture) for picture in pictures] == [data for _, data in IMAGES[:8]]
     assert not list((tmp_path / "c").rglob("*.tar"))
     assert not list((tmp_path / "c").rglob("*.npy.*"))
 
 
 def test_a_union_hides_what_either_has_taken_down_and_goes_on_after_its_shards(tmp_path: Path) -> None:
-    a, b = image_shards(tmp_path / "a", [PICTURES[:3]]), image_shards(tmp_path / "b", [PICTURES[3:6]])
-    down = commit_takedown(Entries(frozenset({PICTURES[4][0]})), str(tmp_path / "b"), info={}).reference
+    a, b = image_shards(tmp_path / "a", [IMAGES[:3]]), image_shards(tmp_path / "b", [IMAGES[3:6]])
+    down = commit_takedown(Entries(frozenset({IMAGES[4][0]})), str(tmp_path / "b"), info={}).reference
     versions = {
         "a": index(embedding_shards(tmp_path / "a", a), str(tmp_path), INDEX, cache=tmp_path).reference,
         "b": index(embedding_shards(tmp_path / "b", b), str(tmp_path), INDEX, cache=tmp_path, takedown=down).reference,
     }
     union = merge(versions, str(tmp_path / "c"), cache=tmp_path)
     assert union.takedown is not None
-    assert read_entries(union.takedown, tmp_path).url == {PICTURES[4][0]}
+    assert read_entries(union.takedown, tmp_path).url == {IMAGES[4][0]}
     both = indexed(union, tmp_path / "c")
-    assert all(PICTURES[4][0] not in urls for urls in found(both, tmp_path, k=6))
+    assert all(IMAGES[4][0] not in urls for urls in found(both, tmp_path, k=6))
     images = images_of(union.embeddings.reference)
-    assert UrlHistory.of(images, tmp_path).asked([url for url, _ in PICTURES[:7]], failed_too=True).tolist() == [
+    assert UrlHistory.of(images, tmp_path).asked([url for url, _ in IMAGES[:7]], failed_too=True).tolist() == [
         True
     ] * 6 + [False]
     assert config_from_manifest(DownloadConfig, images.manifest().config).shard_rows == 4
 
 
 def test_a_union_follows_its_parts_though_they_hold_the_same_shards(tmp_path: Path) -> None:
-    whole = database(tmp_path / "a", PICTURES[:6], PICTURES[6:12])
-    other = database(tmp_path / "b", PICTURES[12:15])
+    whole = database(tmp_path / "a", IMAGES[:6], IMAGES[6:12])
+    other = database(tmp_path / "b", IMAGES[12:15])
     made = []
     for where in ('url like "%circle%"', 'url like "%square%"'):
         part = indexed(subset(whole, where, str(tmp_path / "part"), cache=tmp_path), tmp_path / "part")
         made.append(merge({"b": other, "part": part}, str(tmp_path / "c"), cache=tmp_path).embeddings)
-    wanted = [url for url, _ in PICTURES[:12] if "square" in url]
+    wanted = [url for url, _ in IMAGES[:12] if "square" in url]
     assert wanted
-    assert urls_of(made[1].reference) == [url for url, _ in PICTURES[12:15]] + wanted
+    assert urls_of(made[1].reference) == [url for url, _ in IMAGES[12:15]] + wanted
     assert [outcome.skipped for outcome in made] == [False, False]
     assert images_of(made[0].reference).digest != images_of(made[1].reference).digest
 
 
 def test_what_is_made_of_a_subset_is_not_what_is_made_of_another(tmp_path: Path) -> None:
     """Though every shard of both is the same: what they have seen is not."""
-    whole = database(tmp_path / "a", PICTURES[:6], PICTURES[6:12])
-    down = commit_takedown(Entries(frozenset({PICTURES[0][0]})), str(tmp_path), info={}).reference
+    whole = database(tmp_path / "a", IMAGES[:6], IMAGES[6:12])
+    down = commit_takedown(Entries(frozenset({IMAGES[0][0]})), str(tmp_path), info={}).reference
     slim = []
     for where in ('url like "%circle%"', 'url like "%square%"'):
         rows = subset(whole, where, str(tmp_path / "part"), cache=tmp_path).embeddings.reference
@@ -117,7 +117,7 @@ def test_what_is_made_of_a_subset_is_not_what_is_made_of_another(tmp_path: Path)
 
 
 def test_databases_of_two_encoders_are_refused_naming_both(tmp_path: Path) -> None:
-    a = database(tmp_path / "a", PICTURES[:3]).manifest()
+    a = database(tmp_path / "a", IMAGES[:3]).manifest()
     encoder = {**IDENTITY["encoder"], "name": "other", "weights_digest": "v" * 64}
     other = artifacts.ArtifactBuilder(str(tmp_path), "database", inputs={}, config={}).commit(
         [], identity={"encoder": encoder}, info={}
@@ -126,23 +126,23 @@ def test_databases_of_two_encoders_are_refused_naming_both(tmp_path: Path) -> No
         require_same_encoder(**{"a": a, "./b": other})
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="two databases or more"):
-        merge({"a": database(tmp_path / "a", PICTURES[:3])}, str(tmp_path), cache=tmp_path)
+        merge({"a": database(tmp_path / "a", IMAGES[:3])}, str(tmp_path), cache=tmp_path)
 
 
 def test_a_subset_finds_what_a_fresh_build_of_it_finds(tmp_path: Path) -> None:
-    whole = database(tmp_path / "a", PICTURES[:6], PICTURES[6:9], PICTURES[9:12])
+    whole = database(tmp_path / "a", IMAGES[:6], IMAGES[6:9], IMAGES[9:12])
     part = subset(whole, 'url like "%red%" or url like "%green-c%"', str(tmp_path / "b"), cache=tmp_path)
-    wanted = [n for n in range(12) if "red" in PICTURES[n][0] or "green-c" in PICTURES[n][0]]
+    wanted = [n for n in range(12) if "red" in IMAGES[n][0] or "green-c" in IMAGES[n][0]]
     assert 6 < len(wanted) < 12
-    assert urls_of(part.embeddings.reference) == [PICTURES[n][0] for n in wanted]
+    assert urls_of(part.embeddings.reference) == [IMAGES[n][0] for n in wanted]
     folders = [shard.folder for shard in part.embeddings.reference.manifest().shards]
     assert folders[0] is not None  # all of its rows are wanted: it is taken over
     assert None in folders
     made = indexed(part, tmp_path / "b")
-    fresh = database(tmp_path / "fresh", [PICTURES[n] for n in wanted])
+    fresh = database(tmp_path / "fresh", [IMAGES[n] for n in wanted])
     assert found(made, tmp_path) == found(fresh, tmp_path)
-    pictures = fetch_pictures(made, list(range(len(wanted))), tmp_path / "cache")
-    assert [encoded(picture) for picture in pictures] == [PICTURES[n][1] for n in wanted]
+    pictures = fetch_images(made, list(range(len(wanted))), tmp_path / "cache")
+    assert [encoded(picture) for picture in pictures] == [IMAGES[n][1] for n in wanted]
     with pytest.raises(InputError, match=r"no row of .* is taken by the filter 'width > 48'; make it wider"):
         subset(whole, "width > 48", str(tmp_path / "b"), cache=tmp_path)
 

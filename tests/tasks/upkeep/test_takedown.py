@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_artifacts import PICTURES, embedding_shards, image_shards, sha, urls_of
+from support.tiny_artifacts import IMAGES, embedding_shards, image_shards, sha, urls_of
 
 from infra import artifacts
 from infra.errors import InputError
@@ -21,34 +21,34 @@ def listed(folder: Path, *rows: dict[str, Any], name: str = "down.jsonl") -> str
 
 def three_shards(folder: Path) -> ImageShards:
     """Five pictures and a URL that failed."""
-    return image_shards(folder, [[*PICTURES[:2], ("http://host/gone.png", None)], PICTURES[2:3], PICTURES[3:5]])
+    return image_shards(folder, [[*IMAGES[:2], ("http://host/gone.png", None)], IMAGES[2:3], IMAGES[3:5]])
 
 
 def test_rows_are_named_by_url_digest_and_key(tmp_path: Path) -> None:
     images = three_shards(tmp_path)
     embeddings = embedding_shards(tmp_path, images)
-    by = [{"url": PICTURES[1][0]}, {"sha256": sha(PICTURES[2][1]).upper()}, {"key": "000020001"}]
+    by = [{"url": IMAGES[1][0]}, {"sha256": sha(IMAGES[2][1]).upper()}, {"key": "000020001"}]
     taken = take_down(listed(tmp_path, *by), images, str(tmp_path), cache=tmp_path).reference
     named = match_rows(taken, embeddings, tmp_path)
     assert named.tolist() == [1, 2, 4]
-    assert [urls_of(embeddings)[row] for row in named] == [PICTURES[n][0] for n in (1, 2, 4)]
+    assert [urls_of(embeddings)[row] for row in named] == [IMAGES[n][0] for n in (1, 2, 4)]
 
 
 def test_lists_add_up_and_the_same_list_makes_nothing(tmp_path: Path) -> None:
     images = three_shards(tmp_path)
-    first = take_down(listed(tmp_path, {"url": PICTURES[0][0]}), images, str(tmp_path), cache=tmp_path)
+    first = take_down(listed(tmp_path, {"url": IMAGES[0][0]}), images, str(tmp_path), cache=tmp_path)
     both = take_down(
-        listed(tmp_path, {"url": PICTURES[4][0]}), images, str(tmp_path), cache=tmp_path, previous=first.reference
+        listed(tmp_path, {"url": IMAGES[4][0]}), images, str(tmp_path), cache=tmp_path, previous=first.reference
     )
-    assert read_entries(both.reference, tmp_path).url == {PICTURES[0][0], PICTURES[4][0]}
+    assert read_entries(both.reference, tmp_path).url == {IMAGES[0][0], IMAGES[4][0]}
     again = take_down(
-        listed(tmp_path, {"url": PICTURES[0][0]}), images, str(tmp_path), cache=tmp_path, previous=both.reference
+        listed(tmp_path, {"url": IMAGES[0][0]}), images, str(tmp_path), cache=tmp_path, previous=both.reference
     )
     assert (again.skipped, again.reference) == (True, both.reference)
     assert match_rows(both.reference, embedding_shards(tmp_path, images), tmp_path).tolist() == [0, 4]
 
 
-def test_a_list_that_was_taken_down_before_is_told_without_a_look_at_the_pictures(
+def test_a_list_that_was_taken_down_before_is_told_without_a_look_at_the_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = three_shards(tmp_path)
@@ -60,7 +60,7 @@ def test_a_list_that_was_taken_down_before_is_told_without_a_look_at_the_picture
         return fetch(uri, *arguments)
 
     monkeypatch.setattr(artifacts, "fetch_shard", fetched)
-    same = listed(tmp_path, {"url": PICTURES[0][0]}, {"sha256": sha(PICTURES[2][1])}, {"url": "http://host/none.png"})
+    same = listed(tmp_path, {"url": IMAGES[0][0]}, {"sha256": sha(IMAGES[2][1])}, {"url": "http://host/none.png"})
     first = take_down(same, images, str(tmp_path), cache=tmp_path).reference
     assert images.uri in read
     read.clear()
@@ -69,7 +69,7 @@ def test_a_list_that_was_taken_down_before_is_told_without_a_look_at_the_picture
     assert images.uri not in read
     by_key = listed(tmp_path, {"key": "000000001"}, name="key.jsonl")
     more = take_down(by_key, images, str(tmp_path), cache=tmp_path, previous=first).reference
-    assert read_entries(more, tmp_path).sha256 >= {sha(PICTURES[1][1])}
+    assert read_entries(more, tmp_path).sha256 >= {sha(IMAGES[1][1])}
 
 
 def test_a_list_naming_nothing_is_refused_unless_it_was_taken_down_before(tmp_path: Path) -> None:
@@ -77,20 +77,20 @@ def test_a_list_naming_nothing_is_refused_unless_it_was_taken_down_before(tmp_pa
     wrong = [{"url": f"http://host/none-{n}.png"} for n in range(4)] + [{"url": "http://host/gone.png"}]
     with pytest.raises(InputError, match=r"naming nothing in 5 of 5 entries \(url http://host/gone.png, url .*, …\)"):
         take_down(listed(tmp_path, *wrong), images, str(tmp_path), cache=tmp_path)
-    first = take_down(listed(tmp_path, {"url": PICTURES[0][0]}), images, str(tmp_path), cache=tmp_path).reference
-    others = image_shards(tmp_path / "others", [PICTURES[5:7]])  # as after a split: the picture is not there any more
-    asked = listed(tmp_path, {"url": PICTURES[0][0]})
+    first = take_down(listed(tmp_path, {"url": IMAGES[0][0]}), images, str(tmp_path), cache=tmp_path).reference
+    others = image_shards(tmp_path / "others", [IMAGES[5:7]])  # as after a split: the picture is not there any more
+    asked = listed(tmp_path, {"url": IMAGES[0][0]})
     with pytest.raises(InputError, match="naming nothing in 1 of 1 entries"):
         take_down(asked, others, str(tmp_path), cache=tmp_path)
     again = take_down(asked, others, str(tmp_path), cache=tmp_path, previous=first)
     assert (again.skipped, again.reference) == (True, first)
 
 
-def test_an_entry_that_names_no_picture_keeps_none_of_the_others_up(
+def test_an_entry_that_names_no_image_keeps_none_of_the_others_up(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     images, absent = three_shards(tmp_path), "http://host/none.png"
-    rows = [{"url": PICTURES[0][0]}, {"url": absent}, {"url": "http://host/gone.png"}, {"key": "000099999"}]
+    rows = [{"url": IMAGES[0][0]}, {"url": absent}, {"url": "http://host/gone.png"}, {"key": "000099999"}]
     with caplog.at_level("WARNING"):
         taken = take_down(listed(tmp_path, *rows), images, str(tmp_path), cache=tmp_path).reference
     assert (
@@ -98,24 +98,24 @@ def test_an_entry_that_names_no_picture_keeps_none_of_the_others_up(
     )
     assert match_rows(taken, embedding_shards(tmp_path, images), tmp_path).tolist() == [0]
     kept = read_entries(taken, tmp_path)
-    assert kept.url == {PICTURES[0][0], absent, "http://host/gone.png"}  # refused when they come
+    assert kept.url == {IMAGES[0][0], absent, "http://host/gone.png"}  # refused when they come
     assert kept.key == set()  # whose picture may be another's tomorrow
 
 
 @pytest.mark.parametrize("by", ["url", "key", "sha256"])
 def test_the_same_bytes_at_another_url_go_too(by: str, tmp_path: Path) -> None:
-    url, body = PICTURES[0]
-    images = image_shards(tmp_path, [[PICTURES[1], (url, body)], [("http://host/copy.png", body), PICTURES[2]]])
+    url, body = IMAGES[0]
+    images = image_shards(tmp_path, [[IMAGES[1], (url, body)], [("http://host/copy.png", body), IMAGES[2]]])
     entry = {"url": url, "key": "000000001", "sha256": sha(body)}[by]
     taken = take_down(listed(tmp_path, {by: entry}), images, str(tmp_path), cache=tmp_path).reference
     assert match_rows(taken, embedding_shards(tmp_path, images), tmp_path).tolist() == [1, 2]
     assert read_entries(taken, tmp_path).sha256 == {sha(body)}
 
 
-def test_a_key_that_two_pictures_bear_is_refused(tmp_path: Path) -> None:
+def test_a_key_that_two_images_bear_is_refused(tmp_path: Path) -> None:
     from tasks.upkeep.merge import merged_images
 
-    parts = [image_shards(tmp_path / name, [PICTURES[n : n + 1]]) for n, name in enumerate("ab")]
+    parts = [image_shards(tmp_path / name, [IMAGES[n : n + 1]]) for n, name in enumerate("ab")]
     both = merged_images(parts, str(tmp_path / "c"), cache=tmp_path).reference
     with pytest.raises(InputError, match=r"key 000000000 is borne by 2 pictures .* by its url or sha256"):
         take_down(listed(tmp_path, {"key": "000000000"}), both, str(tmp_path), cache=tmp_path)

@@ -56,7 +56,7 @@ def test_a_network_that_says_nothing_errs_by_the_velocity() -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_it_shows_the_network_noisy_pictures_their_level_and_their_condition() -> None:
+def test_it_shows_the_network_noisy_images_their_level_and_their_condition() -> None:
     network, given = Recorded(tiny_models.network()), batch()
     FlowMatching(SHOWN)(network, given, StepRandom(0, 0)).backward()
     assert network.noisy.shape == (BATCH, 3, 8, 8)
@@ -67,7 +67,7 @@ def test_it_shows_the_network_noisy_pictures_their_level_and_their_condition() -
     assert all(parameter.grad is not None for parameter in network.inner.parameters())
 
 
-def test_an_editor_is_shown_no_picture_and_learns_as_its_base_does() -> None:
+def test_an_editor_is_shown_no_image_and_learns_as_its_base_does() -> None:
     base, given = tiny_models.network(), batch()
     editor = Recorded(widen_input(base))
     loss = FlowMatching(SHOWN)(editor, given, StepRandom(0, 0))

@@ -134,7 +134,7 @@ def seen(data: Batch, **changes: Any) -> tuple[Tensor, Tensor]:
     return network.seen[:, :3], network.seen[:, 3:]
 
 
-def test_the_network_sees_the_noised_clean_picture_beside_the_corrupted_one() -> None:
+def test_the_network_sees_the_noised_clean_image_beside_the_corrupted_one() -> None:
     data = batch()
     noisy, reference = seen(data, empty=1, whole=0)
     assert torch.equal(reference, data.images)
