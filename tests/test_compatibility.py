@@ -40,8 +40,10 @@ from infra.formats.webdataset import DUPLICATE, TAKEN_DOWN
 from infra.settings import Settings
 from model.errors import ModelError
 from model.pipeline import KNNDiffusionPipeline
+from tasks.download.task import download
 from tasks.embed.task import embed
 from tasks.evaluate.task import evaluate
+from tasks.index.task import index
 from tasks.neighbours import find_neighbours
 from tasks.references.types import DatabaseVersion, EmbeddingShards, Generator, ImageShards, Neighbours, Takedown
 from tasks.train.adopt import adopt
