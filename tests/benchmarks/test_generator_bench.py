@@ -52,7 +52,7 @@ def test_one_draw_without_a_choice_is_scored_beside_the_default(
         own=own.astype(np.float32),
         queries=queries,
         described=own[:100].astype(np.float32),
-        yardstick=bench.Yardstick(real=own.astype(np.float32), threshold=0.9, resamples=10),
+        yardstick=bench.ReferenceSet(real=own.astype(np.float32), threshold=0.9, resamples=10),
         nearest_real=0.5,
         studio=bench.Studio(pipeline, queries, settings),
     )

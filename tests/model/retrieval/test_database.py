@@ -261,7 +261,7 @@ def test_cells_stacked_over_shards_are_searched_as_those_of_one(tmp_path: Path, 
     parts = tiny_models.database(
         tmp_path / "many", *np.split(rows, [50, 50, 600]), factory=factory, nprobe=2, candidates=60
     )
-    assert type(parts.proposer).__name__ == "StackedCells"
+    assert type(parts.proposer).__name__ == "StackedIVF"
     np.testing.assert_array_equal(parts.search(queries, 10).ids, whole.search(queries, 10).ids)
 
 
