@@ -99,9 +99,9 @@ def test_interrupt_ends_with_one_line_and_exit_code_130(tmp_path: Path) -> None:
             text=True,
         )
         try:
-            assert requested.wait(120)
+            assert requested.wait(300)
             os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C in a terminal does
-            output, errors = process.communicate(timeout=60)
+            output, errors = process.communicate(timeout=120)
         finally:
             ended.set()
             with contextlib.suppress(ProcessLookupError):
