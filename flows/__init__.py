@@ -1,1 +1,1 @@
-"""Prefect flows: what runs after what. They order; they do not compute."""
+"""Prefect flows: the order of the stages. The work is done in :mod:`tasks`."""

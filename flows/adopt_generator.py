@@ -1,4 +1,4 @@
-"""The flow that puts a saved generator beside a database, without training: adopt -> evaluate -> register."""
+"""Flow that adopts a saved generator for a database without training: adopt -> evaluate -> register."""
 
 import dataclasses
 from typing import Any
@@ -18,23 +18,32 @@ from tasks.train.adopt import adopt
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AdoptGeneratorConfig:
-    """Which generator, for which database, and how it is judged."""
+    """Generator to adopt, database, and evaluation.
+
+    Attributes:
+        domain: Domain that the generator is stored under.
+        database: URI of the committed folder of a database version.
+        root: Folder or ``s3://…`` URI of the artifacts. Default: the root of the settings.
+        generator: Name of a bundled generator, or local folder of a saved pipeline. Default: "sticker-generator".
+        evaluate: Evaluation settings.
+        trust: Treat folders outside of the root like those below it; see SECURITY.md. Default: False.
+    """
 
     domain: str
-    database: str  # the committed folder of a database version
+    database: str
     root: str | None = None
-    generator: str = EMBEDDED  # or the local folder of a saved pipeline
+    generator: str = EMBEDDED
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
-    trust: bool = False  # treat folders outside of the root like those below it; see SECURITY.md
+    trust: bool = False
 
     def __post_init__(self) -> None:
-        """Keep passwords of URIs out of what Prefect and MLflow store."""
+        """Keep passwords in URIs out of the records of Prefect and MLflow."""
         uris.hide_fields(self, "database", "root", "generator")
 
 
 @flow(name="adopt-generator", flow_run_name="adopt-{config.domain}", validate_parameters=True)
 def adopt_generator(config: AdoptGeneratorConfig) -> TrainedGenerator:
-    """Keep a generator with the domain, score it on the database, and register it as ``knn-diffusion``'s champion."""
+    """Copy a generator to the domain, evaluate it on the database, and register it as champion of ``knn-diffusion``."""
     settings = settings_of(config.root)
     base, cache = base_of(settings, config.domain), settings.cache_folder
     database = open_folder(DatabaseVersion, config.database, settings, trust=config.trust)
@@ -43,7 +52,9 @@ def adopt_generator(config: AdoptGeneratorConfig) -> TrainedGenerator:
         compute.cluster(settings.ray_address, settings.cpus),
         tracking.start_run(settings, experiment="adopt-generator", name=config.domain) as run,
     ):
-        run.params({"config": dataclasses.asdict(config)})  # MLflow takes the plain names for the model it registers
+        run.params(
+            {"config": dataclasses.asdict(config)}
+        )  # MLflow uses the plain names for the model that it registers
         generator = adopt(config.generator, base, confined_to=source.confined_to)
         evaluation = evaluate(generator.reference, database, base, config.evaluate, cache=cache)
         scores = evaluation.reference.scores()

@@ -1,4 +1,4 @@
-"""The flow that removes what no kept version of a domain refers to. It only lists, until it is told otherwise."""
+"""Flow that deletes files that no retained version of a domain references. By default it only lists them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,65 +15,79 @@ from tasks.upkeep.garbage import DAY_S, Garbage, collect, domains_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CollectGarbageConfig:
-    """Which domain, and what is kept of it beside all that has an alias."""
+    """Domains to collect, and what to retain in addition to all versions with an alias.
 
-    domain: str | None = None  # None: every domain below the root
+    Attributes:
+        domain: Domain name. Default: every domain below the root.
+        root: Folder or ``s3://…`` URI of the artifacts. Default: the root of the settings.
+        keep_versions: Number of newest versions of each registered name to retain, at least 1. Default: 2.
+        dry_run: List the files without deleting them. Default: True.
+        grace_s: Age in seconds below which files are kept, because a run may still be writing them. Default: one day.
+        wait_s: Seconds to wait for another writer of a domain before failing. Default: 0.
+    """
+
+    domain: str | None = None
     root: str | None = None
-    keep_versions: int = 2  # newest versions of each registered name
-    dry_run: bool = True  # list, delete nothing
-    grace_s: float = DAY_S  # what is younger stays: a run may be filling it
-    wait_s: float = 0.0  # for another writer of a domain to end, before this one is refused
+    keep_versions: int = 2
+    dry_run: bool = True
+    grace_s: float = DAY_S
+    wait_s: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse to keep nothing."""
+        """Validate the fields."""
         uris.hide_fields(self, "root")
         if self.domain is not None:
             require_domain(self.domain)
         if self.keep_versions < 1 or self.grace_s < 0 or self.wait_s < 0:
-            raise ValueError("keep_versions must be at least 1, grace_s and wait_s at least 0")
+            numbers = f"{self.keep_versions}, {self.grace_s}, {self.wait_s}"
+            raise ValueError(f"keep_versions, grace_s or wait_s is out of range: {numbers}; give at least 1, 0 and 0")
 
 
 class NotAllCollectedError(StageError):
-    """Some domains were refused. ``collected`` is what was done in the others."""
+    """Raised when some domains could not be collected. ``collected`` has the reports of the others."""
 
-    def __init__(self, told: str, collected: Sequence[Garbage] = ()) -> None:
-        """Say ``told``; the rest is for who lists it."""
-        super().__init__(told)
+    def __init__(self, message: str, collected: Sequence[Garbage] = ()) -> None:
+        """Store the error message and the reports of the domains that were collected."""
+        super().__init__(message)
         self.collected = collected
 
 
 @flow(name="collect-garbage", flow_run_name="collect-garbage-{config.domain}", validate_parameters=True)
 def collect_garbage(config: CollectGarbageConfig) -> list[Garbage]:
-    """List the files that no kept version refers to, one entry a domain; delete them when ``dry_run`` is off.
+    """List the files that no retained version references, one entry per domain; delete them unless ``dry_run``.
 
-    A domain that cannot be collected keeps no other one up; at the end ``NotAllCollectedError`` tells of both.
+    A domain that fails does not block the others.
+
+    Raises:
+        NotFoundError: The domain does not exist below the root.
+        NotAllCollectedError: Some of all domains failed; raised after the last one.
     """
     settings = settings_of(config.root)
-    there = domains_of(settings.root)
-    if config.domain is not None and config.domain not in there:
-        told = f"{settings.root} holds no domain {config.domain}; there are {', '.join(there) or 'none'}"
-        raise NotFoundError(told)
-    collected, refused = [], []
-    for domain in [config.domain] if config.domain else there:
+    domains = domains_of(settings.root)
+    if config.domain is not None and config.domain not in domains:
+        names = ", ".join(domains) or "none"
+        raise NotFoundError(f"domain does not exist in {settings.root}: {config.domain}; use one of: {names}")
+    collected, failed = [], []
+    for domain in [config.domain] if config.domain else domains:
         try:
-            collected.append(_collected(domain, settings, config))
+            collected.append(_collect(domain, settings, config))
         except KNNDiffusionError as error:
             if config.domain:
                 raise
-            refused.append(f"{domain}: {error}")
-    if refused:
-        told = f"{len(refused)} of {len(there)} domains were not collected; {'; '.join(refused)}"
-        raise NotAllCollectedError(told, collected)
+            failed.append(f"{domain}: {error}")
+    if failed:
+        message = f"{len(failed)} of {len(domains)} domains were not collected; {'; '.join(failed)}"
+        raise NotAllCollectedError(message, collected)
     return collected
 
 
-def _collected(domain: str, settings: Settings, config: CollectGarbageConfig) -> Garbage:
-    with lease(base_of(settings, domain), holder=f"collect-garbage {domain}", wait_s=config.wait_s) as held:
+def _collect(domain: str, settings: Settings, config: CollectGarbageConfig) -> Garbage:
+    with lease(base_of(settings, domain), holder=f"collect-garbage {domain}", wait_s=config.wait_s) as domain_lease:
         return collect(
             domain,
             settings,
             keep_versions=config.keep_versions,
             dry_run=config.dry_run,
             grace_s=config.grace_s,
-            check=held.check,
+            check=domain_lease.check,
         )

@@ -1,4 +1,4 @@
-"""The flows that make a database of others without downloading or embedding: the union of several, a part of one."""
+"""Flows that build a database from others, without downloads or embedding: the union of several, or a subset."""
 
 import dataclasses
 
@@ -22,41 +22,64 @@ from tasks.upkeep.takedown import rolled_back_on
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MergeDatabasesConfig:
-    """Which databases make up the new domain, each by short name, models:/… or folder."""
+    """Databases to merge into a domain.
+
+    Attributes:
+        domain: Domain of the new database.
+        databases: Two or more databases, each by short name, ``models:/…`` URI or folder.
+        root: Folder or ``s3://…`` URI of the artifacts. Default: the root of the settings.
+        index: Index settings. Default: those of the first database.
+        index_changes: Single settings that override ``index``.
+        replace: Replace the champion of the domain even if it was built from its own downloads. Default: False.
+        trust: Treat folders outside of the root like those below it; see SECURITY.md. Default: False.
+        wait_s: Seconds to wait for another writer of the domain before failing. Default: 0.
+    """
 
     domain: str
     databases: tuple[str, ...]
     root: str | None = None
-    index: IndexConfig | None = None  # None: the first one's
-    index_changes: IndexOverrides = dataclasses.field(default_factory=IndexOverrides)  # over ``index``
-    replace: bool = False  # a champion of the domain that holds pictures of its own
-    trust: bool = False  # treat folders outside of the root like those below it; see SECURITY.md
-    wait_s: float = 0.0  # for another writer of the domain to end, before this one is refused
-
-    def __post_init__(self) -> None:
-        """Refuse a union of one."""
-        uris.hide_fields(self, "databases", "root")
-        require_domain(self.domain)
-        if len(self.databases) < 2:
-            raise ValueError("databases names two or more, whose union is wanted")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class SubsetDatabaseConfig:
-    """Which rows of a database make up the new domain."""
-
-    domain: str
-    database: str
-    where: str  # such as: width >= 64 and url like "%cat%"
-    root: str | None = None
-    index: IndexConfig | None = None  # None: the database's own
-    index_changes: IndexOverrides = dataclasses.field(default_factory=IndexOverrides)  # over ``index``
+    index: IndexConfig | None = None
+    index_changes: IndexOverrides = dataclasses.field(default_factory=IndexOverrides)
     replace: bool = False
     trust: bool = False
     wait_s: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse a filter that cannot be read."""
+        """Validate the fields."""
+        uris.hide_fields(self, "databases", "root")
+        require_domain(self.domain)
+        if len(self.databases) < 2:
+            raise ValueError(f"databases has too few entries: {len(self.databases)}; give two or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SubsetDatabaseConfig:
+    """Rows of a database to copy into a domain.
+
+    Attributes:
+        domain: Domain of the new database.
+        database: Source database: short name, ``models:/…`` URI or folder.
+        where: Filter on url, key, sha256, width and height, e.g. ``width >= 64 and url like "%cat%"``.
+        root: Folder or ``s3://…`` URI of the artifacts. Default: the root of the settings.
+        index: Index settings. Default: those of the source database.
+        index_changes: Single settings that override ``index``.
+        replace: Replace the champion of the domain even if it was built from its own downloads. Default: False.
+        trust: Treat folders outside of the root like those below it; see SECURITY.md. Default: False.
+        wait_s: Seconds to wait for another writer of the domain before failing. Default: 0.
+    """
+
+    domain: str
+    database: str
+    where: str
+    root: str | None = None
+    index: IndexConfig | None = None
+    index_changes: IndexOverrides = dataclasses.field(default_factory=IndexOverrides)
+    replace: bool = False
+    trust: bool = False
+    wait_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Validate the fields and parse the filter."""
         uris.hide_fields(self, "database", "root")
         require_domain(self.domain)
         parse_where(self.where)
@@ -64,7 +87,7 @@ class SubsetDatabaseConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class NewDatabase:
-    """The database of the new domain, and its name in the registry."""
+    """Combined inputs, database and registered version of the new domain."""
 
     combined: CombinedInputs
     database: StageResult[DatabaseVersion]
@@ -73,12 +96,12 @@ class NewDatabase:
 
 @flow(name="merge-databases", flow_run_name="merge-databases-{config.domain}", validate_parameters=True)
 def merge_databases(config: MergeDatabasesConfig) -> NewDatabase:
-    """Register the union of several databases as a domain's champion. What any of them has taken down stays hidden."""
+    """Register the union of several databases as champion of a domain. What any of them has taken down stays hidden."""
     settings = settings_of(config.root)
     base = base_of(settings, config.domain)
     databases = {name: open_named(DatabaseVersion, name, settings, trust=config.trust)[0] for name in config.databases}
     with (
-        lease(base, holder=f"merge-databases {config.domain}", wait_s=config.wait_s) as held,
+        lease(base, holder=f"merge-databases {config.domain}", wait_s=config.wait_s) as domain_lease,
         compute.cluster(settings.ray_address, settings.cpus),
     ):
         if not config.replace:
@@ -86,18 +109,18 @@ def merge_databases(config: MergeDatabasesConfig) -> NewDatabase:
         with rolled_back_on(base, (ModelError, StageError)):
             combined = merge(databases, base, cache=settings.cache_folder)
             index_config = config.index or _config_of(databases[config.databases[0]])
-            built = _indexed(config.domain, combined, config.index_changes.over(index_config), settings)
-        return _registered(config.domain, combined, built, settings, held)
+            built = _index(config.domain, combined, config.index_changes.over(index_config), settings)
+        return _register(config.domain, combined, built, settings, domain_lease)
 
 
 @flow(name="subset-database", flow_run_name="subset-database-{config.domain}", validate_parameters=True)
 def subset_database(config: SubsetDatabaseConfig) -> NewDatabase:
-    """Register the rows of a database that a filter takes as a domain's champion."""
+    """Register the rows of a database that match a filter as champion of a domain."""
     settings = settings_of(config.root)
     base = base_of(settings, config.domain)
     database = open_named(DatabaseVersion, config.database, settings, trust=config.trust)[0]
     with (
-        lease(base, holder=f"subset-database {config.domain}", wait_s=config.wait_s) as held,
+        lease(base, holder=f"subset-database {config.domain}", wait_s=config.wait_s) as domain_lease,
         compute.cluster(settings.ray_address, settings.cpus),
     ):
         if not config.replace:
@@ -105,23 +128,23 @@ def subset_database(config: SubsetDatabaseConfig) -> NewDatabase:
         with rolled_back_on(base, (ModelError, StageError)):
             combined = subset(database, config.where, base, cache=settings.cache_folder)
             index_config = config.index or _config_of(database)
-            built = _indexed(config.domain, combined, config.index_changes.over(index_config), settings)
-        return _registered(config.domain, combined, built, settings, held)
+            built = _index(config.domain, combined, config.index_changes.over(index_config), settings)
+        return _register(config.domain, combined, built, settings, domain_lease)
 
 
-def _indexed(
+def _index(
     domain: str, combined: CombinedInputs, config: IndexConfig, settings: Settings
 ) -> StageResult[DatabaseVersion]:
-    """The version; what was taken down in the domain before stays hidden, too."""
+    """Index the combined embeddings. Takedowns of the domain's earlier versions apply too."""
     base, cache = base_of(settings, domain), settings.cache_folder
     takedown = required_takedown(domain, settings, cache, combined.takedown)
     return index(combined.embeddings.reference, base, config, cache=cache, takedown=takedown)
 
 
-def _registered(
-    domain: str, combined: CombinedInputs, built: StageResult[DatabaseVersion], settings: Settings, held: Lease
+def _register(
+    domain: str, combined: CombinedInputs, built: StageResult[DatabaseVersion], settings: Settings, domain_lease: Lease
 ) -> NewDatabase:
-    held.check()
+    domain_lease.check()
     registered = register_database(domain, built.reference, settings, None)
     return NewDatabase(combined=combined, database=built, registered=registered)
 

@@ -1,4 +1,4 @@
-"""The flow that judges a generator: every metric on every database, the swap between them, ablations, one page."""
+"""Flow that evaluates a generator: all metrics on every database, database swaps, ablations, and one page."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,30 +19,39 @@ from tasks.references.types import DatabaseVersion, Generator, StageResult, doma
 from tasks.stage import base_of, settings_of
 
 ARTIFACT_KEY = "evaluation"
-"""Under which the Prefect UI lists the tables, run after run."""
+"""Key of the tables in the Prefect UI."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateGeneratorConfig:
-    """Which generator, on which databases, and what is measured."""
+    """Generator, databases, and evaluation.
 
-    databases: tuple[str, ...]  # short names, models:/… or folders; the first is the one that is shown first
-    generator: str = GENERATOR_NAME  # short name, models:/…, a folder, or "sticker-generator"
-    texts: str | None = None  # text file, local or remote, a prompt a line; None: ``evaluate.prompts``
-    root: str | None = None  # None: the settings' root
+    Attributes:
+        databases: Databases by short name, ``models:/…`` URI or folder. The first one comes first on the page.
+        generator: Short name, ``models:/…`` URI, folder, or name of a bundled generator. Default: "knn-diffusion".
+        texts: Text file, local or remote, with one prompt per line. Default: ``evaluate.prompts``.
+        root: Folder or ``s3://…`` URI of the artifacts. Default: the root of the settings.
+        evaluate: Evaluation settings. Default: with ablations.
+        trust: Treat folders outside of the root like those below it; see SECURITY.md. Default: False.
+    """
+
+    databases: tuple[str, ...]
+    generator: str = GENERATOR_NAME
+    texts: str | None = None
+    root: str | None = None
     evaluate: EvaluateConfig = dataclasses.field(default_factory=lambda: EvaluateConfig(ablations=True))
-    trust: bool = False  # treat folders outside of the root like those below it; see SECURITY.md
+    trust: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse an evaluation of nothing."""
+        """Validate the fields."""
         uris.hide_fields(self, "databases", "generator", "texts", "root")
         if not self.databases:
-            raise ValueError("databases is empty; name at least one to draw from")
+            raise ValueError("databases is empty; give at least one database")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluatedGenerator:
-    """The evaluation on each database, the page, and the MLflow run that keeps it."""
+    """Evaluation by database, the report, and the id of the MLflow run."""
 
     evaluations: dict[str, StageResult[Evaluation]]
     report: StageResult[Report]
@@ -51,14 +60,14 @@ class EvaluatedGenerator:
 
 @flow(name="evaluate-generator", validate_parameters=True)
 def evaluate_generator(config: EvaluateGeneratorConfig) -> EvaluatedGenerator:
-    """Score a generator on each database, hold its samples against every other, and put all of it on one page."""
+    """Evaluate a generator on each database, compare its samples with the other databases, and write one page."""
     settings = settings_of(config.root)
     cache = settings.cache_folder
     generator = open_generator(config.generator, settings, trust=config.trust)
     databases = open_databases(config.databases, settings, trust=config.trust)
-    asked = config.evaluate
+    evaluate_config = config.evaluate
     if config.texts is not None:
-        asked = dataclasses.replace(asked, prompts=tuple(read_lines(config.texts)), prompt_urls=())
+        evaluate_config = dataclasses.replace(evaluate_config, prompts=tuple(read_lines(config.texts)), prompt_urls=())
     title = f"{config.generator} on {', '.join(databases)}"
     with (
         compute.cluster(settings.ray_address, settings.cpus),
@@ -69,29 +78,32 @@ def evaluate_generator(config: EvaluateGeneratorConfig) -> EvaluatedGenerator:
         for name, database in databases.items():
             others = {other: version for other, version in databases.items() if other != name}
             base = base_of(settings, domain_of(database))
-            evaluations[name] = evaluate(generator, database, base, asked, cache=cache, others=others)
+            evaluations[name] = evaluate(generator, database, base, evaluate_config, cache=cache, others=others)
         references = {name: outcome.reference for name, outcome in evaluations.items()}
         first = base_of(settings, domain_of(next(iter(databases.values()))))
-        made = report_evaluations(references, first, title, cache=cache)
+        report = report_evaluations(references, first, title, cache=cache)
         for name, evaluation in references.items():
             run.log(step=0, values={f"{name}/{metric}": value for metric, value in evaluation.scores().items()})
         with storage.scratch() as folder:
-            files = made.reference.fetch(folder, cache)
+            files = report.reference.fetch(folder, cache)
             for file in files.values():
                 run.file(file)
-            _show(files, f"MLflow run `{run.run_id}`, files in `{made.reference.uri}`.", title)
-    return EvaluatedGenerator(evaluations=evaluations, report=made, run_id=run.run_id)
+            _show(files, f"MLflow run `{run.run_id}`, files in `{report.reference.uri}`.", title)
+    return EvaluatedGenerator(evaluations=evaluations, report=report, run_id=run.run_id)
 
 
 def open_generator(name: str, settings: Settings, *, trust: bool = False) -> Generator:
-    """What a name leads to; a saved pipeline without a manifest stands as its folder and the digest of its contents."""
+    """Open a generator by name. A saved pipeline without a manifest is identified by the digest of its contents."""
     if (pretrained_folder(name) / "model_index.json").exists():
         return saved_pipeline(name, contents_digest(name), settings, trust=trust)
     return open_named(Generator, name, settings, trust=trust)[0]
 
 
 def open_databases(names: Sequence[str], settings: Settings, *, trust: bool = False) -> dict[str, DatabaseVersion]:
-    """The versions by domain, each once, in the order asked; two of one domain are told apart by their keys."""
+    """Open databases, and return each version once, by domain, in order.
+
+    A second version of the same domain has the start of its stage key in its label.
+    """
     opened = dict[str, DatabaseVersion]()
     for name in names:
         version, pulled = open_named(DatabaseVersion, name, settings, trust=trust)
@@ -103,6 +115,6 @@ def open_databases(names: Sequence[str], settings: Settings, *, trust: bool = Fa
 
 
 def _show(files: Mapping[str, Path], where: str, title: str) -> None:
-    """The tables and the figure in the Prefect UI."""
+    """Publish the tables and the figure in the Prefect UI."""
     create_markdown_artifact(f"{files[MARKDOWN].read_text()}\n{where}\n", key=ARTIFACT_KEY, description=title)
     create_image_artifact(preview(files[FIGURE]), key=f"{ARTIFACT_KEY}-figure", description=title)

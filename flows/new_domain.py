@@ -1,4 +1,4 @@
-"""The flow of the whole line, for one domain: download -> embed -> index -> register, and a generator if asked for."""
+"""Flow of the whole pipeline for one domain: download -> embed -> index -> register, and optionally a generator."""
 
 import dataclasses
 from typing import Any
@@ -22,58 +22,76 @@ from tasks.upkeep.policy import required_takedown
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class NewDomainConfig:
-    """One domain: where its pictures are listed and how each stage treats them."""
+    """URL list of a domain, and the settings of each stage.
+
+    Attributes:
+        domain: Domain name: lower-case letters, digits, hyphens.
+        urls: URL list, local or remote: parquet, csv, tsv, JSON lines or text, with a column ``url``.
+        root: Folder or ``s3://…`` URI of the artifacts. Default: the root of the settings.
+        download: Download settings.
+        embed: Embedding settings.
+        index: Index settings.
+        train: Training settings. Default: no training; without ``generator`` only the database is built.
+        generator: Generator to adopt without training: "sticker-generator", or the local folder of a saved pipeline.
+            Default: None.
+        evaluate: Evaluation settings of the generator.
+        trust: Treat a generator's folder outside of the root like one below it; see SECURITY.md. Default: False.
+        wait_s: Seconds to wait for another writer of this domain before failing. Default: 0.
+        verify: Check the digests of files that earlier runs committed, not only that they exist. Default: False.
+    """
 
     domain: str
-    urls: str  # parquet, csv, tsv, json lines or text, local or remote, with a column ``url``
-    root: str | None = None  # None: the settings' root
+    urls: str
+    root: str | None = None
     download: DownloadConfig = dataclasses.field(default_factory=DownloadConfig)
     embed: EmbedConfig = dataclasses.field(default_factory=EmbedConfig)
     index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
-    train: TrainConfig | None = None  # None: no training, and without ``generator`` the database alone
-    generator: str | None = None  # to adopt as it is: a saved pipeline's local folder, or "sticker-generator"
+    train: TrainConfig | None = None
+    generator: str | None = None
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
-    trust: bool = False  # treat a generator's folder outside of the root like one below it; see SECURITY.md
-    wait_s: float = 0.0  # for another writer of this domain to end, before this one is refused
-    verify: bool = False  # check the digests of what earlier runs committed, not only that it is there
+    trust: bool = False
+    wait_s: float = 0.0
+    verify: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a name that cannot be a folder and a registered model, two generators, and a wait that is none."""
+        """Validate the fields."""
         uris.hide_fields(self, "urls", "root", "generator")
         require_domain(self.domain)
         if self.wait_s < 0:
-            raise ValueError("wait_s is 0 or more")
+            raise ValueError(f"wait_s is out of range: {self.wait_s}; give 0 or more seconds")
         if self.train is not None and self.generator is not None:
-            raise ValueError("train and generator are both given; what a training starts from is train.start_from")
+            raise ValueError(
+                "train and generator are both given; to fine-tune a generator, set train.start_from instead"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Domain:
-    """What the flow made, and what each stage took."""
+    """Results of the flow; seconds, and whether skipped, by stage."""
 
     images: StageResult[ImageShards]
     embeddings: StageResult[EmbeddingShards]
     database: StageResult[DatabaseVersion]
     registered: RegistrationResult
-    trained: TrainedGenerator | None  # here, or elsewhere and adopted
+    trained: TrainedGenerator | None  # trained by this flow, or adopted
     seconds: dict[str, float]
     skipped: dict[str, bool]
 
 
 @flow(name="new-domain", flow_run_name="new-domain-{config.domain}", validate_parameters=True)
 def new_domain(config: NewDomainConfig) -> Domain:
-    """Make a domain's database from a URL list, and a generator if one is asked for; register both as champions."""
+    """Build a domain's database from a URL list, and a generator if configured; register both as champions."""
     settings = settings_of(config.root)
     base, cache = base_of(settings, config.domain), settings.cache_folder
     with compute.cluster(settings.ray_address, settings.cpus):
-        with lease(base, holder=f"new-domain {config.domain}", wait_s=config.wait_s) as held:
+        with lease(base, holder=f"new-domain {config.domain}", wait_s=config.wait_s) as domain_lease:
             takedown = required_takedown(config.domain, settings, cache)
             images = download(config.urls, base, config.download, cache=cache, takedown=takedown, verify=config.verify)
             embeddings = embed(images.reference, base, config.embed, cache=cache, verify=config.verify)
             database = index(
                 embeddings.reference, base, config.index, cache=cache, takedown=takedown, verify=config.verify
             )
-            held.check()
+            domain_lease.check()
             registered = register_database(config.domain, database.reference, settings, None)
         trained = None
         if config.train is not None:

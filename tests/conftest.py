@@ -1,4 +1,4 @@
-"""What every test shares: quiet libraries, and one small domain made by the real flow."""
+"""Shared fixtures: quiet libraries, object stores, a Prefect server, and one small domain built by the real flow."""
 
 import os
 import sys
@@ -66,7 +66,7 @@ def radosgw_store() -> Any:
 
 @pytest.fixture(params=STORES)
 def bucket(request: pytest.FixtureRequest) -> Any:
-    """An empty bucket that ``s3://`` URIs reach, of each store in turn."""
+    """An empty bucket for ``s3://`` URIs, in each store."""
     return request.getfixturevalue(f"{request.param}_bucket")
 
 
@@ -81,7 +81,7 @@ def radosgw_bucket(radosgw_store: Any, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 def reached(store: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A bucket of ``store``, which the environment names; fsspec remembers nothing of earlier ones."""
+    """Yield a bucket of ``store``; set its endpoint and credentials, and clear the cache of fsspec."""
     import s3fs
 
     for name, value in store.keys.items():
@@ -94,11 +94,11 @@ def reached(store: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Prefect's API, the way the command brings it up."""
+    """A Prefect API, started like in the command."""
     from infra.prefect_server import prefect_api
 
     with prefect_api(tmp_path_factory.mktemp("prefect")):
-        # Other tests may have imported Prefect before, and it has read its settings then.
+        # Earlier tests may have imported Prefect, which reads its settings at import.
         from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
         settings = (PREFECT_API_URL, PREFECT_API_AUTH_STRING)
@@ -108,7 +108,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def domain(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A domain of drawn pictures, bad ones among them, through the whole flow: download to registered generator."""
+    """A domain of synthetic images, some of them bad, built by the whole flow from download to registered generator."""
     from support.tiny_domain import made
 
     with made(tmp_path_factory.mktemp("domain")) as small:

@@ -229,20 +229,20 @@ def _stages(root: Path, cache: Path) -> dict[str, Callable[[Any], Any]]:
     grown = EmbeddingShards.open(folders["grown embeddings"])
     inputs = TrainingInputs(images=images, embeddings=embeddings, database=database, neighbours=neighbours)
 
-    def download_with(config: Any, urls: str = "plain.jsonl", **options: Any) -> Any:
+    def run_download(config: Any, urls: str = "plain.jsonl", **options: Any) -> Any:
         return download(str(root / "lists" / urls), base, _parse("download", config), cache=cache, **options)
 
-    def index_with(config: Any, rows: EmbeddingShards = embeddings, **options: Any) -> Any:
+    def run_index(config: Any, rows: EmbeddingShards = embeddings, **options: Any) -> Any:
         return index(rows, base, _parse("index", config), cache=cache, **options)
 
     return {
-        "download": download_with,
-        "download, more": lambda config: download_with(config, "shapes-grown.jsonl", previous=images),
-        "download, takedown": lambda config: download_with(config, takedown=takedown),
+        "download": run_download,
+        "download, more": lambda config: run_download(config, "shapes-grown.jsonl", previous=images),
+        "download, takedown": lambda config: run_download(config, takedown=takedown),
         "embed": lambda config: embed(images, base, _parse("embed", config), cache=cache),
-        "index": index_with,
-        "index, more": lambda config: index_with(config, grown, previous=database),
-        "index, takedown": lambda config: index_with(config, takedown=takedown),
+        "index": run_index,
+        "index, more": lambda config: run_index(config, grown, previous=database),
+        "index, takedown": lambda config: run_index(config, takedown=takedown),
         "neighbours": lambda config: find_neighbours(embeddings, database, base, config["k"], cache=cache),
         "train": lambda config: train(inputs, base, _parse("train", config), cache=cache),
         "adopt": lambda config: adopt(config["generator"], base),
@@ -274,7 +274,7 @@ def test_stored_root_is_as_release_0_1_wrote_it() -> None:
     files = {path.relative_to(FIXTURE).as_posix(): path for path in FIXTURE.rglob("*") if path.is_file()}
     listed = "".join(f"{name} {sha256(path)}\n" for name, path in sorted(files.items()))
     assert hashlib.sha256(listed.encode()).hexdigest() == PINS["root"]["sha256"], (
-        "a file of tests/compatibility/root-0.1 was changed; restore it, its worth is that later code did not touch it"
+        "a file of tests/compatibility/root-0.1 has changed; restore it, because only release 0.1.0 may write it"
     )
 
 
@@ -284,7 +284,7 @@ def test_stored_manifest_is_read_and_verified(folder: str, stored: Path, tmp_pat
     assert {name: getattr(manifest, name) for name in ("kind", "key", "rows", "digest", "checksum")} == pinned
     assert folder.split("/")[1:] == [manifest.kind, manifest.key]
     assert STAGE(str(tmp_path), manifest.kind, inputs=manifest.inputs, config=manifest.config).key == manifest.key
-    if manifest.kind != "report":  # of which the fixture holds the manifest alone
+    if manifest.kind != "report":  # the fixture has only its manifest
         for shard in manifest.shards:
             for file in shard.files:
                 assert sha256(Path(shard.folder or stored / folder) / file.name) == file.sha256
@@ -339,7 +339,7 @@ def test_registered_models_are_loaded_by_the_scripts_stored_with_them(
     monkeypatch.setenv("KNN_DIFFUSION_ROOT", str(stored))
     mlflow.set_tracking_uri(f"sqlite:///{stored}/mlflow.db")
     mlflow.set_registry_uri(f"sqlite:///{stored}/mlflow.db")
-    os.environ.pop("MLFLOW_TRACKING_URI", None)  # where MLflow has put it, and other tests would find it
+    os.environ.pop("MLFLOW_TRACKING_URI", None)  # set by MLflow; it would affect other tests
     prompts = pd.DataFrame({"prompt": ["a red circle", "a blue square"]})
 
     database = mlflow.pyfunc.load_model("models:/knn-database.shapes@champion")
@@ -370,17 +370,19 @@ def test_new_domain_on_the_stored_root_skips_every_stage(
         return manifest
 
     monkeypatch.setattr(STAGE, COMMITTED, require)
-    monkeypatch.setattr(logging.getLogger("knn_diffusion"), "handlers", [caplog.handler])  # Prefect removes the root's
+    monkeypatch.setattr(
+        logging.getLogger("knn_diffusion"), "handlers", [caplog.handler]
+    )  # Prefect removes those of the root logger
     urls = root / "lists" / "plain.jsonl"
     host = stored_urls(root, "plain.jsonl")[0].split("/")[2]
     with caplog.at_level("INFO", logger="knn_diffusion"):
-        made = new_domain(
+        built = new_domain(
             config={**domain("plain", urls, root, host), "train": training(), "evaluate": evaluation()}  # type: ignore[arg-type]
         )
-    assert made.skipped == dict.fromkeys(PINS["report.json"]["skipped"], True)
+    assert built.skipped == dict.fromkeys(PINS["report.json"]["skipped"], True)
     assert {record.name for record in caplog.records if record.name.startswith("knn")} == set(PINS["loggers"])
 
-    report = report_of({"twemoji": made}, 0.0, {"draw_openmoji": 0.0, "draw_samples": 0.0, "total": 0.0})
+    report = report_of({"twemoji": built}, 0.0, {"draw_openmoji": 0.0, "draw_samples": 0.0, "total": 0.0})
     assert sorted(report) == PINS["report.json"]["fields"]
     assert list(report["seconds"]["twemoji"]) == PINS["report.json"]["skipped"]
     assert list(report["skipped"]["twemoji"]) == PINS["report.json"]["skipped"]
@@ -389,16 +391,16 @@ def test_new_domain_on_the_stored_root_skips_every_stage(
 def test_evaluation_of_the_stored_generator_has_the_pinned_fields(root: Path) -> None:
     from flows.evaluate_generator import evaluate_generator as evaluate
 
-    asked = {**evaluation(), "seed": 1, "bootstrap": 2, "ablations": True}
-    made = evaluate(config={"databases": ["plain", "shapes"], "root": str(root), "evaluate": asked})  # type: ignore[arg-type]
-    info = made.evaluations["plain"].reference.manifest().info
+    settings = {**evaluation(), "seed": 1, "bootstrap": 2, "ablations": True}
+    evaluated = evaluate(config={"databases": ["plain", "shapes"], "root": str(root), "evaluate": settings})  # type: ignore[arg-type]
+    info = evaluated.evaluations["plain"].reference.manifest().info
     pinned = PINS["evaluation"]
     assert sorted(info) == pinned["info"]
     assert sorted(info["scores"]) == pinned["scores"]
     assert sorted(info["ablations"]) == pinned["ablations"]
     assert sorted(info["swap"]) == ["plain", "shapes"]
-    assert sorted(file.name for file in made.report.reference.manifest().files) == pinned["report"]
-    table = Path(made.report.reference.uri, "evaluation.csv").read_text().splitlines()
+    assert sorted(file.name for file in evaluated.report.reference.manifest().files) == pinned["report"]
+    table = Path(evaluated.report.reference.uri, "evaluation.csv").read_text().splitlines()
     assert table[0].split(",") == pinned["columns"]
 
 
@@ -417,7 +419,7 @@ def test_rebuild_of_the_stored_root_downloads_new_images_only(root: Path, server
     assert rebuilt.registered.uri == "models:/knn-database.shapes/4"
     (shard,) = (shard for shard in rebuilt.after.images.manifest().shards if shard.folder is None)
     outcomes = pq.read_table(Path(rebuilt.after.images.uri, f"{shard.name}.parquet"))["error_class"].to_pylist()
-    assert sorted(outcomes) == ["http_404", "success"], "old URLs were not asked again"
+    assert sorted(outcomes) == ["http_404", "success"], "old URLs were requested again"
 
     found = file_names(search(root, "shapes", "--k", "13"))
     assert "pink-circle.png" in found

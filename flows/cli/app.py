@@ -1,11 +1,13 @@
-"""The ``knn-diffusion`` command. What was asked for goes to standard output, alone where it is JSON; the rest does not.
+"""The ``knn-diffusion`` command.
 
-Exit code 0 for success, 1 for a failure told in one line, 2 for wrong usage. Heavy imports wait inside the commands, so
-that ``--help`` answers at once. What looks into databases is in :mod:`flows.cli.databases`, what keeps
-them in :mod:`flows.cli.upkeep`.
+Results go to standard output (only JSON with ``--json``); logs, progress and errors go to standard error. Exit codes:
+0 for success, 1 for a failure that is reported on one line, 2 for wrong usage, 130 after Ctrl-C. Heavy imports are
+inside the commands, so that ``--help`` is fast. :mod:`flows.cli.databases` has the commands that read databases,
+:mod:`flows.cli.upkeep` those that maintain them.
 """
 
 import dataclasses
+import importlib.metadata
 import inspect
 import math
 import sys
@@ -27,6 +29,7 @@ from flows.cli.console import (
     Verbose,
     Verify,
     Wait,
+    choose_generator,
     index_changes,
     open_image,
     print_traceback,
@@ -43,46 +46,56 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LONGEST_ROW = 12
-"""Pictures side by side; more make a square, for no format takes a picture of any width (WebP ends at 16,383 px)."""
+"""Maximum images in one row; more make a square grid, because formats limit the width (WebP: 16,383 px)."""
 
 
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where everything the demo makes is kept.")] = Path("build/demo"),
-    port: Annotated[int | None, typer.Option(help="Port of the stand-in web server; any free one by default.")] = None,
+    folder: Annotated[Path, typer.Option(help="Folder for everything that the demo writes.")] = Path("build/demo"),
+    port: Annotated[
+        int | None, typer.Option(help="Port of the local web server. Default: the last run's, or a free one.")
+    ] = None,
     train: Annotated[
-        bool, typer.Option("--train/--no-train", help="Fine-tune the generator on the first domain.")
+        bool, typer.Option("--train/--no-train", help="Fine-tune the generator on the first domain (2,000 images).")
     ] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run the whole line on real pictures and end with one: download, embed, index, register, draw, swap."""
+    """Run the whole pipeline on 5,400 emoji images: download, embed, index, register, generate, swap databases.
+
+    Prints the paths of a figure and of a report.
+
+    Example: knn-diffusion demo --folder build/demo
+    """
     with report_errors(verbose), prefect_api(folder / "prefect"):
         from flows.demo.run import run_demo
 
-        picture, report = run_demo(folder, port, train)
+        figure, report = run_demo(folder, port, train)
         sys.stderr.flush()
-        say(picture)
+        say(figure)
         say(report)
 
 
 def new_domain(
-    name: Annotated[str, typer.Argument(help="The domain: lower-case letters, digits, hyphens.")],
-    urls: Annotated[str, typer.Option(help="URL list: parquet, csv, tsv, json lines or text; a column 'url'.")],
+    name: Annotated[str, typer.Argument(help="Domain name: lower-case letters, digits, hyphens.")],
+    urls: Annotated[str, typer.Option(help="URL list with a column 'url': parquet, csv, tsv, JSON lines or text.")],
     root: Root = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="HOST:PORT that may be downloaded from though not public. Repeatable.")
+        list[str] | None, typer.Option(help="HOST:PORT to allow although its address is not public. Repeatable.")
     ] = None,
     train: Annotated[
-        bool, typer.Option("--train/--no-train", help="Train a generator, or make the database alone.")
+        bool, typer.Option("--train/--no-train", help="Train a generator, or build only the database.")
     ] = False,
-    texts: Annotated[str | None, typer.Option(help="Text file, a query a line: for recall and evaluation.")] = None,
+    texts: Annotated[str | None, typer.Option(help="Text file, one query per line, for recall and evaluation.")] = None,
     encoder: Annotated[
-        str | None, typer.Option(help="open_clip model: ViT-B-32/laion2b_s34b_b79k, hf-hub:…, local-dir:… .")
+        str | None,
+        typer.Option(
+            help="open_clip model: ViT-B-32/laion2b_s34b_b79k, hf-hub:… or local-dir:… Default: bundled sticker-clip."
+        ),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="own_domain, or demo_cpu, stickers_h100, photos_h100: the settings of flows/recipes.py.")
+        str, typer.Option(help="Settings from flows/recipes.py: own_domain, demo_cpu, stickers_h100 or photos_h100.")
     ] = "own_domain",
     autoencoder: Annotated[
-        str | None, typer.Option(help="photos_h100: folder of a diffusers AutoencoderKL or VQModel.")
+        str | None, typer.Option(help="Folder of a diffusers AutoencoderKL or VQModel; only for photos_h100.")
     ] = None,
     index: Index = None,
     memory: Memory = None,
@@ -92,7 +105,10 @@ def new_domain(
     wait: Wait = 0.0,
     verbose: Verbose = False,
 ) -> None:
-    """Make a domain from a URL list: its database, and a generator with --train. Both become champions."""
+    """Build a domain's database from a URL list, and a generator with --train; register both as champions.
+
+    Example: knn-diffusion new-domain birds --urls birds.csv
+    """
     with report_errors(verbose), prefect_api():
         from flows.new_domain import new_domain as flow
         from flows.recipes import RECIPES
@@ -100,14 +116,14 @@ def new_domain(
         from infra.formats.tables import read_lines
 
         if recipe not in RECIPES:
-            raise InputError(f"no recipe {recipe}; there are {', '.join(RECIPES)}")
+            raise InputError(f"--recipe is unknown: {recipe}; use one of {', '.join(RECIPES)}")
         given = {"train": train or None, "encoder": encoder, "autoencoder": autoencoder}
         options = {option: value for option, value in given.items() if value is not None}
         takes = inspect.signature(RECIPES[recipe]).parameters
         if unknown := options.keys() - takes.keys():
-            raise InputError(f"the recipe {recipe} takes no --{min(unknown)}; it decides that itself")
+            raise InputError(f"--{min(unknown)} does not apply to --recipe {recipe}; remove the option")
         if "autoencoder" in takes and autoencoder is None:
-            raise InputError(f"the recipe {recipe} works on latents; name their --autoencoder FOLDER")
+            raise InputError(f"--autoencoder is missing: --recipe {recipe} trains on latents; add --autoencoder FOLDER")
         config = RECIPES[recipe](
             name,
             urls,
@@ -125,31 +141,43 @@ def new_domain(
 
 
 def generate(
-    prompts: Annotated[list[str], typer.Argument(help="What to draw, a picture each.")],
+    context: typer.Context,
+    prompts: Annotated[list[str], typer.Argument(help="Texts or image files, one generated image each.")],
     database: Annotated[str, typer.Option(help=DATABASE)],
-    out: Annotated[Path, typer.Option(help="PNG, JPEG or WebP to write; more prompts make a row, many a grid.")],
+    out: Annotated[Path, typer.Option(help="PNG, JPEG or WebP to write: up to 12 images in a row, more in a grid.")],
     model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",
-    between: Annotated[int | None, typer.Option(help="Pictures from the first of two prompts to the second.")] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same pictures.", min=0, max=2**63 - 1)] = 0,
+    between: Annotated[int | None, typer.Option(help="Interpolate two prompts in this many images.")] = None,
+    seed: Annotated[
+        int, typer.Option(help="Random seed; the same seed gives the same images.", min=0, max=2**63 - 1)
+    ] = 0,
     steps: Annotated[
-        int | None, typer.Option(help="Sampling steps; the generator's default if unset.", min=1, max=1000)
+        int | None, typer.Option(help="Sampling steps. Default: the generator's (bundled: 6).", min=1, max=1000)
     ] = None,
-    guidance: Annotated[float | None, typer.Option(help="1 follows the prompt as trained, more exaggerates.")] = None,
-    negative: Annotated[str | None, typer.Option(help="What the pictures are to keep away from.")] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Guidance scale: 1 is the model as trained, more follows the prompt more strongly. "
+            "Default: the generator's (bundled: 3)."
+        ),
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt; needs a guidance above 1.")] = None,
     neighbours: Annotated[
-        int | None, typer.Option(help="Neighbours to draw from; the generator's default if unset.", min=1, max=1000)
+        int | None,
+        typer.Option(help="Neighbours to condition on. Default: the generator's (bundled: 3).", min=1, max=1000),
     ] = None,
     candidates: Annotated[
         int | None,
-        typer.Option(help="Draws to choose each picture from; the generator's default if unset.", min=1, max=64),
+        typer.Option(help="Images to choose each result from. Default: the generator's (bundled: 2).", min=1, max=64),
     ] = None,
     trust: Trust = False,
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
-    """Draw pictures from prompts, through a database's neighbours. A prompt that names a picture file is that picture.
+    """Generate images from prompts and their neighbours in a database. A prompt may also be the path of an image.
 
-    With two prompts and --between N, N pictures on the way from the first to the second, without a choice among draws.
+    With two prompts and --between N, generate N images that interpolate between them; --candidates then has no effect.
+
+    Example: knn-diffusion generate "a red heart" "a sad face" --database twemoji --out images.png
     """
     with report_errors(verbose):
         import torch
@@ -158,8 +186,9 @@ def generate(
         from model.images import image_grid
         from tasks.serve.load import load_pipeline
 
-        writable(out, "picture", IMAGES)
-        asked = [_image_or_text(prompt) for prompt in prompts]
+        writable(out, "image", IMAGES)
+        conditions = [_image_or_text(prompt) for prompt in prompts]
+        model = choose_generator(context, model, settings(root))
         pipeline = load_pipeline(model, database, settings(root), trust=trust)
         options: dict[str, Any] = {
             "negative_prompt": negative,
@@ -170,48 +199,56 @@ def generate(
             "generator": torch.Generator().manual_seed(seed),
         }
         if between is None:
-            output = pipeline(asked, **options)
-        elif len(asked) == 2:
-            output = pipeline.interpolate(asked[0], asked[1], between, **options)
+            output = pipeline(conditions, **options)
+        elif len(conditions) == 2:
+            output = pipeline.interpolate(conditions[0], conditions[1], between, **options)
         else:
-            raise InputError(f"--between goes from one prompt to another; {len(asked)} were given")
+            raise InputError(f"--between needs two prompts: {len(conditions)} were given; give two")
         count = len(output.images)
         image_grid(output.images, columns=count if count <= LONGEST_ROW else math.isqrt(count - 1) + 1).save(out)
         say(out)
 
 
 def edit(
-    image: Annotated[Path, typer.Argument(help="The picture to edit; its centre square is taken.")],
-    prompt: Annotated[str, typer.Argument(help="What it should show afterwards.")],
+    context: typer.Context,
+    image: Annotated[Path, typer.Argument(help="Image to edit; it is cropped to its centre square.")],
+    prompt: Annotated[str, typer.Argument(help="Text that describes the edited image.")],
     database: Annotated[str, typer.Option(help=DATABASE)],
     out: Annotated[Path, typer.Option(help="PNG, JPEG or WebP to write.")],
     model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",
     method: Annotated[
         Literal["local", "restore", "sdedit"],
         typer.Option(
-            help="local draws a region anew; restore all, by a generator trained for it; sdedit all, from the noised "
-            "picture."
+            help="local: regenerate one region; restore: the whole image, with a generator trained for editing; "
+            "sdedit: the whole image, from the noised source."
         ),
     ] = "local",
     strength: Annotated[
-        float | None, typer.Option(help="Above 0, at most 1: how much of what is there may be lost where it is drawn.")
+        float | None,
+        typer.Option(help="Edit strength in (0, 1]; 1 ignores the original content of the region. Default: 1."),
     ] = None,
-    guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompt.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale: how strongly to follow the prompt. Default: 4.")
+    ] = None,
     candidates: Annotated[
-        int | None, typer.Option(help="Edits to choose among; 1 takes an eighth of the time.", min=1, max=64)
+        int | None, typer.Option(help="Edits to choose from; the cost is proportional. Default: 8.", min=1, max=64)
     ] = None,
     largest_region: Annotated[
         float | None,
-        typer.Option(help="Share of the picture that local may change, above 0; 1 for what fills it."),
+        typer.Option(help="Share of the image that local may change, in (0, 1]. Default: 0.4."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same picture.", min=0, max=2**63 - 1)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Random seed; the same seed gives the same image.", min=0, max=2**63 - 1)
+    ] = 0,
     trust: Trust = False,
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
-    """Change a picture by a text, without a mask: a region that disagrees with it is drawn anew, the rest stays.
+    """Edit an image with a text, without a mask: the region that does not match the text is regenerated.
 
-    Of eight edits in four regions, the one closest to the text is kept.
+    By default eight edits are generated in four regions, and the one closest to the text is kept.
+
+    Example: knn-diffusion edit heart.png "a green heart" --database twemoji --out green.png
     """
     with report_errors(verbose):
         import torch
@@ -219,10 +256,13 @@ def edit(
         from infra.errors import InputError
         from tasks.serve.load import load_pipeline
 
-        writable(out, "picture", IMAGES)
+        writable(out, "image", IMAGES)
         if largest_region is not None and method != "local":
-            raise InputError(f"--largest-region is of the method local; {method} has no regions")
+            raise InputError(
+                f"--largest-region does not apply to --method {method}; use --method local, or remove the option"
+            )
         source = open_image(image)
+        model = choose_generator(context, model, settings(root))
         pipeline = load_pipeline(model, database, settings(root), trust=trust)
         given = {
             "method": method,
@@ -238,46 +278,62 @@ def edit(
 
 
 def evaluate(
-    databases: Annotated[list[str], typer.Argument(help=f"Databases to draw from. {DATABASE}")],
+    databases: Annotated[list[str], typer.Argument(help=f"Databases to retrieve from. {DATABASE}")],
     model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",
     texts: Annotated[
-        str | None, typer.Option(help="Text file, a prompt a line; without, a database's own pictures are prompts.")
+        str | None, typer.Option(help="Text file, one prompt per line. Default: images of the database as prompts.")
     ] = None,
     samples: Annotated[
-        int, typer.Option(help="Pictures of each of two conditions, some ten with ablations.", min=4)
+        int, typer.Option(help="Images per condition: two conditions, about ten with ablations.", min=4)
     ] = 256,
-    ablations: Annotated[bool, typer.Option(help="Also other queries and numbers of neighbours.")] = True,
-    inception: Annotated[str | None, typer.Option(help="torch-fidelity's Inception weights, for FID.")] = None,
-    gpu: Annotated[bool, typer.Option(help="Draw on a GPU.")] = False,
+    ablations: Annotated[bool, typer.Option(help="Also evaluate other queries and numbers of neighbours.")] = True,
+    inception: Annotated[
+        str | None, typer.Option(help="File of torch-fidelity's Inception weights, to compute FID.")
+    ] = None,
+    gpu: Annotated[bool, typer.Option(help="Generate on a GPU.")] = False,
     trust: Trust = False,
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
-    """Score a generator on databases, swap them, and put scores, figures and worst copies on one page."""
+    """Evaluate a generator on databases, and write scores, figures and the closest copies to one page.
+
+    With several databases, the effect of swapping them is measured too.
+
+    Example: knn-diffusion evaluate twemoji openmoji --texts prompts.txt --samples 256
+    """
     with report_errors(verbose), prefect_api():
         from flows.evaluate_generator import EvaluateGeneratorConfig, evaluate_generator
         from tasks.evaluate.task import EvaluateConfig
 
-        asked = EvaluateConfig(samples=samples, ablations=ablations, inception_weights=inception, use_gpu=gpu)
+        evaluate_config = EvaluateConfig(samples=samples, ablations=ablations, inception_weights=inception, use_gpu=gpu)
         config = EvaluateGeneratorConfig(
-            databases=tuple(databases), generator=model, texts=texts, root=root, evaluate=asked, trust=trust
+            databases=tuple(databases), generator=model, texts=texts, root=root, evaluate=evaluate_config, trust=trust
         )
         say(evaluate_generator(config).report.reference.uri + "/evaluation.html")
 
 
-def _image_or_text(prompt: str) -> "str | Image.Image":
-    """The picture where ``prompt`` names the file of one, else the text.
+def _print_version(wanted: bool) -> None:
+    """Print name and version, and exit, if ``--version`` is given."""
+    if wanted:
+        say(f"knn-diffusion {importlib.metadata.version('knn-diffusion')}")
+        raise typer.Exit
 
-    Raises ``InputError`` for what reads as a picture's name, ends as one and has a slash or no space, and is none.
+
+def _image_or_text(prompt: str) -> "str | Image.Image":
+    """Return the image if ``prompt`` is the path of an image file, else the text.
+
+    Raises:
+        InputError: The prompt looks like an image path (image suffix, with a slash or without spaces), but no such
+            image can be read.
     """
     path = Path(prompt)
-    there = bool(path.suffix) and len(prompt) < 256 and path.is_file()
-    named = there or (path.suffix.lower() in IMAGES and ("/" in prompt or " " not in prompt))
-    return open_image(path) if named else prompt
+    exists = bool(path.suffix) and len(prompt) < 256 and path.is_file()
+    is_path = exists or (path.suffix.lower() in IMAGES and ("/" in prompt or " " not in prompt))
+    return open_image(path) if is_path else prompt
 
 
 app = typer.Typer(
-    help="Image generation from a database of images: download, embed, index, train, search, swap.",
+    help="Generate images with a database of images: download, embed, index, search, train, generate, edit.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -289,10 +345,19 @@ _LISTED = {
     "Generator": (generate, edit, evaluate),
     "Upkeep": (merge, subset, gc),
 }
-"""The commands as ``--help`` lists them."""
+"""Commands by panel, in the order of ``--help``."""
 for _panel, _commands in _LISTED.items():
     for _command in _commands:
         app.command(rich_help_panel=_panel)(_command)
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of ``knn-diffusion`` itself."""
 
 
 def main() -> None:

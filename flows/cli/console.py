@@ -1,6 +1,7 @@
-"""How the commands talk: shared options, one line for what went wrong, tables, and names of files that are no use."""
+"""Shared CLI options, one-line error reporting, tables, and output-path checks."""
 
 import os
+import re
 import sys
 import time
 import traceback
@@ -18,27 +19,35 @@ if TYPE_CHECKING:
     from infra.settings import Settings
     from tasks.index.task import IndexOverrides
 
-Root = Annotated[str | None, typer.Option("--root", help="Where artifacts are kept: a folder or s3://… .")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks, and what the libraries say.")]
-Wait = Annotated[float, typer.Option("--wait", help="Seconds to wait while another writes this domain.", min=0)]
+Root = Annotated[
+    str | None,
+    typer.Option(
+        "--root", help="Folder or s3://… URI of the artifacts. Default: KNN_DIFFUSION_ROOT, or knn-diffusion-data."
+    ),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks and the output of libraries.")]
+Wait = Annotated[float, typer.Option("--wait", help="Seconds to wait while another process writes this domain.", min=0)]
 Verify = Annotated[
-    bool, typer.Option("--verify", help="Check the digests of what is committed already, not only that it is there.")
+    bool, typer.Option("--verify", help="Check the digests of committed files, not only that they exist.")
 ]
 Trust = Annotated[
     bool,
-    typer.Option("--trust", help="Trust a FOLDER outside of the root like code: read what it names, load its encoder."),
+    typer.Option(
+        "--trust", help="Trust a FOLDER outside of the root like code: read the files it names, load its encoder."
+    ),
 ]
 Index = Annotated[
     str | None,
     typer.Option(
-        "--index", help="FAISS factory string, or auto: by rows and memory. Unset: auto in new-domain, else as it was."
+        "--index",
+        help="FAISS factory string, or auto (by rows and memory). Default: auto for new-domain, else unchanged.",
     ),
 ]
 Memory = Annotated[
     float | None,
     typer.Option(
         "--memory",
-        help="GiB of the index that a searching process may hold. Unset: 8 in new-domain, else as it was.",
+        help="Memory limit of the index in a searching process, in GiB. Default: 8 for new-domain, else unchanged.",
         min=0,
         max=1e6,
     ),
@@ -47,24 +56,41 @@ TargetRecall = Annotated[
     float | None,
     typer.Option(
         "--target-recall",
-        help="Recall at 10 to reach, or nothing is registered. Unset: 0.95 in new-domain, else as it was.",
+        help="Minimum recall@10 in [0, 1]; below, nothing is registered. Default: 0.95 for new-domain, else unchanged.",
     ),
 ]
 Dedup = Annotated[
     bool | None,
     typer.Option(
         "--dedup/--no-dedup",
-        help="Return one of each group of near-duplicates. Unset: not in new-domain, else as it was.",
+        help="Return one of each group of near-duplicates. Default: off for new-domain, else unchanged.",
     ),
 ]
-MODEL = "Generator: short name, models:/…, a folder, or what ships with this package: sticker-generator[-discrete]."
+MODEL = "Generator: short name, models:/…, a folder, sticker-generator or sticker-generator-discrete (bundled)."
 DATABASE = "Short name (its champion), models:/NAME@ALIAS, models:/NAME/VERSION, or a folder."
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 _AGES = ((86_400, "d"), (3_600, "h"), (60, "min"))
+_OPTIONS = {
+    "guidance_scale": "--guidance",
+    "inception_weights": "--inception",
+    "keep_versions": "--keep",
+    "largest_region": "--largest-region",
+    "negative_prompt": "--negative",
+    "num_inference_steps": "--steps",
+    "target_recall": "--target-recall",
+    "strength": "--strength",
+    "candidates": "--candidates",
+    "neighbours": "--neighbours",
+}
+"""Option of each Python argument that error messages name."""
+_WORDS = ("strength", "candidates", "neighbours")  # also common words: replaced only where a message starts with them
+_ARGUMENTS = re.compile(
+    rf"^(?:{'|'.join(_WORDS)})(?= is | must )|(?<![\w./-])(?:{'|'.join(_OPTIONS.keys() - _WORDS)})(?![\w./-])"
+)
 
 
 def settings(root: str | None) -> "Settings":
-    """The environment's settings, with ``root`` in the place of theirs when one is given."""
+    """Return the settings of the environment, with ``root`` if it is given."""
     from tasks.stage import settings_of
 
     return settings_of(root)
@@ -73,16 +99,22 @@ def settings(root: str | None) -> "Settings":
 def index_changes(
     index: str | None, memory: float | None, target_recall: float | None, dedup: bool | None
 ) -> "IndexOverrides":
-    """What the options of an index ask for; ``memory`` in GiB. Options that are not given leave it as it is."""
+    """Return the changes of the index options; ``memory`` in GiB. None leaves a setting unchanged."""
+    from infra.errors import InputError
     from tasks.index.task import IndexOverrides
 
+    if memory == 0:
+        raise InputError("--memory is too small: 0; give the GiB that a searching process may use")
     memory_bytes = None if memory is None else int(memory * 2**30)
     return IndexOverrides(index=index, memory_bytes=memory_bytes, target_recall=target_recall, dedup=dedup)
 
 
 @contextmanager
 def report_errors(verbose: bool) -> Iterator[None]:
-    """Run a command with logs set up, and tell what the user can mend in one line. Ctrl-C exits with 130."""
+    """Configure logging, and report errors that the user can fix on one line.
+
+    Exits with code 1 after such an error and with 130 after Ctrl-C. Other errors propagate with their traceback.
+    """
     _quiet_environment(verbose)
     from infra import logs
 
@@ -92,19 +124,38 @@ def report_errors(verbose: bool) -> Iterator[None]:
     try:
         yield
     except (KNNDiffusionError, ValueError, OSError) as error:
-        if verbose or not _mendable(error):
+        if verbose or not _is_user_error(error):
             raise
         from infra.text import sanitised
 
-        print(f"knn-diffusion: {sanitised(' '.join(str(error).split()))}", file=sys.stderr)
+        line = name_options(" ".join(str(error).split()))
+        print(f"knn-diffusion: {sanitised(line)}", file=sys.stderr)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        print("knn-diffusion: interrupted; what is committed is kept, run again to go on", file=sys.stderr)
+        print("knn-diffusion: interrupted; committed work is kept, run the command again to resume", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
+def name_options(message: str) -> str:
+    """Replace the names of Python arguments in an error message with the options of the command line."""
+    return _ARGUMENTS.sub(lambda match: _OPTIONS[match[0]], message)
+
+
+def choose_generator(context: typer.Context, model: str, settings: "Settings") -> str:
+    """Return ``model``, or the bundled generator if ``--model`` is not given and its default is not registered."""
+    from infra.registry import Registry
+    from model.saved_generator import EMBEDDED
+
+    source = context.get_parameter_source("model")
+    given = source is not None and source.name != "DEFAULT"
+    if given or any(entry["name"] == model for entry in Registry(settings).versions("generator")):
+        return model
+    print(f"knn-diffusion: no generator is registered as {model}; using the bundled {EMBEDDED}", file=sys.stderr)
+    return EMBEDDED
+
+
 def open_image(path: Path) -> "Image.Image":
-    """The picture in a file, turned upright. Raises ``InputError`` when there is none."""
+    """Read an image, and rotate it upright by its EXIF orientation. Raises ``InputError`` if it cannot be read."""
     from PIL import Image, ImageOps
 
     from infra.errors import InputError
@@ -113,29 +164,35 @@ def open_image(path: Path) -> "Image.Image":
         with Image.open(path) as image:
             image.load()
             upright: Image.Image = image
-            with suppress(Exception):  # unreadable EXIF is no reason to refuse a picture
+            with suppress(Exception):  # an image with unreadable EXIF is still usable
                 upright = ImageOps.exif_transpose(image)
             return upright
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; name a picture") from None
-    except Exception as error:  # Pillow's plugins raise what they like on damaged data
-        raise InputError(f"{path} is no picture that can be read ({error}); name a PNG, JPEG or WebP") from error
+        raise InputError(f"image does not exist: {path}; check the path") from None
+    except Exception as error:  # the plugins of Pillow raise any type on damaged data
+        raise InputError(f"image cannot be read: {path} ({error}); give a PNG, JPEG or WebP file") from error
 
 
 def writable(out: Path, kind: str, suffixes: Sequence[str]) -> None:
-    """Raise ``InputError`` for a name that cannot be written to, before anything long begins."""
+    """Raise ``InputError`` if ``out`` cannot be written, before long work starts.
+
+    Args:
+        out: Path of the output file.
+        kind: What the file is, for messages.
+        suffixes: Allowed suffixes, in lower case.
+    """
     from infra.errors import InputError
 
     if out.suffix.lower() not in suffixes:
-        raise InputError(f"{out} is no {kind} name; end it in {suffixes[0]}")
+        raise InputError(f"{kind} has an unknown suffix: {out}; use {', '.join(suffixes)}")
     if not out.parent.is_dir():
-        raise InputError(f"the folder {out.parent} does not exist; make it, or write elsewhere")
+        raise InputError(f"folder does not exist: {out.parent}; create it, or write to another folder")
     if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
-        raise InputError(f"{out} cannot be written to; name another file")
+        raise InputError(f"{kind} cannot be written: {out}; give another path")
 
 
 def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
-    """Print ``rows`` under the heads of ``columns``; what a row lacks shows as a dash."""
+    """Print ``rows`` as a table; ``columns`` maps keys to headers. Missing values are printed as a dash."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -158,14 +215,14 @@ def say(line: object) -> None:
 
 
 def print_traceback() -> None:
-    """Print the traceback of the error that is being handled to standard error."""
+    """Print the traceback of the current exception to standard error."""
     from infra.text import sanitised
 
     print("\n".join(sanitised(line) for line in traceback.format_exc().rstrip().split("\n")), file=sys.stderr)
 
 
 def size(count: int) -> str:
-    """Bytes in words: 512 B, 1.5 kB, 23 MB."""
+    """Format a number of bytes with a decimal unit, e.g. 512 B, 1.5 kB, 23 MB."""
     value, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if round(value) < 1000:
@@ -175,7 +232,7 @@ def size(count: int) -> str:
 
 
 def age(created_ms: int) -> str:
-    """How long ago a time in milliseconds of the epoch was: 3 min, 2 h, 5 d."""
+    """Format the age of a timestamp in milliseconds since the epoch, e.g. 3 min, 2 h, 5 d."""
     seconds = max(0.0, time.time() - created_ms / 1000)
     for length, unit in _AGES:
         if seconds >= length:
@@ -183,10 +240,10 @@ def age(created_ms: int) -> str:
     return f"{int(seconds)} s"
 
 
-def _mendable(error: Exception) -> bool:
-    """Whether the user can mend it: our own errors, the file system's, and settings that do not parse.
+def _is_user_error(error: Exception) -> bool:
+    """Return True if the user can fix the error: this project's errors, OS errors, and settings that do not parse.
 
-    Any other ValueError counts when this project raised it, and is a bug with its traceback when something below did.
+    Another ``ValueError`` counts only if this project raised it. From a library it is a bug, and needs its traceback.
     """
     from pydantic import ValidationError
 
@@ -203,7 +260,7 @@ def _mendable(error: Exception) -> bool:
 
 
 def _quiet_environment(verbose: bool) -> None:
-    """Libraries read these once, at import: no telemetry, no start-up banners."""
+    """Set the variables that disable telemetry and start-up banners; libraries read them at import."""
     warnings.filterwarnings("ignore")
     quiet = {
         "DO_NOT_TRACK": "1",

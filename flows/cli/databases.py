@@ -1,4 +1,4 @@
-"""Commands that look into databases: search them, list them."""
+"""Commands that read databases: search and list."""
 
 import json
 import sys
@@ -22,8 +22,8 @@ from flows.cli.console import (
     writable,
 )
 
-_FOUND = {"rank": "rank", "score": "score", "id": "id", "url": "url"}
-_LISTED = {
+_HIT_COLUMNS = {"rank": "rank", "score": "score", "id": "id", "url": "url"}
+_DATABASE_COLUMNS = {
     "name": "name",
     "version": "version",
     "rows": "rows",
@@ -38,20 +38,23 @@ _LISTED = {
 
 def search(
     database: Annotated[str, typer.Argument(help=DATABASE)],
-    query: Annotated[str | None, typer.Argument(help="What to look for, in words.")] = None,
-    text: Annotated[str | None, typer.Option(help="The same as QUERY.")] = None,
-    image: Annotated[Path | None, typer.Option(help="A picture to look for: PNG, JPEG or WebP.")] = None,
-    k: Annotated[int, typer.Option(help="Neighbours to show.", min=1)] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON list on standard output.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Page of the pictures to write, whole in one file.")] = None,
+    query: Annotated[str | None, typer.Argument(help="Text to search for.")] = None,
+    text: Annotated[str | None, typer.Option(help="Same as QUERY.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to search for: PNG, JPEG or WebP.")] = None,
+    k: Annotated[int, typer.Option(help="Number of neighbours; at most 500 with --html.", min=1)] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the found images to a self-contained HTML page.")] = None,
     trust: Trust = False,
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
-    """Show the nearest images of a text or of a picture, as a table, as JSON or as a page of pictures."""
+    """Search a database for the nearest images of a text or an image, and show a table, JSON or an HTML page.
+
+    Example: knn-diffusion search twemoji "a red heart" --k 5 --json
+    """
     texts = [given for given in (query, text) if given is not None]
     if len(texts) + (image is not None) != 1:
-        raise typer.BadParameter("give one query: words, or --text TEXT, or --image FILE")
+        raise typer.BadParameter("give exactly one query: QUERY, --text TEXT or --image FILE")
     with report_errors(verbose):
         from tasks.serve.gallery import most_shown, write_gallery
         from tasks.serve.load import search_database
@@ -59,25 +62,28 @@ def search(
         if html is not None:
             writable(html, "page", (".html", ".htm"))
             most_shown(k)
-        sought = texts[0] if image is None else open_image(image)
-        found = search_database(database, sought, k, settings(root), trust=trust)
+        query_or_image = texts[0] if image is None else open_image(image)
+        found = search_database(database, query_or_image, k, settings(root), trust=trust)
         if html is not None:
             name = "" if image is None else image.name
-            write_gallery(html, sought, found, settings(root).cache_folder, name=name)
+            write_gallery(html, query_or_image, found, settings(root).cache_folder, name=name)
         if as_json:
             print(json.dumps(found.rows, indent=1))
         elif html is not None:
             say(html)
         else:
-            table(found.rows, _FOUND)
+            table(found.rows, _HIT_COLUMNS)
 
 
 def databases(
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON list on standard output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
-    """List registered databases: name, version, rows, recall, encoder, aliases, size, age."""
+    """List the registered databases: name, version, rows, recall, encoder, aliases, size and age.
+
+    Example: knn-diffusion databases --json
+    """
     with report_errors(verbose):
         from infra.registry import Registry
         from infra.uris import masked
@@ -91,8 +97,8 @@ def databases(
             return
         shown = []
         for entry in listed:
-            words = {"aliases": ", ".join(entry["aliases"]), "created_ms": age(entry["created_ms"])}
+            formatted = {"aliases": ", ".join(entry["aliases"]), "created_ms": age(entry["created_ms"])}
             if "bytes" in entry:
-                words["bytes"] = size(entry["bytes"])
-            shown.append({**entry, **words})
-        table(shown, _LISTED)
+                formatted["bytes"] = size(entry["bytes"])
+            shown.append({**entry, **formatted})
+        table(shown, _DATABASE_COLUMNS)

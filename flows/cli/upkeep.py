@@ -1,4 +1,4 @@
-"""Commands that keep databases: rebuild, merge, take a part, collect what no version needs."""
+"""Commands that maintain databases: rebuild, merge, subset and garbage collection."""
 
 from typing import Annotated
 
@@ -22,20 +22,25 @@ from flows.cli.console import (
 )
 from infra.prefect_server import prefect_api
 
-Domain = Annotated[str, typer.Argument(help="The domain: lower-case letters, digits, hyphens.")]
-Replace = Annotated[bool, typer.Option("--replace", help="Even where NAME holds pictures of its own.")]
+Domain = Annotated[str, typer.Argument(help="Domain name: lower-case letters, digits, hyphens.")]
+Replace = Annotated[
+    bool, typer.Option("--replace", help="Replace the database even if NAME was built from its own downloads.")
+]
 
 
 def rebuild_index(
-    name: Annotated[str, typer.Argument(help="The domain whose champion is rebuilt.")],
-    urls: Annotated[str | None, typer.Option(help="URL list as of new-domain: only what is new is downloaded.")] = None,
+    name: Annotated[str, typer.Argument(help="Domain whose champion is rebuilt.")],
+    urls: Annotated[str | None, typer.Option(help="URL list as for new-domain; only new URLs are downloaded.")] = None,
     takedown: Annotated[
-        str | None, typer.Option(help="List of what may not be shown again: a column url, sha256 or key.")
+        str | None, typer.Option(help="List of images to take down, with a column url, sha256 or key.")
     ] = None,
     compact: Annotated[
-        bool, typer.Option("--compact", help="Rewrite the shards that hold what was taken down.")
+        bool,
+        typer.Option(
+            "--compact", help="Rewrite the shards that hold images taken down. Default: if above 10% of the rows."
+        ),
     ] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again for URLs that failed.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry listed URLs that failed before.")] = False,
     index: Index = None,
     memory: Memory = None,
     target_recall: TargetRecall = None,
@@ -45,7 +50,10 @@ def rebuild_index(
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
-    """Add what is new to a domain's database, drop what was taken down; the result becomes the champion."""
+    """Add new URLs to a domain's database and hide images taken down; the result becomes the champion.
+
+    Example: knn-diffusion rebuild-index birds --urls birds.csv --takedown removed.csv
+    """
     with report_errors(verbose), prefect_api():
         from flows.rebuild_index import RebuildIndexConfig
         from flows.rebuild_index import rebuild_index as flow
@@ -63,14 +71,14 @@ def rebuild_index(
         )
         rebuilt = flow(config)
         if rebuilt.registered is None:
-            say(f"models:/knn-database.{name}@champion stays as it is")
+            say(f"models:/knn-database.{name}@champion is unchanged")
         else:
             say(rebuilt.registered.alias_uri)
 
 
 def merge(
     name: Domain,
-    databases: Annotated[list[str], typer.Argument(help=f"Two or more. {DATABASE}")],
+    databases: Annotated[list[str], typer.Argument(help=f"Two or more databases. {DATABASE}")],
     replace: Replace = False,
     index: Index = None,
     memory: Memory = None,
@@ -81,10 +89,16 @@ def merge(
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
-    """Make one database of several, without embedding a picture again."""
+    """Merge databases into one, without embedding an image again. What any of them has taken down stays hidden.
+
+    Example: knn-diffusion merge emoji twemoji openmoji
+    """
     with report_errors(verbose), prefect_api():
         from flows.combine_databases import MergeDatabasesConfig, merge_databases
+        from infra.errors import InputError
 
+        if len(databases) < 2:
+            raise InputError(f"DATABASES has too few entries: {len(databases)}; give two or more")
         config = MergeDatabasesConfig(
             domain=name,
             databases=tuple(databases),
@@ -101,7 +115,8 @@ def subset(
     name: Domain,
     database: Annotated[str, typer.Argument(help=DATABASE)],
     where: Annotated[
-        str, typer.Option(help="Filter on url, key, sha256, width, height: 'width >= 64 and url like \"%cat%\"'.")
+        str,
+        typer.Option(help="Filter on url, key, sha256, width and height, e.g. 'width >= 64 and url like \"%cat%\"'."),
     ],
     replace: Replace = False,
     index: Index = None,
@@ -113,7 +128,10 @@ def subset(
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
-    """Make a database of a part of another, without embedding a picture again."""
+    """Make a database from the rows of another that match a filter, without embedding an image again.
+
+    Example: knn-diffusion subset cats twemoji --where 'url like "%cat%"'
+    """
     with report_errors(verbose), prefect_api():
         from flows.combine_databases import SubsetDatabaseConfig, subset_database
 
@@ -131,30 +149,35 @@ def subset(
 
 
 def gc(
-    name: Annotated[str | None, typer.Argument(help="The domain; all of them without.")] = None,
-    keep: Annotated[int, typer.Option(help="Newest versions to keep beside all that has an alias.", min=1)] = 2,
-    delete: Annotated[bool, typer.Option("--delete", help="Delete; without it, only list.")] = False,
-    grace_h: Annotated[float, typer.Option(help="Hours for which files stay whatever refers to them.", min=0)] = 24.0,
+    name: Annotated[str | None, typer.Argument(help="Domain. Default: all domains.")] = None,
+    keep: Annotated[
+        int, typer.Option(help="Newest versions to keep, in addition to all versions with an alias.", min=1)
+    ] = 2,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete the files. Default: only list them.")] = False,
+    grace_h: Annotated[float, typer.Option(help="Hours for which new files are kept in any case.", min=0)] = 24.0,
     wait: Wait = 0.0,
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
-    """List the files that no kept version refers to, and delete them with --delete."""
+    """List the files that no retained version references; delete them with --delete.
+
+    Example: knn-diffusion gc twemoji --keep 2 --delete
+    """
     with report_errors(verbose), prefect_api():
         from flows.collect_garbage import CollectGarbageConfig, NotAllCollectedError, collect_garbage
 
         config = CollectGarbageConfig(
             domain=name, root=root, keep_versions=keep, dry_run=not delete, grace_s=3600 * grace_h, wait_s=wait
         )
-        refused = None
+        failure = None
         try:
             collected = collect_garbage(config)
         except NotAllCollectedError as error:
-            refused, collected = error, list(error.collected)
+            failure, collected = error, list(error.collected)
         for garbage in collected:
             for uri, count in garbage.files:
                 say(f"{count:>12}  {uri}")
-            done = "deleted" if delete else "to delete (--delete does)"
+            done = "deleted" if delete else "to delete (run again with --delete)"
             typer.echo(f"{garbage.domain}: {len(garbage.files)} files, {size(garbage.bytes)} {done}", err=True)
-        if refused is not None:
-            raise refused
+        if failure is not None:
+            raise failure

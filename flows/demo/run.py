@@ -1,4 +1,4 @@
-"""The demo: pictures served from this machine, three databases, one generator, and the picture of the swap."""
+"""Demo: images served on loopback, three databases, one generator, and a figure of swapped databases."""
 
 import dataclasses
 import functools
@@ -27,22 +27,24 @@ from tasks.serve.load import images_of_rows, load_database, load_pipeline
 
 PROMPTS = ("a red heart", "a sad face", "a green tree", "a red apple", "the sun", "a flower")
 SHOWN_NEIGHBOURS, SHOWN_SAMPLES = 3, 3
-EVALUATION_SAMPLES, DIVERSITY_SEEDS, DIVERSITY_PROMPTS = 48, 2, 8  # what two CPU cores draw in three minutes
+EVALUATION_SAMPLES, DIVERSITY_SEEDS, DIVERSITY_PROMPTS = 48, 2, 8  # two CPU cores generate them in three minutes
 
 Groups = list[tuple[list[Image.Image], list[Image.Image]]]
-"""For each prompt, its neighbours and its samples."""
+"""Neighbours and samples of each prompt."""
 
 
 def run_demo(root: Path, port: int | None = None, train: bool = False) -> tuple[Path, Path]:
-    """Make the three domains, pull everything back from the registry, draw and report.
+    """Build the three domains, load them from the registry, generate images, and write the report.
+
+    A second run skips every committed stage.
 
     Args:
-        root: where everything is kept.
-        port: of the stand-in web server; None takes the one of the last run, or any that is free.
-        train: fine-tune the embedded generator on the first domain; otherwise it draws as it is.
+        root: Folder for all files of the demo.
+        port: Port of the local web server. Default: the port of the last run, or a free one.
+        train: Fine-tune the bundled generator on the first domain. Default: use it as it is.
 
     Returns:
-        The paths of ``samples.png`` and ``report.json``. A run after a finished one skips every committed stage.
+        Paths of ``samples.png`` and ``report.json``.
     """
     started = time.monotonic()
     make_folder(root)
@@ -55,20 +57,20 @@ def run_demo(root: Path, port: int | None = None, train: bool = False) -> tuple[
         configs = {name: recipe(name, str(lists[name]), train=train and name == FIRST) for name in DOMAINS}
         configs[FIRST] = judged(configs[FIRST])
         domains = {name: new_domain(config) for name, config in configs.items()}
-    drawing = time.monotonic()
-    picture, swap_s = draw(Settings(root=str(root / "data")), root / "samples.png")
-    seconds |= {"draw_samples": time.monotonic() - drawing, "total": time.monotonic() - started}
+    generation_started = time.monotonic()
+    figure, swap_s = draw(Settings(root=str(root / "data")), root / "samples.png")
+    seconds |= {"draw_samples": time.monotonic() - generation_started, "total": time.monotonic() - started}
     report = report_of(domains, swap_s, seconds)
     path = root / "report.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
-    told = f"{report['evaluation_samples']} samples of each condition on {FIRST}:"
-    for line in [told, *table(made_of(domains).evaluation.reference.scores()).splitlines()]:
+    title = f"{report['evaluation_samples']} samples of each condition on {FIRST}:"
+    for line in [title, *table(made_of(domains).evaluation.reference.scores()).splitlines()]:
         logs.get("demo").info("%s", line)
-    return picture, path
+    return figure, path
 
 
 def judged(config: NewDomainConfig) -> NewDomainConfig:
-    """The first domain's config, with a generator and an evaluation that two cores can bear."""
+    """Return the config of the first domain with a generator, and with an evaluation small enough for two cores."""
     evaluate = dataclasses.replace(
         config.evaluate,
         samples=EVALUATION_SAMPLES,
@@ -79,7 +81,7 @@ def judged(config: NewDomainConfig) -> NewDomainConfig:
 
 
 def draw(settings: Settings, path: Path) -> tuple[Path, float]:
-    """Pull generator and databases by name, draw every prompt from each; returns the longest swap in seconds."""
+    """Generate every prompt with each database, and write the figure. Also return the longest swap in seconds."""
     pipeline = load_pipeline("knn-diffusion", FIRST, settings)
     columns, swaps = [], []
     for database in DOMAINS:
@@ -87,50 +89,50 @@ def draw(settings: Settings, path: Path) -> tuple[Path, float]:
         started = time.monotonic()
         pipeline.swap_database(opened)
         swaps.append(time.monotonic() - started)
-        columns.append(_draw_all(pipeline, database, settings))
+        columns.append(_generate_all(pipeline, database, settings))
     rows = [
-        SwapRow(prompt=prompt, groups=tuple(pictures for column in columns for pictures in column[number]))
+        SwapRow(prompt=prompt, groups=tuple(images for column in columns for images in column[number]))
         for number, prompt in enumerate(PROMPTS)
     ]
-    titles = [title for database in DOMAINS for title in (f"nearest in {database}", "drawn from them")]
+    titles = [title for database in DOMAINS for title in (f"nearest in {database}", "generated from them")]
     draw_swap(rows, titles, note=CREDITS).save(path)
     return path, max(swaps)
 
 
-def _draw_all(pipeline: Any, database: str, settings: Settings) -> Groups:
-    with tqdm(desc=f"draw {database}", unit="step", leave=False) as progress:
+def _generate_all(pipeline: Any, database: str, settings: Settings) -> Groups:
+    with tqdm(desc=f"generate {database}", unit="step", leave=False) as progress:
 
-        def told(step: int, steps: int) -> None:
+        def on_progress(step: int, steps: int) -> None:
             progress.total = steps
             progress.update(step - progress.n)
 
         output = pipeline(
             list(PROMPTS),
             num_images_per_prompt=SHOWN_SAMPLES,
-            neighbours=SHOWN_NEIGHBOURS,  # those that stand beside the samples, and no others
+            neighbours=SHOWN_NEIGHBOURS,  # exactly those in the figure
             generator=torch.Generator().manual_seed(7),
-            on_progress=told,
+            on_progress=on_progress,
         )
-    near = images_of_rows(database, output.hits.ids, settings)
+    neighbours = images_of_rows(database, output.hits.ids, settings)
     samples = [output.images[start : start + SHOWN_SAMPLES] for start in range(0, len(output.images), SHOWN_SAMPLES)]
-    return list(zip(near, samples, strict=True))
+    return list(zip(neighbours, samples, strict=True))
 
 
 def made_of(domains: Mapping[str, Domain]) -> TrainedGenerator:
-    """The generator that the first domain was given."""
+    """Return the generator of the first domain."""
     trained = domains[FIRST].trained
     if trained is None:
-        raise StageError(f"{FIRST} has no generator; its config is to name one, or a training")
+        raise StageError(f"domain has no generator: {FIRST}; set train or generator in its config")
     return trained
 
 
 def report_of(domains: Mapping[str, Domain], swap_s: float, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """What the demo measured, JSON-ready; what a training measures is there when there was one."""
-    made = made_of(domains)
+    """Return the measurements of the demo for JSON, with those of the training if there was one."""
+    trained = made_of(domains)
     images = {name: domain.images.reference.manifest() for name, domain in domains.items()}
     database = domains[FIRST].database.reference.manifest().info
-    generator = made.generator.reference.manifest().info
-    evaluation = made.evaluation.reference
+    generator = trained.generator.reference.manifest().info
+    evaluation = trained.evaluation.reference
     training = {
         f"train_{name}": round(generator[name], 1) for name in ("images_seen", "images_per_s") if name in generator
     }
@@ -147,7 +149,7 @@ def report_of(domains: Mapping[str, Domain], swap_s: float, seconds: Mapping[str
         **{name: round(value, 4) for name, value in evaluation.scores().items()},
         "evaluation_samples": evaluation.rows,
         "swap_s": round(swap_s, 6),
-        "model_uri": made.registered.uri,
+        "model_uri": trained.registered.uri,
         "database_uris": {name: domain.registered.uri for name, domain in domains.items()},
         "seconds": {
             **{name: {k: round(v, 2) for k, v in domain.seconds.items()} for name, domain in domains.items()},

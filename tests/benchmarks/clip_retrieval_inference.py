@@ -1,8 +1,8 @@
-"""A contestant in clip-retrieval's own environment: its ``inference`` of the tars it was given, round after round.
+"""Contestant in the environment of clip-retrieval: its ``inference`` of the given tars, in rounds.
 
     {"cores": 2, "batch_size": 64, "decoders": 2, "tars": […], "config": "….json", "weights": "….safetensors", "out": …}
 
-Its worker is called, not its command: that would also start, load the model and wait for its own statistics.
+It calls the worker. The command would also measure process start, model loading and its own statistics.
 """
 
 import json
@@ -21,7 +21,7 @@ def prepare() -> Callable[[], None]:
     torch.set_num_threads(options["cores"])
     out = Path(options["out"])
     out.mkdir(parents=True, exist_ok=True)
-    # Its open_clip is of before local-dir: names; the same architecture under a name of ours, the same weights.
+    # Its open_clip predates local-dir: names. Register the same architecture, and load the same weights.
     shipped = json.loads(Path(options["config"]).read_text())
     (out / "shipped.json").write_text(json.dumps(shipped["model_cfg"]))
     open_clip.add_model_config(out / "shipped.json")
@@ -43,7 +43,7 @@ def prepare() -> Callable[[], None]:
             use_jit=False,
         )
 
-    one_round()  # loads the model, which it then keeps
+    one_round()  # loads the model, which stays loaded
     return one_round
 
 

@@ -1,7 +1,7 @@
-"""A contestant: processes that were started and warmed up before, and then run rounds when told to.
+"""Contestants: processes that are started and warmed up first, and then run rounds on request.
 
-Both sides talk in lines: the process says ``ready`` once, then answers each ``go`` with ``done``. Who is not on turn
-waits for a line, so all contestants can be at hand and alternate: a machine that drifts, drifts for all.
+The protocol uses lines: a process prints ``ready`` once, and then answers each ``go`` with ``done``. Idle contestants
+wait for a line, so they can alternate, and a drift of the machine affects all of them.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Any, Self
 
 
 def serve(prepare: Callable[[], Callable[[], object]]) -> None:
-    """In the process: ``prepare`` a round, then run it for every line that comes. What libraries print is no answer."""
+    """Serve in the process: ``prepare`` a round, and run it for every line. Libraries print to standard error."""
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     run = prepare()
@@ -30,7 +30,7 @@ def serve(prepare: Callable[[], Callable[[], object]]) -> None:
 
 @dataclass
 class Spent:
-    """What a round took: seconds by the clock, and seconds of processors, those of ended processes included."""
+    """Cost of a round: wall-clock seconds, and CPU seconds including ended processes."""
 
     wall_s: float = 0.0
     cpu_s: float = 0.0
@@ -38,7 +38,7 @@ class Spent:
 
 @contextmanager
 def spent(roots: Iterable[int], *, without: Iterable[int] = ()) -> Iterator[Spent]:
-    """What the block took of the clock, and of the processors for the processes ``roots`` and all below them."""
+    """Measure wall-clock seconds of the block, and CPU seconds of the processes ``roots`` and their descendants."""
     roots, without, taken = set(roots), set(without), Spent()
     before, started = _cpu_s(roots, without), time.perf_counter()
     yield taken
@@ -63,14 +63,14 @@ def _cpu_s(roots: set[int], without: set[int]) -> float:
 
 
 class Contestant:
-    """Processes that do their parts of a round at once."""
+    """Processes that run their parts of a round in parallel."""
 
     def __init__(self, commands: Sequence[Sequence[str | Path]], *, threads: int) -> None:
-        """Start them, each with as many threads."""
+        """Start the processes with ``threads`` threads each."""
         quiet = {"OMP_WAIT_POLICY": "PASSIVE", "NO_ALBUMENTATIONS_UPDATE": "1", "HF_HUB_OFFLINE": "1"}
         environment = {**os.environ, **quiet, "OMP_NUM_THREADS": str(threads)}
-        self._told = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the processes
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._told}
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the processes
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
         self._processes = [
             subprocess.Popen([str(part) for part in command], text=True, env=environment, **pipes)
             for command in commands
@@ -94,7 +94,7 @@ class Contestant:
         return [process.pid for process in self._processes]
 
     def round(self) -> "Spent":
-        """One round of all processes together."""
+        """Run one round in all processes."""
         with spent(self.pids) as taken:
             for process in self._processes:
                 print("go", file=process.stdin, flush=True)
@@ -104,5 +104,5 @@ class Contestant:
     def _expect(self, word: str) -> None:
         for process in self._processes:
             if (line := process.stdout.readline().strip()) != word:
-                self._told.seek(0)
-                raise RuntimeError(f"{process.args} said {line!r}, not {word}:\n{self._told.read()[-2000:]}")
+                self._log.seek(0)
+                raise RuntimeError(f"{process.args} said {line!r}, not {word}:\n{self._log.read()[-2000:]}")

@@ -1,11 +1,11 @@
-"""What adding pictures costs beside what is there: the flow rebuild-index, with 10,000 new ones, on two sizes.
+"""Cost of adding 10,000 images with the flow rebuild-index to databases of two sizes.
 
-Both domains are made up, as the flows would have left them: rows around the embeddings of Twemoji, their manifests, the
-lists of what was seen, a registered champion; only their tars are empty. What is added are Twemoji turned a little, by
-another angle in each round, from nginx on loopback; the list names them alone.
+Both domains are synthetic and have the files that the flows write: rows near the embeddings of Twemoji, manifests, URL
+histories and a registered champion; only their tars are empty. The new images are Twemoji, rotated by another angle in
+each round, from nginx on loopback. The URL list has only the new images.
 
-``time_ratio`` is of the whole flow: fetching, embedding, indexing, registering. ``index_ratio`` is of the index stage,
-where alone the size matters: there are 4 times as many cells to compare with, and each holds 2.4 times as many rows.
+``time_ratio`` is of the whole flow: download, embed, index, register. ``index_ratio`` is of the index stage, the only
+one that depends on the size: there are 4 times as many inverted lists, each with 2.4 times as many rows.
 nginx must be on the PATH (``apt-get install nginx-light``).
 """
 
@@ -48,12 +48,12 @@ SHARD_ROWS = 1000
 ADDED = 10_000
 SIZES = (100_000, 1_000_000)
 ROUNDS = 2
-SPREAD = 0.7  # length of what a row is off its centre; their cosine is 0.82
+SPREAD = 0.7  # length of a row's offset from its centre; the cosine is 0.82
 STAGES = ("download", "embed", "index")
 
 
 def bench_delta(sizes: tuple[int, int] = SIZES, added: int = ADDED) -> dict[str, Any]:
-    """Median seconds of a rebuild of each size, in turn after a small one to warm up, and their ratios."""
+    """Return median seconds of rebuilds of each size, alternating after a warm-up, and their ratios."""
     if missing := without_nginx("delta"):
         return missing
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
@@ -61,33 +61,33 @@ def bench_delta(sizes: tuple[int, int] = SIZES, added: int = ADDED) -> dict[str,
         lists = [turned_images(folder / "www", number, added) for number in range(ROUNDS)]
         lists.insert(0, turned_images(folder / "www", ROUNDS, SHARD_ROWS))
         host = stack.enter_context(nginx(folder / "nginx", folder / "www"))
-        stack.enter_context(at_hand(folder))
+        stack.enter_context(prefect_and_cache(folder))
         stack.enter_context(compute.cluster())
         encoder = Encoder()
         centres = encoder.embed_images(
             [Image.open(path).convert("RGB") for path in sorted(twemoji_folder().glob("*.png"))]
         ).numpy()
-        domains = [MadeUp(folder / "data", rows, host, encoder, centres) for rows in sizes]
+        domains = [SyntheticDomain(folder / "data", rows, host, encoder, centres) for rows in sizes]
         times: list[list[dict[str, float]]] = [[], []]
         for number, files in enumerate(lists):
-            for domain, kept in zip(domains, times, strict=True):
-                kept.append(domain.grown(number, files))
-                print(f"  onto {domain.rows:9,}: {kept[-1]}, load {os.getloadavg()[0]:.1f}", flush=True)
-    medians = [{part: statistics.median(time[part] for time in kept[1:]) for part in kept[0]} for kept in times]
+            for domain, domain_times in zip(domains, times, strict=True):
+                domain_times.append(domain.rebuild_with(number, files))
+                print(f"  onto {domain.rows:9,}: {domain_times[-1]}, load {os.getloadavg()[0]:.1f}", flush=True)
+    medians = [{part: statistics.median(time[part] for time in each[1:]) for part in each[0]} for each in times]
     smaller, larger = medians
     return {
         "added": added,
-        **{f"onto_{rows}": told for rows, told in zip(sizes, medians, strict=True)},
+        **{f"onto_{rows}": median for rows, median in zip(sizes, medians, strict=True)},
         "index_ratio": larger["index_s"] / smaller["index_s"],
         "time_ratio": larger["seconds"] / smaller["seconds"],
     }
 
 
-class MadeUp:
-    """A domain of made-up rows, its database the champion."""
+class SyntheticDomain:
+    """A domain of synthetic rows whose database is the champion."""
 
     def __init__(self, root: Path, rows: int, host: str, encoder: Encoder, centres: NDArray[np.float32]) -> None:
-        """Make ``rows`` of them, and the manifests that download, embed and index leave."""
+        """Write ``rows`` rows, and the manifests of download, embed and index."""
         self.rows, self._root, self._host, self._name = rows, root, host, f"rows-{rows}"
         self._settings = Settings(root=str(root))
         self._base, cache = base_of(self._settings, self._name), self._settings.cache_folder
@@ -109,8 +109,8 @@ class MadeUp:
         built = index(embeddings, self._base, IndexConfig(), cache=cache)
         register_database(self._name, built.reference, self._settings)
 
-    def grown(self, number: int, files: list[str]) -> dict[str, float]:
-        """Rebuild with ``files``; seconds of the flow and of its stages."""
+    def rebuild_with(self, number: int, files: list[str]) -> dict[str, float]:
+        """Rebuild with ``files``, and return the seconds of the flow and of its stages."""
         from flows.rebuild_index import RebuildIndexConfig, rebuild_index  # Prefect reads its settings when imported
 
         listed = self._root / f"{self._name}-{number}.parquet"
@@ -120,9 +120,9 @@ class MadeUp:
         seconds = time.perf_counter() - started
         after = rebuilt.after.database.manifest()
         new = after.rows - rebuilt.before.database.rows
-        # A few pictures look the same from all sides, and the download leaves copies out.
+        # A few images are the same after a rotation, and the download skips copies.
         assert 0.95 * len(files) < new <= len(files), f"{new} of {len(files)} were added"
-        assert after.info["shards_taken_over"] > 0, "everything was indexed anew"
+        assert after.info["shards_taken_over"] > 0, "no shard was reused"
         return {"seconds": seconds, **{f"{name}_s": rebuilt.seconds[name] for name in STAGES}}
 
     def _image_shard(self, uri: str, number: int) -> artifacts.Shard:
@@ -153,8 +153,8 @@ class MadeUp:
 
 
 @contextmanager
-def at_hand(folder: Path) -> Iterator[None]:
-    """A Prefect API and a cache of our own for the length of the block."""
+def prefect_and_cache(folder: Path) -> Iterator[None]:
+    """Provide a Prefect API and an own cache in the block."""
     before = os.environ.get("KNN_DIFFUSION_CACHE")
     os.environ["KNN_DIFFUSION_CACHE"] = str(folder / "cache")
     try:
@@ -171,7 +171,7 @@ def at_hand(folder: Path) -> Iterator[None]:
 
 
 def turned_images(folder: Path, number: int, count: int) -> list[str]:
-    """Write ``count`` pictures below ``folder``, each as it is nowhere else; their names."""
+    """Write ``count`` distinct images below ``folder``, and return their names."""
     files = sorted(twemoji_folder().glob("*.png"))
     (folder / str(number)).mkdir(parents=True)
     names = [f"{number}/{place}.png" for place in range(count)]
@@ -183,7 +183,7 @@ def turned_images(folder: Path, number: int, count: int) -> list[str]:
 
 
 def around(centres: NDArray[np.float32], seed: int) -> NDArray[np.float16]:
-    """Unit rows (SHARD_ROWS, D), each near one of ``centres``."""
+    """Return unit rows (SHARD_ROWS, D), each near one of ``centres``."""
     rng = np.random.default_rng(seed)
     width = centres.shape[1]
     off = rng.standard_normal((SHARD_ROWS, width), dtype=np.float32) * (SPREAD / np.sqrt(width))
@@ -201,5 +201,5 @@ def keys(number: int) -> list[str]:
 
 
 def _turn(source: Path, output: Path, angle: float) -> None:
-    with Image.open(source) as picture:
-        picture.convert("RGBA").rotate(angle, resample=Image.Resampling.BICUBIC).save(output)
+    with Image.open(source) as image:
+        image.convert("RGBA").rotate(angle, resample=Image.Resampling.BICUBIC).save(output)

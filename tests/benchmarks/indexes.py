@@ -1,21 +1,20 @@
-"""The index that ``auto`` takes beside others': FAISS Flat, autofaiss's own choice, hnswlib.
+"""The index that ``auto`` chooses, compared with FAISS Flat, the choice of autofaiss, and hnswlib.
 
-    make bench NAME=index       (ROWS=1000000 for one size; the 10 million take hours, 20 GB of memory and 40 of disk)
+    make bench NAME=index       (ROWS=1000000 for one size; 10 million: hours, 20 GB of memory, 40 GB of disk)
 
-Two others are measured where they are at hand, each in an environment of its own:
+Two others are measured if they are installed, each in its own environment:
 
     python3.11 -m venv A && A/bin/pip install autofaiss==2.18.0 faiss-cpu==1.12.0 'numpy<2' pyarrow==25.0.1
     python3.11 -m venv H && H/bin/pip install hnswlib numpy
     AUTOFAISS_PYTHON=A/bin/python HNSWLIB_PYTHON=H/bin/python make bench NAME=index
 
-Each of them is searched at the least effort that has our recall (or its best, where it never has), and ours then at
-the least that has theirs: ``qps_ratio`` is of these two, at a recall of ours that is not below theirs. What is timed of
-ours is ``Database.search``, re-ranking and the neighbours' embeddings included; of theirs the bare search. hnswlib has
-M 16 and ef_construction 100.
+Each of them is searched with the least effort that reaches our recall, or its best recall if it never does. Ours is
+then searched with the least effort that reaches theirs. ``qps_ratio`` compares these two, so our recall is not below
+theirs. For ours the time is of ``Database.search``, including re-ranking and the neighbours' embeddings; for theirs it
+is of the bare search. hnswlib has M 16 and ef_construction 100.
 
-autofaiss is given the memory that our index takes, and takes a third of it; ``in_its_memory`` is the database that
-``auto`` builds when it may take no more than that. autofaiss at 10 million rows is left out: it would cluster them into
-more cells than two cores can find in a day.
+autofaiss is given the memory of our index, and uses a third of it; ``in_its_memory`` is the database that ``auto``
+builds with that memory. autofaiss is skipped at 10 million rows: its clustering would take two cores more than a day.
 """
 
 import json
@@ -41,14 +40,14 @@ AUTOFAISS_ROWS = 1_000_000
 
 
 def bench_index() -> dict[str, Any]:
-    """Build, memory, recall on held-out queries and queries/s of what ``auto`` takes, for each size.
+    """Return build time, memory, recall on held-out queries and queries/s of the index of ``auto``, for each size.
 
-    With ROWS it is that size beside those that were measured before.
+    With ROWS only that size is measured, and added to earlier results.
     """
     before = Path("build/bench/index.json")
-    asked = os.environ.get("ROWS")
-    sizes = json.loads(before.read_text())["sizes"] if asked and before.exists() else {}
-    for rows in [int(asked)] if asked else SIZES:
+    only = os.environ.get("ROWS")
+    sizes = json.loads(before.read_text())["sizes"] if only and before.exists() else {}
+    for rows in [int(only)] if only else SIZES:
         sizes[f"{rows:,}"] = _index(rows)
     return {"dimension": WIDTH, "queries": QUERIES, "sizes": sizes}
 
@@ -56,13 +55,13 @@ def bench_index() -> dict[str, Any]:
 def _index(rows: int) -> dict[str, Any]:
     with _peak_memory() as peak:
         version, took = seeded_database(rows)
-    told = FOLDER / str(rows) / "built.json"
+    build_file = FOLDER / str(rows) / "built.json"
     if took:
-        told.write_text(json.dumps({"build_seconds": took, "peak_mb": peak[0]}))
+        build_file.write_text(json.dumps({"build_seconds": took, "peak_mb": peak[0]}))
     database, manifest, truth = open_database(version, FOLDER / "cache"), version.manifest(), held_out(rows)
     found = {
         "factory": manifest.info["factory"],
-        **(json.loads(told.read_text()) if told.exists() else {}),
+        **(json.loads(build_file.read_text()) if build_file.exists() else {}),
         "bytes_a_row": _bytes(manifest) / rows,
         **_searched(database, truth),
     }
@@ -77,7 +76,7 @@ def _index(rows: int) -> dict[str, Any]:
 
 
 def _searched(database: Database, truth: GroundTruth) -> dict[str, Any]:
-    """Effort, recall and queries/s of a database as it is."""
+    """Return effort, recall and queries/s of a database."""
     taken = seconds(lambda: database.search(truth.queries, 10))
     return {
         "nprobe": database.effort.nprobe,
@@ -89,7 +88,7 @@ def _searched(database: Database, truth: GroundTruth) -> dict[str, Any]:
 def _beside(
     other: str, theirs: dict[str, Any], database: Database, truth: GroundTruth, wanted: float
 ) -> dict[str, Any]:
-    """What was measured of another index, and of ours at the least effort that has the recall ``wanted``."""
+    """Return the results of another index, and of ours with the least effort that reaches the recall ``wanted``."""
     for nprobe in sorted({*(1 << power for power in range(12)), *(3 << power for power in range(10))}):
         harder = database.with_effort(SearchEffort(nprobe=nprobe, candidates=database.effort.candidates))
         if recall(harder, truth) >= wanted:
@@ -99,20 +98,20 @@ def _beside(
 
 
 def _in_its_memory(rows: int, theirs: dict[str, Any], truth: GroundTruth) -> dict[str, Any]:
-    """What ``auto`` makes of the memory that autofaiss's index takes."""
+    """Return the results of ``auto`` with the memory of autofaiss's index."""
     version, _ = seeded_database(rows, memory_bytes=int(rows * theirs["bytes_a_row_autofaiss"]))
     database, manifest = open_database(version, FOLDER / "cache"), version.manifest()
-    told = {
+    measured = {
         "factory": manifest.info["factory"],
         "bytes_a_row": _bytes(manifest) / rows,
         "candidates": database.effort.candidates,
         **_searched(database, truth),
     }
-    return told | {"qps_ratio_autofaiss": told["queries_s"] / theirs["queries_s_autofaiss"]}
+    return measured | {"qps_ratio_autofaiss": measured["queries_s"] / theirs["queries_s_autofaiss"]}
 
 
 def _flat(rows: int, truth: GroundTruth) -> float:
-    """Queries/s of FAISS's exact search."""
+    """Return queries/s of FAISS's exact search."""
     flat = faiss.IndexFlatIP(WIDTH)
     for path in row_files(rows):
         flat.add(np.load(path, mmap_mode="r").astype(np.float32))
@@ -120,14 +119,14 @@ def _flat(rows: int, truth: GroundTruth) -> float:
 
 
 def _bytes(manifest: Manifest) -> int:
-    """Of the index: its shards and what they share."""
+    """Return the size of the index: its shards and the shared quantizer."""
     parts = [shard for shard in manifest.shards if "members" in shard.info or shard.name == "quantizer"]
     return sum(file.bytes for shard in parts for file in shard.files)
 
 
 @contextmanager
 def _peak_memory() -> Iterator[list[float]]:
-    """Most MB that this process and all below it (Ray's own among them) held at once, mapped files not counted."""
+    """Measure the peak memory in MB of this process and its descendants, including Ray, without mapped files."""
     peak, ended = [0.0], threading.Event()
 
     def watch() -> None:

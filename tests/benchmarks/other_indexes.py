@@ -1,4 +1,4 @@
-"""What others take for the same rows, each by its own means, in an environment of its own; see indexes.py."""
+"""Other index libraries on the same rows, each in its own environment; see indexes.py."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from model.retrieval.recall import GroundTruth
 
 ROUNDS = 5
-"""Of which the median counts."""
+"""Rounds; the median counts."""
 
 
 def autofaiss(files: Sequence[Path], folder: Path, bytes_: int, truth: GroundTruth, wanted: float) -> dict[str, Any]:
     python = os.environ.get("AUTOFAISS_PYTHON")
     if not python:
-        print("index: AUTOFAISS_PYTHON is not set, so autofaiss is left out; the benchmark's head says how to have it")
+        print("index: AUTOFAISS_PYTHON is not set: skipping autofaiss; indexes.py describes its installation")
         return {}
     path = folder / "autofaiss.index"
     if not path.exists():
@@ -83,7 +83,7 @@ print(json.dumps({"hnswlib": f"M 16, ef {ef}", "recall_at_10_hnswlib": recall, "
 def hnswlib(files: Sequence[Path], folder: Path, truth: GroundTruth, wanted: float) -> dict[str, Any]:
     python = os.environ.get("HNSWLIB_PYTHON")
     if not python:
-        print("index: HNSWLIB_PYTHON is not set, so hnswlib is left out; the benchmark's head says how to have it")
+        print("index: HNSWLIB_PYTHON is not set: skipping hnswlib; indexes.py describes its installation")
         return {}
     np.save(folder / "queries.npy", truth.queries)
     np.save(folder / "true.npy", truth.ids[:, :10])
@@ -101,7 +101,7 @@ def recall_of(ids: NDArray[np.int64], truth: GroundTruth) -> float:
 
 
 def seconds(function: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """Median seconds after a warm-up."""
+    """Return median seconds after a warm-up."""
     function()
     times = []
     for _ in range(rounds):

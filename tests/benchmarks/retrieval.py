@@ -1,4 +1,4 @@
-"""Databases of seeded rows: shards, swaps, and neighbours of all rows.
+"""Databases of seeded rows: index shards, database swaps, and neighbours of all rows.
 
 make bench NAME=shards | swap | neighbours
 """
@@ -37,14 +37,18 @@ from tasks.references.database import open_database
 
 
 def bench_shards() -> dict[str, Any]:
-    """Latency of a database in 16 shards against the same rows in one.
+    """Return the latency of a database in 16 shards relative to the same rows in one.
 
-    A million rows in the cells that ``auto`` gives a million: ``overhead`` of 16 shards of a sixteenth each, as workers
-    fill them before they are merged; ``overhead_grown`` of 14 merged and two that were added since; ``overhead_merged``
-    of the 16 merged, the one file that a build leaves of so many. ``overhead_full`` is of 16 that a build leaves: full,
-    268 million rows in all. Those do not fit here: a million rows in a 256th of the cells stand for them, so that a
-    cell is as long, and in as many pieces, in the code that ``auto`` takes of 64 GB. Queries come one by one;
-    ``_batch`` is of 1,000 at once.
+    With a million rows, and the inverted lists that ``auto`` chooses for them:
+
+    - ``overhead``: 16 shards of a sixteenth each, as workers fill them before they are merged.
+    - ``overhead_grown``: 14 merged shards, and two that were added later.
+    - ``overhead_merged``: the 16 shards merged, the one file of a build of this size.
+    - ``overhead_full``: 16 full shards of a build, 268 million rows in all. They are simulated by a million rows in a
+      256th of the inverted lists, so that a list is as long and has as many parts, with the code that ``auto`` chooses
+      for 64 GB.
+
+    Queries are single; ``_batch`` has 1,000 at once.
     """
     rows, full = int(os.environ.get("ROWS", 1_000_000)), 16 * IndexConfig().shard_rows
     factory = choose_index(full, WIDTH, memory_bytes=64 << 30)
@@ -52,8 +56,8 @@ def bench_shards() -> dict[str, Any]:
     fewer = re.sub(r"IVF\d+(_HNSW32)?", f"IVF{int(cells) * rows // full}", factory)
     large = Sixteenths(rows, "full", fewer, SearchEffort(nprobe=4, candidates=50))
     small = Sixteenths(rows, "shards", choose_index(rows, WIDTH), SearchEffort(nprobe=4))
-    told: dict[str, Any] = {"rows": rows, "shards": 16, "full_stands_for": full, "full_stands_for_index": factory}
-    told["recall_at_10_full"] = recall(large.opened("apart"), held_out(rows))
+    measured: dict[str, Any] = {"rows": rows, "shards": 16, "full_stands_for": full, "full_stands_for_index": factory}
+    measured["recall_at_10_full"] = recall(large.opened("apart"), held_out(rows))
     queries, same = clustered(QUERIES, seed=10_000_019), []
     for name, database, reference in (
         ("overhead", small.opened("apart"), small.opened("one")),
@@ -66,16 +70,16 @@ def bench_shards() -> dict[str, Any]:
         batch = [(lambda d=each: d.search(queries, 10)) for each in both]
         for suffix, pair in (("", single), ("_batch", batch)):
             ours, theirs = _paired(*pair)
-            told[name + suffix] = ours / theirs
+            measured[name + suffix] = ours / theirs
         same.append(np.array_equal(database.search(queries, 10).ids, reference.search(queries, 10).ids))
-    return told | {"same_neighbours": all(same)}
+    return measured | {"same_neighbours": all(same)}
 
 
 class Sixteenths:
-    """The same rows in index files cut in several ways."""
+    """The same rows in index files of several partitions."""
 
     def __init__(self, rows: int, name: str, factory: str, effort: SearchEffort) -> None:
-        """Fill one of all rows, 16 of a sixteenth each, and merge these."""
+        """Fill one file with all rows and 16 with a sixteenth each, and merge these."""
         self._folder, self._effort = FOLDER / str(rows) / name, effort
         self._folder.mkdir(parents=True, exist_ok=True)
         whole = np.concatenate([np.load(path, mmap_mode="r") for path in row_files(rows)])
@@ -93,7 +97,7 @@ class Sixteenths:
         merge_shards(parts[:14], self._index("most"))
 
     def opened(self, cut: Literal["apart", "grown", "merged", "one"]) -> Database:
-        """The rows in 16, in 14 merged and two, in 16 merged, or filled at once."""
+        """Open the rows as 16 files, 14 merged and two, 16 merged, or one file."""
         apart = [(self._index(number), range(number, number + 1)) for number in range(16)]
         cuts = {"apart": apart, "grown": [(self._index("most"), range(14)), *apart[14:]]}
         files = [
@@ -107,7 +111,7 @@ class Sixteenths:
 
 
 def bench_swap() -> dict[str, Any]:
-    """Seconds until a running pipeline draws from another database, and requests lost meanwhile."""
+    """Return the seconds until a running pipeline uses another database, and the number of failed requests."""
     sizes = (10_000, 100_000, 1_000_000)
     versions = {rows: seeded_database(rows)[0] for rows in sizes}
     network = build_transformer(
@@ -117,7 +121,7 @@ def bench_swap() -> dict[str, Any]:
     )
     pipeline = new_pipeline(network, IDENTITY)
     for version in versions.values():
-        open_database(version, FOLDER / "cache")  # warm: files verified once
+        open_database(version, FOLDER / "cache")  # verify the files once
     pipeline.swap_database(open_database(versions[10_000], FOLDER / "cache"))
     swaps: dict[str, float] = {}
     with _requests(pipeline) as counts:
@@ -128,14 +132,14 @@ def bench_swap() -> dict[str, Any]:
                 started = time.perf_counter()
                 pipeline.swap_database(open_database(version, FOLDER / "cache"))
                 times.append(time.perf_counter() - started)
-                time.sleep(0.5)  # requests go on from the new one
+                time.sleep(0.5)  # let requests use the new database
             swaps[f"{rows:,}"] = statistics.median(times)
     return {"swap_s": swaps, "requests": counts["answered"] + counts["lost"], "lost": counts["lost"]}
 
 
 @contextmanager
 def _requests(pipeline: KNNDiffusionPipeline) -> Iterator[dict[str, int]]:
-    """Requests all the time from a second thread, each for the tokens of eight queries."""
+    """Send continuous requests from a second thread, each for the tokens of eight queries."""
     import torch
 
     counts, ended = {"answered": 0, "lost": 0}, threading.Event()
@@ -160,14 +164,14 @@ def _requests(pipeline: KNNDiffusionPipeline) -> Iterator[dict[str, int]]:
 
 
 def bench_neighbours() -> dict[str, Any]:
-    """Rows/s of the job that finds every row's neighbours against FAISS's own search of the same index."""
+    """Return rows/s of the neighbours stage relative to FAISS's search of the same index."""
     rows, k = int(os.environ.get("ROWS", 1_000_000)), 10
     version, _ = seeded_database(rows)
     embeddings, cache = seeded_embeddings(rows), FOLDER / "cache"
     database = open_database(version, cache)
     parts = [np.load(path, mmap_mode="r") for path in row_files(rows)]
 
-    index = database.proposer.index  # FAISS's own, over the same memory-mapped cells
+    index = database.proposer.index  # the FAISS index over the same memory-mapped lists
     effort: Any = faiss.SearchParametersIVF(nprobe=database.effort.nprobe)
 
     def faiss_alone() -> None:
@@ -191,12 +195,12 @@ def bench_neighbours() -> dict[str, Any]:
 
 
 def _paired(ours: Callable[[], object], reference: Callable[[], object]) -> tuple[float, float]:
-    """Median seconds of both, run in turn, so that a drifting machine drifts for both."""
+    """Return the median seconds of both, run alternately, so that a drift of the machine affects both."""
     ours(), reference()
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(2 * ROUNDS + 1):
-        for function, kept in zip((ours, reference), times, strict=True):
+        for function, function_times in zip((ours, reference), times, strict=True):
             started = time.perf_counter()
             function()
-            kept.append(time.perf_counter() - started)
+            function_times.append(time.perf_counter() - started)
     return statistics.median(times[0]), statistics.median(times[1])

@@ -1,7 +1,7 @@
-"""Seeded rows and their databases, kept below ``build/bench/retrieval``: what the benches of retrieval search.
+"""Seeded rows and their databases for the retrieval benchmarks, stored in ``build/bench/retrieval``.
 
-Rows are 256 wide, unit, in 1,000 seeded clusters, in as many files as the largest shards of pictures make of them.
-Databases are built by the real stage.
+Rows are unit vectors of width 256 in 1,000 seeded clusters, in files of the largest shard size. Databases are built by
+the index stage.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from tasks.index.task import IndexConfig, index
 from tasks.references.types import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards
 
 WIDTH = 256
-DRAWN_ROWS = 100_000  # from one seed
+ROWS_PER_SEED = 100_000  # rows of one seed
 FOLDER = Path("build/bench/retrieval")
 IDENTITY = EncoderIdentity(name="seeded", weights_digest="0" * 64, preprocess_digest="0" * 64, dimension=WIDTH)
 QUERIES = 1_000
 
 
 def clustered(rows: int, seed: int) -> NDArray[np.float32]:
-    """Unit rows (rows, WIDTH) around 1,000 seeded centres, as embeddings are."""
+    """Return unit rows (rows, WIDTH) around 1,000 seeded centres, clustered like embeddings."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(0).standard_normal((1000, WIDTH), dtype=np.float32)
     points = centres[rng.integers(1000, size=rows)] + 0.7 * rng.standard_normal((rows, WIDTH), dtype=np.float32)
@@ -37,7 +37,7 @@ def clustered(rows: int, seed: int) -> NDArray[np.float32]:
 
 
 def seeded_embeddings(rows: int) -> EmbeddingShards:
-    """Committed embedding shards of so many seeded rows; made once. Their metadata has no rows: nobody asks for it."""
+    """Commit embedding shards of seeded rows once. Their metadata is empty, because it is not used."""
     config = {"rows": rows, "shard_rows": SHARD_ROWS}
     stage = artifacts.ArtifactBuilder(str(FOLDER / str(rows)), EmbeddingShards.kind, inputs={}, config=config)
     manifest = stage.committed()
@@ -48,9 +48,9 @@ def seeded_embeddings(rows: int) -> EmbeddingShards:
 
 
 def _parts(rows: int) -> Iterator[NDArray[np.float16]]:
-    for seed, start in enumerate(range(0, rows, DRAWN_ROWS), 1):
-        drawn = clustered(min(DRAWN_ROWS, rows - start), seed).astype(np.float16)
-        yield from np.split(drawn, range(SHARD_ROWS, len(drawn), SHARD_ROWS))
+    for seed, start in enumerate(range(0, rows, ROWS_PER_SEED), 1):
+        generated = clustered(min(ROWS_PER_SEED, rows - start), seed).astype(np.float16)
+        yield from np.split(generated, range(SHARD_ROWS, len(generated), SHARD_ROWS))
 
 
 def _commit(stage: artifacts.ArtifactBuilder, name: str, part: NDArray[np.float16]) -> artifacts.Shard:
@@ -62,7 +62,7 @@ def _commit(stage: artifacts.ArtifactBuilder, name: str, part: NDArray[np.float1
 
 
 def seeded_database(rows: int, **config: Any) -> tuple[DatabaseVersion, float]:
-    """The version that the index stage builds of them, and the seconds that took; 0 when it was there."""
+    """Return the version that the index stage builds, and its seconds; 0 if it existed."""
     embeddings, base = seeded_embeddings(rows), str(FOLDER / str(rows))
     with compute.cluster(None, None):
         outcome = index(embeddings, base, IndexConfig(**config), cache=FOLDER / "cache")
@@ -70,13 +70,13 @@ def seeded_database(rows: int, **config: Any) -> tuple[DatabaseVersion, float]:
 
 
 def held_out(rows: int) -> GroundTruth:
-    """Queries of the same clusters that are no rows, and their true neighbours; kept, for they take a while."""
-    kept = FOLDER / str(rows) / "truth.npz"
-    if not kept.exists():
+    """Return held-out queries from the same clusters, and their exact neighbours; cached, because they take long."""
+    path = FOLDER / str(rows) / "truth.npz"
+    if not path.exists():
         parts = [np.load(path, mmap_mode="r") for path in row_files(rows)]
         truth = exact_neighbours(parts, clustered(QUERIES, seed=10_000_019), depth=10)
-        np.savez(kept, queries=truth.queries, own=truth.own, ids=truth.ids, scores=truth.scores)
-    with np.load(kept) as found:
+        np.savez(path, queries=truth.queries, own=truth.own, ids=truth.ids, scores=truth.scores)
+    with np.load(path) as found:
         return GroundTruth(**found)
 
 

@@ -1,17 +1,17 @@
-"""How fast the networks train and draw, against plain code around the same networks on the same machine.
+"""Speed of training and generation, against plain code with the same networks on the same machine.
 
     make bench NAME=speed
 
-Training: the loop as it is (data from the device, bfloat16 copy, compiled, Muon and AdamW, average) against a plain one
-(``plain_training``: autocast, AdamW, an average, nothing compiled) over the same batches and objective. The networks
-are those of the embedded generators' recipes: 64 px at batch 512. The share of the matrix peak is that of the same run.
+Training: the loop (data on the device, bfloat16 copy, compiled, Muon and AdamW, EMA) against a plain one
+(``plain_training``: autocast, AdamW, EMA, not compiled) with the same batches and objective. The networks are those of
+the bundled generators' recipes: 64 px at batch 512. The share of the matrix peak is that of the same run.
 
-Drawing: 25 steps with guidance, from condition tokens to pictures, by a compiled pipeline against the same one before.
+Generation: 25 steps with guidance, from condition tokens to images, by a compiled pipeline against the uncompiled one.
 
-Weights and pictures are random: neither changes the speed. On a CPU, where nothing is compiled for training and both
-are slow, the networks are small, and the figures say no more than that the benchmark runs.
+Weights and images are random, which does not change the speed. On a CPU training is not compiled and the networks are
+small: the figures only show that the benchmark runs.
 
-Legend: ``N`` pictures, ``D`` embedding width, ``S`` side.
+Legend: ``N`` images, ``D`` embedding width, ``S`` side.
 """
 
 import contextlib
@@ -48,17 +48,17 @@ POOL = 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """How much is timed."""
+    """Size of the measurement."""
 
     layers: int
     code_layers: int
-    """Of the discrete network."""
+    """Layers of the discrete network."""
     width: int
     batch: int
     rows: int
-    """Pictures in the training set."""
+    """Images in the training set."""
     window: int
-    """Steps to a figure; one window passes before the first."""
+    """Steps per measurement, after one window of warm-up."""
     drawn: int
     steps: int
 
@@ -70,13 +70,13 @@ SIZES = {
 
 
 def bench_speed() -> dict[str, Any]:
-    """Images a second of the loop and of drawing, each beside plain code's."""
+    """Return images/s of training and generation, each with that of plain code."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size, identity = SIZES[device], Encoder().identity
     conditioning = ConditioningConfig(neighbours=10, pool=POOL)
     continuous = Restoration(conditioning, RestorationConfig(drop_reference=0.7), prediction="velocity")
     discrete = MaskAndReplace(Transitions(), conditioning)
-    told: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for name, network, objective, codes in (
         ("continuous", transformer(size, identity.dimension), continuous, False),
         ("discrete", vq_transformer(size, identity.dimension), discrete, True),
@@ -84,7 +84,7 @@ def bench_speed() -> dict[str, Any]:
         dataset = random_set(size, identity.dimension, device, codes=codes)
         plain = plain_training(copy.deepcopy(network), copy.deepcopy(objective), dataset, size, device)
         ours, share = training(copy.deepcopy(network), objective, dataset, size, device)
-        told[f"training_{name}"] = {
+        measured[f"training_{name}"] = {
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
             "images_per_s": ours,
             "images_per_s_plain": plain,
@@ -92,43 +92,43 @@ def bench_speed() -> dict[str, Any]:
             "share_of_matrix_peak": share,
         }
     before, after = drawing(size, identity, device)
-    told["drawing"] = {"images_per_s": after, "images_per_s_not_compiled": before, "ratio": after / before}
-    return {**told, **dataclasses.asdict(size), "side": 64, "device": device}
+    measured["drawing"] = {"images_per_s": after, "images_per_s_not_compiled": before, "ratio": after / before}
+    return {**measured, **dataclasses.asdict(size), "side": 64, "device": device}
 
 
 def transformer(size: Size, dimension: int) -> nn.Module:
-    """The continuous network, which draws and edits."""
+    """Return the continuous network, which generates and edits."""
     config = TransformerConfig(image_size=64, layers=size.layers, heads=size.width // 64, head_width=64)
     return widen_input(build_transformer(config, embedding_dimension=dimension, seed=0))
 
 
 def vq_transformer(size: Size, dimension: int) -> nn.Module:
-    """The discrete one."""
+    """Return the discrete network."""
     config = VQTransformerConfig(layers=size.code_layers, heads=size.width // 64, head_width=64)
     return build_vq_transformer(config, embedding_dimension=dimension, seed=0)
 
 
 def random_set(size: Size, dimension: int, device: str, *, codes: bool) -> TrainingSet:
-    """Pictures (N, 64, 64, 3) with references, or codes (N, 256), and the rows of both."""
+    """Return random images (N, 64, 64, 3) with references, or codes (N, 256), with embeddings (N, D)."""
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((size.rows, dimension)).astype(np.float16)
     shape = (size.rows, 256) if codes else (size.rows, 64, 64, 3)
-    pictures = rng.integers(0, 1024 if codes else 256, shape).astype(np.int16 if codes else np.uint8)
-    held = TrainingRows(
-        pictures=pictures,
+    images = rng.integers(0, 1024 if codes else 256, shape).astype(np.int16 if codes else np.uint8)
+    training_rows = TrainingRows(
+        pictures=images,
         embeddings=rows,
         neighbours=rng.integers(0, size.rows, (size.rows, POOL)),
-        reference=None if codes else pictures,
+        reference=None if codes else images,
     )
-    return TrainingSet(held, rows, device=device)
+    return TrainingSet(training_rows, rows, device=device)
 
 
-class _Told(Exception):  # noqa: N818 - not an error: the run has shown what it was started for
-    """The last window's numbers are there."""
+class _Measured(Exception):  # noqa: N818 - not an error: the measurement is complete
+    """Raised after the last window."""
 
 
 class _LastWindow:
-    """Metrics that end the run once two windows have passed after the first."""
+    """Metrics that end the run after three windows."""
 
     def __init__(self) -> None:
         self.windows: list[dict[str, float]] = []
@@ -136,20 +136,20 @@ class _LastWindow:
     def log(self, *, images: int, values: dict[str, float]) -> None:
         self.windows.append(values)
         if len(self.windows) == 3:
-            raise _Told
+            raise _Measured
 
     def grid(self, *, images: int, average: nn.Module) -> None:
-        """None is due so early."""
+        """Do nothing; no grid is due."""
 
 
 class _NoCheckpoints:
-    """Keeps nothing."""
+    """Checkpoints that store nothing."""
 
     def latest(self) -> Path | None:
         return None
 
     def save(self, step: int, state: Path) -> None:
-        """No run is as short as this."""
+        """Do nothing; no checkpoint is due."""
 
     def scratch(self) -> Path:
         return Path("unused")
@@ -158,7 +158,7 @@ class _NoCheckpoints:
 def training(
     network: nn.Module, objective: Objective, dataset: TrainingSet, size: Size, device: str
 ) -> tuple[float, float]:
-    """Images a second of the loop, and its share of the matrix peak: the better of two windows."""
+    """Return images/s of the loop, and its share of the matrix peak, in the better of two windows."""
     config = TrainingConfig(
         images=size.batch * size.window * 100,
         batch_size=size.batch,
@@ -167,14 +167,14 @@ def training(
         grid_images=size.batch * size.window * 100,
     )
     metrics = _LastWindow()
-    with contextlib.suppress(_Told):
+    with contextlib.suppress(_Measured):
         train(network, objective, dataset, config, checkpoints=_NoCheckpoints(), metrics=metrics, device=device)
     best = max(metrics.windows[1:], key=lambda window: window["images_per_s"])
     return best["images_per_s"], best["model_flops_utilisation"]
 
 
 def plain_training(network: nn.Module, objective: nn.Module, dataset: TrainingSet, size: Size, device: str) -> float:
-    """Images a second as one would write it first: autocast, AdamW, an average; nothing compiled."""
+    """Return images/s of a plain loop: autocast, AdamW, EMA, not compiled."""
     network, objective = network.to(device).train(), objective.to(device)
     average = ema_copy(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
@@ -196,13 +196,13 @@ def plain_training(network: nn.Module, objective: nn.Module, dataset: TrainingSe
 
 
 def drawing(size: Size, identity: EncoderIdentity, device: str) -> tuple[float, float]:
-    """Images a second of a pipeline before and after ``compile``."""
+    """Return images/s of a pipeline before and after ``compile``."""
     pipeline = new_pipeline(transformer(size, identity.dimension), identity, trained_neighbours=10)  # type: ignore[arg-type]
     pipeline.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     tokens = torch.randn(size.drawn, 11, identity.dimension + MARKER_CHANNELS)
 
     @torch.inference_mode()
-    def drawn(steps: int) -> None:
+    def sample(steps: int) -> None:
         backbone = pipeline.backbone
         generate(
             backbone,
@@ -223,14 +223,14 @@ def drawing(size: Size, identity: EncoderIdentity, device: str) -> tuple[float, 
     for compiled in (False, True):
         if compiled:
             pipeline.compile()
-        drawn(2)  # warm
-        rates.append(size.drawn / min(timed(lambda: drawn(size.steps)) for _ in range(2)))
+        sample(2)  # warm-up
+        rates.append(size.drawn / min(timed(lambda: sample(size.steps)) for _ in range(2)))
     before, after = rates
     return before, after
 
 
 def timed(run: Callable[[], None]) -> float:
-    """Seconds, until the device has finished."""
+    """Return the seconds until the device has finished."""
     _wait()
     started = time.perf_counter()
     run()

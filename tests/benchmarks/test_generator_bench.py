@@ -1,4 +1,4 @@
-"""What the benchmarks of the generator draw and write, with stand-ins for the generator and the encoder."""
+"""Generator benchmarks with a fake generator and encoder."""
 
 import importlib
 import sys
@@ -26,8 +26,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("run")
 
 
-class Drawn:
-    """Takes the pipeline's place; remembers how it was asked."""
+class FakePipeline:
+    """Fake pipeline that records its arguments."""
 
     device = torch.device("cpu")
     config = types.SimpleNamespace(candidates=2)
@@ -36,15 +36,15 @@ class Drawn:
         self.database, self.calls = database, list[dict[str, Any]]()
 
     def __call__(self, queries: torch.Tensor, **options: Any) -> Any:
-        self.calls.append({"pictures": len(queries), **options})
+        self.calls.append({"images": len(queries), **options})
         return types.SimpleNamespace(images=[np.full((8, 8, 3), number, np.uint8) for number in range(len(queries))])
 
 
-def test_one_draw_without_a_choice_is_scored_beside_the_default(
+def test_bench_generator_also_scores_single_candidates(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = tiny_models.unit_rows(120)
-    pipeline = Drawn(tiny_models.database(tmp_path, own))
+    pipeline = FakePipeline(tiny_models.database(tmp_path, own))
     queries = torch.from_numpy(tiny_models.unit_rows(100, seed=1).astype(np.float32))
     settings = {"weights": "0" * 64, "defaults": {"candidates": 2}}
     scene = bench.Scene(
@@ -61,32 +61,32 @@ def test_one_draw_without_a_choice_is_scored_beside_the_default(
     result = bench.bench_generator(100, "cpu")
     assert (result["samples"], result["samples_no_knn"], result["samples_knn_one_draw"]) == (100, 96, 96)
     assert result["clip_score_knn_one_draw_low"] <= result["clip_score_knn_one_draw"] == pytest.approx(1)
-    drawn = [call for call in pipeline.calls if "candidates" in call]
-    asked = {(call["retrieve"], call["candidates"]): 0 for call in drawn}
-    for call in drawn:
-        asked[call["retrieve"], call["candidates"]] += call["pictures"]
-    assert asked == {(True, None): 100, (False, None): 96, (True, 1): 96}
+    calls = [call for call in pipeline.calls if "candidates" in call]
+    counts = {(call["retrieve"], call["candidates"]): 0 for call in calls}
+    for call in calls:
+        counts[call["retrieve"], call["candidates"]] += call["images"]
+    assert counts == {(True, None): 100, (False, None): 96, (True, 1): 96}
 
 
-def test_an_eighth_is_drawn_without_neighbours_and_without_a_choice(bench: Any) -> None:
+def test_counts_of_baselines_are_an_eighth(bench: Any) -> None:
     assert bench.counts_of(2_000) == {"knn": 2_000, "no_knn": 250, "knn_one_draw": 250}
     assert bench.counts_of(64) == {"knn": 64, "no_knn": 64, "knn_one_draw": 64}
 
 
-@pytest.mark.parametrize("told", ["0", "3", "-1", "many"])
-def test_too_few_samples_are_refused(
-    told: str, run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("text", ["0", "3", "-1", "many"])
+def test_main_with_too_few_samples_fails(
+    text: str, run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["run.py", "generator", f"--samples={told}"])
+    monkeypatch.setattr(sys, "argv", ["run.py", "generator", f"--samples={text}"])
     with pytest.raises(SystemExit, match="2"):
         run.main()
-    assert f"'{told}' is no number of samples; give at least 4" in capsys.readouterr().err
+    assert f"number of samples is too small or not a number: '{text}'; give at least 4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("told", "named", "count"), [(None, True, 2_000), (None, False, 64), (4, True, 4)])
-def test_as_many_samples_as_told(
-    told: int | None, named: bool, count: int, run: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("samples", "named", "count"), [(None, True, 2_000), (None, False, 64), (4, True, 4)])
+def test_benchmark_passes_the_number_of_samples(
+    samples: int | None, named: bool, count: int, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = types.SimpleNamespace(bench_generator=lambda samples, device: {"samples": samples})
     monkeypatch.setitem(sys.modules, "generator", counted)  # type: ignore[arg-type]
-    assert run.benchmark("generator", told, named=named)() == {"samples": count}
+    assert run.benchmark("generator", samples, named=named)() == {"samples": count}

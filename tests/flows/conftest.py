@@ -1,4 +1,4 @@
-"""What tests of a living database share: workers without Ray, and the database itself."""
+"""Fixtures for tests of changing databases: workers without Ray, and the domain."""
 
 from collections.abc import Iterator
 from pathlib import Path

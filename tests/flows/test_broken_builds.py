@@ -1,4 +1,4 @@
-"""A disk that fills up and a store that is down in the middle of a build, in each of its stages."""
+"""Builds whose disk becomes full or whose store fails, in each stage."""
 
 import errno
 import os
@@ -17,12 +17,12 @@ from infra.storage.errors import storage_errors
 
 STAGES = {"images": ".tar", "embeddings": ".npy", "database": ".faiss"}
 SHARDS_LEFT = {"images": 2, "embeddings": 2, "database": 0}
-"""That were committed by the stage when the fault came: it strikes the third file, of an index the first."""
+"""Shards of the stage that are committed before the fault, which hits the third file, or the first of an index."""
 Put = Callable[[Path, str], None]
 
 
 def failing(kind: str, error: Exception, put: Put, seen: list[str]) -> Put:
-    """Storage of which a stage's file fails, once; ``seen`` are those that were to be stored."""
+    """Return a ``put`` that fails once on a file of the stage; ``seen`` collects the URIs of the stage."""
 
     def fails_once(local: Path, uri: str) -> None:
         if f"/{kind}/" in uri and uri.endswith(STAGES[kind]) and not uri.endswith("quantizer.faiss"):
@@ -36,12 +36,12 @@ def failing(kind: str, error: Exception, put: Put, seen: list[str]) -> Put:
 
 
 def committed(folder: Path) -> dict[str, int]:
-    """The shards' markers that are there, and when each was written."""
+    """Return the shard markers in a folder, with their modification times."""
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*.json") if path.parent.name == "shards"}
 
 
 @pytest.mark.parametrize("kind", STAGES)
-def test_a_disk_that_fills_up_costs_nothing_that_was_committed(
+def test_build_after_full_disk_reuses_committed_shards(
     kind: str, living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = Path(living.root) / "shapes"
@@ -51,27 +51,27 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_committed(
         with pytest.raises(StageError, match=r"no space left for .*free some, or name another place") as caught:
             living.build(NAMES[:16])
     assert "\n" not in str(caught.value)
-    assert not list((base / kind).glob("*/manifest.json")), "what is not whole is no artifact"
+    assert not list((base / kind).glob("*/manifest.json")), "an incomplete artifact has no manifest"
     assert living.versions() == []
-    kept = committed(base)
+    before = committed(base)
 
     built: Any = living.build(NAMES[:16])
 
-    assert kept.items() <= committed(base).items(), "what was committed is not made again"
+    assert before.items() <= committed(base).items(), "committed shards are not written again"
     assert living.champion() == set(NAMES[:16])
     unbroken: Any = living.build(NAMES[:16], domain="unbroken")
     assert built.database.reference.digest == unbroken.database.reference.digest
 
 
 @pytest.mark.parametrize("kind", STAGES)
-def test_a_store_that_is_down_for_a_moment_costs_a_try(
+def test_build_with_transient_store_failure_retries_only_the_failed_file(
     kind: str, living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     down = EndpointConnectionError(endpoint_url="http://store")
     seen: list[str] = []
     monkeypatch.setattr(storage, "put", failing(kind, down, storage.put, seen))
     built: Any = living.build(NAMES[:16])
-    assert seen.count(seen[SHARDS_LEFT[kind]]) == 2, "what failed was stored again, and nothing else"
+    assert seen.count(seen[SHARDS_LEFT[kind]]) == 2, "only the failed file is stored again"
     assert len(seen) == len(set(seen)) + 1
     assert living.champion() == set(NAMES[:16])
     unbroken: Any = living.build(NAMES[:16], domain="unbroken")

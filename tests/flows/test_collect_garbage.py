@@ -1,4 +1,4 @@
-"""What no kept version needs is deleted, and nothing else, whatever is lost, moved or running meanwhile."""
+"""Garbage collection deletes only unreferenced files, even if files are lost or moved, or other flows run."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from infra.settings import Settings
 from tasks.references.database import open_database
 
 
-def test_garbage_is_never_what_an_alias_or_another_domain_reaches(living: Living, ray: WithoutRay) -> None:
+def test_collect_keeps_files_of_aliases_and_other_domains(living: Living, ray: WithoutRay) -> None:
     from flows.combine_databases import SubsetDatabaseConfig, subset_database
 
     first = living.build(NAMES[:FIRST]).database.reference
@@ -35,13 +35,13 @@ def test_garbage_is_never_what_an_alias_or_another_domain_reaches(living: Living
     with pytest.raises(NotFoundError, match="no committed artifact"):
         open_database(first, living.folder / "cache")
     circles = {name for name in NAMES[:FIRST] if "circle" in name}
-    assert living.found(part.database.reference) == circles  # its shards lie in the folders of "shapes"
+    assert living.found(part.database.reference) == circles  # its shards are in the folders of "shapes"
     from tasks.references.images import fetch_images
 
     assert len(fetch_images(part.database.reference, [0, 1], living.folder / "cache")) == 2
 
 
-def test_young_and_half_done_folders_are_left_alone(living: Living, ray: WithoutRay) -> None:
+def test_collect_keeps_young_and_unfinished_folders(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:4])
     half = living.root / "shapes" / "embeddings" / ("0" * 16) / "shards"
     half.mkdir(parents=True)
@@ -53,18 +53,18 @@ def test_young_and_half_done_folders_are_left_alone(living: Living, ray: Without
     assert not half.parent.exists()
 
 
-def test_an_unknown_registry_is_no_reason_to_delete_everything(living: Living, ray: WithoutRay, tmp_path: Path) -> None:
+def test_collect_with_unknown_registry_fails(living: Living, ray: WithoutRay, tmp_path: Path) -> None:
     from tasks.upkeep.garbage import collect
 
     living.build(NAMES[:4])
     other = Settings(root=str(living.root), tracking=f"sqlite:///{tmp_path}/other.db")
     with pytest.raises(StageError, match=r"no version of shapes is registered at .*other\.db"):
         collect("shapes", other, dry_run=False, grace_s=0)
-    with pytest.raises(ValueError, match="keep_versions must be at least 1"):
+    with pytest.raises(ValueError, match=r"keep_versions, .* out of range: 0"):
         living.collect(keep_versions=0)
 
 
-def test_a_damaged_manifest_stops_the_collection(living: Living, ray: WithoutRay) -> None:
+def test_collect_with_damaged_manifest_fails(living: Living, ray: WithoutRay) -> None:
     built = living.build(NAMES[:4])
     path = Path(built.images.reference.uri) / "manifest.json"
     path.write_text(path.read_text()[:-20])
@@ -75,13 +75,15 @@ def test_a_damaged_manifest_stops_the_collection(living: Living, ray: WithoutRay
 
 
 @pytest.mark.parametrize("spelled", ["link", "above", "slash", "disk"])
-def test_what_a_champion_needs_stays_however_the_root_is_spelled(living: Living, ray: WithoutRay, spelled: str) -> None:
+def test_collect_with_any_spelling_of_the_root_keeps_the_champion(
+    living: Living, ray: WithoutRay, spelled: str
+) -> None:
     built = living.build(NAMES[:4])
     link = living.root.with_name("link")
     link.symlink_to(living.root)
     other = {"link": link, "above": f"{living.root}/../{living.root.name}", "slash": f"{living.root}/"}
     root = other.get(spelled, living.root)
-    if spelled == "disk":  # one that was larger
+    if spelled == "disk":  # images on a larger disk
         images = living.root / "shapes" / "images"
         images.symlink_to(images.rename(living.root.with_name("larger")))
     files = living.files()
@@ -90,7 +92,7 @@ def test_what_a_champion_needs_stays_however_the_root_is_spelled(living: Living,
     assert living.found(built.database.reference) == set(NAMES[:4])
 
 
-def test_a_root_that_moved_is_not_taken_for_garbage(living: Living, ray: WithoutRay) -> None:
+def test_collect_in_moved_root_fails(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:4])
     files = living.files()
     moved = living.root.rename(living.root.with_name("moved"))
@@ -101,24 +103,24 @@ def test_a_root_that_moved_is_not_taken_for_garbage(living: Living, ray: Without
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_collect_copied_root_is_refused(living: Living, ray: WithoutRay, linked: bool) -> None:
+def test_collect_in_copied_root_fails(living: Living, ray: WithoutRay, linked: bool) -> None:
     living.build(NAMES[:4])
     living.rebuild(urls=living.listed(*NAMES[:5]))
     copy = living.root.with_name("copy")
-    shutil.copytree(living.root, copy)  # the registry lies below the root and is copied with it
+    shutil.copytree(living.root, copy)  # the registry is below the root and is copied with it
     root = copy.with_name("link") if linked else copy
     if linked:
         root.symlink_to(copy)
     living.root = copy
     files = living.files()
-    told = rf"knn-database.shapes version 1 was registered at .*/data/shapes/database/.*{copy}; .*--root .*/data\)"
-    with pytest.raises(IntegrityError, match=told) as caught:
+    message = rf"knn-database.shapes version 1 was registered at .*/data/shapes/database/.*{copy}; .*--root .*/data\)"
+    with pytest.raises(IntegrityError, match=message) as caught:
         living.collect(root=str(root), dry_run=False)
     assert "\n" not in str(caught.value)
     assert living.files() == files
 
 
-def test_collect_generator_registered_outside_root_is_refused(living: Living, ray: WithoutRay) -> None:
+def test_collect_with_generator_registered_outside_root_fails(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:4])
     living.rebuild(urls=living.listed(*NAMES[:5]))
     elsewhere = f"{living.folder}/elsewhere/shapes/generator/{'0' * 16}"
@@ -133,7 +135,7 @@ def test_collect_generator_registered_outside_root_is_refused(living: Living, ra
     assert living.collect(dry_run=False)[0].files
 
 
-def test_collect_versions_that_refer_to_no_folder_is_refused(living: Living, ray: WithoutRay) -> None:
+def test_collect_with_versions_without_folder_fails(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:4])
     Registry(living.settings)._client.delete_model_version_tag("knn-database.shapes", "1", "uri")
     files = living.files()
@@ -145,7 +147,7 @@ def test_collect_versions_that_refer_to_no_folder_is_refused(living: Living, ray
 
 
 @pytest.mark.parametrize("kind", ["database", "embeddings", "images"])
-def test_a_lost_manifest_stops_the_collection(living: Living, ray: WithoutRay, kind: str) -> None:
+def test_collect_with_lost_manifest_fails(living: Living, ray: WithoutRay, kind: str) -> None:
     living.build(NAMES[:4])
     (manifest,) = (living.root / "shapes" / kind).glob("*/manifest.json")
     manifest.unlink()
@@ -156,7 +158,7 @@ def test_a_lost_manifest_stops_the_collection(living: Living, ray: WithoutRay, k
     assert living.files() == files
 
 
-def test_what_a_merge_elsewhere_is_made_of_stays_while_it_runs(
+def test_collect_during_merge_keeps_the_inputs_of_the_merge(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import flows.combine_databases as module
@@ -164,9 +166,9 @@ def test_what_a_merge_elsewhere_is_made_of_stays_while_it_runs(
     living.build(NAMES[:4])
     living.build(NAMES[4:6], domain="others")
     union = module.MergeDatabasesConfig(domain="both", databases=("shapes", "others"), root=str(living.root))
-    register = module.register_database_task
+    register = module.register_database
 
-    def meanwhile(*arguments: Any) -> Any:
+    def collect_first(*arguments: Any) -> Any:
         down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")
         living.rebuild(takedown=down, compact=True)
         for path in (living.root / "shapes").rglob("*"):
@@ -174,7 +176,7 @@ def test_what_a_merge_elsewhere_is_made_of_stays_while_it_runs(
         assert living.collect(grace_s=3600, dry_run=False)[0].files
         return register(*arguments)
 
-    monkeypatch.setattr(module, "register_database", meanwhile)
+    monkeypatch.setattr(module, "register_database", collect_first)
     merged = module.merge_databases(union).database.reference
     assert living.found(merged) == set(NAMES[:6])
     from tasks.references.images import fetch_images
@@ -182,22 +184,22 @@ def test_what_a_merge_elsewhere_is_made_of_stays_while_it_runs(
     assert len(fetch_images(merged, list(range(6)), living.folder / "cache")) == 6
 
 
-def test_a_domain_that_cannot_be_collected_keeps_no_other_one_up(living: Living, ray: WithoutRay) -> None:
-    never = living.garbage_beside_what_is_refused()
+def test_collect_with_one_failing_domain_collects_the_others(living: Living, ray: WithoutRay) -> None:
+    unregistered = living.garbage_beside_what_is_refused()
     before = living.files()
     with pytest.raises(StageError, match="1 of 2 domains were not collected; aa: no version of aa is registered"):
         living.collect(domain=None, dry_run=False)
     assert len(living.files()) < len(before)
-    assert never.exists()
+    assert unregistered.exists()
 
 
-def test_an_unknown_domain_is_named_and_nothing_is_written(living: Living, ray: WithoutRay) -> None:
-    with pytest.raises(NotFoundError, match="holds no domain shapes; there are none"):
+def test_collect_of_unknown_domain_fails_and_writes_nothing(living: Living, ray: WithoutRay) -> None:
+    with pytest.raises(NotFoundError, match=r"domain does not exist in .*: shapes; use one of: none"):
         living.collect()
     assert not living.root.exists()
 
 
-def test_a_collection_that_lost_its_lease_deletes_nothing_more(
+def test_collect_after_lost_lease_deletes_nothing(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     living.build(NAMES[:4])
@@ -215,7 +217,7 @@ def test_a_collection_that_lost_its_lease_deletes_nothing_more(
     assert living.files() == before
 
 
-def test_a_collection_that_is_interrupted_goes_on_and_keeps_no_other_one_up(
+def test_collect_after_interruption_resumes_and_does_not_block_other_domains(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tasks.upkeep.garbage import DAY_S, collect
@@ -234,8 +236,8 @@ def test_a_collection_that_is_interrupted_goes_on_and_keeps_no_other_one_up(
         remove(uri)
 
     before = living.files()
-    going = collect("shapes", living.settings, keep_versions=1, grace_s=0).files
-    manifests = sum(uri.endswith("/manifest.json") for uri, _ in going)
+    garbage = collect("shapes", living.settings, keep_versions=1, grace_s=0).files
+    manifests = sum(uri.endswith("/manifest.json") for uri, _ in garbage)
     assert manifests >= 4
     for _ in range(manifests + 1):
         removed.clear()
@@ -246,22 +248,22 @@ def test_a_collection_that_is_interrupted_goes_on_and_keeps_no_other_one_up(
         collect("others", living.settings, keep_versions=2, grace_s=0)
         for grace_s in (0, DAY_S):
             collect("shapes", living.settings, keep_versions=2, grace_s=grace_s)
-    assert len(living.collect(dry_run=False)[0].files) == len(going) - manifests - 1
-    assert len(living.files()) == len(before) - len(going)
+    assert len(living.collect(dry_run=False)[0].files) == len(garbage) - manifests - 1
+    assert len(living.files()) == len(before) - len(garbage)
     assert [bool(version.get("collected")) for version in living.versions()] == [False, True, True, False]
     assert living.champion() == {NAMES[0], *NAMES[2:4]}
 
 
-def test_a_version_that_was_given_an_alias_is_not_taken_for_collected(living: Living, ray: WithoutRay) -> None:
+def test_collect_ignores_the_collected_tag_of_a_champion(living: Living, ray: WithoutRay) -> None:
     built = living.build(NAMES[:4])
-    Registry(living.settings).tag("knn-database.shapes", 1, "collected", "2020-01-01")  # and was made again since
+    Registry(living.settings).tag("knn-database.shapes", 1, "collected", "2020-01-01")  # and was built again since
     assert living.collect(dry_run=False)[0].files == ()
     (Path(built.database.reference.uri) / "manifest.json").unlink()
     with pytest.raises(IntegrityError, match=r"knn-database.shapes version 1 was registered at .* restore it"):
         living.collect(dry_run=False)
 
 
-def test_a_takedown_that_was_interrupted_binds_after_a_collection(
+def test_interrupted_takedown_applies_after_a_collection(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: Any) -> Any:
@@ -269,16 +271,16 @@ def test_a_takedown_that_was_interrupted_binds_after_a_collection(
 
     living.build(NAMES[:4])
     with monkeypatch.context() as patch:
-        patch.setattr("flows.rebuild_index.register_database_task", killed)
-        with pytest.raises(BaseException):  # noqa: B017  # as Prefect tells of it
+        patch.setattr("flows.rebuild_index.register_database", killed)
+        with pytest.raises(BaseException):  # noqa: B017  # Prefect changes the type
             living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"))
     assert len(living.versions()) == 1
-    assert living.collect(dry_run=False)[0].files  # the version that was to hide it
+    assert living.collect(dry_run=False)[0].files  # the version that would have hidden it
     living.rebuild(urls=living.listed(*NAMES[:5]))
     assert living.champion() == {NAMES[0], *NAMES[2:5]}
 
 
-def test_takedowns_that_a_wider_one_holds_go_with_their_versions(living: Living, ray: WithoutRay) -> None:
+def test_collect_deletes_takedowns_that_a_later_one_contains(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:6])
     for number in (1, 2, 3):
         living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[number])}, name="down.jsonl"))
@@ -290,7 +292,7 @@ def test_takedowns_that_a_wider_one_holds_go_with_their_versions(living: Living,
     assert living.champion() == {NAMES[0], *NAMES[4:7]}
 
 
-def test_takedowns_that_cannot_be_read_stay(living: Living, ray: WithoutRay) -> None:
+def test_collect_keeps_unreadable_takedowns(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:6])
     for number in (1, 2):
         living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[number])}, name="down.jsonl"))
@@ -301,10 +303,12 @@ def test_takedowns_that_cannot_be_read_stay(living: Living, ray: WithoutRay) -> 
     assert len(list(lists.glob("*/takedown.parquet"))) == 2
 
 
-def test_a_cache_that_may_not_be_written_keeps_nothing_from_going(
+def test_collect_with_read_only_cache_deletes_and_warns(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("knn_diffusion"), "handlers", [caplog.handler])  # Prefect takes the root's
+    monkeypatch.setattr(
+        logging.getLogger("knn_diffusion"), "handlers", [caplog.handler]
+    )  # Prefect replaces those of the root logger
     living.build(NAMES[:4])
     living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
 
@@ -318,7 +322,7 @@ def test_a_cache_that_may_not_be_written_keeps_nothing_from_going(
     assert "cannot forget what goes (Permission denied): copies of it may stay there; delete" in caplog.text
 
 
-def test_what_was_derived_of_images_goes_with_a_later_collection_if_it_was_in_use(
+def test_collect_purges_derived_files_that_were_in_use_later(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KNN_DIFFUSION_CACHE", str(living.folder / "cache"))

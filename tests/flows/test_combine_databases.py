@@ -1,4 +1,4 @@
-"""Databases made of others by the flows, and what they may not replace or bring back."""
+"""Flows that merge and subset databases: results, takedowns, and protection of existing databases."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ from infra.registry import Registry
 from tasks.references.lineage import embeddings_of
 
 
-def test_databases_are_merged_by_the_flow(living: Living, ray: WithoutRay) -> None:
+def test_merge_databases_builds_a_union_that_can_be_rebuilt(living: Living, ray: WithoutRay) -> None:
     from flows.combine_databases import MergeDatabasesConfig, merge_databases
     from tasks.serve.load import load_database
 
@@ -33,7 +33,7 @@ def test_databases_are_merged_by_the_flow(living: Living, ray: WithoutRay) -> No
     assert dataclasses.replace(embeddings_of(grown.after.database)).rows == 11
 
 
-def test_what_was_taken_down_stays_so_when_databases_are_combined_again(living: Living, ray: WithoutRay) -> None:
+def test_combine_again_keeps_takedowns_of_the_domain(living: Living, ray: WithoutRay) -> None:
     from flows.combine_databases import (
         MergeDatabasesConfig,
         SubsetDatabaseConfig,
@@ -52,7 +52,7 @@ def test_what_was_taken_down_stays_so_when_databases_are_combined_again(living: 
     assert living.champion() == set(NAMES[:4]) - {NAMES[1]}
 
 
-def test_copies_of_what_a_part_has_taken_down_are_hidden_in_the_union(living: Living, ray: WithoutRay) -> None:
+def test_merge_hides_copies_of_images_that_a_part_has_taken_down(living: Living, ray: WithoutRay) -> None:
     from flows.combine_databases import MergeDatabasesConfig, merge_databases
 
     living.build(NAMES[:4], domain="a")
@@ -63,7 +63,7 @@ def test_copies_of_what_a_part_has_taken_down_are_hidden_in_the_union(living: Li
     assert living.champion() == {NAMES[0], *NAMES[2:4], NAMES[6]}
 
 
-def test_what_was_ever_taken_down_stays_so_in_what_is_made_of_a_domain(living: Living, ray: WithoutRay) -> None:
+def test_combine_after_rollback_keeps_all_takedowns_of_the_source(living: Living, ray: WithoutRay) -> None:
     from flows.combine_databases import (
         MergeDatabasesConfig,
         SubsetDatabaseConfig,
@@ -82,7 +82,7 @@ def test_what_was_ever_taken_down_stays_so_in_what_is_made_of_a_domain(living: L
     assert living.champion() == set(NAMES[:8]) - {NAMES[1]}
 
 
-def test_a_union_that_cannot_be_made_hides_nothing_of_the_domain(
+def test_failed_merge_rolls_back_its_takedowns(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows.combine_databases import MergeDatabasesConfig, merge_databases
@@ -106,9 +106,7 @@ def test_a_union_that_cannot_be_made_hides_nothing_of_the_domain(
     assert living.champion() == set(NAMES[:3])
 
 
-def test_images_of_a_domain_s_own_are_not_put_out_of_sight_by_a_merge_or_a_subset(
-    living: Living, ray: WithoutRay
-) -> None:
+def test_combine_without_replace_keeps_a_domain_with_its_own_images(living: Living, ray: WithoutRay) -> None:
     from flows.combine_databases import (
         MergeDatabasesConfig,
         SubsetDatabaseConfig,
@@ -121,14 +119,14 @@ def test_images_of_a_domain_s_own_are_not_put_out_of_sight_by_a_merge_or_a_subse
         living.build(NAMES[4 + number : 6 + number], domain=domain)
     into: dict[str, Any] = {"domain": "shapes", "root": str(living.root)}
     part = SubsetDatabaseConfig(database="a", where="width > 0", **into)
-    told = "shapes is a database of 4 pictures of its own, .* name another domain, or say --replace"
-    with pytest.raises(InputError, match=told) as caught:
+    message = "shapes is a database of 4 pictures of its own, .* name another domain, or say --replace"
+    with pytest.raises(InputError, match=message) as caught:
         merge_databases(MergeDatabasesConfig(databases=("a", "b"), **into))
     assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         subset_database(part)
     assert living.champion() == set(NAMES[:4])
-    merge_databases(MergeDatabasesConfig(databases=("shapes", "a"), **into))  # nothing of it is lost
+    merge_databases(MergeDatabasesConfig(databases=("shapes", "a"), **into))  # keeps all of its images
     assert living.champion() == set(NAMES[:6])
     living.rebuild(urls=living.listed(*NAMES[:8]))
     with pytest.raises(InputError, match="shapes is a database of 8 pictures of its own"):
@@ -137,9 +135,7 @@ def test_images_of_a_domain_s_own_are_not_put_out_of_sight_by_a_merge_or_a_subse
     assert living.champion() == set(NAMES[4:6])
 
 
-def test_a_subset_that_is_rebuilt_holds_what_its_filter_takes_and_what_was_added(
-    living: Living, ray: WithoutRay
-) -> None:
+def test_rebuild_of_subset_contains_filtered_and_added_images(living: Living, ray: WithoutRay) -> None:
     from flows.combine_databases import SubsetDatabaseConfig, subset_database
     from tasks.embed.task import EmbedConfig
 

@@ -1,4 +1,4 @@
-"""Every deployment of prefect.yaml loads for real, and takes the parameters that stand there."""
+"""Every deployment of prefect.yaml loads, and its parameters are valid."""
 
 import os
 import subprocess
@@ -14,7 +14,9 @@ DEPLOYMENTS = yaml.safe_load((CHECKOUT / "prefect.yaml").read_text())["deploymen
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda entry: entry["name"])
-def test_entrypoint_loads_and_takes_its_parameters(deployment: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deployment_entrypoint_loads_and_accepts_its_parameters(
+    deployment: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from prefect.flows import load_flow_from_entrypoint
 
     monkeypatch.chdir(CHECKOUT)
@@ -25,12 +27,12 @@ def test_entrypoint_loads_and_takes_its_parameters(deployment: dict[str, Any], m
     assert set(flow.parameters.properties) == {"config"}
 
 
-def test_every_flow_has_a_deployment() -> None:
+def test_prefect_yaml_has_a_deployment_for_every_flow() -> None:
     found = {path.name for path in (CHECKOUT / "flows").glob("*.py") if "\n@flow(" in path.read_text()}
     assert {entry["entrypoint"].split("/")[1].split(":")[0] for entry in DEPLOYMENTS} == found
 
 
-def test_parameters_that_cannot_be_right_are_refused_with_the_mend() -> None:
+def test_validate_parameters_with_invalid_domain_fails_with_the_rule() -> None:
     from prefect.exceptions import ParameterTypeError
 
     from flows.new_domain import new_domain
@@ -40,7 +42,7 @@ def test_parameters_that_cannot_be_right_are_refused_with_the_mend() -> None:
 
 
 @pytest.mark.slow
-def test_all_are_deployed_as_the_readme_says(tmp_path: Path) -> None:
+def test_deploy_all_creates_every_deployment(tmp_path: Path) -> None:
     deploy = """
 import subprocess, sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The flow that judges a generator, on the small domain."""
+"""Flow that evaluates a generator, on the small domain."""
 
 import dataclasses
 import os
@@ -20,14 +20,14 @@ def configured(domain: Any, **changes: Any) -> Any:
 
 
 def artifacts_of(key: str) -> list[str]:
-    """What the Prefect UI shows under a key."""
-    asked = {"artifacts": {"key": {"any_": [key]}}}
+    """Return the data of the Prefect artifacts with a key."""
+    query = {"artifacts": {"key": {"any_": [key]}}}
     return [
-        found["data"] for found in httpx.post(f"{os.environ['PREFECT_API_URL']}/artifacts/filter", json=asked).json()
+        found["data"] for found in httpx.post(f"{os.environ['PREFECT_API_URL']}/artifacts/filter", json=query).json()
     ]
 
 
-def test_one_page_to_mlflow_and_to_prefect(domain: Any, tmp_path: Path) -> None:
+def test_evaluate_generator_publishes_the_page_to_mlflow_and_prefect(domain: Any, tmp_path: Path) -> None:
     import mlflow
 
     from flows.evaluate_generator import evaluate_generator
@@ -57,7 +57,7 @@ def test_one_page_to_mlflow_and_to_prefect(domain: Any, tmp_path: Path) -> None:
     assert len(artifacts_of("evaluation-figure")) == len(artifacts_of("evaluation")) >= 2
 
 
-def test_names_lead_to_versions(domain: Any, tmp_path: Path) -> None:
+def test_open_by_any_name_returns_the_version(domain: Any, tmp_path: Path) -> None:
     from flows.evaluate_generator import open_databases, open_generator
     from infra.errors import NotFoundError
     from infra.settings import Settings
@@ -76,7 +76,7 @@ def test_names_lead_to_versions(domain: Any, tmp_path: Path) -> None:
         open_databases(["nothing"], settings)
 
 
-def test_an_evaluation_of_nothing_is_refused() -> None:
+def test_config_without_databases_fails() -> None:
     from flows.evaluate_generator import EvaluateGeneratorConfig
 
     with pytest.raises(ValueError, match="databases is empty"):

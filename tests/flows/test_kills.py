@@ -1,7 +1,7 @@
-"""The command killed at any moment, run again, and compared with one that was left alone.
+"""The command killed at random moments and run again, compared with an uninterrupted run.
 
 ``KILLS`` kills (4, or what the environment says; ``make test-kills`` takes 100) hit process groups at random moments.
-Half of the moments are a random time after the start, the others follow on something that appears in the root. One to
+Half of the moments are a random time after the start; the others follow the appearance of a file in the root. One to
 ten kills in a row hit one new root; the run after them completes it.
 """
 
@@ -27,9 +27,9 @@ from infra.settings import Settings
 
 KILLS = int(os.environ.get("KILLS", "4"))
 SEED = int(os.environ.get("KILLS_SEED", "0"))
-MOST_IN_A_ROW = 10
+MAX_IN_A_ROW = 10
 IMAGES = 12
-APPEARING = (
+CREATED = (
     "mlflow.db.new",
     "mlflow.db.new-journal",
     "mlflow.db",
@@ -39,13 +39,13 @@ APPEARING = (
     "shapes/embeddings/*/*",
     "shapes/database/*/*",
 )
-"""What the command creates on its way to a registered database, as patterns below the root."""
-AT_MOST_S = 300.0
+"""Files that the command creates on its way to a registered database, as patterns below the root."""
+TIMEOUT_S = 300.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Made:
-    """What a complete run leaves: the digest of each manifest by its folder, and the registered versions."""
+class Results:
+    """Results of a complete run: the digest of each manifest by folder, and the registered versions."""
 
     digests: dict[str, str]
     versions: list[tuple[Any, ...]]
@@ -87,17 +87,17 @@ class Command:
                 process.wait()
 
     def completed(self, root: Path) -> float:
-        """Run to the end; return the seconds that it took."""
+        """Run to the end, and return the duration in seconds."""
         started = time.monotonic()
         with self.running(root) as process:
-            code = process.wait(AT_MOST_S)
+            code = process.wait(TIMEOUT_S)
         assert code == 0, (self.home / "output").read_text()
         return time.monotonic() - started
 
     def killed(self, root: Path, chance: random.Random, duration_s: float) -> str | None:
-        """Kill a run at a random moment; return which, or None for a run that had ended before."""
-        to_come = [pattern for pattern in APPEARING if not any(root.glob(pattern))]
-        pattern = chance.choice(to_come) if to_come and chance.random() < 0.5 else None
+        """Kill a run at a random moment. Return a description of the moment, or None if the run ended before."""
+        pending = [pattern for pattern in CREATED if not any(root.glob(pattern))]
+        pattern = chance.choice(pending) if pending and chance.random() < 0.5 else None
         pause_s = chance.uniform(0, duration_s) if pattern is None else chance.uniform(0, 0.6)
         with self.running(root) as process:
             while pattern and process.poll() is None and not any(root.glob(pattern)):
@@ -108,10 +108,10 @@ class Command:
         return f"{pause_s:.2f} s after {pattern or 'the start'}"
 
 
-def made(root: Path) -> Made:
+def results(root: Path) -> Results:
     folders = [manifest.parent for manifest in root.rglob("shapes/**/manifest.json")]
     versions = Registry(Settings(root=str(root))).versions("database")
-    return Made(
+    return Results(
         digests={str(folder.relative_to(root)): artifacts.read_manifest(str(folder)).digest for folder in folders},
         versions=[
             (entry["name"], entry["version"], entry["aliases"], entry["digest"], Path(entry["uri"]).relative_to(root))
@@ -122,29 +122,29 @@ def made(root: Path) -> Made:
 
 @pytest.fixture
 def shapes(prefect_server: None, tmp_path: Path) -> Iterator[Command]:
-    pictures = dict(list(good_replies().items())[:IMAGES])
+    images = dict(list(good_replies().items())[:IMAGES])
     (tmp_path / "home").mkdir()
-    with LoopbackServer(pictures) as server:
-        urls = write_urls(tmp_path / "urls.jsonl", [server.url(path) for path in pictures])
+    with LoopbackServer(images) as server:
+        urls = write_urls(tmp_path / "urls.jsonl", [server.url(path) for path in images])
         yield Command(urls=urls, host=server.host, home=tmp_path / "home")
 
 
 @pytest.mark.slow
-def test_new_domain_after_kills_makes_what_an_uninterrupted_run_makes(shapes: Command, tmp_path: Path) -> None:
+def test_new_domain_after_kills_equals_uninterrupted_run(shapes: Command, tmp_path: Path) -> None:
     duration_s = shapes.completed(tmp_path / "whole")
-    expected = made(tmp_path / "whole")
+    expected = results(tmp_path / "whole")
     assert len(expected.digests) == 3
     assert len(expected.versions) == 1
     chance, kills, roots = random.Random(SEED), 0, 0
     while kills < KILLS:
         root, moments = tmp_path / f"root-{roots}", []
-        for _ in range(min(chance.randint(1, MOST_IN_A_ROW), KILLS - kills)):
+        for _ in range(min(chance.randint(1, MAX_IN_A_ROW), KILLS - kills)):
             moment = shapes.killed(root, chance, duration_s)
             if moment is None:
-                break  # the root is complete: a further kill would hit nothing
+                break  # the root is complete
             moments.append(moment)
             kills += 1
         again_s = shapes.completed(root)
-        assert made(root) == expected, moments
+        assert results(root) == expected, moments
         roots += 1
         print(f"{kills} kills, {roots} roots; completed in {again_s:.1f} s after {moments}", flush=True)

@@ -1,4 +1,4 @@
-"""The whole line on a small domain: what it makes, that it skips, and that nothing is lost when it is killed."""
+"""The whole pipeline on a small domain: its results, skipped stages, and runs that are killed."""
 
 import os
 import signal
@@ -14,10 +14,10 @@ from PIL import Image
 from support.tiny_domain import COLOURS, NEIGHBOURS, SHAPES, odd_replies, small_config, write_urls
 
 GOOD = len(COLOURS) * len(SHAPES)
-TAKEN = GOOD + sum(outcome == "success" for _, outcome in odd_replies().values())
+ACCEPTED = GOOD + sum(outcome == "success" for _, outcome in odd_replies().values())
 
 
-def test_each_image_is_counted_under_its_own_outcome(domain: Any) -> None:
+def test_download_counts_each_image_under_its_outcome(domain: Any) -> None:
     from infra.formats.tables import read_table
 
     manifest = domain.result.images.reference.manifest()
@@ -25,7 +25,7 @@ def test_each_image_is_counted_under_its_own_outcome(domain: Any) -> None:
     for _, outcome in odd_replies().values():
         expected[outcome] = expected.get(outcome, 0) + 1
     assert manifest.info["outcomes"] == expected
-    assert manifest.rows == TAKEN
+    assert manifest.rows == ACCEPTED
     rows = []
     for path in sorted(Path(domain.result.images.reference.uri).glob("*.parquet")):
         rows += read_table(path).to_pylist()
@@ -35,7 +35,7 @@ def test_each_image_is_counted_under_its_own_outcome(domain: Any) -> None:
     }
 
 
-def test_embeddings_follow_the_convention(domain: Any) -> None:
+def test_embeddings_have_the_clip_retrieval_layout(domain: Any) -> None:
     from infra.formats.tables import read_table
 
     folder = Path(domain.result.embeddings.reference.uri)
@@ -43,13 +43,13 @@ def test_embeddings_follow_the_convention(domain: Any) -> None:
     tables = [read_table(path) for path in sorted(folder.glob("metadata/metadata_*.parquet"))]
     assert [len(r) for r in rows] == [t.num_rows for t in tables]
     whole = np.concatenate(rows)
-    assert whole.shape == (TAKEN, 256)
+    assert whole.shape == (ACCEPTED, 256)
     assert whole.dtype == np.float16
-    assert np.linalg.norm(whole.astype(np.float32), axis=1) == pytest.approx(np.ones(TAKEN), abs=2e-3)
+    assert np.linalg.norm(whole.astype(np.float32), axis=1) == pytest.approx(np.ones(ACCEPTED), abs=2e-3)
     assert tables[0].column_names == ["row", "key", "url", "sha256", "width", "height", "status"]
 
 
-def test_recall_is_measured_for_both_kinds_of_query(domain: Any) -> None:
+def test_index_measures_recall_of_image_and_text_queries(domain: Any) -> None:
     info = domain.result.database.reference.manifest().info
     assert info["factory"] == "Flat"
     assert info["recall_at_10_image"] == 1.0
@@ -57,37 +57,37 @@ def test_recall_is_measured_for_both_kinds_of_query(domain: Any) -> None:
     assert info["text_queries"] == 32
 
 
-def test_neighbours_are_the_nearest_and_never_the_image_itself(domain: Any) -> None:
+def test_neighbours_are_the_nearest_other_images(domain: Any) -> None:
     from tasks.references.types import Neighbours
 
     embeddings = Path(domain.result.embeddings.reference.uri)
     rows = np.concatenate([np.load(p) for p in sorted(embeddings.glob("img_emb/*.npy"))]).astype(np.float32)
     uri = domain.result.trained.generator.reference.manifest().inputs["neighbours"]["uri"]
-    assert Neighbours.open(uri).rows == TAKEN
+    assert Neighbours.open(uri).rows == ACCEPTED
     found = np.concatenate([np.load(p) for p in sorted(Path(uri).glob("*.npy"))])
-    assert found.shape == (TAKEN, NEIGHBOURS)
+    assert found.shape == (ACCEPTED, NEIGHBOURS)
     scores = rows @ rows.T
     for row, ids in enumerate(found):
         assert row not in ids
-        others = np.array([o for o in range(TAKEN) if not (rows[o] == rows[row]).all()])
+        others = np.array([o for o in range(ACCEPTED) if not (rows[o] == rows[row]).all()])
         best = np.sort(scores[row, others])[::-1][:NEIGHBOURS]
         assert np.sort(scores[row, ids])[::-1] == pytest.approx(best, abs=1e-5)
 
 
-def test_scores_are_in_one_table(domain: Any) -> None:
+def test_evaluation_has_every_score_with_bounds(domain: Any) -> None:
     from tasks.evaluate.task import table
 
     scores = domain.result.trained.evaluation.reference.scores()
     metrics = ("clip_score", "fd", "mmd", "precision", "recall", "nearest", "copy_rate")
-    drawn = {f"{metric}_{condition}" for metric in metrics for condition in ("knn", "no_knn")} | {"diversity_knn"}
+    generated = {f"{metric}_{condition}" for metric in metrics for condition in ("knn", "no_knn")} | {"diversity_knn"}
     real = {"fd_real_split", "mmd_real_split", "nearest_real", "copy_rate_real"}
-    assert set(scores) == drawn | {f"{name}_{end}" for name in drawn for end in ("low", "high")} | real
+    assert set(scores) == generated | {f"{name}_{end}" for name in generated for end in ("low", "high")} | real
     assert all(-1 <= scores[name] <= 1 for name in ("clip_score_knn", "clip_score_no_knn"))
-    assert 0 < scores["fd_real_split"] < scores["fd_knn"]  # a network this small does not pass for real
+    assert 0 < scores["fd_real_split"] < scores["fd_knn"]  # samples of a network this small differ from real images
     assert f"{scores['fd_knn']:.3f}" in table(scores)
 
 
-def test_registered_with_alias_tags_and_signature(domain: Any) -> None:
+def test_registered_versions_have_alias_tags_and_signature(domain: Any) -> None:
     import mlflow
 
     from infra.registry import Registry
@@ -97,7 +97,7 @@ def test_registered_with_alias_tags_and_signature(domain: Any) -> None:
     (database,) = Registry(settings).versions("database")
     assert database["name"] == "knn-database.shapes"
     assert database["aliases"] == ["champion"]
-    assert (database["encoder"], database["rows"]) == ("sticker-clip", TAKEN)
+    assert (database["encoder"], database["rows"]) == ("sticker-clip", ACCEPTED)
     assert database["digest"] == domain.result.database.reference.digest
     assert database["recall_at_10_image"] == 1.0
     mlflow.set_tracking_uri(settings.tracking_uri)
@@ -105,20 +105,20 @@ def test_registered_with_alias_tags_and_signature(domain: Any) -> None:
     assert [column.name for column in info.signature.inputs.inputs] == ["prompt"]
 
 
-def test_run_again_every_stage_is_skipped(domain: Any) -> None:
+def test_new_domain_run_again_skips_every_stage(domain: Any) -> None:
     from flows.new_domain import new_domain
 
-    asked = len(domain.server.requests)
+    requests = len(domain.server.requests)
     again = new_domain(domain.config)
     assert set(again.skipped) == {
         "download", "embed", "index", "register_database", "neighbours", "train", "evaluate", "register_generator",
     }  # fmt: skip
     assert all(again.skipped.values())
-    assert len(domain.server.requests) == asked
+    assert len(domain.server.requests) == requests
     assert again.database.reference == domain.result.database.reference
 
 
-def test_pyfunc_loads_in_a_fresh_process_elsewhere(domain: Any, tmp_path: Path) -> None:
+def test_pyfunc_loads_in_a_new_process(domain: Any, tmp_path: Path) -> None:
     script = (
         "import mlflow, pandas as pd, sys, io\n"
         "from PIL import Image\n"
@@ -136,7 +136,7 @@ def test_pyfunc_loads_in_a_fresh_process_elsewhere(domain: Any, tmp_path: Path) 
     assert done.stdout.strip().endswith("2")
 
 
-def test_pulled_pipeline_draws_and_swaps(domain: Any) -> None:
+def test_load_pipeline_generates_and_swaps_databases(domain: Any) -> None:
     import torch
 
     from infra.settings import Settings
@@ -153,7 +153,7 @@ def test_pulled_pipeline_draws_and_swaps(domain: Any) -> None:
     assert [np.asarray(a).tolist() for a in first.images] == [np.asarray(b).tolist() for b in again.images]
 
 
-def test_damaged_tar_is_found_by_its_digest(domain: Any, tmp_path: Path) -> None:
+def test_embed_with_damaged_tar_fails(domain: Any, tmp_path: Path) -> None:
     import shutil
 
     from infra import compute
@@ -169,7 +169,7 @@ def test_damaged_tar_is_found_by_its_digest(domain: Any, tmp_path: Path) -> None
         embed(ImageShards.open(str(copy)), str(tmp_path), EmbedConfig(workers=1), cache=tmp_path)
 
 
-def test_damaged_embeddings_are_found_when_the_database_is_opened(domain: Any, tmp_path: Path) -> None:
+def test_open_database_with_damaged_embeddings_fails(domain: Any, tmp_path: Path) -> None:
     from infra.errors import IntegrityError
     from tasks.references.database import open_database
 
@@ -183,7 +183,7 @@ def test_damaged_embeddings_are_found_when_the_database_is_opened(domain: Any, t
         npy.write_bytes(whole)
 
 
-def test_a_list_of_which_nothing_downloads_fails_with_the_reasons(domain: Any, tmp_path: Path) -> None:
+def test_new_domain_without_any_download_fails_with_outcomes(domain: Any, tmp_path: Path) -> None:
     from flows.new_domain import new_domain
     from infra.errors import StageError
 
@@ -193,59 +193,59 @@ def test_a_list_of_which_nothing_downloads_fails_with_the_reasons(domain: Any, t
         new_domain(config)
 
 
-LINE = """
+PIPELINE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from infra import compute
-from small_domain import small_config
-from tasks.download import download_images
-from tasks.embed import embed_images
-from tasks.index import build_database
+from support.tiny_domain import small_config
+from tasks.download.task import download
+from tasks.embed.task import embed
+from tasks.index.task import index
 from tasks.neighbours import find_neighbours
-from tasks.train import train_generator
-from tasks.training_data import TrainingInputs
+from tasks.train.data import TrainingInputs
+from tasks.train.task import train
 config = small_config(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
 base, cache = sys.argv[3] + "/shapes", Path(sys.argv[3]) / "cache"
 with compute.cluster():
-    images = download_images(config.urls, base, config.download).reference
-    embeddings = embed_images(images, base, config.embed, cache=cache).reference
-    database = build_database(embeddings, base, config.index, cache=cache).reference
+    images = download(config.urls, base, config.download, cache=cache).reference
+    embeddings = embed(images, base, config.embed, cache=cache).reference
+    database = index(embeddings, base, config.index, cache=cache).reference
     found = find_neighbours(embeddings, database, base, 4, cache=cache).reference
     inputs = TrainingInputs(images=images, embeddings=embeddings, database=database, neighbours=found)
-    train_generator(inputs, base, config.train, cache=cache)
+    train(inputs, base, config.train, cache=cache)
 print("done")
 """
 
 
 @pytest.mark.slow
-def test_killed_at_every_stage_it_ends_with_the_digests_of_an_unbroken_run(domain: Any, tmp_path: Path) -> None:
+def test_pipeline_killed_at_every_stage_ends_with_digests_of_uninterrupted_run(domain: Any, tmp_path: Path) -> None:
     from infra.artifacts import read_manifest
 
     command = [
-        sys.executable, "-c", LINE, str(Path(__file__).parent.parent), str(domain.urls), str(tmp_path),
+        sys.executable, "-c", PIPELINE, str(Path(__file__).parent.parent), str(domain.urls), str(tmp_path),
         domain.server.host,
     ]  # fmt: skip
     for stage in ("images", "embeddings", "generator/*/checkpoints"):
         pattern = f"shapes/{stage}/shards/*.json" if "checkpoints" in stage else f"shapes/{stage}/*/shards/*.json"
         _run_until(command, tmp_path, pattern)
         finished = list(tmp_path.glob(f"shapes/{stage.split('/')[0]}/*/manifest.json"))
-        assert not finished, f"{stage} was over before the kill: the test has to be made slower"
+        assert not finished, f"{stage} was complete before the kill; make the stage of the test slower"
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.stdout.strip().endswith("done"), done.stderr[-2000:]
-    unbroken = {
+    uninterrupted = {
         "images": domain.result.images.reference.digest,
         "embeddings": domain.result.embeddings.reference.digest,
         "generator": domain.result.trained.generator.reference.digest,
     }
-    for kind, digest in unbroken.items():
+    for kind, digest in uninterrupted.items():
         (manifest,) = tmp_path.glob(f"shapes/{kind}/*/manifest.json")
         assert read_manifest(str(manifest.parent)).digest == digest, kind
 
 
 def _run_until(command: list[str], root: Path, pattern: str, timeout_s: float = 180) -> None:
-    """Start the line and kill it, and all it has started, as soon as a file matches ``pattern``."""
-    log = root / "line.log"
+    """Start the pipeline, and kill it as soon as a file matches ``pattern``."""
+    log = root / "pipeline.log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
         deadline = time.monotonic() + timeout_s
@@ -257,7 +257,7 @@ def _run_until(command: list[str], root: Path, pattern: str, timeout_s: float = 
         process.wait()
 
 
-def test_grid_of_the_demo_has_a_row_a_prompt() -> None:
+def test_draw_swap_has_one_row_per_prompt() -> None:
     from flows.demo.figure import CELL_PX, SwapRow, draw_swap
 
     red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (8, 16), "blue")
@@ -266,4 +266,4 @@ def test_grid_of_the_demo_has_a_row_a_prompt() -> None:
     reds = (sheet == (255, 0, 0)).all(axis=2)
     blues = (sheet == (0, 0, 255)).all(axis=2)
     assert reds.sum() == 2 * 2 * CELL_PX * CELL_PX
-    assert 0.9 < blues.sum() / (2 * 3 * CELL_PX * CELL_PX / 2) < 1.1  # half as wide as high, and not stretched
+    assert 0.9 < blues.sum() / (2 * 3 * CELL_PX * CELL_PX / 2) < 1.1  # half as wide as high: the aspect ratio is kept

@@ -1,4 +1,4 @@
-"""The whole line with its root in an object store, metadata in a sqlite beside; drawn from on another machine."""
+"""The whole pipeline with its root in an object store and local metadata, used from another machine."""
 
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ from infra.settings import Settings
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Settings:
-    """Settings of a machine that has nothing but the names."""
+    """Settings of a machine without local files of the domain."""
     return Settings(
         root="s3://none/of/its/own", cache=tmp_path / "elsewhere", tracking=f"sqlite:///{tmp_path}/mlflow.db"
     )
 
 
-def made_and_made_again(bucket: Bucket, folder: Path, monkeypatch: pytest.MonkeyPatch, *, train: bool) -> Any:
-    """The small domain's outcome; a second run skips all of it."""
+def build_twice(bucket: Bucket, folder: Path, monkeypatch: pytest.MonkeyPatch, *, train: bool) -> Any:
+    """Build the small domain, check that a second run skips everything, and return the result."""
     from flows.new_domain import new_domain
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
@@ -31,54 +31,54 @@ def made_and_made_again(bucket: Bucket, folder: Path, monkeypatch: pytest.Monkey
         urls = write_urls(folder / "urls", [server.url(path) for path in replies])
         bucket.write("urls.jsonl", urls.read_bytes())
         config = small_config(f"{bucket.uri}/urls.jsonl", f"{bucket.uri}/line", server.host, train=train, images=128)
-        made = new_domain(config)
-        asked = len(server.requests)
+        built = new_domain(config)
+        requests = len(server.requests)
         again = new_domain(config)
-        assert len(server.requests) == asked
+        assert len(server.requests) == requests
     assert all(again.skipped.values()), again.skipped
-    return made
+    return built
 
 
-def assert_found(made: Any, settings: Settings) -> None:
+def assert_found(built: Any, settings: Settings) -> None:
     from tasks.serve.load import load_database, search_database
 
-    for name in ("shapes", made.database.reference.uri):
+    for name in ("shapes", built.database.reference.uri):
         assert len(load_database(name, settings)) == len(good_replies())
     found = search_database("shapes", "red circle", 3, settings).rows
     assert [row["rank"] for row in found] == [1, 2, 3]
     assert all(row["url"].endswith(".png") for row in found)
 
 
-def test_a_database_lives_in_an_object_store(
+def test_new_domain_in_object_store_builds_a_database(
     prefect_server: None, moto_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: Settings
 ) -> None:
-    assert_found(made_and_made_again(moto_bucket, tmp_path, monkeypatch, train=False), elsewhere)
+    assert_found(build_twice(moto_bucket, tmp_path, monkeypatch, train=False), elsewhere)
 
 
 @pytest.mark.slow
 @pytest.mark.s3
-def test_the_whole_line_lives_in_a_real_object_store(
+def test_new_domain_in_real_object_store_builds_database_and_generator(
     prefect_server: None, radosgw_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: Settings
 ) -> None:
     import torch
 
     from tasks.serve.load import load_pipeline
 
-    made = made_and_made_again(radosgw_bucket, tmp_path, monkeypatch, train=True)
+    built = build_twice(radosgw_bucket, tmp_path, monkeypatch, train=True)
     keys = radosgw_bucket.keys()
     for kind in ("images", "embeddings", "database", "neighbours", "generator", "evaluation"):
         assert sum(key.startswith(f"line/shapes/{kind}/") and key.endswith("/manifest.json") for key in keys) == 1, kind
     assert any(key.startswith("line/mlflow/") and key.endswith(".safetensors") for key in keys)
     assert not [key for key in keys if "/ray/" in key or key.endswith((".partial", "progress.json"))]
 
-    assert_found(made, elsewhere)
-    pictures = []
+    assert_found(built, elsewhere)
+    images = []
     for generator, database in (
         ("models:/knn-diffusion@champion", "shapes"),
-        (made.trained.generator.reference.uri, made.database.reference.uri),
+        (built.trained.generator.reference.uri, built.database.reference.uri),
     ):
         pipeline = load_pipeline(generator, database, elsewhere)
-        drawn = pipeline("red circle", generator=torch.Generator().manual_seed(1), num_inference_steps=2)
-        assert drawn.hits.ids.shape == (1, NEIGHBOURS)
-        pictures.append(np.asarray(drawn.images[0]))
-    assert np.array_equal(*pictures)
+        output = pipeline("red circle", generator=torch.Generator().manual_seed(1), num_inference_steps=2)
+        assert output.hits.ids.shape == (1, NEIGHBOURS)
+        images.append(np.asarray(output.images[0]))
+    assert np.array_equal(*images)

@@ -1,4 +1,4 @@
-"""A living database: what a rebuild costs, what a takedown hides and removes, and what survives being killed."""
+"""Rebuilds of a database: their cost, takedowns, and runs that fail or are killed."""
 
 import contextvars
 import dataclasses
@@ -25,7 +25,7 @@ from infra.storage.lease import lease
 from model.errors import ModelError
 
 
-def test_three_new_urls_cost_three_downloads_and_the_same_list_nothing(living: Living, ray: WithoutRay) -> None:
+def test_rebuild_downloads_only_new_urls_and_nothing_for_the_same_list(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:FIRST])
     ray.items.clear()
     whole = living.listed(*NAMES[: FIRST + 3])
@@ -54,25 +54,23 @@ def test_three_new_urls_cost_three_downloads_and_the_same_list_nothing(living: L
     assert finer.after.database.manifest().info["image_queries"] == 5
 
 
-def test_a_rebuild_trains_the_quantizer_anew_once_its_error_on_new_rows_has_drifted(
-    living: Living, ray: WithoutRay
-) -> None:
+def test_rebuild_after_drift_retrains_the_quantizer(living: Living, ray: WithoutRay) -> None:
     from tasks.index.task import IndexConfig
     from tasks.references.database import QUANTIZER
 
     patient = IndexConfig(index="IVF2,SQfp16", recall_queries=4, max_drift=1e9)
     living.build(NAMES[:8], index=patient)
-    kept = living.rebuild(urls=living.listed(*NAMES[:10]))
-    anew = living.rebuild(urls=living.listed(*NAMES[:12]), index=dataclasses.replace(patient, max_drift=0.0))
+    reused = living.rebuild(urls=living.listed(*NAMES[:10]))
+    retrained = living.rebuild(urls=living.listed(*NAMES[:12]), index=dataclasses.replace(patient, max_drift=0.0))
     trained_for = []
-    for rebuilt in (kept, anew):
+    for rebuilt in (reused, retrained):
         (quantizer,) = (shard for shard in rebuilt.after.database.manifest().shards if shard.name == QUANTIZER)
         trained_for.append(quantizer.info["database_rows"])
     assert trained_for == [8, 12]
-    assert living.found(anew.after.database) == living.champion() == set(NAMES[:12])
+    assert living.found(retrained.after.database) == living.champion() == set(NAMES[:12])
 
 
-def test_what_is_taken_down_is_hidden_at_once_then_compacted_then_collected(living: Living, ray: WithoutRay) -> None:
+def test_takedown_is_hidden_then_compacted_then_collected(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:FIRST])
     digest = hashlib.sha256(BODY[NAMES[5]]).hexdigest()
     down = living.listed({"url": living.server.url(NAMES[1])}, {"sha256": digest}, name="down.jsonl")
@@ -85,11 +83,11 @@ def test_what_is_taken_down_is_hidden_at_once_then_compacted_then_collected(livi
     ray.items.clear()
     compacted = living.rebuild(compact=True)
     assert "embeddings" in [description for description, _ in ray.items]
-    assert "embed" not in compacted.seconds  # no model was asked
+    assert "embed" not in compacted.seconds  # no image was embedded
     assert compacted.after.database.rows == FIRST - 2
     assert living.found(compacted.after.database) == set(NAMES[:FIRST]) - gone
     assert living.rebuild(compact=True).unchanged
-    assert living.rebuild(urls=living.listed(*NAMES[:FIRST])).unchanged  # what was taken down is not asked for again
+    assert living.rebuild(urls=living.listed(*NAMES[:FIRST])).unchanged  # images taken down are not requested again
     assert living.server.requests == []
 
     before = living.files()
@@ -104,21 +102,21 @@ def test_what_is_taken_down_is_hidden_at_once_then_compacted_then_collected(livi
     assert not any(BODY[name] in data for name in gone for data in after.values())
     assert living.found(compacted.after.database) == set(NAMES[:FIRST]) - gone
     assert [bool(version.get("collected")) for version in living.versions()] == [True, True, False]
-    grown = living.rebuild(urls=living.listed(*NAMES[: FIRST + 2]))  # and it goes on living
+    grown = living.rebuild(urls=living.listed(*NAMES[: FIRST + 2]))  # it can be rebuilt again
     assert living.found(grown.after.database) == set(NAMES[: FIRST + 2]) - gone
 
 
-def test_much_that_is_hidden_is_compacted_unasked(living: Living, ray: WithoutRay) -> None:
+def test_rebuild_with_many_hidden_rows_compacts_automatically(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:FIRST])
     down = living.listed(*({"url": living.server.url(name)} for name in NAMES[:3]), name="down.jsonl")
     rebuilt = living.rebuild(takedown=down)
     assert rebuilt.after.database.rows == FIRST - 3
     assert rebuilt.skipped == {"takedown": False, "compact": False, "index": False}
-    assert len(living.versions()) == 3  # one hid them before
+    assert len(living.versions()) == 3  # the second only hid them
     assert [shard.folder is None for shard in rebuilt.after.embeddings.manifest().shards] == [True, False, False]
 
 
-def test_a_takedown_list_naming_nothing_is_refused_and_nothing_is_registered(living: Living, ray: WithoutRay) -> None:
+def test_takedown_list_without_matches_fails_and_registers_nothing(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:4])
     with pytest.raises(InputError, match="takedown list naming nothing in 1 of 1 entries") as caught:
         living.rebuild(takedown=living.listed({"url": "http://host/none.png"}, name="down.jsonl"))
@@ -126,31 +124,31 @@ def test_a_takedown_list_naming_nothing_is_refused_and_nothing_is_registered(liv
     assert len(living.versions()) == 1
 
 
-def test_what_is_taken_down_waits_for_no_download(living: Living, ray: WithoutRay) -> None:
+def test_takedown_is_champion_before_downloads_start(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:4])
     down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")
 
-    def seen_meanwhile() -> Iterator[bytes]:
+    def record_champion() -> Iterator[bytes]:
         shown.append(living.champion())
         yield BODY[NAMES[4]]
 
     shown: list[set[str]] = []
-    living.server.replies[NAMES[4]] = Reply(body=seen_meanwhile)
+    living.server.replies[NAMES[4]] = Reply(body=record_champion)
     living.server.replies[NAMES[5]] = Reply(status=503)
     with pytest.raises(StageError, match="none of the 1 URLs"):
         living.rebuild(takedown=down, urls=living.listed(NAMES[5]))
-    assert living.champion() == set(NAMES[:4]) - {NAMES[1]}  # though the download failed
+    assert living.champion() == set(NAMES[:4]) - {NAMES[1]}  # although the download failed
     further = living.listed({"url": living.server.url(NAMES[2])}, name="down.jsonl")
     rebuilt = living.rebuild(takedown=further, urls=living.listed(*NAMES[:5]), compact=True)
     assert shown == [{NAMES[0], NAMES[3]}]
     assert living.found(rebuilt.after.database) == living.champion() == {NAMES[0], NAMES[3], NAMES[4]}
-    assert rebuilt.after.database.rows == 3  # compacted, too
+    assert rebuilt.after.database.rows == 3  # also compacted
     assert rebuilt.skipped == {"takedown": False, "download": False, "embed": False, "compact": False, "index": False}
     assert len(living.versions()) == 4
     assert living.rebuild(takedown=further, urls=living.listed(*NAMES[:5]), compact=True).unchanged
 
 
-def test_all_images_may_be_taken_down_and_others_put_in_their_place(living: Living, ray: WithoutRay) -> None:
+def test_takedown_of_all_images_needs_new_ones(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:4])
     down = living.listed(*({"url": living.server.url(name)} for name in NAMES[:4]), name="down.jsonl")
     living.rebuild(takedown=down, urls=living.listed(*NAMES[4:8]))
@@ -160,27 +158,25 @@ def test_all_images_may_be_taken_down_and_others_put_in_their_place(living: Livi
             takedown=living.listed(*({"url": living.server.url(name)} for name in NAMES[4:8]), name="down.jsonl")
         )
     assert living.champion() == set(NAMES[4:8])
-    assert living.rebuild(urls=living.listed(*NAMES[4:8])).unchanged  # what was refused binds nobody
+    assert living.rebuild(urls=living.listed(*NAMES[4:8])).unchanged  # the refused takedown was rolled back
     living.rebuild(urls=living.listed(*NAMES[4:9]))
     assert living.champion() == set(NAMES[4:9])
 
 
-@pytest.mark.parametrize("asked", ["index", "index_changes"])
-def test_what_is_hidden_already_stays_so_when_what_follows_is_refused(
-    living: Living, ray: WithoutRay, asked: str
-) -> None:
+@pytest.mark.parametrize("field", ["index", "index_changes"])
+def test_takedown_stays_hidden_when_the_index_fails(living: Living, ray: WithoutRay, field: str) -> None:
     from tasks.index.task import IndexConfig, IndexOverrides
 
     living.build(NAMES[:4])
     down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")
-    kind = IndexConfig if asked == "index" else IndexOverrides
+    kind = IndexConfig if field == "index" else IndexOverrides
     with pytest.raises(ModelError, match="IVF4X"):
-        living.rebuild(takedown=down, **{asked: kind(index="IVF4X")})
+        living.rebuild(takedown=down, **{field: kind(index="IVF4X")})
     assert living.champion() == set(NAMES[:4]) - {NAMES[1]}
     assert living.rebuild(compact_above=1).unchanged
 
 
-def test_what_is_taken_down_waits_for_no_embedding(
+def test_takedown_stays_hidden_when_embedding_fails(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tasks.embed.task import EmbedConfig
@@ -196,28 +192,28 @@ def test_what_is_taken_down_waits_for_no_embedding(
     assert living.champion() == set(NAMES[:4]) - {NAMES[1]}
 
 
-def test_of_two_rebuilds_at_once_the_second_is_refused_or_waits(living: Living, ray: WithoutRay) -> None:
+def test_second_rebuild_at_the_same_time_fails_or_waits(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:4])
-    inside, go_on = threading.Event(), threading.Event()
+    started, release = threading.Event(), threading.Event()
 
     def slowly() -> Iterator[bytes]:
-        inside.set()
-        go_on.wait(30)
+        started.set()
+        release.wait(30)
         yield BODY[NAMES[4]]
 
     living.server.replies[NAMES[4]] = Reply(body=slowly)
     listed = living.listed(*NAMES[:5])
     results: list[Any] = []
-    context = contextvars.copy_context()  # the server that the tests share
+    context = contextvars.copy_context()  # with the Prefect server of the tests
     first = threading.Thread(target=context.run, args=(lambda: results.append(living.rebuild(urls=listed)),))
     first.start()
-    assert inside.wait(30)
+    assert started.wait(30)
     with pytest.raises(StageError, match=r"is being written by rebuild-index shapes .* run again") as caught:
         living.rebuild(urls=listed)
     assert "\n" not in str(caught.value)
     with pytest.raises(StageError, match="is being written by rebuild-index"):
         living.collect()
-    threading.Timer(1, go_on.set).start()
+    threading.Timer(1, release.set).start()
     second = living.rebuild(urls=listed, wait_s=30)
     first.join()
     assert second.unchanged
@@ -225,20 +221,20 @@ def test_of_two_rebuilds_at_once_the_second_is_refused_or_waits(living: Living, 
     assert [version["version"] for version in living.versions()] == [1, 2]
 
 
-def test_killed_before_it_was_registered_it_goes_on_where_it_was(
+def test_rebuild_resumes_after_kill_before_registration(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import flows.rebuild_index as module
 
     living.build(NAMES[:4])
     listed = living.listed(*NAMES[:7])
-    register = module.register_database_task
+    register = module.register_database
 
     def killed(*_: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "register_database", killed)
-    with pytest.raises(BaseException):  # noqa: B017  # as Prefect tells of it
+    with pytest.raises(BaseException):  # noqa: B017  # Prefect changes the type
         living.rebuild(urls=listed)
     assert len(living.versions()) == 1
     monkeypatch.setattr(module, "register_database", register)
@@ -251,7 +247,9 @@ def test_killed_before_it_was_registered_it_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize(("suffix", "hidden"), [(".tar", True), (".npy", False)])
-def test_a_missing_shard_is_told_with_its_name(living: Living, ray: WithoutRay, suffix: str, hidden: bool) -> None:
+def test_rebuild_with_missing_shard_fails_with_its_name(
+    living: Living, ray: WithoutRay, suffix: str, hidden: bool
+) -> None:
     built = living.build(NAMES[:8])
     source = built.images if suffix == ".tar" else built.embeddings
     shard = source.reference.manifest().shards[1]
@@ -260,13 +258,13 @@ def test_a_missing_shard_is_told_with_its_name(living: Living, ray: WithoutRay, 
     name = re.escape(shard.file(suffix).name)
     with pytest.raises((IntegrityError, StageError), match=f"{name} is missing though it was committed; restore it"):
         living.rebuild(takedown=down, compact=True)
-    assert len(living.versions()) == 1 + hidden  # for which no tar is read, but the rows that are searched
+    assert len(living.versions()) == 1 + hidden  # hiding reads embeddings, but no tar
     if hidden:
         assert living.champion() == set(NAMES[:8]) - {NAMES[5]}
 
 
 @pytest.mark.slow
-def test_a_worker_killed_in_the_middle_of_a_rebuild_costs_its_shard(living: Living) -> None:
+def test_rebuild_after_killed_worker_repeats_only_its_shard(living: Living) -> None:
     from flows.rebuild_index import RebuildIndexConfig, rebuild_index
 
     with pytest.MonkeyPatch.context() as patch:
@@ -276,7 +274,7 @@ def test_a_worker_killed_in_the_middle_of_a_rebuild_costs_its_shard(living: Livi
         killed: list[int] = []
 
         def kill_worker() -> Iterator[bytes]:
-            """Ends the worker that is asking, the first time."""
+            """Kill the worker that sends the first request."""
             if not killed:
                 (worker,) = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _asks(p, living)]
                 killed.append(worker)
@@ -292,14 +290,14 @@ def test_a_worker_killed_in_the_middle_of_a_rebuild_costs_its_shard(living: Livi
         assert len(killed) == 1
         counts = {name: living.server.requests.count(name) for name in NAMES[:12]}
         assert all(counts[name] == 0 for name in NAMES[:4])
-        assert all(counts[name] == 1 for name in NAMES[4:8])  # the shard before was committed
+        assert all(counts[name] == 1 for name in NAMES[4:8])  # the previous shard was committed
         assert counts[NAMES[9]] == 2
         assert living.found(rebuilt.after.database) == set(NAMES[:12])
         assert rebuilt.after.images.manifest().info["outcomes"] == {"success": 12}
 
 
 def _asks(process: Path, living: Living) -> bool:
-    """Whether it is a Ray worker of this machine that holds a connection to the server."""
+    """Return True if the process is a Ray worker with a connection to the server."""
     try:
         if b"ray::" not in (process / "cmdline").read_bytes():
             return False
@@ -312,23 +310,23 @@ def _asks(process: Path, living: Living) -> bool:
     return bool(sockets & inodes)
 
 
-def test_a_lease_that_is_lost_registers_nothing(living: Living, ray: WithoutRay) -> None:
+def test_rebuild_after_lost_lease_registers_nothing(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:4])
 
-    def stolen() -> Iterator[bytes]:
+    def steal_lease() -> Iterator[bytes]:
         for path in (living.root / "shapes" / "lease").glob("*.json"):
             path.rename(path.with_name(f"{int(path.stem) + 1:06d}.json"))
         yield BODY[NAMES[4]]
 
-    living.server.replies[NAMES[4]] = Reply(body=stolen)
+    living.server.replies[NAMES[4]] = Reply(body=steal_lease)
     with pytest.raises(StageError, match=r"the lease on .* was lost"):
         living.rebuild(urls=living.listed(*NAMES[:5]))
     assert len(living.versions()) == 1
     with pytest.raises(StageError), lease(str(living.root / "shapes"), holder="test"):
-        raise AssertionError("the other one holds it")
+        raise AssertionError("another writer has the lease")
 
 
-def test_what_was_taken_down_stays_so_when_the_champion_is_gone_from_disk(living: Living, ray: WithoutRay) -> None:
+def test_build_after_lost_champion_files_keeps_takedowns(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:4])
     rebuilt = living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"))
     shutil.rmtree(rebuilt.after.database.uri)
@@ -337,7 +335,7 @@ def test_what_was_taken_down_stays_so_when_the_champion_is_gone_from_disk(living
 
 
 @pytest.mark.parametrize("lost", ["alias", "registry"])
-def test_what_was_taken_down_stays_so_where_there_is_no_champion(
+def test_build_without_champion_keeps_takedowns(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
     living.build(NAMES[:4])
@@ -352,7 +350,7 @@ def test_what_was_taken_down_stays_so_where_there_is_no_champion(
     assert living.champion() == set(NAMES[:4]) - {NAMES[1]}
 
 
-def test_what_was_taken_down_is_hidden_again_when_the_champion_was_moved_back(living: Living, ray: WithoutRay) -> None:
+def test_rebuild_after_rollback_hides_all_takedowns_again(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:4])
     for name in NAMES[1:3]:
         living.rebuild(takedown=living.listed({"url": living.server.url(name)}, name="down.jsonl"), compact_above=1)

@@ -1,4 +1,4 @@
-"""A living database in an object store: it grows, forgets, is compacted, and its garbage is collected."""
+"""Rebuilds in an object store: additions, takedowns, compaction and garbage collection."""
 
 import shutil
 from collections.abc import Iterator
@@ -24,61 +24,61 @@ def living(prefect_server: None, bucket: Bucket, tmp_path: Path, monkeypatch: py
 
 
 def cached(living: Living, body: bytes) -> list[Path]:
-    """The files of the local cache that hold a picture."""
+    """Return the files of the local cache that contain an image."""
     files = [path for path in (living.folder / "cache").rglob("*") if path.is_file()]
     return [path for path in files if body in path.read_bytes()]
 
 
-def test_a_database_lives_on_in_an_object_store(living: Living, bucket: Bucket) -> None:
+def test_rebuild_in_object_store_adds_hides_compacts_and_collects(living: Living, bucket: Bucket) -> None:
     living.build(NAMES[:FIRST])
     down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")
 
     grown = living.rebuild(urls=living.listed(*NAMES[: FIRST + 3]), takedown=down, compact_above=0.5)
 
     assert sorted(living.server.requests) == sorted(NAMES[FIRST : FIRST + 3])
-    left = set(NAMES[: FIRST + 3]) - {NAMES[1]}
-    assert living.found(grown.after.database) == left
+    remaining = set(NAMES[: FIRST + 3]) - {NAMES[1]}
+    assert living.found(grown.after.database) == remaining
     folders = [shard.folder for shard in grown.after.embeddings.manifest().shards]
     assert folders == [grown.before.embeddings.uri] * 3 + [None]
     assert living.rebuild(urls=living.listed(*NAMES[: FIRST + 3]), takedown=down, compact_above=0.5).unchanged
 
     compacted = living.rebuild(compact=True)
-    assert compacted.after.database.rows == len(left)
+    assert compacted.after.database.rows == len(remaining)
 
-    def holding_it() -> list[str]:
+    def keys_with_image() -> list[str]:
         keys = bucket.keys()
         return [key for key in keys if BODY[NAMES[1]] in bucket.read(key)]
 
-    assert holding_it(), "versions before still have it"
+    assert keys_with_image(), "earlier versions still contain it"
     (listed,) = living.collect()
-    assert listed.files and holding_it(), "a dry run deletes nothing"
+    assert listed.files and keys_with_image(), "a dry run deletes nothing"
     assert cached(living, BODY[NAMES[1]])
     (removed,) = living.collect(dry_run=False)
     assert removed.files == listed.files
-    assert not holding_it()
+    assert not keys_with_image()
     assert not cached(living, BODY[NAMES[1]])
-    shutil.rmtree(living.folder / "cache")  # from the store alone
-    assert living.found(compacted.after.database) == left
+    shutil.rmtree(living.folder / "cache")  # read from the store only
+    assert living.found(compacted.after.database) == remaining
 
 
-def test_a_second_rebuild_in_an_object_store_is_refused_while_the_first_runs(living: Living) -> None:
+def test_rebuild_in_object_store_during_another_fails(living: Living) -> None:
     living.build(NAMES[:4])
     with lease(f"{living.root}/shapes", holder="another"), pytest.raises(StageError, match="another"):
         living.rebuild(urls=living.listed(*NAMES[:5]))
     assert living.rebuild(urls=living.listed(*NAMES[:5])).after.database.rows == 5
 
 
-def test_images_of_shards_that_were_taken_over_go_from_the_cache(living: Living) -> None:
+def test_collect_purges_images_of_reused_shards_from_the_cache(living: Living) -> None:
     living.build(NAMES[:4])
     living.rebuild(urls=living.listed(*NAMES[:6]))
-    living.collect(dry_run=False)  # the first version's manifest goes, its shards are the second's
+    living.collect(dry_run=False)  # deletes the first version's manifest; the second version uses its shards
     living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
     assert cached(living, BODY[NAMES[1]])
     assert living.collect(dry_run=False)[0].files
     assert not cached(living, BODY[NAMES[1]])
 
 
-def test_images_go_from_the_cache_though_the_collection_was_interrupted(
+def test_collect_after_interruption_purges_images_from_the_cache(
     living: Living, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     living.build(NAMES[:4])
@@ -99,7 +99,7 @@ def test_images_go_from_the_cache_though_the_collection_was_interrupted(
     assert not cached(living, BODY[NAMES[1]])
 
 
-def test_collect_copied_prefix_is_refused(living: Living, bucket: Bucket) -> None:
+def test_collect_in_copied_prefix_fails(living: Living, bucket: Bucket) -> None:
     living.build(NAMES[:4])
     living.rebuild(urls=living.listed(*NAMES[:5]))
     keys = bucket.keys()
@@ -107,7 +107,7 @@ def test_collect_copied_prefix_is_refused(living: Living, bucket: Bucket) -> Non
     copied = [key.replace("line/", "copy/", 1) for key in original]
     for key, copy in zip(original, copied, strict=True):
         bucket.write(copy, bucket.read(key))
-    told = rf"registered at {bucket.uri}/line/shapes/database/.*{bucket.uri}/copy; .*--root {bucket.uri}/line"
-    with pytest.raises(IntegrityError, match=told):
+    message = rf"registered at {bucket.uri}/line/shapes/database/.*{bucket.uri}/copy; .*--root {bucket.uri}/line"
+    with pytest.raises(IntegrityError, match=message):
         living.collect(root=f"{bucket.uri}/copy", dry_run=False)
     assert set(bucket.keys()) >= {*original, *copied}

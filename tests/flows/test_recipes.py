@@ -1,4 +1,4 @@
-"""Recipes are complete configs, and a form takes and returns them unchanged."""
+"""Recipes are complete configs, and Prefect's forms return them unchanged."""
 
 import dataclasses
 import inspect
@@ -15,29 +15,29 @@ from model.saved_generator import EMBEDDED
 from tasks.train.setup import TrainConfig, image_side
 
 
-def made(name: str, **options: Any) -> NewDomainConfig:
+def config_of(name: str, **options: Any) -> NewDomainConfig:
     needed = {"autoencoder": "vae"} if name == "photos_h100" else {}
     recipe: NewDomainConfig = RECIPES[name]("pets", "urls.csv", root="data", **needed, **options)
     return recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_headed_by_what_one_wants_to_know(name: str) -> None:
+def test_recipe_docstring_has_every_heading(name: str) -> None:
     head = inspect.getdoc(RECIPES[name]) or ""
     for part in ("Source:", "Hardware:", "Time:", "Result:", "Command:"):
         assert part in head, part
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_takes_the_domains_own_settings_and_passes_through_a_form(name: str) -> None:
-    config = made(name, texts=("a dog",), allow_hosts=("127.0.0.1:80",))
+def test_recipe_keeps_domain_settings_and_passes_through_a_form(name: str) -> None:
+    config = config_of(name, texts=("a dog",), allow_hosts=("127.0.0.1:80",))
     assert (config.domain, config.urls, config.root) == ("pets", "urls.csv", "data")
     assert config.download.policy.allow_hosts == ("127.0.0.1:80",)
     assert config.index.texts == config.evaluate.prompts == ("a dog",)
     assert new_domain.validate_parameters({"config": dataclasses.asdict(config)})["config"] == config
 
 
-def test_the_demo_trains_when_asked_and_then_from_the_embedded_generator() -> None:
+def test_demo_cpu_with_train_starts_from_the_bundled_generator() -> None:
     assert demo_cpu("pets", "urls.csv", root="data").train is None
     config = demo_cpu("pets", "urls.csv", root="data", train=True)
     assert config.train is not None
@@ -45,7 +45,7 @@ def test_the_demo_trains_when_asked_and_then_from_the_embedded_generator() -> No
     assert (config.train.training.images, config.train.training.learning_rate) == (2_000, 2e-4)
 
 
-def test_another_encoder_trains_from_random_weights() -> None:
+def test_own_domain_with_other_encoder_trains_from_random_weights() -> None:
     own = own_domain("pets", "urls.csv", train=True, encoder="ViT-B-32/laion2b_s34b_b79k").train
     assert own is not None
     assert own.start_from is None
@@ -55,7 +55,7 @@ def test_another_encoder_trains_from_random_weights() -> None:
     assert embedded.start_from == EMBEDDED
 
 
-def test_the_stickers_are_trained_as_the_embedded_generator_was() -> None:
+def test_stickers_h100_has_the_settings_of_the_bundled_generator() -> None:
     train = stickers_h100("pets", "urls.csv").train
     assert train is not None
     assert train.network == TransformerConfig(image_size=64, patch_size=4, layers=6, heads=8, head_width=64)
@@ -66,9 +66,9 @@ def test_the_stickers_are_trained_as_the_embedded_generator_was() -> None:
     assert (training.images, training.steps) == (2_048_000, 4_000)
 
 
-def test_photos_are_latents_of_the_autoencoder_that_is_given() -> None:
+def test_photos_h100_trains_on_latents_of_the_given_autoencoder() -> None:
     class Latent:
-        class config:  # noqa: N801 - as diffusers names it
+        class config:  # noqa: N801 - the name in diffusers
             block_out_channels = (128, 256, 512, 512)
             latent_channels = 4
 
@@ -89,7 +89,7 @@ def test_photos_are_latents_of_the_autoencoder_that_is_given() -> None:
     ],
     ids=lambda network: getattr(network, "kind", "none"),
 )
-def test_any_network_passes_through_a_form_as_itself(network: Any) -> None:
+def test_network_config_passes_through_a_form_with_its_type(network: Any) -> None:
     config = dataclasses.replace(
         demo_cpu("pets", "u.csv", root="data"), train=TrainConfig(network=network, autoencoder="x")
     )

@@ -1,4 +1,4 @@
-"""Passwords and signatures in URIs: used, and written nowhere."""
+"""Passwords and signatures in URIs are used, and never stored or printed."""
 
 import json
 import os
@@ -16,40 +16,40 @@ SIGNATURE = "0123456789abcdef0123"
 
 
 def served_list(living: Living, password: str) -> str:
-    """The URI of a list on the server that needs a password and a signature."""
+    """Return the URI of a URL list with a password and a signature."""
     path = f"/list.jsonl?sig={SIGNATURE}"
     lines = "".join(json.dumps({"url": living.server.url(name)}) + "\n" for name in NAMES[:5])
     living.server.replies[path] = Reply(body=lines.encode())
     return f"http://reader:{password}@{living.server.host}{path}"
 
 
-def holding(folder: Path, word: str) -> list[Path]:
+def files_with(folder: Path, word: str) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and word.encode() in path.read_bytes()]
 
 
-def test_new_domain_writes_no_secret_of_its_list(
+def test_new_domain_stores_no_secret_of_its_list_uri(
     living: Living, ray: WithoutRay, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    made = [living.build([], urls=served_list(living, password)) for password in PASSWORDS]
+    built = [living.build([], urls=served_list(living, password)) for password in PASSWORDS]
     rebuilt = living.rebuild(urls=served_list(living, PASSWORDS[0]))
-    assert made[0].images.reference.rows == 5
+    assert built[0].images.reference.rows == 5
     assert rebuilt.unchanged
-    assert made[1].images.skipped, "the same list by another password has the same key"
-    assert made[0].images.reference == made[1].images.reference
-    stored = made[0].images.reference.manifest().inputs["urls"]["uri"]
+    assert built[1].images.skipped, "the password is not part of the key"
+    assert built[0].images.reference == built[1].images.reference
+    stored = built[0].images.reference.manifest().inputs["urls"]["uri"]
     assert stored == f"http://reader:***@{living.server.host}/list.jsonl?sig=***"
 
     prefect = Path(os.environ["PREFECT_HOME"])
-    assert holding(prefect, f"reader:***@{living.server.host}"), "Prefect keeps the parameters of the flow"
-    said = "".join(capfd.readouterr())
+    assert files_with(prefect, f"reader:***@{living.server.host}"), "Prefect stores the parameters of the flow"
+    output = "".join(capfd.readouterr())
     for secret in (*PASSWORDS, SIGNATURE):
-        assert holding(living.folder, secret) == []
-        assert holding(prefect, secret) == []
-        assert secret not in said
+        assert files_with(living.folder, secret) == []
+        assert files_with(prefect, secret) == []
+        assert secret not in output
 
 
 @pytest.mark.slow
-def test_failed_command_shows_and_stores_no_secret_of_its_list(tmp_path: Path) -> None:
+def test_failed_command_prints_and_stores_no_secret_of_its_list_uri(tmp_path: Path) -> None:
     environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_LOGGING_LEVEL": "INFO"}
     environment.pop("PREFECT_API_URL", None)
     with LoopbackServer({}) as server:
@@ -62,4 +62,4 @@ def test_failed_command_shows_and_stores_no_secret_of_its_list(tmp_path: Path) -
     assert f"http://reader:***@{server.host}/absent.csv?X-Amz-Signature=*** does not exist" in done.stderr
     for secret in (PASSWORDS[0], SIGNATURE):
         assert secret not in done.stdout + done.stderr
-        assert holding(tmp_path, secret) == []
+        assert files_with(tmp_path, secret) == []

@@ -1,4 +1,4 @@
-"""A living database of drawn pictures, and what can be done with it; workers and stores are the test's choice."""
+"""A changing domain of synthetic images and its operations. Tests choose the workers and stores."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ FIRST = 12
 
 
 class Living:
-    """A domain of drawn pictures, its server, and shorthands for what is done with it."""
+    """A domain of synthetic images, its server, and shortcuts for the flows."""
 
     def __init__(self, server: LoopbackServer, folder: Path, root: str | None = None) -> None:
         self.server, self.folder = server, folder
@@ -27,7 +27,7 @@ class Living:
         self.settings = Settings(root=str(self.root))
 
     def listed(self, *rows: Any, name: str = "urls.jsonl") -> str:
-        """A list of paths of the server, or of entries as they are."""
+        """Write a list of URLs for paths of the server, or of entries as they are, and return its path."""
         path = self.folder / name
         if rows and isinstance(rows[0], str):
             return str(write_urls(path, [self.server.url(row) for row in rows]))
@@ -66,19 +66,19 @@ class Living:
         return collect_garbage(CollectGarbageConfig(**options))
 
     def garbage_beside_what_is_refused(self) -> Path:
-        """A version that may be collected, in a root with a domain that may not: no registry knows it. Its one file."""
+        """Create a domain with garbage and an unregistered domain, which fails. Return the one file of the latter."""
         self.build(NAMES[:4])
         self.rebuild(takedown=self.listed({"url": self.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
-        never = Path(self.root) / "aa" / "images" / ("0" * 16) / "00000.tar"
-        never.parent.mkdir(parents=True)
-        never.write_bytes(b"x")
-        return never
+        file = Path(self.root) / "aa" / "images" / ("0" * 16) / "00000.tar"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"x")
+        return file
 
     def versions(self) -> list[dict[str, Any]]:
         return Registry(self.settings).versions("database")
 
     def found(self, database: DatabaseVersion) -> set[str]:
-        """The paths of all rows that a search for everything returns."""
+        """Return the paths of all rows that a search with every row finds."""
         opened = open_database(database, self.folder / "cache")
         rows = opened.rows(np.arange(len(opened))).astype(np.float32)
         hits = opened.search(rows / np.linalg.norm(rows, axis=1, keepdims=True), len(opened))
@@ -86,12 +86,12 @@ class Living:
         return {"/" + row["url"].rsplit("/", 1)[-1] for row in opened.describe(ids)}
 
     def champion(self, domain: str = "shapes") -> set[str]:
-        """The paths of what a domain's champion shows."""
+        """Return the paths of the visible rows of a domain's champion."""
         pulled = Registry(self.settings).pull(domain, kind="database")
         return self.found(DatabaseVersion.of(pulled.manifest, pulled.folder_uri))
 
     def files(self) -> dict[str, bytes]:
-        """Every file below the domain, the lease's apart."""
+        """Return every file of the domain by name, except those of the lease."""
         base = Path(self.root) / "shapes"
         found = {str(path.relative_to(base)): path for path in base.rglob("*") if path.is_file()}
         return {name: path.read_bytes() for name, path in found.items() if not name.startswith("lease/")}

@@ -1,4 +1,4 @@
-"""Functions for child processes, which import them from here."""
+"""Functions that child processes import."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def made(folder: Path) -> Callable[[str], int]:
-    """Runs in the child: what is made counts its births."""
+    """Return a function, and leave a file that counts the child processes."""
     (folder / f"born-{os.getpid()}").touch()
     return partial(length, folder)
 

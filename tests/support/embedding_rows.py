@@ -1,4 +1,4 @@
-"""Embedding shards of given rows, without pictures; databases of them; and what a version holds."""
+"""Embedding shards of given rows without images, databases of them, and the contents of a version."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ Parts = Sequence[NDArray[np.float16]]
 
 
 def stored(base: Path, parts: Parts, *, first: int = 0, previous: EmbeddingShards | None = None) -> EmbeddingShards:
-    """Embedding shards of ``parts``, numbered from ``first``, behind those of ``previous``; urls tell row from row."""
+    """Commit embedding shards of ``parts``, numbered from ``first``, after those of ``previous``. URLs are unique."""
     identity = {"encoder": dataclasses.asdict(tiny_models.identity())}
     total = sum(map(len, parts)) + (previous.rows if previous else 0)
     stage = artifacts.ArtifactBuilder(
@@ -49,29 +49,29 @@ def exact(queries: NDArray[Any], rows: NDArray[np.float16], k: int, without: set
 
 
 def everything(version: DatabaseVersion, base: Path) -> Any:
-    """The open version, visiting every cell."""
+    """Open a version so that searches visit every inverted list."""
     database = open_database(version, base / "cache")
     return database.with_effort(dataclasses.replace(database.effort, nprobe=max(1, database.proposer.cells)))
 
 
 def hidden_in(version: DatabaseVersion, base: Path) -> set[int]:
-    """The rows that an open version does not show."""
+    """Return the ids of the hidden rows of a version."""
     database = open_database(version, base / "cache")
     return set(np.setdiff1d(np.arange(database.stored), database.ids()).tolist())
 
 
 def truth_of(version: DatabaseVersion, kind: str, base: Path) -> dict[str, NDArray[Any]]:
-    """A version's queries of a kind and their true neighbours."""
+    """Return the queries of a kind of a version, and their exact neighbours."""
     (shard,) = (shard for shard in version.manifest().shards if shard.name == TRUTH)
     return dict(np.load(artifacts.fetch_shard(version.uri, shard, f"{kind}.npz", base / "cache")))
 
 
 def queries_of(version: DatabaseVersion, base: Path) -> NDArray[np.int64]:
-    """The rows that are a version's image queries."""
+    """Return the row ids of the image queries of a version."""
     return truth_of(version, "image", base)["own"]
 
 
 def without(rows: NDArray[np.int64], base: Path) -> Takedown:
-    """A takedown of some of :func:`stored`'s rows, in parts of 100."""
+    """Commit a takedown of rows of :func:`stored` in parts of 100."""
     urls = frozenset(f"http://{row // 100:05d}/{row % 100}" for row in rows.tolist())
     return commit_takedown(Entries(url=urls), str(base), info={}).reference

@@ -1,4 +1,4 @@
-"""Stand-ins for the outside world. Whatever listens, listens on loopback."""
+"""Fakes of external systems. Servers listen on loopback."""
 
 import contextlib
 import shutil
@@ -15,13 +15,13 @@ from typing import Any, Self
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What a path answers. A callable body is sent piece by piece, without a Content-Length."""
+    """Reply to a path. A callable body is sent in pieces, without Content-Length."""
 
     body: bytes | Callable[[], Iterator[bytes]] = b""
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
-    raw: bool = False  # body is the whole answer, status line and headers included
-    hangs_up: bool = False  # afterwards, without having said so
+    raw: bool = False  # body is the whole response, with status line and headers
+    hangs_up: bool = False  # close the connection afterwards, without a header
 
     @classmethod
     def redirect(cls, target: str, status: int = 302) -> "Reply":
@@ -29,10 +29,10 @@ class Reply:
 
 
 class LoopbackServer:
-    """A threaded HTTP server with scripted replies: one per path, or several that are given in turn.
+    """A threaded HTTP server with scripted replies: one per path, or a sequence whose last reply repeats.
 
-    ``requests`` lists the paths asked for and ``hosts`` the Host headers that came with them. With ``keeps_alive`` a
-    connection may ask again.
+    ``requests`` lists the requested paths, and ``hosts`` their Host headers. ``keeps_alive`` allows several requests
+    per connection.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class LoopbackServer:
         self.replies, self.keeps_alive = dict(replies), keeps_alive
         self.requests: list[str] = []
         self.hosts: list[str | None] = []
-        self._asked: Counter[str] = Counter()
+        self._request_counts: Counter[str] = Counter()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.owner = self
         if tls is not None:
@@ -58,7 +58,7 @@ class LoopbackServer:
 
     @property
     def host(self) -> str:
-        """``127.0.0.1:port``, as ``allow_hosts`` takes it."""
+        """Return ``127.0.0.1:port``, the form of ``allow_hosts``."""
         return f"127.0.0.1:{self.port}"
 
     def url(self, path: str) -> str:
@@ -70,8 +70,8 @@ class LoopbackServer:
         replies = self.replies.get(path, Reply(status=404))
         if isinstance(replies, Reply):
             return replies
-        turn = min(self._asked[path], len(replies) - 1)  # the last one stays
-        self._asked[path] += 1
+        turn = min(self._request_counts[path], len(replies) - 1)
+        self._request_counts[path] += 1
         return replies[turn]
 
     def __enter__(self) -> Self:
@@ -90,7 +90,7 @@ class _Server(socketserver.ThreadingTCPServer):
     owner: LoopbackServer
 
     def handle_error(self, *_: Any) -> None:
-        """A client that has hung up is what many tests are about."""
+        """Ignore clients that close their connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -116,21 +116,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = self.close_connection or reply.hangs_up
 
     def log_message(self, *_: Any) -> None:
-        """Quiet."""
+        """Log nothing."""
 
 
 class Killed(BaseException):
-    """The end of a process, as far as code that catches ``Exception`` can tell."""
+    """Simulated death of a process; not an ``Exception``, so that code under test does not catch it."""
 
 
 class WithoutRay:
-    """Stands in for ``infra.compute`` where what a worker does matters and not where: its start costs seconds."""
+    """Fake of ``infra.compute`` that runs workers in this process, without the seconds that Ray takes to start."""
 
     def __init__(self) -> None:
         self.items: list[tuple[str, Any]] = []
 
     def install(self, patch: Any) -> None:
-        """In the place of the functions that stages call; ``patch`` is pytest's monkeypatch."""
+        """Replace the functions that stages call; ``patch`` is pytest's monkeypatch."""
         from infra import compute
 
         for name in ("map_shards", "run", "cpus", "cluster"):
@@ -160,7 +160,7 @@ class WithoutRay:
 
 
 class FolderCheckpoints:
-    """Training checkpoints in a folder. Saving step ``killed_at`` kills the run, before or after the step is kept."""
+    """Training checkpoints in a folder. Saving step ``killed_at`` kills the run, before or after the step is stored."""
 
     def __init__(self, folder: Path, *, killed_at: int | None = None, before: bool = False) -> None:
         self._folder, self._killed_at, self._before = folder, killed_at, before
@@ -184,7 +184,7 @@ class FolderCheckpoints:
 
 
 class MetricsLog:
-    """Metrics in a list, as (images seen, values); of pictures, how many images were seen."""
+    """Metrics in a list of (images seen, values); for sample grids, the images seen."""
 
     def __init__(self) -> None:
         self.entries: list[tuple[int, dict[str, float]]] = []
@@ -197,12 +197,12 @@ class MetricsLog:
         self.grids.append(images)
 
     def __getitem__(self, name: str) -> list[float]:
-        """Every value of one metric, in order."""
+        """Return all values of one metric, in order."""
         return [values[name] for _, values in self.entries]
 
 
 def workers_of(driver: int) -> list[int]:
-    """The actors below a process."""
+    """Return the pids of Ray actors below a process."""
     parents, found = {}, []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

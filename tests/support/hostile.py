@@ -1,4 +1,4 @@
-"""Manifests that somebody else wrote: consistent in their digests, and of any content."""
+"""Foreign manifests: consistent digests, arbitrary content."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ def shard_entry(name: str = "00000", *files: dict[str, Any], rows: int = 3, **ch
 
 
 def manifest(kind: str, *shards: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """The fields of a manifest, without its digest."""
+    """Return the fields of a manifest, without its digest."""
     return {
         "kind": kind,
         "key": "0123456789abcdef",
@@ -38,7 +38,7 @@ def manifest(kind: str, *shards: dict[str, Any], **changes: Any) -> dict[str, An
 
 
 def signed(fields: Mapping[str, Any]) -> bytes:
-    """JSON of a manifest with the digest that its content has: whoever wrote it could compute that, too."""
+    """Return the JSON of a manifest with a valid digest, which an attacker can compute too."""
     digest = digest_of(
         {
             "kind": fields["kind"],
@@ -52,7 +52,7 @@ def signed(fields: Mapping[str, Any]) -> bytes:
 
 
 def changed(change: Callable[[dict[str, Any]], Any]) -> bytes:
-    """A whole manifest of one shard with one input, after ``change``; signed where it can still be."""
+    """Return a manifest of one shard with one input after ``change``, with a valid digest if it can be computed."""
     source = {"uri": "/data/images/1", "digest": DIGEST}
     fields = manifest("images", shard_entry("00000", file_entry()), inputs={"urls": source})
     change(fields)
@@ -63,12 +63,12 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> bytes:
 
 
 def replies(pages: Mapping[str, bytes]) -> dict[str, Reply]:
-    """What a server of these files answers."""
+    """Return replies that serve these files."""
     return {path: Reply(body=body) for path, body in pages.items()}
 
 
 def victim(folder: Path) -> Path:
-    """A folder with a file in it that nobody may touch."""
+    """Create a folder with a file that must stay unchanged."""
     folder.mkdir(parents=True)
     (folder / "thesis.txt").write_text("years of work")
     return folder

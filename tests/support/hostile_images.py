@@ -13,14 +13,14 @@ def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
 
 
 def many_scans(scans: int, side: int = 16) -> bytes:
-    """A progressive JPEG of ``scans`` scans: the last one, repeated. libjpeg decodes them all."""
+    """Return a progressive JPEG that repeats its last scan up to ``scans`` scans. libjpeg decodes them all."""
     whole = encoded(Image.new("L", (side, side), 90), "JPEG", progressive=True)
-    last, there = whole.rindex(b"\xff\xda"), whole.count(b"\xff\xda")
-    return whole[:last] + whole[last:-2] * (scans - there + 1) + whole[-2:]
+    last, count = whole.rindex(b"\xff\xda"), whole.count(b"\xff\xda")
+    return whole[:last] + whole[last:-2] * (scans - count + 1) + whole[-2:]
 
 
 def large_canvas(form: str, side: int) -> bytes:
-    """An image of one colour, a few kB in any format."""
+    """Return an image of one colour: a few kB in any format."""
     options: dict[str, dict[str, Any]] = {
         "AVIF": {"quality": 1, "speed": 10},
         "JPEG": {"quality": 1, "progressive": True},

@@ -1,4 +1,4 @@
-"""Stores that tests run against: real ones, on loopback or on disk."""
+"""Object stores for tests: moto, and a real RadosGW, on loopback."""
 
 import contextlib
 import itertools
@@ -22,7 +22,7 @@ START_S3 = Path(__file__).parents[1] / "services/start-s3.sh"
 
 
 class Bucket:
-    """A bucket, and a client beside fsspec's: what it sees is what is stored."""
+    """A bucket with its own client, independent of fsspec, to check the stored objects."""
 
     def __init__(self, name: str, store: "ObjectStore | RadosGateway", client: Any) -> None:
         self.name, self.uri, self.store, self._client = name, f"s3://{name}", store, client
@@ -41,18 +41,18 @@ class Bucket:
         self._client.delete_object(Bucket=self.name, Key=key)
 
     def forbid_deletion(self, keys: str) -> None:
-        """Objects whose keys match stay, whoever deletes them."""
+        """Deny the deletion of objects whose keys match."""
         denied = {"Effect": "Deny", "Principal": "*", "Action": "s3:DeleteObject"}
         policy = {"Version": "2012-10-17", "Statement": [denied | {"Resource": f"arn:aws:s3:::{self.name}/{keys}"}]}
         self._client.put_bucket_policy(Bucket=self.name, Policy=json.dumps(policy))
 
     def parts(self, key: str) -> int:
-        """Of how many parts an object was put together; 1 for a plain one."""
+        """Return the number of upload parts of an object; 1 for a plain upload."""
         tag = self._client.head_object(Bucket=self.name, Key=key)["ETag"].strip('"')
         return int(tag.partition("-")[2] or 1)
 
     def uploads(self) -> list[tuple[str, str]]:
-        """Key and id of each multipart upload that was begun and not ended."""
+        """Return key and id of each unfinished multipart upload."""
         begun = self._client.list_multipart_uploads(Bucket=self.name).get("Uploads", [])
         return [(upload["Key"], upload["UploadId"]) for upload in begun]
 
@@ -61,7 +61,7 @@ class Bucket:
 
 
 class ObjectStore:
-    """moto's S3 on 127.0.0.1: any credentials will do, save inside :meth:`locked`."""
+    """S3 of moto on 127.0.0.1; it accepts any credentials, except inside :meth:`locked`."""
 
     keys = KEYS
 
@@ -73,14 +73,14 @@ class ObjectStore:
         self._numbers = itertools.count()
 
     def bucket(self) -> Bucket:
-        """A new, empty one."""
+        """Create an empty bucket."""
         name = f"bucket-{next(self._numbers)}"
         self._client.create_bucket(Bucket=name)
         return Bucket(name, self, self._client)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Meanwhile nobody's credentials are known."""
+        """Reject all credentials in the block."""
         self._admit_unknown("0")
         try:
             yield
@@ -91,14 +91,14 @@ class ObjectStore:
         self._server.stop()
 
     def _admit_unknown(self, requests: str) -> None:
-        asked = urllib.request.Request(
+        request = urllib.request.Request(
             f"{self.endpoint}/moto-api/reset-auth", data=requests.encode(), headers={"Content-Type": "text/plain"}
         )
-        urllib.request.urlopen(asked).close()
+        urllib.request.urlopen(request).close()
 
 
 class RadosGateway:
-    """The Ceph RadosGW that ``make test-s3`` has started."""
+    """Client of the Ceph RadosGW that ``make test-s3`` starts."""
 
     def __init__(self) -> None:
         self.endpoint = os.environ["AWS_ENDPOINT_URL"]
@@ -108,14 +108,14 @@ class RadosGateway:
         self._conf = f"{os.environ['S3_STORE_DIR']}/ceph.conf"
 
     def bucket(self) -> Bucket:
-        """A new, empty one."""
+        """Create an empty bucket."""
         name = f"bucket-{uuid.uuid4().hex[:12]}"
         self._client.create_bucket(Bucket=name)
         return Bucket(name, self, self._client)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Meanwhile the user has other keys."""
+        """Revoke the key of the user in the block."""
         self._admin("key", "rm", "--access-key", self._user[0])
         try:
             yield
@@ -124,7 +124,7 @@ class RadosGateway:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Meanwhile it takes connections and does not answer."""
+        """Freeze the server in the block: it accepts connections and does not answer."""
         self._script("freeze")
         try:
             yield
@@ -132,7 +132,7 @@ class RadosGateway:
             self._script("thaw")
 
     def is_up(self) -> bool:
-        """Whether it answers."""
+        """Return True if the server answers."""
         try:
             urllib.request.urlopen(self.endpoint, timeout=5).close()
         except OSError:
@@ -140,23 +140,23 @@ class RadosGateway:
         return True
 
     def kill(self) -> None:
-        """It dies at once."""
+        """Kill the server."""
         self._script("kill")
 
     def revive(self) -> None:
-        """It is back, at the same address, and answers."""
+        """Restart the server at the same address, and wait until it answers."""
         self._script("revive")
 
-    def _admin(self, *what: str) -> None:
-        command = ["radosgw-admin", "-c", self._conf, *what, "--uid", "tests"]
+    def _admin(self, *arguments: str) -> None:
+        command = ["radosgw-admin", "-c", self._conf, *arguments, "--uid", "tests"]
         subprocess.run(command, check=True, capture_output=True, timeout=60)
 
-    def _script(self, what: str) -> None:
-        subprocess.run([START_S3, what], check=True, timeout=120)
+    def _script(self, command: str) -> None:
+        subprocess.run([START_S3, command], check=True, timeout=120)
 
 
 def client(endpoint: str, key: str, secret: str) -> Any:
-    """boto3's, with buckets in the path: a loopback store has no name to put them before."""
+    """Return a boto3 client with buckets in the path, because a loopback address has no subdomains."""
     return boto3.client(
         "s3",
         endpoint_url=endpoint,
@@ -168,7 +168,7 @@ def client(endpoint: str, key: str, secret: str) -> Any:
 
 
 def one_line(caught: pytest.ExceptionInfo[BaseException]) -> str:
-    """The message of what was caught, which is one line."""
+    """Return the message of an error, and check that it is one line."""
     message = str(caught.value)
     assert message and "\n" not in message
     return message

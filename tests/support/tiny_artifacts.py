@@ -1,4 +1,4 @@
-"""Committed image and embedding shards of drawn pictures, without a download and without a model."""
+"""Committed image and embedding shards of synthetic images, without download and model."""
 
 import hashlib
 import io
@@ -35,7 +35,7 @@ def sha(data: bytes) -> str:
 
 
 def image_shards(base: Path | str, parts: Sequence[Sequence[tuple[str, bytes | None]]], **config: Any) -> ImageShards:
-    """Committed image shards: for each picture its url and bytes; without bytes, a URL that answered 404."""
+    """Commit image shards from (url, bytes) pairs; None for the bytes is a URL with status 404."""
     stage = artifacts.ArtifactBuilder(
         str(base), ImageShards.kind, inputs={}, config={"made": str(base), "shard_rows": 4, **config}
     )
@@ -48,7 +48,7 @@ def image_shards(base: Path | str, parts: Sequence[Sequence[tuple[str, bytes | N
 
 
 def _image_shard(uri: str, name: str, part: Sequence[tuple[str, bytes | None]], folder: Path) -> artifacts.Shard:
-    rows, kept = [], 0
+    rows, successes = [], 0
     with tarfile.open(folder / f"{name}.tar", "w") as tar:
         for index, (url, data) in enumerate(part):
             key = f"{name}{index:04d}"
@@ -60,14 +60,14 @@ def _image_shard(uri: str, name: str, part: Sequence[tuple[str, bytes | None]], 
                     member = tarfile.TarInfo(f"{key}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-                kept += 1
+                successes += 1
             rows.append(row)
     pq.write_table(pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA), folder / f"{name}.parquet")
-    return artifacts.commit_shard(uri, name, folder, rows=kept, info={"outcomes": {"success": kept}})
+    return artifacts.commit_shard(uri, name, folder, rows=successes, info={"outcomes": {"success": successes}})
 
 
 def embedding_shards(base: Path | str, images: ImageShards, seed: int = 0) -> EmbeddingShards:
-    """An embedding for each picture of ``images``: seeded, by the picture's digest, so that the same are alike."""
+    """Commit an embedding for each image, seeded by its digest, so that equal images have equal embeddings."""
     stage = artifacts.ArtifactBuilder(
         str(base), EmbeddingShards.kind, inputs={"images": images.as_input()}, config={"encoder": "made", "seed": seed}
     )
@@ -88,13 +88,13 @@ def embedding_shards(base: Path | str, images: ImageShards, seed: int = 0) -> Em
 
 
 def embedding(sha256: str) -> np.ndarray[Any, Any]:
-    """The unit row (DIMENSION,) of a picture."""
+    """Return the unit vector (DIMENSION,) of an image digest."""
     row = np.random.default_rng(int(sha256[:15], 16)).standard_normal(DIMENSION)
     return row / np.linalg.norm(row)
 
 
 def urls_of(source: ImageShards | EmbeddingShards) -> list[str]:
-    """The url of every row of the parquets, in order."""
+    """Return the url of every row of the Parquet tables, in order."""
     manifest = source.manifest()
     return [url for shard in manifest.shards for url in _table(source, shard)["url"].to_pylist()]
 

@@ -1,4 +1,4 @@
-"""A small domain: drawn pictures on a loopback server, bad ones of every kind among them, and the flow."""
+"""A small domain: synthetic images on a loopback server, with bad ones of every kind, and the flow."""
 
 import dataclasses
 import io
@@ -20,7 +20,7 @@ NEIGHBOURS = 4
 
 
 def drawn(colour: str, shape: str, side: int = SIDE) -> Image.Image:
-    """A shape in a colour, on white."""
+    """Draw a coloured shape on white."""
     image = Image.new("RGB", (side, side), "white")
     canvas, a, b = ImageDraw.Draw(image), side // 6, side - side // 6
     box = (a, a, b, b)
@@ -42,36 +42,36 @@ def drawn(colour: str, shape: str, side: int = SIDE) -> Image.Image:
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """The picture's bytes."""
+    """Encode an image."""
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **options)
     return buffer.getvalue()
 
 
 def good_replies() -> dict[str, Reply]:
-    """One PNG for each colour and shape."""
+    """Return one PNG for each colour and shape."""
     return {
         f"/{colour}-{shape}.png": Reply(body=encoded(drawn(colour, shape))) for colour in COLOURS for shape in SHAPES
     }
 
 
 def odd_replies() -> dict[str, tuple[Reply, str]]:
-    """Bad and unusual pictures, each with the outcome it must be counted under."""
-    picture = drawn("red", "circle")
+    """Return bad and unusual images, each with its expected outcome."""
+    image = drawn("red", "circle")
     frames = [drawn(colour, "square") for colour in COLOURS[:3]]
     grey = Image.fromarray((np.linspace(0, 65535, SIDE * SIDE).reshape(SIDE, SIDE)).astype(np.uint16))
-    palette = picture.convert("P")
+    palette = image.convert("P")
     palette.info["transparency"] = palette.getpixel((0, 0))
     return {
-        "/corrupt.png": (Reply(body=encoded(picture)[:40] + b"\0" * 200), "decode_error"),
-        "/truncated.png": (Reply(body=encoded(picture)[:-60]), "decode_error"),
+        "/corrupt.png": (Reply(body=encoded(image)[:40] + b"\0" * 200), "decode_error"),
+        "/truncated.png": (Reply(body=encoded(image)[:-60]), "decode_error"),
         "/tiny.png": (Reply(body=encoded(Image.new("RGB", (1, 1)))), "too_small"),
         "/animated.gif": (Reply(body=encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])), "animated"),
-        "/cmyk.jpg": (Reply(body=encoded(picture.convert("CMYK"), "JPEG")), "success"),
+        "/cmyk.jpg": (Reply(body=encoded(image.convert("CMYK"), "JPEG")), "success"),
         "/grey16.png": (Reply(body=encoded(grey)), "success"),
         "/palette.png": (Reply(body=encoded(palette)), "success"),
         "/bomb.png": (Reply(body=encoded(Image.new("1", (12_000, 12_000)))), "too_many_pixels"),
-        "/text.png": (Reply(body=b"this is no picture, it is a sentence"), "not_an_image"),
+        "/text.png": (Reply(body=b"this is a sentence, not an image"), "not_an_image"),
         "/absent.png": (Reply(status=404), "http_404"),
         "/inward.png": (Reply.redirect("http://127.0.0.1:9/secret.png"), "blocked_address"),
     }
@@ -79,7 +79,7 @@ def odd_replies() -> dict[str, tuple[Reply, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class SmallDomain:
-    """The server, the list, the config the flow was given and what it returned."""
+    """Server, URL list, config and result of the flow."""
 
     server: LoopbackServer
     root: Path
@@ -89,13 +89,13 @@ class SmallDomain:
 
 
 def write_urls(path: Path, urls: list[str]) -> Path:
-    """A URL list as JSON lines."""
+    """Write a URL list as JSON lines, and return its path."""
     path.write_text("".join(json.dumps({"url": url}) + "\n" for url in urls))
     return path
 
 
 def small_config(urls: Path, root: Path, host: str, *, train: bool = True, images: int = 512) -> Any:
-    """The flow's config for the small domain: one worker, tiny network."""
+    """Return the config of the flow for the small domain: one worker, tiny network."""
     from flows.new_domain import NewDomainConfig
     from infra.download.downloader import DownloadPolicy
     from model.diffusion.conditioning import ConditioningConfig
@@ -139,7 +139,7 @@ def small_config(urls: Path, root: Path, host: str, *, train: bool = True, image
 
 @contextmanager
 def made(root: Path) -> Iterator[SmallDomain]:
-    """Serve the pictures, run the flow once, keep the server up."""
+    """Serve the images, run the flow once, and keep the server running."""
     from flows.new_domain import new_domain
 
     replies = good_replies() | {path: reply for path, (reply, _) in odd_replies().items()}

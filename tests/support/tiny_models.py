@@ -1,4 +1,4 @@
-"""Embeddings, databases, networks and pipelines small enough to make in a test."""
+"""Small embeddings, databases, networks and pipelines."""
 
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,16 @@ from model.retrieval.database import Database, SearchEffort, ShardFiles
 from model.retrieval.faiss_index import fill_shard, train_index
 
 WIDTH = 8
-"""D, where a test has no other in mind."""
+"""Default embedding width D."""
 
 
 def unit(rows: NDArray[Any]) -> NDArray[np.float32]:
-    """Rows (…, D) scaled to length 1."""
+    """Scale rows (…, D) to unit length."""
     return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
 
 
 def unit_rows(count: int, width: int = WIDTH, *, seed: int = 0) -> NDArray[np.float16]:
-    """Random directions (count, width), as the embedding stage stores them."""
+    """Return random unit rows (count, width) as float16, the type of the embedding stage."""
     return unit(np.random.default_rng(seed).normal(size=(count, width))).astype(np.float16)
 
 
@@ -38,17 +38,17 @@ def identity(width: int = WIDTH, *, name: str = "tiny-clip", weights: str = "0" 
 
 
 def shard_files(folder: Path, *shards: NDArray[np.float16], factory: str = "Flat") -> list[ShardFiles]:
-    """Index and rows of each shard on disk; one quantizer for all, trained on all."""
+    """Write index and rows of each shard, with one quantizer trained on all rows."""
     folder.mkdir(parents=True, exist_ok=True)
     template = folder / "quantizer.faiss"
     trained_on = np.concatenate(shards).astype(np.float32)
     faiss.write_index(train_index(factory, trained_on.shape[1], trained_on), str(template))
     files = []
     for number, rows in enumerate(shards):
-        kept = folder / f"{number}.npy"
-        shard = ShardFiles(index=folder / f"{number}.faiss", embeddings=(kept,), ordinal=number)
+        embeddings = folder / f"{number}.npy"
+        shard = ShardFiles(index=folder / f"{number}.faiss", embeddings=(embeddings,), ordinal=number)
         fill_shard(template, [rows], shard.index, ordinal=number)
-        np.save(kept, rows)
+        np.save(embeddings, rows)
         files.append(shard)
     return files
 
@@ -73,7 +73,7 @@ def size(**changes: Any) -> TransformerConfig:
 
 
 def network(width: int = WIDTH, *, seed: int = 0, **changes: Any) -> PixArtTransformer2DModel:
-    """A network of random weights, the last layer too, so that its output depends on all of its input."""
+    """Return a network with random weights, also in the last layer, so that the output depends on every input."""
     built = build_transformer(size(**changes), embedding_dimension=width, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def network(width: int = WIDTH, *, seed: int = 0, **changes: Any) -> PixArtTrans
 
 
 def pipeline(plugged: Database | None, *, prediction: str = "sample", neighbours: int = 3) -> KNNDiffusionPipeline:
-    """An untrained pipeline in the space of the database plugged in."""
+    """Return an untrained pipeline in the embedding space of the database."""
     encoder = plugged.encoder if plugged else identity()
     built = new_pipeline(network(encoder.dimension), encoder, prediction=prediction, neighbours=neighbours)
     if plugged:
@@ -92,7 +92,7 @@ def pipeline(plugged: Database | None, *, prediction: str = "sample", neighbours
 
 
 def stirred(network: Any) -> Any:
-    """The network with every weight moved, its zero head too."""
+    """Perturb every weight of the network, including its zero-initialised head."""
     with torch.no_grad():
         for parameter in network.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
@@ -100,7 +100,7 @@ def stirred(network: Any) -> Any:
 
 
 def latent_pipeline() -> KNNDiffusionPipeline:
-    """It draws 8 × 8 latents of 16 × 16 pixels."""
+    """Return a pipeline over 8 × 8 latents of 16 × 16 pixels."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(32, 32),
@@ -114,7 +114,7 @@ def latent_pipeline() -> KNNDiffusionPipeline:
 
 
 def discrete_pipeline() -> KNNDiffusionPipeline:
-    """It draws 4 × 4 codes of 16 × 16 pixels, 12 of them in 10 times."""
+    """Return a pipeline over 4 × 4 codes of 16 × 16 pixels, with 12 codes and 10 timesteps."""
     coding = AutoencoderConfig(image_size=16, downscale=4, codes=12, code_width=4, channels=(32, 32, 32), layers=1)
     size = VQTransformerConfig(codes=12, tokens=16, timesteps=10, layers=1, heads=1, head_width=16)
     coder = stirred(build_vq_transformer(size, embedding_dimension=8, seed=0))
@@ -123,11 +123,11 @@ def discrete_pipeline() -> KNNDiffusionPipeline:
 
 
 def unet_pipeline() -> KNNDiffusionPipeline:
-    """A U-Net over 8 × 8 pixels."""
+    """Return a pipeline with a U-Net over 8 × 8 pixels."""
     size = UNetConfig(image_size=8, widths=(32, 32), layers=1)
     return new_pipeline(stirred(build_unet(size, embedding_dimension=WIDTH, seed=0)), identity(), neighbours=3)
 
 
 def editor_pipeline() -> KNNDiffusionPipeline:
-    """A transformer over 8 × 8 pixels that also takes a reference."""
+    """Return a pipeline with a transformer over 8 × 8 pixels that also takes a reference."""
     return new_pipeline(widen_input(network()), identity(), neighbours=3)

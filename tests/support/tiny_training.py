@@ -1,4 +1,4 @@
-"""What a training run reads, stored by hand: a few pictures in two shards, without a download or a search."""
+"""Inputs of a training run, written directly: a few images in two shards, without download or search."""
 
 import dataclasses
 import io
@@ -27,7 +27,7 @@ SIDE = 16
 
 
 def picture(number: int, side: int = SIDE) -> Image.Image:
-    """A gradient of its own, which an alignment can hold on to."""
+    """Return a distinct gradient, with enough structure to align it."""
     ramp = np.linspace(0, 120, side)
     levels = ramp[:, None] * (1 + number % 3) / 2 + ramp[None, :] * (1 + number % 2) / 2
     channels = np.stack([levels + 5 * number, 255 - levels, np.full_like(levels, 20.0 * number)], axis=2)
@@ -35,12 +35,12 @@ def picture(number: int, side: int = SIDE) -> Image.Image:
 
 
 def nearest() -> NDArray[np.int64]:
-    """Of each picture the POOL after it."""
+    """Return the next POOL images of each image."""
     return (np.arange(COUNT)[:, None] + np.arange(1, POOL + 1)) % COUNT
 
 
 def small_kl() -> AutoencoderKL:
-    """A continuous autoencoder of random weights: 16 px to 8 × 8 × 4."""
+    """Return a continuous autoencoder with random weights: 16 px to 8 × 8 × 4."""
     torch.manual_seed(0)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
@@ -49,7 +49,7 @@ def small_kl() -> AutoencoderKL:
 
 
 def stored_inputs(base: Path) -> TrainingInputs:
-    """Image shards, embeddings, a database without an index, and neighbours, below ``base``."""
+    """Commit image shards, embeddings, a database without index, and neighbours below ``base``."""
     images = _stage(base, "images", {}, lambda folder, name, rows: _tar(folder / f"{name}.tar", rows))
     stored = ImageShards.of(images, _uri(base, "images", images))
     sources = {"images": stored.as_input()}
@@ -84,7 +84,7 @@ def _uri(base: Path, kind: str, manifest: artifacts.Manifest) -> str:
 
 def _tar(path: Path, rows: slice) -> None:
     with tarfile.open(path, "w") as archive:
-        for number in reversed(range(COUNT)[rows]):  # not in the order of the embeddings
+        for number in reversed(range(COUNT)[rows]):  # in another order than the embeddings
             buffer = io.BytesIO()
             picture(number).save(buffer, "PNG")
             member = tarfile.TarInfo(f"{number:09d}.png")

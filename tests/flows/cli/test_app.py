@@ -1,21 +1,27 @@
-"""The command as a user meets it: what it prints where, and how it says no."""
+"""The ``knn-diffusion`` command: its output on each stream, its exit codes and its errors."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from support.changing_domain import NAMES, Living
-from support.fakes import LoopbackServer, WithoutRay
+from support.fakes import LoopbackServer, Reply, WithoutRay
 from support.tiny_domain import drawn, write_urls
 from typer.testing import CliRunner, Result
 
@@ -32,7 +38,7 @@ def run(*arguments: str) -> Result:
 
 
 def refused(result: Result, *parts: str) -> None:
-    """One line on standard error that holds every part, nothing on standard output, exit code 1."""
+    """Check for exit code 1, no output, and one line on standard error that contains every part."""
     assert result.exit_code == 1, result.output
     assert result.stdout == ""
     lines = [line for line in result.stderr.splitlines() if line.strip() and "%|" not in line]
@@ -43,7 +49,7 @@ def refused(result: Result, *parts: str) -> None:
         assert part in line
 
 
-def test_help_names_every_command_in_order() -> None:
+def test_help_lists_every_command_in_order() -> None:
     result = run("--help")
     assert result.exit_code == 0
     databases = ("new-domain", "rebuild-index", "search", "databases")
@@ -54,11 +60,63 @@ def test_help_names_every_command_in_order() -> None:
         assert run(command, "--help").exit_code == 0
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_version_prints_name_and_version() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == f"knn-diffusion {importlib.metadata.version('knn-diffusion')}\n"
+
+
+def test_every_command_has_an_example_in_its_help() -> None:
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        (example,) = re.findall(r"^ *Example: (.+)$", command.help or "", re.MULTILINE)
+        program, *arguments = shlex.split(example)
+        assert (program, arguments[0]) == ("knn-diffusion", name)
+        with command.make_context(name, arguments[1:]):
+            pass
+
+
+@pytest.mark.slow
+def test_interrupt_ends_with_one_line_and_exit_code_130(tmp_path: Path) -> None:
+    requested, ended = threading.Event(), threading.Event()
+
+    def hang() -> Iterator[bytes]:
+        requested.set()
+        ended.wait(60)
+        yield b""
+
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "KNN_DIFFUSION_CPUS": "1"}
+    environment.pop("PREFECT_API_URL", None)
+    with LoopbackServer({"/a.png": Reply(body=hang)}) as server:
+        urls = write_urls(tmp_path / "urls.jsonl", [server.url("/a.png")])
+        command = [sys.executable, "-m", "flows.cli.app", "new-domain", "shapes", "--urls", str(urls)]
+        process = subprocess.Popen(
+            [*command, "--root", str(tmp_path / "data"), "--allow-host", server.host],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            text=True,
+        )
+        try:
+            assert requested.wait(300)
+            os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C in a terminal does
+            output, errors = process.communicate(timeout=120)
+        finally:
+            ended.set()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    lines = [line for line in errors.splitlines() if line.strip() and "%|" not in line]
+    assert (process.returncode, output) == (130, "")
+    assert lines[-1].startswith("knn-diffusion: interrupted; ")
+    assert sum("Traceback" in line or "interrupted" in line for line in lines) == 1, errors
+
+
+def test_import_of_the_command_loads_no_heavy_module() -> None:
     code = "import sys, flows.cli.app; print(*sorted({name.split('.')[0] for name in sys.modules}))"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
-    assert {"typer", "flows"} <= set(told.stdout.split())
-    assert set(told.stdout.split()).isdisjoint({"torch", "numpy", "PIL", "mlflow", "ray", "pyarrow", "prefect"})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert {"typer", "flows"} <= set(done.stdout.split())
+    assert set(done.stdout.split()).isdisjoint({"torch", "numpy", "PIL", "mlflow", "ray", "pyarrow", "prefect"})
 
 
 @pytest.mark.parametrize(
@@ -78,11 +136,11 @@ def test_help_imports_nothing_heavy() -> None:
         ("gc", "shapes", "--keep", "0"),
     ],
 )
-def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
+def test_command_with_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     assert run(*arguments).exit_code == 2
 
 
-def test_search_prints_json_alone_on_standard_output(domain: Any) -> None:
+def test_search_with_json_prints_only_json(domain: Any) -> None:
     result = run("search", "shapes", "a red circle", "--k", "3", "--json", "--root", str(domain.root))
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
@@ -92,7 +150,7 @@ def test_search_prints_json_alone_on_standard_output(domain: Any) -> None:
     assert "red" in found[0]["url"]
 
 
-def test_search_takes_all_three_names_of_a_database(domain: Any) -> None:
+def test_search_by_any_name_of_a_database_returns_the_same(domain: Any) -> None:
     names = ("shapes", "models:/knn-database.shapes@champion", "models:/knn-database.shapes/1")
     names += (domain.result.database.reference.uri,)
     outputs = {run("search", name, "blue ring", "--json", "--root", str(domain.root)).stdout for name in names}
@@ -100,19 +158,19 @@ def test_search_takes_all_three_names_of_a_database(domain: Any) -> None:
     assert "blue" in outputs.pop()
 
 
-def test_a_search_without_one_query_says_how() -> None:
-    told = " ".join(run("search", "shapes").stderr.replace("│", " ").split())
-    assert "give one query: words, or --text TEXT, or --image FILE" in told
+def test_search_without_query_names_the_options() -> None:
+    message = " ".join(run("search", "shapes").stderr.replace("│", " ").split())
+    assert "give exactly one query: QUERY, --text TEXT or --image FILE" in message
 
 
-def test_search_takes_the_text_as_an_option_too(domain: Any) -> None:
+def test_search_with_text_option_equals_query_argument(domain: Any) -> None:
     options = ["--json", "--root", str(domain.root)]
-    told = run("search", "shapes", "--text", "a red circle", *options)
-    assert told.stdout == run("search", "shapes", "a red circle", *options).stdout
-    assert len(json.loads(told.stdout)) == 10
+    result = run("search", "shapes", "--text", "a red circle", *options)
+    assert result.stdout == run("search", "shapes", "a red circle", *options).stdout
+    assert len(json.loads(result.stdout)) == 10
 
 
-def test_search_by_image_finds_the_image_whatever_its_mode(domain: Any, tmp_path: Path) -> None:
+def test_search_by_image_of_any_mode_finds_that_image(domain: Any, tmp_path: Path) -> None:
     circle = drawn("blue", "circle")
     circle.save(tmp_path / "plain.png")
     circle.convert("RGBA").save(tmp_path / "alpha.webp", lossless=True)
@@ -129,7 +187,7 @@ def test_search_by_image_finds_the_image_whatever_its_mode(domain: Any, tmp_path
         assert first["score"] > second["score"]
 
 
-def test_search_writes_a_page_of_the_images(domain: Any, tmp_path: Path) -> None:
+def test_search_with_html_writes_a_page_of_the_images(domain: Any, tmp_path: Path) -> None:
     page, root = tmp_path / "page.html", ["--root", str(domain.root)]
     result = run("search", "shapes", "a red circle", "--k", "3", "--html", str(page), *root)
     assert result.exit_code == 0, result.stderr
@@ -148,20 +206,25 @@ def test_search_writes_a_page_of_the_images(domain: Any, tmp_path: Path) -> None
     assert "mine.png" in page.read_text(encoding="utf-8")
 
 
-def test_search_refuses_what_cannot_be_sought_or_written(domain: Any, tmp_path: Path) -> None:
+def test_search_with_invalid_query_or_output_fails_on_one_line(domain: Any, tmp_path: Path) -> None:
     root = ["--root", str(domain.root)]
     refused(run("search", "shapes", "--text", " ", *root), "the query is empty")
-    refused(run("search", "shapes", "--image", f"{tmp_path}/no.png", *root), "no.png does not exist; name a picture")
+    refused(run("search", "shapes", "--image", f"{tmp_path}/no.png", *root), "image does not exist", "no.png")
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    refused(run("search", "shapes", "--image", f"{tmp_path}/torn.png", *root), "torn.png is no picture")
-    refused(run("search", "shapes", "a", "--html", f"{tmp_path}/page.png", *root), "no page name; end it in .html")
-    refused(run("search", "shapes", "a", "--html", f"{tmp_path}/no/page.html", *root), "the folder", "does not exist")
+    refused(run("search", "shapes", "--image", f"{tmp_path}/torn.png", *root), "image cannot be read", "torn.png")
+    refused(
+        run("search", "shapes", "a", "--html", f"{tmp_path}/page.png", *root), "page has an unknown suffix", "use .html"
+    )
+    refused(
+        run("search", "shapes", "a", "--html", f"{tmp_path}/no/page.html", *root),
+        f"folder does not exist: {tmp_path}/no;",
+    )
     page = ["--html", f"{tmp_path}/page.html"]
-    refused(run("search", "shapes", "a", "--k", "501", *page, *root), "at most 500 pictures, 501 were asked for")
+    refused(run("search", "shapes", "a", "--k", "501", *page, *root), "500", "501")
     assert not (tmp_path / "page.html").exists()
 
 
-def test_databases_lists_what_is_registered(domain: Any) -> None:
+def test_databases_lists_registered_versions(domain: Any) -> None:
     (entry,) = json.loads(run("databases", "--json", "--root", str(domain.root)).stdout)
     assert (entry["name"], entry["version"], entry["aliases"]) == ("knn-database.shapes", 1, ["champion"])
     version = domain.result.database.reference.manifest()
@@ -177,9 +240,7 @@ def test_databases_lists_what_is_registered(domain: Any) -> None:
     assert row.split()[-1] in {"s", "min"}
 
 
-def test_a_version_that_was_registered_without_its_size_shows_a_dash(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_databases_of_version_without_size_shows_a_dash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from infra.registry import Registry
 
     entry = {"name": "knn-database.old", "version": 1, "rows": 9, "aliases": [], "encoder": "[red]x", "created_ms": 0}
@@ -191,90 +252,136 @@ def test_a_version_that_was_registered_without_its_size_shows_a_dash(
 
 
 @pytest.mark.parametrize(
-    ("count", "told"),
+    ("count", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1549, "1.5 kB"), (9_960, "10 kB"), (23_400_000, "23 MB"),
      (999_700, "1.0 MB"), (2 * 10**12, "2.0 TB"), (5 * 10**15, "5000 TB")],
 )  # fmt: skip
-def test_sizes_are_told_in_words(count: int, told: str) -> None:
-    assert size(count) == told
+def test_size_of_bytes_returns_rounded_number_with_unit(count: int, text: str) -> None:
+    assert size(count) == text
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "text"),
     [(-5, "0 s"), (59, "59 s"), (3 * 60 + 1, "3 min"), (2.5 * 3600, "2 h"), (86_400, "1 d"), (400 * 86_400, "400 d")],
 )
-def test_ages_are_told_in_words(seconds: float, told: str) -> None:
-    assert age(int((time.time() - seconds) * 1000)) == told
+def test_age_of_timestamp_returns_rounded_number_with_unit(seconds: float, text: str) -> None:
+    assert age(int((time.time() - seconds) * 1000)) == text
 
 
-def test_generate_writes_a_image_a_prompt_and_repeats_itself(domain: Any, tmp_path: Path) -> None:
-    pictures = []
+def test_generate_with_same_seed_writes_the_same_images(domain: Any, tmp_path: Path) -> None:
+    images = []
     for name, seed, candidates in (("a.png", "5", "1"), ("b.png", "5", "1"), ("c.png", "6", "1"), ("d.png", "5", "9")):
         options = ["--seed", seed, "--steps", "2", "--candidates", candidates, "--root", str(domain.root)]
-        asked = ("red circle", "blue bar", "--database", "shapes", "--out", str(tmp_path / name))
-        result = run("generate", *asked, *options)
+        arguments = ("red circle", "blue bar", "--database", "shapes", "--out", str(tmp_path / name))
+        result = run("generate", *arguments, *options)
         assert result.exit_code == 0, result.stderr
-        pictures.append(np.asarray(Image.open(tmp_path / name)))
-    assert pictures[0].shape == (16, 32, 3)
-    assert (pictures[0] == pictures[1]).all()
-    assert (pictures[0] != pictures[2]).any()
-    assert (pictures[0] != pictures[3]).any()
+        images.append(np.asarray(Image.open(tmp_path / name)))
+    assert images[0].shape == (16, 32, 3)
+    assert (images[0] == images[1]).all()
+    assert (images[0] != images[2]).any()
+    assert (images[0] != images[3]).any()
 
 
-def test_generate_takes_images_for_prompts_and_goes_from_one_to_another(domain: Any, tmp_path: Path) -> None:
+def test_generate_between_image_and_text_writes_interpolation(domain: Any, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), "blue").save(tmp_path / "blue.png")
     options = ["--database", "shapes", "--steps", "2", "--root", str(domain.root), "--out"]
     result = run("generate", str(tmp_path / "blue.png"), "red bar", *options, str(tmp_path / "a.png"), "--between", "3")
     assert result.exit_code == 0, result.stderr
     assert Image.open(tmp_path / "a.png").size == (48, 16)
     result = run("generate", "a", "b", "c", *options, str(tmp_path / "a.png"), "--between", "3")
-    refused(result, "--between goes from one prompt to another; 3 were given")
+    refused(result, "--between needs two prompts: 3 were given")
 
 
-class Drawer:
-    """A pipeline that draws black pictures of 4 px, and keeps what it was asked."""
+class FakePipeline:
+    """A pipeline that generates black images of 4 px, and records its arguments."""
 
     def __init__(self) -> None:
-        self.asked: list[Any] = []
+        self.prompts: list[Any] = []
         self.options: dict[str, Any] = {}
+        self.model = ""
 
     def __call__(self, prompts: list[Any], **options: Any) -> Any:
-        self.asked, self.options = prompts, options
+        self.prompts, self.options = prompts, options
         return SimpleNamespace(images=[Image.new("RGB", (4, 4))] * len(prompts))
 
     def interpolate(self, first: Any, second: Any, count: int, **options: Any) -> Any:
         return self([first] * count, **options)
 
     def edit(self, source: Image.Image, prompt: str, **options: Any) -> list[Image.Image]:
-        self.asked, self.options = [prompt], options
+        self.prompts, self.options = [prompt], options
         return [source]
 
 
 @pytest.fixture
-def drawer(monkeypatch: pytest.MonkeyPatch) -> Drawer:
-    made = Drawer()
-    monkeypatch.setattr("tasks.serve.load.load_pipeline", lambda *_, **__: made)
-    return made
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
+    fake = FakePipeline()
+
+    def load(model: str, *_: Any, **__: Any) -> FakePipeline:
+        fake.model = model
+        return fake
+
+    monkeypatch.setattr("tasks.serve.load.load_pipeline", load)
+    return fake
 
 
-def test_a_prompt_that_reads_as_a_images_name_is_no_text(drawer: Drawer, tmp_path: Path) -> None:
+def test_generate_treats_image_paths_as_images(pipeline: FakePipeline, tmp_path: Path) -> None:
     options = ["--database", "shapes", "--out", str(tmp_path / "a.png")]
     for name in ("photo.PNG", f"{tmp_path}/my photo.webp"):
-        refused(run("generate", "red bar", name, *options), f"{name} does not exist; name a picture")
-    (tmp_path / "torn.png").write_bytes(b"no picture")
-    refused(run("generate", f"{tmp_path}/torn.png", *options), "torn.png is no picture that can be read")
+        refused(run("generate", "red bar", name, *options), f"image does not exist: {name};")
+    (tmp_path / "torn.png").write_bytes(b"not an image")
+    refused(run("generate", f"{tmp_path}/torn.png", *options), f"image cannot be read: {tmp_path}/torn.png")
     assert not (tmp_path / "a.png").exists()
     for name in ("my photo.png", "my photo.bmp"):
         Image.new("RGB", (5, 5)).save(tmp_path / name)
     texts = ("a drawing of what is called red.png", "photo.txt", "is this. a text " * 20)
     result = run("generate", *texts, f"{tmp_path}/my photo.png", f"{tmp_path}/my photo.bmp", *options)
     assert result.exit_code == 0, result.stderr
-    assert drawer.asked[:3] == [*texts]
-    assert [picture.size for picture in drawer.asked[3:]] == [(5, 5), (5, 5)]
+    assert pipeline.prompts[:3] == [*texts]
+    assert [image.size for image in pipeline.prompts[3:]] == [(5, 5), (5, 5)]
+
+
+@pytest.fixture
+def red_image(tmp_path: Path) -> str:
+    path = tmp_path / "red.png"
+    Image.new("RGB", (8, 8), "red").save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("command", ["generate", "edit"])
+def test_default_generator_not_registered_uses_the_bundled_one(
+    pipeline: FakePipeline, tmp_path: Path, red_image: str, command: str
+) -> None:
+    options = ("--database", "shapes", "--out", f"{tmp_path}/out.png", "--root", f"{tmp_path}/root")
+    result = run(command, red_image, *(["a"] if command == "edit" else []), *options)
+    assert result.exit_code == 0, result.output
+    assert pipeline.model == "sticker-generator"
+    assert result.stdout == f"{tmp_path}/out.png\n"
+    assert result.stderr == (
+        "knn-diffusion: no generator is registered as knn-diffusion; using the bundled sticker-generator\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["generate", "edit"])
+def test_given_generator_not_registered_is_not_replaced(
+    pipeline: FakePipeline, tmp_path: Path, red_image: str, command: str
+) -> None:
+    options = ("--database", "shapes", "--out", f"{tmp_path}/out.png", "--root", f"{tmp_path}/root")
+    result = run(command, red_image, *(["a"] if command == "edit" else []), *options, "--model", "knn-diffusion")
+    assert (result.exit_code, result.stderr, pipeline.model) == (0, "", "knn-diffusion")
+
+
+def test_default_generator_registered_is_used(
+    pipeline: FakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from infra.registry import Registry
+
+    monkeypatch.setattr(Registry, "versions", lambda self, kind: [{"name": "knn-diffusion", "version": 1}])
+    result = run("generate", "a", "--database", "shapes", "--out", f"{tmp_path}/out.png", "--root", str(tmp_path))
+    assert (result.exit_code, result.stderr, pipeline.model) == (0, "", "knn-diffusion")
 
 
 @pytest.mark.parametrize("command", ["search", "generate", "edit", "evaluate", "merge", "subset"])
-def test_foreign_folder_is_refused_without_trust(prefect_server: None, command: str, tmp_path: Path) -> None:
+def test_command_on_foreign_folder_without_trust_fails(prefect_server: None, command: str, tmp_path: Path) -> None:
     with LoopbackServer({}) as internal:
         source = {"embeddings": {"uri": internal.url("/shapes/embeddings/0"), "digest": "0"}}
         stage = artifacts.ArtifactBuilder(f"{tmp_path}/foreign/shapes", "database", inputs=source, config={})
@@ -297,8 +404,8 @@ def test_foreign_folder_is_refused_without_trust(prefect_server: None, command: 
 
 
 @pytest.mark.parametrize(("count", "columns", "rows"), [(2, 2, 1), (12, 12, 1), (13, 4, 4), (255, 16, 16)])
-def test_few_images_make_a_row_and_many_a_grid(
-    drawer: Drawer, tmp_path: Path, count: int, columns: int, rows: int
+def test_generate_arranges_few_images_in_a_row_and_many_in_a_grid(
+    pipeline: FakePipeline, tmp_path: Path, count: int, columns: int, rows: int
 ) -> None:
     options = ["--database", "shapes", "--between", str(count), "--out", str(tmp_path / "a.webp")]
     result = run("generate", "a", "b", *options)
@@ -306,17 +413,20 @@ def test_few_images_make_a_row_and_many_a_grid(
     assert Image.open(tmp_path / "a.webp").size == (4 * columns, 4 * rows)
 
 
-def test_the_method_of_an_edit_may_be_chosen(drawer: Drawer, tmp_path: Path) -> None:
+def test_edit_passes_the_method_to_the_pipeline(pipeline: FakePipeline, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     command = ["edit", str(tmp_path / "a.png"), "red", "--database", "shapes", "--out", str(tmp_path / "b.png")]
     for given, method in (([], "local"), (["--method", "sdedit"], "sdedit"), (["--method", "restore"], "restore")):
         assert run(*command, *given).exit_code == 0
-        assert drawer.options["method"] == method
+        assert pipeline.options["method"] == method
     assert run(*command, "--method", "paint").exit_code == 2
-    refused(run(*command, "--method", "sdedit", "--largest-region", "1"), "--largest-region is of the method local")
+    refused(
+        run(*command, "--method", "sdedit", "--largest-region", "1"),
+        "--largest-region does not apply to --method sdedit",
+    )
 
 
-def test_edit_changes_a_region_with_the_embedded_generator(domain: Any, tmp_path: Path) -> None:
+def test_edit_with_bundled_generator_changes_a_region(domain: Any, tmp_path: Path) -> None:
     source = drawn("blue", "circle", 64)
     source.save(tmp_path / "blue.png")
     options = ["--database", "shapes", "--model", "sticker-generator", "--root", str(domain.root)]
@@ -330,72 +440,75 @@ def test_edit_changes_a_region_with_the_embedded_generator(domain: Any, tmp_path
     assert 0.4 < same < 0.98
 
 
-def test_edit_takes_any_generator_that_draws_pixels_and_repeats_itself(domain: Any, tmp_path: Path) -> None:
+def test_edit_with_same_seed_writes_the_same_image(domain: Any, tmp_path: Path) -> None:
     Image.new("RGBA", (90, 70), (0, 0, 255, 200)).save(tmp_path / "blue.png")
     options = ["--database", "shapes", "--candidates", "1", "--largest-region", "1", "--root", str(domain.root)]
-    pictures = []
+    images = []
     for name, seed in (("a.png", "5"), ("b.png", "5"), ("c.png", "6")):
         out = tmp_path / name
         result = run("edit", str(tmp_path / "blue.png"), "red", *options, "--seed", seed, "--out", str(out))
         assert result.exit_code == 0, result.stderr
-        pictures.append(np.asarray(Image.open(out)))
-    assert pictures[0].shape == (16, 16, 3)
-    assert (pictures[0] == pictures[1]).all()
-    assert (pictures[0] != pictures[2]).any()
+        images.append(np.asarray(Image.open(out)))
+    assert images[0].shape == (16, 16, 3)
+    assert (images[0] == images[1]).all()
+    assert (images[0] != images[2]).any()
 
 
-def test_edit_refuses_what_is_no_image_and_numbers_without_meaning(domain: Any, tmp_path: Path) -> None:
+def test_edit_with_invalid_image_or_number_fails_on_one_line(domain: Any, tmp_path: Path) -> None:
     options = ["--database", "shapes", "--root", str(domain.root), "--out", str(tmp_path / "a.png")]
-    refused(run("edit", f"{tmp_path}/none.png", "a", *options), "none.png does not exist")
-    (tmp_path / "torn.png").write_bytes(b"no picture")
-    refused(run("edit", f"{tmp_path}/torn.png", "a", *options), "torn.png is no picture that can be read")
+    refused(run("edit", f"{tmp_path}/none.png", "a", *options), f"image does not exist: {tmp_path}/none.png")
+    (tmp_path / "torn.png").write_bytes(b"not an image")
+    refused(run("edit", f"{tmp_path}/torn.png", "a", *options), f"image cannot be read: {tmp_path}/torn.png")
     Image.new("RGB", (16, 16)).save(tmp_path / "fine.png")
     refused(run("edit", f"{tmp_path}/fine.png", " ", *options), "a prompt is empty")
-    told = "strength is out of range: 2.0; give a number above 0"
-    refused(run("edit", f"{tmp_path}/fine.png", "a", *options, "--strength", "2"), told)
+    message = "--strength is out of range: 2.0"
+    refused(run("edit", f"{tmp_path}/fine.png", "a", *options, "--strength", "2"), message)
     refused(
         run("edit", f"{tmp_path}/fine.png", "a", *options, "--largest-region", "0"),
-        "largest_region is out of range: 0.0; give a number above 0",
+        "--largest-region is out of range: 0.0",
     )
 
 
-def test_search_refuses_a_image_that_pillow_finds_no_class_of_error_for(tmp_path: Path) -> None:
+def test_search_by_image_that_fails_in_a_pillow_plugin_fails_on_one_line(tmp_path: Path) -> None:
     (tmp_path / "bad.ppm").write_bytes(b"P6 x 3 255\n")
     with pytest.raises(ValueError, match="invalid literal"):
         Image.open(tmp_path / "bad.ppm")
-    refused(run("search", "shapes", "--image", f"{tmp_path}/bad.ppm"), "bad.ppm is no picture that can be read (inv")
+    refused(run("search", "shapes", "--image", f"{tmp_path}/bad.ppm"), "image cannot be read", "bad.ppm (inv")
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
-        (("--recipe", "nope"), "no recipe nope; there are own_domain"),
-        (("--recipe", "photos_h100"), "name their --autoencoder FOLDER"),
-        (("--recipe", "stickers_h100", "--train"), "takes no --train; it decides that itself"),
+        (("--recipe", "nope"), "--recipe is unknown: nope; use one of own_domain"),
+        (("--recipe", "photos_h100"), "--autoencoder is missing"),
+        (("--recipe", "stickers_h100", "--train"), "--train does not apply to --recipe stickers_h100"),
+        (("--memory", "0"), "--memory is too small: 0"),
     ],
 )
-def test_new_domain_refuses_recipes_that_do_not_fit(prefect_server: None, options: tuple[str, ...], told: str) -> None:
-    refused(run("new-domain", "x", "--urls", "list.txt", *options), told)
+def test_new_domain_with_invalid_options_fails_with_option_name(
+    prefect_server: None, options: tuple[str, ...], message: str
+) -> None:
+    refused(run("new-domain", "x", "--urls", "list.txt", *options), message)
 
 
-def test_new_domain_passes_on_what_the_index_is_to_be(prefect_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_domain_passes_index_options_to_the_flow(prefect_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
     configs: list[Any] = []
 
-    def stopped(config: Any) -> None:
+    def record(config: Any) -> None:
         configs.append(config)
-        raise InputError("far enough")
+        raise InputError("recorded")
 
-    monkeypatch.setattr("flows.new_domain.new_domain", stopped)
+    monkeypatch.setattr("flows.new_domain.new_domain", record)
     options = ("--index", "IVF64,SQ8", "--memory", "0.5", "--target-recall", "0.9", "--dedup")
-    refused(run("new-domain", "x", "--urls", "list.txt", *options), "far enough")
-    refused(run("new-domain", "x", "--urls", "list.txt"), "far enough")
-    told, untold = (config.index for config in configs)
-    assert (told.index, told.memory_bytes, told.target_recall, told.dedup) == ("IVF64,SQ8", 1 << 29, 0.9, True)
-    assert (untold.index, untold.memory_bytes, untold.dedup) == ("auto", MEMORY_BYTES, False)
-    refused(run("new-domain", "x", "--urls", "list.txt", "--target-recall", "2"), "target_recall is a share")
+    refused(run("new-domain", "x", "--urls", "list.txt", *options), "recorded")
+    refused(run("new-domain", "x", "--urls", "list.txt"), "recorded")
+    given, default = (config.index for config in configs)
+    assert (given.index, given.memory_bytes, given.target_recall, given.dedup) == ("IVF64,SQ8", 1 << 29, 0.9, True)
+    assert (default.index, default.memory_bytes, default.dedup) == ("auto", MEMORY_BYTES, False)
+    refused(run("new-domain", "x", "--urls", "list.txt", "--target-recall", "2"), "--target-recall is ")
 
 
-def test_commands_that_read_create_nothing_without_a_registry(prefect_server: None, tmp_path: Path) -> None:
+def test_reading_commands_without_registry_create_no_files(prefect_server: None, tmp_path: Path) -> None:
     root = tmp_path / "new"
     listed = run("databases", "--root", str(root))
     assert (listed.exit_code, listed.stdout) == (0, "")
@@ -415,7 +528,7 @@ def test_commands_that_read_create_nothing_without_a_registry(prefect_server: No
     assert not root.exists()
 
 
-def test_unknown_database_says_what_there_is(domain: Any) -> None:
+def test_search_in_unknown_database_lists_registered_ones(domain: Any) -> None:
     refused(
         run("search", "shape", "a", "--root", str(domain.root)),
         "no database is registered as models:/knn-database.shape@champion",
@@ -423,33 +536,33 @@ def test_unknown_database_says_what_there_is(domain: Any) -> None:
     )
 
 
-def test_unknown_folder_empty_query_and_odd_output_name(domain: Any, tmp_path: Path) -> None:
+def test_commands_with_invalid_arguments_fail_on_one_line(domain: Any, tmp_path: Path) -> None:
     root = str(domain.root)
     refused(run("search", f"{tmp_path}/none", "a", "--root", root), f"{tmp_path}/none holds no committed database")
     refused(run("search", "shapes", "  ", "--root", root), "the query is empty")
     options = ["--database", "shapes", "--root", root, "--out"]
-    refused(run("generate", "a", *options, "picture"), "picture is no picture name; end it in .png")
-    refused(run("generate", "a", *options, f"{tmp_path}/no/a.png"), f"the folder {tmp_path}/no does not exist")
+    refused(run("generate", "a", *options, "image"), "image has an unknown suffix: image; use .png")
+    refused(run("generate", "a", *options, f"{tmp_path}/no/a.png"), f"folder does not exist: {tmp_path}/no;")
     refused(run("generate", " ", *options, f"{tmp_path}/a.png"), "a prompt is empty")
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [("", "lists no URL"), ('{"link": "http://a/b.png"}\n', "has no column 'url', only link")],
 )
-def test_new_domain_refuses_an_unusable_list(prefect_server: None, tmp_path: Path, content: str, told: str) -> None:
+def test_new_domain_with_unusable_list_fails(prefect_server: None, tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / ("list.jsonl" if content else "list.txt")
     path.write_text(content)
-    refused(run("new-domain", "x", "--urls", str(path), "--root", str(tmp_path / "data")), str(path), told)
+    refused(run("new-domain", "x", "--urls", str(path), "--root", str(tmp_path / "data")), str(path), message)
 
 
-def test_new_domain_refuses_a_missing_list_and_a_bad_name(prefect_server: None, tmp_path: Path) -> None:
+def test_new_domain_with_missing_list_or_invalid_name_fails(prefect_server: None, tmp_path: Path) -> None:
     root = str(tmp_path)
     refused(run("new-domain", "x", "--urls", f"{tmp_path}/no.csv", "--root", root), "no.csv does not exist")
     refused(run("new-domain", "My Domain", "--urls", "a.csv", "--root", root), "'My Domain' must be lower-case")
 
 
-def test_new_domain_makes_a_database_of_ones_own_list(domain: Any, tmp_path: Path) -> None:
+def test_new_domain_builds_a_database_from_a_list(domain: Any, tmp_path: Path) -> None:
     urls = write_urls(tmp_path / "urls.jsonl", [domain.server.url(f"/{c}-ring.png") for c in ("red", "blue", "green")])
     options = ["--root", str(tmp_path / "data"), "--allow-host", domain.server.host, "--no-train"]
     result = run("new-domain", "rings", "--urls", str(urls), *options)
@@ -460,21 +573,21 @@ def test_new_domain_makes_a_database_of_ones_own_list(domain: Any, tmp_path: Pat
     assert found[0]["url"].endswith("/red-ring.png")
 
 
-def test_without_permission_loopback_is_not_downloaded_from(domain: Any, tmp_path: Path) -> None:
+def test_new_domain_without_allow_host_requests_nothing_from_loopback(domain: Any, tmp_path: Path) -> None:
     urls = write_urls(tmp_path / "urls.jsonl", [domain.server.url("/red-ring.png")])
-    asked = len(domain.server.requests)
+    requests = len(domain.server.requests)
     result = run("new-domain", "rings", "--urls", str(urls), "--root", str(tmp_path / "data"))
     refused(result, "none of the 1 URLs", "blocked_address 1")
-    assert len(domain.server.requests) == asked
+    assert len(domain.server.requests) == requests
 
 
-def test_a_rebuild_with_nothing_to_do_says_so(domain: Any) -> None:
+def test_rebuild_index_without_changes_reports_unchanged_champion(domain: Any) -> None:
     result = run("rebuild-index", "shapes", "--urls", str(domain.urls), "--root", str(domain.root))
     assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines() == ["models:/knn-database.shapes@champion stays as it is"]
+    assert result.stdout.splitlines() == ["models:/knn-database.shapes@champion is unchanged"]
 
 
-def test_gc_lists_and_deletes_nothing_unless_told_to(living: Living, ray: WithoutRay) -> None:
+def test_gc_without_delete_only_lists(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:4])
     living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
     before = living.files()
@@ -483,14 +596,14 @@ def test_gc_lists_and_deletes_nothing_unless_told_to(living: Living, ray: Withou
     assert living.files() == before
     deleted = run(*command, "--delete")
     assert listed.exit_code == deleted.exit_code == 0, listed.output + deleted.output
-    assert "to delete (--delete does)" in listed.stderr
+    assert "to delete (run again with --delete)" in listed.stderr
     assert listed.stdout == deleted.stdout
     going = [line.split()[1] for line in listed.stdout.splitlines()]
     assert any(uri.endswith(".tar") for uri in going)
     assert living.files().keys() == {name for name in before if f"{living.root}/shapes/{name}" not in going}
 
 
-def test_gc_waits_for_another_writer_when_told_to(domain: Any) -> None:
+def test_gc_with_wait_waits_for_another_writer(domain: Any) -> None:
     command = ("gc", "shapes", "--root", str(domain.root))
     with contextlib.ExitStack() as held:
         held.enter_context(lease(f"{domain.root}/shapes", holder="another"))
@@ -500,10 +613,10 @@ def test_gc_waits_for_another_writer_when_told_to(domain: Any) -> None:
         result = run(*command, "--wait", "60")
         end.join()
     assert result.exit_code == 0, result.output
-    assert "to delete (--delete does)" in result.stderr
+    assert "to delete (run again with --delete)" in result.stderr
 
 
-def test_gc_lists_what_it_did_though_one_domain_is_refused(living: Living, ray: WithoutRay) -> None:
+def test_gc_with_one_failing_domain_lists_the_others(living: Living, ray: WithoutRay) -> None:
     living.garbage_beside_what_is_refused()
     before = living.files()
     result = run("gc", "--keep", "1", "--grace-h", "0", "--delete", "--root", str(living.root))
@@ -515,10 +628,10 @@ def test_gc_lists_what_it_did_though_one_domain_is_refused(living: Living, ray: 
     assert last.startswith("knn-diffusion: 1 of 2 domains were not collected; aa: no version of aa is registered")
 
 
-def test_what_upkeep_cannot_do_is_said_in_one_line(domain: Any, tmp_path: Path) -> None:
+def test_upkeep_commands_with_invalid_arguments_fail_on_one_line(domain: Any, tmp_path: Path) -> None:
     root = ("--root", str(domain.root))
     refused(run("rebuild-index", "birds", *root), "no database is registered as models:/knn-database.birds@champion")
-    refused(run("merge", "all", "shapes", *root), "databases names two or more")
+    refused(run("merge", "all", "shapes", *root), "DATABASES has too few entries: 1")
     refused(run("subset", "reds", "shapes", "--where", "colour == 1", *root), "colour")
     empty = tmp_path / "takedown.txt"
     empty.write_text("http://nowhere/at-all.png\n")

@@ -1,4 +1,4 @@
-"""What commands print of text that came from the web."""
+"""Output of the commands: untrusted text, and names of options in errors."""
 
 import sys
 
@@ -6,28 +6,43 @@ import pytest
 import typer
 
 from flows.cli.app import main
-from flows.cli.console import report_errors, say, table
+from flows.cli.console import name_options, report_errors, say, table
 from infra.errors import InputError
 
 FORGED = "http://a/\x1b[2J\x9b2J\u202egnp.\n2     0.999  7   http://forged"
 SHOWN = r"http://a/\x1b[2J\x9b2J\u202egnp.\n2     0.999  7   http://forged"
 
 
-def test_table_keeps_a_row_on_its_line_whatever_a_url_holds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_with_control_characters_prints_one_line_per_row(capsys: pytest.CaptureFixture[str]) -> None:
     table([{"rank": 1, "url": FORGED}, {"rank": 2, "url": "http://ä/猫.png"}], {"rank": "rank", "url": "url"})
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines == ["rank  url", f"1     {SHOWN}", "2     http://ä/猫.png"]
 
 
-def test_say_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_say_with_control_characters_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     say(FORGED)
     assert capsys.readouterr().out == f"{SHOWN}\n"
 
 
-def test_told_prints_an_error_without_control_characters_and_passwords(capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_errors_prints_no_control_characters_and_passwords(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit), report_errors(False):
-        raise InputError("https://u:hunter2@host/\x1b[2J\u202e is no list")
-    assert capsys.readouterr().err == "knn-diffusion: https://u:***@host/\\x1b[2J\\u202e is no list\n"
+        raise InputError("https://u:hunter2@host/\x1b[2J\u202e is not a list")
+    assert capsys.readouterr().err == "knn-diffusion: https://u:***@host/\\x1b[2J\\u202e is not a list\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("strength is out of range: 2.0", "--strength is out of range: 2.0"),
+        ("guidance_scale is not finite: nan", "--guidance is not finite: nan"),
+        ("num_inference_steps must be at least 1", "--steps must be at least 1"),
+        ("a negative_prompt needs a guidance_scale above 1", "a --negative needs a --guidance above 1"),
+        ("the neighbours is a stage", "the neighbours is a stage"),
+        ("/data/target_recall/a does not exist", "/data/target_recall/a does not exist"),
+    ],
+)
+def test_name_options_replaces_names_of_arguments(message: str, line: str) -> None:
+    assert name_options(message) == line
 
 
 def test_main_prints_tracebacks_without_control_characters_and_passwords(
@@ -40,6 +55,6 @@ def test_main_prints_tracebacks_without_control_characters_and_passwords(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 1
-    said = capsys.readouterr().err
-    assert said.startswith("Traceback")
-    assert said.endswith("RuntimeError: https://u:***@host/\\x1b[2J\n")
+    output = capsys.readouterr().err
+    assert output.startswith("Traceback")
+    assert output.endswith("RuntimeError: https://u:***@host/\\x1b[2J\n")

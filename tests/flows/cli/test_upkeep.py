@@ -1,4 +1,4 @@
-"""The commands that keep databases, as a user gives them: that each option arrives, by what comes of it."""
+"""Commands that maintain databases: every option has its effect."""
 
 import contextlib
 from pathlib import Path
@@ -19,17 +19,17 @@ def run(*arguments: str) -> Result:
 
 
 def done(*arguments: str) -> str:
-    """What a command that succeeds prints on standard output."""
+    """Run a command that must succeed, and return its standard output."""
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     return result.stdout.strip()
 
 
-def test_a_database_is_kept_up_by_the_command_alone(living: Living, ray: WithoutRay) -> None:
+def test_rebuild_index_options_retry_take_down_and_compact(living: Living, ray: WithoutRay) -> None:
     from flows.rebuild_index import champion_of
 
     def tars() -> bytes:
-        """Of the champion's pictures, uncompressed."""
+        """Return the concatenated tar files of the champion."""
         images = champion_of("shapes", living.settings).images
         shards, cache = images.manifest().shards, living.folder / "cache"
         return b"".join(artifacts.fetch_shard(images.uri, shard, ".tar", cache).read_bytes() for shard in shards)
@@ -40,7 +40,7 @@ def test_a_database_is_kept_up_by_the_command_alone(living: Living, ray: Without
     living.build(NAMES[: FIRST + 1])
     urls = ("--urls", living.listed(*NAMES[: FIRST + 1]))
     living.server.requests.clear()
-    assert done(*rebuild, *urls) == "models:/knn-database.shapes@champion stays as it is"
+    assert done(*rebuild, *urls) == "models:/knn-database.shapes@champion is unchanged"
     assert living.server.requests == []
     assert done(*rebuild, *urls, "--retry-failed") == "models:/knn-database.shapes@champion"
     assert living.server.requests == [late]
@@ -48,14 +48,14 @@ def test_a_database_is_kept_up_by_the_command_alone(living: Living, ray: Without
 
     done(*rebuild, "--takedown", living.listed({"url": living.server.url(gone)}, name="down.jsonl"))
     assert living.champion() == set(NAMES[: FIRST + 1]) - {gone}
-    assert BODY[gone] in tars(), "too little is hidden to be compacted unasked"
+    assert BODY[gone] in tars(), "too few rows are hidden for automatic compaction"
     done(*rebuild, "--compact")
     assert living.champion() == set(NAMES[: FIRST + 1]) - {gone}
     assert BODY[gone] not in tars()
     assert BODY[late] in tars()
 
 
-def test_databases_are_made_of_others_by_the_commands(living: Living, ray: WithoutRay) -> None:
+def test_merge_and_subset_build_databases_from_others(living: Living, ray: WithoutRay) -> None:
     root = ("--root", str(living.root))
     circles = {name for name in NAMES[:10] if "circle" in name}
     assert 0 < len(circles) < 10
@@ -66,7 +66,7 @@ def test_databases_are_made_of_others_by_the_commands(living: Living, ray: Witho
     part = ("subset", "circles", "both", "--where", 'url like "%circle%"', *root)
     assert done(*part) == "models:/knn-database.circles@champion"
     assert living.champion("circles") == circles
-    for command, made in (
+    for command, expected in (
         (("subset", "shapes", "both", "--where", 'url like "%circle%"', *root), circles),
         (("merge", "others", "both", "circles", *root), set(NAMES[:10])),
     ):
@@ -74,20 +74,20 @@ def test_databases_are_made_of_others_by_the_commands(living: Living, ray: Witho
         assert (refused.exit_code, refused.stdout) == (1, "")
         assert "say --replace" in refused.stderr
         done(*command, "--replace")
-        assert living.champion(command[1]) == made
+        assert living.champion(command[1]) == expected
 
 
-def test_what_the_index_is_to_be_can_be_said_of_a_database_that_there_is(living: Living, ray: WithoutRay) -> None:
+def test_index_options_change_the_index_of_existing_databases(living: Living, ray: WithoutRay) -> None:
     from flows.rebuild_index import champion_of
 
-    def made(domain: str) -> tuple[Any, ...]:
+    def index_settings(domain: str) -> tuple[Any, ...]:
         manifest = champion_of(domain, living.settings).database.manifest()
         names = ("index", "memory_bytes", "target_recall", "dedup", "recall_queries")
         return (manifest.info["factory"], *(manifest.config[name] for name in names))
 
     root = ("--root", str(living.root))
-    asked = ("--index", "IVF2,SQfp16", "--memory", "0.5", "--target-recall", "0.9", "--dedup")
-    told = ("IVF2,SQfp16", "IVF2,SQfp16", 1 << 29, 0.9, True, 4)
+    options = ("--index", "IVF2,SQfp16", "--memory", "0.5", "--target-recall", "0.9", "--dedup")
+    expected = ("IVF2,SQfp16", "IVF2,SQfp16", 1 << 29, 0.9, True, 4)
     living.build(NAMES[:6])
     living.build(NAMES[6:8], domain="others")
     for command in (
@@ -95,26 +95,26 @@ def test_what_the_index_is_to_be_can_be_said_of_a_database_that_there_is(living:
         ("subset", "some", "shapes", "--where", "width > 0"),
         ("rebuild-index", "shapes"),
     ):
-        done(*command, *asked, *root)
-        assert made(command[1]) == told
+        done(*command, *options, *root)
+        assert index_settings(command[1]) == expected
     grown = ("rebuild-index", "shapes", "--urls", living.listed(*NAMES[:7]))
     done(*grown, "--index", "auto", "--no-dedup", *root)
-    assert made("shapes") == ("Flat", "auto", 1 << 29, 0.9, False, 4)
+    assert index_settings("shapes") == ("Flat", "auto", 1 << 29, 0.9, False, 4)
     refused = run("rebuild-index", "shapes", "--target-recall", "2", *root)
     assert (refused.exit_code, refused.stdout) == (1, "")
-    assert "target_recall is a share" in refused.stderr
+    assert "--target-recall is " in refused.stderr
 
 
-def test_what_writes_a_domain_waits_for_another_that_does(
+def test_writing_commands_with_wait_wait_for_another_writer(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    acquire, written, met = lease._acquire, contextlib.ExitStack(), list[str]()
+    acquire, other_writer, conflicts = lease._acquire, contextlib.ExitStack(), list[str]()
 
-    def ends_when_met(folder: str, *arguments: Any) -> Any:
+    def release_on_conflict(folder: str, *arguments: Any) -> Any:
         held = acquire(folder, *arguments)
         if held is None:
-            met.append(folder)
-            written.close()
+            conflicts.append(folder)
+            other_writer.close()
         return held
 
     root = ("--root", str(living.root))
@@ -125,15 +125,15 @@ def test_what_writes_a_domain_waits_for_another_that_does(
         ("subset", "some", "shapes", "--where", "width > 0"),
         ("merge", "both", "shapes", "some"),
     ):
-        written.enter_context(lease.lease(f"{living.root}/{command[1]}", holder="test"))
+        other_writer.enter_context(lease.lease(f"{living.root}/{command[1]}", holder="test"))
         with monkeypatch.context() as patch:
-            patch.setattr(lease, "_acquire", ends_when_met)
+            patch.setattr(lease, "_acquire", release_on_conflict)
             patch.setattr(lease, "_POLL_S", 0.01)
             done(*command, "--wait", "30", *root)
-    assert met == [f"{living.root}/{domain}" for domain in ("shapes", "shapes", "some", "both")]
+    assert conflicts == [f"{living.root}/{domain}" for domain in ("shapes", "shapes", "some", "both")]
 
 
-def test_a_damaged_file_of_the_champion_stops_a_rebuild(living: Living, ray: WithoutRay) -> None:
+def test_rebuild_index_with_damaged_champion_fails(living: Living, ray: WithoutRay) -> None:
     from flows.rebuild_index import champion_of
 
     living.build(NAMES[:8])
@@ -143,7 +143,7 @@ def test_a_damaged_file_of_the_champion_stops_a_rebuild(living: Living, ray: Wit
     rebuild = ("rebuild-index", "shapes", "--root", str(living.root))
 
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert done(*rebuild) == "models:/knn-database.shapes@champion stays as it is"
+    assert done(*rebuild) == "models:/knn-database.shapes@champion is unchanged"
     refused = run(*rebuild, "--verify")
     assert refused.exit_code == 1
     assert f"{path} differs from its committed digest" in refused.stderr
@@ -152,7 +152,7 @@ def test_a_damaged_file_of_the_champion_stops_a_rebuild(living: Living, ray: Wit
     assert refused.exit_code == 1
     assert f"{path} is missing though it was committed; restore it, or delete" in refused.stderr
 
-    again = living.build(NAMES[:8])  # new-domain has what the shard is made of, and makes it again
+    again = living.build(NAMES[:8])  # new-domain still has the images of the shard, and writes it again
     assert again.skipped == {"download": True, "embed": False, "index": True, "register_database": True}
     assert path.read_bytes() == whole
     assert living.champion() == set(NAMES[:8])
