@@ -117,7 +117,7 @@ def test_shards_without_a_manifest_are_not_committed(base: str) -> None:
     with pytest.raises(NotFoundError) as caught:
         artifacts.read_manifest(made.uri)
     assert str(caught.value) == (
-        f"{made.uri} holds no manifest.json: it is no committed artifact; run the stage that makes it"
+        f"{made.uri} has no manifest.json: it is not a committed artifact; run the stage that makes it"
     )
 
 
@@ -352,7 +352,7 @@ def test_another_schema_version_is_refused_by_number(version: int, tmp_path: Pat
     made, _ = committed(str(tmp_path))
     rewritten(made.uri, lambda raw: raw.update(schema_version=version))
     assert refusal(made.uri) == (
-        f"{made.uri}/manifest.json has schema version {version}, this release reads 1; "
+        f"{made.uri}/manifest.json has schema version {version}, but this release reads 1; "
         "rebuild it, or use the release that wrote it"
     )
 

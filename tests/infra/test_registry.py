@@ -140,7 +140,7 @@ def test_pulling_writes_nothing_where_mlflow_keeps_the_files_on_this_machine(lin
     assert sorted(kept.rglob("*")) == before
     for path in kept.rglob(artifacts.MANIFEST):
         path.unlink()
-    with pytest.raises(IntegrityError, match=r"^the files of models:/.*/1 are not in /.* any more; register it anew$"):
+    with pytest.raises(IntegrityError, match=r"^the files of models:/.*/1 are missing from /.*; register it again$"):
         line.registry.pull(GENERATOR_NAME, kind="generator")
 
 
@@ -224,7 +224,7 @@ def test_files_that_cannot_be_fetched_now_are_not_said_to_be_lost(
 
     with monkeypatch.context() as patch:
         patch.setattr(S3ArtifactRepository, "_download_file", away)
-        with pytest.raises(TransientError, match=r"^the files of models:/.*/1 cannot be fetched .*; is the store .*$"):
+        with pytest.raises(TransientError, match=r"^the files of models:/.*/1 cannot be fetched .*; check that .*$"):
             line.registry.pull(f"models:/{name}/1", kind=kind)
     with monkeypatch.context() as patch:
         patch.setattr(S3ArtifactRepository, "_download_file", full)
@@ -232,7 +232,7 @@ def test_files_that_cannot_be_fetched_now_are_not_said_to_be_lost(
             line.registry.pull(f"models:/{name}/1", kind=kind)
     for key in list(moto_bucket.keys()):
         moto_bucket.delete(key)
-    with pytest.raises(IntegrityError, match=r"^the files of models:/.*/1 cannot be fetched .*; register it anew$"):
+    with pytest.raises(IntegrityError, match=r"^the files of models:/.*/1 cannot be fetched .*; register it again$"):
         line.registry.pull(f"models:/{name}/1", kind=kind)
 
 
@@ -307,7 +307,7 @@ def test_an_alias_that_goes_back_to_an_older_version_is_told(line: Line, caplog:
         assert not caplog.messages
         line.register(DATABASE, uris[0], tags={"rows": "3"})
     (told,) = caplog.messages
-    assert told.endswith(f"{DATABASE}@champion goes back from version 2 (4 rows) to version 1 (3 rows)")
+    assert told.endswith(f"{DATABASE}@champion moves back from version 2 (4 rows) to version 1 (3 rows)")
     assert line.registry.pull("twemoji", kind="database").version == 1
 
 
@@ -391,7 +391,7 @@ def test_what_a_search_finds_on_further_pages_is_listed_and_found_again(
 def test_a_wrong_name_lists_what_there_is(line: Line) -> None:
     store = line.settings.tracking_uri
     assert line.refusal("twemoij", kind="database") == (
-        f"no database is registered as models:/knn-database.twemoij@champion at {store}; registered: none at all"
+        f"no database is registered as models:/knn-database.twemoij@champion at {store}; registered: none"
     )
     database, _ = line.folder()
     line.register(DATABASE, database)
@@ -412,7 +412,7 @@ def test_a_wrong_name_lists_what_there_is(line: Line) -> None:
 @pytest.mark.parametrize("reference", ["models:/twemoji", "models:/a@b@c", "models:/a/b/c", "models:/", "models:/a/v1"])
 def test_a_uri_of_another_form_is_told_the_right_one(reference: str, line: Line) -> None:
     assert line.refusal(reference, kind="database") == (
-        f"{reference} is no MLflow model URI; write models:/NAME@ALIAS or models:/NAME/VERSION"
+        f"not an MLflow model URI: {reference}; use models:/NAME@ALIAS or models:/NAME/VERSION"
     )
 
 
@@ -428,7 +428,7 @@ def test_a_folder_that_is_not_committed_or_of_another_kind_is_refused(line: Line
 
 
 def test_only_committed_folders_are_registered(line: Line, tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match=r"none holds no manifest\.json: it is no committed artifact"):
+    with pytest.raises(NotFoundError, match=r"none has no manifest\.json: it is not a committed artifact"):
         line.register(DATABASE, str(tmp_path / "none"))
     assert line.registry.versions("database") == []
 
@@ -446,7 +446,7 @@ def test_a_database_that_changed_since_it_was_registered_is_refused(line: Line) 
         with pytest.raises(IntegrityError) as caught:
             line.registry.pull(reference, kind="database")
         full = reference if "/" in reference else f"models:/{DATABASE}@champion"
-        assert str(caught.value) == (f"{uri} is no longer what {full} registered; restore it or register it anew")
+        assert str(caught.value) == (f"{uri} changed after {full} was registered; restore it or register it again")
 
     manifest.write_text(json.dumps({**json.loads(whole), "rows": 4}))
     with pytest.raises(IntegrityError, match=r"manifest\.json was changed after it was committed"):
@@ -455,7 +455,7 @@ def test_a_database_that_changed_since_it_was_registered_is_refused(line: Line) 
     manifest.write_bytes(whole)
     assert line.registry.pull("twemoji", kind="database").manifest.rows == 3
     shutil.rmtree(uri)
-    assert line.refusal("twemoji", kind="database").startswith(f"{uri} holds no manifest.json")
+    assert line.refusal("twemoji", kind="database").startswith(f"{uri} has no manifest.json")
 
 
 def test_a_domain_may_have_dots_and_dashes(line: Line) -> None:

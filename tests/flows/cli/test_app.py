@@ -411,7 +411,7 @@ def test_commands_that_read_create_nothing_without_a_registry(prefect_server: No
         ("edit", source, "a circle", *drawing),
         ("evaluate", "shapes", "--model", "sticker-generator"),
     ):
-        refused(run(*arguments, "--root", str(root)), "no database is registered as", "registered: none at all")
+        refused(run(*arguments, "--root", str(root)), "no database is registered as", "registered: none")
     assert not root.exists()
 
 

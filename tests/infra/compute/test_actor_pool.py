@@ -185,7 +185,5 @@ def test_workers_are_as_many_as_the_machines_hold(
     machines[0]["CPU"], machines[1]["CPU"] = 2.0, 6.0
     assert (compute.clamp_cpus(8), compute.clamp_cpus(8, 1)) == (6, 2), "the one with GPUs has fewer cores"
     assert compute.capacity(0, 0) > 100, "no core at all is asked, of a head that has none"
-    with pytest.raises(
-        StageError, match="3 GPUs are asked for each worker, the largest machine has 2; ask for no more"
-    ):
+    with pytest.raises(StageError, match="3 GPUs per worker requested, but the largest machine has 2; request no more"):
         compute.capacity(1, 3)

@@ -30,7 +30,7 @@ def test_what_no_second_try_mends_is_tried_once_and_raised_as_it_was(tmp_path: P
         ray_train.train(loop, {"fault": fault}, folder_uri=f"{folder}/stage", **asked)
 
     with compute.cluster(cores=1):
-        with pytest.raises(StageError, match="1 GPUs are asked for each worker, the largest machine has 0; ask for no"):
+        with pytest.raises(StageError, match="1 GPUs per worker requested, but the largest machine has 0; request no"):
             train("never", use_gpu=True)
         with pytest.raises(StageError, match=r"^2 workers of 1 cores .* the cluster has room for 1; set workers, or"):
             train("never", workers=2, cpus_per_worker=2)

@@ -116,7 +116,7 @@ def test_a_list_without_a_url_column_tells_what_there_is(name: str, data: bytes,
 )
 def test_a_column_that_is_there_twice_is_named(name: str, data: bytes, twice: str, tmp_path: Path) -> None:
     path = tmp_path / name
-    assert refused(path, data) == f"{path} has several columns {twice!r}; leave one of them in the list"
+    assert refused(path, data) == f"{path} has several columns {twice!r}; keep only one of them"
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_column_that_is_there_twice_is_named(name: str, data: bytes, twice: st
 )
 def test_a_list_of_nothing_is_refused(name: str, data: bytes, tmp_path: Path) -> None:
     path = tmp_path / name
-    assert refused(path, data) == f"{path} lists no URL; give it at least one row"
+    assert refused(path, data) == f"{path} lists no URL; add at least one row"
 
 
 @pytest.mark.parametrize(
@@ -190,13 +190,13 @@ def test_a_tar_cut_off_inside_a_member_is_refused(kept_bytes: int, tmp_path: Pat
     tar.write_bytes(tar.read_bytes()[:kept_bytes])
     with pytest.raises(IntegrityError) as caught:
         list(tables.iter_images(tar))
-    assert str(caught.value).startswith(f"{tar} is no whole tar (")
+    assert str(caught.value).startswith(f"{tar} is not a complete tar (")
     assert str(caught.value).endswith("); delete its shard's marker and run again")
 
 
 def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"<html>Not Found</html>" * 100)
-    with pytest.raises(IntegrityError, match=r"a\.tar is no whole tar \("):
+    with pytest.raises(IntegrityError, match=r"a\.tar is not a complete tar \("):
         list(tables.iter_images(tmp_path / "a.tar"))
 
 
@@ -224,7 +224,7 @@ def test_an_unreadable_table_is_named(data: bytes | None, tmp_path: Path) -> Non
         path.write_bytes(data)
     with pytest.raises(InputError) as caught:
         tables.read_table(path)
-    assert str(caught.value).startswith(f"{path} is no readable parquet file (")
+    assert str(caught.value).startswith(f"{path} is not a readable parquet file (")
 
 
 def test_lines_are_stripped_and_empty_ones_dropped(tmp_path: Path) -> None:
@@ -234,6 +234,6 @@ def test_lines_are_stripped_and_empty_ones_dropped(tmp_path: Path) -> None:
     path.write_bytes(b"a \xff")
     with pytest.raises(InputError) as caught:
         tables.read_lines(str(path))
-    assert str(caught.value).startswith(f"{path} is no UTF-8 text, one prompt a line (")
+    assert str(caught.value).startswith(f"{path} is not UTF-8 text (")
     with pytest.raises(NotFoundError, match=r"none\.txt does not exist; check the path"):
         tables.read_lines(str(tmp_path / "none.txt"))
