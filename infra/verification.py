@@ -53,11 +53,11 @@ def find_damage(files: Iterable[Listed], *, digests: bool = False) -> list[Damag
         sizes: dict[str, int | None] = {}
         for found in pool.map(_listing, [folder for folder in by_folder if folder.startswith("s3://")]):
             sizes |= found
-        wanted = [listed for several in by_folder.values() for listed in several]
-        single = [listed.uri for listed in wanted if not listed.folder.startswith("s3://")]
+        ordered = [listed for several in by_folder.values() for listed in several]
+        single = [listed.uri for listed in ordered if not listed.folder.startswith("s3://")]
         sizes |= dict(zip(single, pool.map(_size, single), strict=True))
-        reasons = list(pool.map(lambda listed: _reason(listed, sizes, digests=digests), wanted))
-    return [Damage(listed=listed, reason=reason) for listed, reason in zip(wanted, reasons, strict=True) if reason]
+        reasons = list(pool.map(lambda listed: _reason(listed, sizes, digests=digests), ordered))
+    return [Damage(listed=listed, reason=reason) for listed, reason in zip(ordered, reasons, strict=True) if reason]
 
 
 def require_undamaged(damage: list[Damage]) -> None:

@@ -24,9 +24,10 @@ def read_array(path: Path, dtype: Any, shape: tuple[int | None, ...]) -> NDArray
         raise IntegrityError(f"{path} is not a readable array ({reason}); rebuild it") from error
     same_shape = found.ndim == len(shape) and all(n is None or n == m for n, m in zip(shape, found.shape, strict=True))
     if found.dtype != dtype or not same_shape:
-        wanted = ", ".join("n" if length is None else str(length) for length in shape)
+        expected = ", ".join("n" if length is None else str(length) for length in shape)
         raise IntegrityError(
-            f"{path} holds {found.dtype} {found.shape}, not {np.dtype(dtype)} ({wanted}) as in its manifest; rebuild it"
+            f"{path} holds {found.dtype} {found.shape}, not {np.dtype(dtype)} ({expected}) as in its manifest; "
+            "rebuild it"
         )
     return found
 

@@ -1,6 +1,6 @@
 """Readers and writers of Parquet tables, URL lists and webdataset tars.
 
-Rows keep the order of the file. Images are not decoded.
+Rows keep the order of the file. Nothing here decodes images.
 """
 
 import os

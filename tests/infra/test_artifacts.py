@@ -190,7 +190,7 @@ def test_done_of_a_resumed_stage_returns_committed_shards(base: str) -> None:
 def test_commit_shard_that_fails_while_storing_writes_no_marker(tmp_path: Path) -> None:
     builder = new_builder(str(tmp_path / "d"))
     (tmp_path / "local").mkdir()
-    (tmp_path / "local/a.tar").write_bytes(b"whole")
+    (tmp_path / "local/a.tar").write_bytes(b"data")
     (tmp_path / "local/b.tar").symlink_to(tmp_path / "local/a.tar")
     (tmp_path / "d/images" / builder.key / "b.tar").mkdir(parents=True)  # so that b.tar cannot be stored
     with pytest.raises(InputError, match=r"b\.tar cannot be used"):
@@ -213,8 +213,10 @@ def full_disk(after_bytes: int) -> Iterator[None]:
 @pytest.mark.parametrize("room", [0, 100, 600_000])
 def test_commit_on_a_full_disk_keeps_committed_shards(room: int, tmp_path: Path) -> None:
     sizes = {"00000": 10, "00001": 1_000_000}
-    whole, broken = (new_builder(str(tmp_path / name)) for name in ("whole", "broken"))
-    unbroken = whole.commit([fill(whole, name, {f"{name}.tar": bytes(size)}) for name, size in sizes.items()], info={})
+    undisturbed, broken = (new_builder(str(tmp_path / name)) for name in ("undisturbed", "broken"))
+    expected = undisturbed.commit(
+        [fill(undisturbed, name, {f"{name}.tar": bytes(size)}) for name, size in sizes.items()], info={}
+    )
     first = fill(broken, "00000", {"00000.tar": bytes(10)})
 
     with storage.scratch() as scratch:
@@ -230,7 +232,7 @@ def test_commit_on_a_full_disk_keeps_committed_shards(room: int, tmp_path: Path)
     assert [path.name for path in Path(broken.uri).rglob("*") if path.is_file()] == ["00000.tar", "00000.json"]
 
     second = fill(broken, "00001", {"00001.tar": bytes(1_000_000)})
-    assert broken.commit([*broken.done().values()], info={}).digest == unbroken.digest
+    assert broken.commit([*broken.done().values()], info={}).digest == expected.digest
     assert broken.done()["00001"] == second
 
 

@@ -120,7 +120,7 @@ def test_an_address_without_a_port_is_told_in_one_line(address: str) -> None:
     with compute.cluster(address), pytest.raises(InputError) as caught:
         compute.start()
     assert str(caught.value).startswith(f"not an address of a Ray cluster: {address} (")
-    assert str(caught.value).endswith("); write HOST:PORT, ray://HOST:PORT or auto")
+    assert str(caught.value).endswith("); use HOST:PORT, ray://HOST:PORT or auto")
     assert "\n" not in str(caught.value)
 
 

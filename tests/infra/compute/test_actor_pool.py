@@ -43,7 +43,7 @@ def test_map_shards_with_a_poisonous_shard_fails_that_shard_only(concurrency: in
     assert failed == ["poison"]
     assert sorted(result for result in results if not isinstance(result, FailedShard)) == ["a", "b", "c", "d", "e"]
     attempts = {path.name: len(path.read_text()) for path in tmp_path.iterdir()}
-    assert attempts["poison"] <= SHARD_TRIES + 1, "more than one attempt with another shard, the rest alone"
+    assert attempts["poison"] <= SHARD_TRIES + 1, "more than one attempt shared its actor with another shard"
     assert all(count <= 2 for name, count in attempts.items() if name != "poison")
 
 
