@@ -125,7 +125,7 @@ def map_shards(
         factory: Builds the worker on its actor.
         settings: Arguments of ``factory``.
         items: One item per shard.
-        actors: Most actors to start.
+        actors: Maximum number of actors.
         cpus_per_actor: CPU cores of each actor.
         gpus_per_actor: GPUs of each actor.
         concurrency: Threads of an actor that call its worker, each with one shard.
@@ -176,11 +176,11 @@ class ActorGroup:
             ) from error
 
     def _require_room(self) -> None:
-        held = capacity(self._cpus_each)
-        if held < len(self._actors):
+        room = capacity(self._cpus_each)
+        if room < len(self._actors):
             raise TransientError(
                 f"a machine was lost: {len(self._actors)} workers of {self._cpus_each:g} cores are needed, the cluster "
-                f"has room for {held}; try again once it is back"
+                f"has room for {room}; try again once it is back"
             )
 
 

@@ -1,3 +1,5 @@
+"""Fixtures of the infra tests: MLflow databases and recorded connections."""
+
 import shutil
 import socket
 from collections.abc import Iterator

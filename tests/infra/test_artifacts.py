@@ -1,3 +1,5 @@
+"""Tests of artifacts: commit, resume, keys, digests and verified fetches."""
+
 import dataclasses
 import hashlib
 import json

@@ -1,3 +1,5 @@
+"""Tests of the model registry: register, pull, aliases, tags and failures of its stores."""
+
 import errno
 import itertools
 import json

@@ -1,3 +1,5 @@
+"""Tests of settings from environment variables."""
+
 import os
 from pathlib import Path
 

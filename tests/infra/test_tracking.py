@@ -1,3 +1,5 @@
+"""Tests of MLflow runs: parameters, metrics, files and unreachable servers."""
+
 import os
 import pickle
 import socket

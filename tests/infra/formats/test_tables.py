@@ -1,3 +1,5 @@
+"""Tests of Parquet tables, URL lists and webdataset tars."""
+
 import io
 import tarfile
 from collections.abc import Sequence
