@@ -1,1 +1,1 @@
-"""The world outside: storage, downloads, Ray, MLflow, settings. Knows no neural network."""
+"""Adapters to the outside world: storage, downloads, Ray, MLflow, settings. Independent of the models."""

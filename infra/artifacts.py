@@ -1,13 +1,13 @@
-"""Manifests, digests, commit and resume: how a stage's output becomes immutable.
+"""Immutable stage outputs: manifests, digests, commit and resume.
 
-    <root>/<domain>/<kind>/<key>/            one output folder; key = what was asked for
+    <root>/<domain>/<kind>/<key>/            one output folder; key = digest of the request
         NNNNN.tar, img_emb/…, …              the files
-        shards/NNNNN.json                    written after a shard's files: that shard is committed
-        manifest.json                        written last: the whole folder is committed
+        shards/NNNNN.json                    written after a shard's files: commits the shard
+        manifest.json                        written last: commits the whole folder
 
-``key`` digests the inputs and the configuration, so the same request finds the same folder: committed, it is skipped;
-half done, it goes on at the first shard without a marker. ``digest`` digests the content, so a run that was killed and
-resumed and one that was not can be held against each other.
+``key`` digests the inputs and the configuration, so the same request finds the same folder. A committed folder is
+skipped; an incomplete one resumes at the first shard without a marker. ``digest`` digests the content, so an
+interrupted and resumed run can be compared with an uninterrupted one.
 """
 
 import dataclasses
@@ -41,22 +41,22 @@ __all__ = [
 ]  # fmt: skip
 
 MANIFEST = "manifest.json"
-_MARKERS_AT_ONCE = 16
+_PARALLEL_READS = 16
 
 
 class ArtifactBuilder:
-    """A stage's output folder while it is being filled."""
+    """Output folder of a stage that is being written."""
 
     def __init__(
         self, base: str, kind: str, *, inputs: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]
     ) -> None:
-        """Name the folder for this request: ``base/kind/key``.
+        """Compute the folder of this request: ``base/kind/key``.
 
         Args:
-            base: the domain's folder.
-            kind: of artifact, and the folder below ``base``.
-            inputs: for each input, its ``uri`` and ``digest``; only the digests enter the key.
-            config: JSON-ready settings that decide the output (not how fast it is made).
+            base: Folder of the domain.
+            kind: Kind of artifact, and name of the folder below ``base``.
+            inputs: ``uri`` and ``digest`` of each input. Only the digests enter the key.
+            config: JSON-ready settings that determine the output, but not those that only affect speed.
         """
         self.kind = kind
         self.inputs = {name: dict(source) for name, source in inputs.items()}
@@ -66,27 +66,27 @@ class ArtifactBuilder:
         self.uri = storage.join(storage.absolute(base), kind, self.key)
 
     def committed(self) -> Manifest | None:
-        """The manifest if this very request was committed before, else None."""
+        """Return the manifest if this request is already committed, else None."""
         uri = storage.join(self.uri, MANIFEST)
         return read_manifest(self.uri) if storage.exists(uri) else None
 
     def done(self) -> dict[str, Shard]:
-        """The shards committed so far, by name."""
+        """Return the committed shards by name."""
         folder = storage.join(self.uri, "shards")
         markers = [name for name in storage.list_names(folder) if name.endswith(".json") and not name.startswith(".")]
         names = [name.removesuffix(".json") for name in markers]
-        with ThreadPoolExecutor(_MARKERS_AT_ONCE) as pool:  # from far away, one after another takes minutes
+        with ThreadPoolExecutor(_PARALLEL_READS) as pool:  # sequential reads of a remote store take minutes
             return dict(zip(names, pool.map(lambda name: read_shard(self.uri, name), names), strict=True))
 
     def reopen(self, names: Iterable[str]) -> None:
-        """Remove the markers of shards, so that they are made again; their files and the manifest stay."""
+        """Remove the markers of the named shards, so that they are rebuilt. Their files and the manifest remain."""
         for name in names:
             storage.remove(storage.join(self.uri, "shards", f"{name}.json"))
 
     def commit(
         self, shards: Iterable[Shard], *, identity: Mapping[str, Any] | None = None, info: Mapping[str, Any]
     ) -> Manifest:
-        """Write the manifest, last of all, and return it."""
+        """Write the manifest, which commits the folder, and return it."""
         ordered = tuple(sorted(shards, key=lambda shard: shard.name))
         manifest = Manifest(
             kind=self.kind,
@@ -109,7 +109,7 @@ class ArtifactBuilder:
 def commit_shard(folder_uri: str, name: str, local: Path, *, rows: int, info: Mapping[str, Any]) -> Shard:
     """Store every file below ``local`` under ``folder_uri``, then the shard's marker. Runs on the worker.
 
-    Files whose name ends in ``_stats.json`` hold timings: they are stored but not digested.
+    Files named ``*_stats.json`` contain timings: they are stored but not digested.
     """
     files = []
     for path in sorted(path for path in local.rglob("*") if path.is_file()):
@@ -123,7 +123,7 @@ def commit_shard(folder_uri: str, name: str, local: Path, *, rows: int, info: Ma
 
 
 def read_shard(folder_uri: str, name: str) -> Shard:
-    """A shard's marker. Raises ``NotFoundError`` and ``IntegrityError``."""
+    """Read a shard's marker. Raises ``NotFoundError`` and ``IntegrityError``."""
     uri = storage.join(folder_uri, "shards", f"{name}.json")
     try:
         return parse_shard(storage.read_bytes(uri), name)
@@ -132,32 +132,32 @@ def read_shard(folder_uri: str, name: str) -> Shard:
 
 
 def read_manifest(folder_uri: str) -> Manifest:
-    """The manifest of a committed folder. Raises ``NotFoundError`` and ``IntegrityError``."""
+    """Read the manifest of a committed folder. Raises ``NotFoundError`` and ``IntegrityError``."""
     uri = storage.join(folder_uri, MANIFEST)
     try:
         return _manifest_of(uri, storage.modified(uri))
-    except NotImplementedError:  # a store that does not tell, plain http say
+    except NotImplementedError:  # the store has no modification times, e.g. plain HTTP
         return Manifest.from_json(storage.read_bytes(uri), uri)
     except NotFoundError:
-        if storage.exists(uri):  # raises what else is wrong: the bucket, the credentials
+        if storage.exists(uri):  # raises the underlying error, such as a wrong bucket or credentials
             raise
         raise NotFoundError(
-            f"{folder_uri} holds no {MANIFEST}: it is no committed artifact; run the stage that makes it"
+            f"{folder_uri} has no {MANIFEST}: it is not a committed artifact; run the stage that makes it"
         ) from None
 
 
 def fetch_shard(folder_uri: str, shard: Shard, suffix: str, cache: Path) -> Path:
-    """A verified local path of a shard's only file of that suffix, wherever an earlier version keeps it."""
+    """Return a verified local path of the shard's only file with ``suffix``, which an earlier version may store."""
     return fetch_file(shard.folder or folder_uri, shard.file(suffix), cache)
 
 
 def fetch_file(folder_uri: str, file: File, cache: Path) -> Path:
-    """A verified local path of a stored file; remote ones are kept in ``cache`` under their digest.
+    """Return a verified local path of a stored file; remote files are cached in ``cache`` by digest.
 
     An unchanged file that was verified before is not hashed again (see ``infra.storage.digest_stamps``), so the cost
-    does not depend on its size. A kept file that was damaged is fetched anew.
+    does not depend on its size. A damaged cached file is fetched again.
 
-    Raises ``IntegrityError`` when the bytes differ from the committed digest.
+    Raises ``IntegrityError`` if the bytes differ from the committed digest.
     """
     uri = storage.join(folder_uri, file.name)
     try:
@@ -168,7 +168,7 @@ def fetch_file(folder_uri: str, file: File, cache: Path) -> Path:
             return path
         missing = not path.exists()
     except NotFoundError:
-        if storage.exists(uri):  # there, but not for us: that message says more
+        if storage.exists(uri):  # exists but cannot be read: the original message says more
             raise
         missing = True
     except caching.DigestMismatchError:
@@ -184,5 +184,5 @@ def fetch_file(folder_uri: str, file: File, cache: Path) -> Path:
 
 @functools.lru_cache(maxsize=16)
 def _manifest_of(uri: str, modified: float) -> Manifest:
-    """One of thousands of shards takes a while to parse and to check, and a stage asks for a few again and again."""
+    """Parse a manifest. Cached: thousands of shards take a while to check, and a stage reads the same ones often."""
     return Manifest.from_json(storage.read_bytes(uri), uri)

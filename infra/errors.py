@@ -1,40 +1,40 @@
-"""The errors a user can meet. Each message says what went wrong, where, and the mend.
+"""Errors that a user can fix. Each message says what went wrong, where, and how to fix it.
 
-    KNNDiffusionError            everything below; the command prints one line and exits with 1
-    ├── InputError               what was handed in cannot be used: a URL list, a texts file, a picture
-    ├── NotFoundError            nothing under that name, URI or alias
-    ├── IntegrityError           stored bytes differ from the digest they were committed with
-    ├── EncoderMismatchError     two artifacts were made by different encoders
+    KNNDiffusionError            base class; a command prints one line and exits with 1
+    ├── InputError               an input cannot be used: a URL list, a texts file, an image
+    ├── NotFoundError            nothing has that name, URI or alias
+    ├── IntegrityError           stored bytes differ from their committed digest
+    ├── EncoderMismatchError     two artifacts come from different encoders
     ├── StageError               a stage could not produce its output
-    └── TransientError           the outside world failed in a way that may pass: the only one that is retried
+    └── TransientError           a temporary failure of an external system: the only error that is retried
 
-A configuration that cannot be right raises ``ValueError`` where it is built, which Prefect shows beside the form.
+An invalid configuration raises ``ValueError`` when it is built; Prefect shows the message next to the form.
 """
 
 
 class KNNDiffusionError(Exception):
-    """Base of every error that is the user's to mend, not ours."""
+    """Base class of all errors that a user can fix."""
 
 
 class InputError(KNNDiffusionError):
-    """What was handed in cannot be used."""
+    """Raised when an input cannot be used."""
 
 
 class NotFoundError(KNNDiffusionError):
-    """Nothing is stored or registered under that name."""
+    """Raised when nothing is stored or registered under a name."""
 
 
 class IntegrityError(KNNDiffusionError):
-    """Stored bytes differ from the digest they were committed with."""
+    """Raised when stored bytes differ from their committed digest."""
 
 
 class EncoderMismatchError(KNNDiffusionError):
-    """Two artifacts that should be joined come from different encoders."""
+    """Raised when artifacts from different encoders are combined."""
 
 
 class StageError(KNNDiffusionError):
-    """A stage could not produce its output."""
+    """Raised when a stage cannot produce its output."""
 
 
 class TransientError(KNNDiffusionError):
-    """A failure of the outside world that may pass; tasks retry it, and nothing else."""
+    """Raised for a temporary failure of an external system. Tasks retry this error and no other."""

@@ -1,4 +1,4 @@
-"""A function in a child process, so that an input that kills the process that handles it costs that input alone."""
+"""Functions in a child process: an input that kills the child fails alone."""
 
 import multiprocessing
 import os
@@ -9,56 +9,57 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Self
 
 TRIES = 2
-"""How often an input is tried when the child dies: the system may have killed the child for another's memory."""
+"""Attempts per input when the child dies, since the system may kill a child for the memory of another process."""
 
 
 class DiedError(Exception):
-    """The child process died of this input each time that it was tried."""
+    """Raised when the child process died on every attempt at an input."""
 
 
 class Isolated:
-    """``make()`` is called in a child process; calls here are calls of what it returned there.
+    """Callable proxy of a function that lives in a child process.
 
-    ``make``, arguments and results travel by pickle. Threads may share it: one call runs at a time.
+    The child calls ``make()`` once; a call of the proxy calls the function that ``make`` returned there. ``make``,
+    arguments and results are pickled. Thread-safe: one call runs at a time.
     """
 
     def __init__(self, make: Callable[[], Callable[..., Any]]) -> None:
-        """Start the child at the first call."""
+        """Store ``make``; the child starts at the first call."""
         self._make = make
         self._pool: ProcessPoolExecutor | None = None
-        self._calling = threading.Lock()
+        self._call_lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._drop()
+        self._stop_child()
 
     def __call__(self, *arguments: Any) -> Any:
-        """Call the function.
+        """Call the function in the child.
 
         Raises:
-            DiedError: the child died of these arguments.
-            BrokenProcessPool: no child could be started, which says nothing of the arguments.
-            Exception: what the function raises.
+            DiedError: The child died of these arguments.
+            BrokenProcessPool: No child could be started, which does not implicate the arguments.
+            Exception: Any error of the function.
         """
-        with self._calling:
+        with self._call_lock:
             for _ in range(TRIES):
                 self._pool = self._pool or _child(self._make)
                 try:
                     return self._pool.submit(_call, *arguments).result()
                 except BrokenProcessPool:
-                    self._drop()
+                    self._stop_child()
         raise DiedError(f"its process died {TRIES} times")
 
-    def _drop(self) -> None:
+    def _stop_child(self) -> None:
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
 
 
 def follow_parent() -> None:
-    """End this process with the one that started it, which may be killed. Call it in the child."""
+    """Exit this process when its parent ends, even if that is killed. Call it in the child."""
     parent = multiprocessing.parent_process()
 
     def follow() -> None:
@@ -73,9 +74,9 @@ _function: Callable[..., Any] | None = None
 
 
 def _child(make: Callable[[], Callable[..., Any]]) -> ProcessPoolExecutor:
-    # A fork of a process that holds CUDA and threads may hang.
+    # A fork of a process with CUDA and threads may hang.
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_become_child, initargs=(make,))
+    pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_init_child, initargs=(make,))
     try:
         pool.submit(_ready).result()
     except BrokenProcessPool:
@@ -84,16 +85,16 @@ def _child(make: Callable[[], Callable[..., Any]]) -> ProcessPoolExecutor:
     return pool
 
 
-def _become_child(make: Callable[[], Callable[..., Any]]) -> None:
+def _init_child(make: Callable[[], Callable[..., Any]]) -> None:
     global _function
     follow_parent()
     _function = make()
 
 
 def _ready() -> None:
-    """Answered once there is a child."""
+    """Return as soon as the child runs."""
 
 
 def _call(*arguments: Any) -> Any:
-    assert _function is not None  # noqa: S101  # the pool has called _become_child
+    assert _function is not None  # noqa: S101  # set by the pool's initializer
     return _function(*arguments)

@@ -1,25 +1,25 @@
-"""Logging: standard error, one line a stage. Libraries that chatter are turned down to warnings."""
+"""Logging to standard error, one line per stage. Verbose libraries only log warnings."""
 
 import logging
 import warnings
 
 from infra.text import sanitised
 
-_CHATTER = (
+_VERBOSE_LIBRARIES = (
     "alembic", "botocore", "fsspec", "httpx", "matplotlib", "mlflow", "mlflow.store.db.utils", "open_clip", "prefect",
     "ray", "urllib3",
 )  # fmt: skip
 
 
 def setup(verbose: bool = False) -> None:
-    """Send logs to standard error, so that standard output stays clean for JSON."""
+    """Send logs to standard error, so that standard output can be pure JSON."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     if not verbose:
-        for name in _CHATTER:
+        for name in _VERBOSE_LIBRARIES:
             logging.getLogger(name).setLevel(logging.WARNING)
-        for name in ("prefect.flow_runs", "prefect.task_runs"):  # they repeat, with a traceback, what is raised anyway
+        for name in ("prefect.flow_runs", "prefect.task_runs"):  # they log, with a traceback, errors raised anyway
             logging.getLogger(name).setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore")
         logging.getLogger().setLevel(logging.WARNING)
@@ -27,20 +27,20 @@ def setup(verbose: bool = False) -> None:
 
 
 def get(name: str) -> logging.Logger:
-    """The project's logger for one station of the line. Every handler gets its records sanitised."""
+    """Return the project's logger of one component. Its records are sanitised before any handler sees them."""
     logger = logging.getLogger(f"knn_diffusion.{name}")
-    logger.addFilter(_sanitise)  # once; a filter of the logger above would not see this one's records
+    logger.addFilter(_sanitise)  # added once; filters of a parent logger do not see the records of its children
     return logger
 
 
 def _sanitise(record: logging.LogRecord) -> bool:
-    """Replace a record's message by one line without control characters and passwords."""
+    """Replace a record's message with one line without control characters and passwords."""
     record.msg, record.args = sanitised(record.getMessage()), None
     return True
 
 
 class _Formatter(logging.Formatter):
-    """Lines of libraries and tracebacks, sanitised one by one."""
+    """Formatter that sanitises each line of libraries' messages and of tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(sanitised(line) for line in super().format(record).split("\n"))

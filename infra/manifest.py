@@ -1,7 +1,7 @@
-"""Manifest records: what a committed folder lists, checked when it is parsed.
+"""Manifest records: the files of a committed folder, validated when they are parsed.
 
-A manifest may come from a folder or a registry that somebody else wrote. A ``File`` cannot hold a name that leaves its
-folder or a digest that is not one, so code that joins them to a local path needs no check of its own.
+A manifest may come from a folder or a registry that somebody else wrote. A ``File`` never has a name that leaves its
+folder or a malformed digest, so code that joins either to a local path needs no further check.
 """
 
 import dataclasses
@@ -14,22 +14,22 @@ from infra.errors import IntegrityError
 
 SCHEMA_VERSION = 1
 MAX_MANIFEST_BYTES = 256 << 20
-"""Of a manifest that is read; one of 100,000 shards has about 70 MB."""
+"""Largest manifest that is read, in bytes; a manifest of 100,000 shards has about 70 MB."""
 MAX_MARKER_BYTES = 16 << 20
-"""Of a shard marker that is read."""
-_PLACES = frozenset({"uri", "folder"})
+"""Largest shard marker that is read, in bytes."""
+_LOCATION_FIELDS = frozenset({"uri", "folder"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class File:
-    """One stored file: its name below the folder, hex sha256, and size in bytes."""
+    """Stored file: its name relative to the folder, hex sha256 and size in bytes."""
 
     name: str
     sha256: str
     bytes: int
 
     def __post_init__(self) -> None:
-        """Refuse a name outside the folder, and what is no digest or size. Raises ``ValueError``."""
+        """Raise ``ValueError`` for a name outside the folder, a malformed digest or an invalid size."""
         validation.file_name(self.name)
         validation.digest(self.sha256, "the sha256 of a file")
         validation.count(self.bytes, "the size of a file")
@@ -37,9 +37,9 @@ class File:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """A committed shard: its files, how many rows they hold, and what the worker counted and timed.
+    """Committed shard: its files, its number of rows, and counts and timings of the worker in ``info``.
 
-    ``folder`` is where its files are when they belong to an earlier version, from which this one took the shard over.
+    ``folder`` is the folder of an earlier version that stores the files, if this version reuses the shard.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Shard:
     folder: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a name that is no file name, and rows or a folder that cannot be. Raises ``ValueError``."""
+        """Raise ``ValueError`` for an invalid name, number of rows, ``info`` or folder."""
         validation.label(self.name, "the name of a shard")
         validation.count(self.rows, "the rows of a shard")
         validation.mapping(self.info, "the info of a shard")
@@ -57,23 +57,23 @@ class Shard:
             validation.uri(self.folder, "the folder of a shard")
 
     def reused_from(self, folder_uri: str) -> Self:
-        """This shard of the folder at ``folder_uri`` as a shard of another version; its files stay where they are."""
+        """Return this shard of ``folder_uri`` as a shard of another version. Its files are not copied."""
         return dataclasses.replace(self, folder=self.folder or folder_uri)
 
     def file(self, suffix: str) -> File:
-        """Its only file of that suffix. Raises ``IntegrityError`` when there is none, or more."""
+        """Return the only file with ``suffix``. Raises ``IntegrityError`` if there is not exactly one."""
         found = [file for file in self.files if file.name.endswith(suffix)]
         if len(found) != 1:
-            raise IntegrityError(f"shard {self.name} has {len(found)} files *{suffix}, not 1; make it again")
+            raise IntegrityError(f"shard {self.name} has {len(found)} files *{suffix}, not 1; rebuild it")
         return found[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What a committed folder holds and where it came from.
+    """Content and provenance of a committed folder.
 
-    ``identity`` is the part of the description that belongs to the content (the encoder, say) and enters the digest;
-    ``info`` is what was counted and timed on the way and does not. ``checksum`` is of all of it but places.
+    ``identity`` describes the content (e.g. the encoder) and enters the digest. ``info`` contains counts and timings
+    and does not. ``checksum`` covers every field except locations.
     """
 
     kind: str
@@ -91,11 +91,11 @@ class Manifest:
 
     @property
     def files(self) -> tuple[File, ...]:
-        """Every file of the shards, in their order."""
+        """All files of the shards, in order."""
         return tuple(file for shard in self.shards for file in shard.files)
 
     def content_digest(self) -> str:
-        """Digest of kind, rows, files, inputs' digests and identity: independent of time, place and interruptions."""
+        """Digest kind, rows, files, inputs' digests and identity. Independent of time, location and interruptions."""
         return digest_of(
             {
                 "kind": self.kind,
@@ -107,7 +107,7 @@ class Manifest:
         )
 
     def check(self) -> None:
-        """Raise ``ValueError`` for a field of the wrong type or range, and for names that are not unique."""
+        """Raise ``ValueError`` for a field of the wrong type or range, and for duplicate names."""
         for name in ("kind", "key"):
             validation.label(getattr(self, name), f"the {name}")
         for name in ("created_at", "digest", "checksum"):
@@ -116,31 +116,31 @@ class Manifest:
             validation.mapping(getattr(self, name), name)
         for name, source in self.inputs.items():
             if validation.mapping(source, "an input").keys() != {"uri", "digest"}:
-                raise ValueError(f"the input {validation.shown(name)} must have a uri and a digest, nothing else")
+                raise ValueError(f"the input {validation.shown(name)} must have exactly a uri and a digest")
             validation.uri(source["uri"], "the uri of an input")
             validation.digest(source["digest"], "the digest of an input")
         if validation.count(self.rows, "rows") != sum(shard.rows for shard in self.shards):
-            raise ValueError(f"rows is {self.rows}, its shards have {sum(shard.rows for shard in self.shards)}")
+            raise ValueError(f"rows is {self.rows}, but its shards have {sum(shard.rows for shard in self.shards)}")
         if len({shard.name.casefold() for shard in self.shards}) < len(self.shards):
-            raise ValueError("the name of a shard comes twice, or differs from another in case alone")
+            raise ValueError("two shards have the same name, or names that differ only in case")
         validation.distinct_files(
             (shard.folder, file.name, file.sha256) for shard in self.shards for file in shard.files
         )
 
     def to_json(self) -> str:
-        """Readable JSON, keys sorted, a shard a line."""
+        """Return readable JSON with sorted keys and one shard per line."""
         text = json.dumps(dataclasses.replace(self, shards=()), indent=1, sort_keys=True, default=_plain)
         lines = ",".join(f"\n  {json.dumps(shard, sort_keys=True, default=_plain)}" for shard in self.shards)
         return text.replace('\n "shards": []', f'\n "shards": [{lines}\n ]', 1)
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Self:
-        """Parse and check ``text``, naming ``where`` in the message. Raises ``IntegrityError``."""
+        """Parse and check ``text``. Raises ``IntegrityError``, with ``where`` in the message."""
         try:
             raw = validation.mapping(validation.parse_json(text, MAX_MANIFEST_BYTES), "a manifest")
             if validation.count(raw["schema_version"], "the schema version") != SCHEMA_VERSION:
                 raise IntegrityError(
-                    f"{where} has schema version {raw['schema_version']}, this release reads {SCHEMA_VERSION}; "
+                    f"{where} has schema version {raw['schema_version']}, but this release reads {SCHEMA_VERSION}; "
                     "rebuild it, or use the release that wrote it"
                 )
             checksum = checksum_of(raw)
@@ -155,30 +155,30 @@ class Manifest:
 
 
 def digest_of(value: Any) -> str:
-    """Hex sha256 of the canonical JSON of ``value``."""
+    """Return the hex sha256 of the canonical JSON of ``value``."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces; dataclasses become objects. Raises ``TypeError`` for what JSON lacks."""
+    """Return JSON with sorted keys and no spaces; dataclasses become objects. Raises ``TypeError`` for other types."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain)
 
 
 def checksum_of(raw: dict[str, Any]) -> str:
-    """Digest of everything in a manifest but where things lie, which may move: a byte that changed on disk shows."""
-    return digest_of(_placeless({**raw, "checksum": ""}))
+    """Digest every field of a manifest except locations, which may change. Detects any byte changed on disk."""
+    return digest_of(_without_locations({**raw, "checksum": ""}))
 
 
-def _placeless(value: Any) -> Any:
-    """A JSON value without what says where something is."""
-    # Values that hold nothing are most of a manifest: no call is made for them.
+def _without_locations(value: Any) -> Any:
+    """Return a JSON value without its location fields."""
+    # Most values of a manifest are scalars; skipping the call for them saves time.
     if isinstance(value, dict):
         return {
-            name: _placeless(inner) if isinstance(inner, (dict, list)) else inner
+            name: _without_locations(inner) if isinstance(inner, (dict, list)) else inner
             for name, inner in value.items()
-            if name not in _PLACES
+            if name not in _LOCATION_FIELDS
         }
-    return [_placeless(inner) for inner in value] if isinstance(value, list) else value
+    return [_without_locations(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Any:
@@ -191,12 +191,12 @@ def parse_shard(data: str | bytes, name: str) -> Shard:
     """Parse the marker of the shard ``name``. Raises ``ValueError``, ``KeyError`` and ``TypeError``."""
     shard = _shard(validation.parse_json(data, MAX_MARKER_BYTES))
     if shard.name != name:
-        raise ValueError(f"it names the shard {shard.name}")
+        raise ValueError(f"its shard name is {shard.name}, not {name}")
     return shard
 
 
 def marker_json(shard: Shard) -> str:
-    """Readable JSON of a shard's marker, keys sorted."""
+    """Return a shard's marker as readable JSON with sorted keys."""
     return json.dumps(shard, indent=1, sort_keys=True, default=_plain)
 
 

@@ -1,7 +1,7 @@
-"""A Prefect API for a command that has none: started when ``PREFECT_API_URL`` is unset, gone with the command.
+"""Temporary Prefect server of a command, started if ``PREFECT_API_URL`` is unset.
 
-Prefect can start such a server by itself, but that one outlives a killed parent, and it puts site-packages in front of
-the standard library, where img2dataset's dependency ``dataclasses`` (a Python 3.6 backport) shadows the real module.
+Prefect can start such a server itself, but that one survives a killed parent. It also puts site-packages before the
+standard library, where img2dataset's dependency ``dataclasses`` (a Python 3.6 backport) shadows the real module.
 """
 
 import os
@@ -34,13 +34,18 @@ uvicorn.run("prefect.server.api.server:create_app", factory=True, host="127.0.0.
 
 @contextmanager
 def prefect_api(home: Path | None = None) -> Iterator[None]:
-    """Point Prefect at a server for the length of the block: the configured one, or one of our own.
+    """Connect Prefect to a server within the block: the configured server, or a temporary one.
 
-    Our own listens on loopback and answers nobody but this command and its children: a port is open to every user of
-    the machine, so each request carries a secret that they find in the environment.
+    The temporary server listens on loopback. A port is open to every user of the machine, so each request needs a
+    secret that only this command and its children get, through the environment.
 
-    Must be entered before Prefect is imported, since it reads its settings then. ``home`` keeps the server's state;
-    None leaves Prefect's default. Raises ``StageError`` with the server's own words when it does not come up.
+    Enter the block before Prefect is imported, because Prefect reads its settings then.
+
+    Args:
+        home: Folder for the server's state. Default: Prefect's own default.
+
+    Raises:
+        StageError: The server does not start; the message includes its last line of output.
     """
     if os.environ.get("PREFECT_API_URL"):
         yield
@@ -59,18 +64,17 @@ def prefect_api(home: Path | None = None) -> Iterator[None]:
     }
     configured = os.environ.get("PREFECT_API_AUTH_STRING")
     with (
-        tempfile.TemporaryFile() as words,
+        tempfile.TemporaryFile() as output,
         subprocess.Popen(  # noqa: S603 - our own interpreter and script
             [sys.executable, "-c", _SERVER, str(port)],
             env=environment,
             stdin=subprocess.PIPE,
-            stdout=words,
-            stderr=words,
-            start_new_session=True,  # Ctrl-C ends this command, which then ends the server
+            stdout=output,
+            stderr=output,
         ) as server,
     ):
         try:
-            _await(server, words, f"http://127.0.0.1:{port}/api/health")
+            _wait_until_healthy(server, output, f"http://127.0.0.1:{port}/api/health")
             os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
             os.environ["PREFECT_API_AUTH_STRING"] = secret
             yield
@@ -82,20 +86,20 @@ def prefect_api(home: Path | None = None) -> Iterator[None]:
             server.kill()
 
 
-def _await(server: subprocess.Popen[bytes], words: IO[bytes], health: str) -> None:
+def _wait_until_healthy(server: subprocess.Popen[bytes], output: IO[bytes], health: str) -> None:
     deadline = time.monotonic() + STARTUP_S
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            words.seek(0)
-            said = words.read().decode(errors="replace").strip().splitlines()
-            raise StageError(f"Prefect's server does not start ({said[-1] if said else server.returncode}); "
+            output.seek(0)
+            lines = output.read().decode(errors="replace").strip().splitlines()
+            raise StageError(f"the Prefect server does not start ({lines[-1] if lines else server.returncode}); "
                              "set PREFECT_API_URL to a running one")  # fmt: skip
         try:
             with urllib.request.urlopen(health, timeout=5):  # noqa: S310 - a loopback address of our own
                 return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.2)
-    raise StageError(f"Prefect's server did not answer within {STARTUP_S:.0f} s; set PREFECT_API_URL to a running one")
+    raise StageError(f"the Prefect server did not answer in {STARTUP_S:.0f} s; set PREFECT_API_URL to a running one")
 
 
 def _free_port() -> int:

@@ -1,7 +1,7 @@
 """MLflow's model registry: register, alias, pull.
 
-Two kinds of registered model: ``knn-database.<domain>``, which is a manifest (the index stays where it is and is found
-by digest), and ``knn-diffusion``, which carries its weights. Anything is named by
+There are two kinds of registered model. ``knn-database.<domain>`` is a manifest; the index is not copied, only checked
+against its digest. ``knn-diffusion`` contains its weights. A version is referenced by
 
     models:/knn-database.twemoji@champion    an MLflow URI: name and alias, or name and version
     twemoji                                  a short name: that domain's champion
@@ -40,12 +40,12 @@ Parsed = TypeVar("Parsed")
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 _DIGEST_TAG = "digest"
 _FOLDER_TAG = "uri"
-_ABSENT = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"})  # no such name or version; no such alias
+_NOT_FOUND = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"})  # name or version; alias
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RegisteredVersion:
-    """A version in the registry: its URI by version, its alias URI, and whether it was there already."""
+    """Version in the registry: its URI by version and by alias, and whether it existed before."""
 
     name: str
     version: int
@@ -56,10 +56,10 @@ class RegisteredVersion:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PulledVersion:
-    """What a name led to: the committed folder, its manifest, and the version's files, if it was a registered one.
+    """Resolved reference: the committed folder, its manifest, and the files of a registered version.
 
-    The files are where MLflow keeps them, when that is on this machine; else a generator's are in the cache.
-    ``foreign`` is True for a folder that was named itself and is outside of the user's root.
+    ``local`` is MLflow's own folder if it is on this machine. Otherwise a generator's files are in the cache.
+    ``foreign`` is True for a folder that was referenced by path and is outside the user's root.
     """
 
     folder_uri: str
@@ -71,7 +71,7 @@ class PulledVersion:
 
 
 def _translating_errors(method: Method) -> Method:
-    """``method`` of a registry, under :func:`infra.tracking.mlflow_errors`."""
+    """Wrap a method of a registry in :func:`infra.tracking.mlflow_errors`."""
 
     @functools.wraps(method)
     def call(self: "Registry", *args: Any, **kwargs: Any) -> Any:
@@ -82,15 +82,15 @@ def _translating_errors(method: Method) -> Method:
 
 
 class Registry:
-    """The registry behind ``settings``."""
+    """Client of the model registry that ``settings`` name."""
 
     def __init__(self, settings: Settings) -> None:
-        """Keep the settings. The first call that needs the store connects this process's MLflow to it."""
+        """Store the settings. The first call that needs the store connects this process's MLflow to it."""
         self._settings = settings
 
     @functools.cached_property
     def _client(self) -> MlflowClient:
-        """Return a client of the store, which is created where there is none."""
+        """Return a client of the store, which is created if it does not exist."""
         connect(self._settings)
         return MlflowClient(self._settings.tracking_uri, self._settings.tracking_uri)
 
@@ -111,19 +111,22 @@ class Registry:
         """Register the committed folder as a new version of ``name`` and move ``alias`` to it.
 
         Args:
-            name: of the registered model.
-            folder_uri: the committed folder; its manifest is the artifact.
-            script: models-from-code: how the version is loaded, without pickle.
-            signature: what it takes and gives.
-            tags: shown in the registry; the manifest's digest is added.
-            files: further local files or folders to keep with the version, by name.
-            model_config: settings that the script reads when it is loaded.
-            run_id: the run that made it.
-            alias: moved to this version; None leaves aliases alone.
+            name: Name of the registered model.
+            folder_uri: The committed folder; its manifest is the artifact.
+            script: Models-from-code script that loads the version without pickle.
+            signature: Inputs and outputs of the model.
+            tags: Tags of the version. The digest of the manifest is added.
+            files: Further local files or folders to store with the version, by name.
+            model_config: Settings that the script reads when it is loaded.
+            run_id: The run that made the version. Default: a new run.
+            alias: Alias to move to this version. None moves no alias.
 
-        The same folder with the same digest is found again, not registered twice. The same content in another folder
-        is another version: the one before stays with the folder that it was registered with. An alias that moves back
-        to an older version is told. Raises ``TransientError``.
+        A folder that is already registered with the same digest is reused, not registered twice. The same content in
+        another folder becomes a new version; the earlier version continues to refer to its own folder. If the alias
+        moves back to an older version, a warning is logged.
+
+        Raises:
+            TransientError: The registry does not answer.
         """
         manifest = artifacts.read_manifest(folder_uri)
         existing = self._version_of(name, manifest.digest, folder_uri)
@@ -134,7 +137,7 @@ class Registry:
             self._client.set_model_version_tag(name, version, key, value)
         if alias:
             if existing is not None:
-                self._tell_older(name, alias, existing)
+                self._warn_if_older(name, alias, existing)
             self._client.set_registered_model_alias(name, alias, version)
         return RegisteredVersion(
             name=name,
@@ -145,12 +148,16 @@ class Registry:
         )
 
     def pull(self, reference: str, *, kind: str) -> PulledVersion:
-        """What ``reference`` names, of ``kind`` ``database`` or ``generator``; any of the three forms above.
+        """Resolve ``reference``, in any of the three forms above, and check it.
+
+        Args:
+            reference: MLflow URI, short name or folder.
+            kind: ``"database"`` or ``"generator"``.
 
         Raises:
-            NotFoundError: nothing of that name; the message lists what there is.
-            IntegrityError: the folder no longer holds what was registered.
-            TransientError: the registry, or where it keeps its files, does not answer.
+            NotFoundError: Nothing has that name; the message lists the registered versions.
+            IntegrityError: The folder differs from what was registered.
+            TransientError: The registry or its artifact store does not answer.
         """
         reference = uris.hide(reference)
         if not reference.startswith("models:/"):
@@ -162,23 +169,23 @@ class Registry:
                 raise NotFoundError(f"{reference} holds no committed {kind}: there is no {artifacts.MANIFEST} in it")
             reference = f"models:/{_full_name(reference, kind)}@{CHAMPION}"
         if not is_created(self._settings):
-            raise self._unknown(reference, kind)
+            raise self._unknown_reference(reference, kind)
         with mlflow_errors(self._settings):
             version = self._resolve(reference, kind)
         uri = f"models:/{version.name}/{version.version}"
-        if kind == "generator" or self._place(version):
-            local = self._kept(version, uri)
-            registered = _registered(local, reference)
+        if kind == "generator" or self._artifact_path(version):
+            local = self._local_files(version, uri)
+            registered = _read_registered(local, reference)
         else:
             with storage.scratch() as scratch:
-                local, registered = None, _registered(self._downloaded(uri, scratch), reference)
+                local, registered = None, _read_registered(self._download(uri, scratch), reference)
         folder = _checked_tag(version, _FOLDER_TAG, validation.uri) if _FOLDER_TAG in version.tags else ""
         if registered.kind != kind:
             raise NotFoundError(f"{folder} holds {registered.kind}, not a {kind}")
         if kind == "database" and self._checked(folder, kind).digest != registered.digest:
-            raise IntegrityError(f"{folder} is no longer what {reference} registered; restore it or register it anew")
+            raise IntegrityError(f"{folder} changed after {reference} was registered; restore it or register it again")
         if local is not None:
-            for file in registered.files:  # those that came with the version are checked against their digest
+            for file in registered.files:  # check the files that MLflow stores with the version
                 if (local / "artifacts" / file.name).exists():
                     artifacts.fetch_file(str(local / "artifacts"), file, self._settings.cache_folder)
         return PulledVersion(
@@ -186,18 +193,18 @@ class Registry:
         )
 
     def versions(self, kind: str) -> list[dict[str, Any]]:
-        """Every registered version of a kind: name, version, aliases, tags, and when it was made."""
+        """Return every registered version of a kind: name, version, aliases, tags and ``created_ms``."""
         if not is_created(self._settings):
             return []
         with mlflow_errors(self._settings):
-            return self._versions(kind)
+            return self._list_versions(kind)
 
     def tag(self, name: str, version: int, key: str, value: str) -> None:
-        """Put a tag on a version."""
+        """Set a tag of a version."""
         with mlflow_errors(self._settings):
             self._client.set_model_version_tag(name, str(version), key, value)
 
-    def _versions(self, kind: str) -> list[dict[str, Any]]:
+    def _list_versions(self, kind: str) -> list[dict[str, Any]]:
         listed = []
         for model in _paginate(self._client.search_registered_models, max_results=1000):
             if not _is_kind(model.name, kind):
@@ -211,20 +218,20 @@ class Registry:
                     "aliases": own,
                     "created_ms": version.creation_timestamp,
                 }
-                listed.append(_typed_tags(version) | fixed)  # no tag stands in for a field of the version
+                listed.append(_typed_tags(version) | fixed)  # a tag never overrides a field of the version
         return sorted(listed, key=lambda entry: (entry["name"], entry["version"]))
 
-    def _kept(self, version: ModelVersion, uri: str) -> Path:
-        """The files of a version on this machine, with their manifest."""
-        if place := self._place(version):  # not by MLflow's download, which writes there
+    def _local_files(self, version: ModelVersion, uri: str) -> Path:
+        """Return a local folder of the version's files and manifest; download it if needed."""
+        if place := self._artifact_path(version):  # not through MLflow's download, which writes to the folder
             if not _manifest_file(place).exists():
-                raise IntegrityError(f"the files of {uri} are not in {place} any more; register it anew")
+                raise IntegrityError(f"the files of {uri} are missing from {place}; register it again")
             return place
         cache = self._settings.cache_folder
 
-        def is_whole(folder: Path) -> bool:
+        def is_complete(folder: Path) -> bool:
             try:
-                files = _registered(folder, uri).files
+                files = _read_registered(folder, uri).files
             except (FileNotFoundError, IntegrityError):
                 return False
             return all(is_verified(folder / "artifacts" / one.name, one.sha256, one.bytes, cache) for one in files)
@@ -232,29 +239,29 @@ class Registry:
         digest = artifacts.digest_of(version.source)
         if _DIGEST_TAG in version.tags:
             digest = _checked_tag(version, _DIGEST_TAG, validation.digest)
-        return caching.fetch_registered(digest, is_whole, lambda to: self._downloaded(uri, to), cache)
+        return caching.fetch_registered(digest, is_complete, lambda to: self._download(uri, to), cache)
 
-    def _place(self, version: ModelVersion) -> Path | None:
-        """Where MLflow keeps a version's files, if that is on this machine."""
+    def _artifact_path(self, version: ModelVersion) -> Path | None:
+        """Return MLflow's folder of a version's files if it is on this machine, else None."""
         with mlflow_errors(self._settings):
             location = self._client.get_model_version_download_uri(version.name, version.version)
-        if not location.startswith(("/", "file:")):  # mlflow-artifacts:/ has one slash, and is a server's
+        if not location.startswith(("/", "file:")):  # mlflow-artifacts:/ has one slash too, but is remote
             return None
         return Path(local_file_uri_to_path(location))  # type: ignore[no-untyped-call]
 
-    def _downloaded(self, uri: str, to: Path) -> Path:
-        """The files of a version, copied to ``to``, with their manifest."""
+    def _download(self, uri: str, to: Path) -> Path:
+        """Download the files and the manifest of a version to ``to``."""
         with storage_errors(self._settings.artifacts_uri):
             try:
                 local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(to)))
-                _manifest_file(local).stat()  # of nothing at all, an object store lists nothing
+                _manifest_file(local).stat()  # an object store lists no files, without an error, if nothing is there
             except (MlflowException, OSError) as error:
                 if is_disk_full(error, to):
                     raise disk_full_error(str(to)) from None
                 why = f"the files of {uri} cannot be fetched ({uris.masked(' '.join(str(error).split()))})"
-                if _says_absent(error):
-                    raise IntegrityError(f"{why}; register it anew") from None
-                raise TransientError(f"{why}; is the store of MLflow's files up? then run again") from None
+                if _is_not_found(error):
+                    raise IntegrityError(f"{why}; register it again") from None
+                raise TransientError(f"{why}; check that MLflow's artifact store is up and run again") from None
         return local
 
     def _create(
@@ -280,7 +287,7 @@ class Registry:
                     pip_requirements=["knn-diffusion"],
                     model_config=dict(model_config),
                 )
-        with contextlib.suppress(MlflowException):  # it is there already
+        with contextlib.suppress(MlflowException):  # the model exists already
             self._client.create_registered_model(name)
         created = self._client.create_model_version(
             name,
@@ -291,27 +298,27 @@ class Registry:
         )
         return str(created.version)
 
-    def _tell_older(self, name: str, alias: str, version: str) -> None:
-        """Warn where ``alias`` is at a newer version than this: what was added since is out of sight."""
+    def _warn_if_older(self, name: str, alias: str, version: str) -> None:
+        """Log a warning if ``alias`` is at a newer version, whose additional rows are no longer served."""
         try:
-            now = self._client.get_model_version_by_alias(name, alias)
+            current = self._client.get_model_version_by_alias(name, alias)
         except MlflowException:
-            return  # it is nowhere yet
-        if int(version) < int(now.version):
-            then = self._client.get_model_version(name, version)
-            old, new = (f"version {v.version} ({v.tags.get('rows', 'unknown')} rows)" for v in (then, now))
-            logs.get("stage").warning("%-11s %s@%s goes back from %s to %s", "register", name, alias, new, old)
+            return  # the alias does not exist yet
+        if int(version) < int(current.version):
+            older = self._client.get_model_version(name, version)
+            old, new = (f"version {v.version} ({v.tags.get('rows', 'unknown')} rows)" for v in (older, current))
+            logs.get("stage").warning("%-11s %s@%s moves back from %s to %s", "register", name, alias, new, old)
 
     def _new_run(self, name: str) -> str:
         experiment = experiment_id(self._client, "register", self._settings)
         return str(self._client.create_run(experiment, run_name=name).info.run_id)
 
     def _version_of(self, name: str, digest: str, folder_uri: str) -> str | None:
-        """The version that the folder was registered as; the newest, should there be several."""
+        """Return the newest version that was registered from the folder, or None."""
         try:
             versions = list(_paginate(self._client.search_model_versions, filter_string=f"name='{name}'"))
         except MlflowException as error:
-            if error.error_code not in _ABSENT:
+            if error.error_code not in _NOT_FOUND:
                 raise
             return None
         place = storage.canonical(folder_uri)
@@ -326,30 +333,30 @@ class Registry:
     def _resolve(self, reference: str, kind: str) -> ModelVersion:
         match = _URI.match(reference)
         if match is None:
-            raise NotFoundError(f"{reference} is no MLflow model URI; write models:/NAME@ALIAS or models:/NAME/VERSION")
+            raise NotFoundError(f"not an MLflow model URI: {reference}; use models:/NAME@ALIAS or models:/NAME/VERSION")
         name, alias, version = match["name"], match["alias"], match["version"]
         try:
             if alias:
                 return self._client.get_model_version_by_alias(name, alias)
             return self._client.get_model_version(name, version)
         except MlflowException as error:
-            if error.error_code not in _ABSENT:
+            if error.error_code not in _NOT_FOUND:
                 raise
-            raise self._unknown(reference, kind) from None
+            raise self._unknown_reference(reference, kind) from None
 
-    def _unknown(self, reference: str, kind: str) -> NotFoundError:
+    def _unknown_reference(self, reference: str, kind: str) -> NotFoundError:
         return NotFoundError(
             f"no {kind} is registered as {reference} at {uris.masked(self._settings.tracking_uri)}; "
-            f"registered: {self._there(kind)}"
+            f"registered: {self._list_registered(kind)}"
         )
 
-    def _there(self, kind: str) -> str:
-        """What there is of a kind, by alias, or by version where it has none."""
+    def _list_registered(self, kind: str) -> str:
+        """Return the names of the registered versions of a kind, by alias or, without one, by version."""
         named = (
             f"{entry['name']}@{entry['aliases'][0]}" if entry["aliases"] else f"{entry['name']}/{entry['version']}"
             for entry in self.versions(kind)
         )
-        return ", ".join(sorted(set(named))) or "none at all"
+        return ", ".join(sorted(set(named))) or "none"
 
     def _checked(self, folder_uri: str, kind: str) -> artifacts.Manifest:
         manifest = artifacts.read_manifest(folder_uri)
@@ -363,11 +370,11 @@ _MEASURED = (
 )  # fmt: skip
 
 
-def _paginate(search: Callable[..., PagedList[Any]], **asked: Any) -> Iterator[Any]:
-    """What a search of MLflow's finds, page after page."""
+def _paginate(search: Callable[..., PagedList[Any]], **arguments: Any) -> Iterator[Any]:
+    """Yield all results of a paged MLflow search."""
     token = None
     while True:
-        page = search(**asked, page_token=token)
+        page = search(**arguments, page_token=token)
         yield from page
         token = page.token
         if not token:
@@ -375,7 +382,7 @@ def _paginate(search: Callable[..., PagedList[Any]], **asked: Any) -> Iterator[A
 
 
 def _typed_tags(version: ModelVersion) -> dict[str, str | int | float]:
-    """The tags of a version as what they are: they are strings to MLflow. Raises ``IntegrityError``."""
+    """Parse the tags of a version, which MLflow stores as strings. Raises ``IntegrityError``."""
     return {tag: _checked_tag(version, tag, _parser_of(tag)) for tag in version.tags}
 
 
@@ -388,7 +395,7 @@ def _parser_of(tag: str) -> Callable[[str], str | int | float]:
 
 
 def _checked_tag(version: ModelVersion, tag: str, parse: Callable[[str], Parsed]) -> Parsed:
-    """A tag of a version, as ``parse`` reads it: anyone who may write to the registry may have set it."""
+    """Parse a tag, which anyone with write access to the registry may have set. Raises ``IntegrityError``."""
     try:
         return parse(version.tags.get(tag, ""))
     except ValueError as error:
@@ -407,14 +414,14 @@ def _manifest_file(local: Path) -> Path:
     return local / "artifacts" / artifacts.MANIFEST
 
 
-def _registered(local: Path, reference: str) -> artifacts.Manifest:
+def _read_registered(local: Path, reference: str) -> artifacts.Manifest:
     return artifacts.Manifest.from_json(_manifest_file(local).read_bytes(), reference)
 
 
-def _says_absent(error: MlflowException | OSError) -> bool:
-    """Whether there is nothing to fetch, whoever says so: MLflow, this machine's disk or MLflow's server of files."""
+def _is_not_found(error: MlflowException | OSError) -> bool:
+    """Return True if MLflow, the local disk or MLflow's artifact server reports that the files do not exist."""
     if isinstance(error, MlflowException):
-        return error.error_code in _ABSENT
+        return error.error_code in _NOT_FOUND
     response = getattr(error, "response", None)
     return isinstance(error, FileNotFoundError) or getattr(response, "status_code", None) == 404
 

@@ -1,8 +1,8 @@
-"""MLflow's SQLite database, created and upgraded beside its place and then renamed into it.
+"""Atomic creation and upgrade of MLflow's SQLite database.
 
-MLflow migrates a SQLite file in place, one revision after another, outside of a transaction. A kill or a full disk in
-between leaves tables without the revision that they belong to: no later command can open the file. Processes that
-create one file at the same time fail, too. Here one process at a time migrates a copy, and the rename is atomic.
+MLflow migrates a SQLite file in place, one revision after another, without a transaction. A kill or a full disk in
+between leaves tables that do not match the recorded revision, and no later command can open the file. Processes that
+create the same file concurrently fail as well. Here one process at a time migrates a copy and renames it atomically.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from infra.errors import InputError, IntegrityError, KNNDiffusionError, Transien
 from infra.storage.errors import disk_full_error, is_disk_full
 
 LOCK_S = 300.0
-"""How long to wait for another process that creates or upgrades the same database."""
+"""Seconds to wait for another process that creates or upgrades the same database."""
 _BUSY_S = 20.0
 _FULL = "disk is full"
 _JOURNALS = ("-journal", "-wal", "-shm")
@@ -28,22 +28,22 @@ _WRITTEN_BY_MIGRATIONS = frozenset({"alembic_version", "workspaces", "experiment
 
 
 def path_of(tracking_uri: str) -> Path | None:
-    """Return the file of a SQLite URI, or None for a server, another database and one in memory."""
+    """Return the file of a SQLite URI, or None for a server, an in-memory database or another database system."""
     name = tracking_uri.removeprefix("sqlite:///").partition("?")[0]
     return None if name in {tracking_uri, "", ":memory:"} else Path(name)
 
 
 def prepare(database: Path, artifacts_uri: str) -> None:
-    """Create ``database``, or upgrade it to the schema of the installed MLflow; do nothing when it is current.
+    """Create ``database``, or upgrade it to the schema of the installed MLflow. No effect on a current database.
 
-    ``artifacts_uri`` becomes the artifact store of the default experiment. A file that an interrupted migration left is
-    replaced when it holds no data, and otherwise upgraded.
+    ``artifacts_uri`` becomes the artifact store of the default experiment. A file left by an interrupted migration is
+    replaced if it contains no data, and upgraded otherwise.
 
     Raises:
-        InputError: a newer MLflow wrote the file, it is no database, or its folder cannot be written to.
-        IntegrityError: the file holds data and cannot be upgraded.
-        StageError: the disk is full.
-        TransientError: another process has the database for too long.
+        InputError: A newer MLflow wrote the file, it is not a database, or its folder is not writable.
+        IntegrityError: The file contains data and cannot be upgraded.
+        StageError: The disk is full.
+        TransientError: Another process locks the database for too long.
     """
     try:
         if _is_current(database):
@@ -53,32 +53,32 @@ def prepare(database: Path, artifacts_uri: str) -> None:
                 _replace(database, artifacts_uri)
     except Timeout:
         raise TransientError(
-            f"{database} has been locked by another process for {LOCK_S:.0f} s; run again once that has ended"
+            f"{database} has been locked by another process for {LOCK_S:.0f} s; run again when that process has ended"
         ) from None
     except (OSError, sqlite3.Error, SQLAlchemyError, MlflowException) as error:
-        raise _explained(database, error) from error
+        raise _translated(database, error) from error
 
 
-def _explained(database: Path, error: Exception) -> KNNDiffusionError:
-    said = " ".join(str(error).split())[:200]
-    if _FULL in said or is_disk_full(error, database.parent):
+def _translated(database: Path, error: Exception) -> KNNDiffusionError:
+    reason = " ".join(str(error).split())[:200]
+    if _FULL in reason or is_disk_full(error, database.parent):
         return disk_full_error(str(database))
     if isinstance(error, OSError):
         return InputError(
-            f"{database} cannot be created or upgraded ({error.strerror}); make its folder writable, or name another "
+            f"{database} cannot be created or upgraded ({error.strerror}); make its folder writable, or use another "
             "--root"
         )
     if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
         return InputError(
-            f"{database} is no SQLite database that can be read ({said}); restore a backup of it, or move it away"
+            f"{database} is not a readable SQLite database ({reason}); restore a backup of it, or move it away"
         )
-    return TransientError(f"{database} cannot be created or upgraded ({said}); does another process use it? run again")
+    return TransientError(f"{database} cannot be created or upgraded ({reason}); end other users of it and run again")
 
 
 def _replace(database: Path, artifacts_uri: str) -> None:
     """Migrate a copy of ``database``, or a new file, and rename it into place."""
     prepared = database.with_name(f"{database.name}.new")
-    _remove(prepared)  # of a process that was killed
+    _remove(prepared)  # left by a killed process
     try:
         if _has_data(database):
             _copy(database, prepared)
@@ -86,18 +86,18 @@ def _replace(database: Path, artifacts_uri: str) -> None:
                 _upgrade(prepared)
                 _initialize(prepared, artifacts_uri)
             except (MlflowException, SQLAlchemyError) as error:
-                said = " ".join(str(error).split())[:200]
-                if _FULL in said or is_disk_full(error, database.parent):
+                reason = " ".join(str(error).split())[:200]
+                if _FULL in reason or is_disk_full(error, database.parent):
                     raise
                 raise IntegrityError(
-                    f"{database} holds data and cannot be upgraded to this MLflow ({said}); restore a backup of it, or "
+                    f"{database} holds data and cannot be upgraded to this MLflow ({reason}); restore a backup, or "
                     "move it away and register the databases again"
                 ) from error
         else:
-            prepared.touch(mode=0o660, exist_ok=False)  # less the umask: it is not for every user of the machine
+            prepared.touch(mode=0o660, exist_ok=False)  # minus the umask: not accessible to all users of the machine
             _initialize(prepared, artifacts_uri)
         _sync(prepared)
-        for suffix in _JOURNALS:  # SQLite would roll an old journal back into the new file
+        for suffix in _JOURNALS:  # SQLite would apply an old journal to the new file
             database.with_name(database.name + suffix).unlink(missing_ok=True)
         prepared.replace(database)
         _sync(database.parent)
@@ -106,22 +106,22 @@ def _replace(database: Path, artifacts_uri: str) -> None:
 
 
 def _is_current(database: Path) -> bool:
-    """Return True if the file has the schema of the installed MLflow. Raises ``InputError`` for a newer one."""
+    """Return True if the file has the schema of the installed MLflow. Raises ``InputError`` for a newer schema."""
     found = _revision(database)
     if found is None:
         return False
-    known = _known_revisions()
-    if found not in known:
+    revisions = _known_revisions()
+    if found not in revisions:
         raise InputError(
-            f"{database} has the schema {found}, which this MLflow does not know; install the newer MLflow that wrote "
-            "it, or name another --root"
+            f"{database} has the schema {found}, which is unknown to this MLflow; install the newer MLflow that wrote "
+            "it, or use another --root"
         )
-    return found == known[0]
+    return found == revisions[0]
 
 
 @functools.cache
 def _known_revisions() -> list[str]:
-    """The schema revisions of the installed MLflow, the newest first."""
+    """Return the schema revisions of the installed MLflow, newest first."""
     import mlflow.store
     from alembic.script import ScriptDirectory
 
@@ -130,7 +130,7 @@ def _known_revisions() -> list[str]:
 
 
 def _upgrade(database: Path) -> None:
-    """Bring the tables that there are to the newest revision."""
+    """Migrate the existing tables to the newest revision."""
     from mlflow.store.db import utils
 
     engine = utils.create_sqlalchemy_engine_with_retry(f"sqlite:///{database}")  # type: ignore[no-untyped-call]
@@ -141,7 +141,7 @@ def _upgrade(database: Path) -> None:
 
 
 def _initialize(database: Path, artifacts_uri: str) -> None:
-    """Create what is missing: the tables in an empty file, and MLflow's default experiment."""
+    """Create the missing parts: tables in an empty file, and MLflow's default experiment."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     store = SqlAlchemyStore(f"sqlite:///{database}", artifacts_uri)  # type: ignore[no-untyped-call]
@@ -149,7 +149,7 @@ def _initialize(database: Path, artifacts_uri: str) -> None:
 
 
 def _revision(database: Path) -> str | None:
-    with _opened(database) as connection:
+    with _connection(database) as connection:
         if connection is None or "alembic_version" not in _tables(connection):
             return None
         row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
@@ -157,8 +157,8 @@ def _revision(database: Path) -> str | None:
 
 
 def _has_data(database: Path) -> bool:
-    """Return True if there is more in the file than the migrations write."""
-    with _opened(database) as connection:
+    """Return True if the file contains more than the migrations write."""
+    with _connection(database) as connection:
         if connection is None:
             return False
         tables = _tables(connection)
@@ -174,8 +174,8 @@ def _tables(connection: sqlite3.Connection) -> set[str]:
 
 
 @contextlib.contextmanager
-def _opened(database: Path) -> Iterator[sqlite3.Connection | None]:
-    """Yield a connection to an existing file, or None."""
+def _connection(database: Path) -> Iterator[sqlite3.Connection | None]:
+    """Yield a connection to an existing file, or None if there is no file."""
     if not database.exists():
         yield None
         return
@@ -186,13 +186,13 @@ def _opened(database: Path) -> Iterator[sqlite3.Connection | None]:
 
 
 def _copy(database: Path, to: Path) -> None:
-    """Copy the committed content; no other process writes meanwhile."""
+    """Copy the committed content while no other process writes."""
     with (
         contextlib.closing(sqlite3.connect(database, timeout=_BUSY_S, isolation_level=None)) as writer,
         contextlib.closing(sqlite3.connect(database, timeout=_BUSY_S)) as source,
         contextlib.closing(sqlite3.connect(to)) as target,
     ):
-        writer.execute("BEGIN IMMEDIATE")  # not on the connection that is read: a backup waits for it to end
+        writer.execute("BEGIN IMMEDIATE")  # on a second connection: a backup waits for transactions of its source
         source.backup(target)
         writer.execute("ROLLBACK")
     to.chmod(database.stat().st_mode)

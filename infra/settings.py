@@ -1,22 +1,23 @@
-"""Settings from the environment: what the line reads of it. Every variable is optional; secrets never print.
+"""Settings from environment variables. Every variable is optional; secrets are never printed.
 
-KNN_DIFFUSION_ROOT            where artifacts are kept (a folder or s3://…)      ./knn-diffusion-data
+Variable                      Meaning                                            Default
+KNN_DIFFUSION_ROOT            root of all artifacts (a folder or s3://…)         ./knn-diffusion-data
 KNN_DIFFUSION_CACHE           local cache of remote files, by digest             ~/.cache/knn-diffusion
-KNN_DIFFUSION_CACHE_BYTES     how large that may grow, on each machine           50000000000
-KNN_DIFFUSION_RAY_ADDRESS     "auto" on a cluster; unset starts a local one
-KNN_DIFFUSION_CPUS            cores for a local Ray; unset takes all
+KNN_DIFFUSION_CACHE_BYTES     size limit of the cache on each machine            50000000000
+KNN_DIFFUSION_RAY_ADDRESS     address of a Ray cluster, e.g. "auto"              a local cluster
+KNN_DIFFUSION_CPUS            cores of a local Ray cluster                       all
 MLFLOW_TRACKING_URI           sqlite:///…, postgresql://… or http://…            sqlite below the root
-MLFLOW_ARTIFACTS              where files of new MLflow experiments are kept     a folder below the root
-AWS_ENDPOINT_URL_S3           the object store, before AWS_ENDPOINT_URL           Amazon's own
-AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION    read by s3fs itself
-PREFECT_API_URL               read by ``infra.prefect_server``                      a server for the command alone
+MLFLOW_ARTIFACTS              artifact store of new MLflow experiments           a folder below the root
+AWS_ENDPOINT_URL_S3           object store; overrides AWS_ENDPOINT_URL           Amazon S3
+AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION   read by s3fs itself
+PREFECT_API_URL               read by ``infra.prefect_server``                   a temporary server per command
 KNN_DIFFUSION_CHECKOUT        read by prefect.yaml: this folder, on the worker
-TMPDIR                        where shards are made before they are stored       /tmp
+TMPDIR                        scratch space for shards before they are stored    /tmp
 
-Folders that a command creates for these are closed to users outside of the group; one that exists keeps its mode.
+Folders that a command creates for these are inaccessible to users outside the group. Existing folders keep their mode.
 
-The cache's bound belongs to a machine, not to a run: every process that fetches reads it there. It is meant for what
-nobody uses: files in use are kept even above it (see ``infra.storage.file_cache``).
+The cache limit belongs to a machine, not to a run: every process on the machine that fetches files reads it from the
+environment. Files in use are kept even above the limit (see ``infra.storage.file_cache``).
 """
 
 from pathlib import Path
@@ -28,7 +29,7 @@ from infra import uris
 
 
 class Settings(BaseSettings):
-    """Where things are kept and run. ``Settings()`` reads the environment; arguments override it."""
+    """Locations of storage and services. ``Settings()`` reads the environment; arguments override it."""
 
     model_config = SettingsConfigDict(env_prefix="KNN_DIFFUSION_", extra="ignore", frozen=True, populate_by_name=True)
 
@@ -46,20 +47,20 @@ class Settings(BaseSettings):
     @field_validator("root")
     @classmethod
     def _hide_secrets(cls, uri: str) -> str:
-        """Keep the root's password out of every URI below it."""
+        """Hide the root's password in every URI below it."""
         return uris.hide(uri)
 
     @field_validator("tracking", "artifacts", "object_store")
     @classmethod
     def _learn_secrets(cls, uri: str | None) -> str | None:
-        """Leave what MLflow and boto open as it is, but know its password, to mask it in their messages."""
+        """Leave URIs that MLflow and boto open unchanged, but learn their passwords, to mask them in messages."""
         if uri is not None:
             uris.hide(uri)
         return uri
 
     @property
     def tracking_uri(self) -> str:
-        """MLflow's metadata store. A remote root needs one named: sqlite cannot live in an object store."""
+        """MLflow's metadata store. Required for a remote root, because an object store cannot hold SQLite files."""
         if self.tracking is not None:
             return self.tracking
         if not uris.is_local(self.root):
@@ -68,12 +69,12 @@ class Settings(BaseSettings):
 
     @property
     def artifacts_uri(self) -> str:
-        """MLflow's artifact store for experiments made here."""
+        """MLflow's artifact store for new experiments."""
         if self.artifacts is None and uris.HIDDEN in self.root:
-            raise ValueError(f"the root {self.root} has a password, which MLflow would keep: set MLFLOW_ARTIFACTS")
+            raise ValueError(f"the root {self.root} has a password, which MLflow would store: set MLFLOW_ARTIFACTS")
         return self.artifacts or uris.join(uris.absolute(self.root), "mlflow")
 
     @property
     def cache_folder(self) -> Path:
-        """The local cache, user expanded."""
+        """Local cache folder with ``~`` expanded."""
         return self.cache.expanduser()

@@ -1,9 +1,9 @@
-"""URIs: pure functions on their strings, and the secrets that some of them hold.
+"""URI strings and the secrets that they may contain.
 
-A URI may hold a password (``https://user:password@host/list.csv``) or a signed query (``?X-Amz-Signature=…``).
-:func:`hide` replaces both by ``***`` where a URI enters: the hidden form is what configs, manifests, Prefect's
-parameters, MLflow and messages get. The secret stays in the memory of this process, and :func:`reveal` puts it back
-where the URI is opened. Workers get the secrets of the process that starts them (:func:`secrets`).
+A URI may contain a password (``https://user:password@host/list.csv``) or a signed query (``?X-Amz-Signature=…``).
+:func:`hide` replaces both with ``***`` when a URI is received. Configs, manifests, Prefect's parameters, MLflow and
+messages get only the hidden form. The secret remains in the memory of this process, and :func:`reveal` restores it
+when the URI is opened. Workers get the secrets of the process that starts them (:func:`secrets`).
 """
 
 import re
@@ -25,18 +25,18 @@ _SECRET_FIELD = re.compile(
 )
 _STILL_HIDDEN = re.compile(rf":{re.escape(HIDDEN)}@|[?&;#][^=]+={re.escape(HIDDEN)}")
 _SHORTEST = 8
-"""A shorter secret is masked in URIs alone: it could be part of any word."""
-_secrets: dict[str, str] = {}  # hidden form -> URI, of whole URIs and of their beginnings up to the path
+"""Least length of a secret that is masked in any text; a shorter one, masked in URIs only, could be part of a word."""
+_secrets: dict[str, str] = {}  # hidden form -> URI, for whole URIs and for their parts before the path
 _words: set[str] = set()  # the secrets themselves
 
 
 def join(uri: str, *parts: str) -> str:
-    """``uri`` with ``parts`` below it, whatever its scheme."""
+    """Join ``parts`` to ``uri``, whatever its scheme."""
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def absolute(uri: str) -> str:
-    """``uri`` made independent of the working directory: references must mean the same on every worker."""
+    """Make ``uri`` independent of the working directory, so that it means the same on every worker."""
     if is_local(uri):
         return str(Path(local_path(uri)).absolute())
     scheme, _, path = uri.partition("://")
@@ -44,14 +44,15 @@ def absolute(uri: str) -> str:
 
 
 def canonical(uri: str) -> str:
-    """The one spelling of a place that several spell differently: links and ``..`` of a local path resolved."""
+    """Return the canonical form of a location: links and ``..`` of a local path are resolved."""
     return str(local_path(uri).resolve()) if is_local(uri) else absolute(uri)
 
 
 def is_below(uri: str, folder: str) -> bool:
-    """Return True if ``uri`` is ``folder`` or is in it, with links and ``..`` of local paths resolved.
+    """Return True if ``uri`` is ``folder`` or below it, with links and ``..`` of local paths resolved.
 
-    A chain of file systems (``::``) and a remote URI with ``..`` count as outside: where they lead is up to the scheme.
+    Chained file systems (``::``) and remote URIs with ``..`` count as outside, because their target depends on the
+    scheme.
     """
     place, above = canonical(uri), canonical(folder).rstrip("/")
     if "::" in uri or (not is_local(uri) and ".." in place.split("/")):
@@ -60,26 +61,26 @@ def is_below(uri: str, folder: str) -> bool:
 
 
 def is_local(uri: str) -> bool:
-    """Return True if ``uri`` names a file of this machine."""
+    """Return True if ``uri`` is a path or a ``file://`` URI."""
     return "://" not in uri or uri.startswith("file://")
 
 
 def is_s3(uri: str) -> bool:
-    """Return True if ``uri`` names an object in S3 or a store that speaks its protocol."""
+    """Return True if ``uri`` names an object in S3 or an S3-compatible store."""
     return uri.startswith("s3://")
 
 
 def local_path(uri: str) -> Path:
-    """The path behind a local URI. Raises ``ValueError`` for a remote one."""
+    """Return the path of a local URI. Raises ``ValueError`` for a remote URI."""
     if not is_local(uri):
         raise ValueError(f"{masked(uri)} is remote; download it with storage.fetch first")
     return Path(uri.removeprefix("file://")).expanduser()
 
 
 def masked(text: str) -> str:
-    """Return a URI, or a message that quotes some, with passwords and secret query parameters replaced by ``***``.
+    """Replace passwords and secret query parameters with ``***`` in a URI, or in a message that quotes URIs.
 
-    Long secrets that :func:`hide` has seen are replaced wherever they occur.
+    Long secrets that :func:`hide` has processed are replaced wherever they occur.
     """
     shown = _without_secrets(text)
     for word in sorted(_words, key=len, reverse=True):
@@ -88,7 +89,7 @@ def masked(text: str) -> str:
 
 
 def hide(uri: str) -> str:
-    """Return ``uri`` without its secrets, which :func:`reveal` finds again in this process. Hidden ones stay hidden."""
+    """Return ``uri`` without its secrets, which :func:`reveal` restores in this process. Idempotent."""
     if is_local(uri):
         return uri
     hidden = _without_secrets(uri)
@@ -100,7 +101,7 @@ def hide(uri: str) -> str:
 
 
 def hide_fields(config: Any, *names: str) -> None:
-    """:func:`hide` the named fields, texts or tuples of texts, of a frozen dataclass that is being made."""
+    """Apply :func:`hide` to fields of a frozen dataclass in its ``__post_init__``: strings or tuples of strings."""
     for name in names:
         value = getattr(config, name)
         if isinstance(value, str):
@@ -110,26 +111,26 @@ def hide_fields(config: Any, *names: str) -> None:
 
 
 def reveal(uri: str) -> str:
-    """Return ``uri`` with the secrets that :func:`hide` has taken from it, or from one of the same user and host.
+    """Restore the secrets that :func:`hide` removed from ``uri``, or from a URI with the same user and host.
 
-    Raises ``InputError`` when this process does not know them.
+    Raises ``InputError`` if this process does not know them.
     """
     if is_local(uri) or not _STILL_HIDDEN.search(uri):
         return uri
     place = _authority(uri)
     revealed = _secrets.get(uri) or _secrets.get(place, place) + uri.removeprefix(place)
     if _STILL_HIDDEN.search(revealed):
-        raise InputError(f"the password or signature of {uri} is not stored; give the URI again, with it")
+        raise InputError(f"the password or signature of {uri} is not stored; give the URI again with its secret")
     return revealed
 
 
 def secrets() -> dict[str, str]:
-    """Return what :func:`learn` takes on a worker. It must never be stored."""
+    """Return the known secrets, for :func:`learn` on a worker. Never store the result."""
     return dict(_secrets)
 
 
 def learn(known: Mapping[str, str]) -> None:
-    """Take over secrets: hidden form -> URI."""
+    """Add secrets of another process: hidden form -> URI."""
     _secrets.update(known)
     for hidden, uri in known.items():
         pattern = "([^&;#\\s]+)".join(re.escape(part) for part in hidden.split(HIDDEN))
@@ -143,6 +144,6 @@ def _without_secrets(text: str) -> str:
 
 
 def _authority(uri: str) -> str:
-    """The beginning of a URI up to its path."""
+    """Return the part of a URI before its path."""
     scheme, mark, rest = uri.partition("://")
     return scheme + mark + re.split("[/?#]", rest, maxsplit=1)[0]

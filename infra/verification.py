@@ -1,4 +1,4 @@
-"""Check that the files a manifest lists are still stored: by size, or by digest."""
+"""Verification, by size or by digest, that the files of a manifest are still stored."""
 
 import dataclasses
 from collections import defaultdict
@@ -14,7 +14,7 @@ _FILES_AT_ONCE = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Listed:
-    """A file that a manifest lists: the folder it is stored in, and its shard, if it belongs to one."""
+    """File that a manifest lists, the folder that stores it and, if any, its shard."""
 
     folder: str
     file: File
@@ -22,29 +22,29 @@ class Listed:
 
     @property
     def uri(self) -> str:
-        """Where it is stored."""
+        """URI of the file."""
         return storage.join(self.folder, self.file.name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Damage:
-    """A listed file that is not as it was committed, and how it differs."""
+    """Listed file that differs from what was committed, and the reason."""
 
     listed: Listed
     reason: str
 
 
 def listed_files(folder_uri: str, manifest: Manifest) -> Iterator[Listed]:
-    """Every file of the shards of the manifest at ``folder_uri``, wherever an earlier version keeps it."""
+    """Yield every file of the manifest's shards, including files in the folders of earlier versions."""
     for shard in manifest.shards:
         for file in shard.files:
             yield Listed(folder=shard.folder or folder_uri, file=file, shard=shard.name)
 
 
 def find_damage(files: Iterable[Listed], *, digests: bool = False) -> list[Damage]:
-    """Find files that are missing or have another size, and with ``digests`` those whose bytes differ.
+    """Find files that are missing or have another size or, with ``digests``, other bytes.
 
-    Sizes cost a listing of each folder in S3 and a look at each file elsewhere; ``digests`` reads every byte.
+    Sizes cost one listing per folder in S3 and one stat per file elsewhere; ``digests`` reads every byte.
     """
     by_folder: defaultdict[str, list[Listed]] = defaultdict(list)
     for listed in files:
@@ -53,15 +53,15 @@ def find_damage(files: Iterable[Listed], *, digests: bool = False) -> list[Damag
         sizes: dict[str, int | None] = {}
         for found in pool.map(_listing, [folder for folder in by_folder if folder.startswith("s3://")]):
             sizes |= found
-        wanted = [listed for several in by_folder.values() for listed in several]
-        single = [listed.uri for listed in wanted if not listed.folder.startswith("s3://")]
+        ordered = [listed for several in by_folder.values() for listed in several]
+        single = [listed.uri for listed in ordered if not listed.folder.startswith("s3://")]
         sizes |= dict(zip(single, pool.map(_size, single), strict=True))
-        reasons = list(pool.map(lambda listed: _reason(listed, sizes, digests=digests), wanted))
-    return [Damage(listed=listed, reason=reason) for listed, reason in zip(wanted, reasons, strict=True) if reason]
+        reasons = list(pool.map(lambda listed: _reason(listed, sizes, digests=digests), ordered))
+    return [Damage(listed=listed, reason=reason) for listed, reason in zip(ordered, reasons, strict=True) if reason]
 
 
 def require_undamaged(damage: list[Damage]) -> None:
-    """Raise ``IntegrityError`` naming the first damaged file, how many more there are, and the fix."""
+    """Raise ``IntegrityError`` if there is damage. The message names the first file and the number of others."""
     if damage:
         first, more = damage[0], len(damage) - 1
         others = f" (and {more} more)" if more else ""
@@ -80,7 +80,7 @@ def _size(uri: str) -> int | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except NotFoundError:
-        if storage.exists(uri):  # there, but not readable: that message says more
+        if storage.exists(uri):  # exists but cannot be read: the original message says more
             raise
         return None
 

@@ -1,4 +1,4 @@
-"""Work on a Ray cluster."""
+"""Execution on a Ray cluster."""
 
 from infra.compute.ray_cluster import (
     ActorGroup,

@@ -1,4 +1,4 @@
-"""What keeps a Ray cluster on this machine to the user who started it: loopback, a token, a closed folder."""
+"""Access control of a local Ray cluster: loopback, an authentication token and a private session folder."""
 
 import contextlib
 import os
@@ -18,17 +18,18 @@ _MODE, _TOKEN, _TOKEN_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_
 
 @contextlib.contextmanager
 def private_token() -> Iterator[None]:
-    """Let clusters that start inside the block demand a token, which their processes find in the environment.
+    """Make clusters that start inside the block require a token, which their processes read from the environment.
 
-    Without one Ray writes ``~/.ray/auth_token``, readable for everybody. A later ``ray start`` of the user demands that
-    token, and drivers that do not set ``RAY_AUTH_MODE`` cannot connect. What the user has set stays in force.
+    Without a token in the environment, Ray writes ``~/.ray/auth_token``, readable by everyone. A later ``ray start`` of
+    the user then requires that token, and drivers without ``RAY_AUTH_MODE`` cannot connect. Variables that the user
+    has set remain in effect.
     """
     before = {name: os.environ.get(name) for name in (_MODE, _TOKEN)}
     if before[_MODE] is None:
         os.environ[_MODE] = "token"
     if os.environ[_MODE].lower() == "token" and before[_TOKEN] is None and _TOKEN_FILE not in os.environ:
         os.environ[_TOKEN] = secrets.token_hex(32)
-    _reread()
+    _reload_ray_config()
     try:
         yield
     finally:
@@ -37,15 +38,16 @@ def private_token() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        _reread()
+        _reload_ray_config()
 
 
 @contextlib.contextmanager
 def loopback() -> Iterator[None]:
-    """Let every server of a cluster that starts inside the block listen on 127.0.0.1 alone.
+    """Make every server of a cluster that starts inside the block listen on 127.0.0.1 only.
 
-    Ray 2.60 replaces a node address of 127.0.0.1 by one that others reach, and then listens on all interfaces, unless
-    it runs without clusters, as on macOS and Windows. No argument of ``ray.init`` says so, only this constant.
+    Ray 2.60 replaces a node address of 127.0.0.1 with one that other machines can reach, and then listens on all
+    interfaces, unless clusters are disabled, as on macOS and Windows. This constant disables them; ``ray.init`` has no
+    argument for it.
     """
     before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
@@ -55,9 +57,9 @@ def loopback() -> Iterator[None]:
 
 
 def session_folder() -> str:
-    """Return a folder for sessions that only this user enters: Ray opens its own below to everybody.
+    """Return a folder for Ray sessions inside a folder that only this user can enter.
 
-    Raises ``StageError`` where another user has taken its name.
+    Ray makes its own session folders accessible to everyone. Raises ``StageError`` if the name belongs to another user.
     """
     folder = Path(tempfile.gettempdir()) / f"knn-ray-{os.getuid()}"
     make_folder(folder, PRIVATE)
@@ -67,7 +69,7 @@ def session_folder() -> str:
     return str(folder / "ray")
 
 
-def _reread() -> None:
-    """Make Ray read its settings from the environment again, of which it keeps a copy."""
+def _reload_ray_config() -> None:
+    """Make Ray read its settings from the environment again; it caches them."""
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()

@@ -1,11 +1,11 @@
-"""A training worker that is told to end (SIGTERM) is heard: the loop finishes its step and keeps a checkpoint.
+"""Graceful preemption: on SIGTERM a training worker finishes its step and saves a checkpoint.
 
 Ray Train runs the training function in a thread, where no signal handler can be installed, and Ray's own handler ends
-the process on the spot. So the handler here is put in its place by the process's main thread, which Ray Train asks to
-run things before training starts. It holds back only the first signal, and only while something trains.
+the process immediately. Therefore the main thread replaces that handler before training starts, through a hook of Ray
+Train. The new handler defers only the first signal, and only during training.
 
-Python runs a handler when the main thread next executes Python: in a Ray worker when Ray Train polls it, about once a
-second.
+Python runs a handler when the main thread next executes Python code. In a Ray worker this is when Ray Train polls it,
+about once a second.
 """
 
 import signal
@@ -14,19 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_told = threading.Event()
+_stop_requested = threading.Event()
 _training = threading.Event()
 
 
 def stop_requested() -> bool:
-    """Whether this process was told to end while it trains."""
-    return _told.is_set()
+    """Return True if this process received SIGTERM during training."""
+    return _stop_requested.is_set()
 
 
 @contextmanager
 def deferred_sigterm() -> Iterator[None]:
-    """Hold a SIGTERM back for as long as the block trains; :func:`stop_requested` tells of it."""
-    _told.clear()
+    """Defer the first SIGTERM within the block, which trains; :func:`stop_requested` reports it."""
+    _stop_requested.clear()
     _training.set()
     try:
         yield
@@ -35,12 +35,12 @@ def deferred_sigterm() -> Iterator[None]:
 
 
 def install_handler() -> None:
-    """Put the handler in the place of the one that is there. Only the main thread may."""
+    """Replace the SIGTERM handler of this process. Call it from the main thread."""
     before = signal.getsignal(signal.SIGTERM)
 
     def handle(number: int, frame: Any) -> None:
-        if _training.is_set() and not _told.is_set():
-            _told.set()
+        if _training.is_set() and not _stop_requested.is_set():
+            _stop_requested.set()
         elif callable(before):
             before(number, frame)
         else:
@@ -50,7 +50,7 @@ def install_handler() -> None:
 
 
 def listening_torch_config() -> Any:
-    """Ray Train's set-up of torch, and :func:`install` on every worker."""
+    """Return Ray Train's ``TorchConfig``, extended by :func:`install_handler` on every worker."""
     from ray.train.torch import TorchConfig
 
     base: Any = TorchConfig().backend_cls
@@ -60,9 +60,9 @@ def listening_torch_config() -> Any:
             super().on_training_start(worker_group, backend_config)
             worker_group.execute(install_handler)
 
-    class Listening(TorchConfig):
+    class DeferringTorchConfig(TorchConfig):
         @property
         def backend_cls(self) -> Any:
             return Backend
 
-    return Listening()
+    return DeferringTorchConfig()

@@ -1,4 +1,4 @@
-"""How far a worker is: a small file that it writes, and the bar that is drawn from it where the flow runs."""
+"""Progress of a remote worker: a small file that the worker writes, and a progress bar of the flow that reads it."""
 
 import contextlib
 import json
@@ -14,17 +14,17 @@ from infra.errors import NotFoundError, TransientError
 
 
 class Progress:
-    """How far a worker is, as a small file in the stage's folder that the flow, or anyone, can read."""
+    """Progress report of a worker: a small file in the stage's folder."""
 
     FILE = "progress.json"
     EVERY_S = 1.0
 
     def __init__(self, folder_uri: str, unit: str = "image") -> None:
-        """Report to ``folder_uri`` in ``unit``."""
+        """Report to ``folder_uri``, counting in ``unit``."""
         self._uri, self._unit, self._written = storage.join(folder_uri, self.FILE), unit, -self.EVERY_S
 
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
-        """Write the state of now, unless the last one is young and this is not the end."""
+        """Write the current state, at most once every ``EVERY_S`` seconds except at the end."""
         if time.monotonic() - self._written < self.EVERY_S and done < total:
             return
         self._written = time.monotonic()
@@ -34,7 +34,7 @@ class Progress:
 
 @contextmanager
 def progress_bar(folder_uri: str, what: str) -> Iterator[None]:
-    """A bar that follows the progress file until the block ends."""
+    """Show a bar that follows the progress file until the block ends."""
     uri, ended = storage.join(folder_uri, Progress.FILE), threading.Event()
     storage.discard(uri)
 
@@ -44,7 +44,7 @@ def progress_bar(folder_uri: str, what: str) -> Iterator[None]:
                 with contextlib.suppress(NotFoundError, TransientError, ValueError):
                     state = json.loads(storage.read_bytes(uri))
                     if (state["what"], state["total"]) != (bar.desc.removesuffix(": "), bar.total):
-                        # The first report of this part: what was done before it took no time now.
+                        # First report of this part: items done earlier, before a resume, must not count in the rate.
                         bar.unit = state["unit"]
                         bar.set_description(state["what"], refresh=False)
                         bar.reset(state["total"])

@@ -1,6 +1,6 @@
-"""Ray: shards mapped over actors, bounded in flight; one function on a worker; Ray Train.
+"""Execution on Ray: map shards over actors, run one function on a worker, and call groups of actors.
 
-Workers get references and settings, and read the data themselves. What they raise comes back as it was raised.
+Workers get references and settings, and read the data themselves. Their exceptions reach the caller unchanged.
 """
 
 import contextlib
@@ -28,28 +28,28 @@ Result = TypeVar("Result", covariant=True)
 
 
 class Worker(Protocol[Item, Result]):
-    """What runs on an actor: built once there, then called for shard after shard."""
+    """Callable that is built once on an actor and called for each shard."""
 
     def __call__(self, item: Item) -> Result:
-        """Process one shard and return what the manifest needs to know of it."""
+        """Process one shard and return what its manifest needs."""
         ...
 
 
 @runtime_checkable
 class IsolatingWorker(Protocol):
-    """A worker that can find which item of a shard kills it, and process the others."""
+    """Worker that can process a shard despite an item that kills the process."""
 
     def isolated(self, item: Any) -> Any:
-        """Process a shard that workers died of, with what may kill in a child process."""
+        """Process a shard that killed workers, running the dangerous part in a child process."""
         ...
 
 
 @contextmanager
 def cluster(address: str | None = None, cores: int | None = None) -> Iterator[None]:
-    """Ray for the length of a flow: the cluster at ``address``, or a local one of ``cores``.
+    """Provide Ray within the block: the cluster at ``address``, or a local cluster with ``cores``.
 
-    It is started when the first stage needs it, so a flow whose stages are all committed starts none. Nested uses share
-    the outer one.
+    Ray starts when the first stage needs it, so a flow whose stages are all committed does not start it. Nested blocks
+    share the outer cluster.
     """
     global _address, _cores, _depth
     if _depth == 0:
@@ -61,23 +61,23 @@ def cluster(address: str | None = None, cores: int | None = None) -> Iterator[No
         _depth -= 1
         if _depth == 0:
             ray.shutdown()
-            _of_local_cluster.close()
+            _local_cluster.close()
 
 
 def cpus() -> int:
-    """Cores of the cluster."""
+    """Return the number of CPU cores of the cluster."""
     start()
     return int(ray.cluster_resources().get("CPU", 1))
 
 
 def gpus() -> float:
-    """GPUs of the cluster."""
+    """Return the number of GPUs of the cluster."""
     start()
     return float(ray.cluster_resources().get("GPU", 0))
 
 
 def clamp_cpus(wanted: float, gpus: float = 0) -> float:
-    """``wanted`` cores, or all that the largest machine with so many GPUs has: more would wait for ever."""
+    """Limit ``wanted`` to the cores of the largest machine with ``gpus`` GPUs. Ray would wait indefinitely for more."""
     return min(wanted, max((one.get("CPU", 0) for one in _machines() if one.get("GPU", 0) >= gpus), default=wanted))
 
 
@@ -86,21 +86,21 @@ def _machines() -> list[dict[str, float]]:
 
 
 def capacity(cpus_each: float, gpus_each: float = 0) -> int:
-    """How many workers of that size the machines hold at once.
+    """Return the number of workers of this size that the machines can run at once.
 
-    Raises ``StageError`` when no machine has so many GPUs: to wait for one is to wait for ever.
+    Raises ``StageError`` if no machine has ``gpus_each`` GPUs, because Ray would wait for one indefinitely.
     """
     machines = _machines()
     largest = max((machine.get("GPU", 0) for machine in machines), default=0)
     if gpus_each > largest:
         raise StageError(
-            f"{gpus_each:g} GPUs are asked for each worker, the largest machine has {largest:g}; ask for no more than "
-            "that, or name a cluster with GPUs (KNN_DIFFUSION_RAY_ADDRESS)"
+            f"{gpus_each:g} GPUs per worker requested, but the largest machine has {largest:g}; request no more than "
+            "that, or use a cluster with GPUs (KNN_DIFFUSION_RAY_ADDRESS)"
         )
-    asked = [(name, each) for name, each in (("CPU", cpus_each), ("GPU", gpus_each)) if each]
-    if not asked:
+    requested = [(name, each) for name, each in (("CPU", cpus_each), ("GPU", gpus_each)) if each]
+    if not requested:
         return sys.maxsize
-    return sum(min(int(machine.get(name, 0) / each + _ROUNDING) for name, each in asked) for machine in machines)
+    return sum(min(int(machine.get(name, 0) / each + _ROUNDING) for name, each in requested) for machine in machines)
 
 
 def map_shards(
@@ -114,12 +114,22 @@ def map_shards(
     concurrency: int = 1,
     description: str,
 ) -> Iterator[Any]:
-    """Results in order of completion; a :class:`infra.compute.actor_pool.FailedShard` stands for a shard that failed.
+    """Yield results in order of completion, and a :class:`~infra.compute.actor_pool.FailedShard` for a failed shard.
 
-    Each actor builds ``factory(*settings)`` once and holds two shards at most, so a dead one costs little: its shards
-    go to the others and to a new one, which is given some once it runs, for where its machine died there may be no
-    room. After the second death of actors that held a shard, an :class:`IsolatingWorker` processes it in isolation.
-    With a ``concurrency`` of 2, two threads of the actor call what was built, each with a shard.
+    Each actor builds ``factory(*settings)`` once and holds at most two shards. If an actor dies, its shards go to the
+    others and to a replacement, which gets shards only once it has started: after the loss of a machine the cluster may
+    have no room for it. After the second death of actors that held a shard, an :class:`IsolatingWorker` processes the
+    shard in isolation.
+
+    Args:
+        factory: Builds the worker on its actor.
+        settings: Arguments of ``factory``.
+        items: One item per shard.
+        actors: Maximum number of actors.
+        cpus_per_actor: CPU cores of each actor.
+        gpus_per_actor: GPUs of each actor.
+        concurrency: Threads of an actor that call its worker, each with one shard.
+        description: Label of the progress bar.
     """
     queue = list(items)
     if not queue:
@@ -127,48 +137,50 @@ def map_shards(
     start()
     cpus_per_actor = clamp_cpus(cpus_per_actor, gpus_per_actor)
     kind = _ACTOR.options(num_cpus=cpus_per_actor, num_gpus=gpus_per_actor, max_concurrency=concurrency)
-    # A shard given to an actor that never starts would wait for ever.
+    # A shard given to an actor that never starts would wait indefinitely.
     size = min(actors, len(queue), max(1, capacity(cpus_per_actor, gpus_per_actor)))
     with (
         tqdm(total=len(queue), desc=description, unit="shard", leave=False) as progress,
-        contextlib.closing(ActorPool(lambda: kind.remote(factory, settings, uris.secrets()), queue, size)) as crew,
+        contextlib.closing(ActorPool(lambda: kind.remote(factory, settings, uris.secrets()), queue, size)) as pool,
     ):
-        for result in crew.results():
+        for result in pool.results():
             progress.update()
             yield result
 
 
 class ActorGroup:
-    """Workers that stay where they are placed and answer together; one that dies is built again where there is room."""
+    """Group of long-lived workers that are called together. A worker that dies is rebuilt if the cluster has room."""
 
     def __init__(self, actors: Sequence[Any], cpus_each: float) -> None:
-        """Ask ``actors``, which hold so many cores each."""
+        """Store the actors, which reserve ``cpus_each`` cores each."""
         self._actors, self._cpus_each = list(actors), cpus_each
 
     def ask(self, item: Any, of: int | None = None) -> list[Any]:
-        """What every worker, or the one with number ``of``, returns for ``item``, in order.
+        """Call every worker, or only worker number ``of``, with ``item`` and return the results in order.
 
-        Raises as it was raised, and ``TransientError`` for a worker that was lost and has no room in the cluster.
+        Raises:
+            TransientError: A worker was lost and the cluster has no room to rebuild it.
+            Exception: Any error of a worker, unchanged.
         """
-        asked = self._actors if of is None else [self._actors[of]]
-        answers = [actor.run.remote(item) for actor in asked]
+        called = self._actors if of is None else [self._actors[of]]
+        answers = [actor.run.remote(item) for actor in called]
         try:
-            while ray.wait(answers, num_returns=len(answers), timeout=_LOOK_S)[1]:
+            while ray.wait(answers, num_returns=len(answers), timeout=_CHECK_S)[1]:
                 self._require_room()
             return list(ray.get(answers))
         except RayTaskError as error:
             raise (error.cause or error) from None
         except RayError as error:
             raise TransientError(
-                f"a worker was lost and could not be built again ({one_line(error)}); ask again"
+                f"a worker was lost and could not be rebuilt ({one_line(error)}); try again"
             ) from error
 
     def _require_room(self) -> None:
-        held = capacity(self._cpus_each)
-        if held < len(self._actors):
+        room = capacity(self._cpus_each)
+        if room < len(self._actors):
             raise TransientError(
-                f"a machine was lost: {len(self._actors)} workers of {self._cpus_each:g} cores are placed, the cluster "
-                f"has room for {held}; ask again once it is back"
+                f"a machine was lost: {len(self._actors)} workers of {self._cpus_each:g} cores are needed, the cluster "
+                f"has room for {room}; try again once it is back"
             )
 
 
@@ -176,9 +188,9 @@ class ActorGroup:
 def actor_group(
     factory: Callable[..., Worker[Any, Any]], settings: Sequence[tuple[Any, ...]], *, cpus_each: float = 1
 ) -> Iterator[ActorGroup]:
-    """A worker ``factory(*one)`` for each of ``settings``, spread over the machines of the cluster, until the end.
+    """Run a worker ``factory(*one)`` for each of ``settings``, spread over the cluster's machines, within the block.
 
-    Raises ``StageError`` where the cluster has no room for all of them, and does not grow.
+    Raises ``StageError`` if the cluster has no room for all workers and does not grow.
     """
     start()
     cpus_each = clamp_cpus(cpus_each)
@@ -194,8 +206,8 @@ def actor_group(
             raise StageError(f"no worker could be started ({one_line(error)}); see Ray's logs") from error
         if waiting:
             raise StageError(
-                f"{len(waiting)} of {len(actors)} workers of {cpus_each:g} cores found no room in {_START_S:g} s; the "
-                f"cluster has some for {capacity(cpus_each)}, others may hold a part: place fewer, or smaller ones"
+                f"{len(waiting)} of {len(actors)} workers of {cpus_each:g} cores did not start in {_START_S:g} s; the "
+                f"cluster has room for {capacity(cpus_each)}, shared with other jobs; use fewer or smaller workers"
             )
         yield ActorGroup(actors, cpus_each)
     finally:
@@ -206,14 +218,22 @@ def actor_group(
 def run(
     function: Callable[..., Any], *arguments: Any, cpus: float = 1, gpus: float = 0, watch: str | None = None
 ) -> Any:
-    """``function(*arguments)`` on a worker; what it reports with :class:`Progress` to ``watch`` is drawn here.
+    """Return ``function(*arguments)``, computed on a worker.
 
-    Raises as it was raised, and ``StageError`` when no machine has so many GPUs, or the worker died each time that it
-    was tried.
+    Args:
+        function: A picklable function.
+        arguments: Its arguments.
+        cpus: CPU cores of the worker.
+        gpus: GPUs of the worker.
+        watch: Folder URI to which the function reports :class:`Progress`, shown as a bar. Default: no bar.
+
+    Raises:
+        StageError: No machine has ``gpus`` GPUs, or the worker died on every attempt.
+        Exception: Any error of the function, unchanged.
     """
     start()
     cpus = clamp_cpus(cpus, gpus)
-    capacity(cpus, gpus)  # raises where there is none
+    capacity(cpus, gpus)  # raises if no machine has the GPUs
     remote = ray.remote(_call).options(num_cpus=cpus, num_gpus=gpus, max_retries=SHARD_TRIES)
     try:
         with progress_bar(watch, function.__name__) if watch else contextlib.nullcontext():
@@ -232,14 +252,14 @@ _IS_CHECKOUT = (_CHECKOUT / "pyproject.toml").exists()
 _address: str | None = None
 _cores: int | None = None
 _depth = 0
-_of_local_cluster = contextlib.ExitStack()
-_START_S = 180.0  # in which placed workers are to run
-_ROUNDING = 1e-6  # Ray places five workers of 0.2 cores on one
-_LOOK_S = 30.0  # after which a placed worker that does not answer may have no room any more
+_local_cluster = contextlib.ExitStack()
+_START_S = 180.0  # time limit for the workers of a group to start
+_ROUNDING = 1e-6  # five workers of 0.2 cores fit on one core, despite rounding errors
+_CHECK_S = 30.0  # interval of checks that the cluster still has room for workers that do not answer
 
 
 class _Actor:
-    """A worker in a process of its own, built at its first item, so that what building raises comes back as it is."""
+    """Worker in its own process, built at its first item so that errors of the factory reach the caller unchanged."""
 
     def __init__(
         self, factory: Callable[..., Worker[Any, Any]], settings: tuple[Any, ...], secrets: Mapping[str, str]
@@ -247,13 +267,13 @@ class _Actor:
         uris.learn(secrets)
         self._factory, self._settings = factory, settings
         self._worker: Worker[Any, Any] | None = None
-        self._building = threading.Lock()
+        self._build_lock = threading.Lock()
 
     def ready(self) -> None:
-        """Answered once there is a process."""
+        """Return as soon as the process runs."""
 
     def run(self, item: Any, isolate: bool = False) -> Any:
-        with self._building:
+        with self._build_lock:
             self._worker = self._worker or self._factory(*self._settings)
         if isolate and isinstance(self._worker, IsolatingWorker):
             return self._worker.isolated(item)
@@ -269,14 +289,14 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...], secrets: Map
 
 
 def start() -> None:
-    """Start or join Ray, once.
+    """Start or join Ray, if that has not happened yet.
 
-    Raises ``StageError`` outside of :func:`cluster`, or when nothing answers, ``InputError`` for what is no address.
+    Raises ``StageError`` outside :func:`cluster` or if no cluster answers, and ``InputError`` for a malformed address.
     """
     if ray.is_initialized():
         return
     if _depth == 0:
-        raise StageError("no cluster: run stages inside compute.cluster()")
+        raise StageError("no Ray cluster is open; run stages inside compute.cluster()")
     options: dict[str, Any] = {"address": _address, "runtime_env": _shipped_checkout()}
     if _address is None:
         options = {
@@ -288,14 +308,14 @@ def start() -> None:
                 "env_vars": {
                     **({"PYTHONPATH": str(_CHECKOUT)} if _IS_CHECKOUT else {}),
                     "NO_ALBUMENTATIONS_UPDATE": "1",
-                    "OMP_WAIT_POLICY": "PASSIVE",  # idle threads that spin starve each other when cores are shared
+                    "OMP_WAIT_POLICY": "PASSIVE",  # spinning idle threads slow each other down on shared cores
                 }
             },
         }
     quiet = {"logging_level": logging.ERROR, "configure_logging": False, "log_to_driver": False}
     try:
         if _address is None:
-            _of_local_cluster.enter_context(local_ray.private_token())
+            _local_cluster.enter_context(local_ray.private_token())
             with local_ray.loopback():
                 ray.init(_temp_dir=local_ray.session_folder(), **quiet, **options)
         else:
@@ -304,17 +324,17 @@ def start() -> None:
         if _address is None:
             raise
         raise InputError(
-            f"{_address} is no address of a Ray cluster ({error}); write HOST:PORT, ray://HOST:PORT or auto"
+            f"not an address of a Ray cluster: {_address} ({error}); use HOST:PORT, ray://HOST:PORT or auto"
         ) from error
     except (ConnectionError, RuntimeError) as error:
         raise StageError(
-            f"no Ray cluster at {_address or 'this machine'} ({error}); start one, or unset the address; where it "
-            "demands a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+            f"no Ray cluster at {_address or 'this machine'} ({error}); start one, or unset the address; if it "
+            "requires a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
         ) from error
 
 
 def _shipped_checkout() -> dict[str, Any]:
-    """A checkout travels with the job; an installed distribution must be on the cluster's machines already."""
+    """Return the runtime environment that ships a checkout. An installed package must be on the machines already."""
     if not _IS_CHECKOUT:
         return {}
     return {"working_dir": str(_CHECKOUT), "excludes": [".venv", "build", ".git", "tests", "knn-diffusion-data"]}

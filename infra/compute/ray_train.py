@@ -1,4 +1,4 @@
-"""Ray Train: a training loop on several workers, started again when one dies."""
+"""Training on Ray Train: a loop on several workers, restarted when one dies."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,12 +21,21 @@ def train(
 ) -> None:
     """Run ``loop(config)`` on ``workers`` Ray Train workers with a process group between them.
 
-    A worker that dies is started again and finds the loop's own checkpoints; Ray's state below ``folder_uri`` is gone
-    afterwards. What the loop reports with :class:`Progress` is drawn here.
+    If a worker dies, the workers are restarted and the loop resumes from its own checkpoints. Ray's state below
+    ``folder_uri`` is deleted at the end. A progress bar shows what the loop reports with :class:`Progress`.
+
+    Args:
+        loop: Training function of each worker.
+        config: Its argument.
+        workers: Number of workers.
+        cpus_per_worker: CPU cores of each worker.
+        use_gpu: Whether each worker gets a GPU.
+        folder_uri: Output folder of the stage.
+        final: Types of errors for which a retry is pointless.
 
     Raises:
-        StageError: the cluster has no room for the workers, or they failed each time that they were tried: the cause.
-        Exception: an error of the kinds in ``final``, which no second try mends, as a worker raised it.
+        StageError: The cluster has no room for the workers, or training failed on every attempt.
+        Exception: An error of a type in ``final``, as a worker raised it.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -37,8 +46,8 @@ def train(
     cpus = compute.clamp_cpus(cpus_per_worker, gpus)
     if (room := compute.capacity(cpus, gpus)) < workers:
         raise StageError(
-            f"{workers} workers of {cpus:g} cores and {gpus} GPUs are asked for, the cluster has room for {room}; set "
-            "workers, or cpus_per_worker, to what it has"
+            f"{workers} workers of {cpus:g} cores and {gpus} GPUs requested, but the cluster has room for {room}; set "
+            "workers or cpus_per_worker to at most that"
         )
     state = storage.join(folder_uri, "ray")
     storage.discard(state)
@@ -53,26 +62,24 @@ def train(
             name="train",
             storage_path=state,
             failure_config=FailureConfig(max_failures=2),
-            callbacks=[_ending_with(final)],
+            callbacks=[_stop_at(final)],
         ),
     )
     try:
         with progress_bar(folder_uri, "train"):
             trainer.fit()
     except TrainingFailedError as error:
-        if isinstance(ended_with := getattr(error, "controller_failure", None), final):
-            raise ended_with from None
+        if isinstance(failure := getattr(error, "controller_failure", None), final):
+            raise failure from None
         causes = getattr(error, "worker_failures", None) or {}
-        told = " ".join(str(next(iter(causes.values()), error)).split())
-        raise StageError(
-            f"training stopped: {told}; the last checkpoint is kept, run again to go on from it"
-        ) from error
+        cause = " ".join(str(next(iter(causes.values()), error)).split())
+        raise StageError(f"training stopped: {cause}; run again to resume from the last checkpoint") from error
     finally:
         storage.discard(state)
 
 
 def _with_secrets(loop: Callable[[dict[str, Any]], None], secrets: dict[str, str]) -> Callable[[dict[str, Any]], None]:
-    """``loop``, which opens on its worker what this process can."""
+    """Wrap ``loop`` so that workers can open the same URIs as this process."""
 
     def run(config: dict[str, Any]) -> None:
         uris.learn(secrets)
@@ -81,21 +88,21 @@ def _with_secrets(loop: Callable[[dict[str, Any]], None], secrets: dict[str, str
     return run
 
 
-def _ending_with(final: tuple[type[Exception], ...]) -> Any:
-    """What ends a run at the first such error of a worker: Ray Train starts workers again whatever they raised."""
+def _stop_at(final: tuple[type[Exception], ...]) -> Any:
+    """Return a callback that fails the run at an error in ``final``, for which Ray Train would restart the workers."""
     from ray.train import UserCallback
 
-    class Ending(UserCallback):
+    class StopAtFinal(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             for error in worker_exceptions.values():
                 if isinstance(error, final):
-                    raise error  # from here it is the controller's, which is not tried again
+                    raise error  # becomes an error of the controller, which Ray Train does not retry
 
-    return Ending()
+    return StopAtFinal()
 
 
 def worker_rank() -> tuple[int, int]:
-    """(rank, world size) of the calling Ray Train worker."""
+    """Return (rank, world size) of the calling Ray Train worker."""
     from ray.train import get_context
 
     context = get_context()

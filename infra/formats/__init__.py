@@ -1,1 +1,1 @@
-"""Parquet tables and webdataset tars."""
+"""File formats: arrays, Parquet tables, URL lists and webdataset tars."""

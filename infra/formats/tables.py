@@ -1,6 +1,6 @@
-"""Readers and writers of the two shard formats: webdataset tars and the parquet beside them.
+"""Readers and writers of Parquet tables, URL lists and webdataset tars.
 
-Rows keep the order of the file; nothing here decodes a picture.
+Rows keep the order of the file. Nothing here decodes images.
 """
 
 import os
@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 from infra import storage, uris
 from infra.errors import InputError, IntegrityError
 
-_TEXT_COLUMNS = {name: pa.string() for name in ("url", "sha256", "key")}  # a key is digits: its zeros must stay
+_TEXT_COLUMNS = {name: pa.string() for name in ("url", "sha256", "key")}  # a key is digits with leading zeros
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
 
 def iter_images(tar: Path) -> Iterator[tuple[str, bytes]]:
-    """(key, encoded picture) for each sample of a webdataset tar. Raises ``IntegrityError`` for a truncated one."""
+    """Yield (key, encoded image) for each sample of a webdataset tar. Raises ``IntegrityError`` for a damaged tar."""
     try:
         _require_end(tar)
         with tarfile.open(tar, "r|") as archive:
@@ -32,11 +32,13 @@ def iter_images(tar: Path) -> Iterator[tuple[str, bytes]]:
                     if stream is not None:
                         yield name.stem, stream.read()
     except tarfile.TarError as error:
-        raise IntegrityError(f"{tar} is no whole tar ({error}); delete its shard's marker and run again") from error
+        raise IntegrityError(
+            f"{tar} is not a complete tar ({error}); delete its shard's marker and run again"
+        ) from error
 
 
 def _require_end(tar: Path) -> None:
-    """Refuse a tar without the two empty blocks that end one: tarfile itself takes some cuts for the end."""
+    """Raise ``TarError`` if the two zero blocks at the end are missing; tarfile itself misses some truncations."""
     with tar.open("rb") as stream:
         stream.seek(-min(2 * tarfile.BLOCKSIZE, tar.stat().st_size), os.SEEK_END)
         if stream.read() != bytes(2 * tarfile.BLOCKSIZE):
@@ -44,40 +46,46 @@ def _require_end(tar: Path) -> None:
 
 
 def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pa.Table:
-    """A parquet file. Raises ``InputError`` when it is none, or lacks one of ``columns``."""
+    """Read a Parquet file. Raises ``InputError`` if it is not readable or lacks one of ``columns``."""
     try:
         table = pq.read_table(path, columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} is no readable parquet file ({' '.join(str(error).split())})") from error
+        raise InputError(f"{path} is not a readable parquet file ({' '.join(str(error).split())})") from error
     if absent := set(columns or ()) - set(table.column_names):
-        raise InputError(f"{path} has no column {min(absent)}; make the file again")
+        raise InputError(f"{path} has no column {min(absent)}; rebuild the file")
     return table
 
 
 def write_table(rows: Iterable[dict[str, Any]], schema: pa.Schema, path: Path) -> None:
-    """Write ``rows`` as one parquet file."""
+    """Write ``rows`` to a Parquet file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="zstd")
 
 
 def read_url_list(uri: str) -> pa.Table:
-    """A URL list: parquet, csv, tsv, json lines or plain text, one URL a row, further columns kept.
+    """Read a URL list: parquet, csv, tsv, json lines or plain text, with one URL per row. Other columns are kept.
 
-    Raises ``NotFoundError`` when it is not there, ``InputError`` when it is empty or has no ``url`` column.
+    Raises ``NotFoundError`` if it does not exist, and ``InputError`` if it is empty or has no ``url`` column.
     """
     uri = uris.hide(uri)
     table = read_list(uri, "URL")
     if "url" not in table.column_names:
         raise InputError(f"{uri} has no column 'url', only {', '.join(table.column_names) or 'nothing'}; rename it")
     if table.num_rows == 0:
-        raise InputError(f"{uri} lists no URL; give it at least one row")
+        raise InputError(f"{uri} lists no URL; add at least one row")
     return table
 
 
 def read_list(uri: str, what: str) -> pa.Table:
-    """A list in any of a URL list's formats; url, sha256 and key are text. ``what`` it lists is for the message.
+    """Read a list in any format of a URL list. The columns url, sha256 and key are read as text.
 
-    Raises ``NotFoundError`` when it is not there, ``InputError`` when it cannot be read.
+    Args:
+        uri: Location of the list.
+        what: What it lists, for error messages.
+
+    Raises:
+        NotFoundError: The list does not exist.
+        InputError: The list cannot be read.
     """
     uri = uris.hide(uri)
     path = uri if storage.is_local(uri) else uri.partition("?")[0]  # a signed URI ends in its signature
@@ -86,8 +94,8 @@ def read_list(uri: str, what: str) -> pa.Table:
         data = pa.BufferReader(stream.read())
     try:
         table = _PARSERS.get(suffix, _parse_lines)(data)
-        if twice := sorted(name for name, count in Counter(table.column_names).items() if count > 1):
-            raise InputError(f"{uri} has several columns {twice[0]!r}; leave one of them in the list")
+        if repeated := sorted(name for name, count in Counter(table.column_names).items() if count > 1):
+            raise InputError(f"{uri} has several columns {repeated[0]!r}; keep only one of them")
         for name in _TEXT_COLUMNS.keys() & set(table.column_names):
             table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(pa.string()))
     except (pa.ArrowException, UnicodeDecodeError) as error:
@@ -96,16 +104,16 @@ def read_list(uri: str, what: str) -> pa.Table:
 
 
 def read_lines(uri: str) -> list[str]:
-    """The non-empty lines of a text file, stripped. Raises ``NotFoundError``, ``InputError``."""
+    """Read the non-empty lines of a text file, stripped. Raises ``NotFoundError`` and ``InputError``."""
     uri = uris.hide(uri)
     try:
         lines = storage.read_bytes(uri).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise InputError(f"{uri} is no UTF-8 text, one prompt a line ({error})") from error
-    kept = [line.strip() for line in lines if line.strip()]
-    if not kept:
-        raise InputError(f"{uri} is empty; write one text a line")
-    return kept
+        raise InputError(f"{uri} is not UTF-8 text ({error}); write one prompt per line") from error
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise InputError(f"{uri} is empty; write one text per line")
+    return texts
 
 
 def _parse_csv(data: pa.BufferReader, delimiter: str = ",") -> pa.Table:

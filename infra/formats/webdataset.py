@@ -1,4 +1,4 @@
-"""An image shard without some of its pictures: their bytes leave the tar, their rows stay on record in the parquet."""
+"""Removal of images from a shard: their bytes leave the tar, and their rows in the Parquet file record the reason."""
 
 import tarfile
 from collections import Counter
@@ -13,37 +13,37 @@ from infra.errors import IntegrityError
 from infra.formats.tables import read_table
 
 DUPLICATE, TAKEN_DOWN = "duplicate_content", "taken_down"
-"""Error classes of rows whose picture was dropped: its bytes are in the database already, or may not be shown."""
+"""Error classes of dropped images: the database already has the same bytes, or the image was taken down."""
 _DROPPED = "dropped"
-_ON_RECORD = frozenset({"url", "key", "sha256", "status", "error_message", "error_class"})
+_KEPT_COLUMNS = frozenset({"url", "key", "sha256", "status", "error_message", "error_class"})
 
 
 def drop_images(tar: Path, parquet: Path, stem: Path, reasons: Mapping[str, str]) -> dict[str, int]:
-    """Write both files as ``stem`` with their suffixes, without the pictures that ``reasons`` names.
+    """Write a copy of a shard without the images whose keys are in ``reasons``.
 
     Args:
-        tar: of webdataset samples.
-        parquet: beside it, a row for each URL that was asked for.
-        stem: where to, without suffix: folder and name of the shard.
-        reasons: the error class that a dropped key's row gets; of its picture the row keeps url and sha256 alone.
+        tar: Webdataset samples of the shard.
+        parquet: Rows of the shard, one for each requested URL.
+        stem: Output path without suffix: folder and name of the shard.
+        reasons: Error class for each dropped key. Of a dropped image, the row keeps only the url and sha256.
 
     Returns:
-        How many rows there are of each error class now.
+        The number of rows of each error class after the removal.
     """
     table = read_table(parquet)
     keys = table["key"].to_pylist()
-    gone = pa.array([key in reasons for key in keys])
+    is_dropped = pa.array([key in reasons for key in keys])
     for index, name in enumerate(table.column_names):
         field = table.field(index)
-        if name not in _ON_RECORD:
-            kept = pc.if_else(gone, pa.scalar(None, field.type), table[name])
-            table = table.set_column(index, field.with_nullable(True), kept)
+        if name not in _KEPT_COLUMNS:
+            cleared = pc.if_else(is_dropped, pa.scalar(None, field.type), table[name])
+            table = table.set_column(index, field.with_nullable(True), cleared)
     reason = pa.array([reasons.get(key) for key in keys], pa.string())
-    told = {"status": pa.scalar(_DROPPED), "error_class": reason, "error_message": pc.binary_join_element_wise(
+    outcome = {"status": pa.scalar(_DROPPED), "error_class": reason, "error_message": pc.binary_join_element_wise(
         reason, "left out of the shard", ": ")}  # fmt: skip
-    for name, value in told.items():
+    for name, value in outcome.items():
         index = table.schema.get_field_index(name)
-        table = table.set_column(index, pa.field(name, pa.string()), pc.if_else(gone, value, table[name]))
+        table = table.set_column(index, pa.field(name, pa.string()), pc.if_else(is_dropped, value, table[name]))
     pq.write_table(table, stem.with_suffix(".parquet"))
     _copy_members(tar, stem.with_suffix(".tar"), reasons)
     return dict(sorted(Counter(table["error_class"].to_pylist()).items()))
@@ -56,4 +56,6 @@ def _copy_members(tar: Path, to: Path, dropped: Mapping[str, str]) -> None:
                 if PurePosixPath(member.name).stem not in dropped:
                     target.addfile(member, source.extractfile(member))
     except tarfile.TarError as error:
-        raise IntegrityError(f"{tar} is no whole tar ({error}); restore it, or download its shard again") from error
+        raise IntegrityError(
+            f"{tar} is not a complete tar ({error}); restore it, or download its shard again"
+        ) from error

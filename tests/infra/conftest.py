@@ -1,3 +1,5 @@
+"""Fixtures of the infra tests: MLflow databases and recorded connections."""
+
 import shutil
 import socket
 from collections.abc import Iterator
@@ -13,10 +15,10 @@ from infra.settings import Settings
 
 @pytest.fixture(scope="session")
 def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database: its migrations take seconds, so tests get copies."""
+    """Empty MLflow database. Its migrations take seconds, so tests get copies."""
     folder = tmp_path_factory.mktemp("mlflow")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # where a new database puts the default experiment's files
+        patch.chdir(folder)  # a new database stores the default experiment's files in the working directory
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         tracking.connect(Settings(root=str(folder)))
@@ -27,7 +29,7 @@ def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mlflow_settings(migrated_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
-    """Settings with an MLflow of the test's own on sqlite; this process is connected to none afterwards."""
+    """Settings with a SQLite database of the test. The process is disconnected from MLflow afterwards."""
     root = tmp_path / "root"
     root.mkdir()
     shutil.copy(migrated_database, root / "mlflow.db")
@@ -46,14 +48,14 @@ def _disconnect() -> None:
 
 @pytest.fixture
 def connects(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The addresses connected to; one that is not loopback fails the test instead of leaving the machine."""
-    made: list[Any] = []
+    """Addresses of all connections. A connection beyond loopback fails the test instead of leaving the machine."""
+    addresses: list[Any] = []
     connect = socket.socket.connect
 
-    def recorded(sock: socket.socket, address: Any) -> None:
-        made.append(address[:2])
+    def record(sock: socket.socket, address: Any) -> None:
+        addresses.append(address[:2])
         assert address[0] in ("127.0.0.1", "::1"), f"connecting to {address}"
         connect(sock, address)
 
-    monkeypatch.setattr(socket.socket, "connect", recorded)
-    return made
+    monkeypatch.setattr(socket.socket, "connect", record)
+    return addresses

@@ -1,3 +1,5 @@
+"""Tests of artifacts: commit, resume, keys, digests and verified fetches."""
+
 import dataclasses
 import hashlib
 import json
@@ -23,42 +25,45 @@ CONFIG = {"size": 64, "name": "ViT-B-32", "limits": {"max_side_px": 1024, "hosts
 
 @pytest.fixture(params=["local", "moto", pytest.param("radosgw", marks=pytest.mark.s3)])
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A domain's folder."""
+    """Folder of a domain, local or in an object store."""
     if request.param == "local":
         return str(tmp_path / "twemoji")
     bucket: Bucket = request.getfixturevalue(f"{request.param}_bucket")
     return f"{bucket.uri}/twemoji"
 
 
-def stage(base: str, **changes: Any) -> ArtifactBuilder:
+def new_builder(base: str, **changes: Any) -> ArtifactBuilder:
     request = {"kind": "images", "inputs": INPUTS, "config": CONFIG, **changes}
     return ArtifactBuilder(base, request["kind"], inputs=request["inputs"], config=request["config"])
 
 
 def fill(
-    where: ArtifactBuilder,
+    builder: ArtifactBuilder,
     name: str,
     files: Mapping[str, bytes],
     *,
     rows: int = 3,
     info: Mapping[str, Any] | None = None,
 ) -> Shard:
-    """Commit a shard of these files, as a worker does."""
+    """Commit a shard of these files as a worker does."""
     with storage.scratch() as scratch:
         for relative, data in files.items():
             (scratch / relative).parent.mkdir(parents=True, exist_ok=True)
             (scratch / relative).write_bytes(data)
-        return artifacts.commit_shard(where.uri, name, scratch, rows=rows, info=info or {})
+        return artifacts.commit_shard(builder.uri, name, scratch, rows=rows, info=info or {})
 
 
 def committed(base: str, **changes: Any) -> tuple[ArtifactBuilder, Manifest]:
-    """A stage of two shards, committed."""
-    made = stage(base, **changes)
-    shards = [fill(made, "00000", {"00000.tar": b"tar zero"}), fill(made, "00001", {"00001.tar": b"tar one"}, rows=4)]
-    return made, made.commit(shards, identity={"encoder": "x"}, info={"seconds": 1.5})
+    """Commit a folder of two shards; return its builder and manifest."""
+    builder = new_builder(base, **changes)
+    shards = [
+        fill(builder, "00000", {"00000.tar": b"tar zero"}),
+        fill(builder, "00001", {"00001.tar": b"tar one"}, rows=4),
+    ]
+    return builder, builder.commit(shards, identity={"encoder": "x"}, info={"seconds": 1.5})
 
 
-def rewritten(folder_uri: str, change: Callable[[dict[str, Any]], Any]) -> None:
+def rewrite_manifest(folder_uri: str, change: Callable[[dict[str, Any]], Any]) -> None:
     uri = storage.join(folder_uri, artifacts.MANIFEST)
     raw = json.loads(storage.read_bytes(uri))
     change(raw)
@@ -72,52 +77,52 @@ def refusal(folder_uri: str) -> str:
     return str(caught.value)
 
 
-def test_a_committed_folder_reads_back_as_it_was_committed(base: str) -> None:
-    made, manifest = committed(base)
+def test_read_manifest_returns_what_was_committed(base: str) -> None:
+    builder, manifest = committed(base)
     assert manifest.rows == 7
     assert manifest.inputs == INPUTS
     assert manifest.config == CONFIG
     assert (manifest.kind, manifest.identity, manifest.info) == ("images", {"encoder": "x"}, {"seconds": 1.5})
     assert [shard.name for shard in manifest.shards] == ["00000", "00001"]
     assert manifest.files[1] == File(name="00001.tar", bytes=7, sha256=hashlib.sha256(b"tar one").hexdigest())
-    assert made.uri == f"{base}/images/{made.key}"
-    assert artifacts.read_manifest(made.uri) == manifest
-    assert storage.list_names(made.uri) == ["00000.tar", "00001.tar", "manifest.json", "shards"]
-    assert storage.read_bytes(f"{made.uri}/00001.tar") == b"tar one"
+    assert builder.uri == f"{base}/images/{builder.key}"
+    assert artifacts.read_manifest(builder.uri) == manifest
+    assert storage.list_names(builder.uri) == ["00000.tar", "00001.tar", "manifest.json", "shards"]
+    assert storage.read_bytes(f"{builder.uri}/00001.tar") == b"tar one"
 
 
-def test_a_manifest_is_read_where_the_store_does_not_tell_when_it_was_written(tmp_path: Path) -> None:
-    made, manifest = committed(str(tmp_path))
-    body = storage.read_bytes(f"{made.uri}/manifest.json")
+def test_read_manifest_from_a_store_without_modification_times_succeeds(tmp_path: Path) -> None:
+    builder, manifest = committed(str(tmp_path))
+    body = storage.read_bytes(f"{builder.uri}/manifest.json")
     with LoopbackServer({"/v/manifest.json": Reply(body=body)}) as server:
         assert artifacts.read_manifest(server.url("/v")) == manifest
 
 
-def test_a_manifest_that_was_replaced_is_read_again(base: str) -> None:
-    made, manifest = committed(base)
-    assert artifacts.read_manifest(made.uri) is artifacts.read_manifest(made.uri)
-    time.sleep(1.1)  # an object store tells whole seconds
-    other = made.commit(manifest.shards, identity=manifest.identity, info={"seconds": 2.5})
+def test_read_manifest_of_a_replaced_file_reads_it_again(base: str) -> None:
+    builder, manifest = committed(base)
+    assert artifacts.read_manifest(builder.uri) is artifacts.read_manifest(builder.uri)
+    time.sleep(1.1)  # modification times of object stores have a resolution of one second
+    other = builder.commit(manifest.shards, identity=manifest.identity, info={"seconds": 2.5})
     assert other != manifest
-    assert artifacts.read_manifest(made.uri) == other
+    assert artifacts.read_manifest(builder.uri) == other
 
 
-def test_the_same_request_finds_what_was_committed(base: str) -> None:
-    assert stage(base).committed() is None
+def test_committed_of_the_same_request_returns_the_manifest(base: str) -> None:
+    assert new_builder(base).committed() is None
     _, manifest = committed(base)
-    assert stage(base).committed() == manifest
-    assert stage(base, config={**CONFIG, "size": 65}).committed() is None
-    assert stage(f"{base}-other").committed() is None
+    assert new_builder(base).committed() == manifest
+    assert new_builder(base, config={**CONFIG, "size": 65}).committed() is None
+    assert new_builder(f"{base}-other").committed() is None
 
 
-def test_shards_without_a_manifest_are_not_committed(base: str) -> None:
-    made = stage(base)
-    fill(made, "00000", {"00000.tar": b"x"})
-    assert made.committed() is None
+def test_committed_without_a_manifest_returns_none(base: str) -> None:
+    builder = new_builder(base)
+    fill(builder, "00000", {"00000.tar": b"x"})
+    assert builder.committed() is None
     with pytest.raises(NotFoundError) as caught:
-        artifacts.read_manifest(made.uri)
+        artifacts.read_manifest(builder.uri)
     assert str(caught.value) == (
-        f"{made.uri} holds no manifest.json: it is no committed artifact; run the stage that makes it"
+        f"{builder.uri} has no manifest.json: it is not a committed artifact; run the stage that makes it"
     )
 
 
@@ -133,8 +138,8 @@ def test_shards_without_a_manifest_are_not_committed(base: str) -> None:
         {"inputs": {"images": INPUTS["urls"], "urls": INPUTS["images"]}},
     ],
 )
-def test_another_request_has_another_key(changes: dict[str, Any]) -> None:
-    assert stage("/data", **changes).key != stage("/data").key
+def test_key_of_another_request_differs(changes: dict[str, Any]) -> None:
+    assert new_builder("/data", **changes).key != new_builder("/data").key
 
 
 @pytest.mark.parametrize(
@@ -147,54 +152,58 @@ def test_another_request_has_another_key(changes: dict[str, Any]) -> None:
     ],
     ids=["inputs moved", "inputs in another order", "config in another order", "tuple for list"],
 )
-def test_the_same_request_in_other_words_has_the_same_key(changes: dict[str, Any]) -> None:
-    assert stage("/data", **changes).key == stage("/data").key
-    assert stage("/elsewhere", **changes).key == stage("/data").key
+def test_key_of_an_equivalent_request_is_equal(changes: dict[str, Any]) -> None:
+    assert new_builder("/data", **changes).key == new_builder("/data").key
+    assert new_builder("/elsewhere", **changes).key == new_builder("/data").key
 
 
-def test_a_key_fits_a_folder_name() -> None:
-    assert len(stage("/data").key) == 16
-    assert int(stage("/data").key, 16) >= 0
+def test_key_has_16_hexadecimal_digits() -> None:
+    assert len(new_builder("/data").key) == 16
+    assert int(new_builder("/data").key, 16) >= 0
 
 
-def test_a_config_that_json_lacks_is_refused() -> None:
+def test_builder_with_a_config_without_json_form_raises_type_error() -> None:
     with pytest.raises(TypeError, match=r"^PosixPath has no JSON form$"):
-        stage("/data", config={"where": Path("/a")})
+        new_builder("/data", config={"where": Path("/a")})
 
 
-def test_a_folder_is_named_alike_from_every_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uri_does_not_depend_on_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert stage("domain").uri == stage(str(tmp_path / "domain")).uri == f"{tmp_path}/domain/images/{stage('x').key}"
+    assert (
+        new_builder("domain").uri
+        == new_builder(str(tmp_path / "domain")).uri
+        == f"{tmp_path}/domain/images/{new_builder('x').key}"
+    )
 
 
-def test_a_resumed_stage_knows_the_shards_that_were_committed(base: str) -> None:
-    made = stage(base)
-    assert made.done() == {}
-    first = fill(made, "00000", {"00000.tar": b"a", "00000.parquet": b"b"}, rows=2, info={"lost": {"http_404": 1}})
-    third = fill(made, "00002", {"00002.tar": b"c"})
-    storage.write_bytes(f"{made.uri}/00001.tar", b"its worker died before the marker")
-    storage.write_bytes(f"{made.uri}/shards/.00001.json.123.partial", b'{"name": "00001", "ro')
-    assert stage(base).done() == {"00000": first, "00002": third}
+def test_done_of_a_resumed_stage_returns_committed_shards(base: str) -> None:
+    builder = new_builder(base)
+    assert builder.done() == {}
+    first = fill(builder, "00000", {"00000.tar": b"a", "00000.parquet": b"b"}, rows=2, info={"lost": {"http_404": 1}})
+    third = fill(builder, "00002", {"00002.tar": b"c"})
+    storage.write_bytes(f"{builder.uri}/00001.tar", b"the worker died before the marker")
+    storage.write_bytes(f"{builder.uri}/shards/.00001.json.123.partial", b'{"name": "00001", "ro')
+    assert new_builder(base).done() == {"00000": first, "00002": third}
     assert (first.rows, first.info) == (2, {"lost": {"http_404": 1}})
     assert [file.name for file in first.files] == ["00000.parquet", "00000.tar"]
-    assert stage(base, config={}).done() == {}
+    assert new_builder(base, config={}).done() == {}
 
 
-def test_a_worker_that_dies_while_storing_commits_no_shard(tmp_path: Path) -> None:
-    made = stage(str(tmp_path / "d"))
+def test_commit_shard_that_fails_while_storing_writes_no_marker(tmp_path: Path) -> None:
+    builder = new_builder(str(tmp_path / "d"))
     (tmp_path / "local").mkdir()
-    (tmp_path / "local/a.tar").write_bytes(b"whole")
+    (tmp_path / "local/a.tar").write_bytes(b"data")
     (tmp_path / "local/b.tar").symlink_to(tmp_path / "local/a.tar")
-    (tmp_path / "d/images" / made.key / "b.tar").mkdir(parents=True)  # where b.tar cannot go
+    (tmp_path / "d/images" / builder.key / "b.tar").mkdir(parents=True)  # so that b.tar cannot be stored
     with pytest.raises(InputError, match=r"b\.tar cannot be used"):
-        artifacts.commit_shard(made.uri, "00000", tmp_path / "local", rows=1, info={})
-    assert storage.exists(f"{made.uri}/a.tar")
-    assert made.done() == {}
+        artifacts.commit_shard(builder.uri, "00000", tmp_path / "local", rows=1, info={})
+    assert storage.exists(f"{builder.uri}/a.tar")
+    assert builder.done() == {}
 
 
 @contextmanager
 def full_disk(after_bytes: int) -> Iterator[None]:
-    """No file can grow past ``after_bytes``."""
+    """Limit the size of files to ``after_bytes``."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (after_bytes, limits[1]))
     try:
@@ -204,10 +213,12 @@ def full_disk(after_bytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("room", [0, 100, 600_000])
-def test_a_disk_that_fills_up_loses_nothing_that_was_committed(room: int, tmp_path: Path) -> None:
+def test_commit_on_a_full_disk_keeps_committed_shards(room: int, tmp_path: Path) -> None:
     sizes = {"00000": 10, "00001": 1_000_000}
-    whole, broken = (stage(str(tmp_path / name)) for name in ("whole", "broken"))
-    unbroken = whole.commit([fill(whole, name, {f"{name}.tar": bytes(size)}) for name, size in sizes.items()], info={})
+    undisturbed, broken = (new_builder(str(tmp_path / name)) for name in ("undisturbed", "broken"))
+    expected = undisturbed.commit(
+        [fill(undisturbed, name, {f"{name}.tar": bytes(size)}) for name, size in sizes.items()], info={}
+    )
     first = fill(broken, "00000", {"00000.tar": bytes(10)})
 
     with storage.scratch() as scratch:
@@ -223,62 +234,66 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_committed(room: int, tmp_pa
     assert [path.name for path in Path(broken.uri).rglob("*") if path.is_file()] == ["00000.tar", "00000.json"]
 
     second = fill(broken, "00001", {"00001.tar": bytes(1_000_000)})
-    assert broken.commit([*broken.done().values()], info={}).digest == unbroken.digest
+    assert broken.commit([*broken.done().values()], info={}).digest == expected.digest
     assert broken.done()["00001"] == second
 
 
-def test_more_shards_than_a_page_lists_are_all_done(base: str) -> None:
-    made = stage(base)
+def test_done_returns_more_shards_than_one_listing_page(base: str) -> None:
+    builder = new_builder(base)
     markers = {f"{number:05d}": Shard(name=f"{number:05d}", rows=1, files=(), info={}) for number in range(1050)}
 
     def commit(shard: Shard) -> None:
         text = json.dumps(dataclasses.asdict(shard)).encode()
-        storage.write_bytes(f"{made.uri}/shards/{shard.name}.json", text)
+        storage.write_bytes(f"{builder.uri}/shards/{shard.name}.json", text)
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(commit, markers.values()))
-    assert made.done() == markers
+    assert builder.done() == markers
 
 
-def test_a_damaged_marker_says_what_to_do(base: str) -> None:
-    made = stage(base)
-    fill(made, "00000", {"00000.tar": b"a"})
-    marker = f"{made.uri}/shards/00000.json"
+def test_done_with_a_damaged_marker_raises_integrity_error(base: str) -> None:
+    builder = new_builder(base)
+    fill(builder, "00000", {"00000.tar": b"a"})
+    marker = f"{builder.uri}/shards/00000.json"
     for data in (storage.read_bytes(marker)[:30], b"[]", b'{"name": "00000"}', b""):
         storage.write_bytes(marker, data)
         with pytest.raises(IntegrityError) as caught:
-            made.done()
+            builder.done()
         assert str(caught.value).startswith(f"{marker} is damaged (")
         assert str(caught.value).endswith("); delete it and run again")
 
 
-def test_a_shards_files_keep_their_folders_and_timings_stay_out_of_the_digest(base: str) -> None:
+def test_commit_shard_keeps_subfolders_and_does_not_digest_timings(base: str) -> None:
     files = {"img_emb/img_emb_00000.npy": b"rows", "metadata/metadata_00000.parquet": b"meta", "00000_stats.json": b"1"}
-    shard = fill(stage(base), "00000", files)
+    shard = fill(new_builder(base), "00000", files)
     assert [file.name for file in shard.files] == ["img_emb/img_emb_00000.npy", "metadata/metadata_00000.parquet"]
     for name, data in files.items():
-        assert storage.read_bytes(f"{stage(base).uri}/{name}") == data
+        assert storage.read_bytes(f"{new_builder(base).uri}/{name}") == data
 
 
-def test_the_digest_does_not_depend_on_order_time_place_or_interruption(tmp_path: Path) -> None:
+def test_digest_does_not_depend_on_order_time_location_or_interruption(tmp_path: Path) -> None:
     def run(base: str, order: str, stats: bytes, inputs: Mapping[str, Mapping[str, str]] = INPUTS) -> Manifest:
-        made = stage(str(tmp_path / base), inputs=inputs)
+        builder = new_builder(str(tmp_path / base), inputs=inputs)
         shards = [
             fill(
-                made,
+                builder,
                 number,
                 {f"{number}.tar": number.encode(), f"{number}_stats.json": stats},
                 info={"seconds": order.index(number)},
             )
             for number in order.split()
         ]
-        return made.commit(shards, identity={"b": 1, "a": {"d": 2}}, info={"seconds": len(base), "stats": str(stats)})
+        return builder.commit(
+            shards, identity={"b": 1, "a": {"d": 2}}, info={"seconds": len(base), "stats": str(stats)}
+        )
 
     moved = {name: {**source, "uri": "s3://moved"} for name, source in INPUTS.items()}
     first = run("a", "00000 00001 00002", b"quick")
     second = run("elsewhere", "00002 00000 00001", b"slow", moved)
-    resumed = stage(str(tmp_path / "a")).commit(
-        reversed(stage(str(tmp_path / "a")).done().values()), identity={"a": {"d": 2}, "b": 1}, info={"resumed": True}
+    resumed = new_builder(str(tmp_path / "a")).commit(
+        reversed(new_builder(str(tmp_path / "a")).done().values()),
+        identity={"a": {"d": 2}, "b": 1},
+        info={"resumed": True},
     )
     later = dataclasses.replace(first, created_at="2199-01-01T00:00:00+00:00")
     assert first.digest == second.digest == resumed.digest == later.content_digest()
@@ -287,18 +302,18 @@ def test_the_digest_does_not_depend_on_order_time_place_or_interruption(tmp_path
 
 
 @pytest.mark.parametrize("what", ["bytes", "rows", "name", "shards", "identity", "inputs", "kind"])
-def test_other_content_has_another_digest(what: str, tmp_path: Path) -> None:
+def test_digest_of_other_content_differs(what: str, tmp_path: Path) -> None:
     def digest(changed: bool) -> str:
         inputs = {"images": {"uri": "u", "digest": "33" * 32}} if changed and what == "inputs" else INPUTS
         kind = "database" if changed and what == "kind" else "images"
-        made = stage(str(tmp_path / str(changed)), kind=kind, inputs=inputs)
+        builder = new_builder(str(tmp_path / str(changed)), kind=kind, inputs=inputs)
         name = "b.tar" if changed and what == "name" else "a.tar"
         data = b"one bit flippec" if changed and what == "bytes" else b"one bit flipped"
-        shards = [fill(made, "00000", {name: data}, rows=4 if changed and what == "rows" else 3)]
+        shards = [fill(builder, "00000", {name: data}, rows=4 if changed and what == "rows" else 3)]
         if changed and what == "shards":
-            shards.append(fill(made, "00001", {}, rows=0))
+            shards.append(fill(builder, "00001", {}, rows=0))
         identity = {"encoder": "other" if changed and what == "identity" else "same"}
-        return made.commit(shards, identity=identity, info={}).digest
+        return builder.commit(shards, identity=identity, info={}).digest
 
     assert digest(True) != digest(False)
     assert digest(False) == digest(False)
@@ -325,111 +340,113 @@ def drop_a_shard(raw: dict[str, Any]) -> None:
         drop_a_shard,
     ],
 )
-def test_a_manifest_changed_by_hand_is_refused(change: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
-    made, _ = committed(str(tmp_path))
-    rewritten(made.uri, change)
-    message = f"{made.uri}/manifest.json was changed after it was committed; delete its folder and run again"
-    assert refusal(made.uri) == message
+def test_read_manifest_changed_by_hand_raises_integrity_error(
+    change: Callable[[dict[str, Any]], Any], tmp_path: Path
+) -> None:
+    builder, _ = committed(str(tmp_path))
+    rewrite_manifest(builder.uri, change)
+    message = f"{builder.uri}/manifest.json was changed after it was committed; delete its folder and run again"
+    assert refusal(builder.uri) == message
     with pytest.raises(IntegrityError):
-        made.committed()
+        builder.committed()
 
 
-def test_a_manifest_whose_inputs_moved_is_still_whole(tmp_path: Path) -> None:
-    made, manifest = committed(str(tmp_path))
-    rewritten(made.uri, lambda raw: raw["inputs"]["images"].update(uri="s3://moved"))
-    rewritten(made.uri, lambda raw: raw["shards"][0].update(folder="s3://moved"))
-    assert artifacts.read_manifest(made.uri).digest == manifest.digest
+def test_read_manifest_with_moved_inputs_succeeds(tmp_path: Path) -> None:
+    builder, manifest = committed(str(tmp_path))
+    rewrite_manifest(builder.uri, lambda raw: raw["inputs"]["images"].update(uri="s3://moved"))
+    rewrite_manifest(builder.uri, lambda raw: raw["shards"][0].update(folder="s3://moved"))
+    assert artifacts.read_manifest(builder.uri).digest == manifest.digest
 
 
-def test_a_manifest_from_before_checksums_is_read(tmp_path: Path) -> None:
-    made, manifest = committed(str(tmp_path))
-    rewritten(made.uri, lambda raw: raw.pop("checksum"))
-    assert artifacts.read_manifest(made.uri).digest == manifest.digest
+def test_read_manifest_without_a_checksum_succeeds(tmp_path: Path) -> None:
+    builder, manifest = committed(str(tmp_path))
+    rewrite_manifest(builder.uri, lambda raw: raw.pop("checksum"))
+    assert artifacts.read_manifest(builder.uri).digest == manifest.digest
 
 
 @pytest.mark.parametrize("version", [0, 2])
-def test_another_schema_version_is_refused_by_number(version: int, tmp_path: Path) -> None:
-    made, _ = committed(str(tmp_path))
-    rewritten(made.uri, lambda raw: raw.update(schema_version=version))
-    assert refusal(made.uri) == (
-        f"{made.uri}/manifest.json has schema version {version}, this release reads 1; "
+def test_read_manifest_of_another_schema_version_names_it(version: int, tmp_path: Path) -> None:
+    builder, _ = committed(str(tmp_path))
+    rewrite_manifest(builder.uri, lambda raw: raw.update(schema_version=version))
+    assert refusal(builder.uri) == (
+        f"{builder.uri}/manifest.json has schema version {version}, but this release reads 1; "
         "rebuild it, or use the release that wrote it"
     )
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b'{"schema_version": 1}', b"\xff\xfe\x00", b'"text"'])
-def test_what_is_no_manifest_is_refused(data: bytes, tmp_path: Path) -> None:
+def test_read_manifest_of_another_file_raises_integrity_error(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(data)
     message = refusal(str(tmp_path))
     assert message.startswith(f"{tmp_path}/manifest.json is not a manifest (")
     assert message.endswith("); delete its folder and run again")
 
 
-def test_an_unknown_field_is_refused(tmp_path: Path) -> None:
-    made, _ = committed(str(tmp_path))
-    rewritten(made.uri, lambda raw: raw.update(colour="red"))
-    assert "is not a manifest (" in refusal(made.uri)
-    assert "colour" in refusal(made.uri)
+def test_read_manifest_with_an_unknown_field_names_it(tmp_path: Path) -> None:
+    builder, _ = committed(str(tmp_path))
+    rewrite_manifest(builder.uri, lambda raw: raw.update(colour="red"))
+    assert "is not a manifest (" in refusal(builder.uri)
+    assert "colour" in refusal(builder.uri)
 
 
-def test_a_whole_file_is_fetched(base: str, tmp_path: Path) -> None:
-    made, manifest = committed(base)
+def test_fetch_file_returns_the_stored_bytes(base: str, tmp_path: Path) -> None:
+    builder, manifest = committed(base)
     for file, data in zip(manifest.files, (b"tar zero", b"tar one"), strict=True):
-        assert artifacts.fetch_file(made.uri, file, tmp_path / "cache").read_bytes() == data
+        assert artifacts.fetch_file(builder.uri, file, tmp_path / "cache").read_bytes() == data
 
 
-def test_a_local_file_is_used_where_it_is(tmp_path: Path) -> None:
-    made, manifest = committed(str(tmp_path / "d"))
-    path = artifacts.fetch_file(made.uri, manifest.files[0], tmp_path / "cache")
-    assert path == Path(made.uri) / "00000.tar"
+def test_fetch_file_of_a_local_file_does_not_copy(tmp_path: Path) -> None:
+    builder, manifest = committed(str(tmp_path / "d"))
+    path = artifacts.fetch_file(builder.uri, manifest.files[0], tmp_path / "cache")
+    assert path == Path(builder.uri) / "00000.tar"
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == ["verified"]  # no copy, only a stamp
 
 
 @pytest.mark.parametrize("data", [b"tar zer", b"", b"tar zerO", b"tar zero and more"])
-def test_a_file_that_differs_from_its_digest_is_refused(data: bytes, base: str, tmp_path: Path) -> None:
-    made, manifest = committed(base)
+def test_fetch_file_that_differs_from_its_digest_raises_integrity_error(data: bytes, base: str, tmp_path: Path) -> None:
+    builder, manifest = committed(base)
     file = manifest.files[0]
-    storage.write_bytes(f"{made.uri}/00000.tar", data)
-    for _ in range(2):  # what came is not kept as if it were right
+    storage.write_bytes(f"{builder.uri}/00000.tar", data)
+    for _ in range(2):  # the damaged file must not be cached
         with pytest.raises(IntegrityError) as caught:
-            artifacts.fetch_file(made.uri, file, tmp_path / "cache")
+            artifacts.fetch_file(builder.uri, file, tmp_path / "cache")
         assert str(caught.value) == (
-            f"{made.uri}/00000.tar differs from its committed digest {file.sha256[:12]}…; "
-            f"restore it, or delete {made.uri} and run again"
+            f"{builder.uri}/00000.tar differs from its committed digest {file.sha256[:12]}…; "
+            f"restore it, or delete {builder.uri} and run again"
         )
-    assert artifacts.fetch_file(made.uri, manifest.files[1], tmp_path / "cache").read_bytes() == b"tar one"
-    storage.write_bytes(f"{made.uri}/00000.tar", b"tar zero")
-    assert artifacts.fetch_file(made.uri, file, tmp_path / "cache").read_bytes() == b"tar zero"
+    assert artifacts.fetch_file(builder.uri, manifest.files[1], tmp_path / "cache").read_bytes() == b"tar one"
+    storage.write_bytes(f"{builder.uri}/00000.tar", b"tar zero")
+    assert artifacts.fetch_file(builder.uri, file, tmp_path / "cache").read_bytes() == b"tar zero"
 
 
-def test_a_missing_file_is_named(base: str, tmp_path: Path) -> None:
-    made, manifest = committed(base)
-    storage.remove(f"{made.uri}/00001.tar")
+def test_fetch_file_of_a_missing_file_raises_integrity_error(base: str, tmp_path: Path) -> None:
+    builder, manifest = committed(base)
+    storage.remove(f"{builder.uri}/00001.tar")
     with pytest.raises(IntegrityError) as caught:
-        artifacts.fetch_file(made.uri, manifest.files[1], tmp_path / "cache")
+        artifacts.fetch_file(builder.uri, manifest.files[1], tmp_path / "cache")
     assert str(caught.value) == (
-        f"{made.uri}/00001.tar is missing though it was committed; restore it, or delete {made.uri} and run again"
+        f"{builder.uri}/00001.tar is missing though it was committed; restore it, or delete {builder.uri} and run again"
     )
 
 
-def test_a_remote_file_is_kept_under_its_digest_and_not_fetched_again(bucket: Bucket, tmp_path: Path) -> None:
+def test_fetch_file_of_a_remote_file_caches_it_by_digest(bucket: Bucket, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    made, manifest = committed(f"{bucket.uri}/twemoji")
+    builder, manifest = committed(f"{bucket.uri}/twemoji")
     file = manifest.files[0]
-    kept = artifacts.fetch_file(made.uri, file, cache)
-    assert kept == cache / file.sha256[:2] / f"{file.sha256}.tar"
-    assert list(cache.rglob("*.tar")) == [kept]
+    cached = artifacts.fetch_file(builder.uri, file, cache)
+    assert cached == cache / file.sha256[:2] / f"{file.sha256}.tar"
+    assert list(cache.rglob("*.tar")) == [cached]
 
-    storage.remove(made.uri)
+    storage.remove(builder.uri)
     assert bucket.keys() == []
-    assert artifacts.fetch_file(made.uri, file, cache) == kept
-    assert artifacts.fetch_file(f"{bucket.uri}/a/newer/version", file, cache) == kept  # a shared shard, by its digest
-    assert kept.read_bytes() == b"tar zero"
+    assert artifacts.fetch_file(builder.uri, file, cache) == cached
+    assert artifacts.fetch_file(f"{bucket.uri}/a/newer/version", file, cache) == cached  # found by digest
+    assert cached.read_bytes() == b"tar zero"
     with pytest.raises(IntegrityError, match="is missing though it was committed"):
-        artifacts.fetch_file(made.uri, manifest.files[1], cache)
+        artifacts.fetch_file(builder.uri, manifest.files[1], cache)
 
 
-def test_canonical_json_is_one_spelling() -> None:
+def test_canonical_json_sorts_keys_and_omits_spaces() -> None:
     assert artifacts.canonical_json({"b": (1, 2.5), "a": None}) == '{"a":null,"b":[1,2.5]}'
     file, digest = File(name="é", sha256="0" * 64, bytes=1), "0" * 64
     assert artifacts.canonical_json(file) == f'{{"bytes":1,"name":"\\u00e9","sha256":"{digest}"}}'

@@ -1,4 +1,4 @@
-"""Manifests and markers that somebody else wrote: each is refused in one line, whatever is wrong with it."""
+"""Tests of untrusted manifests and markers: each fault raises an error of one line."""
 
 import json
 from collections.abc import Callable
@@ -55,36 +55,36 @@ def in_input(name: str, value: Any) -> Callable[[Fields], Any]:
     return lambda fields: fields["inputs"]["urls"].update({name: value})
 
 
-def test_a_whole_manifest_is_parsed() -> None:
+def test_from_json_parses_a_valid_manifest() -> None:
     parsed = Manifest.from_json(changed(lambda fields: None), "here")
     assert parsed.files == (File(name="00000.tar", sha256=DIGEST, bytes=8),)
 
 
 @pytest.mark.parametrize("value", BAD_DIGESTS, ids=ascii)
-def test_manifest_with_what_is_no_digest_is_refused(value: Any) -> None:
+def test_from_json_with_a_malformed_digest_raises_integrity_error(value: Any) -> None:
     assert "64 lower-case hexadecimal digits" in refusal(changed(in_file("sha256", value)))
     assert "64 lower-case hexadecimal digits" in refusal(changed(in_input("digest", value)))
 
 
 @pytest.mark.parametrize("value", BAD_NAMES, ids=ascii)
-def test_manifest_with_a_file_name_that_leaves_its_folder_is_refused(value: Any) -> None:
+def test_from_json_with_a_file_name_outside_its_folder_raises_integrity_error(value: Any) -> None:
     assert "a file name must be a relative path" in refusal(changed(in_file("name", value)))
 
 
 @pytest.mark.parametrize("value", BAD_COUNTS, ids=lambda value: str(value)[:9] if value != 10**400 else "10**400")
-def test_manifest_with_what_is_no_count_is_refused(value: Any) -> None:
+def test_from_json_with_an_invalid_count_raises_integrity_error(value: Any) -> None:
     assert "the size of a file must be an integer" in refusal(changed(in_file("bytes", value)))
     assert "the rows of a shard must be an integer" in refusal(changed(in_shard("rows", value)))
     refusal(changed(in_manifest("rows", value)))
 
 
 @pytest.mark.parametrize("value", BAD_SHARD_NAMES, ids=ascii)
-def test_manifest_with_what_is_no_shard_name_is_refused(value: Any) -> None:
+def test_from_json_with_an_invalid_shard_name_raises_integrity_error(value: Any) -> None:
     assert "the name of a shard must be" in refusal(changed(in_shard("name", value)))
 
 
 @pytest.mark.parametrize("value", BAD_FOLDERS, ids=lambda value: ascii(value)[:20])
-def test_manifest_with_what_is_no_folder_is_refused(value: Any) -> None:
+def test_from_json_with_an_invalid_folder_raises_integrity_error(value: Any) -> None:
     assert "the folder of a shard must be" in refusal(changed(in_shard("folder", value)))
     assert "the uri of an input must be" in refusal(changed(in_input("uri", value)))
 
@@ -117,7 +117,7 @@ def test_manifest_with_what_is_no_folder_is_refused(value: Any) -> None:
         in_file("colour", "red"),
     ],
 )
-def test_manifest_with_a_field_of_another_type_is_refused(change: Callable[[Fields], Any]) -> None:
+def test_from_json_with_a_field_of_another_type_raises_integrity_error(change: Callable[[Fields], Any]) -> None:
     refusal(changed(change))
 
 
@@ -134,47 +134,47 @@ def test_manifest_with_a_field_of_another_type_is_refused(change: Callable[[Fiel
     ],
     ids=["name", "case", "across shards", "file and folder", "deeper", "shard", "shard case"],
 )
-def test_manifest_with_names_that_are_not_unique_is_refused(shards: list[Fields]) -> None:
+def test_from_json_with_duplicate_names_raises_integrity_error(shards: list[Fields]) -> None:
     rows = sum(shard["rows"] for shard in shards)
     refusal(changed(lambda fields: fields.update(shards=shards, rows=rows)))
 
 
-def test_manifest_of_overlapping_databases_may_share_a_file_but_not_its_name() -> None:
+def test_from_json_of_overlapping_databases_allows_shared_files_only() -> None:
     def parsed(*shas: str) -> Manifest:
         shards = [shard_entry(f"0000{n}", file_entry("a", sha256=sha), folder="s3://b/1") for n, sha in enumerate(shas)]
         return Manifest.from_json(changed(lambda fields: fields.update(shards=shards, rows=6)), "here")
 
     assert len(parsed(DIGEST, DIGEST).shards) == 2
-    with pytest.raises(IntegrityError, match="comes twice"):
+    with pytest.raises(IntegrityError, match="is not unique"):
         parsed(DIGEST, "cd" * 32)
 
 
-def test_shard_without_the_file_that_is_asked_for_is_refused() -> None:
+def test_shard_file_without_a_match_raises_integrity_error() -> None:
     (shard,) = Manifest.from_json(changed(lambda fields: None), "here").shards
     assert shard.file(".tar").name == "00000.tar"
     with pytest.raises(IntegrityError, match=r"shard 00000 has 0 files \*\.npy, not 1"):
         shard.file(".npy")
 
 
-def test_manifest_of_shards_taken_over_from_several_folders_may_repeat_file_names() -> None:
+def test_from_json_with_shards_of_several_folders_allows_equal_file_names() -> None:
     shards = [shard_entry(f"0000{n}", file_entry("a"), folder=f"s3://b/{n}") for n in range(2)]
     assert len(Manifest.from_json(changed(lambda fields: fields.update(shards=shards, rows=6)), "here").shards) == 2
 
 
 @pytest.mark.parametrize("depth", [65, 900, 200_000])
-def test_manifest_nested_too_deep_is_refused(depth: int) -> None:
+def test_from_json_nested_too_deep_raises_integrity_error(depth: int) -> None:
     nested = "[" * depth + "]" * depth
     data = changed(lambda fields: None).replace(b'"config": {}', f'"config": {{"a": {nested}}}'.encode())
     assert "nested deeper than 64 levels" in refusal(data)
 
 
-def test_manifest_larger_than_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_json_above_the_size_limit_raises_integrity_error(monkeypatch: pytest.MonkeyPatch) -> None:
     data = changed(lambda fields: None)
     monkeypatch.setattr(manifest, "MAX_MANIFEST_BYTES", len(data) - 1)
     assert f"it has {len(data)} bytes" in refusal(data)
 
 
-def test_marker_is_checked_as_a_manifest_is(tmp_path: Path) -> None:
+def test_read_shard_with_an_invalid_marker_raises_integrity_error(tmp_path: Path) -> None:
     marker = tmp_path / "shards" / "00000.json"
     marker.parent.mkdir()
     for shard in (
@@ -189,18 +189,18 @@ def test_marker_is_checked_as_a_manifest_is(tmp_path: Path) -> None:
             artifacts.read_shard(str(tmp_path), "00000")
 
 
-def test_records_made_by_code_are_checked_too(tmp_path: Path) -> None:
+def test_records_with_invalid_fields_raise_value_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a file name must be"):
         File(name="../a", sha256=DIGEST, bytes=0)
     with pytest.raises(ValueError, match="the name of a shard"):
         Shard(name="a/b", rows=0, files=(), info={})
     shards = [Shard(name=name, rows=0, files=(), info={}) for name in ("a", "A")]
-    with pytest.raises(ValueError, match="differs from another in case alone"):
+    with pytest.raises(ValueError, match="names that differ only in case"):
         artifacts.ArtifactBuilder(str(tmp_path), "images", inputs={}, config={}).commit(shards, info={})
 
 
 @pytest.mark.parametrize(
     "name", ["a", "a b.txt", "a/b/c.npy", "é/ü.json", "...", ".hidden", "a..b", "model.fp16.safetensors", "a" * 255]
 )
-def test_an_ordinary_file_name_is_taken(name: str) -> None:
+def test_file_name_accepts_an_ordinary_name(name: str) -> None:
     assert validation.file_name(name) == name

@@ -1,4 +1,4 @@
-"""The Prefect API of a command: for that command alone."""
+"""Tests of the temporary Prefect server of a command."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_prefect_api_answers_its_command_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefect_api_answers_only_its_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "of:another-server")
     monkeypatch.setenv("PREFECT_HOME", str(home))
     with prefect_api(home):

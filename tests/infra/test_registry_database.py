@@ -1,4 +1,4 @@
-"""MLflow's SQLite file through kills, full disks, several first commands, and other versions of MLflow."""
+"""Tests of MLflow's SQLite file: kills, full disks, concurrent creation and other versions of MLflow."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ from infra.registry import Registry
 from infra.settings import Settings
 from infra.tracking import start_run
 
-OLDER = "bda7b8c39065"  # MLflow 2.17's, with the tables of runs
+OLDER = "bda7b8c39065"  # schema revision of MLflow 2.17, with the tables of runs
 CONNECT = "from infra.settings import Settings; from infra.tracking import connect; connect(Settings())"
 START_RUN = (
     "from infra.settings import Settings; from infra.tracking import start_run\n"
@@ -31,34 +31,34 @@ START_RUN = (
 )
 LIMITED = (
     "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))\n"
-    "from infra.settings import Settings; from infra.tracking import answering, connect\n"
-    "with answering(Settings()): connect(Settings())"
+    "from infra.settings import Settings; from infra.tracking import connect, mlflow_errors\n"
+    "with mlflow_errors(Settings()): connect(Settings())"
 )
 
 
 @pytest.fixture
 def settings(mlflow_settings: Settings) -> Settings:
-    """Settings of a root that has no registry yet."""
+    """Settings with a root that has no registry yet."""
     shutil.rmtree(mlflow_settings.root)
     return mlflow_settings
 
 
-def file_of(settings: Settings) -> Path:
+def database_of(settings: Settings) -> Path:
     return Path(settings.root) / "mlflow.db"
 
 
-def process(settings: Settings, code: str = CONNECT) -> "subprocess.Popen[str]":
+def start_process(settings: Settings, code: str = CONNECT) -> "subprocess.Popen[str]":
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "KNN_DIFFUSION_ROOT": settings.root}
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def changed(database: Path, *statements: str) -> None:
+def execute(database: Path, *statements: str) -> None:
     with contextlib.closing(sqlite3.connect(database)) as connection, connection:
         for statement in statements:
             connection.execute(statement)
 
 
-def older(database: Path) -> None:
+def create_older(database: Path) -> None:
     """Create a database with the schema of an earlier MLflow, with one run."""
     database.parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(f"sqlite:///{database}")
@@ -68,7 +68,7 @@ def older(database: Path) -> None:
         config.attributes["connection"] = connection
         command.upgrade(config, OLDER)
     engine.dispose()
-    changed(
+    execute(
         database,
         "INSERT INTO experiments (experiment_id, name, artifact_location, lifecycle_stage) VALUES (0, 'Default', 'x', "
         "'active')",
@@ -77,7 +77,8 @@ def older(database: Path) -> None:
     )
 
 
-def usable(settings: Settings) -> bool:
+def is_usable(settings: Settings) -> bool:
+    """Return True if a run can be logged and no temporary files are left."""
     with start_run(settings, experiment="shapes", name="a") as run:
         run.log(step=1, values={"loss": 1.0})
     left = {path.name for path in Path(settings.root).iterdir()} - {"mlflow.db.lock"}
@@ -87,30 +88,30 @@ def usable(settings: Settings) -> bool:
 @pytest.mark.slow
 def test_prepare_completes_after_kills_during_creation(settings: Settings) -> None:
     for pause_s in (0.0, 0.3, 0.8):
-        running = process(settings)
+        running = start_process(settings)
         while not list(Path(settings.root).glob("mlflow.db*[!k]")) and running.poll() is None:
             time.sleep(0.005)
         time.sleep(pause_s)
         running.send_signal(signal.SIGKILL)
         running.communicate()
         assert running.returncode == -signal.SIGKILL
-    assert usable(settings)
+    assert is_usable(settings)
 
 
 @pytest.mark.slow
-def test_prepare_by_three_processes_at_once_creates_one_database(settings: Settings) -> None:
-    running = [process(settings, START_RUN) for _ in range(3)]
+def test_prepare_in_three_processes_creates_one_database(settings: Settings) -> None:
+    running = [start_process(settings, START_RUN) for _ in range(3)]
     for one in running:
         assert "Traceback" not in one.communicate()[1]
         assert one.returncode == 0
     client = MlflowClient(settings.tracking_uri)
     (experiment,) = client.search_experiments(filter_string="name = 'shapes'")
     assert len(client.search_runs([experiment.experiment_id])) == 3
-    assert usable(settings)
+    assert is_usable(settings)
 
 
-def test_prepare_on_a_full_disk_leaves_nothing_behind(settings: Settings) -> None:
-    limited = process(settings, LIMITED)
+def test_prepare_on_a_full_disk_leaves_no_files(settings: Settings) -> None:
+    limited = start_process(settings, LIMITED)
     assert "Error: " in limited.communicate()[1].splitlines()[-1]
     assert limited.returncode == 1
     assert {path.name for path in Path(settings.root).iterdir()} <= {"mlflow.db.lock"}
@@ -120,33 +121,33 @@ def test_prepare_on_a_full_disk_leaves_nothing_behind(settings: Settings) -> Non
 def test_prepare_replaces_an_incomplete_database_without_data(
     state: str, settings: Settings, migrated_database: Path
 ) -> None:
-    database = file_of(settings)
+    database = database_of(settings)
     database.parent.mkdir()
     match state:
         case "no revision":
             shutil.copy(migrated_database, database)
-            changed(database, "DELETE FROM alembic_version")
-        case "half a migration":  # its table is there, its revision is not
+            execute(database, "DELETE FROM alembic_version")
+        case "half a migration":  # the tables are newer than the revision
             shutil.copy(migrated_database, database)
-            changed(database, f"UPDATE alembic_version SET version_num = '{OLDER}'")  # noqa: S608
+            execute(database, f"UPDATE alembic_version SET version_num = '{OLDER}'")  # noqa: S608
         case _:
             database.touch()
-    assert usable(settings)
+    assert is_usable(settings)
 
 
-def test_prepare_upgrades_an_older_database_with_its_runs(settings: Settings) -> None:
-    database = file_of(settings)
-    older(database)
+def test_prepare_of_an_older_database_keeps_its_runs(settings: Settings) -> None:
+    database = database_of(settings)
+    create_older(database)
     before = database.stat().st_ino
-    assert usable(settings)
+    assert is_usable(settings)
     assert database.stat().st_ino != before
     assert MlflowClient(settings.tracking_uri).get_run("r1").info.run_name == "kept"
 
 
-def test_prepare_leaves_a_database_that_it_cannot_upgrade_as_it_was(settings: Settings) -> None:
-    database = file_of(settings)
-    older(database)
-    changed(database, "DELETE FROM alembic_version")
+def test_prepare_of_a_database_that_cannot_be_upgraded_does_not_change_it(settings: Settings) -> None:
+    database = database_of(settings)
+    create_older(database)
+    execute(database, "DELETE FROM alembic_version")
     before = database.read_bytes()
     with pytest.raises(IntegrityError, match="holds data and cannot be upgraded") as caught:
         registry_database.prepare(database, settings.artifacts_uri)
@@ -155,56 +156,56 @@ def test_prepare_leaves_a_database_that_it_cannot_upgrade_as_it_was(settings: Se
     assert not database.with_name("mlflow.db.new").exists()
 
 
-def test_prepare_refuses_a_database_of_a_newer_mlflow(settings: Settings, migrated_database: Path) -> None:
-    database = file_of(settings)
+def test_prepare_of_a_newer_database_raises_input_error(settings: Settings, migrated_database: Path) -> None:
+    database = database_of(settings)
     database.parent.mkdir()
     shutil.copy(migrated_database, database)
-    changed(database, "UPDATE alembic_version SET version_num = 'f00d'")
+    execute(database, "UPDATE alembic_version SET version_num = 'f00d'")
     with pytest.raises(InputError, match="install the newer MLflow"):
         registry_database.prepare(database, settings.artifacts_uri)
 
 
-def test_prepare_refuses_a_file_that_is_no_database(settings: Settings) -> None:
-    file_of(settings).parent.mkdir()
-    file_of(settings).write_text("something else" * 100)
-    with pytest.raises(InputError, match="no SQLite database that can be read"):
-        registry_database.prepare(file_of(settings), settings.artifacts_uri)
+def test_prepare_of_another_file_raises_input_error(settings: Settings) -> None:
+    database_of(settings).parent.mkdir()
+    database_of(settings).write_text("something else" * 100)
+    with pytest.raises(InputError, match="is not a readable SQLite database"):
+        registry_database.prepare(database_of(settings), settings.artifacts_uri)
 
 
 def test_prepare_of_a_locked_database_raises_transient_error(
     settings: Settings, migrated_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry_database, "_BUSY_S", 0.1)
-    file_of(settings).parent.mkdir()
-    shutil.copy(migrated_database, file_of(settings))
-    with contextlib.closing(sqlite3.connect(file_of(settings))) as other:
+    database_of(settings).parent.mkdir()
+    shutil.copy(migrated_database, database_of(settings))
+    with contextlib.closing(sqlite3.connect(database_of(settings))) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(TransientError, match="database is locked"):
-            registry_database.prepare(file_of(settings), settings.artifacts_uri)
+            registry_database.prepare(database_of(settings), settings.artifacts_uri)
 
 
-def test_prepare_while_another_process_does_raises_transient_error(
+def test_prepare_during_another_prepare_raises_transient_error(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry_database, "LOCK_S", 0.1)
-    file_of(settings).parent.mkdir()
+    database_of(settings).parent.mkdir()
     with (
-        registry_database.FileLock(f"{file_of(settings)}.lock"),
+        registry_database.FileLock(f"{database_of(settings)}.lock"),
         pytest.raises(TransientError, match="locked by another process"),
     ):
-        registry_database.prepare(file_of(settings), settings.artifacts_uri)
+        registry_database.prepare(database_of(settings), settings.artifacts_uri)
 
 
-def test_prepare_creates_a_file_that_other_users_cannot_read(settings: Settings) -> None:
-    file_of(settings).parent.mkdir()
-    registry_database.prepare(file_of(settings), settings.artifacts_uri)
-    assert file_of(settings).stat().st_mode & 0o007 == 0
+def test_prepare_creates_a_file_without_access_for_other_users(settings: Settings) -> None:
+    database_of(settings).parent.mkdir()
+    registry_database.prepare(database_of(settings), settings.artifacts_uri)
+    assert database_of(settings).stat().st_mode & 0o007 == 0
 
 
-def test_registry_without_a_database_reads_nothing_and_creates_nothing(settings: Settings) -> None:
+def test_registry_without_a_database_is_empty_and_creates_no_file(settings: Settings) -> None:
     registry = Registry(settings)
     assert registry.versions("database") == []
-    with pytest.raises(NotFoundError, match="registered: none at all"):
+    with pytest.raises(NotFoundError, match="registered: none"):
         registry.pull("shapes", kind="database")
     assert not Path(settings.root).exists()
 
@@ -220,5 +221,5 @@ def test_registry_without_a_database_reads_nothing_and_creates_nothing(settings:
         ("http://127.0.0.1:5000", None),
     ],
 )
-def test_path_of_tracking_uri(uri: str, path: Path | None) -> None:
+def test_path_of_returns_the_file_of_a_sqlite_uri(uri: str, path: Path | None) -> None:
     assert registry_database.path_of(uri) == path

@@ -1,3 +1,5 @@
+"""Tests of settings from environment variables."""
+
 import os
 from pathlib import Path
 
@@ -11,13 +13,13 @@ GUARDED = "postgresql://keeper:hunter2@db.internal:5432/mlflow"
 
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None of the variables that settings read."""
+    """Remove all variables that settings read."""
     for name in list(os.environ):
         if name.startswith(("KNN_DIFFUSION_", "MLFLOW_", "AWS_ENDPOINT_URL")):
             monkeypatch.delenv(name)
 
 
-def test_every_variable_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_without_variables_use_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
     settings = Settings()
@@ -28,7 +30,7 @@ def test_every_variable_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert settings.artifacts_uri == f"{tmp_path}/knn-diffusion-data/mlflow"
 
 
-def test_the_environment_is_read_when_settings_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_read_the_environment_on_creation(monkeypatch: pytest.MonkeyPatch) -> None:
     variables = {
         "KNN_DIFFUSION_ROOT": "s3://bucket/line",
         "KNN_DIFFUSION_CACHE": "/var/cache/line",
@@ -38,7 +40,7 @@ def test_the_environment_is_read_when_settings_are_made(monkeypatch: pytest.Monk
         "KNN_DIFFUSION_CPUS": "3",
         "MLFLOW_TRACKING_URI": "https://mlflow.internal",
         "MLFLOW_ARTIFACTS": "s3://bucket/mlflow",
-        "KNN_DIFFUSION_UNHEARD_OF": "1",
+        "KNN_DIFFUSION_UNKNOWN": "1",
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -52,7 +54,7 @@ def test_the_environment_is_read_when_settings_are_made(monkeypatch: pytest.Monk
     assert (settings.cpus, Settings().cpus) == (3, 4)
 
 
-def test_an_argument_overrides_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_arguments_override_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KNN_DIFFUSION_ROOT", "/from/environment")
     monkeypatch.setenv("KNN_DIFFUSION_CPUS", "3")
     settings = Settings(root=str(tmp_path))
@@ -61,25 +63,27 @@ def test_an_argument_overrides_the_environment(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("cpus", ["0", "-1", "many"])
-def test_a_number_of_cores_that_cannot_be_is_refused(cpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_with_an_invalid_number_of_cores_raise_validation_error(
+    cpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("KNN_DIFFUSION_CPUS", cpus)
     with pytest.raises(ValidationError, match=r"(?s)^1 validation error for Settings\ncpus\n"):
         Settings()
 
 
 @pytest.mark.parametrize("size", ["-1", "50 GB"])
-def test_a_bound_of_the_cache_that_is_no_number_is_refused(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_with_an_invalid_cache_size_raise_validation_error(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KNN_DIFFUSION_CACHE_BYTES", size)
     with pytest.raises(ValidationError, match=r"(?s)^1 validation error for Settings\ncache_bytes\n"):
         Settings()
 
 
-def test_settings_do_not_change() -> None:
+def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Settings().root = "/elsewhere"  # type: ignore[misc]
 
 
-def test_a_remote_root_needs_a_tracking_store_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracking_uri_of_a_remote_root_requires_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(root="s3://bucket/line")
     with pytest.raises(ValueError, match="is remote") as caught:
         _ = settings.tracking_uri
@@ -91,14 +95,14 @@ def test_a_remote_root_needs_a_tracking_store_named(monkeypatch: pytest.MonkeyPa
     assert Settings(root="s3://bucket/line").tracking_uri == "https://mlflow.internal"
 
 
-def test_a_password_is_used_and_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_never_print_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", GUARDED)
     settings = Settings()
     assert settings.tracking_uri == GUARDED
-    for shown in (repr(settings), str(settings), f"{settings}", repr({"settings": settings})):
-        assert "hunter2" not in shown
-        assert "keeper" not in shown
-        assert "root='knn-diffusion-data'" in shown
+    for text in (repr(settings), str(settings), f"{settings}", repr({"settings": settings})):
+        assert "hunter2" not in text
+        assert "keeper" not in text
+        assert "root='knn-diffusion-data'" in text
 
 
 def test_settings_hide_the_password_of_the_root() -> None:

@@ -1,4 +1,4 @@
-"""Text from outside on its way to a terminal or a log."""
+"""Tests of sanitised output: untrusted text on a terminal or in a log."""
 
 import io
 import logging
@@ -10,21 +10,21 @@ from infra import logs
 from infra.text import printable
 
 FORGED = "a\x1b[2Jb\x9bc\u202ed\ne\rf\u2028g\ud800h\u2066i\u200fj"
-SHOWN = r"a\x1b[2Jb\x9bc\u202ed\ne\rf\u2028g\ud800h\u2066i\u200fj"
+ESCAPED = r"a\x1b[2Jb\x9bc\u202ed\ne\rf\u2028g\ud800h\u2066i\u200fj"
 
 
-def test_printable_escapes_what_a_terminal_would_obey() -> None:
-    assert printable(FORGED) == SHOWN
+def test_printable_escapes_control_characters() -> None:
+    assert printable(FORGED) == ESCAPED
 
 
-def test_printable_leaves_normal_text() -> None:
+def test_printable_keeps_normal_text() -> None:
     text = r"Grüße, 日本語 مرحبا 👩‍🚀 C:\new"
     assert printable(text) == text
 
 
 @pytest.fixture
-def written() -> Iterator[io.StringIO]:
-    """What a handler of somebody else's on the project's logger writes."""
+def log_output() -> Iterator[io.StringIO]:
+    """Output of a foreign handler on the project's logger."""
     stream, logger = io.StringIO(), logging.getLogger("knn_diffusion")
     handler, level = logging.StreamHandler(stream), logger.level
     logger.addHandler(handler)
@@ -34,9 +34,9 @@ def written() -> Iterator[io.StringIO]:
     logger.setLevel(level)
 
 
-def test_log_lines_are_sanitised_for_every_handler(written: io.StringIO) -> None:
+def test_get_sanitises_records_for_every_handler(log_output: io.StringIO) -> None:
     logs.get("test").warning("%s failed: %s", FORGED, OSError("https://u:hunter2@host/\n12:00:00 forged"))
-    assert written.getvalue() == f"{SHOWN} failed: https://u:***@host/\\n12:00:00 forged\n"
+    assert log_output.getvalue() == f"{ESCAPED} failed: https://u:***@host/\\n12:00:00 forged\n"
 
 
 def test_setup_sanitises_lines_and_tracebacks_of_libraries(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,8 +51,8 @@ def test_setup_sanitises_lines_and_tracebacks_of_libraries(capsys: pytest.Captur
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
-    said = capsys.readouterr().err
-    assert r"got \x9b2J" in said
-    assert r"ValueError: https://u:***@host/ \x1b[2J" in said
-    assert "hunter2" not in said
-    assert "\x1b" not in said
+    output = capsys.readouterr().err
+    assert r"got \x9b2J" in output
+    assert r"ValueError: https://u:***@host/ \x1b[2J" in output
+    assert "hunter2" not in output
+    assert "\x1b" not in output

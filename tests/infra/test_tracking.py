@@ -1,3 +1,5 @@
+"""Tests of MLflow runs: parameters, metrics, files and unreachable servers."""
+
 import os
 import pickle
 import socket
@@ -25,7 +27,7 @@ def history(run: Run, metric: str) -> list[tuple[int, float]]:
     return [(value.step, value.value) for value in values]
 
 
-def test_metrics_land_by_step(mlflow_settings: Settings) -> None:
+def test_log_stores_metrics_by_step(mlflow_settings: Settings) -> None:
     with start_run(mlflow_settings, experiment="twemoji", name="train") as run:
         assert run.tracking_uri == mlflow_settings.tracking_uri
         assert stored(run).info.status == "RUNNING"
@@ -39,7 +41,7 @@ def test_metrics_land_by_step(mlflow_settings: Settings) -> None:
     assert finished.info.end_time >= finished.info.start_time
 
 
-def test_settings_land_with_dotted_names(mlflow_settings: Settings) -> None:
+def test_params_stores_nested_settings_with_dotted_names(mlflow_settings: Settings) -> None:
     with start_run(mlflow_settings, experiment="twemoji", name="train") as run:
         run.params({"k": 10, "train": {"lr": 1e-4, "ema": {"halflife_images": None}}, "empty": {}, "hosts": ("a", "b")})
         run.params({"long": "x" * 7000})
@@ -48,21 +50,21 @@ def test_settings_land_with_dotted_names(mlflow_settings: Settings) -> None:
     assert params == {"k": "10", "train.lr": "0.0001", "train.ema.halflife_images": "None", "hosts": "('a', 'b')"}
 
 
-def test_files_are_kept_where_the_settings_say(mlflow_settings: Settings, tmp_path: Path) -> None:
+def test_file_stores_files_in_the_artifact_store(mlflow_settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "samples.png").write_bytes(b"\x89PNG")
     with start_run(mlflow_settings, experiment="twemoji", name="draw") as run:
         run.file(tmp_path / "samples.png")
         run.file(tmp_path / "samples.png", "samples")
     (tmp_path / "samples.png").unlink()
-    kept = list(Path(mlflow_settings.artifacts_uri).rglob("samples.png"))
-    assert [path.read_bytes() for path in kept] == [b"\x89PNG"] * 2
+    copies = list(Path(mlflow_settings.artifacts_uri).rglob("samples.png"))
+    assert [path.read_bytes() for path in copies] == [b"\x89PNG"] * 2
     client = MlflowClient(run.tracking_uri)
     assert [entry.path for entry in client.list_artifacts(run.run_id)] == ["samples", "samples.png"]
     assert [entry.path for entry in client.list_artifacts(run.run_id, "samples")] == ["samples/samples.png"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt(), SystemExit(3)])
-def test_a_run_that_breaks_off_is_marked_failed_and_keeps_its_metrics(
+def test_start_run_with_an_error_marks_the_run_failed_and_keeps_metrics(
     error: BaseException, mlflow_settings: Settings
 ) -> None:
     runs = []
@@ -79,7 +81,7 @@ def test_a_run_that_breaks_off_is_marked_failed_and_keeps_its_metrics(
     assert failed.data.metrics == {"loss": 2.0}
 
 
-def test_an_experiment_is_made_once(mlflow_settings: Settings) -> None:
+def test_start_run_reuses_an_experiment(mlflow_settings: Settings) -> None:
     def experiment_of(name: str) -> str:
         with start_run(mlflow_settings, experiment=name, name="a") as run:
             return str(stored(run).info.experiment_id)
@@ -92,21 +94,21 @@ def test_an_experiment_is_made_once(mlflow_settings: Settings) -> None:
     assert client.get_experiment(first).artifact_location == mlflow_settings.artifacts_uri
 
 
-def test_experiment_id_of_one_that_another_process_creates_meanwhile(mlflow_settings: Settings) -> None:
+def test_experiment_id_created_concurrently_by_another_process_is_returned(mlflow_settings: Settings) -> None:
     class Late(MlflowClient):
-        """A client that looks just before another process creates the experiment."""
+        """Client whose first lookup precedes the creation of the experiment by another process."""
 
-        looked = False
+        has_looked = False
 
         def get_experiment_by_name(self, name: str) -> Any:
-            first, self.looked = not self.looked, True
+            first, self.has_looked = not self.has_looked, True
             return None if first else super().get_experiment_by_name(name)
 
-    made = MlflowClient(mlflow_settings.tracking_uri).create_experiment("twemoji")
-    assert experiment_id(Late(mlflow_settings.tracking_uri), "twemoji", mlflow_settings) == made
+    created = MlflowClient(mlflow_settings.tracking_uri).create_experiment("twemoji")
+    assert experiment_id(Late(mlflow_settings.tracking_uri), "twemoji", mlflow_settings) == created
 
 
-def test_runs_do_not_nest_into_each_other(mlflow_settings: Settings) -> None:
+def test_start_run_in_another_run_is_independent(mlflow_settings: Settings) -> None:
     with (
         start_run(mlflow_settings, experiment="twemoji", name="outer") as outer,
         start_run(mlflow_settings, experiment="twemoji", name="inner") as inner,
@@ -118,7 +120,7 @@ def test_runs_do_not_nest_into_each_other(mlflow_settings: Settings) -> None:
     assert mlflow.active_run() is None
 
 
-def test_a_run_is_written_to_from_another_process(mlflow_settings: Settings) -> None:
+def test_run_logs_from_another_process(mlflow_settings: Settings) -> None:
     with start_run(mlflow_settings, experiment="twemoji", name="train") as run:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
         worker = "import pickle, sys; pickle.load(sys.stdin.buffer).log(step=7, values={'loss': 0.125})"
@@ -131,7 +133,7 @@ def test_a_run_is_written_to_from_another_process(mlflow_settings: Settings) -> 
     assert history(run, "loss") == [(7, 0.125)]
 
 
-def test_the_folder_of_a_new_database_is_made(
+def test_connect_creates_the_folder_of_a_new_database(
     tmp_path: Path, mlflow_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = f"sqlite:///{tmp_path}/not/there/yet/mlflow.db"
@@ -141,12 +143,12 @@ def test_the_folder_of_a_new_database_is_made(
     assert mlflow.get_tracking_uri() == mlflow.get_registry_uri() == uri
 
 
-def test_a_server_that_does_not_answer_may_come_back(
+def test_start_run_without_a_server_raises_transient_error(
     mlflow_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.socket() as unheard:  # bound, but nobody listens
-        unheard.bind(("127.0.0.1", 0))
-        uri = f"http://127.0.0.1:{unheard.getsockname()[1]}"
+    with socket.socket() as unused:  # bound but not listening
+        unused.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{unused.getsockname()[1]}"
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with (

@@ -1,4 +1,4 @@
-"""URIs whose secrets stay in the process."""
+"""Tests of URIs and of the secrets that they contain."""
 
 import pickle
 import subprocess
@@ -15,7 +15,7 @@ GUARDED = "postgresql://keeper:hunter2@db.internal:5432/mlflow"
 
 
 @pytest.fixture(autouse=True)
-def nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_secrets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(uris, "_secrets", {})
     monkeypatch.setattr(uris, "_words", set())
     yield
@@ -36,7 +36,7 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("https://h/a?access_token=t&key=k", "https://h/a?access_token=***&key=***"),
     ],
 )
-def test_hide_replaces_secrets_and_reveal_puts_them_back(uri: str, shown: str) -> None:
+def test_hide_replaces_secrets_and_reveal_restores_them(uri: str, shown: str) -> None:
     assert uris.masked(uri) == shown
     assert uris.hide(uri) == shown
     assert uris.hide(shown) == shown
@@ -55,38 +55,38 @@ def test_hide_replaces_secrets_and_reveal_puts_them_back(uri: str, shown: str) -
         "https://host/a?design=1&monkey=2",
     ],
 )
-def test_hide_leaves_a_uri_without_a_secret(uri: str) -> None:
+def test_hide_of_a_uri_without_secrets_returns_it(uri: str) -> None:
     assert uris.hide(uri) == uri
     assert uris.secrets() == {}
 
 
-def test_reveal_finds_the_password_of_what_lies_below_a_hidden_uri() -> None:
+def test_reveal_of_a_uri_below_a_hidden_uri_restores_the_password() -> None:
     root = uris.hide("ftp://keeper:secret@host/root")
     assert (
         uris.reveal(uris.join(root, "shapes", "manifest.json")) == "ftp://keeper:secret@host/root/shapes/manifest.json"
     )
 
 
-def test_reveal_without_the_secret_says_how_to_give_it() -> None:
+def test_reveal_without_the_secret_raises_input_error() -> None:
     with pytest.raises(InputError, match=r"^the password or signature of https://u:\*\*\*@host/a is not stored; give"):
         uris.reveal("https://u:***@host/a")
 
 
-def test_masked_replaces_a_long_secret_wherever_a_message_quotes_it() -> None:
+def test_masked_replaces_a_long_secret_anywhere_in_a_message() -> None:
     hidden = uris.hide("https://u:long%40password@host/list.csv")
     message = f"401 for long@password, long%40password, {hidden}: denied"
     assert uris.masked(message) == "401 for ***, ***, https://u:***@host/list.csv: denied"
 
 
-def test_secrets_travel_to_another_process() -> None:
+def test_learn_in_another_process_reveals_and_masks_secrets() -> None:
     hidden = uris.hide(SIGNED)
     code = (
         "import pickle, sys; from infra import uris; uris.learn(pickle.loads(sys.stdin.buffer.read())); "
         f"print(uris.reveal({hidden!r}), uris.masked('0123456789abcdef'))"
     )
-    given = pickle.dumps(uris.secrets())
-    said = subprocess.run([sys.executable, "-c", code], input=given, capture_output=True, check=True).stdout.decode()
-    assert said.split() == [SIGNED, "***"]
+    data = pickle.dumps(uris.secrets())
+    output = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=True).stdout.decode()
+    assert output.split() == [SIGNED, "***"]
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ def test_secrets_travel_to_another_process() -> None:
         "nonsense://u:correct-horse@host/list.csv",
     ],
 )
-def test_storage_errors_quote_no_secret(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_errors_do_not_contain_secrets(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infra.storage.errors.RETRY_DELAYS_S", ())
     for given in (uri, uris.hide(uri)):
         with pytest.raises(Exception) as caught:
             storage.read_bytes(given)
         assert "correct-horse" not in str(caught.value)
         assert "***" in str(caught.value)
-        assert caught.value.__cause__ is None, "it would quote the URI in a traceback"
+        assert caught.value.__cause__ is None, "a traceback would show the URI of the cause"

@@ -103,9 +103,9 @@ def test_more_workers_than_cores_wait_for_nobody(tmp_path: Path) -> None:
         settings = (stage.uri, str(tmp_path))
         done, lost = run_shards(stage, items, counting(), settings, actors=3, cpus_per_actor=2)
         assert compute.run(abs, -3, cpus=4) == 3
-        with pytest.raises(StageError, match="1 GPUs are asked for each worker, the largest machine has 0"):
+        with pytest.raises(StageError, match="1 GPUs per worker requested, but the largest machine has 0"):
             run_shards(stage, [("x", 1)], counting(), settings, gpus_per_actor=1)
-        with pytest.raises(StageError, match="1 GPUs are asked for each worker, the largest machine has 0; ask for no"):
+        with pytest.raises(StageError, match="1 GPUs per worker requested, but the largest machine has 0; request no"):
             compute.run(abs, -1, gpus=1)
     assert ([shard.rows for shard in done], lost) == ([1, 2, 3, 4, 5, 6], {})
 
@@ -119,8 +119,8 @@ def test_without_a_cluster_a_stage_says_so() -> None:
 def test_an_address_without_a_port_is_told_in_one_line(address: str) -> None:
     with compute.cluster(address), pytest.raises(InputError) as caught:
         compute.start()
-    assert str(caught.value).startswith(f"{address} is no address of a Ray cluster (")
-    assert str(caught.value).endswith("); write HOST:PORT, ray://HOST:PORT or auto")
+    assert str(caught.value).startswith(f"not an address of a Ray cluster: {address} (")
+    assert str(caught.value).endswith("); use HOST:PORT, ray://HOST:PORT or auto")
     assert "\n" not in str(caught.value)
 
 

@@ -524,7 +524,7 @@ def test_reading_commands_without_registry_create_no_files(prefect_server: None,
         ("edit", source, "a circle", *drawing),
         ("evaluate", "shapes", "--model", "sticker-generator"),
     ):
-        refused(run(*arguments, "--root", str(root)), "no database is registered as", "registered: none at all")
+        refused(run(*arguments, "--root", str(root)), "no database is registered as", "registered: none")
     assert not root.exists()
 
 

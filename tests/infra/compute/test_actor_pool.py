@@ -1,4 +1,4 @@
-"""Actors that die of a shard: what it costs the others."""
+"""Tests of actors that die: retries, isolation, and the cost for other shards."""
 
 import os
 import time
@@ -20,18 +20,18 @@ from infra.errors import StageError, TransientError
 @pytest.mark.slow
 @pytest.mark.on_ray
 @pytest.mark.parametrize("concurrency", [1, 2])
-def test_a_shard_that_kills_its_worker_costs_no_other(concurrency: int, tmp_path: Any) -> None:
+def test_map_shards_with_a_poisonous_shard_fails_that_shard_only(concurrency: int, tmp_path: Any) -> None:
     folder = str(tmp_path)
 
     class Worker:
-        """Defined here, it travels by value: the tests are not shipped."""
+        """Local, so that Ray pickles it by value: tests are not shipped."""
 
         def __call__(self, shard: str) -> str:
-            with open(f"{folder}/{shard}", "a") as begun:
-                begun.write(".")
+            with open(f"{folder}/{shard}", "a") as attempts:
+                attempts.write(".")
             time.sleep(0.1)
             if shard == "poison":
-                os._exit(1)  # as for a lack of memory, or a decoder's fault
+                os._exit(1)  # like the out-of-memory killer or a crash of a decoder
             time.sleep(0.1)
             return shard
 
@@ -39,16 +39,16 @@ def test_a_shard_that_kills_its_worker_costs_no_other(concurrency: int, tmp_path
         shards = ["a", "b", "poison", "c", "d", "e"]
         results = list(compute.map_shards(Worker, (), shards, actors=1, concurrency=concurrency, description="shards"))
 
-    lost = [result.item for result in results if isinstance(result, FailedShard)]
-    assert lost == ["poison"]
+    failed = [result.item for result in results if isinstance(result, FailedShard)]
+    assert failed == ["poison"]
     assert sorted(result for result in results if not isinstance(result, FailedShard)) == ["a", "b", "c", "d", "e"]
-    tries = {path.name: len(path.read_text()) for path in tmp_path.iterdir()}
-    assert tries["poison"] <= SHARD_TRIES + 1, "one in company, the others alone"
-    assert all(count <= 2 for name, count in tries.items() if name != "poison")
+    attempts = {path.name: len(path.read_text()) for path in tmp_path.iterdir()}
+    assert attempts["poison"] <= SHARD_TRIES + 1, "more than one attempt shared its actor with another shard"
+    assert all(count <= 2 for name, count in attempts.items() if name != "poison")
 
 
 class Actor:
-    """A stand-in for Ray's, whose method calls are functions that are called when they are waited for."""
+    """Fake Ray actor: a method call is a function that runs when its result is requested."""
 
     def __init__(self, ready: Callable[[], None], run: Callable[[str, bool], str]) -> None:
         self.ready = SimpleNamespace(remote=lambda: ready)
@@ -57,46 +57,46 @@ class Actor:
 
 @pytest.fixture
 def killed(monkeypatch: pytest.MonkeyPatch) -> list[Actor]:
-    """The actors that were killed, by a stand-in for Ray."""
+    """Actors that the pool killed, through a fake of Ray."""
     killed: list[Actor] = []
     ray = SimpleNamespace(wait=lambda calls, num_returns: (calls[:1], calls[1:]), get=lambda call: call())
     monkeypatch.setattr(actor_pool, "ray", SimpleNamespace(**vars(ray), kill=killed.append))
     return killed
 
 
-def test_a_worker_killed_for_its_memory_costs_its_shard_alone(killed: list[Actor]) -> None:
+def test_actor_pool_with_a_shard_out_of_memory_fails_that_shard_only(killed: list[Actor]) -> None:
     error = OutOfMemoryError("Task was killed due to the node running low on memory.")
-    tries: Counter[str] = Counter()
+    attempts: Counter[str] = Counter()
 
     def run(item: str, isolate: bool) -> str:
-        tries[item] += 1
-        if item == "big" or (item == "unlucky" and tries[item] == 1):
+        attempts[item] += 1
+        if item == "big" or (item == "unlucky" and attempts[item] == 1):
             raise error
         return item
 
-    ended = list(ActorPool(lambda: Actor(lambda: None, run), ["a", "big", "unlucky", "b"], 2).results())
-    assert sorted(one for one in ended if not isinstance(one, FailedShard)) == ["a", "b", "unlucky"]
-    (lost,) = (one for one in ended if isinstance(one, FailedShard))
-    assert (lost.item, lost.error) == ("big", error)
-    assert len(killed) == tries["big"] + 1
+    results = list(ActorPool(lambda: Actor(lambda: None, run), ["a", "big", "unlucky", "b"], 2).results())
+    assert sorted(one for one in results if not isinstance(one, FailedShard)) == ["a", "b", "unlucky"]
+    (failed,) = (one for one in results if isinstance(one, FailedShard))
+    assert (failed.item, failed.error) == ("big", error)
+    assert len(killed) == attempts["big"] + 1
 
 
-def test_crew_isolates_a_shard_after_the_second_death(killed: list[Actor]) -> None:
-    given: list[tuple[str, bool]] = []
+def test_actor_pool_isolates_a_shard_after_the_second_death(killed: list[Actor]) -> None:
+    calls: list[tuple[str, bool]] = []
 
     def run(item: str, isolate: bool) -> str:
-        given.append((item, isolate))
+        calls.append((item, isolate))
         if item == "poison" and not isolate:
             raise OutOfMemoryError("it died")
         return item
 
-    ended = list(ActorPool(lambda: Actor(lambda: None, run), ["a", "poison", "b"], 1).results())
-    assert sorted(ended) == ["a", "b", "poison"]
-    assert [isolate for item, isolate in given if item == "poison"] == [False, False, True]
-    assert not any(isolate for item, isolate in given if item != "poison")
+    results = list(ActorPool(lambda: Actor(lambda: None, run), ["a", "poison", "b"], 1).results())
+    assert sorted(results) == ["a", "b", "poison"]
+    assert [isolate for item, isolate in calls if item == "poison"] == [False, False, True]
+    assert not any(isolate for item, isolate in calls if item != "poison")
 
 
-def test_actor_isolates_only_where_the_worker_can() -> None:
+def test_actor_run_isolates_only_if_the_worker_supports_it() -> None:
     class Plain:
         def __call__(self, item: str) -> str:
             return item
@@ -110,7 +110,7 @@ def test_actor_isolates_only_where_the_worker_can() -> None:
     assert [isolating.run("a", True), isolating.run("a")] == ["a in isolation", "a"]
 
 
-def test_workers_that_find_no_environment_are_told_in_one_line(killed: list[Actor]) -> None:
+def test_actor_pool_without_an_environment_raises_stage_error_of_one_line(killed: list[Actor]) -> None:
     def ready() -> None:
         raise RuntimeEnvSetupError("no such\nworking_dir")
 
@@ -124,34 +124,34 @@ def test_workers_that_find_no_environment_are_told_in_one_line(killed: list[Acto
 
 @pytest.mark.slow
 @pytest.mark.on_ray
-def test_a_lost_worker_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_worker_raises_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_cluster, "SHARD_TRIES", 0)
 
     class Worker:
-        """Defined here, it travels by value: the tests are not shipped."""
+        """Local, so that Ray pickles it by value: tests are not shipped."""
 
         def __call__(self, status: int) -> None:
             os._exit(status)
 
     with compute.cluster(cores=1):
-        with pytest.raises(StageError) as of_one:
+        with pytest.raises(StageError) as caught:
             compute.run(os._exit, 1)
-        with compute.actor_group(Worker, [()]) as placed, pytest.raises(TransientError) as of_many:
-            placed.ask(1)
-    assert str(of_one.value).startswith("the worker of _exit was lost (")
-    assert str(of_one.value).endswith("); give it more memory, or see Ray's logs, and run again")
-    assert str(of_many.value).endswith("); ask again")
-    assert "\n" not in str(of_one.value) + str(of_many.value)
+        with compute.actor_group(Worker, [()]) as group, pytest.raises(TransientError) as caught_in_group:
+            group.ask(1)
+    assert str(caught.value).startswith("the worker of _exit was lost (")
+    assert str(caught.value).endswith("); give it more memory, or see Ray's logs, and run again")
+    assert str(caught_in_group.value).endswith("); try again")
+    assert "\n" not in str(caught.value) + str(caught_in_group.value)
 
 
 @pytest.mark.slow
 @pytest.mark.on_ray
-def test_workers_that_find_no_room_are_told_of_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_cluster, "_LOOK_S", 0.2)
+def test_actor_group_without_room_raises_error_within_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "_CHECK_S", 0.2)
     monkeypatch.setattr(ray_cluster, "_START_S", 20.0)
 
     class Worker:
-        """Defined here, it travels by value: the tests are not shipped."""
+        """Local, so that Ray pickles it by value: tests are not shipped."""
 
         def __call__(self, seconds: float) -> float:
             time.sleep(seconds)
@@ -159,33 +159,31 @@ def test_workers_that_find_no_room_are_told_of_and_not_waited_for(monkeypatch: p
 
     with compute.cluster(cores=1):
         with (
-            pytest.raises(StageError, match=r"^1 of 2 workers of 1 cores found no room in 20 s; .* for 1,"),
+            pytest.raises(StageError, match=r"^1 of 2 workers of 1 cores did not start in 20 s; .* for 1,"),
             compute.actor_group(Worker, [(), ()]),
         ):
             pass
-        with compute.actor_group(Worker, [(), ()], cpus_each=0.5) as placed:
-            assert placed.ask(0.5) == [0.5, 0.5], "slow ones are waited for"
+        with compute.actor_group(Worker, [(), ()], cpus_each=0.5) as group:
+            assert group.ask(0.5) == [0.5, 0.5], "slow workers must not be given up"
             monkeypatch.setattr(ray_cluster, "capacity", lambda *_: 1)
-            with pytest.raises(TransientError, match=r"^a machine was lost: 2 workers .* room for 1; ask again once"):
-                placed.ask(30)
+            with pytest.raises(TransientError, match=r"^a machine was lost: 2 workers .* room for 1; try again once"):
+                group.ask(30)
 
 
 @pytest.mark.parametrize(
     ("each", "room"),
     [((1, 0), 7), ((0.2, 0), 35), ((0.1, 0), 70), ((2, 0), 3), ((3, 0), 2), ((4, 0), 1), ((1, 1), 2), ((2, 0.5), 2)],
 )
-def test_workers_are_as_many_as_the_machines_hold(
+def test_capacity_counts_workers_that_fit_each_machine(
     each: tuple[float, float], room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machines = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 3.0, "memory": 1.0}]
-    gone = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
-    monkeypatch.setattr(ray, "nodes", lambda: [*({"Alive": True, "Resources": one} for one in machines), gone])
+    dead = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*({"Alive": True, "Resources": one} for one in machines), dead])
     assert compute.capacity(*each) == room
     assert (compute.clamp_cpus(8), compute.clamp_cpus(3.5, 1), compute.clamp_cpus(8, 9)) == (4, 3.5, 8)
     machines[0]["CPU"], machines[1]["CPU"] = 2.0, 6.0
-    assert (compute.clamp_cpus(8), compute.clamp_cpus(8, 1)) == (6, 2), "the one with GPUs has fewer cores"
-    assert compute.capacity(0, 0) > 100, "no core at all is asked, of a head that has none"
-    with pytest.raises(
-        StageError, match="3 GPUs are asked for each worker, the largest machine has 2; ask for no more"
-    ):
+    assert (compute.clamp_cpus(8), compute.clamp_cpus(8, 1)) == (6, 2), "the machine with GPUs has fewer cores"
+    assert compute.capacity(0, 0) > 100, "workers without cores fit a head node without cores"
+    with pytest.raises(StageError, match="3 GPUs per worker requested, but the largest machine has 2; request no more"):
         compute.capacity(1, 3)

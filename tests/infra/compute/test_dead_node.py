@@ -1,4 +1,4 @@
-"""A cluster of several machines, played by several Ray nodes on this one, of which one dies in the middle."""
+"""Tests of a simulated cluster: several Ray nodes on this machine, one of which dies during a run."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,33 +16,33 @@ SECONDS = 0.4
 
 @pytest.fixture
 def machines() -> Iterator[Callable[[int], Any]]:
-    """Makes a head without cores, and so many machines of one core each."""
+    """Function that starts a head without cores and the given number of nodes with one core each."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
 
-    def added(count: int) -> Any:
+    def start(count: int) -> Any:
         for _ in range(count):
             cluster.add_node(num_cpus=1)
         return cluster
 
-    yield added
+    yield start
     cluster.shutdown()
 
 
 @pytest.mark.slow
 @pytest.mark.on_ray
-def test_a_dead_node_costs_at_most_the_shards_in_hand(
+def test_map_shards_with_a_dead_node_repeats_at_most_its_shards(
     machines: Callable[[int], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Both "machines" would unpack the checkout into one folder, the later one under the other's first worker, which
-    # then dies before it is known, and Ray waits a minute for it. Here they see this one's files.
+    # Both simulated machines would unpack the checkout into the same folder. The second one would replace the files
+    # of the first worker, which would die before it registers, and Ray waits a minute for it. So share the checkout.
     shared = {"env_vars": {"PYTHONPATH": str(ray_cluster._CHECKOUT)}}
     monkeypatch.setattr(ray_cluster, "_shipped_checkout", lambda: shared)
     nodes, folder = machines(2), str(tmp_path)
 
     class Worker:
-        """Notes each shard that it begins. Defined here, it travels by value: the tests are not shipped."""
+        """Record each shard that is started. Local, so that Ray pickles it by value: tests are not shipped."""
 
         def __call__(self, shard: int) -> tuple[int, str]:
             import ray
@@ -57,19 +57,19 @@ def test_a_dead_node_costs_at_most_the_shards_in_hand(
         for result in compute.map_shards(Worker, (), range(16), actors=2, description="shards"):
             results.append(result)
             if len(results) == 4:
-                assert len({node for _, node in results}) == 2, "both machines work"
+                assert len({node for _, node in results}) == 2, "one machine got no shards"
                 dead = nodes.list_all_nodes()[1]
                 nodes.remove_node(dead, allow_graceful=False)
 
     assert not [result for result in results if isinstance(result, FailedShard)]
     assert sorted(shard for shard, _ in results) == list(range(16))
-    begun = [path.name.split("-")[0] for path in tmp_path.iterdir()]
-    assert len(begun) - len(set(begun)) <= 2, "an actor holds two shards at most"
+    started = [path.name.split("-")[0] for path in tmp_path.iterdir()]
+    assert len(started) - len(set(started)) <= 2, "more shards repeated than an actor holds"
 
 
 @pytest.mark.slow
 @pytest.mark.on_ray
-def test_a_checkout_travels_to_the_machines_of_a_cluster(machines: Callable[[int], Any]) -> None:
+def test_map_shards_ships_the_checkout_to_the_machines(machines: Callable[[int], Any]) -> None:
     class Worker:
         def __call__(self, shard: int) -> str:
             import infra

@@ -1,4 +1,4 @@
-"""A local Ray cluster as the other users of its machine find it."""
+"""Tests of the access control of a local Ray cluster."""
 
 import os
 import stat
@@ -44,24 +44,24 @@ with compute.cluster(None, 1):
 
 @pytest.mark.slow
 @pytest.mark.on_ray
-def test_local_cluster_listens_on_loopback_and_demands_its_own_token(tmp_path: Path) -> None:
+def test_local_cluster_listens_on_loopback_and_requires_its_token(tmp_path: Path) -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     environment = {**clean, "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run([sys.executable, "-c", OBSERVED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    before, ran, gcs, listening, demanded, joined, after, again = done.stdout.splitlines()
+    before, ran, gcs, listening, auth, joined, after, again = done.stdout.splitlines()
     assert (before, after) == ("None", "None None")
     assert (ran, again) == ("True", "True")
     assert gcs.startswith("127.0.0.1:")
     count, *addresses = listening.split()
     assert int(count) >= 4
     assert set(addresses) <= {"127.0.0.1", "[::ffff:127.0.0.1]", "[::1]"}
-    assert demanded == "64 token"
+    assert auth == "64 token"
     assert joined == "True False"
     assert not (tmp_path / ".ray").exists()
 
 
-def test_private_token_keeps_what_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_token_keeps_variables_set_by_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with local_ray.private_token():
@@ -73,7 +73,7 @@ def test_private_token_keeps_what_the_user_has_set(monkeypatch: pytest.MonkeyPat
         assert "RAY_AUTH_TOKEN" not in os.environ
 
 
-def test_session_folder_is_entered_by_its_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_folder_is_accessible_only_to_its_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = Path(local_ray.session_folder()).parent
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700

@@ -1,4 +1,4 @@
-"""SIGTERM to a training worker: for real, on a local cluster, and what the handler does in a process of its own."""
+"""Tests of preemption: the SIGTERM handler in a separate process, and SIGTERM to a worker of a local cluster."""
 
 import os
 import signal
@@ -12,17 +12,17 @@ ROOT = Path(__file__).parents[3]
 HANDLER = """
 import os, signal
 from infra.compute import preemption
-signal.signal(signal.SIGTERM, lambda *_: print("ended as before", flush=True))
-preemption.install()
+signal.signal(signal.SIGTERM, lambda *_: print("previous handler", flush=True))
+preemption.install_handler()
 os.kill(os.getpid(), signal.SIGTERM)
-with preemption.listening():
-    print(preemption.asked_to_stop(), flush=True)
+with preemption.deferred_sigterm():
+    print(preemption.stop_requested(), flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
-    print(preemption.asked_to_stop(), flush=True)
+    print(preemption.stop_requested(), flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 os.kill(os.getpid(), signal.SIGTERM)
-with preemption.listening():
-    print(preemption.asked_to_stop(), flush=True)
+with preemption.deferred_sigterm():
+    print(preemption.stop_requested(), flush=True)
 """
 
 TRAINING = """
@@ -34,15 +34,15 @@ from infra.compute import preemption, ray_train
 folder = Path(sys.argv[1])
 
 def loop(config):
-    tries = len(list(folder.glob("pid-*")))
-    (folder / f"pid-{tries}").write_text(str(os.getpid()))
-    with preemption.listening():
+    attempts = len(list(folder.glob("pid-*")))
+    (folder / f"pid-{attempts}").write_text(str(os.getpid()))
+    with preemption.deferred_sigterm():
         for step in range(600):
             time.sleep(0.05)
-            if preemption.asked_to_stop():
+            if preemption.stop_requested():
                 (folder / "stopped").write_text(str(step))
                 raise RuntimeError("stopped")
-            if tries:
+            if attempts:
                 break
     (folder / "finished").touch()
 
@@ -51,22 +51,22 @@ with compute.cluster(cores=1):
 """
 
 
-def test_a_signal_is_held_back_once_and_only_while_something_trains() -> None:
+def test_handler_defers_only_the_first_sigterm_during_training() -> None:
     done = subprocess.run([sys.executable, "-c", HANDLER], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    told = ["ended as before", "False", "True", "ended as before", "ended as before", "False"]
-    assert done.stdout.splitlines() == told, done.stderr
+    expected = ["previous handler", "False", "True", "previous handler", "previous handler", "False"]
+    assert done.stdout.splitlines() == expected, done.stderr
 
 
-def test_a_process_without_a_handler_of_its_own_ends_with_the_second_signal() -> None:
+def test_handler_without_a_previous_handler_exits_on_sigterm() -> None:
     script = (
         "import os, signal; from infra.compute import preemption; "
-        "preemption.install(); os.kill(os.getpid(), signal.SIGTERM)"
+        "preemption.install_handler(); os.kill(os.getpid(), signal.SIGTERM)"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=60)
     assert done.returncode == 128 + signal.SIGTERM
 
 
-def test_a_ray_worker_hears_the_signal_in_its_training_thread_and_is_started_again(tmp_path: Path) -> None:
+def test_ray_train_worker_stops_on_sigterm_and_is_restarted(tmp_path: Path) -> None:
     log = (tmp_path / "log").open("wb")
     process = subprocess.Popen(
         [sys.executable, "-c", TRAINING, str(tmp_path)], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
@@ -82,7 +82,7 @@ def test_a_ray_worker_hears_the_signal_in_its_training_thread_and_is_started_aga
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     assert int((tmp_path / "stopped").read_text()) > 0
-    assert (tmp_path / "finished").exists(), "Ray Train starts a worker that ended before its time again"
+    assert (tmp_path / "finished").exists(), "Ray Train did not restart the worker"
     assert int((tmp_path / "pid-1").read_text()) != worker
 
 

@@ -1,4 +1,4 @@
-"""Ray Train on a local cluster: what is tried again, what is not, and what is not even begun."""
+"""Tests of Ray Train on a local cluster: retries, final errors and requests that exceed the cluster."""
 
 import os
 import time
@@ -13,30 +13,30 @@ from infra.errors import StageError
 
 
 @pytest.mark.slow
-def test_what_no_second_try_mends_is_tried_once_and_raised_as_it_was(tmp_path: Path) -> None:
+def test_train_retries_a_killed_worker_but_not_a_final_error(tmp_path: Path) -> None:
     folder = str(tmp_path)
 
     def loop(config: dict[str, Any]) -> None:
-        with open(f"{folder}/{config['fault']}", "a") as tries:
-            tries.write(".")
+        with open(f"{folder}/{config['fault']}", "a") as attempts:
+            attempts.write(".")
         if config["fault"] == "final":
             raise ArithmeticError("the loss is nan")
         if Path(folder, config["fault"]).stat().st_size == 1:
             time.sleep(3)
-            os._exit(1)  # as for a lack of memory
+            os._exit(1)  # like the out-of-memory killer
 
-    def train(fault: str, **asked: Any) -> None:
-        asked = {"workers": 1, "cpus_per_worker": 1, "use_gpu": False, "final": (ArithmeticError,)} | asked
-        ray_train.train(loop, {"fault": fault}, folder_uri=f"{folder}/stage", **asked)
+    def train(fault: str, **changes: Any) -> None:
+        arguments = {"workers": 1, "cpus_per_worker": 1, "use_gpu": False, "final": (ArithmeticError,)} | changes
+        ray_train.train(loop, {"fault": fault}, folder_uri=f"{folder}/stage", **arguments)
 
     with compute.cluster(cores=1):
-        with pytest.raises(StageError, match="1 GPUs are asked for each worker, the largest machine has 0; ask for no"):
+        with pytest.raises(StageError, match="1 GPUs per worker requested, but the largest machine has 0; request no"):
             train("never", use_gpu=True)
-        with pytest.raises(StageError, match=r"^2 workers of 1 cores .* the cluster has room for 1; set workers, or"):
+        with pytest.raises(StageError, match=r"^2 workers of 1 cores .* the cluster has room for 1; set workers or"):
             train("never", workers=2, cpus_per_worker=2)
         with pytest.raises(ArithmeticError, match=r"^the loss is nan$"):
             train("final")
         train("killed")
-    tries = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
-    assert tries == {"final": ".", "killed": ".."}
+    attempts = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+    assert attempts == {"final": ".", "killed": ".."}
     assert not (tmp_path / "stage" / "ray").exists()

@@ -1,4 +1,4 @@
-"""Arrays in files that somebody else wrote."""
+"""Tests of the reader of untrusted array files."""
 
 import io
 from pathlib import Path
@@ -18,7 +18,7 @@ def npy(array: Any) -> bytes:
 
 
 ROWS = np.ones((3, 4), np.float16)
-CLAIMED = npy(ROWS).replace(b"'shape': (3, 4), }        ", b"'shape': (30000000, 4), }")
+OVERSTATED = npy(ROWS).replace(b"'shape': (3, 4), }        ", b"'shape': (30000000, 4), }")
 
 
 @pytest.mark.parametrize(
@@ -34,10 +34,10 @@ CLAIMED = npy(ROWS).replace(b"'shape': (3, 4), }        ", b"'shape': (30000000,
         npy(np.array([{"a": 1}], dtype=object)),
         npy(ROWS).replace(b"(3, 4)", b"(3, -)"),
         npy(ROWS).replace(b"'<f2'", b"'|O8'"),
-        CLAIMED,
+        OVERSTATED,
     ],
 )
-def test_read_array_of_another_type_shape_or_size_is_refused(data: bytes, tmp_path: Path) -> None:
+def test_read_array_of_another_type_shape_or_size_raises_integrity_error(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "rows.npy").write_bytes(data)
     with pytest.raises(IntegrityError) as caught:
         read_array(tmp_path / "rows.npy", np.float16, (3, None))
@@ -45,7 +45,7 @@ def test_read_array_of_another_type_shape_or_size_is_refused(data: bytes, tmp_pa
     assert "\n" not in str(caught.value)
 
 
-def test_read_array_of_the_expected_type_is_mapped(tmp_path: Path) -> None:
+def test_read_array_of_the_expected_type_returns_its_values(tmp_path: Path) -> None:
     (tmp_path / "rows.npy").write_bytes(npy(ROWS))
     assert np.array_equal(read_array(tmp_path / "rows.npy", np.float16, (3, None)), ROWS)
     (tmp_path / "none.npy").write_bytes(npy(np.zeros(0, np.int64)))
@@ -53,7 +53,7 @@ def test_read_array_of_the_expected_type_is_mapped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_rows_that_are_not_finite_are_named(value: float) -> None:
+def test_require_finite_with_nan_or_infinity_names_the_row(value: float) -> None:
     rows = np.full((5, 4), 65504, np.float16)
     require_finite(rows, "shard 00001")
     rows[3, 2] = value

@@ -1,3 +1,5 @@
+"""Tests of Parquet tables, URL lists and webdataset tars."""
+
 import io
 import tarfile
 from collections.abc import Sequence
@@ -52,7 +54,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_of_urls_keeps_its_order_and_further_columns(name: str, tmp_path: Path) -> None:
+def test_read_url_list_keeps_the_order_and_further_columns(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(TABLES[name])
     table = tables.read_url_list(str(tmp_path / name))
     assert sorted(table.column_names) == ["caption", "url"]
@@ -63,7 +65,7 @@ def test_a_table_of_urls_keeps_its_order_and_further_columns(name: str, tmp_path
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.urls", "list"])
-def test_plain_text_is_one_url_a_line(name: str, tmp_path: Path) -> None:
+def test_read_url_list_of_plain_text_reads_one_url_per_line(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(f"# stickers\n\n  {URLS[0]}\t\r\n{URLS[1]}")
     assert tables.read_url_list(str(tmp_path / name)).to_pydict() == {"url": URLS}
 
@@ -71,20 +73,20 @@ def test_plain_text_is_one_url_a_line(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "urls", [pa.array(URLS, pa.large_string()), pa.array(URLS).dictionary_encode(), pa.array(URLS, pa.string_view())]
 )
-def test_every_kind_of_text_column_serves(urls: pa.Array, tmp_path: Path) -> None:
+def test_read_url_list_accepts_every_string_type(urls: pa.Array, tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(parquet(pa.table({"url": urls})))
     table = tables.read_url_list(str(tmp_path / "a.parquet"))
     assert table["url"].type == pa.string()
     assert table["url"].to_pylist() == URLS
 
 
-def test_row_groups_become_one_chunk(tmp_path: Path) -> None:
+def test_read_url_list_combines_row_groups(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": URLS * 3}), tmp_path / "a.parquet", row_group_size=1)
     table = tables.read_url_list(str(tmp_path / "a.parquet"))
     assert (table["url"].to_pylist(), table["url"].num_chunks) == (URLS * 3, 1)
 
 
-def test_a_remote_list_is_read(bucket: Bucket) -> None:
+def test_read_url_list_reads_a_remote_list(bucket: Bucket) -> None:
     bucket.write("lists/a.csv", TABLES["a.csv"])
     assert tables.read_url_list(f"{bucket.uri}/lists/a.csv")["url"].to_pylist() == URLS
     with pytest.raises(NotFoundError, match=rf"^{bucket.uri}/lists/b\.csv does not exist; check the path"):
@@ -102,35 +104,37 @@ def test_a_remote_list_is_read(bucket: Bucket) -> None:
         ("a.parquet", parquet(pa.table({})), "nothing"),
     ],
 )
-def test_a_list_without_a_url_column_tells_what_there_is(name: str, data: bytes, columns: str, tmp_path: Path) -> None:
+def test_read_url_list_without_a_url_column_names_the_columns(
+    name: str, data: bytes, columns: str, tmp_path: Path
+) -> None:
     path = tmp_path / name
     assert refused(path, data) == f"{path} has no column 'url', only {columns}; rename it"
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "twice"),
+    ("name", "data", "repeated"),
     [
         ("a.csv", b"url,url\nhttps://host/1.png,https://host/2.png\n", "url"),
         ("a.tsv", b"url\tid\tid\nhttps://host/1.png\t1\t2\n", "id"),
     ],
 )
-def test_a_column_that_is_there_twice_is_named(name: str, data: bytes, twice: str, tmp_path: Path) -> None:
+def test_read_url_list_with_a_repeated_column_names_it(name: str, data: bytes, repeated: str, tmp_path: Path) -> None:
     path = tmp_path / name
-    assert refused(path, data) == f"{path} has several columns {twice!r}; leave one of them in the list"
+    assert refused(path, data) == f"{path} has several columns {repeated!r}; keep only one of them"
 
 
 @pytest.mark.parametrize(
     ("name", "data"),
     [
         ("a.txt", b""),
-        ("a.txt", b"\n  \n# only a remark\n"),
+        ("a.txt", b"\n  \n# only a comment\n"),
         ("a.csv", b"url,caption\n"),
         ("a.parquet", parquet(pa.table({"url": pa.array([], pa.string())}))),
     ],
 )
-def test_a_list_of_nothing_is_refused(name: str, data: bytes, tmp_path: Path) -> None:
+def test_read_url_list_without_rows_raises_input_error(name: str, data: bytes, tmp_path: Path) -> None:
     path = tmp_path / name
-    assert refused(path, data) == f"{path} lists no URL; give it at least one row"
+    assert refused(path, data) == f"{path} lists no URL; add at least one row"
 
 
 @pytest.mark.parametrize(
@@ -148,30 +152,32 @@ def test_a_list_of_nothing_is_refused(name: str, data: bytes, tmp_path: Path) ->
         ("list", b"\xfe\xff", "text"),
     ],
 )
-def test_an_unreadable_list_is_named_with_its_form(name: str, data: bytes, form: str, tmp_path: Path) -> None:
+def test_read_url_list_of_an_unreadable_file_names_its_format(
+    name: str, data: bytes, form: str, tmp_path: Path
+) -> None:
     path = tmp_path / name
     assert refused(path, data).startswith(f"{path} cannot be read as a {form} URL list (")
 
 
-def test_a_missing_list_is_named(tmp_path: Path) -> None:
+def test_read_url_list_of_a_missing_file_raises_not_found_error(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"none\.txt does not exist; check the path"):
         tables.read_url_list(str(tmp_path / "none.txt"))
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_images_come_in_order_with_their_keys_and_nothing_else_does(form: int, tmp_path: Path) -> None:
-    pictures = [("000010002", b"\x89PNG two"), ("000010000", b""), ("000010001", bytes(range(256)) * 300)]
+def test_iter_images_yields_only_images_in_order(form: int, tmp_path: Path) -> None:
+    images = [("000010002", b"\x89PNG two"), ("000010000", b""), ("000010001", bytes(range(256)) * 300)]
     members = [
         member
-        for (key, data), suffix in zip(pictures, (".png", ".jpeg", ".webp"), strict=True)
+        for (key, data), suffix in zip(images, (".png", ".jpeg", ".webp"), strict=True)
         for member in ((f"{key}.json", b"{}"), (f"{key}{suffix}", data), (f"{key}.txt", b"caption"))
     ]
     members.append(("sub/000010003.jpg", b"\xff\xd8"))
     tar = tar_of(tmp_path / "00001.tar", members, form)
-    assert list(tables.iter_images(tar)) == [*pictures, ("000010003", b"\xff\xd8")]
+    assert list(tables.iter_images(tar)) == [*images, ("000010003", b"\xff\xd8")]
 
 
-def test_links_and_folders_named_like_images_are_no_images(tmp_path: Path) -> None:
+def test_iter_images_skips_links_and_folders(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind in (("a.png", tarfile.DIRTYPE), ("b.png", tarfile.SYMTYPE), ("c.png", tarfile.LNKTYPE)):
             info = tarfile.TarInfo(name)
@@ -180,27 +186,27 @@ def test_links_and_folders_named_like_images_are_no_images(tmp_path: Path) -> No
     assert list(tables.iter_images(tmp_path / "a.tar")) == []
 
 
-def test_an_empty_tar_holds_no_image(tmp_path: Path) -> None:
+def test_iter_images_of_an_empty_tar_yields_nothing(tmp_path: Path) -> None:
     assert list(tables.iter_images(tar_of(tmp_path / "a.tar", []))) == []
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 100, 512, 700, 512 + 2048 + 512, 512 + 2048 + 1000])
-def test_a_tar_cut_off_inside_a_member_is_refused(kept_bytes: int, tmp_path: Path) -> None:
+def test_iter_images_of_a_truncated_tar_raises_integrity_error(kept_bytes: int, tmp_path: Path) -> None:
     tar = tar_of(tmp_path / "00000.tar", [("a.png", b"a" * 2000), ("b.png", b"b" * 2000)])
     tar.write_bytes(tar.read_bytes()[:kept_bytes])
     with pytest.raises(IntegrityError) as caught:
         list(tables.iter_images(tar))
-    assert str(caught.value).startswith(f"{tar} is no whole tar (")
+    assert str(caught.value).startswith(f"{tar} is not a complete tar (")
     assert str(caught.value).endswith("); delete its shard's marker and run again")
 
 
-def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
+def test_iter_images_of_another_file_raises_integrity_error(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"<html>Not Found</html>" * 100)
-    with pytest.raises(IntegrityError, match=r"a\.tar is no whole tar \("):
+    with pytest.raises(IntegrityError, match=r"a\.tar is not a complete tar \("):
         list(tables.iter_images(tmp_path / "a.tar"))
 
 
-def test_a_table_is_written_to_its_schema_and_read_by_column(tmp_path: Path) -> None:
+def test_write_table_then_read_table_keeps_schema_and_columns(tmp_path: Path) -> None:
     schema = pa.schema([("key", pa.string()), ("width", pa.int32())])
     path = tmp_path / "metadata/metadata_00000.parquet"
     rows = [{"key": "b", "width": 3}, {"key": "a"}, {"width": 5, "ignored": 1}]
@@ -211,29 +217,29 @@ def test_a_table_is_written_to_its_schema_and_read_by_column(tmp_path: Path) -> 
     assert tables.read_table(str(path), ["width"]).to_pydict() == {"width": [3, None, 5]}
 
 
-def test_an_empty_table_keeps_its_schema(tmp_path: Path) -> None:
+def test_write_table_without_rows_keeps_the_schema(tmp_path: Path) -> None:
     schema = pa.schema([("key", pa.string())])
     tables.write_table([], schema, tmp_path / "a.parquet")
     assert tables.read_table(tmp_path / "a.parquet").schema.equals(schema)
 
 
 @pytest.mark.parametrize("data", [b"", b"no parquet", TABLES["a.parquet"][:-9], None])
-def test_an_unreadable_table_is_named(data: bytes | None, tmp_path: Path) -> None:
+def test_read_table_of_an_unreadable_file_raises_input_error(data: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(InputError) as caught:
         tables.read_table(path)
-    assert str(caught.value).startswith(f"{path} is no readable parquet file (")
+    assert str(caught.value).startswith(f"{path} is not a readable parquet file (")
 
 
-def test_lines_are_stripped_and_empty_ones_dropped(tmp_path: Path) -> None:
+def test_read_lines_strips_lines_and_drops_empty_ones(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes("a cat\r\n\n  ein Käfer \n# kept".encode())
     assert tables.read_lines(str(path)) == ["a cat", "ein Käfer", "# kept"]
     path.write_bytes(b"a \xff")
     with pytest.raises(InputError) as caught:
         tables.read_lines(str(path))
-    assert str(caught.value).startswith(f"{path} is no UTF-8 text, one prompt a line (")
+    assert str(caught.value).startswith(f"{path} is not UTF-8 text (")
     with pytest.raises(NotFoundError, match=r"none\.txt does not exist; check the path"):
         tables.read_lines(str(tmp_path / "none.txt"))

@@ -55,7 +55,7 @@ def test_the_kinds_are_five() -> None:
 
 
 def test_a_folder_that_is_not_committed_has_no_reference(tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match=r"holds no manifest\.json: it is no committed artifact"):
+    with pytest.raises(NotFoundError, match=r"has no manifest\.json: it is not a committed artifact"):
         ImageShards.open(str(tmp_path))
 
 
