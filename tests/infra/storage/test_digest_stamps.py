@@ -140,7 +140,7 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path: Path, cache: Path, monkey
             raise PermissionError("no")  # root, who runs tests, may read everything
 
     monkeypatch.setattr(storage, "sha256", refused)
-    with pytest.raises(NotFoundError, match="may not be accessed"):
+    with pytest.raises(NotFoundError, match="is denied"):
         is_verified(path, digest, size, cache)
 
 

@@ -55,7 +55,7 @@ def test_a_store_killed_in_the_middle_of_an_upload_keeps_old_objects_whole(
         assert isinstance(error, TransientError)
         assert "\n" not in str(error)
         assert str(error).startswith(f"{bucket.uri}/{key} could not be reached at {store.endpoint}: ")
-        assert str(error).endswith("; is the store up? then run again")
+        assert str(error).endswith("; check that the store is up and run again")
         store.revive()
         assert bucket.keys() == ["d/old.npy"]
         assert storage.read_bytes(f"{bucket.uri}/d/old.npy") == b"old and whole"

@@ -89,7 +89,7 @@ def test_what_was_used_least_recently_goes(shelf: Shelf) -> None:
 def test_a_path_that_is_referenced_keeps_its_file(shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
     kept = [shelf.fetch(number) for number in range(6)]
     assert shelf.there() == [0, 1, 2, 3, 4, 5]  # above the bound, and told
-    assert f"holds {6 * SIZE} bytes in use, its bound is {4 * SIZE}; raise KNN_DIFFUSION_CACHE_BYTES" in caplog.text
+    assert f"{6 * SIZE} bytes are in use, the bound is {4 * SIZE}; raise KNN_DIFFUSION_CACHE_BYTES" in caplog.text
     again = shelf.fetch(2)
     del kept[2]
     shelf.fetch(6)
@@ -278,7 +278,7 @@ def test_a_folder_that_is_referenced_keeps_its_files(shelf: Shelf) -> None:
     with pytest.MonkeyPatch.context() as patch:  # a cache that may only be read
         patch.setattr(caching, "_locked", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
         assert caching.fetch_registered(digest, whole, download, shelf.folder) == held
-        with pytest.raises(InputError, match="cannot hold the cache"):
+        with pytest.raises(InputError, match="is not writable"):
             caching.fetch_registered("cd" * 32, whole, download, shelf.folder)
     del held
     gc.collect()
@@ -329,7 +329,7 @@ def test_a_folder_that_cannot_be_a_cache_is_told(shelf: Shelf) -> None:
     with pytest.raises(InputError) as caught:
         shelf.fetch(0)
     assert str(caught.value) == (
-        f"{shelf.folder} cannot hold the cache (Not a directory); set KNN_DIFFUSION_CACHE to a folder that can"
+        f"the cache {shelf.folder} is not writable: Not a directory; set KNN_DIFFUSION_CACHE to a writable folder"
     )
 
 
@@ -339,7 +339,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(shelf: Shelf) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        with pytest.raises(StageError, match=r"^no space left for .*KNN_DIFFUSION_CACHE.* what is committed stays$"):
+        with pytest.raises(StageError, match=r"^no space left for .*KNN_DIFFUSION_CACHE.* committed work is kept$"):
             shelf.fetch(0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -362,7 +362,7 @@ def test_what_is_forgotten_goes_unless_it_is_in_use(shelf: Shelf, caplog: pytest
     os.utime(old, (0, 0))
     freed = caching.purge({shelf.file(number)[1] for number in (0, 1)}, shelf.folder)
     assert (freed, shelf.there(), old.exists(), new.exists()) == (SIZE + 7, [0, 2], False, True)
-    assert "keeps 2 of the files that were to go: they are in use" in caplog.text
+    assert "2 files could not be deleted: they are in use" in caplog.text
     os.utime(new, (0, 0))
     os.utime(weights, (0, 0))
     caplog.clear()
@@ -372,7 +372,7 @@ def test_what_is_forgotten_goes_unless_it_is_in_use(shelf: Shelf, caplog: pytest
     assert caching.purge((), shelf.folder, derived=False) == 7
     assert fresh.exists(), "nobody asked for it to go"
     fresh.unlink()
-    assert ("keeps 1 of the files" in caplog.text, weights.exists()) == (True, True)
+    assert ("1 files could not be deleted" in caplog.text, weights.exists()) == (True, True)
     assert shelf.fetch(1).read_bytes() == shelf.data[1]
     del held
     gc.collect()

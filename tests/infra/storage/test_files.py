@@ -25,7 +25,7 @@ from support.object_stores import Bucket, one_line
 from infra import storage
 from infra.errors import NotFoundError, StageError, TransientError
 
-ABSENT = "{} does not exist; check the path, or run the stage that writes it"
+ABSENT = "{} does not exist; check the path or run the stage that writes it"
 
 
 @pytest.fixture(params=["path", "file://", "moto", pytest.param("radosgw", marks=pytest.mark.s3)])
@@ -140,8 +140,8 @@ def test_what_may_not_be_deleted_is_told(moto_bucket: Bucket) -> None:
         with pytest.raises(NotFoundError) as caught:
             storage.remove(uri)
         assert one_line(caught) == (
-            f"{uri} may not be accessed at {moto_bucket.store.endpoint} (it is still there after its deletion: locked, "
-            "or without the right to delete); check the credentials and the bucket"
+            f"access to {uri} is denied at {moto_bucket.store.endpoint}: it still exists after its deletion "
+            "(locked, or no permission to delete); check the credentials and the bucket"
         )
     storage.remove(f"{moto_bucket.uri}/alone")
     storage.discard(f"{moto_bucket.uri}/d")
@@ -256,8 +256,10 @@ def test_a_local_write_that_breaks_off_leaves_what_was_there(how: str, tmp_path:
     for name in ("old", "fresh"):
         with full_disk(after_bytes=1_500_000), pytest.raises(StageError) as caught:
             write(name)
-        assert one_line(caught).startswith(f"no space left for {tmp_path}/out/{name}; free some, or name another place")
-        assert one_line(caught).endswith("and run again: what is committed stays")
+        assert one_line(caught).startswith(
+            f"no space left for {tmp_path}/out/{name}; free some space or choose another location"
+        )
+        assert one_line(caught).endswith("and run again: committed work is kept")
     assert (tmp_path / "out/old").read_bytes() == b"old"
     assert storage.list_names(str(tmp_path / "out")) == ["old"]
     for name in ("old", "fresh"):  # what was left over is not in the way
@@ -401,7 +403,7 @@ def test_of_many_scratch_folders_made_at_once_each_is_its_makers(
 def test_a_disk_that_fills_up_in_scratch_is_told_whoever_notices() -> None:
     with pytest.raises(StageError) as caught, storage.scratch() as folder, full_disk(after_bytes=1_000_000):
         np.save(folder / "rows.npy", np.zeros(1_000_000))
-    assert one_line(caught).startswith(f"no space left for {folder}; free some, or name another place")
+    assert one_line(caught).startswith(f"no space left for {folder}; free some space")
     with pytest.raises(OSError, match="its own reason"), storage.scratch():
         raise OSError("its own reason")
 

@@ -109,8 +109,8 @@ def test_a_second_one_is_refused_with_the_first_ones_name(domain: Domain) -> Non
         assert len(domain.files()) == 1  # no probe is left
     found = re.fullmatch(
         rf"{re.escape(domain.folder)} is being written by rebuild-index twemoji \(process {other.pid} on "
-        rf"{re.escape(socket.gethostname())}\) since (\S+); wait until it ends, or, if it is dead, until its lease "
-        r"does at (\S+), and run again",
+        rf"{re.escape(socket.gethostname())}\) since (\S+); wait until it finishes \(if it is dead, its lease "
+        r"expires at (\S+)\) and run again",
         message,
     )
     assert found, message
@@ -184,8 +184,8 @@ except Exception as error:
         with place.lease("second", wait_s=30) as held:
             sleeper.send_signal(signal.SIGCONT)
             said, _ = sleeper.communicate("go on\n", timeout=30)
-            assert said.startswith(f"the lease on {place.folder} was lost (")
-            assert said.endswith("; nothing more is committed here, run again\n")
+            assert said.startswith(f"the lease on {place.folder} was lost: ")
+            assert said.endswith("; nothing more is committed, run again\n")
             held.check()
             assert place.files() == ["000002.json"]
     finally:
@@ -196,11 +196,11 @@ def test_a_lost_lease_commits_nothing_more(domain: Domain) -> None:
     higher = f"{domain.folder}/lease/000002.json"
     with pytest.raises(StageError) as caught, domain.lease("first") as held:
         storage.write_bytes(higher, b"somebody")
-        with pytest.raises(StageError, match=r"was lost \(held by an unknown writer"):
+        with pytest.raises(StageError, match=r"was lost: now held by an unknown writer"):
             held.check()
         time.sleep(domain.ttl_s / 2)  # it is not renewed over another one's head
-    assert str(caught.value).startswith(f"the lease on {domain.folder} was lost (")
-    assert str(caught.value).endswith("; nothing more is committed here, run again")
+    assert str(caught.value).startswith(f"the lease on {domain.folder} was lost: ")
+    assert str(caught.value).endswith("; nothing more is committed, run again")
     assert domain.files() == ["000001.json", "000002.json"]
     assert storage.read_bytes(higher) == b"somebody"
     assert not json.loads(storage.read_bytes(f"{domain.folder}/lease/000001.json"))["released"]
@@ -276,7 +276,7 @@ def test_a_store_that_is_away_for_too_long_loses_the_lease(
     own = ObjectStore()
     monkeypatch.setenv("AWS_ENDPOINT_URL", own.endpoint)
     s3fs.S3FileSystem.clear_instance_cache()
-    lost = pytest.raises(StageError, match=r"was lost \(it could not be renewed for 3 s\)")
+    lost = pytest.raises(StageError, match=r"was lost: it could not be renewed for 3 s")
     with lost, lease(own.bucket().uri, holder="first", ttl_s=3) as held:
         own.stop()
         with pytest.raises(TransientError):
