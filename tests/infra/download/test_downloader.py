@@ -316,7 +316,7 @@ def test_the_guard_is_gone_afterwards(tmp_path: Path) -> None:
     ("shard_id", "rows", "mend"),
     [
         (0, pa.table({"address": ["http://a/"]}), "rename"),
-        (0, pa.table({"url": [1]}), "make it text"),
+        (0, pa.table({"url": [1]}), "convert it to strings"),
         (0, pa.table({"url": ["http://a/"], "width": [1], "key": ["a"]}), r"\['key', 'width'\].*rename"),
         (0, pa.table({"url": ["http://a/"] * 10_001}), "smaller shards"),
         (100_000, pa.table({"url": ["http://a/"]}), "fewer or larger shards"),
@@ -333,7 +333,7 @@ def test_rows_that_make_no_shard(shard_id: int, rows: pa.Table, mend: str, tmp_p
     [
         ({"allow_hosts": "127.0.0.1:80"}, r'write \("127.0.0.1:80",\)'),
         *(
-            ({"allow_hosts": (place,)}, "no host and port")
+            ({"allow_hosts": (place,)}, "is not host:port")
             for place in ("a", "a:", ":1", "a:x", "http://a:1", "a:0", "::1:1")
         ),
         *(

@@ -349,7 +349,7 @@ def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch
 
 
 def test_nothing_is_sent() -> None:
-    with guarded(LIMITS), pytest.raises(ValueError, match="send no data"):
+    with guarded(LIMITS), pytest.raises(ValueError, match="does not send data"):
         urllib.request.urlopen("http://127.0.0.1/", data=b"x")
 
 
@@ -418,5 +418,5 @@ def test_many_threads_share_one_guard() -> None:
 
 
 def test_errors_survive_the_way_between_processes() -> None:
-    error = pickle.loads(pickle.dumps(FetchError("timeout", "nothing came")))  # noqa: S301  # our own bytes
-    assert (str(error), error.error_class) == ("timeout: nothing came", "timeout")
+    error = pickle.loads(pickle.dumps(FetchError("timeout", "no data received")))  # noqa: S301  # our own bytes
+    assert (str(error), error.error_class) == ("timeout: no data received", "timeout")
