@@ -31,9 +31,8 @@ class Connection:
     def __init__(self, sock: socket.socket, max_body_bytes: int) -> None:
         """Take ownership of ``sock``; responses with a body above ``max_body_bytes`` are rejected."""
         self.max_body_bytes = max_body_bytes
-        self.free_since: float | None = (
-            None  # monotonic time (s) at which the last response was complete; None if no request may follow
-        )
+        # Monotonic time (s) of the end of the last response; None if no request may follow.
+        self.free_since: float | None = None
         self.received_bytes = 0
         self._sock = sock
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD_BYTES)

@@ -24,9 +24,8 @@ from infra.storage.folders import make_folder
 FOLDER = "verified"
 _CLOCK_RESOLUTION_S = 0.01  # resolution of a file system's clock: within it, two writes can have the same time
 _MAX_STAMPS = 1 << 17
-_stamps: dict[
-    tuple[str, str, str], tuple[Path, list[int]]
-] = {}  # stamps read by this process: (path, sha256, cache) -> (stamp, fingerprint)
+# Stamps that this process has read: (path, sha256, cache) -> (stamp, fingerprint).
+_stamps: dict[tuple[str, str, str], tuple[Path, list[int]]] = {}
 
 
 def is_verified(path: Path, sha256: str, size: int, cache: Path) -> bool:

@@ -168,23 +168,18 @@ def purge(digests: Collection[str], cache: Path, *, derived: bool = True) -> int
         targets = {*digests, *_pending_purges(cache)}
         selected = []
         for _, size, paths in _inventory(cache):
-            derived_names = {str(path.relative_to(cache)) for path in paths if _is_derived(cache, path)}
-            if (
-                matching := (derived_names if derived else derived_names & targets)
-                | {path.stem for path in paths} & targets
-            ):
-                selected.append((size, paths, matching))
-        _record_pending(cache, {name for _, _, matching in selected for name in matching})
-        for size, paths, matching in selected:
+            derivable = {str(path.relative_to(cache)) for path in paths if _is_derived(cache, path)}
+            if names := (derivable if derived else derivable & targets) | {path.stem for path in paths} & targets:
+                selected.append((size, paths, names))
+        _record_pending(cache, {name for _, _, names in selected for name in names})
+        for size, paths, names in selected:
             if _try_remove(cache, paths):
                 freed += size
             else:
-                left |= matching
+                left |= names
         _record_pending(cache, left)
     if left:
-        message = (
-            "%s: %d files could not be deleted: they are in use or were within the last hour; run gc --delete later"
-        )
+        message = "%s: %d files could not be deleted: in use now or within the last hour; run gc --delete later"
         logs.get("cache").warning(message, cache, len(left))
     return freed
 

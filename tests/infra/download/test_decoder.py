@@ -77,10 +77,9 @@ def frugal() -> Iterator[NormaliserProcess]:
 
 @pytest.mark.parametrize("form", ["AVIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP"])
 def test_normaliser_process_huge_canvas_is_rejected_within_memory_limit(form: str, frugal: NormaliserProcess) -> None:
-    refusals = (
-        ("decode_memory",) if form in ("PNG", "TIFF") else ("decode_memory", "decode_error")
-    )  # depends on the codec
-    assert error_class(frugal(io.BytesIO(large_canvas(form, 4000)))) in refusals
+    # Some codecs report a failed allocation as corrupt data.
+    expected = ("decode_memory",) if form in ("PNG", "TIFF") else ("decode_memory", "decode_error")
+    assert error_class(frugal(io.BytesIO(large_canvas(form, 4000)))) in expected
     assert frugal(io.BytesIO(noise("PNG")))[1:3] == (64, 48)
     status = Path(f"/proc/{pid_of(frugal)}/status").read_text()
     peak_kib = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))

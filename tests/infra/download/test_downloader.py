@@ -321,7 +321,7 @@ def test_download_shard_restores_the_previous_opener(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shard_id", "rows", "mend"),
+    ("shard_id", "rows", "fix"),
     [
         (0, pa.table({"address": ["http://a/"]}), "rename"),
         (0, pa.table({"url": [1]}), "convert it to strings"),

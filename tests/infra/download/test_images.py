@@ -134,9 +134,8 @@ def test_image_normaliser_mpo_is_a_still_image() -> None:
     assert np.abs(stored_pixels(data).astype(int) - GREEN).max() <= 3
 
 
-@pytest.mark.parametrize(
-    "side", [7100, 12_000, 30_000]
-)  # above max_pixels only, with Pillow's warning, with Pillow's error
+# Above max_pixels only, with a warning of Pillow, with an error of Pillow.
+@pytest.mark.parametrize("side", [7100, 12_000, 30_000])
 def test_image_normaliser_decompression_bomb_is_rejected_by_header(side: int) -> None:
     assert rejected(png(8, 8, 8, 2, b"")) == "decode_error"  # the pixel data is missing
     with warnings.catch_warnings():
@@ -238,7 +237,7 @@ def test_image_normaliser_transparent_colour_is_composited_on_white() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "left", "right", "seen"),
+    ("mode", "left", "right", "expected"),
     [
         ("RGBA", (255, 0, 0, 0), (0, 0, 255, 255), [WHITE, BLUE]),
         ("RGBA", (0, 0, 0, 128), (255, 0, 0, 64), [(127, 127, 127), (255, 191, 191)]),
