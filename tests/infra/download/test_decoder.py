@@ -95,7 +95,7 @@ def test_normaliser_process_canvas_above_max_pixels_is_rejected_before_decoding(
 def test_normaliser_process_crashed_decoder_loses_one_image() -> None:
     with NormaliserProcess(BOUNDS, LIMITS) as process:
         os.kill(pid_of(process), signal.SIGSEGV)
-        assert error_class(process(io.BytesIO(noise("PNG")))) == "decode_error"
+        assert error_class(process(io.BytesIO(noise("PNG")))) == "decoder_died"
         assert process(io.BytesIO(noise("PNG")))[1:3] == (64, 48)
 
 
