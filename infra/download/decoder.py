@@ -1,10 +1,11 @@
-"""Decoding of untrusted images in a process of its own, with limits on time and memory.
+"""Decoding of untrusted images in a separate process, with limits on time and memory.
 
-A small file can hold hours of work: many scans over the same pixels, or a canvas far larger than its data. No check of
-a header finds all such files. So the process that decodes an image is killed when it exceeds a limit, and replaced. It
-keeps no state between images and gets no credentials from the environment. Its answers are parsed as untrusted data.
+A small file can take hours to decode: it may have many scans over the same pixels, or a canvas far larger than its
+data. No check of the header detects all such files. The decoding process is therefore killed and replaced when it
+exceeds a limit. It keeps no state between images and gets no credentials from the environment. Its replies are parsed
+as untrusted data.
 
-Every format goes this way: the pipe costs a few percent of the decoding and encoding itself.
+All formats are decoded this way: the pipe adds a few percent to the time of decoding and encoding.
 """
 
 import json
@@ -27,13 +28,13 @@ from infra.errors import StageError
 
 _START_S = 60.0  # Python, NumPy and Pillow on a busy machine
 _BOOT = "import sys; sys.path[:] = sys.argv[3:]; from infra.download.decoder import serve; serve(*sys.argv[1:3])"
-_KEPT_VARIABLES = ("LD_LIBRARY_PATH", "PATH")
+_PASSED_VARIABLES = ("LD_LIBRARY_PATH", "PATH")
 _MAX_HEADER_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageBounds:
-    """Sizes of the images that are taken, and the longer side that is stored at most."""
+    """Size limits: pixels and shorter side of accepted images, and the maximum longer side of stored images."""
 
     max_pixels: int
     min_side_px: int
@@ -49,27 +50,28 @@ class DecodeLimits:
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds < math.inf:
-            raise ValueError(f"seconds is {self.seconds}; give a number above 0")
+            raise ValueError(f"seconds is not positive and finite: {self.seconds}; give a number above 0")
         if self.memory_bytes < 1:
-            raise ValueError(f"memory_bytes is {self.memory_bytes}; give at least 1")
+            raise ValueError(f"memory_bytes is not positive: {self.memory_bytes}; give at least 1")
 
     @classmethod
     def for_pixels(cls, max_pixels: int) -> "DecodeLimits":
-        """Return limits that an honest image of ``max_pixels`` keeps in every format: 12 s and 1.2 GiB at 50 million.
+        """Return limits that are sufficient for a regular image of ``max_pixels`` pixels in every format.
 
-        The slowest format measured took 5.8 s for 49 million pixels on a busy core, the largest 936 MiB.
+        For 50 million pixels they are 12 s and 1.2 GiB. Measured for 49 million pixels on a busy core: the slowest
+        format took 5.8 s, and the largest memory use was 936 MiB.
         """
         return cls(seconds=2 + max_pixels / 5e6, memory_bytes=(128 << 20) + 24 * max_pixels)
 
 
 class NormaliserProcess:
-    """A process that normalises images as ``ImageNormaliser`` does, and can be called in its place.
+    """A drop-in replacement for ``ImageNormaliser`` that runs it in a separate process.
 
-    One image at a time: img2dataset normalises in a single thread. Use it as a context manager.
+    It handles one image at a time, because img2dataset normalises in a single thread. Use it as a context manager.
     """
 
     def __init__(self, bounds: ImageBounds, limits: DecodeLimits | None = None) -> None:
-        """``limits`` are by default those for the largest image within ``bounds``."""
+        """Set the size bounds; ``limits`` default to those for the largest image within ``bounds``."""
         self._bounds = bounds
         self._limits = limits or DecodeLimits.for_pixels(bounds.max_pixels)
         self._running: tuple[subprocess.Popen[bytes], Connection] | None = None
@@ -82,48 +84,48 @@ class NormaliserProcess:
         self._stop()
 
     def __call__(self, img_stream: BinaryIO, blurring_bbox_list: object = None) -> Normalised:
-        """Normalise one encoded image; refuse one that exceeds a limit with ``decode_timeout`` or ``decode_memory``.
+        """Normalise one encoded image; reject it with ``decode_timeout`` or ``decode_memory`` if it exceeds a limit.
 
-        A codec may report a failed allocation as damaged data, which is then a ``decode_error``.
+        A codec may report a failed allocation as corrupt data; the error is then ``decode_error``.
         """
         if self._running is None:  # the last image exceeded a limit
             self._running = self._start()
         process, pipe = self._running
-        with _killed_after(self._limits.seconds, process) as late:
+        with _killed_after(self._limits.seconds, process) as timed_out:
             try:
                 pipe.send_bytes(img_stream.read())
-                normalised = self._answer(pipe)
+                normalised = self._receive(pipe)
             except (OSError, EOFError, ValueError, TypeError) as error:
                 self._stop()
-                normalised = (None, None, None, None, None, self._cause(process, late.is_set(), error))
-        if late.is_set():  # perhaps between the answer and the end of the timer
+                normalised = (None, None, None, None, None, self._cause(process, timed_out.is_set(), error))
+        if timed_out.is_set():  # the timer may fire after the reply was received
             self._stop()
         return normalised
 
-    def _answer(self, pipe: Connection) -> Normalised:
-        """Receive one answer, whose size is bounded. Raises ``ValueError`` for one of another form."""
+    def _receive(self, pipe: Connection) -> Normalised:
+        """Receive one reply of bounded size. Raises ``ValueError`` if it is malformed."""
         width, height, original_width, original_height, message = json.loads(pipe.recv_bytes(_MAX_HEADER_BYTES))
         if message is not None:
             return None, None, None, None, None, str(message)
         png = pipe.recv_bytes(4 * self._bounds.max_side_px**2 + _MAX_HEADER_BYTES)
         return png, int(width), int(height), int(original_width), int(original_height), None
 
-    def _cause(self, process: subprocess.Popen[bytes], late: bool, error: Exception) -> str:
-        if late:
-            return f"decode_timeout: not decoded after {self._limits.seconds:g} s"
-        if process.returncode == -signal.SIGABRT:  # C++ codecs abort where they get no memory
+    def _cause(self, process: subprocess.Popen[bytes], timed_out: bool, error: Exception) -> str:
+        if timed_out:
+            return f"decode_timeout: decoding took longer than {self._limits.seconds:g} s"
+        if process.returncode == -signal.SIGABRT:  # C++ codecs abort when an allocation fails
             return "decode_memory: the decoder aborted"
-        if isinstance(error, OSError | EOFError) and process.returncode < 0:  # it closed the pipe, and not by an answer
-            return f"decoder_died: the decoder was ended by signal {-process.returncode}"
-        return f"decode_error: the decoder ended with {process.returncode} ({type(error).__name__})"
+        if isinstance(error, OSError | EOFError) and process.returncode < 0:  # the pipe was closed without a reply
+            return f"decoder_died: the decoder was killed by signal {-process.returncode}"
+        return f"decode_error: the decoder exited with status {process.returncode} ({type(error).__name__})"
 
     def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
         ours, theirs = Pipe()
         settings = json.dumps({"bounds": asdict(self._bounds), "limits": asdict(self._limits)})
         command = [sys.executable, "-I", "-c", _BOOT, str(theirs.fileno()), settings, *map(os.path.abspath, sys.path)]
-        variables = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+        variables = {name: os.environ[name] for name in _PASSED_VARIABLES if name in os.environ}
         with theirs:
-            process = subprocess.Popen(  # noqa: S603  # our own interpreter and our own code
+            process = subprocess.Popen(  # noqa: S603  # this interpreter and this package
                 command, env={**variables, "OPENBLAS_NUM_THREADS": "1"}, pass_fds=[theirs.fileno()]
             )
         try:
@@ -131,7 +133,7 @@ class NormaliserProcess:
                 raise EOFError
         except (OSError, EOFError) as error:
             _end(process, ours)
-            raise StageError("the image decoder did not start; the log of this process says why") from error
+            raise StageError("the image decoder did not start; see the log of this process") from error
         return process, ours
 
     def _stop(self) -> None:
@@ -142,18 +144,18 @@ class NormaliserProcess:
 
 @contextmanager
 def _killed_after(seconds: float, process: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
-    """Kill ``process`` if the block takes longer than ``seconds``; the event says so afterwards."""
-    late = threading.Event()
+    """Kill ``process`` if the block takes longer than ``seconds``; the yielded event is then set."""
+    timed_out = threading.Event()
 
     def kill() -> None:
-        late.set()
+        timed_out.set()
         process.kill()
 
     timer = threading.Timer(seconds, kill)
     timer.daemon = True
     timer.start()
     try:
-        yield late
+        yield timed_out
     finally:
         timer.cancel()
         timer.join()
@@ -166,11 +168,18 @@ def _end(process: subprocess.Popen[bytes], pipe: Connection) -> None:
 
 
 def serve(descriptor: str, settings: str) -> None:
-    """Run the process's side: answer one image after another, until the other side of the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, but the parent decides
-    given = json.loads(settings)
-    limits = DecodeLimits(**given["limits"])
-    normalise = ImageNormaliser(**given["bounds"])
+    """Run the decoding process: normalise images from the pipe until its other end is closed.
+
+    Args:
+        descriptor: File descriptor of the pipe.
+        settings: JSON object with ``bounds`` (:class:`ImageBounds`) and ``limits`` (:class:`DecodeLimits`).
+    """
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole process group; the parent decides when to stop
+    parsed = json.loads(settings)
+    limits = DecodeLimits(**parsed["limits"])
+    normalise = ImageNormaliser(**parsed["bounds"])
     _limit_codecs()
     resource.setrlimit(resource.RLIMIT_DATA, (limits.memory_bytes, limits.memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -179,7 +188,7 @@ def serve(descriptor: str, settings: str) -> None:
     while True:
         try:
             data = pipe.recv_bytes()
-            signal.alarm(math.ceil(limits.seconds) + 1)  # in case the parent, which keeps the time, is dead
+            signal.alarm(math.ceil(limits.seconds) + 1)  # in case the parent, which enforces the limit, is dead
             png, *sizes, message = normalise(BytesIO(data))
             signal.alarm(0)
             pipe.send_bytes(json.dumps([*sizes, message]).encode())
@@ -190,7 +199,7 @@ def serve(descriptor: str, settings: str) -> None:
 
 
 def _limit_codecs() -> None:
-    """Let AVIF decode in one thread: each thread takes memory, and the download has threads of its own."""
+    """Decode AVIF in one thread: each thread needs memory, and the download already uses many threads."""
     from PIL import AvifImagePlugin
 
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1

@@ -1,12 +1,12 @@
-"""One shard of a URL list downloaded into img2dataset's webdataset layout, by img2dataset's own ``Downloader``.
+"""Download of one shard of a URL list with img2dataset's ``Downloader``, in its webdataset layout.
 
-    NNNNN.tar           KEY.json, KEY.png and, when the list has captions, KEY.txt for each picture taken
-    NNNNN.parquet       one row for each URL asked for: the list's columns, img2dataset's, and ``error_class``
+    NNNNN.tar           KEY.json, KEY.png and, if the list has captions, KEY.txt for each downloaded image
+    NNNNN.parquet       one row for each URL: the columns of the list, those of img2dataset, and ``error_class``
     NNNNN_stats.json    img2dataset's statistics
 
 In addition to img2dataset, fetching is guarded (``infra.download.safe_urlopen``). Images are validated and normalised
-(``infra.download.images``) in a process with limits on time and memory (``infra.download.decoder``). Rows and members
-are in key order, so that the same answers give the same bytes, and no row is lost.
+(``infra.download.images``) in a process with limits on time and memory (``infra.download.decoder``). Rows and archive
+members are in key order, so that equal responses give equal bytes, and every row has a result.
 """
 
 import functools
@@ -34,25 +34,34 @@ from infra.download.safe_urlopen import guarded
 from infra.errors import InputError
 
 SHARD_ROWS, SHARDS = 10_000, 100_000
-"""Most rows of a shard, and most shards: a key is five digits of the shard and four of the row."""
+"""Maximum rows of a shard, and maximum shards: a key is five digits of the shard and four of the row."""
 
-_OF_URLS = ("invalid_url", "blocked_scheme", "blocked_address", "dns_error", "too_many_redirects", "robots_disallowed")
-_OF_TRANSFERS = ("connection_error", "timeout", "deadline_exceeded", "body_too_large", "empty_body")
-_OF_IMAGES = ("not_an_image", "decode_error", "too_small", "too_many_pixels", "too_many_scans", "animated")
-_OF_DECODING = ("decode_timeout", "decode_memory", "decoder_died")
-ERROR_CLASSES = frozenset({"success", *_OF_URLS, *_OF_TRANSFERS, *_OF_IMAGES, *_OF_DECODING, "internal_error"})
-"""Every outcome of a row's download, besides ``http_404`` and its like.
+_URL_ERRORS = (
+    "invalid_url",
+    "blocked_scheme",
+    "blocked_address",
+    "dns_error",
+    "too_many_redirects",
+    "robots_disallowed",
+)
+_TRANSFER_ERRORS = ("connection_error", "timeout", "deadline_exceeded", "body_too_large", "empty_body")
+_IMAGE_ERRORS = ("not_an_image", "decode_error", "too_small", "too_many_pixels", "too_many_scans", "animated")
+_DECODER_ERRORS = ("decode_timeout", "decode_memory", "decoder_died")
+ERROR_CLASSES = frozenset(
+    {"success", *_URL_ERRORS, *_TRANSFER_ERRORS, *_IMAGE_ERRORS, *_DECODER_ERRORS, "internal_error"}
+)
+"""Every outcome of a row's download, in addition to ``http_404`` and other HTTP statuses.
 
-Rows whose picture was left out afterwards have those of ``infra.formats.webdataset`` in the same column.
+Rows whose image was dropped afterwards have the classes of ``infra.formats.webdataset`` in the same column.
 """
 
-_SPOOL_BYTES = 64 << 20  # of pictures that wait for their turn are held in memory, more on disk
+_SPOOL_BYTES = 64 << 20  # images that wait for their turn are held in memory up to this size, then on disk
 _SHARD_DIGITS = 5
 _ROW_DIGITS = 4
-_PILLOW_MOST_PIXELS = 178_956_970  # Pillow refuses more, whatever is asked for
+_PILLOW_MAX_PIXELS = 178_956_970  # hard limit of Pillow
 _IMAGE_COLUMNS = {"width", "height", "original_width", "original_height", "sha256"}
 _RESULT_COLUMNS = {"key", "status", "error_message", "error_class", *_IMAGE_COLUMNS}
-# What urllib and img2dataset say where no class heads the message; the first pattern found counts.
+# Messages of urllib and img2dataset that do not start with an error class; the first match counts.
 _MESSAGE_PATTERNS = (
     (r"^HTTP Error 30\d: The HTTP server returned a redirect error", "too_many_redirects"),
     (r"^HTTP Error (\d{3})", r"http_\1"),
@@ -69,7 +78,7 @@ _MESSAGE_PATTERNS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DownloadPolicy:
-    """What may be fetched, how long that may take, and which pictures are taken."""
+    """Limits on what may be fetched and for how long, and on which images are accepted."""
 
     allow_hosts: tuple[str, ...] = ()  # "host:port" entries whose addresses need not be public ("127.0.0.1:8123")
     max_body_bytes: int = 20_000_000
@@ -79,35 +88,37 @@ class DownloadPolicy:
     max_pixels: int = 50_000_000  # read from the header, before anything is decoded
     min_side_px: int = 8  # trackers are 1x1
     max_side_px: int = 512  # the longer side is reduced to this
-    retries: int = 1  # further attempts after any failure, each with a deadline of its own
+    retries: int = 1  # further attempts after any failure, each with its own deadline
     threads: int = 32
     respect_robots_tag: bool = True  # X-Robots-Tag: noai, noimageai, noindex, noimageindex, none
 
     def __post_init__(self) -> None:
         hosts: object = self.allow_hosts
         if isinstance(hosts, str):
-            raise ValueError(f'allow_hosts is a tuple: write ("{hosts}",)')
-        for place in self.allow_hosts:
-            if not _is_place(place):
-                raise ValueError(f'allow_hosts: {place!r} is no host and port; write it like "127.0.0.1:8123"')
+            raise ValueError(f'allow_hosts is a string, not a tuple; write ("{hosts}",)')
+        for entry in self.allow_hosts:
+            if not _is_host_port(entry):
+                raise ValueError(f'allow_hosts entry is not host:port: {entry!r}; use the form "127.0.0.1:8123"')
         for name in ("deadline_s", "timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a number of seconds above 0")
+                raise ValueError(f"{name} is not positive and finite: {getattr(self, name)}; give seconds above 0")
         for name in ("max_body_bytes", "max_pixels", "min_side_px", "max_side_px", "threads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+                raise ValueError(f"{name} is not positive: {getattr(self, name)}; give at least 1")
         for name in ("max_redirects", "retries"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; give 0 for none")
-        if self.max_pixels > _PILLOW_MOST_PIXELS:
-            raise ValueError(f"max_pixels is {self.max_pixels}; Pillow decodes at most {_PILLOW_MOST_PIXELS}")
+                raise ValueError(f"{name} is negative: {getattr(self, name)}; give at least 0")
+        if self.max_pixels > _PILLOW_MAX_PIXELS:
+            raise ValueError(
+                f"max_pixels exceeds the limit of Pillow: {self.max_pixels}; give at most {_PILLOW_MAX_PIXELS}"
+            )
         if self.max_side_px < self.min_side_px:
             raise ValueError(f"max_side_px={self.max_side_px} is below min_side_px={self.min_side_px}; raise it")
 
     def limits(self) -> Limits:
-        """The part that the guard enforces."""
+        """Return the limits that the URL guard enforces."""
         return Limits(
-            allow_hosts=tuple(place.lower() for place in self.allow_hosts),
+            allow_hosts=tuple(entry.lower() for entry in self.allow_hosts),
             max_body_bytes=self.max_body_bytes,
             deadline_s=self.deadline_s,
             timeout_s=self.timeout_s,
@@ -116,13 +127,13 @@ class DownloadPolicy:
         )
 
     def bounds(self) -> ImageBounds:
-        """The part that the decoder enforces."""
+        """Return the bounds that the decoder enforces."""
         return ImageBounds(max_pixels=self.max_pixels, min_side_px=self.min_side_px, max_side_px=self.max_side_px)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardCounts:
-    """What became of a shard's URLs."""
+    """Counts of the outcomes of a shard's URLs."""
 
     requested: int
     downloaded: int
@@ -133,11 +144,22 @@ class ShardCounts:
 def download_shard(
     shard_id: int, rows: pa.Table, folder: Path, policy: DownloadPolicy, decode_limits: DecodeLimits | None = None
 ) -> ShardCounts:
-    """Download the ``url`` column of ``rows`` into shard ``shard_id`` below ``folder``; other columns are kept.
+    """Download the ``url`` column of ``rows`` into a shard below ``folder``; other columns are kept.
 
-    A URL that fails is a row with its error class and no reason to stop. Raises ``InputError`` for rows that cannot
-    make a shard, and what the disk raises. One shard at a time in a process: a second thread waits for the first.
-    ``decode_limits`` are by default those for the policy's largest image.
+    A failed URL becomes a row with its error class; the others continue. A process downloads one shard at a time: a
+    second thread waits for the first.
+
+    Args:
+        shard_id: Number of the shard, below ``SHARDS``.
+        rows: At most ``SHARD_ROWS`` rows with a string column ``url`` and optionally ``caption``.
+        folder: Local output folder; created if necessary.
+        policy: Limits on fetching and on images.
+        decode_limits: Limits on decoding; by default those for the largest image that ``policy`` accepts.
+
+    Raises:
+        InputError: The rows do not fit a shard, or a column is missing, of the wrong type, or reserved.
+        StageError: The disk is full, or the image decoder does not start.
+        OSError: Another failure of the disk.
     """
     _check_rows(shard_id, rows)
     started = time.monotonic()
@@ -166,7 +188,7 @@ def download_shard(
             verify_hash_type=None,
             encode_format="png",
             retries=policy.retries,
-            user_agent_token="img2dataset",  # noqa: S106  # no secret: the name by which a site may refuse it
+            user_agent_token="img2dataset",  # noqa: S106  # not a secret: the name by which sites address it in robots tags
             disallowed_header_directives=None,  # its parser misses most forms; the guard reads them
         )
         downloader.download_shard((shard_id, str(rows_file)))
@@ -181,11 +203,14 @@ def download_shard(
 
 
 def _downloader_class(scratch: Path) -> Any:
-    """img2dataset's ``Downloader``, imported.
+    """Import and return img2dataset's ``Downloader``.
 
-    With it comes wandb, whose folders for temporary files would outlive a worker that is ended; ``scratch`` goes.
+    The import loads wandb, which creates temporary folders that a killed worker would leave behind. They are created in
+    ``scratch``, which is deleted.
     """
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing img2dataset asks PyPI for a newer version
+    os.environ.setdefault(
+        "NO_ALBUMENTATIONS_UPDATE", "1"
+    )  # else importing img2dataset queries PyPI for a newer version
     before, tempfile.tempdir = tempfile.tempdir, str(scratch)
     try:
         from img2dataset.downloader import Downloader
@@ -195,7 +220,12 @@ def _downloader_class(scratch: Path) -> Any:
 
 
 def classify_outcome(status: str, error_message: str | None) -> str:
-    """The error class of a row of the parquet: the one its message starts with, or what the message means."""
+    """Return the error class of a row: the class that its message starts with, or the one that the message implies.
+
+    Args:
+        status: img2dataset's status, "success" for a downloaded image.
+        error_message: img2dataset's error message, None for a downloaded image.
+    """
     if status == "success":
         return "success"
     message = error_message or ""
@@ -209,9 +239,9 @@ def classify_outcome(status: str, error_message: str | None) -> str:
 
 
 class _ShardWriter:
-    """Stands in for img2dataset's sample writer: takes samples in any order, and writes them in key order.
+    """A replacement for img2dataset's sample writer that receives samples in any order and writes them in key order.
 
-    A picture waits in ``spool`` until all before it have come: a shard's worth may not fit in memory.
+    An image waits in ``spool`` until all images before it have arrived, because a shard may not fit in memory.
     """
 
     def __init__(
@@ -235,7 +265,7 @@ class _ShardWriter:
         self._rows = rows
         self._spool = spool
         self._results: dict[str, dict[str, Any]] = {}
-        self._pictures: dict[str, tuple[int, int]] = {}  # key -> offset and size in the spool
+        self._images: dict[str, tuple[int, int]] = {}  # key -> offset and size in the spool
         self._failure: OSError | None = None
         self._written = 0
         self._tar = tarfile.open(self._stem.with_suffix(".tar"), "w")  # noqa: SIM115  # close() closes it
@@ -243,12 +273,12 @@ class _ShardWriter:
     def write(self, img_str: bytes | None, key: str, caption: str | None, meta: dict[str, Any]) -> None:
         try:
             if img_str is not None:
-                self._pictures[key] = (self._spool.seek(0, os.SEEK_END), len(img_str))
+                self._images[key] = (self._spool.seek(0, os.SEEK_END), len(img_str))
                 self._spool.write(img_str)
             self._results[key] = meta
             while self._written < len(self._keys) and self._keys[self._written] in self._results:
-                self._add_next()  # while others are still downloaded
-        except OSError as error:  # img2dataset would swallow a full disk as a lost row
+                self._add_next()  # while other images are still being downloaded
+        except OSError as error:  # img2dataset would swallow the error of a full disk as a failed row
             self._failure = error
             raise
 
@@ -269,13 +299,13 @@ class _ShardWriter:
         pq.write_table(table, self._stem.with_suffix(".parquet"))
 
     def _add_next(self) -> None:
-        """Append the sample whose turn it is, if it has a picture."""
+        """Append the next sample in key order, if it has an image."""
         key = self._keys[self._written]
         self._written += 1
-        if key not in self._pictures:
+        if key not in self._images:
             return
         meta = self._results[key]
-        offset, size = self._pictures.pop(key)
+        offset, size = self._images.pop(key)
         self._spool.seek(offset)
         members = {"json": json.dumps(meta, default=str).encode(), self._suffix: self._spool.read(size)}
         if self._save_caption:
@@ -287,27 +317,27 @@ class _ShardWriter:
 
 
 def _missing_result(key: str) -> dict[str, Any]:
-    """The result of a row for which img2dataset, which swallows what goes wrong in a sample, has written nothing."""
-    message = "internal_error: img2dataset gave no result for this row; its log has the traceback"
+    """Return the result of a row that img2dataset did not write: it swallows exceptions in a sample."""
+    message = "internal_error: img2dataset returned no result for this row; see its log for the traceback"
     return {"key": key, "status": "failed_to_download", "error_message": message}
 
 
 def _check_rows(shard_id: int, rows: pa.Table) -> None:
     if not 0 <= shard_id < SHARDS:
-        raise InputError(f"shard {shard_id} has no key of {_SHARD_DIGITS} digits; use fewer or larger shards")
+        raise InputError(f"shard id does not fit {_SHARD_DIGITS} digits: {shard_id}; use fewer or larger shards")
     if rows.num_rows > SHARD_ROWS:
-        raise InputError(f"shard {shard_id} has {rows.num_rows} rows, but keys for {SHARD_ROWS}; use smaller shards")
+        raise InputError(f"shard {shard_id} has more than {SHARD_ROWS} rows: {rows.num_rows}; use smaller shards")
     if "url" not in rows.column_names:
-        raise InputError(f"the list has no column url, only {rows.column_names}; rename the one with the addresses")
+        raise InputError(f"the list has no column url, only {rows.column_names}; rename the column of the URLs to url")
     if not (pa.types.is_string(rows["url"].type) or pa.types.is_large_string(rows["url"].type)):
-        raise InputError(f"the list's column url is {rows['url'].type}; make it text")
-    if taken := sorted(_RESULT_COLUMNS & set(rows.column_names)):
-        raise InputError(f"the list has columns {taken}, which the download writes itself; rename them")
+        raise InputError(f"the column url of the list is not text: {rows['url'].type}; convert it to strings")
+    if reserved := sorted(_RESULT_COLUMNS & set(rows.column_names)):
+        raise InputError(f"the list has columns that the download adds: {reserved}; rename them")
 
 
-def _is_place(place: str) -> bool:
-    """Whether ``place`` is ``host:port``, an IPv6 host in brackets."""
-    host, colon, port = place.rpartition(":")
+def _is_host_port(entry: str) -> bool:
+    """Return True if ``place`` is ``host:port``, with an IPv6 host in brackets."""
+    host, colon, port = entry.rpartition(":")
     if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         return False
     if not host.startswith("["):

@@ -1,7 +1,7 @@
-"""One HTTP/1.1 connection to an untrusted server.
+"""HTTP/1.1 connection to an untrusted server.
 
-h11 parses what the server sends, as RFC 9112 requires: chunk sizes and lengths are digits only, lengths that differ are
-an error, and ``Transfer-Encoding`` overrides ``Content-Length``. This module bounds what h11 does not: time, interim
+h11 parses the responses as RFC 9112 requires: chunk sizes and lengths are digits only, conflicting lengths are an
+error, and ``Transfer-Encoding`` overrides ``Content-Length``. This module limits what h11 does not: time, interim
 responses, header fields, the body, and the framing around the body.
 """
 
@@ -29,9 +29,10 @@ class Connection:
     """A connected socket that carries one request after another. Not thread-safe."""
 
     def __init__(self, sock: socket.socket, max_body_bytes: int) -> None:
-        """``sock`` belongs to the connection; a response with a body above ``max_body_bytes`` is refused."""
+        """Take ownership of ``sock``; responses with a body above ``max_body_bytes`` are rejected."""
         self.max_body_bytes = max_body_bytes
-        self.free_since: float | None = None  # when the last response was complete and another request may follow
+        # Monotonic time (s) of the end of the last response; None if no request may follow.
+        self.free_since: float | None = None
         self.received_bytes = 0
         self._sock = sock
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD_BYTES)
@@ -53,7 +54,7 @@ class Connection:
         return not poll.poll(0)
 
     def get(self, target: str, headers: dict[str, str], deadline: Deadline) -> "Response":
-        """Send a GET request and return the final response, its body still unread."""
+        """Send a GET request and return the final response with its body unread."""
         self.free_since = None
         try:
             if self._http.our_state is h11.DONE:
@@ -61,12 +62,12 @@ class Connection:
             request = h11.Request(method="GET", target=target, headers=list(headers.items()))
             self._sock.settimeout(deadline.allowance_s())
             self._sock.sendall(self._http.send(request) + self._http.send(h11.EndOfMessage()))
-            return Response(self, self._final(deadline), deadline)
+            return Response(self, self._read_head(deadline), deadline)
         except BaseException:
             self.close()
             raise
 
-    def _final(self, deadline: Deadline) -> h11.Response:
+    def _read_head(self, deadline: Deadline) -> h11.Response:
         for _ in range(_MAX_INTERIM + 1):
             event = self.next_event(deadline, _BLOCK_BYTES)
             if isinstance(event, h11.Response):
@@ -78,7 +79,7 @@ class Connection:
         raise FetchError("connection_error", f"more than {_MAX_INTERIM} interim responses")
 
     def next_event(self, deadline: Deadline, max_bytes: int) -> Any:
-        """Return h11's next event, after as many receives of at most ``max_bytes`` as it needs."""
+        """Return the next event of h11, receiving at most ``max_bytes`` at a time until it is complete."""
         while (event := self._http.next_event()) is h11.NEED_DATA:
             self._sock.settimeout(deadline.allowance_s())
             block = self._sock.recv(max_bytes)
@@ -87,7 +88,7 @@ class Connection:
         return event
 
     def release(self, *, reusable: bool) -> None:
-        """End a response: keep the connection for the next request if both sides allow it, else close it."""
+        """Finish a response: keep the connection for the next request if both sides allow it, else close it."""
         done = self._http.our_state is h11.DONE and self._http.their_state is h11.DONE
         if reusable and done and not self._http.trailing_data[0]:
             self.free_since = time.monotonic()
@@ -99,7 +100,7 @@ class Response:
     """A response as ``urllib`` expects it, with a body that is read within the limits."""
 
     def __init__(self, connection: Connection, head: h11.Response, deadline: Deadline) -> None:
-        """``head`` has been read from ``connection``; the body follows. Raises ``FetchError`` if it is too large."""
+        """Wrap the response with this ``head``, whose body is unread. Raises ``FetchError`` if it is too large."""
         self.status = self.code = head.status_code
         self.reason = self.msg = head.reason.decode("latin-1")
         self.url = ""
@@ -109,9 +110,9 @@ class Response:
         self._connection, self._deadline = connection, deadline
         self._max_body_bytes = connection.max_body_bytes
         self._body = bytearray()
-        self._taken_bytes = 0
+        self._read_bytes = 0
         self._ended = False
-        # The framing may not cost more than a quarter of the body: chunks of one byte each are an attack.
+        # The framing may take at most a quarter of the body limit: chunks of one byte each are an attack.
         self._max_received_bytes = connection.received_bytes + self._max_body_bytes * 5 // 4 + _BLOCK_BYTES
         chunked = "transfer-encoding" in self.headers
         # RFC 9112, 6.3: a response with both is suspicious, and its connection must not be used again.
@@ -124,7 +125,7 @@ class Response:
         return self.headers
 
     def read(self, amt: int | None = None) -> bytes:
-        """Return the next ``amt`` bytes of the body, or all that is left. Only the end of the body shortens them."""
+        """Return the next ``amt`` bytes of the body, or the rest of it. Fewer bytes mean that the body has ended."""
         while not self._ended and (amt is None or amt < 0 or len(self._body) < amt):
             self._receive()
         size = len(self._body) if amt is None or amt < 0 else amt
@@ -133,7 +134,7 @@ class Response:
         return block
 
     def close(self) -> None:
-        """Give up the rest of the body, and with it the connection."""
+        """Discard the rest of the body; this closes the connection if the body is incomplete."""
         if not self._ended:
             self._ended = True
             self._connection.close()
@@ -145,8 +146,8 @@ class Response:
         self.close()
 
     def _receive(self) -> None:
-        """Read one event of the body. No receive can take more than one byte beyond the limit."""
-        max_bytes = min(_BLOCK_BYTES, self._max_body_bytes + 1 - self._taken_bytes)
+        """Read one event of the body. A receive reads at most one byte beyond the limit."""
+        max_bytes = min(_BLOCK_BYTES, self._max_body_bytes + 1 - self._read_bytes)
         try:
             with raises_fetch_error(self._deadline):
                 event = self._connection.next_event(self._deadline, max_bytes)
@@ -155,8 +156,8 @@ class Response:
             raise
         if isinstance(event, h11.Data):
             self._body += event.data
-            self._taken_bytes += len(event.data)
-            self._check(self._taken_bytes)
+            self._read_bytes += len(event.data)
+            self._check(self._read_bytes)
         else:
             self._ended = True
             self._connection.release(reusable=self._reusable)
@@ -171,7 +172,7 @@ class Response:
 
 @contextmanager
 def raises_fetch_error(deadline: Deadline) -> Iterator[None]:
-    """Turn what urllib, h11, ssl and socket raise into ``FetchError``; an ``HTTPError`` stays one."""
+    """Translate exceptions of urllib, h11, ssl and socket into ``FetchError``; ``HTTPError`` is unchanged."""
     try:
         yield
     except HTTPError as error:
@@ -180,8 +181,8 @@ def raises_fetch_error(deadline: Deadline) -> Iterator[None]:
     except (OSError, h11.ProtocolError, ValueError) as error:
         cause = error.reason if isinstance(error, URLError) else error
         if isinstance(cause, TimeoutError):
-            deadline.allowance_s()  # raises when it was the deadline that cut the wait short
-            raise FetchError("timeout", f"nothing came for timeout_s={deadline.timeout_s:g}") from error
-        # A certificate error is an OSError as well as a ValueError: the network's, not the URL's.
+            deadline.allowance_s()  # raises if the deadline, not the socket timeout, ended the wait
+            raise FetchError("timeout", f"no data received for timeout_s={deadline.timeout_s:g}") from error
+        # A certificate error is both an OSError and a ValueError. It is a fault of the connection, not of the URL.
         invalid = not isinstance(cause, OSError | h11.RemoteProtocolError)
         raise FetchError("invalid_url" if invalid else "connection_error", str(cause)) from error

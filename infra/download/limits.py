@@ -1,4 +1,4 @@
-"""Limits on the download of one URL, the clock that enforces them, and the error that reports a violation."""
+"""Limits on the download of one URL, the deadline that enforces them, and the error that reports a violation."""
 
 import time
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from infra.errors import KNNDiffusionError
 
 
 class FetchError(KNNDiffusionError):
-    """A URL that could not be fetched. ``error_class`` is stable; ``str()`` is ``error_class: detail``."""
+    """Raised when a URL cannot be fetched. ``error_class`` is stable; ``str()`` is ``error_class: detail``."""
 
     def __init__(self, error_class: str, detail: str) -> None:
-        """``error_class`` is a snake_case name; ``detail`` says what happened and how to fix it."""
+        """Set the snake_case ``error_class``; ``detail`` says what happened and how to fix it."""
         super().__init__(error_class, detail)
         self.error_class = error_class
         self.detail = detail
@@ -21,28 +21,28 @@ class FetchError(KNNDiffusionError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Hosts, sizes and times that the guard allows."""
+    """Hosts, sizes and times that the URL guard allows."""
 
     allow_hosts: tuple[str, ...]  # "host:port" entries, in lower case, whose addresses need not be public
     max_body_bytes: int
-    deadline_s: float  # for one URL, its redirects and its body included
-    timeout_s: float  # for one socket operation, where the caller of urlopen names none
+    deadline_s: float  # for one URL, including its redirects and its body
+    timeout_s: float  # for one socket operation, unless the caller of urlopen gives a timeout
     max_redirects: int
-    respect_robots_tag: bool = True  # refuse responses, redirects included, whose X-Robots-Tag forbids the use
+    respect_robots_tag: bool = True  # reject responses, including redirects, whose X-Robots-Tag forbids the use
 
 
 class Deadline:
-    """The clock of one URL. Each socket operation gets the smaller of its own timeout and the time left."""
+    """Deadline of one URL. Each socket operation gets the smaller of its own timeout and the time left."""
 
     def __init__(self, deadline_s: float, timeout_s: float) -> None:
-        """The clock starts now: ``deadline_s`` in all, ``timeout_s`` for one operation."""
+        """Start the clock: ``deadline_s`` seconds in total, ``timeout_s`` for one operation."""
         self.timeout_s = timeout_s
         self._deadline_s = deadline_s
         self._end = time.monotonic() + deadline_s
 
     def allowance_s(self) -> float:
-        """Return the seconds that the next operation may take. Raises ``FetchError`` when none are left."""
+        """Return the seconds that the next operation may take. Raises ``FetchError`` if the deadline has passed."""
         left = self._end - time.monotonic()
         if left <= 0:
-            raise FetchError("deadline_exceeded", f"not finished after deadline_s={self._deadline_s:g}")
+            raise FetchError("deadline_exceeded", f"not complete after deadline_s={self._deadline_s:g}")
         return min(left, self.timeout_s)

@@ -1,12 +1,14 @@
-"""A guarded ``urllib`` opener: it bounds what an untrusted list of URLs can reach, how long that takes, and its size.
+"""Guarded ``urllib`` opener: limits the hosts, duration and size of downloads from untrusted URLs.
 
-Only http and https. Every address that a name resolves to must be public, and the connection goes to an address that
-was checked: the name is not resolved again in between. Each redirect passes the same checks. A thread keeps its
-connection and uses it again for the same place, if the last response was complete and nothing came after it. TLS still
-verifies the name. No proxy is taken from the environment. Status line, headers and body share one wall-clock deadline.
-Each receive waits at most for the time left, so a server that sends single bytes cannot extend it. Only the system's
-name resolution cannot be interrupted; the deadline is checked right after. ``X-Robots-Tag`` is honoured on every
-response, redirects included.
+- Only http and https are allowed, and proxies of the environment are ignored.
+- Every address that a name resolves to must be public. The connection uses a checked address: the name is not resolved
+  a second time. TLS still verifies the name. Each redirect passes the same checks.
+- A thread keeps its last connection and reuses it for the same host if the last response was complete and no data
+  followed it.
+- Status line, headers and body share one wall-clock deadline. Each receive waits at most for the time left, so a server
+  that sends single bytes cannot extend it. Only the system's name resolution cannot be interrupted; the deadline is
+  checked right after it.
+- ``X-Robots-Tag`` is honoured on every response, including redirects.
 """
 
 import socket
@@ -28,22 +30,27 @@ from infra.download.public_addresses import is_public
 from infra.download.robots_tag import forbidding_rule
 
 Resolve = Callable[..., list[tuple[Any, ...]]]
-"""Called and answering as ``socket.getaddrinfo(host, port, type=…)``."""
+"""A resolver with the signature and result of ``socket.getaddrinfo(host, port, type=…)``."""
 
-_INSTALLED = threading.RLock()
+_INSTALL_LOCK = threading.RLock()
 
 
 @contextmanager
 def guarded(
     limits: Limits, *, resolve: Resolve = socket.getaddrinfo, tls: ssl.SSLContext | None = None
 ) -> Iterator["GuardedOpener"]:
-    """Make every ``urllib.request.urlopen`` of this process a guarded one; the previous opener comes back afterwards.
+    """Guard every ``urllib.request.urlopen`` call of this process during the block, then restore the previous opener.
 
-    The opener belongs to the process, so a second thread that asks for a guard waits until the first one's is gone:
-    otherwise the first to leave would take the other's guard away.
+    The opener is global to the process. A second thread therefore waits until the guard of the first one has ended:
+    otherwise the first thread to leave would remove the guard of the other.
+
+    Args:
+        limits: Allowed hosts, sizes and times.
+        resolve: Resolver of host names.
+        tls: TLS context; by default one with the system's certificates.
     """
     opener = GuardedOpener(limits, resolve, tls or ssl.create_default_context())
-    with _INSTALLED:
+    with _INSTALL_LOCK:
         previous = vars(urllib.request)["_opener"]
         urllib.request.install_opener(opener)
         try:
@@ -53,13 +60,13 @@ def guarded(
 
 
 class GuardedOpener(urllib.request.OpenerDirector):
-    """An opener with the guard's handlers and no others: no file, ftp, data or proxy handler. Threads may share it.
+    """A thread-safe opener with the guarded http and https handlers only: no file, ftp, data or proxy handler.
 
-    Raises ``FetchError``, and ``urllib.error.HTTPError`` for an answer that is neither a success nor a redirect.
+    Raises ``FetchError``, or ``urllib.error.HTTPError`` for a status that is neither a success nor a redirect.
     """
 
     def __init__(self, limits: Limits, resolve: Resolve, tls: ssl.SSLContext) -> None:
-        """``tls`` says which certificates are believed."""
+        """Install the guarded handlers; ``tls`` determines the trusted certificates."""
         super().__init__()
         self._limits = limits
         self.add_handler(_Connector(limits, resolve, tls))
@@ -72,17 +79,17 @@ class GuardedOpener(urllib.request.OpenerDirector):
         if isinstance(fullurl, _Hop):
             return super().open(fullurl, timeout=fullurl.deadline.timeout_s)
         if data is not None or getattr(fullurl, "data", None) is not None:
-            raise ValueError("the guarded opener only fetches; send no data")
+            raise ValueError("the guarded opener does not send data; remove the request body")
         seconds = float(timeout) if isinstance(timeout, int | float) else self._limits.timeout_s
         deadline = Deadline(self._limits.deadline_s, seconds)
-        given = isinstance(fullurl, urllib.request.Request)
-        url, headers = (fullurl.full_url, dict(fullurl.header_items())) if given else (fullurl, {})
+        is_request = isinstance(fullurl, urllib.request.Request)
+        url, headers = (fullurl.full_url, dict(fullurl.header_items())) if is_request else (fullurl, {})
         with raises_fetch_error(deadline):
             return self.open(_Hop(url, headers, deadline, hops=0))
 
 
 class _Hop(urllib.request.Request):
-    """One request on the way of a URL: its address made ASCII and checked, its deadline shared with the other hops."""
+    """One request in the redirect chain of a URL, with a validated ASCII URL. All hops share one deadline."""
 
     def __init__(self, url: str, headers: dict[str, str], deadline: Deadline, hops: int) -> None:
         super().__init__(_ascii_url(url), headers=headers)
@@ -91,7 +98,7 @@ class _Hop(urllib.request.Request):
 
 
 class _Redirector(urllib.request.BaseHandler):
-    """Follows redirects through the guarded opener, so that each target passes every check of a first URL."""
+    """Redirect handler that uses the guarded opener, so that each target passes all checks."""
 
     def __init__(self, max_redirects: int) -> None:
         self._max_redirects = max_redirects
@@ -99,7 +106,7 @@ class _Redirector(urllib.request.BaseHandler):
     def http_error_302(self, req: _Hop, fp: IO[bytes], code: int, msg: str, headers: Message) -> Any:
         location = headers.get("location")
         if location is None:
-            return None  # the status itself becomes the error
+            return None  # the status is raised as an HTTPError
         fp.close()  # a redirect's body is never read
         if req.hops >= self._max_redirects:
             raise FetchError("too_many_redirects", f"more than max_redirects={self._max_redirects}")
@@ -111,14 +118,14 @@ class _Redirector(urllib.request.BaseHandler):
 
 
 class _Connector(urllib.request.AbstractHTTPHandler):
-    """Opens http and https, each connection to an address that was checked."""
+    """Handler of http and https that connects to checked addresses only."""
 
     def __init__(self, limits: Limits, resolve: Resolve, tls: ssl.SSLContext) -> None:
         super().__init__()
         self._limits = limits
         self._resolve = resolve
         self._tls = tls
-        self._kept = threading.local()  # one connection a thread: lists name many images of a host in a row
+        self._thread = threading.local()  # one connection per thread: lists often have many images of one host in a row
 
     def http_open(self, req: _Hop) -> Response:
         return self._response(req, None)
@@ -129,32 +136,32 @@ class _Connector(urllib.request.AbstractHTTPHandler):
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
     def _response(self, req: _Hop, tls: ssl.SSLContext | None) -> Response:
-        """Return the response over the connection that this thread has kept to the same place, or over a new one."""
-        place, kept = (req.type, req.host), self._kept_to(req.type, req.host)
+        """Return the response, over this thread's open connection to the same host if there is one, else a new one."""
+        endpoint, connection = (req.type, req.host), self._reusable_connection(req.type, req.host)
         fields = {name.title(): value for name, value in (*req.headers.items(), *req.unredirected_hdrs.items())}
         fields["Accept-Encoding"] = "identity"
         response = None
-        if kept is not None:
-            with suppress(ConnectionError, h11.RemoteProtocolError, ssl.SSLError):  # the server has ended it meanwhile
-                response = kept.get(req.selector, fields, req.deadline)
+        if connection is not None:
+            with suppress(ConnectionError, h11.RemoteProtocolError, ssl.SSLError):  # the server has closed it
+                response = connection.get(req.selector, fields, req.deadline)
         if response is None:
-            kept = Connection(self._connected(req, tls), self._limits.max_body_bytes)
-            response = kept.get(req.selector, fields, req.deadline)
-        self._kept.place, self._kept.connection = place, kept
+            connection = Connection(self._open_socket(req, tls), self._limits.max_body_bytes)
+            response = connection.get(req.selector, fields, req.deadline)
+        self._thread.endpoint, self._thread.connection = endpoint, connection
         response.url = req.full_url
         if self._limits.respect_robots_tag and response.status < 400:
             _check_robots_tag(response)
         return response
 
-    def _kept_to(self, *place: str) -> Connection | None:
-        connection: Connection | None = vars(self._kept).pop("connection", None)
-        usable = connection is not None and self._kept.place == place and connection.is_silent()
+    def _reusable_connection(self, *endpoint: str) -> Connection | None:
+        connection: Connection | None = vars(self._thread).pop("connection", None)
+        usable = connection is not None and self._thread.endpoint == endpoint and connection.is_silent()
         return connection if usable else None
 
-    def _connected(self, req: _Hop, tls: ssl.SSLContext | None) -> socket.socket:
+    def _open_socket(self, req: _Hop, tls: ssl.SSLContext | None) -> socket.socket:
         parts = urlsplit(req.full_url)
         host = str(parts.hostname)
-        sock = self._reached(host, parts.port or (80 if tls is None else 443), req.deadline)
+        sock = self._connect(host, parts.port or (80 if tls is None else 443), req.deadline)
         try:
             sock.settimeout(req.deadline.allowance_s())
             return sock if tls is None else tls.wrap_socket(sock, server_hostname=host)
@@ -162,9 +169,9 @@ class _Connector(urllib.request.AbstractHTTPHandler):
             sock.close()
             raise
 
-    def _reached(self, host: str, port: int, deadline: Deadline) -> socket.socket:
-        problem: OSError | None = None
-        for family, kind, protocol, _, address in self._addresses(host, port):
+    def _connect(self, host: str, port: int, deadline: Deadline) -> socket.socket:
+        last_error: OSError | None = None
+        for family, kind, protocol, _, address in self._checked_addresses(host, port):
             allowance_s = deadline.allowance_s()
             sock = socket.socket(family, kind, protocol)
             try:
@@ -172,25 +179,25 @@ class _Connector(urllib.request.AbstractHTTPHandler):
                 sock.connect(address)
                 return sock
             except OSError as error:
-                problem = error
+                last_error = error
                 sock.close()
-        raise problem or OSError("no address to connect to")
+        raise last_error or OSError("no address to connect to")
 
-    def _addresses(self, host: str, port: int) -> list[tuple[Any, ...]]:
-        """What the name resolves to, asked once. One address that is not public refuses them all."""
+    def _checked_addresses(self, host: str, port: int) -> list[tuple[Any, ...]]:
+        """Resolve ``host`` once and return its addresses. Raises ``FetchError`` if any of them is not public."""
         try:
-            answers = self._resolve(host, port, type=socket.SOCK_STREAM)
+            addresses = self._resolve(host, port, type=socket.SOCK_STREAM)
         except socket.gaierror as error:
             raise FetchError("dns_error", f"{host}: {error.strerror}") from error
-        answers = [answer for answer in answers if answer[0] in (socket.AF_INET, socket.AF_INET6)]
-        if not answers:
+        addresses = [entry for entry in addresses if entry[0] in (socket.AF_INET, socket.AF_INET6)]
+        if not addresses:
             raise FetchError("dns_error", f"{host} has no address")
-        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        refused = [str(answer[4][0]) for answer in answers if not is_public(str(answer[4][0]))]
-        if refused and place not in self._limits.allow_hosts:
-            mend = f"add {place} to allow_hosts if this is meant"
-            raise FetchError("blocked_address", f"{min(refused)} (from {host}) is not public; {mend}")
-        return answers
+        endpoint = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        private = [str(entry[4][0]) for entry in addresses if not is_public(str(entry[4][0]))]
+        if private and endpoint not in self._limits.allow_hosts:
+            fix = f"add {endpoint} to allow_hosts if this is intended"
+            raise FetchError("blocked_address", f"{min(private)} (from {host}) is not public; {fix}")
+        return addresses
 
 
 def _check_robots_tag(response: Response) -> None:
@@ -201,12 +208,12 @@ def _check_robots_tag(response: Response) -> None:
 
 
 def _ascii_url(url: str) -> str:
-    """``url`` without its fragment, in ASCII: host by IDNA, the rest percent-encoded. Raises ``FetchError``."""
+    """Return ``url`` in ASCII without its fragment: IDNA host, the rest percent-encoded. Raises ``FetchError``."""
     parts = urlsplit(url.strip())
     if parts.scheme not in ("http", "https"):
-        raise FetchError("blocked_scheme", f"{parts.scheme or 'no scheme'} is not fetched, only http and https are")
+        raise FetchError("blocked_scheme", f"scheme {parts.scheme or '(none)'} is not allowed; use http or https")
     if not parts.hostname or "@" in parts.netloc:
-        raise FetchError("invalid_url", "it names no host" if not parts.hostname else "it carries credentials")
+        raise FetchError("invalid_url", "the URL has no host" if not parts.hostname else "the URL contains credentials")
     host = parts.hostname if parts.hostname.isascii() else parts.hostname.encode("idna").decode("ascii")
     netloc = (f"[{host}]" if ":" in host else host) + (f":{parts.port}" if parts.port is not None else "")
     path, query = (quote(part, safe=string.punctuation) for part in (parts.path or "/", parts.query))

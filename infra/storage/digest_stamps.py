@@ -1,11 +1,11 @@
-"""Files verified once: while nothing has touched them since, their bytes are not hashed again.
+"""Verification stamps: a file that has not changed since it was verified is not hashed again.
 
-A stamp, ``<cache>/verified/ab/<sha256>-<place>``, holds a file's size, modification and change time, inode and device
-as they were when its bytes had that digest. While they are the same, opening costs a look at the file, whatever its
-size. Whoever writes to a file changes its times, even one who sets the modification time back; then it is hashed again.
-What changes no time (a failing disk) is found once ``verified/`` is deleted, which may be done at any moment.
+A stamp, ``<cache>/verified/ab/<sha256>-<path digest>``, records the size, modification time, change time, inode and
+device of a file whose bytes had that digest. While these are unchanged, verification costs one ``stat``, whatever the
+file size. Every write changes the times, even if the modification time is set back afterwards, and the file is hashed
+again. Corruption that changes no time (a failing disk) is detected after ``verified/`` is deleted, which is safe.
 
-A stamp's own modification time is when the file was used last.
+The modification time of a stamp is the time of the file's last use.
 """
 
 import contextlib
@@ -22,17 +22,16 @@ from infra.errors import NotFoundError
 from infra.storage.folders import make_folder
 
 FOLDER = "verified"
-_TICK_S = 0.01  # of a file system's clock: times that are younger cannot tell two writes apart
-_MOST_SEEN = 1 << 17
-_stamps: dict[
-    tuple[str, str, str], tuple[Path, list[int]]
-] = {}  # stamps that this process has read, and what was there
+_CLOCK_RESOLUTION_S = 0.01  # resolution of a file system's clock: within it, two writes can have the same time
+_MAX_STAMPS = 1 << 17
+# Stamps that this process has read: (path, sha256, cache) -> (stamp, fingerprint).
+_stamps: dict[tuple[str, str, str], tuple[Path, list[int]]] = {}
 
 
 def is_verified(path: Path, sha256: str, size: int, cache: Path) -> bool:
-    """Whether ``path`` holds the bytes of that digest: by its stamp, else by hashing, which leaves a stamp.
+    """Return True if ``path`` has this size (bytes) and digest, according to its stamp or else by hashing.
 
-    Raises ``NotFoundError`` when it may not be read.
+    A successful hash writes a stamp. Raises ``NotFoundError`` if the file cannot be read for lack of permission.
     """
     try:
         before = path.stat()
@@ -41,21 +40,21 @@ def is_verified(path: Path, sha256: str, size: int, cache: Path) -> bool:
     if before.st_size != size:
         return False
     key, now = (str(path), sha256, str(cache)), _fingerprint(before)
-    if (seen := _stamps.get(key)) and seen[1] == now and _touch(seen[0]):
+    if (cached := _stamps.get(key)) and cached[1] == now and _touch(cached[0]):
         return True
     stamp = stamp_file(cache, sha256, path)
     if _read_stamp(stamp) == now:
         _touch(stamp)
-        if len(_stamps) >= _MOST_SEEN:
+        if len(_stamps) >= _MAX_STAMPS:
             _stamps.clear()
         _stamps[key] = stamp, now
         return True
-    time.sleep(min(_TICK_S, max(0.0, before.st_ctime + _TICK_S - time.time())))
+    time.sleep(min(_CLOCK_RESOLUTION_S, max(0.0, before.st_ctime + _CLOCK_RESOLUTION_S - time.time())))
     try:
         if storage.sha256(str(path)) != sha256 or _fingerprint(path.stat()) != now:
             return False
     except (FileNotFoundError, NotFoundError) as error:
-        if isinstance(error.__cause__ or error, FileNotFoundError):  # another process found it damaged, and removed it
+        if isinstance(error.__cause__ or error, FileNotFoundError):  # another process found it damaged and removed it
             return False
         raise
     write_stamp(stamp, before)
@@ -63,15 +62,15 @@ def is_verified(path: Path, sha256: str, size: int, cache: Path) -> bool:
 
 
 def stamp_file(cache: Path, sha256: str, path: Path) -> Path:
-    """Where the stamp of ``path`` with that digest is, if there is one."""
-    place = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
-    return cache / FOLDER / sha256[:2] / f"{sha256}-{place}"
+    """Return the path of the stamp of ``path`` with this digest; it need not exist."""
+    path_digest = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
+    return cache / FOLDER / sha256[:2] / f"{sha256}-{path_digest}"
 
 
 def _touch(stamp: Path) -> bool:
-    """Note that the stamp's file is used; whether the stamp is there, in a cache that may be written."""
+    """Record a use of the stamp's file. Return True if the stamp exists and is writable."""
     try:
-        os.utime(stamp)  # the file's own times stay as they are
+        os.utime(stamp)  # the times of the file itself are unchanged
     except OSError:
         return False
     return True
@@ -89,7 +88,10 @@ def _read_stamp(stamp: Path) -> Any:
 
 
 def write_stamp(stamp: Path, status: os.stat_result) -> None:
-    """Note that a file of this status has the stamp's digest. Best effort: without it the file is hashed again."""
+    """Record that a file with this ``stat`` result has the stamp's digest.
+
+    Best effort: if the stamp cannot be written, the file is hashed again.
+    """
     partial = stamp.with_name(f".{stamp.name}.{os.getpid()}-{threading.get_ident()}")
     with contextlib.suppress(OSError):
         make_folder(stamp.parent)

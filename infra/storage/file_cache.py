@@ -1,18 +1,20 @@
-"""Remote files kept on this machine under their digest, bounded, shared by all its processes.
+"""Size-bounded cache of remote files, addressed by digest and shared by all processes of a machine.
 
     <cache>/ab/abcdef….npy      a remote file, by its sha256
     <cache>/verified/           stamps: see ``infra.storage.digest_stamps``
-    <cache>/fetching/abcdef…/   a file on its way, locked by the process that fetches it
-    <cache>/uses, lock          what is in use; who looks or evicts
-    <cache>/owed                what was to be forgotten, and was in use: see :func:`forget`
+    <cache>/fetching/abcdef…/   a download in progress, locked by the process that fetches it
+    <cache>/uses, lock          byte locks of files in use; lock for pinning (shared) and eviction (exclusive)
+    <cache>/owed                pending purges: files to delete once no process uses them, see :func:`purge`
     <cache>/registered/         files of registered generators, by the generator's digest
-    <cache>/pixels, encoded, …  what stages derive and keep; both count towards the bound
+    <cache>/pixels, encoded, …  files derived by stages
 
-When more than a hundredth of ``Settings.cache_bytes`` has come in, the files used least recently go until the rest
-fits. A file is in use, and stays, while the path that was handed out is referenced anywhere in its process: the path
-holds a shared lock on one byte of ``uses``, the digest's own, which the kernel frees when a process dies. A file that
-is open or memory-mapped may go all the same: an unlinked file lives on until its last user closes it, on every POSIX
-system. What stages derive has no such lock and is left alone for an hour after its last use.
+Registered and derived files count towards the bound. Whenever another hundredth of ``Settings.cache_bytes`` has been
+added, the least recently used files are evicted until the rest fits.
+
+A fetched file is in use while the returned path is referenced anywhere in its process. The path holds a shared lock on
+one byte of ``uses``, chosen by the digest; the kernel releases it when the process dies. An open or memory-mapped file
+may still be evicted: on POSIX systems an unlinked file exists until its last user closes it. Derived files have no such
+lock. They are kept for an hour after their last use.
 """
 
 import contextlib
@@ -36,19 +38,19 @@ from infra.storage.folders import make_folder
 from infra.storage.locks import exclusive_folder, remove_stale
 
 DERIVED_GRACE_S = 3600.0
-_STAMPS_KEPT_S = 90 * 86_400.0
-_LONGEST_SUFFIX = 32
+_STAMP_RETENTION_S = 90 * 86_400.0
+_MAX_SUFFIX_LENGTH = 32
 _FETCHING = "fetching"
-_OWED = "owed"
-_BOOKKEEPING = frozenset({"verified", _FETCHING, "uses", "lock", _OWED, f"{_OWED}.partial"})
+_PENDING = "owed"
+_BOOKKEEPING = frozenset({"verified", _FETCHING, "uses", "lock", _PENDING, f"{_PENDING}.partial"})
 
 
 class DigestMismatchError(Exception):
-    """The bytes are not those of the digest."""
+    """Raised when the fetched bytes do not match the expected size and digest."""
 
 
 class PinnedPath(PosixPath):
-    """A path in the cache; while it is referenced, the file is not evicted. A pickled copy is a plain path."""
+    """A path in the cache whose file is not evicted while the path is referenced. A pickled copy is a plain path."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path, (str(self),)
@@ -58,72 +60,84 @@ REGISTERED = "registered"
 
 
 def fetch(uri: str, sha256: str, size: int, cache: Path) -> Path:
-    """The file at a remote ``uri`` in ``cache``, verified; fetched if it is not there, by one process at a time.
+    """Return the verified local copy of the file at ``uri``; fetch it if necessary, one process at a time.
+
+    Args:
+        uri: Remote URI of the file.
+        sha256: Expected digest, 64 lower-case hexadecimal digits.
+        size: Expected size in bytes.
+        cache: Root folder of the cache.
 
     Raises:
-        NotFoundError: it is not at ``uri`` either.
-        DamagedError: what came are other bytes; they are not kept.
-        StageError: the disk is full.
-        InputError: the cache cannot be written.
-        ValueError: ``sha256`` is no digest, so it cannot name a file.
+        NotFoundError: The file is neither in the cache nor at ``uri``.
+        DigestMismatchError: The fetched bytes differ from the expected ones. They are not kept.
+        StageError: The disk is full.
+        InputError: The cache is not writable.
+        ValueError: ``sha256`` is not a digest.
     """
     suffix = Path(uri).suffix
-    path = cache / validation.digest(sha256)[:2] / (sha256 + suffix[:_LONGEST_SUFFIX])
+    path = cache / validation.digest(sha256)[:2] / (sha256 + suffix[:_MAX_SUFFIX_LENGTH])
     with disk_full_errors(cache):
-        held = _pin(path, sha256, cache)
+        pinned = _pin(path, sha256, cache)
         if path.exists() and is_verified(path, sha256, size, cache):
-            return held
+            return pinned
         with exclusive_folder(cache / _FETCHING / sha256, within=cache) as folder:
-            if not is_verified(path, sha256, size, cache):  # another process may have fetched it meanwhile
+            if not is_verified(path, sha256, size, cache):  # another process may have fetched it in the meantime
                 path.unlink(missing_ok=True)
-                arrived = storage.fetch(uri, folder / "file")
-                if arrived.stat().st_size != size or storage.sha256(str(arrived)) != sha256:
+                downloaded = storage.fetch(uri, folder / "file")
+                if downloaded.stat().st_size != size or storage.sha256(str(downloaded)) != sha256:
                     raise DigestMismatchError
-                arrived.replace(path)
+                downloaded.replace(path)
                 write_stamp(stamp_file(cache, sha256, path), path.stat())
     _account_for(cache, size)
-    return held
+    return pinned
 
 
 def fetch_registered(
     digest: str, is_whole: Callable[[Path], bool], download: Callable[[Path], object], cache: Path
 ) -> Path:
-    """The folder ``<cache>/registered/<digest>``; where it is not whole, with what ``download`` puts into a new folder.
+    """Return the folder ``<cache>/registered/<digest>``; download it if it is incomplete, one process at a time.
 
-    One process at a time does so. Raises as ``download`` does, as :func:`fetch` does for the cache, and ``ValueError``
-    when ``digest`` is none.
+    Args:
+        digest: Digest of the registered generator.
+        is_whole: Returns True if the given folder is complete.
+        download: Downloads the files into the given folder, which does not exist yet.
+        cache: Root folder of the cache.
+
+    Raises the errors of ``download``, those of :func:`fetch` for the cache, and ``ValueError`` if ``digest`` is not a
+    digest.
     """
-    kept = cache / REGISTERED / validation.digest(digest)
+    registered = cache / REGISTERED / validation.digest(digest)
     try:
         with disk_full_errors(cache):
-            kept = _pin(kept, digest, cache)
+            registered = _pin(registered, digest, cache)
     except InputError:
-        if not is_whole(kept):  # of a cache that may only be read, what is there serves
+        if not is_whole(registered):  # a read-only cache can still serve a complete folder
             raise
-    if is_whole(kept):
-        return kept
+    if is_whole(registered):
+        return registered
     with disk_full_errors(cache), exclusive_folder(cache / _FETCHING / digest, within=cache) as folder:
-        if is_whole(kept):  # another process may have fetched it meanwhile
-            return kept
-        arrived = folder / "files"
-        download(arrived)
-        files = [path for path in arrived.rglob("*") if path.is_file() and not path.is_symlink()]
+        if is_whole(registered):  # another process may have fetched it in the meantime
+            return registered
+        downloaded = folder / "files"
+        download(downloaded)
+        files = [path for path in downloaded.rglob("*") if path.is_file() and not path.is_symlink()]
         size = sum(path.stat().st_size for path in files)
         for path in files:
-            place = kept / path.relative_to(arrived)
-            make_folder(place.parent)
-            path.replace(place)
+            target = registered / path.relative_to(downloaded)
+            make_folder(target.parent)
+            path.replace(target)
     _account_for(cache, size)
-    return kept
+    return registered
 
 
 def evict(cache: Path, limit_bytes: int) -> int:
-    """Remove the files used least recently until at most ``limit_bytes`` are left; return what is left.
+    """Delete the least recently used files until at most ``limit_bytes`` are left; return the bytes left.
 
-    Files in use stay, and may keep the cache above its bound. What dead processes were fetching goes too.
+    Files in use are kept, so the cache may stay above its bound. Partial downloads of dead processes are deleted, too.
     """
     with _locked(cache / "lock", fcntl.LOCK_EX):
-        _drop_abandoned(cache)
+        _remove_stale_entries(cache)
         files = _inventory(cache)
         total = sum(size for _, size, _ in files)
         for _, size, paths in files:
@@ -133,146 +147,149 @@ def evict(cache: Path, limit_bytes: int) -> int:
                 total -= size
     if total > limit_bytes:
         logs.get("cache").warning(
-            "%s holds %d bytes in use, its bound is %d; raise KNN_DIFFUSION_CACHE_BYTES", cache, total, limit_bytes
+            "the cache %s exceeds its bound: %d bytes are in use, the bound is %d; raise KNN_DIFFUSION_CACHE_BYTES",
+            cache,
+            total,
+            limit_bytes,
         )
     return total
 
 
 def purge(digests: Collection[str], cache: Path, *, derived: bool = True) -> int:
-    """Remove what is kept under ``digests``, and whatever stages derived, unless in use; return the bytes that went.
+    """Delete the files of these digests and, with ``derived``, all derived files; return the bytes freed.
 
-    Of what was derived nobody knows what went into it, and it can be derived again. What is in use is told, and owed:
-    it goes when this is called again, with whatever digests and though nothing else that was ``derived`` is to go.
+    All derived files are deleted because their sources are not recorded; stages can derive them again. Files in use are
+    reported in the log and recorded as pending. The next call deletes them, whatever its arguments.
     """
     if not cache.exists():
         return 0
     freed, left = 0, set[str]()
     with _locked(cache / "lock", fcntl.LOCK_EX):
-        due = {*digests, *_pending_purges(cache)}
-        chosen = []
+        targets = {*digests, *_pending_purges(cache)}
+        selected = []
         for _, size, paths in _inventory(cache):
-            made = {str(path.relative_to(cache)) for path in paths if _is_derived(cache, path)}
-            if named := (made if derived else made & due) | {path.stem for path in paths} & due:
-                chosen.append((size, paths, named))
-        _owe(cache, {name for _, _, named in chosen for name in named})
-        for size, paths, named in chosen:
+            derivable = {str(path.relative_to(cache)) for path in paths if _is_derived(cache, path)}
+            if names := (derivable if derived else derivable & targets) | {path.stem for path in paths} & targets:
+                selected.append((size, paths, names))
+        _record_pending(cache, {name for _, _, names in selected for name in names})
+        for size, paths, names in selected:
             if _try_remove(cache, paths):
                 freed += size
             else:
-                left |= named
-        _owe(cache, left)
+                left |= names
+        _record_pending(cache, left)
     if left:
-        told = "%s keeps %d of the files that were to go: they are in use, or were an hour ago; run gc --delete later"
-        logs.get("cache").warning(told, cache, len(left))
+        message = "%s: %d files could not be deleted: in use now or within the last hour; run gc --delete later"
+        logs.get("cache").warning(message, cache, len(left))
     return freed
 
 
 def has_pending_purges(cache: Path) -> bool:
-    """Whether anything that was to be forgotten was in use then."""
+    """Return True if files of an earlier purge are still to be deleted because they were in use."""
     return bool(_pending_purges(cache))
 
 
 def _pending_purges(cache: Path) -> list[str]:
     try:
-        return (cache / _OWED).read_text().splitlines()
+        return (cache / _PENDING).read_text().splitlines()
     except FileNotFoundError:
         return []
 
 
-def _owe(cache: Path, names: set[str]) -> None:
-    """Note what is to go, all at once: a process that ends in between loses none of it."""
+def _record_pending(cache: Path, names: set[str]) -> None:
+    """Record the pending purges atomically, so that a process that dies loses none of them."""
     if not names:
-        (cache / _OWED).unlink(missing_ok=True)
+        (cache / _PENDING).unlink(missing_ok=True)
         return
-    partial = cache / f"{_OWED}.partial"
+    partial = cache / f"{_PENDING}.partial"
     partial.write_text("\n".join(sorted(names)))
-    partial.replace(cache / _OWED)
+    partial.replace(cache / _PENDING)
 
 
-class _Uses:
-    """This process's locks on bytes of a cache's ``uses``: one descriptor, however many files."""
+class _PinLocks:
+    """Byte locks of this process on a cache's ``uses`` file, through a single descriptor."""
 
     def __init__(self, cache: Path) -> None:
-        # Never closed: closing any descriptor of the file would free the process's locks on it.
-        self._number = os.open(cache / "uses", os.O_RDWR | os.O_CREAT, 0o666)
+        # Never closed: closing any descriptor of the file would release all locks of the process on it.
+        self._descriptor = os.open(cache / "uses", os.O_RDWR | os.O_CREAT, 0o666)
         self._counts: Counter[int] = Counter()
-        self._let_go: deque[int] = deque()
+        self._released: deque[int] = deque()
         self._lock = threading.Lock()
 
-    def hold(self, byte: int) -> None:
+    def pin(self, byte: int) -> None:
         with self._lock:
             self._drain()
             self._counts[byte] += 1
             if self._counts[byte] == 1:
-                fcntl.lockf(self._number, fcntl.LOCK_SH, 1, byte)
+                fcntl.lockf(self._descriptor, fcntl.LOCK_SH, 1, byte)
 
-    def let_go(self, byte: int) -> None:
-        """Called when a path is collected: that may happen anywhere, even while this thread is in here."""
-        self._let_go.append(byte)
+    def unpin(self, byte: int) -> None:
+        """Release one use. Called by the garbage collector, possibly while this thread holds ``self._lock``."""
+        self._released.append(byte)
         if self._lock.acquire(blocking=False):
             try:
                 self._drain()
             finally:
                 self._lock.release()
 
-    def held(self, byte: int) -> bool:
-        """Whether this or another process holds the byte."""
+    def is_pinned(self, byte: int) -> bool:
+        """Return True if this or another process has locked the byte."""
         with self._lock:
             self._drain()
             if byte in self._counts:
                 return True
             try:
-                fcntl.lockf(self._number, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+                fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
             except OSError:
                 return True
-            fcntl.lockf(self._number, fcntl.LOCK_UN, 1, byte)
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, byte)
             return False
 
     def _drain(self) -> None:
-        while self._let_go:
-            byte = self._let_go.popleft()
+        while self._released:
+            byte = self._released.popleft()
             self._counts[byte] -= 1
             if not self._counts[byte]:
                 del self._counts[byte]
-                fcntl.lockf(self._number, fcntl.LOCK_UN, 1, byte)
+                fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, byte)
 
 
-_uses: dict[tuple[int, str], _Uses] = {}  # by process, since a fork inherits no such locks, and by cache
+_uses: dict[tuple[int, str], _PinLocks] = {}  # (pid, cache) -> locks: a fork does not inherit such locks
 _uses_lock = threading.Lock()
-_came: dict[tuple[int, str], int] = {}
+_added_bytes: dict[tuple[int, str], int] = {}
 
 
-def _uses_of(cache: Path) -> _Uses:
+def _locks_of(cache: Path) -> _PinLocks:
     key = (os.getpid(), os.path.realpath(cache))
     with _uses_lock:
         if key not in _uses:
-            _uses[key] = _Uses(cache)
+            _uses[key] = _PinLocks(cache)
         return _uses[key]
 
 
 def _pin(path: Path, sha256: str, cache: Path) -> PinnedPath:
-    """``path``, held from now on. The lock keeps it from falling between an eviction's look and its deed."""
+    """Pin ``path`` against eviction. The shared lock closes the race between an eviction's check and its unlink."""
     try:
         make_folder(path.parent)
-        uses, byte, held = _uses_of(cache), _byte(sha256), PinnedPath(path)
+        uses, byte, pinned = _locks_of(cache), _byte(sha256), PinnedPath(path)
         with _locked(cache / "lock", fcntl.LOCK_SH):
-            uses.hold(byte)
+            uses.pin(byte)
     except OSError as error:
         if not isinstance(error, PermissionError | FileExistsError | NotADirectoryError) and error.errno != errno.EROFS:
             raise
-        told = f"{cache} cannot hold the cache ({error.strerror}); set KNN_DIFFUSION_CACHE to a folder that can"
-        raise InputError(told) from error
-    weakref.finalize(held, _let_go, uses, byte, os.getpid()).atexit = False
-    return held
+        message = f"the cache {cache} is not writable: {error.strerror}; set KNN_DIFFUSION_CACHE to a writable folder"
+        raise InputError(message) from error
+    weakref.finalize(pinned, _unpin, uses, byte, os.getpid()).atexit = False
+    return pinned
 
 
-def _let_go(uses: _Uses, byte: int, process: int) -> None:
-    if os.getpid() == process:  # a fork has a copy of the path, and none of the locks
-        uses.let_go(byte)
+def _unpin(uses: _PinLocks, byte: int, process: int) -> None:
+    if os.getpid() == process:  # a fork has a copy of the path but none of the locks
+        uses.unpin(byte)
 
 
 def _try_remove(cache: Path, paths: list[Path]) -> bool:
-    """Remove a file by all of its names, and their stamps, unless it is in use; whether it went."""
+    """Delete a file under all of its names, with its stamps. Return False if it is in use."""
     if any(_in_use(cache, path) for path in paths):
         return False
     for path in paths:
@@ -291,13 +308,13 @@ def _is_derived(cache: Path, path: Path) -> bool:
 
 def _in_use(cache: Path, path: Path) -> bool:
     if _is_fetched(cache, path):
-        return _uses_of(cache).held(_byte(path.stem))
+        return _locks_of(cache).is_pinned(_byte(path.stem))
     parts = path.relative_to(cache).parts
-    if parts[0] == REGISTERED and len(parts) > 2 and _uses_of(cache).held(_byte(parts[1])):
+    if parts[0] == REGISTERED and len(parts) > 2 and _locks_of(cache).is_pinned(_byte(parts[1])):
         return True
     try:
         status = path.stat()
-    except FileNotFoundError:  # whoever derives it has just given it its name
+    except FileNotFoundError:  # its writer has just renamed it
         return False
     return time.time() - max(status.st_atime, status.st_mtime) < DERIVED_GRACE_S
 
@@ -308,17 +325,17 @@ def _byte(sha256: str) -> int:
 
 def _account_for(cache: Path, size: int) -> None:
     limit, key = Settings().cache_bytes, (os.getpid(), str(cache))
-    _came[key] = _came.get(key, limit) + size  # the first time, whatever came: others may have left much
-    if _came[key] > limit // 100:
-        _came[key] = 0
+    _added_bytes[key] = _added_bytes.get(key, limit) + size  # the first addition always evicts
+    if _added_bytes[key] > limit // 100:
+        _added_bytes[key] = 0
         evict(cache, limit)
 
 
 def _inventory(cache: Path) -> list[tuple[float, int, list[Path]]]:
-    """(last use, bytes, paths) of each file, oldest use first; one that has several names once."""
+    """Return (last use, bytes, paths) of each file, least recently used first; hard links count as one file."""
     found: dict[int, tuple[float, int, list[Path]]] = {}
     for top in cache.iterdir():
-        if top.name in _BOOKKEEPING or top.is_symlink():  # what a link leads to is not the cache's to delete
+        if top.name in _BOOKKEEPING or top.is_symlink():  # never delete the target of a link
             continue
         for path in [top] if top.is_file() else top.rglob("*"):
             with contextlib.suppress(FileNotFoundError):
@@ -338,20 +355,20 @@ def _last_use(cache: Path, path: Path) -> float | None:
         return None
 
 
-def _drop_abandoned(cache: Path) -> None:
-    """Remove what dead processes left on its way, and stamps that nobody has asked for in a long time."""
+def _remove_stale_entries(cache: Path) -> None:
+    """Delete partial downloads of dead processes, and stamps unused for 90 days."""
     remove_stale(cache.glob(f"{_FETCHING}/*"), within=cache)
     for stamp in cache.glob("verified/*/*"):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - stamp.stat().st_mtime > _STAMPS_KEPT_S:
+            if time.time() - stamp.stat().st_mtime > _STAMP_RETENTION_S:
                 stamp.unlink()
 
 
 @contextlib.contextmanager
-def _locked(path: Path, how: int) -> Iterator[None]:
-    number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+def _locked(path: Path, operation: int) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(number, how)
+        fcntl.flock(descriptor, operation)
         yield
     finally:
-        os.close(number)
+        os.close(descriptor)

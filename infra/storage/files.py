@@ -1,9 +1,9 @@
-"""Files anywhere fsspec reaches: the only place that knows whether a URI is local or remote.
+"""Files on any fsspec file system; the only module that distinguishes local from remote files.
 
 A URI is a local path, ``file://…``, ``s3://…`` or any other fsspec scheme. Folders are URIs without a trailing slash.
-Writers here are all-or-nothing: a reader sees the whole object or none of it, which is what a commit marker needs.
-Nothing is renamed in an object store: it would be a copy and a deletion. A multipart upload whose writer died never
-becomes an object; the store's own lifecycle rule (AbortIncompleteMultipartUpload) frees its parts.
+Writes are atomic: a reader sees the complete object or no object, as commit markers require. Objects are never renamed
+in an object store, because a rename is a copy and a deletion there. A multipart upload whose writer died never becomes
+an object; the store's lifecycle rule (AbortIncompleteMultipartUpload) deletes its parts.
 """
 
 import dataclasses
@@ -28,52 +28,52 @@ from infra.storage.locks import boot_id, exclusive_folder, remove_stale
 from infra.uris import is_local, is_s3, join, local_path, masked, reveal
 
 PART_BYTES = 8 << 20
-"""Of a multipart upload, which begins at two parts; ten parts are in flight and in memory at once."""
-_MOST_PARTS = 10_000  # that S3 takes of one object: above 78 GiB they are larger
+"""Part size of multipart uploads, which are used from two parts on. Up to ten parts are in memory at once."""
+_MAX_PARTS = 10_000  # limit of S3 for one object; above 78 GiB the parts are larger
 _BLOCK_BYTES = 1 << 20
 _SCRATCH = "knn-diffusion-"
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there. Raises ``NotFoundError`` when even the bucket is not."""
+    """Return True if a file or folder exists at ``uri``. Raises ``NotFoundError`` if the bucket does not exist."""
     fs, path = _fs(uri)
     return with_retries(uri, lambda: _info(fs, path) is not None)
 
 
 def size(uri: str) -> int:
-    """Size in bytes. Raises ``NotFoundError``."""
+    """Return the size of a file in bytes. Raises ``NotFoundError``."""
     fs, path = _fs(uri)
     return with_retries(uri, lambda: int(fs.size(path)))
 
 
 def modified(uri: str) -> float:
-    """When the object was written last, by the store's own clock; seconds since 1970. Raises ``NotFoundError``."""
+    """Return the modification time by the store's clock, in seconds since 1970. Raises ``NotFoundError``."""
     fs, path = _fs(uri)
     return with_retries(uri, lambda: float(fs.modified(path).timestamp()))
 
 
 def expire(uri: str) -> None:
-    """Let a local file seem written long ago, which needs no room on a full disk; a remote object stays as it is."""
+    """Set the mtime of a local file to 0, which needs no disk space. No effect on remote objects."""
     if is_local(uri):
         with storage_errors(uri):
             os.utime(local_path(uri), (0, 0))
 
 
 def list_names(uri: str) -> list[str]:
-    """Sorted base names directly below a folder; empty when the folder is not there."""
+    """Return the sorted base names directly below a folder; empty if the folder does not exist."""
     fs, path = _fs(uri)
 
-    def listed() -> list[str]:
+    def read_names() -> list[str]:
         if _info(fs, path) is None:
             return []
         return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
 
-    return with_retries(uri, listed)
+    return with_retries(uri, read_names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StoredObject:
-    """An object that is there: its size in bytes, and when it was written, as :func:`modified` tells."""
+    """An existing object: its URI, its size in bytes, and its modification time as in :func:`modified`."""
 
     uri: str
     bytes: int
@@ -81,24 +81,26 @@ class StoredObject:
 
 
 def walk(uri: str) -> list[StoredObject]:
-    """Every object below a folder, sorted by URI; none when the folder is not there."""
+    """Return every object below a folder, recursively, sorted by URI; empty if the folder does not exist."""
     fs, path = _fs(uri)
 
-    def found() -> list[StoredObject]:
+    def read_objects() -> list[StoredObject]:
         if _info(fs, path) is None:
             return []
         entries = fs.find(path, detail=True)
         return [
-            StoredObject(uri=join(uri, name.removeprefix(path)), bytes=int(entry["size"]), modified=_written(entry))
+            StoredObject(
+                uri=join(uri, name.removeprefix(path)), bytes=int(entry["size"]), modified=_modified_time(entry)
+            )
             for name, entry in sorted(entries.items())
         ]
 
-    return with_retries(uri, found)
+    return with_retries(uri, read_objects)
 
 
 @contextmanager
 def open_read(uri: str) -> Iterator[IO[bytes]]:
-    """A binary reader; of a remote file, it asks for the ranges that are read. Raises ``NotFoundError``."""
+    """Open a binary reader. Only the byte ranges that are read are requested from a store. Raises ``NotFoundError``."""
     fs, path = _fs(uri)
     stream = with_retries(uri, lambda: fs.open(path, "rb"))
     with storage_errors(uri), stream:
@@ -106,13 +108,13 @@ def open_read(uri: str) -> Iterator[IO[bytes]]:
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole object. Raises ``NotFoundError``."""
+    """Return the content of a file. Raises ``NotFoundError``."""
     fs, path = _fs(uri)
     return with_retries(uri, lambda: bytes(fs.cat_file(path)))
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write the whole object at once: a local file by rename after fsync, a remote one by a single PUT."""
+    """Write a file atomically: a local file by rename after fsync, a remote one by a single PUT."""
     fs, path = _fs(uri)
 
     def write() -> None:
@@ -126,10 +128,10 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
-    """Write a small object unless there is one; of many writers exactly one is told True.
+    """Write a small file if none exists. Return True for exactly one of several concurrent writers.
 
-    Locally by a hard link, which comes into being with its content; in S3 by ``If-None-Match: *``. ``data`` must be
-    the writer's own (hold a token, say): a PUT whose answer was lost is recognised by it.
+    A local file is created by a hard link to its complete content, an S3 object with ``If-None-Match: *``. ``data``
+    must be unique to the writer, e.g. contain a token: it identifies a PUT whose response was lost.
     """
     fs, path = _fs(uri)
 
@@ -140,21 +142,21 @@ def create_bytes(uri: str, data: bytes) -> bool:
             fs.pipe_file(path, data, mode="create")
         except FileExistsError:
             pass
-        except OSError as error:  # a store that does not name the condition
+        except OSError as error:  # some stores report the failed condition as a plain error
             if error_code(error) not in {"PreconditionFailed", "412"}:
                 raise
         else:
             return True
         try:
             return bool(fs.cat_file(path) == data)
-        except FileNotFoundError:  # gone since
+        except FileNotFoundError:  # deleted in the meantime
             return False
 
     return with_retries(uri, create)
 
 
 def put(local: Path, uri: str) -> None:
-    """Copy a local file to ``uri``; the destination is whole or absent. Above 16 MiB in parts, several at once."""
+    """Copy a local file to ``uri`` atomically. Files above 16 MiB go to S3 in parallel parts."""
     fs, path = _fs(uri)
 
     def copy() -> None:
@@ -163,7 +165,7 @@ def put(local: Path, uri: str) -> None:
                 for block in iter(lambda: source.read(_BLOCK_BYTES), b""):
                     target.write(block)
         elif is_s3(uri):
-            part_bytes = max(PART_BYTES, math.ceil(local.stat().st_size / _MOST_PARTS))
+            part_bytes = max(PART_BYTES, math.ceil(local.stat().st_size / _MAX_PARTS))
             fs.put_file(str(local), path, chunksize=part_bytes)
         else:
             fs.put_file(str(local), path)
@@ -172,7 +174,7 @@ def put(local: Path, uri: str) -> None:
 
 
 def fetch(uri: str, local: Path) -> Path:
-    """Copy ``uri`` to a local file and return it; a local URI is returned as it is, without a copy."""
+    """Copy the file at ``uri`` to ``local`` and return the path. A local URI is returned as a path without a copy."""
     if is_local(uri):
         return local_path(uri)
     fs, path = _fs(uri)
@@ -191,31 +193,31 @@ def fetch(uri: str, local: Path) -> Path:
 
 
 def remove(uri: str) -> None:
-    """Delete a file or a folder with all it holds; nothing happens when it is not there.
+    """Delete a file, or a folder with its contents; no effect if it does not exist.
 
-    Raises ``NotFoundError`` when it may not be deleted.
+    Raises ``NotFoundError`` if deletion is not permitted.
     """
     fs, path = _fs(uri)
 
     def delete() -> None:
-        if (there := _info(fs, path)) is None:
+        if (before := _info(fs, path)) is None:
             return
-        with suppress(FileNotFoundError):  # somebody else was quicker
+        with suppress(FileNotFoundError):  # deleted by another process
             fs.rm(path, recursive=True)
-        if not is_local(uri) and _info(fs, path) == there:  # s3fs asks for many at once, and hears of no refusal
-            raise PermissionError("it is still there after its deletion: locked, or without the right to delete")
+        if not is_local(uri) and _info(fs, path) == before:  # s3fs uses bulk deletes and ignores per-key errors
+            raise PermissionError("it still exists after its deletion (locked, or no permission to delete)")
 
     with_retries(uri, delete)
 
 
 def discard(uri: str) -> None:
-    """:func:`remove` of what nobody needs any more: where it may not be deleted, it stays."""
+    """Delete like :func:`remove`, but ignore a file that may not be deleted."""
     with suppress(NotFoundError):
         remove(uri)
 
 
 def sha256(uri: str) -> str:
-    """Hex sha256 of the bytes. Raises ``NotFoundError``."""
+    """Return the hexadecimal sha256 of a file. Raises ``NotFoundError``."""
     digest = hashlib.sha256()
     with open_read(uri) as stream:
         for block in iter(lambda: stream.read(_BLOCK_BYTES), b""):
@@ -225,28 +227,31 @@ def sha256(uri: str) -> str:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A local working folder that is gone afterwards. Raises ``StageError`` when the disk fills up meanwhile.
+    """Create a local temporary folder and delete it at the end. Raises ``StageError`` if the disk fills up.
 
-    One whose process was killed goes when the next one of its user and machine is made in the same place.
+    Folders left by killed processes of the same user and machine are deleted first.
     """
     lock = _scratch_lock()
-    remove_stale(_own_scratches(lock), within=Path(tempfile.gettempdir()), lock_name=lock)
-    with tempfile.TemporaryDirectory(prefix=_SCRATCH, ignore_cleanup_errors=True) as own, ExitStack() as held:
-        with suppress(OSError):  # no locks in that place: then nobody sweeps there either
-            held.enter_context(exclusive_folder(Path(own), within=Path(own).parent, lock_name=lock))
-        with tempfile.TemporaryDirectory(dir=own, ignore_cleanup_errors=True) as folder, disk_full_errors(Path(folder)):
+    remove_stale(_own_scratch_folders(lock), within=Path(tempfile.gettempdir()), lock_name=lock)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, ignore_cleanup_errors=True) as outer, ExitStack() as locks:
+        with suppress(OSError):  # a file system without locks: stale folders are not deleted there either
+            locks.enter_context(exclusive_folder(Path(outer), within=Path(outer).parent, lock_name=lock))
+        with (
+            tempfile.TemporaryDirectory(dir=outer, ignore_cleanup_errors=True) as folder,
+            disk_full_errors(Path(folder)),
+        ):
             yield Path(folder)
 
 
-def _own_scratches(lock: str) -> Iterator[Path]:
-    for found in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*/{lock}"):
+def _own_scratch_folders(lock: str) -> Iterator[Path]:
+    for lock_file in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*/{lock}"):
         with suppress(FileNotFoundError):
-            if found.parent.lstat().st_uid == os.getuid():  # neither another user's nor a link of theirs
-                yield found.parent
+            if lock_file.parent.lstat().st_uid == os.getuid():  # skip other users' folders and links
+                yield lock_file.parent
 
 
 def _scratch_lock() -> str:
-    """Named by this machine: the place may be shared with others, whose locks not every file system tells."""
+    """Return a lock name specific to this machine: not every shared file system propagates locks between machines."""
     try:
         return f"lock-{boot_id()}"
     except OSError:
@@ -257,21 +262,21 @@ def _fs(uri: str) -> tuple[Any, str]:
     if is_local(uri):
         fs, path = fsspec.core.url_to_fs(str(local_path(uri)))
         return fs, cast(str, path)
-    options: dict[str, Any] = {"use_listings_cache": False}  # others write here too: it would hide what they commit
+    options: dict[str, Any] = {"use_listings_cache": False}  # a cached listing would hide commits of other writers
     if is_s3(uri):
         options["config_kwargs"] = {"retries": {"mode": "standard", "total_max_attempts": 2}}
     try:
-        with storage_errors(uri):  # some connect here already, ftp for one
+        with storage_errors(uri):  # some file systems, e.g. ftp, connect here already
             fs, path = fsspec.core.url_to_fs(reveal(uri), **options)
     except (ValueError, ImportError) as error:
-        raise InputError(f"{masked(f'{uri} cannot be opened: {error}')}; write a path or an s3:// address") from None
+        raise InputError(f"{masked(f'{uri} cannot be opened: {error}')}; use a path or an s3:// URI") from None
     if is_s3(uri):
         fs.retries = 2
     return fs, cast(str, path)
 
 
 def _info(fs: Any, path: str) -> dict[str, Any] | None:
-    """What is known of a file or folder; None when there is none. A bucket that is not there is an error."""
+    """Return fsspec's info on a file or folder, or None if it does not exist. A missing bucket is an error."""
     try:
         return cast(dict[str, Any], fs.info(path))
     except FileNotFoundError as error:
@@ -280,15 +285,15 @@ def _info(fs: Any, path: str) -> dict[str, Any] | None:
         return None
 
 
-def _written(entry: dict[str, Any]) -> float:
-    """When a listed object was written: a local file's ``mtime`` or a store's ``LastModified``."""
-    when: Any = entry["mtime"] if "mtime" in entry else entry["LastModified"]
-    return float(when.timestamp() if hasattr(when, "timestamp") else when)
+def _modified_time(entry: dict[str, Any]) -> float:
+    """Return the modification time of a listed object: ``mtime`` of a local file, ``LastModified`` of an object."""
+    modified_at: Any = entry["mtime"] if "mtime" in entry else entry["LastModified"]
+    return float(modified_at.timestamp() if hasattr(modified_at, "timestamp") else modified_at)
 
 
 @contextmanager
 def _atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A stream that becomes ``path`` when the block ends well, after fsync; otherwise nothing has happened."""
+    """Open a stream whose content replaces ``path``, after fsync, if the block succeeds; else ``path`` is unchanged."""
     make_folder(path.parent)
     partial = _partial(path)
     try:
@@ -321,12 +326,12 @@ def _create_exclusive(path: Path, data: bytes) -> bool:
 
 
 def _sync(folder: Path) -> None:
-    """Make a rename in ``folder`` outlast a power cut."""
-    number = os.open(folder, os.O_RDONLY)
+    """Flush ``folder`` to disk, so that a rename in it survives a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def _partial(path: Path) -> Path:

@@ -1,19 +1,19 @@
-"""One writer at a time: a lease on a folder, local or in an object store, that a dead holder loses.
+"""Single-writer lease on a folder, local or in an object store; it expires when its holder dies.
 
-    <folder>/lease/000007.json      who holds it; the highest number counts
+    <folder>/lease/000007.json      the holder; the highest number is the current generation
 
-A holder writes its file anew every third of ``ttl_s``. Whoever finds the highest file released, not written for
-``ttl_s``, or of a process of this machine that runs no more, creates the next number, which the store grants to exactly
-one (a hard link; ``If-None-Match: *``), and then deletes the lower ones. The highest is never deleted, so a number is
-never used twice and one who was slow finds a higher one than its own.
+The holder rewrites its file every third of ``ttl_s``. A writer may take over if the highest file was released, was not
+written for ``ttl_s``, or belongs to a dead process of this machine. It creates the next number, which the store grants
+to exactly one writer (a hard link, or ``If-None-Match: *``), and then deletes the lower ones. The highest file is never
+deleted, so a number is never used twice, and a slow writer finds a higher number than its own.
 
-**Clocks.** The age of a file is told by the store's own clock alone: when it was written, against when a probe written
-just now was. Machines may disagree about the time as they like. A holder counts on its own clock how long ago it last
-began to write, sleep of the machine included, and gives up before others may take over.
+**Clocks.** The age of a file is measured with the store's clock only: its modification time is compared with that of a
+probe file written now. The clocks of the machines may differ by any amount. A holder measures on its own clock the time
+since its last renewal began, including suspension of the machine, and gives up before others may take over.
 
-**What it cannot do.** A holder that is stopped between :meth:`Lease.check` and its next write, for longer than
-``ttl_s``, still makes that write. Stages commit by digest into folders of their own, so that does no harm there; keep
-the distance between check and commit short.
+**Limitation.** A holder that is suspended between :meth:`Lease.check` and its next write, for longer than ``ttl_s``,
+still performs that write. Stages commit by digest into their own folders, so this is harmless there. Keep the time
+between check and commit short.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ _POLL_S = 1.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Holder:
-    """Who holds a lease, as its file says."""
+    """The holder of a lease, as recorded in the lease file."""
 
     name: str
     host: str
@@ -48,10 +48,10 @@ class Holder:
     since: str
     ttl_s: float
     released: bool = False
-    machine: str = ""  # where ``process`` is a number that means something; empty: unknown
+    machine: str = ""  # boot id and PID namespace in which ``process`` is valid; "" if unknown
 
     def is_dead(self) -> bool:
-        """Whether it ran on this machine and runs no more: then nobody need wait for its lease to end."""
+        """Return True if the holder was a process of this machine that has ended: its lease is free at once."""
         if not self.machine or self.machine != _machine():
             return False
         try:
@@ -67,10 +67,10 @@ class Holder:
 
 
 class Lease:
-    """A lease that is held, and renewed in the background until it is released or lost."""
+    """An acquired lease, renewed in a background thread until it is released or lost."""
 
     def __init__(self, folder_uri: str, number: int, holder: Holder, began: float) -> None:
-        """Hold generation ``number``, written at ``began`` (of :func:`_now`)."""
+        """Hold generation ``number``, whose write began at ``began`` (seconds, as returned by :func:`_now`)."""
         self.holder = holder
         self._folder, self._number, self._began = folder_uri, number, began
         self._uri = _file(folder_uri, number)
@@ -80,18 +80,23 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise ``StageError`` unless this process holds the lease still. Call it before each commit."""
+        """Raise ``StageError`` if this process no longer holds the lease. Call this before each commit."""
         if self._lost is None and _now() - self._began > self.holder.ttl_s:
             self._lost = f"it could not be renewed for {self.holder.ttl_s:g} s"
         if self._lost is None and (higher := _highest(self._folder)) != self._number:
-            self._lost = f"held by {_read(self._folder, higher) or 'another'} now" if higher else "its file is gone"
+            self._lost = (
+                f"now held by {_read(self._folder, higher) or 'another writer'}" if higher else "its file is gone"
+            )
         if self._lost is not None:
             raise StageError(
-                f"the lease on {self._folder} was lost ({self._lost}); nothing more is committed here, run again"
+                f"the lease on {self._folder} was lost: {self._lost}; nothing more is committed, run again"
             )
 
     def release(self) -> None:
-        """Let the next one in at once, from a full disk too. A store that does not answer does so after ``ttl_s``."""
+        """Release the lease immediately, even on a full disk.
+
+        If the store is unreachable, the lease expires after ``ttl_s``.
+        """
         self._ended.set()
         self._thread.join()
         with contextlib.suppress(KNNDiffusionError):
@@ -112,66 +117,68 @@ class Lease:
                 if self._lost is not None:
                     logs.get("lease").warning("the lease on %s was lost: %s", self._folder, self._lost)
                     return
-                # The store may be back, or the disk have room again, before the time is over.
-                logs.get("lease").warning("the lease on %s is not renewed yet: %s", self._folder, error)
+                # The store may recover, or the disk may have space again, before the lease expires.
+                logs.get("lease").warning("could not renew the lease on %s, will retry: %s", self._folder, error)
 
     def _write(self, holder: Holder) -> None:
-        storage.write_bytes(self._uri, _body(holder))
+        storage.write_bytes(self._uri, _encode(holder))
 
 
 @contextlib.contextmanager
 def lease(folder_uri: str, *, holder: str, ttl_s: float = 60.0, wait_s: float = 0.0) -> Iterator[Lease]:
-    """Hold ``folder_uri`` alone for the length of the block; renewed meanwhile.
+    """Hold the lease on ``folder_uri`` for the duration of the block; it is renewed in the background.
 
     Args:
-        folder_uri: what is to have one writer, a domain's folder say.
-        holder: what the others are told, "rebuild-index twemoji" say.
-        ttl_s: a holder that dies loses it after this long; at least 3 in an object store, which counts whole seconds.
-        wait_s: how long to wait for another holder to end.
+        folder_uri: Folder with a single writer, e.g. the folder of a domain.
+        holder: Name shown to other writers, e.g. "rebuild-index twemoji".
+        ttl_s: Seconds after which a dead holder loses the lease; at least 3 in an object store (whole-second clock).
+        wait_s: Seconds to wait for another holder to finish.
 
     Raises:
-        StageError: another one holds it, and who; or, when the block ends, it was lost meanwhile.
+        StageError: Another writer holds the lease (the message names it), or the lease was lost during the block.
+        ValueError: ``ttl_s`` is too short for the clock of the store.
     """
-    if ttl_s < 1.5 * _tick_s(folder_uri):
+    if ttl_s < 1.5 * _clock_resolution_s(folder_uri):
         raise ValueError(
-            f"ttl_s is {ttl_s:g}; give at least {1.5 * _tick_s(folder_uri):g}: the store's clock is coarse"
+            f"ttl_s is too short for the store's clock: {ttl_s:g}; "
+            f"give at least {1.5 * _clock_resolution_s(folder_uri):g}"
         )
     folder_uri = storage.absolute(folder_uri)
     deadline = _now() + wait_s
-    while (held := _acquire(folder_uri, holder, ttl_s)) is None:
+    while (acquired := _acquire(folder_uri, holder, ttl_s)) is None:
         if _now() >= deadline:
-            raise StageError(_refusal(folder_uri))
+            raise StageError(_conflict_message(folder_uri))
         time.sleep(min(_POLL_S, max(0.0, deadline - _now())))
     try:
-        yield held
-        held.check()
+        yield acquired
+        acquired.check()
     finally:
-        held.release()
+        acquired.release()
 
 
 def _acquire(folder_uri: str, name: str, ttl_s: float) -> Lease | None:
-    """The lease, or None when another one has it."""
+    """Acquire and return the lease, or return None if another writer holds it."""
     highest = _highest(folder_uri)
-    if highest and (_left_s(folder_uri, highest) or 0) > 0:
+    if highest and (_seconds_left(folder_uri, highest) or 0) > 0:
         return None
-    mine = Holder(
-        name=name, host=socket.gethostname(), process=os.getpid(), token=uuid.uuid4().hex, since=_time(), ttl_s=ttl_s,
-        machine=_machine(),
+    own = Holder(
+        name=name, host=socket.gethostname(), process=os.getpid(), token=uuid.uuid4().hex, since=_timestamp(),
+        ttl_s=ttl_s, machine=_machine(),
     )  # fmt: skip
     number, began = highest + 1, _now()
-    if not storage.create_bytes(_file(folder_uri, number), _body(mine)):
+    if not storage.create_bytes(_file(folder_uri, number), _encode(own)):
         return None
-    if _highest(folder_uri) != number:  # the number was free because a later holder had deleted it
+    if _highest(folder_uri) != number:  # the number was free because a later holder deleted it
         storage.discard(_file(folder_uri, number))
         return None
     for older in _numbers(folder_uri):
         if older < number:
             storage.discard(_file(folder_uri, older))
-    return Lease(folder_uri, number, mine, began)
+    return Lease(folder_uri, number, own, began)
 
 
-def _left_s(folder_uri: str, number: int) -> float | None:
-    """Seconds for which a generation is still held, by the store's clock; None when it was released or is gone."""
+def _seconds_left(folder_uri: str, number: int) -> float | None:
+    """Return the seconds until a generation expires, by the store's clock; None if it was released or is gone."""
     try:
         holder = _read(folder_uri, number)
         if holder is None or holder.released or holder.is_dead():
@@ -179,11 +186,11 @@ def _left_s(folder_uri: str, number: int) -> float | None:
         written = storage.modified(_file(folder_uri, number))
     except NotFoundError:
         return None
-    return holder.ttl_s + _tick_s(folder_uri) - (_store_time(folder_uri) - written)
+    return holder.ttl_s + _clock_resolution_s(folder_uri) - (_store_time(folder_uri) - written)
 
 
 def _store_time(folder_uri: str) -> float:
-    """What the store's clock says: when a file that is written now was written."""
+    """Return the store's time in seconds since 1970: the modification time of a file written now."""
     probe = storage.join(folder_uri, FOLDER, f"probe-{uuid.uuid4().hex}")
     storage.write_bytes(probe, b"")
     try:
@@ -192,26 +199,29 @@ def _store_time(folder_uri: str) -> float:
         storage.discard(probe)
 
 
-def _tick_s(folder_uri: str) -> float:
-    """How far apart the store's clock may be for two files written at one time: object stores count whole seconds."""
+def _clock_resolution_s(folder_uri: str) -> float:
+    """Return the resolution of the store's modification times in seconds: object stores count whole seconds."""
     return 0.1 if storage.is_local(folder_uri) else 2.0
 
 
-def _refusal(folder_uri: str) -> str:
+def _conflict_message(folder_uri: str) -> str:
     number = _highest(folder_uri)
     holder = _read(folder_uri, number) if number else None
-    left = _left_s(folder_uri, number) if holder else None
+    left = _seconds_left(folder_uri, number) if holder else None
     if holder is None or left is None:
-        return f"{folder_uri} was just let go by another writer; run again"
+        return f"{folder_uri} was just released by another writer; run again"
     ends = (datetime.now(UTC) + timedelta(seconds=max(0.0, left))).isoformat(timespec="seconds")
     return (
-        f"{folder_uri} is being written by {holder}; wait until it ends, or, if it is dead, until its lease does "
-        f"at {ends}, and run again"
+        f"{folder_uri} is being written by {holder}; wait until it finishes (if it is dead, its lease expires at "
+        f"{ends}) and run again"
     )
 
 
 def _read(folder_uri: str, number: int) -> Holder | None:
-    """Who wrote the file; None when it is gone. A file that is no such thing is taken for one of a minute's lease."""
+    """Return the holder that wrote the file, or None if the file is gone.
+
+    An unreadable file counts as a lease of an unknown writer with a ``ttl_s`` of 60.
+    """
     try:
         raw: dict[str, Any] = json.loads(storage.read_bytes(_file(folder_uri, number)))
         return Holder(**raw)
@@ -227,7 +237,7 @@ def _numbers(folder_uri: str) -> list[int]:
 
 
 def _highest(folder_uri: str) -> int:
-    """The generation that counts; 0 when there was none yet."""
+    """Return the current generation; 0 if there is none yet."""
     return max(_numbers(folder_uri), default=0)
 
 
@@ -235,22 +245,22 @@ def _file(folder_uri: str, number: int) -> str:
     return storage.join(folder_uri, FOLDER, f"{number:06d}.json")
 
 
-def _body(holder: Holder) -> bytes:
+def _encode(holder: Holder) -> bytes:
     return json.dumps(dataclasses.asdict(holder), sort_keys=True).encode()
 
 
 def _machine() -> str:
-    """This boot of this machine and its space of process numbers, where the system tells; else empty."""
+    """Return the boot id and PID namespace of this process, or "" if the system does not expose them."""
     try:
         return f"{boot_id()}:{Path('/proc/self/ns/pid').stat().st_ino}"
     except OSError:
         return ""
 
 
-def _time() -> str:
+def _timestamp() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _now() -> float:
-    """Seconds on a clock that never jumps, and that goes on while the machine sleeps, where there is such a one."""
+    """Return seconds on a monotonic clock, which includes suspension of the machine where the system supports it."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

@@ -1,4 +1,4 @@
-"""Folders that one thread has for itself, by a lock in them that the kernel frees when the process dies."""
+"""Exclusive folder locks (flock); the kernel releases them when the process dies."""
 
 import contextlib
 import fcntl
@@ -15,57 +15,63 @@ LOCK = "lock"
 
 @contextlib.contextmanager
 def exclusive_folder(folder: Path, *, within: Path, wait: bool = True, lock_name: str = LOCK) -> Iterator[Path]:
-    """``folder`` for this thread alone; it and all it holds are deleted afterwards.
+    """Create and lock ``folder`` for this thread; delete it with its contents at the end of the block.
+
+    Args:
+        folder: The folder to create and lock.
+        within: The root that ``folder`` must be below.
+        wait: Wait until another holder releases the folder.
+        lock_name: Name of the lock file in ``folder``.
 
     Raises:
-        BlockingIOError: another has it, and this call does not ``wait``.
-        InputError: ``folder`` is not below ``within``, once links and ``..`` are resolved; nothing is deleted.
+        BlockingIOError: Another thread or process holds the folder and ``wait`` is False.
+        InputError: ``folder`` is not below ``within`` after links and ``..`` are resolved. Nothing is deleted.
     """
     require_within(folder, within)
     lock = folder / lock_name
     while True:
         try:
             make_folder(folder)
-            number = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        except (FileNotFoundError, FileExistsError):  # who had it before has just removed it
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except (FileNotFoundError, FileExistsError):  # the previous holder has just removed it
             continue
         try:
-            fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if lock.exists() and os.fstat(number).st_ino == lock.stat().st_ino:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if lock.exists() and os.fstat(descriptor).st_ino == lock.stat().st_ino:
                 break
         except FileNotFoundError:
             pass
         except BaseException:
-            os.close(number)
+            os.close(descriptor)
             raise
-        os.close(number)
+        os.close(descriptor)
     try:
         yield folder
     finally:
         try:
-            require_within(folder, within)  # a link may have taken its place meanwhile
-            with contextlib.suppress(FileNotFoundError):  # somebody tidies up there, too
-                for left in folder.iterdir():
-                    if left.name != lock.name:
-                        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            require_within(folder, within)  # a link may have replaced the folder in the meantime
+            with contextlib.suppress(FileNotFoundError):  # another process deletes files there, too
+                for entry in folder.iterdir():
+                    if entry.name != lock.name:
+                        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             lock.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # another one has come already
+            with contextlib.suppress(OSError):  # the next holder is already there
                 folder.rmdir()
         finally:
-            os.close(number)
+            os.close(descriptor)
 
 
 def require_within(folder: Path, root: Path) -> None:
-    """Raise ``InputError`` unless ``folder`` is below ``root``, once links and ``..`` of both are resolved."""
+    """Raise ``InputError`` unless ``folder`` is below ``root`` after links and ``..`` of both are resolved."""
     if not _is_within(folder, root):
         raise InputError(
-            f"{folder} is not below {root}: its real path is {os.path.realpath(folder)}; remove the link or the name "
+            f"{folder} is not below {root}: its real path is {os.path.realpath(folder)}; remove the link or the '..' "
             "that leads out of it"
         )
 
 
 def remove_stale(folders: Iterable[Path], *, within: Path, lock_name: str = LOCK) -> None:
-    """Remove those of ``folders`` that nobody has for itself any more; links that lead out of ``within`` stay."""
+    """Delete those of ``folders`` that no live thread holds; links that lead out of ``within`` are kept."""
     for folder in folders:
         if _is_within(folder, within):
             with contextlib.suppress(OSError), exclusive_folder(folder, within=within, wait=False, lock_name=lock_name):
@@ -77,5 +83,5 @@ def _is_within(folder: Path, root: Path) -> bool:
 
 
 def boot_id() -> str:
-    """This boot of this machine, which no other machine has. Raises ``OSError`` where the system does not tell."""
+    """Return the kernel's random id of this boot. Raises ``OSError`` if the system has none."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

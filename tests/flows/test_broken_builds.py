@@ -48,7 +48,7 @@ def test_build_after_full_disk_reuses_committed_shards(
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with monkeypatch.context() as patch:
         patch.setattr(storage, "put", failing(kind, full, storage.put, []))
-        with pytest.raises(StageError, match=r"no space left for .*free some, or name another place") as caught:
+        with pytest.raises(StageError, match=r"no space left for .*free some space or choose another") as caught:
             living.build(NAMES[:16])
     assert "\n" not in str(caught.value)
     assert not list((base / kind).glob("*/manifest.json")), "an incomplete artifact has no manifest"

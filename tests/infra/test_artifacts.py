@@ -225,8 +225,10 @@ def test_commit_on_a_full_disk_keeps_committed_shards(room: int, tmp_path: Path)
         (scratch / "00001.tar").write_bytes(bytes(1_000_000))
         with full_disk(room), pytest.raises(StageError) as caught:
             artifacts.commit_shard(broken.uri, "00001", scratch, rows=3, info={})
-    assert str(caught.value).startswith(f"no space left for {broken.uri}/00001.tar; free some, or name another place")
-    assert str(caught.value).endswith("and run again: what is committed stays")
+    assert str(caught.value).startswith(
+        f"no space left for {broken.uri}/00001.tar; free some space or choose another location"
+    )
+    assert str(caught.value).endswith("and run again: committed work is kept")
     assert broken.done() == {"00000": first}
     with full_disk(min(room, 100)), pytest.raises(StageError, match=r"^no space left for .*manifest\.json; free some"):
         broken.commit([first], info={})

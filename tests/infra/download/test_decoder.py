@@ -20,7 +20,7 @@ LIMITS = DecodeLimits(seconds=20.0, memory_bytes=2 << 30)
 
 
 @pytest.fixture(scope="module")
-def unhurried() -> Iterator[NormaliserProcess]:
+def generous() -> Iterator[NormaliserProcess]:
     with NormaliserProcess(BOUNDS, LIMITS) as process:
         yield process
 
@@ -53,14 +53,12 @@ def pid_of(process: NormaliserProcess) -> int:
         encoded(Image.new("RGB", (1000, 700)), "PNG"),
     ],
 )
-def test_normaliser_process_any_image_gives_what_the_normaliser_gives(
-    data: bytes, unhurried: NormaliserProcess
-) -> None:
+def test_normaliser_process_equals_image_normaliser_for_any_input(data: bytes, generous: NormaliserProcess) -> None:
     direct = ImageNormaliser(max_pixels=50_000_000, min_side_px=8, max_side_px=512)
-    assert unhurried(io.BytesIO(data)) == direct(io.BytesIO(data))
+    assert generous(io.BytesIO(data)) == direct(io.BytesIO(data))
 
 
-def test_normaliser_process_slow_image_is_decode_timeout_and_the_next_is_taken() -> None:
+def test_normaliser_process_slow_image_times_out_and_next_is_decoded() -> None:
     slow, quick = many_scans(100, side=7000), noise("PNG")
     with NormaliserProcess(BOUNDS, replace(LIMITS, seconds=0.4)) as process:
         first = pid_of(process)
@@ -78,29 +76,30 @@ def frugal() -> Iterator[NormaliserProcess]:
 
 
 @pytest.mark.parametrize("form", ["AVIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP"])
-def test_normaliser_process_canvas_beyond_memory_is_refused_within_memory(form: str, frugal: NormaliserProcess) -> None:
-    refusals = ("decode_memory",) if form in ("PNG", "TIFF") else ("decode_memory", "decode_error")  # as codecs report
-    assert error_class(frugal(io.BytesIO(large_canvas(form, 4000)))) in refusals
+def test_normaliser_process_huge_canvas_is_rejected_within_memory_limit(form: str, frugal: NormaliserProcess) -> None:
+    # Some codecs report a failed allocation as corrupt data.
+    expected = ("decode_memory",) if form in ("PNG", "TIFF") else ("decode_memory", "decode_error")
+    assert error_class(frugal(io.BytesIO(large_canvas(form, 4000)))) in expected
     assert frugal(io.BytesIO(noise("PNG")))[1:3] == (64, 48)
     status = Path(f"/proc/{pid_of(frugal)}/status").read_text()
     peak_kib = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
-    assert peak_kib < 160 << 10, "96 MiB of data, and the code"
+    assert peak_kib < 160 << 10, "96 MiB of data plus the code"
 
 
 @pytest.mark.parametrize("form", ["AVIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP"])
-def test_normaliser_process_canvas_above_max_pixels_is_refused_before_decoding(form: str) -> None:
+def test_normaliser_process_canvas_above_max_pixels_is_rejected_before_decoding(form: str) -> None:
     with NormaliserProcess(replace(BOUNDS, max_pixels=1_000_000), LIMITS) as process:
         assert error_class(process(io.BytesIO(large_canvas(form, 1001)))) == "too_many_pixels"
 
 
-def test_normaliser_process_decoder_that_dies_costs_one_image() -> None:
+def test_normaliser_process_crashed_decoder_loses_one_image() -> None:
     with NormaliserProcess(BOUNDS, LIMITS) as process:
         os.kill(pid_of(process), signal.SIGSEGV)
-        assert error_class(process(io.BytesIO(noise("PNG")))) == "decode_error"
+        assert error_class(process(io.BytesIO(noise("PNG")))) == "decoder_died"
         assert process(io.BytesIO(noise("PNG")))[1:3] == (64, 48)
 
 
-def test_normaliser_process_gets_no_credentials_and_ends_with_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_normaliser_process_has_no_credentials_and_ends_with_context(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     with NormaliserProcess(BOUNDS, LIMITS) as process:
         folder = Path(f"/proc/{pid_of(process)}")
@@ -108,7 +107,7 @@ def test_normaliser_process_gets_no_credentials_and_ends_with_its_context(monkey
     assert not folder.exists()
 
 
-def test_normaliser_process_ends_when_its_parent_is_gone() -> None:
+def test_normaliser_process_exits_when_parent_closes_the_pipe() -> None:
     with NormaliserProcess(BOUNDS, LIMITS) as process:
         assert process._running is not None
         child, pipe = process._running
@@ -117,12 +116,12 @@ def test_normaliser_process_ends_when_its_parent_is_gone() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"seconds": 0}, {"seconds": float("inf")}, {"memory_bytes": 0}])
-def test_decode_limits_that_limit_nothing_are_refused(changes: dict[str, Any]) -> None:
+def test_decode_limits_invalid_values_raise_value_error(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         replace(LIMITS, **changes)
 
 
-def test_normaliser_jpeg_of_hundreds_of_scans_is_refused_undecoded() -> None:
+def test_image_normaliser_jpeg_with_many_scans_is_rejected_before_decoding() -> None:
     normalise = ImageNormaliser(max_pixels=50_000_000, min_side_px=8, max_side_px=512)
     assert normalise(io.BytesIO(many_scans(100)))[1:3] == (16, 16)
     hostile = io.BytesIO(many_scans(900, side=3000))
@@ -150,7 +149,7 @@ def test_jpeg_scans_counts_markers_outside_segments(data: bytes, scans: int) -> 
     assert jpeg_scans(data, most=101) == scans
 
 
-def test_jpeg_scans_body_of_the_largest_size_is_quick() -> None:
+def test_jpeg_scans_of_maximum_body_is_fast() -> None:
     started = time.monotonic()
     assert jpeg_scans(b"\xff\xd8\xff\xda\0\x02" + b"\xff\0" * 10_000_000, most=101) == 1
     assert time.monotonic() - started < 2

@@ -32,7 +32,7 @@ from infra.errors import InputError, StageError
 ROOT = Path(__file__).parents[3]
 
 
-def picture(seed: int, size: tuple[int, int] = (32, 24), form: str = "PNG", **options: Any) -> bytes:
+def make_image(seed: int, size: tuple[int, int] = (32, 24), form: str = "PNG", **options: Any) -> bytes:
     values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, form, **options)
@@ -59,8 +59,8 @@ def members_of(folder: Path, shard: str = "00000") -> dict[str, bytes]:
         return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
 
 
-def test_a_shard_is_written_in_img2datasets_layout(tmp_path: Path) -> None:
-    original = picture(1, (60, 30), "JPEG")
+def test_download_shard_writes_img2dataset_layout(tmp_path: Path) -> None:
+    original = make_image(1, (60, 30), "JPEG")
     with LoopbackServer({"/a.jpg": Reply(body=original)}) as server:
         rows = urls(server, "/a.jpg", "/gone.jpg")
         counts = download_shard(7, rows, tmp_path / "out", policy(server, max_side_px=40))
@@ -70,8 +70,8 @@ def test_a_shard_is_written_in_img2datasets_layout(tmp_path: Path) -> None:
     columns = "url key status error_message width height original_width original_height sha256 error_class"
     assert table.column_names == columns.split()
     assert [str(table.schema.field(name).type) for name in ("width", "error_class")] == ["int32", "string"]
-    taken, gone = table.to_pylist()
-    assert taken == {
+    success, missing = table.to_pylist()
+    assert success == {
         "url": rows["url"][0].as_py(),
         "key": "000070000",
         "status": "success",
@@ -83,11 +83,15 @@ def test_a_shard_is_written_in_img2datasets_layout(tmp_path: Path) -> None:
         "sha256": hashlib.sha256(original).hexdigest(),
         "error_class": "success",
     }
-    assert (gone["key"], gone["status"], gone["error_class"]) == ("000070001", "failed_to_download", "http_404")
-    assert gone["error_message"] == "HTTP Error 404: Not Found"
+    assert (missing["key"], missing["status"], missing["error_class"]) == (
+        "000070001",
+        "failed_to_download",
+        "http_404",
+    )
+    assert missing["error_message"] == "HTTP Error 404: Not Found"
     members = members_of(folder, "00007")
     assert list(members) == ["000070000.json", "000070000.png"]
-    assert json.loads(members["000070000.json"]).items() <= taken.items()
+    assert json.loads(members["000070000.json"]).items() <= success.items()
     assert Image.open(io.BytesIO(members["000070000.png"])).size == (40, 20)
     stats = json.loads((folder / "00007_stats.json").read_text())
     assert (stats["count"], stats["successes"], stats["failed_to_download"]) == (2, 1, 1)
@@ -97,8 +101,8 @@ def test_a_shard_is_written_in_img2datasets_layout(tmp_path: Path) -> None:
     assert counts.seconds > 0
 
 
-def test_captions_and_other_columns_are_kept(tmp_path: Path) -> None:
-    with LoopbackServer({f"/{index}": Reply(body=picture(index)) for index in range(3)}) as server:
+def test_download_shard_keeps_captions_and_other_columns(tmp_path: Path) -> None:
+    with LoopbackServer({f"/{index}": Reply(body=make_image(index)) for index in range(3)}) as server:
         rows = urls(server, "/0", "/1", "/2").append_column("caption", pa.array(["a cat", None, "übung"]))
         rows = rows.append_column("when", pa.array([1, 2, None], pa.timestamp("ns")))
         rows = rows.append_column("tags", pa.array([["x"], [], None], pa.list_(pa.string())))
@@ -112,7 +116,7 @@ def test_captions_and_other_columns_are_kept(tmp_path: Path) -> None:
     ]
 
 
-def test_a_shard_without_rows(tmp_path: Path) -> None:
+def test_download_shard_without_rows_writes_empty_files(tmp_path: Path) -> None:
     with LoopbackServer({}) as server:
         counts = download_shard(0, pa.table({"url": pa.array([], pa.string())}), tmp_path, policy(server))
     assert (counts.requested, counts.downloaded, counts.outcomes) == (0, 0, {})
@@ -128,14 +132,14 @@ def slow(data: bytes, seconds: float) -> Callable[[], Iterator[bytes]]:
     return body
 
 
-def test_two_runs_give_the_same_bytes_whatever_comes_first(tmp_path: Path) -> None:
-    pictures = {f"/{index}": picture(index) for index in range(12)}
+def test_download_shard_bytes_are_independent_of_response_order(tmp_path: Path) -> None:
+    images = {f"/{index}": make_image(index) for index in range(12)}
     files: list[list[bytes]] = []
     with LoopbackServer({}) as server:
-        rows = urls(server, *pictures, "/gone", "/text").append_column("caption", pa.array(["words"] * 14))
-        for run, order in enumerate((list(pictures), list(reversed(pictures)))):
-            delays = {path: 0.03 * place for place, path in enumerate(order)}
-            server.replies = {path: Reply(body=slow(data, delays[path])) for path, data in pictures.items()}
+        rows = urls(server, *images, "/gone", "/text").append_column("caption", pa.array(["words"] * 14))
+        for run, order in enumerate((list(images), list(reversed(images)))):
+            delays = {path: 0.03 * entry for entry, path in enumerate(order)}
+            server.replies = {path: Reply(body=slow(data, delays[path])) for path, data in images.items()}
             server.replies["/text"] = Reply(body=b"text")
             folder = tmp_path / str(run)
             download_shard(3, rows, folder, policy(server, threads=14))
@@ -158,16 +162,16 @@ def hold() -> Iterator[bytes]:
 
 
 FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (32, 24)), Image.new("RGB", (32, 24), "white")]}
-HUGE = bytearray(picture(0))
+HUGE = bytearray(make_image(0))
 HUGE[16:24] = (8_000).to_bytes(4, "big") * 2  # width and height
 HUGE[29:33] = zlib.crc32(HUGE[12:29]).to_bytes(4, "big")
 REPLIES: dict[str, Reply | list[Reply]] = {
-    "success": Reply(body=picture(1)),
+    "success": Reply(body=make_image(1)),
     "http_404": Reply(status=404),
     "http_500": Reply(status=500),
     "body_too_large": Reply(body=lambda: repeat(b"x" * 4096)),
     "empty_body": Reply(),
-    "robots_disallowed": Reply(body=picture(2), headers={"X-Robots-Tag": "noai, nofollow"}),
+    "robots_disallowed": Reply(body=make_image(2), headers={"X-Robots-Tag": "noai, nofollow"}),
     "blocked_address": Reply.redirect("http://10.0.0.1/x.png"),
     "blocked_scheme": Reply.redirect("file:///etc/hostname"),
     "too_many_redirects": Reply.redirect("/too_many_redirects"),
@@ -176,26 +180,26 @@ REPLIES: dict[str, Reply | list[Reply]] = {
     "deadline_exceeded": Reply(body=drip),
     "timeout": Reply(body=hold, raw=True),
     "not_an_image": Reply(body=b"<html>soon to come</html>"),
-    "decode_error": Reply(body=picture(3)[:1000]),
-    "too_small": Reply(body=picture(4, (1, 1), "GIF")),
+    "decode_error": Reply(body=make_image(3)[:1000]),
+    "too_small": Reply(body=make_image(4, (1, 1), "GIF")),
     "too_many_pixels": Reply(body=bytes(HUGE)),
     "too_many_scans": Reply(body=many_scans(101)),
-    "animated": Reply(body=picture(5, form="GIF", **FRAMES)),
+    "animated": Reply(body=make_image(5, form="GIF", **FRAMES)),
     "decode_timeout": Reply(body=many_scans(100, side=7000)),
     "decode_memory": Reply(body=large_canvas("PNG", 7000)),
 }
 
 
 def resolve(host: str, *arguments: Any, **options: Any) -> Any:
-    """Resolves without asking a name server."""
+    """Resolve without a name server: ``.example`` names do not exist."""
     if host.endswith(".example"):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
     return socket.getaddrinfo(host, *arguments, **options)
 
 
-def test_every_outcome_has_its_class_and_harms_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_shard_every_failure_has_its_error_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infra.download.downloader.guarded", functools.partial(guarded, resolve=resolve))
-    others = {f"/{index}": Reply(body=picture(100 + index)) for index in range(30)}
+    others = {f"/{index}": Reply(body=make_image(100 + index)) for index in range(30)}
     with LoopbackServer({**{f"/{name}": reply for name, reply in REPLIES.items()}, **others}) as server:
         rows = pa.concat_tables(
             [
@@ -223,37 +227,37 @@ def test_every_outcome_has_its_class_and_harms_no_other(tmp_path: Path, monkeypa
         assert (row["sha256"] is not None) == (row["error_class"] == "success")
 
 
-def test_robots_tags_may_be_overruled(tmp_path: Path) -> None:
+def test_download_shard_respect_robots_tag_false_ignores_tags(tmp_path: Path) -> None:
     replies = {
-        "/general": Reply(body=picture(1), headers={"X-Robots-Tag": "noindex"}),
-        "/named": Reply(body=picture(1), headers={"X-Robots-Tag": "img2dataset: noai"}),
-        "/another": Reply(body=picture(1), headers={"X-Robots-Tag": "somebot: noai"}),
+        "/general": Reply(body=make_image(1), headers={"X-Robots-Tag": "noindex"}),
+        "/named": Reply(body=make_image(1), headers={"X-Robots-Tag": "img2dataset: noai"}),
+        "/another": Reply(body=make_image(1), headers={"X-Robots-Tag": "somebot: noai"}),
     }
     with LoopbackServer(replies) as server:
         rows = urls(server, *replies)
         respected = download_shard(0, rows, tmp_path, policy(server)).outcomes
-        overruled = download_shard(0, rows, tmp_path, policy(server, respect_robots_tag=False)).outcomes
+        ignored = download_shard(0, rows, tmp_path, policy(server, respect_robots_tag=False)).outcomes
     assert respected == {"robots_disallowed": 2, "success": 1}
-    assert overruled == {"success": 3}
+    assert ignored == {"success": 3}
 
 
-def test_download_shard_robots_tag_on_a_redirect_is_respected(tmp_path: Path) -> None:
+def test_download_shard_robots_tag_on_redirect_is_respected(tmp_path: Path) -> None:
     redirect = Reply(status=302, headers={"Location": "/image", "X-Robots-Tag": "max-image-preview:large, none"})
-    with LoopbackServer({"/": redirect, "/image": Reply(body=picture(1))}) as server:
+    with LoopbackServer({"/": redirect, "/image": Reply(body=make_image(1))}) as server:
         rows = urls(server, "/", "/image")
         assert download_shard(0, rows, tmp_path, policy(server)).outcomes == {"robots_disallowed": 1, "success": 1}
-        overruled = download_shard(0, rows, tmp_path, policy(server, respect_robots_tag=False)).outcomes
-        assert server.requests.count("/image") == 3, "a redirect that forbids the use is not followed"
-    assert overruled == {"success": 2}
+        ignored = download_shard(0, rows, tmp_path, policy(server, respect_robots_tag=False)).outcomes
+        assert server.requests.count("/image") == 3, "a redirect with a forbidding tag is not followed"
+    assert ignored == {"success": 2}
 
 
-def test_download_shard_repeated_robots_headers_are_all_read(tmp_path: Path) -> None:
+def test_download_shard_reads_all_repeated_robots_headers(tmp_path: Path) -> None:
     head = b"HTTP/1.1 200 OK\r\nX-Robots-Tag: otherbot: noindex\r\nX-Robots-Tag: noai\r\n\r\n"
-    with LoopbackServer({"/": Reply(body=head + picture(1), raw=True)}) as server:
+    with LoopbackServer({"/": Reply(body=head + make_image(1), raw=True)}) as server:
         assert download_shard(0, urls(server, "/"), tmp_path, policy(server)).outcomes == {"robots_disallowed": 1}
 
 
-def test_a_process_that_is_ended_leaves_no_temporary_folder(tmp_path: Path) -> None:
+def test_download_shard_killed_process_leaves_no_temporary_folder(tmp_path: Path) -> None:
     script = (
         "import os; from pathlib import Path; import pyarrow as pa; "
         "from infra.download.downloader import DownloadPolicy, download_shard; "
@@ -267,16 +271,18 @@ def test_a_process_that_is_ended_leaves_no_temporary_folder(tmp_path: Path) -> N
     assert list(temporary.iterdir()) == []
 
 
-def test_a_failure_that_passes_is_tried_again(tmp_path: Path) -> None:
-    replies = {"/": [Reply(status=503), Reply(body=picture(1))]}
+def test_download_shard_transient_failure_is_retried(tmp_path: Path) -> None:
+    replies = {"/": [Reply(status=503), Reply(body=make_image(1))]}
     with LoopbackServer(replies) as server:
         assert download_shard(0, urls(server, "/"), tmp_path, policy(server, retries=1)).outcomes == {"success": 1}
     with LoopbackServer(replies) as server:
         assert download_shard(0, urls(server, "/"), tmp_path, policy(server, retries=0)).outcomes == {"http_503": 1}
 
 
-def test_a_row_that_img2dataset_loses_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    normalise, lost = NormaliserProcess.__call__, picture(1)
+def test_download_shard_row_lost_by_img2dataset_is_internal_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    normalise, lost = NormaliserProcess.__call__, make_image(1)
 
     def failing(self: NormaliserProcess, stream: io.BytesIO, boxes: object = None) -> Any:
         if stream.getvalue() == lost:
@@ -284,7 +290,9 @@ def test_a_row_that_img2dataset_loses_is_counted(tmp_path: Path, monkeypatch: py
         return normalise(self, stream, boxes)
 
     monkeypatch.setattr(NormaliserProcess, "__call__", failing)
-    with LoopbackServer({"/0": Reply(body=picture(0)), "/1": Reply(body=lost), "/2": Reply(body=picture(2))}) as server:
+    with LoopbackServer(
+        {"/0": Reply(body=make_image(0)), "/1": Reply(body=lost), "/2": Reply(body=make_image(2))}
+    ) as server:
         counts = download_shard(0, urls(server, "/0", "/1", "/2"), tmp_path, policy(server))
     assert counts.outcomes == {"internal_error": 1, "success": 2}
     rows = table_of(tmp_path).to_pylist()
@@ -292,20 +300,20 @@ def test_a_row_that_img2dataset_loses_is_counted(tmp_path: Path, monkeypatch: py
     assert (rows[1]["status"], rows[1]["error_class"]) == ("failed_to_download", "internal_error")
 
 
-def test_a_full_disk_fails_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_shard_full_disk_raises_stage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full(io.BytesIO):
         def write(self, _: Any) -> int:
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("infra.download.downloader.tempfile.SpooledTemporaryFile", lambda *_, **__: Full())
     with (
-        LoopbackServer({"/": Reply(body=picture(1))}) as server,
+        LoopbackServer({"/": Reply(body=make_image(1))}) as server,
         pytest.raises(StageError, match=r"no space left .* run again"),
     ):
         download_shard(0, urls(server, "/"), tmp_path, policy(server))
 
 
-def test_the_guard_is_gone_afterwards(tmp_path: Path) -> None:
+def test_download_shard_restores_the_previous_opener(tmp_path: Path) -> None:
     before = urllib.request._opener  # type: ignore[attr-defined]
     with LoopbackServer({}) as server:
         download_shard(0, urls(server, "/"), tmp_path, policy(server))
@@ -313,17 +321,17 @@ def test_the_guard_is_gone_afterwards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shard_id", "rows", "mend"),
+    ("shard_id", "rows", "fix"),
     [
         (0, pa.table({"address": ["http://a/"]}), "rename"),
-        (0, pa.table({"url": [1]}), "make it text"),
+        (0, pa.table({"url": [1]}), "convert it to strings"),
         (0, pa.table({"url": ["http://a/"], "width": [1], "key": ["a"]}), r"\['key', 'width'\].*rename"),
         (0, pa.table({"url": ["http://a/"] * 10_001}), "smaller shards"),
         (100_000, pa.table({"url": ["http://a/"]}), "fewer or larger shards"),
     ],
 )
-def test_rows_that_make_no_shard(shard_id: int, rows: pa.Table, mend: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=mend):
+def test_download_shard_invalid_rows_raise_input_error(shard_id: int, rows: pa.Table, fix: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=fix):
         download_shard(shard_id, rows, tmp_path / "out", DownloadPolicy())
     assert not (tmp_path / "out").exists()
 
@@ -333,8 +341,8 @@ def test_rows_that_make_no_shard(shard_id: int, rows: pa.Table, mend: str, tmp_p
     [
         ({"allow_hosts": "127.0.0.1:80"}, r'write \("127.0.0.1:80",\)'),
         *(
-            ({"allow_hosts": (place,)}, "no host and port")
-            for place in ("a", "a:", ":1", "a:x", "http://a:1", "a:0", "::1:1")
+            ({"allow_hosts": (entry,)}, "is not host:port")
+            for entry in ("a", "a:", ":1", "a:x", "http://a:1", "a:0", "::1:1")
         ),
         *(
             ({name: value}, name)
@@ -347,15 +355,15 @@ def test_rows_that_make_no_shard(shard_id: int, rows: pa.Table, mend: str, tmp_p
         ({"max_side_px": 4}, "min_side_px"),
     ],
 )
-def test_a_policy_that_cannot_be_right(changes: dict[str, Any], message: str) -> None:
+def test_download_policy_invalid_values_raise_value_error(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DownloadPolicy(**changes)
 
 
-def test_a_policy_that_can() -> None:
-    allowed = ("127.0.0.1:8123", "[::1]:80", "Pictures.example:443")
+def test_download_policy_valid_values_give_limits() -> None:
+    allowed = ("127.0.0.1:8123", "[::1]:80", "Images.example:443")
     bounds = {"max_body_bytes": 1, "deadline_s": 2.0, "timeout_s": 3.0, "max_redirects": 4}
-    lower_case = ("127.0.0.1:8123", "[::1]:80", "pictures.example:443")
+    lower_case = ("127.0.0.1:8123", "[::1]:80", "images.example:443")
     assert DownloadPolicy(allow_hosts=allowed, **bounds).limits() == Limits(allow_hosts=lower_case, **bounds)
 
 
@@ -379,7 +387,7 @@ def test_a_policy_that_can() -> None:
         ("Remote end closed connection without response", "connection_error"),
         ("IncompleteRead(5 bytes read, 4 more expected)", "connection_error"),
         ("<urlopen error unknown url type: gopher>", "blocked_scheme"),
-        ("unknown url type: 'picture.png'", "invalid_url"),
+        ("unknown url type: 'image.png'", "invalid_url"),
         ("<urlopen error no host given>", "invalid_url"),
         ("nonnumeric port: 'x'", "invalid_url"),
         ("'ascii' codec can't encode character", "invalid_url"),
@@ -389,6 +397,6 @@ def test_a_policy_that_can() -> None:
         (None, "internal_error"),
     ],
 )
-def test_outcomes_are_read_from_messages(message: str | None, error_class: str) -> None:
+def test_classify_outcome_maps_messages_to_error_classes(message: str | None, error_class: str) -> None:
     assert classify_outcome("failed_to_download", message) == error_class
     assert classify_outcome("success", message) == "success"

@@ -1,4 +1,4 @@
-"""Responses whose framing is hostile or wrong: what the guard reads of them, and what it takes them for."""
+"""Responses with hostile or invalid framing: how much is read of them, and which error is raised."""
 
 import contextlib
 import socket
@@ -19,7 +19,7 @@ COMPLETE = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nimage"
 
 
 class RawServer:
-    """A server that sends ``head``, then ``endless`` again and again if given; ``sent`` counts the bytes."""
+    """A server that sends ``head``, then repeats ``endless`` if given; ``sent`` counts the repeated bytes."""
 
     def __init__(self, head: bytes, endless: bytes = b"") -> None:
         self.sent = 0
@@ -29,7 +29,7 @@ class RawServer:
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
     @property
-    def place(self) -> str:
+    def address(self) -> str:
         return f"127.0.0.1:{self._socket.getsockname()[1]}"
 
     def __enter__(self) -> Self:
@@ -46,7 +46,7 @@ class RawServer:
             while True:
                 connection, _ = self._socket.accept()
                 self.connections += 1
-                with connection, contextlib.suppress(OSError):  # the client hangs up
+                with connection, contextlib.suppress(OSError):  # the client disconnects
                     connection.settimeout(0.3)
                     self._converse(connection)
 
@@ -58,14 +58,14 @@ class RawServer:
 
 
 def fetch(server: RawServer) -> bytes:
-    with urllib.request.urlopen(f"http://{server.place}/") as response:
+    with urllib.request.urlopen(f"http://{server.address}/") as response:
         return bytes(response.read())
 
 
 @contextlib.contextmanager
 def guard(server: RawServer, max_body_bytes: int = LIMIT) -> Iterator[None]:
     limits = Limits(
-        allow_hosts=(server.place,), max_body_bytes=max_body_bytes, deadline_s=5.0, timeout_s=1.0, max_redirects=1
+        allow_hosts=(server.address,), max_body_bytes=max_body_bytes, deadline_s=5.0, timeout_s=1.0, max_redirects=1
     )
     with guarded(limits):
         yield
@@ -77,17 +77,17 @@ def fetched(head: bytes) -> bytes:
 
 
 def refused(head: bytes, endless: bytes = b"") -> tuple[str, int]:
-    """The error class, and how much the server could send before it was hung up on."""
+    """Return the error class, and the bytes that the server could send before the client disconnected."""
     with RawServer(head, endless) as server, guard(server), pytest.raises(FetchError) as caught:
         fetch(server)
     return caught.value.error_class, server.sent
 
 
-SOCKET_BUFFERS = 8 << 20  # what the kernel takes from the server although nobody reads it
+SOCKET_BUFFERS = 8 << 20  # bytes that the kernel accepts although the client does not read them
 
 
 @pytest.mark.parametrize("size", [b"-1", b"+5", b"0x5", b"5_0", b" 5", b"", b"g", b"\xb2", b"1" * 21, b"5 5"])
-def test_fetch_chunk_size_that_is_not_hexadecimal_is_refused_unread(size: bytes) -> None:
+def test_fetch_invalid_chunk_size_is_rejected_unread(size: bytes) -> None:
     error_class, sent = refused(CHUNKED + size + b"\r\n", b"x" * 65_536)
     assert error_class == "connection_error"
     assert sent < SOCKET_BUFFERS
@@ -122,7 +122,7 @@ def test_fetch_body_above_limit_stops_reading(head: bytes, endless: bytes) -> No
     ],
     ids=["chunk extension", "trailers", "header fields", "one header field", "reason", "interim responses"],
 )
-def test_fetch_endless_framing_is_refused(head: bytes, endless: bytes) -> None:
+def test_fetch_endless_framing_is_rejected(head: bytes, endless: bytes) -> None:
     error_class, sent = refused(head, endless)
     assert error_class == "connection_error"
     assert sent < SOCKET_BUFFERS
@@ -138,7 +138,7 @@ def test_fetch_endless_framing_is_refused(head: bytes, endless: bytes) -> None:
         b"\r\n".join([b"Field: x"] * 101),
     ],
 )
-def test_fetch_ambiguous_length_is_refused(fields: bytes) -> None:
+def test_fetch_ambiguous_length_is_rejected(fields: bytes) -> None:
     assert refused(b"HTTP/1.1 200 OK\r\n" + fields + b"\r\n\r\nimage")[0] == "connection_error"
 
 
@@ -152,11 +152,11 @@ def test_fetch_ambiguous_length_is_refused(fields: bytes) -> None:
         b"HTTP/1.1 100 Continue\r\n\r\n" + COMPLETE,
     ],
 )
-def test_fetch_legal_framing_returns_the_body(head: bytes) -> None:
+def test_fetch_valid_framing_returns_the_body(head: bytes) -> None:
     assert fetched(head) in (b"image", b"imageimage")
 
 
-def test_fetch_transfer_encoding_overrides_content_length_and_ends_the_connection() -> None:
+def test_fetch_transfer_encoding_overrides_content_length_and_closes() -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nimage\r\n0\r\n\r\n"
     with RawServer(head) as server, guard(server):
         assert [fetch(server), fetch(server)] == [b"image", b"image"]
@@ -169,7 +169,7 @@ def test_fetch_complete_responses_share_a_connection() -> None:
     assert server.connections == 1
 
 
-def test_fetch_chunks_up_to_the_limit_are_taken() -> None:
+def test_fetch_chunks_up_to_the_limit_are_accepted() -> None:
     head = CHUNKED + (b"20\r\n%s\r\n" % (b"x" * 32)) * 32 + b"0\r\n\r\n"
     with RawServer(head) as server, guard(server, 1024):
         assert fetch(server) == b"x" * 1024
@@ -177,7 +177,7 @@ def test_fetch_chunks_up_to_the_limit_are_taken() -> None:
         fetch(server)
 
 
-def test_fetch_many_small_chunks_end_before_the_deadline() -> None:
+def test_fetch_many_small_chunks_are_rejected_before_the_deadline() -> None:
     started = time.monotonic()
     refused(CHUNKED, b"1\r\nx\r\n" * 1000)
     assert time.monotonic() - started < 3

@@ -32,7 +32,7 @@ from infra.download.robots_tag import forbidding_rule
         [" noindex ,"],
     ],
 )
-def test_forbidding_rule_applies_returns_the_rule(headers: list[str]) -> None:
+def test_forbidding_rule_applicable_returns_the_rule(headers: list[str]) -> None:
     assert forbidding_rule(headers) in {"noindex", "none", "noai", "noimageai", "noimageindex"}
 
 
@@ -55,5 +55,5 @@ def test_forbidding_rule_applies_returns_the_rule(headers: list[str]) -> None:
         ["noindexed, notnone"],
     ],
 )
-def test_forbidding_rule_does_not_apply_returns_none(headers: list[str]) -> None:
+def test_forbidding_rule_not_applicable_returns_none(headers: list[str]) -> None:
     assert forbidding_rule(headers) is None

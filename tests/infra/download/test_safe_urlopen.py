@@ -32,19 +32,19 @@ def fetch(url: str, *, resolve: Resolve = socket.getaddrinfo, tls: ssl.SSLContex
         return bytes(response.read())
 
 
-def refused(url: str, **changes: Any) -> FetchError:
+def rejected(url: str, **changes: Any) -> FetchError:
     with pytest.raises(FetchError) as caught:
         fetch(url, **changes)
     assert str(caught.value).startswith(f"{caught.value.error_class}: ")
     return caught.value
 
 
-def names(table: dict[str, list[tuple[str, int]]], asked: list[str] | None = None) -> Resolve:
-    """A resolver that knows the names in ``table`` and notes each question in ``asked``."""
+def names(table: dict[str, list[tuple[str, int]]], queries: list[str] | None = None) -> Resolve:
+    """Return a resolver of the names in ``table`` that records each query in ``queries``."""
 
     def resolve(host: str, port: int, *, type: int) -> list[tuple[Any, ...]]:  # noqa: A002  # getaddrinfo's name
-        if asked is not None:
-            asked.append(host)
+        if queries is not None:
+            queries.append(host)
         if host not in table:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return [
@@ -55,33 +55,33 @@ def names(table: dict[str, list[tuple[str, int]]], asked: list[str] | None = Non
     return resolve
 
 
-def test_an_allowed_host_is_fetched() -> None:
-    with LoopbackServer({"/a.png": Reply(body=b"picture")}) as server:
-        assert fetch(server.url("/a.png"), allow_hosts=(server.host,)) == b"picture"
+def test_urlopen_allowed_host_returns_the_body() -> None:
+    with LoopbackServer({"/a.png": Reply(body=b"image")}) as server:
+        assert fetch(server.url("/a.png"), allow_hosts=(server.host,)) == b"image"
 
 
 @pytest.mark.parametrize("scheme", ["file", "ftp", "data", "gopher", "jar"])
-def test_other_schemes_are_refused(scheme: str, tmp_path: Path) -> None:
+def test_urlopen_other_scheme_is_blocked(scheme: str, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     url = {"file": f"file://{tmp_path}/secret", "data": "data:,hello"}.get(scheme, f"{scheme}://127.0.0.1/secret")
-    error = refused(url)
+    error = rejected(url)
     assert error.error_class == "blocked_scheme"
     assert scheme in str(error)
 
 
-def test_loopback_is_refused_unless_that_very_port_is_allowed() -> None:
+def test_urlopen_loopback_is_blocked_unless_host_and_port_are_allowed() -> None:
     with LoopbackServer({"/": Reply(body=b"internal")}) as server:
-        error = refused(server.url("/"), allow_hosts=("127.0.0.1:1",))
+        error = rejected(server.url("/"), allow_hosts=("127.0.0.1:1",))
         assert error.error_class == "blocked_address"
         assert "127.0.0.1" in str(error)
         assert f"add {server.host} to allow_hosts" in str(error)
-        assert refused(f"http://localhost:{server.port}/", allow_hosts=(server.host,)).error_class == "blocked_address"
+        assert rejected(f"http://localhost:{server.port}/", allow_hosts=(server.host,)).error_class == "blocked_address"
         assert server.requests == []
 
 
 @pytest.mark.parametrize("host", ["2130706433", "0x7f000001", "017700000001", "127.1", "[::1]", "[::ffff:127.0.0.1]"])
-def test_odd_spellings_of_loopback_are_refused(host: str, connects: list[Any]) -> None:
-    assert refused(f"http://{host}/").error_class == "blocked_address"
+def test_urlopen_unusual_loopback_notation_is_blocked(host: str, connects: list[Any]) -> None:
+    assert rejected(f"http://{host}/").error_class == "blocked_address"
     assert connects == []
 
 
@@ -96,11 +96,11 @@ def test_odd_spellings_of_loopback_are_refused(host: str, connects: list[Any]) -
         *["64:ff9b::a9fe:a9fe", "64:ff9b:1::1"],
     ],
 )
-def test_a_name_with_an_address_that_is_not_public_is_refused(address: str, connects: list[Any]) -> None:
+def test_urlopen_name_with_private_address_is_blocked(address: str, connects: list[Any]) -> None:
     assert not is_public(address)
     for answers in ([address], [PUBLIC, address], [address, PUBLIC]):
         resolve = names({"evil.example": [(each, 0) for each in answers]})
-        error = refused("http://evil.example/", resolve=resolve)
+        error = rejected("http://evil.example/", resolve=resolve)
         assert error.error_class == "blocked_address"
         assert f"{address} (from evil.example) is not public" in str(error)
     assert connects == []
@@ -109,69 +109,69 @@ def test_a_name_with_an_address_that_is_not_public_is_refused(address: str, conn
 @pytest.mark.parametrize(
     "address", [PUBLIC, "1.1.1.1", "2606:4700::1111", "::ffff:1.1.1.1", "64:ff9b::101:101", "2002:101:101::1"]
 )
-def test_public_addresses_are_public(address: str) -> None:
+def test_is_public_public_address_returns_true(address: str) -> None:
     assert is_public(address)
 
 
-def test_the_connection_goes_to_the_address_that_was_checked(connects: list[Any]) -> None:
-    asked: list[str] = []
-    with LoopbackServer({"/": Reply(body=b"picture")}) as server:
-        resolve = names({"pictures.example": [("127.0.0.1", server.port)]}, asked)
-        body = fetch("http://pictures.example/", resolve=resolve, allow_hosts=("pictures.example:80",))
-        assert server.hosts == ["pictures.example"]
-    assert body == b"picture"
-    assert asked == ["pictures.example"]  # a second question could have another answer
+def test_urlopen_connects_to_the_checked_address(connects: list[Any]) -> None:
+    queries: list[str] = []
+    with LoopbackServer({"/": Reply(body=b"image")}) as server:
+        resolve = names({"images.example": [("127.0.0.1", server.port)]}, queries)
+        body = fetch("http://images.example/", resolve=resolve, allow_hosts=("images.example:80",))
+        assert server.hosts == ["images.example"]
+    assert body == b"image"
+    assert queries == ["images.example"]  # a second query could return another address
     assert connects == [("127.0.0.1", server.port)]
 
 
-def test_the_next_address_is_tried_when_one_does_not_answer() -> None:
-    with socket.socket() as unused, LoopbackServer({"/": Reply(body=b"picture")}) as server:
+def test_urlopen_unreachable_address_tries_the_next() -> None:
+    with socket.socket() as unused, LoopbackServer({"/": Reply(body=b"image")}) as server:
         unused.bind(("127.0.0.1", 0))
         resolve = names({"two.example": [("127.0.0.1", unused.getsockname()[1]), ("127.0.0.1", server.port)]})
-        assert fetch("http://two.example/", resolve=resolve, allow_hosts=("two.example:80",)) == b"picture"
+        assert fetch("http://two.example/", resolve=resolve, allow_hosts=("two.example:80",)) == b"image"
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_to_loopback_is_refused(status: int) -> None:
+def test_urlopen_redirect_to_loopback_is_blocked(status: int) -> None:
     inner = LoopbackServer({"/": Reply(body=b"internal")})
     with inner, LoopbackServer({"/": Reply.redirect(inner.url("/"), status)}) as outer:
-        assert refused(outer.url("/"), allow_hosts=(outer.host,)).error_class == "blocked_address"
+        assert rejected(outer.url("/"), allow_hosts=(outer.host,)).error_class == "blocked_address"
         assert outer.requests == ["/"]
         assert inner.requests == []
 
 
-def test_a_redirect_is_resolved_and_checked_anew() -> None:
-    asked: list[str] = []
+def test_urlopen_redirect_target_is_resolved_and_checked() -> None:
+    queries: list[str] = []
     with LoopbackServer({"/": Reply.redirect("http://inner.example/")}) as server:
         table = {"outer.example": [("127.0.0.1", server.port)], "inner.example": [(PUBLIC, 0), ("10.0.0.1", 0)]}
-        error = refused("http://outer.example/", resolve=names(table, asked), allow_hosts=("outer.example:80",))
+        error = rejected("http://outer.example/", resolve=names(table, queries), allow_hosts=("outer.example:80",))
     assert error.error_class == "blocked_address"
-    assert asked == ["outer.example", "inner.example"]
+    assert queries == ["outer.example", "inner.example"]
 
 
 @pytest.mark.parametrize("target", ["file:///etc/hostname", "ftp://127.0.0.1/x", "data:,x"])
-def test_a_redirect_to_another_scheme_is_refused(target: str) -> None:
+def test_urlopen_redirect_to_other_scheme_is_blocked(target: str) -> None:
     with LoopbackServer({"/": Reply.redirect(target)}) as server:
-        assert refused(server.url("/"), allow_hosts=(server.host,)).error_class == "blocked_scheme"
+        assert rejected(server.url("/"), allow_hosts=(server.host,)).error_class == "blocked_scheme"
 
 
-def test_redirects_are_followed_up_to_the_limit() -> None:
+def test_urlopen_follows_redirects_up_to_the_limit() -> None:
     replies = {f"/{hop}": Reply.redirect(f"/{hop + 1}") for hop in range(4)}
     with LoopbackServer({**replies, "/4": Reply(body=b"end"), "/loop": Reply.redirect("/loop")}) as server:
         allowed = (server.host,)
         assert fetch(server.url("/1"), allow_hosts=allowed) == b"end"
-        assert refused(server.url("/0"), allow_hosts=allowed).error_class == "too_many_redirects"
-        assert refused(server.url("/loop"), allow_hosts=allowed).error_class == "too_many_redirects"
+        assert rejected(server.url("/0"), allow_hosts=allowed).error_class == "too_many_redirects"
+        assert rejected(server.url("/loop"), allow_hosts=allowed).error_class == "too_many_redirects"
         assert server.requests.count("/loop") == 4
 
 
-def test_a_redirect_without_a_target_is_its_status() -> None:
+def test_urlopen_redirect_without_location_raises_http_error() -> None:
     with LoopbackServer({"/": Reply(status=302)}) as server, pytest.raises(HTTPError, match="HTTP Error 302"):
         fetch(server.url("/"), allow_hosts=(server.host,))
 
 
 @pytest.mark.parametrize("status", [404, 410, 503])
-def test_other_statuses_stay_http_errors(status: int) -> None:
+def test_urlopen_error_status_raises_http_error(status: int) -> None:
     server = LoopbackServer({"/": Reply(status=status, body=b"x" * 5000)})
     with server, pytest.raises(HTTPError, match=f"HTTP Error {status}"):
         fetch(server.url("/"), allow_hosts=(server.host,))
@@ -192,30 +192,30 @@ def chunks(block: bytes) -> Iterator[bytes]:
     ],
     ids=["one byte more", "endless", "endless chunks", "declared"],
 )
-def test_a_body_is_bounded(reply: Reply) -> None:
+def test_urlopen_large_body_is_body_too_large(reply: Reply) -> None:
     with LoopbackServer({"/": reply}) as server:
         started = time.monotonic()
-        assert refused(server.url("/"), allow_hosts=(server.host,)).error_class == "body_too_large"
+        assert rejected(server.url("/"), allow_hosts=(server.host,)).error_class == "body_too_large"
         assert time.monotonic() - started < 2
 
 
-def test_a_declared_body_is_refused_before_it_is_sent() -> None:
+def test_urlopen_large_content_length_is_rejected_before_the_body() -> None:
     def nothing() -> Iterator[bytes]:
         yield b"HTTP/1.1 200 OK\r\nContent-Length: 1001\r\n\r\n"
         time.sleep(1)
 
     with LoopbackServer({"/": Reply(body=nothing, raw=True)}) as server:
-        error = refused(server.url("/"), allow_hosts=(server.host,), timeout_s=0.5)
+        error = rejected(server.url("/"), allow_hosts=(server.host,), timeout_s=0.5)
         assert error.error_class == "body_too_large"
 
 
-def test_the_body_of_a_redirect_is_not_read() -> None:
+def test_urlopen_redirect_body_is_not_read() -> None:
     endless = Reply(body=lambda: repeat(b"x" * 4096), status=302, headers={"Location": "/end"})
     with LoopbackServer({"/": endless, "/end": Reply(body=b"end")}) as server:
         assert fetch(server.url("/"), allow_hosts=(server.host,)) == b"end"
 
 
-def test_a_body_of_the_limit_is_taken_whole_or_in_pieces() -> None:
+def test_urlopen_body_at_limit_is_read_whole_or_in_parts() -> None:
     with LoopbackServer({"/": Reply(body=b"x" * 1000), "/open": Reply(body=lambda: iter([b"x" * 1000]))}) as server:
         assert len(fetch(server.url("/"), allow_hosts=(server.host,))) == 1000
         assert len(fetch(server.url("/open"), allow_hosts=(server.host,))) == 1000
@@ -248,26 +248,26 @@ def hold() -> Iterator[bytes]:
     ],
     ids=["body", "declared body", "chunks", "headers", "status line", "silence"],
 )
-def test_the_deadline_holds_against_a_slow_server(body: Callable[[], Iterator[bytes]]) -> None:
+def test_urlopen_slow_server_is_deadline_exceeded(body: Callable[[], Iterator[bytes]]) -> None:
     with LoopbackServer({"/": Reply(body=body, raw=True)}) as server:
         started = time.monotonic()
-        error = refused(server.url("/"), allow_hosts=(server.host,), deadline_s=0.3)
+        error = rejected(server.url("/"), allow_hosts=(server.host,), deadline_s=0.3)
         assert error.error_class == "deadline_exceeded"
         assert 0.25 < time.monotonic() - started < 1.3
 
 
-def test_redirects_share_one_deadline() -> None:
+def test_urlopen_redirects_share_one_deadline() -> None:
     def slow() -> Iterator[bytes]:
         time.sleep(0.2)
         yield b"HTTP/1.1 302 Found\r\nLocation: /\r\n\r\n"
 
     with LoopbackServer({"/": Reply(body=slow, raw=True)}) as server:
-        error = refused(server.url("/"), allow_hosts=(server.host,), deadline_s=0.5, max_redirects=50)
+        error = rejected(server.url("/"), allow_hosts=(server.host,), deadline_s=0.5, max_redirects=50)
         assert error.error_class == "deadline_exceeded"
         assert len(server.requests) <= 3
 
 
-def test_each_url_has_a_deadline_of_its_own() -> None:
+def test_urlopen_each_url_has_its_own_deadline() -> None:
     def slow() -> Iterator[bytes]:
         time.sleep(0.3)
         yield b"x"
@@ -279,42 +279,42 @@ def test_each_url_has_a_deadline_of_its_own() -> None:
                 assert response.read() == b"x"
 
 
-def test_a_silent_server_times_out_before_the_deadline() -> None:
+def test_urlopen_silent_server_is_timeout() -> None:
     with LoopbackServer({"/": Reply(body=hold, raw=True)}) as server:
-        assert refused(server.url("/"), allow_hosts=(server.host,), timeout_s=0.2).error_class == "timeout"
+        assert rejected(server.url("/"), allow_hosts=(server.host,), timeout_s=0.2).error_class == "timeout"
         with guarded(replace(LIMITS, allow_hosts=(server.host,))), pytest.raises(FetchError, match=r"timeout_s=0\.1"):
             urllib.request.urlopen(server.url("/"), timeout=0.1)
 
 
-def test_a_slow_name_server_spends_the_deadline(connects: list[Any]) -> None:
+def test_urlopen_slow_name_server_is_deadline_exceeded(connects: list[Any]) -> None:
     def resolve(*_: Any, **__: Any) -> list[tuple[Any, ...]]:
         time.sleep(0.2)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (PUBLIC, 80))]
 
-    assert refused("http://slow.example/", resolve=resolve, deadline_s=0.1).error_class == "deadline_exceeded"
+    assert rejected("http://slow.example/", resolve=resolve, deadline_s=0.1).error_class == "deadline_exceeded"
     assert connects == []
 
 
-def test_names_without_an_address_are_dns_errors() -> None:
-    assert refused("http://nowhere.example/", resolve=names({})).error_class == "dns_error"
-    assert refused("http://nowhere.example/", resolve=names({"nowhere.example": []})).error_class == "dns_error"
+def test_urlopen_name_without_address_is_dns_error() -> None:
+    assert rejected("http://nowhere.example/", resolve=names({})).error_class == "dns_error"
+    assert rejected("http://nowhere.example/", resolve=names({"nowhere.example": []})).error_class == "dns_error"
 
 
 @pytest.mark.parametrize(
     "body",
     [b"", b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort"],
-    ids=["hung up", "no HTTP", "cut short"],
+    ids=["closed", "not HTTP", "truncated"],
 )
-def test_broken_answers_are_connection_errors(body: bytes) -> None:
+def test_urlopen_invalid_response_is_connection_error(body: bytes) -> None:
     with LoopbackServer({"/": Reply(body=body, raw=True)}) as server:
-        assert refused(server.url("/"), allow_hosts=(server.host,)).error_class == "connection_error"
+        assert rejected(server.url("/"), allow_hosts=(server.host,)).error_class == "connection_error"
 
 
-def test_a_closed_port_is_a_connection_error() -> None:
+def test_urlopen_closed_port_is_connection_error() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         host = f"127.0.0.1:{unused.getsockname()[1]}"
-        assert refused(f"http://{host}/", allow_hosts=(host,)).error_class == "connection_error"
+        assert rejected(f"http://{host}/", allow_hosts=(host,)).error_class == "connection_error"
 
 
 @pytest.mark.parametrize(
@@ -324,54 +324,54 @@ def test_a_closed_port_is_a_connection_error() -> None:
         *["http://[::1/", "http://a..b/", f"http://{'a' * 64}.example/", f"http://{'é' * 64}.example/", "https://?x"],
     ],
 )
-def test_urls_that_cannot_be_right(url: str) -> None:
-    assert refused(url).error_class == "invalid_url"
+def test_urlopen_malformed_url_is_invalid_url(url: str) -> None:
+    assert rejected(url).error_class == "invalid_url"
 
 
-def test_urls_and_redirects_may_hold_any_character() -> None:
+def test_urlopen_quotes_any_character_in_urls_and_redirects() -> None:
     quoted = "/caf%C3%A9%20a%7Cb.png?q=%C3%BC"
     redirect = b"HTTP/1.1 302 Found\r\nLocation: /caf\xc3\xa9%20a|b.png?q=\xc3\xbc#top\r\n\r\n"
-    replies = {quoted.replace("%7C", "|"): Reply(body=b"picture"), "/": Reply(body=redirect, raw=True)}
+    replies = {quoted.replace("%7C", "|"): Reply(body=b"image"), "/": Reply(body=redirect, raw=True)}
     with LoopbackServer(replies) as server:
-        assert fetch(server.url("/café%20a|b.png?q=ü#top"), allow_hosts=(server.host,)) == b"picture"
-        assert fetch(server.url("/"), allow_hosts=(server.host,)) == b"picture"
+        assert fetch(server.url("/café%20a|b.png?q=ü#top"), allow_hosts=(server.host,)) == b"image"
+        assert fetch(server.url("/"), allow_hosts=(server.host,)) == b"image"
         resolve = names({"xn--bcher-kva.example": [("127.0.0.1", server.port)]})
         allowed = ("xn--bcher-kva.example:80",)
-        assert fetch("http://Bücher.example/", resolve=resolve, allow_hosts=(*allowed, server.host)) == b"picture"
+        assert fetch("http://Bücher.example/", resolve=resolve, allow_hosts=(*allowed, server.host)) == b"image"
 
 
-def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urlopen_ignores_proxies_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
-    with LoopbackServer({"/": Reply(body=b"picture")}) as server:
-        assert fetch(server.url("/"), allow_hosts=(server.host,)) == b"picture"
+    with LoopbackServer({"/": Reply(body=b"image")}) as server:
+        assert fetch(server.url("/"), allow_hosts=(server.host,)) == b"image"
 
 
-def test_nothing_is_sent() -> None:
-    with guarded(LIMITS), pytest.raises(ValueError, match="send no data"):
+def test_urlopen_with_data_raises_value_error() -> None:
+    with guarded(LIMITS), pytest.raises(ValueError, match="does not send data"):
         urllib.request.urlopen("http://127.0.0.1/", data=b"x")
 
 
-def test_tls_verifies_the_name_that_was_asked_for(tmp_path: Path) -> None:
-    path = certificate(tmp_path, "pictures.example")
+def test_urlopen_tls_verifies_the_requested_name(tmp_path: Path) -> None:
+    path = certificate(tmp_path, "images.example")
     server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server_side.load_cert_chain(path)
     indicated: list[str | None] = []
     server_side.sni_callback = lambda _, name, __: indicated.append(name)
-    believing = ssl.create_default_context(cafile=str(path))
-    with LoopbackServer({"/": Reply(body=b"picture")}, tls=server_side) as server:
-        resolve = names({name: [("127.0.0.1", server.port)] for name in ("pictures.example", "other.example")})
-        allowed = {"resolve": resolve, "allow_hosts": ("pictures.example:443", "other.example:443")}
-        assert fetch("https://pictures.example/", tls=believing, **allowed) == b"picture"
-        other = refused("https://other.example/", tls=believing, **allowed)
-        strange = refused("https://pictures.example/", **allowed)
-    assert indicated == ["pictures.example", "other.example", "pictures.example"]
-    assert other.error_class == strange.error_class == "connection_error"
+    client_side = ssl.create_default_context(cafile=str(path))
+    with LoopbackServer({"/": Reply(body=b"image")}, tls=server_side) as server:
+        resolve = names({name: [("127.0.0.1", server.port)] for name in ("images.example", "other.example")})
+        allowed = {"resolve": resolve, "allow_hosts": ("images.example:443", "other.example:443")}
+        assert fetch("https://images.example/", tls=client_side, **allowed) == b"image"
+        other = rejected("https://other.example/", tls=client_side, **allowed)
+        untrusted = rejected("https://images.example/", **allowed)
+    assert indicated == ["images.example", "other.example", "images.example"]
+    assert other.error_class == untrusted.error_class == "connection_error"
     assert "certificate" in str(other).lower()
 
 
-def test_the_previous_opener_comes_back() -> None:
+def test_guarded_restores_the_previous_opener() -> None:
     before = urllib.request._opener
     with guarded(LIMITS) as outer:
         with guarded(LIMITS) as inner:
@@ -383,26 +383,26 @@ def test_the_previous_opener_comes_back() -> None:
     assert urllib.request._opener is before
 
 
-def test_a_second_thread_waits_for_the_first_ones_guard() -> None:
+def test_guarded_second_thread_waits_for_the_first() -> None:
     before = urllib.request._opener
-    entered, seen = threading.Event(), []
+    entered, installed = threading.Event(), []
 
     def second() -> None:
         with guarded(LIMITS, tls=TLS) as opener:
             entered.set()
             time.sleep(0.1)
-            seen.append(urllib.request._opener is opener)
+            installed.append(urllib.request._opener is opener)
 
     with guarded(LIMITS):
         thread = threading.Thread(target=second)
         thread.start()
         assert not entered.wait(0.3)
     thread.join()
-    assert seen == [True]
+    assert installed == [True]
     assert urllib.request._opener is before
 
 
-def test_many_threads_share_one_guard() -> None:
+def test_guarded_opener_serves_many_threads() -> None:
     replies = {f"/{index}": Reply(body=b"x" * index) for index in range(100)}
     server = LoopbackServer({**replies, "/out": Reply.redirect("http://10.0.0.1/")})
 
@@ -417,6 +417,6 @@ def test_many_threads_share_one_guard() -> None:
         assert list(pool.map(get, [*replies, "/out"] * 3)) == [*range(100), -1] * 3
 
 
-def test_errors_survive_the_way_between_processes() -> None:
-    error = pickle.loads(pickle.dumps(FetchError("timeout", "nothing came")))  # noqa: S301  # our own bytes
-    assert (str(error), error.error_class) == ("timeout: nothing came", "timeout")
+def test_fetch_error_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(FetchError("timeout", "no data received")))  # noqa: S301  # trusted bytes
+    assert (str(error), error.error_class) == ("timeout: no data received", "timeout")

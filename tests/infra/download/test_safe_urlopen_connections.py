@@ -1,4 +1,4 @@
-"""Connections that the guard keeps: one for each thread, to the place that it asked last."""
+"""Connection reuse of the guarded opener: each thread keeps its last connection."""
 
 import contextlib
 import gc
@@ -41,7 +41,7 @@ def slowly() -> Iterator[bytes]:
 REPLIES = {"/a": Reply(body=b"first"), "/b": Reply(body=b"second"), "/empty": Reply(), "/gone": Reply(status=404)}
 
 
-def test_the_same_place_is_asked_over_one_connection(connects: list[Any]) -> None:
+def test_urlopen_same_host_reuses_the_connection(connects: list[Any]) -> None:
     with LoopbackServer(REPLIES, keeps_alive=True) as server, guarded(limits(server)):
         assert [fetch(server.url(path)) for path in ("/a", "/b", "/empty", "/a")] == [
             b"first",
@@ -52,24 +52,24 @@ def test_the_same_place_is_asked_over_one_connection(connects: list[Any]) -> Non
     assert connects == [("127.0.0.1", server.port)]
 
 
-def test_a_tls_connection_is_kept_too(connects: list[Any], tmp_path: Path) -> None:
-    path = certificate(tmp_path, "pictures.example")
+def test_urlopen_same_tls_host_reuses_the_connection(connects: list[Any], tmp_path: Path) -> None:
+    path = certificate(tmp_path, "images.example")
     server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server_side.load_cert_chain(path)
-    believing = ssl.create_default_context(cafile=str(path))
+    client_side = ssl.create_default_context(cafile=str(path))
     with LoopbackServer(REPLIES, tls=server_side, keeps_alive=True) as server:
 
         def resolve(host: str, port: int, **_: Any) -> list[tuple[Any, ...]]:
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", server.port))]
 
-        allowed = replace(limits(), allow_hosts=("pictures.example:443",))
-        with guarded(allowed, resolve=resolve, tls=believing):
-            found = [fetch(f"https://pictures.example{path}") for path in ("/a", "/b", "/a")]
+        allowed = replace(limits(), allow_hosts=("images.example:443",))
+        with guarded(allowed, resolve=resolve, tls=client_side):
+            found = [fetch(f"https://images.example{path}") for path in ("/a", "/b", "/a")]
     assert found == [b"first", b"second", b"first"]
     assert len(connects) == 1
 
 
-def test_another_place_has_a_connection_of_its_own(connects: list[Any]) -> None:
+def test_urlopen_other_host_opens_a_new_connection(connects: list[Any]) -> None:
     with (
         LoopbackServer(REPLIES, keeps_alive=True) as one,
         LoopbackServer(REPLIES, keeps_alive=True) as other,
@@ -79,22 +79,22 @@ def test_another_place_has_a_connection_of_its_own(connects: list[Any]) -> None:
     assert [port for _, port in connects] == [one.port, other.port, one.port]
 
 
-def test_each_thread_has_its_own(connects: list[Any]) -> None:
+def test_urlopen_each_thread_has_its_own_connection(connects: list[Any]) -> None:
     with LoopbackServer(REPLIES, keeps_alive=True) as server, guarded(limits(server)), ThreadPoolExecutor(4) as pool:
         urls = [server.url(path) for path in ("/a", "/b") * 50]
         assert list(pool.map(fetch, urls)) == [b"first", b"second"] * 50
     assert 1 <= len(connects) <= 4
 
 
-def test_a_server_that_hung_up_is_asked_again(connects: list[Any]) -> None:
+def test_urlopen_closed_connection_is_reopened(connects: list[Any]) -> None:
     replies = {"/a": Reply(body=b"first", hangs_up=True)}
     with LoopbackServer(replies, keeps_alive=True) as server, guarded(limits(server)):
         assert [fetch(server.url("/a")) for _ in range(3)] == [b"first"] * 3
     assert len(connects) == 3
-    assert server.requests == ["/a"] * 3, "what was asked of a closed connection never arrived"
+    assert server.requests == ["/a"] * 3, "the request on the closed connection never arrived"
 
 
-def test_an_answer_that_was_not_read_is_not_taken_for_the_next(connects: list[Any]) -> None:
+def test_urlopen_unread_response_is_not_read_as_the_next(connects: list[Any]) -> None:
     forged = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nforged"
     with LoopbackServer({**REPLIES, "/long": Reply(body=forged)}, keeps_alive=True) as server, guarded(limits(server)):
         urllib.request.urlopen(server.url("/long")).close()
@@ -102,7 +102,7 @@ def test_an_answer_that_was_not_read_is_not_taken_for_the_next(connects: list[An
     assert len(connects) == 2
 
 
-def test_what_comes_unasked_is_not_taken_for_the_next_answer(connects: list[Any]) -> None:
+def test_urlopen_unsolicited_data_is_not_read_as_the_next_response(connects: list[Any]) -> None:
     twice = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n%s"
 
     def body() -> Iterator[bytes]:
@@ -118,9 +118,7 @@ def test_what_comes_unasked_is_not_taken_for_the_next_answer(connects: list[Any]
     assert len(connects) == 2
 
 
-def test_a_connection_that_was_idle_for_long_is_not_used_again(
-    connects: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_urlopen_long_idle_connection_is_not_reused(connects: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infra.download.http_connection._MAX_IDLE_S", 0.05)
     with LoopbackServer(REPLIES, keeps_alive=True) as server, guarded(limits(server)):
         assert fetch(server.url("/a")) == b"first"
@@ -129,7 +127,7 @@ def test_a_connection_that_was_idle_for_long_is_not_used_again(
     assert len(connects) == 2
 
 
-def test_a_thread_holds_one_socket_however_many_places_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urlopen_many_hosts_keep_one_socket_per_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Any] = []
     connect = socket.socket.connect
 
@@ -138,7 +136,7 @@ def test_a_thread_holds_one_socket_however_many_places_it_asks(monkeypatch: pyte
         connect(sock, address)
 
     monkeypatch.setattr(socket.socket, "connect", recorded)
-    gc.disable()  # which would close what is only forgotten
+    gc.disable()  # it would close leaked sockets
     try:
         with contextlib.ExitStack() as stack:
             servers = [stack.enter_context(LoopbackServer(REPLIES, keeps_alive=True)) for _ in range(12)]
@@ -151,7 +149,7 @@ def test_a_thread_holds_one_socket_however_many_places_it_asks(monkeypatch: pyte
         gc.enable()
 
 
-def test_after_a_body_that_was_too_large_comes_a_new_connection(connects: list[Any]) -> None:
+def test_urlopen_after_too_large_body_opens_a_new_connection(connects: list[Any]) -> None:
     replies = {**REPLIES, "/large": Reply(body=b"." * 300)}
     with LoopbackServer(replies, keeps_alive=True) as server, guarded(limits(server, max_body_bytes=100)):
         assert fetch(server.url("/a")) == b"first"
@@ -161,7 +159,7 @@ def test_after_a_body_that_was_too_large_comes_a_new_connection(connects: list[A
     assert len(connects) == 2
 
 
-def test_two_answers_that_are_read_at_once_do_not_mix() -> None:
+def test_urlopen_two_open_responses_do_not_mix() -> None:
     with (
         LoopbackServer(REPLIES, keeps_alive=True) as server,
         guarded(limits(server)),
@@ -171,7 +169,7 @@ def test_two_answers_that_are_read_at_once_do_not_mix() -> None:
         assert (other.read(), one.read()) == (b"second", b"first")
 
 
-def test_the_deadline_of_a_kept_connection_is_that_of_the_url() -> None:
+def test_urlopen_reused_connection_has_a_deadline_per_url() -> None:
     replies = {**REPLIES, "/slow": Reply(body=slowly, headers={"Content-Length": "4"})}
     with LoopbackServer(replies, keeps_alive=True) as server, guarded(limits(server, deadline_s=0.9)):
         assert [fetch(server.url("/slow")) for _ in range(2)] == [b"...."] * 2  # 0.6 s each

@@ -33,7 +33,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def test_only_the_bytes_of_the_digest_are_verified(tmp_path: Path, cache: Path) -> None:
+def test_is_verified_accepts_only_matching_bytes(tmp_path: Path, cache: Path) -> None:
     path, digest, size = file_of(tmp_path / "a", b"right")
     assert is_verified(path, digest, size, cache)
     assert is_verified(path, digest, size, cache)
@@ -44,17 +44,17 @@ def test_only_the_bytes_of_the_digest_are_verified(tmp_path: Path, cache: Path) 
     assert [stamp.name[:64] for stamp in stamps(cache)] == [digest]
 
 
-def test_opening_again_costs_the_same_for_every_size(tmp_path: Path, cache: Path) -> None:
+def test_is_verified_second_call_cost_is_independent_of_size(tmp_path: Path, cache: Path) -> None:
     small = file_of(tmp_path / "small", os.urandom(1_000))
     large = file_of(tmp_path / "large", os.urandom(1_000_000) * 256)
     first = [seconds(lambda file=file: is_verified(*file, cache)) for file in (small, large)]
     again = [min(seconds(lambda file=file: is_verified(*file, cache)) for _ in range(20)) for file in (small, large)]
-    assert first[1] > 0.05  # it was hashed
+    assert first[1] > 0.05  # the file was hashed
     assert again[1] < first[1] / 50
     assert again[1] < again[0] * 10 + 0.001
 
 
-def test_a_process_reads_a_stamp_once_while_it_is_there(
+def test_is_verified_reads_an_existing_stamp_once_per_process(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = file_of(tmp_path / "a", b"right bytes")
@@ -62,15 +62,15 @@ def test_a_process_reads_a_stamp_once_while_it_is_there(
     monkeypatch.setattr(digest_stamps, "_read_stamp", lambda stamp: read.append(stamp) or read_stamp(stamp))
     assert [is_verified(*file, cache) for _ in range(4)] == [True] * 4
     (stamp,) = stamps(cache)
-    assert read == [stamp, stamp], "it was not there, and then it was"
+    assert read == [stamp, stamp], "once before the stamp existed and once after"
     os.utime(stamp, (0, 0))
     assert is_verified(*file, cache)
-    assert time.time() - stamp.stat().st_mtime < 60, "used last"
+    assert time.time() - stamp.stat().st_mtime < 60, "the stamp records the last use"
     stamp.unlink()
     hashed, sha256 = [], storage.sha256
     monkeypatch.setattr(storage, "sha256", lambda uri: hashed.append(uri) or sha256(uri))
     assert is_verified(*file, cache)
-    assert hashed == [str(file[0])], "who deletes it wants the bytes looked at"
+    assert hashed == [str(file[0])], "the file is hashed again after its stamp was deleted"
 
 
 def flip(path: Path) -> None:
@@ -79,7 +79,7 @@ def flip(path: Path) -> None:
         stream.write(b"X")
 
 
-def flip_and_set_the_time_back(path: Path) -> None:
+def flip_and_restore_mtime(path: Path) -> None:
     before = path.stat()
     flip(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -93,8 +93,8 @@ def replace(path: Path) -> None:
     other.replace(path)
 
 
-@pytest.mark.parametrize("change", [flip, flip_and_set_the_time_back, replace, lambda path: path.write_bytes(b"short")])
-def test_a_change_is_found_after_the_file_was_verified(
+@pytest.mark.parametrize("change", [flip, flip_and_restore_mtime, replace, lambda path: path.write_bytes(b"short")])
+def test_is_verified_detects_a_change_after_verification(
     change: Callable[[Path], object], tmp_path: Path, cache: Path
 ) -> None:
     path, digest, size = file_of(tmp_path / "a", b"right bytes")
@@ -106,8 +106,8 @@ def test_a_change_is_found_after_the_file_was_verified(
     assert is_verified(path, digest, size, cache)
 
 
-def test_a_change_right_after_the_first_look_is_found(tmp_path: Path, cache: Path) -> None:
-    for number in range(20):  # within one tick of the file system's clock, some of them
+def test_is_verified_detects_a_change_right_after_verification(tmp_path: Path, cache: Path) -> None:
+    for number in range(20):  # some changes fall within the resolution of the file system's clock
         path, digest, size = file_of(tmp_path / str(number), b"right bytes")
         assert is_verified(path, digest, size, cache)
         flip(path)
@@ -115,7 +115,7 @@ def test_a_change_right_after_the_first_look_is_found(tmp_path: Path, cache: Pat
 
 
 @pytest.mark.parametrize("hashed", [False, True])
-def test_a_file_that_another_process_removes_meanwhile_is_not_verified(
+def test_is_verified_file_removed_during_check_returns_false(
     hashed: bool, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, digest, size = file_of(tmp_path / "a", b"right bytes")
@@ -132,19 +132,21 @@ def test_a_file_that_another_process_removes_meanwhile_is_not_verified(
     assert stamps(cache) == []
 
 
-def test_a_file_that_may_not_be_read_is_told(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_verified_unreadable_file_raises_not_found(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, digest, size = file_of(tmp_path / "a", b"right bytes")
 
     def refused(uri: str) -> str:
         with storage_errors(uri):
-            raise PermissionError("no")  # root, who runs tests, may read everything
+            raise PermissionError("no")  # simulated, because root can read every file
 
     monkeypatch.setattr(storage, "sha256", refused)
-    with pytest.raises(NotFoundError, match="may not be accessed"):
+    with pytest.raises(NotFoundError, match="is denied"):
         is_verified(path, digest, size, cache)
 
 
-def test_a_stamp_belongs_to_one_place(tmp_path: Path, cache: Path) -> None:
+def test_is_verified_stamp_applies_to_one_path_only(tmp_path: Path, cache: Path) -> None:
     path, digest, size = file_of(tmp_path / "a", b"right bytes")
     assert is_verified(path, digest, size, cache)
     (tmp_path / "b").write_bytes(b"wrong bytes")
@@ -155,7 +157,7 @@ def test_a_stamp_belongs_to_one_place(tmp_path: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[1, 2]", b"\xff", b"null"])
-def test_a_damaged_stamp_is_as_none(data: bytes, tmp_path: Path, cache: Path) -> None:
+def test_is_verified_ignores_a_corrupt_stamp(data: bytes, tmp_path: Path, cache: Path) -> None:
     path, digest, size = file_of(tmp_path / "a", b"right bytes")
     assert is_verified(path, digest, size, cache)
     digest_stamps.stamp_file(cache, digest, path).write_bytes(data)
@@ -163,8 +165,8 @@ def test_a_damaged_stamp_is_as_none(data: bytes, tmp_path: Path, cache: Path) ->
     assert not is_verified(path, digest, size, cache)
 
 
-def test_without_a_place_for_stamps_every_look_is_a_whole_one(tmp_path: Path, cache: Path) -> None:
-    cache.write_bytes(b"a file where the folder would be")
+def test_is_verified_hashes_every_time_without_a_stamp_folder(tmp_path: Path, cache: Path) -> None:
+    cache.write_bytes(b"a file in place of the folder")
     path, digest, size = file_of(tmp_path / "a", b"right bytes")
     assert is_verified(path, digest, size, cache)
     flip(path)

@@ -1,4 +1,4 @@
-"""A store that refuses, is not there or breaks off: tried again where that may help, then one clear line."""
+"""Errors of unavailable, failing and refusing stores: retried if transient, then reported on one line."""
 
 import errno
 import socket
@@ -20,15 +20,15 @@ from infra.storage import errors
 
 
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tries follow each other without a pause."""
+def without_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retry without delay."""
     monkeypatch.setattr(errors, "RETRY_DELAYS_S", (0.0, 0.0))
 
 
-def test_a_missing_bucket_is_one_clear_line(bucket: Bucket, tmp_path: Path) -> None:
+def test_storage_missing_bucket_raises_one_line_not_found(bucket: Bucket, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x")
     uri = "s3://no-such-bucket/d/a"
-    for touch in (
+    for access in (
         lambda: storage.read_bytes(uri),
         lambda: storage.write_bytes(uri, b"x"),
         lambda: storage.create_bytes(uri, b"x"),
@@ -40,20 +40,20 @@ def test_a_missing_bucket_is_one_clear_line(bucket: Bucket, tmp_path: Path) -> N
         lambda: storage.remove(uri),
     ):
         with pytest.raises(NotFoundError) as caught:
-            touch()
+            access()
         message = one_line(caught)
         assert message.startswith("s3://no-such-bucket/d")
         assert message.endswith(
-            f": there is no bucket no-such-bucket at {bucket.store.endpoint}; make it, or name another root"
+            f": bucket no-such-bucket does not exist at {bucket.store.endpoint}; create it or choose another root"
         )
 
 
-def test_refused_credentials_are_one_clear_line(bucket: Bucket, tmp_path: Path) -> None:
+def test_storage_denied_access_raises_one_line_not_found(bucket: Bucket, tmp_path: Path) -> None:
     bucket.write("d/a", b"x")
     (tmp_path / "a").write_bytes(b"y")
     uri = f"{bucket.uri}/d/a"
     with bucket.store.locked():
-        for touch in (
+        for access in (
             lambda: storage.read_bytes(uri),
             lambda: storage.write_bytes(uri, b"y"),
             lambda: storage.create_bytes(uri, b"y"),
@@ -63,23 +63,25 @@ def test_refused_credentials_are_one_clear_line(bucket: Bucket, tmp_path: Path) 
             lambda: storage.remove(uri),
         ):
             with pytest.raises(NotFoundError) as caught:
-                touch()
+                access()
             message = one_line(caught)
-            assert message.startswith(f"{uri} may not be accessed at {bucket.store.endpoint} (")
-            assert message.endswith("); check the credentials and the bucket")
+            assert message.startswith(f"access to {uri} is denied at {bucket.store.endpoint}: ")
+            assert message.endswith("; check the credentials and the bucket")
     assert bucket.read("d/a") == b"x"
 
 
-def test_wrong_and_missing_keys_are_told(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_storage_wrong_or_missing_keys_raise_not_found(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     bucket.write("d/a", b"x")
     uri = f"{bucket.uri}/d/a"
-    if isinstance(bucket.store, RadosGateway):  # moto admits everybody
+    if isinstance(bucket.store, RadosGateway):  # moto accepts any credentials
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             with monkeypatch.context() as patch:
                 patch.setenv(name, "wrong")
                 s3fs.S3FileSystem.clear_instance_cache()
                 with pytest.raises(
-                    NotFoundError, match=r"may not be accessed .*; check the credentials and the bucket$"
+                    NotFoundError, match=r"access to .* is denied .*; check the credentials and the bucket$"
                 ):
                     storage.read_bytes(uri)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
@@ -90,27 +92,27 @@ def test_wrong_and_missing_keys_are_told(bucket: Bucket, monkeypatch: pytest.Mon
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(NotFoundError) as caught:
         storage.read_bytes(uri)
-    assert one_line(caught).startswith(f"{uri} needs credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (")
+    assert one_line(caught).startswith(f"no credentials for {uri}: ")
 
 
-def test_a_store_that_is_not_there_is_one_clear_line(
-    moto_bucket: Bucket, hasty: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_storage_unreachable_store_raises_one_line_transient_error(
+    moto_bucket: Bucket, without_delay: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     s3fs.S3FileSystem.clear_instance_cache()
-    for touch in (storage.exists, storage.read_bytes, storage.list_names):
+    for access in (storage.exists, storage.read_bytes, storage.list_names):
         with pytest.raises(TransientError) as caught:
-            touch("s3://bucket/a")
+            access("s3://bucket/a")
         message = one_line(caught)
         assert message.startswith(f"s3://bucket/a could not be reached at {endpoint}: Could not connect")
-        assert message.endswith("; is the store up? then run again")
+        assert message.endswith("; check that the store is up and run again")
 
 
 class BreakingFileSystem(MemoryFileSystem):
-    """``breaking://``: reads and writes break off half way with ``error``, the first ``times``."""
+    """``breaking://``: the first ``times`` reads and writes fail half-way with ``error``."""
 
     protocol = "breaking"
     error: OSError
@@ -131,56 +133,60 @@ class BreakingFileSystem(MemoryFileSystem):
 
 
 @pytest.fixture
-def breaking(hasty: None) -> type[BreakingFileSystem]:
+def breaking(without_delay: None) -> type[BreakingFileSystem]:
     fsspec.register_implementation("breaking", BreakingFileSystem, clobber=True)
     return BreakingFileSystem
 
 
-def answered(status: int, code: str) -> OSError:
-    """What s3fs makes of a store's answer."""
+def s3_error(status: int, code: str) -> OSError:
+    """Return the exception that s3fs raises for this response of a store."""
     response = {"Error": {"Code": code, "Message": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
     error: OSError = s3fs.errors.translate_boto_error(botocore.exceptions.ClientError(response, "PutObject"))
     return error
 
 
-LOST = [
+TRANSIENT = [
     ConnectionResetError("reset by peer"),
     TimeoutError("no answer in 60 s"),
     socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
     OSError(errno.EREMOTEIO, "We encountered an internal error"),
     OSError(errno.EBUSY, "Please reduce your request rate"),
-    aiohttp.ClientPayloadError("the body\nbroke off"),
+    aiohttp.ClientPayloadError("the body\nwas truncated"),
     botocore.exceptions.ConnectionClosedError(endpoint_url="http://store"),
-    answered(500, "UnknownError"),  # of RadosGW
-    answered(502, "502"),  # of a proxy before the store
-    answered(504, "GatewayTimeout"),
-    answered(503, "ServerTimeout"),
-    answered(429, "TooManyRequests"),
-    answered(409, "409"),
-    answered(409, "ConditionalRequestConflict"),
+    s3_error(500, "UnknownError"),  # from RadosGW
+    s3_error(502, "502"),  # from a proxy in front of the store
+    s3_error(504, "GatewayTimeout"),
+    s3_error(503, "ServerTimeout"),
+    s3_error(429, "TooManyRequests"),
+    s3_error(409, "409"),
+    s3_error(409, "ConditionalRequestConflict"),
 ]
 
 
-@pytest.mark.parametrize("error", LOST)
-def test_a_lost_connection_may_pass(error: OSError, breaking: type[BreakingFileSystem], tmp_path: Path) -> None:
-    for touch in (
+@pytest.mark.parametrize("error", TRANSIENT)
+def test_with_retries_transient_error_is_retried_then_raised(
+    error: OSError, breaking: type[BreakingFileSystem], tmp_path: Path
+) -> None:
+    for access in (
         lambda: storage.write_bytes("breaking://x/a", b"data"),
         lambda: storage.fetch("breaking://x/a", tmp_path / "a"),
     ):
         breaking.error, breaking.times = error, 2
-        touch()
+        access()
         assert breaking.times == -1
         breaking.times = 3
         with pytest.raises(TransientError) as caught:
-            touch()
+            access()
         assert breaking.times == 0
         said = " ".join(str(error.strerror if error.args[1:] else error).split())
-        assert one_line(caught) == f"breaking://x/a could not be reached: {said}; is the store up? then run again"
+        assert (
+            one_line(caught) == f"breaking://x/a could not be reached: {said}; check that the store is up and run again"
+        )
     assert (tmp_path / "a").read_bytes() == b"whole"
 
 
-def test_what_will_not_pass_is_not_tried_again(breaking: type[BreakingFileSystem]) -> None:
-    refusals = (answered(501, "NotImplemented"), answered(409, "InvalidBucketState"), answered(400, "Strange"))
+def test_with_retries_permanent_error_is_not_retried(breaking: type[BreakingFileSystem]) -> None:
+    refusals = (s3_error(501, "NotImplemented"), s3_error(409, "InvalidBucketState"), s3_error(400, "Strange"))
     full = OSError(errno.ENOSPC, "No space left on device")
     for error in (PermissionError("no"), FileNotFoundError(), full, *refusals):
         breaking.error, breaking.times = error, 3
@@ -189,7 +195,7 @@ def test_what_will_not_pass_is_not_tried_again(breaking: type[BreakingFileSystem
         assert breaking.times == 2
 
 
-def test_pauses_grow_and_a_long_failure_is_not_repeated(
+def test_with_retries_backs_off_and_stops_at_deadline(
     breaking: type[BreakingFileSystem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(errors, "RETRY_DELAYS_S", (0.05, 0.1, 0.2))
@@ -204,7 +210,7 @@ def test_pauses_grow_and_a_long_failure_is_not_repeated(
     assert breaking.times == 2
 
 
-def test_a_fetch_that_breaks_off_leaves_what_was_there(breaking: type[BreakingFileSystem], tmp_path: Path) -> None:
+def test_fetch_interrupted_keeps_the_existing_file(breaking: type[BreakingFileSystem], tmp_path: Path) -> None:
     breaking.error = ConnectionResetError("reset by peer")
     (tmp_path / "old").write_bytes(b"before")
     for name in ("old", "fresh"):

@@ -1,4 +1,4 @@
-"""A real object store that dies, freezes and comes back."""
+"""Crashes, hangs and restarts of a real object store."""
 
 import time
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.s3
 
 @pytest.fixture
 def store(radosgw_bucket: Bucket) -> Iterator[RadosGateway]:
-    """The store, which is up again afterwards."""
+    """The store, restarted after the test if necessary."""
     store = radosgw_bucket.store
     assert isinstance(store, RadosGateway)
     yield store
@@ -40,7 +40,7 @@ def wait_for_an_upload(bucket: Bucket, uploading: Future[None]) -> None:
         assert time.monotonic() < deadline
 
 
-def test_a_store_killed_in_the_middle_of_an_upload_keeps_old_objects_whole(
+def test_put_store_killed_during_upload_keeps_old_objects(
     radosgw_bucket: Bucket, store: RadosGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(errors, "RETRY_DELAYS_S", (0.1,))
@@ -55,12 +55,12 @@ def test_a_store_killed_in_the_middle_of_an_upload_keeps_old_objects_whole(
         assert isinstance(error, TransientError)
         assert "\n" not in str(error)
         assert str(error).startswith(f"{bucket.uri}/{key} could not be reached at {store.endpoint}: ")
-        assert str(error).endswith("; is the store up? then run again")
+        assert str(error).endswith("; check that the store is up and run again")
         store.revive()
         assert bucket.keys() == ["d/old.npy"]
         assert storage.read_bytes(f"{bucket.uri}/d/old.npy") == b"old and whole"
         assert not storage.exists(f"{bucket.uri}/d/new.npy")
-        (left,) = bucket.uploads()  # harmless, and to be aborted
+        (left,) = bucket.uploads()  # an incomplete upload, which can be aborted
         assert left[0] == key
         bucket.abort(*left)
         assert bucket.uploads() == []
@@ -68,7 +68,7 @@ def test_a_store_killed_in_the_middle_of_an_upload_keeps_old_objects_whole(
     assert storage.sha256(f"{bucket.uri}/d/old.npy") == storage.sha256(str(path))
 
 
-def test_a_store_that_is_back_soon_is_waited_for(
+def test_storage_retries_until_the_store_has_restarted(
     radosgw_bucket: Bucket, store: RadosGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(errors, "RETRY_DELAYS_S", (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0))
@@ -84,7 +84,7 @@ def test_a_store_that_is_back_soon_is_waited_for(
     assert storage.fetch(f"{bucket.uri}/a.npy", tmp_path / "back").read_bytes() == path.read_bytes()
 
 
-def test_a_store_that_does_not_answer_is_given_up(
+def test_read_bytes_frozen_store_raises_transient_error(
     radosgw_bucket: Bucket, store: RadosGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(errors, "RETRY_DELAYS_S", (0.1,))

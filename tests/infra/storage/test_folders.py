@@ -19,19 +19,19 @@ def mode(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
 
-def test_make_folder_closes_what_it_creates_to_others(tmp_path: Path) -> None:
+def test_make_folder_new_folders_are_closed_to_others(tmp_path: Path) -> None:
     make_folder(tmp_path / "a/b")
     make_folder(tmp_path / "c/d", PRIVATE)
     assert [mode(tmp_path / name) for name in ("a", "a/b", "c", "c/d")] == [0o770, 0o770, 0o770, 0o700]
 
 
-def test_make_folder_keeps_the_mode_of_what_exists(tmp_path: Path) -> None:
+def test_make_folder_existing_folder_keeps_its_mode(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir(mode=0o775)
     make_folder(tmp_path / "shared")
     assert mode(tmp_path / "shared") == 0o775
 
 
-def test_make_folder_refuses_a_file_in_the_way(tmp_path: Path) -> None:
+def test_make_folder_existing_file_raises_os_error(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
     with pytest.raises(FileExistsError):
         make_folder(tmp_path / "a")
@@ -39,6 +39,6 @@ def test_make_folder_refuses_a_file_in_the_way(tmp_path: Path) -> None:
         make_folder(tmp_path / "a/b")
 
 
-def test_write_bytes_creates_a_root_that_others_cannot_enter(tmp_path: Path) -> None:
+def test_write_bytes_creates_a_root_closed_to_others(tmp_path: Path) -> None:
     storage.write_bytes(str(tmp_path / "root/shapes/manifest.json"), b"{}")
     assert mode(tmp_path / "root") == 0o770

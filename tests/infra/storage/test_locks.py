@@ -1,4 +1,4 @@
-"""Folders that are emptied after use: only ever below the root that they were made in."""
+"""Locked folders are deleted after use, but never outside their root."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from infra.storage.locks import exclusive_folder, remove_stale
 
 
 @pytest.mark.parametrize("name", ["../Documents", "fetching/../../Documents", "link", ".", ""])
-def test_alone_outside_its_root_is_refused_and_deletes_nothing(name: str, tmp_path: Path) -> None:
+def test_exclusive_folder_outside_its_root_raises_and_deletes_nothing(name: str, tmp_path: Path) -> None:
     documents, cache = victim(tmp_path / "Documents"), tmp_path / "cache"
     (cache / "fetching").mkdir(parents=True)
     (cache / "link").symlink_to(documents)
@@ -19,12 +19,12 @@ def test_alone_outside_its_root_is_refused_and_deletes_nothing(name: str, tmp_pa
         pytest.raises(InputError, match=r"is not below .*; remove the link"),
         exclusive_folder(cache / name, within=cache),
     ):
-        pytest.fail("it was entered")
+        pytest.fail("the folder was locked")
     assert is_untouched(documents)
     assert cache.exists()
 
 
-def test_alone_is_refused_when_a_link_takes_its_place_meanwhile(tmp_path: Path) -> None:
+def test_exclusive_folder_replaced_by_a_link_raises(tmp_path: Path) -> None:
     documents, folder = victim(tmp_path / "Documents"), tmp_path / "cache" / "mine"
     with pytest.raises(InputError, match="is not below"), exclusive_folder(folder, within=tmp_path / "cache"):
         folder.rename(tmp_path / "cache" / "moved")
@@ -32,7 +32,7 @@ def test_alone_is_refused_when_a_link_takes_its_place_meanwhile(tmp_path: Path) 
     assert is_untouched(documents)
 
 
-def test_alone_removes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
+def test_exclusive_folder_deletes_links_but_not_their_targets(tmp_path: Path) -> None:
     documents, folder = victim(tmp_path / "Documents"), tmp_path / "cache" / "mine"
     with exclusive_folder(folder, within=tmp_path / "cache"):
         (folder / "link").symlink_to(documents)
@@ -40,7 +40,7 @@ def test_alone_removes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
     assert is_untouched(documents)
 
 
-def test_alone_below_a_root_that_is_a_link_is_as_anywhere(tmp_path: Path) -> None:
+def test_exclusive_folder_below_a_linked_root_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "cache").symlink_to(tmp_path / "disk")
     with exclusive_folder(tmp_path / "cache" / "mine", within=tmp_path / "cache") as folder:
@@ -48,7 +48,7 @@ def test_alone_below_a_root_that_is_a_link_is_as_anywhere(tmp_path: Path) -> Non
     assert list((tmp_path / "disk").iterdir()) == []
 
 
-def test_drop_abandoned_leaves_links_that_lead_out(tmp_path: Path) -> None:
+def test_remove_stale_keeps_links_out_of_the_root(tmp_path: Path) -> None:
     documents, cache = victim(tmp_path / "Documents"), tmp_path / "cache"
     (cache / "dead").mkdir(parents=True)
     (cache / "link").symlink_to(documents)
@@ -57,7 +57,7 @@ def test_drop_abandoned_leaves_links_that_lead_out(tmp_path: Path) -> None:
     assert is_untouched(documents)
 
 
-def test_eviction_and_forgetting_leave_what_a_link_in_the_cache_leads_to(tmp_path: Path) -> None:
+def test_evict_and_purge_keep_targets_of_links(tmp_path: Path) -> None:
     documents, cache = victim(tmp_path / "Documents"), tmp_path / "cache"
     cache.mkdir()
     (cache / "link").symlink_to(documents)
@@ -67,7 +67,7 @@ def test_eviction_and_forgetting_leave_what_a_link_in_the_cache_leads_to(tmp_pat
 
 
 @pytest.mark.parametrize("digest", ["", "..", "../Documents", f"{'0' * 64}/../../../Documents", "A" * 64])
-def test_cache_refuses_what_is_no_digest_and_deletes_nothing(digest: str, tmp_path: Path) -> None:
+def test_fetch_invalid_digest_raises_and_deletes_nothing(digest: str, tmp_path: Path) -> None:
     documents, cache = victim(tmp_path / "Documents"), tmp_path / "cache"
     with pytest.raises(ValueError, match="64 lower-case hexadecimal digits"):
         caching.fetch("http://127.0.0.1:1/a", digest, 1, cache)
