@@ -1,6 +1,7 @@
 """Tests of trust: which files and encoders a database or generator from a foreign folder may have opened."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,10 +170,10 @@ def test_read_manifest_with_file_outside_its_folder_raises_integrity_error(tmp_p
     uri = commit(tmp_path, "database", shards=[artifacts.Shard(name="00000", rows=0, files=(file,), info={})])
     path = Path(uri, artifacts.MANIFEST)
     path.write_text(path.read_text().replace('"secret"', f'"{name}"'))
-    with pytest.raises(IntegrityError, match=f"the file {name} is outside of its folder"):
+    with pytest.raises(IntegrityError, match=rf"a file name must be .*{re.escape(name)}"):
         artifacts.read_manifest(uri)
     path.write_text(path.read_text().replace(f'"{name}"', '"secret"').replace('"00000"', f'"{name}"'))
-    with pytest.raises(IntegrityError, match=f"the shard {name} is outside of its folder"):
+    with pytest.raises(IntegrityError, match=rf"the name of a shard must be .*{re.escape(name)}"):
         artifacts.read_manifest(uri)
 
 
