@@ -1,4 +1,4 @@
-"""Neighbours: for every picture of a training set, its k nearest rows of a database, itself left out."""
+"""Neighbours stage: the k nearest database rows of every training image, excluding the image itself."""
 
 from pathlib import Path
 
@@ -21,20 +21,20 @@ _SEARCH_ROWS = 1024
 def find_neighbours(
     embeddings: EmbeddingShards, database: DatabaseVersion, base: str, k: int, *, cache: Path
 ) -> StageResult[Neighbours]:
-    """The ``k`` nearest database rows of each row of ``embeddings`` into ``base/neighbours/<key>``.
+    """Find the ``k`` nearest database rows of each row of ``embeddings`` and store them in ``base/neighbours/<key>``.
 
-    A row's own entry and exact copies of it are excluded, wherever the database has them from (these embeddings, an
-    earlier version, a union, a part): in training, a picture must not be handed to the network as its own neighbour.
+    A row's own entry and exact copies of it are excluded, even if the database got them from an earlier version, a
+    union or a subset. In training, an image must not be given to the network as its own neighbour.
 
     Raises:
-        EncoderMismatchError: the two were made by different encoders.
-        InputError: the database has too few rows for ``k``, or pictures of its own that were taken down.
+        EncoderMismatchError: ``embeddings`` and ``database`` were made by different encoders.
+        InputError: the database has too few rows for ``k``, or ``embeddings`` contains images that were taken down.
     """
-    own = database.manifest().inputs["embeddings"]["digest"] == embeddings.digest
-    if own and (gone := _taken_down(database, embeddings, cache)):
+    is_own = database.manifest().inputs["embeddings"]["digest"] == embeddings.digest
+    if is_own and (count := _count_taken_down(database, embeddings, cache)):
         raise InputError(
-            f"{gone} pictures of {database.uri} were taken down and are still among those to train on; compact the "
-            "domain's champion first (rebuild-index --compact), and train on that"
+            f"{count} images of {database.uri} were taken down but are still in the training set; compact the "
+            "domain's champion first (rebuild-index --compact) and train on the result"
         )
     inputs = {"embeddings": embeddings.as_input(), "database": database.as_input()}
     stage = artifacts.ArtifactBuilder(
@@ -45,14 +45,14 @@ def find_neighbours(
         source, target = embeddings.manifest(), database.manifest()
         require_same_encoder(embeddings=source, database=target)
         visible = target.rows - target.info["hidden"]
-        if k > visible - own:
+        if k > visible - is_own:
             raise InputError(
-                f"{k} neighbours are asked of {database.uri}, which has {visible} rows"
-                f"{', the picture itself among them' if own else ''}; lower k or add images"
+                f"k = {k} is too large for {database.uri} with {visible} visible rows"
+                f"{', which include the image itself' if is_own else ''}; lower k or add images"
             )
         offset, items = 0, []
         for shard in source.shards:
-            items.append((shard.name, (shard, offset if own else None)))
+            items.append((shard.name, (shard, offset if is_own else None)))
             offset += shard.rows
         settings = (embeddings.uri, database, stage.uri, k, cache)
         done, _ = run_shards(stage, items, _Search, settings, actors=compute.cpus())
@@ -61,21 +61,21 @@ def find_neighbours(
     return run_stage(stage, Neighbours, make, note=lambda manifest: f"k = {k}", repairs=True)
 
 
-def _taken_down(database: DatabaseVersion, embeddings: EmbeddingShards, cache: Path) -> int:
-    """How many rows are of pictures that its domain has taken down, since that version was made perhaps."""
-    known, listed = takedown_of(database), inherited_takedown(database, cache)
-    if listed == (Entries() if known is None else read_entries(known, cache)):
+def _count_taken_down(database: DatabaseVersion, embeddings: EmbeddingShards, cache: Path) -> int:
+    """Count the rows whose images the domain has taken down, including takedowns after the version was made."""
+    applied, current = takedown_of(database), inherited_takedown(database, cache)
+    if current == (Entries() if applied is None else read_entries(applied, cache)):
         return int(database.manifest().info["taken_down"])
-    return sum(int(mask.sum()) for mask in match_shards(listed, embeddings, embeddings.manifest().shards, cache))
+    return sum(int(mask.sum()) for mask in match_shards(current, embeddings, embeddings.manifest().shards, cache))
 
 
 class _Search:
-    """The open database on a worker."""
+    """Worker that searches an open database."""
 
     def __init__(self, embeddings_uri: str, database: DatabaseVersion, folder_uri: str, k: int, cache: Path) -> None:
         self._embeddings_uri, self._folder_uri, self._k, self._cache = embeddings_uri, folder_uri, k, cache
         self._database = open_database(database, cache)
-        faiss.omp_set_num_threads(1)  # a worker a core: re-ranking then runs beside another's search
+        faiss.omp_set_num_threads(1)  # one worker per core: one worker's re-ranking overlaps another's search
 
     def __call__(self, item: tuple[str, tuple[artifacts.Shard, int | None]]) -> artifacts.Shard:
         name, (shard, offset) = item
@@ -83,8 +83,8 @@ class _Search:
         found = np.empty((len(rows), self._k), dtype=np.int64)
         for start in range(0, len(rows), _SEARCH_ROWS):
             stop = min(start + _SEARCH_ROWS, len(rows))
-            itself = None if offset is None else np.arange(start, stop, dtype=np.int64) + offset
-            ids = self._database.nearest(rows[start:stop], self._k, exclude=itself, excluded=rows[start:stop]).ids
+            own_ids = None if offset is None else np.arange(start, stop, dtype=np.int64) + offset
+            ids = self._database.nearest(rows[start:stop], self._k, exclude=own_ids, excluded=rows[start:stop]).ids
             if ids.shape[1] < self._k or (ids < 0).any():
                 raise InputError(f"shard {name}: too many exact copies in the database for k = {self._k}; lower k")
             found[start:stop] = ids

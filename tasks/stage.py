@@ -1,4 +1,4 @@
-"""What all stages share: skip what is committed, run what is not, count what was lost, say it in one line."""
+"""Common code of all stages: skip committed output, run missing shards, count failed ones, log one line."""
 
 import contextlib
 import functools
@@ -22,7 +22,7 @@ from tasks.references.types import Made, Reference, StageResult
 from tasks.references.url_history import history_files
 
 MAX_CONSECUTIVE_TRANSIENT = 3
-"""So many shards lost one after another to what may pass, and the rest is not tried now: the store is down."""
+"""Stop after this many consecutive transient failures: the store is probably down."""
 
 _DOMAIN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 Item = TypeVar("Item")
@@ -41,7 +41,7 @@ def _is_transient(task: Any, task_run: Any, state: Any) -> bool:
 
 
 def stage_task(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a stage: a Prefect task when a flow calls it, a plain function elsewhere.
+    """Return a decorator for a stage: a Prefect task when a flow calls it, a plain function elsewhere.
 
     Only ``TransientError`` is retried. Prefect caches nothing: committed manifests are the cache.
     """
@@ -74,21 +74,22 @@ def run_stage(
     verify: bool = False,
     repairs: bool = False,
 ) -> StageResult[Made]:
-    """The committed output of ``stage`` if there is one, else what ``make`` commits; logged in one line either way.
+    """Return the committed output of ``stage``, or run ``make`` to produce it. Logs one line in both cases.
 
     Args:
-        stage: the request.
-        reference: what to return of its output.
-        make: runs the shards without a marker and commits.
-        note: a clause for the log line.
-        verify: check the digests of what is committed; without it, that every file is there in its size.
-        repairs: whether ``make`` may run again over a committed folder, to restore the shards whose files are damaged.
+        stage: Builder of the artifact.
+        reference: Type of the returned reference.
+        make: Runs the shards that have no marker and commits the manifest.
+        note: Returns a clause for the log line.
+        verify: Check the digests of committed files. By default only their presence and size are checked.
+        repairs: Allow ``make`` to run again over a committed folder, to restore the shards whose files are damaged.
 
-    Raises ``IntegrityError`` when a committed file is damaged and is not restored.
+    Raises:
+        IntegrityError: a committed file is damaged and cannot be restored.
     """
     started = time.monotonic()
     manifest = stage.committed()
-    if manifest is not None and not _is_whole(stage, manifest, verify=verify, repairs=repairs):
+    if manifest is not None and not _is_intact(stage, manifest, verify=verify, repairs=repairs):
         manifest = None
     skipped = manifest is not None
     manifest = manifest or make()
@@ -103,15 +104,15 @@ def run_stage(
 
 @stage_task(name="check-files")
 def check_files(*references: Reference, verify: bool = False) -> None:
-    """Check the files of committed artifacts, as :func:`run_stage` does. Raises ``IntegrityError``."""
+    """Check the files of committed artifacts as :func:`run_stage` does. Raises ``IntegrityError`` if one is damaged."""
     for reference in references:
         require_undamaged(find_damage(_files_of(reference.uri, reference.manifest()), digests=verify))
 
 
-def _is_whole(stage: artifacts.ArtifactBuilder, manifest: artifacts.Manifest, *, verify: bool, repairs: bool) -> bool:
-    """Return True if no committed file is damaged; else remove the markers of the damaged shards, or raise.
+def _is_intact(stage: artifacts.ArtifactBuilder, manifest: artifacts.Manifest, *, verify: bool, repairs: bool) -> bool:
+    """Return True if no committed file is damaged; otherwise remove the markers of the damaged shards, or raise.
 
-    The manifest stays until ``make`` writes the new one: where that fails, nothing is worse than before.
+    The manifest is kept until ``make`` writes a new one, so a failed repair leaves the state as it was.
     """
     damage = find_damage(_files_of(stage.uri, manifest), digests=verify)
     if not damage:
@@ -120,12 +121,12 @@ def _is_whole(stage: artifacts.ArtifactBuilder, manifest: artifacts.Manifest, *,
         require_undamaged(damage)
     stage.reopen({one.listed.shard for one in damage if one.listed.shard is not None})
     first = f"{damage[0].listed.uri} {damage[0].reason}"
-    logs.get("stage").warning("%-11s %d damaged files are made again: %s", stage.kind, len(damage), first)
+    logs.get("stage").warning("%-11s rebuilding the shards of %d damaged files: %s", stage.kind, len(damage), first)
     return False
 
 
 def _files_of(uri: str, manifest: artifacts.Manifest) -> list[Listed]:
-    """All files that a manifest refers to: those of its shards, and the histories of URLs beside them."""
+    """Return all files that a manifest refers to: those of its shards and of its URL history."""
     histories = [Listed(folder=folder, file=file) for folder, file in history_files(manifest)]
     return [*listed_files(uri, manifest), *histories]
 
@@ -139,12 +140,23 @@ def run_shards(
     max_lost_fraction: float = 0.0,
     **resources: Any,
 ) -> tuple[list[artifacts.Shard], dict[str, str]]:
-    """Run the shards of ``stage`` that are not committed yet; return all of them and those lost, by name.
+    """Run the shards of ``stage`` that are not committed yet.
+
+    Args:
+        stage: Builder of the artifact.
+        items: Shard names and the work item of each.
+        factory: Worker class; called with ``settings`` on each actor.
+        settings: Arguments of ``factory``.
+        max_lost_fraction: Share of the shards that may fail, in [0, 1].
+        resources: Actors, CPUs, GPUs and concurrency, passed to ``compute.map_shards``.
+
+    Returns:
+        All committed shards in the order of ``items``, and the error message of each failed shard by name.
 
     Raises:
-        TransientError: a shard could not be read or stored, but may be later; the task is tried again.
-        StageError: more than ``max_lost_fraction`` of the shards were lost. The rest stay committed.
-        KNNDiffusionError, ModelError: every shard was lost for one reason that the user can mend; that reason.
+        TransientError: a shard failed with an error that a retry may resolve.
+        StageError: more than ``max_lost_fraction`` of the shards failed. The others stay committed.
+        KNNDiffusionError, ModelError: every shard failed with this same error, which the user can fix.
     """
     named = dict(items)
     done = stage.done()
@@ -154,23 +166,23 @@ def run_shards(
     results: Any = compute.map_shards(
         factory, settings, list(pending.items()), description=stage.kind, **{"actors": compute.cpus(), **resources}
     )
-    in_a_row = 0
-    with contextlib.closing(results):  # what is in hand elsewhere ends with it
+    consecutive = 0
+    with contextlib.closing(results):  # cancels the shards that are still running
         for result in results:
             if not isinstance(result, FailedShard):
-                done[result.name], in_a_row = result, 0
+                done[result.name], consecutive = result, 0
                 continue
             name = result.item[0]
             errors.append(result.error)
             lost[name] = f"{type(result.error).__name__}: {result.error}"
-            logs.get("stage").debug("%s: shard %s lost: %s", stage.kind, name, lost[name])
-            in_a_row = in_a_row + 1 if isinstance(result.error, TransientError) else 0
-            if in_a_row == MAX_CONSECUTIVE_TRANSIENT:
+            logs.get("stage").debug("%s: shard %s failed: %s", stage.kind, name, lost[name])
+            consecutive = consecutive + 1 if isinstance(result.error, TransientError) else 0
+            if consecutive == MAX_CONSECUTIVE_TRANSIENT:
                 break
-    if passing := [error for error in errors if isinstance(error, TransientError)]:
+    if transient := [error for error in errors if isinstance(error, TransientError)]:
         raise TransientError(
-            f"{stage.kind}: {len(named) - len(done)} of {len(named)} shards have to wait ({passing[0]}); "
-            f"the other {len(done)} are committed"
+            f"{stage.kind}: {len(named) - len(done)} of {len(named)} shards failed for now ({transient[0]}); "
+            f"the other {len(done)} are committed, run again to resume"
         )
     if (
         len(lost) == len(named)
@@ -182,13 +194,13 @@ def run_shards(
         first = next(iter(lost.values()))
         raise StageError(
             f"{stage.kind}: {len(lost)} of {len(named)} shards failed ({first}); "
-            f"the other {len(named) - len(lost)} are committed, run again to go on"
+            f"the other {len(named) - len(lost)} are committed, run again to resume"
         )
     return [done[name] for name in named if name in done], lost
 
 
 def sum_outcomes(done: Iterable[artifacts.Shard]) -> dict[str, int]:
-    """The outcomes of shards, added up, most frequent first."""
+    """Return the summed outcome counts of shards, most frequent first."""
     total: Counter[str] = Counter()
     for shard in done:
         total.update(shard.info["outcomes"])
@@ -196,16 +208,16 @@ def sum_outcomes(done: Iterable[artifacts.Shard]) -> dict[str, int]:
 
 
 def settings_of(root: str | None) -> Settings:
-    """The environment's settings, with ``root`` in the place of theirs when one is given."""
+    """Return the settings of the environment, with their root replaced by ``root`` if one is given."""
     return Settings() if root is None else Settings(root=root)
 
 
 def require_domain(domain: str) -> None:
-    """Refuse a name that cannot be a folder and a registered model. Raises ``ValueError``."""
-    if not _DOMAIN.fullmatch(domain) or domain == "mlflow":  # the root's folder of registered files
+    """Raise ``ValueError`` if the name cannot be used for both a folder and a registered model."""
+    if not _DOMAIN.fullmatch(domain) or domain == "mlflow":  # this folder of the root holds registered files
         raise ValueError(f"domain {domain!r} must be lower-case letters, digits and hyphens, such as 'twemoji'")
 
 
 def base_of(settings: Settings, domain: str) -> str:
-    """The folder of a domain's artifacts."""
+    """Return the URI of the folder with a domain's artifacts."""
     return storage.join(storage.absolute(settings.root), domain)

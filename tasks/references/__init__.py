@@ -1,1 +1,1 @@
-"""References that stages exchange, and how to open what they refer to."""
+"""References that stages exchange, and functions to open the artifacts behind them."""

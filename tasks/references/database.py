@@ -1,4 +1,4 @@
-"""Databases, opened: a committed version's files verified, mapped into memory and searched as one."""
+"""Opening database versions: verify the committed files, memory-map them, and search all shards as one database."""
 
 import bisect
 import itertools
@@ -20,33 +20,40 @@ from tasks.references.lineage import embeddings_of
 from tasks.references.types import DatabaseVersion, EmbeddingShards, domain_of, encoder_of
 
 QUANTIZER = "quantizer"
-"""The pseudo-shard that keeps the trained, empty index: the template of every other."""
+"""Pseudo-shard with the trained, empty index, the template of all other index shards."""
 HIDDEN = "rows-hidden"
-"""The pseudo-shard of what is never returned: ``taken.npy``, ``pairs.npy`` of near-duplicates, ``hidden.npy``."""
+"""Pseudo-shard of rows that are never returned: ``taken.npy``, ``pairs.npy`` of near-duplicates, ``hidden.npy``."""
 TRUTH = "rows-true"
-"""The pseudo-shard of held-out queries and their true neighbours, ``image.npz`` and ``text.npz``."""
+"""Pseudo-shard of held-out queries and their true neighbours: ``image.npz`` and ``text.npz``."""
 _COLUMNS = ["key", "url", "sha256", "width", "height"]
-_TABLES_KEPT = 32  # of at most some 2 MB: the rows of all would take a gigabyte a million
+_MAX_CACHED_TABLES = 32  # at most about 2 MB each; caching all tables would take 1 GB per million rows
 
 
 def open_database(version: DatabaseVersion, cache: Path, *, name: str | None = None) -> Database:
-    """Open a version for searching: every file verified against its digest, then memory-mapped.
+    """Open a version for searching: verify every file against its digest, then memory-map it.
 
     Raises:
-        IntegrityError: an index or embedding file differs from what was committed.
+        IntegrityError: an index or embedding file differs from the committed one.
     """
     return open_part(version, index_shards(version), cache, name=name)[0]
 
 
 def index_shards(version: DatabaseVersion) -> list[artifacts.Shard]:
-    """The shards of a version that index rows, in row order."""
+    """Return the shards of a version that index rows, in row order."""
     return [shard for shard in version.manifest().shards if "members" in shard.info]
 
 
 def open_part(
     version: DatabaseVersion, part: Sequence[artifacts.Shard], cache: Path, *, name: str | None = None
 ) -> tuple[Database, int]:
-    """Neighbouring index shards of a version as a database of their own, and the id of its first row in the whole."""
+    """Open consecutive index shards of a version as a separate database.
+
+    Returns:
+        The database, and the id in the whole version of its first row.
+
+    Raises:
+        IntegrityError: a file differs from the committed one, a shard is missing, or the release is too old.
+    """
     manifest, embeddings = version.manifest(), embeddings_of(version)
     if "effort" not in manifest.info or not part:
         raise IntegrityError(f"{version.uri} was indexed by an earlier release; index it again (new-domain)")
@@ -81,10 +88,22 @@ def open_shards(
     rows_at_once: bool = True,
     part: bool = False,
 ) -> Database:
-    """Open index shards, committed as a version at ``uri`` or not yet, over the embedding shards that they index.
+    """Open index shards over the embedding shards that they index.
 
-    Without ``rows_at_once``, embeddings are fetched and verified when rows of theirs are first asked for: a job that
-    looks at what is new costs no more for what is old. A ``part`` of a version may hide all its rows.
+    Args:
+        uri: Folder of the index shards, which may not be committed as a version yet.
+        indexed: Index shards and the pseudo-shard ``QUANTIZER``.
+        embeddings: Embedding shards that the index shards refer to.
+        cache: Local cache folder.
+        name: Name of the database.
+        effort: Search settings.
+        hidden: Ids of the rows that are never returned.
+        rows_at_once: Fetch and verify all embeddings now. Otherwise each file is fetched when one of its rows is first
+            needed, so that a job that reads only new rows does not fetch old ones.
+        part: The shards are a part of a version, which may hide all of its rows.
+
+    Raises:
+        IntegrityError: a file differs from the committed one, or an indexed embedding shard is missing.
     """
     source = embeddings.manifest()
     rows = {shard.name: shard for shard in source.shards}
@@ -119,36 +138,36 @@ def open_shards(
 
 
 def hidden_ids(uri: str, shard: artifacts.Shard, cache: Path) -> NDArray[np.int64]:
-    """Ids of the rows that the version at ``uri`` never returns, from its pseudo-shard ``HIDDEN``."""
+    """Return the ids of the rows that the version at ``uri`` never returns, from its pseudo-shard ``HIDDEN``."""
     return read_array(artifacts.fetch_shard(uri, shard, "hidden.npy", cache), np.int64, (None,))
 
 
 class Metadata:
-    """Metadata of global rows, a shard's parquet read when asked for; the columns of a few are kept, as Arrow has them.
+    """Metadata of global rows. Reads a shard's Parquet file on demand and caches the Arrow tables of a few shards.
 
-    Threads may share it.
+    Thread-safe.
     """
 
     def __init__(self, uri: str, manifest: artifacts.Manifest, cache: Path) -> None:
-        """Look rows of the embedding shards at ``uri`` up."""
+        """Look up rows of the embedding shards at ``uri``."""
         self._uri, self._shards, self._cache = uri, manifest.shards, cache
         self._offsets = [0, *itertools.accumulate(shard.rows for shard in manifest.shards)]
-        self._table = lru_cache(_TABLES_KEPT)(self._read)
+        self._table = lru_cache(_MAX_CACHED_TABLES)(self._read)
 
     def __call__(self, ids: Sequence[int]) -> list[dict[str, Any]]:
-        """Key, url, sha256, width and height of each row."""
+        """Return key, url, sha256, width and height of each row."""
         places: dict[int, list[int]] = {}
         for place, row in enumerate(ids):
             places.setdefault(self._number(row), []).append(place)
         found: list[dict[str, Any]] = [{}] * len(ids)
         for number, here in places.items():
             rows = self._table(number).take([int(ids[place]) - self._offsets[number] for place in here])
-            for place, known in zip(here, rows.to_pylist(), strict=True):
-                found[place] = known
+            for place, record in zip(here, rows.to_pylist(), strict=True):
+                found[place] = record
         return found
 
     def shard(self, row: int) -> str:
-        """The name of the shard that holds ``row``."""
+        """Return the name of the shard that contains ``row``."""
         return self._shards[self._number(row)].name
 
     def _read(self, number: int) -> pa.Table:
@@ -156,7 +175,10 @@ class Metadata:
         path = artifacts.fetch_shard(self._uri, shard, ".parquet", self._cache)
         table = tables.read_table(path, _COLUMNS)
         if table.num_rows != shard.rows:
-            raise IntegrityError(f"{path} has {table.num_rows} rows, shard {shard.name} of {self._uri} {shard.rows}")
+            raise IntegrityError(
+                f"{path} has {table.num_rows} rows, but shard {shard.name} of {self._uri} has {shard.rows}; "
+                "embed the images again"
+            )
         return table
 
     def _number(self, row: int) -> int:

@@ -1,4 +1,4 @@
-"""Fetch: the stored pictures behind rows of a database."""
+"""Stored images behind rows of a database."""
 
 import io
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ from tasks.references.types import DatabaseVersion
 
 
 def fetch_images(version: DatabaseVersion, ids: Sequence[int], cache: Path) -> list[Image.Image]:
-    """The RGB pictures of rows, in their order; a row may come twice. Reads the image shards that hold them.
+    """Return the RGB images of rows, in the order of ``ids``, which may repeat. Reads only the image shards needed.
 
     Raises:
-        InputError: the version's embeddings or images are no longer what it was made from.
-        IntegrityError: a tar differs from what was committed, or lacks a picture that was embedded.
+        InputError: the embeddings or images have changed since the version was made from them.
+        IntegrityError: a tar differs from the committed one, or lacks an image that was embedded.
     """
     embeddings = embeddings_of(version)
     images = images_of(embeddings)
     lookup = Metadata(embeddings.uri, embeddings.manifest(), cache)
-    # By shard too: in a union of databases the same key is borne by a picture of each.
+    # A key is unique only within a shard: in a union of databases, images of several databases share it.
     rows = sorted(set(ids))
-    places = {row: (lookup.shard(row), known["key"]) for row, known in zip(rows, lookup(rows), strict=True)}
+    places = {row: (lookup.shard(row), record["key"]) for row, record in zip(rows, lookup(rows), strict=True)}
     wanted = set(places.values())
     found: dict[tuple[str, str], Image.Image] = {}
     for shard in images.manifest().shards:
@@ -39,7 +39,7 @@ def fetch_images(version: DatabaseVersion, ids: Sequence[int], cache: Path) -> l
                     found[shard.name, key] = to_rgb(image)
     if absent := sorted(wanted - found.keys()):
         raise IntegrityError(
-            f"{images.uri} lacks {len(absent)} embedded pictures, {absent[0][1]} of shard {absent[0][0]} first; "
-            "embed it again"
+            f"{images.uri} lacks {len(absent)} embedded images, the first is {absent[0][1]} of shard {absent[0][0]}; "
+            "embed the images again"
         )
     return [found[places[row]] for row in ids]

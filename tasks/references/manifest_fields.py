@@ -1,7 +1,7 @@
-"""Types and ranges of what stages keep in a manifest's ``identity`` and ``info``.
+"""Types and ranges of the values that stages store in a manifest's ``identity`` and ``info``.
 
-``infra.manifest`` checks the fields that every manifest has. These are the ones whose meaning only stages know; other
-keys are allowed, for they are shown and never computed with.
+``infra.manifest`` checks the fields that every manifest has. This module checks the fields that only stages interpret.
+Other keys are allowed, because they are displayed but never computed with.
 """
 
 from typing import Annotated, Any
@@ -93,7 +93,7 @@ _FIELDS = TypeAdapter(_Fields)
 
 
 def check_fields(manifest: artifacts.Manifest, uri: str) -> None:
-    """Check the fields that stages compute with. Raises ``IntegrityError`` naming the first that is wrong."""
+    """Check the fields that stages compute with. Raises ``IntegrityError`` for the first invalid one."""
     fields: dict[str, Any] = {
         "identity": manifest.identity,
         "info": manifest.info,

@@ -1,8 +1,8 @@
 """Trust in databases and generators that the user opens by name.
 
-A version in the registry and a folder below the user's root are trusted like code. Any other folder is foreign: its
-manifest may have been written by somebody else, and names further folders and an encoder. Unless the user trusts it,
-only its own root is read and only the bundled encoder is loaded. SECURITY.md explains the model to users.
+A registered version and a folder below the user's root are trusted like code. Any other folder is foreign: its
+manifest may have been written by somebody else, and it refers to further folders and an encoder. Unless the user
+trusts it, only its own root is read and only the bundled encoder is loaded. SECURITY.md explains the model to users.
 """
 
 from infra import artifacts, storage
@@ -17,13 +17,13 @@ def open_named(kind: type[Made], name: str, settings: Settings, *, trust: bool =
 
     Raises:
         NotFoundError, IntegrityError, TransientError: as :meth:`infra.registry.Registry.pull`.
-        InputError: a foreign folder refers to files or to an encoder that may be used with ``trust`` only.
+        InputError: a foreign folder refers to files or to an encoder that may only be used with ``trust``.
     """
     pulled = Registry(settings).pull(name, kind=kind.kind)
     root = own_root(pulled.folder_uri, pulled.manifest) if pulled.foreign and not trust else None
     reference = kind.of(pulled.manifest, pulled.folder_uri, confined_to=root)
     if root is not None:
-        reference.manifest()  # which checks it
+        reference.manifest()  # for its checks
     return reference, pulled
 
 
@@ -38,8 +38,8 @@ def saved_pipeline(name: str, digest: str, settings: Settings, *, trust: bool = 
     """Return the reference to a saved pipeline without a manifest: a bundled one, or a local folder."""
     bundled = name in SHIPPED
     uri = name if bundled else storage.absolute(name)
-    known = trust or bundled or storage.is_below(uri, settings.root)
-    return Generator(uri=uri, rows=0, digest=digest, confined_to=None if known else uri)
+    trusted = trust or bundled or storage.is_below(uri, settings.root)
+    return Generator(uri=uri, rows=0, digest=digest, confined_to=None if trusted else uri)
 
 
 def own_root(folder_uri: str, manifest: artifacts.Manifest) -> str:

@@ -1,8 +1,8 @@
-"""References: what stages hand to each other. A reference is a URI, a row count and a digest, never data.
+"""References that stages pass to each other. A reference is a URI, a row count and a digest, never data.
 
-    url list -> ImageShards -> EmbeddingShards -> DatabaseVersion -> Neighbours -> Generator
+    URL list -> ImageShards -> EmbeddingShards -> DatabaseVersion -> Neighbours -> Generator
 
-Opening a reference reads its manifest; its rows stay where they are until a worker streams them.
+Opening a reference reads its manifest only. The rows are read when a worker streams them.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ else:
 
 _TRUST = "if you trust whoever made it like code that you run, add --trust (in Python and flows: trust=True)"
 
-# One row of metadata_NNNNN.parquet; position in the file is the row of img_emb_NNNNN.npy beside it.
+# One row of metadata_NNNNN.parquet. Its position in the file is the row number in img_emb_NNNNN.npy.
 METADATA_SCHEMA = pa.schema(
     [
-        ("row", pa.int64()),  # position in the shard; the global row adds the rows of the shards before it
+        ("row", pa.int64()),  # position in the shard; the global row number adds the rows of all earlier shards
         ("key", pa.string()),
         ("url", pa.string()),
         ("sha256", pa.string()),  # of the bytes as downloaded
@@ -56,30 +56,34 @@ class Reference:
 
     @classmethod
     def of(cls, manifest: artifacts.Manifest, uri: str, *, confined_to: str | None = None) -> Self:
-        """The reference to what ``manifest``, found at ``uri``, describes.
+        """Return the reference to the artifact at ``uri`` with the given manifest.
 
-        Raises ``InputError`` on another kind, ``IntegrityError`` on fields of the wrong type or range.
+        Raises:
+            InputError: the artifact is of another kind.
+            IntegrityError: a field has the wrong type or range.
         """
         if manifest.kind != cls.kind:
-            raise InputError(f"{uri} holds {manifest.kind}, but {cls.kind} is wanted here")
+            raise InputError(f"{uri} is an artifact of kind {manifest.kind}; give one of kind {cls.kind}")
         check_fields(manifest, uri)
         return cls(uri=uri, rows=manifest.rows, digest=manifest.digest, confined_to=confined_to)
 
     @classmethod
     def open(cls, uri: str, *, confined_to: str | None = None) -> Self:
-        """The reference to a committed folder. Raises ``NotFoundError``, ``IntegrityError``, ``InputError``."""
+        """Return the reference to a committed folder. Raises ``NotFoundError``, ``IntegrityError``, ``InputError``."""
         return cls.of(artifacts.read_manifest(uri), uri, confined_to=confined_to)
 
     def manifest(self) -> artifacts.Manifest:
-        """The manifest behind this reference.
+        """Return the manifest of this artifact.
 
         Raises:
-            IntegrityError: it is no longer the same.
-            InputError: it is not trusted and names files or an encoder that only a trusted one may name.
+            IntegrityError: it has changed since the reference was made.
+            InputError: the artifact is not trusted and refers to files or an encoder that require trust.
         """
         manifest = artifacts.read_manifest(self.uri)
         if manifest.digest != self.digest:
-            raise IntegrityError(f"{self.uri} is no longer {self.digest[:12]}…; name the version meant")
+            raise IntegrityError(
+                f"{self.uri} has changed: its digest is no longer {self.digest[:12]}…; give the version to use"
+            )
         if self.confined_to is not None:
             for folder in [*(shard.folder for shard in manifest.shards), *_history_folders(manifest)]:
                 self.require_inside(folder or self.uri)
@@ -88,28 +92,28 @@ class Reference:
         return manifest
 
     def require_inside(self, uri: str) -> None:
-        """Raise ``InputError`` if this artifact is not trusted and ``uri`` is outside of the folder of its own."""
+        """Raise ``InputError`` if this artifact is not trusted and ``uri`` is outside its own root."""
         if self.confined_to is not None and not storage.is_below(uri, self.confined_to):
-            raise InputError(f"{self.uri} refers to {uri}, outside of its own root {self.confined_to}; {_TRUST}")
+            raise InputError(f"{self.uri} refers to {uri}, outside its own root {self.confined_to}; {_TRUST}")
 
     def require_known(self, encoder: EncoderIdentity) -> None:
         """Raise ``InputError`` if this artifact is not trusted and ``encoder`` is not the bundled one."""
         if self.confined_to is not None and encoder.name != EMBEDDED:
             raise InputError(
-                f"{self.uri} names the encoder {encoder.name}, and would have it loaded or downloaded; {_TRUST}"
+                f"{self.uri} names the encoder {encoder.name}, which would be loaded or downloaded; {_TRUST}"
             )
 
     def as_input(self) -> dict[str, str]:
-        """How this reference stands in the manifest of what is made from it."""
+        """Return the entry for this artifact in the ``inputs`` of a manifest."""
         return {"uri": self.uri, "digest": self.digest}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ImageShards(Reference):
-    """img2dataset's webdataset output: ``NNNNN.tar``, ``NNNNN.parquet``, ``NNNNN_stats.json``. Rows are images.
+    """Webdataset output of img2dataset: ``NNNNN.tar``, ``NNNNN.parquet``, ``NNNNN_stats.json``. Rows are images.
 
-    Whole shards may stand for some of their pictures: then the identity, which goes along with whatever is grown from
-    them, says which (``tasks/upkeep/merge.py``).
+    A version may use only some images of its shards. The manifest's identity then records which ones, and versions
+    that extend it inherit that record (``tasks/upkeep/merge.py``).
     """
 
     kind: ClassVar[str] = "images"
@@ -124,39 +128,39 @@ class EmbeddingShards(Reference):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DatabaseVersion(Reference):
-    """``index/NNNNN.faiss`` over embedding shards that stay where they are. Immutable; a change is a new version."""
+    """``index/NNNNN.faiss`` over embedding shards, which are not copied. Immutable: every change is a new version."""
 
     kind: ClassVar[str] = "database"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Takedown(Reference):
-    """``takedown.parquet``: every url, sha256 and key that a domain may never show again. Rows are entries."""
+    """``takedown.parquet``: every url, sha256 and key that a domain must never show again. Rows are entries."""
 
     kind: ClassVar[str] = "takedown"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Neighbours(Reference):
-    """``NNNNN.npy`` (n, K) int64 rows of a database for every row of embedding shards, itself excluded."""
+    """``NNNNN.npy``: (n, K) int64 database row ids for every row of embedding shards, excluding the row itself."""
 
     kind: ClassVar[str] = "neighbours"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Generator(Reference):
-    """A diffusers folder under ``pipeline/``. Rows are the images it was trained on."""
+    """A diffusers folder under ``pipeline/``. Rows are the training images."""
 
     kind: ClassVar[str] = "generator"
 
 
 def domain_of(database: DatabaseVersion) -> str:
-    """The name of the domain whose folder holds the version."""
+    """Return the name of the domain whose folder contains the version."""
     return storage.join(database.uri).rsplit("/", 3)[-3]
 
 
 def encoder_of(manifest: artifacts.Manifest) -> EncoderIdentity:
-    """The encoder whose space this artifact lives in. Raises ``IntegrityError`` when the manifest names none."""
+    """Return the encoder that made the artifact's embeddings. Raises ``IntegrityError`` if the manifest names none."""
     try:
         return EncoderIdentity(**manifest.identity["encoder"])
     except (KeyError, TypeError) as error:
@@ -166,25 +170,25 @@ def encoder_of(manifest: artifacts.Manifest) -> EncoderIdentity:
 
 
 def require_same_encoder(**manifests: artifacts.Manifest) -> EncoderIdentity:
-    """The encoder that all of them share. Raises ``EncoderMismatchError`` naming the two that differ."""
+    """Return the encoder that all manifests share. Raises ``EncoderMismatchError`` naming the two that differ."""
     (first_name, first), *others = ((name, encoder_of(manifest)) for name, manifest in manifests.items())
     for name, encoder in others:
         if not encoder.same_space(first):
             raise EncoderMismatchError(
-                f"{first_name} was made by {first}, {name} by {encoder}: their embeddings do not compare; "
+                f"{first_name} was made by {first}, {name} by {encoder}: their embeddings are not comparable; "
                 "rebuild one with the other's encoder"
             )
     return first
 
 
 def config_from_manifest(of: type[Config], stored: Mapping[str, Any]) -> Config:
-    """A config dataclass from what a manifest keeps of it; what it does not keep is as by default."""
+    """Return a config dataclass with the values that a manifest stores; other fields get their defaults."""
     names = {field.name for field in dataclasses.fields(of)}
     return TypeAdapter(of).validate_python({name: value for name, value in stored.items() if name in names})
 
 
 def config_to_dict(config: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A config dataclass as JSON-ready settings, less those that only decide how fast the output is made."""
+    """Return a config dataclass as JSON-ready settings, except those in ``without``, which affect speed only."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in without}
 
 
@@ -198,7 +202,7 @@ Made = TypeVar("Made", bound=Reference)
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StageResult(Generic[Made]):
-    """What a stage returns: the reference, and whether it was there already."""
+    """Result of a stage: the reference, and whether the output was already committed."""
 
     reference: Made
     skipped: bool

@@ -1,12 +1,12 @@
-"""Seen: which URLs a database was asked for and which bytes it was given, found without reading its shards.
+"""URL history: the URLs and image bytes that a domain has already processed, without reading its shards.
 
-Beside the shards that a version adds lies ``seen.npz``: sorted 64-bit hashes of the URLs that were answered for good,
-of those that failed, and of the pictures' bytes, 16 bytes a row. A version lists its own file and those of the versions
-before it (``info["seen"]``); a file takes in the ones before it that are not much larger, so a database built over a
-thousand nights has about ten. Looking 10,000 URLs up among a million rows takes 0.03 s, most of it the file's digest;
-reading the column of the shards themselves would take seconds.
+Each version stores ``seen.npz`` next to the shards that it adds. The file holds sorted 64-bit hashes of the URLs with
+a final outcome, of the URLs that failed, and of the image bytes: 16 bytes a row. A version lists its own file and
+those of earlier versions (``info["seen"]``). A new file merges the preceding files that are not much larger, so a
+database built over a thousand nights has about ten files. Looking up 10,000 URLs among a million rows takes 0.03 s,
+most of it for the file's digest. Reading the URL column of the shards would take seconds.
 
-Two URLs of 10⁹ share a hash with probability 3 %, and a new one meets an old hash once in 10¹⁰: it would be left out.
+Among 10⁹ URLs, two share a hash with probability 3 %. A new URL matches an old hash once in 10¹⁰ and is then skipped.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ from tasks.references.types import ImageShards
 Hashed = NDArray[np.uint64]
 
 FINAL_OUTCOMES = ("success", DUPLICATE, TAKEN_DOWN)
-"""Outcomes after which a URL is not asked again, even where failures are."""
+"""Outcomes after which a URL is not requested again, even when failed URLs are retried."""
 _FILE = "seen.npz"
-_TAKE_IN = 2  # an older file of up to so many times the new one's rows is merged into it
+_MERGE_RATIO = 2  # an older file with up to this many times the rows of the new one is merged into it
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Hashes:
-    """Sorted hashes, each once: of URLs answered for good, of URLs that failed, of pictures' bytes."""
+    """Sorted unique hashes of URLs with a final outcome, of URLs that failed, and of image bytes."""
 
     answered: Hashed
     failed: Hashed
@@ -45,7 +45,7 @@ class Hashes:
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
-        """The union of several."""
+        """Return the union of several."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(*(_union([getattr(part, name) for part in parts]) for name in names))
 
@@ -54,15 +54,15 @@ class Hashes:
 
 
 class UrlHistory:
-    """What a version of image shards has seen."""
+    """URLs and image bytes that a version of image shards has processed."""
 
     def __init__(self, parts: list[Hashes], files: list[dict[str, Any]]) -> None:
-        """``parts`` in the order of ``files``; a part without a file comes last."""
+        """Create a history from ``parts`` in the order of ``files``; a part without a file comes last."""
         self._parts, self._files = parts, files
 
     @classmethod
     def of(cls, images: ImageShards, cache: Path) -> Self:
-        """Open the files that the version lists, or read its shards' columns where it lists none."""
+        """Open the files that the version lists; if it lists none, read the columns of its shards."""
         manifest = images.manifest()
         files = manifest.info.get("seen")
         if files is None:
@@ -70,31 +70,31 @@ class UrlHistory:
         return cls([_read(file, cache) for file in files], list(files))
 
     def asked(self, urls: Iterable[str], *, failed_too: bool) -> NDArray[np.bool_]:
-        """Which URLs were asked for; of those that failed only where ``failed_too``."""
+        """Return an (n,) mask of the URLs that were requested before. Failed URLs count only with ``failed_too``."""
         hashed = hash_texts(urls)
         lists = [part.answered for part in self._parts] + [part.failed for part in self._parts if failed_too]
-        return _among(hashed, lists)
+        return _is_in_any(hashed, lists)
 
     def holds(self, digests: Iterable[str]) -> NDArray[np.bool_]:
-        """Which bytes, by hex sha256, were given already."""
-        return _among(hash_digests(digests), [part.content for part in self._parts])
+        """Return an (n,) mask of the images, given as hex sha256 of their bytes, that the version contains."""
+        return _is_in_any(hash_digests(digests), [part.content for part in self._parts])
 
     def kept(self, folder_uri: str) -> list[dict[str, Any]]:
-        """The files as they are; written below ``folder_uri`` first where there are none."""
+        """Return the list of files for a manifest's ``info``; if there are none, write one to ``folder_uri`` first."""
         return self._files or [write_seen(folder_uri, Hashes.joined(self._parts))]
 
     def extended(self, folder_uri: str, added: Hashes) -> list[dict[str, Any]]:
-        """Write ``added`` beside the shards at ``folder_uri``; the list of files for that version's ``info``."""
+        """Write ``added`` next to the shards at ``folder_uri``; return the list of files for the version's ``info``."""
         parts, files = list(self._parts), list(self._files)
         own = [added, *parts[len(files) :]]
-        while files and files[-1]["rows"] <= _TAKE_IN * sum(len(part) for part in own):
+        while files and files[-1]["rows"] <= _MERGE_RATIO * sum(len(part) for part in own):
             files.pop()
             own.append(parts[len(files)])
         return [*files, write_seen(folder_uri, Hashes.joined(own))]
 
 
 def write_seen(folder_uri: str, hashes: Hashes) -> dict[str, Any]:
-    """Store the file below ``folder_uri``; how it stands in a manifest's ``info["seen"]``."""
+    """Store the file in ``folder_uri``; return its entry for a manifest's ``info["seen"]``."""
     with storage.scratch() as folder:
         path = folder / _FILE
         np.savez(path, **dataclasses.asdict(hashes))
@@ -104,19 +104,19 @@ def write_seen(folder_uri: str, hashes: Hashes) -> dict[str, Any]:
 
 
 def hashes_of(folder_uri: str, of: Iterable[artifacts.Shard], cache: Path) -> Hashes:
-    """The hashes of shards of the version at ``folder_uri``, from their tables."""
+    """Compute the hashes of shards of the version at ``folder_uri`` from their tables."""
     parts = [_hashes(artifacts.fetch_shard(folder_uri, shard, ".parquet", cache)) for shard in of]
     return Hashes.joined([Hashes(*(np.empty(0, np.uint64) for _ in range(3))), *parts])
 
 
 def hash_texts(texts: Iterable[str]) -> Hashed:
-    """(n,) 64-bit hashes of texts; a missing one counts as empty."""
+    """Return (n,) uint64 hashes of texts; None counts as the empty text."""
     digests = b"".join(hashlib.blake2b((text or "").encode(), digest_size=8).digest() for text in texts)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
 
 def hash_digests(digests: Iterable[str]) -> Hashed:
-    """(n,) the first 64 bits of hex digests."""
+    """Return the first 64 bits of hex digests as (n,) uint64."""
     return np.array([int(digest[:16], 16) for digest in digests], dtype=np.uint64)
 
 
@@ -132,7 +132,7 @@ def _hashes(parquet: Path) -> Hashes:
 
 
 def history_files(manifest: artifacts.Manifest) -> list[tuple[str, artifacts.File]]:
-    """The folder and the file of each entry of ``info["seen"]``. Raises ``IntegrityError`` for one that is none."""
+    """Return folder and file of each entry of ``info["seen"]``. Raises ``IntegrityError`` for an invalid entry."""
     return [_located(entry) for entry in manifest.info.get("seen") or ()]
 
 
@@ -141,7 +141,7 @@ def _located(entry: Any) -> tuple[str, artifacts.File]:
         return validation.uri(entry["folder"]), artifacts.File(**entry["file"])
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(
-            f"a manifest's list of seen URLs is damaged ({error}); download the images again"
+            f"the URL history in a manifest is damaged ({error}); download the images again"
         ) from error
 
 
@@ -152,9 +152,9 @@ def _read(entry: dict[str, Any], cache: Path) -> Hashes:
         with np.load(path) as stored:
             hashes = [stored[name] for name in names]
     except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise IntegrityError(f"{path} holds no hashes of URLs ({error}); download the images again") from error
+        raise IntegrityError(f"{path} is not a readable URL history ({error}); download the images again") from error
     if any(array.dtype != np.uint64 or array.ndim != 1 for array in hashes):
-        raise IntegrityError(f"{path} holds no lists of 64-bit hashes; download the images again")
+        raise IntegrityError(f"{path} is not a URL history of 64-bit hashes; download the images again")
     return Hashes(*hashes)
 
 
@@ -162,11 +162,11 @@ def _union(arrays: list[Hashed]) -> Hashed:
     return np.unique(np.concatenate(arrays))
 
 
-def _among(hashed: Hashed, lists: list[Hashed]) -> NDArray[np.bool_]:
-    """Which of ``hashed`` any of the sorted ``lists`` has."""
+def _is_in_any(hashed: Hashed, lists: list[Hashed]) -> NDArray[np.bool_]:
+    """Return an (n,) mask of the ``hashed`` values that occur in any of the sorted ``lists``."""
     found = np.zeros(len(hashed), dtype=np.bool_)
-    for known in lists:
-        if len(known):
-            places = np.minimum(np.searchsorted(known, hashed), len(known) - 1)
-            found |= known[places] == hashed
+    for values in lists:
+        if len(values):
+            places = np.minimum(np.searchsorted(values, hashed), len(values) - 1)
+            found |= values[places] == hashed
     return found

@@ -1,4 +1,4 @@
-"""What tests of several stages share."""
+"""Fixtures shared by the tests of several stages."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from infra import compute
 
 @pytest.fixture
 def alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[WithoutRay]:
-    """Workers in this process, except for the tests that are about them."""
+    """Run workers in this process, except in tests marked ``on_ray``."""
     fake = WithoutRay()
     if "on_ray" not in request.keywords:
         fake.install(monkeypatch)

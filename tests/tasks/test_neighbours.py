@@ -1,4 +1,4 @@
-"""The neighbours of a set in a database."""
+"""Tests of the neighbours stage."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tasks.neighbours import find_neighbours
 pytestmark = pytest.mark.usefixtures("alone")
 
 
-def test_a_row_is_not_its_own_neighbour_wherever_the_database_has_it_from(tmp_path: Path) -> None:
+def test_find_neighbours_excludes_own_row_and_copies_from_other_sources(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(600)
     ours = stored(tmp_path / "ours", np.split(rows[:300], 3))
     elsewhere = np.concatenate([rows[300:], rows[100:200][::-1]])
@@ -26,7 +26,7 @@ def test_a_row_is_not_its_own_neighbour_wherever_the_database_has_it_from(tmp_pa
         assert not (neighbours == theirs[:, None]).all(axis=2).any()
 
 
-def test_images_that_a_domain_has_taken_down_since_are_not_trained_on(tmp_path: Path) -> None:
+def test_find_neighbours_of_images_taken_down_later_raises_input_error(tmp_path: Path) -> None:
     rows, cache = tiny_models.unit_rows(400), tmp_path / "cache"
     embeddings = stored(tmp_path, np.split(rows[:300], 3))
     first = build(embeddings, tmp_path)
@@ -34,7 +34,7 @@ def test_images_that_a_domain_has_taken_down_since_are_not_trained_on(tmp_path: 
     down = without(np.array([107, 250]), tmp_path)
     second = build(embeddings, tmp_path, previous=first, takedown=down)
     for version in (first, second):
-        with pytest.raises(InputError, match=r"^2 pictures of .* were taken down and are still among those"):
+        with pytest.raises(InputError, match=r"^2 images of .* were taken down but are still in the training set"):
             find_neighbours(embeddings, version, str(tmp_path), 5, cache=cache)
     theirs = stored(tmp_path / "theirs", [rows[300:]])
     assert find_neighbours(theirs, first, str(tmp_path), 5, cache=cache).reference.rows == 100

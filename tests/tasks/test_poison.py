@@ -1,4 +1,4 @@
-"""An image that kills the process that decodes it costs its own row, at download and at embedding."""
+"""An image that kills the process decoding it loses only its own row, in the download and in the embedding stage."""
 
 import hashlib
 import sys
@@ -22,7 +22,7 @@ from tasks.embed.worker import DECODER_DIED, EmbedShard, WorkerConfig
 
 HEALTHY = [encoded(drawn(colour, shape)) for colour in COLOURS for shape in SHAPES][:7]
 POISONED = HEALTHY[3] + poison.MARK
-FEEDING = WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1)
+CONFIG = WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1)
 TESTS = str(Path(__file__).parents[1])
 
 
@@ -36,10 +36,10 @@ def rows_of(uri: str, shard: artifacts.Shard, cache: Path) -> Any:
     return np.load(artifacts.fetch_shard(uri, shard, ".npy", cache))
 
 
-def test_embed_shard_isolated_leaves_out_the_image_that_kills(tmp_path: Path) -> None:
+def test_embed_shard_isolated_skips_only_the_image_that_kills_its_decoder(tmp_path: Path) -> None:
     uri, source = images_of(tmp_path / "a", *HEALTHY[:3], POISONED, *HEALTHY[4:])
     out = str(tmp_path / "out")
-    shard = EmbedShard(uri, out, FEEDING, tmp_path / "cache", poison.fit).isolated((source.name, (source, None, None)))
+    shard = EmbedShard(uri, out, CONFIG, tmp_path / "cache", poison.fit).isolated((source.name, (source, None, None)))
     assert shard.info["outcomes"] == {"success": 6, DECODER_DIED: 1}
     (key,) = shard.info[DECODER_DIED]
     assert key.endswith("3")
@@ -47,35 +47,35 @@ def test_embed_shard_isolated_leaves_out_the_image_that_kills(tmp_path: Path) ->
     assert key not in table["key"].to_pylist()
 
     uri, source = images_of(tmp_path / "b", *HEALTHY[:3], HEALTHY[3][:60], *HEALTHY[4:])
-    damaged = EmbedShard(uri, str(tmp_path / "other"), FEEDING, tmp_path / "cache")((source.name, (source, None, None)))
+    damaged = EmbedShard(uri, str(tmp_path / "other"), CONFIG, tmp_path / "cache")((source.name, (source, None, None)))
     assert damaged.info["outcomes"] == {"success": 6, "decode_error": 1}
     expected = rows_of(str(tmp_path / "other"), damaged, tmp_path / "cache")
     np.testing.assert_array_equal(rows_of(out, shard, tmp_path / "cache"), expected)
 
 
-def test_embed_shard_isolates_when_decoders_of_a_gpu_worker_die_twice(
+def test_embed_shard_after_second_decoder_death_isolates_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tasks.embed import worker
 
     uri, source = images_of(tmp_path, *HEALTHY[:3], POISONED)
-    embed = EmbedShard(uri, str(tmp_path / "out"), FEEDING, tmp_path / "cache", poison.fit)
-    pools = partial(worker._pool, WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=True, decoders=1))
-    monkeypatch.setattr(worker, "_pool", lambda _: pools())
+    embed = EmbedShard(uri, str(tmp_path / "out"), CONFIG, tmp_path / "cache", poison.fit)
+    pools = partial(worker._decoder_pool, WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=True, decoders=1))
+    monkeypatch.setattr(worker, "_decoder_pool", lambda _: pools())
     embed._decoders = pools()
     assert embed((source.name, (source, None, None))).info["outcomes"] == {"success": 3, DECODER_DIED: 1}
 
 
 @pytest.fixture
 def listed() -> Any:
-    """A list of URLs whose fourth image kills, and a policy that may ask for them."""
+    """A URL list whose fourth image kills its decoder, a policy that allows its host, and the server."""
     replies = {f"/{n}.png": Reply(body=body) for n, body in enumerate([*HEALTHY[:3], POISONED, *HEALTHY[4:]])}
     with LoopbackServer(replies) as server:
         policy = DownloadPolicy(allow_hosts=(server.host,), threads=2, retries=0)
         yield pa.table({"url": [server.url(path) for path in replies]}), policy, server
 
 
-def test_download_shard_gives_the_image_that_kills_its_error_class(
+def test_download_shard_with_image_that_kills_records_decoder_died(
     listed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, policy, server = listed
@@ -89,11 +89,11 @@ def test_download_shard_gives_the_image_that_kills_its_error_class(
     server.replies["/3.png"] = Reply(status=404)
     download_shard(0, rows, tmp_path / "b", policy)
     tars = [(tmp_path / folder / "00000.tar").read_bytes() for folder in "ab"]
-    assert hashlib.sha256(tars[0]).digest() == hashlib.sha256(tars[1]).digest(), "the rest is stored as without it"
+    assert hashlib.sha256(tars[0]).digest() == hashlib.sha256(tars[1]).digest(), "the other images must be unaffected"
 
 
 def by_value(build: Callable[..., Any]) -> Callable[..., Any]:
-    """``build`` as a factory for a worker, to which the tests are not shipped."""
+    """Return ``build`` as a worker factory that Ray pickles by value: workers cannot import the tests."""
 
     def factory(*settings: Any) -> Any:
         sys.path.insert(0, TESTS)
@@ -106,12 +106,12 @@ def by_value(build: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.slow
 @pytest.mark.on_ray
-def test_workers_killed_by_an_image_cost_that_image_alone(tmp_path: Path) -> None:
+def test_map_shards_with_image_that_kills_workers_skips_only_that_image(tmp_path: Path) -> None:
     uri, source = images_of(tmp_path, *HEALTHY[:3], POISONED, *HEALTHY[4:])
     cache = tmp_path / "cache"
     with compute.cluster(cores=1):
         embeds = by_value(lambda poison, *settings: EmbedShard(*settings, poison.fit))
-        settings: tuple[Any, ...] = (uri, str(tmp_path / "out"), FEEDING, cache)
+        settings: tuple[Any, ...] = (uri, str(tmp_path / "out"), CONFIG, cache)
         work = [(source.name, (source, None, None))]
         (embedded,) = compute.map_shards(embeds, settings, work, actors=1, concurrency=2, description="embeddings")
     assert embedded.info["outcomes"] == {"success": 6, DECODER_DIED: 1}

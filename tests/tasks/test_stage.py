@@ -1,4 +1,4 @@
-"""What all stages share: skip, count what was lost, retry only what may pass."""
+"""Tests of the common stage code: skipping, failed shards, retries and repairs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +14,9 @@ from tasks.stage import check_files, run_shards, run_stage, stage_task
 
 
 def counting() -> Any:
-    """A worker that commits a shard of as many rows as its item says; an item of 0 is beyond it.
+    """Return a worker that commits a shard with as many rows as its item says, and fails for an item of 0.
 
-    Made in here so that it travels to Ray by value: its workers cannot import the tests.
+    Defined inside a function so that Ray pickles it by value: its workers cannot import the tests.
     """
 
     class Counting:
@@ -40,7 +40,7 @@ def stage_at(folder: Path) -> artifacts.ArtifactBuilder:
 
 
 def unreachable() -> Any:
-    """A worker whose store is down, save for items of more than 0."""
+    """Return a worker whose store is unreachable, except for items above 0."""
 
     class Unreachable:
         def __init__(self, uri: str, folder: str) -> None:
@@ -57,19 +57,20 @@ def unreachable() -> Any:
     return Unreachable
 
 
-def test_a_store_that_is_down_ends_the_stage_early_and_may_pass(tmp_path: Path) -> None:
+def test_run_shards_with_unreachable_store_stops_early_with_transient_error(tmp_path: Path) -> None:
     stage = stage_at(tmp_path)
     items = [(f"{number:05d}", int(number == 0)) for number in range(30)]
     with compute.cluster(cores=1), pytest.raises(TransientError) as caught:
         run_shards(stage, items, unreachable(), (stage.uri, str(tmp_path)), actors=1, max_lost_fraction=1.0)
     assert str(caught.value) == (
-        "images: 29 of 30 shards have to wait (the store could not be reached); the other 1 are committed"
+        "images: 29 of 30 shards failed for now (the store could not be reached); the other 1 are committed, "
+        "run again to resume"
     )
     assert list(stage.done()) == ["00000"]
     assert len(list(tmp_path.glob("tried-*"))) < 10
 
 
-def test_committed_output_is_not_made_again(tmp_path: Path) -> None:
+def test_run_stage_with_committed_output_skips(tmp_path: Path) -> None:
     stage, made = stage_at(tmp_path), []
 
     def make() -> artifacts.Manifest:
@@ -81,7 +82,7 @@ def test_committed_output_is_not_made_again(tmp_path: Path) -> None:
     assert first.reference == second.reference
 
 
-def test_lost_shards_are_named_and_only_those_are_tried_again(tmp_path: Path) -> None:
+def test_run_shards_after_failed_shards_retries_only_those(tmp_path: Path) -> None:
     stage = stage_at(tmp_path)
     settings = (stage.uri, str(tmp_path))
     items = [("00000", 3), ("00001", 0), ("00002", 2)]
@@ -90,13 +91,13 @@ def test_lost_shards_are_named_and_only_those_are_tried_again(tmp_path: Path) ->
             run_shards(stage, items, counting(), settings, actors=1)
         assert sorted(stage.done()) == ["00000", "00002"]
         done, lost = run_shards(stage, items, counting(), settings, actors=1, max_lost_fraction=0.4)
-        assert [shard.rows for shard in done] == [3, 2]  # a second making of these would fail: their folders are there
+        assert [shard.rows for shard in done] == [3, 2]  # running these again would fail: their folders exist
         assert lost == {"00001": "InputError: 00001 cannot be read"}
         with pytest.raises(InputError, match="alone cannot be read"):
             run_shards(stage, [("alone", 0)], counting(), settings, actors=1)
 
 
-def test_more_workers_than_cores_wait_for_nobody(tmp_path: Path) -> None:
+def test_run_shards_with_more_workers_than_cores_does_not_block(tmp_path: Path) -> None:
     stage = stage_at(tmp_path)
     items = [(f"{number:05d}", number + 1) for number in range(6)]
     with compute.cluster(cores=1):
@@ -110,13 +111,13 @@ def test_more_workers_than_cores_wait_for_nobody(tmp_path: Path) -> None:
     assert ([shard.rows for shard in done], lost) == ([1, 2, 3, 4, 5, 6], {})
 
 
-def test_without_a_cluster_a_stage_says_so() -> None:
+def test_compute_run_without_cluster_raises_stage_error() -> None:
     with pytest.raises(StageError, match="run stages inside compute"):
         compute.run(abs, -1)
 
 
 @pytest.mark.parametrize("address", ["10.0.0.5", "10.0.0.5:ray"])
-def test_an_address_without_a_port_is_told_in_one_line(address: str) -> None:
+def test_compute_start_with_address_without_port_raises_one_line_error(address: str) -> None:
     with compute.cluster(address), pytest.raises(InputError) as caught:
         compute.start()
     assert str(caught.value).startswith(f"not an address of a Ray cluster: {address} (")
@@ -125,7 +126,7 @@ def test_an_address_without_a_port_is_told_in_one_line(address: str) -> None:
 
 
 @pytest.mark.parametrize(("error", "tries"), [(TransientError, 3), (InputError, 1), (ZeroDivisionError, 1)])
-def test_only_transient_errors_are_retried(prefect_server: None, error: type[Exception], tries: int) -> None:
+def test_stage_task_retries_only_transient_errors(prefect_server: None, error: type[Exception], tries: int) -> None:
     tried: list[int] = []
 
     @stage_task("fails twice")
@@ -147,7 +148,7 @@ def test_only_transient_errors_are_retried(prefect_server: None, error: type[Exc
 def make_in(
     stage: artifacts.ArtifactBuilder, texts: dict[str, str], made: list[str]
 ) -> Callable[[], artifacts.Manifest]:
-    """What commits a shard for each of ``texts`` that has no marker, and notes its name in ``made``."""
+    """Return a function that commits the shards of ``texts`` without a marker and appends their names to ``made``."""
 
     def make() -> artifacts.Manifest:
         done = stage.done()
@@ -173,8 +174,8 @@ DAMAGE = {
 
 
 @pytest.fixture(params=["local", "moto"])
-def kept(request: pytest.FixtureRequest, tmp_path: Path) -> artifacts.ArtifactBuilder:
-    """A stage on a disk and in an object store."""
+def stored_stage(request: pytest.FixtureRequest, tmp_path: Path) -> artifacts.ArtifactBuilder:
+    """A stage on a local disk and in an object store."""
     base = str(tmp_path)
     if request.param == "moto":
         bucket: Bucket = request.getfixturevalue("moto_bucket")
@@ -192,37 +193,39 @@ def damage(stage: artifacts.ArtifactBuilder, data: bytes | None) -> str:
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_skip_of_a_stage_with_a_damaged_file_is_refused_in_one_line(kind: str, kept: artifacts.ArtifactBuilder) -> None:
-    make = make_in(kept, TEXTS, [])
-    run_stage(kept, ImageShards, make)
+def test_run_stage_with_damaged_file_raises_one_line_error(kind: str, stored_stage: artifacts.ArtifactBuilder) -> None:
+    make = make_in(stored_stage, TEXTS, [])
+    run_stage(stored_stage, ImageShards, make)
     data, reason = DAMAGE[kind]
-    uri = damage(kept, data)
+    uri = damage(stored_stage, data)
     if kind == "other bytes":
-        assert run_stage(kept, ImageShards, make).skipped  # the size is the same: only reading it tells
+        assert run_stage(stored_stage, ImageShards, make).skipped  # the size is the same: only the digest differs
     with pytest.raises(IntegrityError) as caught:
-        run_stage(kept, ImageShards, make, verify=kind == "other bytes")
+        run_stage(stored_stage, ImageShards, make, verify=kind == "other bytes")
     message = str(caught.value)
     assert message.startswith(f"{uri} {reason}")
-    assert message.endswith(f"; restore it, or delete {kept.uri} and run again")
+    assert message.endswith(f"; restore it, or delete {stored_stage.uri} and run again")
     assert "\n" not in message
-    assert storage.exists(storage.join(kept.uri, artifacts.MANIFEST))
+    assert storage.exists(storage.join(stored_stage.uri, artifacts.MANIFEST))
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_skip_of_a_stage_that_repairs_makes_the_damaged_shard_alone(kind: str, kept: artifacts.ArtifactBuilder) -> None:
+def test_run_stage_with_repairs_rebuilds_only_the_damaged_shard(
+    kind: str, stored_stage: artifacts.ArtifactBuilder
+) -> None:
     made: list[str] = []
-    make = make_in(kept, TEXTS, made)
-    first = run_stage(kept, ImageShards, make)
+    make = make_in(stored_stage, TEXTS, made)
+    first = run_stage(stored_stage, ImageShards, make)
     made.clear()
-    uri = damage(kept, DAMAGE[kind][0])
-    again = run_stage(kept, ImageShards, make, verify=True, repairs=True)
+    uri = damage(stored_stage, DAMAGE[kind][0])
+    again = run_stage(stored_stage, ImageShards, make, verify=True, repairs=True)
     assert (again.skipped, made) == (False, ["00001"])
-    assert again.reference == first.reference  # the same content, and so the same digest
+    assert again.reference == first.reference  # the same content and therefore the same digest
     assert storage.read_bytes(uri) == b"one"
-    assert run_stage(kept, ImageShards, make, verify=True, repairs=True).skipped
+    assert run_stage(stored_stage, ImageShards, make, verify=True, repairs=True).skipped
 
 
-def test_repair_that_fails_keeps_the_manifest(tmp_path: Path) -> None:
+def test_run_stage_after_failed_repair_keeps_the_manifest(tmp_path: Path) -> None:
     stage = stage_at(tmp_path)
     first = run_stage(stage, ImageShards, make_in(stage, TEXTS, []))
     uri = damage(stage, None)
@@ -237,7 +240,7 @@ def test_repair_that_fails_keeps_the_manifest(tmp_path: Path) -> None:
     assert storage.read_bytes(uri) == b"one"
 
 
-def test_repair_leaves_the_folder_of_an_earlier_version_to_it(tmp_path: Path) -> None:
+def test_run_stage_with_damage_in_earlier_version_does_not_repair_it(tmp_path: Path) -> None:
     before, after = (artifacts.ArtifactBuilder(str(tmp_path), "images", inputs={}, config={"a": n}) for n in range(2))
     manifest = make_in(before, TEXTS, [])()
 

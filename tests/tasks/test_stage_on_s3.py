@@ -1,4 +1,4 @@
-"""A stage whose object store dies in the middle, and one that finds wrong keys."""
+"""A stage whose object store dies halfway, and stages with a missing bucket or wrong credentials."""
 
 import time
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ SHARDS, SHARD_ROWS = 4, 2
 
 
 @pytest.fixture
-def pictures() -> Iterator[LoopbackServer]:
-    """Pictures that take half a second each, so that there is a middle."""
-    picture = encoded(drawn("red", "circle"))
+def images() -> Iterator[LoopbackServer]:
+    """Serve images that take half a second each, so that the store can be killed halfway."""
+    image = encoded(drawn("red", "circle"))
 
     def slowly() -> Iterator[bytes]:
         time.sleep(0.5)
-        yield picture
+        yield image
 
     with LoopbackServer({f"/{number}.png": Reply(body=slowly) for number in range(SHARDS * SHARD_ROWS)}) as server:
         yield server
@@ -41,15 +41,15 @@ def listed(server: LoopbackServer, folder: Path) -> str:
 
 
 @pytest.mark.s3
-def test_a_stage_whose_store_dies_goes_on_at_the_shard(
-    radosgw_bucket: Bucket, pictures: LoopbackServer, tmp_path: Path
+def test_download_after_store_died_resumes_at_the_missing_shards(
+    radosgw_bucket: Bucket, images: LoopbackServer, tmp_path: Path
 ) -> None:
     bucket, store = radosgw_bucket, radosgw_bucket.store
     assert isinstance(store, RadosGateway)
-    urls = listed(pictures, tmp_path)
+    urls = listed(images, tmp_path)
 
     def run(base: str) -> artifacts.Manifest:
-        return download(urls, f"{bucket.uri}/{base}", config(pictures)).reference.manifest()
+        return download(urls, f"{bucket.uri}/{base}", config(images)).reference.manifest()
 
     def markers() -> set[str]:
         return {key for key in list(bucket.keys()) if "/shards/" in key}
@@ -66,24 +66,24 @@ def test_a_stage_whose_store_dies_goes_on_at_the_shard(
             store.revive()
         assert isinstance(error, TransientError), error
         assert "\n" not in str(error)
-        assert "shards have to wait" in str(error)
-        assert "check that the store is up and run again" in str(error)
-        kept = markers()
-        assert before <= kept
-        assert len(kept) < SHARDS
+        assert "shards failed for now" in str(error)
+        assert "is the store up? then run again" in str(error)
+        committed = markers()
+        assert before <= committed
+        assert len(committed) < SHARDS
         assert not any(key.endswith("manifest.json") for key in list(bucket.keys()))
 
-        asked = len(pictures.requests)
+        requests_before = len(images.requests)
         resumed = run("broken")
-        assert len(pictures.requests) - asked == (SHARDS - len(kept)) * SHARD_ROWS
+        assert len(images.requests) - requests_before == (SHARDS - len(committed)) * SHARD_ROWS
         assert resumed.digest == run("unbroken").digest
 
 
-def test_a_missing_bucket_is_told_before_anything_is_downloaded(
-    bucket: Bucket, pictures: LoopbackServer, tmp_path: Path
+def test_download_into_missing_or_locked_bucket_raises_before_any_request(
+    bucket: Bucket, images: LoopbackServer, tmp_path: Path
 ) -> None:
-    with pytest.raises(NotFoundError, match=r"bucket no-such-bucket does not exist .*; create it or choose"):
-        download(listed(pictures, tmp_path), "s3://no-such-bucket/twemoji", config(pictures))
+    with pytest.raises(NotFoundError, match=r"there is no bucket no-such-bucket .*; make it, or name another root$"):
+        download(listed(images, tmp_path), "s3://no-such-bucket/twemoji", config(images))
     with bucket.store.locked(), pytest.raises(NotFoundError, match=r"; check the credentials and the bucket$"):
-        download(listed(pictures, tmp_path), f"{bucket.uri}/twemoji", config(pictures))
-    assert pictures.requests == []
+        download(listed(images, tmp_path), f"{bucket.uri}/twemoji", config(images))
+    assert images.requests == []

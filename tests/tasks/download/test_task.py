@@ -1,4 +1,4 @@
-"""What a second list costs: only URLs that were not asked for, only bytes that are not there."""
+"""Tests of the download stage, mainly of incremental downloads: only new URLs are requested, only new images kept."""
 
 import datetime
 import decimal
@@ -66,11 +66,11 @@ def outcomes(images: ImageShards) -> dict[str, str]:
     return found
 
 
-def pictures(images: ImageShards, shard: artifacts.Shard) -> dict[str, bytes]:
+def bodies_of(images: ImageShards, shard: artifacts.Shard) -> dict[str, bytes]:
     return dict(tables.iter_images(Path(shard.folder or images.uri) / shard.file(".tar").name))
 
 
-def test_only_new_urls_are_asked_for(lists: Lists) -> None:
+def test_download_with_previous_requests_only_new_urls(lists: Lists) -> None:
     first = lists([*NAMES[:5], "/gone.png"]).reference
     second = lists([*NAMES[3:8], "/gone.png"], previous=first)
     assert sorted(lists.server.requests) == sorted(NAMES[5:8])
@@ -82,20 +82,20 @@ def test_only_new_urls_are_asked_for(lists: Lists) -> None:
     assert manifest.info["outcomes"] == {"success": 8, "http_404": 1}
     assert manifest.info["added"] == {"requested": 3, "outcomes": {"success": 3}}
     assert first.uri not in [given["uri"] for given in manifest.inputs.values()]
-    assert list(pictures(second.reference, manifest.shards[2])) == ["000020000", "000020001", "000020002"]
+    assert list(bodies_of(second.reference, manifest.shards[2])) == ["000020000", "000020001", "000020002"]
 
 
-def test_nothing_new_is_the_version_before(lists: Lists) -> None:
+def test_download_without_new_urls_returns_previous(lists: Lists) -> None:
     first = lists(NAMES[:3]).reference
     again = lists([NAMES[2], NAMES[0]], previous=first)
     assert (again.skipped, again.reference, lists.server.requests) == (True, first, [])
-    assert "lists nothing new" in again.note
+    assert "lists no new URLs" in again.note
 
 
-def test_bytes_that_are_there_are_dropped_and_stay_on_record(lists: Lists) -> None:
+def test_download_of_known_bytes_drops_images_and_records_them(lists: Lists) -> None:
     lists.server.replies |= {f"/again-{n}.png": Reply(body=BODY[NAMES[9]]) for n in range(6)}
     first = lists(NAMES[:4]).reference
-    # Copies within a shard, from one shard to the next, and of the version before.
+    # Copies within a shard, across shards, and of the previous version.
     second = lists(["/again-0.png", "/again-1.png", NAMES[5], "/copy.png", *(f"/again-{n}.png" for n in (2, 3))],
                    previous=first).reference  # fmt: skip
     found = outcomes(second)
@@ -105,24 +105,24 @@ def test_bytes_that_are_there_are_dropped_and_stay_on_record(lists: Lists) -> No
     assert [shard.rows for shard in second.manifest().shards] == [4, 2, 0]
     assert second.manifest().info["added"]["outcomes"] == {"success": 2, "duplicate_content": 4}
     shard = second.manifest().shards[1]
-    assert [len(key) for key in pictures(second, shard)] == [9, 9]
+    assert [len(key) for key in bodies_of(second, shard)] == [9, 9]
     row = tables.read_table(Path(second.uri) / shard.file(".parquet").name).to_pylist()[3]
     assert (row["sha256"], row["status"], row["width"]) == (sha(BODY[NAMES[0]]), "dropped", None)
-    assert lists(["/copy.png", "/again-3.png"], previous=second).skipped  # a copy is not asked for again
+    assert lists(["/copy.png", "/again-3.png"], previous=second).skipped  # a copy is not requested again
 
 
-def test_what_was_taken_down_does_not_come_back(lists: Lists) -> None:
+def test_download_with_takedown_drops_its_urls_and_images(lists: Lists) -> None:
     first = lists(NAMES[:2]).reference
     entries = Entries(frozenset({lists.server.url(NAMES[4])}), frozenset({sha(BODY[NAMES[6]])}))
     taken = commit_takedown(entries, str(lists.folder / "base"), info={}).reference
     second = lists(NAMES[4:7], previous=first, takedown=taken).reference
-    assert sorted(lists.server.requests) == sorted(NAMES[5:7])  # the URL itself is not even asked for
+    assert sorted(lists.server.requests) == sorted(NAMES[5:7])  # the URL itself is not even requested
     assert outcomes(second)[NAMES[6][1:]] == "taken_down"
     assert second.rows == 3
     assert lists(NAMES[4:7], previous=second, takedown=taken).reference == second
 
 
-def test_failures_are_asked_for_again_only_when_told(lists: Lists) -> None:
+def test_download_requests_failed_urls_only_with_retry_failed(lists: Lists) -> None:
     first = lists([NAMES[0], "/gone.png"]).reference
     lists.server.replies["/gone.png"] = Reply(body=BODY[NAMES[1]])
     assert lists([NAMES[0], "/gone.png"], previous=first).skipped
@@ -133,7 +133,7 @@ def test_failures_are_asked_for_again_only_when_told(lists: Lists) -> None:
 
 
 @pytest.mark.parametrize("status", [404, 503])
-def test_what_fails_again_makes_no_version_and_is_asked_again(lists: Lists, status: int) -> None:
+def test_download_whose_retries_all_fail_returns_previous_and_retries_next_time(lists: Lists, status: int) -> None:
     first = lists([NAMES[0], "/gone.png"]).reference
     lists.server.replies["/gone.png"] = Reply(status=status)
     again = lists([NAMES[0], "/gone.png"], previous=first, retry_failed=True)
@@ -144,33 +144,31 @@ def test_what_fails_again_makes_no_version_and_is_asked_again(lists: Lists, stat
     assert lists([NAMES[0], "/gone.png"], previous=first, retry_failed=True).reference.rows == 2
 
 
-def test_a_dead_url_is_recorded_but_a_dead_network_is_not(lists: Lists, tmp_path: Path) -> None:
+def test_download_records_dead_url_but_raises_for_dead_network(lists: Lists, tmp_path: Path) -> None:
     first = lists(NAMES[:2]).reference
     second = lists(["/gone.png"], previous=first).reference
     assert (second.rows, second.manifest().shards[-1].rows) == (2, 0)
     with LoopbackServer({}) as silent:
-        pass  # nobody listens there afterwards
+        pass  # the port is closed afterwards
     urls = write_urls(tmp_path / "silent.jsonl", [silent.url("/x.png"), silent.url("/y.png")])
     policy = DownloadPolicy(allow_hosts=(silent.host,), threads=2, retries=0)
-    with pytest.raises(
-        StageError, match=r"none of the 2 URLs .* \(connection_error 2\).* mend the list or the network"
-    ):
+    with pytest.raises(StageError, match=r"none of the 2 URLs .* \(connection_error 2\).* fix the list or the network"):
         download(str(urls), str(tmp_path / "base"), DownloadConfig(policy=policy), previous=second)
 
 
-def test_killed_between_shards_the_same_version_comes_out(lists: Lists) -> None:
+def test_download_resumes_after_kill_between_shards_with_same_version(lists: Lists) -> None:
     first = lists(NAMES[:4]).reference
     whole = lists([*NAMES[4:9], "/copy.png"], previous=first).reference
     folder = Path(whole.uri)
     (folder / "manifest.json").unlink()
-    (folder / "shards" / "00002.json").unlink()  # the shard that was in hand, its files half there
+    (folder / "shards" / "00002.json").unlink()  # the shard in progress, with incomplete files
     (folder / "00002.tar").write_bytes(b"half")
     again = lists([*NAMES[4:9], "/copy.png"], previous=first).reference
     assert again == whole
     assert sorted(lists.server.requests) == ["/copy.png", NAMES[8]]
 
 
-def test_a_version_without_the_file_of_what_it_has_seen_is_read_itself(tmp_path: Path) -> None:
+def test_url_history_of_version_without_files_reads_its_shards(tmp_path: Path) -> None:
     body = BODY[NAMES[0]]
     images = image_shards(tmp_path, [[("http://host/a.png", body), ("http://host/b.png", None)]])
     seen = UrlHistory.of(images, tmp_path)
@@ -180,7 +178,7 @@ def test_a_version_without_the_file_of_what_it_has_seen_is_read_itself(tmp_path:
     assert seen.holds([sha(body), "0" * 64]).tolist() == [True, False]
 
 
-def test_files_of_a_thousand_nights_are_few(tmp_path: Path) -> None:
+def test_url_history_extended_many_times_has_few_files(tmp_path: Path) -> None:
     files: list[dict[str, Any]] = []
     nothing = np.empty(0, np.uint64)
     for night in range(300):
@@ -194,7 +192,7 @@ def test_files_of_a_thousand_nights_are_few(tmp_path: Path) -> None:
     assert sum(entry["rows"] for entry in files) == 900
 
 
-def test_columns_of_every_kind_are_kept(lists: Lists, tmp_path: Path) -> None:
+def test_download_keeps_columns_of_every_type(lists: Lists, tmp_path: Path) -> None:
     day = datetime.date(2024, 1, 2)
     further = {
         "taken": pa.array([day, None, day]),
@@ -207,38 +205,38 @@ def test_columns_of_every_kind_are_kept(lists: Lists, tmp_path: Path) -> None:
         "nested": pa.array([{"day": day, "tags": ["a"]}] * 3),
         "score": pa.array([0.5, float("nan"), 2.0]),
     }
-    # The third is a copy of the first, and dropped: its further columns are empty then, and keep their type.
+    # The third image is a copy of the first and is dropped: its other columns become null but keep their type.
     paths = [NAMES[0], NAMES[1], "/copy.png"]
     listed = pa.table({"url": [lists.server.url(path) for path in paths], **further})
     first = lists(NAMES[2:3]).reference
-    made = []
+    results = []
     for days in (further["taken"], pa.array([day, day, day])):
         table = listed.set_column(1, "taken", days)
         pq.write_table(table, tmp_path / "urls.parquet")
         config = DownloadConfig(policy=lists.policy)
         options: Any = {"cache": tmp_path, "previous": first}
-        made += [download(str(tmp_path / "urls.parquet"), str(tmp_path), config, **options) for _ in range(2)]
-    assert [outcome.skipped for outcome in made] == [False, True, False, True]
-    assert made[0].reference.uri != made[2].reference.uri, "another date is another list"
-    shard = made[0].reference.manifest().shards[-1]
-    kept = tables.read_table(Path(made[0].reference.uri) / shard.file(".parquet").name)
-    assert kept["error_class"].to_pylist() == ["success", "success", "duplicate_content"]
+        results += [download(str(tmp_path / "urls.parquet"), str(tmp_path), config, **options) for _ in range(2)]
+    assert [result.skipped for result in results] == [False, True, False, True]
+    assert results[0].reference.uri != results[2].reference.uri, "a list with another date must have another key"
+    shard = results[0].reference.manifest().shards[-1]
+    stored = tables.read_table(Path(results[0].reference.uri) / shard.file(".parquet").name)
+    assert stored["error_class"].to_pylist() == ["success", "success", "duplicate_content"]
     for name, values in further.items():
-        assert kept.schema.field(name).type == values.type
-        assert kept[name].slice(0, 2).to_pylist()[0] == values[0].as_py()
-        assert not kept[name][2].is_valid
+        assert stored.schema.field(name).type == values.type
+        assert stored[name].slice(0, 2).to_pylist()[0] == values[0].as_py()
+        assert not stored[name][2].is_valid
 
 
-def test_a_list_is_known_by_the_digest_that_earlier_releases_gave_it(lists: Lists, tmp_path: Path) -> None:
+def test_download_digests_list_as_earlier_releases_did(lists: Lists, tmp_path: Path) -> None:
     (tmp_path / "urls.csv").write_text(f"url,likes,score,name\n{lists.server.url(NAMES[0])},3,0.1,ä\n")
     made = download(str(tmp_path / "urls.csv"), str(tmp_path), DownloadConfig(policy=lists.policy))
     columns = [["url", "likes", "score", "name"], [lists.server.url(NAMES[0])], [3], [0.1], ["ä"]]
     assert made.reference.manifest().inputs["urls"]["digest"] == artifacts.digest_of(columns)
 
 
-def test_a_list_of_which_everything_was_taken_down_is_told(lists: Lists) -> None:
+def test_download_of_list_taken_down_entirely_raises_input_error(lists: Lists) -> None:
     entries = Entries(frozenset({lists.server.url(NAMES[0])}))
     taken = commit_takedown(entries, str(lists.folder / "base"), info={}).reference
-    with pytest.raises(InputError, match="lists nothing that was not taken down"):
+    with pytest.raises(InputError, match=r"every URL of .* was taken down; add other URLs"):
         lists(NAMES[:1], takedown=taken)
     assert read_manifest(taken.uri).rows == 1

@@ -1,4 +1,4 @@
-"""Embedding: one shard for one shard, nothing twice that an earlier version holds, the same content either way."""
+"""Tests of the embedding stage: output per shard, reuse of earlier versions, decoders and resources."""
 
 import dataclasses
 import hashlib
@@ -31,7 +31,7 @@ from infra.errors import StageError
 from infra.formats.tables import read_table, write_table
 from model.encoder.clip import Encoder
 from tasks.embed import worker
-from tasks.embed.task import EmbedConfig, _feeding, _parts, _resources, _reusable, embed
+from tasks.embed.task import EmbedConfig, _partial_shards, _resources, _reusable, _worker_config, embed
 from tasks.embed.worker import EmbedShard, WorkerConfig
 from tasks.references.types import METADATA_SCHEMA, EmbeddingShards, ImageShards
 from tasks.upkeep.rewrite_embeddings import KeepRows
@@ -53,29 +53,29 @@ def encoder() -> Encoder:
 
 
 def image_shards(base: Path, **shards: Sequence[bytes]) -> ImageShards:
-    """Image shards as a download leaves them; keyword ``s00000`` names shard 00000."""
-    names = {name[1:]: list(pictures) for name, pictures in shards.items()}
-    content = {name: [hashlib.sha256(p).hexdigest() for p in pictures] for name, pictures in names.items()}
+    """Commit image shards as the download stage does; keyword ``s00000`` names shard 00000."""
+    names = {name[1:]: list(bodies) for name, bodies in shards.items()}
+    content = {name: [hashlib.sha256(body).hexdigest() for body in bodies] for name, bodies in names.items()}
     stage = artifacts.ArtifactBuilder(str(base), ImageShards.kind, inputs={}, config={"content": content})
-    done = [commit_images(stage.uri, name, pictures, base / "local") for name, pictures in names.items()]
+    done = [commit_images(stage.uri, name, bodies, base / "local") for name, bodies in names.items()]
     return ImageShards.of(stage.commit(done, info={}), stage.uri)
 
 
-def commit_images(uri: str, name: str, pictures: Sequence[bytes], scratch: Path) -> artifacts.Shard:
+def commit_images(uri: str, name: str, bodies: Sequence[bytes], scratch: Path) -> artifacts.Shard:
     records = []
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     with tarfile.open(scratch / f"{name}.tar", "w") as tar:
-        for data in pictures:
+        for data in bodies:
             digest = hashlib.sha256(data).hexdigest()
             key = f"{name}{digest[:6]}"
             member = tarfile.TarInfo(f"{key}.png")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-            known = {"key": key, "url": f"http://x/{key}", "sha256": digest, "width": 48, "height": 48}
-            records.append({"row": len(records), "status": "success", **known})
+            record = {"key": key, "url": f"http://x/{key}", "sha256": digest, "width": 48, "height": 48}
+            records.append({"row": len(records), "status": "success", **record})
     write_table(records, METADATA_SCHEMA, scratch / f"{name}.parquet")
-    return artifacts.commit_shard(uri, name, scratch, rows=len(pictures), info={})
+    return artifacts.commit_shard(uri, name, scratch, rows=len(bodies), info={})
 
 
 def rows_of(embeddings: EmbeddingShards, shard: artifacts.Shard) -> np.ndarray[Any, Any]:
@@ -89,7 +89,7 @@ def embedded(images: ImageShards, base: Path, config: EmbedConfig = CONFIG, **op
     return embed(images, str(base), config, cache=base / "cache", **options).reference
 
 
-def test_one_shard_for_one_shard_in_the_order_of_the_tar(cluster: None, encoder: Encoder, tmp_path: Path) -> None:
+def test_embed_writes_one_shard_per_shard_in_tar_order(cluster: None, encoder: Encoder, tmp_path: Path) -> None:
     broken = IMAGES[3][:60]
     images = image_shards(tmp_path, s00000=[*IMAGES[:3], broken, *IMAGES[4:11]], s00001=IMAGES[11:13])
     outcome = embed(images, str(tmp_path), CONFIG, cache=tmp_path / "cache")
@@ -117,11 +117,11 @@ def test_one_shard_for_one_shard_in_the_order_of_the_tar(cluster: None, encoder:
     assert "copied" not in outcome.note
 
 
-def test_what_an_earlier_version_holds_is_not_embedded_again(cluster: None, tmp_path: Path) -> None:
+def test_embed_with_previous_reuses_shards_and_rows(cluster: None, tmp_path: Path) -> None:
     first = image_shards(tmp_path, s00000=IMAGES[:9], s00001=IMAGES[9:20], s00002=IMAGES[20:24])
-    # The second shard lost two pictures and won one, the third is as it was, the fourth is new.
-    stayed = [*IMAGES[9:12], *IMAGES[14:20], IMAGES[30]]
-    second = image_shards(tmp_path, s00000=IMAGES[:9], s00001=stayed, s00002=IMAGES[20:24], s00003=IMAGES[40:43])
+    # The second shard lost two images and gained one, the third is unchanged, the fourth is new.
+    changed = [*IMAGES[9:12], *IMAGES[14:20], IMAGES[30]]
+    second = image_shards(tmp_path, s00000=IMAGES[:9], s00001=changed, s00002=IMAGES[20:24], s00003=IMAGES[40:43])
     earlier = embedded(first, tmp_path)
     outcome = embed(second, str(tmp_path), CONFIG, cache=tmp_path / "cache", previous=earlier)
     manifest = outcome.reference.manifest()
@@ -129,33 +129,35 @@ def test_what_an_earlier_version_holds_is_not_embedded_again(cluster: None, tmp_
     info = manifest.info
     assert (info["shards_taken_over"], info["copied"], info["embedded"]) == (2, 9, 4)
     assert info["outcomes"] == {"success": 26}
-    assert "9 rows copied, 2 of 4 shards taken over" in outcome.note
+    assert "9 rows copied, 2 of 4 shards reused" in outcome.note
 
-    anew = embedded(second, tmp_path / "elsewhere")
-    assert anew.digest == outcome.reference.digest, "the same content"
-    assert Path(anew.uri).name == Path(outcome.reference.uri).name, "and the same key"
-    assert anew.manifest().info["embedded"] == 26
+    fresh = embedded(second, tmp_path / "elsewhere")
+    assert fresh.digest == outcome.reference.digest, "the content must be the same"
+    assert Path(fresh.uri).name == Path(outcome.reference.uri).name, "the key must be the same"
+    assert fresh.manifest().info["embedded"] == 26
 
     third = embedded(second, tmp_path / "third", previous=outcome.reference)
-    assert {shard.folder for shard in third.manifest().shards} == {earlier.uri, outcome.reference.uri}, "not a chain"
-    assert third.digest == anew.digest
+    assert {shard.folder for shard in third.manifest().shards} == {earlier.uri, outcome.reference.uri}, (
+        "no chain of folders"
+    )
+    assert third.digest == fresh.digest
 
 
-def test_a_image_stored_in_another_size_is_another(cluster: None, tmp_path: Path) -> None:
-    """The digest is of the bytes as downloaded; a list fetched again with a smaller bound has the same."""
+def test_rows_of_image_stored_in_another_size_are_not_reused(cluster: None, tmp_path: Path) -> None:
+    """The digest covers the downloaded bytes, so it is the same when a list is downloaded again with a smaller size."""
     embed = EmbedShard(
         "none", "none", WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1), tmp_path
     )
     images = image_shards(tmp_path, s00000=IMAGES[:3])
     earlier = embedded(images, tmp_path)
     (shard,) = earlier.manifest().shards
-    known = embed._rows_of(shard.reused_from(earlier.uri))
+    reusable = embed._rows_of(shard.reused_from(earlier.uri))
     records = read_table(Path(images.uri) / "00000.parquet").to_pylist()
-    assert [worker._image(record) in known for record in records] == [True] * 3
-    assert not any(worker._image({**record, "width": 24}) in known for record in records)
+    assert [worker._identity_of(record) in reusable for record in records] == [True] * 3
+    assert not any(worker._identity_of({**record, "width": 24}) in reusable for record in records)
 
 
-def test_rows_of_another_making_are_not_taken(cluster: None, tmp_path: Path) -> None:
+def test_embed_with_other_settings_or_weights_reuses_no_rows(cluster: None, tmp_path: Path) -> None:
     folder = tmp_path / "clip"
     shutil.copytree(SHIPPED, folder)
     config = dataclasses.replace(CONFIG, encoder=f"local-dir:{folder}")
@@ -174,7 +176,7 @@ def test_rows_of_another_making_are_not_taken(cluster: None, tmp_path: Path) -> 
     assert changed.digest != earlier.digest
 
 
-def test_a_version_that_kept_no_source_has_its_rows_copied(cluster: None, tmp_path: Path) -> None:
+def test_embed_with_previous_without_source_digest_copies_rows(cluster: None, tmp_path: Path) -> None:
     images = image_shards(tmp_path, s00000=IMAGES[:5])
     earlier = without_source(embedded(images, tmp_path / "before"))
     again = embedded(images, tmp_path / "after", previous=earlier).manifest()
@@ -183,7 +185,7 @@ def test_a_version_that_kept_no_source_has_its_rows_copied(cluster: None, tmp_pa
 
 
 def without_source(embeddings: EmbeddingShards) -> EmbeddingShards:
-    """As a release wrote them that did not keep it."""
+    """Rewrite the manifest as an early release did, without the digest of the source tar."""
     manifest = embeddings.manifest()
     bare = [
         dataclasses.replace(shard, info={name: value for name, value in shard.info.items() if name != "source"})
@@ -194,7 +196,7 @@ def without_source(embeddings: EmbeddingShards) -> EmbeddingShards:
     return EmbeddingShards.open(embeddings.uri)
 
 
-def test_the_same_model_by_another_name_shares_its_rows(cluster: None, tmp_path: Path) -> None:
+def test_embed_with_same_encoder_under_another_name_reuses_shards(cluster: None, tmp_path: Path) -> None:
     shutil.copytree(SHIPPED, tmp_path / "clip")
     images = image_shards(tmp_path, s00000=IMAGES[:5])
     earlier = embedded(images, tmp_path)
@@ -204,14 +206,14 @@ def test_the_same_model_by_another_name_shares_its_rows(cluster: None, tmp_path:
     assert manifest.identity["encoder"]["name"] == named.encoder
 
 
-def test_what_a_subset_left_out_stays_out_whatever_embeds_it(cluster: None, tmp_path: Path) -> None:
-    second_tar = [b"no picture", *IMAGES[6:10]]
-    images = image_shards(tmp_path, s00000=[*IMAGES[:6], b"nor this"], s00001=second_tar)
-    # A picture of the first tar is left out; then what could not be decoded is taken down, and compacted away.
+def test_embed_with_subset_as_previous_skips_the_omitted_images(cluster: None, tmp_path: Path) -> None:
+    second_tar = [b"not an image", *IMAGES[6:10]]
+    images = image_shards(tmp_path, s00000=[*IMAGES[:6], b"not one either"], s00001=second_tar)
+    # One image of the first tar is omitted; then the one that cannot be decoded is taken down and compacted away.
     grown = image_shards(tmp_path / "grown", s00000=IMAGES[:6], s00001=second_tar, s00002=IMAGES[10:12])
     whole, kept = embedded(images, tmp_path), np.arange(6) != 1
     first, second = whole.manifest().shards
-    before, after = (pictures.manifest().shards[0].file(".tar").sha256 for pictures in (images, grown))
+    before, after = (version.manifest().shards[0].file(".tar").sha256 for version in (images, grown))
     folders = [str(tmp_path / "embeddings" / name) for name in ("part", "compacted")]
     part = KeepRows(whole.uri, folders[0], tmp_path / "cache", part=True)((first.name, (first, kept, before)))
     compacted = KeepRows(folders[0], folders[1], tmp_path / "cache")((first.name, (part, np.ones(5, np.bool_), after)))
@@ -225,12 +227,12 @@ def test_what_a_subset_left_out_stays_out_whatever_embeds_it(cluster: None, tmp_
     again = embedded(grown, tmp_path / "again", other, previous=earlier)
     manifest = again.manifest()
     assert [shard.rows for shard in manifest.shards] == [5, 4, 2]
-    assert manifest.info["outcomes"] == {"success": 11, "decode_error": 1}, "what could not be decoded is tried again"
+    assert manifest.info["outcomes"] == {"success": 11, "decode_error": 1}, "decoding must be tried again"
     np.testing.assert_allclose(rows_of(again, manifest.shards[0]), rows_of(whole, first)[kept], atol=1e-3)
-    assert set(_parts(again, grown.manifest().shards)) == {"00000"}, "and at the next time, too"
+    assert set(_partial_shards(again, grown.manifest().shards)) == {"00000"}, "the mark must be inherited"
 
 
-def test_an_encoder_that_changed_between_two_shards_is_found(cluster: None, tmp_path: Path) -> None:
+def test_embed_with_encoder_changed_between_shards_raises_stage_error(cluster: None, tmp_path: Path) -> None:
     folder = tmp_path / "clip"
     shutil.copytree(SHIPPED, folder)
     config = dataclasses.replace(CONFIG, encoder=f"local-dir:{folder}")
@@ -241,17 +243,17 @@ def test_an_encoder_that_changed_between_two_shards_is_found(cluster: None, tmp_
     settings = json.loads((folder / "open_clip_config.json").read_text())
     settings["preprocess_cfg"]["mean"] = [0.9, 0.1, 0.5]
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
-    with pytest.raises(StageError, match=r"changed while .* was filled; delete that folder and run again"):
+    with pytest.raises(StageError, match=r"changed while .* was being written; delete that folder and run again"):
         embedded(images, tmp_path, config)
 
 
-def test_nothing_that_can_be_decoded_is_an_error(cluster: None, tmp_path: Path) -> None:
-    images = image_shards(tmp_path, s00000=[b"no picture", b"nor this"])
-    with pytest.raises(StageError, match=r"no picture of .* could be decoded \(\{'decode_error': 2\}\)"):
+def test_embed_without_decodable_image_raises_stage_error(cluster: None, tmp_path: Path) -> None:
+    images = image_shards(tmp_path, s00000=[b"not an image", b"not one either"])
+    with pytest.raises(StageError, match=r"no image of .* could be decoded \(\{'decode_error': 2\}\)"):
         embedded(images, tmp_path)
 
 
-def test_a_image_that_pillow_finds_no_class_of_error_for_costs_itself_alone(cluster: None, tmp_path: Path) -> None:
+def test_embed_of_image_that_raises_syntax_error_skips_only_that_image(cluster: None, tmp_path: Path) -> None:
     start = IMAGES[0].index(b"IDAT") - 4
     (length,) = struct.unpack_from(">I", IMAGES[0], start)
     data = IMAGES[0][start + 8 : start + 8 + length // 2]
@@ -267,7 +269,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_the_shards_in_hand(cluster: None, tmp_path: Path) -> None:
+def test_embed_after_worker_was_killed_repeats_only_unfinished_shards(cluster: None, tmp_path: Path) -> None:
     shards: Mapping[str, Any] = {f"s{n:05d}": IMAGES[4 * n : 4 * n + 4] * 3 for n in range(10)}
     images = image_shards(tmp_path, **shards)
     killed: list[set[str]] = []
@@ -278,7 +280,7 @@ def test_a_killed_worker_costs_the_shards_in_hand(cluster: None, tmp_path: Path)
         while time.monotonic() < deadline:
             markers = {path.stem for path in (tmp_path / "embeddings").glob("*/shards/[0-9]*.json")}
             if markers:
-                time.sleep(0.05)  # until its result has come back: before, it counts as in hand
+                time.sleep(0.05)  # wait until the driver has its result: until then the shard counts as unfinished
                 (worker,) = workers_of(os.getpid())
                 os.kill(worker, signal.SIGKILL)
                 killed.append(markers)
@@ -290,35 +292,37 @@ def test_a_killed_worker_costs_the_shards_in_hand(cluster: None, tmp_path: Path)
     broken = embedded(images, tmp_path)
     thread.join()
     assert killed
-    assert len(killed[0]) < 10, "it was killed in the middle"
+    assert len(killed[0]) < 10, "the worker must be killed halfway"
     whole = embedded(images, tmp_path / "unbroken")
     assert broken.digest == whole.digest
     first = {path.stem: path.stat().st_mtime_ns for path in Path(broken.uri).glob("shards/*.json")}
     rewritten = {name for name in killed[0] if first[name] > min(first[other] for other in set(first) - killed[0])}
-    assert not rewritten, "what was committed stays"
+    assert not rewritten, "committed shards must not be rewritten"
 
 
-def test_decoders_in_processes_give_what_threads_give(encoder: Encoder) -> None:
-    samples = [(str(number), data) for number, data in enumerate([*IMAGES[:7], b"no picture", *IMAGES[8:10]])]
+def test_decoders_in_processes_and_threads_give_equal_results(encoder: Encoder) -> None:
+    samples = [(str(number), data) for number, data in enumerate([*IMAGES[:7], b"not an image", *IMAGES[8:10]])]
     chunks = [samples[:4], samples[4:8], samples[8:]]
     results = []
-    feeding = WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=True, decoders=2)
-    for pool in (ThreadPoolExecutor(1), worker._pool(feeding)):
+    config = WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=True, decoders=2)
+    for pool in (ThreadPoolExecutor(1), worker._decoder_pool(config)):
         with pool:
-            results.append(list(worker._ahead(pool, worker.fitted, encoder.preprocessing, iter(chunks), depth=2)))
+            results.append(
+                list(worker._decode_ahead(pool, worker.fitted, encoder.preprocessing, iter(chunks), depth=2))
+            )
     for one, other in zip(*results, strict=True):
-        assert one.pictures is not None
-        assert other.pictures is not None
-        assert torch.equal(one.pictures, other.pictures)
+        assert one.images is not None
+        assert other.images is not None
+        assert torch.equal(one.images, other.images)
         assert one.failed == other.failed
     assert [batch.failed for batch in results[0]] == [{}, {"7": "decode_error"}, {}]
 
 
-def test_decoders_that_were_killed_are_replaced(tmp_path: Path) -> None:
+def test_embed_shard_with_killed_decoders_replaces_them(tmp_path: Path) -> None:
     images = image_shards(tmp_path, s00000=IMAGES[:5])
-    feeding = WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1)
-    embed = EmbedShard(images.uri, str(tmp_path / "out"), feeding, tmp_path)
-    doomed: Any = worker._pool(dataclasses.replace(feeding, cuda=True))
+    config = WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1)
+    embed = EmbedShard(images.uri, str(tmp_path / "out"), config, tmp_path)
+    doomed: Any = worker._decoder_pool(dataclasses.replace(config, cuda=True))
     doomed.submit(int).result()
     for process in list(doomed._processes.values()):
         process.kill()
@@ -329,15 +333,13 @@ def test_decoders_that_were_killed_are_replaced(tmp_path: Path) -> None:
     assert embed._decoders is not doomed
 
 
-def test_a_config_that_feeds_nothing_is_refused() -> None:
+def test_embed_config_out_of_range_raises_value_error() -> None:
     for options in ({"batch_size": 0}, {"decoders": 0}, {"gpus_per_worker": -1}):
-        with pytest.raises(ValueError, match=r"at least 1|give 0 for the CPU"):
+        with pytest.raises(ValueError, match=r"at least 1|use 0 for the CPU"):
             EmbedConfig(**options)
 
 
-def test_a_local_encoder_is_the_same_from_every_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_embed_config_makes_path_of_local_encoder_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
     whole = EmbedConfig(encoder="local-dir:clips/mine").encoder
@@ -349,7 +351,7 @@ def test_a_local_encoder_is_the_same_from_every_working_directory(
 
 
 @pytest.mark.parametrize(
-    ("options", "asked", "decoders"),
+    ("options", "expected", "decoders"),
     [
         ({}, {"actors": 16, "cpus_per_actor": 1, "gpus_per_actor": 0}, 1),
         ({"workers": 3}, {"actors": 3, "cpus_per_actor": 1, "gpus_per_actor": 0}, 1),
@@ -359,13 +361,13 @@ def test_a_local_encoder_is_the_same_from_every_working_directory(
     ],
     ids=str,
 )
-def test_workers_share_the_cores_and_gpus(
-    options: dict[str, Any], asked: dict[str, Any], decoders: int, monkeypatch: pytest.MonkeyPatch
+def test_resources_share_cores_and_gpus_among_workers(
+    options: dict[str, Any], expected: dict[str, Any], decoders: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a cluster with 16 cores and 4 GPUs; no more workers are started than these hold (``infra.compute``)."""
+    """On a cluster with 16 cores and 4 GPUs; ``infra.compute`` limits the number of workers to what fits."""
     monkeypatch.setattr(compute, "cpus", lambda: 16)
     monkeypatch.setattr(compute, "gpus", lambda: 4.0)
     config = EmbedConfig(**options)
-    assert _resources(config) == {**asked, "concurrency": 2}
-    feeding = _feeding(config)
-    assert (feeding.decoders, feeding.cuda) == (decoders, "gpus_per_worker" in options)
+    assert _resources(config) == {**expected, "concurrency": 2}
+    worker_config = _worker_config(config)
+    assert (worker_config.decoders, worker_config.cuda) == (decoders, "gpus_per_worker" in options)

@@ -1,4 +1,4 @@
-"""Whoever goes from a version back to what it was made from is told when that is no longer the same."""
+"""Every function that opens the inputs of a version raises if they have changed since."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +31,7 @@ READERS: list[Callable[[DatabaseVersion, Path], Any]] = [
 
 @pytest.fixture(scope="module")
 def remade(tmp_path_factory: pytest.TempPathFactory) -> DatabaseVersion:
-    """A version whose embeddings were deleted and made again, by another encoder."""
+    """A version whose embeddings were deleted and rebuilt with another encoder."""
     inputs = tiny_training.stored_inputs(tmp_path_factory.mktemp("stored"))
     manifest = inputs.embeddings.manifest()
     stage = artifacts.ArtifactBuilder(
@@ -43,9 +43,9 @@ def remade(tmp_path_factory: pytest.TempPathFactory) -> DatabaseVersion:
     return inputs.database
 
 
-@pytest.mark.parametrize("read", READERS, ids=["train", "rows", "pixels", "pictures", "bytes"])
-def test_embeddings_that_were_made_again_are_not_those_of_the_version(
+@pytest.mark.parametrize("read", READERS, ids=["train", "rows", "pixels", "images", "bytes"])
+def test_reader_of_version_with_rebuilt_embeddings_raises_input_error(
     read: Callable[[DatabaseVersion, Path], Any], remade: DatabaseVersion, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"embeddings/\w+ is not what .*database/\w+ was made from; make it again"):
+    with pytest.raises(InputError, match=r"embeddings/\w+ has changed since .*database/\w+ was made from it; rebuild"):
         read(remade, tmp_path)

@@ -1,3 +1,5 @@
+"""Tests of references, encoder checks and stage configs."""
+
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ def manifest_of(tmp_path: Path, name: str, encoder: EncoderIdentity) -> Manifest
 
 
 @pytest.mark.parametrize("reference", [ImageShards, EmbeddingShards, DatabaseVersion, Neighbours, Generator])
-def test_a_reference_opens_a_folder_of_its_kind_and_no_other(reference: type[Reference], tmp_path: Path) -> None:
+def test_open_accepts_only_folders_of_its_kind(reference: type[Reference], tmp_path: Path) -> None:
     uri, manifest = committed(tmp_path, reference.kind, rows=5)
     opened = reference.open(uri)
     assert opened == reference(uri=uri, rows=5, digest=manifest.digest)
@@ -46,29 +48,31 @@ def test_a_reference_opens_a_folder_of_its_kind_and_no_other(reference: type[Ref
     wrong = Neighbours if reference is not Neighbours else Generator
     with pytest.raises(InputError) as caught:
         wrong.open(uri)
-    assert str(caught.value) == f"{uri} holds {reference.kind}, but {wrong.kind} is wanted here"
+    assert str(caught.value) == f"{uri} is an artifact of kind {reference.kind}; give one of kind {wrong.kind}"
 
 
-def test_the_kinds_are_five() -> None:
+def test_reference_kinds_have_their_persisted_names() -> None:
     kinds = [reference.kind for reference in (ImageShards, EmbeddingShards, DatabaseVersion, Neighbours, Generator)]
     assert kinds == ["images", "embeddings", "database", "neighbours", "generator"]
 
 
-def test_a_folder_that_is_not_committed_has_no_reference(tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match=r"has no manifest\.json: it is not a committed artifact"):
+def test_open_of_uncommitted_folder_raises_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"holds no manifest\.json: it is no committed artifact"):
         ImageShards.open(str(tmp_path))
 
 
-def test_a_reference_does_not_follow_a_folder_that_changed(tmp_path: Path) -> None:
+def test_manifest_of_changed_folder_raises_integrity_error(tmp_path: Path) -> None:
     uri, manifest = committed(tmp_path, "embeddings", rows=3)
     reference = EmbeddingShards.open(uri)
     assert committed(tmp_path, "embeddings", rows=4)[0] == uri
     with pytest.raises(IntegrityError) as caught:
         reference.manifest()
-    assert str(caught.value) == f"{uri} is no longer {manifest.digest[:12]}…; name the version meant"
+    assert str(caught.value) == (
+        f"{uri} has changed: its digest is no longer {manifest.digest[:12]}…; give the version to use"
+    )
 
 
-def test_a_reference_is_an_input_of_what_is_made_from_it(tmp_path: Path) -> None:
+def test_as_input_is_stored_in_the_manifest_of_the_output(tmp_path: Path) -> None:
     uri, manifest = committed(tmp_path, "images")
     source = ImageShards.open(uri).as_input()
     assert source == {"uri": uri, "digest": manifest.digest}
@@ -76,23 +80,23 @@ def test_a_reference_is_an_input_of_what_is_made_from_it(tmp_path: Path) -> None
     assert made.inputs == {"images": source}
 
 
-def test_the_encoder_comes_back_from_the_manifest(tmp_path: Path) -> None:
+def test_encoder_of_returns_the_committed_encoder(tmp_path: Path) -> None:
     uri, _ = committed(tmp_path, "database", encoder=BASE)
     assert types.encoder_of(artifacts.read_manifest(uri)) == BASE
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket/root/shapes/database/0123", "/data/shapes/database/0123/"])
-def test_the_domain_is_the_folder_of_a_version(uri: str) -> None:
+def test_domain_of_returns_the_folder_above_the_kind(uri: str) -> None:
     assert types.domain_of(types.DatabaseVersion(uri=uri, rows=1, digest="")) == "shapes"
 
 
-def test_one_encoder_joins(tmp_path: Path) -> None:
+def test_require_same_encoder_with_equal_encoders_returns_it(tmp_path: Path) -> None:
     database, generator = manifest_of(tmp_path, "1", BASE), manifest_of(tmp_path, "2", BASE)
     assert types.require_same_encoder(database=database, generator=generator) == BASE
     assert types.require_same_encoder(database=database) == BASE
 
 
-def test_the_same_encoder_under_another_name_joins(tmp_path: Path) -> None:
+def test_require_same_encoder_ignores_the_name(tmp_path: Path) -> None:
     copied = dataclasses.replace(TINY, name="local-dir:/models/tiny")
     shared = types.require_same_encoder(
         database=manifest_of(tmp_path, "1", TINY), generator=manifest_of(tmp_path, "2", copied)
@@ -100,13 +104,13 @@ def test_the_same_encoder_under_another_name_joins(tmp_path: Path) -> None:
     assert shared == TINY
 
 
-def test_two_encoders_are_refused_with_both_names(tmp_path: Path) -> None:
+def test_require_same_encoder_with_different_encoders_names_both(tmp_path: Path) -> None:
     database, generator = manifest_of(tmp_path, "1", TINY), manifest_of(tmp_path, "2", BASE)
     with pytest.raises(EncoderMismatchError) as caught:
         types.require_same_encoder(database=database, generator=generator)
     assert str(caught.value) == (
         "database was made by sticker-clip (256-d, aaaaaaaa/bbbbbbbb), "
-        "generator by ViT-B-32/laion2b_s34b_b79k (512-d, cccccccc/dddddddd): their embeddings do not compare; "
+        "generator by ViT-B-32/laion2b_s34b_b79k (512-d, cccccccc/dddddddd): their embeddings are not comparable; "
         "rebuild one with the other's encoder"
     )
 
@@ -114,7 +118,7 @@ def test_two_encoders_are_refused_with_both_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change", [{"weights_digest": "e" * 64}, {"preprocess_digest": "e" * 64}, {"dimension": 255}], ids=lambda c: str(*c)
 )
-def test_everything_but_the_name_must_agree(change: dict[str, Any], tmp_path: Path) -> None:
+def test_require_same_encoder_compares_digests_and_dimension(change: dict[str, Any], tmp_path: Path) -> None:
     other = dataclasses.replace(TINY, **change)
     manifests = [manifest_of(tmp_path, name, encoder) for name, encoder in (("1", TINY), ("2", TINY), ("3", other))]
     with pytest.raises(EncoderMismatchError) as caught:
@@ -134,7 +138,7 @@ class Config:
     limits: Limits = dataclasses.field(default_factory=Limits)
 
 
-def test_a_config_keys_a_stage_less_what_only_decides_its_speed(tmp_path: Path) -> None:
+def test_config_to_dict_excludes_speed_settings_from_the_stage_key(tmp_path: Path) -> None:
     assert types.config_to_dict(Config(), without=("threads",)) == {"k": 10, "limits": {"side_px": 64}}
 
     def key(config: Config) -> str:
@@ -146,7 +150,7 @@ def test_a_config_keys_a_stage_less_what_only_decides_its_speed(tmp_path: Path) 
     assert key(Config(limits=Limits(side_px=65))) != key(Config())
 
 
-def test_the_metadata_schema_is_what_other_tools_read() -> None:
+def test_metadata_schema_has_the_columns_that_other_tools_read() -> None:
     assert [(field.name, str(field.type)) for field in types.METADATA_SCHEMA] == [
         ("row", "int64"),
         ("key", "string"),
