@@ -77,7 +77,10 @@ def is_combined(images: ImageShards) -> bool:
 
 
 def merged_images(parts: Sequence[ImageShards], base: str, *, cache: Path) -> StageResult[ImageShards]:
-    """Combine all shards of ``parts`` under new numbers in ``base/images/<key>``, with the first part's config."""
+    """Combine all shards of ``parts`` under new numbers in ``base/images/<key>``.
+
+    Later downloads into the union use the first part's config.
+    """
     sources = [part.manifest() for part in parts]
     # The parts are not inputs, because the shards themselves reference the files that are needed.
     config = {**sources[0].config, "merged": [part.digest for part in parts]}

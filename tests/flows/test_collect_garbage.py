@@ -69,7 +69,7 @@ def test_a_damaged_manifest_stops_the_collection(living: Living, ray: WithoutRay
     path = Path(built.images.reference.uri) / "manifest.json"
     path.write_text(path.read_text()[:-20])
     files = living.files()
-    with pytest.raises(IntegrityError, match="until then nothing is collected"):
+    with pytest.raises(IntegrityError, match="garbage collection is blocked until then"):
         living.collect(dry_run=False)
     assert living.files() == files
 
@@ -150,7 +150,9 @@ def test_a_lost_manifest_stops_the_collection(living: Living, ray: WithoutRay, k
     (manifest,) = (living.root / "shapes" / kind).glob("*/manifest.json")
     manifest.unlink()
     files = living.files()
-    with pytest.raises(IntegrityError, match=r"manifest\.json.*restore it.*until then nothing is collected") as caught:
+    with pytest.raises(
+        IntegrityError, match=r"manifest\.json.*restore it.*garbage collection is blocked until then"
+    ) as caught:
         living.collect(dry_run=False)
     assert "\n" not in str(caught.value)
     assert living.files() == files
@@ -315,7 +317,10 @@ def test_a_cache_that_may_not_be_written_keeps_nothing_from_going(
     monkeypatch.setattr("infra.storage.file_cache.has_pending_purges", lambda _: True)
     assert living.collect(dry_run=False)[0].files
     assert living.collect()[0].files == ()
-    assert "cannot forget what goes (Permission denied): copies of it may stay there; delete" in caplog.text
+    assert (
+        f"cannot purge deleted files from the cache {living.settings.cache_folder}: Permission denied; delete"
+        in caplog.text
+    )
 
 
 def test_what_was_derived_of_images_goes_with_a_later_collection_if_it_was_in_use(

@@ -121,7 +121,7 @@ def test_images_of_a_domain_s_own_are_not_put_out_of_sight_by_a_merge_or_a_subse
         living.build(NAMES[4 + number : 6 + number], domain=domain)
     into: dict[str, Any] = {"domain": "shapes", "root": str(living.root)}
     part = SubsetDatabaseConfig(database="a", where="width > 0", **into)
-    told = "shapes is a database of 4 pictures of its own, .* name another domain, or say --replace"
+    told = "the champion of shapes is built from 4 images of its own .* choose another domain, or pass --replace"
     with pytest.raises(InputError, match=told) as caught:
         merge_databases(MergeDatabasesConfig(databases=("a", "b"), **into))
     assert "\n" not in str(caught.value)
@@ -131,7 +131,7 @@ def test_images_of_a_domain_s_own_are_not_put_out_of_sight_by_a_merge_or_a_subse
     merge_databases(MergeDatabasesConfig(databases=("shapes", "a"), **into))  # nothing of it is lost
     assert living.champion() == set(NAMES[:6])
     living.rebuild(urls=living.listed(*NAMES[:8]))
-    with pytest.raises(InputError, match="shapes is a database of 8 pictures of its own"):
+    with pytest.raises(InputError, match="the champion of shapes is built from 8 images of its own"):
         subset_database(part)
     subset_database(dataclasses.replace(part, replace=True))
     assert living.champion() == set(NAMES[4:6])

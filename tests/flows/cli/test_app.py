@@ -522,4 +522,4 @@ def test_what_upkeep_cannot_do_is_said_in_one_line(domain: Any, tmp_path: Path) 
     refused(run("subset", "reds", "shapes", "--where", "colour == 1", *root), "colour")
     empty = tmp_path / "takedown.txt"
     empty.write_text("http://nowhere/at-all.png\n")
-    refused(run("rebuild-index", "shapes", "--takedown", str(empty), *root), "naming nothing", "at-all.png")
+    refused(run("rebuild-index", "shapes", "--takedown", str(empty), *root), "matches no image", "at-all.png")

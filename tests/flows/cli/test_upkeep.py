@@ -72,7 +72,7 @@ def test_databases_are_made_of_others_by_the_commands(living: Living, ray: Witho
     ):
         refused = run(*command)
         assert (refused.exit_code, refused.stdout) == (1, "")
-        assert "say --replace" in refused.stderr
+        assert "pass --replace" in refused.stderr
         done(*command, "--replace")
         assert living.champion(command[1]) == made
 
