@@ -1,1 +1,1 @@
-"""Index stage."""
+"""Index stage: build, tune and measure a FAISS database version from embedding shards."""

@@ -1,4 +1,4 @@
-"""Hide: the rows of a database that no search returns, because they were taken down or nearly repeat an earlier row."""
+"""Hidden rows: rows that no search returns, because they were taken down or are near-duplicates of an earlier row."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,21 +19,21 @@ from tasks.references.rows import stored_rows
 from tasks.references.types import DatabaseVersion, EmbeddingShards, Takedown
 from tasks.upkeep.takedown import match_rows, match_shards, read_entries
 
-_FEW_SHARDS = 16  # embedding shards; starting actors for so few takes longer than the search
+_FEW_SHARDS = 16  # embedding shards; up to this many, starting actors takes longer than the search
 _GROUP_ROWS = 262_144
-_EFFORT = SearchEffort(nprobe=4, candidates=50)  # near-duplicates share a cell, or lie in the next
+_EFFORT = SearchEffort(nprobe=4, candidates=50)  # near-duplicates are in the same cell or in adjacent ones
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BaseVersion:
-    """A version to which rows were only added: what was found out about its rows still holds."""
+    """A base version to which rows were only added, so that its results for the old rows remain valid."""
 
     version: DatabaseVersion
     shards: int  # embedding shards
     rows: int
 
     def array(self, name: str, cache: Path) -> NDArray[np.int64]:
-        """One of its files of hidden rows."""
+        """Read ``name`` (``taken.npy``, ``pairs.npy`` or ``hidden.npy``) from the version's shard of hidden rows."""
         (shard,) = (shard for shard in self.version.manifest().shards if shard.name == HIDDEN)
         shape = (None, 2) if name == "pairs.npy" else (None,)
         return read_array(artifacts.fetch_shard(self.version.uri, shard, name, cache), np.int64, shape)
@@ -50,35 +50,35 @@ def find_hidden_rows(
     dedup: bool,
     grown: BaseVersion | None,
 ) -> artifacts.Shard:
-    """Find rows to hide among those of index shards that are not committed as a version yet, and commit them.
+    """Find the rows to hide in a version that is not committed yet, and commit them as a shard.
 
-    Near-duplicates (cosine at least ``bound``) among rows that are not taken down are counted, and hidden when
-    ``dedup`` asks for it. What ``grown`` knows is taken over (of pairs only those of the same ``bound``), so that only
-    new rows are searched.
+    Near-duplicates (cosine at least ``bound``) among the rows that are not taken down are counted, and hidden if
+    ``dedup`` is set. The results of ``grown`` are reused (pairs only if its bound is the same), so that only new rows
+    are searched.
     """
-    taken = _taken_down(embeddings, cache, takedown, grown)
+    taken = _find_taken_down(embeddings, cache, takedown, grown)
     pairs: list[NDArray[np.int64]] = []
-    first, items, known = 0, [], 0
+    first, items, reused_shards = 0, [], 0
     if grown is not None and grown.version.manifest().config["near_duplicate_cosine"] == bound:
-        pairs, known = [grown.array("pairs.npy", cache)], grown.shards
+        pairs, reused_shards = [grown.array("pairs.npy", cache)], grown.shards
     for number, shard in enumerate(embeddings.manifest().shards):
-        if number >= known:
+        if number >= reused_shards:
             items.append((shard, first))
         first += shard.rows
     if bound < 1:
         pairs += _search_pairs((folder_uri, list(indexed), embeddings, cache, bound), items)
-    joined = np.unique(np.concatenate([np.zeros((0, 2), np.int64), *pairs]), axis=0)
-    # What repeats only what is taken down is shown in its place.
-    repeated = duplicates_to_hide(joined[~np.isin(joined, taken).any(axis=1)])
-    hidden = np.union1d(taken, repeated) if dedup else taken
-    info = {"taken_down": len(taken), "near_duplicates": len(repeated), "hidden": len(hidden)}
+    all_pairs = np.unique(np.concatenate([np.zeros((0, 2), np.int64), *pairs]), axis=0)
+    # A row whose only near-duplicates are taken down is not hidden.
+    duplicates = duplicates_to_hide(all_pairs[~np.isin(all_pairs, taken).any(axis=1)])
+    hidden = np.union1d(taken, duplicates) if dedup else taken
+    info = {"taken_down": len(taken), "near_duplicates": len(duplicates), "hidden": len(hidden)}
     with storage.scratch() as folder:
-        for name, values in {"taken": taken, "pairs": joined, "hidden": hidden}.items():
+        for name, values in {"taken": taken, "pairs": all_pairs, "hidden": hidden}.items():
             np.save(folder / f"{name}.npy", values)
         return artifacts.commit_shard(folder_uri, HIDDEN, folder, rows=0, info=info)
 
 
-def _taken_down(
+def _find_taken_down(
     embeddings: EmbeddingShards, cache: Path, takedown: Takedown | None, grown: BaseVersion | None
 ) -> NDArray[np.int64]:
     if takedown is None:
@@ -92,27 +92,30 @@ def _taken_down(
 
 
 def _search_pairs(settings: tuple[Any, ...], items: list[tuple[artifacts.Shard, int]]) -> list[NDArray[np.int64]]:
-    """The pairs of every item: few in one task, many over actors."""
+    """Find the near-duplicate pairs of every item: in one task for few items, with an actor pool for many."""
     if not items:
         return []
     if len(items) <= _FEW_SHARDS:
-        return list(compute.run(_search_few, settings, _grouped(items, _GROUP_ROWS), cpus=compute.cpus()))
+        return list(compute.run(_search_few, settings, _group_by_rows(items, _GROUP_ROWS), cpus=compute.cpus()))
     actors = compute.cpus()
     share = sum(shard.rows for shard, _ in items) // actors + 1
-    groups = _grouped(items, min(_GROUP_ROWS, share))
-    found = list(compute.map_shards(_Pairs, settings, groups, actors=actors, description="near-duplicates"))
-    for lost in found:
-        if isinstance(lost, FailedShard):
-            raise StageError(f"near-duplicates could not be looked for ({lost.error}); run again") from lost.error
+    groups = _group_by_rows(items, min(_GROUP_ROWS, share))
+    found = list(compute.map_shards(_PairFinder, settings, groups, actors=actors, description="near-duplicates"))
+    for failed in found:
+        if isinstance(failed, FailedShard):
+            raise StageError(f"search for near-duplicates failed: {failed.error}; run again") from failed.error
     return found
 
 
-def _grouped(items: list[tuple[artifacts.Shard, int]], most: int) -> list[list[tuple[artifacts.Shard, int]]]:
-    """Neighbouring shards of ``most`` rows together, if one has no more: many rows are looked for sooner at once."""
+def _group_by_rows(items: list[tuple[artifacts.Shard, int]], max_rows: int) -> list[list[tuple[artifacts.Shard, int]]]:
+    """Group adjacent shards up to ``max_rows`` rows, since large batches are searched faster.
+
+    A shard with more rows is a group of its own.
+    """
     groups: list[list[tuple[artifacts.Shard, int]]] = []
     rows = 0
     for shard, first in items:
-        if not groups or rows + shard.rows > most:
+        if not groups or rows + shard.rows > max_rows:
             groups.append([])
             rows = 0
         groups[-1].append((shard, first))
@@ -121,12 +124,12 @@ def _grouped(items: list[tuple[artifacts.Shard, int]], most: int) -> list[list[t
 
 
 def _search_few(settings: tuple[Any, ...], groups: list[list[tuple[artifacts.Shard, int]]]) -> list[NDArray[np.int64]]:
-    worker = _Pairs(*settings)
+    worker = _PairFinder(*settings)
     return [worker(group) for group in groups]
 
 
-class _Pairs:
-    """The near-duplicates of neighbouring shards' rows, on a worker."""
+class _PairFinder:
+    """Worker that finds the near-duplicates of the rows of adjacent shards."""
 
     def __init__(
         self, uri: str, indexed: Sequence[Any], embeddings: EmbeddingShards, cache: Path, bound: float

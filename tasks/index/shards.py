@@ -1,12 +1,12 @@
-"""Fill: the index shards of a database, from rows and from the shards of the version before.
+"""Index shards of a database, built from embeddings and from the index shards of the previous version.
 
-    index/NNNNN.faiss     over the embedding shards from NNNNN on, until shard_rows are reached
+    index/NNNNN.faiss     covers the embedding shards from NNNNN on, up to shard_rows rows
 
-Workers fill parts of a shard side by side, and one merges them: a search then finds each cell in one place.
+Workers fill parts of a shard in parallel, and one worker merges them, so that each cell is contiguous in a search.
 
-A version that grew takes over the shards whose rows are the same. Its new rows are a shard of their own, merged with
-the last one unless that is more than twice as large, and so on: a row is copied a few times at most, and however often
-a database of n rows grew, it has about log2(n) shards.
+A version that grows from a previous one reuses the shards whose rows are unchanged. New rows form a shard of their own.
+It is merged with the last shard unless that is more than twice as large, and so on. Thus a row is copied only a few
+times, and a database of n rows has about log2(n) shards however often it grew.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from tasks.references.types import DatabaseVersion, EmbeddingShards
 from tasks.stage import run_shards
 
 PART_ROWS = 262_144
-"""So many rows are filled by one worker; it does not decide what comes out."""
+"""Maximum rows that one worker fills at a time; it does not affect the result."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Group:
     """The embedding shards of one index shard, in row order.
 
-    The ordinal lies in the ids that the index holds, so that shards of several versions can be searched as one.
+    The ordinal is part of the ids in the index, so that shards of several versions can be searched together.
     """
 
     ordinal: int
@@ -36,28 +36,28 @@ class Group:
 
     @property
     def name(self) -> str:
-        """That of its first member."""
+        """Name of the first member."""
         return self.members[0].name
 
     @property
     def rows(self) -> int:
-        """Over all members."""
+        """Total rows of all members."""
         return sum(member.rows for member in self.members)
 
     def source(self, template: artifacts.Shard) -> str:
-        """Names what an index shard is made of: the same quantizer, number and rows make the same file."""
+        """Digest of the shard's inputs: quantizer, ordinal and rows. Equal digests mean equal files."""
         rows = [[one.name, one.file(".npy").sha256] for one in self.members]
         return artifacts.digest_of([template.file(".faiss").sha256, self.ordinal, rows])
 
     def info(self, template: artifacts.Shard, error: float) -> dict[str, Any]:
-        """What the manifest tells of its index shard; ``error`` is the quantizer's."""
+        """Manifest entry of the index shard; ``error`` is the quantization error."""
         names = [one.name for one in self.members]
         return {"members": names, "ordinal": self.ordinal, "error": error, "source": self.source(template)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of an index shard: there already as ``shard``, or yet to be filled."""
+    """Part of an index shard: an existing ``shard``, or None if it is still to be filled."""
 
     group: Group
     shard: artifacts.Shard | None = None
@@ -71,38 +71,38 @@ def fill_shards(
     previous: DatabaseVersion | None,
     cache: Path,
 ) -> list[artifacts.Shard]:
-    """All index shards in row order: those of ``previous`` that still hold the same rows, and the others, made."""
+    """Return all index shards in row order: reuse those of ``previous`` with unchanged rows and build the others."""
     members = embeddings.manifest().shards
     groups = group_shards(members, shard_rows, previous)
-    held = {} if previous is None else _held(previous, members, template)
-    # Never committed: gone once they are merged.
+    reusable = {} if previous is None else _reusable_shards(previous, members, template)
+    # Temporary parts, never committed as an artifact and deleted after the merge.
     parts = artifacts.ArtifactBuilder(stage.uri, "parts", inputs={}, config={"rows": PART_ROWS})
-    found, there = {}, stage.done()
+    found, finished = {}, stage.done()
     fills: list[tuple[str, Group]] = []
     part_fills: list[tuple[str, Group]] = []
     merges: list[tuple[str, tuple[Group, list[Piece]]]] = []
     for group in groups:
-        pieces = pieces_of(group, held, mergeable=template.info.get("mergeable", False))
+        pieces = pieces_of(group, reusable, mergeable=template.info.get("mergeable", False))
         if pieces[0].group != group:
             merges.append((group.name, (group, pieces)))
-            if group.name not in there:
+            if group.name not in finished:
                 part_fills += [(piece.group.name, piece.group) for piece in pieces if piece.shard is None]
         elif pieces[0].shard is not None:
             found[group.name] = pieces[0].shard
         else:
             fills.append((group.name, group))
     settings = (embeddings.uri, stage.uri, template, cache)
-    made = run_shards(stage, fills, _Fill, (*settings, stage.uri))[0]
+    built = run_shards(stage, fills, _Fill, (*settings, stage.uri))[0]
     if merges:
         filled = {part.name: part for part in run_shards(parts, part_fills, _Fill, (*settings, parts.uri))[0]}
-        made += run_shards(stage, merges, _Merge, (*settings[1:], parts.uri, filled))[0]
+        built += run_shards(stage, merges, _Merge, (*settings[1:], parts.uri, filled))[0]
         storage.discard(storage.join(stage.uri, parts.kind))
-    found |= {shard.name: shard for shard in made}
+    found |= {shard.name: shard for shard in built}
     return [found[group.name] for group in groups]
 
 
 def group_shards(shards: Sequence[artifacts.Shard], shard_rows: int, previous: DatabaseVersion | None) -> list[Group]:
-    """The index shards that there are to be: as before where there was a before, then what is new."""
+    """Group embedding shards into index shards: keep the groups of ``previous`` and append groups for new shards."""
     before = [] if previous is None else [one for one in previous.manifest().shards if "members" in one.info]
     starts = {group.info["members"][0] for group in before}
     grouped = {member for group in before for member in group.info["members"]}
@@ -114,15 +114,15 @@ def group_shards(shards: Sequence[artifacts.Shard], shard_rows: int, previous: D
             found.append([])
         found[-1].append(shard)
     if found and found[-1][0].name not in starts:
-        while len(found) > 1 and _joins(found[-2], found[-1], shard_rows):
+        while len(found) > 1 and _should_merge(found[-2], found[-1], shard_rows):
             found[-2:] = [found[-2] + found[-1]]
     numbered = all(group[0].name.isdigit() for group in found)
     return [Group(int(group[0].name) if numbered else n, tuple(group)) for n, group in enumerate(found)]
 
 
-def pieces_of(group: Group, held: dict[str, Piece], *, mergeable: bool) -> list[Piece]:
-    """What ``group`` is made of: shards that are ``held`` (by first member), and parts of at most ``PART_ROWS``."""
-    whole = held.get(group.name)
+def pieces_of(group: Group, reusable: dict[str, Piece], *, mergeable: bool) -> list[Piece]:
+    """Split ``group`` into ``reusable`` shards (by first member) and parts of at most ``PART_ROWS`` rows."""
+    whole = reusable.get(group.name)
     if whole is not None and whole.group == group:
         return [whole]
     if not mergeable:
@@ -137,7 +137,7 @@ def pieces_of(group: Group, held: dict[str, Piece], *, mergeable: bool) -> list[
 
     place = 0
     while place < len(group.members):
-        member, piece = group.members[place], held.get(group.members[place].name)
+        member, piece = group.members[place], reusable.get(group.members[place].name)
         if piece is not None and group.members[place : place + len(piece.group.members)] == piece.group.members:
             end_part()
             pieces.append(piece)
@@ -151,7 +151,7 @@ def pieces_of(group: Group, held: dict[str, Piece], *, mergeable: bool) -> list[
     return pieces
 
 
-def _joins(last: list[artifacts.Shard], new: list[artifacts.Shard], shard_rows: int) -> bool:
+def _should_merge(last: list[artifacts.Shard], new: list[artifacts.Shard], shard_rows: int) -> bool:
     return _rows(last) <= 2 * _rows(new) and _rows(last) + _rows(new) <= shard_rows
 
 
@@ -159,21 +159,23 @@ def _rows(shards: Sequence[artifacts.Shard]) -> int:
     return sum(shard.rows for shard in shards)
 
 
-def _held(previous: DatabaseVersion, members: Sequence[artifacts.Shard], template: artifacts.Shard) -> dict[str, Piece]:
-    """The index shards of ``previous`` whose rows are all still there, by their first member."""
+def _reusable_shards(
+    previous: DatabaseVersion, members: Sequence[artifacts.Shard], template: artifacts.Shard
+) -> dict[str, Piece]:
+    """Index shards of ``previous`` whose rows are all unchanged, by their first member."""
     named = {member.name: member for member in members}
-    held = {}
+    reusable = {}
     for shard in previous.manifest().shards:
         names = shard.info.get("members", ())
         if names and all(name in named for name in names):
             group = Group(shard.info["ordinal"], tuple(named[name] for name in names))
             if group.source(template) == shard.info["source"]:
-                held[group.name] = Piece(group, shard.reused_from(previous.uri))
-    return held
+                reusable[group.name] = Piece(group, shard.reused_from(previous.uri))
+    return reusable
 
 
 class _Fill:
-    """A shard of the index, or a part of one, from rows, on a worker."""
+    """Worker that fills an index shard, or a part of one, with rows."""
 
     def __init__(
         self, embeddings_uri: str, folder_uri: str, template: artifacts.Shard, cache: Path, output_uri: str
@@ -191,7 +193,7 @@ class _Fill:
 
 
 class _Merge:
-    """A shard of the index from its parts, on a worker."""
+    """Worker that merges the parts of an index shard."""
 
     def __init__(
         self, folder_uri: str, template: artifacts.Shard, cache: Path, parts_uri: str, parts: dict[str, artifacts.Shard]

@@ -1,4 +1,4 @@
-"""Tune: how hard a new database must look to reach its recall, measured with held-out queries of both kinds."""
+"""Tune nprobe and re-ranking depth to reach the target recall on held-out image and text queries."""
 
 import dataclasses
 import io
@@ -20,7 +20,7 @@ from tasks.references.types import EmbeddingShards, config_from_manifest
 CURVE = "recall.png"
 RECALL_AT = 10
 _DECIDES_TRUTH = ("texts", "recall_queries", "seed", "dedup", "near_duplicate_cosine")
-"""Settings without which queries and truth are others."""
+"""Settings that determine the queries and their true neighbours."""
 
 
 def tune_database(
@@ -32,27 +32,27 @@ def tune_database(
     config: Any,
     grown: BaseVersion | None,
 ) -> tuple[artifacts.Shard, dict[str, Any]]:
-    """The shard of queries with their true neighbours, and what the manifest tells of effort and recall.
+    """Commit the shard of queries with their true neighbours, and return it with effort and recall for the manifest.
 
-    A database that ``grown`` describes keeps its queries, and only the new rows are looked at for the truth of these;
-    image queries are drawn anew when too few are left of them, or when it has twice the rows that they were drawn from,
-    and all when other settings ask for other ones.
-    ``config`` is the :class:`tasks.index.task.IndexConfig`. The curve is drawn into the folder as ``recall.png``.
+    A database that grew from ``grown`` keeps its queries, and only new rows are searched for their true neighbours.
+    Image queries are chosen again if too few are left, or if the database has twice the rows they were chosen from.
+    All queries are chosen again if the settings that determine them have changed.
+    ``config`` is the :class:`tasks.index.task.IndexConfig`. The recall curve is saved in the folder as ``recall.png``.
     """
-    barred = hidden_ids(folder_uri, hidden, cache)
+    excluded = hidden_ids(folder_uri, hidden, cache)
     database = open_shards(
-        folder_uri, indexed, embeddings, cache, name="tuned", effort=SearchEffort(), hidden=barred, rows_at_once=False
+        folder_uri, indexed, embeddings, cache, name="tuned", effort=SearchEffort(), hidden=excluded, rows_at_once=False
     )
-    kept, drawn_from = (
-        ({}, database.stored) if grown is None else _reusable_queries(database, barred, grown, config, cache)
+    reused, drawn_from = (
+        ({}, database.stored) if grown is None else _reusable_queries(database, excluded, grown, config, cache)
     )
     truths = {
-        "image": kept["image"] if "image" in kept else _pictures(database, barred, config),
-        "text": kept["text"] if "text" in kept else _texts(database, barred, config),
+        "image": reused["image"] if "image" in reused else _image_truth(database, excluded, config),
+        "text": reused["text"] if "text" in reused else _text_truth(database, excluded, config),
     }
-    before = None if grown is None or kept.keys() != truths.keys() else _effort_before(grown, config.target_recall)
+    before = None if grown is None or reused.keys() != truths.keys() else _previous_effort(grown, config.target_recall)
     best, measured = tune(database, truths, config.target_recall, before=before)
-    storage.write_bytes(storage.join(folder_uri, CURVE), _drawn(measured, best, config.target_recall))
+    storage.write_bytes(storage.join(folder_uri, CURVE), _render_curve(measured, best, config.target_recall))
     recalls = {f"recall_at_10_{kind}": best.recalls[kind] if len(truth) else None for kind, truth in truths.items()}
     info = {
         **recalls,
@@ -73,22 +73,22 @@ def tune_database(
         return artifacts.commit_shard(folder_uri, TRUTH, folder, rows=0, info={"drawn_from": drawn_from}), info
 
 
-def _pictures(database: Database, hidden: NDArray[np.int64], config: Any) -> GroundTruth:
-    """Rows drawn by the config's seed as queries, and their truth."""
-    wanted = _image_queries(database, config)
-    picked = _choose_ids(database, hidden, wanted, np.random.default_rng(config.seed))
-    own = database.rows(picked)
-    return exact_neighbours(database.parts, own.astype(np.float32), own=picked, own_rows=own, hidden=hidden)
+def _image_truth(database: Database, hidden: NDArray[np.int64], config: Any) -> GroundTruth:
+    """Choose rows as image queries by the config's seed, and find their true neighbours."""
+    count = _image_query_count(database, config)
+    chosen = _choose_ids(database, hidden, count, np.random.default_rng(config.seed))
+    own = database.rows(chosen)
+    return exact_neighbours(database.parts, own.astype(np.float32), own=chosen, own_rows=own, hidden=hidden)
 
 
-def _texts(database: Database, hidden: NDArray[np.int64], config: Any) -> GroundTruth:
-    """Texts drawn by the config's seed as queries, and their truth."""
+def _text_truth(database: Database, hidden: NDArray[np.int64], config: Any) -> GroundTruth:
+    """Choose text queries by the config's seed, and find their true neighbours."""
     texts = np.empty((0, database.encoder.dimension), dtype=np.float32)
     if config.texts:
         from model.encoder.clip import encoder_for  # only texts need the encoder, which takes seconds to import
 
-        wanted = min(config.recall_queries, len(config.texts))
-        chosen = np.random.default_rng(config.seed).choice(len(config.texts), wanted, replace=False)
+        count = min(config.recall_queries, len(config.texts))
+        chosen = np.random.default_rng(config.seed).choice(len(config.texts), count, replace=False)
         texts = encoder_for(database.encoder).embed_texts([config.texts[i] for i in chosen]).numpy()
     return exact_neighbours(database.parts, texts, hidden=hidden)
 
@@ -96,52 +96,54 @@ def _texts(database: Database, hidden: NDArray[np.int64], config: Any) -> Ground
 def _choose_ids(
     database: Database, hidden: NDArray[np.int64], count: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Ids (count,) of rows that a search may return, each at most once. ``hidden`` are sorted."""
+    """Choose distinct ids (count,) of rows that a search may return. ``hidden`` must be sorted."""
     if 4 * count > len(database):
         return rng.choice(database.ids(), count, replace=False)
-    # Of a billion rows the ids alone would take gigabytes: drawn from all, what is hidden or drawn before is left out.
-    picked = np.zeros(0, dtype=np.int64)
-    while len(picked) < count:
-        picked = np.concatenate([picked, rng.integers(database.stored, size=2 * count)])
-        _, firsts = np.unique(picked, return_index=True)
-        picked = picked[np.sort(firsts)]
-        picked = picked[np.searchsorted(hidden, picked, "left") == np.searchsorted(hidden, picked, "right")]
-    return picked[:count]
+    # The ids of a billion rows would take gigabytes: sample from the whole range, then drop hidden ids and repetitions.
+    chosen = np.zeros(0, dtype=np.int64)
+    while len(chosen) < count:
+        chosen = np.concatenate([chosen, rng.integers(database.stored, size=2 * count)])
+        _, firsts = np.unique(chosen, return_index=True)
+        chosen = chosen[np.sort(firsts)]
+        chosen = chosen[np.searchsorted(hidden, chosen, "left") == np.searchsorted(hidden, chosen, "right")]
+    return chosen[:count]
 
 
-def _image_queries(database: Database, config: Any) -> int:
+def _image_query_count(database: Database, config: Any) -> int:
     return int(min(config.recall_queries, len(database)))
 
 
 def _reusable_queries(
     database: Database, hidden: NDArray[np.int64], grown: BaseVersion, config: Any, cache: Path
 ) -> tuple[dict[str, GroundTruth], int]:
-    """The truth over all rows of those queries that still serve, and how many rows the pictures were drawn from."""
+    """Return the reusable queries with true neighbours over all rows, and the row count the images were chosen from."""
     before = grown.version.manifest()
     stored = config_from_manifest(type(config), before.config)
     if any(getattr(stored, name) != getattr(config, name) for name in _DECIDES_TRUTH):
         return {}, database.stored
     (shard,) = (shard for shard in before.shards if shard.name == TRUTH)
-    truths, drawn_from = _read(grown, shard, cache), shard.info.get("drawn_from", grown.rows)
+    truths, drawn_from = _read_truths(grown, shard, cache), shard.info.get("drawn_from", grown.rows)
     left = len(truths["image"]) - int(np.isin(truths["image"].own, hidden).sum())
-    if 2 * left < _image_queries(database, config) or database.stored >= 2 * drawn_from:
+    if 2 * left < _image_query_count(database, config) or database.stored >= 2 * drawn_from:
         del truths["image"]
         drawn_from = database.stored
     shown = np.setdiff1d(grown.array("hidden.npy", cache), hidden)
-    return {kind: _grown(database, truth, grown.rows, hidden, shown) for kind, truth in truths.items()}, drawn_from
+    return {
+        kind: _extend_truth(database, truth, grown.rows, hidden, shown) for kind, truth in truths.items()
+    }, drawn_from
 
 
-def _grown(
+def _extend_truth(
     database: Database, before: GroundTruth, rows: int, hidden: NDArray[np.int64], shown: NDArray[np.int64]
 ) -> GroundTruth:
-    """The truth of the same queries over more rows, and over those ``shown`` again that were hidden before.
+    """Extend the true neighbours ``before`` of queries over the first ``rows`` rows to all rows of the database.
 
-    Queries that were hidden meanwhile are left out.
+    ``shown`` are rows that were hidden before and no longer are. Queries that are hidden now are dropped.
     """
     before = before.only(~np.isin(before.own, hidden))
     own_rows = before.own_rows
     own = None if own_rows is None else before.own
-    # Rows that were there before are known down to the last of those kept: below it, one of them may be nearer.
+    # Old rows with a score below the last stored neighbour were not stored, so results below it are unreliable.
     lowest = np.where(before.ids >= 0, before.scores, np.inf).min(axis=1, keepdims=True)
     if len(shown):
         found = exact_neighbours([database.rows(shown)], before.queries, own_rows=own_rows)
@@ -154,39 +156,39 @@ def _grown(
     truth = exact_neighbours(
         database.parts, before.queries, own=own, own_rows=own_rows, hidden=hidden, grown_from=(before, rows)
     )
-    unknown = truth.scores < lowest
-    truth.ids[unknown], truth.scores[unknown] = -1, -np.inf
-    again = np.flatnonzero((truth.ids >= 0).sum(axis=1) < RECALL_AT)
-    if len(again):
-        some = exact_neighbours(
+    unreliable = truth.scores < lowest
+    truth.ids[unreliable], truth.scores[unreliable] = -1, -np.inf
+    incomplete = np.flatnonzero((truth.ids >= 0).sum(axis=1) < RECALL_AT)
+    if len(incomplete):
+        complete = exact_neighbours(
             database.parts,
-            truth.queries[again],
-            own=None if own is None else own[again],
-            own_rows=None if own_rows is None else own_rows[again],
+            truth.queries[incomplete],
+            own=None if own is None else own[incomplete],
+            own_rows=None if own_rows is None else own_rows[incomplete],
             hidden=hidden,
         )
-        truth.ids[again], truth.scores[again] = some.ids, some.scores
+        truth.ids[incomplete], truth.scores[incomplete] = complete.ids, complete.scores
     return truth
 
 
-def _effort_before(grown: BaseVersion, target: float) -> SearchEffort | None:
-    """What the version before needs for the same target."""
+def _previous_effort(grown: BaseVersion, target: float) -> SearchEffort | None:
+    """Search effort of the previous version if its target recall is the same, else None."""
     manifest = grown.version.manifest()
     same = manifest.config["target_recall"] == target
     return SearchEffort(**manifest.info["effort"]) if same else None
 
 
-def _read(grown: BaseVersion, shard: artifacts.Shard, cache: Path) -> dict[str, GroundTruth]:
+def _read_truths(grown: BaseVersion, shard: artifacts.Shard, cache: Path) -> dict[str, GroundTruth]:
     truths = {}
     for kind in ("image", "text"):
-        with np.load(artifacts.fetch_shard(grown.version.uri, shard, f"{kind}.npz", cache)) as kept:
-            truths[kind] = GroundTruth(**kept)
+        with np.load(artifacts.fetch_shard(grown.version.uri, shard, f"{kind}.npz", cache)) as arrays:
+            truths[kind] = GroundTruth(**arrays)
     return truths
 
 
-def _drawn(points: Sequence[Point], best: Point, target: float) -> bytes:
-    """The recall/latency curve as PNG."""
-    from matplotlib.figure import Figure  # the stage's many other workers draw nothing
+def _render_curve(points: Sequence[Point], best: Point, target: float) -> bytes:
+    """Render the curve of recall against latency as PNG."""
+    from matplotlib.figure import Figure  # imported here because the other workers of this stage do not plot
 
     figure = Figure(figsize=(6, 4), dpi=120, facecolor="white", layout="constrained")
     axes = figure.subplots()
@@ -198,8 +200,8 @@ def _drawn(points: Sequence[Point], best: Point, target: float) -> bytes:
             )
     axes.axhline(target, color="#6e747d", linewidth=0.8, linestyle="--", label=f"target {target}")
     axes.axvline(best.latency_ms, color="#4a8f5b", linewidth=0.8)
-    told = f"nprobe {best.effort.nprobe}, candidates {best.effort.candidates}"
-    axes.set(xlabel="to find the ids of one query's neighbours, ms", ylabel="recall@10", title=f"chosen: {told}")
+    effort = f"nprobe {best.effort.nprobe}, candidates {best.effort.candidates}"
+    axes.set(xlabel="search latency per query (ids only), ms", ylabel="recall@10", title=f"chosen: {effort}")
     axes.legend(frameon=False)
     encoded = io.BytesIO()
     figure.savefig(encoded, format="png")

@@ -1,8 +1,8 @@
-"""Compact: a version without the bytes of what was taken down.
+"""Compaction: write a version without the bytes of images that were taken down.
 
-Only shards that hold something named are rewritten: the tar without the picture, the table with the row's url and
-sha256 alone (so that it is refused when it is listed again), the embeddings without the row. All others are taken over.
-Nothing is embedded. The old version stays as it is until ``tasks/upkeep/garbage.py`` removes it.
+Only shards that contain such images are rewritten: the tar without the image, the embeddings without the row, and the
+table with only the row's url and sha256, so that the image is rejected if it is listed again. All other shards are
+reused. Nothing is embedded. The old version is unchanged until ``tasks/upkeep/garbage.py`` removes it.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -26,50 +26,50 @@ _READERS = 8
 def compact(
     images: ImageShards, embeddings: EmbeddingShards, takedown: Takedown, base: str, *, cache: Path
 ) -> tuple[StageResult[ImageShards], StageResult[EmbeddingShards]]:
-    """``images`` and ``embeddings`` without what ``takedown`` names; they themselves when they hold none of it."""
-    slimmer = compact_images(images, takedown, base, cache=cache)
-    if slimmer.reference == images:
-        return slimmer, StageResult(reference=embeddings, skipped=True, seconds=0.0, note=slimmer.note)
-    return slimmer, compact_embeddings(embeddings, slimmer.reference, takedown, base, cache=cache)
+    """Remove what ``takedown`` names from ``images`` and ``embeddings``; return them unchanged if nothing matches."""
+    compacted = compact_images(images, takedown, base, cache=cache)
+    if compacted.reference == images:
+        return compacted, StageResult(reference=embeddings, skipped=True, seconds=0.0, note=compacted.note)
+    return compacted, compact_embeddings(embeddings, compacted.reference, takedown, base, cache=cache)
 
 
 def compact_images(images: ImageShards, takedown: Takedown, base: str, *, cache: Path) -> StageResult[ImageShards]:
-    """Image shards without the pictures named, in ``base/images/<key>``."""
+    """Write image shards without the images that ``takedown`` names to ``base/images/<key>``."""
     source = images.manifest()
-    # As with a download that adds, the version before is no input: it must be free to go.
+    # The previous version is not an input, so that garbage collection can delete it (as in incremental downloads).
     config = {**source.config, "previous": images.digest}
     stage = artifacts.ArtifactBuilder(base, ImageShards.kind, inputs={"takedown": takedown.as_input()}, config=config)
-    named = {} if stage.committed() else _keys_named(images, takedown, cache)
+    named = {} if stage.committed() else _matched_keys(images, takedown, cache)
     if not named and not stage.committed():
-        return StageResult(reference=images, skipped=True, seconds=0.0, note="holds nothing that was taken down")
+        return StageResult(reference=images, skipped=True, seconds=0.0, note="contains no image that was taken down")
 
-    def make() -> artifacts.Manifest:
+    def build() -> artifacts.Manifest:
         items = [(shard.name, (shard, named[shard.name])) for shard in source.shards if shard.name in named]
         done, _ = run_shards(stage, items, _DropImages, (images.uri, stage.uri, cache))
         rewritten = {shard.name: shard for shard in done}
-        kept = [rewritten.get(shard.name) or shard.reused_from(images.uri) for shard in source.shards]
+        shards = [rewritten.get(shard.name) or shard.reused_from(images.uri) for shard in source.shards]
         info = {
             "requested": source.info.get("requested", source.rows),
-            "outcomes": sum_outcomes(kept),
+            "outcomes": sum_outcomes(shards),
             "seen": UrlHistory.of(images, cache).kept(stage.uri),
             "shards_rewritten": len(done),
             "pictures_dropped": sum(len(keys) for keys in named.values()),
         }
-        return stage.commit(kept, identity=source.identity, info=info)
+        return stage.commit(shards, identity=source.identity, info=info)
 
-    return run_stage(stage, ImageShards, make, note=_note)
+    return run_stage(stage, ImageShards, build, note=_note)
 
 
 def compact_embeddings(
     embeddings: EmbeddingShards, images: ImageShards, takedown: Takedown, base: str, *, cache: Path
 ) -> StageResult[EmbeddingShards]:
-    """The embeddings of compacted ``images``: what embedding them would give, their rows copied from ``embeddings``."""
+    """Write the embeddings of compacted ``images`` by copying rows from ``embeddings``; nothing is embedded again."""
     source = embeddings.manifest()
     stage = artifacts.ArtifactBuilder(
         base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=source.config
     )
 
-    def make() -> artifacts.Manifest:
+    def build() -> artifacts.Manifest:
         tars = {shard.name: shard for shard in images.manifest().shards}
         affected = [shard for shard in source.shards if tars[shard.name].folder is None]
         masks = match_shards(read_entries(takedown, cache), embeddings, affected, cache)
@@ -79,15 +79,15 @@ def compact_embeddings(
         ]
         done, _ = run_shards(stage, items, KeepRows, (embeddings.uri, stage.uri, cache))
         rewritten = {shard.name: shard for shard in done}
-        kept = [rewritten.get(shard.name) or shard.reused_from(embeddings.uri) for shard in source.shards]
-        info = {"outcomes": sum_outcomes(kept), "lost_shards": {}, "shards_rewritten": len(done)}
-        return stage.commit(kept, identity=source.identity, info=info)
+        shards = [rewritten.get(shard.name) or shard.reused_from(embeddings.uri) for shard in source.shards]
+        info = {"outcomes": sum_outcomes(shards), "lost_shards": {}, "shards_rewritten": len(done)}
+        return stage.commit(shards, identity=source.identity, info=info)
 
-    return run_stage(stage, EmbeddingShards, make, note=_note)
+    return run_stage(stage, EmbeddingShards, build, note=_note)
 
 
 class _DropImages:
-    """A shard's tar and table without the pictures of some keys, on a worker."""
+    """Worker that writes a shard's tar and table without the images of some keys."""
 
     def __init__(self, images_uri: str, folder_uri: str, cache: Path) -> None:
         self._images_uri, self._folder_uri, self._cache = images_uri, folder_uri, cache
@@ -103,15 +103,15 @@ class _DropImages:
             return artifacts.commit_shard(self._folder_uri, name, folder, rows=outcomes.get("success", 0), info=info)
 
 
-def _keys_named(images: ImageShards, takedown: Takedown, cache: Path) -> dict[str, list[str]]:
-    """For each shard that holds any, the keys of its pictures that are named."""
+def _matched_keys(images: ImageShards, takedown: Takedown, cache: Path) -> dict[str, list[str]]:
+    """Map the name of each shard with images that ``takedown`` names to the keys of these images."""
     matcher = Matcher(read_entries(takedown, cache))
 
     def keys(shard: artifacts.Shard) -> list[str]:
         path = artifacts.fetch_shard(images.uri, shard, ".parquet", cache)
         table = tables.read_table(path, ["key", "url", "sha256", "error_class"])
-        held = table.filter(matcher.mask(table))
-        found: list[str] = held.filter(pc.equal(held["error_class"], "success"))["key"].to_pylist()
+        matched = table.filter(matcher.mask(table))
+        found: list[str] = matched.filter(pc.equal(matched["error_class"], "success"))["key"].to_pylist()
         return found
 
     every = images.manifest().shards

@@ -4,11 +4,11 @@
     not (height < 32 or key in ("000000001", "000000002"))
 
 A filter is one SQL condition on the columns url, key, sha256 (text), width and height (px). DuckDB parses and evaluates
-it. Single and double quotes both delimit text. In ``like``, a backslash escapes ``%`` and ``_``. A missing value is in
-no list. Any other comparison with it is unknown, and a row whose condition is unknown does not match.
+it. Single and double quotes both delimit text. In ``like``, a backslash escapes ``%`` and ``_``. For a missing value,
+``in`` is false. Any other comparison with it is unknown, and a row whose condition is unknown does not match.
 
-A filter may come from somebody else. Only the syntax listed below is accepted, so a filter cannot run queries, read
-files or give other rows the next time.
+A filter may come from an untrusted source. Only the syntax listed below is accepted, so that a filter is deterministic
+and cannot run queries or read files.
 """
 
 import json
@@ -27,14 +27,14 @@ _SCHEMA = pa.schema({"url": "string", "key": "string", "sha256": "string", "widt
 _IS_NUMBER = {name: name in ("width", "height") for name in _SCHEMA.names}
 _LIKE = {"~~": "like_escape", "!~~": "not_like_escape", "~~*": "ilike_escape", "!~~*": "not_ilike_escape"}
 _FUNCTIONS = frozenset({*_LIKE, *_LIKE.values(), "+", "-", "*", "/", "//", "%", "length", "lower", "upper"})
-_OTHERS = frozenset({"COMPARE_IN", "OPERATOR_IS_NULL", "OPERATOR_IS_NOT_NULL", "OPERATOR_NOT"})
-_CLASSES = frozenset({"BETWEEN", "COLUMN_REF", "COMPARISON", "CONJUNCTION", "CONSTANT", "FUNCTION"})
+_OTHER_TYPES = frozenset({"COMPARE_IN", "OPERATOR_IS_NULL", "OPERATOR_IS_NOT_NULL", "OPERATOR_NOT"})
+_ALLOWED_CLASSES = frozenset({"BETWEEN", "COLUMN_REF", "COMPARISON", "CONJUNCTION", "CONSTANT", "FUNCTION"})
 _TOKEN = re.compile(r"""'(?:[^']|'')*'|"(?P<quoted>(?:[^"]|"")*)"|(?P<open>[(\[{])|(?P<close>[)\]}])""")
 _QUERY = "SELECT 1 FROM rows WHERE "
 _MAX_CHARACTERS = 10_000
 _MAX_DEPTH = 50
-_SHOWN = 200  # characters of a filter in a message
-_TOO_DEEP = f"is nested too deeply; use at most {_MAX_DEPTH} brackets within each other"
+_MAX_QUOTED = 200  # characters of a filter in a message
+_TOO_DEEP = f"is nested too deeply; use at most {_MAX_DEPTH} nested brackets"
 _ALLOWED = "use comparisons, like, in, between, is null, and, or, not"
 _DATABASE: dict[str, Any] = {
     "enable_external_access": False,
@@ -46,12 +46,12 @@ _DATABASE: dict[str, Any] = {
 
 
 def parse_where(text: str) -> "RowFilter":
-    """Parse and check a filter. Raises ``InputError`` that says what is wrong, and where."""
+    """Parse and check a filter. Raises ``InputError`` that names the problem and its position."""
     return RowFilter(text)
 
 
 class RowFilter:
-    """A checked filter. Threads may share it."""
+    """A checked filter. It is thread-safe."""
 
     def __init__(self, text: str) -> None:
         """Parse and check ``text``. Raises ``InputError``."""
@@ -64,7 +64,7 @@ class RowFilter:
             raise self._error("is not a condition; compare a column, as in width >= 64")
 
     def mask(self, table: pa.Table) -> NDArray[np.bool_]:
-        """Return which rows of ``table`` match. Raises ``InputError`` if the condition of a row cannot be computed."""
+        """Return a mask (n,) of the matching rows. Raises ``InputError`` if the condition cannot be computed."""
         matches = self._select(f"coalesce({self._condition}, false)", table.select(_SCHEMA.names).cast(_SCHEMA))
         return np.array(matches, dtype=np.bool_)
 
@@ -77,12 +77,12 @@ class RowFilter:
                 raise self._error(f"cannot be computed ({str(error).splitlines()[0]}); correct it") from error
 
     def _translated(self) -> str:
-        """Return the text with single quotes for double ones, which delimit names in SQL.
+        """Return the text with double quotes, which delimit names in SQL, replaced by single quotes.
 
-        Brackets are counted here because the parser takes minutes over thousands of them.
+        Brackets are counted here because the parser needs minutes for thousands of them.
         """
         if not self._text.strip() or len(self._text) > _MAX_CHARACTERS:
-            raise self._error(f"has {len(self._text):,} characters; write 1 to {_MAX_CHARACTERS:,}")
+            raise self._error(f"has {len(self._text):,} characters; use 1 to {_MAX_CHARACTERS:,}")
         depth = 0
 
         def translate(token: re.Match[str]) -> str:
@@ -96,7 +96,7 @@ class RowFilter:
         return _TOKEN.sub(translate, self._text)
 
     def _checked(self, sql: str) -> str:
-        """Return the condition as DuckDB writes it, built from the nodes that were checked and nothing else."""
+        """Return the condition as DuckDB formats it, built only from nodes that were checked."""
         tree, template = self._parsed(sql), self._parsed("true")
         condition = tree["statements"][0]["node"].pop("where_clause", None)
         constant = template["statements"][0]["node"].pop("where_clause")
@@ -125,35 +125,35 @@ class RowFilter:
         if kind == "COLUMN_REF":
             column = ".".join(node["column_names"])
             if column.lower() not in _SCHEMA.names:
-                raise self._error(f"has no column {column} to compare; the columns are {', '.join(_SCHEMA.names)}")
+                raise self._error(f"uses an unknown column: {column}; the columns are {', '.join(_SCHEMA.names)}")
         elif kind == "FUNCTION":
             if name not in _FUNCTIONS or node["schema"] or node["catalog"] or node["filter"] or node["distinct"]:
-                raise self._error(f"uses {name}, which is not allowed; of functions there are length, lower and upper")
-        elif kind not in _CLASSES and name not in _OTHERS:
+                raise self._error(f"uses {name}, which is not allowed; use the functions length, lower and upper")
+        elif kind not in _ALLOWED_CLASSES and name not in _OTHER_TYPES:
             raise self._error(f"uses {name.lower()}, which is not allowed; {_ALLOWED}")
         if {_is_number(operand) for operand in _operands(node)} >= {True, False}:
             raise self._error("compares text with a number; write text in quotes and numbers without")
 
     def _error(self, problem: str) -> InputError:
-        shown = self._text if len(self._text) <= _SHOWN else self._text[:_SHOWN] + "…"
+        shown = self._text if len(self._text) <= _MAX_QUOTED else self._text[:_MAX_QUOTED] + "…"
         return InputError(f"the filter {shown!r} {problem}")
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
     """Yield every expression of a parsed condition."""
-    waiting = [tree]
-    while waiting:
-        node = waiting.pop()
+    pending = [tree]
+    while pending:
+        node = pending.pop()
         if isinstance(node, dict):
             if "class" in node:
                 yield node
-            waiting += node.values()
+            pending += node.values()
         elif isinstance(node, list):
-            waiting += node
+            pending += node
 
 
 def _operands(node: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what a node compares with each other; empty for a node that compares nothing."""
+    """Return the operands that ``node`` compares; empty if it compares nothing."""
     if node["class"] in {"COMPARISON", "BETWEEN"}:
         return [node[side] for side in ("left", "right", "input", "lower", "upper") if side in node]
     if node["class"] == "FUNCTION":
@@ -171,9 +171,9 @@ def _is_number(node: dict[str, Any]) -> bool | None:
 
 
 def _keep_meaning(node: dict[str, Any], false: dict[str, Any]) -> None:
-    """Give ``in`` and ``like`` the meaning that filters have and SQL has not: see the module's docstring.
+    """Change ``in`` and ``like`` from SQL semantics to those of the module's docstring.
 
-    Databases are found again by the text of their filter, so a text must keep its meaning.
+    Databases are identified by the text of their filter, so the meaning of a text must not change.
     """
     if node["type"] == "COMPARE_IN":
         children = [dict(node), false]

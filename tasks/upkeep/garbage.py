@@ -1,13 +1,15 @@
-"""Collect: what no kept version refers to, listed, and deleted when told.
+"""Garbage collection: list, and optionally delete, files that no retained version references.
 
-Kept is, of every registered name, what has an alias and the newest ``keep_versions``; what their manifests name as
-inputs, and theirs in turn; and single files of other folders that a kept version has taken over. So is whatever is
-younger than ``grace_s``, and what it refers to, in all domains of the root: it may belong to a run that is not over, or
-was killed and will go on. So is what the domain has taken down, which binds whether or not a version was made with it.
-What is kept is known by where it lies, however the root is spelled.
+Retained are:
 
-A root that was copied together with its registry is not collected: its versions still name the folders of the original,
-so every folder of the copy would count as garbage.
+- of every registered name, the versions with an alias and the newest ``keep_versions``;
+- the inputs that their manifests name, recursively, and single files of other folders that they reuse;
+- artifacts of all domains that are younger than ``grace_s``, with everything they reference, because they may belong
+  to a run that is not finished or that will be resumed;
+- the domain's takedowns, which apply whether or not a version was built with them.
+
+Locations are compared in canonical form. A root that was copied together with its registry is not collected: its
+versions still name the folders of the original, so every folder of the copy would count as garbage.
 """
 
 import dataclasses
@@ -33,15 +35,15 @@ from tasks.upkeep.takedown import Entries, list_takedowns, read_entries
 _KEY = re.compile(r"[0-9a-f]{16}")
 _MARKER = re.compile(r"/shards/[^/]+\.json$")
 _NO_DOMAINS = ("mlflow", "mlflow.db")
-_LISTS = frozenset({"urls"})  # inputs that may be anywhere on the web
+_LISTS = frozenset({"urls"})  # inputs outside the root, e.g. on the web
 DAY_S = 86_400.0
-_BLOCKED = "until then nothing is collected, for it may refer to anything"
+_BLOCKED = "garbage collection is blocked until then, because the manifest may reference any file"
 _READERS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Garbage:
-    """Files that no kept version refers to: (uri, bytes), and whether they are gone."""
+    """Files (uri, size in bytes) that no retained version references, and whether they were deleted."""
 
     domain: str
     files: tuple[tuple[str, int], ...]
@@ -49,7 +51,7 @@ class Garbage:
 
     @property
     def bytes(self) -> int:
-        """What they hold together."""
+        """Total size in bytes."""
         return sum(size for _, size in self.files)
 
 
@@ -63,17 +65,17 @@ def collect(
     grace_s: float = DAY_S,
     check: Callable[[], None] = lambda: None,
 ) -> Garbage:
-    """List what can go below the domain's folder; delete it unless ``dry_run``. The caller holds the domain's lease.
+    """List garbage in the domain's folder, and delete it unless ``dry_run``. The caller must hold the domain's lease.
 
-    Versions are marked before the first deletion, so that what goes was never lost, and a collection that ended early
-    goes on when it is run again. Manifests go first and shard markers next: what is half deleted is taken for committed
-    by nobody. ``check`` is called before every deletion, and raises when the lease is lost: another may have made a
-    champion meanwhile. With image shards, this machine's copies and what was derived of pictures go from its cache,
-    before the markers that list them, and what was in use then the next time.
+    Versions are marked as collected before the first deletion, so that deleted versions do not count as lost, and an
+    interrupted collection resumes when it is run again. Manifests are deleted first and shard markers next, so that a
+    partly deleted artifact never counts as committed. ``check`` is called before every deletion. It raises if the
+    lease is lost, because another process may have registered a champion. If image shards are deleted, their copies
+    and derived files are first purged from the local cache; files in use are purged the next time.
 
     Raises:
-        StageError: nothing of the domain is registered: more likely the wrong registry than a domain of garbage.
-        IntegrityError: a kept version's manifest cannot be read or is not there, so what it refers to is not known;
+        StageError: no version of the domain is registered, which suggests the wrong registry.
+        IntegrityError: the manifest of a retained version is missing or unreadable, so its references are unknown;
             or a version of the domain is registered outside the root.
     """
     registry = Registry(settings)
@@ -82,128 +84,130 @@ def collect(
     folders = _folders(base)
     if folders and not any(version["name"] == DATABASE_PREFIX + domain for version in versions):
         raise StageError(
-            f"no version of {domain} is registered at {uris.masked(settings.tracking_uri)}, so all of {base} would go; "
-            "name the registry that it was registered in, or delete the folder yourself"
+            f"no version of {domain} is registered at {uris.masked(settings.tracking_uri)}, so all of {base} would be "
+            "deleted; set the registry that contains the domain, or delete the folder yourself"
         )
     places = {storage.canonical(folder) for folder in folders}
     _require_own_root(domain, versions, places, settings)
     since = time.time() - grace_s
-    young = {folder for folder, files in folders.items() if max(file.modified for file in files) > since}
-    committed = filter(_is_artifact, young)
-    named = _kept(versions, keep_versions, storage.canonical(base))
+    recent = {folder for folder, files in folders.items() if max(file.modified for file in files) > since}
+    committed = filter(_is_artifact, recent)
+    named = _retained_versions(versions, keep_versions, storage.canonical(base))
     if folders and places.isdisjoint(named):
         raise StageError(
-            f"no version of {domain} registered at {uris.masked(settings.tracking_uri)} refers to a folder of {base}; "
-            "all of it would be deleted: name the registry that it was registered in, or delete the folder yourself"
+            f"no version of {domain} registered at {uris.masked(settings.tracking_uri)} refers to a folder of {base}, "
+            "so all of it would be deleted; set the registry that contains the domain, or delete the folder yourself"
         )
     takedowns = _widest_takedowns(base, settings.cache_folder)
-    kept = reachable([*named, *committed, *takedowns, *_young_elsewhere(settings, domain, since)])
+    retained = reachable([*named, *committed, *takedowns, *_recent_elsewhere(settings, domain, since)])
     to_delete: list[storage.StoredObject] = []
     for folder, files in folders.items():
         place = storage.canonical(folder)
-        if place not in kept.folders and folder not in young:
-            to_delete += _unreferenced(folder, files, kept.files[place])
+        if place not in retained.folders and folder not in recent:
+            to_delete += _unreferenced(folder, files, retained.files[place])
     to_delete.sort(key=_deletion_order)
     if not dry_run:
         check()
         _mark(registry, versions, to_delete)
         digests = _digests(to_delete) if any(file.uri.endswith(".tar") for file in to_delete) else None
-        _forget(digests, settings.cache_folder)
+        _purge_cache(digests, settings.cache_folder)
         for file in to_delete:
             check()
             storage.remove(file.uri)
         if digests:
-            _forget(digests, settings.cache_folder)  # what was read again meanwhile
+            _purge_cache(digests, settings.cache_folder)  # files that were cached again during the deletion
         check()
         _remove_empty(folders, {file.uri for file in to_delete})
     garbage = Garbage(domain=domain, files=tuple((file.uri, file.bytes) for file in to_delete), deleted=not dry_run)
-    state = "deleted" if garbage.deleted else "would go; nothing was deleted"
+    state = "deleted" if garbage.deleted else "listed; nothing was deleted"
     logs.get("stage").info("%-11s %7d files %d bytes of %s  %s", "gc", len(to_delete), garbage.bytes, domain, state)
     return garbage
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reachable:
-    """Folders kept as they are, and of other folders the names of files that are kept."""
+    """Folders that are retained whole, and the names of retained files in other folders."""
 
     folders: set[str]
     files: defaultdict[str, set[str]]
 
 
 def reachable(roots: Iterable[str]) -> Reachable:
-    """What the versions at ``roots`` refer to, themselves included."""
-    kept = Reachable(set(), defaultdict(set))
-    waiting = [storage.canonical(uri) for uri in roots]
-    while waiting:
-        uri = waiting.pop()
-        if uri in kept.folders:
+    """Return everything that the artifacts at ``roots`` reference, including themselves."""
+    retained = Reachable(set(), defaultdict(set))
+    pending = [storage.canonical(uri) for uri in roots]
+    while pending:
+        uri = pending.pop()
+        if uri in retained.folders:
             continue
         if not _is_artifact(uri):
             if _KEY.fullmatch(uri.rpartition("/")[2]) and storage.list_names(uri):
-                raise IntegrityError(f"{uri} has lost its {artifacts.MANIFEST}; restore it; {_BLOCKED}")
+                raise IntegrityError(f"{uri} has no {artifacts.MANIFEST}; restore it; {_BLOCKED}")
             continue
         try:
             manifest = artifacts.read_manifest(uri)
         except IntegrityError as error:
             raise IntegrityError(f"{error}; {_BLOCKED}") from error
-        kept.folders.add(uri)
-        waiting += [storage.canonical(source["uri"]) for name, source in manifest.inputs.items() if name not in _LISTS]
+        retained.folders.add(uri)
+        pending += [storage.canonical(source["uri"]) for name, source in manifest.inputs.items() if name not in _LISTS]
         for shard in manifest.shards:
             if shard.folder is not None:
-                kept.files[storage.canonical(shard.folder)].update(file.name for file in shard.files)
+                retained.files[storage.canonical(shard.folder)].update(file.name for file in shard.files)
         for file in manifest.info.get("seen", ()):
-            _keep_seen(kept, file)
-    return kept
+            _retain_seen(retained, file)
+    return retained
 
 
 def _is_artifact(uri: str) -> bool:
-    """Whether a manifest is there: not below a file of weights, nor where a version's folder is gone."""
+    """Return True if ``uri`` has a manifest. False for a path below a weights file and for a missing folder."""
     try:
         return storage.exists(storage.join(uri, artifacts.MANIFEST))
     except InputError:
         return False
 
 
-def _keep_seen(kept: Reachable, entry: dict[str, Any]) -> None:
-    """A file of ``info["seen"]``; after a union its folder lies below an artifact's."""
+def _retain_seen(retained: Reachable, entry: dict[str, Any]) -> None:
+    """Retain a file of ``info["seen"]``. After a union, its folder is a subfolder of an artifact."""
     folder, name = storage.canonical(entry["folder"]), entry["file"]["name"]
     above, _, last = folder.rpartition("/")
-    kept.files[folder].add(name)
-    kept.files[above].add(f"{last}/{name}")
+    retained.files[folder].add(name)
+    retained.files[above].add(f"{last}/{name}")
 
 
-def _kept(versions: list[dict[str, Any]], keep_versions: int, base: str) -> list[str]:
-    """The folders of versions that have an alias or are among the newest of their name.
+def _retained_versions(versions: list[dict[str, Any]], keep_versions: int, base: str) -> list[str]:
+    """Return the folders of versions that have an alias or are among the newest ``keep_versions`` of their name.
 
-    Raises ``IntegrityError`` where one was lost, not collected; but for other domains that are gone altogether.
+    Raises ``IntegrityError`` if a manifest is missing although the version was not collected. Other domains whose
+    folder is missing are ignored.
     """
     named: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for version in versions:
         named[version["name"]].append(version)
-    own = DATABASE_PREFIX + base.rpartition("/")[2]
-    kept = []
-    for name, several in named.items():
-        newest = {version["version"] for version in sorted(several, key=lambda v: -v["version"])[:keep_versions]}
-        for version in several:
+    domain_name = DATABASE_PREFIX + base.rpartition("/")[2]
+    retained = []
+    for name, same_name in named.items():
+        newest = {version["version"] for version in sorted(same_name, key=lambda v: -v["version"])[:keep_versions]}
+        for version in same_name:
             if not version.get("uri") or not (version["aliases"] or version["version"] in newest):
                 continue
             uri = storage.canonical(version["uri"])
             if _is_artifact(uri):
-                kept.append(uri)
+                retained.append(uri)
                 continue
-            collected = version.get("collected") and not version["aliases"]  # whoever gave it one knew it to be there
-            if not collected and (name == own or uri.startswith(base + "/") or storage.exists(uri)):
+            # An alias proves that the files existed again after the collection.
+            collected = version.get("collected") and not version["aliases"]
+            if not collected and (name == domain_name or uri.startswith(base + "/") or storage.exists(uri)):
                 raise IntegrityError(
-                    f"{name} version {version['version']} was registered at {uri}, where no {artifacts.MANIFEST} is; "
-                    f"restore it, name the root that it lies in, or delete it in the registry; {_BLOCKED}"
+                    f"{name} version {version['version']} was registered at {uri}, which has no {artifacts.MANIFEST}; "
+                    f"restore it, set the root that contains it, or delete the version in the registry; {_BLOCKED}"
                 )
-    return kept
+    return retained
 
 
 def _require_own_root(domain: str, versions: list[dict[str, Any]], places: set[str], settings: Settings) -> None:
     """Raise ``IntegrityError`` if a version of the domain that was not collected is registered outside the root.
 
-    ``places`` are the canonical folders of the domain: a link below the root may lead out of it.
+    ``places`` are the canonical folders of the domain, since a link in the root may point outside it.
     """
     base = storage.canonical(base_of(settings, domain))
     for version in versions:
@@ -212,36 +216,36 @@ def _require_own_root(domain: str, versions: list[dict[str, Any]], places: set[s
         collected = version.get("collected") and not version["aliases"]
         if own and not collected and uri not in places and not f"{uri}/".startswith(f"{base}/"):
             raise IntegrityError(
-                f"{version['name']} version {version['version']} was registered at {uri}, outside of the root "
+                f"{version['name']} version {version['version']} was registered at {uri}, outside the root "
                 f"{storage.canonical(settings.root)}; collect its own root (--root {uri.rsplit('/', 3)[0]}), or delete "
                 f"the version in the registry if this root replaces that one; {_BLOCKED}"
             )
 
 
 def domains_of(root: str) -> list[str]:
-    """The folders below the root that hold image shards or databases."""
+    """Return the names of the folders in the root that contain image shards or databases."""
     names = [name for name in storage.list_names(root) if name not in _NO_DOMAINS]
     return [name for name in names if {"images", "database"} & set(storage.list_names(storage.join(root, name)))]
 
 
-def _young_elsewhere(settings: Settings, domain: str, since: float) -> list[str]:
-    """Artifacts of the root's other domains that were committed lately: a run there may not have registered yet."""
+def _recent_elsewhere(settings: Settings, domain: str, since: float) -> list[str]:
+    """Return recent artifacts of the root's other domains, where a running flow may not have registered them yet."""
     bases = [base_of(settings, other) for other in domains_of(settings.root) if other != domain]
     kinds = [storage.join(base, kind) for base in bases for kind in storage.list_names(base)]
     folders = [storage.join(kind, key) for kind in kinds for key in storage.list_names(kind) if _KEY.fullmatch(key)]
 
-    def is_young(folder: str) -> bool:
+    def is_recent(folder: str) -> bool:
         try:
             return storage.modified(storage.join(folder, artifacts.MANIFEST)) > since
         except NotFoundError:
             return False
 
     with ThreadPoolExecutor(_READERS) as pool:
-        return [folder for folder, young in zip(folders, pool.map(is_young, folders), strict=True) if young]
+        return [folder for folder, recent in zip(folders, pool.map(is_recent, folders), strict=True) if recent]
 
 
 def _folders(base: str) -> dict[str, list[storage.StoredObject]]:
-    """Every artifact folder ``base/kind/key``, committed or not, and its files."""
+    """Map every artifact folder ``base/kind/key``, committed or not, to its files."""
     found: defaultdict[str, list[storage.StoredObject]] = defaultdict(list)
     for file in storage.walk(base):
         kind, _, rest = file.uri.removeprefix(base).lstrip("/").partition("/")
@@ -251,65 +255,65 @@ def _folders(base: str) -> dict[str, list[storage.StoredObject]]:
     return dict(found)
 
 
-def _unreferenced(folder: str, files: list[storage.StoredObject], kept: set[str]) -> list[storage.StoredObject]:
-    """The files of a folder but those ``kept``, by name, and the markers of shards that are kept whole.
+def _unreferenced(folder: str, files: list[storage.StoredObject], retained: set[str]) -> list[storage.StoredObject]:
+    """Return the files of a folder except those ``retained`` (by name) and the markers of fully retained shards.
 
-    Without its marker a shard would be made again, over files that a version relies on.
+    Without its marker, a shard would be built again over files that a version references.
     """
-    if artifacts.MANIFEST in kept:
-        return []  # a kept version keeps its folder: figures and timings lie beside what the manifest lists
-    going = []
+    if artifacts.MANIFEST in retained:
+        return []  # a retained folder also contains figures and timings that the manifest does not list
+    garbage = []
     for file in files:
         name = file.uri.removeprefix(folder).lstrip("/")
-        if name in kept or (kept and _is_marker(name) and _names(file.uri) <= kept):
+        if name in retained or (retained and _is_marker(name) and _marker_names(file.uri) <= retained):
             continue
-        going.append(file)
-    return going
+        garbage.append(file)
+    return garbage
 
 
-def _digests(going: list[storage.StoredObject]) -> set[str]:
-    """The sha256 of remote files that go, under which caches keep them: by their markers, which go with them."""
-    markers = [file.uri for file in going if _MARKER.search(file.uri) and not storage.is_local(file.uri)]
+def _digests(garbage: list[storage.StoredObject]) -> set[str]:
+    """Read the sha256 of remote files to delete from their shard markers; caches store files by these digests."""
+    markers = [file.uri for file in garbage if _MARKER.search(file.uri) and not storage.is_local(file.uri)]
     with ThreadPoolExecutor(_READERS) as pool:
-        return {str(file["sha256"]) for files in pool.map(_listed, markers) for file in files}
+        return {str(file["sha256"]) for files in pool.map(_marker_files, markers) for file in files}
 
 
-def _forget(digests: set[str] | None, folder: Path) -> None:
-    """Have the cache forget pictures of these digests, if any go, and what it owes.
+def _purge_cache(digests: set[str] | None, folder: Path) -> None:
+    """Purge these digests, and any pending purges, from the local cache.
 
-    One that may not be written keeps nothing else from going.
+    An error is logged and does not stop the collection.
     """
     try:
         if digests is not None or file_cache.has_pending_purges(folder):
             file_cache.purge(digests or (), folder, derived=digests is not None)
     except OSError as error:
-        told = "%-11s %s cannot forget what goes (%s): copies of it may stay there; delete that folder"
-        logs.get("stage").warning(told, "gc", folder, error.strerror)
+        message = "%-11s cannot purge deleted files from the cache %s: %s; delete that folder, which may contain copies"
+        logs.get("stage").warning(message, "gc", folder, error.strerror)
 
 
 def _widest_takedowns(base: str, folder: Path) -> list[str]:
-    """The domain's lists that no other holds whole: lists add up, and what they name together binds.
+    """Return the domain's takedowns that are not contained in another one; all of them if one is unreadable.
 
-    Where one cannot be read, all of them.
+    Takedowns are cumulative, so the others are redundant.
     """
     uris = list_takedowns(base)
     try:
         listed = [(read_entries(Takedown.open(uri), folder), uri) for uri in uris]
     except KNNDiffusionError:
         return uris
-    kept: list[tuple[Entries, str]] = []
-    for entries, uri in sorted(listed, key=lambda one: -len(one[0])):
-        if all(len(entries - wider) for wider, _ in kept):
-            kept.append((entries, uri))
-    return [uri for _, uri in kept]
+    widest: list[tuple[Entries, str]] = []
+    for entries, uri in sorted(listed, key=lambda pair: -len(pair[0])):
+        if all(len(entries - wider) for wider, _ in widest):
+            widest.append((entries, uri))
+    return [uri for _, uri in widest]
 
 
-def _names(marker_uri: str) -> set[str]:
-    """The files that a shard's marker lists; one that cannot be read lists what nobody keeps."""
-    return {file["name"] for file in _listed(marker_uri)} or {marker_uri}
+def _marker_names(marker_uri: str) -> set[str]:
+    """Names of the files in a shard's marker. For an unreadable marker, a name that is never retained."""
+    return {file["name"] for file in _marker_files(marker_uri)} or {marker_uri}
 
 
-def _listed(marker_uri: str) -> list[dict[str, Any]]:
+def _marker_files(marker_uri: str) -> list[dict[str, Any]]:
     try:
         return list(json.loads(storage.read_bytes(marker_uri))["files"])
     except (ValueError, KeyError, TypeError):
@@ -321,21 +325,21 @@ def _is_marker(name: str) -> bool:
 
 
 def _deletion_order(file: storage.StoredObject) -> tuple[int, float, str]:
-    """When a file goes: manifests first, the youngest before those that it refers to, and markers next."""
+    """Sort key: manifests (newest first, so that referrers precede their inputs), then markers, then other files."""
     if file.uri.endswith("/" + artifacts.MANIFEST):
         return 0, -file.modified, file.uri
     return 1 if _MARKER.search(file.uri) else 2, 0.0, file.uri
 
 
 def _remove_empty(folders: dict[str, list[storage.StoredObject]], gone: set[str]) -> None:
-    """Folders that lost all of their files."""
+    """Remove folders whose files were all deleted."""
     for folder, files in folders.items():
         if all(file.uri in gone for file in files):
             storage.remove(folder)
 
 
 def _mark(registry: Registry, versions: list[dict[str, Any]], gone: list[storage.StoredObject]) -> None:
-    """Say in the registry which versions cannot be pulled any more, once all of ``gone`` is."""
+    """Tag the registry versions whose manifest is among the files ``gone`` as collected."""
     uris = {storage.canonical(file.uri) for file in gone if file.uri.endswith(artifacts.MANIFEST)}
     when = datetime.now(UTC).isoformat(timespec="seconds")
     for version in versions:

@@ -1,8 +1,8 @@
-"""Combine: the union of databases and a part of one, without downloading or embedding anything.
+"""Union of databases and subset of a database, without downloading or embedding anything.
 
-Shards are taken over from where they are; in a union they get new names, since names are numbers. Only embedding shards
-of which a part is wanted are written anew. So a picture is still found by its shard and key, but two pictures of a
-union may bear the same key.
+Shards are reused in place. In a union they get new names, since names are numbers. Only embedding shards of which some
+rows are dropped are written again. An image is therefore still found by its shard and key, but two images of a union
+can have the same key.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ Source = TypeVar("Source", ImageShards, EmbeddingShards)
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CombinedInputs:
-    """What a database of the new domain is built from."""
+    """Embeddings and takedown that the combined database is built from."""
 
     embeddings: StageResult[EmbeddingShards]
     takedown: Takedown | None
@@ -49,46 +49,51 @@ class CombinedInputs:
 
 @stage_task(name="merge")
 def merge(databases: Mapping[str, DatabaseVersion], base: str, *, cache: Path) -> CombinedInputs:
-    """The embeddings of all ``databases``, by name, one after the other, and what any of them has taken down.
+    """Concatenate the embeddings of ``databases`` (by name) and merge their takedowns.
 
     Raises:
-        EncoderMismatchError: two of them were made by different encoders; both are named.
-        InputError: fewer than two, or one that is named twice.
+        EncoderMismatchError: two databases were built with different encoders; the message names both.
+        InputError: there are fewer than two databases, or one is given twice.
     """
     if len({database.digest for database in databases.values()}) < max(2, len(databases)):
-        raise InputError(f"a union is of two databases or more, each named once; {', '.join(databases)} was given")
+        raise InputError(f"cannot merge {', '.join(databases)}; give two or more different databases")
     require_same_encoder(**{name: database.manifest() for name, database in databases.items()})
     parts = [embeddings_of(database) for database in databases.values()]
-    pictures = [images_of(part) for part in parts]
-    images = merged_images(pictures, base, cache=cache)
-    names = [shard.name for part in pictures for shard in part.manifest().shards]
-    embeddings = _merged_embeddings(parts, pictures, names, images.reference, base)
+    sources = [images_of(part) for part in parts]
+    images = merged_images(sources, base, cache=cache)
+    names = [shard.name for part in sources for shard in part.manifest().shards]
+    embeddings = _merged_embeddings(parts, sources, names, images.reference, base)
     entries = Entries()
     for database in databases.values():
         entries |= inherited_takedown(database, cache)
     entries = with_image_hashes(entries, images.reference, cache)
-    together = commit_takedown(entries, base, info={"of": ", ".join(databases)}).reference if len(entries) else None
-    return CombinedInputs(embeddings=embeddings, takedown=together)
+    takedown = commit_takedown(entries, base, info={"of": ", ".join(databases)}).reference if len(entries) else None
+    return CombinedInputs(embeddings=embeddings, takedown=takedown)
 
 
 def is_combined(images: ImageShards) -> bool:
-    """Whether they were taken over from other databases, as :func:`merge` and :func:`subset` do, and nothing since."""
+    """Return True if all images come from :func:`merge` or :func:`subset`, without later downloads."""
     return bool({"merged", "where"} & images.manifest().config.keys())
 
 
 def merged_images(parts: Sequence[ImageShards], base: str, *, cache: Path) -> StageResult[ImageShards]:
-    """All shards of ``parts`` under new numbers, in ``base/images/<key>``; later downloads go on as the first's did."""
+    """Combine all shards of ``parts`` under new numbers in ``base/images/<key>``.
+
+    Later downloads into the union use the first part's config.
+    """
     sources = [part.manifest() for part in parts]
-    # The parts are no inputs: what is needed of them the shards refer to.
+    # The parts are not inputs, because the shards themselves reference the files that are needed.
     config = {**sources[0].config, "merged": [part.digest for part in parts]}
     stage = artifacts.ArtifactBuilder(base, ImageShards.kind, inputs={}, config=config)
 
-    def make() -> artifacts.Manifest:
-        every = [
+    def build() -> artifacts.Manifest:
+        all_shards = [
             shard.reused_from(part.uri) for part, source in zip(parts, sources, strict=True) for shard in source.shards
         ]
-        if len(every) > SHARDS:
-            raise InputError(f"together they have {len(every)} shards, names have five digits; download larger shards")
+        if len(all_shards) > SHARDS:
+            raise InputError(
+                f"too many shards in the union: {len(all_shards)}, at most {SHARDS}; download larger shards"
+            )
         outcomes: Counter[str] = Counter()
         for source in sources:
             outcomes.update(source.info["outcomes"])
@@ -99,43 +104,43 @@ def merged_images(parts: Sequence[ImageShards], base: str, *, cache: Path) -> St
         ]
         requested = sum(source.info.get("requested", source.rows) for source in sources)
         info = {"requested": requested, "outcomes": dict(outcomes), "seen": seen}
-        chosen = [source.identity for source in sources]  # of a part that is a subset, which it is
-        return stage.commit(_renumbered(every), identity={"of": chosen} if any(chosen) else {}, info=info)
+        identities = [source.identity for source in sources]  # not empty for a part that is a subset
+        return stage.commit(_renumbered(all_shards), identity={"of": identities} if any(identities) else {}, info=info)
 
-    return run_stage(stage, ImageShards, make, note=lambda manifest: f"{len(parts)} databases joined")
+    return run_stage(stage, ImageShards, build, note=lambda manifest: f"{len(parts)} databases merged")
 
 
 def _merged_embeddings(
     parts: Sequence[EmbeddingShards],
-    pictures: Sequence[ImageShards],
+    part_images: Sequence[ImageShards],
     names: Sequence[str],
     images: ImageShards,
     base: str,
 ) -> StageResult[EmbeddingShards]:
-    """All embedding shards, each under the name that its image shard has now."""
+    """Combine all embedding shards, each named after its image shard in the union."""
     sources = [part.manifest() for part in parts]
-    # Of the same pictures there may be other rows: of other weights under one name, or of shards lost at first.
+    # The same images can have other embeddings, e.g. from other weights of one name, or after failed shards.
     config = {**sources[0].config, "merged": [part.digest for part in parts]}
     stage = artifacts.ArtifactBuilder(base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=config)
 
-    def make() -> artifacts.Manifest:
-        every, first = [], 0
-        for part, source, tars in zip(parts, sources, pictures, strict=True):
+    def build() -> artifacts.Manifest:
+        all_shards, first = [], 0
+        for part, source, tars in zip(parts, sources, part_images, strict=True):
             numbers = {shard.name: first + n for n, shard in enumerate(tars.manifest().shards)}
             first += len(numbers)
-            every += [
+            all_shards += [
                 dataclasses.replace(shard.reused_from(part.uri), name=f"{numbers[shard.name]:05d}")
                 for shard in source.shards
             ]
         return stage.commit(
-            every, identity=sources[0].identity, info={"outcomes": sum_outcomes(every), "lost_shards": {}}
+            all_shards, identity=sources[0].identity, info={"outcomes": sum_outcomes(all_shards), "lost_shards": {}}
         )
 
-    return run_stage(stage, EmbeddingShards, make, note=lambda manifest: "nothing embedded")
+    return run_stage(stage, EmbeddingShards, build, note=lambda manifest: "embeddings reused")
 
 
-def _renumbered(every: Sequence[artifacts.Shard]) -> list[artifacts.Shard]:
-    return [dataclasses.replace(shard, name=f"{number:05d}") for number, shard in enumerate(every)]
+def _renumbered(all_shards: Sequence[artifacts.Shard]) -> list[artifacts.Shard]:
+    return [dataclasses.replace(shard, name=f"{number:05d}") for number, shard in enumerate(all_shards)]
 
 
 @stage_task(name="subset")
@@ -143,54 +148,54 @@ def subset(database: DatabaseVersion, where: str, base: str, *, cache: Path) -> 
     """Select the rows of ``database`` that match the filter and were not taken down.
 
     Raises:
-        InputError: the filter cannot be read, or takes nothing.
+        InputError: the filter is invalid or matches no row.
     """
     row_filter = parse_where(where)
     embeddings, entries = embeddings_of(database), inherited_takedown(database, cache)
     source = embeddings.manifest()
     matcher = Matcher(entries)
 
-    def chosen(shard: artifacts.Shard) -> tuple[NDArray[np.bool_], Hashes]:
+    def select(shard: artifacts.Shard) -> tuple[NDArray[np.bool_], Hashes]:
         path = artifacts.fetch_shard(embeddings.uri, shard, ".parquet", cache)
         table = tables.read_table(path, _COLUMNS)
-        stays = row_filter.mask(table) & ~matcher.mask(table)
-        kept = table.filter(stays)
+        mask = row_filter.mask(table) & ~matcher.mask(table)
+        selected = table.filter(mask)
         none = np.empty(0, np.uint64)
-        digests = [digest for digest in kept["sha256"].to_pylist() if digest]
-        return stays, Hashes(hash_texts(kept["url"].to_pylist()), none, hash_digests(digests))
+        digests = [digest for digest in selected["sha256"].to_pylist() if digest]
+        return mask, Hashes(hash_texts(selected["url"].to_pylist()), none, hash_digests(digests))
 
     with ThreadPoolExecutor(_READERS) as pool:
-        found = dict(zip((shard.name for shard in source.shards), pool.map(chosen, source.shards), strict=True))
-    masks = {name: stays for name, (stays, _) in found.items() if stays.any()}
+        found = dict(zip((shard.name for shard in source.shards), pool.map(select, source.shards), strict=True))
+    masks = {name: mask for name, (mask, _) in found.items() if mask.any()}
     if not masks:
-        raise InputError(f"no row of {database.uri} is taken by the filter {where!r}; make it wider")
+        raise InputError(f"no row of {database.uri} matches the filter {where!r}; use a less restrictive filter")
     selection = {"where": where, "of": database.digest}
     images = _subset_images(images_of(embeddings), masks, [hashes for _, hashes in found.values()], selection, base)
     rows = _subset_embeddings(embeddings, images.reference, masks, selection, base, cache)
-    listed = commit_takedown(entries, base, info={"of": database.uri}).reference if len(entries) else None
-    return CombinedInputs(embeddings=rows, takedown=listed)
+    takedown = commit_takedown(entries, base, info={"of": database.uri}).reference if len(entries) else None
+    return CombinedInputs(embeddings=rows, takedown=takedown)
 
 
 def _subset_images(
     images: ImageShards, masks: Mapping[str, Any], seen: Sequence[Hashes], selection: Mapping[str, str], base: str
 ) -> StageResult[ImageShards]:
-    """The shards that hold a wanted picture. What is left out counts as never asked for: it may be added again.
+    """Reuse the shards with a matching image. Other images are not in the URL history, so they may be added again.
 
-    Two filters may want pictures of the same shards: ``selection`` tells them apart, and what is made from them.
+    Two filters may match images of the same shards. ``selection`` distinguishes the resulting artifacts.
     """
     source = images.manifest()
     stage = artifacts.ArtifactBuilder(base, ImageShards.kind, inputs={}, config={**source.config, **selection})
 
-    def make() -> artifacts.Manifest:
-        kept = [shard.reused_from(images.uri) for shard in source.shards if shard.name in masks]
+    def build() -> artifacts.Manifest:
+        shards = [shard.reused_from(images.uri) for shard in source.shards if shard.name in masks]
         info = {
-            "requested": sum(int(stays.sum()) for stays in masks.values()),
-            "outcomes": sum_outcomes(kept),
+            "requested": sum(int(mask.sum()) for mask in masks.values()),
+            "outcomes": sum_outcomes(shards),
             "seen": [write_seen(stage.uri, Hashes.joined(seen))],
         }
-        return stage.commit(kept, identity=selection, info=info)
+        return stage.commit(shards, identity=selection, info=info)
 
-    return run_stage(stage, ImageShards, make, note=lambda manifest: f"those that hold {selection['where']}")
+    return run_stage(stage, ImageShards, build, note=lambda manifest: f"shards that match {selection['where']}")
 
 
 def _subset_embeddings(
@@ -205,7 +210,7 @@ def _subset_embeddings(
     config = {**source.config, **selection}
     stage = artifacts.ArtifactBuilder(base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=config)
 
-    def make() -> artifacts.Manifest:
+    def build() -> artifacts.Manifest:
         tars = {shard.name: shard.file(".tar").sha256 for shard in images.manifest().shards}
         wanted = [shard for shard in source.shards if shard.name in masks]
         items = [
@@ -215,7 +220,9 @@ def _subset_embeddings(
         ]
         done, _ = run_shards(stage, items, KeepRows, (embeddings.uri, stage.uri, cache, True))
         rewritten = {shard.name: shard for shard in done}
-        kept = [rewritten.get(shard.name) or shard.reused_from(embeddings.uri) for shard in wanted]
-        return stage.commit(kept, identity=source.identity, info={"outcomes": sum_outcomes(kept), "lost_shards": {}})
+        shards = [rewritten.get(shard.name) or shard.reused_from(embeddings.uri) for shard in wanted]
+        return stage.commit(
+            shards, identity=source.identity, info={"outcomes": sum_outcomes(shards), "lost_shards": {}}
+        )
 
-    return run_stage(stage, EmbeddingShards, make, note=lambda manifest: selection["where"])
+    return run_stage(stage, EmbeddingShards, build, note=lambda manifest: selection["where"])

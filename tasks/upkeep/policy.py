@@ -1,6 +1,7 @@
-"""Standing: what binds whatever is registered in a domain next.
+"""Rules for the next version of a domain.
 
-What was taken down stays down, and pictures that were downloaded for the domain are not put out of sight unasked.
+Takedowns carry over. A merged or subset database replaces one built from the domain's own downloads only with
+``--replace``.
 """
 
 from collections.abc import Iterable
@@ -18,58 +19,63 @@ from tasks.upkeep.takedown import Entries, all_takedown_entries, commit_takedown
 
 
 def required_takedown(domain: str, settings: Settings, cache: Path, further: Takedown | None = None) -> Takedown | None:
-    """What may not be shown in the domain: all that was ever taken down in it, and ``further``; None if nothing.
+    """Return everything that was ever taken down in the domain, plus ``further``; None if there is nothing.
 
     Raises:
-        TransientError: the registry does not answer.
-        IntegrityError: a takedown in the domain's folder is damaged; nobody knows what it named.
+        TransientError: the registry is unreachable.
+        IntegrityError: a takedown in the domain's folder is damaged, so its entries are unknown.
     """
     own = None
     try:
         champion = _champion(domain, settings)
         own = None if champion is None else takedown_of(champion)
     except (NotFoundError, IntegrityError) as error:
-        logs.get("stage").warning("the champion of %s cannot be read, all takedowns below it hold: %s", domain, error)
+        logs.get("stage").warning(
+            "the champion of %s cannot be read, so all takedowns in its folder apply: %s", domain, error
+        )
     return merge_with_existing(base_of(settings, domain), cache, own, further)
 
 
 def merge_with_existing(
     base: str, cache: Path, own: Takedown | None, further: Takedown | None = None
 ) -> Takedown | None:
-    """``own``, the champion's, with ``further`` and all takedowns below ``base``; ``own`` itself where it has them all.
+    """Merge the champion's takedown ``own`` with ``further`` and all takedowns in the domain's folder ``base``.
 
-    What a champion hides is not enough: the alias may be missing in another registry, or have been moved back to a
-    version of before. Raises ``IntegrityError`` where a takedown is damaged.
+    The champion's takedown alone is not enough: the alias may be missing in another registry, or may have been moved
+    back to an older version. Returns ``own`` itself if it contains all entries.
+
+    Raises:
+        IntegrityError: a takedown is damaged.
     """
-    held = Entries() if own is None else read_entries(own, cache)
-    together = held | all_takedown_entries(base, cache)
+    existing = Entries() if own is None else read_entries(own, cache)
+    merged = existing | all_takedown_entries(base, cache)
     if further is not None:
-        together |= read_entries(further, cache)
-    if together == held:
+        merged |= read_entries(further, cache)
+    if merged == existing:
         return own
-    return commit_takedown(together, base, info={"of": base}).reference
+    return commit_takedown(merged, base, info={"of": base}).reference
 
 
 def require_replaceable(domain: str, sources: Iterable[DatabaseVersion], settings: Settings) -> None:
-    """Refuse to put a database made of others in the place of one that was not, unless it is one of ``sources``.
+    """Check that a database combined from ``sources`` may replace the domain's champion.
 
     Raises:
-        InputError: the domain's champion holds pictures of its own.
+        InputError: the champion is built from the domain's own downloads and is not one of ``sources``.
     """
     try:
         champion = _champion(domain, settings)
         if champion is None or champion in sources or is_combined(images_of(embeddings_of(champion))):
             return
     except (NotFoundError, IntegrityError):
-        return  # nothing is lost where nothing can be read
+        return  # an unreadable champion may be replaced
     raise InputError(
-        f"{domain} is a database of {champion.rows} pictures of its own, which would no longer be its champion; "
-        "name another domain, or say --replace"
+        f"the champion of {domain} is built from {champion.rows} images of its own downloads and would be replaced; "
+        "choose another domain, or pass --replace"
     )
 
 
 def _champion(domain: str, settings: Settings) -> DatabaseVersion | None:
-    """The domain's champion, if it has one. Raises ``NotFoundError`` and ``IntegrityError`` where it is damaged."""
+    """Return the domain's champion, or None. Raises ``NotFoundError`` or ``IntegrityError`` if it is damaged."""
     registry = Registry(settings)
     named = [one for one in registry.versions("database") if one["name"] == DATABASE_PREFIX + domain]
     if not any(CHAMPION in one["aliases"] for one in named):

@@ -1,4 +1,4 @@
-"""Rewrite: embedding shards without some of their rows. What compaction and a subset share."""
+"""Rewriting of embedding shards with a part of their rows, shared by compaction and subsets."""
 
 from pathlib import Path
 
@@ -11,26 +11,26 @@ from tasks.references.rows import stored_rows
 from tasks.references.types import METADATA_SCHEMA
 
 PART = "part"
-"""Noted of an embedding shard that leaves pictures of its tar out on purpose, as a subset's does."""
+"""Key in the info of an embedding shard that omits images of its tar on purpose, as in a subset."""
 Rewriting = tuple[artifacts.Shard, NDArray[np.bool_], str]
-"""An embedding shard, which of its rows stay, and the digest of the tar that these are the rows of."""
+"""An embedding shard, a mask of the rows to keep, and the digest of the tar that contains their images."""
 
 
 class KeepRows:
-    """Some rows of an embedding shard, on a worker: copied, not computed."""
+    """Worker that copies selected rows of an embedding shard."""
 
     def __init__(self, source_uri: str, folder_uri: str, cache: Path, part: bool = False) -> None:
-        """Read the shards of ``source_uri``, write below ``folder_uri``; with ``part`` they are marked as such."""
+        """Read shards from ``source_uri`` and write to ``folder_uri``; with ``part``, mark them as :data:`PART`."""
         self._source_uri, self._folder_uri, self._cache = source_uri, folder_uri, cache
         self._mark = {PART: True} if part else {}
 
     def __call__(self, item: tuple[str, Rewriting]) -> artifacts.Shard:
-        """Write the shard anew under its name."""
-        name, (shard, stays, tar_digest) = item
-        rows = stored_rows(self._source_uri, shard, self._cache)[stays]
+        """Write the selected rows as a shard of the same name."""
+        name, (shard, kept, tar_digest) = item
+        rows = stored_rows(self._source_uri, shard, self._cache)[kept]
         table = artifacts.fetch_shard(self._source_uri, shard, ".parquet", self._cache)
-        known = tables.read_table(table).filter(stays).to_pylist()
-        metadata = [{**row, "row": number} for number, row in enumerate(known)]
+        rows_metadata = tables.read_table(table).filter(kept).to_pylist()
+        metadata = [{**row, "row": number} for number, row in enumerate(rows_metadata)]
         outcomes = {**shard.info["outcomes"], "success": len(rows)}
         with storage.scratch() as folder:
             (folder / "img_emb").mkdir()

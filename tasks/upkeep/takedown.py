@@ -1,8 +1,8 @@
-"""Takedown: what a domain may never show again, and which rows of its database that is.
+"""Takedowns: lists of images that a domain may never show again, and the matching rows of its database.
 
-A list names pictures by url, sha256 (of the bytes as downloaded) or key, a picture by any of them. Lists add up: an
-artifact holds its own entries and all that were there before. From the next index on the rows it names are hidden;
-compaction (``tasks/upkeep/compact.py``) takes their bytes out of the shards.
+A list names each image by url, sha256 (of the bytes as downloaded) or key. Takedowns are cumulative: an artifact
+contains its own entries and all earlier ones. The next index hides the matching rows. Compaction
+(``tasks/upkeep/compact.py``) removes their bytes from the shards.
 """
 
 import contextlib
@@ -27,15 +27,15 @@ from tasks.stage import run_stage, stage_task
 
 COLUMNS = ("url", "sha256", "key")
 _SCHEMA = pa.schema([("column", pa.string()), ("value", pa.string())])
-_NAMED_FIRST = 3  # entries that a message quotes
+_MAX_QUOTED = 3  # number of entries that a message quotes
 _SHA256_DIGITS = 64
 _READERS = 8
-_ASKED_COLUMNS = [*COLUMNS, "error_class"]
+_MATCH_COLUMNS = [*COLUMNS, "error_class"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entries:
-    """What is taken down, by the column that names it."""
+    """Takedown entries by column."""
 
     url: frozenset[str] = frozenset()
     sha256: frozenset[str] = frozenset()
@@ -51,15 +51,15 @@ class Entries:
         return sum(len(getattr(self, name)) for name in COLUMNS)
 
     def listed(self) -> list[dict[str, str]]:
-        """Every entry as {column, value}, sorted."""
+        """Return every entry as {column, value}, sorted."""
         return [{"column": name, "value": value} for name in COLUMNS for value in sorted(getattr(self, name))]
 
 
 class Matcher:
-    """Entries prepared for comparing many tables with them."""
+    """Entries prepared for matching against many tables."""
 
     def __init__(self, entries: Entries) -> None:
-        """Keep the entries as Arrow value sets."""
+        """Convert the entries to Arrow value sets."""
         self._sets = {
             name: pc.SetLookupOptions(pa.array(sorted(values), pa.string()))
             for name in COLUMNS
@@ -67,77 +67,77 @@ class Matcher:
         }
 
     def mask(self, table: pa.Table) -> NDArray[np.bool_]:
-        """(n,) which rows of ``table`` any entry names, by whichever of the columns it has."""
-        named = np.zeros(table.num_rows, dtype=np.bool_)
+        """Return a mask (n,) of the rows of ``table`` that any entry matches, by the columns that the table has."""
+        mask = np.zeros(table.num_rows, dtype=np.bool_)
         for name in self._sets.keys() & set(table.column_names):
-            named |= pc.is_in(table[name], options=self._sets[name]).to_numpy(zero_copy_only=False)
-        return named
+            mask |= pc.is_in(table[name], options=self._sets[name]).to_numpy(zero_copy_only=False)
+        return mask
 
 
 @stage_task(name="takedown")
 def take_down(
     listed: str, images: ImageShards, base: str, *, cache: Path, previous: Takedown | None = None
 ) -> StageResult[Takedown]:
-    """Add what the list at ``listed`` names in ``images`` to ``previous``, into ``base/takedown/<key>``.
+    """Add the entries of the list at ``listed`` to ``previous`` and store the result in ``base/takedown/<key>``.
 
-    A picture is its bytes: beside a url stands the sha256 of what it served, so that copies at other URLs go too, and
-    a key is kept as that sha256 alone, since keys repeat once databases are merged. A url or sha256 that names no
-    picture yet is refused when it comes.
+    Images are identified by their bytes. For a url, the sha256 of the image is stored too, so that copies at other
+    URLs are hidden as well. A key is replaced by the sha256, since keys repeat once databases are merged. A url or
+    sha256 that matches no image yet is rejected by later downloads.
 
     Raises:
-        InputError: no entry names a picture, now or before, or a key is borne by more than one.
+        InputError: no entry matches an image of ``images`` or an earlier entry, or a key matches several images.
     """
     before = read_entries(previous, cache) if previous is not None else Entries()
-    asked = read_takedown_list(listed)
-    known = not asked.key and not len(asked - before)  # what a key names is looked up: it is kept as a sha256
-    entries = before if known else before | _resolved(asked, before, images, cache, listed)
+    requested = read_takedown_list(listed)
+    is_known = not requested.key and not len(requested - before)  # keys are stored as sha256 and need a lookup
+    entries = before if is_known else before | _resolve(requested, before, images, cache, listed)
     if previous is not None and entries == before:
-        return StageResult(reference=previous, skipped=True, seconds=0.0, note="nothing that was not taken down before")
+        return StageResult(reference=previous, skipped=True, seconds=0.0, note="all entries were taken down before")
     return commit_takedown(entries, base, info={"list": storage.absolute(uris.hide(listed))})
 
 
 def commit_takedown(entries: Entries, base: str, *, info: Mapping[str, str]) -> StageResult[Takedown]:
-    """Store ``entries``; the same entries find the same folder, however they came together."""
+    """Store ``entries`` in a folder that depends only on the entries, not on their order or origin."""
     stage = artifacts.ArtifactBuilder(
         base, Takedown.kind, inputs={}, config={"entries": artifacts.digest_of(entries.listed())}
     )
 
-    def make() -> artifacts.Manifest:
+    def build() -> artifacts.Manifest:
         with storage.scratch() as folder:
             tables.write_table(entries.listed(), _SCHEMA, folder / "takedown.parquet")
             shard = artifacts.commit_shard(stage.uri, "00000", folder, rows=len(entries), info={})
         return stage.commit([shard], info=info)
 
-    return run_stage(stage, Takedown, make)
+    return run_stage(stage, Takedown, build)
 
 
 def read_entries(takedown: Takedown, cache: Path) -> Entries:
-    """What a takedown artifact holds."""
+    """Read the entries of a takedown artifact."""
     (shard,) = takedown.manifest().shards
     rows = tables.read_table(artifacts.fetch_shard(takedown.uri, shard, ".parquet", cache)).to_pylist()
     return Entries(*(frozenset(row["value"] for row in rows if row["column"] == name) for name in COLUMNS))
 
 
 def all_takedown_entries(base: str, cache: Path, confined_to: str | None = None) -> Entries:
-    """What was ever taken down in the domain whose folder is ``base``, whatever its registry and versions say.
+    """Read everything ever taken down in the domain with folder ``base``, independent of registry and versions.
 
     Raises:
-        IntegrityError: a list is damaged; nobody knows what it named.
+        IntegrityError: a takedown is damaged, so its entries are unknown.
     """
-    together, uris = Entries(), list_takedowns(base)
+    merged, uris = Entries(), list_takedowns(base)
     try:
         with ThreadPoolExecutor(_READERS) as pool:
             for entries in pool.map(lambda uri: read_entries(Takedown.open(uri, confined_to=confined_to), cache), uris):
-                together |= entries
+                merged |= entries
     except KNNDiffusionError:
         if list_takedowns(base) == uris:
             raise
-        return all_takedown_entries(base, cache, confined_to)  # one that a wider one holds was collected meanwhile
-    return together
+        return all_takedown_entries(base, cache, confined_to)  # garbage collection has just removed a redundant one
+    return merged
 
 
 def list_takedowns(base: str) -> list[str]:
-    """The folder of every committed takedown of a domain."""
+    """Return the folder of every committed takedown of a domain."""
     folders = [
         storage.join(base, Takedown.kind, name) for name in storage.list_names(storage.join(base, Takedown.kind))
     ]
@@ -148,24 +148,24 @@ def list_takedowns(base: str) -> list[str]:
 def rolled_back_on(
     base: str, when: type[Exception] | tuple[type[Exception], ...], *, but: Callable[[], Takedown | None] = lambda: None
 ) -> Iterator[None]:
-    """Takedowns that are new below ``base`` go again ``when`` no version can be made with them: they bind nobody.
+    """Roll back takedowns created in this block if it fails with one of the errors ``when``.
 
-    ``but`` tells the one that a version was made with meanwhile.
+    ``but`` returns a takedown that a version already uses; it is not rolled back.
     """
     before = list_takedowns(base)
     try:
         yield
     except when:
-        kept = but()
-        stays = {*before, *([] if kept is None else [storage.canonical(kept.uri)])}
+        used = but()
+        remaining = {*before, *([] if used is None else [storage.canonical(used.uri)])}
         for folder in list_takedowns(base):
-            if not {folder, storage.canonical(folder)} & stays:
+            if not {folder, storage.canonical(folder)} & remaining:
                 storage.discard(folder)
         raise
 
 
 def inherited_takedown(version: DatabaseVersion, cache: Path) -> Entries:
-    """What a database made of ``version`` may not show either: all that was ever taken down in its domain."""
+    """Return the entries that a database derived from ``version`` inherits: all takedowns of its domain."""
     base, kind, _ = storage.join(version.uri).rsplit("/", 2)
     own = takedown_of(version)
     entries = Entries() if own is None else read_entries(own, cache)
@@ -173,13 +173,13 @@ def inherited_takedown(version: DatabaseVersion, cache: Path) -> Entries:
 
 
 def with_image_hashes(entries: Entries, images: ImageShards, cache: Path) -> Entries:
-    """``entries``, and the sha256 of the pictures that their urls served in ``images``: copies elsewhere go, too."""
-    found, _ = _images_named(Entries(url=entries.url), images, cache) if entries.url else ([], None)
+    """Add the sha256 of the images at the urls of ``entries`` in ``images``, so that copies are hidden as well."""
+    found, _ = _match_images(Entries(url=entries.url), images, cache) if entries.url else ([], None)
     return entries | Entries(sha256=frozenset(row["sha256"] for row in found if row["sha256"]))
 
 
 def match_rows(takedown: Takedown, embeddings: EmbeddingShards, cache: Path) -> NDArray[np.int64]:
-    """Dense row ids of ``embeddings`` that ``takedown`` names, ascending."""
+    """Return the row ids (n,) of ``embeddings`` that ``takedown`` matches, ascending."""
     masks = match_shards(read_entries(takedown, cache), embeddings, embeddings.manifest().shards, cache)
     return np.flatnonzero(np.concatenate(masks)) if masks else np.empty(0, dtype=np.int64)
 
@@ -187,7 +187,7 @@ def match_rows(takedown: Takedown, embeddings: EmbeddingShards, cache: Path) -> 
 def match_shards(
     entries: Entries, source: EmbeddingShards | ImageShards, of: Iterable[artifacts.Shard], cache: Path
 ) -> list[NDArray[np.bool_]]:
-    """For each shard ``of`` the source, which rows of its parquet are named."""
+    """Return, for each shard in ``of``, a mask of the rows of its parquet that ``entries`` match."""
     matcher = Matcher(entries)
 
     def mask(shard: artifacts.Shard) -> NDArray[np.bool_]:
@@ -199,15 +199,17 @@ def match_shards(
 
 
 def read_takedown_list(uri: str) -> Entries:
-    """The entries of a list: any of a URL list's formats, with a column url, sha256 or key, or several.
+    """Read a takedown list, in any format of URL lists, with one or more of the columns url, sha256 and key.
 
-    Raises ``NotFoundError`` when it is not there, ``InputError`` when it cannot be read or names nothing.
+    Raises:
+        NotFoundError: the list does not exist.
+        InputError: the list cannot be read or has no entries.
     """
     table = tables.read_list(uri, "takedown")
     if not set(COLUMNS) & set(table.column_names):
         raise InputError(
-            f"{uri} has none of the columns url, sha256 and key, only {', '.join(table.column_names) or 'nothing'}; "
-            "rename the one that names pictures"
+            f"{uri} has none of the columns url, sha256 and key: {', '.join(table.column_names) or 'no columns'}; "
+            "rename the column that identifies images"
         )
     values = {
         name: frozenset(text.strip() for text in table[name].to_pylist() if text and text.strip())
@@ -215,53 +217,56 @@ def read_takedown_list(uri: str) -> Entries:
     }
     digests = frozenset(digest.lower() for digest in values.get("sha256", ()))
     if wrong := [d for d in sorted(digests) if len(d) != _SHA256_DIGITS or set(d) - set("0123456789abcdef")]:
-        raise InputError(f"{uri}: {wrong[0]!r} is no sha256, which is {_SHA256_DIGITS} hex digits; mend the list")
+        raise InputError(f"{uri} has an invalid sha256: {wrong[0]!r}; use {_SHA256_DIGITS} hex digits")
     entries = Entries(**{**values, "sha256": digests})
     if not len(entries):
-        raise InputError(f"{uri} is a takedown list naming nothing: every entry is empty; give it at least one")
+        raise InputError(f"takedown list {uri} has no entries; add at least one")
     return entries
 
 
-def _resolved(asked: Entries, before: Entries, images: ImageShards, cache: Path, listed: str) -> Entries:
-    """``asked`` as it is kept: checked against the pictures of ``images``, with the sha256 of each that it names."""
-    found, bearers = _images_named(asked, images, cache)
-    there = Entries(*(frozenset(row[name] for row in found) for name in COLUMNS)) | before
-    if absent := (asked - there).listed():
-        _report_unmatched(absent, len(asked), images, listed)
-    if repeated := sorted(key for key, count in bearers.items() if count > 1):
+def _resolve(requested: Entries, before: Entries, images: ImageShards, cache: Path, listed: str) -> Entries:
+    """Check the ``requested`` entries against ``images`` and return them with the sha256 of each matching image."""
+    found, key_counts = _match_images(requested, images, cache)
+    existing = Entries(*(frozenset(row[name] for row in found) for name in COLUMNS)) | before
+    if absent := (requested - existing).listed():
+        _report_unmatched(absent, len(requested), images, listed)
+    if repeated := sorted(key for key, count in key_counts.items() if count > 1):
         raise InputError(
-            f"{listed}: key {repeated[0]} is borne by {bearers[repeated[0]]} pictures of {images.uri}, a merged "
-            "database; name the one meant by its url or sha256"
+            f"key {repeated[0]} of {listed} matches {key_counts[repeated[0]]} images of the merged database "
+            f"{images.uri}; identify the image by its url or sha256"
         )
     return Entries(
-        url=asked.url,
-        sha256=asked.sha256 | {row["sha256"] for row in found if row["sha256"]},
-        key=frozenset(row["key"] for row in found if row["key"] in asked.key and not row["sha256"])
-        | (asked.key & before.key),
+        url=requested.url,
+        sha256=requested.sha256 | {row["sha256"] for row in found if row["sha256"]},
+        key=frozenset(row["key"] for row in found if row["key"] in requested.key and not row["sha256"])
+        | (requested.key & before.key),
     )
 
 
-def _report_unmatched(absent: list[dict[str, str]], asked: int, images: ImageShards, listed: str) -> None:
-    """Warn of entries that name no picture; refuse a list of nothing else, which is more likely the wrong one."""
-    first = ", ".join(f"{entry['column']} {entry['value']}" for entry in absent[:_NAMED_FIRST])
-    told = f"{len(absent)} of {asked} entries ({first}{', …' if len(absent) > _NAMED_FIRST else ''})"
-    if len(absent) == asked:
-        raise InputError(f"{listed} is a takedown list naming nothing in {told}: no picture of {images.uri} has them")
+def _report_unmatched(absent: list[dict[str, str]], total: int, images: ImageShards, listed: str) -> None:
+    """Warn about entries that match no image. Raise ``InputError`` if none does, since the list is probably wrong."""
+    first = ", ".join(f"{entry['column']} {entry['value']}" for entry in absent[:_MAX_QUOTED])
+    summary = f"{len(absent)} of {total} entries ({first}{', …' if len(absent) > _MAX_QUOTED else ''})"
+    if len(absent) == total:
+        raise InputError(f"takedown list {listed} matches no image of {images.uri}: {summary}; check the list")
     logs.get("stage").warning(
-        "%s names no picture of %s in %s; urls and sha256 among them are refused from now on", listed, images.uri, told
+        "takedown list %s has entries that match no image of %s: %s; later downloads reject their urls and sha256",
+        listed,
+        images.uri,
+        summary,
     )
 
 
-def _images_named(asked: Entries, images: ImageShards, cache: Path) -> tuple[list[dict[str, str]], Counter[str]]:
-    """The rows of pictures, kept or taken out, that an entry names, and how many bear each key that was asked."""
-    matcher = Matcher(asked)
+def _match_images(requested: Entries, images: ImageShards, cache: Path) -> tuple[list[dict[str, str]], Counter[str]]:
+    """Return the rows of matching images, present or removed, and the number of images per requested key."""
+    matcher = Matcher(requested)
 
-    def named(shard: artifacts.Shard) -> list[dict[str, str]]:
-        table = tables.read_table(artifacts.fetch_shard(images.uri, shard, ".parquet", cache), _ASKED_COLUMNS)
+    def match(shard: artifacts.Shard) -> list[dict[str, str]]:
+        table = tables.read_table(artifacts.fetch_shard(images.uri, shard, ".parquet", cache), _MATCH_COLUMNS)
         table = table.filter(pa.array(matcher.mask(table)))
         rows: list[dict[str, str]] = table.filter(pc.is_in(table["error_class"], pa.array(FINAL_OUTCOMES))).to_pylist()
         return rows
 
     with ThreadPoolExecutor(_READERS) as pool:
-        found = [row for rows in pool.map(named, images.manifest().shards) for row in rows]
-    return found, Counter(row["key"] for row in found if row["key"] in asked.key)
+        found = [row for rows in pool.map(match, images.manifest().shards) for row in rows]
+    return found, Counter(row["key"] for row in found if row["key"] in requested.key)

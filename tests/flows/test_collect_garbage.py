@@ -69,7 +69,7 @@ def test_collect_with_damaged_manifest_fails(living: Living, ray: WithoutRay) ->
     path = Path(built.images.reference.uri) / "manifest.json"
     path.write_text(path.read_text()[:-20])
     files = living.files()
-    with pytest.raises(IntegrityError, match="until then nothing is collected"):
+    with pytest.raises(IntegrityError, match="garbage collection is blocked until then"):
         living.collect(dry_run=False)
     assert living.files() == files
 
@@ -152,7 +152,9 @@ def test_collect_with_lost_manifest_fails(living: Living, ray: WithoutRay, kind:
     (manifest,) = (living.root / "shapes" / kind).glob("*/manifest.json")
     manifest.unlink()
     files = living.files()
-    with pytest.raises(IntegrityError, match=r"manifest\.json.*restore it.*until then nothing is collected") as caught:
+    with pytest.raises(
+        IntegrityError, match=r"manifest\.json.*restore it.*garbage collection is blocked until then"
+    ) as caught:
         living.collect(dry_run=False)
     assert "\n" not in str(caught.value)
     assert living.files() == files
@@ -319,7 +321,10 @@ def test_collect_with_read_only_cache_deletes_and_warns(
     monkeypatch.setattr("infra.storage.file_cache.has_pending_purges", lambda _: True)
     assert living.collect(dry_run=False)[0].files
     assert living.collect()[0].files == ()
-    assert "cannot forget what goes (Permission denied): copies of it may stay there; delete" in caplog.text
+    assert (
+        f"cannot purge deleted files from the cache {living.settings.cache_folder}: Permission denied; delete"
+        in caplog.text
+    )
 
 
 def test_collect_purges_derived_files_that_were_in_use_later(

@@ -119,8 +119,8 @@ def test_combine_without_replace_keeps_a_domain_with_its_own_images(living: Livi
         living.build(NAMES[4 + number : 6 + number], domain=domain)
     into: dict[str, Any] = {"domain": "shapes", "root": str(living.root)}
     part = SubsetDatabaseConfig(database="a", where="width > 0", **into)
-    message = "shapes is a database of 4 pictures of its own, .* name another domain, or say --replace"
-    with pytest.raises(InputError, match=message) as caught:
+    told = "the champion of shapes is built from 4 images of its own .* choose another domain, or pass --replace"
+    with pytest.raises(InputError, match=told) as caught:
         merge_databases(MergeDatabasesConfig(databases=("a", "b"), **into))
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=message):
@@ -129,7 +129,7 @@ def test_combine_without_replace_keeps_a_domain_with_its_own_images(living: Livi
     merge_databases(MergeDatabasesConfig(databases=("shapes", "a"), **into))  # keeps all of its images
     assert living.champion() == set(NAMES[:6])
     living.rebuild(urls=living.listed(*NAMES[:8]))
-    with pytest.raises(InputError, match="shapes is a database of 8 pictures of its own"):
+    with pytest.raises(InputError, match="the champion of shapes is built from 8 images of its own"):
         subset_database(part)
     subset_database(dataclasses.replace(part, replace=True))
     assert living.champion() == set(NAMES[4:6])

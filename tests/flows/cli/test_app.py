@@ -635,4 +635,4 @@ def test_upkeep_commands_with_invalid_arguments_fail_on_one_line(domain: Any, tm
     refused(run("subset", "reds", "shapes", "--where", "colour == 1", *root), "colour")
     empty = tmp_path / "takedown.txt"
     empty.write_text("http://nowhere/at-all.png\n")
-    refused(run("rebuild-index", "shapes", "--takedown", str(empty), *root), "naming nothing", "at-all.png")
+    refused(run("rebuild-index", "shapes", "--takedown", str(empty), *root), "matches no image", "at-all.png")

@@ -72,7 +72,7 @@ def test_merge_and_subset_build_databases_from_others(living: Living, ray: Witho
     ):
         refused = run(*command)
         assert (refused.exit_code, refused.stdout) == (1, "")
-        assert "say --replace" in refused.stderr
+        assert "pass --replace" in refused.stderr
         done(*command, "--replace")
         assert living.champion(command[1]) == expected
 

@@ -1,4 +1,4 @@
-"""What a version does not show: what was taken down, and near-duplicates."""
+"""Hidden rows of a version: takedowns and near-duplicates."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ from tasks.upkeep.takedown import Entries, commit_takedown
 pytestmark = pytest.mark.usefixtures("alone")
 
 
-def test_rows_taken_down_and_near_duplicates_are_hidden(tmp_path: Path) -> None:
+def test_index_with_takedown_and_dedup_hides_rows(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(300)
     rows[250] = rows[20]
     embeddings = stored(tmp_path, np.split(rows, 3))
@@ -37,10 +37,12 @@ def test_rows_taken_down_and_near_duplicates_are_hidden(tmp_path: Path) -> None:
         rows[[107, 299, 20]], rows, 4, {107, 299, 250}
     )
     counted = build(embeddings, tmp_path, takedown=takedown.reference).manifest().info
-    assert (counted["near_duplicates"], counted["hidden"]) == (1, 2), "counted, and returned, unless told otherwise"
+    assert (counted["near_duplicates"], counted["hidden"]) == (1, 2), (
+        "near-duplicates are counted but returned by default"
+    )
 
 
-def test_what_was_hidden_stays_hidden_in_what_grows_from_it(tmp_path: Path) -> None:
+def test_index_grown_from_version_keeps_rows_hidden(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(400)
     rows[350] = rows[30]
     before = stored(tmp_path, np.split(rows[:300], 3))
@@ -51,17 +53,17 @@ def test_what_was_hidden_stays_hidden_in_what_grows_from_it(tmp_path: Path) -> N
         Entries(url=frozenset({"http://00001/7", "http://00003/5"})), str(tmp_path), info={}
     ).reference
     after = stored(tmp_path, [rows[300:]], first=3, previous=before)
-    for asked, hidden in ((takedown, {107, 350}), (more, {107, 305, 350})):
-        version = build(after, tmp_path, config, previous=first, takedown=asked)
+    for entries, hidden in ((takedown, {107, 350}), (more, {107, 305, 350})):
+        version = build(after, tmp_path, config, previous=first, takedown=entries)
         assert hidden_in(version, tmp_path) == hidden
 
 
-def test_of_a_group_of_near_duplicates_another_is_shown_when_the_first_is_taken_down(tmp_path: Path) -> None:
+def test_index_takedown_of_first_near_duplicate_shows_another(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(300)
     rows[[250, 270]] = rows[20]
     turned = tiny_models.unit(
         rows[[30]] + 0.1 * tiny_models.unit_rows(2, seed=5)
-    )  # 30 joins two that are no near-duplicates
+    )  # row 30 is a near-duplicate of both, which are not near-duplicates of each other
     rows[[150, 160]] = turned
     config = dataclasses.replace(CONFIG, dedup=True, near_duplicate_cosine=0.992)
     near = rows.astype(np.float32)[[150, 160, 30]] @ rows.astype(np.float32)[[150, 160, 30]].T
@@ -77,13 +79,13 @@ def test_of_a_group_of_near_duplicates_another_is_shown_when_the_first_is_taken_
     assert (info["taken_down"], info["near_duplicates"], info["hidden"]) == (2, 1, 3)
 
 
-def test_hidden_rows_are_files_of_the_version(tmp_path: Path) -> None:
+def test_index_commits_hidden_rows_as_files(tmp_path: Path) -> None:
     version = build(stored(tmp_path, np.split(tiny_models.unit_rows(300), 3)), tmp_path)
     (hidden,) = (shard for shard in version.manifest().shards if shard.name == HIDDEN)
     assert {file.name for file in hidden.files} == {"hidden.npy", "pairs.npy", "taken.npy"}
 
 
-def test_what_is_taken_down_is_hidden_though_recall_then_misses_its_target(
+def test_index_takedown_with_recall_below_target_is_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = tiny_models.unit_rows(400)
@@ -99,27 +101,27 @@ def test_what_is_taken_down_is_hidden_though_recall_then_misses_its_target(
     monkeypatch.setattr("tasks.index.task.tune_database", just_below)
     more = stored(tmp_path, [rows[300:]], first=3, previous=embeddings)
     finer = dataclasses.replace(CONFIG, recall_queries=29)
-    for other in (
+    for failing_build in (
         lambda: build(embeddings, tmp_path, takedown=down),
         lambda: build(more, tmp_path, previous=first, takedown=down),
         lambda: build(embeddings, tmp_path, finer, previous=first, takedown=down),
     ):
-        with pytest.raises(StageError, match=r"reaches recall_at_10_image 0\.947, the target is 0\.95"):
-            other()
+        with pytest.raises(StageError, match=r"is below the target 0\.95: recall_at_10_image 0\.947"):
+            failing_build()
     with caplog.at_level("WARNING"):
         version = build(embeddings, tmp_path, previous=first, takedown=down)
     assert version.manifest().info["taken_down"] == 1
-    assert "hides what was taken down all the same: IVF8,SQfp16 reaches recall_at_10_image 0.947" in caplog.text
+    assert "takedowns are applied although recall of IVF8,SQfp16 is below the target" in caplog.text
 
 
-def test_near_duplicates_of_many_shards_are_looked_for_in_groups(
+def test_index_many_shards_searches_near_duplicates_in_groups(
     tmp_path: Path, alone: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = tiny_models.unit_rows(600)
     rows[[29, 30, 599]] = rows[[580, 3, 31]]
     monkeypatch.setattr(hidden_rows, "_GROUP_ROWS", 100)
     version = build(stored(tmp_path, np.split(rows, 20)), tmp_path)
-    groups = [item for what, item in alone.items if what == "near-duplicates"]
+    groups = [item for description, item in alone.items if description == "near-duplicates"]
     assert [[first for _, first in group] for group in groups] == [
         [0, 30, 60], [90, 120, 150], [180, 210, 240], [270, 300, 330], [360, 390, 420], [450, 480, 510], [540, 570],
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The quantizer of a version: which index it is, and when it is trained anew."""
+"""The quantizer of a version: choice of the index, and conditions for retraining."""
 
 import dataclasses
 import logging
@@ -15,7 +15,7 @@ from tasks.references.database import QUANTIZER
 pytestmark = pytest.mark.usefixtures("alone")
 
 
-def test_a_quantizer_that_no_longer_fits_is_trained_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_reusable_quantizer_drift_above_limit_retrains(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     near = tiny_models.unit(
         np.eye(tiny_models.WIDTH)[0] + 0.2 * np.random.default_rng(0).normal(size=(600, tiny_models.WIDTH))
     )
@@ -27,21 +27,21 @@ def test_a_quantizer_that_no_longer_fits_is_trained_anew(tmp_path: Path, caplog:
         second = build(after, tmp_path, previous=first)
         logging.getLogger("knn_diffusion").removeHandler(caplog.handler)
     assert {shard.folder for shard in second.manifest().shards} == {None}
-    assert "trained anew: its error on new rows grew by" in caplog.text
-    unmoved = dataclasses.replace(CONFIG, max_drift=1e9)
-    kept = build(after, tmp_path, unmoved, previous=first)
-    assert kept.manifest().info["shards_taken_over"] == 3
+    assert "retraining the quantizer: its error on new rows grew by" in caplog.text
+    tolerant = dataclasses.replace(CONFIG, max_drift=1e9)
+    reused = build(after, tmp_path, tolerant, previous=first)
+    assert reused.manifest().info["shards_taken_over"] == 3
 
 
-def test_rows_that_no_cells_describe_well_have_the_quantizer_trained_once(tmp_path: Path) -> None:
+def test_train_quantizer_on_hard_rows_retrains_once(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     near = tiny_models.unit(np.eye(tiny_models.WIDTH)[0] + 0.2 * random.normal(size=(600, tiny_models.WIDTH)))
     hard = random.normal(size=(400, tiny_models.WIDTH))
     hard[:, [0, -1]] = 0
     embeddings = stored(tmp_path, np.split(near.astype(np.float16), 6))
     version, trained = build(embeddings, tmp_path), []
-    nights = [*np.split(tiny_models.unit(hard), 4), -near[:50]]  # the last are harder still
-    for number, rows in enumerate(nights, start=6):
+    additions = [*np.split(tiny_models.unit(hard), 4), -near[:50]]  # the last addition has a still larger error
+    for number, rows in enumerate(additions, start=6):
         embeddings = stored(tmp_path, [rows.astype(np.float16)], first=number, previous=embeddings)
         version = build(embeddings, tmp_path, previous=version)
         (quantizer,) = (shard for shard in version.manifest().shards if shard.name == QUANTIZER)
@@ -49,7 +49,7 @@ def test_rows_that_no_cells_describe_well_have_the_quantizer_trained_once(tmp_pa
     assert trained == [True, False, False, False, True]
 
 
-def test_auto_takes_its_own_choice_where_another_index_was_asked_for_before(tmp_path: Path) -> None:
+def test_reusable_quantizer_auto_after_other_index_uses_own_choice(tmp_path: Path) -> None:
     embeddings = stored(tmp_path, np.split(tiny_models.unit_rows(600), 6))
     first = build(embeddings, tmp_path)
     auto = dataclasses.replace(CONFIG, index="auto")
@@ -57,12 +57,10 @@ def test_auto_takes_its_own_choice_where_another_index_was_asked_for_before(tmp_
     assert second.manifest().info["factory"] == "Flat"
     flat = build(embeddings, tmp_path / "flat", dataclasses.replace(CONFIG, index="Flat"))
     same = build(embeddings, tmp_path / "flat", auto, previous=flat)
-    assert same.manifest().info["shards_taken_over"] == 3, "what it would take itself is kept"
+    assert same.manifest().info["shards_taken_over"] == 3, "an index equal to the choice of auto is reused"
 
 
-def test_a_version_that_outgrows_its_memory_is_coded_anew_in_fewer_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_index_above_memory_limit_uses_fewer_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.retrieval.faiss_index.FLAT_ROWS", 100)
     monkeypatch.setattr("tasks.index.quantizer.FLAT_ROWS", 100)
     rows = tiny_models.unit_rows(1200)
@@ -76,7 +74,7 @@ def test_a_version_that_outgrows_its_memory_is_coded_anew_in_fewer_bits(
         build(more, tmp_path, dataclasses.replace(auto, memory_bytes=1200 * 8), previous=small)
 
 
-def test_more_memory_is_used_by_the_next_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_with_larger_memory_limit_uses_more_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.retrieval.faiss_index.FLAT_ROWS", 100)
     monkeypatch.setattr("tasks.index.quantizer.FLAT_ROWS", 100)
     embeddings = stored(tmp_path, np.split(tiny_models.unit_rows(600), 6))
@@ -88,9 +86,7 @@ def test_more_memory_is_used_by_the_next_version(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("factory", ["IDMap,Flat", "NSG16", "LSH", "IVFoops", ""])
-def test_a_factory_string_that_no_shards_can_be_made_of_is_refused_before_anything_is_written(
-    factory: str, tmp_path: Path
-) -> None:
+def test_index_unusable_factory_raises_before_writing(factory: str, tmp_path: Path) -> None:
     embeddings = stored(tmp_path, [tiny_models.unit_rows(50)])
     with pytest.raises(ModelError, match="take auto, or") as raised:
         build(embeddings, tmp_path, dataclasses.replace(CONFIG, index=factory))

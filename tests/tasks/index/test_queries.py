@@ -1,4 +1,4 @@
-"""What a version is measured with: its queries, its settings, its target."""
+"""Queries, settings and recall target of a version."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,34 +23,32 @@ from tasks.register import register_database
 pytestmark = pytest.mark.usefixtures("alone")
 
 
-@pytest.mark.parametrize(("gone", "drawn_anew"), [(15, False), (16, True), (30, True)])
-def test_queries_that_were_taken_down_are_replaced_when_few_are_left(
-    tmp_path: Path, gone: int, drawn_anew: bool
-) -> None:
+@pytest.mark.parametrize(("removed", "replaced"), [(15, False), (16, True), (30, True)])
+def test_index_takedown_of_queries_replaces_them_if_few_are_left(tmp_path: Path, removed: int, replaced: bool) -> None:
     embeddings = stored(tmp_path, np.split(tiny_models.unit_rows(300), 3))
     first = build(embeddings, tmp_path)
     queries = queries_of(first, tmp_path)
     assert len(queries) == 30
 
-    second = build(embeddings, tmp_path, previous=first, takedown=without(queries[:gone], tmp_path))
+    second = build(embeddings, tmp_path, previous=first, takedown=without(queries[:removed], tmp_path))
 
-    assert second.manifest().info["image_queries"] == (30 if drawn_anew else 30 - gone)
+    assert second.manifest().info["image_queries"] == (30 if replaced else 30 - removed)
     assert second.manifest().info["recall_at_10_image"] >= 0.95
-    assert not np.isin(queries[:gone], queries_of(second, tmp_path)).any()
+    assert not np.isin(queries[:removed], queries_of(second, tmp_path)).any()
 
 
-def test_queries_are_drawn_anew_from_twice_the_rows(tmp_path: Path) -> None:
+def test_index_with_twice_the_rows_chooses_queries_again(tmp_path: Path) -> None:
     rows, config = tiny_models.unit_rows(200), dataclasses.replace(CONFIG, max_drift=1e9)
     embeddings = stored(tmp_path, [rows[:100]])
     version = build(embeddings, tmp_path, config)
-    drawn = [queries_of(version, tmp_path)]
+    chosen = [queries_of(version, tmp_path)]
     for number, more in enumerate((rows[100:150], rows[150:]), start=1):
         embeddings = stored(tmp_path, [more], first=number, previous=embeddings)
         version = build(embeddings, tmp_path, config, previous=version)
-        drawn.append(queries_of(version, tmp_path))
-    np.testing.assert_array_equal(drawn[1], drawn[0])
-    assert len(drawn[2]) == 30
-    assert drawn[2].max() >= 150, "the first new rows were half as many, these are as many as there were"
+        chosen.append(queries_of(version, tmp_path))
+    np.testing.assert_array_equal(chosen[1], chosen[0])
+    assert len(chosen[2]) == 30
+    assert chosen[2].max() >= 150, "the first addition grew the database by half, the second doubled it"
 
 
 @pytest.mark.parametrize(
@@ -66,10 +64,10 @@ def test_queries_are_drawn_anew_from_twice_the_rows(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_changed_settings_hold_in_what_grows_as_in_what_is_built_anew(
+def test_index_changed_settings_grown_equals_fresh_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(clip, "encoder_for", lambda identity: Words())
+    monkeypatch.setattr(clip, "encoder_for", lambda identity: FakeTextEncoder())
     rows = tiny_models.unit_rows(400)
     rows[150:180] = rows[10:40]
     before = stored(tmp_path, np.split(rows[:300], 3))
@@ -80,36 +78,34 @@ def test_changed_settings_hold_in_what_grows_as_in_what_is_built_anew(
 
     grown = build(after, tmp_path, changed, previous=first)
 
-    anew = build(after, tmp_path / "anew", changed)
+    fresh = build(after, tmp_path / "fresh", changed)
     assert grown.manifest().info["shards_taken_over"] > 0
-    assert hidden_in(grown, tmp_path) == hidden_in(anew, tmp_path)
+    assert hidden_in(grown, tmp_path) == hidden_in(fresh, tmp_path)
     for name in ("near_duplicates", "image_queries", "text_queries"):
-        assert grown.manifest().info[name] == anew.manifest().info[name]
+        assert grown.manifest().info[name] == fresh.manifest().info[name]
     for kind in ("image", "text"):
-        ours, theirs = (truth_of(version, kind, tmp_path) for version in (grown, anew))
-        np.testing.assert_array_equal(ours["queries"], theirs["queries"])
-        np.testing.assert_array_equal(ours["ids"], theirs["ids"])
+        actual, expected = (truth_of(version, kind, tmp_path) for version in (grown, fresh))
+        np.testing.assert_array_equal(actual["queries"], expected["queries"])
+        np.testing.assert_array_equal(actual["ids"], expected["ids"])
 
 
-class Words:
-    """An encoder of texts."""
+class FakeTextEncoder:
+    """A text encoder that returns unit rows seeded by text length."""
 
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate([tiny_models.unit_rows(1, seed=len(text)) for text in texts])).float()
 
 
-def test_a_version_without_images_to_measure_with_is_told_of_registered_and_followed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_index_without_queries_is_registered_and_can_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     embeddings = stored(tmp_path, np.split(tiny_models.unit_rows(300), 3))
 
-    def none_left(database: Any, *_: Any) -> GroundTruth:
+    def no_queries(database: Any, *_: Any) -> GroundTruth:
         return exact_neighbours(database.parts, np.empty((0, tiny_models.WIDTH), np.float32))
 
     with monkeypatch.context() as patch:
-        patch.setattr(tuning, "_pictures", none_left)
+        patch.setattr(tuning, "_image_truth", no_queries)
         built = index(embeddings, str(tmp_path), CONFIG, cache=tmp_path / "cache")
-    assert built.note.startswith("IVF8,SQfp16, no pictures to measure with, no texts to measure with")
+    assert built.note.startswith("IVF8,SQfp16, no image queries, no text queries")
     settings = Settings(root=str(tmp_path / "data"))
     register_database("shapes", built.reference, settings)
     (listed,) = Registry(settings).versions("database")
@@ -120,19 +116,19 @@ def test_a_version_without_images_to_measure_with_is_told_of_registered_and_foll
     assert after.manifest().info["image_queries"] == 30
 
 
-def test_another_target_is_tuned_for_anew_and_not_from_what_the_last_one_needed(tmp_path: Path) -> None:
+def test_index_changed_target_ignores_previous_effort(tmp_path: Path) -> None:
     embeddings = stored(tmp_path, np.split(tiny_models.unit_rows(600), 6))
     strict = build(embeddings, tmp_path, dataclasses.replace(CONFIG, target_recall=0.99))
-    assert strict.manifest().info["effort"]["nprobe"] >= 4, "else the next line shows nothing"
+    assert strict.manifest().info["effort"]["nprobe"] >= 4, "otherwise the last assertion would always hold"
     lax = build(embeddings, tmp_path, dataclasses.replace(CONFIG, target_recall=0.1), previous=strict)
     assert lax.manifest().info["effort"]["nprobe"] == 1
 
 
-def test_a_recall_below_the_target_is_not_committed(tmp_path: Path) -> None:
+def test_index_recall_below_target_is_not_committed(tmp_path: Path) -> None:
     embeddings = stored(tmp_path, [tiny_models.unit_rows(3_000)])
     config = dataclasses.replace(CONFIG, index="PQ1x4", target_recall=1.0)
     with pytest.raises(
-        StageError, match=r"PQ1x4 reaches recall_at_10_image 0\.\d+, the target is 1\.0; name a finer .*--index"
+        StageError, match=r"PQ1x4 is below the target 1\.0: recall_at_10_image 0\.\d+; choose a finer .*--index"
     ):
         build(embeddings, tmp_path, config)
     folders = list((tmp_path / "database").iterdir())

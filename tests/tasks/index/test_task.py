@@ -1,4 +1,4 @@
-"""The index stage on seeded rows: shards, growth from an earlier version, faults."""
+"""The index stage on seeded rows: shards, growth from an earlier version, failures."""
 
 import dataclasses
 import os
@@ -23,7 +23,7 @@ from tasks.references.database import index_shards, open_database
 pytestmark = pytest.mark.usefixtures("alone")
 
 
-def test_embedding_shards_are_gathered_into_index_shards(tmp_path: Path) -> None:
+def test_index_groups_embedding_shards_into_index_shards(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(600)
     version = build(stored(tmp_path, np.split(rows, 6)), tmp_path)
     manifest = version.manifest()
@@ -38,7 +38,7 @@ def test_embedding_shards_are_gathered_into_index_shards(tmp_path: Path) -> None
     assert everything(version, tmp_path).search(queries, 5).ids.tolist() == exact(queries, rows, 5)
 
 
-def test_a_version_grows_by_what_is_new_alone(tmp_path: Path) -> None:
+def test_index_grown_from_version_adds_only_new_rows(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(700)
     before = stored(tmp_path, np.split(rows[:600], 6))
     first = build(before, tmp_path)
@@ -58,7 +58,7 @@ def test_a_version_grows_by_what_is_new_alone(tmp_path: Path) -> None:
     assert (again.skipped, again.reference) == (True, second)
 
 
-def test_a_shard_filled_in_parts_is_the_one_filled_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fill_shards_in_parts_equals_fill_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     embeddings = stored(tmp_path, np.split(tiny_models.unit_rows(600), 6))
     config = dataclasses.replace(CONFIG, shard_rows=400)
     monkeypatch.setattr(shards, "PART_ROWS", 150)
@@ -69,12 +69,12 @@ def test_a_shard_filled_in_parts_is_the_one_filled_at_once(tmp_path: Path, monke
     whole = build(embeddings, tmp_path / "whole", config)
     assert merged.digest == whole.digest
     assert [len(shard.info["members"]) for shard in index_shards(merged)] == [4, 2]
-    assert not list(Path(merged.uri).glob("parts*")), "parts are gone once they are merged"
-    ours, theirs = (shard.info["error"] for version in (merged, whole) for shard in index_shards(version)[:1])
-    assert ours == pytest.approx(theirs, rel=0.2)  # of other rows of the sample
+    assert not list(Path(merged.uri).glob("parts*")), "parts are deleted after the merge"
+    error, expected = (shard.info["error"] for version in (merged, whole) for shard in index_shards(version)[:1])
+    assert error == pytest.approx(expected, rel=0.2)  # measured on different rows
 
 
-def test_a_build_killed_between_parts_and_merge_goes_on(
+def test_index_resumes_after_kill_between_fill_and_merge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: WithoutRay
 ) -> None:
     embeddings = stored(tmp_path, np.split(tiny_models.unit_rows(600), 6))
@@ -89,47 +89,45 @@ def test_a_build_killed_between_parts_and_merge_goes_on(
     monkeypatch.setattr(shards, "_Merge", KilledMerge)
     with pytest.raises(Killed):
         build(embeddings, tmp_path, config)
-    asked = [name for _, (name, _) in alone.items]
-    assert asked == ["00000", "00001", "00002", "00003", "00004", "00005", "00000"]
+    names = [name for _, (name, _) in alone.items]
+    assert names == ["00000", "00001", "00002", "00003", "00004", "00005", "00000"]
     monkeypatch.setattr(shards, "_Merge", merge)
-    monkeypatch.setattr(shards, "_Fill", None)  # nothing is filled again
+    monkeypatch.setattr(shards, "_Fill", None)  # filling again would fail
 
     version = build(embeddings, tmp_path, config)
 
     assert [shard.rows for shard in index_shards(version)] == [600]
 
 
-def test_shards_that_rows_were_added_in_are_merged_as_they_grow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_index_growing_repeatedly_merges_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = tiny_models.unit_rows(1300)
     config = dataclasses.replace(CONFIG, shard_rows=1000)
     embeddings = stored(tmp_path, np.split(rows[:800], 8))
     version = build(embeddings, tmp_path, config)
-    seen = []
+    sizes = []
     for number in range(8, 13):
         more = rows[100 * number : 100 * (number + 1)]
         embeddings = stored(tmp_path, [more], first=number, previous=embeddings)
         version = build(embeddings, tmp_path, config, previous=version)
-        seen.append([shard.rows for shard in index_shards(version)])
-    # The first would be merged too when the others have 400 rows, were it not for shard_rows.
-    assert seen == [[800, 100], [800, 200], [800, 300], [800, 300, 100], [800, 500]]
+        sizes.append([shard.rows for shard in index_shards(version)])
+    # Only shard_rows prevents a merge of the first shard once the others have 400 rows.
+    assert sizes == [[800, 100], [800, 200], [800, 300], [800, 300, 100], [800, 500]]
     queries = np.concatenate([tiny_models.unit_rows(9, seed=3), rows[[850, 1010, 1250]]])
     assert everything(version, tmp_path).search(queries, 5).ids.tolist() == exact(queries, rows, 5)
 
 
-def test_growing_by_nothing_twice_changes_nothing(tmp_path: Path) -> None:
+def test_index_grown_twice_without_new_rows_is_unchanged(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(300)
     embeddings = stored(tmp_path, np.split(rows, 3))
     version = build(embeddings, tmp_path)
-    for number in (3, 4):  # every new picture was a copy, or gone
+    for number in (3, 4):  # every new image was a copy or failed to download
         embeddings = stored(tmp_path, [rows[:0]], first=number, previous=embeddings)
         version = build(embeddings, tmp_path, previous=version)
     queries = tiny_models.unit_rows(9, seed=3)
     assert everything(version, tmp_path).search(queries, 5).ids.tolist() == exact(queries, rows, 5)
 
 
-def test_an_index_that_cannot_be_merged_is_filled_anew_from_its_rows(tmp_path: Path) -> None:
+def test_index_unmergeable_type_is_filled_again_from_rows(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(500)
     config = dataclasses.replace(CONFIG, index="HNSW8", shard_rows=1000)
     before = stored(tmp_path, np.split(rows[:300], 3))
@@ -142,7 +140,7 @@ def test_an_index_that_cannot_be_merged_is_filled_anew_from_its_rows(tmp_path: P
     assert second.manifest().info["recall_at_10_image"] >= 0.95
 
 
-def test_after_compaction_only_the_shards_that_changed_are_filled(tmp_path: Path) -> None:
+def test_index_after_compaction_fills_only_changed_shards(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(600)
     parts = np.split(rows, 6)
     before = stored(tmp_path, parts)
@@ -152,14 +150,14 @@ def test_after_compaction_only_the_shards_that_changed_are_filled(tmp_path: Path
     second = build(smaller, tmp_path, previous=first)
 
     assert [shard.folder is None for shard in index_shards(second)] == [False, True, False]
-    kept = np.delete(rows, np.arange(200, 210), axis=0)
+    remaining = np.delete(rows, np.arange(200, 210), axis=0)
     queries = tiny_models.unit_rows(9, seed=3)
-    assert everything(second, tmp_path).search(queries, 5).ids.tolist() == exact(queries, kept, 5)
+    assert everything(second, tmp_path).search(queries, 5).ids.tolist() == exact(queries, remaining, 5)
 
 
 @pytest.mark.slow
 @pytest.mark.on_ray
-def test_killed_workers_cost_the_shards_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_killed_workers_retries_only_their_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     embeddings = stored(tmp_path, np.split(tiny_models.unit_rows(12_000), 120))
     config = dataclasses.replace(CONFIG, shard_rows=100)
     markers: list[int] = []
@@ -177,15 +175,15 @@ def test_killed_workers_cost_the_shards_in_hand(tmp_path: Path, monkeypatch: pyt
 
     thread = threading.Thread(target=kill)
     thread.start()
-    broken = build(embeddings, tmp_path, config)
+    interrupted = build(embeddings, tmp_path, config)
     thread.join()
-    assert 0 < markers[0] < 120, "they were killed in the middle"
+    assert 0 < markers[0] < 120, "workers were killed during the build"
     WithoutRay().install(monkeypatch)
-    assert broken.digest == build(embeddings, tmp_path / "unbroken", config).digest
+    assert interrupted.digest == build(embeddings, tmp_path / "uninterrupted", config).digest
 
 
 @pytest.mark.parametrize("which", ["00002.faiss", "quantizer.faiss"])
-def test_a_flipped_byte_in_an_index_is_found(tmp_path: Path, which: str) -> None:
+def test_open_database_flipped_byte_raises(tmp_path: Path, which: str) -> None:
     version = build(stored(tmp_path, np.split(tiny_models.unit_rows(600), 6)), tmp_path)
     (path,) = Path(version.uri).rglob(which)
     damaged = bytearray(path.read_bytes())
@@ -195,7 +193,7 @@ def test_a_flipped_byte_in_an_index_is_found(tmp_path: Path, which: str) -> None
         open_database(version, tmp_path / "cache")
 
 
-def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+def test_open_database_missing_shard_raises_its_name(tmp_path: Path) -> None:
     version = build(stored(tmp_path, np.split(tiny_models.unit_rows(600), 6)), tmp_path)
     (path,) = Path(version.uri).rglob("00002.faiss")
     path.unlink()
@@ -204,14 +202,14 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
-        ({"near_duplicate_cosine": 0.0}, "near_duplicate_cosine lies above 0"),
+        ({"near_duplicate_cosine": 0.0}, "near_duplicate_cosine must be above 0"),
         ({"shard_rows": 0}, "must be at least 1"),
         ({"target_recall": 1.5}, "between 0 and 1"),
-        ({"max_drift": -1.0}, "max_drift at 0 or above"),
+        ({"max_drift": -1.0}, "max_drift at least 0"),
     ],
 )
-def test_a_config_that_cannot_be_right_is_refused(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_index_config_out_of_range_raises(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         IndexConfig(**changes)

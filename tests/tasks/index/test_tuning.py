@@ -1,3 +1,5 @@
+"""Choice of queries, and extension of their true neighbours to new rows."""
+
 from pathlib import Path
 from typing import Any
 
@@ -6,65 +8,65 @@ import pytest
 from support import tiny_models
 
 from model.retrieval.recall import exact_neighbours
-from tasks.index.tuning import _choose_ids, _grown
+from tasks.index.tuning import _choose_ids, _extend_truth
 
 WIDE = 16
 
 
-def test_the_truth_of_a_version_that_grew_twice_is_that_of_all_its_rows(tmp_path: Path) -> None:
+def test_extend_truth_twice_equals_exact_search(tmp_path: Path) -> None:
     rows, own = tiny_models.unit_rows(320, WIDE), np.arange(1)
     truth = exact_neighbours([rows[:300]], rows[own].astype(np.float32), own=own, own_rows=rows[own])
     hidden, depth = np.zeros(0, np.int64), truth.ids.shape[1]
-    for known, count in ((300, 310), (310, 320)):
+    for first_rows, count in ((300, 310), (310, 320)):
         nearest = truth.ids[:, : depth // 2]
         hidden = np.setdiff1d(np.union1d(hidden, nearest[nearest >= 0]), own)
         database = tiny_models.database(tmp_path / str(count), rows[:count], hidden=hidden)
 
-        truth = _grown(database, truth, known, hidden, np.zeros(0, np.int64))
+        truth = _extend_truth(database, truth, first_rows, hidden, np.zeros(0, np.int64))
 
-        anew = exact_neighbours([rows[:count]], truth.queries, own=own, own_rows=rows[own], hidden=hidden)
-        np.testing.assert_array_equal(truth.ids[:, :10], anew.ids[:, :10])
+        expected = exact_neighbours([rows[:count]], truth.queries, own=own, own_rows=rows[own], hidden=hidden)
+        np.testing.assert_array_equal(truth.ids[:, :10], expected.ids[:, :10])
 
 
 @pytest.mark.parametrize("count", [300, 310])
-def test_rows_that_are_shown_again_are_among_the_true_neighbours(tmp_path: Path, count: int) -> None:
+def test_extend_truth_includes_rows_shown_again(tmp_path: Path, count: int) -> None:
     rows, own = tiny_models.unit_rows(count, WIDE), np.arange(4)
     whole = exact_neighbours([rows[:300]], rows[own].astype(np.float32), own=own, own_rows=rows[own])
     hidden = np.setdiff1d(whole.ids[:, :6], own)
-    known = exact_neighbours([rows[:300]], whole.queries, own=own, own_rows=rows[own], hidden=hidden)
-    shown, still = hidden[::2], hidden[1::2]
-    database = tiny_models.database(tmp_path, rows, hidden=still)
+    before = exact_neighbours([rows[:300]], whole.queries, own=own, own_rows=rows[own], hidden=hidden)
+    shown, still_hidden = hidden[::2], hidden[1::2]
+    database = tiny_models.database(tmp_path, rows, hidden=still_hidden)
 
-    truth = _grown(database, known, 300, still, shown)
+    truth = _extend_truth(database, before, 300, still_hidden, shown)
 
-    anew = exact_neighbours([rows], whole.queries, own=own, own_rows=rows[own], hidden=still)
-    assert np.isin(shown, anew.ids[:, :10]).all()
-    np.testing.assert_array_equal(truth.ids[:, :10], anew.ids[:, :10])
-    assert truth.ids.shape == known.ids.shape
+    expected = exact_neighbours([rows], whole.queries, own=own, own_rows=rows[own], hidden=still_hidden)
+    assert np.isin(shown, expected.ids[:, :10]).all()
+    np.testing.assert_array_equal(truth.ids[:, :10], expected.ids[:, :10])
+    assert truth.ids.shape == before.ids.shape
 
 
 @pytest.mark.parametrize("count", [20, 100, 150])
-def test_queries_are_drawn_once_each_from_what_is_not_hidden(tmp_path: Path, count: int) -> None:
+def test_choose_ids_returns_distinct_visible_rows(tmp_path: Path, count: int) -> None:
     hidden = np.arange(0, 300, 2)
     database = tiny_models.database(tmp_path, tiny_models.unit_rows(300), hidden=hidden)
-    drawn = [_choose_ids(database, hidden, count, np.random.default_rng(seed)) for seed in (0, 0, 1)]
-    np.testing.assert_array_equal(drawn[0], drawn[1])
-    assert (drawn[0] != drawn[2]).any()
-    for ids in drawn:
+    chosen = [_choose_ids(database, hidden, count, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(chosen[0], chosen[1])
+    assert (chosen[0] != chosen[2]).any()
+    for ids in chosen:
         assert len(np.unique(ids)) == len(ids) == count
         assert (ids % 2 == 1).all()
         assert ids.max() < 300
 
 
-def test_every_row_is_as_likely_to_be_drawn(tmp_path: Path) -> None:
+def test_choose_ids_is_uniform(tmp_path: Path) -> None:
     hidden = np.arange(20)
     database, rng = tiny_models.database(tmp_path, tiny_models.unit_rows(100), hidden=hidden), np.random.default_rng(0)
-    times = np.bincount(np.concatenate([_choose_ids(database, hidden, 10, rng) for _ in range(4_000)]), minlength=100)
-    assert times[:20].sum() == 0
-    assert np.abs(times[20:] - 500).max() < 100, "500 each, give or take 21"
+    counts = np.bincount(np.concatenate([_choose_ids(database, hidden, 10, rng) for _ in range(4_000)]), minlength=100)
+    assert counts[:20].sum() == 0
+    assert np.abs(counts[20:] - 500).max() < 100, "expected 500 each, with a standard deviation of 21"
 
 
-def test_few_queries_of_a_billion_rows_are_drawn_without_a_list_of_them() -> None:
+def test_choose_ids_of_billion_rows_does_not_list_all_ids() -> None:
     class Huge:
         stored = 10**9
 

@@ -1,4 +1,4 @@
-"""Union and subset: the same pictures, none embedded again, each still found."""
+"""Union, subset and filters: the same images, each still found, none embedded again."""
 
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def indexed(combined: CombinedInputs, folder: Path) -> DatabaseVersion:
 
 
 def found(version: DatabaseVersion, folder: Path, k: int = 5) -> list[list[str]]:
-    """For each picture, the urls of its nearest rows."""
+    """Return, for each of the first eight images, the urls of its nearest rows."""
     opened = open_database(version, folder / "cache")
     queries = pa.array([sha(data) for _, data in IMAGES[:8]]).to_pylist()
     import numpy as np
@@ -55,21 +55,21 @@ def found(version: DatabaseVersion, folder: Path, k: int = 5) -> list[list[str]]
     return [[row["url"] for row in opened.describe(ids[ids >= 0].tolist())] for ids in hits.ids]
 
 
-def test_a_union_finds_what_a_fresh_build_finds(tmp_path: Path) -> None:
+def test_merge_finds_same_rows_as_fresh_build(tmp_path: Path) -> None:
     a = database(tmp_path / "a", IMAGES[:3], IMAGES[3:5])
     b = database(tmp_path / "b", IMAGES[5:7], IMAGES[7:8])
     both = indexed(merge({"a": a, "b": b}, str(tmp_path / "c"), cache=tmp_path), tmp_path / "c")
     fresh = database(tmp_path / "fresh", IMAGES[:3], IMAGES[3:5], IMAGES[5:7], IMAGES[7:8])
     assert found(both, tmp_path) == found(fresh, tmp_path)
     assert both.rows == 8
-    # The same key is borne by a picture of each, and each row still leads to its own.
-    pictures = fetch_images(both, list(range(8)), tmp_path / "cache")
-    assert [encoded(picture) for picture in pictures] == [data for _, data in IMAGES[:8]]
+    # Both databases use the same keys; each row must still return its own image.
+    images = fetch_images(both, list(range(8)), tmp_path / "cache")
+    assert [encoded(image) for image in images] == [data for _, data in IMAGES[:8]]
     assert not list((tmp_path / "c").rglob("*.tar"))
     assert not list((tmp_path / "c").rglob("*.npy.*"))
 
 
-def test_a_union_hides_what_either_has_taken_down_and_goes_on_after_its_shards(tmp_path: Path) -> None:
+def test_merge_hides_takedowns_of_both_and_merges_url_history(tmp_path: Path) -> None:
     a, b = image_shards(tmp_path / "a", [IMAGES[:3]]), image_shards(tmp_path / "b", [IMAGES[3:6]])
     down = commit_takedown(Entries(frozenset({IMAGES[4][0]})), str(tmp_path / "b"), info={}).reference
     versions = {
@@ -88,22 +88,22 @@ def test_a_union_hides_what_either_has_taken_down_and_goes_on_after_its_shards(t
     assert config_from_manifest(DownloadConfig, images.manifest().config).shard_rows == 4
 
 
-def test_a_union_follows_its_parts_though_they_hold_the_same_shards(tmp_path: Path) -> None:
+def test_merge_of_different_subsets_of_same_shards_differs(tmp_path: Path) -> None:
     whole = database(tmp_path / "a", IMAGES[:6], IMAGES[6:12])
     other = database(tmp_path / "b", IMAGES[12:15])
-    made = []
+    unions = []
     for where in ('url like "%circle%"', 'url like "%square%"'):
         part = indexed(subset(whole, where, str(tmp_path / "part"), cache=tmp_path), tmp_path / "part")
-        made.append(merge({"b": other, "part": part}, str(tmp_path / "c"), cache=tmp_path).embeddings)
+        unions.append(merge({"b": other, "part": part}, str(tmp_path / "c"), cache=tmp_path).embeddings)
     wanted = [url for url, _ in IMAGES[:12] if "square" in url]
     assert wanted
-    assert urls_of(made[1].reference) == [url for url, _ in IMAGES[12:15]] + wanted
-    assert [outcome.skipped for outcome in made] == [False, False]
-    assert images_of(made[0].reference).digest != images_of(made[1].reference).digest
+    assert urls_of(unions[1].reference) == [url for url, _ in IMAGES[12:15]] + wanted
+    assert [outcome.skipped for outcome in unions] == [False, False]
+    assert images_of(unions[0].reference).digest != images_of(unions[1].reference).digest
 
 
-def test_what_is_made_of_a_subset_is_not_what_is_made_of_another(tmp_path: Path) -> None:
-    """Though every shard of both is the same: what they have seen is not."""
+def test_compact_different_subsets_of_same_shards_differ(tmp_path: Path) -> None:
+    """Their shards are equal, but their URL histories differ."""
     whole = database(tmp_path / "a", IMAGES[:6], IMAGES[6:12])
     down = commit_takedown(Entries(frozenset({IMAGES[0][0]})), str(tmp_path), info={}).reference
     slim = []
@@ -116,7 +116,7 @@ def test_what_is_made_of_a_subset_is_not_what_is_made_of_another(tmp_path: Path)
     assert [manifest.identity["where"] for manifest in (one, other)] == ['url like "%circle%"', 'url like "%square%"']
 
 
-def test_databases_of_two_encoders_are_refused_naming_both(tmp_path: Path) -> None:
+def test_merge_different_encoders_raises_naming_both(tmp_path: Path) -> None:
     a = database(tmp_path / "a", IMAGES[:3]).manifest()
     encoder = {**IDENTITY["encoder"], "name": "other", "weights_digest": "v" * 64}
     other = artifacts.ArtifactBuilder(str(tmp_path), "database", inputs={}, config={}).commit(
@@ -125,25 +125,25 @@ def test_databases_of_two_encoders_are_refused_naming_both(tmp_path: Path) -> No
     with pytest.raises(EncoderMismatchError, match=r"a was made by made.*, \./b by other.*rebuild one") as caught:
         require_same_encoder(**{"a": a, "./b": other})
     assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="two databases or more"):
+    with pytest.raises(InputError, match="cannot merge a; give two or more different databases"):
         merge({"a": database(tmp_path / "a", IMAGES[:3])}, str(tmp_path), cache=tmp_path)
 
 
-def test_a_subset_finds_what_a_fresh_build_of_it_finds(tmp_path: Path) -> None:
+def test_subset_finds_same_rows_as_fresh_build(tmp_path: Path) -> None:
     whole = database(tmp_path / "a", IMAGES[:6], IMAGES[6:9], IMAGES[9:12])
     part = subset(whole, 'url like "%red%" or url like "%green-c%"', str(tmp_path / "b"), cache=tmp_path)
     wanted = [n for n in range(12) if "red" in IMAGES[n][0] or "green-c" in IMAGES[n][0]]
     assert 6 < len(wanted) < 12
     assert urls_of(part.embeddings.reference) == [IMAGES[n][0] for n in wanted]
     folders = [shard.folder for shard in part.embeddings.reference.manifest().shards]
-    assert folders[0] is not None  # all of its rows are wanted: it is taken over
+    assert folders[0] is not None  # all of its rows match, so it is reused
     assert None in folders
-    made = indexed(part, tmp_path / "b")
+    combined = indexed(part, tmp_path / "b")
     fresh = database(tmp_path / "fresh", [IMAGES[n] for n in wanted])
-    assert found(made, tmp_path) == found(fresh, tmp_path)
-    pictures = fetch_images(made, list(range(len(wanted))), tmp_path / "cache")
-    assert [encoded(picture) for picture in pictures] == [IMAGES[n][1] for n in wanted]
-    with pytest.raises(InputError, match=r"no row of .* is taken by the filter 'width > 48'; make it wider"):
+    assert found(combined, tmp_path) == found(fresh, tmp_path)
+    images = fetch_images(combined, list(range(len(wanted))), tmp_path / "cache")
+    assert [encoded(image) for image in images] == [IMAGES[n][1] for n in wanted]
+    with pytest.raises(InputError, match=r"no row of .* matches the filter 'width > 48'; use a less restrictive"):
         subset(whole, "width > 48", str(tmp_path / "b"), cache=tmp_path)
 
 
@@ -191,17 +191,17 @@ ROWS = pa.table(
         ('url like "http://_/dog.png"', [1]),
     ],
 )  # fmt: skip
-def test_filters(where: str, rows: list[int]) -> None:
+def test_parse_where_valid_filter_selects_rows(where: str, rows: list[int]) -> None:
     assert ROWS.filter(parse_where(where).mask(ROWS))["row"].to_pylist() == rows
 
 
 @pytest.mark.parametrize(
-    ("where", "told"),
+    ("where", "message"),
     [
         ("", "has 0 characters"),
-        ("width = 1 or " * 50_000 + "width = 1", "has 650,009 characters; write 1 to 10,000"),
-        ("depth > 3", "has no column depth to compare; the columns are url, key, sha256, width, height"),
-        ("row > 3", "has no column row"),
+        ("width = 1 or " * 50_000 + "width = 1", "has 650,009 characters; use 1 to 10,000"),
+        ("depth > 3", "uses an unknown column: depth; the columns are url, key, sha256, width, height"),
+        ("row > 3", "uses an unknown column: row"),
         ("width", "is not a condition"),
         ("null", "is not a condition"),
         ("width > 'x'", "compares text with a number"),
@@ -233,8 +233,8 @@ def test_filters(where: str, rows: list[int]) -> None:
         ("width = " + "1 + " * 2_000 + "1", "is nested too deeply"),
     ],
 )
-def test_filters_that_cannot_be_read_say_where(where: str, told: str) -> None:
+def test_parse_where_invalid_filter_raises(where: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         parse_where(where)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400

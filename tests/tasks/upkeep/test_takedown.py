@@ -1,4 +1,4 @@
-"""What a takedown list names, what it is refused for, and the rows it hides."""
+"""Takedown lists: formats, validation, and the rows that they match."""
 
 import json
 from pathlib import Path
@@ -20,11 +20,11 @@ def listed(folder: Path, *rows: dict[str, Any], name: str = "down.jsonl") -> str
 
 
 def three_shards(folder: Path) -> ImageShards:
-    """Five pictures and a URL that failed."""
+    """Image shards with five images and a URL that failed."""
     return image_shards(folder, [[*IMAGES[:2], ("http://host/gone.png", None)], IMAGES[2:3], IMAGES[3:5]])
 
 
-def test_rows_are_named_by_url_digest_and_key(tmp_path: Path) -> None:
+def test_match_rows_by_url_sha256_and_key(tmp_path: Path) -> None:
     images = three_shards(tmp_path)
     embeddings = embedding_shards(tmp_path, images)
     by = [{"url": IMAGES[1][0]}, {"sha256": sha(IMAGES[2][1]).upper()}, {"key": "000020001"}]
@@ -34,7 +34,7 @@ def test_rows_are_named_by_url_digest_and_key(tmp_path: Path) -> None:
     assert [urls_of(embeddings)[row] for row in named] == [IMAGES[n][0] for n in (1, 2, 4)]
 
 
-def test_lists_add_up_and_the_same_list_makes_nothing(tmp_path: Path) -> None:
+def test_take_down_lists_accumulate_and_known_list_is_skipped(tmp_path: Path) -> None:
     images = three_shards(tmp_path)
     first = take_down(listed(tmp_path, {"url": IMAGES[0][0]}), images, str(tmp_path), cache=tmp_path)
     both = take_down(
@@ -48,9 +48,7 @@ def test_lists_add_up_and_the_same_list_makes_nothing(tmp_path: Path) -> None:
     assert match_rows(both.reference, embedding_shards(tmp_path, images), tmp_path).tolist() == [0, 4]
 
 
-def test_a_list_that_was_taken_down_before_is_told_without_a_look_at_the_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_take_down_known_list_does_not_read_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = three_shards(tmp_path)
     read: list[str] = []
     fetch = artifacts.fetch_shard
@@ -72,21 +70,23 @@ def test_a_list_that_was_taken_down_before_is_told_without_a_look_at_the_images(
     assert read_entries(more, tmp_path).sha256 >= {sha(IMAGES[1][1])}
 
 
-def test_a_list_naming_nothing_is_refused_unless_it_was_taken_down_before(tmp_path: Path) -> None:
+def test_take_down_without_match_raises_unless_known(tmp_path: Path) -> None:
     images = three_shards(tmp_path)
     wrong = [{"url": f"http://host/none-{n}.png"} for n in range(4)] + [{"url": "http://host/gone.png"}]
-    with pytest.raises(InputError, match=r"naming nothing in 5 of 5 entries \(url http://host/gone.png, url .*, …\)"):
+    with pytest.raises(
+        InputError, match=r"matches no image of .*: 5 of 5 entries \(url http://host/gone.png, url .*, …\)"
+    ):
         take_down(listed(tmp_path, *wrong), images, str(tmp_path), cache=tmp_path)
     first = take_down(listed(tmp_path, {"url": IMAGES[0][0]}), images, str(tmp_path), cache=tmp_path).reference
-    others = image_shards(tmp_path / "others", [IMAGES[5:7]])  # as after a split: the picture is not there any more
-    asked = listed(tmp_path, {"url": IMAGES[0][0]})
-    with pytest.raises(InputError, match="naming nothing in 1 of 1 entries"):
-        take_down(asked, others, str(tmp_path), cache=tmp_path)
-    again = take_down(asked, others, str(tmp_path), cache=tmp_path, previous=first)
+    others = image_shards(tmp_path / "others", [IMAGES[5:7]])  # without the image, as after a subset
+    same_list = listed(tmp_path, {"url": IMAGES[0][0]})
+    with pytest.raises(InputError, match=r"matches no image of .*: 1 of 1 entries"):
+        take_down(same_list, others, str(tmp_path), cache=tmp_path)
+    again = take_down(same_list, others, str(tmp_path), cache=tmp_path, previous=first)
     assert (again.skipped, again.reference) == (True, first)
 
 
-def test_an_entry_that_names_no_image_keeps_none_of_the_others_up(
+def test_take_down_with_unmatched_entry_logs_and_applies_others(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     images, absent = three_shards(tmp_path), "http://host/none.png"
@@ -94,16 +94,17 @@ def test_an_entry_that_names_no_image_keeps_none_of_the_others_up(
     with caplog.at_level("WARNING"):
         taken = take_down(listed(tmp_path, *rows), images, str(tmp_path), cache=tmp_path).reference
     assert (
-        "names no picture" in caplog.text and f"3 of 4 entries (url http://host/gone.png, url {absent}" in caplog.text
+        "has entries that match no image" in caplog.text
+        and f"3 of 4 entries (url http://host/gone.png, url {absent}" in caplog.text
     )
     assert match_rows(taken, embedding_shards(tmp_path, images), tmp_path).tolist() == [0]
-    kept = read_entries(taken, tmp_path)
-    assert kept.url == {IMAGES[0][0], absent, "http://host/gone.png"}  # refused when they come
-    assert kept.key == set()  # whose picture may be another's tomorrow
+    entries = read_entries(taken, tmp_path)
+    assert entries.url == {IMAGES[0][0], absent, "http://host/gone.png"}  # so that later downloads reject them
+    assert entries.key == set()  # later the key could belong to another image
 
 
 @pytest.mark.parametrize("by", ["url", "key", "sha256"])
-def test_the_same_bytes_at_another_url_go_too(by: str, tmp_path: Path) -> None:
+def test_take_down_matches_copies_at_other_urls(by: str, tmp_path: Path) -> None:
     url, body = IMAGES[0]
     images = image_shards(tmp_path, [[IMAGES[1], (url, body)], [("http://host/copy.png", body), IMAGES[2]]])
     entry = {"url": url, "key": "000000001", "sha256": sha(body)}[by]
@@ -112,12 +113,12 @@ def test_the_same_bytes_at_another_url_go_too(by: str, tmp_path: Path) -> None:
     assert read_entries(taken, tmp_path).sha256 == {sha(body)}
 
 
-def test_a_key_that_two_images_bear_is_refused(tmp_path: Path) -> None:
+def test_take_down_ambiguous_key_raises(tmp_path: Path) -> None:
     from tasks.upkeep.merge import merged_images
 
     parts = [image_shards(tmp_path / name, [IMAGES[n : n + 1]]) for n, name in enumerate("ab")]
     both = merged_images(parts, str(tmp_path / "c"), cache=tmp_path).reference
-    with pytest.raises(InputError, match=r"key 000000000 is borne by 2 pictures .* by its url or sha256"):
+    with pytest.raises(InputError, match=r"key 000000000 of .* matches 2 images .* by its url or sha256"):
         take_down(listed(tmp_path, {"key": "000000000"}), both, str(tmp_path), cache=tmp_path)
 
 
@@ -133,7 +134,9 @@ def test_a_key_that_two_images_bear_is_refused(tmp_path: Path) -> None:
         ("a.jsonl", '{"sha256": "' + "A" * 64 + '"}\n{"url": "u"}\n', {"sha256": {"a" * 64}, "url": {"u"}}),
     ],
 )
-def test_lists_in_every_format(name: str, text: str, expected: dict[str, set[str]], tmp_path: Path) -> None:
+def test_read_takedown_list_accepts_all_formats(
+    name: str, text: str, expected: dict[str, set[str]], tmp_path: Path
+) -> None:
     (tmp_path / name).write_text(text)
     entries = read_takedown_list(str(tmp_path / name))
     assert {column: getattr(entries, column) for column in ("url", "sha256", "key")} == {
@@ -142,14 +145,14 @@ def test_lists_in_every_format(name: str, text: str, expected: dict[str, set[str
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
-        ("address\nx\n", "none of the columns url, sha256 and key, only address; rename"),
-        ("url,key\n,\n", "takedown list naming nothing: every entry is empty"),
-        ("sha256\nabc\n", "'abc' is no sha256, which is 64 hex digits"),
+        ("address\nx\n", "none of the columns url, sha256 and key: address; rename"),
+        ("url,key\n,\n", "takedown list .* has no entries; add at least one"),
+        ("sha256\nabc\n", "invalid sha256: 'abc'; use 64 hex digits"),
     ],
 )
-def test_lists_that_cannot_be_used_say_why(text: str, told: str, tmp_path: Path) -> None:
+def test_read_takedown_list_invalid_raises(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "bad.csv").write_text(text)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         read_takedown_list(str(tmp_path / "bad.csv"))
