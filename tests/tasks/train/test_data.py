@@ -206,5 +206,5 @@ def test_cached_array_raises_stage_error_for_full_disk(tmp_path: Path) -> None:
     def full() -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(StageError, match="full"):
+    with pytest.raises(StageError, match="no space left for"):
         cached_array(tmp_path, "deep", "rows", full)
