@@ -1,4 +1,4 @@
-"""Register: a database and a generator to MLflow as champions, each loadable by its URI alone."""
+"""Register stages: databases and generators in MLflow as champions, each loadable by its URI alone."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ DATABASE_SIGNATURE = ModelSignature(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RegistrationResult:
-    """Where something can be pulled from, and whether it had been registered before."""
+    """Registry URIs of a version, and whether it was registered before."""
 
     uri: str
     alias_uri: str
@@ -48,7 +48,7 @@ def register_database(
         "index": manifest.info["factory"],
     }
     for name in ("recall_at_10_image", "recall_at_10_text"):
-        if manifest.info[name] is not None:  # else there was nothing to measure it with
+        if manifest.info[name] is not None:  # None if there were no queries to measure it
             tags[name] = f"{manifest.info[name]:.4f}"
     started = time.monotonic()
     registered = Registry(settings).register(
@@ -69,7 +69,7 @@ def register_generator(
 ) -> RegistrationResult:
     """Register ``generator``, weights included, as ``knn-diffusion`` and make it the champion.
 
-    ``database_uri`` is what the pyfunc model draws from unless told otherwise; ``scores`` become tags.
+    ``database_uri`` is the default database of the pyfunc model. ``scores`` become tags.
     """
     manifest, folder = generator.manifest(), generator_folder(generator, settings.cache_folder)
     origin: dict[str, str] = {
@@ -95,7 +95,7 @@ def register_generator(
 
 
 def generator_signature(pipeline: Path) -> ModelSignature:
-    """Prompts to PNG pictures; the parameters' defaults are the saved pipeline's own."""
+    """Return the signature: prompts in, PNG images out. Parameter defaults are those of the saved pipeline."""
     defaults = json.loads((pipeline / "model_index.json").read_text())
     params = [
         ParamSpec("seed", DataType.long, 0),
@@ -112,7 +112,7 @@ def _tags(manifest: artifacts.Manifest) -> dict[str, str]:
 
 
 def _stored_bytes(database: DatabaseVersion) -> int:
-    """Bytes of a database's index and of the embeddings behind it, wherever an earlier version keeps them."""
+    """Return the bytes of a database's index and embeddings, including files stored by earlier versions."""
     parts = (database.manifest(), embeddings_of(database).manifest())
     return sum(file.bytes for part in parts for file in part.files)
 

@@ -1,4 +1,4 @@
-"""Measure: score the samples of every condition, on a worker.
+"""Measurement: generate and score the samples of every condition, on a worker.
 
 Legend: ``N`` samples, ``D`` embedding width.
 """
@@ -31,58 +31,62 @@ from tasks.train.task import generator_folder
 
 SAMPLES = "samples"
 SHOWN = 64
-"""Pictures of each condition that are kept."""
+"""Images of each condition that are stored."""
 WORST_COPIES = 10
 LEAST_COMPARED = 4
-"""Pictures on each side: precision and recall look at the third neighbour of each."""
+"""Minimum images on each side: precision and recall use the third neighbour of each."""
 _DESCRIBED_ROWS = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """What is drawn for the measurement, and what is measured."""
+    """Settings of an evaluation: which images are generated, and which metrics are computed."""
 
     prompts: tuple[str, ...] = ()
-    prompt_urls: tuple[str, ...] = ()  # of the picture that each prompt describes, where that is known
+    prompt_urls: tuple[str, ...] = ()  # the image that each prompt describes, if known
     samples: int = 256
-    steps: int | None = None  # None: the pipeline's own default
-    guidance: float | None = None  # None: the pipeline's own default
+    steps: int | None = None  # None: the pipeline's default
+    guidance: float | None = None  # None: the pipeline's default
     seed: int = 0
-    seeds: int = 4  # pictures of one prompt, for the diversity
+    seeds: int = 4  # images per prompt for the diversity
     diversity_prompts: int = 16
-    ablations: bool = False  # also without the query, with each kind of query, with 1, 4, 10 and 20 neighbours
-    bootstrap: int = 200  # resamples behind each interval; 0 for none
-    copy_percentile: float = 95.0  # of the cosines between real pictures, above which a sample is a copy
-    near_duplicate: float = (
-        embedding_metrics.NEAR_DUPLICATE
-    )  # cosine from which real pictures are variants, and left out of them
-    inception_weights: str | None = None  # torch-fidelity's file, local or remote: FID is measured too
+    ablations: bool = False  # also without neighbours, with each query mode, with 1, 4, 10 and 20 neighbours
+    bootstrap: int = 200  # resamples per interval; 0: no intervals
+    copy_percentile: float = 95.0  # of cosines between real images; a sample above it is a copy
+    near_duplicate: float = embedding_metrics.NEAR_DUPLICATE  # real pairs from this cosine up are variants: left out
+    inception_weights: str | None = None  # torch-fidelity's file, local or remote; None: no FID
     use_gpu: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured."""
+        """Raise ``ValueError`` for values out of range."""
         uris.hide_fields(self, "inception_weights")
         if self.samples < LEAST_COMPARED:
             raise ValueError(
-                f"samples must be at least {LEAST_COMPARED}: precision and recall look at the third neighbour of each"
+                f"too few samples: {self.samples}; give at least {LEAST_COMPARED}: precision and recall use the third "
+                "neighbour"
             )
         if self.seeds < 2 or self.diversity_prompts < 1:
             raise ValueError(
-                "seeds must be at least 2 and diversity_prompts 1: diversity compares pictures of a prompt"
+                f"too few images for the diversity: seeds {self.seeds}, diversity_prompts {self.diversity_prompts}; "
+                "give at least 2 seeds and 1 prompt"
             )
         if self.bootstrap < 0:
-            raise ValueError("bootstrap must be 0 or more resamples")
+            raise ValueError(
+                f"bootstrap is negative: {self.bootstrap}; give a number of resamples, or 0 for no intervals"
+            )
         if not 0 < self.copy_percentile < 100:
-            raise ValueError("copy_percentile must lie between 0 and 100")
+            raise ValueError(f"copy_percentile is out of range: {self.copy_percentile}; give a value between 0 and 100")
         if not 0 < self.near_duplicate <= 1:
-            raise ValueError("near_duplicate must lie above 0 and at most at 1: it is a cosine")
+            raise ValueError(f"near_duplicate is out of range: {self.near_duplicate}; give a cosine in (0, 1]")
         if self.prompt_urls and len(self.prompt_urls) != len(self.prompts):
-            raise ValueError("prompt_urls must name a picture for each of the prompts, or be left out")
+            raise ValueError(
+                f"{len(self.prompt_urls)} prompt_urls for {len(self.prompts)} prompts; give one URL per prompt, or none"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationInputs:
-    """What is measured: a generator on a database, and the other domains that its samples are held against."""
+    """Generator and database to evaluate, and the other domains that the samples are compared with."""
 
     generator: Generator
     name: str  # of the database
@@ -92,13 +96,13 @@ class EvaluationInputs:
 
 
 def pipeline_folder(generator: Generator, cache: Path) -> Path:
-    """The local pipeline of a generator; one without a manifest (the embedded one, say) is where its URI says."""
+    """Return the local pipeline folder of a generator. One without a manifest, e.g. a bundled one, is used in place."""
     plain = pretrained_folder(generator.uri)
     return plain if (plain / "model_index.json").exists() else generator_folder(generator, cache)
 
 
 def measure(subject: EvaluationInputs, folder_uri: str, cache: Path) -> artifacts.Shard:
-    """Sample, embed, score, and commit what is worth showing."""
+    """Generate, embed and score the samples; commit the scores and the images to show."""
     weights = _weights(subject.config, cache)
     worker = Evaluator(subject, folder_uri, cache)
     with storage.scratch() as folder:
@@ -109,7 +113,7 @@ def measure(subject: EvaluationInputs, folder_uri: str, cache: Path) -> artifact
             "swap": worker.swap(),
             "compared": worker.compared,
             "copies": worker.copies(folder),
-            "copy_threshold": worker.yardstick.threshold,
+            "copy_threshold": worker.reference_set.threshold,
             "shown": worker.labels[:SHOWN],
             "encoder": dataclasses.asdict(encoder_of(subject.database.manifest())),
         }
@@ -119,17 +123,18 @@ def measure(subject: EvaluationInputs, folder_uri: str, cache: Path) -> artifact
 
 
 class Evaluator:
-    """The samples of each condition, drawn once and scored by everything."""
+    """Samples of each condition, generated once and scored by every metric."""
 
     def __init__(self, subject: EvaluationInputs, folder_uri: str, cache: Path) -> None:
-        """Open the databases of ``subject``; samples are kept in ``folder_uri``."""
+        """Open the databases and the generator of ``subject``. Progress is written to ``folder_uri``."""
         self._subject, self._config, self._cache = subject, subject.config, cache
         versions = {subject.name: subject.database, **subject.others}
         self._opened = {name: open_database(version, cache) for name, version in versions.items()}
         for name, opened in self._opened.items():
             if len(opened) < LEAST_COMPARED:
                 raise InputError(
-                    f"{name} holds {len(opened)} pictures; an evaluation compares at least {LEAST_COMPARED}"
+                    f"database {name} is too small to evaluate: {len(opened)} images; "
+                    f"use one with at least {LEAST_COMPARED}"
                 )
         self._database = self._opened[subject.name]
         self._pipeline = KNNDiffusionPipeline.open(pipeline_folder(subject.generator, cache), self._database)
@@ -138,19 +143,24 @@ class Evaluator:
             self._pipeline.to("cuda")
         config = self._config
         queries, self.labels = queries_of(self._pipeline, self._database, config.prompts, config.samples, config.seed)
-        told = Progress(folder_uri, "step")
+        progress = Progress(folder_uri, "step")
         self._sampler = Sampler(
-            self._pipeline, queries, steps=config.steps, guidance=config.guidance, seed=config.seed, told=told
+            self._pipeline,
+            queries,
+            steps=config.steps,
+            guidance=config.guidance,
+            seed=config.seed,
+            on_progress=progress,
         )
         self._scores: dict[Condition, dict[str, Score]] = {}
-        # Two sets of real pictures, as large as what samples are held against; of very few pictures there is one only.
+        # Two disjoint sets of real images of the compared size; a very small database has only one.
         half = len(self._database) // 2
         self.compared = count = min(config.samples, half if half >= LEAST_COMPARED else len(self._database))
         self._real_ids = random_rows(self._database, 2 * count, self._config.seed)
         real = self._database.rows(self._real_ids).astype(np.float32)
         near = self._database.search(real, 1, exclude=self._real_ids).scores[:, 0]
         self._held_out, self._real_near = real[count:], near
-        self.yardstick = ReferenceSet(
+        self.reference_set = ReferenceSet(
             real=real[:count],
             threshold=embedding_metrics.copy_threshold(near[:count], config.copy_percentile, config.near_duplicate),
             resamples=self._config.bootstrap,
@@ -158,7 +168,7 @@ class Evaluator:
         )
 
     def main(self, folder: Path, weights: Path | None) -> dict[str, float]:
-        """Scores with neighbours and without, of real pictures, and the sheets of samples."""
+        """Return the scores with neighbours, without, and of real images. Save the sample sheets to ``folder``."""
         scores = self._real_scores()
         for name, condition in MAIN.items():
             images, _ = self._sampler(condition)
@@ -171,11 +181,11 @@ class Evaluator:
         return scores | flatten({"diversity": self._diversity()}, "knn")
 
     def ablations(self) -> dict[str, dict[str, float]]:
-        """The scores of every condition, by name."""
+        """Return the scores of every ablation, by name."""
         return {name: flatten(self._scored(condition)) for name, condition in ABLATIONS.items()}
 
     def swap(self) -> dict[str, float]:
-        """Fréchet distance of the samples to each domain, over equally many rows of each; empty without others."""
+        """Return the Fréchet distance of the samples to each domain, at equal numbers of rows; empty without others."""
         if not self._subject.others:
             return {}
         count = min(self._config.samples, *(len(database) for database in self._opened.values()))
@@ -186,76 +196,76 @@ class Evaluator:
         }
 
     def copies(self, folder: Path) -> list[dict[str, Any]]:
-        """The samples nearest to a database picture, nearest first; each and its source go to ``folder``/copies."""
+        """Save the samples closest to a database image, with their sources, to ``folder``/copies; closest first."""
         images, rows = self._sampler(Condition())
         hits = self._database.search(rows, 1)
         worst = np.argsort(-hits.scores[:, 0], kind="stable")[:WORST_COPIES].tolist()
         ids = hits.ids[worst, 0].tolist()
         sources = fetch_images(self._subject.database, ids, self._cache)
         (folder / "copies").mkdir()
-        told = []
-        for rank, (number, source, known) in enumerate(zip(worst, sources, self._database.describe(ids), strict=True)):
+        entries = []
+        for rank, (number, source, row) in enumerate(zip(worst, sources, self._database.describe(ids), strict=True)):
             images[number].save(folder / "copies" / f"{rank:02d}_sample.png")
             source.save(folder / "copies" / f"{rank:02d}_source.png")
             cosine = float(hits.scores[number, 0])
-            seen = {"prompt": self.labels[number], "row": known["id"], "url": known["url"]}
-            told.append({"cosine": cosine, "copy": cosine > self.yardstick.threshold, **seen})
-        return told
+            details = {"prompt": self.labels[number], "row": row["id"], "url": row["url"]}
+            entries.append({"cosine": cosine, "copy": cosine > self.reference_set.threshold, **details})
+        return entries
 
     def _scored(self, condition: Condition) -> dict[str, Score]:
         key = self._sampler.resolved(condition)
         if key not in self._scores:
             _, rows = self._sampler(condition)
             near = self._database.search(rows, 1).scores[:, 0]
-            self._scores[key] = score_samples(rows, self._sampler.queries.numpy(), near, self.yardstick)
+            self._scores[key] = score_samples(rows, self._sampler.queries.numpy(), near, self.reference_set)
         return self._scores[key]
 
     def _diversity(self) -> Score:
-        """Over ``seeds`` pictures of each of the first prompts."""
+        """Return the diversity over ``seeds`` images of each of the first prompts."""
         rows = self._sampler.seeds(Condition(), self._config.diversity_prompts, self._config.seeds)
         queries = self._sampler.queries[: len(rows)].numpy()
-        return score_mean(embedding_metrics.prompt_diversity(rows), queries, self.yardstick, bounds=(0.0, 2.0))
+        return score_mean(embedding_metrics.prompt_diversity(rows), queries, self.reference_set, bounds=(0.0, 2.0))
 
     def _real_scores(self) -> dict[str, float]:
-        """What real pictures score: where the rows suffice, as many others of the domain against the first.
+        """Return the scores of real images: if there are enough rows, a second set compared with the first.
 
-        Those whose texts are known are scored with them.
+        Images with known prompts also get a CLIP score.
         """
-        apart = self._real_near[np.isfinite(self._real_near)]
-        scores = {"nearest_real": float(apart.mean())} if len(apart) else {}
+        distinct = self._real_near[np.isfinite(self._real_near)]
+        scores = {"nearest_real": float(distinct.mean())} if len(distinct) else {}
         if len(self._held_out) == self.compared:
-            scores["fd_real_split"] = embedding_metrics.frechet_distance(self._held_out, self.yardstick.real)
-            scores["mmd_real_split"] = embedding_metrics.mmd_distance(self._held_out, self.yardstick.real)
+            scores["fd_real_split"] = embedding_metrics.frechet_distance(self._held_out, self.reference_set.real)
+            scores["mmd_real_split"] = embedding_metrics.mmd_distance(self._held_out, self.reference_set.real)
             scores["copy_rate_real"] = embedding_metrics.copy_rate(
-                self._real_near[self.compared :], self.yardstick.threshold
+                self._real_near[self.compared :], self.reference_set.threshold
             )
         if self._config.prompt_urls:
             scores |= flatten(self._own_texts(), "real")
         return scores
 
     def _own_texts(self) -> dict[str, Score]:
-        """CLIP score of real pictures with the texts that describe them, over those that the database holds."""
+        """Return the CLIP score of the real images in the database with the texts that describe them."""
         wanted = dict(zip(self._config.prompt_urls, self._config.prompts, strict=True))
-        told = {row: wanted[url] for row, url in urls_of(self._database) if url in wanted}
-        if not told:
+        texts_by_row = {row: wanted[url] for row, url in urls_of(self._database) if url in wanted}
+        if not texts_by_row:
             return {}
-        rows = self._database.rows(np.array(list(told))).astype(np.float32)
-        texts = embed_unique(self._pipeline, list(told.values())).numpy()
+        rows = self._database.rows(np.array(list(texts_by_row))).astype(np.float32)
+        texts = embed_unique(self._pipeline, list(texts_by_row.values())).numpy()
         return {
             "clip_score": score_mean(
-                embedding_metrics.pair_cosines(rows, texts), texts, self.yardstick, bounds=(-1.0, 1.0)
+                embedding_metrics.pair_cosines(rows, texts), texts, self.reference_set, bounds=(-1.0, 1.0)
             )
         }
 
 
 def random_rows(database: Database, wanted: int, seed: int) -> NDArray[np.int64]:
-    """Ids of up to ``wanted`` different rows, none of them hidden."""
+    """Return ids (m,) int64 of up to ``wanted`` distinct rows that are not hidden."""
     rng = np.random.default_rng(seed + 1)
     return row_ids_at(database, rng.choice(len(database), min(wanted, len(database)), replace=False))
 
 
 def urls_of(database: Database) -> Iterator[tuple[int, str]]:
-    """Id and URL of every row that is not hidden; the metadata of a few are held at a time."""
+    """Yield the id and URL of every row that is not hidden. Metadata is read in batches."""
     ids = database.ids()
     for start in range(0, len(ids), _DESCRIBED_ROWS):
         for row in database.describe(ids[start : start + _DESCRIBED_ROWS].tolist()):
@@ -267,7 +277,7 @@ def _some_rows(database: Database, count: int, seed: int) -> Embeddings:
 
 
 def _weights(config: EvaluateConfig, cache: Path) -> Path | None:
-    """The Inception weights on this machine, refused before anything is drawn."""
+    """Return a local copy of the Inception weights. Raises ``InputError`` before any image is generated."""
     if config.inception_weights is None:
         return None
     if not storage.exists(config.inception_weights):

@@ -1,4 +1,4 @@
-"""Report: evaluations to one table (CSV, Markdown), one figure page (PNG) and one self-contained HTML page."""
+"""Report of evaluations: one table (CSV, Markdown), one figure (PNG) and one self-contained HTML page."""
 
 import base64
 import dataclasses
@@ -45,12 +45,12 @@ figcaption { font-size: 12.5px; color: #6e747d; overflow-wrap: anywhere } .copy 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Report(Reference):
-    """``evaluation.csv``, ``.md``, ``.png`` and ``.html``. Rows are databases."""
+    """Report artifact: ``evaluation.csv``, ``.md``, ``.png`` and ``.html``. ``rows`` is the number of databases."""
 
     kind: ClassVar[str] = "report"
 
     def fetch(self, folder: Path, cache: Path) -> dict[str, Path]:
-        """Verified copies of the files in ``folder``, by name. Raises ``IntegrityError``."""
+        """Copy the verified files to ``folder`` and return them by name. Raises ``IntegrityError``."""
         for file in self.manifest().files:
             shutil.copyfile(artifacts.fetch_file(self.uri, file, cache), folder / file.name)
         return {file.name: folder / file.name for file in self.manifest().files}
@@ -60,31 +60,31 @@ class Report(Reference):
 def report_evaluations(
     evaluations: Mapping[str, Evaluation], base: str, title: str, *, cache: Path
 ) -> StageResult[Report]:
-    """Put the evaluations of one generator, by database, on one page below ``base/report/<key>``."""
+    """Write a report of the evaluations of one generator, by database, to ``base/report/<key>``."""
     inputs = {name: evaluation.as_input() for name, evaluation in evaluations.items()}
     stage = artifacts.ArtifactBuilder(base, Report.kind, inputs=inputs, config={"title": title})
 
     def make() -> artifacts.Manifest:
-        judged = [load_view(name, evaluation, cache) for name, evaluation in evaluations.items()]
+        views = [load_view(name, evaluation, cache) for name, evaluation in evaluations.items()]
         with storage.scratch() as folder:
-            write_report(judged, title, folder)
-            return stage.commit([artifacts.commit_shard(stage.uri, _SHARD, folder, rows=len(judged), info={})], info={})
+            write_report(views, title, folder)
+            return stage.commit([artifacts.commit_shard(stage.uri, _SHARD, folder, rows=len(views), info={})], info={})
 
     return run_stage(stage, Report, make)
 
 
 def load_view(name: str, evaluation: Evaluation, cache: Path) -> EvaluationView:
-    """An evaluation with its pictures fetched and verified."""
+    """Load an evaluation with its images, fetched and verified."""
     manifest = evaluation.manifest()
     (shard,) = (shard for shard in manifest.shards if shard.name == SAMPLES)
-    pictures = {
+    images = {
         file.name: _image(artifacts.fetch_file(evaluation.uri, file, cache))
         for file in shard.files
         if file.name.endswith(".png")
     }
     copies = [
-        (pictures[f"copies/{rank:02d}_sample.png"], pictures[f"copies/{rank:02d}_source.png"], known)
-        for rank, known in enumerate(manifest.info["copies"])
+        (images[f"copies/{rank:02d}_sample.png"], images[f"copies/{rank:02d}_source.png"], details)
+        for rank, details in enumerate(manifest.info["copies"])
     ]
     return EvaluationView(
         name=name,
@@ -94,70 +94,71 @@ def load_view(name: str, evaluation: Evaluation, cache: Path) -> EvaluationView:
         scores=evaluation.scores(),
         ablations=evaluation.ablations(),
         swap=evaluation.swap(),
-        sheets={condition: pictures[f"{condition}.png"] for condition in ("knn", "no_knn")},
+        sheets={condition: images[f"{condition}.png"] for condition in ("knn", "no_knn")},
         shown=manifest.info["shown"],
         copies=copies,
     )
 
 
-def write_report(judged: Sequence[EvaluationView], title: str, folder: Path) -> None:
-    """Write the four files into ``folder``."""
-    (folder / TABLE).write_text(to_csv({e.name: (e.scores, e.ablations, e.swap) for e in judged}))
-    sections = tables(judged)
+def write_report(views: Sequence[EvaluationView], title: str, folder: Path) -> None:
+    """Write the four report files to ``folder``."""
+    (folder / TABLE).write_text(to_csv({e.name: (e.scores, e.ablations, e.swap) for e in views}))
+    sections = tables(views)
     parts = [f"# {title}", *(f"## {head}\n\n{markdown(heads, rows)}" for head, heads, rows in sections)]
     (folder / MARKDOWN).write_text("\n\n".join(parts) + "\n")
-    plot_page(judged, title).savefig(folder / FIGURE, dpi=_DPI, metadata={"Software": None})
-    (folder / PAGE).write_text(_page(judged, title, sections, folder / FIGURE))
+    plot_page(views, title).savefig(folder / FIGURE, dpi=_DPI, metadata={"Software": None})
+    (folder / PAGE).write_text(_page(views, title, sections, folder / FIGURE))
 
 
 def preview(figure: Path, width: int = 1100) -> str:
-    """The figure page, smaller, as a data URI: small enough for a database row."""
+    """Return the figure scaled to ``width`` px as a JPEG data URI, small enough for a database row."""
     buffer = io.BytesIO()
     with Image.open(figure) as image:
         image.convert("RGB").resize((width, round(image.height * width / image.width))).save(buffer, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def tables(judged: Sequence[EvaluationView]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(heading, column heads, rows) of every table: scores, ablations, the swap matrix."""
+def tables(views: Sequence[EvaluationView]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Return (title, column headings, rows) of every table: scores, ablations, the swap matrix."""
     found = []
-    for entry in judged:
-        samples = f"{entry.name}, {entry.samples} samples"
-        if not any(entry.shown):
-            samples += " of its own pictures as prompts, which find themselves (CLIP score, copies: of reconstruction)"
-        if entry.compared < entry.samples:
-            samples += f" (distances, precision and recall: {entry.compared} of them against as many real pictures)"
-        found.append((f"Scores on {samples}", ["", *CONDITIONS.values()], score_rows(entry.scores)))
-        if entry.ablations:
-            found.append((f"Ablations on {samples}", ablation_heads(entry.ablations), ablation_rows(entry.ablations)))
-    swap = {entry.name: entry.swap for entry in judged if entry.swap}
+    for view in views:
+        samples = f"{view.name}, {view.samples} samples"
+        if not any(view.shown):
+            samples += (
+                ", queried with its own images; each retrieves itself: CLIP score and copies measure reconstruction"
+            )
+        if view.compared < view.samples:
+            samples += f" (distances, precision and recall: {view.compared} of them and as many real images)"
+        found.append((f"Scores on {samples}", ["", *CONDITIONS.values()], score_rows(view.scores)))
+        if view.ablations:
+            found.append((f"Ablations on {samples}", ablation_heads(view.ablations), ablation_rows(view.ablations)))
+    swap = {view.name: view.swap for view in views if view.swap}
     if swap:
-        found.append(("Swap matrix: Fréchet distance, the nearest domain starred", swap_heads(swap), swap_rows(swap)))
+        found.append(("Swap matrix: Fréchet distance (* marks the nearest domain)", swap_heads(swap), swap_rows(swap)))
     return found
 
 
 def _page(
-    judged: Sequence[EvaluationView],
+    views: Sequence[EvaluationView],
     title: str,
     sections: Sequence[tuple[str, list[str], list[list[str]]]],
     figure: Path,
 ) -> str:
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        "<p>Intervals hold 95% of what a repetition with other pictures would give. They are by bootstrap, which knows "
-        "none for a share of exactly 0 or 1; samples of one prompt are resampled together. An arrow points to better."
-        "</p>",
-        "<p>Real pictures are compared with as many others of their domain, where there are enough; they have a CLIP "
-        "score where the config names the picture that each prompt describes (prompt_urls).</p>",
+        "<p>Intervals are 95% bootstrap intervals. Samples of one prompt are resampled together. A rate of exactly 0 "
+        "or 1 has no interval. Arrows show the better direction.</p>",
+        "<p>Real images are compared with as many other images of their domain if there are enough. They have a CLIP "
+        "score if the config names the image that each prompt describes (prompt_urls).</p>",
         *(f"<h2>{html.escape(head)}</h2>{_html_table(heads, rows)}" for head, heads, rows in sections),
-        f'<h2>Figure</h2><img class="page" alt="All of the above as one figure" src="{_inline(figure.read_bytes())}">',
+        f'<h2>Figure</h2><img class="page" alt="All results as one figure" src="{_inline(figure.read_bytes())}">',
     ]
-    for entry in judged:
-        prompts = [prompt for prompt in entry.shown[: SHEET_COLUMNS * SHEET_ROWS] if prompt]
-        parts.append(f"<h2>Prompts shown: {html.escape(entry.name)}</h2><p>{html.escape(' · '.join(prompts))}</p>")
-        parts.append(f"<h2>Nearest to a stored picture: {html.escape(entry.name)}</h2>")
-        parts.append(f"<p>Above a cosine of {entry.threshold:.3f} a sample counts as a copy.</p>")
-        parts.append(f'<div class="copies">{"".join(_copy(*copied) for copied in entry.copies)}</div>')
+    for view in views:
+        prompts = [prompt for prompt in view.shown[: SHEET_COLUMNS * SHEET_ROWS] if prompt]
+        parts.append(f"<h2>Prompts shown: {html.escape(view.name)}</h2><p>{html.escape(' · '.join(prompts))}</p>")
+        parts.append(f"<h2>Samples closest to a stored image: {html.escape(view.name)}</h2>")
+        parts.append(f"<p>A sample with a cosine above {view.threshold:.3f} counts as a copy.</p>")
+        parts.append(f'<div class="copies">{"".join(_copy(*copied) for copied in view.copies)}</div>')
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_CSS}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
 
@@ -168,24 +169,24 @@ def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
 
 
-def _copy(sample: Image.Image, source: Image.Image, known: Mapping[str, object]) -> str:
+def _copy(sample: Image.Image, source: Image.Image, details: Mapping[str, object]) -> str:
     images = "".join(
         f'<img alt="{alt}" src="{_inline(_png(p))}">' for alt, p in (("sample", sample), ("stored", source))
     )
-    verdict = '<b class="copy">copy</b> · ' if known["copy"] else ""
-    told = html.escape(
-        f"cosine {known['cosine']:.3f} · {known['prompt'] or 'no prompt'} · row {known['row']} {known['url']}"
+    verdict = '<b class="copy">copy</b> · ' if details["copy"] else ""
+    caption = html.escape(
+        f"cosine {details['cosine']:.3f} · {details['prompt'] or 'no prompt'} · row {details['row']} {details['url']}"
     )
-    return f"<figure>{images}<figcaption>{verdict}{told}</figcaption></figure>"
+    return f"<figure>{images}<figcaption>{verdict}{caption}</figcaption></figure>"
 
 
 def _inline(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 

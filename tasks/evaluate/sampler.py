@@ -1,4 +1,4 @@
-"""Sample: the pictures of each condition, drawn once.
+"""Sampler: generate the images of each condition, once.
 
 Legend: ``N`` samples, ``S`` seeds, ``D`` embedding width.
 """
@@ -20,14 +20,14 @@ from model.retrieval.database import Database
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Condition:
-    """How samples are drawn; None is the generator's own default."""
+    """How samples are generated; None is the generator's default."""
 
     retrieve: bool = True
     query: QuerySlot | None = None
     neighbours: int | None = None
 
     def __str__(self) -> str:
-        """As a progress bar names it."""
+        """Return the label for the progress bar."""
         return f"query {self.query}, k = {self.neighbours}" if self.retrieve else "without neighbours"
 
 
@@ -43,7 +43,7 @@ ABLATIONS = {
 
 
 class Sampler:
-    """Pictures and their embeddings by condition; what has been drawn is kept."""
+    """Images and their embeddings by condition. Results are cached in memory."""
 
     def __init__(
         self,
@@ -53,30 +53,30 @@ class Sampler:
         steps: int | None,
         guidance: float | None,
         seed: int,
-        told: Callable[[str, int, int], None] = lambda what, done, total: None,
+        on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     ) -> None:
-        """Draw from ``queries`` (N, D), always from the same noise: conditions differ by nothing else.
+        """Generate from ``queries`` (N, D), always from the same noise: only the condition differs.
 
-        ``told`` is called with (what is drawn, step, steps).
+        ``on_progress`` is called with (label, step, steps).
         """
-        self._pipeline, self.queries, self._told = pipeline, queries, told
+        self._pipeline, self.queries, self._on_progress = pipeline, queries, on_progress
         self._steps, self._guidance, self._seed = steps, guidance, seed
-        self._kept: dict[Condition, tuple[list[Image.Image], Embeddings]] = {}
+        self._samples: dict[Condition, tuple[list[Image.Image], Embeddings]] = {}
 
     def __call__(self, condition: Condition) -> tuple[list[Image.Image], Embeddings]:
-        """N pictures and their embeddings (N, D)."""
+        """Return N images and their embeddings (N, D)."""
         key = self.resolved(condition)
-        if key not in self._kept:
-            self._kept[key] = self._draw(self.queries, key, 1)
-        return self._kept[key]
+        if key not in self._samples:
+            self._samples[key] = self._generate(self.queries, key, 1)
+        return self._samples[key]
 
     def seeds(self, condition: Condition, prompts: int, each: int) -> Embeddings:
-        """(prompts, S, D): ``each`` pictures of each of the first queries, from different noise."""
-        _, rows = self._draw(self.queries[:prompts], self.resolved(condition), each)
+        """Return embeddings (prompts, S, D): S = ``each`` images of each of the first queries, from different noise."""
+        _, rows = self._generate(self.queries[:prompts], self.resolved(condition), each)
         return rows.reshape(-1, each, rows.shape[1])
 
     def resolved(self, condition: Condition) -> Condition:
-        """With the generator's defaults filled in, so that no condition is drawn twice under two names."""
+        """Fill in the generator's defaults, so that equal conditions are generated only once."""
         if not condition.retrieve:
             return Condition(retrieve=False, query=condition.query or "text")
         defaults = self._pipeline.config
@@ -84,14 +84,16 @@ class Sampler:
             query=condition.query or defaults.query, neighbours=condition.neighbours or defaults.neighbours
         )
 
-    def _draw(self, queries: Tensor, condition: Condition, each: int) -> tuple[list[Image.Image], Embeddings]:
+    def _generate(self, queries: Tensor, condition: Condition, each: int) -> tuple[list[Image.Image], Embeddings]:
         output = self._pipeline(
             queries,
             num_images_per_prompt=each,
             num_inference_steps=self._steps,
             guidance_scale=self._guidance,
             generator=torch.Generator().manual_seed(self._seed),
-            on_progress=lambda step, steps: self._told(f"draw {len(queries) * each}, {condition}", step, steps),
+            on_progress=lambda step, steps: self._on_progress(
+                f"generate {len(queries) * each}, {condition}", step, steps
+            ),
             **dataclasses.asdict(condition),
         )
         images = list(output.images)
@@ -101,9 +103,9 @@ class Sampler:
 def queries_of(
     pipeline: KNNDiffusionPipeline, database: Database, prompts: Sequence[str], samples: int, seed: int
 ) -> tuple[Tensor, list[str]]:
-    """(N, D) what is drawn from, and the text of each: random prompts, all of them before any comes again.
+    """Return query embeddings (N, D) and their texts: prompts in random order, each used once before any repeats.
 
-    Without prompts, random rows of ``database`` stand in, and their texts are empty.
+    Without prompts, random rows of ``database`` are used instead, and their texts are empty.
     """
     rng = np.random.default_rng(seed)
     if prompts:
@@ -115,11 +117,11 @@ def queries_of(
 
 
 def embed_unique(pipeline: KNNDiffusionPipeline, texts: Sequence[str]) -> Tensor:
-    """(N, D): rows of one text are equal to the bit, which tells that what they are compared with is of one prompt."""
-    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-    return pipeline.encoder.embed_texts(list(places))[[places[text] for text in texts]]
+    """Return embeddings (N, D). Equal texts get bitwise equal rows, so the bootstrap can group samples by prompt."""
+    positions = {text: position for position, text in enumerate(dict.fromkeys(texts))}
+    return pipeline.encoder.embed_texts(list(positions))[[positions[text] for text in texts]]
 
 
-def row_ids_at(database: Database, places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The ids at places among those of :meth:`Database.ids`, which are listed only where rows are hidden."""
-    return places if len(database) == database.stored else database.ids()[places]
+def row_ids_at(database: Database, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the ids at ``positions`` of :meth:`Database.ids`, which is called only if rows are hidden."""
+    return positions if len(database) == database.stored else database.ids()[positions]

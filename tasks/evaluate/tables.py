@@ -1,4 +1,4 @@
-"""Tabulate: scores as text, as CSV and as Markdown; a row a metric, a column a condition."""
+"""Score tables as text, CSV and Markdown: one row per metric, one column per condition."""
 
 import csv
 import io
@@ -17,18 +17,18 @@ METRICS = {
     "copy_rate": "copy rate ↓",
     "diversity": "diversity ↑",
 }
-"""Score names and how they are headed; the arrow points to better. ``nearest`` is best where real pictures are."""
-CONDITIONS = {"knn": "with neighbours", "no_knn": "without", "real": "real pictures"}
+"""Headings by metric name. The arrow shows the better direction; ``nearest`` is best near the value of real images."""
+CONDITIONS = {"knn": "with neighbours", "no_knn": "without", "real": "real images"}
 REAL = {"fd": "fd_real_split", "mmd": "mmd_real_split"}
 
 
 def table(scores: Scores) -> str:
-    """The scores as the one table, for a terminal."""
+    """Format the scores as a text table for the terminal."""
     return aligned([["", *CONDITIONS.values()], *score_rows(scores)])
 
 
 def table_line(scores: Scores) -> str:
-    """The same in one clause."""
+    """Format the main scores on one line."""
     line = (
         f"CLIP score {scores['clip_score_knn']:.3f} with neighbours, {scores['clip_score_no_knn']:.3f} without; "
         f"Fréchet distance {scores['fd_knn']:.3f} and {scores['fd_no_knn']:.3f}"
@@ -37,7 +37,7 @@ def table_line(scores: Scores) -> str:
 
 
 def score_rows(scores: Scores) -> list[list[str]]:
-    """A row for each metric that was measured: its heading, and the value under each condition."""
+    """Return one row per measured metric: its heading, and its value under each condition."""
     rows = []
     for metric, heading in METRICS.items():
         names = [REAL.get(metric, f"{metric}_real") if c == "real" else f"{metric}_{c}" for c in CONDITIONS]
@@ -47,7 +47,7 @@ def score_rows(scores: Scores) -> list[list[str]]:
 
 
 def ablation_rows(ablations: Mapping[str, Scores]) -> list[list[str]]:
-    """A row for each ablation; the columns are those of :func:`ablation_heads`."""
+    """Return one row per ablation, with the columns of :func:`ablation_heads`."""
     metrics = [metric for metric in METRICS if any(metric in scores for scores in ablations.values())]
     return [
         [ablation_name(name), *(value_of(scores, metric) for metric in metrics)] for name, scores in ablations.items()
@@ -55,35 +55,35 @@ def ablation_rows(ablations: Mapping[str, Scores]) -> list[list[str]]:
 
 
 def ablation_heads(ablations: Mapping[str, Scores]) -> list[str]:
-    """The headings of :func:`ablation_rows`."""
+    """Return the column headings of :func:`ablation_rows`."""
     return ["", *(METRICS[metric] for metric in METRICS if any(metric in scores for scores in ablations.values()))]
 
 
 def swap_rows(swap: Mapping[str, Scores]) -> list[list[str]]:
-    """The swap matrix: rows are databases drawn from, columns those of :func:`swap_heads`; the nearest is starred."""
+    """Return the swap matrix: one row per database, columns as in :func:`swap_heads`. A star marks the nearest."""
     rows = []
-    for drawn_from, distances in swap.items():
+    for database, distances in swap.items():
         nearest = min(distances, key=lambda name: distances[name])
-        told = {name: f"{value:.3f}{' *' if name == nearest else ''}" for name, value in distances.items()}
-        rows.append([drawn_from, *(told.get(name, "") for name in swap_heads(swap)[1:])])
+        cells = {name: f"{value:.3f}{' *' if name == nearest else ''}" for name, value in distances.items()}
+        rows.append([database, *(cells.get(name, "") for name in swap_heads(swap)[1:])])
     return rows
 
 
 def swap_heads(swap: Mapping[str, Scores]) -> list[str]:
-    """The headings of :func:`swap_rows`: the databases drawn from, then the domains only compared with."""
+    """Return the column headings of :func:`swap_rows`: the databases, then the domains that are only compared with."""
     compared = (name for distances in swap.values() for name in distances if name not in swap)
-    return ["drawn from / compared with", *swap, *dict.fromkeys(compared)]
+    return ["generated with / compared with", *swap, *dict.fromkeys(compared)]
 
 
 def ablation_name(name: str) -> str:
-    """``query_mean`` as "query: mean", ``k_4`` as "k = 4"."""
+    """Return the label of an ablation: "query: mean" for ``query_mean``, "k = 4" for ``k_4``."""
     kind, _, value = name.partition("_")
-    known = {"query": f"query: {'text and mean' if value == 'both' else value}", "k": f"k = {value}"}
-    return known.get(kind, name.replace("_", " "))
+    labels = {"query": f"query: {'text and mean' if value == 'both' else value}", "k": f"k = {value}"}
+    return labels.get(kind, name.replace("_", " "))
 
 
 def value_of(scores: Scores, name: str) -> str:
-    """A score with its interval, or nothing."""
+    """Format a score with its interval; empty if it was not measured."""
     if name not in scores:
         return ""
     if f"{name}_low" not in scores:
@@ -92,7 +92,7 @@ def value_of(scores: Scores, name: str) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to one width: the first to the left, the others to the right."""
+    """Align the columns of a text table: the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "   ".join(
@@ -104,15 +104,15 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; bars in a cell are escaped."""
+    """Format a Markdown table. ``|`` in a cell is escaped."""
     lines = [list(heads), ["---", *["---:"] * (len(heads) - 1)], *map(list, rows)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def to_csv(evaluations: Mapping[str, tuple[Scores, Mapping[str, Scores], Scores]]) -> str:
-    """Everything as one table: database, condition, metric, value, low, high; nothing is rounded away.
+    """Return all values as one CSV table: database, condition, metric, value, low, high (6 significant digits).
 
-    ``evaluations`` holds, by database, the scores, the ablations and the row of the swap matrix.
+    ``evaluations`` maps a database to its scores, ablations and row of the swap matrix.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

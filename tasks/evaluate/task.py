@@ -1,4 +1,4 @@
-"""Evaluate: how well samples fit their prompts and the database's domain, with neighbours and without."""
+"""Evaluate stage: measure how well samples fit their prompts and the domain, with and without neighbours."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -26,30 +26,34 @@ __all__ = ["EvaluateConfig", "Evaluation", "evaluate", "table", "table_line"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation(Reference):
-    """``scores.csv``, the samples, and the worst copies beside their sources. Rows are samples of each condition."""
+    """Evaluation artifact: ``scores.csv``, samples, and the worst copies with their sources.
+
+    ``rows`` is the number of samples per condition.
+    """
 
     kind: ClassVar[str] = "evaluation"
 
     def scores(self) -> dict[str, float]:
-        """METRIC_knn, METRIC_no_knn, each with _low and _high, and what real pictures score.
+        """Return METRIC_knn and METRIC_no_knn, each with _low and _high, and the scores of real images.
 
-        METRIC is clip_score, fd, mmd, precision, recall, nearest (mean cosine to the nearest stored picture),
-        copy_rate, diversity (with neighbours only), and fid where there were weights (without an interval). Real
-        pictures have nearest_real, clip_score_real where the config names the picture of each prompt, and, from
-        another set of as many, fd_real_split, mmd_real_split and copy_rate_real, if the database has 8 or more.
+        METRIC is clip_score, fd, mmd, precision, recall, nearest (mean cosine to the nearest stored image),
+        copy_rate, diversity (with neighbours only), and fid if Inception weights were given (without an interval).
+        Real images have nearest_real, and clip_score_real if the config names the image of each prompt. If the
+        database has 8 or more images, a second set of the same size gives fd_real_split, mmd_real_split and
+        copy_rate_real.
 
-        fd, mmd, fid, precision and recall are of ``info["compared"]`` pictures on each side: as many as samples, at
-        most half of the database, so that two sets of real pictures are compared at the same number.
+        fd, mmd, fid, precision and recall use ``info["compared"]`` images on each side: the number of samples, at
+        most half of the database. Two sets of real images are compared at the same size.
         """
         return dict(self.manifest().info["scores"])
 
     def ablations(self) -> dict[str, dict[str, float]]:
-        """The scores of each ablation by its name (no_neighbours, query_…, k_…); empty when none was asked for."""
+        """Return the scores by ablation (no_neighbours, query_…, k_…); empty if no ablations were measured."""
         found = self.manifest().info["ablations"]
-        return {name: found[name] for name in ABLATIONS if name in found}  # JSON has sorted them by name
+        return {name: found[name] for name in ABLATIONS if name in found}  # the manifest's JSON is sorted by name
 
     def swap(self) -> dict[str, float]:
-        """Fréchet distance of the samples to each domain, its own among them; empty when no other was given."""
+        """Return the Fréchet distance of the samples to each domain, its own included; empty without other domains."""
         return dict(self.manifest().info["swap"])
 
 
@@ -63,23 +67,22 @@ def evaluate(
     cache: Path,
     others: Mapping[str, DatabaseVersion] | None = None,
 ) -> StageResult[Evaluation]:
-    """Draw ``config.samples`` pictures with neighbours and as many without, and score both by every metric.
+    """Generate ``config.samples`` images with neighbours and as many without, and score both with every metric.
 
-    Without prompts, pictures of the database stand in as queries; each finds itself, so the CLIP score is then one of
-    reconstruction. ``others`` are further domains, by name, that the samples are held against: a row of
-    the swap matrix.
+    Without prompts, images of the database are the queries. Each retrieves itself, so the CLIP score then measures
+    reconstruction. ``others`` are further domains, by name, to compare the samples with: a row of the swap matrix.
 
     Raises:
-        EncoderMismatchError: two of the databases were made by different encoders; both are named.
-        InputError: there are no Inception weights where the config says.
+        EncoderMismatchError: two databases use different encoders; the message names both.
+        InputError: there are no Inception weights at the location in the config.
     """
     others = dict(sorted((others or {}).items()))
     name = domain_of(database)
     require_same_encoder(**{label: version.manifest() for label, version in {name: database, **others}.items()})
     inputs = {"generator": generator.as_input(), "database": database.as_input()}
     inputs |= {f"other.{name}": other.as_input() for name, other in others.items()} | _weights_input(config)
-    asked = config_to_dict(config, without=("use_gpu", "inception_weights"))
-    stage = artifacts.ArtifactBuilder(base, Evaluation.kind, inputs=inputs, config=asked)
+    settings = config_to_dict(config, without=("use_gpu", "inception_weights"))
+    stage = artifacts.ArtifactBuilder(base, Evaluation.kind, inputs=inputs, config=settings)
     subject = EvaluationInputs(generator=generator, name=name, database=database, others=others, config=config)
 
     def make() -> artifacts.Manifest:
@@ -92,13 +95,13 @@ def evaluate(
 
 
 def _weights_input(config: EvaluateConfig) -> dict[str, dict[str, str]]:
-    """The Inception weights by what they hold, not by where they lie."""
+    """Return the Inception weights as a manifest input; the key depends on their content, not on their location."""
     uri = config.inception_weights
     if uri is None:
         return {}
     if not storage.exists(uri):
         raise InputError(
-            f"there are no Inception weights at {uri}; give the path of torch-fidelity's "
+            f"Inception weights not found: {uri}; give the path of torch-fidelity's "
             "weights-inception-2015-12-05-6726825d.pth, or leave it out"
         )
     return {"inception": {"uri": uri, "digest": storage.sha256(uri)}}

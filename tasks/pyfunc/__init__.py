@@ -1,1 +1,1 @@
-"""Models-from-code: the scripts that MLflow runs to load a registered version. No pickle."""
+"""Models-from-code: scripts that MLflow runs to load a registered version, without pickle."""

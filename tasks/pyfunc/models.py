@@ -1,7 +1,7 @@
 """MLflow pyfunc models of a registered database and a registered generator.
 
-MLflow copies the scripts beside this module into every registered version and runs them at load. They import only the
-two classes below, so this module path is a promise to versions that are already registered.
+MLflow copies the scripts next to this module into every registered version and runs them at load. They import only the
+two classes below. Registered versions depend on this module path, so it must not change.
 """
 
 import io

@@ -1,7 +1,7 @@
-"""Distribute: a database larger than one machine, on Ray actors, behind the interface of one that is not.
+"""Distributed databases: a database larger than one machine on Ray actors, with the interface of a local one.
 
-Every actor opens neighbouring index shards as a database of its own; all are asked at once, and the best of their
-answers are the answer. A machine holds what its actors were given, and fetches nothing else.
+Every actor opens consecutive index shards as a database of its own. A search queries all actors in parallel and merges
+their results. A machine fetches only the shards of its actors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,21 +27,21 @@ from tasks.references.types import DatabaseVersion, domain_of, encoder_of
 def distributed_database(
     version: DatabaseVersion, cache: Path, *, actors: int, cpus_each: float = 1
 ) -> Iterator["DistributedDatabase"]:
-    """Open a version on ``actors`` workers, at most one for each index shard, inside of :func:`compute.cluster`.
+    """Open a version on ``actors`` workers, at most one per index shard. Call it inside :func:`compute.cluster`.
 
     Raises:
-        InputError: fewer than one actor.
-        StageError: the cluster has no room for so many.
+        InputError: ``actors`` is below 1.
+        StageError: the cluster has too few resources for the actors.
     """
     if actors < 1:
-        raise InputError(f"{actors} actors cannot hold a database; give at least 1")
+        raise InputError(f"too few actors: {actors}; give at least 1")
     parts = _balanced(index_shards(version), actors)
     with compute.actor_group(_Part, [(version, part, cache) for part in parts], cpus_each=cpus_each) as placed:
         yield DistributedDatabase(version, parts, placed, cache)
 
 
 class DistributedDatabase(Searchable):
-    """A database on actors: what a pipeline, and anyone who searches, needs of one."""
+    """Database on Ray actors; implements what pipelines and searches need."""
 
     def __init__(
         self,
@@ -50,81 +50,83 @@ class DistributedDatabase(Searchable):
         placed: compute.ActorGroup,
         cache: Path,
     ) -> None:
-        """Ask ``placed`` workers, which hold ``parts`` in row order."""
+        """Use the actors of ``placed``, which hold ``parts`` in row order."""
         manifest, embeddings = version.manifest(), embeddings_of(version)
         self.name = domain_of(version)
         self.encoder: EncoderIdentity = encoder_of(manifest)
         self._placed, self._rows = placed, manifest.rows - int(manifest.info["hidden"])
         if self._rows < 1:
-            raise ModelError(f"database {self.name} is empty: every row of {version.uri} is hidden")
+            raise ModelError(
+                f"database {self.name} is empty: all rows of {version.uri} are hidden; use a version with visible rows"
+            )
         self._starts = np.cumsum([0, *(sum(shard.rows for shard in part) for part in parts)])
-        self._describe = Metadata(embeddings.uri, embeddings.manifest(), cache)
+        self._metadata = Metadata(embeddings.uri, embeddings.manifest(), cache)
 
     def __len__(self) -> int:
-        """Rows that a search may return."""
+        """Return the number of rows that a search may return."""
         return self._rows
 
     @property
     def stored(self) -> int:
-        """Rows over all actors, hidden ones included; ids are below it."""
+        """Return the number of rows over all actors, hidden ones included; ids are below it."""
         return int(self._starts[-1])
 
     def search(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Hits:
-        """The ``k`` nearest rows of each query; see :meth:`model.retrieval.database.Database.search`."""
-        k, queries, own = checked_count(k), checked_queries(queries, self.name, self.encoder), None
+        """Return the ``k`` nearest rows of each query; see :meth:`model.retrieval.database.Database.search`."""
+        k, queries, excluded = checked_count(k), checked_queries(queries, self.name, self.encoder), None
         width = max(1, min(k, len(self) - (exclude is not None)))
         if exclude is not None:
-            own = self.rows(checked_exclusion(exclude, len(queries), self.stored, self.name))
-        answers: list[Hits] = self._placed.ask(("search", (queries, width, own)))
+            excluded = self.rows(checked_exclusion(exclude, len(queries), self.stored, self.name))
+        partial: list[Hits] = self._placed.ask(("search", (queries, width, excluded)))
         shifted = [
-            np.where(hits.ids < 0, -1, hits.ids + first) for hits, first in zip(answers, self._starts[:-1], strict=True)
+            np.where(hits.ids < 0, -1, hits.ids + first) for hits, first in zip(partial, self._starts[:-1], strict=True)
         ]
-        scores, ids = np.concatenate([hits.scores for hits in answers], axis=1), np.concatenate(shifted, axis=1)
+        scores, ids = np.concatenate([hits.scores for hits in partial], axis=1), np.concatenate(shifted, axis=1)
         order = np.lexsort((ids, -scores), axis=1)[:, :width]
         pick = np.arange(len(ids))[:, None], order
-        embeddings = np.concatenate([hits.embeddings for hits in answers], axis=1)
+        embeddings = np.concatenate([hits.embeddings for hits in partial], axis=1)
         return Hits(scores=scores[pick], ids=ids[pick], embeddings=embeddings[pick])
 
     def nearest(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> NearestIds:
-        """What :meth:`search` finds, without the rows."""
+        """Return the scores and ids of :meth:`search`, without the embeddings."""
         found = self.search(queries, k, exclude=exclude)
         return NearestIds(scores=found.scores, ids=found.ids)
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
-        """Stored rows (*ids.shape, D) float16 of global ids, each asked of the actor that holds it."""
+        """Return the stored rows (*ids.shape, D) float16 of global ids, read from the actors that hold them."""
         flat = checked_ids(ids, self.stored, self.name).reshape(-1)
         holder = np.searchsorted(self._starts, flat, side="right") - 1
         found = np.empty((len(flat), self.encoder.dimension), dtype=np.float16)
         for number in np.unique(holder):
-            here = holder == number
-            (found[here],) = self._placed.ask(("rows", (flat[here] - self._starts[number],)), of=int(number))
+            mask = holder == number
+            (found[mask],) = self._placed.ask(("rows", (flat[mask] - self._starts[number],)), of=int(number))
         return found.reshape(*np.shape(ids), -1)
 
     def describe(self, ids: Sequence[int]) -> list[dict[str, Any]]:
-        """What is known of rows (key, url, …); see :meth:`model.retrieval.database.Database.describe`."""
+        """Return the metadata (key, url, …) of rows; see :meth:`model.retrieval.database.Database.describe`."""
         rows = checked_rows(ids, self.stored, self.name)
-        return [{"id": row, **known} for row, known in zip(rows, self._describe(rows), strict=True)]
+        return [{"id": row, **metadata} for row, metadata in zip(rows, self._metadata(rows), strict=True)]
 
 
 class _Part:
-    """Neighbouring index shards, open on a worker."""
+    """Consecutive index shards, open on an actor."""
 
     def __init__(self, version: DatabaseVersion, part: Sequence[artifacts.Shard], cache: Path) -> None:
         self._database, _ = open_part(version, part, cache)
 
     def __call__(self, item: tuple[str, tuple[Any, ...]]) -> Any:
-        what, arguments = item
-        return self._database.search_without(*arguments) if what == "search" else self._database.rows(*arguments)
+        method, arguments = item
+        return self._database.search_without(*arguments) if method == "search" else self._database.rows(*arguments)
 
 
 def _balanced(shards: Sequence[artifacts.Shard], actors: int) -> list[list[artifacts.Shard]]:
-    """Neighbouring shards in at most ``actors`` parts of about equally many rows."""
-    total, held = sum(shard.rows for shard in shards), 0
+    """Group consecutive shards into at most ``actors`` parts of about the same number of rows."""
+    total, assigned = sum(shard.rows for shard in shards), 0
     parts: list[list[artifacts.Shard]] = []
     for shard in shards:
-        if not parts or held >= total * len(parts) / min(actors, len(shards)):
+        if not parts or assigned >= total * len(parts) / min(actors, len(shards)):
             parts.append([shard])
         else:
             parts[-1].append(shard)
-        held += shard.rows
+        assigned += shard.rows
     return parts

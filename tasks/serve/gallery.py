@@ -1,7 +1,7 @@
-"""Gallery: what a search found as one HTML page that needs nothing else, neither a server nor a network nor scripts.
+"""Gallery: search results as one self-contained HTML page, without server, network or scripts.
 
-Whatever stands in a database came from the web: names and URLs are escaped, only http and https become links, and the
-page's own policy forbids scripts and every request.
+Names and URLs in a database come from the web and are untrusted. They are escaped, only http and https become links,
+and the page's content security policy forbids scripts and all requests.
 """
 
 import base64
@@ -21,10 +21,10 @@ from tasks.references.images import fetch_images
 from tasks.serve.load import SearchResult
 
 MOST = 500
-"""Pictures on a page: with thumbnails of this size it stays below 40 MB, be they noise, and is 2 to 5 MB as a rule."""
+"""Maximum images on a page: at most 40 MB of thumbnails (noise), usually 2 to 5 MB."""
 THUMBNAIL_PX = 192
 LONGEST_LINK = 2048
-"""Characters of a URL from which on it is told, but no link; browsers and servers cut longer ones."""
+"""Maximum characters of a linked URL. Longer ones are shown as text, since browsers and servers cut them."""
 LONGEST_TEXT = 120
 
 _CSS = """
@@ -47,37 +47,37 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_gallery(path: Path, query: str | Image.Image, found: SearchResult, cache: Path, *, name: str = "") -> None:
-    """Write the page of a search to ``path``, its pictures read from the database's image shards.
+    """Write the page of a search to ``path``. The images are read from the database's image shards.
 
     Args:
         path: the file to write.
-        query: what was sought.
-        found: what was found.
-        cache: where remote shards are kept.
-        name: of the query's picture, told beside it.
+        query: the text or image of the search.
+        found: the search result.
+        cache: folder for copies of remote shards.
+        name: label of the query image; default "an image".
 
     Raises:
-        InputError: more pictures than a page shows.
-        IntegrityError: an image shard is missing, or differs from what was committed.
+        InputError: there are more images than fit on a page.
+        IntegrityError: an image shard is missing or damaged.
     """
     most_shown(len(found.rows))
-    pictures = fetch_images(found.version, [row["id"] for row in found.rows], cache)
-    page = gallery(query, found, pictures, name=name)
-    # A text from the command line may hold halves of characters, which UTF-8 has not.
+    images = fetch_images(found.version, [row["id"] for row in found.rows], cache)
+    page = gallery(query, found, images, name=name)
+    # Text from the command line may contain lone surrogates, which UTF-8 cannot encode.
     path.write_bytes(page.encode("utf-8", "xmlcharrefreplace"))
 
 
 def most_shown(count: int) -> None:
-    """Raise ``InputError`` when ``count`` pictures are too many for a page."""
+    """Raise ``InputError`` if ``count`` images are too many for a page."""
     if count > MOST:
-        raise InputError(f"a page shows at most {MOST} pictures, {count} were asked for; give a smaller --k")
+        raise InputError(f"too many images for a page: {count}, the maximum is {MOST}; give a smaller --k")
 
 
-def gallery(query: str | Image.Image, found: SearchResult, pictures: Sequence[Image.Image], *, name: str = "") -> str:
-    """The page: the query on top, then a thumbnail, score, key and link for each row found, with its picture."""
-    told = html.escape(_short(query if isinstance(query, str) else name or "a picture"))
-    above = "" if isinstance(query, str) else f'<img src="{_inlined(query)}" alt="the query: {told}">'
-    shown = "\n".join(_figure(row, picture) for row, picture in zip(found.rows, pictures, strict=True))
+def gallery(query: str | Image.Image, found: SearchResult, images: Sequence[Image.Image], *, name: str = "") -> str:
+    """Return the page: the query, then a thumbnail, score, key and link of each row found."""
+    heading = html.escape(_short(query if isinstance(query, str) else name or "an image"))
+    above = "" if isinstance(query, str) else f'<img src="{_inlined(query)}" alt="the query: {heading}">'
+    figures = "\n".join(_figure(row, image) for row, image in zip(found.rows, images, strict=True))
     count, rows = len(found.rows), found.version.rows
     return f"""<!doctype html>
 <html lang="en">
@@ -85,48 +85,48 @@ def gallery(query: str | Image.Image, found: SearchResult, pictures: Sequence[Im
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{told} · {html.escape(found.name)}</title>
+<title>{heading} · {html.escape(found.name)}</title>
 <style>{_CSS}</style>
 </head>
 <body>
 <header>{above}<div>
-<h1>{told}</h1>
-<p>The {count} nearest of {rows:,} pictures in {html.escape(found.name)}, with their cosine to the query.</p>
+<h1>{heading}</h1>
+<p>The {count} nearest of {rows:,} images in {html.escape(found.name)}, with their cosine to the query.</p>
 </div></header>
 <main><ol>
-{shown}
+{figures}
 </ol></main>
 </body>
 </html>
 """
 
 
-def _figure(row: dict[str, Any], picture: Image.Image) -> str:
+def _figure(row: dict[str, Any], image: Image.Image) -> str:
     url, key = str(row["url"] or ""), html.escape(str(row["key"]))
-    address, linked = html.escape(printable(_short(url))), len(url) <= LONGEST_LINK and _is_web(url)
-    link = f'<a href="{html.escape(url)}" rel="noopener noreferrer">{address}</a>' if linked else address
-    alt = html.escape(_short(_file_name(url)) or f"picture {row['key']}")
-    words = f"<b>{row['score']:.3f}</b> · no. {row['rank']}<br>key {key} · row {row['id']}<br>{link}"
-    shown = f'<img src="{_inlined(picture)}" alt="{alt}">'
-    return f"<li><figure>{shown}<figcaption>{words}</figcaption></figure></li>"
+    link_text, linked = html.escape(printable(_short(url))), len(url) <= LONGEST_LINK and _is_web(url)
+    link = f'<a href="{html.escape(url)}" rel="noopener noreferrer">{link_text}</a>' if linked else link_text
+    alt = html.escape(_short(_file_name(url)) or f"image {row['key']}")
+    caption = f"<b>{row['score']:.3f}</b> · no. {row['rank']}<br>key {key} · row {row['id']}<br>{link}"
+    thumbnail = f'<img src="{_inlined(image)}" alt="{alt}">'
+    return f"<li><figure>{thumbnail}<figcaption>{caption}</figcaption></figure></li>"
 
 
-def _inlined(picture: Image.Image) -> str:
-    """A thumbnail of the picture as a data URL."""
+def _inlined(image: Image.Image) -> str:
+    """Return a thumbnail of the image as a data URL."""
     buffer = io.BytesIO()
-    shrink_to_fit(to_rgb(picture), THUMBNAIL_PX).save(buffer, "WEBP", quality=85)
+    shrink_to_fit(to_rgb(image), THUMBNAIL_PX).save(buffer, "WEBP", quality=85)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _is_web(url: str) -> bool:
     try:
         return urlsplit(url).scheme in {"http", "https"}
-    except ValueError:  # a bracket of an IPv6 address that is never closed
+    except ValueError:  # e.g. an unclosed bracket of an IPv6 address
         return False
 
 
 def _file_name(url: str) -> str:
-    """The last part of a URL's path, readable: what it says of the picture."""
+    """Return the last part of a URL's path, unquoted; it often describes the image."""
     path = urlsplit(url).path if _is_web(url) else ""
     return unquote(path.rstrip("/").rsplit("/", 1)[-1])
 

@@ -1,4 +1,4 @@
-"""Serve: from names to things that answer. What a user of the registry calls, and what the commands are made of."""
+"""Load registered databases and generators by name, and search databases. The CLI commands use these functions."""
 
 import dataclasses
 from typing import Any
@@ -23,7 +23,7 @@ from tasks.train.task import PIPELINE, generator_folder
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SearchResult:
-    """What a search found: the version that was searched, its name, and its nearest rows, best first.
+    """Result of a search: the version that was searched, its name, and the nearest rows, best first.
 
     A row is {rank, score, id, key, url, …}; ``score`` is the cosine to the query.
     """
@@ -34,12 +34,14 @@ class SearchResult:
 
 
 def load_database(reference: str, settings: Settings, *, trust: bool = False) -> Database:
-    """The open database that ``reference`` (MLflow URI, short name or folder) names.
+    """Open the database that ``reference`` (MLflow URI, short name or folder) names.
 
-    ``trust`` treats a folder outside of the settings' root like one below it; see SECURITY.md.
+    ``trust`` treats a folder outside the settings' root like one below it; see SECURITY.md.
 
-    Raises ``NotFoundError`` listing what there is, ``IntegrityError`` for damaged files, and ``InputError`` for a
-    folder that needs ``trust``.
+    Raises:
+        NotFoundError: there is no such database; the message lists those that exist.
+        IntegrityError: a file is damaged.
+        InputError: the folder needs ``trust``.
     """
     version, _ = _pull_version(reference, settings, trust)
     return open_database(version, settings.cache_folder)
@@ -48,16 +50,19 @@ def load_database(reference: str, settings: Settings, *, trust: bool = False) ->
 def search_database(
     reference: str, query: str | Image.Image, k: int, settings: Settings, *, trust: bool = False
 ) -> SearchResult:
-    """The ``k`` nearest rows of a text or a picture, in the database named.
+    """Return the ``k`` nearest rows of a text or image in the database that ``reference`` names.
 
-    Raises ``InputError`` for an empty text, ``NotFoundError`` and ``IntegrityError`` as :func:`load_database`.
+    Raises:
+        InputError: the text is empty, or the folder needs ``trust``.
+        NotFoundError: as in :func:`load_database`.
+        IntegrityError: as in :func:`load_database`.
     """
     if isinstance(query, str) and not query.strip():
-        raise InputError("the query is empty; write what to look for")
+        raise InputError("the query is empty; give a text to search for")
     version, name = _pull_version(reference, settings, trust)
     database = open_database(version, settings.cache_folder)
     encoder = encoder_for(database.encoder)
-    # As the pictures of the database were made when they were downloaded: 8 bit, on white.
+    # The same normalisation as at download: 8 bit, on a white background.
     embedded = encoder.embed_texts([query]) if isinstance(query, str) else encoder.embed_images([to_rgb(query)])
     hits = database.search(embedded.numpy(), k)
     found = hits.ids[0] >= 0
@@ -77,14 +82,16 @@ def load_pipeline(
     Args:
         model: short name, ``models:/`` URI or folder of a generator, or the name of a bundled one.
         database: short name, ``models:/`` URI or folder of a database.
-        settings: default: from the environment.
+        settings: default: read from the environment.
         trust: as in :func:`load_database`.
 
-    Raises ``ModelError`` when their encoders differ, ``InputError`` for a folder that needs ``trust``.
+    Raises:
+        ModelError: the encoders of generator and database differ.
+        InputError: the folder needs ``trust``.
     """
     settings = settings or Settings()
     plain = pretrained_folder(model)
-    if (plain / "model_index.json").exists():  # the embedded one, or what save_pretrained wrote
+    if (plain / "model_index.json").exists():  # a bundled generator, or a folder written by save_pretrained
         generator, folder = saved_pipeline(model, "", settings, trust=trust), plain
     else:
         generator, pulled = open_named(Generator, model, settings, trust=trust)
@@ -98,13 +105,13 @@ def load_pipeline(
 
 
 def images_of_rows(reference: str, ids: NDArray[np.int64], settings: Settings) -> list[list[Image.Image]]:
-    """The pictures behind rows (Q, K) of a database, read from its image shards."""
+    """Return the images of database rows (Q, K) int64, read from its image shards."""
     version, _ = _pull_version(reference, settings)
-    pictures = iter(fetch_images(version, ids.reshape(-1).tolist(), settings.cache_folder))
-    return [[next(pictures) for _ in rows] for rows in ids]
+    images = iter(fetch_images(version, ids.reshape(-1).tolist(), settings.cache_folder))
+    return [[next(images) for _ in rows] for rows in ids]
 
 
 def _pull_version(reference: str, settings: Settings, trust: bool = False) -> tuple[DatabaseVersion, str]:
-    """The version that ``reference`` names, and what it is called: models:/NAME/VERSION, or its folder."""
+    """Return the version that ``reference`` names, and its name: models:/NAME/VERSION, or its folder."""
     version, pulled = open_named(DatabaseVersion, reference, settings, trust=trust)
     return version, pulled.folder_uri if pulled.name is None else f"models:/{pulled.name}/{pulled.version}"

@@ -1,4 +1,4 @@
-"""Adopt: a saved pipeline, the embedded one say, becomes a committed generator without training."""
+"""Adopt stage: commit a saved pipeline, e.g. a bundled one, as a generator without training."""
 
 import shutil
 from pathlib import Path
@@ -16,19 +16,19 @@ from tasks.train.task import PIPELINE
 def adopt(name: str, base: str, *, confined_to: str | None = None) -> StageResult[Generator]:
     """Copy the pipeline ``name`` (a local folder, or one that ships with this package) to ``base/generator/<key>``.
 
-    What it holds decides the key: other weights or other defaults are another generator. Its rows are 0, since what it
-    was trained on is not told.
+    The key depends on the folder's contents: other weights or other defaults make another generator. ``rows`` is 0,
+    because the size of the training set is unknown.
 
     ``confined_to`` is None for a trusted pipeline, as in :class:`tasks.references.types.Reference`.
 
     Raises:
-        InputError: there is no saved pipeline of that name, or it is not trusted and names an encoder of its own.
-        ModelError: there is one, and it cannot be loaded.
+        InputError: there is no saved pipeline of that name, or it is not trusted and names a custom encoder.
+        ModelError: the saved pipeline cannot be loaded.
     """
     folder = pretrained_folder(name)
     if not (folder / "model_index.json").is_file():
         raise InputError(
-            f"{name} holds no saved pipeline; name a folder that save_pretrained wrote, or {' or '.join(SHIPPED)}"
+            f"not a saved pipeline: {name}; give a folder written by save_pretrained, or {' or '.join(SHIPPED)}"
         )
     uri = name if name in SHIPPED else storage.absolute(name)
     inputs = {PIPELINE: {"uri": uri, "digest": _digest(folder)}}
@@ -47,10 +47,10 @@ def adopt(name: str, base: str, *, confined_to: str | None = None) -> StageResul
 
 
 def _digest(folder: Path) -> str:
-    """Hex sha256 over the names and contents of all files."""
+    """Return the hex sha256 over the names and contents of all files."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return artifacts.digest_of({path.relative_to(folder).as_posix(): storage.sha256(str(path)) for path in files})
 
 
 def _note(manifest: artifacts.Manifest) -> str:
-    return f"{manifest.info['adopted']} as it is, {manifest.info['parameters'] / 1e6:.1f} M parameters"
+    return f"{manifest.info['adopted']} adopted, {manifest.info['parameters'] / 1e6:.1f} M parameters"

@@ -1,8 +1,8 @@
-"""What training reads: each shard's pictures, embeddings and neighbours in lockstep, loaded when their turn comes.
+"""Training data: the images, embeddings and neighbours of each shard, loaded per shuffle window.
 
-Pictures are decoded from the tars whenever their window comes. What costs more to make than to read is kept in the
-cache, memory-mapped: latents and codes, and, for editing, the decoded pictures of the database (any of them may be a
-neighbour) and the aligned references.
+Images are decoded from the tars each time their window is loaded. Arrays that cost more to compute than to read are
+cached on disk and memory-mapped: latents and codes. For editing, the decoded images of the database (any of them may
+be a neighbour) and the aligned references are cached too.
 
 Legend: ``n`` rows of a shard, ``M`` database rows, ``P`` neighbours searched, ``S`` side, ``C s s`` latent.
 """
@@ -42,15 +42,15 @@ from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards
 
 ALIGNED_AT_ONCE = 256
 CANDIDATES = 4
-"""Nearest neighbours of which the first that is no copy of the picture is aligned to it."""
+"""Nearest neighbours considered as reference; the first that is not a copy of the image is aligned to it."""
 DECODED_AT_ONCE = 256
-"""Pictures that threads share; these are in memory as they are stored."""
+"""Encoded images held in memory at once while threads decode them."""
 ENCODED_AT_ONCE = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingInputs:
-    """Everything a training run reads, as references."""
+    """References to all artifacts that a training run reads."""
 
     images: ImageShards
     embeddings: EmbeddingShards
@@ -58,68 +58,75 @@ class TrainingInputs:
     neighbours: Neighbours
 
     def as_inputs(self) -> dict[str, dict[str, str]]:
-        """How they stand in the generator's manifest."""
+        """Return the ``inputs`` entry of the generator's manifest."""
         return {field.name: getattr(self, field.name).as_input() for field in dataclasses.fields(self)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ImageProcessing:
-    """What becomes of a picture on its way to the network."""
+    """Preparation of an image for the network."""
 
     side: int  # px
-    autoencoder: Autoencoder | None = None  # latents or codes in the pixels' place
+    autoencoder: Autoencoder | None = None  # train on its latents or codes; None: pixels
     autoencoder_digest: str = ""
     codes: bool = False
-    editing: bool = False  # aligned neighbours beside the pictures
+    editing: bool = False  # also load the aligned neighbour of each image
     device: str = "cpu"
-    threads: int = 1  # that decode and align
+    threads: int = 1  # for decoding and alignment
 
     def row_bytes(self) -> int:
-        """Bytes of a picture as it is held; a latent counts as pixels, which are more."""
+        """Return the bytes of an image in memory. A latent counts as pixels, an upper bound."""
         return self.side**2 * 3 * (1 + self.editing)
 
 
 def load_training_set(
-    inputs: TrainingInputs, treatment: ImageProcessing, cache: Path, *, window_bytes: int, rank: int = 0, world: int = 1
+    inputs: TrainingInputs,
+    processing: ImageProcessing,
+    cache: Path,
+    *,
+    window_bytes: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> TrainingSet:
-    """The training set over ``inputs``, in windows of about ``window_bytes`` over all workers, as ``rank`` needs it.
+    """Return the training set of worker ``rank`` of ``world`` workers.
 
-    The key in the metadata says which picture a row is.
+    Rows are shuffled in windows of about ``window_bytes`` over all workers. Images are matched to embedding rows by
+    the key in the metadata.
     """
-    sources = training_shards(inputs, treatment, cache)
+    sources = training_shards(inputs, processing, cache)
     database = database_rows(inputs.database, cache)
     pool = inputs.neighbours.manifest().config["k"]
-    row_bytes = treatment.row_bytes() + 2 * sources[0].dimension + 8 * pool
+    row_bytes = processing.row_bytes() + 2 * sources[0].dimension + 8 * pool
     return TrainingSet(
         sources,
         database,
         window_rows=max(1, window_bytes // row_bytes),
-        device=treatment.device,
+        device=processing.device,
         rank=rank,
         world=world,
     )
 
 
-def training_shards(inputs: TrainingInputs, treatment: ImageProcessing, cache: Path) -> list["ShardSource"]:
-    """The shards of ``inputs`` as the loop takes them. Nothing is read yet but manifests."""
+def training_shards(inputs: TrainingInputs, processing: ImageProcessing, cache: Path) -> list["ShardSource"]:
+    """Return one source per shard of ``inputs``. Only manifests are read."""
     embeddings = inputs.embeddings.manifest()
-    pictures = {shard.name: shard for shard in inputs.images.manifest().shards}
+    image_shards = {shard.name: shard for shard in inputs.images.manifest().shards}
     lists = {shard.name: shard for shard in inputs.neighbours.manifest().shards}
-    store = DecodedDatabase(inputs.database, treatment, cache) if treatment.editing else None
+    decoded_database = DecodedDatabase(inputs.database, processing, cache) if processing.editing else None
     dimension = int(embeddings.identity["encoder"]["dimension"])
     sources = []
     for shard in embeddings.shards:
         stored = StoredShard(
-            images_uri=inputs.images.uri, images=pictures[shard.name],
-            embeddings_uri=inputs.embeddings.uri, embeddings=shard, cache=cache, threads=treatment.threads,
+            images_uri=inputs.images.uri, images=image_shards[shard.name],
+            embeddings_uri=inputs.embeddings.uri, embeddings=shard, cache=cache, threads=processing.threads,
         )  # fmt: skip
         found = (inputs.neighbours.uri, lists[shard.name].files[0])
-        sources.append(ShardSource(stored, found, treatment, store, shard.rows, dimension))
+        sources.append(ShardSource(stored, found, processing, decoded_database, shard.rows, dimension))
     return sources
 
 
 def database_rows(database: DatabaseVersion, cache: Path) -> RowArray:
-    """The embeddings (M, D) float16 that the neighbours point into, mapped as they are asked for."""
+    """Return the database embeddings (M, D) float16 that neighbour ids refer to, memory-mapped on access."""
     embeddings = embeddings_of(database)
     manifest = embeddings.manifest()
     dimension = encoder_of(manifest).dimension
@@ -131,55 +138,57 @@ def database_rows(database: DatabaseVersion, cache: Path) -> RowArray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StoredShard:
-    """A shard's tar of pictures, and the embeddings made of them."""
+    """Tar and embeddings of one shard of images."""
 
     images_uri: str
     images: artifacts.Shard
     embeddings_uri: str
     embeddings: artifacts.Shard
     cache: Path
-    threads: int = 1  # that decode
+    threads: int = 1  # for decoding
 
-    def embedded(self) -> NDArray[np.float16]:
-        """The embeddings (n, D), memory-mapped."""
+    def embedding_rows(self) -> NDArray[np.float16]:
+        """Return the embeddings (n, D) float16, memory-mapped."""
         return finite_rows(self.embeddings_uri, self.embeddings, self.cache)
 
     def pixels(self, side: int, chosen: NDArray[np.int64] | None = None) -> NDArray[np.uint8]:
-        """The pictures (n, S, S, 3) in the order of the embeddings, or those of the ``chosen`` rows."""
+        """Return the images (n, S, S, 3) uint8 in the order of the embeddings, or those of the ``chosen`` rows."""
         table = self._fetch(self.embeddings_uri, self.embeddings, ".parquet")
         keys = tables.read_table(table, ["key"])["key"]
         wanted = (keys if chosen is None else keys.take(chosen)).to_pylist()
         return read_pixels(self._fetch(self.images_uri, self.images, ".tar"), wanted, side, self.threads)
 
-    def digest(self, *with_what: Any) -> str:
-        """Names what is made of this shard's pictures and ``with_what``."""
-        return artifacts.digest_of([[file.sha256 for file in (*self.images.files, *self.embeddings.files)], *with_what])
+    def digest(self, *parameters: Any) -> str:
+        """Return the digest of an array computed from this shard's images with ``parameters``."""
+        return artifacts.digest_of(
+            [[file.sha256 for file in (*self.images.files, *self.embeddings.files)], *parameters]
+        )
 
     def _fetch(self, uri: str, shard: artifacts.Shard, suffix: str) -> Path:
         return artifacts.fetch_shard(uri, shard, suffix, self.cache)
 
 
 class DecodedDatabase:
-    """Every picture of a database, decoded once and kept in the cache."""
+    """Images of a database, decoded once and cached on disk."""
 
-    def __init__(self, database: DatabaseVersion, treatment: ImageProcessing, cache: Path) -> None:
-        """Over the pictures that ``database`` was embedded from, at ``treatment.side`` px."""
+    def __init__(self, database: DatabaseVersion, processing: ImageProcessing, cache: Path) -> None:
+        """Find the images that ``database`` was embedded from; they are decoded at ``processing.side`` px."""
         embeddings = embeddings_of(database)
         images = images_of(embeddings)
-        pictures = {shard.name: shard for shard in images.manifest().shards}
+        image_shards = {shard.name: shard for shard in images.manifest().shards}
         self.digest = database.digest
         self._shards = [
             StoredShard(
-                images_uri=images.uri, images=pictures[shard.name],
-                embeddings_uri=embeddings.uri, embeddings=shard, cache=cache, threads=treatment.threads,
+                images_uri=images.uri, images=image_shards[shard.name],
+                embeddings_uri=embeddings.uri, embeddings=shard, cache=cache, threads=processing.threads,
             )
             for shard in embeddings.manifest().shards
         ]  # fmt: skip
-        self._side, self._cache = treatment.side, cache
+        self._side, self._cache = processing.side, cache
         self._joined: ConcatenatedRows | None = None
 
     def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The pictures (m, S, S, 3) of rows (m,) of the database. The first call decodes all that are not kept yet."""
+        """Return the images (m, S, S, 3) uint8 of database ``rows`` (m,). The first call decodes all missing shards."""
         if self._joined is None:
             self._joined = ConcatenatedRows([self._decoded(shard) for shard in self._shards])
         return self._joined[rows]
@@ -189,72 +198,83 @@ class DecodedDatabase:
 
 
 class ShardSource:
-    """One shard of the training set: ``model.training.data.Source``."""
+    """One shard of the training set; implements ``model.training.data.Source``."""
 
     def __init__(
         self,
         stored: StoredShard,
         neighbours: tuple[str, artifacts.File],
-        treatment: ImageProcessing,
-        store: DecodedDatabase | None,
+        processing: ImageProcessing,
+        decoded_database: DecodedDatabase | None,
         rows: int,
         dimension: int,
     ) -> None:
-        """Join a shard's pictures and embeddings with its neighbours, a file below a URI."""
-        self._stored, self._neighbours, self._treatment, self._store = stored, neighbours, treatment, store
+        """Join a shard's images and embeddings with its ``neighbours``, given as base URI and file."""
+        self._stored, self._neighbours, self._processing, self._decoded_database = (
+            stored,
+            neighbours,
+            processing,
+            decoded_database,
+        )
         self.rows, self.dimension = rows, dimension
 
     def load(self, chosen: NDArray[np.int64] | None = None) -> TrainingRows:
-        """Read and decode what is ``chosen`` (None: all). What is kept is made of the whole shard, once."""
+        """Read and decode the ``chosen`` rows (None: all). Cached arrays always cover the whole shard."""
         uri, file = self._neighbours
         count = self._stored.embeddings.rows
         neighbours = read_array(artifacts.fetch_file(uri, file, self._stored.cache), np.int64, (count, None))
         rows = slice(None) if chosen is None else chosen
-        if self._treatment.autoencoder is None:
-            pictures: NDArray[Any] = self._stored.pixels(self._treatment.side, chosen)
+        if self._processing.autoencoder is None:
+            images: NDArray[Any] = self._stored.pixels(self._processing.side, chosen)
         else:
-            made_with = ("codes" if self._treatment.codes else "latents", self._treatment.autoencoder_digest)
-            pictures = np.array(self._kept("encoded", self._encode, *made_with)[rows])
+            parameters = ("codes" if self._processing.codes else "latents", self._processing.autoencoder_digest)
+            images = np.array(self._cached("encoded", self._encode, *parameters)[rows])
         reference = None
-        if self._store is not None:
-            made_with = (self._store.digest, file.sha256)
-            reference = np.array(self._kept("references", lambda: self._align(neighbours), *made_with)[rows])
-        embeddings = np.array(self._stored.embedded()[rows])
-        return TrainingRows(pictures=pictures, embeddings=embeddings, neighbours=neighbours[rows], reference=reference)
+        if self._decoded_database is not None:
+            parameters = (self._decoded_database.digest, file.sha256)
+            reference = np.array(self._cached("references", lambda: self._align(neighbours), *parameters)[rows])
+        embeddings = np.array(self._stored.embedding_rows()[rows])
+        return TrainingRows(pictures=images, embeddings=embeddings, neighbours=neighbours[rows], reference=reference)
 
-    def _kept(self, kind: str, make: Callable[[], NDArray[Any]], *made_with: str) -> NDArray[Any]:
-        return cached_array(self._stored.cache, kind, self._stored.digest(self._treatment.side, *made_with), make)
+    def _cached(self, kind: str, make: Callable[[], NDArray[Any]], *parameters: str) -> NDArray[Any]:
+        return cached_array(self._stored.cache, kind, self._stored.digest(self._processing.side, *parameters), make)
 
     def _encode(self) -> NDArray[Any]:
-        """The pictures as the autoencoder's latents (n, C, s, s) float16, or its codes (n, tokens) int32."""
-        autoencoder, device = self._treatment.autoencoder, self._treatment.device
-        assert autoencoder is not None  # noqa: S101 - load asks
-        pixels = torch.from_numpy(self._stored.pixels(self._treatment.side))
-        made = []
+        """Return the images as latents (n, C, s, s) float16 or codes (n, tokens) int32 of the autoencoder."""
+        autoencoder, device = self._processing.autoencoder, self._processing.device
+        assert autoencoder is not None  # noqa: S101 - checked by load
+        pixels = torch.from_numpy(self._stored.pixels(self._processing.side))
+        encoded = []
         for start in range(0, len(pixels), ENCODED_AT_ONCE):
-            pictures = to_model_range(pixels[start : start + ENCODED_AT_ONCE].to(device))
-            if isinstance(autoencoder, VQModel) and self._treatment.codes:
-                made.append(encode_codes(autoencoder, pictures).int().cpu())
+            batch = to_model_range(pixels[start : start + ENCODED_AT_ONCE].to(device))
+            if isinstance(autoencoder, VQModel) and self._processing.codes:
+                encoded.append(encode_codes(autoencoder, batch).int().cpu())
             else:
-                made.append(encode_latents(autoencoder, pictures).half().cpu())
-        return torch.cat(made).numpy()
+                encoded.append(encode_latents(autoencoder, batch).half().cpu())
+        return torch.cat(encoded).numpy()
 
     def _align(self, neighbours: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The aligned reference (n, S, S, 3) of each picture."""
-        assert self._store is not None  # noqa: S101 - load asks
-        pixels, parts = self._stored.pixels(self._treatment.side), []
+        """Return the aligned reference (n, S, S, 3) uint8 of each image."""
+        assert self._decoded_database is not None  # noqa: S101 - checked by load
+        pixels, parts = self._stored.pixels(self._processing.side), []
         for start in range(0, len(pixels), ALIGNED_AT_ONCE):
             near = neighbours[start : start + ALIGNED_AT_ONCE, :CANDIDATES]
             rows, renumbered = np.unique(near, return_inverse=True)
             part = pixels[start : start + ALIGNED_AT_ONCE]
             renumbered = renumbered.reshape(near.shape).astype(np.int64)
-            aligned = align_all(part, renumbered, database_pixels=self._store[rows], workers=self._treatment.threads)
+            aligned = align_all(
+                part, renumbered, database_pixels=self._decoded_database[rows], workers=self._processing.threads
+            )
             parts.append(aligned.pixels)
         return np.concatenate(parts)
 
 
 def read_pixels(tar: Path, keys: Sequence[str], side: int, threads: int = 1) -> NDArray[np.uint8]:
-    """(len(keys), side, side, 3) uint8 in the order of ``keys``. Raises ``InputError`` when one is not there."""
+    """Return images (len(keys), side, side, 3) uint8 in the order of ``keys``.
+
+    Raises:
+        InputError: the tar lacks the image of a key.
+    """
     position = {key: number for number, key in enumerate(keys)}
     pixels = np.empty((len(keys), side, side, 3), dtype=np.uint8)
     found = ((position.pop(key), encoded) for key, encoded in tables.iter_images(tar) if key in position)
@@ -269,15 +289,15 @@ def read_pixels(tar: Path, keys: Sequence[str], side: int, threads: int = 1) -> 
             list(pool.map(decode, some))
     if position:
         raise InputError(
-            f"{tar} lacks {len(position)} pictures that were embedded, {next(iter(position))} first; embed again"
+            f"{len(position)} embedded images are missing from {tar}, the first is {next(iter(position))}; embed again"
         )
     return pixels
 
 
 def cached_array(cache: Path, kind: str, digest: str, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-    """The array of that name in ``cache``, memory-mapped; what ``make`` returns is written first, whole or not at all.
+    """Return the cached array ``kind``/``digest``, memory-mapped. If it is missing, write the result of ``make``.
 
-    One process of a machine makes it, and the others wait for it.
+    The file is written atomically. One process of a machine computes it, and the others wait.
     """
     path = cache / kind / f"{digest}.npy"
     if not path.exists():
@@ -287,6 +307,6 @@ def cached_array(cache: Path, kind: str, digest: str, make: Callable[[], NDArray
                     np.save(stream, make())
                 path.parent.mkdir(parents=True, exist_ok=True)
                 (folder / "made").replace(path)
-    os.utime(path)  # its last use, for the cache's bound
+    os.utime(path)  # records the last use, for eviction from the cache
     found: NDArray[Any] = np.load(path, mmap_mode="r")
     return found

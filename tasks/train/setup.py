@@ -1,4 +1,4 @@
-"""What a training run starts with: the network, the autoencoder, the objective, and the checks that they fit."""
+"""Training setup: build or load the network, autoencoder and objective, and check that they fit together."""
 
 import dataclasses
 import json
@@ -30,63 +30,71 @@ from model.training.objectives.vq_diffusion import MaskAndReplace
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """The network, what it is told, how long it learns, and on how many workers."""
+    """Training stage configuration: network, conditioning, objective, schedule and workers."""
 
-    network: NetworkConfig | None = None  # None: that of start_from, or a small transformer
+    network: NetworkConfig | None = None  # None: the network of start_from, or a small transformer
     autoencoder: str | None = None  # folder of a diffusers AutoencoderKL or VQModel; None: pixels
-    image_size: int | None = None  # px; None: what the network and its autoencoder work on
-    editing: bool = False  # learn to restore pictures too: a transformer over pixels
+    image_size: int | None = None  # px; None: derived from the network and its autoencoder
+    editing: bool = False  # also train restoration; needs a transformer over pixels
     restoration: RestorationConfig = dataclasses.field(default_factory=lambda: RestorationConfig(drop_reference=0.7))
     conditioning: ConditioningConfig = dataclasses.field(default_factory=ConditioningConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     workers: int = 1
     cpus_per_worker: int = 2
     use_gpu: bool = False
-    window_bytes: int = 2 << 30  # of pictures shuffled together, over all workers; a larger set has two in memory
-    guidance_scale: float | None = None  # the pipeline's default; None: that of start_from, or 2
-    start_from: str | None = None  # a pipeline folder or "sticker-generator" to fine-tune; None: random weights
+    window_bytes: int = 2 << 30  # shuffle window over all workers; larger sets keep two in memory
+    guidance_scale: float | None = None  # the pipeline's default; None: the value of start_from, or 2
+    start_from: str | None = None  # fine-tune a pipeline folder or "sticker-generator"; None: random weights
 
     def __post_init__(self) -> None:
-        """Refuse a run without workers or memory, what could not be drawn, and editing where it cannot be learned."""
+        """Raise ``ValueError`` for values out of range and for combinations that cannot be trained."""
         uris.hide_fields(self, "autoencoder", "start_from")
         if self.workers < 1 or self.cpus_per_worker < 1:
-            raise ValueError("workers and cpus_per_worker must be at least 1")
+            raise ValueError(
+                f"workers or cpus_per_worker is below 1: {self.workers}, {self.cpus_per_worker}; give at least 1"
+            )
         if self.window_bytes < 1:
-            raise ValueError("window_bytes must be at least 1")
+            raise ValueError(f"window_bytes is below 1: {self.window_bytes}; give at least 1")
         if isinstance(self.network, VQTransformerConfig) and not (self.autoencoder or self.start_from):
-            raise ValueError("a network over codes needs the folder of a VQModel as autoencoder")
+            raise ValueError("a network over codes has no autoencoder; set autoencoder to the folder of a VQModel")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale is {self.guidance_scale}; give a number")
+            raise ValueError(f"guidance_scale is not finite: {self.guidance_scale}; give a number")
         if self.editing and (self.autoencoder or not isinstance(self.network, TransformerConfig | None)):
-            raise ValueError("editing is learned by a transformer over pixels; leave autoencoder out")
+            raise ValueError(
+                "editing needs a transformer over pixels; leave autoencoder out and choose a TransformerConfig"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingSetup:
-    """A network ready to train, and what belongs to it."""
+    """Network to train, with the autoencoder, scheduler and defaults of its pipeline."""
 
     network: AnyNetwork
     size: NetworkConfig
     autoencoder: Autoencoder | None
-    scheduler: Any  # of start_from, for it is drawn as it was; None: a new one
+    scheduler: Any  # of start_from, to sample in the same way; None: a new one
     image_size: int  # px
-    defaults: dict[str, Any]  # of the pipeline that it becomes
+    defaults: dict[str, Any]  # of the pipeline that is saved after training
 
     @property
     def prediction(self) -> Prediction:
-        """What the network answers with; of no meaning over codes."""
+        """Return the prediction type of the network; unused for networks over codes."""
         return "velocity" if isinstance(self.size, VQTransformerConfig) else self.size.prediction
 
 
 def build_setup(config: TrainConfig, encoder: EncoderIdentity) -> TrainingSetup:
-    """Build or load the network of ``config`` for pictures embedded by ``encoder``.
+    """Build or load the network of ``config`` for images embedded by ``encoder``.
 
     Raises:
-        EncoderMismatchError: ``start_from`` lives in another encoder's space.
+        EncoderMismatchError: ``start_from`` was trained with another encoder.
         InputError: ``start_from``, ``network``, ``autoencoder`` and ``image_size`` do not fit each other.
     """
-    shown = config.conditioning.neighbours
-    defaults: dict[str, Any] = {"neighbours": shown, "trained_neighbours": shown, "guidance_scale": 2.0}
+    trained_neighbours = config.conditioning.neighbours
+    defaults: dict[str, Any] = {
+        "neighbours": trained_neighbours,
+        "trained_neighbours": trained_neighbours,
+        "guidance_scale": 2.0,
+    }
     autoencoder = None if config.autoencoder is None else load_autoencoder(config.autoencoder)
     scheduler = None
     if config.start_from is None:
@@ -98,12 +106,12 @@ def build_setup(config: TrainConfig, encoder: EncoderIdentity) -> TrainingSetup:
         size = config_of_network(network, pipeline.config.prediction)
         if config.network not in (None, size):
             raise InputError(
-                f"{config.start_from} is {size}, not {config.network}; leave network out to take its own size"
+                f"network differs from that of {config.start_from}: {config.network}, not {size}; leave network out"
             )
         autoencoder, scheduler = autoencoder or pipeline.vae, pipeline.scheduler
-        kept = ("candidates", "guidance_scale", "guidance_interval", "num_inference_steps", "query", "truncation")
-        defaults |= {name: pipeline.config[name] for name in kept}
-        defaults["neighbours"] = min(shown, pipeline.config.neighbours)
+        inherited = ("candidates", "guidance_scale", "guidance_interval", "num_inference_steps", "query", "truncation")
+        defaults |= {name: pipeline.config[name] for name in inherited}
+        defaults["neighbours"] = min(trained_neighbours, pipeline.config.neighbours)
     if config.editing and not is_editor(network):
         network = _widened(network, autoencoder)
     if config.guidance_scale is not None:
@@ -111,7 +119,7 @@ def build_setup(config: TrainConfig, encoder: EncoderIdentity) -> TrainingSetup:
     side = image_side(size, autoencoder)
     if config.image_size not in (None, side):
         raise InputError(
-            f"image_size is {config.image_size} px, but the network works on pictures of {side} px; "
+            f"image_size does not fit the network: {config.image_size} px, not {side} px; "
             "leave image_size out, or choose a network of another size"
         )
     return TrainingSetup(
@@ -125,7 +133,7 @@ def build_setup(config: TrainConfig, encoder: EncoderIdentity) -> TrainingSetup:
 
 
 def objective_of(config: TrainConfig, setup: TrainingSetup) -> Objective:
-    """What the network of ``setup`` learns by."""
+    """Return the training objective for the network of ``setup``."""
     if isinstance(setup.size, VQTransformerConfig):
         return MaskAndReplace(Transitions(codes=setup.size.codes, timesteps=setup.size.timesteps), config.conditioning)
     if config.editing:
@@ -134,18 +142,18 @@ def objective_of(config: TrainConfig, setup: TrainingSetup) -> Objective:
 
 
 def load_initial_pipeline(start_from: str, encoder: EncoderIdentity) -> KNNDiffusionPipeline:
-    """The pipeline to start from. Raises ``EncoderMismatchError`` when its encoder is another."""
+    """Load the pipeline to fine-tune. Raises ``EncoderMismatchError`` if it was trained with another encoder."""
     pipeline = KNNDiffusionPipeline.open(pretrained_folder(start_from))
     if not pipeline.identity.same_space(encoder):
         raise EncoderMismatchError(
-            f"{start_from} was trained with {pipeline.identity}, these pictures were embedded by {encoder}; "
-            "embed with its encoder, or start from random weights"
+            f"encoders differ: {start_from} was trained with {pipeline.identity}, the images were embedded by "
+            f"{encoder}; embed the images with the encoder of the generator, or start from random weights"
         )
     return pipeline
 
 
 def load_autoencoder(folder: str) -> Autoencoder:
-    """The AutoencoderKL or VQModel in ``folder``, frozen. Raises ``InputError`` when there is neither, or not whole."""
+    """Load the AutoencoderKL or VQModel in ``folder``, frozen. Raises ``InputError`` if it is missing or damaged."""
     classes = {kind.__name__: kind for kind in get_args(Autoencoder)}
     try:
         name = json.loads((Path(folder) / "config.json").read_text())["_class_name"]
@@ -153,54 +161,56 @@ def load_autoencoder(folder: str) -> Autoencoder:
         check_weights(Path(folder), loaded)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ModelError) as error:
         raise InputError(
-            f"{folder} holds no usable autoencoder ({error}); name a folder that save_pretrained of "
-            f"{' or '.join(classes)} wrote"
+            f"no usable autoencoder in {folder}: {error}; give a folder written by save_pretrained of "
+            f"{' or '.join(classes)}"
         ) from error
     return loaded.eval().requires_grad_(False)
 
 
 def image_side(size: NetworkConfig, autoencoder: Autoencoder | None) -> int:
-    """The side in px of the pictures that a network sees through its autoencoder. Raises ``InputError``."""
+    """Return the image side in px of a network with its autoencoder. Raises ``InputError`` if the two do not fit."""
     if autoencoder is None:
         if isinstance(size, VQTransformerConfig):
-            raise InputError("a network over codes needs the folder of a VQModel as autoencoder")
+            raise InputError("a network over codes has no autoencoder; set autoencoder to the folder of a VQModel")
         if size.channels != 3:
-            raise InputError(f"the network takes {size.channels} channels, a picture has 3; name its autoencoder")
+            raise InputError(
+                f"the network does not fit RGB images: {size.channels} channels; set autoencoder, or channels to 3"
+            )
         return size.image_size
-    held: Any = autoencoder.config
-    scale: int = 2 ** (len(held.block_out_channels) - 1)
+    settings: Any = autoencoder.config
+    scale: int = 2 ** (len(settings.block_out_channels) - 1)
     if not isinstance(size, VQTransformerConfig):
         channels = _latent_channels(autoencoder)
         if size.channels != channels:
             raise InputError(
-                f"the network takes {size.channels} channels, the autoencoder's latents have {channels}; set channels "
-                "to that"
+                f"the network does not fit the autoencoder: {size.channels} channels, the latents have {channels}; "
+                f"set channels={channels}"
             )
         return size.image_size * scale
     side = math.isqrt(size.tokens) * scale
-    if not isinstance(autoencoder, VQModel) or held.num_vq_embeddings != size.codes or held.sample_size != side:
+    if not isinstance(autoencoder, VQModel) or settings.num_vq_embeddings != size.codes or settings.sample_size != side:
         given = (
-            f"{held.num_vq_embeddings} codes at {held.sample_size} px"
+            f"{settings.num_vq_embeddings} codes at {settings.sample_size} px"
             if isinstance(autoencoder, VQModel)
-            else "no codes at all"
+            else "no codes"
         )
         raise InputError(
-            f"the network's {size.codes} codes and {size.tokens} tokens need a VQModel of {size.codes} codes at {side} "
-            f"px, the autoencoder has {given}; choose codes and tokens after it"
+            f"the network does not fit the autoencoder: it needs a VQModel of {size.codes} codes at {side} px, "
+            f"the autoencoder has {given}; set codes and tokens to match the autoencoder"
         )
     return side
 
 
 def _latent_channels(autoencoder: Autoencoder) -> int:
-    """C of the latents: a VQModel's have the width of its codes, not of what is in front of the codebook."""
-    held: Any = autoencoder.config
-    width = held.vq_embed_dim if isinstance(autoencoder, VQModel) else None
-    return int(width or held.latent_channels)
+    """Return the number of latent channels; for a VQModel, the width of its codebook vectors."""
+    settings: Any = autoencoder.config
+    width = settings.vq_embed_dim if isinstance(autoencoder, VQModel) else None
+    return int(width or settings.latent_channels)
 
 
 def _widened(network: AnyNetwork, autoencoder: Autoencoder | None) -> AnyNetwork:
     if autoencoder is not None or not isinstance(network, PixArtTransformer2DModel):
-        raise InputError("editing is learned by a transformer over pixels; start from one, or leave editing out")
+        raise InputError("editing needs a transformer over pixels; start from one, or leave editing out")
     try:
         return widen_input(network)
     except ModelError as error:

@@ -1,4 +1,4 @@
-"""Train: pictures, their embeddings and their neighbours to a generator, on Ray Train workers, resumable."""
+"""Train stage: train a generator on images, embeddings and neighbours with Ray Train. Interrupted runs resume."""
 
 import dataclasses
 import os
@@ -33,15 +33,15 @@ from tasks.train.data import ImageProcessing, TrainingInputs, database_rows, loa
 from tasks.train.setup import TrainConfig, TrainingSetup, build_setup, objective_of
 
 PIPELINE = "pipeline"
-"""The folder, below a generator's, that ``KNNDiffusionPipeline.from_pretrained`` loads."""
+"""Subfolder of a generator that ``KNNDiffusionPipeline.from_pretrained`` loads."""
 CHECKPOINTS_KEPT = 2
-"""The newest, and one to go back to should it be damaged."""
+"""The newest checkpoint, and the one before in case the newest is damaged."""
 NOT_RETRYABLE = (ModelError, InputError, IntegrityError)
-"""What a worker raises that no second try mends."""
+"""Worker errors that a retry cannot fix."""
 OUTAGE_PAUSE = 10
-"""A tracking server that did not answer is left alone for so many times as long as it was waited for."""
+"""After a failed call to the tracking server, pause tracking for this many times the duration of the call."""
 PREVIEWED = 16
-"""Pictures on the sheet that shows a network learn."""
+"""Images on a sample sheet."""
 
 
 @stage_task(name="train")
@@ -50,15 +50,15 @@ def train(
 ) -> StageResult[Generator]:
     """Train on ``inputs`` and store the pipeline under ``base/generator/<key>``.
 
-    Killed at any point, the same call goes on from the last checkpoint, on as many workers as it is given.
+    After an interruption the same call resumes from the last checkpoint. The number of workers may change.
 
     Raises:
-        EncoderMismatchError: the inputs, or the generator to start from, were made by different encoders.
-        InputError: the network, its autoencoder and the size of the pictures do not fit each other.
-        ModelError: the loss diverged, memory is out, or the checkpoint is of another network.
-        StageError: the cluster has no room, or a worker died too often; the last checkpoint is kept.
+        EncoderMismatchError: the inputs, or the generator to fine-tune, use different encoders.
+        InputError: the network, its autoencoder and the image size do not fit each other.
+        ModelError: the loss diverged, memory ran out, or the checkpoint belongs to another network.
+        StageError: the cluster has too few resources, or a worker died too often. The last checkpoint is kept.
     """
-    config, sources = _located(config), inputs.as_inputs()
+    config, sources = _with_absolute_paths(config), inputs.as_inputs()
     for name in ("start_from", "autoencoder"):
         if (folder := getattr(config, name)) is not None:
             sources[name] = {"uri": folder, "digest": contents_digest(folder)}
@@ -67,7 +67,7 @@ def train(
     def make() -> artifacts.Manifest:
         embeddings, database = inputs.embeddings.manifest(), inputs.database.manifest()
         require_same_encoder(embeddings=embeddings, database=database, neighbours=inputs.neighbours.manifest())
-        build_setup(config, encoder_of(embeddings))  # what does not fit is told here, before workers start
+        build_setup(config, encoder_of(embeddings))  # fails here, before workers start, if the parts do not fit
         if PIPELINE not in stage.done():
             ray_train.train(
                 train_worker,
@@ -85,7 +85,7 @@ def train(
 
 
 def generator_folder(generator: Generator, cache: Path) -> Path:
-    """The pipeline folder of a generator, every file verified, on this machine."""
+    """Return a local copy of a generator's pipeline folder, with every file verified."""
     manifest = generator.manifest()
     paths = [artifacts.fetch_file(generator.uri, file, cache) for file in manifest.files]
     if storage.is_local(generator.uri):
@@ -94,17 +94,17 @@ def generator_folder(generator: Generator, cache: Path) -> Path:
     for file, path in zip(manifest.files, paths, strict=True):
         link = folder.parent / file.name
         link.parent.mkdir(parents=True, exist_ok=True)
-        if not (link.exists() and link.samefile(path)):  # not there, or a link to a damaged file that was fetched anew
-            with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-                os.link(path, Path(beside, link.name))
-                Path(beside, link.name).replace(link)
+        if not (link.exists() and link.samefile(path)):  # missing, or a link to a damaged file that was fetched again
+            with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+                os.link(path, Path(temporary, link.name))
+                Path(temporary, link.name).replace(link)
     return folder
 
 
 class _Checkpoints:
-    """The loop's checkpoints in the stage's folder: a file, then its marker; the newest few are kept.
+    """Checkpoints of the training loop in the stage's folder: a file, then its marker. The newest few are kept.
 
-    The marker holds the numbers logged last, too: a run that was killed after its last step has them from there.
+    The marker also holds the metrics logged last. A run that was killed after its last step reads them from there.
     """
 
     def __init__(self, folder_uri: str, scratch: Path, cache: Path, metrics: "_Metrics", world: int) -> None:
@@ -112,7 +112,7 @@ class _Checkpoints:
         self._metrics, self._world = metrics, world
 
     def latest(self) -> Path | None:
-        """The newest that every worker finds whole. Raises ``IntegrityError`` when none is."""
+        """Return the newest checkpoint that all workers can read. Raises ``IntegrityError`` if all are damaged."""
         markers = [name for name in storage.list_names(storage.join(self._uri, "shards")) if name.endswith(".json")]
         for name in sorted((marker.removesuffix(".json") for marker in markers), reverse=True):
             path = None
@@ -120,12 +120,14 @@ class _Checkpoints:
                 shard = artifacts.read_shard(self._uri, name)
                 path = artifacts.fetch_file(self._uri, shard.files[0], self._cache)
             except (IntegrityError, NotFoundError) as error:
-                logs.get("train").warning("checkpoint %s is damaged, the one before is taken: %s", name, error)
-            if _all_say(path is not None, self._world):
+                logs.get("train").warning("checkpoint %s is damaged, using the previous one: %s", name, error)
+            if _all_workers(path is not None, self._world):
                 self._metrics.last = shard.info.get("values", {})
                 return path
         if markers:
-            raise IntegrityError(f"no checkpoint in {self._uri} is whole; delete that folder to start anew")
+            raise IntegrityError(
+                f"all checkpoints are damaged: {self._uri}; delete that folder to train from the start"
+            )
         return None
 
     def scratch(self) -> Path:
@@ -143,8 +145,8 @@ class _Checkpoints:
             storage.discard(storage.join(self._uri, f"{marker.removesuffix('.json')}.pt"))
 
 
-def _all_say(found: bool, world: int) -> bool:
-    """Whether all of ``world`` workers found what this one did: they must go on from one step."""
+def _all_workers(found: bool, world: int) -> bool:
+    """Return True if ``found`` is True on all of ``world`` workers, which must resume from the same step."""
     answers = [found] * world
     if world > 1:
         dist.all_gather_object(answers, found)
@@ -152,12 +154,12 @@ def _all_say(found: bool, world: int) -> bool:
 
 
 class _Metrics:
-    """The loop's numbers: to the bar of whoever watches, and to the tracking server; its pictures to the latter."""
+    """Metrics of the training loop: progress for the driver, values and sample sheets for the tracking server."""
 
     def __init__(self, folder_uri: str, total: int, run: tracking.Run | None, preview: "_Preview") -> None:
         self._progress, self._total, self._run, self._preview = Progress(folder_uri), total, run, preview
         self.last: dict[str, float] = {}
-        self._outage, self._asked_again = False, 0.0
+        self._outage, self._retry_at = False, 0.0
 
     def log(self, *, images: int, values: dict[str, float]) -> None:
         note = f"loss {values['loss']:.4f}, {values['images_per_s']:.0f} images/s"
@@ -172,41 +174,41 @@ class _Metrics:
                 self._preview.sheet(average).save(path)
                 self._track(lambda run: run.file(path, "samples"))
 
-    def _track(self, tell: Callable[[tracking.Run], None]) -> None:
-        """Tell the tracking server. One that does not answer costs points of a chart, and little of the time."""
+    def _track(self, send: Callable[[tracking.Run], None]) -> None:
+        """Send to the tracking server. During an outage data points are dropped, and training is hardly delayed."""
         started = time.monotonic()
-        if self._run is None or started < self._asked_again:
+        if self._run is None or started < self._retry_at:
             return
         try:
-            tell(self._run)
+            send(self._run)
             self._outage = False
-        except Exception as error:  # MLflow's, its database's, its artifact store's
+        except Exception as error:  # from MLflow, its database or its artifact store
             if not self._outage:
-                told = "MLflow does not answer, training goes on and is not charted meanwhile: %s"
-                logs.get("train").warning(told, masked(str(error)))
+                message = "MLflow does not respond; training continues without tracking until it does: %s"
+                logs.get("train").warning(message, masked(str(error)))
             self._outage, ended = True, time.monotonic()
-            self._asked_again = ended + OUTAGE_PAUSE * (ended - started)
+            self._retry_at = ended + OUTAGE_PAUSE * (ended - started)
 
 
 class _Preview:
-    """Sheets of a few fixed pictures of the training set, each beside what the network draws for it."""
+    """Sample sheets: a few fixed training images, each next to an image generated for it."""
 
     COLUMNS = 4
 
-    def __init__(self, inputs: TrainingInputs, setup: TrainingSetup, treatment: ImageProcessing, cache: Path) -> None:
+    def __init__(self, inputs: TrainingInputs, setup: TrainingSetup, processing: ImageProcessing, cache: Path) -> None:
         self._inputs, self._setup, self._cache = inputs, setup, cache
-        self._treatment = dataclasses.replace(treatment, editing=False)
+        self._processing = dataclasses.replace(processing, editing=False)
         self._data: TrainingSet | None = None
 
     def sheet(self, average: nn.Module) -> Image.Image:
-        """Pairs in rows of four: the picture, and what is drawn from its embedding and its neighbours'."""
-        self._data = self._data or self._first()
+        """Return pairs in rows of four: a training image, and an image generated from its embedding and neighbours."""
+        self._data = self._data or self._first_images()
         batch = self._data.batch(0, seed=0, size=len(self._data))
-        near = batch.neighbours[:, : self._setup.defaults["trained_neighbours"]]
+        neighbours = batch.neighbours[:, : self._setup.defaults["trained_neighbours"]]
         autoencoder = self._setup.autoencoder
         generated = generate_preview(
             average,
-            dataclasses.replace(batch, neighbours=near),
+            dataclasses.replace(batch, neighbours=neighbours),
             prediction=self._setup.prediction,
             autoencoder=autoencoder,
         )
@@ -214,18 +216,18 @@ class _Preview:
         pairs = zip(to_pil(originals), to_pil(generated), strict=True)
         return image_grid([image for pair in pairs for image in pair], columns=2 * self.COLUMNS)
 
-    def _first(self) -> TrainingSet:
-        rows = training_shards(self._inputs, self._treatment, self._cache)[0].load()
-        first = TrainingRows(
+    def _first_images(self) -> TrainingSet:
+        rows = training_shards(self._inputs, self._processing, self._cache)[0].load()
+        previewed = TrainingRows(
             pictures=rows.pictures[:PREVIEWED],
             embeddings=rows.embeddings[:PREVIEWED],
             neighbours=rows.neighbours[:PREVIEWED],
         )
-        return TrainingSet(first, database_rows(self._inputs.database, self._cache), device=self._treatment.device)
+        return TrainingSet(previewed, database_rows(self._inputs.database, self._cache), device=self._processing.device)
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
-    """What every Ray Train worker runs."""
+    """Run training on one Ray Train worker; rank 0 saves the pipeline."""
     inputs: TrainingInputs = arguments["inputs"]
     config: TrainConfig = arguments["config"]
     cache: Path = arguments["cache"]
@@ -234,11 +236,11 @@ def train_worker(arguments: dict[str, Any]) -> None:
     if not config.use_gpu:
         torch.set_num_threads(config.cpus_per_worker)
     setup = build_setup(config, encoder_of(inputs.embeddings.manifest()))
-    treatment = image_processing(config, setup)
-    data = load_training_set(inputs, treatment, cache, window_bytes=config.window_bytes, rank=rank, world=world)
+    processing = image_processing(config, setup)
+    data = load_training_set(inputs, processing, cache, window_bytes=config.window_bytes, rank=rank, world=world)
     total = config.training.steps * config.training.batch_size
     with storage.scratch() as scratch, preemption.deferred_sigterm():
-        preview = _Preview(inputs, setup, treatment, cache)
+        preview = _Preview(inputs, setup, processing, cache)
         metrics = _Metrics(folder_uri, total, arguments["run"], preview)
         average = loop.train(
             setup.network,
@@ -247,7 +249,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
             config.training,
             checkpoints=_Checkpoints(folder_uri, scratch, cache, metrics, world),
             metrics=metrics,
-            device=treatment.device,
+            device=processing.device,
             rank=rank,
             world=world,
             stop=preemption.stop_requested,
@@ -259,7 +261,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
 
 
 def save_pipeline(average: nn.Module, setup: TrainingSetup, encoder: EncoderIdentity, folder: Path) -> None:
-    """Save the pipeline around the trained network."""
+    """Save the trained network as a pipeline in ``folder``."""
     autoencoder = None if setup.autoencoder is None else setup.autoencoder.cpu()
     pipeline = new_pipeline(
         average.cpu(),
@@ -273,8 +275,8 @@ def save_pipeline(average: nn.Module, setup: TrainingSetup, encoder: EncoderIden
 
 
 def image_processing(config: TrainConfig, setup: TrainingSetup) -> ImageProcessing:
-    """Return how this worker prepares images: at which size, on which device, with which autoencoder."""
-    # By its number: a thread that reads ahead does not know which GPU is this worker's.
+    """Return the image preparation of this worker: size, device and autoencoder."""
+    # With its index: the current device is per thread, and prefetch threads do not inherit it.
     device = f"cuda:{torch.cuda.current_device()}" if config.use_gpu else "cpu"
     autoencoder = None if setup.autoencoder is None else setup.autoencoder.to(device)
     folder = config.autoencoder or f"{config.start_from}/vae"
@@ -289,15 +291,18 @@ def image_processing(config: TrainConfig, setup: TrainingSetup) -> ImageProcessi
     )
 
 
-def _located(config: TrainConfig) -> TrainConfig:
-    """The config with its folders named in full: a worker stands elsewhere."""
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Return the config with absolute folders, because workers run in another working directory."""
     start = None if config.start_from is None else str(pretrained_folder(config.start_from).absolute())
     autoencoder = None if config.autoencoder is None else str(Path(config.autoencoder).absolute())
     return dataclasses.replace(config, start_from=start, autoencoder=autoencoder)
 
 
 def key_settings(config: TrainConfig) -> dict[str, Any]:
-    """What decides the weights, but for rounding: a run may go on with more workers or pieces, or elsewhere."""
+    """Return the settings that determine the weights, up to rounding.
+
+    Settings of workers, memory and logging are left out, so that a run can resume with other values.
+    """
     settings = config_to_dict(config, without=("workers", "cpus_per_worker", "use_gpu", "start_from", "autoencoder"))
     for name in ("pieces", "compile", "bfloat16_copy", "sharding", "log_images", "checkpoint_images", "grid_images"):
         settings["training"].pop(name)

@@ -1,4 +1,4 @@
-"""The report: every number of an evaluation is in the table, every picture on the page."""
+"""Evaluation report: score tables, CSV, figure and HTML page."""
 
 import base64
 import csv
@@ -30,14 +30,14 @@ ABLATIONS = {
 }
 
 
-def picture(colour: str) -> Image.Image:
+def solid_image(colour: str) -> Image.Image:
     return Image.new("RGB", (8, 8), colour)
 
 
-def judged(name: str = "emoji", **changes: Any) -> EvaluationView:
-    known = {"cosine": 0.987, "copy": True, "prompt": "a <b>red</b> heart", "row": 7, "url": "http://x/heart.png"}
+def make_view(name: str = "emoji", **changes: Any) -> EvaluationView:
+    details = {"cosine": 0.987, "copy": True, "prompt": "a <b>red</b> heart", "row": 7, "url": "http://x/heart.png"}
     sheets = {"knn": Image.new("RGB", (64, 32), "blue"), "no_knn": Image.new("RGB", (64, 32), "green")}
-    whole = EvaluationView(
+    view = EvaluationView(
         name=name,
         samples=32,
         compared=32,
@@ -48,16 +48,16 @@ def judged(name: str = "emoji", **changes: Any) -> EvaluationView:
         sheets=sheets,
         shown=["a red heart", "a <green> frog"],
         copies=[
-            (picture("red"), picture("orange"), known),
-            (picture("red"), picture("pink"), {**known, "copy": False}),
+            (solid_image("red"), solid_image("orange"), details),
+            (solid_image("red"), solid_image("pink"), {**details, "copy": False}),
         ],
     )
-    return dataclasses.replace(whole, **changes)
+    return dataclasses.replace(view, **changes)
 
 
-def test_the_terminal_table_has_a_row_a_metric_that_was_measured() -> None:
+def test_table_has_one_row_per_measured_metric() -> None:
     lines = table(SCORES).splitlines()
-    assert lines[0].split() == ["with", "neighbours", "without", "real", "pictures"]
+    assert lines[0].split() == ["with", "neighbours", "without", "real", "images"]
     assert lines[1].split() == ["CLIP", "score", "↑", "0.400", "(0.375–0.425)", "0.100", "0.500"]
     assert lines[2].split() == ["Fréchet", "distance", "↓", "0.020", "0.130", "0.011"]
     assert [row[0] for row in score_rows(SCORES)] == ["CLIP score ↑", "Fréchet distance ↓", "copy rate ↓"]
@@ -66,18 +66,18 @@ def test_the_terminal_table_has_a_row_a_metric_that_was_measured() -> None:
     )
 
 
-def test_the_five_scores_of_old_are_enough_for_a_table() -> None:
+def test_table_of_earlier_release_with_few_scores_is_rendered() -> None:
     old = {name: SCORES[name] for name in ("clip_score_knn", "clip_score_no_knn", "fd_knn", "fd_no_knn")}
     assert len(table(old).splitlines()) == 3
     assert "copies" not in table_line(old)
 
 
-def test_columns_stand_below_each_other() -> None:
+def test_aligned_and_markdown_format_columns() -> None:
     assert aligned([["", "ab"], ["long", "c"]]) == "       ab\nlong    c"
     assert markdown(["", "a"], [["x|y", "1"]]) == "|  | a |\n| --- | ---: |\n| x\\|y | 1 |"
 
 
-def test_the_nearest_domain_of_each_row_is_starred() -> None:
+def test_swap_rows_marks_nearest_domain_with_star() -> None:
     swap = {"a": {"a": 0.1, "b": 0.5}, "b": {"b": 0.25, "a": 0.2}}
     assert swap_rows(swap) == [["a", "0.100 *", "0.500"], ["b", "0.200 *", "0.250"]]
     wider = {"b": {"a": 0.2, "b": 0.25}}
@@ -85,8 +85,8 @@ def test_the_nearest_domain_of_each_row_is_starred() -> None:
     assert swap_rows(wider) == [["b", "0.250", "0.200 *"]]
 
 
-def test_every_number_is_in_the_csv(tmp_path: Path) -> None:
-    write_report([judged(), judged("animals")], "a title", tmp_path)
+def test_write_report_csv_contains_every_score(tmp_path: Path) -> None:
+    write_report([make_view(), make_view("animals")], "a title", tmp_path)
     rows = list(csv.DictReader(io.StringIO((tmp_path / "evaluation.csv").read_text())))
     found = {(row["database"], row["condition"], row["metric"]): row for row in rows}
     assert len(found) == len(rows) == 2 * (8 + 3 * 2 + 2)
@@ -97,8 +97,8 @@ def test_every_number_is_in_the_csv(tmp_path: Path) -> None:
     assert found["emoji", "against animals", "fd"]["value"] == "0.3"
 
 
-def test_the_page_stands_alone_and_shows_every_image(tmp_path: Path) -> None:
-    write_report([judged()], "copies & <swaps>", tmp_path)
+def test_write_report_page_is_self_contained_and_shows_every_image(tmp_path: Path) -> None:
+    write_report([make_view()], "copies & <swaps>", tmp_path)
     page = (tmp_path / "evaluation.html").read_text()
     assert "<title>copies &amp; &lt;swaps&gt;</title>" in page
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
@@ -112,8 +112,8 @@ def test_the_page_stands_alone_and_shows_every_image(tmp_path: Path) -> None:
     assert all(cell in page for cell in ("0.400 (0.375–0.425)", "query: text and mean", "k = 4", "0.020 *"))
 
 
-def test_the_figure_shows_samples_and_copies(tmp_path: Path) -> None:
-    write_report([judged(), judged("animals")], "a title", tmp_path)
+def test_write_report_figure_shows_samples_and_copies(tmp_path: Path) -> None:
+    write_report([make_view(), make_view("animals")], "a title", tmp_path)
     with Image.open(tmp_path / "evaluation.png") as image:
         shown = np.asarray(image.convert("RGB"))
     for colour in ((0, 0, 255), (0, 128, 0), (255, 0, 0), (255, 165, 0), (255, 192, 203)):
@@ -124,44 +124,44 @@ def test_the_figure_shows_samples_and_copies(tmp_path: Path) -> None:
         assert image.height == pytest.approx(shown.shape[0] * 300 / shown.shape[1], abs=1)
 
 
-def test_of_how_many_images_distances_are_is_told_where_it_is_not_of_all_samples() -> None:
-    heads = [head for head, _, _ in tables([judged(compared=20)])]
+def test_tables_heading_names_compared_images_and_source_of_queries() -> None:
+    heads = [head for head, _, _ in tables([make_view(compared=20)])]
     assert heads[0] == (
-        "Scores on emoji, 32 samples (distances, precision and recall: 20 of them against as many real pictures)"
+        "Scores on emoji, 32 samples (distances, precision and recall: 20 of them and as many real images)"
     )
-    assert tables([judged()])[0][0] == "Scores on emoji, 32 samples"
-    own = "Scores on emoji, 32 samples of its own pictures as prompts, which find themselves"
-    assert tables([judged(shown=["", ""])])[0][0].startswith(own)
+    assert tables([make_view()])[0][0] == "Scores on emoji, 32 samples"
+    reconstruction = "Scores on emoji, 32 samples, queried with its own images; each retrieves itself"
+    assert tables([make_view(shown=["", ""])])[0][0].startswith(reconstruction)
 
 
 @pytest.mark.parametrize("missing", [{"ablations": {}}, {"swap": {}}, {"ablations": {}, "swap": {}}, {"copies": []}])
-def test_what_was_not_measured_takes_no_place(missing: dict[str, Any], tmp_path: Path) -> None:
-    whole, less = plot_page([judged()], "a title"), plot_page([judged(**missing)], "a title")
-    assert (less.get_figheight() < whole.get_figheight()) == (len(missing) == 2)
-    write_report([judged(**missing)], "a title", tmp_path)
+def test_report_omits_parts_that_were_not_measured(missing: dict[str, Any], tmp_path: Path) -> None:
+    full, reduced = plot_page([make_view()], "a title"), plot_page([make_view(**missing)], "a title")
+    assert (reduced.get_figheight() < full.get_figheight()) == (len(missing) == 2)
+    write_report([make_view(**missing)], "a title", tmp_path)
     text = (tmp_path / "evaluation.md").read_text()
     assert ("## Ablations" in text, "## Swap" in text) == ("ablations" not in missing, "swap" not in missing)
 
 
-def committed(base: Path) -> Evaluation:
-    """An evaluation as the stage commits it."""
+def commit_evaluation(base: Path) -> Evaluation:
+    """Commit an evaluation in the form of the stage."""
     stage = artifacts.ArtifactBuilder(str(base), "evaluation", inputs={}, config={})
     local = base / "local"
     (local / "copies").mkdir(parents=True)
-    for name, image in judged().sheets.items():
+    for name, image in make_view().sheets.items():
         image.save(local / f"{name}.png")
-    known = []
-    for rank, (sample, source, told) in enumerate(judged().copies):
+    copies = []
+    for rank, (sample, source, details) in enumerate(make_view().copies):
         sample.save(local / "copies" / f"{rank:02d}_sample.png")
         source.save(local / "copies" / f"{rank:02d}_source.png")
-        known.append(dict(told))
-    info = {"scores": SCORES, "ablations": ABLATIONS, "swap": {}, "copies": known, "copy_threshold": 0.9, "shown": []}
+        copies.append(dict(details))
+    info = {"scores": SCORES, "ablations": ABLATIONS, "swap": {}, "copies": copies, "copy_threshold": 0.9, "shown": []}
     shard = artifacts.commit_shard(stage.uri, SAMPLES, local, rows=32, info={})
     return Evaluation.of(stage.commit([shard], info=info), stage.uri)
 
 
-def test_a_report_is_made_once_and_comes_back_whole(tmp_path: Path) -> None:
-    evaluation = committed(tmp_path)
+def test_report_evaluations_skips_existing_report_and_fetch_returns_its_files(tmp_path: Path) -> None:
+    evaluation = commit_evaluation(tmp_path)
     first, again = (
         report_evaluations({"emoji": evaluation}, str(tmp_path), "a title", cache=tmp_path) for _ in range(2)
     )

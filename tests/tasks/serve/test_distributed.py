@@ -1,4 +1,4 @@
-"""A database on actors."""
+"""Database on Ray actors."""
 
 import dataclasses
 from pathlib import Path
@@ -18,40 +18,40 @@ pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.mark.on_ray
-def test_a_database_on_actors_answers_as_one(tmp_path: Path) -> None:
+def test_distributed_database_returns_results_of_local_database(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(600)
     rows[500] = rows[3]
     takedown = commit_takedown(Entries(url=frozenset({"http://00004/9"})), str(tmp_path), info={}).reference
     version = build(stored(tmp_path, np.split(rows, 6)), tmp_path, takedown=takedown)
-    whole = open_database(version, tmp_path / "cache")
+    local = open_database(version, tmp_path / "cache")
     queries, own = rows[[3, 5, 409]], np.array([3, 5, 409])
-    with distributed_database(version, tmp_path / "cache", actors=2, cpus_each=0.5) as spread:
-        assert len(spread) == len(whole) == 599
+    with distributed_database(version, tmp_path / "cache", actors=2, cpus_each=0.5) as distributed:
+        assert len(distributed) == len(local) == 599
         for options in ({}, {"exclude": own}):
-            ours, theirs = spread.search(queries, 7, **options), whole.search(queries, 7, **options)
-            np.testing.assert_array_equal(ours.ids, theirs.ids)
-            np.testing.assert_array_equal(ours.embeddings, theirs.embeddings)
+            actual, expected = distributed.search(queries, 7, **options), local.search(queries, 7, **options)
+            np.testing.assert_array_equal(actual.ids, expected.ids)
+            np.testing.assert_array_equal(actual.embeddings, expected.embeddings)
         pipeline = tiny_models.pipeline(None)
-        pipeline.swap_database(spread)
-        asked = torch.from_numpy(queries).float()
-        conditioned = pipeline.condition(asked, 3)
-        assert torch.equal(conditioned.tokens, pipeline.condition(asked, 3, database=whole).tokens)
-        np.testing.assert_array_equal(spread.rows(np.array([[0, 599], [300, 1]])), rows[[[0, 599], [300, 1]]])
-        assert spread.describe([407])[0]["url"] == "http://00004/7"
+        pipeline.swap_database(distributed)
+        query = torch.from_numpy(queries).float()
+        conditioned = pipeline.condition(query, 3)
+        assert torch.equal(conditioned.tokens, pipeline.condition(query, 3, database=local).tokens)
+        np.testing.assert_array_equal(distributed.rows(np.array([[0, 599], [300, 1]])), rows[[[0, 599], [300, 1]]])
+        assert distributed.describe([407])[0]["url"] == "http://00004/7"
         with pytest.raises(ModelError, match="k is 0"):
-            spread.search(queries, 0)
+            distributed.search(queries, 0)
         with pytest.raises(ModelError, match="has no row 600; its ids go from 0 to 599"):
-            spread.describe([600])
-    all_of_a_part = commit_takedown(
+            distributed.describe([600])
+    whole_part = commit_takedown(
         Entries(url=frozenset(f"http://{shard:05d}/{n}" for shard in (4, 5) for n in range(100))),
         str(tmp_path),
         info={},
     ).reference
-    version = build(stored(tmp_path, np.split(rows, 6)), tmp_path, takedown=all_of_a_part)
-    whole = open_database(version, tmp_path / "cache")
-    version = dataclasses.replace(version, uri=f"{version.uri}/")  # as somebody may type it
-    with distributed_database(version, tmp_path / "cache", actors=3, cpus_each=0.5) as spread:
-        assert spread.name == whole.name == tmp_path.name
+    version = build(stored(tmp_path, np.split(rows, 6)), tmp_path, takedown=whole_part)
+    local = open_database(version, tmp_path / "cache")
+    version = dataclasses.replace(version, uri=f"{version.uri}/")  # with a trailing slash, as a user may type it
+    with distributed_database(version, tmp_path / "cache", actors=3, cpus_each=0.5) as distributed:
+        assert distributed.name == local.name == tmp_path.name
         for options in ({}, {"exclude": own}):
-            ours, theirs = spread.nearest(queries, 7, **options), whole.nearest(queries, 7, **options)
-            np.testing.assert_array_equal(ours.ids, theirs.ids)
+            actual, expected = distributed.nearest(queries, 7, **options), local.nearest(queries, 7, **options)
+            np.testing.assert_array_equal(actual.ids, expected.ids)

