@@ -71,5 +71,5 @@ def test_a_doubled_batch_sees_every_reference_twice() -> None:
 
 
 def test_a_network_is_widened_once() -> None:
-    with pytest.raises(ModelError, match="takes 6 channels already"):
+    with pytest.raises(ModelError, match="cannot widen 6 input channels to 6"):
         widen_input(widen_input(tiny_models.network()))
