@@ -182,7 +182,7 @@ class TrainingSet:
             except torch.OutOfMemoryError as error:  # a smaller batch would not help
                 message = f"{self._device} is out of memory for a window of images, or for encoding them"
                 raise ModelError(
-                    f"{message}; use a smaller window, batch or network, or a device with more memory"
+                    f"{message}; choose a smaller window, batch or network, or a device with more memory"
                 ) from error
             following = self._window_key(seed, self._window_at(seed, window.end), size)
             if following != key:
