@@ -190,10 +190,9 @@ class TrainingSet:
         return self._windows[key]
 
     def _window_key(self, seed: int, window: "_EpochWindow", size: int) -> "_WindowKey":
-        """Return the key of a window to load.
+        """Return the key of the rows of a window to load: all rows, or this worker's rows of a streamed set.
 
-        It stands for all rows of the window, and is then equal in every epoch. A streamed set of several workers needs
-        only the rows of this worker, which depend on seed, window and batch size.
+        A key of all rows is equal in every epoch. A worker's rows depend on seed, window and batch size.
         """
         streams = len(self._plan(seed, window.epoch)) > 1
         return _WindowKey(window.shards, (seed, window, size) if streams and self._world > 1 else None)

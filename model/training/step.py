@@ -179,7 +179,7 @@ def build_optimizers(network: nn.Module, config: TrainingConfig) -> list[torch.o
     inside = {id(parameter) for parameter in blocks}
     rest = [parameter for parameter in network.parameters() if id(parameter) not in inside]
     decay = config.weight_decay
-    # None lets torch choose. True or False would be saved in the checkpoint and apply on any device that resumes.
+    # None lets torch choose. A checkpoint saves the setting, so False from a CPU would apply on a GPU that resumes.
     adam = torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=decay, fused=rest[0].is_cuda or None)
     optimizers: list[torch.optim.Optimizer] = [adam]
     if blocks:
