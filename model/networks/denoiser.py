@@ -31,8 +31,8 @@ def build_denoiser(config: NetworkConfig, *, embedding_dimension: int, seed: int
 def as_denoiser(network: nn.Module, prediction: Prediction) -> Denoiser:
     """Wrap ``network`` as a function of (x_σ (B, C, S, S), σ (B,), tokens (B, T, E)) to velocity (B, C, S, S) float32.
 
-    x_σ and the tokens are cast to the dtype of the weights, so a bfloat16 network needs no autocast. ``prediction`` says
-    what the network outputs.
+    x_σ and the tokens are cast to the dtype of the weights, so a bfloat16 network needs no autocast.
+    ``prediction`` says what the network outputs.
     """
     inner = bare(network)
     # PixArt requires these arguments, but only its 1024-px models use them.

@@ -66,16 +66,16 @@ def draw_chances(rng: StepRandom, batch: int) -> PasteRandomness:
     return PasteRandomness(rng.uniform(batch), rng.uniform(batch, 2, 6), rng.uniform(batch))
 
 
-def regions(chances: PasteRandomness, side: int, config: RestorationConfig) -> Tensor:
+def regions(randomness: PasteRandomness, side: int, config: RestorationConfig) -> Tensor:
     """Return masks (B, 1, S, S) float32 in {0, 1}, 1 where the neighbour is visible.
 
     A region is one or two rotated rectangles or ellipses. Their area is log-uniform before the image border cuts them.
     """
-    shapes = _shapes(chances.shapes, side, config)  # (B, 2, S, S)
-    second = chances.second < config.second_region
+    shapes = _shapes(randomness.shapes, side, config)  # (B, 2, S, S)
+    second = randomness.second < config.second_region
     visible = shapes[:, 0] | (shapes[:, 1] & second[:, None, None])
-    empty = chances.kind < config.empty
-    whole = ~empty & (chances.kind < config.empty + config.whole)
+    empty = randomness.kind < config.empty
+    whole = ~empty & (randomness.kind < config.empty + config.whole)
     visible = (visible & ~empty[:, None, None]) | whole[:, None, None]
     return visible[:, None].float()
 
@@ -116,9 +116,9 @@ class Reference(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, images: Tensor, aligned: Tensor, chances: PasteRandomness, hidden: Tensor) -> Tensor:
+    def forward(self, images: Tensor, aligned: Tensor, randomness: PasteRandomness, hidden: Tensor) -> Tensor:
         """Create references: images and aligned (B, 3, S, S), ``hidden`` uniform (B,) -> (B, 3, S, S)."""
-        mask = regions(chances, images.shape[-1], self.config)
+        mask = regions(randomness, images.shape[-1], self.config)
         corrupted = paste_region(images, aligned, mask, feather_px=self.config.feather_px)
         return corrupted.masked_fill((hidden < self.config.drop_reference)[:, None, None, None], 0)
 
@@ -155,15 +155,15 @@ class Restoration(nn.Module):
         condition = training_condition(batch.query, batch.neighbours, self.conditioning, rng)
         sigma = sample_sigmas(count, rng)
         noise = rng.normal(*images.shape)
-        chances, hidden = draw_chances(rng, count), rng.uniform(count)
-        reference = self.reference(images, batch.reference, chances, hidden)
+        randomness, hidden = draw_chances(rng, count), rng.uniform(count)
+        reference = self.reference(images, batch.reference, randomness, hidden)
         denoiser = with_reference(as_denoiser(network, self.prediction), reference)
         return flow_matching_loss(denoiser, images, condition, sigma, noise)
 
 
-def _shapes(chances: Tensor, side: int, config: RestorationConfig) -> Tensor:
+def _shapes(uniforms: Tensor, side: int, config: RestorationConfig) -> Tensor:
     """Rasterise two shapes per sample: (B, 2, 6) in [0, 1) to (B, 2, S, S) bool."""
-    area, aspect, angle, x, y, round_ = chances.unbind(-1)
+    area, aspect, angle, x, y, round_ = uniforms.unbind(-1)
     area = config.smallest_area * (config.largest_area / config.smallest_area) ** area
     aspect = config.largest_aspect ** (2 * aspect - 1)
     elliptic = round_ < config.ellipse
