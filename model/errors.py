@@ -1,5 +1,5 @@
-"""What the models refuse. One type, so that a caller can print it as one line."""
+"""The error type of the models. One type, so that a caller can report it on one line."""
 
 
 class ModelError(ValueError):
-    """Input that no model can serve: its message says what, where and the mend."""
+    """Raised when a model cannot use its input. The message states what is wrong, where, and how to fix it."""

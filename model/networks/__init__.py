@@ -1,1 +1,1 @@
-"""The networks that are trained here."""
+"""Neural networks."""

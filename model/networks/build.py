@@ -1,4 +1,4 @@
-"""All networks behind one choice: built from a size, and the size of one that is there."""
+"""Build any of the networks from its config, and recover the config of a network."""
 
 import dataclasses
 from typing import Any, TypeAlias
@@ -16,28 +16,35 @@ NetworkConfig = TransformerConfig | UNetConfig | VQTransformerConfig
 
 
 def build_network(config: NetworkConfig, *, embedding_dimension: int, seed: int) -> AnyNetwork:
-    """The network of ``config`` with weights drawn from ``seed``."""
+    """Build the network of ``config`` with random initial weights from ``seed``.
+
+    ``embedding_dimension`` is the width of the encoder's embeddings.
+    """
     if isinstance(config, VQTransformerConfig):
         return build_vq_transformer(config, embedding_dimension=embedding_dimension, seed=seed)
     return build_denoiser(config, embedding_dimension=embedding_dimension, seed=seed)
 
 
 def config_of_network(network: AnyNetwork, prediction: Prediction) -> NetworkConfig:
-    """The config that a network was built from, or would be. An editor's is that of the network it was widened from."""
-    held: Any = network.config
+    """Return the config that builds a network of this size.
+
+    For an editor this is the config of the network that it was widened from. ``prediction`` is copied into the config,
+    because a network does not store it.
+    """
+    stored: Any = network.config
     if isinstance(network, VQTransformer):
         fields = [field.name for field in dataclasses.fields(VQTransformerConfig) if field.name != "kind"]
-        return VQTransformerConfig(**{name: held[name] for name in fields})
-    drawn = {"image_size": held.sample_size, "channels": held.out_channels, "prediction": prediction}
+        return VQTransformerConfig(**{name: stored[name] for name in fields})
+    shared = {"image_size": stored.sample_size, "channels": stored.out_channels, "prediction": prediction}
     if isinstance(network, UNet2DConditionModel):
-        widths = tuple(held.block_out_channels)
-        heads = held.attention_head_dim  # diffusers' name for their number
+        widths = tuple(stored.block_out_channels)
+        heads = stored.attention_head_dim  # in diffusers, despite its name, the number of heads
         first = heads if isinstance(heads, int) else heads[0]
-        return UNetConfig(**drawn, widths=widths, layers=held.layers_per_block, head_width=widths[0] // first)
+        return UNetConfig(**shared, widths=widths, layers=stored.layers_per_block, head_width=widths[0] // first)
     return TransformerConfig(
-        **drawn,
-        patch_size=held.patch_size,
-        layers=held.num_layers,
-        heads=held.num_attention_heads,
-        head_width=held.attention_head_dim,
+        **shared,
+        patch_size=stored.patch_size,
+        layers=stored.num_layers,
+        heads=stored.num_attention_heads,
+        head_width=stored.attention_head_dim,
     )

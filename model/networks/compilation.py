@@ -1,4 +1,4 @@
-"""How a network is compiled on a GPU, alike for training and for drawing."""
+"""Compilation of networks for a GPU, shared by training and generation."""
 
 import torch
 from diffusers import PixArtTransformer2DModel, VQModel
@@ -8,21 +8,26 @@ from model.networks.fused_attention import sum_by_image
 from model.networks.vq_transformer import VQTransformer
 
 GRAPHS = 8
-"""Of one block: for a batch of 1, of a fixed size, of any; with gradients, and without."""
+"""Compiled graphs allowed per block: batch of 1, of a fixed size, of any size; with gradients and without."""
 
 
 def compile_in_place(network: nn.Module, *, whole: bool = True) -> None:
-    """``torch.compile`` a network where it stands, its saved names unchanged.
+    """Apply ``torch.compile`` to a network in place. Its parameter names do not change.
 
-    A transformer is compiled as a whole, which fuses its ends too; with ``whole=False`` (weights that hooks gather
-    block by block) and for a U-Net, whose whole takes minutes, its blocks are. An autoencoder stays as it is: the
-    objective that trains it hooks into its quantizer.
+    A transformer is compiled as a whole, which also fuses its first and last layers. A U-Net is compiled block by
+    block, because compiling all of it takes minutes. An autoencoder is not compiled: its training objective hooks into
+    its quantizer.
+
+    Args:
+        network: The network to compile.
+        whole: False compiles a transformer block by block, as needed when hooks gather the weights of each block.
+            Default: True.
     """
     if isinstance(network, VQModel):
         return
     blocks, transformer = transformer_blocks(network), isinstance(network, PixArtTransformer2DModel | VQTransformer)
-    # The blocks of one code share its limit of graphs, though a U-Net's have shapes of their own; past it, they run as
-    # if they were not compiled.
+    # All blocks share one class, so they share its recompile limit, although a U-Net's blocks differ in shape. Blocks
+    # beyond the limit run uncompiled.
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS * len(blocks))
     if transformer:
@@ -33,5 +38,5 @@ def compile_in_place(network: nn.Module, *, whole: bool = True) -> None:
 
 
 def transformer_blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks of the same code."""
+    """Return the blocks of the network: the members of its module lists."""
     return [block for part in network.children() if isinstance(part, nn.ModuleList) for block in part]

@@ -1,6 +1,6 @@
-"""The continuous networks behind one signature, and the choice between them.
+"""Construction of the continuous networks, and their common call signature.
 
-Legend: ``B`` batch, ``C S S`` picture or latent, ``T`` condition tokens, ``E`` their channels.
+Legend: ``B`` batch, ``C S S`` image or latent, ``T`` condition tokens, ``E`` their channels.
 """
 
 from typing import Any, TypeAlias
@@ -16,11 +16,11 @@ Network: TypeAlias = PixArtTransformer2DModel | UNet2DConditionModel
 NetworkConfig = TransformerConfig | UNetConfig
 
 TIMESTEPS = 1000
-"""A network's timestep is σ × 1000, the scale that its sinusoidal embedding was made for."""
+"""Scale of timesteps: the networks' sinusoidal embedding expects 0 … 1000, so their timestep is σ × 1000."""
 
 
 def build_denoiser(config: NetworkConfig, *, embedding_dimension: int, seed: int) -> Network:
-    """The network of ``config`` with weights drawn from ``seed``."""
+    """Build the network of ``config`` with random initial weights from ``seed``."""
     match config:
         case TransformerConfig():
             return build_transformer(config, embedding_dimension=embedding_dimension, seed=seed)
@@ -29,12 +29,13 @@ def build_denoiser(config: NetworkConfig, *, embedding_dimension: int, seed: int
 
 
 def as_denoiser(network: nn.Module, prediction: Prediction) -> Denoiser:
-    """``network`` as a function of (x_σ (B, C, S, S), σ (B,), tokens (B, T, E)) to a velocity (B, C, S, S) float32.
+    """Wrap ``network`` as a function of (x_σ (B, C, S, S), σ (B,), tokens (B, T, E)) to velocity (B, C, S, S) float32.
 
-    What it is given is cast to the type of its weights, so a bfloat16 network needs no autocast.
+    x_σ and the tokens are cast to the dtype of the weights, so a bfloat16 network needs no autocast.
+    ``prediction`` says what the network outputs.
     """
     inner = bare(network)
-    # PixArt asks for sizes that only its 1024-px models read.
+    # PixArt requires these arguments, but only its 1024-px models use them.
     extra = {} if isinstance(inner, UNet2DConditionModel) else {"added_cond_kwargs": _NO_SIZES}
 
     def denoise(noisy: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ def as_denoiser(network: nn.Module, prediction: Prediction) -> Denoiser:
 
 
 def bare(network: nn.Module) -> Any:
-    """The network itself where DistributedDataParallel wraps it."""
+    """Return the network inside a DistributedDataParallel wrapper, or the network itself."""
     return getattr(network, "module", network)
 
 

@@ -1,10 +1,11 @@
-"""The denoiser: a transformer over patches that looks at the query and its neighbours through cross-attention.
+"""The transformer denoiser: patches with cross-attention to the embeddings of the query and its neighbours.
 
-Legend: ``B`` batch, ``C S S`` picture, ``T`` condition tokens, ``E`` their channels.
+Legend: ``B`` batch, ``C S S`` image, ``T`` condition tokens, ``E`` their channels.
 
-It is diffusers' ``PixArtTransformer2DModel`` as it stands (patches, adaLN-single on the timestep, cross-attention;
-Chen et al. 2310.00426), with the condition tokens in the captions' place. What is ours: its size, its initial weights,
-what its output means, and in which order attention and patches are multiplied (``attention.py``).
+The network is diffusers' ``PixArtTransformer2DModel`` (patches, adaLN-single on the timestep, cross-attention; Chen et
+al. 2310.00426). Condition tokens take the place of the captions. This project defines the size, the initial weights,
+the meaning of the output, and cheaper forms of the attention and patch layers
+(:mod:`model.networks.fused_attention`).
 """
 
 import dataclasses
@@ -21,11 +22,11 @@ from model.networks.fused_attention import use_fused_attention
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TransformerConfig:
-    """Size of the network, and what it predicts. Width is heads × head_width."""
+    """Size of the transformer, and what it predicts. Its width is heads × head_width."""
 
-    kind: Literal["transformer"] = "transformer"  # tells the networks apart in a form
-    image_size: int = 32  # of what is denoised: pixels, or latents
-    channels: int = 3  # 3 for pixels; a latent's own
+    kind: Literal["transformer"] = "transformer"  # discriminates the network configs in a flow's parameters
+    image_size: int = 32  # side of the denoised pixels or latents
+    channels: int = 3  # 3 for pixels, else the channels of the latents
     patch_size: int = 4
     layers: int = 6
     heads: int = 4
@@ -33,15 +34,17 @@ class TransformerConfig:
     prediction: Prediction = "velocity"
 
     def __post_init__(self) -> None:
-        """Refuse a picture that patches do not tile."""
+        """Raise ``ValueError`` if patches do not tile the image or a size is below 1."""
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+            raise ValueError(
+                f"image_size is not a multiple of patch_size: {self.image_size}, {self.patch_size}; change one of them"
+            )
         if min(self.layers, self.heads, self.head_width, self.channels) < 1:
             raise ValueError("layers, heads, head_width and channels must be at least 1")
 
 
 def build_transformer(config: TransformerConfig, *, embedding_dimension: int, seed: int) -> PixArtTransformer2DModel:
-    """The network with weights drawn from ``seed``; the global random state is left as it was."""
+    """Build the network with random initial weights from ``seed``. The global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = PixArtTransformer2DModel(
@@ -54,7 +57,7 @@ def build_transformer(config: TransformerConfig, *, embedding_dimension: int, se
             caption_channels=embedding_dimension + MARKER_CHANNELS,
             sample_size=config.image_size,
             patch_size=config.patch_size,
-            attention_bias=False,  # its gradients cost a pass over the batch each, and change nothing measurable
+            attention_bias=False,  # each bias gradient costs a pass over the batch, without a measurable benefit
             use_additional_conditions=False,
         )
         initialise(network)
@@ -63,7 +66,10 @@ def build_transformer(config: TransformerConfig, *, embedding_dimension: int, se
 
 
 def initialise(network: PixArtTransformer2DModel) -> None:
-    """Xavier matrices, quiet residual branches, a zero head: the first output is zero (DiT, 2212.09748, §3.2)."""
+    """Initialise in place: Xavier matrices, small residual branches, zero head (DiT, 2212.09748, §3.2).
+
+    The output of the initialised network is zero.
+    """
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

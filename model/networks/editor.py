@@ -1,10 +1,10 @@
-"""The denoiser with a picture to restore in extra input channels.
+"""The editor: a denoiser with extra input channels for the image to restore.
 
 Legend: ``B`` batch, ``S`` side, ``T`` condition tokens, ``E`` their channels.
 
     network([x_σ, reference] (B, 6, S, S), σ, tokens) -> (B, 3, S, S)
 
-A reference of zeros stands for none, and training shows it at times, so one network both draws and edits.
+A reference of zeros means no reference. Training includes such samples, so one network both generates and edits.
 """
 
 import copy
@@ -17,18 +17,20 @@ from model.diffusion.flow_matching import Denoiser
 from model.errors import ModelError
 
 EDITOR_CHANNELS = 6
-"""Three of the noisy picture, three of the reference."""
+"""Input channels of an editor: three of the noisy image, three of the reference."""
 
 
 def widen_input(network: PixArtTransformer2DModel, in_channels: int = EDITOR_CHANNELS) -> PixArtTransformer2DModel:
-    """A copy of the network with more input channels, whose weights are zero: its first output is the base's.
+    """Copy the network and add input channels with zero weights, so that its output is at first that of the original.
 
-    The copy's config says ``in_channels``, so it is saved and loaded like any other. Raises ``ModelError`` when the
-    network takes as many channels already.
+    The copy's config has the new ``in_channels``, so it is saved and loaded like any other network.
+
+    Raises:
+        ModelError: The network already has ``in_channels`` input channels or more.
     """
     had = network.config.in_channels
     if in_channels <= had:
-        raise ModelError(f"the network takes {had} channels already, {in_channels} are no more; widen the base once")
+        raise ModelError(f"cannot widen {had} input channels to {in_channels}; widen the base network, and only once")
     wide = copy.deepcopy(network)
     narrow: nn.Conv2d = network.pos_embed.proj
     weight = narrow.weight.new_zeros(len(narrow.weight), in_channels, *narrow.kernel_size)
@@ -40,22 +42,22 @@ def widen_input(network: PixArtTransformer2DModel, in_channels: int = EDITOR_CHA
 
 
 def is_editor(network: nn.Module) -> bool:
-    """Whether a transformer takes a reference beside the noisy picture."""
+    """Return True if the network takes a reference in addition to the noisy image."""
     config = getattr(network, "config", None)
     return getattr(config, "in_channels", 0) == EDITOR_CHANNELS and getattr(config, "out_channels", 0) == 3
 
 
 def with_reference(denoiser: Denoiser, reference: Tensor | None) -> Denoiser:
-    """A denoiser of six input channels as one of three, that always sees ``reference`` (B, 3, S, S), or none.
+    """Bind ``reference`` (B, 3, S, S) to a denoiser of six input channels, which gives a denoiser of three.
 
-    A batch that is a multiple of the reference's (that of guidance) sees it as often as it needs.
+    The reference is repeated for batches that are a multiple of B, as in guidance. None means no reference: zeros.
     """
 
     def denoise(noisy: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
         if reference is None:
-            shown = torch.zeros_like(noisy)
+            channels = torch.zeros_like(noisy)
         else:
-            shown = reference.repeat(len(noisy) // len(reference), 1, 1, 1)
-        return denoiser(torch.cat([noisy, shown], dim=1), sigma, condition)
+            channels = reference.repeat(len(noisy) // len(reference), 1, 1, 1)
+        return denoiser(torch.cat([noisy, channels], dim=1), sigma, condition)
 
     return denoise

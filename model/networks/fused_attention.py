@@ -1,13 +1,14 @@
-"""A transformer's layers in fewer operations than they are written in: what they compute and their weights stay.
+"""Mathematically equivalent, cheaper forms of a transformer's attention and patch layers.
 
-Legend: ``B`` batch, ``n`` tokens of a picture, ``T`` condition tokens, ``h`` heads of width ``d``, ``W`` = h·d.
+Legend: ``B`` batch, ``n`` tokens of an image, ``T`` condition tokens, ``h`` heads of width ``d``, ``W`` = h·d.
 
-A condition is few tokens, the query and k neighbours. So cross-attention costs less from their side: the projections
-of the queries, Q, and of the answer, O, go into keys and values once for each head, in place of once for each token.
+Weights and outputs are unchanged. A condition has few tokens: the query and k neighbours. Cross-attention is therefore
+cheaper when the query projection Q and the output projection O are folded into keys and values, once per head. The
+standard form applies them once per image token.
 
     softmax(x Q (c K)ᵀ / √d) (c V) O = softmax(x Mᵀ) N        M_ht = Q_h k_ht / √d, N_ht = v_ht O_h
 
-Where queries are normalised (the network over codes), only O goes.
+Where queries are normalised (the network over codes), only O is folded.
 """
 
 from typing import Any, cast
@@ -20,48 +21,56 @@ from torch import Tensor, nn
 
 
 def folding_is_cheaper(context: int, tokens: int, heads: int, width: int, *, projections: int) -> bool:
-    """Whether T condition tokens with so many of the two projections in them cost less, of n tokens and heads h, W.
+    """Return True if folding projections into the context takes fewer FLOPs than applying them to the tokens.
 
-    Both sides count products of a picture, in units of 2·W.
+    Both sides of the comparison count the multiplications of one image, in units of 2·W.
+
+    Args:
+        context: Number of condition tokens, T.
+        tokens: Number of image tokens, n.
+        heads: Number of heads, h.
+        width: Width of all heads together, W.
+        projections: Number of projections to fold: 1 (O), or 2 (Q and O).
     """
     folded = projections * context * width + 2 * tokens * heads * context
     return folded < projections * tokens * width + 2 * tokens * context
 
 
 def is_unmodified(part: nn.Module) -> bool:
-    """Whether a layer is what its kind computes: no subclass, no hook (of pruning, say), no forward of its own."""
+    """Return True for an unmodified layer: exact type, no hooks (e.g. of pruning), no overridden ``forward``."""
     kinds = (nn.Linear, TokenLinear, nn.Dropout)
     return type(part) in kinds and not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
 
 
 def folded_attention(tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """What each head finds, summed: (B, n, C) tokens, keys (B, h, T, C), values (B, h, T, W) -> (B, n, W)."""
+    """Sum attention over the heads: tokens (B, n, C), keys (B, h, T, C), values (B, h, T, W) -> (B, n, W)."""
     scores = tokens @ keys.flatten(1, 2).mT
     weights = scores.view(*scores.shape[:2], *keys.shape[1:3]).softmax(-1).flatten(2)
-    found: Tensor = weights @ values.flatten(1, 2)
-    return found
+    output: Tensor = weights @ values.flatten(1, 2)
+    return output
 
 
 def fold_query(keys: Tensor, query: Tensor) -> Tensor:
-    """Keys (B, T, h, d) with the queries' projection (W, W), scaled, in them: M, (B, h, T, W)."""
+    """Fold the scaled query projection (W, W) into keys (B, T, h, d): M, (B, h, T, W)."""
     return torch.einsum("bthd,hdw->bhtw", keys, query.view(*keys.shape[2:], -1))
 
 
 def fold_output(values: Tensor, out: Tensor) -> Tensor:
-    """Values (B, T, h, d) with the answer's projection (W, W) in them: N, (B, h, T, W)."""
+    """Fold the output projection (W, W) into values (B, T, h, d): N, (B, h, T, W)."""
     return torch.einsum("bthd,whd->bhtw", values, out.view(-1, *values.shape[2:]))
 
 
 def block_diagonal_keys(keys: Tensor) -> Tensor:
-    """Keys (B, T, h, d) for queries (B, n, W): (B, h, T, W), of each head zero in the others' channels."""
+    """Expand keys (B, T, h, d) to (B, h, T, W) for queries (B, n, W), with zeros in the channels of other heads."""
     heads = torch.eye(keys.shape[2], dtype=keys.dtype, device=keys.device)
     return (keys.transpose(1, 2).unsqueeze(3) * heads[:, None, :, None]).flatten(3)
 
 
 class FoldedAttnProcessor(AttnProcessor2_0):
-    """Attention of a PixArt block in fewer operations, where it is what its matrices and the answer's bias make of it.
+    """Cheaper attention for PixArt blocks whose layers are four linear projections with an output bias.
 
-    With a mask, other biases or none, dropout, a hook, an adapter in a projection's place, diffusers computes it.
+    It falls back to diffusers for masks, other biases or none, active dropout, hooks, and adapters that replace a
+    projection.
     """
 
     def __call__(
@@ -84,41 +93,42 @@ class FoldedAttnProcessor(AttnProcessor2_0):
 
 
 def _to_themselves(attn: Attention, tokens: Tensor) -> Tensor:
-    """Self-attention whose queries, keys and values come of one product: three would read the tokens three times."""
+    """Compute self-attention with one product for queries, keys and values, which reads the tokens only once."""
     weight = torch.cat([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight])
     query, key, value = (
         part.view(*part.shape[:2], attn.heads, -1).transpose(1, 2) for part in F.linear(tokens, weight).chunk(3, dim=2)
     )
-    seen = F.scaled_dot_product_attention(query, key, value)
-    return cast(Tensor, attn.to_out[0](seen.transpose(1, 2).flatten(2)))
+    attended = F.scaled_dot_product_attention(query, key, value)
+    return cast(Tensor, attn.to_out[0](attended.transpose(1, 2).flatten(2)))
 
 
 def _to_few(attn: Attention, tokens: Tensor, context: Tensor) -> Tensor:
-    """Cross-attention from the context's side."""
+    """Compute cross-attention with both projections folded into the context."""
     key, value = (projection(context).unflatten(2, (attn.heads, -1)) for projection in (attn.to_k, attn.to_v))
     keys = fold_query(key, attn.to_q.weight * attn.scale)
-    found = folded_attention(tokens, keys, fold_output(value, attn.to_out[0].weight))
-    return found + cast(Tensor, attn.to_out[0].bias).to(found.dtype)
+    output = folded_attention(tokens, keys, fold_output(value, attn.to_out[0].weight))
+    return output + cast(Tensor, attn.to_out[0].bias).to(output.dtype)
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution whose patches do not overlap: the matrix product that it is."""
+    """A convolution over patches that do not overlap, computed as a matrix product."""
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """(B, C, S, S) -> (B, W, S/p, S/p)."""
         rows, columns = self.kernel_size
-        count, channels, high, wide = *pictures.shape[:2], pictures.shape[2] // rows, pictures.shape[3] // columns
-        whole = pictures[:, :, : high * rows, : wide * columns]
+        count, channels, high, wide = *images.shape[:2], images.shape[2] // rows, images.shape[3] // columns
+        whole = images[:, :, : high * rows, : wide * columns]
         patches = whole.view(count, channels, high, rows, wide, columns)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
         return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class TokenLinear(nn.Linear):
-    """A layer that sums a bias's gradient over each picture's tokens first, then over the pictures.
+    """A linear layer that sums its bias gradient over the tokens of each image first, then over the images.
 
-    Compiled for a GPU, the first sum joins a kernel that makes that gradient, or that sums over each picture's tokens
-    anyway, as the modulation's gradients are; one sum over all tokens is another pass over the batch.
+    Compiled for a GPU, the first sum is fused into an existing kernel: the one that computes the gradient, or one that
+    sums over the tokens of each image anyway, e.g. for the modulation. A single sum over all tokens would be another
+    pass over the batch.
     """
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -130,25 +140,25 @@ class TokenLinear(nn.Linear):
 
 
 def use_fused_attention(network: nn.Module) -> None:
-    """Let a PixArt transformer compute in fewer operations, in place; other networks stay as they are."""
+    """Switch a PixArt transformer to the cheaper layers, in place. Other networks are unchanged."""
     if not isinstance(network, PixArtTransformer2DModel):
         return
     for part in network.modules():
-        if isinstance(part, Attention) and type(part.processor) is AttnProcessor2_0:  # no one's own
+        if isinstance(part, Attention) and type(part.processor) is AttnProcessor2_0:  # keep custom processors
             part.set_processor(FoldedAttnProcessor())
     if type(network.pos_embed.proj) is nn.Conv2d:
-        network.pos_embed.proj.__class__ = PatchProjection  # the same parameters under the same names
+        network.pos_embed.proj.__class__ = PatchProjection  # keeps the parameters and their names
 
 
 def sum_by_image(block: nn.Module) -> None:
-    """Make the layers of a transformer's block :class:`TokenLinear`, in place: worth it where it is compiled."""
+    """Change the linear layers of a block to :class:`TokenLinear`, in place. Only a compiled block gets faster."""
     for part in block.modules():
         if type(part) is nn.Linear and part.bias is not None:
             part.__class__ = TokenLinear
 
 
 def _is_plain(attn: Attention) -> bool:
-    """Whether attention is what its four matrices and the answer's bias make of it."""
+    """Return True if the layer is exactly four linear projections with an output bias and no active dropout."""
     inside, (out, dropout) = (attn.to_q, attn.to_k, attn.to_v), attn.to_out
     return (
         all(is_unmodified(part) for part in (*inside, out, dropout))

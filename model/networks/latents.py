@@ -1,4 +1,4 @@
-"""Pictures as an autoencoder's latents, for sizes where pixels are too many.
+"""Conversion between images and an autoencoder's latents, for images too large to denoise as pixels.
 
 Legend: ``B`` batch, ``S`` side, ``C s s`` latent.
 """
@@ -13,13 +13,14 @@ Autoencoder: TypeAlias = AutoencoderKL | VQModel
 
 
 @torch.no_grad()
-def encode_latents(autoencoder: Autoencoder, pictures: Tensor) -> Tensor:
-    """Pictures (B, 3, S, S) in [−1, 1] to latents (B, C, s, s) float32: a Gaussian's mean, unsampled.
+def encode_latents(autoencoder: Autoencoder, images: Tensor) -> Tensor:
+    """Encode images (B, 3, S, S) in [−1, 1] to latents (B, C, s, s) float32.
 
-    They are scaled by the autoencoder's own ``scaling_factor``, which brings a published one's to about unit variance.
-    A ``VQModel`` trained here has 1 for it, so its latents keep the spread that they have.
+    The latents of an ``AutoencoderKL`` are the mean of its Gaussian, not a sample. They are scaled by the autoencoder's
+    ``scaling_factor``, which gives published autoencoders about unit variance. A ``VQModel`` trained by this project
+    has a factor of 1, so its latents keep their variance.
     """
-    encoded = autoencoder.encode(pictures.to(autoencoder.dtype))
+    encoded = autoencoder.encode(images.to(autoencoder.dtype))
     latents = (encoded.latent_dist.mode() if isinstance(autoencoder, AutoencoderKL) else encoded.latents).float()
     scaled: Tensor = (latents - _shift(autoencoder)) * autoencoder.config.scaling_factor
     return scaled
@@ -27,10 +28,10 @@ def encode_latents(autoencoder: Autoencoder, pictures: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode_latents(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
-    """Latents (B, C, s, s) to pictures (B, 3, S, S), not clamped."""
+    """Decode latents (B, C, s, s) to images (B, 3, S, S) float32, about in [−1, 1] and not clamped."""
     unscaled = latents / autoencoder.config.scaling_factor + _shift(autoencoder)
-    pictures: Tensor = autoencoder.decode(unscaled.to(autoencoder.dtype)).sample
-    return pictures.float()
+    images: Tensor = autoencoder.decode(unscaled.to(autoencoder.dtype)).sample
+    return images.float()
 
 
 def _shift(autoencoder: Autoencoder) -> float:

@@ -1,8 +1,8 @@
-"""The U-Net denoiser: what the paper's continuous backbone is, at any size (Sheynin et al., §3.2).
+"""The U-Net denoiser, the paper's continuous backbone, in any size (Sheynin et al., §3.2).
 
-diffusers' ``UNet2DConditionModel`` as it stands, with the condition tokens as its encoder's hidden states. The
-transformer of :mod:`model.networks.dit` trains four times as many images a second at equal parameters; this one is here
-for who wants the paper's.
+The network is diffusers' ``UNet2DConditionModel`` with the condition tokens as encoder hidden states. At equal
+parameters the transformer of :mod:`model.networks.dit` trains four times as many images per second. The U-Net is kept
+to reproduce the paper.
 """
 
 import dataclasses
@@ -18,18 +18,21 @@ from model.diffusion.flow_matching import Prediction
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class UNetConfig:
-    """Size of the network: a level for each of ``widths``, halving the picture; attention in all but the first."""
+    """Size of the U-Net: one level per entry of ``widths``, each at half the resolution of the one before.
+
+    All levels but the first have attention.
+    """
 
     kind: Literal["unet"] = "unet"
     image_size: int = 64
     channels: int = 3
     widths: tuple[int, ...] = (64, 128, 192, 256)
-    layers: int = 2  # a level
+    layers: int = 2  # per level
     head_width: int = 32
     prediction: Prediction = "velocity"
 
     def __post_init__(self) -> None:
-        """Refuse a picture that cannot be halved, and widths that heads or group norms do not divide."""
+        """Raise ``ValueError`` if the image cannot be halved, or heads or group norms do not divide the widths."""
         halvings = len(self.widths) - 1
         if halvings < 1 or self.image_size % 2**halvings:
             raise ValueError(f"image_size {self.image_size} cannot be halved {halvings} times; give 2 widths or more")
@@ -38,7 +41,10 @@ class UNetConfig:
 
 
 def build_unet(config: UNetConfig, *, embedding_dimension: int, seed: int) -> UNet2DConditionModel:
-    """The network with weights drawn from ``seed`` and a zero head; the global random state is left as it was."""
+    """Build the network with random initial weights from ``seed`` and a zero head.
+
+    The global random state is unchanged.
+    """
     deeper = len(config.widths) - 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

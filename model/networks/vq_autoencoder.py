@@ -1,8 +1,9 @@
-"""The autoencoder: a picture as a square of codes from a learned codebook, and back (VQ-VAE, 1711.00937).
+"""The VQ autoencoder: images to a square grid of codes from a learned codebook, and back (VQ-VAE, 1711.00937).
 
-Legend: ``B`` batch, ``S`` side of a picture, ``n`` tokens = (S / downscale)², ``K`` codes, ``w`` their width.
+Legend: ``B`` batch, ``S`` side of an image, ``n`` tokens = (S / downscale)², ``K`` codes, ``w`` their width.
 
-It is diffusers' ``VQModel``, unchanged. :mod:`model.training.objectives.autoencoder` is its training objective.
+The network is diffusers' ``VQModel``, unchanged. Its training objective is in
+:mod:`model.training.objectives.autoencoder`.
 """
 
 import dataclasses
@@ -15,7 +16,10 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AutoencoderConfig:
-    """Size of the network: ``channels`` of each resolution from the picture's down, each half of the one before."""
+    """Size of the autoencoder.
+
+    ``channels`` has one entry per resolution, from that of the image down, each half of the one before.
+    """
 
     image_size: int = 64
     downscale: int = 4
@@ -25,25 +29,27 @@ class AutoencoderConfig:
     layers: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what does not fit together."""
+        """Raise ``ValueError`` if the sizes are inconsistent or too small."""
         if self.downscale != 2 ** (len(self.channels) - 1):
             raise ValueError(
-                f"channels name {len(self.channels)} resolutions, each half of the one before, but downscale is "
-                f"{self.downscale}; name one more than its power of two"
+                f"channels and downscale do not match: {len(self.channels)} resolutions, downscale {self.downscale}; "
+                "give log2(downscale) + 1 channels"
             )
         if self.image_size % self.downscale:
-            raise ValueError(f"image_size {self.image_size} is no multiple of downscale {self.downscale}")
+            raise ValueError(
+                f"image_size is not a multiple of downscale: {self.image_size}, {self.downscale}; change one of them"
+            )
         if self.codes < 2 or min(self.code_width, self.layers, *self.channels) < 1:
             raise ValueError("codes must be at least 2; code_width, layers and channels at least 1")
 
     @property
     def tokens(self) -> int:
-        """How many codes a picture becomes, n."""
+        """Number of codes per image, n."""
         return (self.image_size // self.downscale) ** 2
 
 
 def build_autoencoder(config: AutoencoderConfig, *, seed: int) -> VQModel:
-    """The network with weights drawn from ``seed``; the global random state is left as it was."""
+    """Build the network with random initial weights from ``seed``. The global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return VQModel(
@@ -61,19 +67,19 @@ def build_autoencoder(config: AutoencoderConfig, *, seed: int) -> VQModel:
 
 
 @torch.no_grad()
-def encode_codes(autoencoder: VQModel, pictures: Tensor) -> Tensor:
-    """Pictures (B, 3, S, S) in [−1, 1] to the nearest codes (B, n) int64, row by row."""
-    latents = autoencoder.encode(pictures.to(autoencoder.dtype)).latents
+def encode_codes(autoencoder: VQModel, images: Tensor) -> Tensor:
+    """Encode images (B, 3, S, S) in [−1, 1] to the nearest codes (B, n) int64 in row-major order."""
+    latents = autoencoder.encode(images.to(autoencoder.dtype)).latents
     rows = latents.permute(0, 2, 3, 1).flatten(1, 2)
-    # In float32, whatever the rest computes in: distances are not there in others, nor would they be fine enough.
+    # cdist is not implemented for half-precision dtypes, which would be too coarse for distances anyway.
     return torch.cdist(rows.float(), autoencoder.quantize.embedding.weight.float()).argmin(2)
 
 
 @torch.no_grad()
 def decode_codes(autoencoder: VQModel, codes: Tensor) -> Tensor:
-    """Codes (B, n) int64 below K to pictures (B, 3, S, S) in [−1, 1]."""
+    """Decode codes (B, n) int64 below K to images (B, 3, S, S) in [−1, 1]."""
     side = math.isqrt(codes.shape[1])
     shape = (len(codes), side, side, autoencoder.config.vq_embed_dim)
     latents = autoencoder.quantize.get_codebook_entry(codes.flatten(), shape)
-    pictures: Tensor = autoencoder.decode(latents, force_not_quantize=True).sample.clamp(-1, 1)
-    return pictures
+    images: Tensor = autoencoder.decode(latents, force_not_quantize=True).sample.clamp(-1, 1)
+    return images

@@ -1,11 +1,11 @@
-"""The denoiser of codes: a transformer over a picture's tokens that looks at the query and its neighbours.
+"""The denoiser of codes: a transformer over image tokens with cross-attention to the query and its neighbours.
 
 Legend: ``B`` batch, ``n`` tokens (a square of them), ``K`` codes ([MASK] is code K), ``T`` condition tokens, ``E``
 their channels, ``W`` width = heads × head_width.
 
-The blocks are VQ-Diffusion's (Gu et al. 2111.14822): self-attention, cross-attention to the condition, MLP, with
-the timestep in the normalisation. Unlike there the condition is not text, and shift, scale and gate of all blocks come
-from one layer (adaLN-single, Chen et al. 2310.00426, §2.3), which saves a quarter of the parameters.
+The blocks are those of VQ-Diffusion (Gu et al. 2111.14822): self-attention, cross-attention to the condition, and MLP,
+with the timestep in the normalisation. There are two differences. The condition is not text. The shift, scale and gate
+of all blocks come from one layer (adaLN-single, Chen et al. 2310.00426, §2.3), which saves a quarter of the parameters.
 """
 
 import dataclasses
@@ -29,12 +29,15 @@ from model.networks.fused_attention import (
 )
 
 TIME_CHANNELS = 256
-"""Channels of the sinusoidal embedding of t, which is stretched to 0 … 1000, the scale it was made for."""
+"""Channels of the sinusoidal embedding of t, which is scaled to 0 … 1000, the range the embedding expects."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class VQTransformerConfig:
-    """Size of the network. ``codes``, ``tokens`` and ``timesteps`` are those of the autoencoder and the process."""
+    """Size of the transformer.
+
+    ``codes`` and ``tokens`` must match the autoencoder, and ``timesteps`` the diffusion process.
+    """
 
     kind: Literal["vq-transformer"] = "vq-transformer"
     codes: int = 1024
@@ -45,9 +48,11 @@ class VQTransformerConfig:
     head_width: int = 64
 
     def __post_init__(self) -> None:
-        """Refuse tokens that make no square."""
+        """Raise ``ValueError`` if the tokens do not form a square or a size is too small."""
         if math.isqrt(self.tokens) ** 2 != self.tokens or self.tokens < 1:
-            raise ValueError(f"tokens {self.tokens} make no square; take the square of the autoencoder's side")
+            raise ValueError(
+                f"tokens is not a square number: {self.tokens}; use (image_size / downscale)² of the autoencoder"
+            )
         if self.codes < 2 or self.timesteps < 2:
             raise ValueError("codes and timesteps must be at least 2")
         if min(self.layers, self.heads, self.head_width) < 1:
@@ -55,10 +60,10 @@ class VQTransformerConfig:
 
 
 class Attention(nn.Module):
-    """Attention of tokens to a context, with normalised queries and keys, which keeps large steps stable."""
+    """Attention of tokens to a context. Queries and keys are normalised, which keeps training stable at high rates."""
 
     def __init__(self, width: int, head_width: int) -> None:
-        """Heads of ``head_width`` in ``width``."""
+        """Create width / head_width heads."""
         super().__init__()
         self.head_width = head_width
         self.query = nn.Linear(width, width, bias=False)
@@ -69,7 +74,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
-        """(B, n, W) tokens, (B, T, W) context -> (B, n, W)."""
+        """Attend: tokens (B, n, W), context (B, T, W) -> (B, n, W)."""
         query, key, value = (
             project(source).unflatten(2, (-1, self.head_width))
             for project, source in ((self.query, tokens), (self.key, context), (self.value, context))
@@ -78,27 +83,27 @@ class Attention(nn.Module):
         few_tokens = folding_is_cheaper(context.shape[1], tokens.shape[1], key.shape[2], tokens.shape[2], projections=1)
         if few_tokens and is_unmodified(self.out):
             scaled = query.flatten(2) * self.head_width**-0.5
-            found = folded_attention(scaled, block_diagonal_keys(key), fold_output(value, self.out.weight))
-            return found + self.out.bias.to(found.dtype)
-        seen = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        answer: Tensor = self.out(seen.transpose(1, 2).flatten(2))
-        return answer
+            output = folded_attention(scaled, block_diagonal_keys(key), fold_output(value, self.out.weight))
+            return output + self.out.bias.to(output.dtype)
+        attended = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        projected: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        return projected
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention, MLP, each on the residual stream; t moves the first and the last."""
+    """Self-attention, cross-attention and MLP on the residual stream. t modulates the first and the last."""
 
     def __init__(self, width: int, head_width: int) -> None:
-        """Of ``width`` and its heads."""
+        """Create a block of ``width`` channels with width / head_width heads."""
         super().__init__()
         self.own = Attention(width, head_width)
         self.cross = Attention(width, head_width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
         self.cross_norm = nn.LayerNorm(width, eps=1e-6)
-        self.modulation = nn.Parameter(torch.zeros(1, 6, width))  # three dimensions: no matrix to an optimizer
+        self.modulation = nn.Parameter(torch.zeros(1, 6, width))  # three dimensions: not a matrix for Muon
 
     def forward(self, tokens: Tensor, context: Tensor, time: Tensor) -> Tensor:
-        """(B, n, W) tokens, (B, T, W) context, (B, 6, W) time -> (B, n, W)."""
+        """Apply the block: tokens (B, n, W), context (B, T, W), time (B, 6, W) -> (B, n, W)."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (time + self.modulation)[:, :, None].unbind(1)
         normal = _modulate(tokens, shift, scale)
         tokens = tokens + (1 + gate) * self.own(normal, normal)
@@ -108,7 +113,7 @@ class Block(nn.Module):
 
 
 class VQTransformer(ModelMixin, ConfigMixin):
-    """Noisy codes, their times and the condition tokens to logits of the clean codes."""
+    """Transformer from noisy codes, their times and the condition tokens to logits of the clean codes."""
 
     @register_to_config
     def __init__(
@@ -121,7 +126,7 @@ class VQTransformer(ModelMixin, ConfigMixin):
         head_width: int = 64,
         condition_channels: int = 257,
     ) -> None:
-        """Sizes as in ``VQTransformerConfig``; ``condition_channels`` is E."""
+        """Create the network. Sizes are as in ``VQTransformerConfig``; ``condition_channels`` is E."""
         super().__init__()
         width, side = heads * head_width, math.isqrt(tokens)
         self.stretch = 1000 / timesteps
@@ -137,15 +142,15 @@ class VQTransformer(ModelMixin, ConfigMixin):
         self.head = nn.Linear(width, codes)
 
     def forward(self, codes: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
-        """Logits of p_θ(x_0|x_t), in the dtype of the weights (or of the autocast around).
+        """Return logits of p_θ(x_0|x_t), in the dtype of the weights or of the enclosing autocast.
 
         Args:
-            codes: (B, n) int64 in 0 … K, x_t.
+            codes: x_t, (B, n) int64 in 0 … K.
             timestep: (B,) int64 in 1 … T.
             condition: (B, T, E) tokens, any float dtype.
 
         Returns:
-            (B, n, K); [MASK] is no clean code.
+            (B, n, K): there is no logit for [MASK], which is never a clean code.
         """
         dtype = self.code_embedding.weight.dtype
         waves = get_timestep_embedding(timestep * self.stretch, TIME_CHANNELS, flip_sin_to_cos=True)
@@ -160,9 +165,9 @@ class VQTransformer(ModelMixin, ConfigMixin):
 
 
 def build_vq_transformer(config: VQTransformerConfig, *, embedding_dimension: int, seed: int) -> VQTransformer:
-    """The network with weights drawn from ``seed``; the global random state is left as it was.
+    """Build the network with random initial weights from ``seed``. The global random state is unchanged.
 
-    ``embedding_dimension`` is D, the encoder's width: the condition tokens have D + 1 channels.
+    ``embedding_dimension`` is D, the width of the encoder's embeddings. The condition tokens have D + 1 channels.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -173,7 +178,10 @@ def build_vq_transformer(config: VQTransformerConfig, *, embedding_dimension: in
 
 
 def initialise(network: VQTransformer) -> None:
-    """Xavier matrices, silent residual branches, a zero head: the first answer is every code alike."""
+    """Initialise in place: Xavier matrices, zero or small residual branches, zero head.
+
+    The initialised network gives equal logits to all codes.
+    """
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -191,10 +199,10 @@ def initialise(network: VQTransformer) -> None:
 
 
 def _normal(heads: Tensor, gain: Tensor) -> Tensor:
-    """Each head's vector (B, n, heads, head_width) at a mean square of 1, times gain; the dtype is kept."""
+    """Scale each head's vector (B, n, heads, head_width) to mean square 1, times gain. The dtype is unchanged."""
     return F.rms_norm(heads, gain.shape, gain.to(heads.dtype), eps=1e-6).to(heads.dtype)
 
 
 def _modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without weights of its own, then (1 + scale)·x + shift (DiT, 2212.09748, §3.2)."""
+    """Apply LayerNorm without parameters, then (1 + scale)·x + shift (DiT, 2212.09748, §3.2)."""
     return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale) + shift

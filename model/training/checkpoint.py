@@ -1,7 +1,7 @@
-"""What a checkpoint holds, written and read. Where it is kept is for the caller's Protocol to say.
+"""Write and read the contents of checkpoints. The ``Checkpoints`` protocol decides where they are stored.
 
-Every tensor in it is whole, however many workers trained, so a run may go on with another number of them, or sharded
-where it was not.
+All tensors in a checkpoint are unsharded, whatever the number of workers. A run can therefore resume with another
+number of workers, and with or without sharding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,55 +18,63 @@ from model.training.sharding import gather_state, shard_like
 
 
 def save(
-    checkpoints: Checkpoints, step: int, kept: Mapping[str, Any], optimizers: Sequence[Any], *, rank: int = 0
+    checkpoints: Checkpoints, step: int, modules: Mapping[str, Any], optimizers: Sequence[Any], *, rank: int = 0
 ) -> None:
-    """Keep the state of the modules ``kept`` and of the optimizers as the checkpoint of ``step``.
+    """Save the state of the named modules and of the optimizers as the checkpoint of ``step``.
 
-    All workers call it, for what is split over them is gathered; rank 0 writes.
+    Collective: every rank must call it, because sharded tensors are gathered. Only rank 0 writes.
     """
-    states = {name: gather_state(module.state_dict()) for name, module in kept.items()}
-    stepped = [gather_state(optimizer.state_dict()) for optimizer in optimizers]
+    states = {name: gather_state(module.state_dict()) for name, module in modules.items()}
+    optimizer_states = [gather_state(optimizer.state_dict()) for optimizer in optimizers]
     if rank == 0:
         path = checkpoints.scratch()
-        torch.save({"step": step, **states, "optimizers": stepped}, path)
+        torch.save({"step": step, **states, "optimizers": optimizer_states}, path)
         checkpoints.save(step, path)
 
 
-def restore(path: Path | None, kept: Mapping[str, Any], optimizers: Sequence[Any]) -> int:
-    """Load what :func:`save` kept, each part to where it is in use; the step to go on from, 0 without a checkpoint.
+def restore(path: Path | None, modules: Mapping[str, Any], optimizers: Sequence[Any]) -> int:
+    """Load a checkpoint of :func:`save` into the modules and optimizers, and return the step to resume from.
 
-    Raises ``ModelError`` when the file is damaged or of another network.
+    Args:
+        path: The checkpoint file. None loads nothing and returns 0.
+        modules: The modules by the names under which they were saved.
+        optimizers: The optimizers in the order in which they were saved.
+
+    Raises:
+        ModelError: The file is damaged or belongs to another network.
     """
     if path is None:
         return 0
     try:
-        # To the CPU: step counts of an AdamW that is not fused stay where they are loaded, and each makes a GPU wait.
+        # Load to the CPU: step counts of a non-fused AdamW stay where they are loaded, and on a GPU each stalls it.
         state = torch.load(path, map_location="cpu", weights_only=True)
         step = state["step"]
         if not isinstance(step, int) or step < 0:
-            raise ValueError(f"its step is {step!r}")
-        for name, module in kept.items():
-            own = module.state_dict()
-            module.load_state_dict({key: shard_like(part, own.get(key, part)) for key, part in state[name].items()})
-        for optimizer, old in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(_as_of(optimizer, old))
+            raise ValueError(f"step is {step!r}")
+        for name, module in modules.items():
+            current = module.state_dict()
+            module.load_state_dict({key: shard_like(part, current.get(key, part)) for key, part in state[name].items()})
+        for optimizer, state_dict in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(_shard_state(optimizer, state_dict))
     except torch.OutOfMemoryError:
-        raise  # a RuntimeError, but the file is sound
+        raise  # a RuntimeError too, but the file is valid
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, EOFError, UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        told = f"checkpoint {path} is damaged or of another network ({reason}); remove its folder to start anew"
-        raise ModelError(told) from error
+        message = (
+            f"checkpoint {path} is damaged or of another network: {reason}; delete its folder to start from scratch"
+        )
+        raise ModelError(message) from error
     return step
 
 
-def _as_of(optimizer: Any, old: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's whole state, split where its parameters are."""
+def _shard_state(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Shard an optimizer's unsharded state as its parameters are sharded."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    stepped = {
+    sharded = {
         number: {
             name: shard_like(value, parameters[number]) if isinstance(value, Tensor) else value
             for name, value in state.items()
         }
-        for number, state in old["state"].items()
+        for number, state in state_dict["state"].items()
     }
-    return {**old, "state": stepped}
+    return {**state_dict, "state": sharded}

@@ -1,13 +1,14 @@
-"""What the loop is fed: batches that depend on the seed and the step alone.
+"""Training batches as a function of seed and step only.
 
-Legend: ``N`` pictures, ``M`` database rows, ``B`` global batch, ``b`` a part of it, ``P`` neighbours searched for each
-picture, ``D`` embedding width, ``S`` side.
+Legend: ``N`` images, ``M`` database rows, ``B`` global batch, ``b`` a part of it, ``P`` neighbours of each image, ``D``
+embedding width, ``S`` side.
 
-An epoch is the shards in a random order, cut into windows of as many rows as fit, each window's rows in a random order.
-All of it follows from the seed, so a resumed run needs no state and another number of workers sees the same pictures in
-the same order. A set that fits in one window is shuffled as a whole and stays where it is: in memory or on the device.
-A larger one streams: pictures, embeddings and neighbours of the next window are read while this one trains, by each of
-several workers those of its own parts alone.
+An epoch visits the shards in random order, in windows of as many shards as fit. The rows of a window are in random
+order. All of this is derived from the seed. A resumed run therefore needs no state, and the order of images does not
+depend on the number of workers.
+
+A set that fits in one window is shuffled as a whole and stays on the device. A larger set is streamed: the next window
+is read while the current one trains. With several workers, each reads only the rows of its own parts of the batches.
 """
 
 import dataclasses
@@ -27,18 +28,18 @@ from model.training.batch import Batch
 from model.training.neighbour_rows import NeighbourEmbeddings, RowArray
 
 WINDOW_ROWS = 1 << 18
-_SHARDS, _ROWS = 1, 2  # streams of randomness
+_SHARDS, _ROWS = 1, 2  # random streams
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingRows:
-    """Rows in lockstep, each array (n, …).
+    """Arrays (n, …) with one entry per training image.
 
     Attributes:
-        pictures: uint8 (n, S, S, 3), float16 latents (n, C, s, s) or integer codes (n, tokens).
+        pictures: Images uint8 (n, S, S, 3), float16 latents (n, C, s, s) or integer codes (n, tokens).
         embeddings: (n, D) float16.
-        neighbours: (n, P) int64 rows of the database.
-        reference: uint8 (n, S, S, 3) or None.
+        neighbours: (n, P) int64 row ids of the database, nearest first.
+        reference: Aligned neighbours uint8 (n, S, S, 3), or None.
     """
 
     pictures: NDArray[Any]
@@ -47,15 +48,15 @@ class TrainingRows:
     reference: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse rows that do not belong together."""
+        """Raise ``ModelError`` if the arrays are empty or differ in length."""
         if not len(self.pictures) == len(self.embeddings) == len(self.neighbours) > 0:
-            counts = f"{len(self.pictures)} pictures, {len(self.embeddings)} embeddings"
+            counts = f"{len(self.pictures)} images, {len(self.embeddings)} embeddings"
             raise ModelError(
-                f"{counts} and {len(self.neighbours)} neighbour lists do not belong together; "
-                "rebuild the stage that is shorter"
+                f"training rows are empty or differ in number: {counts}, {len(self.neighbours)} neighbour lists; "
+                "rebuild the stage with too few"
             )
         if self.reference is not None and len(self.reference) != len(self.pictures):
-            raise ModelError(f"{len(self.reference)} references for {len(self.pictures)} pictures; align all of them")
+            raise ModelError(f"{len(self.reference)} references for {len(self.pictures)} images; align every image")
 
 
 class Source(Protocol):
@@ -63,16 +64,16 @@ class Source(Protocol):
 
     @property
     def rows(self) -> int:
-        """How many rows ``load`` returns."""
+        """Number of rows of the shard."""
         ...
 
     def load(self, chosen: NDArray[np.int64] | None = None) -> TrainingRows:
-        """Read and decode the shard, or those rows of it that are ``chosen``, ascending."""
+        """Read and decode the shard, or only the ``chosen`` rows (ascending)."""
         ...
 
 
 class TrainingSet:
-    """Pictures, their embeddings and their neighbours, window after window."""
+    """The training set: images, embeddings and neighbours, loaded window by window."""
 
     def __init__(
         self,
@@ -84,130 +85,141 @@ class TrainingSet:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        """Feed from ``shards``, with the database's rows (M, D) float16, memory-mapped if large.
+        """Create a training set.
 
         Args:
-            shards: where rows come from, or the rows themselves.
-            database_rows: what the neighbours point into.
-            window_rows: rows that are shuffled together; two windows are in memory when there are several.
-            device: where a window is held and batches are made.
-            rank: this worker.
-            world: workers; of a set that streams each holds only what its own parts of the batches need.
+            shards: Sources of rows, or the rows themselves.
+            database_rows: Embeddings of the database (M, D) float16, memory-mapped if large. Neighbours are row ids.
+            window_rows: Number of rows shuffled together. A streamed set has two windows in memory. Default: 262,144.
+            device: Device of the windows and batches. Default: "cpu".
+            rank: Rank of this worker. Default: 0.
+            world: Number of workers. Of a streamed set each loads only the rows of its own parts. Default: 1.
+
+        Raises:
+            ModelError: There are no shards or no database rows.
         """
-        self._shards = [_Held(shards)] if isinstance(shards, TrainingRows) else list(shards)
+        self._shards = [_InMemorySource(shards)] if isinstance(shards, TrainingRows) else list(shards)
         if not self._shards or not len(database_rows):
-            raise ModelError("there is nothing to train on; embed at least one picture")
+            raise ModelError("the training set is empty; embed at least one image")
         self._database = NeighbourEmbeddings(database_rows, device)
         self._device, self._window_rows = torch.device(device), window_rows
         self._rank, self._world = rank, world
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="training-set")
-        self._read: dict[_Wanted, Future[tuple[TrainingRows, NDArray[np.int64] | None]]] = {}
-        self._windows: dict[_Wanted, _Window] = {}
-        self._plans: dict[tuple[int, int], list[_Place]] = {}
-        self._orders: dict[tuple[int, _Place], Tensor] = {}
+        self._pending: dict[_WindowKey, Future[tuple[TrainingRows, NDArray[np.int64] | None]]] = {}
+        self._windows: dict[_WindowKey, _Window] = {}
+        self._plans: dict[tuple[int, int], list[_EpochWindow]] = {}
+        self._orders: dict[tuple[int, _EpochWindow], Tensor] = {}
 
     def __len__(self) -> int:
-        """N."""
+        """Return the number of images, N."""
         return sum(shard.rows for shard in self._shards)
 
     def batch(self, step: int, *, seed: int, size: int, part: int = 0, parts: int = 1) -> Batch:
-        """Part ``part`` of ``parts`` of the global batch of ``size`` pictures at ``step``.
+        """Return part ``part`` of ``parts`` of the global batch of ``size`` images at ``step``.
 
-        Raises ``ModelError`` for a part that is another worker's.
+        Raises:
+            ModelError: The part belongs to another worker, neighbours are out of range, or memory is exhausted.
         """
         if parts % self._world or part * self._world // parts != self._rank:
-            raise ModelError(f"part {part} of {parts} is not of worker {self._rank} of {self._world}; ask its own set")
+            raise ModelError(
+                f"part {part} of {parts} does not belong to worker {self._rank} of {self._world}; use its own set"
+            )
         count = size // parts
         pieces = list(self._pieces(step * size + part * count, count, seed, size))
         return pieces[0] if len(pieces) == 1 else _concatenate(pieces)
 
     def _pieces(self, start: int, count: int, seed: int, size: int) -> Iterator[Batch]:
-        """The batches, mostly one, that positions ``start`` … of an endless row of epochs fall into."""
+        """Yield batches, usually one, for ``count`` global sample positions from ``start``: one per window."""
         while count:
-            place = self._place(seed, start)
-            taken = min(count, place.end - start)
-            chosen = self._order(seed, place)[start - place.start :][:taken]
-            yield self._window(seed, place, size).take(chosen, self._database)
-            start, count = start + taken, count - taken
+            window = self._window_at(seed, start)
+            available = min(count, window.end - start)
+            chosen = self._order(seed, window)[start - window.start :][:available]
+            yield self._window(seed, window, size).gather(chosen, self._database)
+            start, count = start + available, count - available
 
-    def _place(self, seed: int, position: int) -> "_Place":
-        return next(place for place in self._plan(seed, position // len(self)) if position < place.end)
+    def _window_at(self, seed: int, position: int) -> "_EpochWindow":
+        return next(window for window in self._plan(seed, position // len(self)) if position < window.end)
 
-    def _plan(self, seed: int, epoch: int) -> list["_Place"]:
+    def _plan(self, seed: int, epoch: int) -> list["_EpochWindow"]:
         if (seed, epoch) not in self._plans:
             self._plans = dict([*self._plans.items()][-1:]) | {(seed, epoch): self._new_plan(seed, epoch)}
         return self._plans[seed, epoch]
 
-    def _new_plan(self, seed: int, epoch: int) -> list["_Place"]:
-        """The windows of an epoch; shards of a window sorted, so that a window is a set."""
+    def _new_plan(self, seed: int, epoch: int) -> list["_EpochWindow"]:
+        """Return the windows of an epoch. The shards of a window are sorted, so equal sets of shards are equal keys."""
         order = np.random.default_rng(mix_seeds(seed, epoch, _SHARDS)).permutation(len(self._shards))
         windows: list[list[int]] = [[]]
-        held = 0
+        filled = 0
         for shard in order.tolist():
             rows = self._shards[shard].rows
-            if windows[-1] and held + rows > self._window_rows:
+            if windows[-1] and filled + rows > self._window_rows:
                 windows.append([])
-                held = 0
+                filled = 0
             windows[-1].append(shard)
-            held += rows
-        places, start = [], epoch * len(self)
+            filled += rows
+        plan, start = [], epoch * len(self)
         for number, window in enumerate(windows):
             rows = sum(self._shards[shard].rows for shard in window)
-            places.append(_Place(epoch, number, tuple(sorted(window)), start, start + rows))
+            plan.append(_EpochWindow(epoch, number, tuple(sorted(window)), start, start + rows))
             start += rows
-        return places
+        return plan
 
-    def _order(self, seed: int, place: "_Place") -> Tensor:
-        """The rows of a window in the order of training."""
-        if (seed, place) not in self._orders:
-            # Two are kept: a step can span two windows.
-            self._orders = dict([*self._orders.items()][-1:]) | {(seed, place): place.order(seed).to(self._device)}
-        return self._orders[seed, place]
+    def _order(self, seed: int, window: "_EpochWindow") -> Tensor:
+        """Return the rows of a window in training order, cached on the device."""
+        if (seed, window) not in self._orders:
+            # Cache two orders, because a step can span two windows.
+            self._orders = dict([*self._orders.items()][-1:]) | {(seed, window): window.order(seed).to(self._device)}
+        return self._orders[seed, window]
 
-    def _window(self, seed: int, place: "_Place", size: int) -> "_Window":
-        wanted = self._wanted(seed, place, size)
-        if wanted not in self._windows:
-            reading = self._reading(wanted)
-            self._read.clear()  # of one that fails, too: another try reads again
+    def _window(self, seed: int, window: "_EpochWindow", size: int) -> "_Window":
+        key = self._window_key(seed, window, size)
+        if key not in self._windows:
+            reading = self._reading(key)
+            self._pending.clear()  # also of a failed read, so that a retry reads again
             try:
-                rows, own = reading.result()
-                self._windows = {wanted: _Window(rows, own, len(self._database), self._device)}
-            except torch.OutOfMemoryError as error:  # no smaller step would help
-                told = f"{self._device} is out of memory for a window of pictures, or for encoding them"
-                raise ModelError(f"{told}; choose a smaller window, batch or network, or a device with more") from error
-            following = self._wanted(seed, self._place(seed, place.end), size)
-            if following != wanted:
+                rows, own_rows = reading.result()
+                self._windows = {key: _Window(rows, own_rows, len(self._database), self._device)}
+            except torch.OutOfMemoryError as error:  # a smaller batch would not help
+                message = f"{self._device} is out of memory for a window of images, or for encoding them"
+                raise ModelError(
+                    f"{message}; choose a smaller window, batch or network, or a device with more memory"
+                ) from error
+            following = self._window_key(seed, self._window_at(seed, window.end), size)
+            if following != key:
                 self._reading(following)
-        return self._windows[wanted]
+        return self._windows[key]
 
-    def _wanted(self, seed: int, place: "_Place", size: int) -> "_Wanted":
-        """All rows of the window, the same in every epoch; or, of several and for several workers, this one's."""
-        streams = len(self._plan(seed, place.epoch)) > 1
-        return _Wanted(place.shards, (seed, place, size) if streams and self._world > 1 else None)
+    def _window_key(self, seed: int, window: "_EpochWindow", size: int) -> "_WindowKey":
+        """Return the key of the rows of a window to load: all rows, or this worker's rows of a streamed set.
 
-    def _reading(self, wanted: "_Wanted") -> "Future[tuple[TrainingRows, NDArray[np.int64] | None]]":
-        if wanted not in self._read:
-            self._read[wanted] = self._reader.submit(self._load, wanted)
-        return self._read[wanted]
+        A key of all rows is equal in every epoch. A worker's rows depend on seed, window and batch size.
+        """
+        streams = len(self._plan(seed, window.epoch)) > 1
+        return _WindowKey(window.shards, (seed, window, size) if streams and self._world > 1 else None)
 
-    def _load(self, wanted: "_Wanted") -> tuple[TrainingRows, NDArray[np.int64] | None]:
-        """The rows, and which of the window they are, ascending (None: all)."""
-        shards = [self._shards[number] for number in wanted.shards]
-        own = None if wanted.share is None else self._own(*wanted.share)
-        asked = [(shard, None) for shard in shards] if own is None else _cut(own, shards)
-        # Each worker begins at another shard: what is made of one and kept is made once on a machine.
-        first = len(asked) * self._rank // self._world
-        loaded = [shard.load(rows) for shard, rows in (*asked[first:], *asked[:first])]
-        return _join([*loaded[len(asked) - first :], *loaded[: len(asked) - first]]), own
+    def _reading(self, key: "_WindowKey") -> "Future[tuple[TrainingRows, NDArray[np.int64] | None]]":
+        if key not in self._pending:
+            self._pending[key] = self._reader.submit(self._load, key)
+        return self._pending[key]
 
-    def _own(self, seed: int, place: "_Place", size: int) -> NDArray[np.int64]:
-        """The window's rows that fall into this worker's parts of the batches, ascending."""
-        worker = np.arange(place.start, place.end) % size * self._world // size
-        return np.sort(place.order(seed).numpy()[worker == self._rank])
+    def _load(self, key: "_WindowKey") -> tuple[TrainingRows, NDArray[np.int64] | None]:
+        """Load rows. Return them and their positions in the window, ascending, or None for all rows."""
+        shards = [self._shards[number] for number in key.shards]
+        own_rows = None if key.share is None else self._own_rows(*key.share)
+        requests = [(shard, None) for shard in shards] if own_rows is None else _split(own_rows, shards)
+        # Each worker starts at another shard, so that workers of one machine fill a shared cache together.
+        first = len(requests) * self._rank // self._world
+        loaded = [shard.load(rows) for shard, rows in (*requests[first:], *requests[:first])]
+        return _join([*loaded[len(requests) - first :], *loaded[: len(requests) - first]]), own_rows
+
+    def _own_rows(self, seed: int, window: "_EpochWindow", size: int) -> NDArray[np.int64]:
+        """Return the rows of the window in this worker's parts of the batches, ascending."""
+        worker = np.arange(window.start, window.end) % size * self._world // size
+        return np.sort(window.order(seed).numpy()[worker == self._rank])
 
 
-class _Place(NamedTuple):
-    """A window of shards, and the positions in an endless row of epochs that its rows come at."""
+class _EpochWindow(NamedTuple):
+    """A shuffle window of an epoch: its shards, and its range of global sample positions."""
 
     epoch: int
     number: int
@@ -216,53 +228,53 @@ class _Place(NamedTuple):
     end: int
 
     def order(self, seed: int) -> Tensor:
-        """The window's rows in the order of training."""
+        """Return the rows of the window in training order."""
         generator = torch.Generator().manual_seed(mix_seeds(seed, self.epoch, _ROWS, self.number))
         return torch.randperm(self.end - self.start, generator=generator)
 
 
-class _Wanted(NamedTuple):
-    """What is held of a window: all, or of (seed, place, global batch) what is this worker's."""
+class _WindowKey(NamedTuple):
+    """Key of the loaded rows of a window: all, or one worker's share of (seed, window, global batch size)."""
 
     shards: tuple[int, ...]
-    share: tuple[int, _Place, int] | None
+    share: tuple[int, _EpochWindow, int] | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Held:
-    """Rows that are already there, as a shard."""
+class _InMemorySource:
+    """Rows in memory as a shard."""
 
-    held: TrainingRows
+    content: TrainingRows
 
     @property
     def rows(self) -> int:
-        return len(self.held.pictures)
+        return len(self.content.pictures)
 
     def load(self, chosen: NDArray[np.int64] | None = None) -> TrainingRows:
-        assert chosen is None, "a shard alone does not stream"  # noqa: S101
-        return self.held
+        assert chosen is None, "a single shard is never streamed"  # noqa: S101
+        return self.content
 
 
 class _Window:
-    """Rows on the device."""
+    """The loaded rows of a window, on the device."""
 
     def __init__(
-        self, rows: TrainingRows, own: NDArray[np.int64] | None, database_rows: int, device: torch.device
+        self, rows: TrainingRows, own_rows: NDArray[np.int64] | None, database_rows: int, device: torch.device
     ) -> None:
         if rows.neighbours.min() < 0 or rows.neighbours.max() >= database_rows:
-            raise ModelError("the neighbours point past the database; they were searched in another version of it")
-        self._pictures = torch.from_numpy(rows.pictures).to(device)
+            raise ModelError("neighbours are not rows of the database; search them again in this version of it")
+        self._images = torch.from_numpy(rows.pictures).to(device)
         self._embeddings = torch.from_numpy(rows.embeddings).to(device)
         self._neighbours = torch.from_numpy(rows.neighbours).to(device)
         self._reference = None if rows.reference is None else torch.from_numpy(rows.reference).to(device)
-        self._own = None if own is None else torch.from_numpy(own).to(device)
+        self._own_rows = None if own_rows is None else torch.from_numpy(own_rows).to(device)
 
-    def take(self, chosen: Tensor, database: NeighbourEmbeddings) -> Batch:
-        """The rows that are ``chosen`` of the whole window."""
-        if self._own is not None:
-            chosen = torch.searchsorted(self._own, chosen)
+    def gather(self, chosen: Tensor, database: NeighbourEmbeddings) -> Batch:
+        """Return a batch of the ``chosen`` rows, which are positions in the whole window."""
+        if self._own_rows is not None:
+            chosen = torch.searchsorted(self._own_rows, chosen)
         return Batch(
-            images=_to_target(self._pictures[chosen]),
+            images=_to_target(self._images[chosen]),
             query=self._embeddings[chosen].float(),
             neighbours=database.take(self._neighbours[chosen]),
             reference=None if self._reference is None else to_model_range(self._reference[chosen]),
@@ -280,14 +292,14 @@ def _concatenate(pieces: list[Batch]) -> Batch:
 
 
 def _to_target(stored: Tensor) -> Tensor:
-    """Stored pictures as the objective wants them: pixels scaled, latents float32, codes int64."""
+    """Convert stored images to targets: pixels to [−1, 1], latents to float32, codes to int64."""
     if stored.ndim == 2:
         return stored.long()
     return to_model_range(stored) if stored.dtype == torch.uint8 else stored.float()
 
 
-def _cut(rows: NDArray[np.int64], shards: list[Source]) -> list[tuple[Source, NDArray[np.int64] | None]]:
-    """The ascending rows (n,) of shards one after the other, as each shard that has any counts its own."""
+def _split(rows: NDArray[np.int64], shards: list[Source]) -> list[tuple[Source, NDArray[np.int64] | None]]:
+    """Split ascending rows (n,) of concatenated shards into rows of each shard. Shards without rows are left out."""
     ends = np.cumsum([shard.rows for shard in shards])
     cuts = np.split(rows, np.searchsorted(rows, ends[:-1]))
     return [(shard, cut - (end - shard.rows)) for shard, cut, end in zip(shards, cuts, ends, strict=True) if len(cut)]

@@ -1,8 +1,8 @@
-"""The training loop: a network, an objective, data. Where metrics and checkpoints go is not its business.
+"""The training loop. Protocols hide where metrics and checkpoints go.
 
-Everything random in a step is drawn from (seed, step) for the whole global batch, so on one worker a run that was
-killed and resumed ends with the weights of one that was not, bit for bit (on a GPU but for its kernels that add up in
-no fixed order), and on several it sees the same pictures and noise.
+All randomness of a step is a function of (seed, step) for the whole global batch. On one worker an interrupted and
+resumed run therefore ends with bit-identical weights, except for GPU kernels that sum in no fixed order. On several
+workers it uses the same images and noise.
 """
 
 import contextlib
@@ -22,21 +22,21 @@ from model.training.sharding import gather_state, shard
 from model.training.step import Step, learning_rate
 
 STOP_STEPS = 8
-"""Steps between two askings whether to stop, where workers must agree: an answer makes a GPU wait."""
+"""Steps between stop checks of several workers, which must agree: each check stalls the GPU."""
 
 
 class InterruptedTrainingError(Exception):
-    """Training was asked to stop; the checkpoint of the last step is kept."""
+    """Raised when training stops on request, after it saved a checkpoint of the last step."""
 
 
 @contextlib.contextmanager
 def _out_of_memory_as_model_error() -> Iterator[None]:
-    """Of the device's, wherever no smaller batch would help: a step's own gradients are seen to in ``Step``."""
+    """Translate out-of-memory errors that a smaller batch would not prevent. ``Step`` handles those of a batch."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        told = "the device is out of memory for weights, optimizer states and a window of data"
-        raise ModelError(f"{told}; choose a smaller network or window, or a device with more") from error
+        message = "the device is out of memory for weights, optimizer states and a window of data"
+        raise ModelError(f"{message}; choose a smaller network or window, or a device with more memory") from error
 
 
 @_out_of_memory_as_model_error()
@@ -53,37 +53,37 @@ def train(
     world: int = 1,
     stop: Callable[[], bool] = lambda: False,
 ) -> nn.Module:
-    """Train ``network`` to the end of ``config`` from the latest checkpoint on; return its moving average.
+    """Train ``network`` from the latest checkpoint to the end of ``config``, and return its moving average.
 
-    That the checkpoints are of the same config and data is for the caller to see to: they hold neither.
+    The caller must ensure that the checkpoints belong to the same config and data, because they contain neither.
 
     Args:
-        network: what learns, float32, the same initial weights on every worker.
-        objective: what it learns; what it holds of its own goes to ``device``.
-        data: batches on ``device``.
-        config: lengths and rates.
-        checkpoints: kept on rank 0, read on all.
-        metrics: given values on rank 0.
-        device: where to train; bfloat16 on CUDA, float32 elsewhere.
-        rank: this worker.
-        world: workers, between which a process group is up when there are several.
-        stop: asked after every step, by several workers every ``STOP_STEPS``; True keeps a checkpoint and ends the run
-            (a machine that is taken away, say).
+        network: The network to train, float32, with the same initial weights on every worker.
+        objective: The loss to minimise. If it is a module, it is moved to ``device``.
+        data: Source of batches on ``device``.
+        config: Length, rates and intervals.
+        checkpoints: Storage of checkpoints, written by rank 0 and read by all.
+        metrics: Destination of values and grids, called on rank 0 only.
+        device: Training device: bfloat16 on CUDA, float32 elsewhere. Default: "cpu".
+        rank: Rank of this worker. Default: 0.
+        world: Number of workers. With several, a process group must be initialised. Default: 1.
+        stop: Return True to save a checkpoint and end the run, e.g. when the machine is preempted. It is called after
+            every step, or with several workers every ``STOP_STEPS`` steps. Default: never stop.
 
     Raises:
-        ModelError: loss or gradient is no longer finite, memory is out, or a checkpoint does not fit the network.
-        InterruptedTrainingError: ``stop`` said so.
+        ModelError: Loss or gradient is not finite, memory is exhausted, or a checkpoint does not fit the network.
+        InterruptedTrainingError: ``stop`` returned True.
     """
     if config.batch_size % (world * config.pieces):
-        told = f"batch_size {config.batch_size} does not divide among {world} workers of {config.pieces} pieces"
-        raise ModelError(f"{told}; choose a multiple")
+        message = f"batch_size {config.batch_size} is not divisible among {world} workers of {config.pieces} pieces"
+        raise ModelError(f"{message}; use a multiple of workers × pieces")
     device = torch.device(device)
     if isinstance(objective, nn.Module):
         objective.to(device)
     average = Average(network.to(device), sharded=config.sharding == "fsdp" and world > 1, device=device)
     step = Step(network.train(), objective, data, config, device, rank, world)
-    kept = {"network": step.network, "average": average.network, "objective": objective}
-    start = restore(checkpoints.latest(), kept, step.optimizers)
+    modules = {"network": step.network, "average": average.network, "objective": objective}
+    start = restore(checkpoints.latest(), modules, step.optimizers)
     if start >= config.steps:
         return average.whole()
     step.prepare(start)
@@ -91,30 +91,30 @@ def train(
     for number in range(start, config.steps):
         window.add(step.take(number))
         ema_update(average.network, step.network, ema_decay(number, config.ema_decay))
-        seen = (number + 1) * config.batch_size
+        images_seen = (number + 1) * config.batch_size
         stopping = _stopping(stop, number, world, device)
-        checkpoint_due = stopping or _passes(seen, config.checkpoint_images, config)
-        if checkpoint_due or _passes(seen, config.log_images, config) or number + 1 == config.steps:
+        checkpoint_due = stopping or _passes(images_seen, config.checkpoint_images, config)
+        if checkpoint_due or _passes(images_seen, config.log_images, config) or number + 1 == config.steps:
             values = window.close(number + 1, config, world)
             if rank == 0:
-                metrics.log(images=seen, values=values)
+                metrics.log(images=images_seen, values=values)
             if checkpoint_due:
-                save(checkpoints, number + 1, kept, step.optimizers, rank=rank)
+                save(checkpoints, number + 1, modules, step.optimizers, rank=rank)
         if stopping:
-            raise InterruptedTrainingError(f"stopped after {seen} images; run again to go on from there")
-        if _passes(seen, config.grid_images, config):
-            drawn = average.whole()
+            raise InterruptedTrainingError(f"stopped after {images_seen} images; run again to resume")
+        if _passes(images_seen, config.grid_images, config):
+            full = average.whole()
             if rank == 0:
-                metrics.grid(images=seen, average=drawn)
+                metrics.grid(images=images_seen, average=full)
             window.skip()
     return average.whole()
 
 
 class Average:
-    """The moving average of the network, split as the network is."""
+    """The moving average of the network, sharded as the network is."""
 
     def __init__(self, network: nn.Module, *, sharded: bool, device: torch.device) -> None:
-        """Start at ``network``, before it is split."""
+        """Start at the weights of ``network``, which must not be sharded yet."""
         self.network = ema_copy(network)
         self._device, self._whole = device, self.network
         if sharded:
@@ -122,35 +122,35 @@ class Average:
             shard(self.network, device)
 
     def whole(self) -> nn.Module:
-        """It with all of its weights, ready for use. All workers call this together."""
+        """Return the averaged network with unsharded weights. Collective: every rank must call it."""
         if self._whole is not self.network:
             self._whole.load_state_dict(gather_state(self.network.state_dict()))
         return self._whole.to(self._device)
 
 
 class _Window:
-    """The steps since numbers were last logged."""
+    """The steps since values were last logged."""
 
     def __init__(self, start: int, step: Step) -> None:
-        self._step, self._taken, self._start, self._since = step, list[torch.Tensor](), start, time.monotonic()
+        self._step, self._results, self._start, self._since = step, list[torch.Tensor](), start, time.monotonic()
 
-    def add(self, taken: torch.Tensor) -> None:
-        self._taken.append(taken)
+    def add(self, result: torch.Tensor) -> None:
+        self._results.append(result)
 
     def close(self, end: int, config: TrainingConfig, world: int) -> dict[str, float]:
-        """The window's numbers, and a new window.
+        """Return the values of the window, and start a new one.
 
-        Raises ``ModelError`` when the loss or the gradient is no longer finite: the weights that such a gradient
-        stepped show it in no loss yet, and must not be kept.
+        Raise ``ModelError`` if the loss or the gradient is not finite. The gradient is checked too, because the loss of
+        the broken weights is not computed yet and they must not be saved.
         """
-        loss, norm = _mean(self._taken, world)
-        for name, value in (("loss", loss), ("gradient's norm", norm)):
+        loss, norm = _mean(self._results, world)
+        for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
-                seen = end * config.batch_size
-                told = f"the {name} is {value} after {seen} images; the last checkpoint is from before that"
-                raise ModelError(f"{told}; train anew with a lower learning_rate")
+                images_seen = end * config.batch_size
+                message = f"the {name} is {value} after {images_seen} images; the last checkpoint is older"
+                raise ModelError(f"{message}; train from scratch with a lower learning_rate")
         speed = (end - self._start) * config.batch_size / (time.monotonic() - self._since)
-        self._taken, self._start, self._since = [], end, time.monotonic()
+        self._results, self._start, self._since = [], end, time.monotonic()
         return {
             "loss": loss,
             "learning_rate": learning_rate(end - 1, config),
@@ -159,14 +159,14 @@ class _Window:
         }
 
     def skip(self) -> None:
-        """Leave the time since the last step out of the speed."""
-        if not self._taken:
+        """Exclude the time since the last step from the speed."""
+        if not self._results:
             self._since = time.monotonic()
 
 
-def _mean(taken: list[torch.Tensor], world: int) -> list[float]:
-    """Over steps and workers: a value of any of them that is not finite makes the mean none either."""
-    mean = torch.stack(taken).mean(0)
+def _mean(results: list[torch.Tensor], world: int) -> list[float]:
+    """Return the mean over steps and workers. It is not finite if any of the values is not."""
+    mean = torch.stack(results).mean(0)
     if world > 1:
         dist.all_reduce(mean)
         mean /= world
@@ -175,16 +175,16 @@ def _mean(taken: list[torch.Tensor], world: int) -> list[float]:
 
 
 def _stopping(stop: Callable[[], bool], number: int, world: int, device: torch.device) -> bool:
-    """Whether any worker is to stop. Several ask each other every few steps only."""
+    """Return True if any worker is to stop. Several workers synchronise only every ``STOP_STEPS`` steps."""
     if world == 1:
         return stop()
     if (number + 1) % STOP_STEPS:
         return False
-    asked = torch.tensor(float(stop()), device=device)
-    dist.all_reduce(asked, dist.ReduceOp.MAX)
-    return bool(asked)
+    requested = torch.tensor(float(stop()), device=device)
+    dist.all_reduce(requested, dist.ReduceOp.MAX)
+    return bool(requested)
 
 
-def _passes(seen: int, every: int, config: TrainingConfig) -> bool:
-    """Whether the step that ends at ``seen`` images crosses a multiple of ``every``."""
-    return seen // every > (seen - config.batch_size) // every
+def _passes(images_seen: int, every: int, config: TrainingConfig) -> bool:
+    """Return True if the step that ends at ``images_seen`` images crosses a multiple of ``every``."""
+    return images_seen // every > (images_seen - config.batch_size) // every

@@ -1,9 +1,9 @@
-"""Muon (Jordan et al. 2024) for all matrices of one shape at once.
+"""The Muon optimizer (Jordan et al. 2024), batched over all matrices of one shape.
 
-``torch.optim.Muon`` takes one matrix after the other. A transformer has few shapes and many matrices, each too small to
-fill a GPU, so that step waits for launches: 61 ms for the 100 matrices of a 10 × 384 transformer on an H100, while the
-forward and backward pass of 512 pictures took 76 ms. The mathematics and the defaults are torch's; a test holds the two
-against each other.
+``torch.optim.Muon`` updates one matrix after the other. A transformer has few shapes and many matrices, each too small
+to fill a GPU, so such a step is bound by kernel launches. It took 61 ms for the 100 matrices of a 10 × 384 transformer
+on an H100, while the forward and backward pass of 512 images took 76 ms. The mathematics and the defaults are torch's.
+A test compares the two.
 
 Legend: ``n`` matrices of one shape, ``A × B`` their shape.
 """
@@ -20,30 +20,33 @@ from torch.distributed.tensor import DTensor
 from model.training.sharding import local_shard, shard_like
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic whose iteration drives singular values towards 1, steep at zero (Jordan et al. 2024)."""
+"""Coefficients of the quintic iteration that drives singular values towards 1, steep at 0 (Jordan et al. 2024)."""
 ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are orthogonalised, with decoupled weight decay; the rate is matched to AdamW's scale.
+    """Orthogonalised momentum with decoupled weight decay.
 
-    One learning rate serves Muon and AdamW alike: an update has the root mean square 0.2 (Moonshot 2502.16982, §2.2).
+    Updates are scaled to the root mean square of AdamW's, 0.2, so Muon and AdamW can share one learning rate
+    (Moonshot 2502.16982, §2.2).
     """
 
     def __init__(
         self, parameters: Iterable[Tensor], lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95
     ) -> None:
-        """Step ``parameters``, all of two dimensions; raises ``ValueError`` for any other."""
+        """Optimize ``parameters``. Raise ``ValueError`` for a parameter that is not two-dimensional."""
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         for parameter in itertools.chain.from_iterable(group["params"] for group in self.param_groups):
             if parameter.ndim != 2:
-                raise ValueError(f"Muon steps matrices; a parameter of shape {tuple(parameter.shape)} is none")
+                raise ValueError(
+                    f"Muon cannot optimize a parameter of shape {tuple(parameter.shape)}; give it matrices only"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Step every parameter that has a gradient. A ``closure`` is refused: there is nothing to search."""
+        """Update every parameter that has a gradient. Raise ``ValueError`` for a ``closure``: it is not supported."""
         if closure is not None:
-            raise ValueError("Muon takes no closure")
+            raise ValueError("Muon does not support a closure; call step() without arguments")
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
@@ -60,34 +63,34 @@ class Muon(torch.optim.Optimizer):
         buffers = [local_shard(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         momenta = torch._foreach_lerp(gradients, buffers, group["momentum"])
-        updates = orthogonalised(torch.stack([_whole(*pair) for pair in zip(momenta, parameters, strict=True)]))
+        updates = orthogonalised(torch.stack([_gather(*pair) for pair in zip(momenta, parameters, strict=True)]))
         rate = group["lr"] * 0.2 * math.sqrt(max(shape))
-        own = [local_shard(parameter) for parameter in parameters]
-        torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
-        steps = zip(updates.to(own[0].dtype), parameters, strict=True)
+        local = [local_shard(parameter) for parameter in parameters]
+        torch._foreach_mul_(local, 1 - group["lr"] * group["weight_decay"])
+        steps = zip(updates.to(local[0].dtype), parameters, strict=True)
         torch._foreach_add_(
-            own, [local_shard(shard_like(update, parameter)) for update, parameter in steps], alpha=-rate
+            local, [local_shard(shard_like(update, parameter)) for update, parameter in steps], alpha=-rate
         )
 
 
-def _whole(part: Tensor, like: Tensor) -> Tensor:
-    """A worker's part of a matrix that is split as ``like``, gathered: only a whole matrix has singular values."""
+def _gather(part: Tensor, like: Tensor) -> Tensor:
+    """Gather a matrix that is sharded as ``like``, because orthogonalisation needs the whole matrix."""
     if not isinstance(like, DTensor):
         return part
-    placed = DTensor.from_local(
+    sharded = DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
-    return placed.full_tensor()
+    return sharded.full_tensor()
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices (n, A, B), roughly: singular values are in about [0.7, 1.2].
+    """Approximate the nearest semi-orthogonal matrices of matrices (n, A, B).
 
-    They are bfloat16 on a GPU, float32 on a CPU.
+    Singular values of the result are in about [0.7, 1.2]. It is bfloat16 on a GPU and float32 on a CPU.
     """
     a, b, c = COEFFICIENTS
     wide = matrices.shape[1] <= matrices.shape[2]
-    # On a CPU without bfloat16 products float32 is the type that works, and the sharper one.
+    # A CPU may lack bfloat16 matrix products, and float32 is more precise.
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     x = x if wide else x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

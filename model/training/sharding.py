@@ -1,7 +1,7 @@
-"""Parameters split over workers (FSDP, Zhao et al. 2304.11277), and made whole again where something needs all of them.
+"""Sharding of parameters over workers (FSDP, Zhao et al. 2304.11277), and gathering of sharded tensors.
 
-Each worker keeps a part of every parameter, of its gradient, of its optimizer's state and of its average, and gathers a
-block's parameters just before the block runs. What is kept in a checkpoint is whole, so one loads with or without.
+Each worker has a part of every parameter, of its gradient, its optimizer state and its average. It gathers the
+parameters of a block just before the block runs. Checkpoints are unsharded, so they load with or without sharding.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from model.networks.compilation import transformer_blocks
 
 
 def shard(network: nn.Module, device: torch.device) -> None:
-    """Split ``network`` in place over all workers: block by block, and the rest."""
+    """Shard ``network`` in place over all workers: each block, then the rest."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in transformer_blocks(network):
         fully_shard(block, mesh=mesh)
@@ -26,18 +26,18 @@ def shard(network: nn.Module, device: torch.device) -> None:
 
 
 def gather_state(state: Any) -> Any:
-    """A nest of tensors with every split one gathered, on the CPU. All workers call it together."""
+    """Gather all sharded tensors of a nested structure on the CPU. Collective: every rank must call it."""
     return tree_map_only(DTensor, lambda part: part.full_tensor().cpu(), state)
 
 
 def shard_like(state: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor split as ``like`` is; as it is when ``like`` is whole too, or of another shape."""
+    """Shard a tensor as ``like`` is sharded. Return it unchanged if ``like`` is unsharded or of another shape."""
     if not isinstance(like, DTensor) or state.shape != like.shape:
         return state
-    everywhere = DTensor.from_local(state.to(like.device), like.device_mesh, [Replicate()], run_check=False)
-    return everywhere.redistribute(placements=like.placements)
+    replicated = DTensor.from_local(state.to(like.device), like.device_mesh, [Replicate()], run_check=False)
+    return replicated.redistribute(placements=like.placements)
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This worker's part of a split tensor, sharing its memory; a whole tensor itself."""
+    """Return this worker's part of a sharded tensor, with shared memory, or an unsharded tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

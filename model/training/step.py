@@ -1,8 +1,8 @@
-"""One optimizer step after another: the gradients of a global batch, clipped, into the weights.
+"""Optimizer steps: compute and clip the gradients of a global batch, and update the weights.
 
-On one GPU, or on several under DDP, the network that computes is a bfloat16 copy; its gradients step the float32
-weights, which are copied back. This keeps the residual stream and the norms in bfloat16, where autocast would hold them
-in float32 and wait for memory. Sharded weights compute under autocast.
+On one GPU, or on several under DDP, a bfloat16 copy of the network computes the gradients. They update the float32
+weights, which are then copied back. This keeps the residual stream and the norms in bfloat16. Autocast would keep them
+in float32 and be bound by memory bandwidth. Sharded weights use autocast.
 """
 
 import contextlib
@@ -25,11 +25,14 @@ from model.training.throughput import flops_per_image, matrix_peak
 
 logger = logging.getLogger(__name__)
 
-_NOISE = 3  # the stream of randomness; 1 and 2 shuffle
+_NOISE = 3  # random stream of the noise; 1 and 2 are those of the shuffles in data.py
 
 
 class Step:
-    """The network under training, its optimizers, and how fast it could be."""
+    """The network in training, its optimizers, and the figures for model FLOPs utilisation.
+
+    ``flops`` is the number of operations per image, ``peak`` the measured FLOP/s of the device.
+    """
 
     def __init__(
         self,
@@ -41,12 +44,12 @@ class Step:
         rank: int,
         world: int,
     ) -> None:
-        """Split the weights if the config says so, and build the optimizers."""
+        """Shard the weights if configured, and build the optimizers."""
         self.network, self.config = network, config
         self.flops, self.peak = 0, 0.0
         self._objective, self._data, self._device = objective, data, device
         self._rank, self._world, self._pieces = rank, world, config.pieces
-        self._sharded, self._halved = config.sharding == "fsdp" and world > 1, False
+        self._sharded, self._was_split = config.sharding == "fsdp" and world > 1, False
         on_cuda = device.type == "cuda"
         self._copied = on_cuda and config.bfloat16_copy and not self._sharded
         self._autocast = on_cuda and not self._copied
@@ -55,7 +58,10 @@ class Step:
         self.optimizers = build_optimizers(network, config)
 
     def prepare(self, start: int) -> None:
-        """Copy, count, compile and wrap: after the weights were restored."""
+        """Prepare the first step, ``start``: copy the network, count its FLOPs, compile it and wrap it for DDP.
+
+        Call it after the weights were restored.
+        """
         self._working = copy.deepcopy(self.network).to(torch.bfloat16) if self._copied else self.network
         self._weights: list[torch.Tensor] = list(self.network.parameters())
         self._copies: list[torch.Tensor] = list(self._working.parameters())
@@ -72,8 +78,8 @@ class Step:
             self._replica = DistributedDataParallel(self._working)
 
     def take(self, number: int) -> torch.Tensor:
-        """Step ``number``; its mean loss over this worker's share and the norm of its gradient, (2,) float32."""
-        loss = self._fitting_gradients(number)
+        """Run step ``number``. Return the mean loss over this worker's share and the gradient norm, (2,) float32."""
+        loss = self._gradients_in_memory(number)
         norm = nn.utils.clip_grad_norm_(self._weights, self.config.gradient_clip)
         rate = learning_rate(number, self.config)
         for optimizer in self.optimizers:
@@ -86,36 +92,36 @@ class Step:
         return torch.stack([loss, local_shard(norm)])
 
     def _count(self, start: int) -> None:
-        """Count the operations of an image, leaving its gradients, and measure the machine."""
+        """Count the operations of an image, whose gradients stay in the network, and measure the device."""
         seed, size = self.config.seed, self.config.batch_size
         batch = self._data.batch(start, seed=seed, size=size, part=self._rank * size // self._world, parts=size)
         rng = StepRandom(seed, start, device=self._device)
-        objective = copy.deepcopy(self._objective)  # counting teaches it nothing
+        objective = copy.deepcopy(self._objective)  # keep the count out of the objective's statistics
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
             self.flops = flops_per_image(lambda: objective(self._working, batch, rng))
         self.peak = matrix_peak(self._device)
 
-    def _fitting_gradients(self, number: int) -> torch.Tensor:
-        """The gradients; when memory is out, once more in twice as many pieces."""
+    def _gradients_in_memory(self, number: int) -> torch.Tensor:
+        """Compute the gradients. If memory runs out, retry once with twice as many pieces."""
         while True:
             try:
-                with self._one_step():
+                with self._loss_collection():
                     return self._gradients(number)
             except torch.OutOfMemoryError as error:
-                self._halve(error)
-            torch.cuda.empty_cache()  # out of the handler: the error held the activations
+                self._split_further(error)
+            torch.cuda.empty_cache()  # outside the handler, because the exception keeps the activations alive
 
-    def _one_step(self) -> contextlib.AbstractContextManager[None]:
+    def _loss_collection(self) -> contextlib.AbstractContextManager[None]:
         objective = self._objective
         return objective.collecting_losses() if isinstance(objective, LearningObjective) else contextlib.nullcontext()
 
-    def _halve(self, error: torch.OutOfMemoryError) -> None:
-        # One worker that starts its step again would wait for the others for ever.
-        if self._halved or self._world > 1 or self.config.batch_size % (2 * self._pieces):
-            told = f"the {self._device.type} is out of memory at pieces={self._pieces}"
-            raise ModelError(f"{told}; raise pieces, or choose a smaller batch_size or network") from error
-        self._pieces, self._halved = 2 * self._pieces, True
-        logger.warning("%s is out of memory; training on with pieces=%d", self._device, self._pieces)
+    def _split_further(self, error: torch.OutOfMemoryError) -> None:
+        # Not with several workers: one that restarts its step would deadlock with the others.
+        if self._was_split or self._world > 1 or self.config.batch_size % (2 * self._pieces):
+            message = f"{self._device.type} is out of memory at pieces={self._pieces}"
+            raise ModelError(f"{message}; raise pieces, or choose a smaller batch_size or network") from error
+        self._pieces, self._was_split = 2 * self._pieces, True
+        logger.warning("%s is out of memory; continuing with pieces=%d", self._device, self._pieces)
 
     def _gradients(self, number: int) -> torch.Tensor:
         losses = []
@@ -124,9 +130,9 @@ class Step:
             seed, size = self.config.seed, self.config.batch_size
             batch = self._data.batch(number, seed=seed, size=size, part=part, parts=parts)
             rng = StepRandom(seed, number, stream=_NOISE, part=part, parts=parts, device=self._device)
-            if piece == 0 or self._working is not self.network:  # else the pieces' gradients add up where they are
+            if piece == 0 or self._working is not self.network:  # else the gradients of the pieces accumulate in place
                 self._working.zero_grad()
-            with self._sharing(last=piece + 1 == self._pieces):
+            with self._gradient_sync(last=piece + 1 == self._pieces):
                 with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
                     loss = self._objective(self._replica, batch, rng) / self._pieces
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -137,19 +143,25 @@ class Step:
 
     @torch.no_grad()
     def _collect(self, *, first: bool) -> None:
-        """Take a piece's gradients from the copy. Several are added up in float32: bfloat16 loses small summands."""
-        own, copied = [], []
+        """Move the gradients of a piece from the copy to the weights.
+
+        Pieces are summed in float32, because bfloat16 sums lose small terms.
+        """
+        targets, sources = [], []
         for weight, copy_ in zip(self._weights, self._copies, strict=True):
             if weight.grad is not None and copy_.grad is not None:
-                own.append(weight.grad)
-                copied.append(copy_.grad)
+                targets.append(weight.grad)
+                sources.append(copy_.grad)
             elif weight.grad is not None and first:
                 weight.grad.zero_()
         collect = torch._foreach_copy_ if first else torch._foreach_add_
-        collect(own, copied)
+        collect(targets, sources)
 
-    def _sharing(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Workers add their gradients up at the last piece of a step; a copy's at each, since each is collected."""
+    def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Return the context of a piece: gradients are synchronised at the last piece of a step.
+
+        Gradients of a bfloat16 copy are synchronised at every piece, because each piece is collected.
+        """
         if self._sharded:
             self._replica.set_requires_gradient_sync(last)
         if last or self._working is not self.network or not isinstance(self._replica, DistributedDataParallel):
@@ -158,16 +170,16 @@ class Step:
 
 
 def build_optimizers(network: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for everything else (embeddings, heads, norms, biases).
+    """Build AdamW for embeddings, heads, norms and biases, and Muon for the matrices inside the blocks, if any.
 
-    Muon's orthogonalised steps reach the same loss in fewer images here; its rate is matched to AdamW's scale, so one
-    learning rate serves both (Moonshot 2502.16982, §2.2).
+    In this project Muon reaches the same loss with fewer images. Its updates are scaled as AdamW's, so both share one
+    learning rate (Moonshot 2502.16982, §2.2).
     """
     blocks = [p for name, p in network.named_parameters() if "blocks." in name and p.ndim == 2 and min(p.shape) > 8]
     inside = {id(parameter) for parameter in blocks}
     rest = [parameter for parameter in network.parameters() if id(parameter) not in inside]
     decay = config.weight_decay
-    # None lets torch choose, also where a checkpoint goes on on another device: it keeps what was told.
+    # None lets torch choose. A checkpoint saves the setting, so False from a CPU would apply on a GPU that resumes.
     adam = torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=decay, fused=rest[0].is_cuda or None)
     optimizers: list[torch.optim.Optimizer] = [adam]
     if blocks:
@@ -176,9 +188,9 @@ def build_optimizers(network: nn.Module, config: TrainingConfig) -> list[torch.o
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """The rate of ``step``: linear warmup, then constant or a cosine to 2% of the peak."""
-    seen = step * config.batch_size
-    peak = config.learning_rate * min(1.0, (seen + config.batch_size) / max(config.warmup_images, 1))
+    """Return the learning rate of ``step``: linear warmup, then constant or a cosine to 2% of the peak."""
+    images_seen = step * config.batch_size
+    peak = config.learning_rate * min(1.0, (images_seen + config.batch_size) / max(config.warmup_images, 1))
     if config.schedule == "constant":
         return peak
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))

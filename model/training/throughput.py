@@ -1,4 +1,4 @@
-"""How fast training is against what the machine could: model FLOPs utilisation (Chowdhery et al. 2204.02311, §4.1)."""
+"""Measurements for model FLOPs utilisation (Chowdhery et al. 2204.02311, §4.1)."""
 
 import time
 from collections.abc import Callable
@@ -9,14 +9,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def flops_per_image(loss_of_one: Callable[[], Tensor]) -> int:
-    """Floating-point operations of one image's forward and backward pass; gradients are left in the parameters."""
+    """Count the floating-point operations of the forward and backward pass of one image.
+
+    The gradients stay in the parameters. ``loss_of_one`` computes the loss of one image.
+    """
     with FlopCounterMode(display=False) as counter:
         loss_of_one().backward()  # type: ignore[no-untyped-call]
     return int(counter.get_total_flops())
 
 
 def matrix_peak(device: torch.device) -> float:
-    """Operations a second of a large matrix product here, now: bfloat16 on CUDA, float32 elsewhere."""
+    """Measure the FLOP/s of a large matrix product on ``device``: bfloat16 on CUDA, float32 elsewhere."""
     on_cuda = device.type == "cuda"
     side, kind = (8192, torch.bfloat16) if on_cuda else (768, torch.float32)
     generator = torch.Generator(device).manual_seed(0)

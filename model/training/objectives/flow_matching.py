@@ -1,6 +1,6 @@
-"""What a step minimises. The loop asks any of these for a loss and knows nothing else of them.
+"""The flow matching objective.
 
-Each is a module, so what it learns of its own (the discrete objective's loss history) is kept with the checkpoint.
+Like every objective it is a module, so that its state, if any, is saved in the checkpoint.
 """
 
 from torch import Tensor, nn
@@ -14,18 +14,23 @@ from model.training.batch import Batch
 
 
 class FlowMatching(nn.Module):
-    """The loss of :mod:`model.diffusion.flow_matching` under a condition with parts hidden.
+    """The loss of :mod:`model.diffusion.flow_matching`, with random parts of the condition hidden.
 
-    A network that edits too is shown no picture to restore: it goes on learning to draw.
+    An editor gets no reference from this objective, so it is trained to generate.
     """
 
     def __init__(self, conditioning: ConditioningConfig, prediction: Prediction = "velocity") -> None:
-        """Hide what ``conditioning`` says; read the network's output as ``prediction``."""
+        """Configure the objective.
+
+        Args:
+            conditioning: How training hides parts of the condition.
+            prediction: Output of the network. Default: "velocity".
+        """
         super().__init__()
         self.conditioning, self.prediction = conditioning, prediction
 
     def forward(self, network: nn.Module, batch: Batch, rng: StepRandom) -> Tensor:
-        """Mean loss of ``batch``, a scalar."""
+        """Return the mean loss of ``batch``, a scalar float32."""
         condition = training_condition(batch.query, batch.neighbours, self.conditioning, rng)
         sigma = sample_sigmas(len(batch.images), rng)
         noise = rng.normal(*batch.images.shape)

@@ -1,4 +1,4 @@
-"""What a GPU runs in a network's place computes what the network does, under the same names."""
+"""Compilation in place keeps the output and the parameter names of a network."""
 
 from typing import Any
 
@@ -18,11 +18,11 @@ from model.networks.vq_transformer import VQTransformerConfig, build_vq_transfor
 NOISY, SIGMA, TOKENS = torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.9]), torch.randn(2, 4, 9)
 
 
-def stirred() -> PixArtTransformer2DModel:
+def random_network() -> PixArtTransformer2DModel:
     size = TransformerConfig(image_size=16, layers=2, heads=2, head_width=16)
     return tiny_models.stirred(
         build_transformer(size, embedding_dimension=8, seed=0)
-    ).double()  # so that rounding is small
+    ).double()  # keeps rounding errors small
 
 
 def velocity(network: nn.Module) -> Tensor:
@@ -35,15 +35,15 @@ def gradients(network: nn.Module) -> dict[str, Tensor]:
 
 
 def compiled_parts(network: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[str]:
-    found: list[nn.Module] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self: found.append(self))
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
     names, before = {id(part): name for name, part in network.named_modules()}, list(network.state_dict())
     compile_in_place(network, **options)
     assert list(network.state_dict()) == before
-    return [names[id(part)] for part in found]
+    return [names[id(part)] for part in compiled]
 
 
-def test_transformers_are_compiled_whole_and_others_by_their_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_in_place_compiles_transformers_whole_and_others_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = build_vq_transformer(
         VQTransformerConfig(codes=8, tokens=4, timesteps=4, layers=2, heads=1, head_width=16),
         embedding_dimension=8,
@@ -51,31 +51,35 @@ def test_transformers_are_compiled_whole_and_others_by_their_blocks(monkeypatch:
     )
     unet = build_unet(UNetConfig(image_size=8, widths=(32, 32), layers=1), embedding_dimension=8, seed=0)
     autoencoder = build_autoencoder(AutoencoderConfig(image_size=16, channels=(8, 8, 16)), seed=0)
-    assert compiled_parts(stirred(), monkeypatch) == compiled_parts(codes, monkeypatch) == [""]
+    assert compiled_parts(random_network(), monkeypatch) == compiled_parts(codes, monkeypatch) == [""]
     blocks = ["transformer_blocks.0", "transformer_blocks.1"]
-    assert compiled_parts(stirred(), monkeypatch, whole=False) == blocks
+    assert compiled_parts(random_network(), monkeypatch, whole=False) == blocks
     assert compiled_parts(unet, monkeypatch) == ["down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1"]
     assert compiled_parts(autoencoder, monkeypatch) == []
 
 
-def test_a_compiled_network_answers_what_it_did() -> None:
-    network = stirred()
+def test_compile_in_place_output_is_unchanged() -> None:
+    network = random_network()
     with torch.no_grad():
         expected = velocity(network)
         compile_in_place(network)
-        torch.testing.assert_close(velocity(network), expected, atol=1e-3, rtol=1e-3)  # sinusoids stay float32
+        torch.testing.assert_close(
+            velocity(network), expected, atol=1e-3, rtol=1e-3
+        )  # sinusoidal embeddings stay float32
 
 
-def test_a_compiled_unet_stays_compiled_whatever_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_in_place_unet_batches_of_many_sizes_stay_below_the_recompile_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     compile_by = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_by(self, backend="eager"))
     unet = build_unet(UNetConfig(image_size=8, widths=(32, 32, 64), layers=1), embedding_dimension=8, seed=0).eval()
 
-    def answer(batch: int) -> None:
+    def run(batch: int) -> None:
         unet(torch.zeros(batch, 3, 8, 8), torch.ones(batch), torch.zeros(batch, 4, 9))
 
-    few = torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True)
-    with torch.no_grad(), few:  # the code of two blocks needs six graphs
+    low_limit = torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True)
+    with torch.no_grad(), low_limit:  # the class of two blocks needs six graphs
         compile_in_place(unet)
         for batch in (4, 2, 1, 5, 7):
-            answer(batch)
+            run(batch)

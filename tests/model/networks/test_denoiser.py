@@ -22,7 +22,7 @@ SIZES: list[NetworkConfig] = [
 ]
 
 
-def given(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return (
         torch.randn(batch, 3, 8, 8, generator=generator),
@@ -32,71 +32,71 @@ def given(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Echo(nn.Module):
-    """A network that answers with what it was asked, in its own type."""
+    """Network that records its arguments and returns the noisy image in the dtype it was given."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype, self.asked = dtype, dict[str, Any]()
+        self.dtype, self.arguments = dtype, dict[str, Any]()
         self.weight = nn.Parameter(torch.zeros(1, dtype=dtype))
 
-    def forward(self, noisy: Tensor, **asked: Any) -> tuple[Tensor]:
-        self.asked = {"noisy": noisy, **asked}
+    def forward(self, noisy: Tensor, **options: Any) -> tuple[Tensor]:
+        self.arguments = {"noisy": noisy, **options}
         return (noisy[:, :3],)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_a_network_is_given_has_the_type_of_its_weights_but_for_its_level(dtype: torch.dtype) -> None:
-    network, (noisy, sigma, tokens) = Echo(dtype), given()
+def test_as_denoiser_casts_inputs_to_the_dtype_of_the_weights_but_not_the_timestep(dtype: torch.dtype) -> None:
+    network, (noisy, sigma, tokens) = Echo(dtype), inputs()
     output = as_denoiser(network, "velocity")(noisy, sigma, tokens)
-    assert (network.asked["noisy"].dtype, network.asked["encoder_hidden_states"].dtype) == (dtype, dtype)
-    assert network.asked["timestep"].dtype == torch.float32, "a thousand levels need more than bfloat16's eight bits"
-    torch.testing.assert_close(network.asked["timestep"], sigma * 1000)
+    assert (network.arguments["noisy"].dtype, network.arguments["encoder_hidden_states"].dtype) == (dtype, dtype)
+    assert network.arguments["timestep"].dtype == torch.float32, "1,000 levels need more than the 8 bits of bfloat16"
+    torch.testing.assert_close(network.arguments["timestep"], sigma * 1000)
     assert output.dtype == torch.float32
 
 
-def test_a_clean_image_becomes_the_velocity_towards_it() -> None:
-    noisy, sigma, tokens = given()
+def test_as_denoiser_sample_prediction_is_converted_to_a_velocity() -> None:
+    noisy, sigma, tokens = inputs()
     sigma = torch.tensor([0.5, 0.8])
     network = Echo(torch.float32)
     output = as_denoiser(network, "sample")(torch.cat([noisy, noisy], dim=1), sigma, tokens)
-    assert not output.any(), "it says that the noisy picture is the clean one"
-    assert output.shape == (2, 3, 8, 8), "of the channels that it answers with"
+    assert not output.any(), "the network predicts the noisy image as clean, so the velocity is zero"
+    assert output.shape == (2, 3, 8, 8), "channels of the output, not of the input"
 
 
-def test_a_wrapped_network_is_called_through_its_wrapper() -> None:
+def test_as_denoiser_wrapped_network_is_called_through_the_wrapper() -> None:
     class Wrapper(nn.Module):
         def __init__(self, module: nn.Module) -> None:
             super().__init__()
             self.module, self.calls = module, 0
 
-        def forward(self, *asked: Any, **options: Any) -> Any:
+        def forward(self, *arguments: Any, **options: Any) -> Any:
             self.calls += 1
-            return self.module(*asked, **options)
+            return self.module(*arguments, **options)
 
     for config in (tiny_models.size(), UNET):
         network = build_denoiser(config, embedding_dimension=tiny_models.WIDTH, seed=0)
         wrapper = Wrapper(network)
         torch.testing.assert_close(
-            as_denoiser(wrapper, "velocity")(*given()), as_denoiser(network, "velocity")(*given())
+            as_denoiser(wrapper, "velocity")(*inputs()), as_denoiser(network, "velocity")(*inputs())
         )
         assert wrapper.calls == 1
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: size.kind)
-def test_a_network_tells_the_size_that_it_was_built_from(size: NetworkConfig) -> None:
+def test_config_of_network_returns_the_config_it_was_built_from(size: NetworkConfig) -> None:
     network = build_network(size, embedding_dimension=tiny_models.WIDTH, seed=0)
     assert config_of_network(network, getattr(size, "prediction", "velocity")) == size
     if not isinstance(network, VQTransformer):
         assert next(network.parameters()).dtype == torch.float32
 
 
-def test_an_editors_size_is_that_of_its_base() -> None:
+def test_config_of_network_editor_returns_the_config_of_its_base() -> None:
     base = tiny_models.network()
     assert config_of_network(widen_input(base), "velocity") == config_of_network(base, "velocity") == tiny_models.size()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: size.kind)
-def test_a_size_goes_through_a_form_as_itself(size: NetworkConfig) -> None:
+def test_network_config_survives_pydantic_round_trip(size: NetworkConfig) -> None:
     from pydantic import TypeAdapter, ValidationError
 
     adapter: TypeAdapter[NetworkConfig] = TypeAdapter(NetworkConfig)

@@ -32,12 +32,12 @@ def velocity(
     return as_denoiser(network, "velocity")(noisy, sigma, tokens() if condition is None else condition)
 
 
-def test_a_new_network_answers_with_zero() -> None:
+def test_transformer_initial_output_is_zero() -> None:
     network = build_transformer(tiny_models.size(), embedding_dimension=tiny_models.WIDTH, seed=0)
     assert torch.equal(velocity(network), torch.zeros_like(NOISY))
 
 
-def test_its_weights_follow_from_the_seed_and_the_global_state_is_left_alone() -> None:
+def test_build_transformer_depends_only_on_the_seed() -> None:
     def weights(seed: int) -> Tensor:
         network = build_transformer(tiny_models.size(), embedding_dimension=tiny_models.WIDTH, seed=seed)
         return nn.utils.parameters_to_vector(network.parameters())
@@ -49,7 +49,7 @@ def test_its_weights_follow_from_the_seed_and_the_global_state_is_left_alone() -
 
 
 @pytest.mark.parametrize(("image_size", "patch_size", "heads"), [(8, 4, 1), (16, 2, 2), (32, 8, 1)])
-def test_its_size_is_the_configured_one(image_size: int, patch_size: int, heads: int) -> None:
+def test_build_transformer_size_matches_the_config(image_size: int, patch_size: int, heads: int) -> None:
     config = tiny_models.size(image_size=image_size, patch_size=patch_size, heads=heads, layers=2)
     network = build_transformer(config, embedding_dimension=12, seed=0)
     assert len(network.transformer_blocks) == 2
@@ -61,36 +61,36 @@ def test_its_size_is_the_configured_one(image_size: int, patch_size: int, heads:
 
 
 @pytest.mark.parametrize("wrong", [{"patch_size": 3}, {"layers": 0}, {"heads": 0}, {"head_width": 0}, {"channels": 0}])
-def test_a_size_that_cannot_be_built_is_refused(wrong: dict[str, Any]) -> None:
+def test_transformer_config_invalid_field_raises(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TransformerConfig(**wrong)
 
 
-def test_the_denoiser_tells_the_network_a_thousandfold_sigma_and_the_tokens() -> None:
-    told: list[dict[str, Any]] = []
+def test_as_denoiser_passes_1000_sigma_and_the_tokens_to_the_network() -> None:
+    calls: list[dict[str, Any]] = []
 
     class Spy(nn.Module):
         dtype = torch.float32
 
-        def forward(self, noisy: Tensor, **rest: Any) -> tuple[Tensor]:
-            told.append({"noisy": noisy, **rest})
+        def forward(self, noisy: Tensor, **options: Any) -> tuple[Tensor]:
+            calls.append({"noisy": noisy, **options})
             return (noisy * 0.5,)
 
     condition = tokens()
     output = as_denoiser(Spy(), "sample")(NOISY, SIGMA, condition)
-    assert told[0]["timestep"].tolist() == pytest.approx([200, 500, 900])
-    assert torch.equal(told[0]["noisy"], NOISY)
-    assert torch.equal(told[0]["encoder_hidden_states"], condition)
+    assert calls[0]["timestep"].tolist() == pytest.approx([200, 500, 900])
+    assert torch.equal(calls[0]["noisy"], NOISY)
+    assert torch.equal(calls[0]["encoder_hidden_states"], condition)
     torch.testing.assert_close(output, 0.5 * NOISY / SIGMA[:, None, None, None])
 
 
-def test_both_predictions_are_the_same_network_read_two_ways(network: PixArtTransformer2DModel) -> None:
+def test_as_denoiser_both_predictions_interpret_the_same_output(network: PixArtTransformer2DModel) -> None:
     with torch.no_grad():
         clean = as_denoiser(network, "sample")(NOISY, SIGMA, tokens())
     torch.testing.assert_close(clean, (NOISY - velocity(network)) / SIGMA[:, None, None, None])
 
 
-def test_the_samples_of_a_batch_do_not_see_each_other(network: PixArtTransformer2DModel) -> None:
+def test_transformer_samples_of_a_batch_are_independent(network: PixArtTransformer2DModel) -> None:
     together = velocity(network)
     for position in range(3):
         own = slice(position, position + 1)
@@ -98,18 +98,20 @@ def test_the_samples_of_a_batch_do_not_see_each_other(network: PixArtTransformer
         torch.testing.assert_close(alone, together[own], atol=1e-4, rtol=1e-4)
 
 
-def test_the_answer_depends_on_all_it_is_told(network: PixArtTransformer2DModel) -> None:
+def test_transformer_output_depends_on_every_input(network: PixArtTransformer2DModel) -> None:
     base = velocity(network)
     for name, other in {
         "query": velocity(network, condition=tokens(query=QUERY.flip(0))),
         "neighbours": velocity(network, condition=tokens(neighbours=NEIGHBOURS.flip(0))),
         "sigma": velocity(network, sigma=SIGMA.flip(0)),
-        "picture": velocity(network, noisy=NOISY.flip(3)),
+        "image": velocity(network, noisy=NOISY.flip(3)),
     }.items():
         assert (other - base).abs().max() > 1e-2, name
 
 
-def test_neighbours_are_a_set_and_the_query_is_none_of_them(network: PixArtTransformer2DModel) -> None:
+def test_transformer_ignores_the_order_of_neighbours_but_distinguishes_the_query(
+    network: PixArtTransformer2DModel,
+) -> None:
     base = velocity(network)
     shuffled = velocity(network, condition=tokens(neighbours=NEIGHBOURS[:, [2, 0, 1]]))
     torch.testing.assert_close(shuffled, base, atol=1e-4, rtol=1e-4)
@@ -117,6 +119,6 @@ def test_neighbours_are_a_set_and_the_query_is_none_of_them(network: PixArtTrans
     assert (velocity(network, condition=tokens(swapped[:, 0], swapped[:, 1:])) - base).abs().max() > 1e-2
 
 
-def test_a_networks_bytes_are_spent_on_no_bias_of_attention(network: PixArtTransformer2DModel) -> None:
+def test_transformer_attention_has_biases_only_at_the_output(network: PixArtTransformer2DModel) -> None:
     biased = [name for name, _ in network.named_parameters() if ".to_" in name and name.endswith(".bias")]
     assert all(".to_out." in name for name in biased)

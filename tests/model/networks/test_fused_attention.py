@@ -1,4 +1,4 @@
-"""A network in fewer operations draws and learns what diffusers' own layers make of the same weights."""
+"""The cheaper layers have the outputs and gradients of diffusers' own layers for the same weights."""
 
 import copy
 from typing import Any
@@ -28,18 +28,18 @@ from model.training.throughput import flops_per_image
 
 NOISY, SIGMA, TOKENS = torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.9]), torch.randn(2, 20, 9)
 FEW, MANY = 4, 20
-"""Condition tokens, of two heads 16 wide and 16 patches."""
+"""Numbers of condition tokens, for two heads of width 16 and 16 patches."""
 
 
-def stirred() -> PixArtTransformer2DModel:
+def random_network() -> PixArtTransformer2DModel:
     size = TransformerConfig(image_size=16, layers=2, heads=2, head_width=16)
     return tiny_models.stirred(
         build_transformer(size, embedding_dimension=8, seed=0)
-    ).double()  # so that rounding is small
+    ).double()  # keeps rounding errors small
 
 
-def as_written(network: PixArtTransformer2DModel) -> PixArtTransformer2DModel:
-    """A copy that computes as diffusers does."""
+def with_diffusers_layers(network: PixArtTransformer2DModel) -> PixArtTransformer2DModel:
+    """Return a copy with diffusers' own attention and patch layers."""
     plain = copy.deepcopy(network)
     plain.set_attn_processor(AttnProcessor2_0())
     plain.pos_embed.proj.__class__ = nn.Conv2d
@@ -55,74 +55,74 @@ def gradients(network: nn.Module, tokens: int = FEW) -> dict[str, Tensor]:
     return {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
 
 
-def assert_same(network: PixArtTransformer2DModel, written: PixArtTransformer2DModel, tokens: int = FEW) -> None:
-    assert list(network.state_dict()) == list(written.state_dict())
-    torch.testing.assert_close(velocity(network, tokens), velocity(written, tokens))
-    expected, found = gradients(written, tokens), gradients(network, tokens)
-    assert expected.keys() == found.keys() == dict(written.named_parameters()).keys() - {"pos_embed.pos_embed"}
+def assert_same(network: PixArtTransformer2DModel, reference: PixArtTransformer2DModel, tokens: int = FEW) -> None:
+    assert list(network.state_dict()) == list(reference.state_dict())
+    torch.testing.assert_close(velocity(network, tokens), velocity(reference, tokens))
+    expected, actual = gradients(reference, tokens), gradients(network, tokens)
+    assert expected.keys() == actual.keys() == dict(reference.named_parameters()).keys() - {"pos_embed.pos_embed"}
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, msg=lambda told, name=name: f"{name}: {told}")
+        torch.testing.assert_close(actual[name], gradient, msg=lambda message, name=name: f"{name}: {message}")
 
 
 @pytest.fixture
 def folded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The condition tokens of every layer that took them for few."""
-    seen: list[int] = []
+    """Return a list that gets the number of condition tokens of every call with folded projections."""
+    counts: list[int] = []
     compute = fused_attention.folded_attention
 
     def counting(tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        seen.append(keys.shape[2])
+        counts.append(keys.shape[2])
         return compute(tokens, keys, values)
 
     for module in (fused_attention, vq_transformer):
-        monkeypatch.setattr(module, "weighted_values", counting)
-    return seen
+        monkeypatch.setattr(module, "folded_attention", counting)
+    return counts
 
 
 @pytest.mark.parametrize("tokens", [1, FEW, 10, 11, MANY])
-def test_of_few_tokens_and_many_it_draws_and_learns_what_is_written(tokens: int, folded: list[int]) -> None:
-    network = stirred()
+def test_fused_attention_any_number_of_tokens_equals_diffusers(tokens: int, folded: list[int]) -> None:
+    network = random_network()
     assert {type(processor) for processor in network.attn_processors.values()} == {FoldedAttnProcessor}
-    assert_same(network, as_written(network), tokens)
+    assert_same(network, with_diffusers_layers(network), tokens)
     assert set(folded) == ({tokens} if tokens <= 10 else set())
 
 
 @pytest.mark.parametrize(("side", "heads", "border"), [(64, 2, 85), (64, 8, 56), (16, 4, 13)])
-def test_tokens_are_few_where_they_take_fewer_operations_so(
+def test_folding_is_cheaper_is_true_exactly_where_it_saves_operations(
     side: int, heads: int, border: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = TransformerConfig(image_size=side, layers=1, heads=heads, head_width=64)
     network = build_transformer(size, embedding_dimension=8, seed=0)
-    written = as_written(network)
+    reference = with_diffusers_layers(network)
 
-    def operations(of: nn.Module, tokens: int) -> int:
-        noisy, told = torch.zeros(1, 3, side, side), torch.zeros(1, tokens, 9)
-        with sdpa_kernel(SDPBackend.MATH):  # of the others the counter counts none on a CPU
-            return flops_per_image(lambda: as_denoiser(of, "velocity")(noisy, SIGMA[:1], told).sum())
+    def operations(module: nn.Module, tokens: int) -> int:
+        noisy, condition = torch.zeros(1, 3, side, side), torch.zeros(1, tokens, 9)
+        with sdpa_kernel(SDPBackend.MATH):  # on a CPU the counter does not see the other backends
+            return flops_per_image(lambda: as_denoiser(module, "velocity")(noisy, SIGMA[:1], condition).sum())
 
-    assert operations(network, border) < operations(written, border)
-    assert operations(network, border + 1) == operations(written, border + 1)
+    assert operations(network, border) < operations(reference, border)
+    assert operations(network, border + 1) == operations(reference, border + 1)
     monkeypatch.setattr(fused_attention, "folding_is_cheaper", lambda *_, **__: True)
-    assert operations(network, border + 1) > operations(written, border + 1)
+    assert operations(network, border + 1) > operations(reference, border + 1)
 
 
 @pytest.mark.parametrize("change", ["biases", "adapter", "subclass", "dropout", "pruning", "hook", "mask"])
-def test_attention_that_is_more_than_its_matrices_is_as_diffusers_computes_it(change: str, folded: list[int]) -> None:
-    network = stirred()
-    answers = []
-    for each in (as_written(network), network):
+def test_fused_attention_modified_layer_falls_back_to_diffusers(change: str, folded: list[int]) -> None:
+    network = random_network()
+    outputs = []
+    for each in (with_diffusers_layers(network), network):
         torch.manual_seed(0)
         for attn in (each.transformer_blocks[0].attn1, each.transformer_blocks[0].attn2):
-            make_more_of(attn, change)
+            modify(attn, change)
         mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]) if change == "mask" else None
         sizes = {"resolution": None, "aspect_ratio": None}
-        given = {"timestep": SIGMA, "added_cond_kwargs": sizes, "encoder_attention_mask": mask}
-        answers.append(each(NOISY.double(), TOKENS[:, :FEW].double(), **given).sample)
-    torch.testing.assert_close(answers[1], answers[0])
-    assert len(folded) == (0 if change == "mask" else 1), "the other block is plain, where no mask comes"
+        options = {"timestep": SIGMA, "added_cond_kwargs": sizes, "encoder_attention_mask": mask}
+        outputs.append(each(NOISY.double(), TOKENS[:, :FEW].double(), **options).sample)
+    torch.testing.assert_close(outputs[1], outputs[0])
+    assert len(folded) == (0 if change == "mask" else 1), "without a mask, the other block is unmodified"
 
 
-def make_more_of(attn: Any, change: str) -> None:
+def modify(attn: Any, change: str) -> None:
     match change:
         case "biases":
             attn.to_q.bias = nn.Parameter(torch.randn(32, dtype=torch.float64))
@@ -131,14 +131,14 @@ def make_more_of(attn: Any, change: str) -> None:
         case "subclass":
             attn.to_out[0].__class__ = Doubling
         case "hook":
-            attn.to_out[1].register_forward_hook(lambda *told: 2 * told[-1])
+            attn.to_out[1].register_forward_hook(lambda *arguments: 2 * arguments[-1])
         case "dropout":
             attn.to_out[1].p = 0.5
             attn.train()
         case "pruning":
             prune.l1_unstructured(attn.to_k, "weight", 0.5)
             with torch.no_grad():
-                attn.to_k.weight_orig *= 2  # a hook makes the weight anew
+                attn.to_k.weight_orig *= 2  # a hook recomputes the weight from this parameter
 
 
 class Doubling(nn.Linear):
@@ -146,111 +146,113 @@ class Doubling(nn.Linear):
         return 2 * super().forward(tokens)
 
 
-def test_what_casts_layer_by_layer_is_heard() -> None:
-    network = stirred().float()
+def test_fused_attention_layerwise_casting_takes_effect() -> None:
+    network = random_network().float()
     expected = velocity(network)
     network.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
     torch.testing.assert_close(velocity(network), expected, atol=0.5, rtol=0.05)
 
 
-def test_an_attention_of_ones_own_stays() -> None:
-    class Own(AttnProcessor2_0):
+def test_use_fused_attention_keeps_a_custom_processor() -> None:
+    class Custom(AttnProcessor2_0):
         pass
 
-    network = stirred()
-    network.set_attn_processor(Own())
+    network = random_network()
+    network.set_attn_processor(Custom())
     use_fused_attention(network)
-    assert {type(processor) for processor in network.attn_processors.values()} == {Own}
+    assert {type(processor) for processor in network.attn_processors.values()} == {Custom}
 
 
-def test_an_answer_without_a_bias_is_as_diffusers_computes_it() -> None:
-    network = stirred()
+def test_fused_attention_output_without_bias_equals_diffusers() -> None:
+    network = random_network()
     for block in network.transformer_blocks:
         block.attn2.to_out[0].bias = None
-    torch.testing.assert_close(velocity(network), velocity(as_written(network)))
+    torch.testing.assert_close(velocity(network), velocity(with_diffusers_layers(network)))
 
 
-def test_patches_of_any_layout_are_projected_as_a_convolution_does() -> None:
+def test_patch_projection_any_memory_layout_equals_convolution() -> None:
     convolution = nn.Conv2d(6, 10, kernel_size=(2, 4), stride=(2, 4)).double()
     product = copy.deepcopy(convolution)
     product.__class__ = PatchProjection
-    pictures = torch.randn(3, 6, 8, 12, dtype=torch.float64)
-    torch.testing.assert_close(product(pictures[..., :7, :11]), convolution(pictures[..., :7, :11]))
-    for layout in (pictures, pictures.to(memory_format=torch.channels_last), pictures.transpose(2, 3)[:, :, :8, :8]):
+    images = torch.randn(3, 6, 8, 12, dtype=torch.float64)
+    torch.testing.assert_close(product(images[..., :7, :11]), convolution(images[..., :7, :11]))
+    for layout in (images, images.to(memory_format=torch.channels_last), images.transpose(2, 3)[:, :, :8, :8]):
         torch.testing.assert_close(product(layout), convolution(layout))
 
 
-def test_sums_by_image_change_no_answer_and_no_gradient() -> None:
-    network = stirred()
+def test_sum_by_image_output_and_gradients_are_unchanged() -> None:
+    network = random_network()
     summed = copy.deepcopy(network)
     for block in transformer_blocks(summed):
         sum_by_image(block)
     layers = [part for part in summed.transformer_blocks[0].modules() if isinstance(part, TokenLinear)]
-    assert len(layers) == 4, "both attentions' answers, and the two layers after them"
-    assert not any(isinstance(part, TokenLinear) for part in summed.adaln_single.modules()), "of no tokens"
-    assert_same(summed, as_written(network))
+    assert len(layers) == 4, "the output projections of both attentions, and the two layers of the MLP"
+    assert not any(isinstance(part, TokenLinear) for part in summed.adaln_single.modules()), (
+        "these layers do not process tokens"
+    )
+    assert_same(summed, with_diffusers_layers(network))
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 3), (4, 5, 3), (4, 5, 6, 3)])
-def test_sums_by_image_take_any_shape(shape: tuple[int, ...]) -> None:
+def test_token_linear_any_shape_equals_linear(shape: tuple[int, ...]) -> None:
     layer = nn.Linear(3, 5)
-    given = torch.randn(shape)
-    expected = layer(given)
+    inputs = torch.randn(shape)
+    expected = layer(inputs)
     layer.__class__ = TokenLinear
-    torch.testing.assert_close(layer(given), expected)
+    torch.testing.assert_close(layer(inputs), expected)
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.float32])
-def test_under_autocast_it_answers_in_the_type_that_diffusers_does(kind: torch.dtype) -> None:
-    network = stirred().float()
+def test_fused_attention_under_autocast_has_the_dtype_of_diffusers(kind: torch.dtype) -> None:
+    network = random_network().float()
     with torch.autocast("cpu", torch.float16, enabled=kind == torch.float16):
         block, tokens, context = network.transformer_blocks[0], torch.randn(2, 16, 32), torch.randn(2, FEW, 32)
-        written = as_written(network).transformer_blocks[0]
+        reference = with_diffusers_layers(network).transformer_blocks[0]
         sum_by_image(block)
         for name in ("attn1", "attn2"):
-            given = (tokens,) if name == "attn1" else (tokens, context)
-            found, expected = getattr(block, name)(*given), getattr(written, name)(*given)
-            assert found.dtype == expected.dtype == kind
-            torch.testing.assert_close(found, expected, atol=0.02 if kind == torch.float16 else 1e-5, rtol=0.01)
+            inputs = (tokens,) if name == "attn1" else (tokens, context)
+            output, expected = getattr(block, name)(*inputs), getattr(reference, name)(*inputs)
+            assert output.dtype == expected.dtype == kind
+            torch.testing.assert_close(output, expected, atol=0.02 if kind == torch.float16 else 1e-5, rtol=0.01)
 
 
-def test_a_network_that_is_no_pixart_stays_as_it_is_and_one_is_streamlined_once() -> None:
+def test_use_fused_attention_ignores_other_networks_and_is_idempotent() -> None:
     codes = build_vq_transformer(VQTransformerConfig(codes=8, tokens=4, layers=1), embedding_dimension=8, seed=0)
     before = [type(part) for part in codes.modules()]
     use_fused_attention(codes)
     assert [type(part) for part in codes.modules()] == before
-    network = stirred()
+    network = random_network()
     expected = velocity(network)
     use_fused_attention(network)
     assert torch.equal(velocity(network), expected)
 
 
 @pytest.mark.parametrize("tokens", [FEW, 9])
-def test_the_network_over_codes_answers_what_is_written(
+def test_vq_transformer_folded_attention_equals_unfolded(
     tokens: int, folded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = VQTransformerConfig(codes=12, tokens=9, timesteps=20, layers=2, heads=2, head_width=16)
     network = tiny_models.stirred(build_vq_transformer(size, embedding_dimension=8, seed=0)).double()
-    written = copy.deepcopy(network)
+    reference = copy.deepcopy(network)
     codes, times = torch.randint(13, (2, 9)), torch.tensor([3, 20])
 
-    def learned(of: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-        answer = of(codes, times, TOKENS[:, :tokens])
-        answer.square().sum().backward()
-        return answer, {name: weight.grad for name, weight in of.named_parameters() if weight.grad is not None}
+    def outputs_and_gradients(module: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        output = module(codes, times, TOKENS[:, :tokens])
+        output.square().sum().backward()
+        return output, {name: weight.grad for name, weight in module.named_parameters() if weight.grad is not None}
 
-    answer, gradient = learned(network)
+    output, gradient = outputs_and_gradients(network)
     assert folded == ([tokens] * 2 if tokens == FEW else [])
-    monkeypatch.setattr(vq_transformer, "few", lambda *_, **__: False)
-    expected, expected_gradient = learned(written)
-    torch.testing.assert_close(answer, expected)
+    monkeypatch.setattr(vq_transformer, "folding_is_cheaper", lambda *_, **__: False)
+    expected, expected_gradient = outputs_and_gradients(reference)
+    torch.testing.assert_close(output, expected)
     assert gradient.keys() == expected_gradient.keys() == dict(network.named_parameters()).keys()
     for name, each in expected_gradient.items():
-        torch.testing.assert_close(gradient[name], each, msg=lambda told, name=name: f"{name}: {told}")
+        torch.testing.assert_close(gradient[name], each, msg=lambda message, name=name: f"{name}: {message}")
 
 
 @pytest.mark.parametrize("change", ["adapter", "subclass", "hook"])
-def test_an_answer_over_codes_that_is_more_than_its_matrix_is_heard(change: str) -> None:
+def test_vq_transformer_modified_output_layer_takes_effect(change: str) -> None:
     size = VQTransformerConfig(codes=12, tokens=9, timesteps=20, layers=1, heads=2, head_width=16)
     network = tiny_models.stirred(build_vq_transformer(size, embedding_dimension=8, seed=0))
     codes, times = torch.randint(13, (2, 9)), torch.tensor([3, 20])
@@ -261,5 +263,5 @@ def test_an_answer_over_codes_that_is_more_than_its_matrix_is_heard(change: str)
     if change == "subclass":
         cross.out.__class__ = Doubling
     if change == "hook":
-        cross.out.register_forward_hook(lambda *told: 2 * told[-1])
+        cross.out.register_forward_hook(lambda *arguments: 2 * arguments[-1])
     assert (network(codes, times, TOKENS[:, :FEW]) - expected).abs().max() > 0.01

@@ -15,7 +15,7 @@ def build(seed: int = 0, **changes: Any) -> Any:
     return build_unet(dataclasses.replace(SMALL, **changes), embedding_dimension=tiny_models.WIDTH, seed=seed)
 
 
-def given(batch: int = 2, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(batch: int = 2, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return (
         torch.randn(batch, channels, 8, 8, generator=generator),
@@ -25,23 +25,23 @@ def given(batch: int = 2, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor
 
 
 @pytest.mark.parametrize("channels", [3, 4])
-def test_its_first_output_is_zero_and_of_the_images_shape(channels: int) -> None:
-    output = as_denoiser(build(channels=channels), "velocity")(*given(channels=channels))
+def test_unet_initial_output_is_zero_with_the_shape_of_the_input(channels: int) -> None:
+    output = as_denoiser(build(channels=channels), "velocity")(*inputs(channels=channels))
     assert output.shape == (2, channels, 8, 8)
     assert not output.any()
 
 
-def test_its_output_follows_image_level_and_condition() -> None:
+def test_unet_output_depends_on_image_sigma_and_condition() -> None:
     network = build()
     torch.nn.init.normal_(network.conv_out.weight, generator=torch.Generator().manual_seed(1))
-    denoise, (noisy, sigma, tokens) = as_denoiser(network.eval(), "velocity"), given()
+    denoise, (noisy, sigma, tokens) = as_denoiser(network.eval(), "velocity"), inputs()
     first = denoise(noisy, sigma, tokens)
     for changed in ((noisy + 1, sigma, tokens), (noisy, sigma / 2, tokens), (noisy, sigma, tokens.flip(0))):
         assert (denoise(*changed) - first).abs().max() > 1e-4
-    torch.testing.assert_close(denoise(*(part[:1] for part in given())), first[:1], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(denoise(*(part[:1] for part in inputs())), first[:1], atol=1e-3, rtol=1e-3)
 
 
-def test_attention_is_at_every_level_but_the_first() -> None:
+def test_unet_has_attention_at_all_levels_but_the_first() -> None:
     network = build(widths=(32, 64, 96))
     attended = [hasattr(block, "attentions") for block in network.down_blocks]
     assert attended == [False, True, True]
@@ -49,7 +49,7 @@ def test_attention_is_at_every_level_but_the_first() -> None:
     assert heads == [2, 3], "width / head_width"
 
 
-def test_the_weights_follow_from_the_seed_alone() -> None:
+def test_build_unet_depends_only_on_the_seed() -> None:
     before = torch.random.get_rng_state()
     first, same, other = (build(seed).state_dict() for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -67,6 +67,6 @@ def test_the_weights_follow_from_the_seed_alone() -> None:
         ({"widths": (32, 64), "head_width": 64}, "of head_width 64"),
     ],
 )
-def test_what_does_not_fit_is_refused(wrong: dict[str, Any], message: str) -> None:
+def test_unet_config_invalid_field_raises(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**wrong)

@@ -26,7 +26,7 @@ def build(seed: int = 0, **changes: Any) -> VQTransformer:
 
 @pytest.fixture(scope="module")
 def network() -> VQTransformer:
-    """One that has been trained for a while, as far as a test can tell: nothing in it is silent."""
+    """Return a network with random noise in all parameters, like a trained one: no branch has zero weights."""
     network = build()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -36,16 +36,18 @@ def network() -> VQTransformer:
 
 
 @torch.no_grad()
-def answer(network: nn.Module, codes: Tensor = CODES, times: Tensor = TIMES, condition: Tensor | None = None) -> Tensor:
+def predict(
+    network: nn.Module, codes: Tensor = CODES, times: Tensor = TIMES, condition: Tensor | None = None
+) -> Tensor:
     logits: Tensor = network(codes, times, tokens() if condition is None else condition)
     return logits
 
 
-def test_a_new_network_finds_every_code_alike_and_none_is_the_mask() -> None:
-    assert torch.equal(answer(build()), torch.zeros(3, 9, 12))
+def test_vq_transformer_initial_logits_are_zero_without_one_for_the_mask() -> None:
+    assert torch.equal(predict(build()), torch.zeros(3, 9, 12))
 
 
-def test_its_weights_follow_from_the_seed_and_the_global_state_is_left_alone() -> None:
+def test_build_vq_transformer_depends_only_on_the_seed() -> None:
     before = torch.random.get_rng_state()
     first, same, other = (nn.utils.parameters_to_vector(build(seed).parameters()) for seed in (1, 1, 2))
     assert torch.equal(first, same)
@@ -53,15 +55,15 @@ def test_its_weights_follow_from_the_seed_and_the_global_state_is_left_alone() -
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_it_comes_back_from_disk_as_it_was(network: VQTransformer, tmp_path: Path) -> None:
+def test_vq_transformer_saved_and_loaded_is_equal(network: VQTransformer, tmp_path: Path) -> None:
     network.save_pretrained(tmp_path)
     again = VQTransformer.from_pretrained(tmp_path, local_files_only=True)
     assert {name: again.config[name] for name in SIZE} == SIZE
     assert again.config.condition_channels == tiny_models.WIDTH + 1
-    assert torch.equal(answer(again), answer(network))
+    assert torch.equal(predict(again), predict(network))
 
 
-def test_the_default_size_is_about_twenty_million() -> None:
+def test_vq_transformer_default_size_is_about_20_million() -> None:
     with torch.device("meta"):
         network = VQTransformer(condition_channels=257)
     count = sum(parameter.numel() for parameter in network.parameters())
@@ -69,7 +71,7 @@ def test_the_default_size_is_about_twenty_million() -> None:
     assert network.blocks[0].own.query.weight.shape == (384, 384)
 
 
-def test_every_parameter_learns_once_the_head_does(network: VQTransformer) -> None:
+def test_vq_transformer_every_parameter_gets_a_gradient(network: VQTransformer) -> None:
     network(CODES, TIMES, tokens()).square().sum().backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
@@ -77,61 +79,61 @@ def test_every_parameter_learns_once_the_head_does(network: VQTransformer) -> No
     network.zero_grad()
 
 
-def test_matrices_for_muon_are_those_of_the_blocks_alone(network: VQTransformer) -> None:
+def test_vq_transformer_matrices_for_muon_are_those_of_the_blocks(network: VQTransformer) -> None:
     matrices = {name for name, p in network.named_parameters() if "blocks." in name and p.ndim == 2}
     assert len(matrices) == 2 * (4 + 4 + 2)
     assert all(name.endswith("weight") for name in matrices)
 
 
-def test_the_samples_of_a_batch_do_not_see_each_other_or_each_other_s_time(network: VQTransformer) -> None:
-    together = answer(network)
+def test_vq_transformer_samples_of_a_batch_are_independent(network: VQTransformer) -> None:
+    together = predict(network)
     for position in range(3):
         own = slice(position, position + 1)
-        alone = answer(network, CODES[own], TIMES[own], tokens()[own])
+        alone = predict(network, CODES[own], TIMES[own], tokens()[own])
         torch.testing.assert_close(alone, together[own], atol=1e-4, rtol=1e-4)
 
 
-def test_the_answer_depends_on_all_it_is_told(network: VQTransformer) -> None:
-    base = answer(network)
+def test_vq_transformer_logits_depend_on_every_input(network: VQTransformer) -> None:
+    base = predict(network)
     for name, other in {
-        "query": answer(network, condition=tokens(query=QUERY.roll(1, 0))),
-        "neighbours": answer(network, condition=tokens(neighbours=NEIGHBOURS.roll(1, 0))),
-        "time": answer(network, times=TIMES.roll(1)),
-        "codes": answer(network, codes=(CODES + 1) % 13),
+        "query": predict(network, condition=tokens(query=QUERY.roll(1, 0))),
+        "neighbours": predict(network, condition=tokens(neighbours=NEIGHBOURS.roll(1, 0))),
+        "time": predict(network, times=TIMES.roll(1)),
+        "codes": predict(network, codes=(CODES + 1) % 13),
     }.items():
         assert (other - base).abs().amax((1, 2)).min() > 1e-2, name
 
 
-def test_every_token_sees_every_other_and_knows_its_row_and_its_column(network: VQTransformer) -> None:
-    base = answer(network)
+def test_vq_transformer_tokens_attend_to_each_other_and_encode_row_and_column(network: VQTransformer) -> None:
+    base = predict(network)
     changed = CODES.clone()
     changed[:, 8] = (changed[:, 8] + 1) % 13
-    assert (answer(network, changed) - base)[:, 0].abs().max() > 1e-4
-    alike = answer(network, torch.full((3, 9), 12))[0].unflatten(0, (3, 3))
-    assert alike.diff(dim=0).abs().amax(2).min() > 1e-3
-    assert alike.diff(dim=1).abs().amax(2).min() > 1e-3
+    assert (predict(network, changed) - base)[:, 0].abs().max() > 1e-4
+    masked = predict(network, torch.full((3, 9), 12))[0].unflatten(0, (3, 3))
+    assert masked.diff(dim=0).abs().amax(2).min() > 1e-3
+    assert masked.diff(dim=1).abs().amax(2).min() > 1e-3
 
 
-def test_neighbours_are_a_set_and_the_query_is_none_of_them(network: VQTransformer) -> None:
-    base = answer(network)
-    shuffled = answer(network, condition=tokens(neighbours=NEIGHBOURS[:, [2, 0, 1]]))
+def test_vq_transformer_ignores_the_order_of_neighbours_but_distinguishes_the_query(network: VQTransformer) -> None:
+    base = predict(network)
+    shuffled = predict(network, condition=tokens(neighbours=NEIGHBOURS[:, [2, 0, 1]]))
     torch.testing.assert_close(shuffled, base, atol=1e-4, rtol=1e-4)
     swapped = torch.cat([QUERY[:, None], NEIGHBOURS], dim=1)[:, [1, 0, 2, 3]]
-    assert (answer(network, condition=tokens(swapped[:, 0], swapped[:, 1:])) - base).abs().max() > 1e-2
+    assert (predict(network, condition=tokens(swapped[:, 0], swapped[:, 1:])) - base).abs().max() > 1e-2
 
 
-def test_its_dtype_is_that_of_its_weights(network: VQTransformer) -> None:
-    """In double precision here; half precision, which goes the same way, is for accelerators."""
+def test_vq_transformer_output_has_the_dtype_of_the_weights(network: VQTransformer) -> None:
+    """Tested in double precision; half precision takes the same path on accelerators."""
     double = VQTransformer.from_config(network.config)
     double.load_state_dict(network.state_dict())
-    logits = answer(double.double())
+    logits = predict(double.double())
     assert logits.dtype == torch.float64
-    torch.testing.assert_close(logits.float(), answer(network), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits.float(), predict(network), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
     "wrong", [{"tokens": 8}, {"tokens": 0}, {"codes": 1}, {"timesteps": 1}, {"layers": 0}, {"heads": 0}]
 )
-def test_a_size_that_cannot_be_built_is_refused(wrong: dict[str, Any]) -> None:
+def test_vq_transformer_config_invalid_field_raises(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         VQTransformerConfig(**wrong)

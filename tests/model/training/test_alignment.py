@@ -14,7 +14,7 @@ IDENTITY = np.eye(2, 3, dtype=np.float32)
 
 
 def drawing() -> NDArray[np.uint8]:
-    """A house with a sun on white: no symmetry that would make two motions look alike."""
+    """Return a house with a sun on white, without symmetries that would make motions ambiguous."""
     canvas = np.full((SIDE, SIDE, 3), 255, np.uint8)
     cv2.rectangle(canvas, (18, 30), (42, 50), (200, 60, 40), -1)
     cv2.fillPoly(canvas, [np.array([[14, 30], [30, 14], [46, 30]], np.int32)], (60, 40, 160))
@@ -23,11 +23,11 @@ def drawing() -> NDArray[np.uint8]:
 
 
 def moved(
-    picture: NDArray[np.uint8], *, degrees: float = 0.0, scale: float = 1.0, shift: tuple[float, float] = (0, 0)
+    image: NDArray[np.uint8], *, degrees: float = 0.0, scale: float = 1.0, shift: tuple[float, float] = (0, 0)
 ) -> NDArray[np.uint8]:
     motion = cv2.getRotationMatrix2D((31.5, 31.5), degrees, scale)
     motion[:, 2] += shift
-    return cv2.warpAffine(picture, motion, (SIDE, SIDE), borderValue=(255, 255, 255))
+    return cv2.warpAffine(image, motion, (SIDE, SIDE), borderValue=(255, 255, 255))
 
 
 def error(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
@@ -37,28 +37,28 @@ def error(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
 @pytest.mark.parametrize(
     "motion",
     [{"shift": (5, -3)}, {"degrees": 12}, {"degrees": -8, "scale": 1.15, "shift": (2, 3)}],
-    ids=["shift", "turn", "all"],
+    ids=["shift", "rotation", "all"],
 )
-def test_a_known_motion_is_undone(motion: dict[str, Any]) -> None:
-    picture = drawing()
-    neighbour = moved(picture, **motion)
-    assert error(picture, neighbour) > 8
-    aligned, converged = align_neighbour(picture, neighbour)
+def test_align_neighbour_reverts_a_known_motion(motion: dict[str, Any]) -> None:
+    image = drawing()
+    neighbour = moved(image, **motion)
+    assert error(image, neighbour) > 8
+    aligned, converged = align_neighbour(image, neighbour)
     assert converged
-    assert (aligned.shape, aligned.dtype) == (picture.shape, np.uint8)
-    assert error(picture, aligned) < 2.5
+    assert (aligned.shape, aligned.dtype) == (image.shape, np.uint8)
+    assert error(image, aligned) < 2.5
 
 
-def test_what_comes_into_view_has_the_background_of_the_neighbour() -> None:
-    picture = np.where(drawing() == 255, 90, drawing()).astype(np.uint8)
-    neighbour = np.roll(picture, 9, axis=1)
-    aligned, converged = align_neighbour(picture, neighbour)
+def test_align_neighbour_fills_the_outside_with_the_background_of_the_neighbour() -> None:
+    image = np.where(drawing() == 255, 90, drawing()).astype(np.uint8)
+    neighbour = np.roll(image, 9, axis=1)
+    aligned, converged = align_neighbour(image, neighbour)
     assert converged
-    assert aligned[:, -4:].min() > 85, "neither black nor what was at the edge"
+    assert aligned[:, -4:].min() > 85, "neither black nor the colours at the edge"
     assert aligned[:, -4:].max() < 95
 
 
-def test_a_flat_image_leaves_the_neighbour_as_it_is() -> None:
+def test_align_neighbour_constant_image_returns_a_copy_of_the_neighbour() -> None:
     neighbour = drawing()
     for flat in (np.full_like(neighbour, 255), np.zeros_like(neighbour)):
         aligned, converged = align_neighbour(flat, neighbour)
@@ -67,20 +67,20 @@ def test_a_flat_image_leaves_the_neighbour_as_it_is() -> None:
         assert aligned is not neighbour
 
 
-def test_a_motion_that_throws_the_image_out_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    thrown = np.float32([[1, 0, 40], [0, 1, 0]])
-    monkeypatch.setattr(alignment, "_estimate", lambda *_: thrown)
+def test_align_neighbour_motion_out_of_the_frame_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    far = np.float32([[1, 0, 40], [0, 1, 0]])
+    monkeypatch.setattr(alignment, "_estimate", lambda *_: far)
     aligned, converged = align_neighbour(drawing(), moved(drawing(), shift=(40, 0)))
     assert not converged
     np.testing.assert_array_equal(aligned, moved(drawing(), shift=(40, 0)))
 
 
-def test_a_motion_that_correlates_worse_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_align_neighbour_motion_that_lowers_the_correlation_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alignment, "_estimate", lambda *_: np.float32([[1, 0, 6], [0, 1, 6]]))
     assert not align_neighbour(drawing(), drawing())[1]
 
 
-def test_euclidean_comes_after_affine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_align_neighbour_tries_a_euclidean_motion_after_an_affine_one(monkeypatch: pytest.MonkeyPatch) -> None:
     right = np.float32([[1, 0, 5], [0, 1, 0]])
     monkeypatch.setattr(alignment, "_estimate", lambda a, b, motion: right if motion == cv2.MOTION_EUCLIDEAN else None)
     aligned, converged = align_neighbour(drawing(), moved(drawing(), shift=(5, 0)))
@@ -89,7 +89,7 @@ def test_euclidean_comes_after_affine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("warp", "sane"),
+    ("warp", "plausible"),
     [
         (IDENTITY, True),
         (IDENTITY * 1.6, True),
@@ -101,30 +101,30 @@ def test_euclidean_comes_after_affine(monkeypatch: pytest.MonkeyPatch) -> None:
         (np.float32([[1, 0, np.nan], [0, 1, 0]]), False),
     ],
 )
-def test_sane_bounds(warp: NDArray[np.float32], sane: bool) -> None:
-    if warp[0, 0] not in (1, -1):  # about the centre
+def test_is_plausible_bounds(warp: NDArray[np.float32], plausible: bool) -> None:
+    if warp[0, 0] not in (1, -1):  # scale around the centre
         warp = warp.copy()
         warp[:, 2] = 31.5 - warp[:, :2] @ [31.5, 31.5]
-    assert is_plausible(warp, SIDE) is sane
+    assert is_plausible(warp, SIDE) is plausible
 
 
-def test_correlation_of_known_images() -> None:
+def test_correlation_known_images() -> None:
     ramp = np.arange(16, dtype=np.uint8).reshape(4, 4)
     assert correlation(ramp, ramp * 3) == pytest.approx(1)
     assert correlation(ramp, 15 - ramp) == pytest.approx(-1)
     assert correlation(ramp, np.full_like(ramp, 7)) == 0
 
 
-def test_a_copy_is_passed_over() -> None:
-    picture, other = drawing(), moved(drawing(), degrees=20)
-    almost = picture.copy()
+def test_first_distinct_skips_copies() -> None:
+    image, other = drawing(), moved(drawing(), degrees=20)
+    almost = image.copy()
     almost[0, 0] = 0
-    candidates = np.stack([picture, almost, other])
-    assert first_distinct(picture, candidates, np.array([0, 1, 2])) == 2
-    assert first_distinct(picture, candidates, np.array([1, 0])) == 1, "copies alone: the nearest of them"
+    candidates = np.stack([image, almost, other])
+    assert first_distinct(image, candidates, np.array([0, 1, 2])) == 2
+    assert first_distinct(image, candidates, np.array([1, 0])) == 1, "if all are copies, the nearest"
 
 
-def test_every_image_gets_the_reference_that_it_gets_alone() -> None:
+def test_align_all_equals_aligning_each_image() -> None:
     pixels = np.stack([moved(drawing(), degrees=3 * turn) for turn in range(70)])
     neighbours = np.stack([(np.arange(70) + 1) % 70, (np.arange(70) + 2) % 70], axis=1)
     before = cv2.getNumThreads()
@@ -138,11 +138,11 @@ def test_every_image_gets_the_reference_that_it_gets_alone() -> None:
     np.testing.assert_array_equal(reversed_database.pixels, together.pixels[:3])
 
 
-def test_what_does_not_belong_together_is_refused() -> None:
+def test_alignment_inconsistent_inputs_raise() -> None:
     pixels = np.stack([drawing()] * 2)
     with pytest.raises(ModelError, match=r"one shape.*resize"):
         align_neighbour(drawing(), drawing()[:32])
-    with pytest.raises(ModelError, match="2 pictures and 1 neighbour lists"):
+    with pytest.raises(ModelError, match="2 images for 1 neighbour lists"):
         align_all(pixels, np.array([[1]]))
-    with pytest.raises(ModelError, match="past the database's pictures"):
+    with pytest.raises(ModelError, match="not rows of the database images"):
         align_all(pixels, np.array([[1], [2]]))

@@ -11,8 +11,8 @@ from model.training.checkpoint import restore, save
 from model.training.muon import Muon
 
 
-def stepped(device: str) -> list[torch.optim.Optimizer]:
-    """The optimizers of a layer on ``device``, after a step."""
+def stepped_optimizers(device: str) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of a layer on ``device`` after one step."""
     layer = nn.Linear(4, 4, device=device)
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW([layer.bias]), Muon([layer.weight])]
     for parameter in layer.parameters():
@@ -22,12 +22,12 @@ def stepped(device: str) -> list[torch.optim.Optimizer]:
     return optimizers
 
 
-def test_states_come_back_to_where_their_weights_are_and_counts_to_the_cpu(tmp_path: Path) -> None:
+def test_restore_states_on_the_device_of_their_weights_and_step_counts_on_the_cpu(tmp_path: Path) -> None:
     checkpoints = FolderCheckpoints(tmp_path)
-    save(checkpoints, 3, {}, stepped("cpu"))
-    there = stepped("meta")  # a device that every machine has, and that is not the CPU
-    assert restore(checkpoints.latest(), {}, there) == 3
-    adam, muon = (next(iter(optimizer.state.values())) for optimizer in there)
+    save(checkpoints, 3, {}, stepped_optimizers("cpu"))
+    restored = stepped_optimizers("meta")  # a device that exists everywhere and is not the CPU
+    assert restore(checkpoints.latest(), {}, restored) == 3
+    adam, muon = (next(iter(optimizer.state.values())) for optimizer in restored)
     assert {name: value.device.type for name, value in (adam | muon).items()} == {
         "step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta", "momentum_buffer": "meta"
     }  # fmt: skip
@@ -44,8 +44,8 @@ def test_states_come_back_to_where_their_weights_are_and_counts_to_the_cpu(tmp_p
         pytest.param([3], id="a list"),
     ],
 )
-def test_a_checkpoint_that_holds_something_else_is_told_as_damaged(tmp_path: Path, state: Any) -> None:
+def test_restore_malformed_checkpoint_raises(tmp_path: Path, state: Any) -> None:
     path = tmp_path / "3.pt"
     torch.save(state, path)
-    with pytest.raises(ModelError, match=r"checkpoint .*3\.pt is damaged or of another network .*remove its folder"):
+    with pytest.raises(ModelError, match=r"checkpoint .*3\.pt is damaged or of another network: .*delete its folder"):
         restore(path, {}, [])

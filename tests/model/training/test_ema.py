@@ -5,7 +5,7 @@ from torch import nn
 from model.training.ema import ema_copy, ema_decay, ema_update
 
 
-def test_the_decay_warms_up_to_its_value() -> None:
+def test_ema_decay_warms_up_to_its_value() -> None:
     assert [ema_decay(step, 0.5) for step in (0, 2, 7, 8, 9, 1_000)] == pytest.approx(
         [0.1, 0.25, 8 / 17, 0.5, 0.5, 0.5]
     )
@@ -13,7 +13,7 @@ def test_the_decay_warms_up_to_its_value() -> None:
     assert ema_decay(0, 0.0) == 0.0
 
 
-def test_a_copy_is_a_frozen_twin_of_its_own() -> None:
+def test_ema_copy_is_independent_and_frozen() -> None:
     network = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
     average = ema_copy(network)
     with torch.no_grad():
@@ -25,7 +25,7 @@ def test_a_copy_is_a_frozen_twin_of_its_own() -> None:
     assert [parameter.requires_grad for parameter in network.parameters()] == [True, True]
 
 
-def test_an_update_moves_the_weights_part_of_the_way_and_copies_the_buffers() -> None:
+def test_ema_update_interpolates_weights_and_copies_buffers() -> None:
     network = nn.BatchNorm1d(3)
     average = ema_copy(network)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def test_an_update_moves_the_weights_part_of_the_way_and_copies_the_buffers() ->
     assert average.weight.tolist() == pytest.approx([1.0, 1.4375, 2.75])
 
 
-def test_the_average_of_a_still_network_is_the_network() -> None:
+def test_ema_update_constant_network_equals_its_average() -> None:
     network = nn.Linear(3, 3)
     average = ema_copy(network)
     for step in range(20):

@@ -1,5 +1,7 @@
-"""The script that trains the embedded generator, run for real on a few drawn pictures: told to end, and run again;
-the discrete generator after its autoencoder."""
+"""The training script of the bundled generator, run on a few rendered images.
+
+Tests interrupt and resume it, and train the discrete generator after its autoencoder.
+"""
 
 import io
 import os
@@ -50,7 +52,7 @@ def stickers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_told_to_end_it_keeps_the_step_in_hand_and_goes_on_from_it(stickers: Path, tmp_path: Path) -> None:
+def test_sticker_script_sigterm_saves_a_checkpoint_and_resumes(stickers: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     state = out / "base" / "checkpoint.pt"
 
@@ -63,10 +65,10 @@ def test_told_to_end_it_keeps_the_step_in_hand_and_goes_on_from_it(stickers: Pat
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 1, told
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1, stderr
     step = torch.load(state, weights_only=True)["step"]
-    assert f"base: stopped after {4 * step} images; run again to go on from there" in told
+    assert f"base: stopped after {4 * step} images; run again to resume" in stderr
 
     other = run(*command("base", stickers, out, 400_000), "--rate", "0.1")
     assert other.returncode == 1
@@ -78,7 +80,9 @@ def test_told_to_end_it_keeps_the_step_in_hand_and_goes_on_from_it(stickers: Pat
     assert (pipeline.side, pipeline.transformer.config.in_channels) == (16, 6)
 
 
-def test_the_discrete_generator_is_trained_on_the_codes_of_its_autoencoder(stickers: Path, tmp_path: Path) -> None:
+def test_sticker_script_discrete_generator_trains_on_the_codes_of_its_autoencoder(
+    stickers: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     codes, discrete = (run(*command(name, stickers, out, 16)) for name in ("codes", "discrete"))
     assert codes.returncode == 0, codes.stderr[-2000:]
@@ -87,8 +91,8 @@ def test_the_discrete_generator_is_trained_on_the_codes_of_its_autoencoder(stick
     pipeline = KNNDiffusionPipeline.open(out / "discrete" / "pipeline")
     assert (pipeline.side, pipeline.transformer.config.tokens) == (16, 16)
     assert len(list((out / "discrete").glob("samples-*.png"))) == 2
-    assert len(list(out.glob("data-*.npz"))) == 1, "made once"
-    assert run(*command("codes", stickers, out, 24)).returncode == 0, "one that was too short goes on"
+    assert len(list(out.glob("data-*.npz"))) == 1, "the data are prepared once"
+    assert run(*command("codes", stickers, out, 24)).returncode == 0, "a longer run resumes"
     other = run(*command("discrete", stickers, out, 24))
     assert other.returncode == 1
-    assert "holds a run of codes " in other.stderr, "of an autoencoder that is another now"
+    assert "holds a run of codes " in other.stderr, "its autoencoder has changed"

@@ -1,4 +1,4 @@
-"""Two workers are two processes. Run as a script, this file is all of them, so that they share what imports cost."""
+"""Training with two workers, which are processes. Run as a script, this file is both, so they import once."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 class Half:
-    """A shard of five of ten pictures."""
+    """A shard with five of ten images."""
 
     rows = 5
 
@@ -55,7 +55,7 @@ class Half:
 
 
 def training_set(rank: int, world: int) -> TrainingSet:
-    """One that streams, so that a worker holds its own rows alone."""
+    """Return a streamed set, of which a worker loads only its own rows."""
     return TrainingSet([Half(0), Half(5)], tiny_models.unit_rows(10), window_rows=5, rank=rank, world=world)
 
 
@@ -63,8 +63,8 @@ def new_network(seed: int = 0) -> nn.Module:
     return build_transformer(tiny_models.size(layers=2), embedding_dimension=tiny_models.WIDTH, seed=seed)
 
 
-def trained(folder: Path, *, rank: int = 0, world: int = 1, seed: int = 0, **options: Any) -> dict[str, Any]:
-    """Train in ``folder``; the average, what was told, and what was kept."""
+def run_training(folder: Path, *, rank: int = 0, world: int = 1, seed: int = 0, **options: Any) -> dict[str, Any]:
+    """Train in ``folder``. Return the averaged weights, the metrics, the checkpoints and the stop message."""
     stop = options.pop("stop", lambda: False)
     (folder / str(rank)).mkdir(parents=True, exist_ok=True)
     metrics, checkpoints = MetricsLog(), FolderCheckpoints(folder / "0")
@@ -92,24 +92,24 @@ def trained(folder: Path, *, rank: int = 0, world: int = 1, seed: int = 0, **opt
     }
 
 
-STEEP = torch.tensor([1, 2**-9, 2, 2**-9])
-"""Four pictures, each of one value: the gradient of its weight. In bfloat16 the small ones vanish beside the large."""
+GRADIENTS = torch.tensor([1, 2**-9, 2, 2**-9])
+"""Four images of one value each, which is the gradient of the weight. bfloat16 sums lose the small ones."""
 
 
-class Steep(nn.Module):
+class GivenGradients(nn.Module):
     def batch(self, *_: int, part: int = 0, parts: int = 1, **__: int) -> Batch:
-        mine = STEEP.chunk(parts)[part]
-        return Batch(images=mine, query=torch.empty(0), neighbours=torch.empty(0))
+        share = GRADIENTS.chunk(parts)[part]
+        return Batch(images=share, query=torch.empty(0), neighbours=torch.empty(0))
 
     def forward(self, network: nn.Module, batch: Batch, _: object) -> torch.Tensor:
         return network(torch.ones(1, 1, dtype=torch.bfloat16)).float().sum() * batch.images.mean()
 
 
 def copied_gradient(*, rank: int = 0, world: int = 1, pieces: int) -> float:
-    """The gradient of a weight whose copy computes in bfloat16, as it is on CUDA."""
-    network, steep = nn.Linear(1, 1, bias=False), Steep()
+    """Return the gradient of a weight whose copy computes in bfloat16, as on CUDA."""
+    network, given = nn.Linear(1, 1, bias=False), GivenGradients()
     config = TrainingConfig(images=4, batch_size=4, pieces=pieces, gradient_clip=math.inf)
-    step = Step(network, steep, steep, config, torch.device("cpu"), rank, world)
+    step = Step(network, given, given, config, torch.device("cpu"), rank, world)
     step._copied = True
     step.prepare(0)
     step.take(0)
@@ -117,25 +117,29 @@ def copied_gradient(*, rank: int = 0, world: int = 1, pieces: int) -> float:
 
 
 def work(rank: int, folder: Path) -> None:
-    """Everything that worker ``rank`` does, left in ``folder``."""
+    """Run everything of worker ``rank`` and save the results in ``folder``."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    told = {name: trained(folder / name, rank=rank, world=2, **options) for name, options in RUNS.items()}
-    # The checkpoint of one way is the other's: half of the way each, from other initial weights.
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    results = {name: run_training(folder / name, rank=rank, world=2, **options) for name, options in RUNS.items()}
+    # Train the first half one way, and resume the other way from other initial weights.
     for name, first, second in (("to fsdp", "ddp", "fsdp"), ("to ddp", "fsdp", "ddp")):
         half = {"images": 32, "learning_rate": 1e-3, "schedule": "constant"}
-        trained(folder / name, rank=rank, world=2, sharding=first, **half)
+        run_training(folder / name, rank=rank, world=2, sharding=first, **half)
         dist.barrier()
-        told[name] = trained(folder / name, rank=rank, world=2, seed=9, sharding=second, **half | {"images": 64})
-    told["a copy in pieces"] = copied_gradient(rank=rank, world=2, pieces=2)
-    told["one is stopped"] = trained(folder / "stop", rank=rank, world=2, images=16 * 20, stop=lambda: rank == 1)
-    torch.save(told, folder / f"{rank}.pt")
+        results[name] = run_training(
+            folder / name, rank=rank, world=2, seed=9, sharding=second, **half | {"images": 64}
+        )
+    results["a copy in pieces"] = copied_gradient(rank=rank, world=2, pieces=2)
+    results["one is stopped"] = run_training(
+        folder / "stop", rank=rank, world=2, images=16 * 20, stop=lambda: rank == 1
+    )
+    torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two workers told of its runs."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Return the results of each of two workers."""
     if not dist.is_gloo_available():
         pytest.skip("this build of torch has no gloo")
     folder = tmp_path_factory.mktemp("workers")
@@ -154,46 +158,44 @@ def require_close(one: dict[str, Any], other: dict[str, Any], tolerance: float =
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_two_workers_train_what_one_does_and_the_first_one_tells_of_it(
-    told: list[dict[str, Any]], name: str, tmp_path: Path
+def test_train_two_workers_equal_one_and_only_the_first_logs(
+    results: list[dict[str, Any]], name: str, tmp_path: Path
 ) -> None:
-    first, second = (worker[name] for worker in told)
+    first, second = (worker[name] for worker in results)
     for key, weight in first["average"].items():
         assert torch.equal(weight, second["average"][key]), key
     assert not torch.equal(first["average"]["proj_out.weight"], new_network().state_dict()["proj_out.weight"])
     assert [images for images, _ in first["metrics"]] == [16, 32, 48, 64]
     assert (first["checkpoints"], first["grids"]) == ([2, 4], [48])
     assert (second["metrics"], second["grids"]) == ([], [])
-    require_close(first, trained(tmp_path))
+    require_close(first, run_training(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["to fsdp", "to ddp"])
-def test_a_checkpoint_is_whole_and_loads_however_the_weights_are_split(
-    told: list[dict[str, Any]], name: str, tmp_path: Path
-) -> None:
-    expected = trained(tmp_path, schedule="constant")
+def test_train_resumes_with_another_sharding(results: list[dict[str, Any]], name: str, tmp_path: Path) -> None:
+    expected = run_training(tmp_path, schedule="constant")
     expected["metrics"] = expected["metrics"][2:]
-    require_close(told[0][name], expected)
+    require_close(results[0][name], expected)
 
 
-def test_when_one_worker_is_told_to_stop_both_do(told: list[dict[str, Any]]) -> None:
-    runs = [worker["one is stopped"] for worker in told]
-    assert [run["stopped"] for run in runs] == ["stopped after 128 images; run again to go on from there"] * 2
+def test_train_stop_of_one_worker_stops_both(results: list[dict[str, Any]]) -> None:
+    runs = [worker["one is stopped"] for worker in results]
+    assert [run["stopped"] for run in runs] == ["stopped after 128 images; run again to resume"] * 2
     assert runs[0]["checkpoints"] == [2, 4, 6, 8]
 
 
-def test_pieces_of_a_copy_are_added_up_in_float32(told: list[dict[str, Any]]) -> None:
-    assert [copied_gradient(pieces=pieces) for pieces in (1, 4)] == [0.75, float(STEEP.mean())]
-    assert [worker["a copy in pieces"] for worker in told] == [float(STEEP.mean())] * 2
+def test_step_sums_pieces_of_a_bfloat16_copy_in_float32(results: list[dict[str, Any]]) -> None:
+    assert [copied_gradient(pieces=pieces) for pieces in (1, 4)] == [0.75, float(GRADIENTS.mean())]
+    assert [worker["a copy in pieces"] for worker in results] == [float(GRADIENTS.mean())] * 2
 
 
-class Fickle(Steep):
-    """Both weights learn in the call that counts operations and in the second piece of the first step."""
+class SometimesBoth(GivenGradients):
+    """Uses the second weight only in the call that counts FLOPs and in the second piece of the first step."""
 
     calls = iter([True, False, True, False, False])
 
     def forward(self, network: nn.Module, batch: Batch, _: object) -> torch.Tensor:
-        return network.first.float().sum() + (network.second.float().sum() if next(Fickle.calls) else 0)
+        return network.first.float().sum() + (network.second.float().sum() if next(SometimesBoth.calls) else 0)
 
 
 class TwoWeights(nn.Module):
@@ -202,10 +204,10 @@ class TwoWeights(nn.Module):
         self.first, self.second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
 
 
-def test_a_weight_that_a_piece_does_not_reach_gets_nothing_of_it() -> None:
-    network, fickle = TwoWeights(), Fickle()
+def test_step_weight_unused_by_a_piece_gets_no_gradient_from_it() -> None:
+    network, given = TwoWeights(), SometimesBoth()
     config = TrainingConfig(images=8, batch_size=4, pieces=2, gradient_clip=math.inf)
-    step = Step(network, fickle, fickle, config, torch.device("cpu"), 0, 1)
+    step = Step(network, given, given, config, torch.device("cpu"), 0, 1)
     step._copied = True
     step.prepare(0)
     for number, expected in enumerate([(1, 0.5), (1, 0)]):

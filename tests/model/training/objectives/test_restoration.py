@@ -25,12 +25,12 @@ LOCAL = {"empty": 0.0, "whole": 0.0}
 CONDITIONING = ConditioningConfig(neighbours=2, pool=2)
 
 
-def drawn_regions(draw: StepRandom, batch: int, side: int, config: RestorationConfig) -> Tensor:
-    return regions(draw_chances(draw, batch), side, config)
+def sample_regions(rng: StepRandom, batch: int, side: int, config: RestorationConfig) -> Tensor:
+    return regions(draw_chances(rng, batch), side, config)
 
 
 def shares(**changes: Any) -> Tensor:
-    return drawn_regions(StepRandom(0, 0), 2000, 32, RestorationConfig(**LOCAL | changes)).mean((1, 2, 3))
+    return sample_regions(StepRandom(0, 0), 2000, 32, RestorationConfig(**LOCAL | changes)).mean((1, 2, 3))
 
 
 def batch(count: int = 4, seed: int = 0) -> Batch:
@@ -40,25 +40,25 @@ def batch(count: int = 4, seed: int = 0) -> Batch:
     return Batch(images=images, query=rows[:count], neighbours=rows[count:].view(count, 2, -1), reference=reference)
 
 
-def test_regions_are_zero_or_one_and_follow_from_the_draw() -> None:
+def test_regions_are_binary_and_depend_only_on_the_randomness() -> None:
     config = RestorationConfig()
-    mask = drawn_regions(StepRandom(0, 0), 64, 16, config)
+    mask = sample_regions(StepRandom(0, 0), 64, 16, config)
     assert (mask.shape, mask.dtype) == ((64, 1, 16, 16), torch.float32)
     assert set(mask.unique().tolist()) == {0, 1}
-    assert torch.equal(mask, drawn_regions(StepRandom(0, 0), 64, 16, config))
-    assert not torch.equal(mask, drawn_regions(StepRandom(0, 1), 64, 16, config))
-    halves = [drawn_regions(StepRandom(0, 0, part=part, parts=2), 32, 16, config) for part in range(2)]
-    assert torch.equal(torch.cat(halves), mask), "a part of a batch sees the batch's regions"
+    assert torch.equal(mask, sample_regions(StepRandom(0, 0), 64, 16, config))
+    assert not torch.equal(mask, sample_regions(StepRandom(0, 1), 64, 16, config))
+    halves = [sample_regions(StepRandom(0, 0, part=part, parts=2), 32, 16, config) for part in range(2)]
+    assert torch.equal(torch.cat(halves), mask), "the parts have the regions of the batch"
 
 
-def test_some_regions_are_empty_and_some_are_everything() -> None:
-    share = drawn_regions(StepRandom(0, 0), 4000, 16, RestorationConfig(empty=0.1, whole=0.3)).mean((1, 2, 3))
+def test_regions_are_empty_or_whole_with_the_configured_probability() -> None:
+    share = sample_regions(StepRandom(0, 0), 4000, 16, RestorationConfig(empty=0.1, whole=0.3)).mean((1, 2, 3))
     assert (share == 0).float().mean() == pytest.approx(0.1, abs=0.02)
     assert (share == 1).float().mean() == pytest.approx(0.3, abs=0.03)
 
 
 @pytest.mark.parametrize("ellipse", [0.0, 1.0])
-def test_one_region_has_the_area_asked_for(ellipse: float) -> None:
+def test_regions_single_region_has_the_configured_area(ellipse: float) -> None:
     share = shares(second_region=0, smallest_area=0.05, largest_area=0.05, largest_aspect=1.5, ellipse=ellipse)
     assert share.mean() == pytest.approx(0.05, rel=0.03)
     assert share.max() < 0.065
@@ -67,21 +67,21 @@ def test_one_region_has_the_area_asked_for(ellipse: float) -> None:
     assert share.std() > 0.08, "sizes vary"
 
 
-def test_a_second_region_adds_to_the_first() -> None:
+def test_regions_second_region_adds_to_the_first() -> None:
     both = shares(second_region=1, smallest_area=0.05, largest_area=0.05, largest_aspect=1)
-    assert 0.08 < both.mean() < 0.1, "twice the area less the overlap"
+    assert 0.08 < both.mean() < 0.1, "twice the area, minus the overlap"
     assert both.min() > 0.03
 
 
-def test_regions_land_everywhere() -> None:
-    mask = drawn_regions(StepRandom(0, 0), 4000, 16, RestorationConfig(**LOCAL)).mean((0, 1))
+def test_regions_cover_the_whole_image_symmetrically() -> None:
+    mask = sample_regions(StepRandom(0, 0), 4000, 16, RestorationConfig(**LOCAL)).mean((0, 1))
     assert mask.min() > 0.01
     assert mask[8, 8] > 0.2
     assert torch.allclose(mask, mask.flip(0), atol=0.05)
     assert torch.allclose(mask, mask.T, atol=0.05)
 
 
-def test_the_neighbour_shows_inside_of_the_mask_alone() -> None:
+def test_paste_region_shows_the_neighbour_only_inside_the_mask() -> None:
     images, aligned = torch.full((1, 3, 4, 4), -1.0), torch.full((1, 3, 4, 4), 0.5)
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., 1, 2] = 1
@@ -90,21 +90,21 @@ def test_the_neighbour_shows_inside_of_the_mask_alone() -> None:
     assert (corrupted == -1).sum() == 3 * 15
 
 
-def test_a_soft_edge_fades_and_leaves_empty_and_whole_alone() -> None:
+def test_feather_blurs_edges_and_keeps_empty_and_full_masks() -> None:
     step = torch.zeros(1, 1, 16, 16)
     step[..., 8:] = 1
     soft = feather(step, 1.0)
     assert soft.shape == step.shape
     assert (soft[..., 1:].diff() >= 0).all()
     assert soft[0, 0, 5, 7:9].tolist() == pytest.approx([0.3, 0.7], abs=0.05)
-    assert torch.allclose(soft, soft[:, :, :1].expand_as(soft)), "no fading at the picture's rim"
+    assert torch.allclose(soft, soft[:, :, :1].expand_as(soft)), "no blur at the border of the image"
     assert soft[..., 0].max() == 0
     for flat in (torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)):
         assert torch.allclose(feather(flat, 2.0), flat, atol=1e-6)
     assert feather(step, 0) is step
 
 
-def test_under_autocast_an_edge_and_what_it_lets_through_stay_float32() -> None:
+def test_paste_region_under_autocast_stays_float32() -> None:
     images, aligned = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)
     step = torch.zeros(1, 1, 16, 16)
     step[..., 8:] = 1
@@ -114,7 +114,7 @@ def test_under_autocast_an_edge_and_what_it_lets_through_stay_float32() -> None:
 
 
 class Recorder(nn.Module):
-    """A network that answers zero and keeps its input."""
+    """Network that returns zeros and records its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,36 +122,36 @@ class Recorder(nn.Module):
         self.dtype = torch.float32
 
     def forward(self, noisy: Tensor, **_: Any) -> tuple[Tensor]:
-        self.seen = noisy
+        self.recorded = noisy
         return (noisy[:, :3] * 0 + self.weight,)
 
 
-def seen(data: Batch, **changes: Any) -> tuple[Tensor, Tensor]:
+def network_inputs(data: Batch, **changes: Any) -> tuple[Tensor, Tensor]:
     network = Recorder()
     objective = Restoration(CONDITIONING, RestorationConfig(**{"drop_reference": 0} | changes), prediction="velocity")
     loss = objective(network, data, StepRandom(0, 0))
     assert loss.shape == ()
-    return network.seen[:, :3], network.seen[:, 3:]
+    return network.recorded[:, :3], network.recorded[:, 3:]
 
 
-def test_the_network_sees_the_noised_clean_image_beside_the_corrupted_one() -> None:
+def test_restoration_network_inputs_are_the_noisy_image_and_the_reference() -> None:
     data = batch()
-    noisy, reference = seen(data, empty=1, whole=0)
+    noisy, reference = network_inputs(data, empty=1, whole=0)
     assert torch.equal(reference, data.images)
-    draw = StepRandom(0, 0)
-    training_condition(data.query, data.neighbours, CONDITIONING, draw)
-    sigma = sample_sigmas(4, draw)[:, None, None, None]
-    torch.testing.assert_close(noisy, (1 - sigma) * data.images + sigma * draw.normal(4, 3, 8, 8))
+    rng = StepRandom(0, 0)
+    training_condition(data.query, data.neighbours, CONDITIONING, rng)
+    sigma = sample_sigmas(4, rng)[:, None, None, None]
+    torch.testing.assert_close(noisy, (1 - sigma) * data.images + sigma * rng.normal(4, 3, 8, 8))
     assert data.reference is not None
-    torch.testing.assert_close(seen(data, empty=0, whole=1)[1], data.reference)
+    torch.testing.assert_close(network_inputs(data, empty=0, whole=1)[1], data.reference)
 
 
-def test_the_reference_is_hidden_at_times() -> None:
-    _, reference = seen(batch(400), drop_reference=0.25)
+def test_restoration_reference_is_zero_with_the_configured_probability() -> None:
+    _, reference = network_inputs(batch(400), drop_reference=0.25)
     assert (reference == 0).flatten(1).all(1).float().mean() == pytest.approx(0.25, abs=0.07)
 
 
-def test_training_lowers_the_loss_by_looking_at_the_reference() -> None:
+def test_restoration_training_lowers_the_loss_by_using_the_reference() -> None:
     network = widen_input(tiny_models.network(layers=1)).train()
     shown = Restoration(CONDITIONING, RestorationConfig(drop_reference=0), prediction="sample")
     hidden = Restoration(CONDITIONING, RestorationConfig(drop_reference=1), prediction="sample")
@@ -168,14 +168,14 @@ def test_training_lowers_the_loss_by_looking_at_the_reference() -> None:
         shown(network, batch(32, seed=step), StepRandom(0, step)).backward()
         optimizer.step()
     assert mean_loss(shown) < before / 2
-    assert mean_loss(shown) < mean_loss(hidden), "pictures never seen before cannot be known without it"
+    assert mean_loss(shown) < mean_loss(hidden), "without it, images that were not trained on cannot be predicted"
 
 
-def test_a_batch_without_references_is_refused() -> None:
+def test_restoration_batch_without_references_or_with_latents_raises() -> None:
     objective, full = Restoration(CONDITIONING, RestorationConfig(), prediction="sample"), batch()
-    bare = Batch(images=full.images, query=full.query, neighbours=full.neighbours)
-    with pytest.raises(ModelError, match="no reference pictures; align"):
-        objective(Recorder(), bare, StepRandom(0, 0))
+    unreferenced = Batch(images=full.images, query=full.query, neighbours=full.neighbours)
+    with pytest.raises(ModelError, match="no reference images; align"):
+        objective(Recorder(), unreferenced, StepRandom(0, 0))
     latents = Batch(
         images=full.images[:, :, :4, :4], query=full.query, neighbours=full.neighbours, reference=full.reference
     )
@@ -190,10 +190,10 @@ def test_a_batch_without_references_is_refused() -> None:
         ({"smallest_area": 0.6, "largest_area": 0.5}, "smallest_area <= largest_area"),
         ({"largest_aspect": 0.5}, "largest_aspect must be at least 1"),
         ({"feather_px": -1}, "feather_px at least 0"),
-        ({"drop_reference": 1.1}, r"lie in \[0, 1\]"),
+        ({"drop_reference": 1.1}, r"must be in \[0, 1\]"),
         ({"empty": 0.6, "whole": 0.6}, "exclude each other"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused(wrong: dict[str, float], message: str) -> None:
+def test_restoration_config_invalid_field_raises(wrong: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RestorationConfig(**wrong)
