@@ -165,7 +165,7 @@ class Database:
             self._parts += parts
         self._starts = np.array([0, *itertools.accumulate(map(len, self._parts))], dtype=np.int64)
         if len(self) < 1 and not part:
-            raise ModelError(f"database {name} has no rows to retrieve; build it from at least one image")
+            raise ModelError(f"database is empty: {name}; build it from at least one image")
 
     def __len__(self) -> int:
         """Return the number of rows that a search may return."""

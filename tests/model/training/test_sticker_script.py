@@ -70,7 +70,7 @@ def test_told_to_end_it_keeps_the_step_in_hand_and_goes_on_from_it(stickers: Pat
 
     other = run(*command("base", stickers, out, 400_000), "--rate", "0.1")
     assert other.returncode == 1
-    assert f"{out / 'base'} holds a run of rate 0.0015, now 0.1: take another --out" in other.stderr
+    assert f"run with other settings in {out / 'base'}: rate 0.0015, now 0.1; use another --out" in other.stderr
 
     done = run(*command("base", stickers, out, 4 * (step + 2)))
     assert done.returncode == 0, done.stderr[-2000:]

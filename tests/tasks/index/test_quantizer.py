@@ -72,7 +72,7 @@ def test_a_version_that_outgrows_its_memory_is_coded_anew_in_fewer_bits(
     assert small.manifest().info["factory"].endswith("SQfp16")
     more = stored(tmp_path, np.split(rows[600:], 6), first=6, previous=first)
     assert build(more, tmp_path, auto, previous=small).manifest().info["factory"].endswith("SQ8")
-    with pytest.raises(ModelError, match=r"memory_bytes allows 0; raise it \(--memory\)"):
+    with pytest.raises(ModelError, match=r"memory_bytes is too small: 0 MiB.*raise it \(--memory\)"):
         build(more, tmp_path, dataclasses.replace(auto, memory_bytes=1200 * 8), previous=small)
 
 
@@ -92,7 +92,7 @@ def test_a_factory_string_that_no_shards_can_be_made_of_is_refused_before_anythi
     factory: str, tmp_path: Path
 ) -> None:
     embeddings = stored(tmp_path, [tiny_models.unit_rows(50)])
-    with pytest.raises(ModelError, match="take auto, or") as raised:
+    with pytest.raises(ModelError, match="use auto, or") as raised:
         build(embeddings, tmp_path, dataclasses.replace(CONFIG, index=factory))
     assert "faiss::" not in str(raised.value)
     assert not list(tmp_path.glob("database/*"))

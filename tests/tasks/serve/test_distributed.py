@@ -38,9 +38,9 @@ def test_a_database_on_actors_answers_as_one(tmp_path: Path) -> None:
         assert torch.equal(conditioned.tokens, pipeline.condition(asked, 3, database=whole).tokens)
         np.testing.assert_array_equal(spread.rows(np.array([[0, 599], [300, 1]])), rows[[[0, 599], [300, 1]]])
         assert spread.describe([407])[0]["url"] == "http://00004/7"
-        with pytest.raises(ModelError, match="k is 0"):
+        with pytest.raises(ModelError, match="k is below 1: 0"):
             spread.search(queries, 0)
-        with pytest.raises(ModelError, match="has no row 600; its ids go from 0 to 599"):
+        with pytest.raises(ModelError, match="has no row 600; use ids from 0 to 599"):
             spread.describe([600])
     all_of_a_part = commit_takedown(
         Entries(url=frozenset(f"http://{shard:05d}/{n}" for shard in (4, 5) for n in range(100))),
