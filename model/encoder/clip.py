@@ -1,9 +1,9 @@
-"""The encoder: an open_clip model behind three methods, and its identity.
+"""CLIP encoders for images and texts (open_clip), and their identity.
 
-Legend: ``B`` batch, ``D`` embedding width, ``C H W`` a picture.
+Legend: ``B`` batch, ``D`` embedding width, ``C H W`` an image.
 
-Model strings are open_clip's own: ``ViT-B-32/laion2b_s34b_b79k``, ``hf-hub:org/name``, ``local-dir:/path``. One more,
-``sticker-clip``, names the small model that ships with this package and needs no download.
+Model names are those of open_clip: ``ViT-B-32/laion2b_s34b_b79k``, ``hf-hub:org/name`` or ``local-dir:/path``. In
+addition, ``sticker-clip`` is the small model that ships with this package and needs no download.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ _EMBEDDED_FOLDER = Path(__file__).parent.parent / "pretrained" / "sticker-clip"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """From pictures to the model's input, without the model: it may be sent to another process.
+    """Conversion of images to the model's input. Picklable and independent of the model's weights.
 
-    The values are those of open_clip's own transform, whose last two steps are a conversion to a float tensor and a
-    normalisation: here they are taken once for the batch, for a small picture's cost more than its decoding.
+    The results equal those of open_clip's transform. Its last two steps, conversion to a float tensor and
+    normalisation, are applied once per batch here: for a small image they cost more than its decoding.
     """
 
     steps: Sequence[Callable[[Any], Any]]
@@ -43,32 +43,32 @@ class Preprocessing:
 
     @classmethod
     def of(cls, transform: Any) -> "Preprocessing":
-        """What open_clip's ``Compose`` does."""
+        """Build the preprocessing from open_clip's ``Compose``."""
         *steps, _, normalise = transform.transforms
         return cls(steps, normalise)
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures of any size and mode to (B, 3, H, W) float32."""
+        """Convert images of any size and mode to (B, 3, H, W) float32."""
         return self.scaled(torch.from_numpy(np.stack([self.fitted(image) for image in images])))
 
     def fitted(self, image: Image.Image) -> NDArray[np.uint8]:
-        """A picture of any size and mode to the model's size, (H, W, 3)."""
+        """Resize and crop an image of any size and mode to the model's size, (H, W, 3) uint8."""
         for step in self.steps:
             image = step(image)
         return np.asarray(image)
 
     def scaled(self, fitted: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8, fitted, to (B, 3, H, W) float32 on the same device."""
+        """Normalise fitted images (B, H, W, 3) uint8 to (B, 3, H, W) float32 on the same device."""
         return self.normalise(fitted.permute(0, 3, 1, 2).contiguous().float() / 255)
 
 
 class Encoder:
-    """Pictures and texts to unit rows in one space. Inference only; float32 unless told."""
+    """A CLIP model that embeds images and texts as unit rows of one space. Inference only, float32 by default."""
 
     def __init__(
         self, name: str = EMBEDDED, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
-        """Load the model ``name`` and compute in ``dtype``. Raises ``ModelError`` when there is none."""
+        """Load the model ``name`` and compute in ``dtype``. Raises ``ModelError`` if it cannot be loaded."""
         self.name = name
         self.device = torch.device(device)
         architecture, pretrained = _split(name)
@@ -77,10 +77,10 @@ class Encoder:
                 architecture, pretrained=pretrained, precision="fp32", device=self.device
             )
             self._tokenizer = open_clip.get_tokenizer(architecture)
-            self._full = _full_column(self._tokenizer)
+            self._padding = _padding_column(self._tokenizer)
         except Exception as error:  # open_clip raises RuntimeError, ValueError, OSError and hub errors alike
             raise ModelError(
-                f"encoder {name!r} cannot be loaded ({error}); name an open_clip model or {EMBEDDED}"
+                f"encoder cannot be loaded: {name!r} ({error}); use an open_clip model or {EMBEDDED}"
             ) from error
         self._model: Any = model.eval().requires_grad_(False)
         self.preprocessing = Preprocessing.of(preprocess)
@@ -91,31 +91,31 @@ class Encoder:
             dimension=self._dimension(),
         )
         self._dtype = dtype
-        self._model.to(dtype)  # after the digest, which is of the float32 weights
+        self._model.to(dtype)  # after the digest, which is computed from the float32 weights
 
     @torch.inference_mode()
     def forward(self, batch: Tensor) -> Tensor:
-        """Preprocessed (B, 3, H, W) to (B, D) float32 unit rows on the model's device."""
+        """Embed preprocessed images (B, 3, H, W) as (B, D) float32 unit rows on the model's device."""
         return F.normalize(self._model.encode_image(batch.to(self.device, self._dtype)).float(), dim=-1)
 
     def embed_preprocessed(self, batch: Tensor) -> Tensor:
-        """Preprocessed (B, 3, H, W) to (B, D) float32 unit rows on the CPU."""
+        """Embed preprocessed images (B, 3, H, W) as (B, D) float32 unit rows on the CPU."""
         return self.forward(batch).cpu()
 
     def embed_images(self, images: Sequence[Image.Image], *, batch_size: int = 128) -> Tensor:
-        """Pictures to (len(images), D) float32 unit rows."""
+        """Embed images of any size and mode as (len(images), D) float32 unit rows on the CPU."""
         if not images:
             return torch.empty(0, self._dimension())
         chunks = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
         return torch.cat([self.embed_preprocessed(self.preprocessing(chunk)) for chunk in chunks])
 
     def embed_pixels(self, pixels: NDArray[np.uint8], *, batch_size: int = 1024) -> Tensor:
-        """Pictures of one size (N, H, W, 3) uint8 to (N, D) float32 unit rows.
+        """Embed images of one size, (N, H, W, 3) uint8, as (N, D) float32 unit rows on the CPU.
 
-        Those of the model's own size need no fitting; they are scaled on the device.
+        Images of the model's own size are not resized; they are normalised on the device.
         """
         if pixels.shape[1:3] != tuple(self._model.visual.image_size):
-            return self.embed_images([Image.fromarray(picture) for picture in pixels])
+            return self.embed_images([Image.fromarray(image) for image in pixels])
         chunks = torch.split(torch.from_numpy(np.ascontiguousarray(pixels)), batch_size)
         return torch.cat(
             [self.embed_preprocessed(self.preprocessing.scaled(chunk.to(self.device))) for chunk in chunks]
@@ -123,20 +123,20 @@ class Encoder:
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
-        """Texts to (len(texts), D) float32 unit rows; a text past the context length is cut, and a warning says so."""
+        """Embed texts as (len(texts), D) float32 unit rows on the CPU; log a warning for each truncated text."""
         if not texts:
             return torch.empty(0, self._dimension())
         chunks = [list(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
         tokens = [self._tokenizer(chunk) for chunk in chunks]
-        self._warn_of_cut(texts, torch.cat(tokens))
+        self._warn_of_truncation(texts, torch.cat(tokens))
         rows = [self._model.encode_text(chunk.to(self.device)).float() for chunk in tokens]
         return F.normalize(torch.cat(rows), dim=-1).cpu()
 
-    def _warn_of_cut(self, texts: Sequence[str], tokens: Tensor) -> None:
-        """A row without padding is full: all but certainly a text that was cut."""
-        (column, padding), length = self._full, tokens.shape[1]
+    def _warn_of_truncation(self, texts: Sequence[str], tokens: Tensor) -> None:
+        """Log a warning for each row of tokens without padding: its text was almost certainly truncated."""
+        (column, padding), length = self._padding, tokens.shape[1]
         for number in (tokens[:, column] != padding).nonzero().flatten().tolist():
-            logger.warning("the text %.40r … is longer than %d tokens; the rest is left out", texts[number], length - 2)
+            logger.warning("text is longer than %d tokens and was truncated: %.40r …", length - 2, texts[number])
 
     def _dimension(self) -> int:
         width = getattr(self._model, "text_projection", None)
@@ -146,10 +146,12 @@ class Encoder:
 
 
 def encoder_for(identity: EncoderIdentity, *, device: torch.device | str = "cpu") -> Encoder:
-    """The encoder of that identity. Raises ``ModelError`` when the model of that name is no longer the same."""
+    """Load the encoder of ``identity``. Raises ``ModelError`` if the model of that name has changed."""
     encoder = Encoder(identity.name, device=device)
     if not encoder.identity.same_space(identity):
-        raise ModelError(f"{encoder.identity} is not what was embedded with, {identity}; embed again, or restore it")
+        raise ModelError(
+            f"encoder has changed: {encoder.identity}, embeddings were made with {identity}; restore it, or embed again"
+        )
     return encoder
 
 
@@ -161,16 +163,16 @@ def _split(name: str) -> tuple[str, str | None]:
     architecture, slash, pretrained = name.partition("/")
     if not slash:
         raise ModelError(
-            f"encoder {name!r} names no weights; write ARCHITECTURE/WEIGHTS (ViT-B-32/laion2b_s34b_b79k), "
+            f"encoder name without weights: {name!r}; use ARCHITECTURE/WEIGHTS (ViT-B-32/laion2b_s34b_b79k), "
             f"hf-hub:…, local-dir:… or {EMBEDDED}"
         )
     return architecture, pretrained
 
 
-def _full_column(tokenizer: Any) -> tuple[int, int]:
-    """Where tokens tell whether a text fills its row, and what stands there if not.
+def _padding_column(tokenizer: Any) -> tuple[int, int]:
+    """Return a token position that is padding unless a text fills its row, and the padding token.
 
-    The last place is the end's or the class's with some tokenizers, whatever the text: it is the last that differs.
+    Some tokenizers always put an end or class token last, so the last position that differs is used.
     """
     empty, full = tokenizer(["", "word " * 1000])
     column = max((empty != full).nonzero().flatten().tolist(), default=0)
@@ -178,7 +180,7 @@ def _full_column(tokenizer: Any) -> tuple[int, int]:
 
 
 def _weights_digest(model: torch.nn.Module) -> str:
-    """Digest of names, shapes and float32 values, so the file format and folder do not matter."""
+    """Return the digest of names, shapes and float32 values, independent of file format and folder."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

@@ -1,4 +1,4 @@
-"""What must agree for two embeddings to be comparable; apart from the encoder, for most workers never load one."""
+"""Identity of an encoder's embedding space. Separate from the encoder, which most workers never load."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ EMBEDDED = "sticker-clip"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderIdentity:
-    """Of the encoder that made embeddings. ``name`` is for people; the digests decide."""
+    """Identity of the encoder of embeddings. ``name`` is for display; the digests and the width are compared."""
 
     name: str
     weights_digest: str
@@ -16,9 +16,9 @@ class EncoderIdentity:
     dimension: int
 
     def same_space(self, other: "EncoderIdentity") -> bool:
-        """Whether embeddings of both may be compared."""
+        """Return True if embeddings of both encoders are comparable."""
         return dataclasses.replace(self, name="") == dataclasses.replace(other, name="")
 
     def __str__(self) -> str:
-        """Name, width and the short digests, as error messages show it."""
+        """Return name, width and short digests, as shown in error messages."""
         return f"{self.name} ({self.dimension}-d, {self.weights_digest[:8]}/{self.preprocess_digest[:8]})"

@@ -1,6 +1,6 @@
-"""Keeping the encoder's device busy: batch after batch, the next one copied while this one is computed.
+"""Streaming embedding: the next batch is copied to the device while the current one is computed.
 
-Legend: ``B`` batch, ``D`` embedding width, ``N`` pictures, ``C H W`` a picture.
+Legend: ``B`` batch, ``D`` embedding width, ``N`` images, ``C H W`` an image.
 """
 
 import time
@@ -15,17 +15,18 @@ from model.encoder.clip import Encoder
 
 @torch.inference_mode()
 def embed_stream(encoder: Encoder, batches: Iterable[Tensor], *, batch_size: int) -> tuple[Tensor, float]:
-    """Batches (at most ``batch_size``, C, H, W) to (N, D) float32 unit rows on the CPU, and the seconds of computing.
+    """Embed preprocessed batches (at most ``batch_size``, C, H, W); return unit rows and the compute time in seconds.
 
-    Each batch is asked for while the device computes the one before, where the device can. Short ones are filled up:
-    products of other shapes may sum in another order, so a row's last bit would depend on how many came with it.
+    The rows are (N, D) float32 on the CPU. On CUDA, each batch is requested while the previous one is computed. Short
+    batches are padded: products of other shapes may sum in another order, so the last bit of a row would depend on the
+    size of its batch.
     """
-    full = (_filled(batch, batch_size) for batch in batches)
-    rows, seconds = (_on_cuda if encoder.device.type == "cuda" else _in_turn)(encoder, full)
+    padded = (_padded(batch, batch_size) for batch in batches)
+    rows, seconds = (_on_cuda if encoder.device.type == "cuda" else _in_turn)(encoder, padded)
     return (torch.cat(rows).cpu() if rows else torch.empty(0, encoder.identity.dimension)), seconds
 
 
-def _filled(batch: Tensor, size: int) -> tuple[Tensor, int]:
+def _padded(batch: Tensor, size: int) -> tuple[Tensor, int]:
     return F.pad(batch, (0, 0) * (batch.dim() - 1) + (0, size - len(batch))), len(batch)
 
 
@@ -39,7 +40,7 @@ def _in_turn(encoder: Encoder, batches: Iterable[tuple[Tensor, int]]) -> tuple[l
 
 
 def _on_cuda(encoder: Encoder, batches: Iterable[tuple[Tensor, int]]) -> tuple[list[Tensor], float]:
-    """Two batches on the device: one is computed, the other comes over a stream of its own from pinned memory."""
+    """Compute one batch while the next is copied from pinned memory on another CUDA stream."""
     copying: torch.cuda.Stream = torch.cuda.Stream(encoder.device)  # type: ignore[no-untyped-call]
     computing = torch.cuda.current_stream(encoder.device)
     rows: list[Tensor] = []
@@ -48,12 +49,12 @@ def _on_cuda(encoder: Encoder, batches: Iterable[tuple[Tensor, int]]) -> tuple[l
         if len(spans) > 1:
             spans[-2][1].synchronize()
         with torch.cuda.stream(copying):
-            there = batch.pin_memory().to(encoder.device, non_blocking=True)
+            moved = batch.pin_memory().to(encoder.device, non_blocking=True)
         computing.wait_stream(copying)
-        there.record_stream(computing)
+        moved.record_stream(computing)
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begun.record(computing)
-        rows.append(encoder.forward(there)[:count])
+        rows.append(encoder.forward(moved)[:count])
         ended.record(computing)
         spans.append((begun, ended))
     torch.cuda.synchronize(encoder.device)

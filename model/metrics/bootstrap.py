@@ -1,12 +1,12 @@
-"""How far a score can be trusted: percentile intervals by resampling pictures, or groups of them.
+"""Bootstrap percentile intervals of scores, by resampling images or groups of images.
 
-Legend: ``R`` resamples, ``N``, ``M`` pictures, ``D`` embedding width.
+Legend: ``R`` resamples, ``N``, ``M`` images, ``D`` embedding width.
 
-Pictures of one prompt are alike, so another set of prompts would differ by more than another set of such pictures:
-where prompts repeat, prompts are drawn, each with all its pictures (Davison and Hinkley, Bootstrap Methods, 3.8).
+Images of one prompt are alike, so scores vary more between sets of prompts than between images of the same prompts.
+Where prompts repeat, prompts are resampled, each with all its images (Davison and Hinkley, Bootstrap Methods, 3.8).
 
-A resample is held as how often each picture was drawn, (R, N), so that a statistic of all resamples is a few matrix
-products wherever it is linear or quadratic in these counts.
+A resample is represented by the number of times that each image occurs, (R, N). Statistics that are linear or
+quadratic in these counts need only a few matrix products for all resamples.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 from model.metrics.embedding_metrics import Embeddings, Values, weighted_frechet, weighted_mmd
 
 Statistic = Callable[..., Values]
-"""(R, N), or (R, N) and (R, M), counts to (R,) values."""
+"""A function of counts (R, N), or (R, N) and (R, M), that returns values (R,)."""
 Set = int | NDArray[np.int64]
-"""How many pictures a set has, or the group of each, (N,) from 0 on: those of a group are drawn together."""
+"""The number of images of a set, or the group of each image, (N,) from 0; groups are resampled as a whole."""
 LEVEL = 0.95
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """A value, and the interval that holds it in ``LEVEL`` of all repetitions; None where none can be drawn."""
+    """A value and its ``LEVEL`` confidence interval; ``low`` and ``high`` are None if there is no interval."""
 
     value: float
     low: float | None = None
@@ -42,20 +42,20 @@ def bootstrap_interval(
     level: float = LEVEL,
     bounds: tuple[float, float] = (-np.inf, np.inf),
 ) -> Score:
-    """The statistic of all pictures, and its percentile interval over ``resamples`` draws with replacement.
+    """Return the statistic of all images and its percentile interval over ``resamples`` draws with replacement.
 
     Args:
-        statistic: of counts.
-        sets: pictures of each set; the sets are drawn independently. A set of one group knows no interval.
-        resamples: 0 for the value alone.
+        statistic: function of the counts of each set.
+        sets: images of each set; the sets are resampled independently. There is no interval if a set has one group.
+        resamples: R; 0 for the value alone.
         rng: source of the draws.
-        level: share of the resamples inside.
-        bounds: that no value can pass but by rounding.
+        level: share of the resamples inside the interval, in (0, 1).
+        bounds: range of the statistic; values beyond it by rounding are clipped.
 
-    A distance between sets is larger for a resample than for the set, since pictures drawn twice leave it fewer to
-    know its spread by. What the resamples lie above the value on average is therefore taken off: the interval is of
-    the value expected *at this number of pictures*, which is what runs of one size are compared by. For a mean this
-    changes nothing. (Efron and Tibshirani, An Introduction to the Bootstrap, 10.2 and 13.3.)
+    A distance between sets is larger for a resample than for the set itself, since repeated images reduce the
+    resample's spread. The mean excess of the resamples over the value is therefore subtracted. The interval is that of
+    the value expected *at this number of images*, so runs of equal size are comparable. For a mean the correction
+    is 0. (Efron and Tibshirani, An Introduction to the Bootstrap, 10.2 and 13.3.)
     """
     grouped = [_grouped(each) for each in sets]
     value = float(np.clip(statistic(*(np.ones((1, len(groups))) for groups in grouped))[0], *bounds))
@@ -68,28 +68,28 @@ def bootstrap_interval(
     return Score(value=value, low=float(low), high=float(high))
 
 
-def resampled(pictures: Set, resamples: int, rng: np.random.Generator) -> Values:
-    """(resamples, N) how often each picture is drawn when as many groups as there are are drawn with replacement."""
-    groups = _grouped(pictures)
+def resampled(images: Set, resamples: int, rng: np.random.Generator) -> Values:
+    """Return counts (resamples, N) of each image when as many groups as the set has are drawn with replacement."""
+    groups = _grouped(images)
     count = int(groups.max()) + 1
     drawn: Values = rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)[:, groups]
     return drawn
 
 
 def groups_of(rows: NDArray[Any]) -> NDArray[np.int64]:
-    """(N,) the group of each of ``rows`` (N, …), numbered as they first come; equal rows are of one group."""
+    """Return the group (N,) of each of ``rows`` (N, …): equal rows share a group, numbered by first occurrence."""
     numbers: dict[bytes, int] = {}
     return np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows], dtype=np.int64)
 
 
 def mean_of(values: NDArray[np.floating] | NDArray[np.bool_]) -> Statistic:
-    """The mean of values (N,), or of truths."""
+    """Return the statistic that is the mean of ``values`` (N,), numbers or booleans."""
     wide = values.astype(np.float64)
     return lambda counts: counts @ wide / counts.sum(axis=1)
 
 
 def frechet_of(first: Embeddings, second: Embeddings) -> Statistic:
-    """Fréchet distance of each resample in turn, since each needs its own eigenvalues."""
+    """Return the Fréchet distance as a statistic. Each resample needs its own eigenvalues."""
 
     def distances(first_counts: Values, second_counts: Values) -> Values:
         pairs = zip(first_counts, second_counts, strict=True)
@@ -99,9 +99,9 @@ def frechet_of(first: Embeddings, second: Embeddings) -> Statistic:
 
 
 def mmd_of(first: Embeddings, second: Embeddings) -> Statistic:
-    """:func:`model.metrics.embedding_metrics.mmd_distance`, all resamples at once."""
+    """Return :func:`model.metrics.embedding_metrics.mmd_distance` as a statistic of all resamples at once."""
     return lambda first_counts, second_counts: weighted_mmd(first, first_counts, second, second_counts)
 
 
-def _grouped(pictures: Set) -> NDArray[np.int64]:
-    return np.arange(pictures) if isinstance(pictures, int) else pictures
+def _grouped(images: Set) -> NDArray[np.int64]:
+    return np.arange(images) if isinstance(images, int) else images

@@ -1,7 +1,7 @@
-"""How well pictures fit their prompts and their domain, measured on embeddings.
+"""Metrics of image embeddings: agreement with prompts, distance to a domain, copies and diversity.
 
-Legend: ``N``, ``M`` pictures, ``D`` embedding width, ``P`` prompts, ``S`` seeds, ``K`` neighbours. All rows are unit
-vectors of one encoder; the distances hold for rows of any length. Sums are taken in float64.
+Legend: ``N``, ``M`` images, ``D`` embedding width, ``P`` prompts, ``S`` seeds, ``K`` neighbours. All rows are unit
+vectors of one encoder; the distances are valid for rows of any length. Sums are computed in float64.
 """
 
 from collections.abc import Iterator
@@ -17,44 +17,49 @@ Values = NDArray[np.float64]
 MMD_SIGMA = 10.0
 """Width of the Gaussian kernel (Jayasumana et al. 2401.09603, section 4)."""
 MMD_SCALE = 1000.0
-"""What the published CMMD is multiplied with, to be read without exponents."""
+"""Factor of the published CMMD, for readability."""
 NEAR_DUPLICATE = 0.95
-"""Cosine from which two pictures are variants of one. It is the encoder's: by ``sticker-clip`` a Twemoji and itself
-shifted by 1, 2 or 4 of 64 px have 0.995, 0.990 and 0.983 in the median, an emoji and its nearest other skin tone 0.956;
-of those without skin tones nine in ten have no other this near. There a copy is above 0.944, which 98%, 98% and 91% of
-the shifted are."""
+"""Cosine from which two images count as variants of one image. It depends on the encoder.
+
+Under ``sticker-clip`` the median cosine of a Twemoji and the same image shifted by 1, 2 or 4 of 64 px is 0.995, 0.990
+and 0.983. That of an emoji and its nearest other skin tone is 0.956. Nine in ten emoji without skin tones have no other
+image this close. The resulting copy threshold is 0.944: 98%, 98% and 91% of the shifted images are above it."""
 _BLOCK_PAIRS = 1 << 22
 _TIE = 1e-9  # squared distances of equal float64 rows differ by less
 
 
 def clip_score(images: Embeddings, texts: Embeddings) -> float:
-    """Mean cosine between picture i and text i, both (N, D): in [−1, 1], higher is better."""
+    """Return the mean cosine between image i and text i, both (N, D): in [−1, 1], higher is better."""
     return float(pair_cosines(images, texts).mean())
 
 
 def pair_cosines(images: Embeddings, texts: Embeddings) -> Values:
-    """(N,) cosine between picture i and text i, both (N, D)."""
+    """Return the cosines (N,) between image i and text i, both (N, D)."""
     if images.shape != texts.shape:
-        raise ModelError(f"{images.shape} pictures and {texts.shape} texts do not pair up")
+        raise ModelError(
+            f"images and texts have different shapes: {images.shape}, {texts.shape}; pass one text for each image"
+        )
     cosines: Values = np.einsum("nd,nd->n", images, texts, dtype=np.float64)
     return cosines
 
 
 def frechet_distance(first: Embeddings, second: Embeddings) -> float:
-    """Fréchet distance between Gaussians fitted to two sets (N, D) and (M, D): at least 0, lower is closer.
+    """Return the Fréchet distance between Gaussians fitted to two sets (N, D), (M, D): at least 0, lower is closer.
 
     ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½)   (Heusel et al. 1706.08500, eq. 6, on CLIP instead of Inception features).
-    The estimate is biased upwards for few rows, so only distances of equally many rows compare.
+    The estimate is biased upwards for few rows, so only distances of equally large sets are comparable.
     """
     return weighted_frechet(first, np.ones(len(first)), second, np.ones(len(second)))
 
 
 def weighted_frechet(first: Embeddings, first_counts: Values, second: Embeddings, second_counts: Values) -> float:
-    """:func:`frechet_distance` where row i of each set counts ``counts[i]`` times: what a bootstrap asks for."""
+    """Return :func:`frechet_distance` with row i of each set repeated ``counts[i]`` times, for the bootstrap."""
     if min(len(first), len(second)) < 2:
-        raise ModelError("a Fréchet distance needs at least two pictures on each side")
+        raise ModelError(
+            f"too few images for a Fréchet distance: {len(first)} and {len(second)}; pass at least 2 in each set"
+        )
     (mean_1, cov_1), (mean_2, cov_2) = _gaussian(first, first_counts), _gaussian(second, second_counts)
-    # tr (Σ₁Σ₂)^½ = Σ √λ(Σ₁^½ Σ₂ Σ₁^½), a symmetric matrix: stable where few rows leave the covariances singular.
+    # tr (Σ₁Σ₂)^½ = Σ √λ(Σ₁^½ Σ₂ Σ₁^½), a symmetric matrix: stable for singular covariances of few rows.
     values, vectors = np.linalg.eigh(cov_1)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov_2 @ root).clip(min=0)).sum()
@@ -63,22 +68,25 @@ def weighted_frechet(first: Embeddings, first_counts: Values, second: Embeddings
 
 
 def mmd_distance(first: Embeddings, second: Embeddings) -> float:
-    """Maximum mean discrepancy between two sets (N, D) and (M, D), the CMMD of Jayasumana et al. (2401.09603).
+    """Return the maximum mean discrepancy of two sets (N, D), (M, D): CMMD of Jayasumana et al. (2401.09603).
 
     1000 · (mean k(x, x′) + mean k(y, y′) − 2 mean k(x, y)),   k(a, b) = exp(−‖a − b‖² / 2σ²), σ = 10
 
-    The estimator is the biased one (a V-statistic, Gretton et al. 2012, eq. 5), as in the authors' code: a picture
-    counts as its own pair, so the value is at least 0, and 0 for identical sets. Its bias falls with 1/N and is about
-    2 · 1000 · (1 − mean k)/N, so only distances of equally many rows compare. It assumes no Gaussian. The
-    published figures are of ViT-L/14 at 336 px; those of another encoder do not compare with them.
+    The estimator is the biased V-statistic (Gretton et al. 2012, eq. 5), as in the authors' code: an image is paired
+    with itself too, so the value is at least 0, and 0 for identical sets. Its bias falls with 1/N and is about
+    2 · 1000 · (1 − mean k)/N, so only distances of equally large sets are comparable. Published values use ViT-L/14 at
+    336 px and are not comparable with those of another encoder.
+
+    The metric assumes no Gaussian, but on unit rows the kernel is nearly linear in the squared distance: the value is
+    about 10 · ‖μ₁ − μ₂‖². It hardly detects a collapse to few images with the right mean.
     """
     if not len(first) or not len(second):
-        raise ModelError("an MMD needs at least one picture on each side")
+        raise ModelError(f"too few images for an MMD: {len(first)} and {len(second)}; pass at least 1 in each set")
     return float(weighted_mmd(first, np.ones((1, len(first))), second, np.ones((1, len(second))))[0])
 
 
 def weighted_mmd(first: Embeddings, first_counts: Values, second: Embeddings, second_counts: Values) -> Values:
-    """(R,) :func:`mmd_distance` of R resamples, where row i counts ``counts[r, i]`` times, (R, N) and (R, M)."""
+    """Return :func:`mmd_distance` (R,) of R resamples with row i repeated ``counts[r, i]`` times, (R, N), (R, M)."""
     one, other = (counts / counts.sum(axis=1, keepdims=True) for counts in (first_counts, second_counts))
     within = _mean_kernel(first, one, first, one) + _mean_kernel(second, other, second, other)
     distances: Values = (MMD_SCALE * (within - 2 * _mean_kernel(first, one, second, other))).clip(min=0)
@@ -86,20 +94,23 @@ def weighted_mmd(first: Embeddings, first_counts: Values, second: Embeddings, se
 
 
 def precision_recall(samples: Embeddings, real: Embeddings, k: int = 3) -> tuple[float, float]:
-    """Share of samples (N, D) that could be real, and of real pictures (M, D) that could be samples; each in [0, 1].
+    """Return precision and recall of samples (N, D) against real images (M, D), each in [0, 1].
 
-    A set's manifold is the union of balls around its rows, each as wide as the distance to the row's ``k``-th nearest
-    other row (Kynkäänniemi et al. 1904.06991, eq. 1 and 2). Precision falls with odd samples, recall with missing ones.
+    Precision is the share of samples on the manifold of the real images, recall the share of real images on that of the
+    samples. A set's manifold is the union of balls around its rows with the distance to the row's ``k``-th nearest
+    other row as radius (Kynkäänniemi et al. 1904.06991, eq. 1 and 2).
     """
     inside, covered = on_manifold(samples, real, k), on_manifold(real, samples, k)
     return float(inside.mean()), float(covered.mean())
 
 
 def on_manifold(rows: Embeddings, manifold: Embeddings, k: int = 3) -> NDArray[np.bool_]:
-    """(N,) whether each of ``rows`` (N, D) lies in a ball of :func:`precision_recall` around a row of ``manifold``."""
+    """Return a mask (N,) of the ``rows`` (N, D) on the manifold (:func:`precision_recall`) of ``manifold`` (M, D)."""
     if len(manifold) <= k:
-        raise ModelError(f"precision and recall need more than k = {k} pictures on each side, here are {len(manifold)}")
-    radii = np.concatenate(  # place 0 is the row itself
+        raise ModelError(
+            f"too few images for precision and recall: {len(manifold)}; pass more than k = {k} in each set"
+        )
+    radii = np.concatenate(  # position 0 is the row itself
         [np.partition(block, k, axis=1)[:, k] for block in _squared_distances(manifold, manifold)]
     )
     return np.concatenate([(block <= radii + _TIE).any(axis=1) for block in _squared_distances(rows, manifold)])
@@ -108,39 +119,39 @@ def on_manifold(rows: Embeddings, manifold: Embeddings, k: int = 3) -> NDArray[n
 def copy_threshold(
     real_nearest: NDArray[np.floating], percentile: float = 95.0, near_duplicate: float = NEAR_DUPLICATE
 ) -> float:
-    """The cosine above which a sample counts as a copy of its nearest database picture; at most ``near_duplicate``.
+    """Return the cosine above which a sample counts as a copy of its nearest database image.
 
     Args:
-        real_nearest: (N,) cosine of real pictures to their nearest *other* picture of the database.
-        percentile: of those that have no near-duplicate: so many in 100 are no copies of another by this measure.
-        near_duplicate: cosine from which two real pictures are variants of one, or one stored twice.
+        real_nearest: (N,) cosine of real images to their nearest *other* image of the database.
+        percentile: percentile of those without a near-duplicate, in [0, 100], that becomes the threshold.
+        near_duplicate: cosine from which two real images are variants of one; the upper limit of the threshold.
 
-    Variants say nothing about how near two different pictures are, and leave the distribution: in a domain full of
-    them they would push the threshold so close to 1 that a copy which is shifted by a pixel stays below it. A slightly
-    changed copy is about as near to its source as variants are to each other, so it counts. So does a sample that is a
-    variant of a stored picture; how many real ones are is the copy rate of real pictures, to be read beside it.
+    Variants are excluded because they say nothing about the distance between different images. In a domain full of
+    them the threshold would be so close to 1 that a copy shifted by a pixel is below it. A slightly changed copy is
+    about as close to its source as variants are to each other, so it counts as a copy. So does a sample that is a
+    variant of a stored image. Compare the copy rate of samples with that of real images, which counts such variants.
     """
-    apart = real_nearest[np.isfinite(real_nearest) & (real_nearest < near_duplicate)]
-    if not len(apart):
+    distinct = real_nearest[np.isfinite(real_nearest) & (real_nearest < near_duplicate)]
+    if not len(distinct):
         return near_duplicate
-    return float(np.percentile(apart.astype(np.float64), percentile))
+    return float(np.percentile(distinct.astype(np.float64), percentile))
 
 
 def copy_rate(sample_nearest: NDArray[np.floating], threshold: float) -> float:
-    """Share of samples whose cosine (N,) to their nearest database picture is above ``threshold``: in [0, 1]."""
+    """Return the share of samples whose cosine (N,) to the nearest database image exceeds ``threshold``: in [0, 1]."""
     return float((sample_nearest > threshold).mean())
 
 
 def diversity(rows: Embeddings) -> float:
-    """How different pictures of one prompt are: mean 1 − cosine over pairs of seeds, of (P, S, D); higher is wider."""
+    """Return the mean 1 − cosine over pairs of seeds of each prompt, from rows (P, S, D); higher is more diverse."""
     return float(prompt_diversity(rows).mean())
 
 
 def prompt_diversity(rows: Embeddings) -> Values:
-    """(P,) mean 1 − cosine over the pairs of different seeds of each prompt, of (P, S, D)."""
+    """Return the mean 1 − cosine (P,) over pairs of different seeds of each prompt, from rows (P, S, D)."""
     seeds = rows.shape[1]
     if rows.ndim != 3 or seeds < 2:
-        raise ModelError(f"diversity needs (P, S, D) with at least two seeds, not {rows.shape}")
+        raise ModelError(f"wrong shape for diversity: {rows.shape}; pass (P, S, D) with at least 2 seeds")
     wide = rows.astype(np.float64)
     total = np.square(wide.sum(axis=1)).sum(axis=-1) - np.square(wide).sum(axis=(1, 2))  # Σ over i ≠ j
     spread: Values = 1 - total / (seeds * (seeds - 1))
@@ -148,9 +159,9 @@ def prompt_diversity(rows: Embeddings) -> Values:
 
 
 def _mean_kernel(first: Embeddings, first_weights: Values, second: Embeddings, second_weights: Values) -> Values:
-    """(R,) mean of the kernel less 1 between two sets, by weights (R, N) and (R, M), a block of pairs at a time.
+    """Return the mean (R,) of the kernel minus 1 between two sets with weights (R, N), (R, M), computed in blocks.
 
-    The 1 cancels in the distance; without it the values near 0 keep their digits.
+    The 1 cancels in the distance; subtracting it preserves precision for values near 0.
     """
     total, start = np.zeros(len(first_weights)), 0
     for block in _squared_distances(first, second):
@@ -161,7 +172,7 @@ def _mean_kernel(first: Embeddings, first_weights: Values, second: Embeddings, s
 
 
 def _squared_distances(first: Embeddings, second: Embeddings) -> Iterator[Values]:
-    """‖a − b‖² of all pairs, as many rows of ``first`` at a time as make some four million."""
+    """Yield ‖a − b‖² of all pairs in blocks of rows of ``first``, about four million pairs each."""
     wide = second.astype(np.float64)
     lengths = np.square(wide).sum(axis=1)
     step = max(1, _BLOCK_PAIRS // len(second))

@@ -1,4 +1,4 @@
-"""FID proper, in the space of Inception-v3, where its weights are at hand. torch-fidelity computes it."""
+"""Fréchet Inception distance (FID), computed by torch-fidelity with local Inception-v3 weights."""
 
 import importlib.util
 import pickle
@@ -15,31 +15,32 @@ from model.images import image_to_array
 
 
 def require_inception(weights: Path) -> None:
-    """Refuse what a FID cannot be computed with. Raises ``ModelError`` naming the mend."""
+    """Raise ``ModelError`` unless torch-fidelity is installed and ``weights`` is a readable weights file."""
     if importlib.util.find_spec("torch_fidelity") is None:
-        raise ModelError("FID needs torch-fidelity: pip install 'knn-diffusion[fid]', or leave the weights' path out")
+        raise ModelError("FID needs torch-fidelity: run pip install 'knn-diffusion[fid]', or omit the weights' path")
     if not weights.is_file():
         raise ModelError(
-            f"there are no Inception weights at {weights}; give the path of torch-fidelity's "
-            "weights-inception-2015-12-05-6726825d.pth, or leave it out"
+            f"Inception weights not found: {weights}; pass the path of torch-fidelity's "
+            "weights-inception-2015-12-05-6726825d.pth, or omit it"
         )
-    try:  # torch-fidelity unpickles whatever it is given; this refuses anything that is not tensors
+    try:  # torch-fidelity unpickles any file; weights_only=True rejects files that contain more than tensors
         torch.load(weights, weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise ModelError(
-            f"{weights} holds no Inception weights ({' '.join(str(error).split())[:120]}); "
-            "give torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
+            f"not an Inception weights file: {weights} ({' '.join(str(error).split())[:120]}); "
+            "pass torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
         ) from error
 
 
 def inception_distance(
     first: Sequence[Image.Image], second: Sequence[Image.Image], weights: Path, *, cuda: bool = False
 ) -> float:
-    """The Fréchet Inception distance of two sets of pictures (Heusel et al. 1706.08500): at least 0, lower is closer.
+    """Return the Fréchet Inception distance of two sets of images (Heusel et al. 1706.08500): lower is closer, min. 0.
 
-    Of every picture the centre square is taken, as training and CLIP take it, at the side of the first one, so that no
-    set is told by its sharpness; torch-fidelity brings it to 299 px, as the reference code does. The estimate is biased
-    upwards for few pictures (10,000 and more are usual). Raises ``ModelError`` without the package or the weights.
+    The centre square of every image is resized to the width of the first image, so that the sets do not differ in
+    sharpness; training and CLIP use the same crop. torch-fidelity then resizes it to 299 px like the reference code.
+    The estimate is biased upwards for few images (10,000 and more are usual). Raises ``ModelError`` without
+    torch-fidelity or the weights.
     """
     require_inception(weights)
     from torch_fidelity import calculate_metrics  # type: ignore[import-untyped, unused-ignore]
@@ -52,21 +53,21 @@ def inception_distance(
         cuda=cuda,
         cache=False,
         batch_size=16,
-        save_cpu_ram=True,  # reads in this process: the pictures are in memory already
+        save_cpu_ram=True,  # no worker processes: the images are already in memory
         verbose=False,
     )
     return max(float(scores["frechet_inception_distance"]), 0.0)
 
 
 class _Images(Dataset[Any]):
-    """Pictures as uint8 (3, S, S)."""
+    """A dataset of images as uint8 (3, S, S)."""
 
-    def __init__(self, pictures: Sequence[Image.Image], side: int) -> None:
-        self._pictures, self._side = pictures, side
+    def __init__(self, images: Sequence[Image.Image], side: int) -> None:
+        self._images, self._side = images, side
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def __getitem__(self, number: int) -> torch.Tensor:
-        pixels = image_to_array(self._pictures[number].convert("RGB"), self._side)
+        pixels = image_to_array(self._images[number].convert("RGB"), self._side)
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)

@@ -1,6 +1,6 @@
-"""All that embeddings say about one set of samples, each score with its interval.
+"""All embedding metrics of a set of samples, with confidence intervals.
 
-Legend: ``N`` samples, ``M`` real pictures, ``D`` embedding width.
+Legend: ``N`` samples, ``M`` real images, ``D`` embedding width.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ _DISTANCE = (0.0, np.inf)
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceSet:
-    """What samples are held against: real pictures (M, D), and the cosine above which a sample is a copy."""
+    """The reference of scores: real images (M, D), and the cosine above which a sample counts as a copy."""
 
     real: Embeddings
     threshold: float
@@ -29,48 +29,47 @@ class ReferenceSet:
 def score_samples(
     rows: Embeddings, queries: Embeddings, near: NDArray[np.floating], yardstick: ReferenceSet
 ) -> dict[str, Score]:
-    """The scores of samples (N, D) by name: clip_score, fd, mmd, precision, recall, nearest, copy_rate.
+    """Return scores by name: clip_score, fd, mmd, precision, recall, nearest and copy_rate.
 
     Args:
-        rows: of the samples.
-        queries: (N, D) what each was drawn from.
-        near: (N,) cosine of each to its nearest database picture.
-        yardstick: the real pictures.
+        rows: (N, D) embeddings of the samples.
+        queries: (N, D) embedding of each sample's prompt.
+        near: (N,) cosine of each sample to its nearest database image.
+        yardstick: reference images, copy threshold and bootstrap settings.
 
-    Distances, precision and recall depend on how many there are on each side: where there are fewer real pictures than
-    samples, they are of the first M samples. Samples of one query are resampled together: intervals are of other
-    queries, as many and drawn from as often. For precision, recall and copy rate the manifolds and the threshold stay
-    as they are from resample to resample.
+    Distances, precision and recall depend on the sizes of both sets. If there are fewer real images than samples, they
+    use the first M samples. Samples of one query are resampled together, so the intervals describe other sets of as
+    many queries. For precision, recall and copy rate the manifolds and the threshold are the same in all resamples.
     """
-    real, asked = yardstick.real, groups_of(queries)
-    held, held_asked = rows[: len(real)], asked[: len(real)]
+    real, groups = yardstick.real, groups_of(queries)
+    compared, compared_groups = rows[: len(real)], groups[: len(real)]
     rng = np.random.default_rng(yardstick.seed)
 
     def interval(statistic: Statistic, *sets: Set, bounds: tuple[float, float]) -> Score:
         return bootstrap_interval(statistic, *sets, resamples=yardstick.resamples, rng=rng, bounds=bounds)
 
     return {
-        "clip_score": interval(mean_of(embedding_metrics.pair_cosines(rows, queries)), asked, bounds=(-1.0, 1.0)),
-        "fd": interval(frechet_of(held, real), held_asked, len(real), bounds=_DISTANCE),
-        "mmd": interval(mmd_of(held, real), held_asked, len(real), bounds=_DISTANCE),
-        "precision": interval(mean_of(embedding_metrics.on_manifold(held, real)), held_asked, bounds=_SHARE),
-        "recall": interval(mean_of(embedding_metrics.on_manifold(real, held)), len(real), bounds=_SHARE),
-        "nearest": interval(mean_of(near), asked, bounds=(-1.0, 1.0)),
-        "copy_rate": interval(mean_of(near > yardstick.threshold), asked, bounds=_SHARE),
+        "clip_score": interval(mean_of(embedding_metrics.pair_cosines(rows, queries)), groups, bounds=(-1.0, 1.0)),
+        "fd": interval(frechet_of(compared, real), compared_groups, len(real), bounds=_DISTANCE),
+        "mmd": interval(mmd_of(compared, real), compared_groups, len(real), bounds=_DISTANCE),
+        "precision": interval(mean_of(embedding_metrics.on_manifold(compared, real)), compared_groups, bounds=_SHARE),
+        "recall": interval(mean_of(embedding_metrics.on_manifold(real, compared)), len(real), bounds=_SHARE),
+        "nearest": interval(mean_of(near), groups, bounds=(-1.0, 1.0)),
+        "copy_rate": interval(mean_of(near > yardstick.threshold), groups, bounds=_SHARE),
     }
 
 
 def score_mean(
     values: NDArray[np.floating], queries: Embeddings, yardstick: ReferenceSet, *, bounds: tuple[float, float]
 ) -> Score:
-    """The mean of values (N,) with its interval; those of equal queries (N, D) are resampled together."""
+    """Return the mean of ``values`` (N,) and its interval; values of equal queries (N, D) are resampled together."""
     rng = np.random.default_rng(yardstick.seed)
-    asked = groups_of(queries)
-    return bootstrap_interval(mean_of(values), asked, resamples=yardstick.resamples, rng=rng, bounds=bounds)
+    groups = groups_of(queries)
+    return bootstrap_interval(mean_of(values), groups, resamples=yardstick.resamples, rng=rng, bounds=bounds)
 
 
 def flatten(scores: dict[str, Score], suffix: str = "") -> dict[str, float]:
-    """Scores as plain numbers: ``name_suffix``, and ``name_suffix_low`` and ``…_high`` where there is an interval."""
+    """Return scores as numbers: ``name_suffix``, plus ``name_suffix_low`` and ``…_high`` if there is an interval."""
     plain: dict[str, float] = {}
     for name, score in scores.items():
         key = f"{name}_{suffix}" if suffix else name

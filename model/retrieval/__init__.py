@@ -1,3 +1,3 @@
-"""Databases of embeddings: which index, how to search it, how well it answers."""
+"""Embedding databases: choice of index, search, tuning and recall."""
 
-from model.retrieval import limits as limits  # sets FAISS's limits before anything here reads an index
+from model.retrieval import limits as limits  # sets FAISS's limits before any index is read

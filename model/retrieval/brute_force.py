@@ -1,4 +1,4 @@
-"""Candidates by matrix products on an accelerator.
+"""Exact candidate search by matrix products on an accelerator.
 
 Legend: ``Q`` queries, ``C`` candidates, ``D`` embedding width.
 """
@@ -16,35 +16,35 @@ from model.retrieval.stored_rows import StoredRows
 
 _BLOCK_ROWS = 1 << 19
 _SPARE = 32
-"""Candidates beyond those wanted: float32 sums differ with their order, and what they tie apart is re-ranked."""
+"""Additional candidates to re-rank: float32 sums depend on the order of summation, so near-ties may swap places."""
 
 
 class TorchBruteForce:
-    """All rows on an accelerator, compared by matrix products: exact, and fast there.
+    """Exact search over all rows, held in an accelerator's memory and compared by matrix products.
 
-    No GPU was at hand when the float32 products of float16 rows were written: they follow torch 2.14, and are tested
-    with the CPU in the GPU's place.
+    The float32 products of float16 rows were written without access to a GPU. They follow torch 2.14 and are tested
+    on the CPU.
     """
 
     exact, cells = True, 0
 
     def __init__(self, parts: Sequence[NDArray[np.float16] | StoredRows], device: torch.device) -> None:
-        """Copy the stored rows (n, D) of every shard to ``device``. Raises ``ModelError`` where they do not fit."""
+        """Copy the stored rows (n, D) of all shards to ``device``. Raises ``ModelError`` if they do not fit."""
         self.rows = tuple(len(part) for part in parts)
         self._device = device
-        kept = torch.float16 if self._device.type == "cuda" else torch.float32
+        dtype = torch.float16 if self._device.type == "cuda" else torch.float32
         try:
-            self._parts = [torch.from_numpy(np.array(part)).to(self._device, kept) for part in parts if len(part)]
+            self._parts = [torch.from_numpy(np.array(part)).to(self._device, dtype) for part in parts if len(part)]
         except torch.OutOfMemoryError as error:
             raise ModelError(f"{sum(self.rows)} rows do not fit the memory of {device}; search on the CPU") from error
 
     def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
-        """Ids (Q, count and some to spare)."""
+        """Return candidate ids (Q, C), C up to ``count`` + 32, and no scores."""
         best, ids, first, count = None, None, 0, count + _SPARE
         for part in self._parts:
-            asked = torch.from_numpy(queries).to(self._device)
+            moved = torch.from_numpy(queries).to(self._device)
             for block in torch.split(part, _BLOCK_ROWS):
-                scores, places = _products(asked, block).topk(min(count, len(block)), dim=1)
+                scores, places = _products(moved, block).topk(min(count, len(block)), dim=1)
                 places = places + first
                 first += len(block)
                 if best is not None and ids is not None:
@@ -59,24 +59,25 @@ class TorchBruteForce:
 
 
 def _products(queries: Tensor, rows: Tensor) -> Tensor:
-    """Cosines (Q, n) float32 of queries (Q, D) float32 and rows (n, D), as they are stored, float16, or float32.
+    """Return float32 cosines (Q, n) of queries (Q, D) float32 and rows (n, D) in float16 or float32.
 
-    Of near copies, frames of a video say, a hundred lie within 5e-4: rounded to float16 their products are the same.
+    Near copies, e.g. frames of a video, can have a hundred cosines within 5e-4 of each other. Products rounded to
+    float16 could not tell them apart.
     """
     if rows.dtype == torch.float32:
         return queries @ rows.T
     high = queries.to(rows.dtype)
-    low = (queries - high).to(rows.dtype)  # what that rounded away: float16 products take float16 on both sides
+    low = (queries - high).to(rows.dtype)  # the rounding error; a float16 product needs float16 on both sides
     products = torch.mm(torch.cat([high, low]), rows.T, out_dtype=torch.float32)
     return products[: len(queries)] + products[len(queries) :]
 
 
 def available(device: torch.device | str) -> torch.device:
-    """The device of that name. Raises ``ModelError`` when there is none such."""
+    """Return the torch device of that name. Raise ``ModelError`` if it does not exist on this machine."""
     try:
-        asked = torch.device(device)
+        parsed = torch.device(device)
     except RuntimeError as error:
-        raise ModelError(f"there is no device {device!r}; name cpu, or cuda where there is a GPU") from error
-    if asked.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"torch finds no GPU for {asked}; search on the CPU, with the database as it was opened")
-    return asked
+        raise ModelError(f"unknown device: {device!r}; use cpu, or cuda on a machine with a GPU") from error
+    if parsed.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"torch finds no GPU for device {parsed}; search on the CPU, without calling to()")
+    return parsed

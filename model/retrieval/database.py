@@ -1,10 +1,10 @@
-"""An open database: an index proposes, the stored float16 rows decide.
+"""An open embedding database: FAISS finds candidates, the stored float16 rows give their scores and order.
 
 Legend: ``Q`` queries, ``K`` neighbours, ``C`` candidates, ``D`` embedding width, ``N`` rows over all shards.
 
-Row ids are global: shard after shard in order, position within the shard. What a search returns is always scored with
-the stored rows, never with an index's reconstruction, so an approximate index costs recall but never precision. Where
-the index holds the stored rows themselves, its scores are those.
+Row ids are global: they number the rows of all shards in order. Results are always scored with the stored rows, never
+with an index's reconstruction, so an approximate index can only lower recall. If the index contains the stored rows
+themselves, its own scores are used.
 """
 
 import dataclasses
@@ -27,16 +27,17 @@ if TYPE_CHECKING:
     import torch
 
 _BLOCK_ROWS = 65_536
-_GATHERED_VALUES = 1 << 26  # of candidates' rows at once, 6 bytes each
+_GATHERED_VALUES = 1 << 26  # values of candidate rows in memory at once, 6 bytes each
 _COPY_MARGIN = 1e-4
-_FEW_ROWS = 64  # so few are read one by one sooner than gathered by the part that holds them
+_FEW_ROWS = 64  # up to this number, reading rows one by one is faster than grouping them by part
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ShardFiles:
-    """Local files of one index shard: the FAISS index, and the (n, D) float16 rows it was built from, in their order.
+    """Local files of one index shard: the FAISS index, and the (n, D) float16 rows it was built from, in order.
 
-    ``ordinal`` is the argument of :func:`model.retrieval.faiss_index.fill_shard`; ``rows`` is n of each file, if known.
+    ``ordinal`` is the one passed to :func:`model.retrieval.faiss_index.fill_shard`; ``rows`` is n of each file, if
+    known.
     """
 
     index: Path
@@ -47,18 +48,19 @@ class ShardFiles:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SearchEffort:
-    """How hard to look: cells visited, and candidates re-ranked for each query (at least the neighbours wanted).
+    """Search effort per query: number of cells visited and number of candidates re-ranked.
 
-    An index that scores rows as they are stored re-ranks only the neighbours wanted.
+    At least as many candidates are re-ranked as neighbours are requested. An index that scores rows as stored
+    re-ranks only those.
     """
 
     nprobe: int = 1
     candidates: int = 100
 
     def __post_init__(self) -> None:
-        """Refuse a search that finds nothing."""
+        """Raise ``ModelError`` unless both are at least 1."""
         if self.nprobe < 1 or self.candidates < 1:
-            raise ModelError(f"nprobe is {self.nprobe} and candidates {self.candidates}; give at least 1 of each")
+            raise ModelError(f"nprobe or candidates is below 1: {self.nprobe}, {self.candidates}; use at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,26 +72,26 @@ class NearestIds:
 
     @classmethod
     def nothing(cls, queries: int, width: int) -> "NearestIds":
-        """No neighbour found yet."""
+        """Return a result without neighbours: scores −inf, ids −1."""
         return cls(scores=np.full((queries, width), -np.inf, np.float32), ids=np.full((queries, width), -1, np.int64))
 
     def put(self, queries: NDArray[np.int64], better: "NearestIds") -> None:
-        """Put the answers ``better`` in the place of those to ``queries``."""
+        """Replace the results of ``queries`` by ``better``."""
         self.scores[queries], self.ids[queries] = better.scores, better.ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Exclusion:
-    """What a query must not find: the row that it is, and exact copies of it.
+    """Rows to exclude from the results: for each query a row and all exact copies of it.
 
-    ``ids`` (Q,) int64, −1 where that row lies elsewhere; ``rows`` (Q, D) float16, as they are stored.
+    ``ids`` (Q,) int64, −1 if the row is not in this database; ``rows`` (Q, D) float16, as stored.
     """
 
     ids: NDArray[np.int64]
     rows: NDArray[np.float16]
 
     def of(self, queries: NDArray[np.int64]) -> "Exclusion":
-        """Those of some queries."""
+        """Return the exclusions of the given queries."""
         return Exclusion(ids=self.ids[queries], rows=self.rows[queries])
 
 
@@ -103,22 +105,22 @@ class Hits:
 
 
 class Searchable(Protocol):
-    """What a pipeline needs of a database, wherever its shards are."""
+    """The search interface that a pipeline needs of a database, local or distributed."""
 
     name: str
     encoder: EncoderIdentity
 
     def __len__(self) -> int:
-        """Rows that a search may return."""
+        """Return the number of rows that a search may return."""
         ...
 
     def search(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Hits:
-        """The ``k`` nearest rows of each query; see :meth:`Database.search`."""
+        """Return the ``k`` nearest rows of each query; see :meth:`Database.search`."""
         ...
 
 
 class Database:
-    """A searchable, read-only database. Opening maps files into memory; it reads no rows."""
+    """A searchable, read-only database. Opening it memory-maps files and reads no rows."""
 
     def __init__(
         self,
@@ -136,16 +138,16 @@ class Database:
 
         Args:
             shards: local files.
-            encoder: whose space the rows live in.
-            name: for messages and pictures.
-            quantizer: the trained template of shards that hold inverted lists alone.
-            effort: as tuned when the database was built.
+            encoder: encoder of the rows; queries must come from it.
+            name: name used in messages and figures.
+            quantizer: trained template of stackable shards, which contain only inverted lists.
+            effort: tuned search effort; ``SearchEffort()`` by default.
             hidden: sorted ids of rows that are never returned: taken down, or near-duplicates of others.
-            describe: metadata (key, url, …) of global row ids.
-            part: whether it is searched as one of several, and finds nothing where all its rows are hidden.
+            describe: returns the metadata (key, url, …) of global row ids.
+            part: True for one of several parts searched together; all its rows may be hidden.
 
         Raises:
-            ModelError: nothing to search, or index and rows of a shard do not agree.
+            ModelError: the database is empty, or index and rows of a shard do not match.
         """
         self.name, self.encoder, self.effort = name, encoder, effort or SearchEffort()
         self._describe = describe
@@ -153,31 +155,30 @@ class Database:
         self._proposer = open_proposer([s.index for s in shards], [s.ordinal for s in shards], quantizer)
         self._parts: list[StoredRows] = []
         for shard, rows in zip(shards, self._proposer.rows, strict=True):
-            known = shard.rows or [None] * len(shard.embeddings)
-            held = [StoredRows(file, encoder.dimension, n) for file, n in zip(shard.embeddings, known, strict=True)]
-            if sum(map(len, held)) != rows:
+            counts = shard.rows or [None] * len(shard.embeddings)
+            parts = [StoredRows(file, encoder.dimension, n) for file, n in zip(shard.embeddings, counts, strict=True)]
+            if sum(map(len, parts)) != rows:
                 raise ModelError(
-                    f"{shard.index} indexes {rows} rows, but beside it are {sum(map(len, held))}; rebuild the database"
+                    f"index and rows do not match: {shard.index} indexes {rows} rows, its embeddings have "
+                    f"{sum(map(len, parts))}; rebuild the database"
                 )
-            self._parts += held
+            self._parts += parts
         self._starts = np.array([0, *itertools.accumulate(map(len, self._parts))], dtype=np.int64)
         if len(self) < 1 and not part:
-            raise ModelError(
-                f"database {name} is empty: there is nothing to retrieve; build it from at least one image"
-            )
+            raise ModelError(f"database is empty: {name}; build it from at least one image")
 
     def __len__(self) -> int:
-        """Rows that a search may return."""
+        """Return the number of rows that a search may return."""
         return self.stored - len(self._hidden)
 
     @property
     def stored(self) -> int:
-        """Rows over all shards, hidden ones included; ids are below it."""
+        """Number of rows over all shards, including hidden ones; all ids are below it."""
         return int(self._starts[-1])
 
     @property
     def exact(self) -> bool:
-        """Whether every row is compared as it is stored."""
+        """Return True if every row is compared, with its stored value."""
         return self._proposer.exact and not self._proposer.cells
 
     @property
@@ -187,27 +188,27 @@ class Database:
 
     @property
     def proposer(self) -> CandidateSearch:
-        """Where candidates come from."""
+        """The source of candidates."""
         return self._proposer
 
     def ids(self) -> NDArray[np.int64]:
-        """Ids of all rows that a search may return, ascending."""
+        """Return the ids of all rows that a search may return, ascending."""
         return np.setdiff1d(np.arange(self.stored, dtype=np.int64), self._hidden, assume_unique=True)
 
     def with_effort(self, effort: SearchEffort) -> "Database":
-        """The same open files, searched harder or less hard."""
+        """Return the same open database with another search effort."""
         other = object.__new__(Database)
         other.__dict__.update(self.__dict__)
         other.effort = effort
         return other
 
     def to(self, device: "torch.device | str") -> "Database":
-        """The same database searched on an accelerator; files stay mapped.
+        """Return the same database, searched on ``device``; files stay memory-mapped.
 
-        Where faiss-gpu is installed the cells of the index are copied there, if it has any that a GPU can search; else
-        the rows are, and all of them compared.
+        On CUDA, inverted lists that faiss-gpu supports are copied to the GPU. Otherwise the rows are copied to the
+        device and all of them are compared.
         """
-        from model.retrieval.brute_force import (  # workers that search with FAISS never load torch
+        from model.retrieval.brute_force import (  # so that workers that search with FAISS do not import torch
             TorchBruteForce,
             available,
         )
@@ -221,18 +222,18 @@ class Database:
         return other
 
     def search(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Hits:
-        """The ``k`` nearest rows of each query by cosine, as they are stored.
+        """Return the ``k`` nearest rows of each query by cosine of the stored rows.
 
-        Every query gets min(k, rows that may be returned) places; where copies of the query leave nothing to fill
-        one with, the id is −1, the score −inf and the embedding zero, which is how a hidden neighbour looks.
+        Every query gets K = min(k, returnable rows) places. If too few rows remain after excluding copies of the
+        query, the last places have id −1, score −inf and a zero embedding, which networks read as a hidden neighbour.
 
         Args:
             queries: (Q, D) unit rows.
-            k: neighbours wanted, at least 1.
-            exclude: (Q,) a row id for each query that must not be returned, nor any exact copy of it: the query itself.
+            k: number of neighbours, at least 1.
+            exclude: (Q,) row ids; that row and its exact copies are not returned. Usually the query's own row.
 
         Raises:
-            ModelError: queries that are no finite unit rows of the database's width, k below 1, an unknown row id.
+            ModelError: queries that are not finite unit rows of the database's width, k below 1, or an unknown row id.
         """
         return self._with_rows(self.nearest(queries, k, exclude=exclude))
 
@@ -244,10 +245,10 @@ class Database:
         exclude: NDArray[np.int64] | None = None,
         excluded: NDArray[np.float16] | None = None,
     ) -> NearestIds:
-        """What :meth:`search` finds, without the rows, which are not read where the index holds them itself.
+        """Return the scores and ids of :meth:`search` without reading the embeddings, if the index allows it.
 
-        ``excluded`` are the rows (Q, D) of ``exclude``, where they are at hand; alone, they are rows from elsewhere of
-        which no exact copy must be returned.
+        ``excluded`` are the rows (Q, D) of ``exclude``, which saves reading them. Without ``exclude`` they are rows
+        from outside the database whose exact copies must not be returned.
         """
         k, queries = checked_count(k), checked_queries(queries, self.name, self.encoder)
         if exclude is None:
@@ -258,11 +259,11 @@ class Database:
         return self._nearest(queries, max(1, min(k, len(self) - 1)), own)
 
     def search_without(self, queries: NDArray[np.float32], width: int, excluded: NDArray[np.float16] | None) -> Hits:
-        """``width`` neighbours as :meth:`search` has them; what to exclude (Q, D) may lie in another database."""
+        """Search for ``width`` neighbours, excluding copies of ``excluded`` (Q, D), rows of any database."""
         return self._with_rows(self._nearest(queries, width, None if excluded is None else _copies_only(excluded)))
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
-        """Stored rows (*ids.shape, D) float16 of global ids."""
+        """Return the stored rows (*ids.shape, D) float16 of global ids."""
         flat = ids.reshape(-1)
         if len(self._parts) == 1:
             return np.take(self._parts[0].array, flat, axis=0).reshape(*ids.shape, self.encoder.dimension)
@@ -279,15 +280,15 @@ class Database:
         return output.reshape(*ids.shape, self.encoder.dimension)
 
     def describe(self, ids: Sequence[int]) -> list[dict[str, Any]]:
-        """What is known of rows (key, url, …); only the id where the database was opened without metadata.
+        """Return the metadata (id, key, url, …) of rows; only the id if the database was opened without metadata.
 
         Raises:
-            ModelError: there is no such row.
+            ModelError: unknown row id.
         """
         rows = checked_rows(ids, self.stored, self.name)
         if self._describe is None:
             return [{"id": row} for row in rows]
-        return [{"id": row, **known} for row, known in zip(rows, self._describe(rows), strict=True)]
+        return [{"id": row, **metadata} for row, metadata in zip(rows, self._describe(rows), strict=True)]
 
     def _with_rows(self, found: NearestIds) -> Hits:
         embeddings = self.rows(np.maximum(found.ids, 0)).astype(np.float32)
@@ -302,7 +303,7 @@ class Database:
             row = int(ids[wrong][0])
             part = self._parts[int(np.searchsorted(self._starts, row, side="right")) - 1]
             raise ModelError(
-                f"row {row} of database {self.name} is not finite, in {part.path}; embed the images of its shard again"
+                f"row {row} of database {self.name} is not finite: {part.path}; embed the images of its shard again"
             )
 
     def _nearest(self, queries: NDArray[np.float32], width: int, own: Exclusion | None) -> NearestIds:
@@ -310,7 +311,7 @@ class Database:
         if width == 0:
             return NearestIds.nothing(len(queries), 0)
         found = self._proposed(queries, width, own, extra=extra, nprobe=nprobe)
-        # Cells without enough rows leave a query short: then more cells are visited, and at last all rows looked at.
+        # If the visited cells have too few rows for a query, visit more cells and finally compare all rows.
         while len(short := np.flatnonzero((found.ids < 0).any(axis=1))) and nprobe < self._proposer.cells:
             nprobe = min(8 * nprobe, self._proposer.cells)
             theirs = None if own is None else own.of(short)
@@ -325,11 +326,11 @@ class Database:
     def _proposed(
         self, queries: NDArray[np.float32], width: int, own: Exclusion | None, *, extra: int, nprobe: int
     ) -> NearestIds:
-        """Propose ``width + extra`` and rank; where rows that may not be returned took places, deeper."""
+        """Propose and rank ``width + extra`` candidates; propose more where excluded rows took their places."""
         wanted = width + extra
         count = min(self.stored, wanted if self._proposer.exact else max(wanted, self.effort.candidates))
         most = max(1, _GATHERED_VALUES // (count * self.encoder.dimension))
-        if len(queries) > most:  # so that the rows of all candidates fit into memory, however many there are
+        if len(queries) > most:  # bound the memory for the candidates' rows
             found = NearestIds.nothing(len(queries), width)
             for few in np.array_split(np.arange(len(queries)), -(-len(queries) // most)):
                 theirs = None if own is None else own.of(few)
@@ -338,7 +339,7 @@ class Database:
         ids, scores = self._proposer.propose(queries, count, nprobe)
         if ids.size and ids.max() >= self.stored:
             raise ModelError(
-                f"an index of database {self.name} names row {int(ids.max())}, but {self.stored} are stored; "
+                f"an index of database {self.name} contains row {int(ids.max())} of only {self.stored} stored rows; "
                 "rebuild the database"
             )
         lacking = ((0, 0), (0, max(0, width - ids.shape[1])))
@@ -353,12 +354,12 @@ class Database:
         return found
 
     def _look_at_all(self, query: NDArray[np.float32], own: Exclusion | None, width: int) -> NearestIds:
-        """The best of all rows for one query (1, D), a block at a time."""
-        kept = np.full((1, width), -1, dtype=np.int64)
+        """Return the best of all rows for one query (1, D), read in blocks."""
+        best = np.full((1, width), -1, dtype=np.int64)
         for start in range(0, self.stored, _BLOCK_ROWS):
             block = np.arange(start, min(start + _BLOCK_ROWS, self.stored))[None]
-            found, _ = self._ranked(query, np.concatenate([kept, block], axis=1), own, width)
-            kept = found.ids
+            found, _ = self._ranked(query, np.concatenate([best, block], axis=1), own, width)
+            best = found.ids
         return found
 
     def _ranked(
@@ -369,9 +370,9 @@ class Database:
         width: int,
         scores: NDArray[np.float32] | None = None,
     ) -> tuple[NearestIds, NDArray[np.int64]]:
-        """The best ``width`` of the candidates (Q, C) in exact order, and how many of each query's were barred.
+        """Return the best ``width`` candidates of (Q, C) in exact order, and the number of excluded ones per query.
 
-        ``scores`` are given where they are those of the stored rows already.
+        ``scores`` (Q, C) may be passed if they are already those of the stored rows.
         """
         if scores is None:
             rows = self.rows(np.maximum(candidates, 0)).astype(np.float32)
@@ -383,7 +384,7 @@ class Database:
             barred |= self._hidden[places] == candidates
         if own is not None:
             barred |= candidates == own.ids[:, None]
-            # A copy scores as the row itself, to rounding: only what does is read and compared value by value.
+            # A copy has the score of the row itself, up to rounding. Only such rows are read and compared bit by bit.
             itself = np.einsum("qd,qd->q", queries, own.rows.astype(np.float32))
             query, place = np.nonzero(~(absent | barred) & (np.abs(scores - itself[:, None]) < _COPY_MARGIN))
             if len(query):
@@ -393,7 +394,7 @@ class Database:
         barred &= ~absent
         self._require_finite(candidates, np.where(absent | barred, 0, scores)[..., None])
         scores = np.where(absent | barred, -np.inf, scores)
-        # Of candidates that score alike, the lower id comes first.
+        # Ties are broken by the lower id.
         order = np.lexsort((candidates, -scores), axis=1)[:, :width]
         best = np.take_along_axis(scores, order, axis=1)
         ids = np.where(np.isneginf(best), -1, np.take_along_axis(candidates, order, axis=1))
@@ -401,5 +402,5 @@ class Database:
 
 
 def _copies_only(rows: NDArray[np.float16]) -> Exclusion:
-    """Rows (Q, D) of which the database may hold copies, and which are none of its own."""
+    """Return the exclusion of exact copies of ``rows`` (Q, D) from outside the database."""
     return Exclusion(ids=np.full(len(rows), -1, np.int64), rows=rows)

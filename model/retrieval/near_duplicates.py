@@ -1,9 +1,9 @@
-"""Near-duplicates: rows so close to an earlier one that a search returning both would say the same thing twice.
+"""Near-duplicates: rows so close to an earlier row that a search should return only one of them.
 
-Legend: ``Q`` rows asked about, ``D`` embedding width, ``P`` cells that each visits.
+Legend: ``Q`` query rows, ``D`` embedding width, ``P`` cells visited by each.
 
-A few rows are looked for as any query is. Of many, a cell has many visitors, and FAISS would read it once for each: one
-matrix product of all visitors with all rows of the cell finds the same sooner.
+A few rows are searched like any query. With many rows each cell is visited often, and FAISS would read it for each
+visit. One matrix product of all its visitors with all its rows finds the same pairs faster.
 """
 
 from collections.abc import Iterator
@@ -15,24 +15,24 @@ from model.retrieval.database import Database
 from model.retrieval.shard_search import StackedIVF
 
 NEAREST = 10
-"""Neighbours looked at of each row: enough to connect a group of copies, for each of its rows has others of it near."""
-_VISITORS = 16  # so many a cell make it worthwhile to read it for all of them at once
-_BLOCK_SCORES = 1 << 22  # held at once
+"""Neighbours searched for each row: enough to connect a group of copies, since each row has others of it nearby."""
+_VISITORS = 16  # mean visitors per cell from which one product per cell is faster
+_BLOCK_SCORES = 1 << 22  # scores in memory at once
 _ROUNDING = 1e-6
 _BATCH = 1024
 
 
 def find_pairs(database: Database, rows: NDArray[np.float16], first: int, bound: float) -> NDArray[np.int64]:
-    """Pairs (n, 2) of ids, lower first, whose cosine is at least ``bound``; one of each is among ``rows``.
+    """Return pairs (n, 2) of ids, lower first, with a cosine of at least ``bound``; one of each pair is in ``rows``.
 
     Args:
-        database: where to look; it holds ``rows``.
-        rows: (Q, D) as stored.
-        first: the id of the first of them.
-        bound: cosine.
+        database: the database, which contains ``rows``.
+        rows: (Q, D) float16, as stored, with consecutive ids.
+        first: id of the first row.
+        bound: minimum cosine, in [−1, 1].
     """
     cells, nprobe = database.proposer, database.effort.nprobe
-    whole = len(database) == database.stored  # a search alone knows what is hidden
+    whole = len(database) == database.stored  # hidden rows need a search, which leaves them out
     if whole and isinstance(cells, StackedIVF) and cells.exact and len(rows) * nprobe >= _VISITORS * cells.cells:
         found = _by_cell(cells, rows, first, bound, nprobe)
     else:
@@ -42,10 +42,10 @@ def find_pairs(database: Database, rows: NDArray[np.float16], first: int, bound:
 
 def _by_search(database: Database, rows: NDArray[np.float16], first: int, bound: float) -> Iterator[NDArray[np.int64]]:
     for start in range(0, len(rows), _BATCH):
-        asked = rows[start : start + _BATCH]
-        hits = database.nearest(asked, min(NEAREST + 1, len(database)))
+        batch = rows[start : start + _BATCH]
+        hits = database.nearest(batch, min(NEAREST + 1, len(database)))
         own = first + start + np.arange(len(hits.ids))[:, None]
-        near = (hits.scores >= _least(asked.astype(np.float32), bound)) & (hits.ids >= 0) & (hits.ids != own)
+        near = (hits.scores >= _least(batch.astype(np.float32), bound)) & (hits.ids >= 0) & (hits.ids != own)
         yield np.sort(np.stack([np.broadcast_to(own, near.shape)[near], hits.ids[near]], axis=1), axis=1)
 
 
@@ -71,9 +71,10 @@ def _by_cell(
 
 
 def _few(near: NDArray[np.bool_], lower: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Of the rows (Q, n) that are near, the first ones, and the last ones of a ``lower`` id.
+    """Limit near rows (Q, n) to the first ones, and the last ones with a ``lower`` id.
 
-    So a group stays connected when rows of it are taken down: by whom all are near to, and from each to the next.
+    A group then stays connected when some of its rows are taken down: each row links to the group's first rows and to
+    the rows just before it.
     """
     lower = near & lower
     next_to = np.cumsum(lower[:, ::-1], axis=1)[:, ::-1] <= NEAREST // 2
@@ -82,16 +83,16 @@ def _few(near: NDArray[np.bool_], lower: NDArray[np.bool_]) -> NDArray[np.bool_]
 
 
 def _least(rows: NDArray[np.float32], bound: float) -> NDArray[np.float32]:
-    """(Q, 1) the score at which a row is near each of ``rows``.
+    """Return the minimum score (Q, 1) of a near-duplicate of each of ``rows``.
 
-    float16 leaves rows a little off length 1: exact copies must count under any bound.
+    It is scaled by the squared length, since float16 rows are not exactly unit vectors and exact copies must count.
     """
     least: NDArray[np.float32] = bound * np.square(rows).sum(axis=1, keepdims=True) - _ROUNDING
     return least
 
 
 def duplicates_to_hide(pairs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of every group that ``pairs`` (n, 2) connect, all ids but the lowest: what is left out to keep one of each."""
+    """Return all ids but the lowest of every group connected by ``pairs`` (n, 2), sorted."""
     lowest: dict[int, int] = {}
 
     def root(node: int) -> int:

@@ -1,9 +1,9 @@
-"""Recall@k against brute force on the stored rows, for queries that are not among the rows looked at.
+"""Recall@k against brute force on the stored rows, for held-out queries.
 
-Legend: ``Q`` queries, ``P`` true neighbours kept of each, ``D`` embedding width, ``N`` rows.
+Legend: ``Q`` queries, ``P`` true neighbours per query, ``D`` embedding width, ``N`` rows.
 
-Image queries are left out one at a time: a row is searched with itself (and its exact copies) excluded, in the index as
-in the truth. Text queries are no rows of any database; they lie across CLIP's text gap and are the harder of the two.
+Image queries are leave-one-out: a row is searched with itself and its exact copies excluded, both in the index and in
+the ground truth. Text queries are not rows of the database. CLIP's text gap makes them the harder of the two.
 """
 
 import dataclasses
@@ -16,18 +16,18 @@ from model.retrieval.database import Database
 from model.retrieval.stored_rows import StoredRows
 
 DEPTH = 32
-"""True neighbours that are kept of each query: more than recall looks at, so that some can be taken down."""
+"""True neighbours stored per query: more than recall@10 needs, since some may be taken down later."""
 _BLOCK_ROWS = 65_536
 _TIE = 1e-5
-_COPY_MARGIN = 1e-2  # an exact copy scores within float16 rounding of the best score there is
+_COPY_MARGIN = 1e-2  # the score of an exact copy is within float16 rounding of the best score
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class GroundTruth:
-    """Queries and their true neighbours, to measure a database with, now and after it grew.
+    """Queries and their true neighbours, to measure the recall of a database as it grows.
 
-    ``queries`` (Q, D) float32; ``own`` (Q,) int64, the query's own row, −1 for a text; ``ids`` (Q, P) int64, −1 where
-    nothing is left, and ``scores`` (Q, P) float32, best first.
+    ``queries`` (Q, D) float32; ``own`` (Q,) int64, the query's own row, −1 for a text; ``ids`` (Q, P) int64, −1 if
+    there are fewer than P, and ``scores`` (Q, P) float32 cosines, best first.
     """
 
     queries: NDArray[np.float32]
@@ -36,16 +36,16 @@ class GroundTruth:
     scores: NDArray[np.float32]
 
     def __len__(self) -> int:
-        """Q."""
+        """Return the number of queries."""
         return len(self.queries)
 
     @property
     def own_rows(self) -> NDArray[np.float16] | None:
-        """The queries' own rows (Q, D) as they are stored, since queries are those; None for texts."""
+        """The queries' own rows (Q, D) as stored in float16; None for text queries."""
         return None if (self.own < 0).all() else self.queries.astype(np.float16)
 
     def only(self, queries: NDArray[np.int64] | NDArray[np.bool_]) -> "GroundTruth":
-        """Some of the queries."""
+        """Return the ground truth of some of the queries."""
         return GroundTruth(
             queries=self.queries[queries], own=self.own[queries], ids=self.ids[queries], scores=self.scores[queries]
         )
@@ -61,36 +61,36 @@ def exact_neighbours(
     depth: int = DEPTH,
     grown_from: tuple[GroundTruth, int] | None = None,
 ) -> GroundTruth:
-    """The ``depth`` nearest rows of each query by brute force.
+    """Return the ``depth`` nearest rows of each query by brute force.
 
     Args:
         parts: (n, D) each, all rows in order; may be memory-mapped.
         queries: (Q, D) unit rows.
-        own: (Q,) rows that must not be found for a query, nor exact copies of them.
-        own_rows: (Q, D) those rows as they are stored.
-        hidden: sorted ids that must not be found at all.
+        own: (Q,) id of each query's own row.
+        own_rows: (Q, D) those rows, as stored; they and their exact copies are excluded.
+        hidden: sorted ids of rows that are excluded for all queries.
         depth: P.
-        grown_from: what was true of these queries when there were so many rows, with as many neighbours or more: only
-            later ones are looked at.
+        grown_from: ground truth of the same queries, with at least ``depth`` neighbours, and the number of rows it was
+            computed for. Only later rows are compared.
     """
     count = len(queries)
     scores = np.full((count, depth), -np.inf, dtype=np.float32)
     ids = np.full((count, depth), -1, dtype=np.int64)
-    known = 0
+    compared = 0
     if grown_from is not None:
-        before, known = grown_from
+        before, compared = grown_from
         scores, ids = before.scores.copy(), before.ids.copy()
     barred = np.zeros(0, np.int64) if hidden is None else hidden
     gone = np.isin(ids, barred)
     scores[gone], ids[gone] = -np.inf, -1
     first = 0
     for part in parts:
-        rows = None  # a file is not opened for rows that are known, nor kept mapped for those that are not
+        rows = None  # open a file only if it has rows to compare, and do not keep it mapped
         for start in range(0, len(part), _BLOCK_ROWS):
             begin, end = first + start, first + min(start + _BLOCK_ROWS, len(part))
-            if end <= known:
+            if end <= compared:
                 continue
-            begin = max(begin, known)
+            begin = max(begin, compared)
             rows = np.asarray(part) if rows is None else rows
             block = np.ascontiguousarray(rows[begin - first : end - first])
             found = queries @ block.astype(np.float32).T
@@ -115,9 +115,9 @@ def exact_neighbours(
 
 
 def recall(database: Database, truth: GroundTruth, k: int = 10) -> float:
-    """Share of the ``k`` true neighbours that ``database`` finds.
+    """Return recall@``k`` of ``database``: the mean share of true neighbours found, in [0, 1]; 1 without queries.
 
-    A found row counts when it scores as high as the last true one: which of several equal rows comes last is no merit.
+    A found row counts if its score is at least that of the last true neighbour, so the order of ties is irrelevant.
     """
     if not len(truth):
         return 1.0
@@ -127,20 +127,20 @@ def recall(database: Database, truth: GroundTruth, k: int = 10) -> float:
     wanted, scores = truth.ids[:, :k] >= 0, truth.scores[:, :k]
     last = np.where(wanted, scores, np.inf).min(axis=1, keepdims=True)
     good = (found.scores >= last - _TIE).sum(axis=1)
-    asked = wanted.sum(axis=1)
-    return float((np.minimum(good, asked)[asked > 0] / asked[asked > 0]).mean()) if wanted.any() else 1.0
+    count = wanted.sum(axis=1)
+    return float((np.minimum(good, count)[count > 0] / count[count > 0]).mean()) if wanted.any() else 1.0
 
 
 def brute_force(
     rows: NDArray[np.float16], queries: NDArray[np.float32], k: int, *, exclude: NDArray[np.int64] | None = None
 ) -> NDArray[np.int64]:
-    """Ids (Q, K) of the exact top ``k``, −1 where nothing is left: rows (N, D) may be memory-mapped, queries (Q, D)."""
+    """Return ids (Q, K) of the exact top ``k`` of rows (N, D) for queries (Q, D), −1 if there are fewer rows."""
     own_rows = None if exclude is None else rows[exclude]
     return exact_neighbours([rows], queries, own=exclude, own_rows=own_rows, depth=k).ids
 
 
 def _leave_out_copies(scores: NDArray[np.float32], block: NDArray[np.float16], own: NDArray[np.float16]) -> None:
-    """Give the rows of ``block`` (n, D) that equal a query's own row no chance in its scores (Q, n)."""
+    """Set the scores (Q, n) of rows of ``block`` (n, D) that equal a query's own row to −inf."""
     bits = block.view(np.uint16)
     near = scores > scores.max(axis=1, keepdims=True) - _COPY_MARGIN
     for query, place in np.argwhere(near):

@@ -1,9 +1,9 @@
-"""Where candidates come from: FAISS shards on their own, or cells stacked over shards.
+"""Candidate search over FAISS shards: each shard on its own, or one IVF stacked over all shards.
 
 Legend: ``Q`` queries, ``C`` candidates, ``D`` embedding width, ``N`` rows over all shards.
 
-A proposer answers with row ids that run over all shards: shard after shard, position within the shard. What it proposes
-is scored with the stored rows (:mod:`model.retrieval.database`) unless its own scores are of those.
+Candidates have global row ids, which number the rows of all shards in order. :mod:`model.retrieval.database` scores
+them with the stored rows, unless the index's scores are already those of the stored rows.
 """
 
 import contextlib
@@ -24,45 +24,45 @@ _POSITION = (1 << FIRST_ID_SHIFT) - 1
 
 
 Proposed = tuple[NDArray[np.int64], NDArray[np.float32] | None]
-"""Ids (Q, C) of candidates, −1 where there were fewer, and their scores (Q, C) if those are the stored rows'."""
+"""Candidate ids (Q, C), −1 if there are fewer, and scores (Q, C) if they are those of the stored rows, else None."""
 
 
 class CandidateSearch(Protocol):
-    """Candidates for queries."""
+    """A source of candidates for queries."""
 
     rows: tuple[int, ...]
-    """How many each shard has."""
+    """Number of rows of each shard."""
     exact: bool
-    """Whether its order is that of the stored rows among what it looks at: no more than wanted need be proposed."""
+    """True if visited rows are ordered by their stored values, so no additional candidates are needed."""
     cells: int
-    """How many cells there are to visit; 0 when all rows are looked at anyway."""
+    """Number of cells; 0 if every search compares all rows."""
 
     def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
-        """``count`` candidates for each query, or a few more."""
+        """Return ``count`` candidates for each query, or a few more."""
         ...
 
 
 class IndependentShards:
-    """Whole indexes, one a shard, each searched on its own."""
+    """Complete indexes, one per shard, each searched on its own."""
 
     def __init__(self, indexes: Sequence[Any]) -> None:
-        """Search ``indexes``, whose ids are positions."""
+        """Take ``indexes`` whose ids are positions within the shard."""
         self._indexes = list(indexes)
         self.rows = tuple(int(index.ntotal) for index in indexes)
         self.exact = all(is_lossless(index) for index in indexes)
         self._cells = [ivf_of(index) for index in indexes]
-        self._one_at_a_time = threading.Lock()  # an index of any make takes nprobe as its own state alone
+        self._one_at_a_time = threading.Lock()  # nprobe is state of the index, not an argument of every index's search
         self.cells = max((cells.nlist for cells in self._cells if cells is not None), default=0)
 
     def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
-        """Ids (Q, count), of all shards those that their indexes score best."""
+        """Return ids (Q, count), the best of all shards by the indexes' scores, and no scores."""
         scores, found, first = [], [], 0
         for index, cells, rows in zip(self._indexes, self._cells, self.rows, strict=True):
             with self._one_at_a_time if cells is not None else contextlib.nullcontext():
                 if cells is not None:
                     cells.nprobe = nprobe
                 some, ids = index.search(queries, min(count, rows) or 1)
-            nearer = -some if index.metric_type == faiss.METRIC_L2 else some  # some indexes know no inner product
+            nearer = -some if index.metric_type == faiss.METRIC_L2 else some  # not all support the inner product
             scores.append(np.where(ids < 0, -np.inf, nearer))
             found.append(np.where(ids < 0, -1, ids + first))
             first += rows
@@ -76,14 +76,13 @@ class IndependentShards:
 class StackedIVF:
     """One IVF over the memory-mapped inverted lists of all shards: a query is assigned to cells once, not per shard.
 
-    A query is one thread's work, however many shards there are. Sharing its cells out among cores (``parallel_mode``)
-    took a tenth off where they were idle and a hundred times as long where they were not, and which of several exact
-    copies it found varied from run to run.
+    One thread serves a query. Distributing its cells over cores (``parallel_mode``) saved a tenth of the time on idle
+    cores but took a hundred times as long on busy ones, and its choice among exact copies varied between runs.
     """
 
     def __init__(self, quantizer: Any, shards: Sequence[Any], ordinals: Sequence[int]) -> None:
-        """Put ``shards`` (indexes without a quantizer) under the trained ``quantizer``, an index without rows."""
-        self.index, self._kept = quantizer, [*shards]
+        """Stack the lists of ``shards``, saved without a quantizer, under the trained, empty index ``quantizer``."""
+        self.index, self._references = quantizer, [*shards]
         self._ivf = ivf_of(quantizer)
         self.rows = tuple(int(shard.ntotal) for shard in shards)
         self.exact, self.cells = is_lossless(quantizer), int(self._ivf.nlist)
@@ -95,7 +94,7 @@ class StackedIVF:
             stacked = faiss.HStackInvertedLists(pointers.size(), pointers.data())
         else:
             (stacked,) = lists
-        self._kept.append(stacked)
+        self._references.append(stacked)
         self._ivf.replace_invlists(stacked, False)
         for part in {id(part): part for part in (self.index, self._ivf)}.values():
             part.ntotal = sum(self.rows)
@@ -105,42 +104,42 @@ class StackedIVF:
         self._first = first
 
     def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
-        """Ids (Q, count), and scores where codes are the rows."""
+        """Return ids (Q, count), and scores if the codes are the stored rows."""
         scores, ids = self.index.search(queries, count, params=self._effort(nprobe))
         return self.dense(ids), scores if self.exact else None
 
     def visited(self, queries: NDArray[np.float32], nprobe: int) -> NDArray[np.int64]:
-        """The cells (Q, nprobe) that a search visits, nearest first; −1 where the graph over them found no more."""
+        """Return the cells (Q, nprobe) that a search visits, nearest first; −1 if the graph finds fewer."""
         effort = self._graph_effort(nprobe)
         found: NDArray[np.int64] = self._graph.search(queries, min(nprobe, self.cells), params=effort)[1]
         return found
 
     def cell(self, number: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """The rows (n, D) of a cell and their ids (n,), ascending, where codes are the rows (``exact``)."""
+        """Return the rows (n, D) and ascending ids (n,) of a cell. Requires ``exact``: codes are the stored rows."""
         lists, ivf = self._ivf.invlists, self._ivf
         size, codes, ids = lists.list_size(number), lists.get_codes(number), lists.get_ids(number)
         try:
             stored = np.float16 if ivf.code_size == 2 * ivf.d else np.float32
-            held = faiss.rev_swig_ptr(codes, size * ivf.code_size).view(stored).reshape(size, ivf.d)
-            return held.astype(np.float32), self.dense(faiss.rev_swig_ptr(ids, size))
+            rows = faiss.rev_swig_ptr(codes, size * ivf.code_size).view(stored).reshape(size, ivf.d)
+            return rows.astype(np.float32), self.dense(faiss.rev_swig_ptr(ids, size))
         finally:
             lists.release_codes(number, codes)
             lists.release_ids(number, ids)
 
     def dense(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows as they are counted over all shards, of ids as the cells hold them; −1 stays."""
+        """Convert ids of the inverted lists to global row ids; −1 stays −1."""
         ordinals = ids >> FIRST_ID_SHIFT
         if ids.size and ordinals.max() >= len(self._first):
-            raise ModelError(f"an index holds the id {int(ids.max())}, which no shard gives; rebuild the database")
+            raise ModelError(f"an index contains an unknown id: {int(ids.max())}; rebuild the database")
         found: NDArray[np.int64] = np.where(ids < 0, -1, self._first[ordinals] + (ids & _POSITION))
         return found
 
     def _effort(self, nprobe: int) -> Any:
-        """The effort of one search, told to it alone: threads search the same index, and not all equally hard."""
+        """Return the parameters of one search. Threads share the index, so its own nprobe must not be set."""
         cells: Any = faiss.SearchParametersIVF
-        turned: Any = faiss.SearchParametersPreTransform
+        transformed: Any = faiss.SearchParametersPreTransform
         effort = cells(nprobe=nprobe, quantizer_params=self._graph_effort(nprobe))
-        return turned(index_params=effort) if isinstance(self.index, faiss.IndexPreTransform) else effort
+        return transformed(index_params=effort) if isinstance(self.index, faiss.IndexPreTransform) else effort
 
     def _graph_effort(self, nprobe: int) -> Any:
         graph: Any = faiss.SearchParametersHNSW  # type: ignore[attr-defined]
@@ -148,24 +147,24 @@ class StackedIVF:
 
 
 def open_proposer(indexes: Sequence[Path], ordinals: Sequence[int], quantizer: Path | None) -> CandidateSearch:
-    """Memory-map the index files. Raises ``ModelError`` when one cannot be read or belongs elsewhere."""
+    """Memory-map the index files. Raises ``ModelError`` if one cannot be read or belongs to another template."""
     template = None if quantizer is None else _open(quantizer)
     if template is None or not is_stackable(template):
         opened = [_open(path) for path in indexes]
         if any(map(_is_bare, opened)):
-            raise ModelError(f"{indexes[0]} holds cells without their quantizer; rebuild the database")
+            raise ModelError(f"index without its quantizer: {indexes[0]}; rebuild the database")
         return IndependentShards(opened)
     opened = [_open(path, map_shard) for path in indexes]
     for path, index in zip(indexes, opened, strict=True):
         if not _is_bare(index) or (index.d, ivf_of(index).nlist, ivf_of(index).code_size) != (
             template.d, ivf_of(template).nlist, ivf_of(template).code_size,
         ):  # fmt: skip
-            raise ModelError(f"{path} was not filled from {quantizer}; rebuild the database")
+            raise ModelError(f"{path} does not match its quantizer: {quantizer}; rebuild the database")
     return StackedIVF(template, opened, ordinals)
 
 
 def _is_bare(index: Any) -> bool:
-    """Whether it has cells, and not their centroids."""
+    """Return True if the index has cells but not their centroids."""
     cells = ivf_of(index)
     return cells is not None and cells.quantizer.ntotal == 0
 
@@ -178,4 +177,4 @@ def _open(path: Path, read: Callable[[Path], Any] = _mapped) -> Any:
     try:
         return read(path)
     except RuntimeError as error:
-        raise ModelError(f"{path} is no readable FAISS index; rebuild the database") from error
+        raise ModelError(f"unreadable FAISS index: {path}; rebuild the database") from error

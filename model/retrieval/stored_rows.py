@@ -1,8 +1,8 @@
-"""Embeddings in files, mapped into memory when they are first asked for.
+"""Embedding files, memory-mapped on first use.
 
-A database has a file for each embedding shard: to map thousands before the first search takes longer than the search.
-A process may map some 65,000 at most, and what is mapped holds an open file and its blocks on the disk, even of a
-file that is deleted: beyond ``MOST_MAPPED`` the file that was mapped first is let go, and mapped again when asked for.
+A database has a file for each embedding shard, and mapping thousands of them takes longer than the first search. A
+process can map about 65,000 files. Each one keeps a file open and its disk blocks allocated, even if it is deleted.
+Beyond ``MOST_MAPPED`` the file that was mapped first is unmapped, and mapped again when needed.
 """
 
 import collections
@@ -19,29 +19,29 @@ from numpy.typing import NDArray
 from model.errors import ModelError
 
 Located = Path | Callable[[], Path]
-"""A file, or what fetches it whenever it is to be mapped."""
+"""A local file, or a function that fetches it each time it is mapped."""
 
 _MOST_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 MOST_MAPPED = min(8_192, _MOST_OPEN // 2) if _MOST_OPEN > 0 else 8_192
-"""Files that a process keeps mapped, of all its databases together; half of what it may open is left to others."""
-_kept: "collections.deque[weakref.ref[StoredRows]]" = collections.deque()  # what is mapped, the first to go first
-_keeping = threading.Lock()
+"""Maximum mapped files of a process, over all its databases: at most half of the files that it may open."""
+_mapped: "collections.deque[weakref.ref[StoredRows]]" = collections.deque()  # mapped files, oldest first
+_mapping = threading.Lock()
 
 
 class StoredRows:
-    """(n, D) float16 rows in a ``.npy`` file; indexed like the array it holds.
+    """(n, D) float16 rows in a ``.npy`` file, indexed like an array.
 
-    As an array (``np.asarray``) a file that was not mapped is read once, and not kept mapped.
+    ``np.asarray`` reads a file that is not mapped once, without keeping it mapped.
     """
 
     def __init__(self, file: Located, dimension: int, rows: int | None = None) -> None:
-        """The rows of ``file``; ``rows``, where n is known, spares opening it now."""
+        """Take the rows of ``file``; ``rows``, if n is known, avoids opening the file for its length."""
         self._file, self._dimension, self._rows = file, dimension, rows
         self._array: NDArray[np.float16] | None = None
-        self.path = file if isinstance(file, Path) else None  # known once it was mapped, for messages
+        self.path = file if isinstance(file, Path) else None  # for messages; set when a fetched file is mapped
 
     def __len__(self) -> int:
-        """How many rows."""
+        """Return the number of rows."""
         if self._rows is None:
             self._rows = len(self.array)
         return self._rows
@@ -53,55 +53,55 @@ class StoredRows:
 
     @property
     def dtype(self) -> np.dtype[np.float16]:
-        """As they are stored."""
+        """float16."""
         return np.dtype(np.float16)
 
     @property
     def nbytes(self) -> int:
-        """Size of all rows."""
+        """Size of all rows in bytes."""
         return len(self) * self._dimension * self.dtype.itemsize
 
     def __getitem__(self, place: Any) -> Any:
-        """What the array has there."""
+        """Index the array."""
         return self.array[place]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        """All rows, for as long as the caller holds them."""
-        held = self._array
-        return np.array(self._map() if held is None else held, dtype=dtype, copy=copy)
+        """Return all rows; the file stays mapped only while the caller uses them."""
+        array = self._array
+        return np.array(self._map() if array is None else array, dtype=dtype, copy=copy)
 
     @property
     def array(self) -> NDArray[np.float16]:
-        """All rows, memory-mapped. Raises ``ModelError`` when the file holds others than the database says."""
-        held = self._array  # looked at once: another thread may let it go
-        return self._keep(self._map()) if held is None else held
+        """All rows, memory-mapped. Raises ``ModelError`` if shape or dtype differ from the expected ones."""
+        array = self._array  # read once: another thread may unmap it
+        return self._keep(self._map()) if array is None else array
 
     def _map(self) -> NDArray[np.float16]:
         path = self._file if isinstance(self._file, Path) else self._file()
         self.path = path
         try:
-            # As a plain array: a memmap's own indexing costs more than reading a row.
+            # A plain array: indexing a np.memmap costs more than reading a row.
             found: NDArray[np.float16] = np.load(path, mmap_mode="r").view(np.ndarray)
         except (ValueError, EOFError, OverflowError, SyntaxError) as error:
             reason = " ".join(str(error).split())
-            raise ModelError(f"{path} is no array that can be read ({reason}); rebuild the database") from error
+            raise ModelError(f"unreadable array: {path} ({reason}); rebuild the database") from error
         fits = found.ndim == 2 and found.shape == (len(found) if self._rows is None else self._rows, self._dimension)
         if not fits or found.dtype != np.float16:
             rows = "n" if self._rows is None else self._rows
-            held = f"{found.shape}" if found.dtype == np.float16 else f"{found.dtype} {found.shape}"
+            actual = f"{found.shape}" if found.dtype == np.float16 else f"{found.dtype} {found.shape}"
             raise ModelError(
-                f"{path} holds {held}, not ({rows}, {self._dimension}) as its index and encoder say; "
+                f"{path} has the wrong shape or dtype: {actual}, expected float16 ({rows}, {self._dimension}); "
                 "rebuild the database"
             )
         return found
 
     def _keep(self, found: NDArray[np.float16]) -> NDArray[np.float16]:
-        with _keeping:
+        with _mapping:
             if self._array is None:
                 self._array = found
-                _kept.append(weakref.ref(self))
-            while len(_kept) > MOST_MAPPED:
-                first = _kept.popleft()()
+                _mapped.append(weakref.ref(self))
+            while len(_mapped) > MOST_MAPPED:
+                first = _mapped.popleft()()
                 if first is not None:
                     first._array = None
         return found

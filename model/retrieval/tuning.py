@@ -1,7 +1,7 @@
-"""The least effort that reaches a recall: cells visited and candidates re-ranked, tuned together.
+"""Tuning of the search effort: the cheapest cells visited and candidates re-ranked that reach a recall.
 
-With few bits a row, recall stops below the target at any number of cells unless more candidates are re-ranked; with few
-candidates, at any number of bits. So both are tried, and what costs least is taken.
+With few bits a row, no number of cells reaches the target unless more candidates are re-ranked. With few candidates,
+recall is limited at any number of bits. So both are varied and the cheapest sufficient combination is chosen.
 """
 
 import dataclasses
@@ -13,23 +13,23 @@ from model.retrieval.database import Database, SearchEffort
 from model.retrieval.recall import GroundTruth, recall
 
 CANDIDATES = (20, 50, 100, 200, 500, 1000)
-MOST_PROBES = 2_048  # what faiss-gpu takes
+MOST_PROBES = 2_048  # limit of faiss-gpu
 BEYOND = 2
-"""Further numbers of cells that are measured once the target is reached, for the curve."""
+"""Further numbers of cells measured after the target is reached, for the recall curve."""
 _TIMED_QUERIES = 64
-_READ_COST = 4.0  # reading a stored row at random, against one code of a list that is read in order
+_READ_COST = 4.0  # of reading a stored row at random, relative to a code of a list that is read in order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One measurement: the effort, recall@10 by kind of query, and how long the ids of one query's neighbours take."""
+    """One measurement: the effort, recall@10 by kind of query, and the latency of a search for ten ids in ms."""
 
     effort: SearchEffort
     recalls: Mapping[str, float]
     latency_ms: float
 
     def as_row(self) -> dict[str, Any]:
-        """Plain values, for a manifest."""
+        """Return plain values for a manifest."""
         named = {f"recall_at_10_{kind}": value for kind, value in self.recalls.items()}
         return {**dataclasses.asdict(self.effort), **named, "latency_ms": round(self.latency_ms, 4)}
 
@@ -37,11 +37,11 @@ class Point:
 def tune(
     database: Database, truths: Mapping[str, GroundTruth], target: float, *, before: SearchEffort | None = None
 ) -> tuple[Point, list[Point]]:
-    """The cheapest effort whose recall@10 reaches ``target`` for every kind of query, and all that was measured.
+    """Return the cheapest effort whose recall@10 reaches ``target`` for every kind of query, and all measurements.
 
-    Cost is counted, not timed (codes compared, and candidates read), so that a busy machine tunes like an idle one.
-    Where nothing reaches the target, the point whose worst recall is best. A database that grew needs about what it
-    needed ``before``: half as many cells are the fewest that are tried.
+    Cost counts the codes compared and the candidates read, so the result does not depend on the machine's load. If no
+    effort reaches the target, the point with the highest worst recall is returned. A grown database needs about the
+    same effort as ``before``, so the search starts at half that number of cells.
     """
     proposer = database.proposer
     probes = [1 if before is None else max(1, before.nprobe // 2)]
@@ -66,7 +66,7 @@ def tune(
 def _deepen(
     database: Database, truths: Mapping[str, GroundTruth], target: float, nprobe: int, depths: tuple[int, ...]
 ) -> list[Point]:
-    """More and more candidates until they reach the target or no longer help."""
+    """Measure increasing numbers of candidates until they reach the target or no longer raise the recall."""
     points: list[Point] = []
     for candidates in depths:
         point = measure(database.with_effort(SearchEffort(nprobe=nprobe, candidates=candidates)), truths)
@@ -78,7 +78,7 @@ def _deepen(
 
 
 def measure(database: Database, truths: Mapping[str, GroundTruth]) -> Point:
-    """Recall@10 of a database as it is, and what it takes to find the ids of ten neighbours."""
+    """Measure recall@10 of a database with its own effort, and the latency of a search for ten ids."""
     recalls = {kind: recall(database, truth) for kind, truth in truths.items()}
     queries = next((truth.queries[:_TIMED_QUERIES] for truth in truths.values() if len(truth)), None)
     seconds = 0.0
@@ -86,7 +86,7 @@ def measure(database: Database, truths: Mapping[str, GroundTruth]) -> Point:
         database.nearest(queries[:1], 10)
         started = time.perf_counter()
         for query in queries:
-            database.nearest(query[None], 10)  # the rows may lie in a thousand files, far away yet
+            database.nearest(query[None], 10)  # without embeddings: their files may not be fetched yet
         seconds = (time.perf_counter() - started) / len(queries)
     return Point(effort=database.effort, recalls=recalls, latency_ms=1e3 * seconds)
 

@@ -1,4 +1,4 @@
-"""The sticker set from icon packages: hand-made tarballs, no network."""
+"""make_stickers.py on small generated tarballs, without network."""
 
 import importlib.util
 import io
@@ -37,13 +37,13 @@ def make() -> ModuleType:
 
 @pytest.fixture
 def run(make: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Run the command for the styles; returns the folder of the parquet files."""
+    """Return a function that runs the script for styles and returns the folder of the parquet files."""
     put(tmp_path, make.NAMES, {"en/data.json": EMOJIS})
 
     def command(*styles: str) -> Path:
         out = tmp_path / "stickers"
-        words = ["make_stickers.py", "--out", out, "--packages", tmp_path, "--styles", *styles]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        arguments = ["make_stickers.py", "--out", out, "--packages", tmp_path, "--styles", *styles]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
         make.main()
         return out
 
@@ -51,7 +51,7 @@ def run(make: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
 
 
 def put(folder: Path, package: object, files: dict[str, object]) -> Path:
-    """A tarball as ``npm pack`` leaves it."""
+    """Write a tarball like that of ``npm pack``."""
     tarball: Path = folder / package.tarball  # type: ignore[attr-defined]
     with tarfile.open(tarball, "w:gz") as archive:
         for path, content in files.items():
@@ -67,9 +67,9 @@ def iconify(style: str, icons: dict[str, dict[str, object]], spdx: str, **size: 
 
 
 def webp(width: int, height: int) -> bytes:
-    picture = Image.new("RGBA", (width, height))
-    ImageDraw.Draw(picture).rectangle((0, 0, width, height), fill="blue")
-    picture.save(content := io.BytesIO(), "WEBP")
+    image = Image.new("RGBA", (width, height))
+    ImageDraw.Draw(image).rectangle((0, 0, width, height), fill="blue")
+    image.save(content := io.BytesIO(), "WEBP")
     return content.getvalue()
 
 
@@ -78,20 +78,24 @@ def fluent(make: ModuleType, folder: Path) -> Path:
     return put(folder, make.STYLES["fluent-3d"], files)
 
 
-def test_images_are_named_and_framed(make: ModuleType, run: Callable[..., Path], tmp_path: Path) -> None:
+def test_make_stickers_fluent_images_have_captions_and_white_margins(
+    make: ModuleType, run: Callable[..., Path], tmp_path: Path
+) -> None:
     fluent(make, tmp_path)
     table = pq.read_table(run("fluent-3d") / "fluent-3d.parquet")
     assert table.schema.equals(make.SCHEMA)
     (row,) = table.to_pylist()
     assert (row["key"], row["style"], row["license"]) == ("fluent-3d/270b-1f3fb", "fluent-3d", "MIT")
     assert row["captions"] == ["raised hand light skin tone", "hand", "stop"]
-    picture = Image.open(io.BytesIO(row["webp"]))
-    assert picture.size == (64, 64)
-    assert picture.getpixel((32, 1))[2] > 200 > picture.getpixel((32, 1))[0]  # as high as the square
-    assert min(picture.getpixel((8, 32))) > 245  # white beside it
+    image = Image.open(io.BytesIO(row["webp"]))
+    assert image.size == (64, 64)
+    assert image.getpixel((32, 1))[2] > 200 > image.getpixel((32, 1))[0]  # as high as the sticker
+    assert min(image.getpixel((8, 32))) > 245  # white margin
 
 
-def test_icons_are_drawn_and_chosen(make: ModuleType, run: Callable[..., Path], tmp_path: Path) -> None:
+def test_make_stickers_iconify_icons_are_selected_and_rendered(
+    make: ModuleType, run: Callable[..., Path], tmp_path: Path
+) -> None:
     pytest.importorskip("resvg_py", reason="the stickers extra")
     white, hidden = {"body": RED.replace("red", "white")}, {"body": RED, "hidden": True}
     icons = {"raised-hand": {"body": RED}, "tall": {"body": RED, "height": 72}, "white": white, "old": hidden}
@@ -113,67 +117,67 @@ def test_icons_are_drawn_and_chosen(make: ModuleType, run: Callable[..., Path], 
     assert min(tall.getpixel((8, 10))) > 245 and tall.getpixel((32, 10))[0] > 200
 
 
-def test_a_style_that_is_there_is_skipped(make: ModuleType, run: Callable[..., Path], tmp_path: Path) -> None:
+def test_make_stickers_existing_style_is_skipped(make: ModuleType, run: Callable[..., Path], tmp_path: Path) -> None:
     tarball = fluent(make, tmp_path)
     before = (run("fluent-3d") / "fluent-3d.parquet").stat().st_mtime_ns
-    tarball.write_bytes(b"no longer asked for")
+    tarball.write_bytes(b"not read")
     assert (run("fluent-3d") / "fluent-3d.parquet").stat().st_mtime_ns == before
     assert not list(tmp_path.rglob("*.partial"))
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("damage", "message"),
     [
         (lambda whole: whole[: len(whole) // 2], "delete it"),
         (lambda _: b"<html>", "delete it"),
         (lambda _: b"", "delete it"),
     ],
-    ids=["cut short", "no tarball", "empty"],
+    ids=["truncated", "not a tarball", "empty"],
 )
-def test_a_spoilt_tarball_is_named(
-    make: ModuleType, run: Callable[..., Path], tmp_path: Path, spoil: Callable[[bytes], bytes], told: str
+def test_make_stickers_damaged_tarball_raises_with_path(
+    make: ModuleType, run: Callable[..., Path], tmp_path: Path, damage: Callable[[bytes], bytes], message: str
 ) -> None:
     tarball = fluent(make, tmp_path)
-    tarball.write_bytes(spoil(tarball.read_bytes()))
+    tarball.write_bytes(damage(tarball.read_bytes()))
     with pytest.raises(SystemExit) as stopped:
         run("fluent-3d")
-    assert str(tarball) in str(stopped.value) and told in str(stopped.value)
+    assert str(tarball) in str(stopped.value) and message in str(stopped.value)
     assert "\n" not in str(stopped.value)
     assert not list((tmp_path / "stickers").iterdir())
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("files", "message"),
     [
         ({"README.md": b""}, "KeyError: 'package.json'"),
-        ({"package.json": {"license": "MIT"}}, "no picture in it"),
-        ({"package.json": {"license": "MIT"}, "assets/270b.webp": b"torn"}, "cannot identify image"),
-        ({"package.json": {"license": "GPL-3.0"}}, "its licence is GPL-3.0, not MIT"),
+        ({"package.json": {"license": "MIT"}}, "no image in the package"),
+        ({"package.json": {"license": "MIT"}, "assets/270b.webp": b"damaged"}, "cannot identify image"),
+        ({"package.json": {"license": "GPL-3.0"}}, "wrong licence: GPL-3.0, not MIT"),
     ],
-    ids=["another package", "no picture", "a torn picture", "another licence"],
+    ids=["another package", "no image", "damaged image", "another licence"],
 )
-def test_a_package_that_is_not_it_is_told(
-    make: ModuleType, run: Callable[..., Path], tmp_path: Path, files: dict[str, object], told: str
+def test_make_stickers_wrong_package_raises_with_tarball(
+    make: ModuleType, run: Callable[..., Path], tmp_path: Path, files: dict[str, object], message: str
 ) -> None:
     tarball = put(tmp_path, make.STYLES["fluent-3d"], files)
-    with pytest.raises(SystemExit, match=told) as stopped:
+    with pytest.raises(SystemExit, match=message) as stopped:
         run("fluent-3d")
     assert tarball.name in str(stopped.value) and "\n" not in str(stopped.value)
 
 
-def test_a_file_in_place_of_the_folder(run: Callable[..., Path], tmp_path: Path) -> None:
+def test_make_stickers_out_is_a_file_raises(run: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "stickers").touch()
-    with pytest.raises(SystemExit, match="--out and --packages are to be folders"):
+    with pytest.raises(SystemExit, match="--out and --packages must be writable folders"):
         run("fluent-3d")
 
 
-def test_without_npm(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_stickers_without_npm_raises(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(SystemExit, match=r"fluent-emoji-3d-1\.1\.0\.tgz is missing and npm .* install Node\.js"):
+    with pytest.raises(SystemExit, match=r"npm is not installed: .*fluent-emoji-3d-1\.1\.0\.tgz; install Node\.js"):
         run("fluent-3d")
 
 
-def test_without_the_renderer(
+def test_make_stickers_without_renderer_raises(
     make: ModuleType, run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(tmp_path, make.STYLES["twemoji"], iconify("twemoji", {"a": {"body": RED}}, "CC-BY-4.0"))
@@ -183,7 +187,7 @@ def test_without_the_renderer(
 
 
 @pytest.mark.parametrize("works", [True, False])
-def test_npm_brings_what_is_missing(
+def test_make_stickers_missing_tarball_is_downloaded_with_npm(
     make: ModuleType, run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, works: bool
 ) -> None:
     served = tmp_path / "served"
@@ -199,8 +203,6 @@ def test_npm_brings_what_is_missing(
         assert (run("fluent-3d") / "fluent-3d.parquet").exists()
         assert (tmp_path / tarball.name).exists()
     else:
-        with pytest.raises(
-            SystemExit, match=r"fluent-emoji-3d@1\.1\.0 cannot be downloaded \(npm error code E404\): try"
-        ):
+        with pytest.raises(SystemExit, match=r"fluent-emoji-3d@1\.1\.0 cannot be downloaded: npm error code E404; try"):
             run("fluent-3d")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("tmp")]

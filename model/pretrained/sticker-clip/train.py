@@ -4,18 +4,19 @@ Source:    `--stickers` folder of parquet files: key, style, license, captions (
            64×64 px on white); `--corpus` text file, one word or short phrase per line (353,530 of WordNet);
            `--teacher` local sentence-transformers folder such as all-MiniLM-L6-v2 (mean pooled); architecture and
            preprocessing are `open_clip_config.json` beside this file.
-Hardware:  one H100, bf16 autocast. On a CPU all is float32 and a trial is the sensible run.
-Run time:  7 minutes, about 3,200 steps of 2,048 pairs; the learning rate follows the clock, not the step.
+Hardware:  one H100, bf16 autocast. On a CPU it runs in float32, which is practical only for a trial.
+Run time:  7 minutes, about 3,200 steps of 2,048 pairs; the learning rate depends on elapsed time, not on the step.
 Expected:  text-to-image recall@1 of 0.56 on an unseen style, 0.63 on unseen concepts (`README.md`).
 Command:   python model/pretrained/sticker-clip/train.py --stickers data/stickers --corpus data/corpus.txt \
                --teacher data/all-MiniLM-L6-v2 --out build/sticker-clip
 Trial:     the same with --device cpu --limit 400 --steps 5 --batch-size 32
 
-Loss = l_image + l_teacher + 4 l_distill: images to their captions; images to the captions' teacher
-embeddings mapped by `head` (linear, E to D, not saved); all texts of the batch, corpus phrases too, to theirs.
+Loss = l_image + l_teacher + 4 l_distill. l_image matches images to their captions. l_teacher matches images to the
+captions' teacher embeddings, mapped by `head` (linear, E to D, not saved). l_distill matches all texts of the batch,
+including corpus phrases, to their mapped teacher embeddings.
 
-Legend: `B` pairs in a batch, with 2B more texts; `N` pictograms, `M` most captions of one; `V` distinct texts,
-`L` tokens of one; `D` embedding width, `E` the teacher's; `H W` pixels.
+Legend: `B` pairs in a batch, with 2B more texts; `N` pictograms, `M` maximum captions of one; `V` distinct texts,
+`L` tokens per text; `D` embedding width, `E` that of the teacher; `H W` pixels.
 """
 
 import argparse
@@ -56,16 +57,16 @@ class TrainConfig:
     out: Path
     minutes: float = 7.0
     device: str = "cuda"
-    limit: int | None = None  # pictograms, evenly spaced, and phrases: for a trial
-    steps: int | None = None  # stop here even if there is time left
+    limit: int | None = None  # pictograms (evenly spaced) and phrases, for a trial run
+    steps: int | None = None  # stop after this number even if there is time left
     batch_size: int = 2048
     learning_rate: float = 1.2e-3
     warmup_steps: int = 300
     weight_decay: float = 0.2
-    holdout_style: str = "emojione"  # never trained on
-    holdout_one_in: int = 40  # concepts, never trained on in any style
-    name_share: float = 0.4  # of the pairs take the bare name, the rest any caption
-    ignore_above: float = 0.7  # teacher cosine from which another row's caption is no negative
+    holdout_style: str = "emojione"  # held out of training
+    holdout_one_in: int = 40  # one in this many concepts is held out of training in all styles
+    name_share: float = 0.4  # share of pairs with the bare name; the rest use any caption
+    ignore_above: float = 0.7  # teacher cosine above which another caption is not a negative
     distill_weight: float = 4.0
     max_scale: float = 60.0
     ema_decay: float = 0.9995
@@ -73,16 +74,16 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot run."""
+        """Raise ``ValueError`` for missing paths and non-positive numbers."""
         if missing := [str(path) for path in (self.stickers, self.corpus, self.teacher) if not path.exists()]:
-            raise ValueError(f"not found: {missing}; check --stickers, --corpus and --teacher")
+            raise ValueError(f"files not found: {missing}; check --stickers, --corpus and --teacher")
         if min(self.minutes, self.batch_size, *(n for n in (self.limit, self.steps) if n is not None)) <= 0:
-            raise ValueError("--minutes, --batch-size, --limit and --steps must be positive")
+            raise ValueError("a number is not positive; check --minutes, --batch-size, --limit and --steps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
-    """Everything training reads, on the device; text ids are rows of `tokens` and `teacher`."""
+    """The training data on the device; text ids are row numbers of `tokens` and `teacher`."""
 
     images: Tensor  # (N, 3, H, W) uint8
     concepts: Tensor  # (N,) int64, shared by the styles
@@ -94,29 +95,29 @@ class Data:
 
 
 def unit(rows: Tensor) -> Tensor:
-    """(n, D) -> (n, D) float32 of unit norm."""
+    """Normalise (n, D) to float32 rows of unit norm."""
     return F.normalize(rows.float(), dim=1)
 
 
 def read_stickers(folder: Path, limit: int | None) -> dict[str, list[Any]]:
-    """The columns style, captions, webp of all rows, or of `limit` evenly spaced ones."""
+    """Read the columns style, captions and webp of all rows, or of `limit` evenly spaced rows."""
     files = sorted(folder.glob("*.parquet"))
     if not files:
-        raise ValueError(f"no *.parquet in {folder}: point --stickers at the folder that holds them")
+        raise ValueError(f"no parquet files: {folder}; point --stickers at the folder that contains them")
     columns = pq.read_table(files, columns=["style", "captions", "webp"]).to_pydict()
     every = max(1, len(columns["webp"]) // limit) if limit else 1
     return {name: column[::every][:limit] for name, column in columns.items()}
 
 
 def caption_variants(name: str, *keywords: str) -> list[str]:
-    """The texts that may stand for a pictogram, its name first."""
+    """Return the captions of a pictogram, its name first."""
     joined = [", ".join((name, *keywords[:2]))] if keywords else []
     return [text.strip().lower() for text in (name, *keywords, *joined, f"a sticker of a {name}")]
 
 
 @torch.no_grad()
 def embed_by_teacher(texts: list[str], config: TrainConfig) -> Tensor:
-    """(V, E) float32 unit rows: the sentence encoder's last hidden state, averaged over each text's tokens."""
+    """Embed texts as (V, E) float32 unit rows: the teacher's last hidden state, averaged over each text's tokens."""
     encoder = AutoModel.from_pretrained(config.teacher).to(config.device).eval().float()
     tokenizer = AutoTokenizer.from_pretrained(config.teacher, model_max_length=64)
     rows = []
@@ -130,7 +131,7 @@ def embed_by_teacher(texts: list[str], config: TrainConfig) -> Tensor:
 
 
 def load_data(config: TrainConfig) -> Data:
-    """Read, decode, tokenize, embed by the teacher and split, once."""
+    """Read, decode, tokenize, embed with the teacher and split the data."""
     stickers = read_stickers(config.stickers, config.limit)
     images = [pil_to_tensor(Image.open(io.BytesIO(webp)).convert("RGB")) for webp in stickers["webp"]]
     variants = [caption_variants(*names) for names in stickers["captions"]]
@@ -159,9 +160,9 @@ def load_data(config: TrainConfig) -> Data:
 
 
 def augment(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Random background, warp, brightness, contrast and saturation; (B, 3, H, W) in 0..1 before and after."""
+    """Change background, shape, brightness, contrast and saturation of (B, 3, H, W) in [0, 1] at random."""
     uniform = functools.partial(torch.rand, len(images), device=images.device, generator=rng)
-    # In three images of ten white becomes a random colour: a background says nothing of the concept.
+    # White becomes a random colour in 30% of the images, since the background is independent of the concept.
     white = (images.amin(1, keepdim=True) > 0.97).float() * (uniform(1, 1, 1) < 0.3).float()
     images = images * (1 - white) + uniform(3, 1, 1) * white
 
@@ -170,7 +171,7 @@ def augment(images: Tensor, rng: torch.Generator) -> Tensor:
     cos, sin, shift = angle.cos() * zoom, angle.sin() * zoom, (uniform(2, 1) - 0.5) * 0.4
     rotation = torch.stack([cos * stretch, -sin, sin * stretch, cos], 1).view(-1, 2, 2)
     grid = F.affine_grid(torch.cat([rotation, shift], 2), list(images.shape), align_corners=False)
-    corner = images[:, :, :1, :1]  # the colour of what comes in from outside
+    corner = images[:, :, :1, :1]  # fills the area outside of the image
     images = F.grid_sample(images - corner, grid, align_corners=False, padding_mode="zeros") + corner
 
     mean = images.mean((2, 3), keepdim=True)
@@ -181,18 +182,18 @@ def augment(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def encode_images(clip: CLIP, images: Tensor) -> Tensor:
-    """(B, 3, H, W) in 0..1 -> (B, D) float32 unit rows."""
+    """Embed images (B, 3, H, W) in [0, 1] as (B, D) float32 unit rows."""
     pixels = ARCHITECTURE["preprocess_cfg"]
     return unit(clip.encode_image(normalize(images, pixels["mean"], pixels["std"])))
 
 
 def info_nce(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy of (B, B) logits, over rows and over columns, with a target (B, B) of row sum 1."""
+    """Return the cross-entropy of logits (B, B), averaged over rows and columns, for targets (B, B) of row sum 1."""
     return -(target * (F.log_softmax(logits, 1) + F.log_softmax(logits.T, 1))).sum(1).mean() / 2
 
 
 def losses(clip: CLIP, head: nn.Linear, data: Data, config: TrainConfig, rng: torch.Generator) -> dict[str, Tensor]:
-    """Draw a batch; the scalars `loss`, its parts `image`, `teacher` and `distill`, and `scale`."""
+    """Sample a batch and return the scalars `loss`, its parts `image`, `teacher` and `distill`, and `scale`."""
     size, device = config.batch_size, config.device
     rows = data.train[torch.randint(len(data.train), (size,), device=device, generator=rng)]
     bare = torch.rand(size, device=device, generator=rng) < config.name_share
@@ -206,7 +207,7 @@ def losses(clip: CLIP, head: nn.Linear, data: Data, config: TrainConfig, rng: to
     concept, meaning = data.concepts[rows], data.teacher[caption]
     same = (concept[:, None] == concept) | (caption[:, None] == caption)
     target = same.float() / same.sum(1, keepdim=True)
-    ignore = (meaning @ meaning.T > config.ignore_above) & ~same  # a near synonym is neither right nor wrong
+    ignore = (meaning @ meaning.T > config.ignore_above) & ~same  # near synonyms are neither positives nor negatives
     scale = clip.logit_scale.exp().clamp(max=config.max_scale)
     l_image = info_nce((scale * image @ text[:size].T).masked_fill(ignore, -1e4), target)
     l_teacher = info_nce((scale * image @ teacher[:size].T).masked_fill(ignore, -1e4), target)
@@ -217,11 +218,11 @@ def losses(clip: CLIP, head: nn.Linear, data: Data, config: TrainConfig, rng: to
 
 @torch.no_grad()
 def evaluate(clip: CLIP, data: Data, config: TrainConfig) -> dict[str, float]:
-    """Recall@1, 5, 10 of each hold-out: a concept's name is the query, any of the concept's images a hit."""
+    """Return recall@1, 5, 10 of each hold-out: a query is a concept's name, a hit any of its images."""
     clip.eval()
     result: dict[str, float] = {}
     for name, rows in data.holdouts.items():
-        last_first = rows.flip(0)  # so that each concept's first row names it
+        last_first = rows.flip(0)  # so that the name comes from each concept's first row
         queries = dict(zip(data.concepts[last_first].tolist(), data.captions[last_first, 0].tolist(), strict=True))
         concepts, texts = torch.tensor(list(queries.items()), device=config.device).T
         with torch.autocast("cuda", torch.bfloat16, enabled=config.device != "cpu"):
@@ -236,9 +237,9 @@ def evaluate(clip: CLIP, data: Data, config: TrainConfig) -> dict[str, float]:
 
 
 def train(clip: CLIP, head: nn.Linear, data: Data, config: TrainConfig) -> dict[str, Any]:
-    """Train until the time or the steps are spent; leave the averaged weights in `clip`, return the log."""
+    """Train until time or steps run out, copy the averaged weights to `clip` and return the log."""
     rng = torch.Generator(config.device).manual_seed(config.seed)
-    groups: dict[float, list[Tensor]] = {config.weight_decay: [], 0.0: []}  # no decay: vectors, scale, positions
+    groups: dict[float, list[Tensor]] = {config.weight_decay: [], 0.0: []}  # vectors, scale and positions have no decay
     for name, weight in [*clip.named_parameters(), *head.named_parameters()]:
         groups[0.0 if weight.ndim < 2 or "positional" in name else config.weight_decay].append(weight)
     decayed = [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
@@ -269,7 +270,7 @@ def train(clip: CLIP, head: nn.Linear, data: Data, config: TrainConfig) -> dict[
 
 
 def main() -> None:
-    """Read the command line, load, train, save in open_clip's local-dir format and float16."""
+    """Parse the command line, train, and save the float16 model in open_clip's local-dir format."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     parser = argparse.ArgumentParser(description="Train sticker-clip.", argument_default=argparse.SUPPRESS)
     for name in ("stickers", "corpus", "teacher", "out"):

@@ -1,13 +1,13 @@
-"""Make the sticker training set from the public icon packages: one parquet file a style, as train.py reads them.
+"""Build the sticker training set from public icon packages: one parquet file per style, as read by train.py.
 
-It takes the npm packages of the table below, those whose tarball is in the folder already and the rest through
-``npm pack``, draws every icon at 64 × 64 px on white, and captions it with its name and the keywords that Unicode CLDR
-has for it. A style whose parquet file is there is skipped, so a killed run goes on where it was. With these versions
-(and resvg-py 0.5, Pillow 13) the files are those that the embedded generator was trained on, byte for byte.
+The script uses the npm packages of the table below and downloads missing tarballs with ``npm pack``. It renders every
+icon at 64 × 64 px on white, with its name and its Unicode CLDR keywords as captions. A style with an existing parquet
+file is skipped, so an interrupted run resumes. With these versions (and resvg-py 0.5, Pillow 13) the files are byte for
+byte those that the bundled generator was trained on.
 
 Columns: key (style/icon), style, license (SPDX), captions (name first, then keywords), webp (64 × 64 px, RGB).
-30,863 pictures of 18 styles: 41 MB, from 53 MB of packages, in two and a half minutes on one CPU core. It needs npm,
-which comes with Node.js, and the ``stickers`` extra, which brings the SVG renderer. Command:
+30,863 images of 18 styles: 41 MB, from 53 MB of packages, in two and a half minutes on one CPU core. It needs npm,
+which is part of Node.js, and the ``stickers`` extra with the SVG renderer. Command:
 
     python model/pretrained/sticker-generator/make_stickers.py --out STICKERS
     python model/pretrained/sticker-generator/make_stickers.py --out STICKERS --styles twemoji openmoji
@@ -37,20 +37,20 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 SIDE = 64
-DRAWN_SIDE = 128  # scaled down from here, which keeps thin lines
+DRAWN_SIDE = 128  # rendered at this size and scaled down, which preserves thin lines
 QUALITY = 92  # of the WebP
-BLANK = 3.0  # standard deviation of the pixels, 0 to 255: white on white shows nothing
+BLANK = 3.0  # minimum standard deviation of the pixels (0 to 255); below it an icon is white on white
 DOWNLOAD_TIMEOUT_S = 600
 log = logging.getLogger("make-stickers")
 
 
 class PackageError(Exception):
-    """A package that cannot be had or used; the message names the mend."""
+    """Raised when a package cannot be downloaded or used; the message says how to fix it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """One npm package; ``icon`` is the pattern of the icons that are taken, its group their name or country."""
+    """An npm package. ``icon`` is the pattern of the icons to use; its group is their name or country."""
 
     name: str
     version: str
@@ -59,12 +59,12 @@ class Package:
 
     @property
     def tarball(self) -> str:
-        """The file name that ``npm pack`` gives it."""
+        """The file name of the tarball of ``npm pack``."""
         return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 
 COUNTRY = r"(?P<country>[a-z]{2})"
-DRAWN_LARGER = r"(?P<name>.+)-(?:24|32|48)"  # the same icons at 16, 20 and 28 px are coarser
+DRAWN_LARGER = r"(?P<name>.+)-(?:24|32|48)"  # the same icons at 16, 20 and 28 px have less detail
 FILLED_TOO = r"(?P<name>.+?)(?:-fill)?"
 NUMBERED = r"(?P<name>.+?)(?:-\d+)?"
 NAMES = Package("emojibase-data", "17.0.0", "MIT")
@@ -95,10 +95,10 @@ SCHEMA = pa.schema([
 
 
 class Names:
-    """Names and keywords of Unicode CLDR, by code points, by country and by name."""
+    """Names and keywords of Unicode CLDR, indexed by code points, country and name."""
 
     def __init__(self, emojis: list[dict[str, Any]]) -> None:
-        """Index emojibase's ``data.json``; an emoji in a skin tone has the keywords of the emoji."""
+        """Index emojibase's ``data.json``; variants with a skin tone get the keywords of their emoji."""
         self.emojis: dict[str, str] = {}
         self.flags: dict[str, str] = {}
         self._keywords: dict[str, list[str]] = {}
@@ -112,7 +112,7 @@ class Names:
                     self.flags[country] = name
 
     def captions(self, name: str) -> list[str]:
-        """The name, then its keywords; the name of a flag both ways."""
+        """Return the name and its keywords; for a flag, "flag of X" and "X flag"."""
         if flag := re.fullmatch(r"flag (?:for )?(.+)", name):
             return [f"flag of {flag[1]}", f"{flag[1]} flag"]
         return [name, *self._keywords.get(_plain(name), [])]
@@ -123,40 +123,42 @@ def _plain(name: str) -> str:
 
 
 def fetch(package: Package, folder: Path) -> Path:
-    """The package's tarball in ``folder``: the one that lies there, or a new one through ``npm pack``."""
+    """Return the package's tarball in ``folder``, downloaded with ``npm pack`` if it is missing."""
     tarball = folder / package.tarball
     if tarball.is_file():
         return tarball
     npm = shutil.which("npm")
     if npm is None:
-        raise PackageError(f"{tarball} is missing and npm is not installed: install Node.js, or put the file there")
+        raise PackageError(
+            f"tarball is missing and npm is not installed: {tarball}; install Node.js, or put the file there"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = f"{package.name}@{package.version}"
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
-        command = [npm, "pack", wanted, "--pack-destination", aside, "--loglevel", "error"]
+    spec = f"{package.name}@{package.version}"
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        command = [npm, "pack", spec, "--pack-destination", temporary, "--loglevel", "error"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S)  # noqa: S603
-            (Path(aside) / tarball.name).rename(tarball)
+            (Path(temporary) / tarball.name).rename(tarball)
         except subprocess.CalledProcessError as error:
-            said = (error.stderr.strip() or str(error)).splitlines()[0]
-            raise PackageError(f"{wanted} cannot be downloaded ({said}): try again, or put {tarball} there") from error
+            reason = (error.stderr.strip() or str(error)).splitlines()[0]
+            raise PackageError(f"{spec} cannot be downloaded: {reason}; try again, or put {tarball} there") from error
         except (subprocess.TimeoutExpired, OSError) as error:
-            raise PackageError(f"{wanted} cannot be downloaded ({error}): try again, or put {tarball} there") from error
+            raise PackageError(f"{spec} cannot be downloaded: {error}; try again, or put {tarball} there") from error
     return tarball
 
 
 @contextmanager
 def reading(tarball: Path) -> Iterator[None]:
-    """Tell whatever goes wrong with a tarball's content in one line that names it."""
+    """Raise errors in a tarball's content as a one-line ``PackageError`` with its path."""
     try:
         yield
     except (tarfile.TarError, zlib.error, EOFError, OSError, KeyError, TypeError, ValueError) as error:
-        told = f"{tarball} cannot be used ({type(error).__name__}: {error})"
-        raise PackageError(f"{told}: delete it, and the next run gets it anew") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise PackageError(f"{tarball} cannot be used: {reason}; delete it, and run again to download it") from error
 
 
 def unpack(tarball: Path, files: str) -> dict[str, bytes]:
-    """The files whose path in the package matches the pattern, in its order; nothing is written to disk."""
+    """Return the files with paths that match the pattern ``files``, in package order, without writing to disk."""
     found = {}
     with tarfile.open(tarball, "r:gz") as archive:
         for member in archive:
@@ -168,13 +170,15 @@ def unpack(tarball: Path, files: str) -> dict[str, bytes]:
 
 
 def check_license(package: Package, license: str | None) -> None:  # noqa: A002
-    """Refuse a package whose licence is not the one in the table."""
+    """Raise ``PackageError`` unless the licence is the one in the table."""
     if license != package.license:
-        raise PackageError(f"{package.tarball}: its licence is {license}, not {package.license}: get the npm package")
+        raise PackageError(
+            f"{package.tarball} has the wrong licence: {license}, not {package.license}; use the npm package"
+        )
 
 
 def draw(icons: dict[str, Any], icon: dict[str, Any]) -> Image.Image:
-    """An Iconify icon, transparent where it is empty, ``DRAWN_SIDE`` high; black where it takes the text's colour."""
+    """Render an Iconify icon on transparency, ``DRAWN_SIDE`` px high; ``currentColor`` becomes black."""
     import resvg_py
 
     left, top = (icon.get(side, icons.get(side, 0)) for side in ("left", "top"))
@@ -187,20 +191,20 @@ def draw(icons: dict[str, Any], icon: dict[str, Any]) -> Image.Image:
     return Image.open(io.BytesIO(bytes(png)))
 
 
-def frame(picture: Image.Image) -> Image.Image:
-    """The whole picture in the middle of a white square of 64 px, RGB."""
-    side = max(picture.size)
+def frame(image: Image.Image) -> Image.Image:
+    """Centre the whole image on a white square of 64 px, RGB."""
+    side = max(image.size)
     square = Image.new("RGBA", (side, side), "white")
-    square.alpha_composite(picture.convert("RGBA"), ((side - picture.width) // 2, (side - picture.height) // 2))
+    square.alpha_composite(image.convert("RGBA"), ((side - image.width) // 2, (side - image.height) // 2))
     return square.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
 def iconify_images(package: Package, tarball: Path, names: Names) -> Iterator[tuple[str, str, Image.Image]]:
-    """Key, name and picture of each icon of an Iconify set that is taken; what the set itself hides is not."""
+    """Yield key, name and image of the matching icons of an Iconify set, except its hidden ones."""
     files = unpack(tarball, r"(icons|info)\.json")
     icons, info = json.loads(files["icons.json"]), json.loads(files["info.json"])
     check_license(package, info["license"]["spdx"])
-    for key, icon in tqdm(icons["icons"].items(), desc=icons["prefix"], unit="picture", leave=False):
+    for key, icon in tqdm(icons["icons"].items(), desc=icons["prefix"], unit="image", leave=False):
         match = re.fullmatch(package.icon, key)
         if match is None or icon.get("hidden"):
             continue
@@ -210,31 +214,31 @@ def iconify_images(package: Package, tarball: Path, names: Names) -> Iterator[tu
 
 
 def fluent_images(package: Package, tarball: Path, names: Names) -> Iterator[tuple[str, str, Image.Image]]:
-    """Key, name and picture of each WebP file that is named after the code points of an emoji."""
+    """Yield key, name and image of each WebP file that is named after an emoji's code points."""
     files = unpack(tarball, r"package\.json|assets/.+\.webp")
     check_license(package, json.loads(files.pop("package.json"))["license"])
-    for path, webp in tqdm(files.items(), desc="fluent-3d", unit="picture", leave=False):
+    for path, webp in tqdm(files.items(), desc="fluent-3d", unit="image", leave=False):
         key = Path(path).stem
         if key in names.emojis:
             yield key, names.emojis[key], Image.open(io.BytesIO(webp))
 
 
 def make_style(style: str, names: Names, packages: Path, out: Path) -> int:
-    """Write the style's parquet file, aside and renamed; returns its rows."""
+    """Write the style's parquet file atomically and return its number of rows."""
     package = STYLES[style]
     tarball = fetch(package, packages)
-    pictures = iconify_images if package.name.startswith("@iconify-json/") else fluent_images
+    read_images = iconify_images if package.name.startswith("@iconify-json/") else fluent_images
     rows = []
     with reading(tarball):
-        for key, name, picture in pictures(package, tarball, names):
-            sticker = frame(picture)
+        for key, name, image in read_images(package, tarball, names):
+            sticker = frame(image)
             if np.asarray(sticker).std() < BLANK:
                 continue
             sticker.save(webp := io.BytesIO(), "WEBP", quality=QUALITY)
             row = (f"{style}/{key}", style, package.license, names.captions(name), webp.getvalue())
             rows.append(dict(zip(SCHEMA.names, row, strict=True)))
         if not rows:
-            raise ValueError("no picture in it")
+            raise ValueError("no image in the package")
     partial = out / f"{style}.partial"
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial, compression="none")
     partial.rename(out / f"{style}.parquet")
@@ -242,11 +246,11 @@ def make_style(style: str, names: Names, packages: Path, out: Path) -> int:
 
 
 def main() -> None:
-    """Make every style that is not there yet."""
+    """Build all requested styles that do not exist yet."""
     options = _options()
     packages = options.packages or options.out / "packages"
     missing = [style for style in options.styles if not (options.out / f"{style}.parquet").exists()]
-    log.info("%d styles asked for, %d of them are there", len(options.styles), len(options.styles) - len(missing))
+    log.info("%d styles requested, %d of them exist", len(options.styles), len(options.styles) - len(missing))
     if not missing:
         return
     try:
@@ -255,20 +259,24 @@ def main() -> None:
         with reading(tarball):
             names = Names(json.loads(unpack(tarball, r"en/data\.json")["en/data.json"]))
         for style in missing:
-            log.info("%-28s %5d pictures", style, make_style(style, names, packages, options.out))
+            log.info("%-28s %5d images", style, make_style(style, names, packages, options.out))
     except ModuleNotFoundError as error:
-        raise SystemExit(f"{error.name} is not installed: pip install 'knn-diffusion[stickers]'") from None
+        raise SystemExit(f"{error.name} is not installed; run pip install 'knn-diffusion[stickers]'") from None
     except PackageError as error:
         raise SystemExit(str(error)) from None
     except OSError as error:
-        raise SystemExit(f"{error}: --out and --packages are to be folders that can be written to") from None
+        raise SystemExit(f"{error}; --out and --packages must be writable folders") from None
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the parquet files, one a style")
-    parser.add_argument("--packages", type=Path, help="folder of the tarballs, OUT/packages unless told; npm fills it")
-    parser.add_argument("--styles", nargs="+", choices=STYLES, default=list(STYLES), metavar="STYLE", help="all 18")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the parquet files, one per style")
+    parser.add_argument(
+        "--packages", type=Path, help="folder of the tarballs, by default OUT/packages; npm adds missing ones"
+    )
+    parser.add_argument(
+        "--styles", nargs="+", choices=STYLES, default=list(STYLES), metavar="STYLE", help="default: all 18"
+    )
     return parser.parse_args()
 
 

@@ -1,17 +1,17 @@
-"""Train the embedded sticker generators: a plain script over the package's own loop, without Ray, Prefect or MLflow.
+"""Train the bundled sticker generators: a script around the package's training loop, without Ray, Prefect or MLflow.
 
-It reads the sticker parquet files (columns key, style, license, captions, webp; make_stickers.py beside this file makes
-them), leaves OpenMoji and Twemoji out so that they stay unseen domains, embeds the rest with the embedded sticker-clip,
-finds each picture's neighbours among the others, and trains. Captions are never read. Killed at any point, the same
-command goes on from its last checkpoint; ``samples-*.png`` in the folder shows it learn, drawn from OpenMoji.
+It reads sticker parquet files (columns key, style, license, captions, webp), built by make_stickers.py in this folder.
+OpenMoji and Twemoji are left out, so that they remain unseen domains. The other images are embedded with the bundled
+sticker-clip and each image's neighbours are found among the others. Captions are never read. An interrupted run resumes
+from its last checkpoint when the command is repeated. ``samples-*.png`` in the output folder show samples for OpenMoji.
 
-    base      the continuous generator, which draws and edits: a transformer under flow matching
-    codes     the discrete generator's autoencoder: a picture as 256 codes
-    discrete  the discrete generator: a transformer over those codes under mask-and-replace
+    base      the continuous generator, for generation and editing: a transformer trained with flow matching
+    codes     the discrete generator's autoencoder: 256 codes per image
+    discrete  the discrete generator: a transformer over those codes, trained with mask-and-replace
 
-Hardware, run times and the figures reached are in README.md beside this file and in that of the discrete generator. The
-first three commands made the two embedded generators (the discrete one began as a longer run, see its card); the others
-are what a CPU manages in some hours, at 32 px:
+Hardware, run times and results are in the model cards (README.md) of the two generators. The first three commands
+trained the bundled generators (the discrete one began as a longer run, see its card). The others run on a CPU in a few
+hours, at 32 px:
 
     python model/pretrained/sticker-generator/train.py base --stickers STICKERS --out OUT --device cuda
     python model/pretrained/sticker-generator/train.py codes --stickers STICKERS --out OUT --device cuda --batch 256
@@ -72,56 +72,56 @@ UNSEEN = frozenset({"openmoji", "twemoji"})
 WATCHED = "openmoji"
 NEIGHBOURS, POOL = 10, 20
 SIDE = 64
-"""Of the files' pictures, and what the encoder takes."""
+"""Side in px of the images in the files, and of the encoder's input."""
 DRAWN = 0.7
-"""Share of what the base sees with no picture to restore: it learns to draw there, and to edit in the rest."""
+"""Share of the base's samples without an image to restore; they train generation, the rest trains editing."""
 SAMPLING = {
     "query": "mean", "neighbours": 3, "candidates": 2,
     "num_inference_steps": 6, "guidance_scale": 3.0, "guidance_interval": (0.2, 0.95),
 }  # fmt: skip
-"""What the base is drawn with unless told otherwise, chosen for 2 CPU cores and 2 seconds a picture (see its card)."""
+"""Sampling defaults of the base, chosen for 2 seconds an image on 2 CPU cores (see its card)."""
 SAMPLING_CODES = {"query": "mean", "neighbours": 3, "candidates": 2, "num_inference_steps": 7, "guidance_scale": 2.0}
-"""The same of the discrete one."""
+"""Sampling defaults of the discrete generator."""
 CHANNEL_ORDERS = ((1, 2, 0), (2, 0, 1), (2, 1, 0), (0, 2, 1), (1, 0, 2))
 log = logging.getLogger("sticker-generator")
 
 
 class Folder:
-    """Checkpoints in a folder: written aside and renamed, so the one that is there is whole."""
+    """Checkpoints in a local folder, replaced atomically by renaming."""
 
     def __init__(self, folder: Path) -> None:
-        """Keep ``checkpoint.pt`` in ``folder``."""
+        """Store ``checkpoint.pt`` in ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
         self._state = folder / "checkpoint.pt"
 
     def latest(self) -> Path | None:
-        """The checkpoint if there is one."""
+        """Return the path of the checkpoint, or None."""
         return self._state if self._state.exists() else None
 
     def scratch(self) -> Path:
-        """Where the next one is written."""
+        """Return the path for writing the next checkpoint."""
         return self._state.with_suffix(".partial")
 
     def save(self, step: int, state: Path) -> None:
-        """Put the new one in the old one's place."""
+        """Replace the checkpoint by the file ``state``."""
         state.rename(self._state)
 
 
 class Log:
-    """Metrics as log lines and in ``metrics.jsonl``; samples as pictures."""
+    """Metrics as log lines and in ``metrics.jsonl``; samples as image grids."""
 
     def __init__(self, folder: Path, unseen: "Unseen | None") -> None:
-        """Write into ``folder``; look at the ``unseen`` domain."""
+        """Write to ``folder``; evaluate the ``unseen`` domain, if given."""
         self._folder, self._unseen = folder, unseen
 
     def log(self, *, images: int, values: dict[str, float]) -> None:
-        """One line."""
+        """Log metrics as one line."""
         log.info("%9d images  %s", images, "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
         with (self._folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"images": images, **values}) + "\n")
 
     def grid(self, *, images: int, average: nn.Module) -> None:
-        """A sheet of samples from the unseen domain, and the loss there."""
+        """Write a grid of samples for the unseen domain and log the loss on it."""
         if self._unseen is None:
             return
         self._unseen.draw(average, self._folder / f"samples-{images:09d}.png")
@@ -129,10 +129,10 @@ class Log:
 
 
 class Unseen:
-    """Pictures of a domain that training leaves out and their neighbours in it, to watch the network with."""
+    """Images of a domain that is not trained on, with their neighbours, to monitor training."""
 
     def __init__(self, pixels: NDArray[np.uint8], rows: NDArray[np.float16], device: str, count: int = 512) -> None:
-        """Ask with ``count`` of the pictures (N, S, S, 3), rows (N, D); each finds its neighbours among the others."""
+        """Select ``count`` of the images (N, S, S, 3) with rows (N, D), each with its neighbours among the others."""
         chosen = np.random.default_rng(0).permutation(len(rows))[:count]
         found = rows[nearest(rows, min(NEIGHBOURS, len(rows) - 1), device)[chosen]]
         query, near = (torch.from_numpy(part).float().to(device) for part in (rows[chosen], found))
@@ -141,39 +141,39 @@ class Unseen:
 
     @torch.inference_mode()
     def loss(self, network: nn.Module) -> float:
-        """The flow matching loss with nothing hidden, under the same noise at every call."""
+        """Return the flow matching loss with the full condition and the same noise at every call."""
         rng = StepRandom(0, 0, device=self._images.device)
         sigma, noise = sample_sigmas(len(self._images), rng), rng.normal(*self._images.shape)
-        return float(flow_matching_loss(_drawing(network), self._images, self._tokens, sigma, noise))
+        return float(flow_matching_loss(_denoiser(network), self._images, self._tokens, sigma, noise))
 
     @torch.inference_mode()
     def draw(self, network: nn.Module, path: Path) -> None:
-        """A sheet of samples, 8 a row."""
+        """Write a grid of samples, 8 per row."""
         image_grid(to_pil(self.sample(network, self._tokens[:64]).cpu())).save(path)
 
     def sample(self, network: nn.Module, tokens: Tensor, steps: int = 20) -> Tensor:
-        """Pictures (B, 3, S, S) in [−1, 1] of tokens (B, T, E): Euler steps without guidance."""
+        """Sample images (B, 3, S, S) in [−1, 1] for tokens (B, T, E) by Euler steps without guidance."""
         shape = (len(tokens), *self._images.shape[1:])
-        picture = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(tokens.device)
+        image = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(tokens.device)
         levels = torch.linspace(1, 0, steps + 1, device=tokens.device)
         levels = 2 * levels / (1 + levels)  # shift 2
         for now, following in itertools.pairwise(levels):
-            picture += (following - now) * _drawing(network)(picture, now.expand(len(picture)), tokens)
-        return picture.clamp(-1, 1)
+            image += (following - now) * _denoiser(network)(image, now.expand(len(image)), tokens)
+        return image.clamp(-1, 1)
 
 
 class UnseenCodes(Unseen):
-    """The same, for the discrete generator."""
+    """Unseen images for the discrete generator."""
 
     def __init__(self, pixels: NDArray[np.uint8], rows: NDArray[np.float16], device: str, vae: VQModel) -> None:
-        """Arguments as above, and the autoencoder of the codes."""
+        """Take the arguments of :class:`Unseen` and the autoencoder of the codes."""
         super().__init__(pixels, rows, device)
         self._vae, self._codes = vae, encode_codes(vae, self._images)
         self._transitions = Transitions(codes=vae.config.num_vq_embeddings)
 
     @torch.inference_mode()
     def loss(self, network: nn.Module) -> float:
-        """The bound on −log p(x_0) in nats a token with nothing hidden, from the same t and noise at every call."""
+        """Return the bound on −log p(x_0) in nats a token, with the full condition and fixed t and noise."""
         rng = StepRandom(0, 0, device=self._codes.device)
         t = (rng.uniform(len(self._codes)) * self._transitions.timesteps).long() + 1
         noisy = self._transitions.corrupt(self._codes, t, rng.uniform(*self._codes.shape, 2))
@@ -182,19 +182,19 @@ class UnseenCodes(Unseen):
         return float(divergence.mean()) * self._transitions.timesteps
 
     def sample(self, network: nn.Module, tokens: Tensor, steps: int = 20) -> Tensor:
-        """As above: strides without guidance."""
+        """Sample images for tokens in ``steps`` strides without guidance."""
         shape = (len(tokens), steps, self._codes.shape[1])
         uniforms = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(tokens.device)
         return decode_codes(self._vae, sample_codes(network, tokens, uniforms, transitions=self._transitions))
 
 
-def _drawing(network: nn.Module) -> Denoiser:
+def _denoiser(network: nn.Module) -> Denoiser:
     denoiser = as_denoiser(network, "velocity")
     return with_reference(denoiser, None) if is_editor(network) else denoiser
 
 
 def load(path: Path, limit: int | None) -> NDArray[np.uint8]:
-    """The pictures of a style, (N, SIDE, SIDE, 3)."""
+    """Read the images of a style, (N, SIDE, SIDE, 3) uint8."""
     encoded = pq.read_table(path, columns=["webp"])["webp"].to_pylist()[:limit]
 
     def decode(webp: bytes) -> NDArray[np.uint8]:
@@ -206,14 +206,14 @@ def load(path: Path, limit: int | None) -> NDArray[np.uint8]:
 
 
 def fitted(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Pictures (N, SIDE, SIDE, 3) as the network draws them, (N, side, side, 3): made smaller once embedded."""
+    """Resize images (N, SIDE, SIDE, 3) to the network's size, (N, side, side, 3)."""
     if side == SIDE:
         return pixels
-    return np.stack([cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA) for picture in pixels])
+    return np.stack([cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in pixels])
 
 
 def nearest(rows: NDArray[np.float16], k: int, device: str) -> NDArray[np.int64]:
-    """The k nearest other rows of each (N, D), as ids (N, k)."""
+    """Return ids (N, k) of the k nearest other rows of each of ``rows`` (N, D)."""
     dense = torch.from_numpy(rows).float().to(device)
     found = []
     for start in range(0, len(dense), 1024):
@@ -224,18 +224,18 @@ def nearest(rows: NDArray[np.float16], k: int, device: str) -> NDArray[np.int64]
 
 
 def mirrored(pixels: NDArray[np.uint8], styles: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Left and right exchanged."""
+    """Mirror images horizontally."""
     return np.ascontiguousarray(pixels[:, :, ::-1])
 
 
 def recoloured(pixels: NDArray[np.uint8], styles: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Colour channels exchanged, alike throughout a style."""
+    """Permute the colour channels, with the same permutation for all images of a style."""
     orders = np.array(CHANNEL_ORDERS)[styles % len(CHANNEL_ORDERS)]
     return np.take_along_axis(pixels, orders[:, None, None], axis=3)
 
 
-# A variant is a domain of its own, with embeddings and neighbours of its own: what the database shows must decide the
-# colours, for nothing else does. The number says how often an epoch shows it.
+# A variant is a separate domain with its own embeddings and neighbours, so the network must take the colours from the
+# neighbours. The number is how often an epoch contains each of its images.
 Change = Callable[[NDArray[np.uint8], NDArray[np.int64]], NDArray[np.uint8]]
 VARIANTS: dict[str, tuple[int, Change]] = {
     "as they are": (4, lambda pixels, styles: pixels),
@@ -245,7 +245,7 @@ VARIANTS: dict[str, tuple[int, Change]] = {
 
 
 def prepare(options: argparse.Namespace) -> dict[str, NDArray[Any]]:
-    """Pixels, embeddings, neighbours, aligned references and repeats of every variant, kept for the next command."""
+    """Compute pixels, embeddings, neighbours, aligned references and weights of all variants; cache them in a file."""
     cache = options.out / f"data-{data_digest(options)[:12]}.npz"
     if cache.exists():
         return dict(np.load(cache))
@@ -253,25 +253,25 @@ def prepare(options: argparse.Namespace) -> dict[str, NDArray[Any]]:
     paths = {path.stem: path for path in sorted(options.stickers.glob("*.parquet"))}
     loaded = {name: load(path, options.limit) for name, path in paths.items() if name not in UNSEEN}
     pixels = np.concatenate(list(loaded.values()))
-    styles = np.repeat(np.arange(len(loaded)), [len(pictures) for pictures in loaded.values()])
-    for name, pictures in loaded.items():
-        log.info("%-28s %5d pictures", name, len(pictures))
+    styles = np.repeat(np.arange(len(loaded)), [len(images) for images in loaded.values()])
+    for name, images in loaded.items():
+        log.info("%-28s %5d images", name, len(images))
     pool = min(POOL, len(pixels) - 1)
     near = nearest(embedded(pixels, encoder), pool, options.device)
     aligned = align_all(fitted(pixels, options.size), near)
-    log.info("%.0f%% of the first neighbours could be aligned", 100 * aligned.converged)
+    log.info("%.0f%% of the first neighbours were aligned", 100 * aligned.converged)
     parts: dict[str, list[NDArray[Any]]] = {}
     for number, (weight, change) in enumerate(VARIANTS.values()):
         changed = change(pixels, styles)
         rows = embedded(changed, encoder)
-        made: dict[str, NDArray[Any]] = {
+        arrays: dict[str, NDArray[Any]] = {
             "pixels": fitted(changed, options.size),
             "rows": rows,
             "neighbours": nearest(rows, pool, options.device) + number * len(pixels),
             "references": change(aligned.pixels, styles),
             "weights": np.full(len(pixels), weight),
         }
-        for name, part in made.items():
+        for name, part in arrays.items():
             parts.setdefault(name, []).append(part)
     data = {name: np.concatenate(part) for name, part in parts.items()}
     unseen = load(paths[WATCHED], options.limit)
@@ -283,24 +283,24 @@ def prepare(options: argparse.Namespace) -> dict[str, NDArray[Any]]:
 
 
 def data_digest(options: argparse.Namespace) -> str:
-    """Of the pictures, their side and how many of a style are taken."""
+    """Return the digest of the image files, the size and the limit per style."""
     files = {path.name: file_digest(path) for path in sorted(options.stickers.glob("*.parquet"))}
     return hashlib.sha256(json.dumps([files, options.size, options.limit]).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def embedded(pixels: NDArray[np.uint8], encoder: Encoder) -> NDArray[np.float16]:
-    """Embeddings (N, D) as the embedding stage stores them."""
+    """Return float16 embeddings (N, D), as stored by the embedding stage."""
     return encoder.embed_pixels(pixels).numpy().astype(np.float16)
 
 
 def training_set(data: dict[str, NDArray[Any]], device: str, *, references: bool = False) -> TrainingSet:
-    """Every picture as often as its weight says; with aligned neighbours for editing."""
+    """Return the training set, each image repeated by its weight; with aligned neighbours for editing."""
     chosen = np.repeat(np.arange(len(data["pixels"])), data["weights"])
     rows = TrainingRows(
         pictures=data["pixels"][chosen],
@@ -319,7 +319,7 @@ def run(
     unseen: "Unseen | None",
     **settings: Any,
 ) -> nn.Module:
-    """Train in the folder of the command and return the average, on the CPU."""
+    """Train in the command's output folder and return the averaged network on the CPU."""
     name = options.command
     folder = options.out / name
     checkpoints = Folder(folder)
@@ -337,12 +337,12 @@ def run(
         **settings,
     )
     log.info("%s: %.1fM parameters, %d images", name, sum(p.numel() for p in network.parameters()) / 1e6, len(dataset))
-    told_to_stop, started = threading.Event(), time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: told_to_stop.set())  # the step in hand is finished and kept first
+    stop_requested, started = threading.Event(), time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: stop_requested.set())  # finish and save the current step first
     try:
         average = train(
             network, objective, dataset, training,
-            checkpoints=checkpoints, metrics=Log(folder, unseen), device=options.device, stop=told_to_stop.is_set,
+            checkpoints=checkpoints, metrics=Log(folder, unseen), device=options.device, stop=stop_requested.is_set,
         )  # fmt: skip
     except InterruptedTrainingError as interruption:
         raise SystemExit(f"{name}: {interruption}") from None
@@ -350,33 +350,35 @@ def run(
     return average.cpu()
 
 
-def require_same_run(kept: Path, options: argparse.Namespace) -> None:
-    """Note what a run's weights follow from, or end where its checkpoint followed from something else.
+def require_same_run(stored: Path, options: argparse.Namespace) -> None:
+    """Store the settings of a run, or exit if its checkpoint was trained with other settings.
 
-    Its length alone may change: a run that was too short goes on.
+    Only the number of images may change, so a run can be extended.
     """
     settings = {name: getattr(options, name) for name in ("size", "width", "head", "layers", "batch", "rate", "ema")}
     settings |= {"channels": list(options.channels), "data": data_digest(options)}
     if options.command == "discrete":
         settings["codes"] = weights_digest(str(options.out / "codes" / "vae"))
-    if not kept.exists():
-        kept.write_text(json.dumps(settings, indent=1))
-    before = json.loads(kept.read_text())
+    if not stored.exists():
+        stored.write_text(json.dumps(settings, indent=1))
+    before = json.loads(stored.read_text())
     changed = [
         f"{name} {before.get(name)}, now {value}" for name, value in settings.items() if before.get(name) != value
     ]
     if changed:
-        raise SystemExit(f"{kept.parent} holds a run of {'; '.join(changed)}: take another --out, or remove the folder")
+        raise SystemExit(
+            f"run with other settings in {stored.parent}: {'; '.join(changed)}; use another --out, or remove it"
+        )
 
 
 def save(network: Any, folder: Path, **settings: Any) -> None:
-    """Write the float16 pipeline around ``network`` into ``folder``."""
+    """Save the pipeline of ``network`` in float16 to ``folder``."""
     pipeline = new_pipeline(network.half(), Encoder().identity, trained_neighbours=NEIGHBOURS, **settings)
     pipeline.save_pretrained(folder / "pipeline")
 
 
 def base(options: argparse.Namespace) -> None:
-    """The continuous generator: a share of what it sees has a picture to restore, the rest has none."""
+    """Train the continuous generator; a share of its samples has an image to restore."""
     data = prepare(options)
     size = TransformerConfig(
         image_size=options.size, layers=options.layers, heads=options.width // options.head, head_width=options.head
@@ -392,7 +394,7 @@ def base(options: argparse.Namespace) -> None:
 
 
 def codes(options: argparse.Namespace) -> None:
-    """The autoencoder of the discrete generator."""
+    """Train the autoencoder of the discrete generator."""
     data = prepare(options)
     channels = tuple(options.channels)
     size = AutoencoderConfig(image_size=options.size, channels=channels, downscale=2 ** (len(channels) - 1))
@@ -400,16 +402,16 @@ def codes(options: argparse.Namespace) -> None:
     objective = AutoencoderObjective(size.codes, edge_weight=0.5, warm_steps=steps // 5, restart_steps=steps * 3 // 5)
     network = build_autoencoder(size, seed=0)
     average = run(network, objective, training_set(data, options.device), options, None, bfloat16_copy=False)
-    assert isinstance(average, VQModel)  # noqa: S101 - what goes in comes out
+    assert isinstance(average, VQModel)  # noqa: S101 - training returns the type of its network
     average.save_pretrained(options.out / "codes" / "vae")
-    pictures = to_model_range(torch.from_numpy(data["unseen_pixels"][:512]))
-    found = encode_codes(average, pictures)
-    error = (decode_codes(average, found) - pictures).square().mean()
+    images = to_model_range(torch.from_numpy(data["unseen_pixels"][:512]))
+    found = encode_codes(average, images)
+    error = (decode_codes(average, found) - images).square().mean()
     log.info("unseen: %d codes used, PSNR %.1f dB", len(torch.unique(found)), 10 * np.log10(4 / error.item()))
 
 
 def discrete(options: argparse.Namespace) -> None:
-    """The discrete generator."""
+    """Train the discrete generator."""
     data = prepare(options)
     autoencoder = VQModel.from_pretrained(options.out / "codes" / "vae").to(options.device)
     chunks = torch.split(torch.from_numpy(data["pixels"]), 512)
@@ -432,11 +434,11 @@ def discrete(options: argparse.Namespace) -> None:
 COMMANDS = {"base": base, "codes": codes, "discrete": discrete}
 LENGTHS = {"base": 2_048_000, "codes": 400_000, "discrete": 1_240_000}
 LAYERS = {"base": 6, "codes": 6, "discrete": 5}
-"""Of the discrete one so that it and its autoencoder stay below 60 MB. The autoencoder does not read it."""
+"""Default layers; 5 keep the discrete generator and its autoencoder below 60 MB. ``codes`` ignores the value."""
 
 
 def main() -> None:
-    """Run the command."""
+    """Parse the command line and run the command."""
     options = _options()
     options.images = options.images or LENGTHS[options.command]
     options.layers = options.layers or LAYERS[options.command]
@@ -447,26 +449,26 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("--stickers", type=Path, required=True, help="folder of the parquet files, one a style")
+    parser.add_argument("--stickers", type=Path, required=True, help="folder of the parquet files, one per style")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, samples and weights")
-    parser.add_argument("--images", type=int, help="images to see")
-    parser.add_argument("--size", type=int, default=64, help="side in px")
-    parser.add_argument("--width", type=int, default=512, help="of the transformer, a multiple of --head")
+    parser.add_argument("--images", type=int, help="number of training images")
+    parser.add_argument("--size", type=int, default=64, help="image side in px")
+    parser.add_argument("--width", type=int, default=512, help="width of the transformer, a multiple of --head")
     parser.add_argument("--head", type=int, default=64, help="width of an attention head")
-    parser.add_argument("--layers", type=int, help="of the transformer")
+    parser.add_argument("--layers", type=int, help="layers of the transformer")
     parser.add_argument(
         "--channels", type=int, nargs="+", default=AutoencoderConfig().channels,
-        help="of the autoencoder at each resolution, each half of the one before",
+        help="channels of the autoencoder at each resolution, each half of the previous one",
     )  # fmt: skip
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
-    parser.add_argument("--watch", type=int, default=2000, help="steps between checkpoints and looks at its samples")
-    parser.add_argument("--limit", type=int, help="pictures a style, for a trial")
+    parser.add_argument("--watch", type=int, default=2000, help="steps between checkpoints and sample grids")
+    parser.add_argument("--limit", type=int, help="images per style, for a trial run")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     if options.width % options.head:
-        parser.error(f"--width {options.width} is no multiple of --head {options.head}")
+        parser.error(f"--width is not a multiple of --head {options.head}: {options.width}; change one of them")
     return options
 
 

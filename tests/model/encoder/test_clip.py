@@ -61,7 +61,7 @@ TEXTS = ["a red apple", "a blue square", "a red heart", "a smiling face"]
 
 
 def changed_copy(folder: Path, *, mean: float | None = None, weight: float = 0.0) -> str:
-    """The shipped model in another folder and as float32, with other settings or weights where asked for."""
+    """Copy the bundled model as float32, optionally with other settings or weights; return its name."""
     folder.mkdir()
     settings = json.loads((SHIPPED / "open_clip_config.json").read_text())
     if mean is not None:
@@ -73,7 +73,7 @@ def changed_copy(folder: Path, *, mean: float | None = None, weight: float = 0.0
     return f"local-dir:{folder}"
 
 
-def test_each_text_is_nearest_to_its_image_and_each_image_to_its_text(encoder: Encoder) -> None:
+def test_encoder_matches_texts_and_images(encoder: Encoder) -> None:
     cosines = encoder.embed_texts(TEXTS) @ encoder.embed_images(IMAGES).T
     assert cosines.argmax(0).tolist() == [0, 1, 2, 3]
     assert cosines.argmax(1).tolist() == [0, 1, 2, 3]
@@ -81,14 +81,14 @@ def test_each_text_is_nearest_to_its_image_and_each_image_to_its_text(encoder: E
     assert apple_to_apple > apple_to_square + 0.2
 
 
-def test_rows_are_unit_float32_of_the_width_of_the_identity(encoder: Encoder) -> None:
+def test_encoder_returns_unit_float32_rows(encoder: Encoder) -> None:
     for rows in (encoder.embed_texts(TEXTS), encoder.embed_images(IMAGES)):
         assert (rows.shape, rows.dtype) == ((4, encoder.identity.dimension), torch.float32)
         torch.testing.assert_close(rows.norm(dim=1), torch.ones(4))
     assert encoder.identity.dimension == 256
 
 
-def test_neither_batches_nor_company_change_a_row(encoder: Encoder) -> None:
+def test_encoder_rows_are_independent_of_batches(encoder: Encoder) -> None:
     images, texts = encoder.embed_images(IMAGES), encoder.embed_texts(TEXTS)
     torch.testing.assert_close(encoder.embed_images(IMAGES, batch_size=3), images, atol=1e-5, rtol=0)
     torch.testing.assert_close(encoder.embed_texts(TEXTS, batch_size=3), texts, atol=1e-5, rtol=0)
@@ -97,37 +97,37 @@ def test_neither_batches_nor_company_change_a_row(encoder: Encoder) -> None:
     torch.testing.assert_close(by_hand, images, atol=1e-5, rtol=0)
 
 
-def test_images_of_any_size_fit(encoder: Encoder) -> None:
+def test_embed_images_accepts_any_size(encoder: Encoder) -> None:
     sizes = [(64, 64), (400, 400), (31, 31)]
     rows = encoder.embed_images([square().resize(size) for size in sizes])
     assert (rows @ rows[0]).min() > 0.9
 
 
-def test_batches_are_preprocessed_as_open_clip_does_one_by_one() -> None:
-    pictures = [
+def test_preprocessing_batch_equals_open_clip() -> None:
+    images = [
         square().resize(size).convert(mode) for size, mode in (((64, 64), "L"), ((90, 40), "RGB"), ((31, 80), "P"))
     ]
     for mode in ("shortest", "longest", "squash"):
         for size in (64, (48, 64)):
             transform = open_clip.image_transform(size, is_train=False, resize_mode=mode)
-            one_by_one = torch.stack([transform(picture) for picture in pictures])
-            torch.testing.assert_close(Preprocessing.of(transform)(pictures), one_by_one, atol=0, rtol=0)
+            one_by_one = torch.stack([transform(image) for image in images])
+            torch.testing.assert_close(Preprocessing.of(transform)(images), one_by_one, atol=0, rtol=0)
 
 
-def test_nothing_is_no_rows(encoder: Encoder) -> None:
+def test_encoder_without_inputs_returns_no_rows(encoder: Encoder) -> None:
     assert encoder.embed_images([]).shape == (0, 256)
     assert encoder.embed_texts([]).shape == (0, 256)
 
 
-def test_a_text_past_the_context_length_is_cut(encoder: Encoder) -> None:
+def test_embed_texts_over_context_length_truncates(encoder: Encoder) -> None:
     first, other = encoder.embed_texts(["red apple " * 200, "red apple " * 200 + "blue square"])
     torch.testing.assert_close(first, other)
 
 
-def test_a_text_is_said_to_be_cut_by_the_padding_of_its_own_tokenizer(
+def test_embed_texts_truncation_warning_uses_tokenizer_padding(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """SigLIP's pads with 1, which is its end, too; with some the last token is the class's."""
+    """SigLIP pads with 1, which is also its end token; some tokenizers end with a class token."""
 
     def siglip(texts: list[str]) -> torch.Tensor:
         return torch.tensor([[2] * min(15, len(text)) + [1] * (16 - min(15, len(text))) for text in texts])
@@ -136,29 +136,29 @@ def test_a_text_is_said_to_be_cut_by_the_padding_of_its_own_tokenizer(
         return torch.cat([siglip(texts)[:, :-1], torch.full((len(texts), 1), 7)], dim=1)
 
     for tokenizer in (siglip, with_class):
-        monkeypatch.setattr(open_clip, "get_tokenizer", lambda _, made=tokenizer: made)
+        monkeypatch.setattr(open_clip, "get_tokenizer", lambda _, chosen=tokenizer: chosen)
         encoder = Encoder()
         caplog.clear()
-        encoder._warn_of_cut(["short"], tokenizer(["short"]))
+        encoder._warn_of_truncation(["short"], tokenizer(["short"]))
         assert caplog.text == ""
-        encoder._warn_of_cut(["short", "l" + "o" * 20 + "ng"], tokenizer(["short", "l" + "o" * 20 + "ng"]))
-        assert caplog.text.count("is longer than 14 tokens") == 1
+        encoder._warn_of_truncation(["short", "l" + "o" * 20 + "ng"], tokenizer(["short", "l" + "o" * 20 + "ng"]))
+        assert caplog.text.count("longer than 14 tokens") == 1
 
 
-def test_the_identity_is_stable_across_instances(encoder: Encoder) -> None:
+def test_identity_is_equal_across_instances(encoder: Encoder) -> None:
     again = Encoder()
     assert again.identity == encoder.identity
     assert torch.equal(again.embed_texts(TEXTS), encoder.embed_texts(TEXTS))
     assert encoder.identity.name == EMBEDDED
 
 
-def test_the_folder_and_the_precision_of_the_file_are_no_part_of_the_space(encoder: Encoder, tmp_path: Path) -> None:
+def test_same_space_ignores_folder_and_file_precision(encoder: Encoder, tmp_path: Path) -> None:
     copy = Encoder(changed_copy(tmp_path / "copy")).identity
     assert copy.name != encoder.identity.name
     assert copy.same_space(encoder.identity)
 
 
-def test_other_weights_and_other_preprocessing_are_other_spaces(encoder: Encoder, tmp_path: Path) -> None:
+def test_same_space_other_weights_or_preprocessing_is_false(encoder: Encoder, tmp_path: Path) -> None:
     weights = Encoder(changed_copy(tmp_path / "weights", weight=0.5)).identity
     assert weights.preprocess_digest == encoder.identity.preprocess_digest
     assert weights.weights_digest != encoder.identity.weights_digest
@@ -169,10 +169,10 @@ def test_other_weights_and_other_preprocessing_are_other_spaces(encoder: Encoder
     assert settings.identity.preprocess_digest != encoder.identity.preprocess_digest
     assert not settings.identity.same_space(encoder.identity)
     one, other = settings.preprocessing([square()]), encoder.preprocessing([square()])
-    assert (one - other).abs().max() > 0.1, "the settings are used"
+    assert (one - other).abs().max() > 0.1, "the changed settings were ignored"
 
 
-def test_the_digests_and_the_width_decide_and_the_name_does_not() -> None:
+def test_same_space_compares_digests_and_width_only() -> None:
     base = EncoderIdentity(name="a", weights_digest="0123456789", preprocess_digest="abcdefghij", dimension=8)
     assert base.same_space(dataclasses.replace(base, name="b"))
     for change in ({"weights_digest": "x"}, {"preprocess_digest": "x"}, {"dimension": 9}):
@@ -181,12 +181,12 @@ def test_the_digests_and_the_width_decide_and_the_name_does_not() -> None:
 
 
 @pytest.mark.parametrize("name", ["NoSuchModel/openai", "ViT-B-32/no-such-weights", "local-dir:/nowhere"])
-def test_an_unknown_model_is_refused_with_the_mend(name: str) -> None:
-    with pytest.raises(ModelError, match=r"(?s)cannot be loaded.*name an open_clip model or sticker-clip") as caught:
+def test_encoder_unknown_model_raises(name: str) -> None:
+    with pytest.raises(ModelError, match=r"(?s)cannot be loaded.*use an open_clip model or sticker-clip") as caught:
         Encoder(name)
     assert repr(name) in str(caught.value)
 
 
-def test_a_model_without_weights_is_refused_with_how_to_name_them() -> None:
-    with pytest.raises(ModelError, match="'ViT-B-32' names no weights; write ARCHITECTURE/WEIGHTS"):
+def test_encoder_name_without_weights_raises() -> None:
+    with pytest.raises(ModelError, match="name without weights: 'ViT-B-32'; use ARCHITECTURE/WEIGHTS"):
         Encoder("ViT-B-32")

@@ -1,4 +1,4 @@
-"""The scores of a set of samples, and what their intervals are of."""
+"""Scores of a set of samples and their confidence intervals."""
 
 import numpy as np
 import pytest
@@ -18,21 +18,21 @@ def width(score: Score) -> float:
 
 
 @pytest.mark.parametrize("metric", ["clip_score", "fd", "mmd", "precision", "nearest", "copy_rate"])
-def test_samples_of_one_prompt_are_not_taken_for_as_many_prompts(metric: str) -> None:
-    """20 prompts, 10 draws of each that are all but one: intervals are of 20, not of 200."""
+def test_score_samples_repeated_prompts_widen_intervals(metric: str) -> None:
+    """20 prompts with 10 almost equal samples each: the intervals must be those of 20 prompts, not of 200."""
     prompts, own = (tiny_models.unit_rows(20, seed=seed).astype(np.float32) for seed in (1, 2))
     noise = 0.01 * np.random.default_rng(0).normal(size=(200, tiny_models.WIDTH))
     rows, queries = tiny_models.unit(np.tile(own, (10, 1)) + noise), np.tile(prompts, (10, 1))
     near = (rows @ REAL.T).max(axis=1)
     once, together, apart = (
-        width(score_samples(rows[:count], asked[:count], near[:count], YARDSTICK)[metric])
-        for count, asked in ((20, queries), (200, queries), (200, queries + noise.astype(np.float32)))
+        width(score_samples(rows[:count], sample_queries[:count], near[:count], YARDSTICK)[metric])
+        for count, sample_queries in ((20, queries), (200, queries), (200, queries + noise.astype(np.float32)))
     )
     assert together > 0.6 * once
     assert together > 1.8 * apart
 
 
-def test_prompts_that_do_not_repeat_are_resampled_as_images() -> None:
+def test_score_mean_distinct_queries_are_resampled_individually() -> None:
     values = np.random.default_rng(0).normal(size=12)
     rows = tiny_models.unit_rows(12).astype(np.float32)
     alone = score_mean(values, rows, YARDSTICK, bounds=(-9.0, 9.0))
@@ -41,8 +41,8 @@ def test_prompts_that_do_not_repeat_are_resampled_as_images() -> None:
     assert (once.value, once.low, once.high) == (alone.value, None, None)
 
 
-def test_sets_are_compared_at_one_size() -> None:
-    """Of more samples than real pictures, the first so many: distances and manifolds depend on the number."""
+def test_score_samples_more_samples_than_real_uses_first_samples() -> None:
+    """Distances and manifolds depend on the set size, so only the first M samples are used."""
     rows, queries = (tiny_models.unit_rows(200, seed=seed).astype(np.float32) for seed in (3, 4))
     near = (rows @ REAL.T).max(axis=1)
     whole, part = (score_samples(rows[:n], queries[:n], near[:n], YARDSTICK) for n in (200, len(REAL)))

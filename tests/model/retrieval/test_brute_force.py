@@ -1,4 +1,4 @@
-"""All rows compared on an accelerator: with the CPU in a GPU's place, and with a real one where there is one."""
+"""Brute-force search on an accelerator: simulated on the CPU, and on a real GPU if there is one."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ WIDTH = 64
 
 
 def near_copies(crowd: int) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
-    """Rows of which ``crowd`` score within 5e-4 of each other for the queries (3, D), among others."""
+    """Return rows and queries (3, D); ``crowd`` of the rows have cosines within 5e-4 of each other."""
     rng = np.random.default_rng(0)
     frame = tiny_models.unit(rng.normal(size=(1, WIDTH)))
     frames = tiny_models.unit(frame + 3e-4 * rng.normal(size=(crowd, WIDTH)))
@@ -27,8 +27,8 @@ def near_copies(crowd: int) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
     return rows[rng.permutation(len(rows))], queries
 
 
-def products_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``torch.mm`` as it is on CUDA: float16 on both sides, summed in float32, rounded to what is asked for."""
+def patch_cuda_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patch ``torch.mm`` to behave as on CUDA: float16 inputs, float32 sums, rounded to ``out_dtype``."""
     real = torch.mm
 
     def mm(left: Tensor, right: Tensor, out_dtype: torch.dtype = torch.float16) -> Tensor:
@@ -43,19 +43,19 @@ def require_true_neighbours(database: Any, rows: NDArray[np.float16], queries: N
     np.testing.assert_array_equal(database.search(queries, 10).ids, order)
 
 
-@pytest.mark.parametrize("kept", [torch.float32, torch.float16])
-def test_a_crowd_of_near_copies_costs_no_neighbour(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: torch.dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_brute_force_many_near_copies_finds_true_neighbours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     rows, queries = near_copies(400)
     database = tiny_models.database(tmp_path, rows[:300], rows[300:]).to("cpu")
     assert isinstance(database.proposer, TorchBruteForce)
-    database.proposer._parts = [part.to(kept) for part in database.proposer._parts]
-    products_of_a_gpu(monkeypatch)
+    database.proposer._parts = [part.to(dtype) for part in database.proposer._parts]
+    patch_cuda_products(monkeypatch)
     require_true_neighbours(database, rows, queries)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_real_gpu_finds_the_neighbours_in_a_crowd(tmp_path: Path) -> None:
+def test_brute_force_on_gpu_with_near_copies_finds_true_neighbours(tmp_path: Path) -> None:
     rows, queries = near_copies(400)
     require_true_neighbours(tiny_models.database(tmp_path, rows[:300], rows[300:]).to("cuda"), rows, queries)

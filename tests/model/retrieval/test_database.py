@@ -19,7 +19,7 @@ from model.retrieval.faiss_index import ivf_of
 
 
 def ranked(queries: NDArray[Any], rows: NDArray[np.float16]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Every row's id and cosine for each query, best first, by plain numpy in double precision."""
+    """Return the ids and cosines of all rows for each query, best first, computed in float64."""
     scores = queries.astype(np.float64) @ rows.astype(np.float64).T
     order = np.argsort(-scores, axis=1, kind="stable")
     return order, np.take_along_axis(scores, order, axis=1)
@@ -33,8 +33,10 @@ def require_exact(hits: Hits, queries: NDArray[Any], rows: NDArray[np.float16], 
     assert (hits.scores.dtype, hits.ids.dtype, hits.embeddings.dtype) == (np.float32, np.int64, np.float32)
 
 
-@pytest.mark.parametrize("splits", [[], [70], [0, 10, 10, 90]], ids=["one shard", "two", "uneven, some empty"])
-def test_flat_search_is_brute_force_over_all_shards(tmp_path: Path, splits: list[int]) -> None:
+@pytest.mark.parametrize(
+    "splits", [[], [70], [0, 10, 10, 90]], ids=["one shard", "two shards", "uneven shards, some empty"]
+)
+def test_search_flat_index_equals_brute_force(tmp_path: Path, splits: list[int]) -> None:
     rows, queries = tiny_models.unit_rows(100), tiny_models.unit_rows(7, seed=1).astype(np.float32)
     database = tiny_models.database(tmp_path, *np.split(rows, splits))
     assert len(database) == 100
@@ -42,23 +44,21 @@ def test_flat_search_is_brute_force_over_all_shards(tmp_path: Path, splits: list
     require_exact(database.search(queries, 12), queries, rows, 12)
 
 
-def test_queries_may_be_half_precision_and_strided(tmp_path: Path) -> None:
+def test_search_accepts_float16_and_strided_queries(tmp_path: Path) -> None:
     rows, queries = tiny_models.unit_rows(40), tiny_models.unit_rows(8, seed=1)[::2]
     require_exact(tiny_models.database(tmp_path, rows).search(queries, 3), queries, rows, 3)
 
 
 @pytest.mark.parametrize("factory", ["IVF4,PQ4x4", "OPQ4_8,IVF4,PQ4x4"])
-def test_what_an_approximate_index_proposes_is_scored_and_ordered_by_the_stored_rows(
-    tmp_path: Path, factory: str
-) -> None:
+def test_search_approximate_index_ranks_by_stored_rows(tmp_path: Path, factory: str) -> None:
     rows, queries = tiny_models.unit_rows(300), tiny_models.unit_rows(6, seed=1).astype(np.float32)
     database = tiny_models.database(tmp_path, rows[:140], rows[140:], factory=factory, nprobe=4, candidates=300)
     assert not database.exact
 
-    # 300 candidates are all there are: the index's own order must leave no trace.
+    # All 300 rows are candidates, so the result must not depend on the order of the index.
     require_exact(database.search(queries, 20), queries, rows, 20)
     proposed, _ = database.proposer.propose(queries, 20, 4)
-    assert (proposed != ranked(queries, rows)[0][:, :20]).any(), "the index alone would have been exact"
+    assert (proposed != ranked(queries, rows)[0][:, :20]).any(), "the index alone is exact, so the test shows nothing"
 
     few = database.search(queries, 3)
     cosines = np.einsum("qd,qkd->qk", queries, rows[few.ids].astype(np.float32))
@@ -66,7 +66,7 @@ def test_what_an_approximate_index_proposes_is_scored_and_ordered_by_the_stored_
     assert (np.diff(few.scores, axis=1) <= 0).all()
 
 
-def test_nprobe_is_the_number_of_cells_visited(tmp_path: Path) -> None:
+def test_search_nprobe_limits_visited_cells(tmp_path: Path) -> None:
     rows, queries = tiny_models.unit_rows(400), tiny_models.unit_rows(20, seed=1).astype(np.float32)
     exact, _ = ranked(queries, rows)
     missed = {}
@@ -78,18 +78,18 @@ def test_nprobe_is_the_number_of_cells_visited(tmp_path: Path) -> None:
     assert missed == {1: True, 8: False}
 
 
-def test_ties_go_to_the_lower_id_across_shards(tmp_path: Path) -> None:
+def test_search_ties_across_shards_prefer_lower_id(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(30)
     rows[[4, 17, 29]] = rows[11]
     hits = tiny_models.database(tmp_path, rows[:15], rows[15:20], rows[20:]).search(rows[11:12], 4)
     assert hits.ids[0, :4].tolist() == [4, 11, 17, 29]
 
 
-def test_exclude_hides_the_row_and_its_exact_copies_only(tmp_path: Path) -> None:
+def test_search_exclude_hides_row_and_exact_copies_only(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(30)
     rows[22] = rows[3]
     rows[9] = rows[3]
-    rows[9, 0] = np.nextafter(rows[3, 0], np.float16(0))  # a neighbour as near as float16 allows, and no copy
+    rows[9, 0] = np.nextafter(rows[3, 0], np.float16(0))  # the closest float16 row that is not a copy
     database = tiny_models.database(tmp_path, rows[:20], rows[20:])
     queries, own = rows[[3, 5]], np.array([3, 5])
 
@@ -102,7 +102,7 @@ def test_exclude_hides_the_row_and_its_exact_copies_only(tmp_path: Path) -> None
     assert database.search(queries, 1).ids.tolist() == [[3], [5]], "without exclude the row itself is nearest"
 
 
-def test_a_crowd_of_copies_does_not_hide_the_neighbours_behind_it(tmp_path: Path) -> None:
+def test_search_many_copies_excluded_finds_next_neighbours(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(160)
     rows[:100] = rows[0]
     hits = tiny_models.database(tmp_path, rows).search(rows[:1], 5, exclude=np.array([0]))
@@ -111,7 +111,7 @@ def test_a_crowd_of_copies_does_not_hide_the_neighbours_behind_it(tmp_path: Path
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,SQfp16", "OPQ4_8,IVF4,PQ4x4"])
-def test_candidates_that_do_not_fit_into_memory_are_ranked_in_turn(
+def test_search_candidates_over_memory_limit_are_ranked_in_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str
 ) -> None:
     rows = tiny_models.unit_rows(300)
@@ -119,22 +119,22 @@ def test_candidates_that_do_not_fit_into_memory_are_ranked_in_turn(
     database = tiny_models.database(tmp_path, rows[:100], rows[100:], factory=factory, nprobe=4, candidates=20)
     own = np.arange(120)
     whole = database.search(rows[own], 10, exclude=own)
-    asked = []
+    sizes = []
     propose = database.proposer.propose
 
     def counted(queries: NDArray[np.float32], count: int, nprobe: int) -> Any:
-        asked.append(len(queries) * count * tiny_models.WIDTH)
+        sizes.append(len(queries) * count * tiny_models.WIDTH)
         return propose(queries, count, nprobe)
 
     monkeypatch.setattr(database.proposer, "propose", counted)
     monkeypatch.setattr(model.retrieval.database, "_GATHERED_VALUES", 4000)
-    in_turn = database.search(rows[own], 10, exclude=own)
-    assert max(asked) <= 4000
-    np.testing.assert_array_equal(in_turn.ids, whole.ids)
-    np.testing.assert_array_equal(in_turn.scores, whole.scores)
+    batched = database.search(rows[own], 10, exclude=own)
+    assert max(sizes) <= 4000
+    np.testing.assert_array_equal(batched.ids, whole.ids)
+    np.testing.assert_array_equal(batched.scores, whole.scores)
 
 
-def test_of_shards_on_their_own_the_best_candidates_are_ranked(tmp_path: Path) -> None:
+def test_search_independent_shards_ranks_best_candidates(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(400)
     database = tiny_models.database(tmp_path, rows[:150], rows[150:155], rows[155:], factory="IVF4,PQ4x4fs", nprobe=4)
     proposed, _ = database.proposer.propose(rows[:7].astype(np.float32), 60, 4)
@@ -143,7 +143,7 @@ def test_of_shards_on_their_own_the_best_candidates_are_ranked(tmp_path: Path) -
     np.testing.assert_array_equal(best.ids[:, 0], np.arange(7))
 
 
-def test_of_shards_that_are_compared_by_distance_the_best_candidates_are_ranked_too(tmp_path: Path) -> None:
+def test_search_independent_shards_with_l2_metric_ranks_best_candidates(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(700, 16)
     database = tiny_models.database(tmp_path, rows[:500], rows[500:], factory="HNSW8,PQ8x4", candidates=100)
     near, _ = ranked(rows[:20], rows)
@@ -152,7 +152,7 @@ def test_of_shards_that_are_compared_by_distance_the_best_candidates_are_ranked_
     assert np.mean(shares) > 0.8
 
 
-def test_a_small_database_gives_what_it_has(tmp_path: Path) -> None:
+def test_search_k_above_rows_returns_all_rows(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(5)
     database = tiny_models.database(tmp_path, rows[:2], rows[2:])
     require_exact(database.search(rows[:3], 10), rows[:3], rows, 5)
@@ -161,14 +161,14 @@ def test_a_small_database_gives_what_it_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shards", [0, 2])
-def test_an_empty_database_is_refused(tmp_path: Path, shards: int) -> None:
+def test_database_empty_raises(tmp_path: Path, shards: int) -> None:
     files = tiny_models.shard_files(tmp_path, *[tiny_models.unit_rows(0)] * shards) if shards else []
-    with pytest.raises(ModelError, match=r"database birds is empty.*build it from at least one image"):
+    with pytest.raises(ModelError, match=r"database is empty: birds; build it from at least one image"):
         Database(files, encoder=tiny_models.identity(), name="birds")
 
 
 @pytest.mark.parametrize("shape", [(3, tiny_models.WIDTH + 1), (3, tiny_models.WIDTH - 1), (tiny_models.WIDTH,)])
-def test_queries_of_another_width_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_search_query_width_mismatch_raises(tmp_path: Path, shape: tuple[int, ...]) -> None:
     database = tiny_models.database(tmp_path, tiny_models.unit_rows(5), name="birds")
     with pytest.raises(ModelError) as caught:
         database.search(np.ones(shape, np.float32), 1)
@@ -177,27 +177,27 @@ def test_queries_of_another_width_are_refused(tmp_path: Path, shape: tuple[int, 
 
 
 @pytest.mark.parametrize("k", [0, -1])
-def test_no_neighbours_cannot_be_asked_for(tmp_path: Path, k: int) -> None:
-    with pytest.raises(ModelError, match=f"k is {k}; ask for at least one"):
+def test_search_k_below_one_raises(tmp_path: Path, k: int) -> None:
+    with pytest.raises(ModelError, match=f"k is below 1: {k}; request at least one"):
         tiny_models.database(tmp_path, tiny_models.unit_rows(5)).search(tiny_models.unit_rows(1), k)
 
 
 @pytest.mark.parametrize(
-    ("stored", "told"),
+    ("stored", "message"),
     [
-        (tiny_models.unit_rows(9), "1.faiss indexes 10 rows, but beside it are 9"),
-        (tiny_models.unit_rows(11), "1.faiss indexes 10 rows, but beside it are 11"),
-        (tiny_models.unit_rows(10, 4), "1.npy holds (10, 4), not (n, 8)"),
+        (tiny_models.unit_rows(9), "1.faiss indexes 10 rows, its embeddings have 9"),
+        (tiny_models.unit_rows(11), "1.faiss indexes 10 rows, its embeddings have 11"),
+        (tiny_models.unit_rows(10, 4), "1.npy has the wrong shape or dtype: (10, 4), expected float16 (n, 8)"),
     ],
 )
-def test_an_index_that_does_not_fit_its_rows_is_refused(tmp_path: Path, stored: NDArray[np.float16], told: str) -> None:
+def test_database_index_and_rows_mismatch_raises(tmp_path: Path, stored: NDArray[np.float16], message: str) -> None:
     good, bad = tiny_models.shard_files(tmp_path, tiny_models.unit_rows(5), tiny_models.unit_rows(10))
     np.save(bad.embeddings[0], stored)
-    with pytest.raises(ModelError, match=re.escape(told) + ".*rebuild the database"):
+    with pytest.raises(ModelError, match=re.escape(message) + ".*rebuild the database"):
         Database([good, bad], encoder=tiny_models.identity())
 
 
-def test_files_whose_rows_are_known_are_mapped_when_they_are_asked_for(tmp_path: Path) -> None:
+def test_database_files_with_known_rows_are_mapped_on_first_use(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(15)
     one, other = tiny_models.shard_files(tmp_path, rows[:5], rows[5:])
     one, other = dataclasses.replace(one, rows=(5,)), dataclasses.replace(other, rows=(10,))
@@ -205,42 +205,44 @@ def test_files_whose_rows_are_known_are_mapped_when_they_are_asked_for(tmp_path:
     database = Database([one, other], encoder=tiny_models.identity())
     np.testing.assert_array_equal(database.rows(np.array([4, 0])), rows[[4, 0]])
     np.save(other.embeddings[0], rows[:9])
-    with pytest.raises(ModelError, match=r"holds \(9, 8\), not \(10, 8\) as its index and encoder say; rebuild"):
+    with pytest.raises(ModelError, match=r"shape or dtype: \(9, 8\), expected float16 \(10, 8\); rebuild"):
         database.rows(np.array([7]))
     (tmp_path / "away.npy").rename(other.embeddings[0])
     np.testing.assert_array_equal(database.rows(np.array([7])), rows[[7]])
 
 
-def test_rows_of_another_encoder_are_refused(tmp_path: Path) -> None:
+def test_database_rows_of_another_encoder_raises(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="rebuild the database"):
         Database(tiny_models.shard_files(tmp_path, tiny_models.unit_rows(10)), encoder=tiny_models.identity(16))
 
 
-def test_shards_are_numbered_in_the_order_given(tmp_path: Path) -> None:
+def test_database_ids_follow_shard_order(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(20)
     first, second = tiny_models.shard_files(tmp_path, rows[:5], rows[5:])
     assert Database([second, first], encoder=tiny_models.identity()).search(rows[[0, 5]], 1).ids.tolist() == [[15], [0]]
 
 
-def test_rows_are_the_stored_ones_in_the_shape_of_the_ids(tmp_path: Path) -> None:
+def test_rows_returns_stored_rows_in_shape_of_ids(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(20)
     database = tiny_models.database(tmp_path, rows[:5], rows[5:5], rows[5:])
     ids = np.array([[19, 0, 5], [4, 4, 12]])
-    taken = database.rows(ids)
-    assert taken.dtype == np.float16
-    np.testing.assert_array_equal(taken, rows[ids])
+    found = database.rows(ids)
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found, rows[ids])
 
 
-def test_describe_joins_the_ids_with_what_is_known(tmp_path: Path) -> None:
+def test_describe_adds_metadata_to_ids(tmp_path: Path) -> None:
     files: list[ShardFiles] = tiny_models.shard_files(tmp_path, tiny_models.unit_rows(5))
     bare = Database(files, encoder=tiny_models.identity())
     assert bare.describe(np.array([3, 1])) == [{"id": 3}, {"id": 1}]
-    known = Database(files, encoder=tiny_models.identity(), describe=lambda ids: [{"key": f"{row:09d}"} for row in ids])
-    assert known.describe([3, 1]) == [{"id": 3, "key": "000000003"}, {"id": 1, "key": "000000001"}]
+    described = Database(
+        files, encoder=tiny_models.identity(), describe=lambda ids: [{"key": f"{row:09d}"} for row in ids]
+    )
+    assert described.describe([3, 1]) == [{"id": 3, "key": "000000003"}, {"id": 1, "key": "000000001"}]
 
 
-def test_copies_that_crowd_one_shard_cost_no_neighbour(tmp_path: Path) -> None:
-    """The copies and the true neighbours lie in one shard; the others have plenty of worse rows to offer."""
+def test_search_many_copies_in_one_shard_finds_all_neighbours(tmp_path: Path) -> None:
+    """One shard has the copies and the true neighbours, the other has only worse rows."""
     near = tiny_models.unit_rows(12)
     first = np.concatenate([near[:1]] * 5 + [near])
     far = -np.concatenate([near] * 2)
@@ -255,7 +257,7 @@ def test_copies_that_crowd_one_shard_cost_no_neighbour(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8,SQfp16", "IVF8,SQ8", "OPQ4,IVF8,PQ4x4"])
-def test_cells_stacked_over_shards_are_searched_as_those_of_one(tmp_path: Path, factory: str) -> None:
+def test_search_stacked_shards_equals_one_shard(tmp_path: Path, factory: str) -> None:
     rows, queries = tiny_models.unit_rows(900), tiny_models.unit_rows(20, seed=1).astype(np.float32)
     whole = tiny_models.database(tmp_path / "one", rows, factory=factory, nprobe=2, candidates=60)
     parts = tiny_models.database(
@@ -265,35 +267,35 @@ def test_cells_stacked_over_shards_are_searched_as_those_of_one(tmp_path: Path, 
     np.testing.assert_array_equal(parts.search(queries, 10).ids, whole.search(queries, 10).ids)
 
 
-def test_opening_copies_no_ids_and_a_search_starts_no_threads_that_read_ahead(tmp_path: Path) -> None:
+def test_database_open_maps_lists_without_prefetch_threads(tmp_path: Path) -> None:
     database = tiny_models.database(
         tmp_path, tiny_models.unit_rows(60), tiny_models.unit_rows(0), factory="IVF8,SQfp16"
     )
-    shards = [part for part in database.proposer._kept if isinstance(part, faiss.Index)]  # type: ignore[attr-defined]
+    shards = [part for part in database.proposer._references if isinstance(part, faiss.Index)]  # type: ignore[attr-defined]
     mapped = [faiss.downcast_InvertedLists(ivf_of(shard).invlists) for shard in shards]
     assert [(type(lists), lists.prefetch_nthread) for lists in mapped] == [(faiss.OnDiskInvertedLists, 0)] * 2
 
 
-def test_shards_of_versions_are_told_apart_by_their_ordinals(tmp_path: Path) -> None:
+def test_database_shards_with_gaps_in_ordinals_are_searched(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(300)
     files = tiny_models.shard_files(tmp_path, rows[:100], rows[100:180], rows[180:], factory="IVF4,SQfp16")
     quantizer, effort = tmp_path / "quantizer.faiss", SearchEffort(nprobe=4)
     without = Database([files[0], files[2]], encoder=tiny_models.identity(), quantizer=quantizer, effort=effort)
-    kept = np.concatenate([rows[:100], rows[180:]])
-    require_exact(without.search(kept[:50], 5), kept[:50], kept, 5)
+    remaining = np.concatenate([rows[:100], rows[180:]])
+    require_exact(without.search(remaining[:50], 5), remaining[:50], remaining, 5)
 
 
-def test_cells_without_their_quantizer_are_refused(tmp_path: Path) -> None:
+def test_database_without_or_with_wrong_quantizer_raises(tmp_path: Path) -> None:
     files = tiny_models.shard_files(tmp_path, tiny_models.unit_rows(200), factory="IVF4,SQ8")
-    with pytest.raises(ModelError, match=r"0\.faiss holds cells without their quantizer; rebuild"):
+    with pytest.raises(ModelError, match=r"index without its quantizer: .*0\.faiss; rebuild"):
         Database(files, encoder=tiny_models.identity())
     other = tiny_models.shard_files(tmp_path / "other", tiny_models.unit_rows(200), factory="IVF8,SQ8")
-    with pytest.raises(ModelError, match=r"0\.faiss was not filled from .*rebuild"):
+    with pytest.raises(ModelError, match=r"0\.faiss does not match its quantizer: .*rebuild"):
         Database(other, encoder=tiny_models.identity(), quantizer=tmp_path / "quantizer.faiss")
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,SQfp16", "IVF4,SQ8"])
-def test_hidden_rows_are_never_returned_however_near(tmp_path: Path, factory: str) -> None:
+def test_search_hidden_rows_are_never_returned(tmp_path: Path, factory: str) -> None:
     rows = tiny_models.unit_rows(400)
     queries = rows[:5].astype(np.float32)
     near = np.unique(ranked(queries, rows)[0][:, :60])
@@ -309,7 +311,7 @@ def test_hidden_rows_are_never_returned_however_near(tmp_path: Path, factory: st
         assert ids == [row for row in best if row not in near][:10]
 
 
-def test_a_query_whose_cells_are_empty_visits_more(tmp_path: Path) -> None:
+def test_search_with_too_few_rows_in_cells_visits_more_cells(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(64)
     hits = tiny_models.database(tmp_path, rows, factory="IVF16,SQfp16", nprobe=1).search(rows[:8], 30)
     assert hits.ids.shape == (8, 30)
@@ -319,7 +321,7 @@ def test_a_query_whose_cells_are_empty_visits_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("factory", ["IVF32,SQfp16", "OPQ4_8,IVF16,PQ4x4"])
-def test_threads_that_search_with_other_efforts_do_not_disturb_each_other(tmp_path: Path, factory: str) -> None:
+def test_nearest_concurrent_efforts_are_independent(tmp_path: Path, factory: str) -> None:
     rows = tiny_models.unit_rows(3_000)
     usual = tiny_models.database(tmp_path, rows[:1000], rows[1000:], factory=factory, candidates=20)
     queries = tiny_models.unit_rows(20, seed=3).astype(np.float32)
@@ -342,33 +344,33 @@ def test_threads_that_search_with_other_efforts_do_not_disturb_each_other(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("arguments", "message"),
     [
-        ({"queries": np.array([["a red cat"]])}, "not numbers; embed texts"),
+        ({"queries": np.array([["a red cat"]])}, "not numeric: <U9; embed texts"),
         (
             {"queries": 2 * tiny_models.unit_rows(3)},
-            "query 0 to database database has length 2, a cosine takes unit rows",
+            "query 0 to database database is not a unit vector: length 2; divide",
         ),
-        ({"k": 2.5}, "k is 2.5; ask for a whole number"),
-        ({"exclude": np.array([0, 1])}, r"exclude has shape \(2,\) for 3 queries; give one row id each"),
-        ({"exclude": np.array([0, 1, 40])}, "has no row 40; its ids go from 0 to 39"),
+        ({"k": 2.5}, "k is not an integer: 2.5"),
+        ({"exclude": np.array([0, 1])}, r"exclude has the wrong shape: \(2,\) for 3 queries; pass one row id"),
+        ({"exclude": np.array([0, 1, 40])}, "has no row 40; use ids from 0 to 39"),
         ({"exclude": np.array([0, 1, -1])}, "has no row -1"),
-        ({"exclude": np.array([0.5, 1, 2])}, "are whole numbers, not float64"),
+        ({"exclude": np.array([0.5, 1, 2])}, "are not integers: float64"),
     ],
 )
-def test_what_no_search_can_answer_is_refused_in_one_line(tmp_path: Path, asked: dict[str, Any], told: str) -> None:
+def test_search_invalid_arguments_raise(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     database = tiny_models.database(tmp_path, tiny_models.unit_rows(40))
-    with pytest.raises(ModelError, match=told):
-        database.search(**{"queries": tiny_models.unit_rows(3), "k": 2, **asked})
+    with pytest.raises(ModelError, match=message):
+        database.search(**{"queries": tiny_models.unit_rows(3), "k": 2, **arguments})
 
 
-@pytest.mark.parametrize(("row", "told"), [(40, "has no row 40"), (-1, "has no row -1")])
-def test_an_unknown_row_has_no_description(tmp_path: Path, row: int, told: str) -> None:
-    with pytest.raises(ModelError, match=told):
+@pytest.mark.parametrize(("row", "message"), [(40, "has no row 40"), (-1, "has no row -1")])
+def test_describe_unknown_row_raises(tmp_path: Path, row: int, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
         tiny_models.database(tmp_path, tiny_models.unit_rows(40)).describe([row])
 
 
-def test_a_part_may_hide_all_its_rows_and_then_finds_nothing(tmp_path: Path) -> None:
+def test_search_part_with_all_rows_hidden_returns_nothing(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(40)
     part = Database(
         tiny_models.shard_files(tmp_path, rows),
@@ -382,16 +384,16 @@ def test_a_part_may_hide_all_its_rows_and_then_finds_nothing(tmp_path: Path) -> 
     np.testing.assert_array_equal(part.rows(np.array([7])), rows[[7]])
 
 
-def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_to_unavailable_device_raises(tmp_path: Path) -> None:
     database = tiny_models.database(tmp_path, tiny_models.unit_rows(40))
-    with pytest.raises(ModelError, match="there is no device 'gpu'"):
+    with pytest.raises(ModelError, match="unknown device: 'gpu'"):
         database.to("gpu")
     if not torch.cuda.is_available():
-        with pytest.raises(ModelError, match="torch finds no GPU for cuda"):
+        with pytest.raises(ModelError, match="torch finds no GPU for device cuda"):
             database.to("cuda")
 
 
-def test_products_that_are_rounded_cost_no_neighbour(tmp_path: Path) -> None:
+def test_brute_force_with_rounded_products_finds_true_neighbours(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(5_000)
     whole = tiny_models.database(tmp_path, rows)
     rounded = whole.to("cpu")

@@ -36,19 +36,22 @@ GIB = 1 << 30
         (1_000_000, 509, GIB // 4, "OPQ254_508,IVF4096,PQ254x8"),
     ],
 )
-def test_the_index_follows_size_and_memory(rows: int, dimension: int, memory_bytes: int, factory: str) -> None:
+def test_choose_index_size_and_memory_returns_factory(
+    rows: int, dimension: int, memory_bytes: int, factory: str
+) -> None:
     assert choose_index(rows, dimension, memory_bytes) == factory
     assert faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT).d == dimension
 
 
-def test_what_fits_into_no_memory_is_refused_with_what_it_would_need() -> None:
+def test_choose_index_memory_too_small_raises() -> None:
     with pytest.raises(
-        ModelError, match=r"1000000 rows of 256 needs 38 MiB at least, memory_bytes allows 16; raise it \(--memory\)"
+        ModelError,
+        match=r"16 MiB, but an index of 1000000 rows of 256 values needs at least 38 MiB; raise it \(--memory\)",
     ):
         choose_index(1_000_000, 256, 16 << 20)
 
 
-def test_only_codes_that_are_the_stored_rows_count_as_lossless() -> None:
+def test_is_lossless_only_for_codes_equal_to_stored_rows() -> None:
     sample = tiny_models.unit_rows(400).astype(np.float32)
     exact = {
         name: is_lossless(train_index(name, tiny_models.WIDTH, sample)) for name in ("Flat", "IVF4,Flat", "IVF4,SQfp16")
@@ -65,13 +68,13 @@ def test_only_codes_that_are_the_stored_rows_count_as_lossless() -> None:
     ("factory", "stacked"),
     [("Flat", False), ("HNSW8", False), ("IVF4,PQ4x4fs", False), ("IVF4,SQ8", True), ("OPQ4,IVF4,PQ4x4", True)],
 )
-def test_inverted_lists_of_plain_codes_can_be_searched_as_one(factory: str, stacked: bool) -> None:
+def test_is_stackable_only_for_plain_inverted_lists(factory: str, stacked: bool) -> None:
     assert (
         is_stackable(train_index(factory, tiny_models.WIDTH, tiny_models.unit_rows(400).astype(np.float32))) == stacked
     )
 
 
-def test_many_cells_are_clustered_in_two_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_index_many_cells_clusters_in_two_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.retrieval.faiss_index.GRAPH_CELLS", 16)
     sample = tiny_models.unit_rows(4_000).astype(np.float32)
     index = train_index("IVF64_HNSW32,SQ8", tiny_models.WIDTH, sample)
@@ -80,7 +83,7 @@ def test_many_cells_are_clustered_in_two_levels(monkeypatch: pytest.MonkeyPatch)
     assert quantization_error(index, sample) < 0.75 * quantization_error(one_level, sample)
 
 
-def test_a_trained_index_is_empty_and_compares_by_inner_product() -> None:
+def test_train_index_returns_empty_inner_product_index() -> None:
     sample = tiny_models.unit_rows(300).astype(np.float32)
     for factory in ("Flat", "IVF4,Flat"):
         index = train_index(factory, tiny_models.WIDTH, sample)
@@ -89,13 +92,13 @@ def test_a_trained_index_is_empty_and_compares_by_inner_product() -> None:
 
 
 @pytest.mark.parametrize("factory", ["Flatt", "PQ3x8", ""])
-def test_what_faiss_does_not_know_is_refused_by_name(factory: str) -> None:
-    with pytest.raises(ModelError, match=f"'{factory}' is no FAISS factory string for 8 dimensions"):
+def test_train_index_unknown_factory_raises(factory: str) -> None:
+    with pytest.raises(ModelError, match=f"invalid FAISS factory string for 8 dimensions: '{factory}'"):
         train_index(factory, 8, tiny_models.unit_rows(300).astype(np.float32))
 
 
-def test_too_few_rows_to_train_on_are_refused_with_the_mend() -> None:
-    with pytest.raises(ModelError, match=r"'IVF64,Flat' cannot be trained on 20 rows.*take a smaller one"):
+def test_train_index_too_few_rows_raises() -> None:
+    with pytest.raises(ModelError, match=r"'IVF64,Flat' cannot be trained on 20 rows.*use a smaller index"):
         train_index("IVF64,Flat", 8, tiny_models.unit_rows(20).astype(np.float32))
 
 
@@ -109,11 +112,11 @@ def test_too_few_rows_to_train_on_are_refused_with_the_mend() -> None:
         ("IVF4,PQ4x8", 1_000_000, 16_384),  # the product quantizer has 256 centroids of its own
     ],
 )
-def test_the_quantizer_sees_forty_rows_a_cell(factory: str, rows: int, wanted: int) -> None:
+def test_training_rows_is_forty_per_cell(factory: str, rows: int, wanted: int) -> None:
     assert training_rows(factory, rows) == wanted
 
 
-def test_a_shard_is_the_template_with_its_rows(tmp_path: Path) -> None:
+def test_fill_shard_flat_writes_template_with_rows(tmp_path: Path) -> None:
     rows, template = tiny_models.unit_rows(70_000, 4), tmp_path / "template.faiss"
     faiss.write_index(train_index("Flat", 4, rows.astype(np.float32)), str(template))
     output = tmp_path / "index" / "00000.faiss"
@@ -122,12 +125,12 @@ def test_a_shard_is_the_template_with_its_rows(tmp_path: Path) -> None:
 
     index = faiss.read_index(str(output))
     assert index.ntotal == 70_000
-    for row in (0, 65_535, 65_536, 69_999):  # on both sides of where the rows are converted in parts
+    for row in (0, 65_535, 65_536, 69_999):  # on both sides of the block boundary
         np.testing.assert_array_equal(index.reconstruct(row), rows[row].astype(np.float32))
     assert faiss.read_index(str(template)).ntotal == 0
 
 
-def test_a_stackable_shard_leaves_the_quantizer_to_all(tmp_path: Path) -> None:
+def test_fill_shard_stackable_omits_quantizer(tmp_path: Path) -> None:
     rows, template = tiny_models.unit_rows(2_000), tmp_path / "template.faiss"
     trained = train_index("IVF64,SQ8", tiny_models.WIDTH, rows.astype(np.float32))
     faiss.write_index(trained, str(template))
@@ -144,7 +147,7 @@ def test_a_stackable_shard_leaves_the_quantizer_to_all(tmp_path: Path) -> None:
     assert 0 < error < 1
 
 
-def test_a_shard_that_was_filled_leaves_no_quantizer_in_memory(tmp_path: Path) -> None:
+def test_fill_shard_repeated_does_not_leak_quantizer(tmp_path: Path) -> None:
     centroids = np.random.default_rng(0).standard_normal((8192, 256), dtype=np.float32)  # 8 MB
     quantizer = faiss.IndexFlatIP(256)
     quantizer.add(centroids)
@@ -153,16 +156,16 @@ def test_a_shard_that_was_filled_leaves_no_quantizer_in_memory(tmp_path: Path) -
     )
     template.train(centroids[:10])
     faiss.write_index(template, str(tmp_path / "quantizer.faiss"))
-    held = []
+    resident = []
     for _ in range(12):
         fill_shard(tmp_path / "quantizer.faiss", [tiny_models.unit_rows(20, 256)], tmp_path / "0.faiss")
-        held.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-    assert held[-1] - held[2] < 16 << 20  # nine of them would be 72 MB
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    assert resident[-1] - resident[2] < 16 << 20  # nine quantizers are 72 MB
 
 
 @pytest.mark.parametrize("count", [900, 404], ids=["most cells filled", "few cells filled"])
 @pytest.mark.parametrize("factory", ["IVF16,SQfp16", "IVF16,SQ8", "OPQ4_8,IVF16,PQ4x4"])
-def test_parts_merged_are_what_is_filled_at_once(tmp_path: Path, factory: str, count: int) -> None:
+def test_merge_shards_equals_one_filled_shard(tmp_path: Path, factory: str, count: int) -> None:
     rows, template = tiny_models.unit_rows(900), tmp_path / "template.faiss"
     faiss.write_index(train_index(factory, tiny_models.WIDTH, rows.astype(np.float32)), str(template))
     rows = rows[:count] if count == 900 else np.repeat(rows[:4], 101, axis=0)
@@ -178,7 +181,7 @@ def test_parts_merged_are_what_is_filled_at_once(tmp_path: Path, factory: str, c
     assert (tmp_path / "merged.faiss").read_bytes() == (tmp_path / "whole.faiss").read_bytes()
 
 
-def test_rows_find_their_cell_through_the_graph(tmp_path: Path) -> None:
+def test_fill_shard_graph_quantizer_assigns_nearest_cell(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = tiny_models.unit(
         rng.normal(size=(100, 1, 32)).repeat(200, 1).reshape(-1, 32) + 0.4 * rng.normal(size=(20_000, 32))
@@ -188,7 +191,9 @@ def test_rows_find_their_cell_through_the_graph(tmp_path: Path) -> None:
     fill_shard(template, [rows[:4000].astype(np.float16)], tmp_path / "shard.faiss")
     trained, shard = (faiss.read_index(str(tmp_path / f"{name}.faiss")) for name in ("template", "shard"))
     graph = faiss.downcast_index(trained.quantizer)
-    assert graph.hnsw.efSearch == 64, "in a small graph FAISS's 16 does as well; with 16,384 cells it misses an eighth"
+    assert graph.hnsw.efSearch == 64, (
+        "FAISS's default of 16 works in a small graph but misses an eighth with 16,384 cells"
+    )
     centroids = faiss.downcast_index(graph.storage).reconstruct_n(0, 1024)
     nearest = (rows[:4000] @ centroids.T).argmax(axis=1)
     assigned = np.empty(4000, np.int64)

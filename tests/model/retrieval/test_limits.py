@@ -13,20 +13,20 @@ from model.errors import ModelError
 from model.retrieval import limits
 from model.retrieval.faiss_index import require_factory
 
-NLIST_OFFSET = 4 + 33  # behind the kind of the index and its header
+NLIST_OFFSET = 4 + 33  # after the index type and its header
 
 
-def test_limits_are_set_when_any_module_of_retrieval_is_imported() -> None:
+def test_limits_import_of_retrieval_sets_them() -> None:
     code = (
         "import model.retrieval.arguments, faiss; "
         "print(faiss.get_deserialization_loop_limit(), faiss.get_deserialization_vector_byte_limit(), "
         "faiss.get_deserialization_lattice_r2_limit())"
     )
-    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert said.split() == [str(limits.MOST_CELLS), str(limits.MOST_VECTOR_BYTES), str(limits.MOST_LATTICE_R2)]
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert output.split() == [str(limits.MOST_CELLS), str(limits.MOST_VECTOR_BYTES), str(limits.MOST_LATTICE_R2)]
 
 
-def test_read_index_refuses_more_cells_than_the_limit(tmp_path: Path) -> None:
+def test_read_index_too_many_cells_raises(tmp_path: Path) -> None:
     path = tmp_path / "forged.faiss"
     index = faiss.index_factory(4, "IVF2,Flat", faiss.METRIC_INNER_PRODUCT)
     index.train(np.eye(100, 4, dtype=np.float32))
@@ -39,13 +39,13 @@ def test_read_index_refuses_more_cells_than_the_limit(tmp_path: Path) -> None:
         faiss.read_index(str(path))
 
 
-def test_limits_of_an_older_faiss_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[int] = []
-    monkeypatch.setattr(limits, "faiss", SimpleNamespace(set_deserialization_loop_limit=given.append))
+def test_apply_limits_older_faiss_skips_missing_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    values: list[int] = []
+    monkeypatch.setattr(limits, "faiss", SimpleNamespace(set_deserialization_loop_limit=values.append))
     limits.apply_limits()
-    assert given == [limits.MOST_CELLS]
+    assert values == [limits.MOST_CELLS]
 
 
-def test_require_factory_refuses_an_index_that_could_not_be_read_back() -> None:
-    with pytest.raises(ModelError, match="take at most 1048576"):
+def test_require_factory_too_many_cells_raises() -> None:
+    with pytest.raises(ModelError, match="too many cells: 1048577; use at most 1048576"):
         require_factory(f"IVF{limits.MOST_CELLS + 1},Flat", 4)

@@ -12,9 +12,7 @@ def near(row: np.ndarray, step: float) -> np.ndarray:
     return tiny_models.unit(row.astype(np.float32) + step * np.eye(len(row), dtype=np.float32)[0]).astype(np.float16)
 
 
-def test_rows_above_the_bound_are_paired_whichever_shard_they_are_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_find_pairs_across_shards_returns_rows_above_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_duplicates, "_BATCH", 33)
     rows = tiny_models.unit_rows(200)
     rows[150], rows[60] = rows[7], near(rows[20], 0.02)
@@ -25,7 +23,7 @@ def test_rows_above_the_bound_are_paired_whichever_shard_they_are_in(
     assert [tuple(pair) for pair in find_pairs(database, rows, 0, 0.999).tolist()] == expected
 
 
-def test_only_new_rows_need_be_asked_about(tmp_path: Path) -> None:
+def test_find_pairs_of_new_rows_returns_their_pairs(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(100)
     rows[90], rows[95] = rows[3], rows[91]
     pairs = find_pairs(tiny_models.database(tmp_path, rows[:80], rows[80:]), rows[80:], 80, 0.9999)
@@ -33,13 +31,11 @@ def test_only_new_rows_need_be_asked_about(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("factory", ["IVF16,SQfp16", "IVF16,Flat", "IVF16_HNSW8,SQfp16"])
-def test_many_rows_are_looked_for_cell_by_cell_and_the_same_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str
-) -> None:
+def test_find_pairs_by_cell_equals_by_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str) -> None:
     rows = tiny_models.unit_rows(2000, 32)
     rows[1500], rows[60], rows[700:705] = rows[7], near(rows[20], 0.02), rows[3]
     database = tiny_models.database(tmp_path, rows[:900], rows[900:], factory=factory, nprobe=3)
-    monkeypatch.setattr(near_duplicates, "_BLOCK_SCORES", 1000)  # a cell's visitors come in several blocks
+    monkeypatch.setattr(near_duplicates, "_BLOCK_SCORES", 1000)  # splits the visitors of a cell into several blocks
     by_cell = find_pairs(database, rows, 0, 0.999)
     assert {(7, 1500), (20, 60), (3, 700), (703, 704)} <= set(map(tuple, by_cell.tolist()))
     with monkeypatch.context() as patch:
@@ -51,7 +47,7 @@ def test_many_rows_are_looked_for_cell_by_cell_and_the_same_is_found(
     assert np.array_equal(find_pairs(database, rows, 0, 0.999), by_cell)
 
 
-def test_a_large_group_is_connected_though_few_pairs_of_each_row_are_kept(tmp_path: Path) -> None:
+def test_find_pairs_large_group_stays_connected(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(600, 32)
     rows[40:80] = rows[5]
     database = tiny_models.database(tmp_path, rows[:50], rows[50:], factory="IVF4,SQfp16", nprobe=1)
@@ -62,7 +58,7 @@ def test_a_large_group_is_connected_though_few_pairs_of_each_row_are_kept(tmp_pa
     assert duplicates_to_hide(others).tolist() == list(range(54, 80))
 
 
-def test_one_of_each_group_is_kept_the_first() -> None:
+def test_duplicates_to_hide_keeps_lowest_id_of_group() -> None:
     pairs = np.array([[2, 9], [5, 9], [7, 8], [5, 11]])
     assert duplicates_to_hide(pairs).tolist() == [5, 8, 9, 11]
     assert duplicates_to_hide(np.zeros((0, 2), np.int64)).tolist() == []

@@ -20,7 +20,7 @@ def truths_of(rows: np.ndarray, count: int = 40) -> dict[str, GroundTruth]:
     }
 
 
-def test_an_exact_database_needs_no_effort(tmp_path: Path) -> None:
+def test_tune_exact_database_uses_least_effort(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(300)
     best, measured = tune(tiny_models.database(tmp_path, rows), truths_of(rows), 1.0)
     assert best.recalls == {"image": 1.0, "text": 1.0}
@@ -28,7 +28,7 @@ def test_an_exact_database_needs_no_effort(tmp_path: Path) -> None:
     assert best.latency_ms > 0
 
 
-def test_the_least_cells_that_reach_the_target_for_both_kinds_are_visited(tmp_path: Path) -> None:
+def test_tune_ivf_chooses_fewest_cells_for_both_kinds(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(2_000)
     database, truths = tiny_models.database(tmp_path, rows[:900], rows[900:], factory="IVF32,SQfp16"), truths_of(rows)
     best, measured = tune(database, truths, 0.9)
@@ -36,36 +36,36 @@ def test_the_least_cells_that_reach_the_target_for_both_kinds_are_visited(tmp_pa
     fewer = database.with_effort(SearchEffort(nprobe=best.effort.nprobe // 2, candidates=best.effort.candidates))
     assert min(recall(fewer, truth) for truth in truths.values()) < 0.9
     assert [point.effort.nprobe for point in measured] == [1 << power for power in range(len(measured))]
-    assert best.effort.nprobe < measured[-1].effort.nprobe, "the curve goes on beyond the point that was chosen"
+    assert best.effort.nprobe < measured[-1].effort.nprobe, "the curve must extend beyond the chosen point"
 
 
-def test_few_bits_are_made_up_for_by_candidates(tmp_path: Path) -> None:
+def test_tune_few_bits_increases_candidates(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(3_000)
     database = tiny_models.database(tmp_path, rows, factory="IVF4,PQ4x4")
     best, measured = tune(database, truths_of(rows), 0.9)
     assert min(best.recalls.values()) >= 0.9
     assert best.effort.candidates > CANDIDATES[0]
     shallow = [point for point in measured if point.effort.candidates == CANDIDATES[0]]
-    assert max(min(point.recalls.values()) for point in shallow) < 0.9, "cells alone do not do it"
+    assert max(min(point.recalls.values()) for point in shallow) < 0.9, "cells alone must not reach the target"
 
 
-def test_what_cannot_be_reached_gives_its_best(tmp_path: Path) -> None:
+def test_tune_unreachable_target_returns_best_point(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(500)
     files = tiny_models.shard_files(tmp_path, rows)
-    np.save(files[0].embeddings[0], np.roll(rows, 1, axis=0))  # the index proposes what the rows do not bear out
+    np.save(files[0].embeddings[0], np.roll(rows, 1, axis=0))  # the stored rows do not match the index
     database = Database(files, encoder=tiny_models.identity(), effort=SearchEffort(candidates=10))
     best, _ = tune(database, truths_of(rows), 0.95)
     assert min(best.recalls.values()) < 0.95
 
 
-def test_a_kind_without_queries_asks_for_nothing(tmp_path: Path) -> None:
+def test_tune_kind_without_queries_counts_as_reached(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(300)
     none = {"text": exact_neighbours([rows], np.zeros((0, tiny_models.WIDTH), np.float32))}
     best, _ = tune(tiny_models.database(tmp_path, rows), {**truths_of(rows), **none}, 0.95)
     assert best.recalls["text"] == 1.0
 
 
-def test_truth_grows_with_the_rows_and_forgets_what_is_hidden() -> None:
+def test_exact_neighbours_grown_from_adds_new_and_drops_hidden_rows() -> None:
     rows = tiny_models.unit_rows(900)
     own = np.array([3, 400, 77])
     first = exact_neighbours([rows[:600]], rows[own].astype(np.float32), own=own, own_rows=rows[own])
@@ -76,38 +76,38 @@ def test_truth_grows_with_the_rows_and_forgets_what_is_hidden() -> None:
     whole = exact_neighbours([rows], first.queries, own=own, own_rows=rows[own], hidden=hidden)
     np.testing.assert_array_equal(grown.ids[:, :10], whole.ids[:, :10])
     assert not np.isin(grown.ids, hidden).any()
-    assert (grown.ids[:, :10] >= 600).any(), "new rows are among the nearest"
+    assert (grown.ids[:, :10] >= 600).any(), "no new row is among the nearest"
 
 
 @pytest.mark.parametrize("device", ["cpu"])
-def test_products_on_a_device_find_what_flat_finds(tmp_path: Path, device: str) -> None:
+def test_search_on_device_equals_flat_search(tmp_path: Path, device: str) -> None:
     rows, queries = tiny_models.unit_rows(300), tiny_models.unit_rows(9, seed=1).astype(np.float32)
     database = tiny_models.database(tmp_path, rows[:120], rows[120:], factory="IVF8,SQ8", hidden=np.array([5, 130]))
-    there = database.to(device).search(queries, 7)
+    moved = database.to(device).search(queries, 7)
     flat = tiny_models.database(tmp_path / "flat", rows[:120], rows[120:], hidden=np.array([5, 130])).search(queries, 7)
-    np.testing.assert_array_equal(there.ids, flat.ids)
-    np.testing.assert_allclose(there.scores, flat.scores, atol=1e-6)
+    np.testing.assert_array_equal(moved.ids, flat.ids)
+    np.testing.assert_allclose(moved.scores, flat.scores, atol=1e-6)
 
 
-def test_what_grew_begins_with_half_of_what_it_needed(tmp_path: Path) -> None:
+def test_tune_grown_database_starts_at_half_the_cells(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(2_000)
     database, truths = tiny_models.database(tmp_path, rows, factory="IVF32,SQfp16"), truths_of(rows)
-    anew, measured = tune(database, truths, 0.9)
-    assert anew.effort.nprobe >= 4, "else the next lines show nothing"
-    again, fewer = tune(database, truths, 0.9, before=anew.effort)
-    assert (again.effort, fewer[0].effort.nprobe) == (anew.effort, anew.effort.nprobe // 2)
+    first, measured = tune(database, truths, 0.9)
+    assert first.effort.nprobe >= 4, "too few cells for this test"
+    again, fewer = tune(database, truths, 0.9, before=first.effort)
+    assert (again.effort, fewer[0].effort.nprobe) == (first.effort, first.effort.nprobe // 2)
     assert len(fewer) < len(measured)
 
 
-def test_tuning_asks_for_no_rows_where_the_index_holds_them(tmp_path: Path) -> None:
-    rows = tiny_models.unit_rows(2_000, WIDE)  # no two of them score alike
+def test_tune_lossless_index_reads_no_rows(tmp_path: Path) -> None:
+    rows = tiny_models.unit_rows(2_000, WIDE)  # no ties
     (files,) = tiny_models.shard_files(tmp_path, rows, factory="IVF32,SQfp16")
 
-    def far_away() -> Path:
+    def fetch() -> Path:
         raise AssertionError("a database of a billion rows would fetch thousands of files")
 
-    asked = dataclasses.replace(files, embeddings=(far_away,), rows=(len(rows),))
-    database = Database([asked], encoder=tiny_models.identity(WIDE), quantizer=tmp_path / "quantizer.faiss")
+    remote = dataclasses.replace(files, embeddings=(fetch,), rows=(len(rows),))
+    database = Database([remote], encoder=tiny_models.identity(WIDE), quantizer=tmp_path / "quantizer.faiss")
     truths = truths_of(rows)
     best, _ = tune(database, truths, 0.9)
     assert min(best.recalls.values()) >= 0.9

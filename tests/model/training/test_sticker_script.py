@@ -72,7 +72,7 @@ def test_sticker_script_sigterm_saves_a_checkpoint_and_resumes(stickers: Path, t
 
     other = run(*command("base", stickers, out, 400_000), "--rate", "0.1")
     assert other.returncode == 1
-    assert f"{out / 'base'} holds a run of rate 0.0015, now 0.1: take another --out" in other.stderr
+    assert f"run with other settings in {out / 'base'}: rate 0.0015, now 0.1; use another --out" in other.stderr
 
     done = run(*command("base", stickers, out, 4 * (step + 2)))
     assert done.returncode == 0, done.stderr[-2000:]

@@ -70,7 +70,7 @@ def test_index_above_memory_limit_uses_fewer_bits(tmp_path: Path, monkeypatch: p
     assert small.manifest().info["factory"].endswith("SQfp16")
     more = stored(tmp_path, np.split(rows[600:], 6), first=6, previous=first)
     assert build(more, tmp_path, auto, previous=small).manifest().info["factory"].endswith("SQ8")
-    with pytest.raises(ModelError, match=r"memory_bytes allows 0; raise it \(--memory\)"):
+    with pytest.raises(ModelError, match=r"memory_bytes is too small: 0 MiB.*raise it \(--memory\)"):
         build(more, tmp_path, dataclasses.replace(auto, memory_bytes=1200 * 8), previous=small)
 
 
@@ -88,7 +88,7 @@ def test_index_with_larger_memory_limit_uses_more_bits(tmp_path: Path, monkeypat
 @pytest.mark.parametrize("factory", ["IDMap,Flat", "NSG16", "LSH", "IVFoops", ""])
 def test_index_unusable_factory_raises_before_writing(factory: str, tmp_path: Path) -> None:
     embeddings = stored(tmp_path, [tiny_models.unit_rows(50)])
-    with pytest.raises(ModelError, match="take auto, or") as raised:
+    with pytest.raises(ModelError, match="use auto, or") as raised:
         build(embeddings, tmp_path, dataclasses.replace(CONFIG, index=factory))
     assert "faiss::" not in str(raised.value)
     assert not list(tmp_path.glob("database/*"))
