@@ -71,6 +71,7 @@ def prefect_api(home: Path | None = None) -> Iterator[None]:
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
+            start_new_session=True,  # Ctrl-C ends this command, which then ends the server
         ) as server,
     ):
         try:

@@ -60,6 +60,7 @@ def stage_task(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             in_flow = FlowRunContext.get() is not None and TaskRunContext.get() is None
             return (as_task if in_flow else step)(*args, **kwargs)
 
+        stage.task = as_task  # type: ignore[attr-defined]  # for its options
         return stage
 
     return decorate

@@ -93,7 +93,7 @@ def test_failed_merge_rolls_back_its_takedowns(
     living.build(NAMES[:2])
     living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), domain="a")
 
-    def fails(*_: Any) -> Any:
+    def fails(*_: Any, **__: Any) -> Any:
         raise StageError("recall is too low")
 
     monkeypatch.setattr("flows.combine_databases.index", fails)
@@ -119,8 +119,8 @@ def test_combine_without_replace_keeps_a_domain_with_its_own_images(living: Livi
         living.build(NAMES[4 + number : 6 + number], domain=domain)
     into: dict[str, Any] = {"domain": "shapes", "root": str(living.root)}
     part = SubsetDatabaseConfig(database="a", where="width > 0", **into)
-    told = "the champion of shapes is built from 4 images of its own .* choose another domain, or pass --replace"
-    with pytest.raises(InputError, match=told) as caught:
+    message = "the champion of shapes is built from 4 images of its own .* choose another domain, or pass --replace"
+    with pytest.raises(InputError, match=message) as caught:
         merge_databases(MergeDatabasesConfig(databases=("a", "b"), **into))
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=message):

@@ -22,9 +22,9 @@ def configured(domain: Any, **changes: Any) -> Any:
 def artifacts_of(key: str) -> list[str]:
     """Return the data of the Prefect artifacts with a key."""
     query = {"artifacts": {"key": {"any_": [key]}}}
-    return [
-        found["data"] for found in httpx.post(f"{os.environ['PREFECT_API_URL']}/artifacts/filter", json=query).json()
-    ]
+    user, _, password = os.environ["PREFECT_API_AUTH_STRING"].partition(":")
+    url = f"{os.environ['PREFECT_API_URL']}/artifacts/filter"
+    return [found["data"] for found in httpx.post(url, json=query, auth=(user, password)).json()]
 
 
 def test_evaluate_generator_publishes_the_page_to_mlflow_and_prefect(domain: Any, tmp_path: Path) -> None:

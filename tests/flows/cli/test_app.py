@@ -383,7 +383,7 @@ def test_default_generator_registered_is_used(
 @pytest.mark.parametrize("command", ["search", "generate", "edit", "evaluate", "merge", "subset"])
 def test_command_on_foreign_folder_without_trust_fails(prefect_server: None, command: str, tmp_path: Path) -> None:
     with LoopbackServer({}) as internal:
-        source = {"embeddings": {"uri": internal.url("/shapes/embeddings/0"), "digest": "0"}}
+        source = {"embeddings": {"uri": internal.url("/shapes/embeddings/0"), "digest": "0" * 64}}
         stage = artifacts.ArtifactBuilder(f"{tmp_path}/foreign/shapes", "database", inputs=source, config={})
         identity = {"name": "hf-hub:evil/clip", "weights_digest": "", "preprocess_digest": "", "dimension": 4}
         stage.commit([], identity={"encoder": identity}, info={})

@@ -32,17 +32,17 @@ def test_distributed_database_returns_results_of_local_database(tmp_path: Path) 
             np.testing.assert_array_equal(actual.ids, expected.ids)
             np.testing.assert_array_equal(actual.embeddings, expected.embeddings)
         pipeline = tiny_models.pipeline(None)
-        pipeline.swap_database(spread)
-        asked = torch.from_numpy(queries).float()
-        conditioned = pipeline.condition(asked, 3)
-        assert torch.equal(conditioned.tokens, pipeline.condition(asked, 3, database=whole).tokens)
-        np.testing.assert_array_equal(spread.rows(np.array([[0, 599], [300, 1]])), rows[[[0, 599], [300, 1]]])
-        assert spread.describe([407])[0]["url"] == "http://00004/7"
+        pipeline.swap_database(distributed)
+        query = torch.from_numpy(queries).float()
+        conditioned = pipeline.condition(query, 3)
+        assert torch.equal(conditioned.tokens, pipeline.condition(query, 3, database=local).tokens)
+        np.testing.assert_array_equal(distributed.rows(np.array([[0, 599], [300, 1]])), rows[[[0, 599], [300, 1]]])
+        assert distributed.describe([407])[0]["url"] == "http://00004/7"
         with pytest.raises(ModelError, match="k is below 1: 0"):
-            spread.search(queries, 0)
+            distributed.search(queries, 0)
         with pytest.raises(ModelError, match="has no row 600; use ids from 0 to 599"):
-            spread.describe([600])
-    all_of_a_part = commit_takedown(
+            distributed.describe([600])
+    whole_part = commit_takedown(
         Entries(url=frozenset(f"http://{shard:05d}/{n}" for shard in (4, 5) for n in range(100))),
         str(tmp_path),
         info={},
