@@ -266,7 +266,7 @@ def test_collect_ignores_the_collected_tag_of_a_champion(living: Living, ray: Wi
 def test_interrupted_takedown_applies_after_a_collection(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: Any) -> Any:
+    def killed(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
     living.build(NAMES[:4])

@@ -181,7 +181,7 @@ def test_takedown_stays_hidden_when_embedding_fails(
 ) -> None:
     from tasks.embed.task import EmbedConfig
 
-    def fails(*_: Any) -> Any:
+    def fails(*_: Any, **__: Any) -> Any:
         raise StageError("the disk is full")
 
     living.build(NAMES[:4])
@@ -230,7 +230,7 @@ def test_rebuild_resumes_after_kill_before_registration(
     listed = living.listed(*NAMES[:7])
     register = module.register_database
 
-    def killed(*_: Any) -> Any:
+    def killed(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "register_database", killed)
