@@ -36,27 +36,27 @@ class TrainingRows:
     """Arrays (n, …) with one entry per training image.
 
     Attributes:
-        pictures: Images uint8 (n, S, S, 3), float16 latents (n, C, s, s) or integer codes (n, tokens).
+        images: Images uint8 (n, S, S, 3), float16 latents (n, C, s, s) or integer codes (n, tokens).
         embeddings: (n, D) float16.
         neighbours: (n, P) int64 row ids of the database, nearest first.
         reference: Aligned neighbours uint8 (n, S, S, 3), or None.
     """
 
-    pictures: NDArray[Any]
+    images: NDArray[Any]
     embeddings: NDArray[np.float16]
     neighbours: NDArray[np.int64]
     reference: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         """Raise ``ModelError`` if the arrays are empty or differ in length."""
-        if not len(self.pictures) == len(self.embeddings) == len(self.neighbours) > 0:
-            counts = f"{len(self.pictures)} images, {len(self.embeddings)} embeddings"
+        if not len(self.images) == len(self.embeddings) == len(self.neighbours) > 0:
+            counts = f"{len(self.images)} images, {len(self.embeddings)} embeddings"
             raise ModelError(
                 f"training rows are empty or differ in number: {counts}, {len(self.neighbours)} neighbour lists; "
                 "rebuild the stage with too few"
             )
-        if self.reference is not None and len(self.reference) != len(self.pictures):
-            raise ModelError(f"{len(self.reference)} references for {len(self.pictures)} images; align every image")
+        if self.reference is not None and len(self.reference) != len(self.images):
+            raise ModelError(f"{len(self.reference)} references for {len(self.images)} images; align every image")
 
 
 class Source(Protocol):
@@ -248,7 +248,7 @@ class _InMemorySource:
 
     @property
     def rows(self) -> int:
-        return len(self.content.pictures)
+        return len(self.content.images)
 
     def load(self, chosen: NDArray[np.int64] | None = None) -> TrainingRows:
         assert chosen is None, "a single shard is never streamed"  # noqa: S101
@@ -263,7 +263,7 @@ class _Window:
     ) -> None:
         if rows.neighbours.min() < 0 or rows.neighbours.max() >= database_rows:
             raise ModelError("neighbours are not rows of the database; search them again in this version of it")
-        self._images = torch.from_numpy(rows.pictures).to(device)
+        self._images = torch.from_numpy(rows.images).to(device)
         self._embeddings = torch.from_numpy(rows.embeddings).to(device)
         self._neighbours = torch.from_numpy(rows.neighbours).to(device)
         self._reference = None if rows.reference is None else torch.from_numpy(rows.reference).to(device)
@@ -310,7 +310,7 @@ def _join(loaded: list[TrainingRows]) -> TrainingRows:
         return loaded[0]
     references = [rows.reference for rows in loaded if rows.reference is not None]
     return TrainingRows(
-        pictures=np.concatenate([rows.pictures for rows in loaded]),
+        images=np.concatenate([rows.images for rows in loaded]),
         embeddings=np.concatenate([rows.embeddings for rows in loaded]),
         neighbours=np.concatenate([rows.neighbours for rows in loaded]),
         reference=np.concatenate(references) if references else None,

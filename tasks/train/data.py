@@ -234,7 +234,7 @@ class ShardSource:
             parameters = (self._decoded_database.digest, file.sha256)
             reference = np.array(self._cached("references", lambda: self._align(neighbours), *parameters)[rows])
         embeddings = np.array(self._stored.embedding_rows()[rows])
-        return TrainingRows(pictures=images, embeddings=embeddings, neighbours=neighbours[rows], reference=reference)
+        return TrainingRows(images=images, embeddings=embeddings, neighbours=neighbours[rows], reference=reference)
 
     def _cached(self, kind: str, make: Callable[[], NDArray[Any]], *parameters: str) -> NDArray[Any]:
         return cached_array(self._stored.cache, kind, self._stored.digest(self._processing.side, *parameters), make)

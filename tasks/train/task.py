@@ -219,7 +219,7 @@ class _Preview:
     def _first_images(self) -> TrainingSet:
         rows = training_shards(self._inputs, self._processing, self._cache)[0].load()
         previewed = TrainingRows(
-            pictures=rows.pictures[:PREVIEWED],
+            images=rows.images[:PREVIEWED],
             embeddings=rows.embeddings[:PREVIEWED],
             neighbours=rows.neighbours[:PREVIEWED],
         )

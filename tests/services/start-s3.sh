@@ -4,7 +4,7 @@
 #   eval "$(start-s3.sh start)"   a fresh, empty store; installs Debian's packages on first use; prints `export …`
 #   start-s3.sh kill              the gateway dies at once, as in a power cut; what it has acknowledged stays
 #   start-s3.sh revive            the gateway is back, at the same address
-#   start-s3.sh freeze | thaw     the gateway takes connections and does not answer | goes on
+#   start-s3.sh freeze | thaw     the gateway takes connections and does not answer | continues
 #   start-s3.sh stop              everything ends, by the pids that were kept, and the data goes
 #
 # Environment: S3_STORE_DIR, an absolute folder (build/s3).

@@ -26,7 +26,7 @@ POOL = 4
 SIDE = 16
 
 
-def picture(number: int, side: int = SIDE) -> Image.Image:
+def png_image(number: int, side: int = SIDE) -> Image.Image:
     """Return a distinct gradient, with enough structure to align it."""
     ramp = np.linspace(0, 120, side)
     levels = ramp[:, None] * (1 + number % 3) / 2 + ramp[None, :] * (1 + number % 2) / 2
@@ -86,7 +86,7 @@ def _tar(path: Path, rows: slice) -> None:
     with tarfile.open(path, "w") as archive:
         for number in reversed(range(COUNT)[rows]):  # in another order than the embeddings
             buffer = io.BytesIO()
-            picture(number).save(buffer, "PNG")
+            png_image(number).save(buffer, "PNG")
             member = tarfile.TarInfo(f"{number:09d}.png")
             member.size = buffer.tell()
             archive.addfile(member, io.BytesIO(buffer.getvalue()))

@@ -303,7 +303,7 @@ def training_set(data: dict[str, NDArray[Any]], device: str, *, references: bool
     """Return the training set, each image repeated by its weight; with aligned neighbours for editing."""
     chosen = np.repeat(np.arange(len(data["pixels"])), data["weights"])
     rows = TrainingRows(
-        pictures=data["pixels"][chosen],
+        images=data["pixels"][chosen],
         embeddings=data["rows"][chosen],
         neighbours=data["neighbours"][chosen],
         reference=data["references"][chosen] if references else None,

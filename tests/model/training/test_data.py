@@ -25,7 +25,7 @@ def rows(first: int = 0, last: int = N) -> TrainingRows:
     pixels = np.repeat(own.astype(np.uint8) * 20, 4 * 4 * 3).reshape(len(own), 4, 4, 3)
     neighbours = np.stack([own + 1, own * 2], axis=1)
     return TrainingRows(
-        pictures=pixels, embeddings=tiny_models.unit_rows(N)[first:last], neighbours=neighbours, reference=255 - pixels
+        images=pixels, embeddings=tiny_models.unit_rows(N)[first:last], neighbours=neighbours, reference=255 - pixels
     )
 
 
@@ -221,7 +221,7 @@ def test_training_set_part_of_another_worker_raises() -> None:
     ids=["latents", "codes"],
 )
 def test_training_set_latents_and_codes_are_not_scaled(stored: NDArray[Any], expected: torch.dtype) -> None:
-    content = TrainingRows(pictures=stored, embeddings=rows().embeddings, neighbours=rows().neighbours)
+    content = TrainingRows(images=stored, embeddings=rows().embeddings, neighbours=rows().neighbours)
     batch = TrainingSet(content, DATABASE).batch(0, seed=0, size=N)
     assert batch.images.dtype == expected
     assert sorted(batch.images.flatten().tolist()) == list(range(N * 4))
@@ -233,13 +233,13 @@ def test_training_rows_different_lengths_raise(images: int, embeddings: int, nei
     message = f"{images} images, {embeddings} embeddings, {neighbours} neighbour lists; rebuild"
     with pytest.raises(ModelError, match=message):
         TrainingRows(
-            pictures=np.zeros((images, 4, 4, 3), np.uint8),
+            images=np.zeros((images, 4, 4, 3), np.uint8),
             embeddings=tiny_models.unit_rows(embeddings),
             neighbours=np.zeros((neighbours, 2), np.int64),
         )
     with pytest.raises(ModelError, match="11 references for 12 images"):
-        TrainingRows(pictures=rows().pictures, embeddings=rows().embeddings, neighbours=rows().neighbours,
-             reference=rows(0, 11).pictures)  # fmt: skip
+        TrainingRows(images=rows().images, embeddings=rows().embeddings, neighbours=rows().neighbours,
+             reference=rows(0, 11).images)  # fmt: skip
 
 
 @pytest.mark.parametrize(

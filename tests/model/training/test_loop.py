@@ -44,7 +44,7 @@ def training_set(images: int = 10, *, neighbours: Sequence[int] = (1, 2)) -> Tra
     """Return random images of 8 px, each with the next two as neighbours."""
     pixels = np.random.default_rng(0).integers(0, 256, (images, 8, 8, 3), dtype=np.uint8)
     ids = (np.arange(images)[:, None] + neighbours) % images
-    rows = TrainingRows(pictures=pixels, embeddings=tiny_models.unit_rows(images), neighbours=ids)
+    rows = TrainingRows(images=pixels, embeddings=tiny_models.unit_rows(images), neighbours=ids)
     return TrainingSet(rows, tiny_models.unit_rows(images))
 
 
@@ -369,7 +369,7 @@ def test_train_vq_objective_history_does_not_depend_on_pieces(tmp_path: Path) ->
     size = VQTransformerConfig(codes=8, tokens=4, timesteps=6, layers=1, heads=1, head_width=16)
     codes = np.random.default_rng(0).integers(0, 8, (10, 4))
     ids = (np.arange(10)[:, None] + (1, 2)) % 10
-    rows = TrainingRows(pictures=codes, embeddings=tiny_models.unit_rows(10), neighbours=ids)
+    rows = TrainingRows(images=codes, embeddings=tiny_models.unit_rows(10), neighbours=ids)
     states = []
     for pieces in (1, 4):
         objective = MaskAndReplace(Transitions(codes=8, timesteps=6), CONDITIONING)

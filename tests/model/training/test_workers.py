@@ -50,7 +50,7 @@ class Half:
         own = self._own if chosen is None else self._own[chosen]
         pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
         return TrainingRows(
-            pictures=pixels[own], embeddings=tiny_models.unit_rows(10)[own], neighbours=(own[:, None] + (1, 2)) % 10
+            images=pixels[own], embeddings=tiny_models.unit_rows(10)[own], neighbours=(own[:, None] + (1, 2)) % 10
         )
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from support import tiny_models, tiny_training
-from support.tiny_training import COUNT, POOL, SIZES, nearest, picture, small_kl
+from support.tiny_training import COUNT, POOL, SIZES, nearest, png_image, small_kl
 
 from infra.errors import InputError, StageError
 from infra.formats import tables
@@ -33,7 +33,7 @@ from tasks.train.data import (
 )
 
 SIDE = 16
-PIXELS = np.stack([image_to_array(picture(number), SIDE) for number in range(COUNT)])
+PIXELS = np.stack([image_to_array(png_image(number), SIDE) for number in range(COUNT)])
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def load_shards(inputs: TrainingInputs, cache: Path, **processing: Any) -> list[
 
 def test_load_returns_images_embeddings_and_neighbours_of_the_same_rows(inputs: TrainingInputs, tmp_path: Path) -> None:
     parts = load_shards(inputs, tmp_path)
-    assert [len(part.pictures) for part in parts] == list(SIZES)
-    np.testing.assert_array_equal(np.concatenate([part.pictures for part in parts]), PIXELS)
+    assert [len(part.images) for part in parts] == list(SIZES)
+    np.testing.assert_array_equal(np.concatenate([part.images for part in parts]), PIXELS)
     np.testing.assert_array_equal(np.concatenate([part.embeddings for part in parts]), tiny_models.unit_rows(COUNT))
     np.testing.assert_array_equal(np.concatenate([part.neighbours for part in parts]), nearest())
     assert all(part.reference is None for part in parts)
@@ -56,7 +56,7 @@ def test_load_returns_images_embeddings_and_neighbours_of_the_same_rows(inputs: 
 
 
 def test_load_resizes_images_to_side(inputs: TrainingInputs, tmp_path: Path) -> None:
-    assert load_shards(inputs, tmp_path, side=8)[0].pictures.shape == (SIZES[0], 8, 8, 3)
+    assert load_shards(inputs, tmp_path, side=8)[0].images.shape == (SIZES[0], 8, 8, 3)
 
 
 def test_load_training_set_matches_training_set_in_memory(inputs: TrainingInputs, tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_load_training_set_matches_training_set_in_memory(inputs: TrainingInputs
     row_bytes = processing.row_bytes() + 2 * tiny_models.WIDTH + 8 * POOL
     database = tiny_models.unit_rows(COUNT)
     whole = load_training_set(inputs, processing, tmp_path, window_bytes=row_bytes * COUNT)
-    in_memory = TrainingRows(pictures=PIXELS, embeddings=database, neighbours=nearest())
+    in_memory = TrainingRows(images=PIXELS, embeddings=database, neighbours=nearest())
     expected = TrainingSet(in_memory, database)
     for step in range(6):
         one, other = (data.batch(step, seed=3, size=5) for data in (whole, expected))
@@ -148,11 +148,11 @@ def test_load_with_autoencoder_encodes_each_shard_once(
     settings: dict[str, Any] = {
         "autoencoder": autoencoder, "autoencoder_digest": kind, "codes": kind == "codes",
     }  # fmt: skip
-    encoded = np.concatenate([part.pictures for part in load_shards(inputs, tmp_path, **settings)])
+    encoded = np.concatenate([part.images for part in load_shards(inputs, tmp_path, **settings)])
     np.testing.assert_allclose(encoded.astype(np.float32), expected.astype(np.float32), atol=5e-3)
     assert encoded.dtype == (np.float16 if kind == "latents" else np.int32)
     monkeypatch.setattr(data, "read_pixels", None)
-    again = np.concatenate([part.pictures for part in load_shards(inputs, tmp_path, **settings)])
+    again = np.concatenate([part.images for part in load_shards(inputs, tmp_path, **settings)])
     np.testing.assert_array_equal(encoded, again)
     with pytest.raises(TypeError):
         load_shards(inputs, tmp_path, **settings | {"autoencoder_digest": "another"})
@@ -161,7 +161,7 @@ def test_load_with_autoencoder_encodes_each_shard_once(
 def test_load_caches_latents_and_codes_of_one_autoencoder_separately(inputs: TrainingInputs, tmp_path: Path) -> None:
     config = AutoencoderConfig(image_size=SIDE, downscale=4, codes=16, code_width=4, channels=(8, 8, 8))
     one: dict[str, Any] = {"autoencoder": build_autoencoder(config, seed=0).eval(), "autoencoder_digest": "one"}
-    shapes = [load_shards(inputs, tmp_path, codes=codes, **one)[0].pictures.shape for codes in (True, False)]
+    shapes = [load_shards(inputs, tmp_path, codes=codes, **one)[0].images.shape for codes in (True, False)]
     assert shapes == [(SIZES[0], 16), (SIZES[0], 4, 4, 4)]
 
 

@@ -140,7 +140,7 @@ def test_train_saves_pipeline_that_generates_for_every_network(
         assert sheet.size == (4 * 2 * 16, 2 * 16), "five images of the first shard, each next to the generated one"
         cells = np.asarray(sheet).reshape(2, 16, 8, 16, 3).transpose(0, 2, 1, 3, 4).reshape(16, 16, 16, 3)
     if changes["network"] in (SMALL, UNET):
-        images = [image_to_array(tiny_training.picture(number), 16) for number in range(5)]
+        images = [image_to_array(tiny_training.png_image(number), 16) for number in range(5)]
         assert {image.tobytes() for image in images} == {cell.tobytes() for cell in cells[:10:2]}
     assert (cells[10:] == 255).all()
     pipeline = opened(outcome, tmp_path)
