@@ -115,7 +115,7 @@ def random_set(size: Size, dimension: int, device: str, *, codes: bool) -> Train
     shape = (size.rows, 256) if codes else (size.rows, 64, 64, 3)
     images = rng.integers(0, 1024 if codes else 256, shape).astype(np.int16 if codes else np.uint8)
     training_rows = TrainingRows(
-        pictures=images,
+        images=images,
         embeddings=rows,
         neighbours=rng.integers(0, size.rows, (size.rows, POOL)),
         reference=None if codes else images,
