@@ -32,7 +32,7 @@ def test_collect_keeps_files_of_aliases_and_other_domains(living: Living, ray: W
     assert not [uri for uri, _ in nothing.files if "/images/" in uri or "/embeddings/" in uri]
     registry._client.delete_registered_model_alias("knn-database.shapes", "kept")
     living.collect(dry_run=False)
-    with pytest.raises(NotFoundError, match="no committed artifact"):
+    with pytest.raises(NotFoundError, match="not a committed artifact"):
         open_database(first, living.folder / "cache")
     circles = {name for name in NAMES[:FIRST] if "circle" in name}
     assert living.found(part.database.reference) == circles  # its shards are in the folders of "shapes"

@@ -96,6 +96,7 @@ def test_interrupt_ends_with_one_line_and_exit_code_130(tmp_path: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores SIGINT
             text=True,
         )
         try:
@@ -107,7 +108,7 @@ def test_interrupt_ends_with_one_line_and_exit_code_130(tmp_path: Path) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     lines = [line for line in errors.splitlines() if line.strip() and "%|" not in line]
-    assert (process.returncode, output) == (130, "")
+    assert (process.returncode, output) == (130, ""), errors
     assert lines[-1].startswith("knn-diffusion: interrupted; ")
     assert sum("Traceback" in line or "interrupted" in line for line in lines) == 1, errors
 
