@@ -37,7 +37,7 @@ class FakePipeline:
     def __init__(self, database: Any) -> None:
         from model.encoder.clip import encoder_for
 
-        self.database, self.encoder = database, encoder_for(database.encoder)
+        self.database, self.encoder, self.identity = database, encoder_for(database.encoder), database.encoder
         self.config = types.SimpleNamespace(query="mean", neighbours=4)
 
     @classmethod

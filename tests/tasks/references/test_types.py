@@ -57,7 +57,7 @@ def test_reference_kinds_have_their_persisted_names() -> None:
 
 
 def test_open_of_uncommitted_folder_raises_not_found(tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match=r"holds no manifest\.json: it is not a committed artifact"):
+    with pytest.raises(NotFoundError, match=r"has no manifest\.json: it is not a committed artifact"):
         ImageShards.open(str(tmp_path))
 
 
