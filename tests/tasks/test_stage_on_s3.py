@@ -67,7 +67,7 @@ def test_download_after_store_died_resumes_at_the_missing_shards(
         assert isinstance(error, TransientError), error
         assert "\n" not in str(error)
         assert "shards failed for now" in str(error)
-        assert "is the store up? then run again" in str(error)
+        assert "check that the store is up and run again" in str(error)
         committed = markers()
         assert before <= committed
         assert len(committed) < SHARDS
@@ -82,7 +82,7 @@ def test_download_after_store_died_resumes_at_the_missing_shards(
 def test_download_into_missing_or_locked_bucket_raises_before_any_request(
     bucket: Bucket, images: LoopbackServer, tmp_path: Path
 ) -> None:
-    with pytest.raises(NotFoundError, match=r"there is no bucket no-such-bucket .*; make it, or name another root$"):
+    with pytest.raises(NotFoundError, match=r"bucket no-such-bucket does not exist .*; create it or choose"):
         download(listed(images, tmp_path), "s3://no-such-bucket/twemoji", config(images))
     with bucket.store.locked(), pytest.raises(NotFoundError, match=r"; check the credentials and the bucket$"):
         download(listed(images, tmp_path), f"{bucket.uri}/twemoji", config(images))
