@@ -75,10 +75,10 @@ def resume(folder: Path) -> None:
     for name in ("whole", "damaged"):
         base = folder / name
 
-        def train(loop: Callable[[dict[str, Any]], None], config: dict[str, Any], base: Path = base, **_: Any) -> None:
+        def fork(loop: Callable[[dict[str, Any]], None], config: dict[str, Any], base: Path = base, **_: Any) -> None:
             torch.multiprocessing.start_processes(run_worker, args=(loop, config, base), nprocs=2, start_method="fork")
 
-        ray_train.train = train
+        ray_train.train = fork
         run: Any = FileRun(base / "logged")
         train(inputs, str(base), dataclasses.replace(CONFIG, workers=2), cache=base / "cache", run=run)
 
