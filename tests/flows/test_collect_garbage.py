@@ -139,7 +139,8 @@ def test_collect_with_versions_without_folder_fails(living: Living, ray: Without
     living.build(NAMES[:4])
     Registry(living.settings)._client.delete_model_version_tag("knn-database.shapes", "1", "uri")
     files = living.files()
-    with pytest.raises(StageError, match=r"no version of shapes registered at .* refers to a folder of .*/shapes, so all"):
+    message = r"no version of shapes registered at .* refers to a folder of .*/shapes, so all"
+    with pytest.raises(StageError, match=message):
         living.collect(dry_run=False)
     assert living.files() == files
 
