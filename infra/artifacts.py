@@ -21,7 +21,18 @@ from typing import Any
 
 from infra import storage
 from infra.errors import IntegrityError, NotFoundError
-from infra.manifest import File, Manifest, Shard, canonical_json, checksum_of, digest_of, marker_json, parse_shard
+from infra.manifest import (
+    MAX_MANIFEST_BYTES,
+    MAX_MARKER_BYTES,
+    File,
+    Manifest,
+    Shard,
+    canonical_json,
+    checksum_of,
+    digest_of,
+    marker_json,
+    parse_shard,
+)
 from infra.storage import digest_stamps
 from infra.storage import file_cache as caching
 
@@ -126,7 +137,7 @@ def read_shard(folder_uri: str, name: str) -> Shard:
     """Read a shard's marker. Raises ``NotFoundError`` and ``IntegrityError``."""
     uri = storage.join(folder_uri, "shards", f"{name}.json")
     try:
-        return parse_shard(storage.read_bytes(uri), name)
+        return parse_shard(storage.read_bytes(uri, MAX_MARKER_BYTES), name)
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{uri} is damaged ({error}); delete it and run again") from error
 
@@ -137,7 +148,7 @@ def read_manifest(folder_uri: str) -> Manifest:
     try:
         return _manifest_of(uri, storage.modified(uri))
     except NotImplementedError:  # the store has no modification times, e.g. plain HTTP
-        return Manifest.from_json(storage.read_bytes(uri), uri)
+        return Manifest.from_json(storage.read_bytes(uri, MAX_MANIFEST_BYTES), uri)
     except NotFoundError:
         if storage.exists(uri):  # raises the underlying error, such as a wrong bucket or credentials
             raise
@@ -185,4 +196,4 @@ def fetch_file(folder_uri: str, file: File, cache: Path) -> Path:
 @functools.lru_cache(maxsize=16)
 def _manifest_of(uri: str, modified: float) -> Manifest:
     """Parse a manifest. Cached: thousands of shards take a while to check, and a stage reads the same ones often."""
-    return Manifest.from_json(storage.read_bytes(uri), uri)
+    return Manifest.from_json(storage.read_bytes(uri, MAX_MANIFEST_BYTES), uri)

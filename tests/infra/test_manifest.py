@@ -1,11 +1,12 @@
 """Tests of untrusted manifests and markers: each fault raises an error of one line."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fakes import LoopbackServer, Reply
 from support.hostile import DIGEST, changed, file_entry, shard_entry
 
 from infra import artifacts, manifest, validation
@@ -172,6 +173,25 @@ def test_from_json_above_the_size_limit_raises_integrity_error(monkeypatch: pyte
     data = changed(lambda fields: None)
     monkeypatch.setattr(manifest, "MAX_MANIFEST_BYTES", len(data) - 1)
     assert f"it has {len(data)} bytes" in refusal(data)
+
+
+def test_read_manifest_from_an_endless_response_stops_at_the_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, sent = 1 << 20, 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        for _ in range(256):  # bounds the test where the limit is missing
+            sent += limit
+            yield b" " * limit
+
+    for module in (manifest, artifacts):
+        monkeypatch.setattr(module, "MAX_MANIFEST_BYTES", limit)
+    with (
+        LoopbackServer({"/domain/manifest.json": Reply(body=endless)}) as server,
+        pytest.raises(IntegrityError, match=f"more than the limit of {limit}"),
+    ):
+        artifacts.read_manifest(server.url("/domain"))
+    assert sent < 64 * limit, "buffers of the sockets included"
 
 
 def test_read_shard_with_an_invalid_marker_raises_integrity_error(tmp_path: Path) -> None:
