@@ -9,10 +9,11 @@ from flows.train_generator import TrainedGenerator
 from infra import compute, tracking, uris
 from model.saved_generator import EMBEDDED
 from tasks.evaluate.task import EvaluateConfig, evaluate
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.trust import open_folder, saved_pipeline
 from tasks.references.types import DatabaseVersion, StageResult
 from tasks.register import RegistrationResult, register_generator
-from tasks.stage import base_of, settings_of
+from tasks.stage import settings_of
 from tasks.train.adopt import adopt
 
 
@@ -45,7 +46,7 @@ class AdoptGeneratorConfig:
 def adopt_generator(config: AdoptGeneratorConfig) -> TrainedGenerator:
     """Copy a generator to the domain, evaluate it on the database, and register it as champion of ``knn-diffusion``."""
     settings = settings_of(config.root)
-    base, cache = base_of(settings, config.domain), settings.cache_folder
+    folder = DomainFolder.of(settings, config.domain)
     database = open_folder(DatabaseVersion, config.database, settings, trust=config.trust)
     source = saved_pipeline(config.generator, "", settings, trust=config.trust)
     with (
@@ -55,8 +56,8 @@ def adopt_generator(config: AdoptGeneratorConfig) -> TrainedGenerator:
         run.params(
             {"config": dataclasses.asdict(config)}
         )  # MLflow uses the plain names for the model that it registers
-        generator = adopt(config.generator, base, confined_to=source.confined_to)
-        evaluation = evaluate(generator.reference, database, base, config.evaluate, cache=cache)
+        generator = adopt(config.generator, folder, confined_to=source.confined_to)
+        evaluation = evaluate(generator.reference, database, folder, config.evaluate)
         scores = evaluation.reference.scores()
         run.log(step=0, values=scores)
         database_uri = f"models:/knn-database.{config.domain}@champion"

@@ -9,7 +9,8 @@ from infra import uris
 from infra.errors import KNNDiffusionError, NotFoundError, StageError
 from infra.settings import Settings
 from infra.storage.lease import lease
-from tasks.stage import base_of, require_domain, settings_of
+from tasks.references.domain_folder import DomainFolder
+from tasks.stage import require_domain, settings_of
 from tasks.upkeep.garbage import DAY_S, Garbage, collect, domains_of
 
 
@@ -82,7 +83,9 @@ def collect_garbage(config: CollectGarbageConfig) -> list[Garbage]:
 
 
 def _collect(domain: str, settings: Settings, config: CollectGarbageConfig) -> Garbage:
-    with lease(base_of(settings, domain), holder=f"collect-garbage {domain}", wait_s=config.wait_s) as domain_lease:
+    with lease(
+        DomainFolder.of(settings, domain).uri, holder=f"collect-garbage {domain}", wait_s=config.wait_s
+    ) as domain_lease:
         return collect(
             domain,
             settings,

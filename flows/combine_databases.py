@@ -10,10 +10,11 @@ from infra.settings import Settings
 from infra.storage.lease import Lease, lease
 from model.errors import ModelError
 from tasks.index.task import IndexConfig, IndexOverrides, index
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.trust import open_named
 from tasks.references.types import DatabaseVersion, StageResult, config_from_manifest
 from tasks.register import RegistrationResult, register_database
-from tasks.stage import base_of, require_domain, settings_of
+from tasks.stage import require_domain, settings_of
 from tasks.upkeep.filter_expression import parse_where
 from tasks.upkeep.merge import CombinedInputs, merge, subset
 from tasks.upkeep.policy import require_replaceable, required_takedown
@@ -98,16 +99,16 @@ class NewDatabase:
 def merge_databases(config: MergeDatabasesConfig) -> NewDatabase:
     """Register the union of several databases as champion of a domain. What any of them has taken down stays hidden."""
     settings = settings_of(config.root)
-    base = base_of(settings, config.domain)
+    folder = DomainFolder.of(settings, config.domain)
     databases = {name: open_named(DatabaseVersion, name, settings, trust=config.trust)[0] for name in config.databases}
     with (
-        lease(base, holder=f"merge-databases {config.domain}", wait_s=config.wait_s) as domain_lease,
+        lease(folder.uri, holder=f"merge-databases {config.domain}", wait_s=config.wait_s) as domain_lease,
         compute.cluster(settings.ray_address, settings.cpus),
     ):
         if not config.replace:
             require_replaceable(config.domain, databases.values(), settings)
-        with rolled_back_on(base, (ModelError, StageError)):
-            combined = merge(databases, base, cache=settings.cache_folder)
+        with rolled_back_on(folder, (ModelError, StageError)):
+            combined = merge(databases, folder)
             index_config = config.index or _config_of(databases[config.databases[0]])
             built = _index(config.domain, combined, config.index_changes.over(index_config), settings)
         return _register(config.domain, combined, built, settings, domain_lease)
@@ -117,16 +118,16 @@ def merge_databases(config: MergeDatabasesConfig) -> NewDatabase:
 def subset_database(config: SubsetDatabaseConfig) -> NewDatabase:
     """Register the rows of a database that match a filter as champion of a domain."""
     settings = settings_of(config.root)
-    base = base_of(settings, config.domain)
+    folder = DomainFolder.of(settings, config.domain)
     database = open_named(DatabaseVersion, config.database, settings, trust=config.trust)[0]
     with (
-        lease(base, holder=f"subset-database {config.domain}", wait_s=config.wait_s) as domain_lease,
+        lease(folder.uri, holder=f"subset-database {config.domain}", wait_s=config.wait_s) as domain_lease,
         compute.cluster(settings.ray_address, settings.cpus),
     ):
         if not config.replace:
             require_replaceable(config.domain, [database], settings)
-        with rolled_back_on(base, (ModelError, StageError)):
-            combined = subset(database, config.where, base, cache=settings.cache_folder)
+        with rolled_back_on(folder, (ModelError, StageError)):
+            combined = subset(database, config.where, folder)
             index_config = config.index or _config_of(database)
             built = _index(config.domain, combined, config.index_changes.over(index_config), settings)
         return _register(config.domain, combined, built, settings, domain_lease)
@@ -136,9 +137,9 @@ def _index(
     domain: str, combined: CombinedInputs, config: IndexConfig, settings: Settings
 ) -> StageResult[DatabaseVersion]:
     """Index the combined embeddings. Takedowns of the domain's earlier versions apply too."""
-    base, cache = base_of(settings, domain), settings.cache_folder
-    takedown = required_takedown(domain, settings, cache, combined.takedown)
-    return index(combined.embeddings.reference, base, config, cache=cache, takedown=takedown)
+    folder = DomainFolder.of(settings, domain)
+    takedown = required_takedown(domain, settings, combined.takedown)
+    return index(combined.embeddings.reference, folder, config, takedown=takedown)
 
 
 def _register(

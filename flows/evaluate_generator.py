@@ -14,9 +14,10 @@ from infra.settings import Settings
 from model.saved_generator import contents_digest, pretrained_folder
 from tasks.evaluate.report import FIGURE, MARKDOWN, Report, preview, report_evaluations
 from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.trust import open_named, saved_pipeline
 from tasks.references.types import DatabaseVersion, Generator, StageResult, domain_of
-from tasks.stage import base_of, settings_of
+from tasks.stage import settings_of
 
 ARTIFACT_KEY = "evaluation"
 """Key of the tables in the Prefect UI."""
@@ -62,7 +63,6 @@ class EvaluatedGenerator:
 def evaluate_generator(config: EvaluateGeneratorConfig) -> EvaluatedGenerator:
     """Evaluate a generator on each database, compare its samples with the other databases, and write one page."""
     settings = settings_of(config.root)
-    cache = settings.cache_folder
     generator = open_generator(config.generator, settings, trust=config.trust)
     databases = open_databases(config.databases, settings, trust=config.trust)
     evaluate_config = config.evaluate
@@ -77,15 +77,15 @@ def evaluate_generator(config: EvaluateGeneratorConfig) -> EvaluatedGenerator:
         evaluations = {}
         for name, database in databases.items():
             others = {other: version for other, version in databases.items() if other != name}
-            base = base_of(settings, domain_of(database))
-            evaluations[name] = evaluate(generator, database, base, evaluate_config, cache=cache, others=others)
+            folder = DomainFolder.of(settings, domain_of(database))
+            evaluations[name] = evaluate(generator, database, folder, evaluate_config, others=others)
         references = {name: outcome.reference for name, outcome in evaluations.items()}
-        first = base_of(settings, domain_of(next(iter(databases.values()))))
-        report = report_evaluations(references, first, title, cache=cache)
+        first = DomainFolder.of(settings, domain_of(next(iter(databases.values()))))
+        report = report_evaluations(references, first, title)
         for name, evaluation in references.items():
             run.log(step=0, values={f"{name}/{metric}": value for metric, value in evaluation.scores().items()})
-        with storage.scratch() as folder:
-            files = report.reference.fetch(folder, cache)
+        with storage.scratch() as scratch:
+            files = report.reference.fetch(scratch, settings.cache_folder)
             for file in files.values():
                 run.file(file)
             _show(files, f"MLflow run `{run.run_id}`, files in `{report.reference.uri}`.", title)

@@ -13,9 +13,10 @@ from tasks.download.task import DownloadConfig, download
 from tasks.embed.task import EmbedConfig, embed
 from tasks.evaluate.task import EvaluateConfig
 from tasks.index.task import IndexConfig, index
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, StageResult
 from tasks.register import RegistrationResult, register_database
-from tasks.stage import base_of, require_domain, settings_of
+from tasks.stage import require_domain, settings_of
 from tasks.train.setup import TrainConfig
 from tasks.upkeep.policy import required_takedown
 
@@ -82,15 +83,13 @@ class Domain:
 def new_domain(config: NewDomainConfig) -> Domain:
     """Build a domain's database from a URL list, and a generator if configured; register both as champions."""
     settings = settings_of(config.root)
-    base, cache = base_of(settings, config.domain), settings.cache_folder
+    folder = DomainFolder.of(settings, config.domain)
     with compute.cluster(settings.ray_address, settings.cpus):
-        with lease(base, holder=f"new-domain {config.domain}", wait_s=config.wait_s) as domain_lease:
-            takedown = required_takedown(config.domain, settings, cache)
-            images = download(config.urls, base, config.download, cache=cache, takedown=takedown, verify=config.verify)
-            embeddings = embed(images.reference, base, config.embed, cache=cache, verify=config.verify)
-            database = index(
-                embeddings.reference, base, config.index, cache=cache, takedown=takedown, verify=config.verify
-            )
+        with lease(folder.uri, holder=f"new-domain {config.domain}", wait_s=config.wait_s) as domain_lease:
+            takedown = required_takedown(config.domain, settings)
+            images = download(config.urls, folder, config.download, takedown=takedown, verify=config.verify)
+            embeddings = embed(images.reference, folder, config.embed, verify=config.verify)
+            database = index(embeddings.reference, folder, config.index, takedown=takedown, verify=config.verify)
             domain_lease.check()
             registered = register_database(config.domain, database.reference, settings, None)
         trained = None

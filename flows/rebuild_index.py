@@ -18,20 +18,19 @@ from model.errors import ModelError
 from tasks.download.task import DownloadConfig, download
 from tasks.embed.task import EmbedConfig, embed
 from tasks.index.task import IndexConfig, IndexOverrides, index
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import embeddings_of, images_of, takedown_of
 from tasks.references.trust import open_named
 from tasks.references.types import (
     DatabaseVersion,
     EmbeddingShards,
     ImageShards,
-    Made,
     Reference,
-    StageResult,
     Takedown,
     config_from_manifest,
 )
 from tasks.register import RegistrationResult, register_database
-from tasks.stage import base_of, check_files, require_domain, settings_of
+from tasks.stage import StageTimings, check_files, require_domain, settings_of
 from tasks.upkeep.compact import compact
 from tasks.upkeep.policy import merge_with_existing
 from tasks.upkeep.takedown import match_rows, rolled_back_on, take_down
@@ -112,51 +111,63 @@ class Rebuilt:
 def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
     """Add new URLs to a domain's champion, hide and compact images taken down, and register the result as champion."""
     settings = settings_of(config.root)
-    with lease(
-        base_of(settings, config.domain), holder=f"rebuild-index {config.domain}", wait_s=config.wait_s
-    ) as domain_lease:
-        before = after = champion_of(config.domain, settings)
-        required = merge_with_existing(base_of(settings, config.domain), settings.cache_folder, before.takedown)
+    folder, timings = DomainFolder.of(settings, config.domain), StageTimings()
+    with lease(folder.uri, holder=f"rebuild-index {config.domain}", wait_s=config.wait_s) as domain_lease:
+        before = champion = champion_of(config.domain, settings)
         registered: RegistrationResult | None = None
-        seconds: dict[str, float] = {}
-        skipped: dict[str, bool] = {}
-        hides = config.takedown is not None or required != before.takedown
+
+        def promote(state: State) -> None:
+            nonlocal champion, registered
+            domain_lease.check()
+            if state is not champion:
+                registered, champion = register_database(config.domain, state.database, settings, None), state
+
+        # After a rollback of the champion, the domain has more takedowns than the champion hides.
+        takedown = merge_with_existing(folder, before.takedown)
         with (
             compute.cluster(settings.ray_address, settings.cpus),
-            rolled_back_on(base_of(settings, config.domain), ModelError, but=lambda: after.takedown),
+            rolled_back_on(folder, ModelError, but=lambda: champion.takedown),
         ):
-            for part in _split_takedown(config, hides):
-                if part is config:  # a takedown must not fail because of a damaged file
-                    check_files(*_reused_artifacts(config, after), verify=config.verify)
-                steps = _Steps(part, settings, after, required)
+            if config.takedown is not None:
+                outcome = take_down(config.takedown, before.images, folder, previous=takedown)
+                takedown = timings.add("takedown", outcome)
+            if takedown != before.takedown:
                 try:
-                    rebuilt = steps.run()
+                    promote(hide_takedown(config, before, takedown, folder, timings))
                 except ModelError as error:  # e.g. no row would remain: hide them in the version with the additions
-                    if part is config:
-                        raise
                     logs.get("stage").warning("%-11s not hidden in a version of its own: %s", "takedown", error)
-                    continue
-                domain_lease.check()
-                if rebuilt is not after:
-                    registered, after = register_database(config.domain, rebuilt.database, settings, None), rebuilt
-                required = after.takedown
-                seconds |= {name: took + seconds.get(name, 0.0) for name, took in steps.seconds.items()}
-                skipped |= {name: was and skipped.get(name, True) for name, was in steps.skipped.items()}
+            # Only now: a takedown must not fail because of a damaged file.
+            check_files(*_reused_artifacts(config, champion), verify=config.verify)
+            promote(update(config, champion, takedown, folder, timings))
     if registered is None:
         logs.get("stage").info(
             "%-11s %s: no new images and no takedowns; the champion is unchanged", "rebuild", config.domain
         )
-    return Rebuilt(before=before, after=after, registered=registered, seconds=seconds, skipped=skipped)
-
-
-def _split_takedown(config: RebuildIndexConfig, hides: bool) -> list[RebuildIndexConfig]:
-    """Split a rebuild into one config per version: if ``hides``, the takedown alone comes first."""
-    if not hides:
-        return [config]
-    hide = dataclasses.replace(
-        config, urls=None, embed=None, index=None, index_changes=IndexOverrides(), compact=False, compact_above=1.0
+    return Rebuilt(
+        before=before, after=champion, registered=registered, seconds=timings.seconds, skipped=timings.skipped
     )
-    return [hide, config]
+
+
+def hide_takedown(
+    config: RebuildIndexConfig, champion: State, takedown: Takedown | None, folder: DomainFolder, timings: StageTimings
+) -> State:
+    """Return a version that differs from the champion only in the rows that it hides."""
+    hiding = dataclasses.replace(champion, takedown=takedown)
+    return _index(config, champion, hiding, _index_config(champion), folder, timings)
+
+
+def update(
+    config: RebuildIndexConfig, champion: State, takedown: Takedown | None, folder: DomainFolder, timings: StageTimings
+) -> State:
+    """Download, embed, compact and index. Return the champion itself if nothing changed."""
+    images = _download(config, champion, takedown, folder, timings)
+    embeddings = _embed(config, champion, images, folder, timings)
+    if takedown is not None and _compacts(config, champion, embeddings, takedown, folder):
+        compacted, rows = compact(images, embeddings, takedown, folder)
+        images, embeddings = compacted.reference, timings.add("compact", rows)
+    updated = dataclasses.replace(champion, images=images, embeddings=embeddings, takedown=takedown)
+    index_config = config.index_changes.over(config.index or _index_config(champion))
+    return _index(config, champion, updated, index_config, folder, timings)
 
 
 def _reused_artifacts(config: RebuildIndexConfig, state: State) -> list[Reference]:
@@ -172,106 +183,70 @@ def champion_of(domain: str, settings: Settings) -> State:
     return State(database=database, embeddings=embeddings, images=images_of(embeddings), takedown=takedown_of(database))
 
 
-class _Steps:
-    """The stages in order; each runs only if an earlier one changed something.
+def _index_config(champion: State) -> IndexConfig:
+    return config_from_manifest(IndexConfig, champion.database.manifest().config)
 
-    ``required`` has every takedown of the domain. After a rollback of the champion these are more than it hides.
-    """
 
-    def __init__(
-        self, config: RebuildIndexConfig, settings: Settings, before: State, required: Takedown | None
-    ) -> None:
-        self._config, self._before, self._required = config, before, required
-        self._base, self._cache = base_of(settings, config.domain), settings.cache_folder
-        self.seconds: dict[str, float] = {}
-        self.skipped: dict[str, bool] = {}
+def _download(
+    config: RebuildIndexConfig, champion: State, takedown: Takedown | None, folder: DomainFolder, timings: StageTimings
+) -> ImageShards:
+    if config.urls is None:
+        return champion.images
+    settings = config.download or config_from_manifest(DownloadConfig, champion.images.manifest().config)
+    settings = dataclasses.replace(settings, retry_failed=config.retry_failed or settings.retry_failed)
+    outcome = download(config.urls, folder, settings, previous=champion.images, takedown=takedown, verify=config.verify)
+    return timings.add("download", outcome)
 
-    def run(self) -> State:
-        """Run the stages, and return the new state, or the state before if nothing changed."""
-        takedown = self._take_down()
-        images = self._download(takedown)
-        embeddings = self._before.embeddings
-        if images != self._before.images or self._config.embed is not None:
-            embedded = self._note(
-                "embed",
-                embed(
-                    images,
-                    self._base,
-                    self._embed_config(),
-                    cache=self._cache,
-                    previous=embeddings,
-                    verify=self._config.verify,
-                ),
-            )
-            embeddings = embedded if embedded.digest != embeddings.digest else embeddings
-        images, embeddings = self._compact(images, embeddings, takedown)
-        stored = config_from_manifest(IndexConfig, self._before.database.manifest().config)
-        config = self._config.index_changes.over(self._config.index or stored)
-        if (embeddings, takedown, config) == (self._before.embeddings, self._before.takedown, stored):
-            self.skipped["index"] = True
-            return self._before
-        built = index(
-            embeddings,
-            self._base,
-            config,
-            cache=self._cache,
-            previous=self._before.database,
-            takedown=takedown,
-            verify=self._config.verify,
-        )
-        database = self._note("index", built)
-        return State(database=database, embeddings=embeddings, images=images, takedown=takedown)
 
-    def _take_down(self) -> Takedown | None:
-        if self._config.takedown is None:
-            return self._required
-        taken_down = take_down(
-            self._config.takedown, self._before.images, self._base, cache=self._cache, previous=self._required
-        )
-        return self._note("takedown", taken_down)
+def _embed(
+    config: RebuildIndexConfig, champion: State, images: ImageShards, folder: DomainFolder, timings: StageTimings
+) -> EmbeddingShards:
+    if images == champion.images and config.embed is None:
+        return champion.embeddings
+    stored = champion.embeddings.manifest().config
+    settings = config.embed or config_from_manifest(EmbedConfig, stored)
+    if config.embed is None and stored.get("precision") == "bfloat16":  # made on a GPU, which decides the precision
+        settings = dataclasses.replace(settings, gpus_per_worker=1)
+    outcome = embed(images, folder, settings, previous=champion.embeddings, verify=config.verify)
+    embedded = timings.add("embed", outcome)
+    return embedded if embedded.digest != champion.embeddings.digest else champion.embeddings
 
-    def _download(self, takedown: Takedown | None) -> ImageShards:
-        images = self._before.images
-        if self._config.urls is None:
-            return images
-        config = self._config.download or config_from_manifest(DownloadConfig, images.manifest().config)
-        config = dataclasses.replace(config, retry_failed=self._config.retry_failed or config.retry_failed)
-        return self._note(
-            "download",
-            download(
-                self._config.urls,
-                self._base,
-                config,
-                cache=self._cache,
-                previous=images,
-                takedown=takedown,
-                verify=self._config.verify,
-            ),
-        )
 
-    def _embed_config(self) -> EmbedConfig:
-        """Return the settings of the champion, with a GPU if it used one, because that decides the precision."""
-        stored = self._before.embeddings.manifest().config
-        config = self._config.embed or config_from_manifest(EmbedConfig, stored)
-        if self._config.embed is None and stored.get("precision") == "bfloat16":
-            config = dataclasses.replace(config, gpus_per_worker=1)
-        return config
+def _compacts(
+    config: RebuildIndexConfig,
+    champion: State,
+    embeddings: EmbeddingShards,
+    takedown: Takedown,
+    folder: DomainFolder,
+) -> bool:
+    """Return True if shards are rewritten: on request, or above the share of rows taken down in the config."""
+    if config.compact:
+        return True
+    hidden = champion.database.manifest().info["taken_down"]
+    if takedown != champion.takedown:
+        hidden = len(match_rows(takedown, embeddings, folder.cache))
+    return bool(hidden > config.compact_above * embeddings.rows)
 
-    def _compact(
-        self, images: ImageShards, embeddings: EmbeddingShards, takedown: Takedown | None
-    ) -> tuple[ImageShards, EmbeddingShards]:
-        if takedown is None:
-            return images, embeddings
-        if not self._config.compact:
-            hidden = self._before.database.manifest().info["taken_down"]
-            if takedown != self._before.takedown:
-                hidden = len(match_rows(takedown, embeddings, self._cache))
-            if hidden <= self._config.compact_above * embeddings.rows:
-                return images, embeddings
-        compacted, rows = compact(images, embeddings, takedown, self._base, cache=self._cache)
-        self._note("compact", rows)
-        return compacted.reference, rows.reference
 
-    def _note(self, name: str, outcome: StageResult[Made]) -> Made:
-        self.seconds[name], self.skipped[name] = outcome.seconds, outcome.skipped
-        return outcome.reference
+def _index(
+    config: RebuildIndexConfig,
+    champion: State,
+    wanted: State,
+    index_config: IndexConfig,
+    folder: DomainFolder,
+    timings: StageTimings,
+) -> State:
+    """Index the embeddings of ``wanted``. Return the champion itself if it has the same rows and settings."""
+    same_rows = (wanted.embeddings, wanted.takedown) == (champion.embeddings, champion.takedown)
+    if same_rows and index_config == _index_config(champion):
+        timings.skip("index")
+        return champion
+    outcome = index(
+        wanted.embeddings,
+        folder,
+        index_config,
+        previous=champion.database,
+        takedown=wanted.takedown,
+        verify=config.verify,
+    )
+    return dataclasses.replace(wanted, database=timings.add("index", outcome))

@@ -8,11 +8,12 @@ from prefect import flow
 from infra import compute, tracking, uris
 from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
 from tasks.neighbours import find_neighbours
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import embeddings_of, images_of
 from tasks.references.trust import open_folder
 from tasks.references.types import DatabaseVersion, Generator, StageResult
 from tasks.register import RegistrationResult, register_generator
-from tasks.stage import base_of, settings_of
+from tasks.stage import settings_of
 from tasks.train.data import TrainingInputs
 from tasks.train.setup import TrainConfig
 from tasks.train.task import train
@@ -58,7 +59,7 @@ class TrainedGenerator:
 def train_generator(config: TrainGeneratorConfig) -> TrainedGenerator:
     """Train a generator on the images of a database, evaluate it, and register it as champion of ``knn-diffusion``."""
     settings = settings_of(config.root)
-    base, cache = base_of(settings, config.domain), settings.cache_folder
+    folder = DomainFolder.of(settings, config.domain)
     database = open_folder(DatabaseVersion, config.database, settings, trust=config.trust)
     embeddings = embeddings_of(database)
     images = images_of(embeddings)
@@ -67,10 +68,10 @@ def train_generator(config: TrainGeneratorConfig) -> TrainedGenerator:
         tracking.start_run(settings, experiment="train-generator", name=config.domain) as run,
     ):
         run.params(dataclasses.asdict(config))
-        found = find_neighbours(embeddings, database, base, config.train.conditioning.pool, cache=cache)
+        found = find_neighbours(embeddings, database, folder, config.train.conditioning.pool)
         inputs = TrainingInputs(images=images, embeddings=embeddings, database=database, neighbours=found.reference)
-        generator = train(inputs, base, config.train, cache=cache, run=run)
-        evaluation = evaluate(generator.reference, database, base, config.evaluate, cache=cache)
+        generator = train(inputs, folder, config.train, run=run)
+        evaluation = evaluate(generator.reference, database, folder, config.evaluate)
         scores = evaluation.reference.scores()
         run.log(step=generator.reference.manifest().info["images_seen"], values=scores)
         database_uri = f"models:/knn-database.{config.domain}@champion"

@@ -8,6 +8,7 @@ import numpy as np
 from infra import artifacts, compute, storage
 from infra.errors import InputError
 from tasks.references.database import open_database
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import takedown_of
 from tasks.references.rows import finite_rows
 from tasks.references.types import DatabaseVersion, EmbeddingShards, Neighbours, StageResult, require_same_encoder
@@ -19,9 +20,9 @@ _SEARCH_ROWS = 1024
 
 @stage_task(name="neighbours")
 def find_neighbours(
-    embeddings: EmbeddingShards, database: DatabaseVersion, base: str, k: int, *, cache: Path
+    embeddings: EmbeddingShards, database: DatabaseVersion, folder: DomainFolder, k: int
 ) -> StageResult[Neighbours]:
-    """Find the ``k`` nearest database rows of each row of ``embeddings`` and store them in ``base/neighbours/<key>``.
+    """Find the ``k`` nearest database rows of each row of ``embeddings``; store them in ``<folder>/neighbours/<key>``.
 
     A row's own entry and exact copies of it are excluded, even if the database got them from an earlier version, a
     union or a subset. In training, an image must not be given to the network as its own neighbour.
@@ -31,14 +32,14 @@ def find_neighbours(
         InputError: the database has too few rows for ``k``, or ``embeddings`` contains images that were taken down.
     """
     is_own = database.manifest().inputs["embeddings"]["digest"] == embeddings.digest
-    if is_own and (count := _count_taken_down(database, embeddings, cache)):
+    if is_own and (count := _count_taken_down(database, embeddings, folder.cache)):
         raise InputError(
             f"{count} images of {database.uri} were taken down but are still in the training set; compact the "
             "domain's champion first (rebuild-index --compact) and train on the result"
         )
     inputs = {"embeddings": embeddings.as_input(), "database": database.as_input()}
     stage = artifacts.ArtifactBuilder(
-        base, Neighbours.kind, inputs=inputs, config={"k": k, "excluded": "itself and exact copies"}
+        folder.uri, Neighbours.kind, inputs=inputs, config={"k": k, "excluded": "itself and exact copies"}
     )
 
     def make() -> artifacts.Manifest:
@@ -54,7 +55,7 @@ def find_neighbours(
         for shard in source.shards:
             items.append((shard.name, (shard, offset if is_own else None)))
             offset += shard.rows
-        settings = (embeddings.uri, database, stage.uri, k, cache)
+        settings = (embeddings.uri, database, stage.uri, k, folder.cache)
         done, _ = run_shards(stage, items, _Search, settings, actors=compute.cpus())
         return stage.commit(done, identity=source.identity, info={})
 

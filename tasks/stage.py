@@ -1,6 +1,7 @@
 """Common code of all stages: skip committed output, run missing shards, count failed ones, log one line."""
 
 import contextlib
+import dataclasses
 import functools
 import re
 import time
@@ -12,7 +13,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext, TaskRunContext
 
-from infra import artifacts, compute, logs, storage
+from infra import artifacts, compute, logs
 from infra.compute.actor_pool import FailedShard
 from infra.errors import KNNDiffusionError, StageError, TransientError
 from infra.settings import Settings
@@ -38,6 +39,31 @@ def _is_transient(task: Any, task_run: Any, state: Any) -> bool:
     except BaseException:
         return False
     return False
+
+
+@dataclasses.dataclass(slots=True)
+class StageTimings:
+    """Seconds, and whether skipped, of the stages of a flow by name.
+
+    A stage that runs twice takes the sum, and counts as skipped if it was skipped both times.
+    """
+
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    skipped: dict[str, bool] = dataclasses.field(default_factory=dict)
+
+    def add(self, name: str, outcome: StageResult[Made]) -> Made:
+        """Record the outcome of a stage and return its reference."""
+        self.record(name, seconds=outcome.seconds, skipped=outcome.skipped)
+        return outcome.reference
+
+    def record(self, name: str, *, seconds: float, skipped: bool) -> None:
+        """Record a step that has no reference, such as a registration."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.skipped[name] = self.skipped.get(name, True) and skipped
+
+    def skip(self, name: str) -> None:
+        """Record that a stage was not needed."""
+        self.skipped[name] = self.skipped.get(name, True)
 
 
 def stage_task(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -217,8 +243,3 @@ def require_domain(domain: str) -> None:
     """Raise ``ValueError`` if the name cannot be used for both a folder and a registered model."""
     if not _DOMAIN.fullmatch(domain) or domain == "mlflow":  # this folder of the root holds registered files
         raise ValueError(f"domain {domain!r} must be lower-case letters, digits and hyphens, such as 'twemoji'")
-
-
-def base_of(settings: Settings, domain: str) -> str:
-    """Return the URI of the folder with a domain's artifacts."""
-    return storage.join(storage.absolute(settings.root), domain)

@@ -30,6 +30,8 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 from typer.testing import CliRunner
 
+from tasks.references.domain_folder import DomainFolder
+
 # Internal interfaces, all of them here: modules may move and functions may be renamed, what they yield may not.
 from support.fakes import LoopbackServer, Reply, WithoutRay  # isort: skip
 from flows.cli import app
@@ -230,25 +232,35 @@ def _stages(root: Path, cache: Path) -> dict[str, Callable[[Any], Any]]:
     inputs = TrainingInputs(images=images, embeddings=embeddings, database=database, neighbours=neighbours)
 
     def run_download(config: Any, urls: str = "plain.jsonl", **options: Any) -> Any:
-        return download(str(root / "lists" / urls), base, _parse("download", config), cache=cache, **options)
+        return download(
+            str(root / "lists" / urls), DomainFolder(uri=base, cache=cache), _parse("download", config), **options
+        )
 
     def run_index(config: Any, rows: EmbeddingShards = embeddings, **options: Any) -> Any:
-        return index(rows, base, _parse("index", config), cache=cache, **options)
+        return index(rows, DomainFolder(uri=base, cache=cache), _parse("index", config), **options)
 
     return {
         "download": run_download,
         "download, more": lambda config: run_download(config, "shapes-grown.jsonl", previous=images),
         "download, takedown": lambda config: run_download(config, takedown=takedown),
-        "embed": lambda config: embed(images, base, _parse("embed", config), cache=cache),
+        "embed": lambda config: embed(images, DomainFolder(uri=base, cache=cache), _parse("embed", config)),
         "index": run_index,
         "index, more": lambda config: run_index(config, grown, previous=database),
         "index, takedown": lambda config: run_index(config, takedown=takedown),
-        "neighbours": lambda config: find_neighbours(embeddings, database, base, config["k"], cache=cache),
-        "train": lambda config: train(inputs, base, _parse("train", config), cache=cache),
-        "adopt": lambda config: adopt(config["generator"], base),
-        "evaluate": lambda config: evaluate(generator, database, base, _parse("evaluate", config), cache=cache),
+        "neighbours": lambda config: find_neighbours(
+            embeddings, database, DomainFolder(uri=base, cache=cache), config["k"]
+        ),
+        "train": lambda config: train(inputs, DomainFolder(uri=base, cache=cache), _parse("train", config)),
+        "adopt": lambda config: adopt(config["generator"], DomainFolder(uri=base)),
+        "evaluate": lambda config: evaluate(
+            generator, database, DomainFolder(uri=base, cache=cache), _parse("evaluate", config)
+        ),
         "evaluate, swap": lambda config: evaluate(
-            generator, database, base, _parse("evaluate", config), cache=cache, others={"other": database}
+            generator,
+            database,
+            DomainFolder(uri=base, cache=cache),
+            _parse("evaluate", config),
+            others={"other": database},
         ),
     }
 

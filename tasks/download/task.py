@@ -19,7 +19,7 @@ from infra.download.downloader import SHARD_ROWS, SHARDS, DownloadPolicy, downlo
 from infra.errors import InputError, StageError
 from infra.formats import tables
 from infra.formats.webdataset import DUPLICATE, TAKEN_DOWN, drop_images
-from infra.settings import Settings
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import ImageShards, StageResult, Takedown, config_to_dict
 from tasks.references.url_history import Hashes, UrlHistory, hashes_of, write_seen
 from tasks.stage import run_shards, run_stage, stage_task, sum_outcomes
@@ -50,15 +50,14 @@ class DownloadConfig:
 @stage_task(name="download")
 def download(
     urls: str,
-    base: str,
+    folder: DomainFolder,
     config: DownloadConfig,
     *,
     previous: ImageShards | None = None,
     takedown: Takedown | None = None,
-    cache: Path | None = None,
     verify: bool = False,
 ) -> StageResult[ImageShards]:
-    """Download the images listed in ``urls`` into ``base/images/<key>``.
+    """Download the images listed in ``urls`` into ``<folder>/images/<key>``.
 
     The same list (content and order, not file name) and config give the same folder.
 
@@ -70,11 +69,10 @@ def download(
 
     Args:
         urls: URI of the URL list, with a ``url`` column.
-        base: Folder of the domain.
+        folder: Folder of the domain.
         config: Settings of the download.
         previous: Version to extend.
         takedown: URLs and sha256 digests to refuse.
-        cache: Local cache folder; by default that of the environment's settings.
         verify: Check the digests of committed shards.
 
     Raises:
@@ -82,7 +80,7 @@ def download(
         StageError: nothing could be downloaded; the message counts the reasons.
         IntegrityError: a committed file is damaged and is not downloaded again.
     """
-    urls, cache = uris.hide(urls), cache or Settings().cache_folder
+    urls, cache = uris.hide(urls), folder.cache
     seen = UrlHistory.of(previous, cache) if previous is not None else None
     refused = read_entries(takedown, cache) if takedown is not None else Entries()
     table = new_rows(tables.read_url_list(urls), seen, refused, config)
@@ -97,7 +95,7 @@ def download(
     lineage = {"previous": previous.digest} if previous is not None else {}
     without = ("workers", "max_lost_fraction", "retry_failed")
     stage = artifacts.ArtifactBuilder(
-        base, ImageShards.kind, inputs=inputs, config={**config_to_dict(config, without=without), **lineage}
+        folder.uri, ImageShards.kind, inputs=inputs, config={**config_to_dict(config, without=without), **lineage}
     )
     incremental = IncrementalDownload(
         stage=stage, table=table, urls=urls, previous=previous, seen=seen, refused=refused, cache=cache

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from infra import artifacts, compute, storage
@@ -10,6 +9,7 @@ from infra.errors import StageError
 from model.encoder.clip import Encoder
 from model.encoder.identity import EMBEDDED, EncoderIdentity
 from tasks.embed.worker import DECODER_DIED, SECONDS, EmbedShard, WorkerConfig
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import EmbeddingShards, ImageShards, StageResult, encoder_of
 from tasks.stage import run_shards, run_stage, stage_task, sum_outcomes
 from tasks.upkeep.rewrite_embeddings import PART
@@ -43,14 +43,13 @@ class EmbedConfig:
 @stage_task(name="embed")
 def embed(
     images: ImageShards,
-    base: str,
+    folder: DomainFolder,
     config: EmbedConfig,
     *,
-    cache: Path,
     previous: EmbeddingShards | None = None,
     verify: bool = False,
 ) -> StageResult[EmbeddingShards]:
-    """Embed every image of ``images`` into ``base/embeddings/<key>``.
+    """Embed every image of ``images`` into ``<folder>/embeddings/<key>``.
 
     Embeddings in ``previous`` are reused if the same encoder made them with the same settings. A shard with an
     unchanged tar is reused as a whole. If the tar was rewritten, the rows of the remaining images are copied. Content
@@ -61,9 +60,8 @@ def embed(
 
     Args:
         images: Image shards to embed.
-        base: Folder of the domain.
+        folder: Folder of the domain.
         config: Settings of the stage.
-        cache: Local cache folder.
         previous: Version whose rows are reused.
         verify: Check the digests of committed shards. Damaged shards are embedded again.
 
@@ -72,7 +70,7 @@ def embed(
         StageError: no image could be decoded, too many shards failed, or the encoder changed during the stage.
     """
     stage = artifacts.ArtifactBuilder(
-        base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=_settings(config)
+        folder.uri, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=_settings(config)
     )
 
     def make() -> artifacts.Manifest:
@@ -89,7 +87,7 @@ def embed(
             for shard in sources
             if shard.name not in reused
         ]
-        settings = (images.uri, stage.uri, _worker_config(config), cache)
+        settings = (images.uri, stage.uri, _worker_config(config), folder.cache)
         embedded, lost = run_shards(
             stage, items, EmbedShard, settings, max_lost_fraction=config.max_lost_fraction, **_resources(config)
         )

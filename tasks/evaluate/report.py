@@ -25,6 +25,7 @@ from tasks.evaluate.tables import (
     to_csv,
 )
 from tasks.evaluate.task import Evaluation
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import Reference, StageResult
 from tasks.stage import run_stage, stage_task
 
@@ -57,18 +58,16 @@ class Report(Reference):
 
 
 @stage_task(name="report")
-def report_evaluations(
-    evaluations: Mapping[str, Evaluation], base: str, title: str, *, cache: Path
-) -> StageResult[Report]:
-    """Write a report of the evaluations of one generator, by database, to ``base/report/<key>``."""
+def report_evaluations(evaluations: Mapping[str, Evaluation], folder: DomainFolder, title: str) -> StageResult[Report]:
+    """Write a report of the evaluations of one generator, by database, to ``<folder>/report/<key>``."""
     inputs = {name: evaluation.as_input() for name, evaluation in evaluations.items()}
-    stage = artifacts.ArtifactBuilder(base, Report.kind, inputs=inputs, config={"title": title})
+    stage = artifacts.ArtifactBuilder(folder.uri, Report.kind, inputs=inputs, config={"title": title})
 
     def make() -> artifacts.Manifest:
-        views = [load_view(name, evaluation, cache) for name, evaluation in evaluations.items()]
-        with storage.scratch() as folder:
-            write_report(views, title, folder)
-            return stage.commit([artifacts.commit_shard(stage.uri, _SHARD, folder, rows=len(views), info={})], info={})
+        views = [load_view(name, evaluation, folder.cache) for name, evaluation in evaluations.items()]
+        with storage.scratch() as scratch:
+            write_report(views, title, scratch)
+            return stage.commit([artifacts.commit_shard(stage.uri, _SHARD, scratch, rows=len(views), info={})], info={})
 
     return run_stage(stage, Report, make)
 

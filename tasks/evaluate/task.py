@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import ClassVar
 
 from infra import artifacts, compute, storage
@@ -10,6 +9,7 @@ from infra.errors import InputError
 from tasks.evaluate.measure import SAMPLES, EvaluateConfig, EvaluationInputs, measure
 from tasks.evaluate.sampler import ABLATIONS
 from tasks.evaluate.tables import table, table_line
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import (
     DatabaseVersion,
     Generator,
@@ -61,10 +61,9 @@ class Evaluation(Reference):
 def evaluate(
     generator: Generator,
     database: DatabaseVersion,
-    base: str,
+    folder: DomainFolder,
     config: EvaluateConfig,
     *,
-    cache: Path,
     others: Mapping[str, DatabaseVersion] | None = None,
 ) -> StageResult[Evaluation]:
     """Generate ``config.samples`` images with neighbours and as many without, and score both with every metric.
@@ -82,12 +81,12 @@ def evaluate(
     inputs = {"generator": generator.as_input(), "database": database.as_input()}
     inputs |= {f"other.{name}": other.as_input() for name, other in others.items()} | _weights_input(config)
     settings = config_to_dict(config, without=("use_gpu", "inception_weights"))
-    stage = artifacts.ArtifactBuilder(base, Evaluation.kind, inputs=inputs, config=settings)
+    stage = artifacts.ArtifactBuilder(folder.uri, Evaluation.kind, inputs=inputs, config=settings)
     subject = EvaluationInputs(generator=generator, name=name, database=database, others=others, config=config)
 
     def make() -> artifacts.Manifest:
         done = stage.done().get(SAMPLES) or compute.run(
-            measure, subject, stage.uri, cache, cpus=compute.cpus(), gpus=int(config.use_gpu), watch=stage.uri
+            measure, subject, stage.uri, folder.cache, cpus=compute.cpus(), gpus=int(config.use_gpu), watch=stage.uri
         )
         return stage.commit([done], info=done.info)
 

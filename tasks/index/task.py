@@ -11,7 +11,6 @@ quantizer's error on new rows has drifted, or if the database has outgrown the q
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from infra import artifacts, compute, logs
@@ -22,6 +21,7 @@ from tasks.index.quantizer import reusable_quantizer, train_quantizer
 from tasks.index.shards import fill_shards
 from tasks.index.tuning import tune_database
 from tasks.references.database import QUANTIZER
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import embeddings_of
 from tasks.references.types import (
     DatabaseVersion,
@@ -84,21 +84,19 @@ class IndexOverrides:
 @stage_task(name="index")
 def index(
     embeddings: EmbeddingShards,
-    base: str,
+    folder: DomainFolder,
     config: IndexConfig,
     *,
-    cache: Path,
     previous: DatabaseVersion | None = None,
     takedown: Takedown | None = None,
     verify: bool = False,
 ) -> StageResult[DatabaseVersion]:
-    """Index every row of ``embeddings`` into ``base/database/<key>``, in shards over adjacent embedding shards.
+    """Index every row of ``embeddings`` into ``<folder>/database/<key>``, in shards over adjacent embedding shards.
 
     Args:
         embeddings: the rows to index.
-        base: the domain's folder.
+        folder: the domain's folder.
         config: index type, limits and recall target.
-        cache: folder of the local file cache.
         previous: an earlier version of the same domain, to grow from if its quantizer can be reused.
         takedown: images that no search may return.
         verify: check the digests of a version that exists already, and rebuild its damaged shards.
@@ -108,7 +106,7 @@ def index(
         StageError: recall is below the target. The version is then not committed, unless it differs from the
             previous version only in its hidden rows.
     """
-    source = embeddings.manifest()
+    source, cache = embeddings.manifest(), folder.cache
     encoder = encoder_of(source)
     if config.index != "auto":
         require_factory(config.index, encoder.dimension)
@@ -125,7 +123,7 @@ def index(
         artifact_config["grown_from"] = (
             previous.digest
         )  # it determines quantizer and shards, whose locations are in the manifest
-    stage = artifacts.ArtifactBuilder(base, DatabaseVersion.kind, inputs=inputs, config=artifact_config)
+    stage = artifacts.ArtifactBuilder(folder.uri, DatabaseVersion.kind, inputs=inputs, config=artifact_config)
 
     def build() -> artifacts.Manifest:
         if reused is None:

@@ -7,14 +7,15 @@ from infra import artifacts, storage
 from infra.errors import InputError
 from model.pipeline import KNNDiffusionPipeline
 from model.saved_generator import SHIPPED, pretrained_folder
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import Generator, StageResult, config_to_dict
 from tasks.stage import run_stage, stage_task
 from tasks.train.task import PIPELINE
 
 
 @stage_task(name="adopt")
-def adopt(name: str, base: str, *, confined_to: str | None = None) -> StageResult[Generator]:
-    """Copy the pipeline ``name`` (a local folder, or one that ships with this package) to ``base/generator/<key>``.
+def adopt(name: str, folder: DomainFolder, *, confined_to: str | None = None) -> StageResult[Generator]:
+    """Copy the pipeline ``name`` (a local folder, or one that ships with this package) to ``<folder>/generator/<key>``.
 
     The key depends on the folder's contents: other weights or other defaults make another generator. ``rows`` is 0,
     because the size of the training set is unknown.
@@ -25,21 +26,21 @@ def adopt(name: str, base: str, *, confined_to: str | None = None) -> StageResul
         InputError: there is no saved pipeline of that name, or it is not trusted and names a custom encoder.
         ModelError: the saved pipeline cannot be loaded.
     """
-    folder = pretrained_folder(name)
-    if not (folder / "model_index.json").is_file():
+    saved = pretrained_folder(name)
+    if not (saved / "model_index.json").is_file():
         raise InputError(
             f"not a saved pipeline: {name}; give a folder written by save_pretrained, or {' or '.join(SHIPPED)}"
         )
     uri = name if name in SHIPPED else storage.absolute(name)
-    inputs = {PIPELINE: {"uri": uri, "digest": _digest(folder)}}
-    stage = artifacts.ArtifactBuilder(base, Generator.kind, inputs=inputs, config={})
+    inputs = {PIPELINE: {"uri": uri, "digest": _digest(saved)}}
+    stage = artifacts.ArtifactBuilder(folder.uri, Generator.kind, inputs=inputs, config={})
 
     def make() -> artifacts.Manifest:
-        pipeline = KNNDiffusionPipeline.open(folder)
+        pipeline = KNNDiffusionPipeline.open(saved)
         Generator(uri=uri, rows=0, digest="", confined_to=confined_to).require_known(pipeline.identity)
         info = {"adopted": name, "parameters": sum(weights.numel() for weights in pipeline.transformer.parameters())}
         with storage.scratch() as scratch:
-            shutil.copytree(folder, scratch / PIPELINE)
+            shutil.copytree(saved, scratch / PIPELINE)
             done = artifacts.commit_shard(stage.uri, PIPELINE, scratch, rows=0, info=info)
         return stage.commit([done], identity={"encoder": config_to_dict(pipeline.identity)}, info=info)
 

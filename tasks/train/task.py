@@ -27,6 +27,7 @@ from model.saved_generator import contents_digest, pretrained_folder
 from model.training import loop
 from model.training.data import TrainingRows, TrainingSet
 from model.training.preview import decode_targets, generate_preview
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import Generator, StageResult, config_to_dict, encoder_of, require_same_encoder
 from tasks.stage import run_stage, stage_task
 from tasks.train.data import ImageProcessing, TrainingInputs, database_rows, load_training_set, training_shards
@@ -46,9 +47,9 @@ PREVIEWED = 16
 
 @stage_task(name="train")
 def train(
-    inputs: TrainingInputs, base: str, config: TrainConfig, *, cache: Path, run: tracking.Run | None = None
+    inputs: TrainingInputs, folder: DomainFolder, config: TrainConfig, *, run: tracking.Run | None = None
 ) -> StageResult[Generator]:
-    """Train on ``inputs`` and store the pipeline under ``base/generator/<key>``.
+    """Train on ``inputs`` and store the pipeline under ``<folder>/generator/<key>``.
 
     After an interruption the same call resumes from the last checkpoint. The number of workers may change.
 
@@ -60,9 +61,9 @@ def train(
     """
     config, sources = _with_absolute_paths(config), inputs.as_inputs()
     for name in ("start_from", "autoencoder"):
-        if (folder := getattr(config, name)) is not None:
-            sources[name] = {"uri": folder, "digest": contents_digest(folder)}
-    stage = artifacts.ArtifactBuilder(base, Generator.kind, inputs=sources, config=key_settings(config))
+        if (given := getattr(config, name)) is not None:
+            sources[name] = {"uri": given, "digest": contents_digest(given)}
+    stage = artifacts.ArtifactBuilder(folder.uri, Generator.kind, inputs=sources, config=key_settings(config))
 
     def make() -> artifacts.Manifest:
         embeddings, database = inputs.embeddings.manifest(), inputs.database.manifest()
@@ -71,7 +72,7 @@ def train(
         if PIPELINE not in stage.done():
             ray_train.train(
                 train_worker,
-                {"inputs": inputs, "folder_uri": stage.uri, "config": config, "cache": cache, "run": run},
+                {"inputs": inputs, "folder_uri": stage.uri, "config": config, "cache": folder.cache, "run": run},
                 workers=config.workers,
                 cpus_per_worker=config.cpus_per_worker,
                 use_gpu=config.use_gpu,

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from infra import artifacts, storage
 from infra.formats import tables
 from infra.formats.webdataset import TAKEN_DOWN, drop_images
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import EmbeddingShards, ImageShards, StageResult, Takedown
 from tasks.references.url_history import UrlHistory
 from tasks.stage import run_shards, run_stage, stage_task, sum_outcomes
@@ -24,34 +25,36 @@ _READERS = 8
 
 @stage_task(name="compact")
 def compact(
-    images: ImageShards, embeddings: EmbeddingShards, takedown: Takedown, base: str, *, cache: Path
+    images: ImageShards, embeddings: EmbeddingShards, takedown: Takedown, folder: DomainFolder
 ) -> tuple[StageResult[ImageShards], StageResult[EmbeddingShards]]:
     """Remove what ``takedown`` names from ``images`` and ``embeddings``; return them unchanged if nothing matches."""
-    compacted = compact_images(images, takedown, base, cache=cache)
+    compacted = compact_images(images, takedown, folder)
     if compacted.reference == images:
         return compacted, StageResult(reference=embeddings, skipped=True, seconds=0.0, note=compacted.note)
-    return compacted, compact_embeddings(embeddings, compacted.reference, takedown, base, cache=cache)
+    return compacted, compact_embeddings(embeddings, compacted.reference, takedown, folder)
 
 
-def compact_images(images: ImageShards, takedown: Takedown, base: str, *, cache: Path) -> StageResult[ImageShards]:
-    """Write image shards without the images that ``takedown`` names to ``base/images/<key>``."""
+def compact_images(images: ImageShards, takedown: Takedown, folder: DomainFolder) -> StageResult[ImageShards]:
+    """Write image shards without the images that ``takedown`` names to ``<folder>/images/<key>``."""
     source = images.manifest()
     # The previous version is not an input, so that garbage collection can delete it (as in incremental downloads).
     config = {**source.config, "previous": images.digest}
-    stage = artifacts.ArtifactBuilder(base, ImageShards.kind, inputs={"takedown": takedown.as_input()}, config=config)
-    named = {} if stage.committed() else _matched_keys(images, takedown, cache)
+    stage = artifacts.ArtifactBuilder(
+        folder.uri, ImageShards.kind, inputs={"takedown": takedown.as_input()}, config=config
+    )
+    named = {} if stage.committed() else _matched_keys(images, takedown, folder.cache)
     if not named and not stage.committed():
         return StageResult(reference=images, skipped=True, seconds=0.0, note="contains no image that was taken down")
 
     def build() -> artifacts.Manifest:
         items = [(shard.name, (shard, named[shard.name])) for shard in source.shards if shard.name in named]
-        done, _ = run_shards(stage, items, _DropImages, (images.uri, stage.uri, cache))
+        done, _ = run_shards(stage, items, _DropImages, (images.uri, stage.uri, folder.cache))
         rewritten = {shard.name: shard for shard in done}
         shards = [rewritten.get(shard.name) or shard.reused_from(images.uri) for shard in source.shards]
         info = {
             "requested": source.info.get("requested", source.rows),
             "outcomes": sum_outcomes(shards),
-            "seen": UrlHistory.of(images, cache).kept(stage.uri),
+            "seen": UrlHistory.of(images, folder.cache).kept(stage.uri),
             "shards_rewritten": len(done),
             "pictures_dropped": sum(len(keys) for keys in named.values()),
         }
@@ -61,23 +64,23 @@ def compact_images(images: ImageShards, takedown: Takedown, base: str, *, cache:
 
 
 def compact_embeddings(
-    embeddings: EmbeddingShards, images: ImageShards, takedown: Takedown, base: str, *, cache: Path
+    embeddings: EmbeddingShards, images: ImageShards, takedown: Takedown, folder: DomainFolder
 ) -> StageResult[EmbeddingShards]:
     """Write the embeddings of compacted ``images`` by copying rows from ``embeddings``; nothing is embedded again."""
     source = embeddings.manifest()
     stage = artifacts.ArtifactBuilder(
-        base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=source.config
+        folder.uri, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=source.config
     )
 
     def build() -> artifacts.Manifest:
         tars = {shard.name: shard for shard in images.manifest().shards}
         affected = [shard for shard in source.shards if tars[shard.name].folder is None]
-        masks = match_shards(read_entries(takedown, cache), embeddings, affected, cache)
+        masks = match_shards(read_entries(takedown, folder.cache), embeddings, affected, folder.cache)
         items = [
             (shard.name, (shard, ~mask, tars[shard.name].file(".tar").sha256))
             for shard, mask in zip(affected, masks, strict=True)
         ]
-        done, _ = run_shards(stage, items, KeepRows, (embeddings.uri, stage.uri, cache))
+        done, _ = run_shards(stage, items, KeepRows, (embeddings.uri, stage.uri, folder.cache))
         rewritten = {shard.name: shard for shard in done}
         shards = [rewritten.get(shard.name) or shard.reused_from(embeddings.uri) for shard in source.shards]
         info = {"outcomes": sum_outcomes(shards), "lost_shards": {}, "shards_rewritten": len(done)}

@@ -28,8 +28,9 @@ from infra.errors import InputError, IntegrityError, KNNDiffusionError, NotFound
 from infra.registry import DATABASE_PREFIX, Registry
 from infra.settings import Settings
 from infra.storage import file_cache
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import Takedown
-from tasks.stage import base_of, stage_task
+from tasks.stage import stage_task
 from tasks.upkeep.takedown import Entries, list_takedowns, read_entries
 
 _KEY = re.compile(r"[0-9a-f]{16}")
@@ -80,7 +81,7 @@ def collect(
     """
     registry = Registry(settings)
     versions = [version for kind in ("database", "generator") for version in registry.versions(kind)]
-    base = base_of(settings, domain)
+    base = DomainFolder.of(settings, domain).uri
     folders = _folders(base)
     if folders and not any(version["name"] == DATABASE_PREFIX + domain for version in versions):
         raise StageError(
@@ -98,7 +99,7 @@ def collect(
             f"no version of {domain} registered at {uris.masked(settings.tracking_uri)} refers to a folder of {base}, "
             "so all of it would be deleted; set the registry that contains the domain, or delete the folder yourself"
         )
-    takedowns = _widest_takedowns(base, settings.cache_folder)
+    takedowns = _widest_takedowns(DomainFolder.of(settings, domain))
     retained = reachable([*named, *committed, *takedowns, *_recent_elsewhere(settings, domain, since)])
     to_delete: list[storage.StoredObject] = []
     for folder, files in folders.items():
@@ -209,7 +210,7 @@ def _require_own_root(domain: str, versions: list[dict[str, Any]], places: set[s
 
     ``places`` are the canonical folders of the domain, since a link in the root may point outside it.
     """
-    base = storage.canonical(base_of(settings, domain))
+    base = storage.canonical(DomainFolder.of(settings, domain).uri)
     for version in versions:
         uri = storage.canonical(version.get("uri") or base)
         own = version["name"] == DATABASE_PREFIX + domain or f"/{uri}".rsplit("/", 3)[-3:-2] == [domain]
@@ -230,7 +231,7 @@ def domains_of(root: str) -> list[str]:
 
 def _recent_elsewhere(settings: Settings, domain: str, since: float) -> list[str]:
     """Return recent artifacts of the root's other domains, where a running flow may not have registered them yet."""
-    bases = [base_of(settings, other) for other in domains_of(settings.root) if other != domain]
+    bases = [DomainFolder.of(settings, other).uri for other in domains_of(settings.root) if other != domain]
     kinds = [storage.join(base, kind) for base in bases for kind in storage.list_names(base)]
     folders = [storage.join(kind, key) for kind in kinds for key in storage.list_names(kind) if _KEY.fullmatch(key)]
 
@@ -291,14 +292,14 @@ def _purge_cache(digests: set[str] | None, folder: Path) -> None:
         logs.get("stage").warning(message, "gc", folder, error.strerror)
 
 
-def _widest_takedowns(base: str, folder: Path) -> list[str]:
+def _widest_takedowns(folder: DomainFolder) -> list[str]:
     """Return the domain's takedowns that are not contained in another one; all of them if one is unreadable.
 
     Takedowns are cumulative, so the others are redundant.
     """
-    uris = list_takedowns(base)
+    uris = list_takedowns(folder)
     try:
-        listed = [(read_entries(Takedown.open(uri), folder), uri) for uri in uris]
+        listed = [(read_entries(Takedown.open(uri), folder.cache), uri) for uri in uris]
     except KNNDiffusionError:
         return uris
     widest: list[tuple[Entries, str]] = []

@@ -9,7 +9,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +18,7 @@ from infra import artifacts
 from infra.download.downloader import SHARDS
 from infra.errors import InputError
 from infra.formats import tables
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import embeddings_of, images_of
 from tasks.references.types import (
     DatabaseVersion,
@@ -48,7 +48,7 @@ class CombinedInputs:
 
 
 @stage_task(name="merge")
-def merge(databases: Mapping[str, DatabaseVersion], base: str, *, cache: Path) -> CombinedInputs:
+def merge(databases: Mapping[str, DatabaseVersion], folder: DomainFolder) -> CombinedInputs:
     """Concatenate the embeddings of ``databases`` (by name) and merge their takedowns.
 
     Raises:
@@ -60,14 +60,14 @@ def merge(databases: Mapping[str, DatabaseVersion], base: str, *, cache: Path) -
     require_same_encoder(**{name: database.manifest() for name, database in databases.items()})
     parts = [embeddings_of(database) for database in databases.values()]
     sources = [images_of(part) for part in parts]
-    images = merged_images(sources, base, cache=cache)
+    images = merged_images(sources, folder)
     names = [shard.name for part in sources for shard in part.manifest().shards]
-    embeddings = _merged_embeddings(parts, sources, names, images.reference, base)
+    embeddings = _merged_embeddings(parts, sources, names, images.reference, folder)
     entries = Entries()
     for database in databases.values():
-        entries |= inherited_takedown(database, cache)
-    entries = with_image_hashes(entries, images.reference, cache)
-    takedown = commit_takedown(entries, base, info={"of": ", ".join(databases)}).reference if len(entries) else None
+        entries |= inherited_takedown(database, folder.cache)
+    entries = with_image_hashes(entries, images.reference, folder.cache)
+    takedown = commit_takedown(entries, folder, info={"of": ", ".join(databases)}).reference if len(entries) else None
     return CombinedInputs(embeddings=embeddings, takedown=takedown)
 
 
@@ -76,15 +76,15 @@ def is_combined(images: ImageShards) -> bool:
     return bool({"merged", "where"} & images.manifest().config.keys())
 
 
-def merged_images(parts: Sequence[ImageShards], base: str, *, cache: Path) -> StageResult[ImageShards]:
-    """Combine all shards of ``parts`` under new numbers in ``base/images/<key>``.
+def merged_images(parts: Sequence[ImageShards], folder: DomainFolder) -> StageResult[ImageShards]:
+    """Combine all shards of ``parts`` under new numbers in ``<folder>/images/<key>``.
 
     Later downloads into the union use the first part's config.
     """
     sources = [part.manifest() for part in parts]
     # The parts are not inputs, because the shards themselves reference the files that are needed.
     config = {**sources[0].config, "merged": [part.digest for part in parts]}
-    stage = artifacts.ArtifactBuilder(base, ImageShards.kind, inputs={}, config=config)
+    stage = artifacts.ArtifactBuilder(folder.uri, ImageShards.kind, inputs={}, config=config)
 
     def build() -> artifacts.Manifest:
         all_shards = [
@@ -100,7 +100,7 @@ def merged_images(parts: Sequence[ImageShards], base: str, *, cache: Path) -> St
         seen = [
             file
             for number, part in enumerate(parts)
-            for file in UrlHistory.of(part, cache).kept(f"{stage.uri}/{number}")
+            for file in UrlHistory.of(part, folder.cache).kept(f"{stage.uri}/{number}")
         ]
         requested = sum(source.info.get("requested", source.rows) for source in sources)
         info = {"requested": requested, "outcomes": dict(outcomes), "seen": seen}
@@ -115,13 +115,15 @@ def _merged_embeddings(
     part_images: Sequence[ImageShards],
     names: Sequence[str],
     images: ImageShards,
-    base: str,
+    folder: DomainFolder,
 ) -> StageResult[EmbeddingShards]:
     """Combine all embedding shards, each named after its image shard in the union."""
     sources = [part.manifest() for part in parts]
     # The same images can have other embeddings, e.g. from other weights of one name, or after failed shards.
     config = {**sources[0].config, "merged": [part.digest for part in parts]}
-    stage = artifacts.ArtifactBuilder(base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=config)
+    stage = artifacts.ArtifactBuilder(
+        folder.uri, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=config
+    )
 
     def build() -> artifacts.Manifest:
         all_shards, first = [], 0
@@ -144,19 +146,19 @@ def _renumbered(all_shards: Sequence[artifacts.Shard]) -> list[artifacts.Shard]:
 
 
 @stage_task(name="subset")
-def subset(database: DatabaseVersion, where: str, base: str, *, cache: Path) -> CombinedInputs:
+def subset(database: DatabaseVersion, where: str, folder: DomainFolder) -> CombinedInputs:
     """Select the rows of ``database`` that match the filter and were not taken down.
 
     Raises:
         InputError: the filter is invalid or matches no row.
     """
     row_filter = parse_where(where)
-    embeddings, entries = embeddings_of(database), inherited_takedown(database, cache)
+    embeddings, entries = embeddings_of(database), inherited_takedown(database, folder.cache)
     source = embeddings.manifest()
     matcher = Matcher(entries)
 
     def select(shard: artifacts.Shard) -> tuple[NDArray[np.bool_], Hashes]:
-        path = artifacts.fetch_shard(embeddings.uri, shard, ".parquet", cache)
+        path = artifacts.fetch_shard(embeddings.uri, shard, ".parquet", folder.cache)
         table = tables.read_table(path, _COLUMNS)
         mask = row_filter.mask(table) & ~matcher.mask(table)
         selected = table.filter(mask)
@@ -170,21 +172,25 @@ def subset(database: DatabaseVersion, where: str, base: str, *, cache: Path) -> 
     if not masks:
         raise InputError(f"no row of {database.uri} matches the filter {where!r}; use a less restrictive filter")
     selection = {"where": where, "of": database.digest}
-    images = _subset_images(images_of(embeddings), masks, [hashes for _, hashes in found.values()], selection, base)
-    rows = _subset_embeddings(embeddings, images.reference, masks, selection, base, cache)
-    takedown = commit_takedown(entries, base, info={"of": database.uri}).reference if len(entries) else None
+    images = _subset_images(images_of(embeddings), masks, [hashes for _, hashes in found.values()], selection, folder)
+    rows = _subset_embeddings(embeddings, images.reference, masks, selection, folder)
+    takedown = commit_takedown(entries, folder, info={"of": database.uri}).reference if len(entries) else None
     return CombinedInputs(embeddings=rows, takedown=takedown)
 
 
 def _subset_images(
-    images: ImageShards, masks: Mapping[str, Any], seen: Sequence[Hashes], selection: Mapping[str, str], base: str
+    images: ImageShards,
+    masks: Mapping[str, Any],
+    seen: Sequence[Hashes],
+    selection: Mapping[str, str],
+    folder: DomainFolder,
 ) -> StageResult[ImageShards]:
     """Reuse the shards with a matching image. Other images are not in the URL history, so they may be added again.
 
     Two filters may match images of the same shards. ``selection`` distinguishes the resulting artifacts.
     """
     source = images.manifest()
-    stage = artifacts.ArtifactBuilder(base, ImageShards.kind, inputs={}, config={**source.config, **selection})
+    stage = artifacts.ArtifactBuilder(folder.uri, ImageShards.kind, inputs={}, config={**source.config, **selection})
 
     def build() -> artifacts.Manifest:
         shards = [shard.reused_from(images.uri) for shard in source.shards if shard.name in masks]
@@ -203,12 +209,13 @@ def _subset_embeddings(
     images: ImageShards,
     masks: Mapping[str, NDArray[np.bool_]],
     selection: Mapping[str, str],
-    base: str,
-    cache: Path,
+    folder: DomainFolder,
 ) -> StageResult[EmbeddingShards]:
     source = embeddings.manifest()
     config = {**source.config, **selection}
-    stage = artifacts.ArtifactBuilder(base, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=config)
+    stage = artifacts.ArtifactBuilder(
+        folder.uri, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=config
+    )
 
     def build() -> artifacts.Manifest:
         tars = {shard.name: shard.file(".tar").sha256 for shard in images.manifest().shards}
@@ -218,7 +225,7 @@ def _subset_embeddings(
             for shard in wanted
             if not masks[shard.name].all()
         ]
-        done, _ = run_shards(stage, items, KeepRows, (embeddings.uri, stage.uri, cache, True))
+        done, _ = run_shards(stage, items, KeepRows, (embeddings.uri, stage.uri, folder.cache, True))
         rewritten = {shard.name: shard for shard in done}
         shards = [rewritten.get(shard.name) or shard.reused_from(embeddings.uri) for shard in wanted]
         return stage.commit(

@@ -5,20 +5,19 @@ Takedowns carry over. A merged or subset database replaces one built from the do
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from infra import logs
 from infra.errors import InputError, IntegrityError, NotFoundError
 from infra.registry import CHAMPION, DATABASE_PREFIX, Registry
 from infra.settings import Settings
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import embeddings_of, images_of, takedown_of
 from tasks.references.types import DatabaseVersion, Takedown
-from tasks.stage import base_of
 from tasks.upkeep.merge import is_combined
 from tasks.upkeep.takedown import Entries, all_takedown_entries, commit_takedown, read_entries
 
 
-def required_takedown(domain: str, settings: Settings, cache: Path, further: Takedown | None = None) -> Takedown | None:
+def required_takedown(domain: str, settings: Settings, further: Takedown | None = None) -> Takedown | None:
     """Return everything that was ever taken down in the domain, plus ``further``; None if there is nothing.
 
     Raises:
@@ -33,13 +32,11 @@ def required_takedown(domain: str, settings: Settings, cache: Path, further: Tak
         logs.get("stage").warning(
             "the champion of %s cannot be read, so all takedowns in its folder apply: %s", domain, error
         )
-    return merge_with_existing(base_of(settings, domain), cache, own, further)
+    return merge_with_existing(DomainFolder.of(settings, domain), own, further)
 
 
-def merge_with_existing(
-    base: str, cache: Path, own: Takedown | None, further: Takedown | None = None
-) -> Takedown | None:
-    """Merge the champion's takedown ``own`` with ``further`` and all takedowns in the domain's folder ``base``.
+def merge_with_existing(folder: DomainFolder, own: Takedown | None, further: Takedown | None = None) -> Takedown | None:
+    """Merge the champion's takedown ``own`` with ``further`` and all takedowns in the domain's folder.
 
     The champion's takedown alone is not enough: the alias may be missing in another registry, or may have been moved
     back to an older version. Returns ``own`` itself if it contains all entries.
@@ -47,13 +44,13 @@ def merge_with_existing(
     Raises:
         IntegrityError: a takedown is damaged.
     """
-    existing = Entries() if own is None else read_entries(own, cache)
-    merged = existing | all_takedown_entries(base, cache)
+    existing = Entries() if own is None else read_entries(own, folder.cache)
+    merged = existing | all_takedown_entries(folder)
     if further is not None:
-        merged |= read_entries(further, cache)
+        merged |= read_entries(further, folder.cache)
     if merged == existing:
         return own
-    return commit_takedown(merged, base, info={"of": base}).reference
+    return commit_takedown(merged, folder, info={"of": folder.uri}).reference
 
 
 def require_replaceable(domain: str, sources: Iterable[DatabaseVersion], settings: Settings) -> None:

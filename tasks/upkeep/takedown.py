@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from infra import artifacts, logs, storage, uris
 from infra.errors import InputError, KNNDiffusionError
 from infra.formats import tables
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import takedown_of
 from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, StageResult, Takedown
 from tasks.references.url_history import FINAL_OUTCOMES
@@ -76,9 +77,9 @@ class Matcher:
 
 @stage_task(name="takedown")
 def take_down(
-    listed: str, images: ImageShards, base: str, *, cache: Path, previous: Takedown | None = None
+    listed: str, images: ImageShards, folder: DomainFolder, *, previous: Takedown | None = None
 ) -> StageResult[Takedown]:
-    """Add the entries of the list at ``listed`` to ``previous`` and store the result in ``base/takedown/<key>``.
+    """Add the entries of the list at ``listed`` to ``previous`` and store the result in ``<folder>/takedown/<key>``.
 
     Images are identified by their bytes. For a url, the sha256 of the image is stored too, so that copies at other
     URLs are hidden as well. A key is replaced by the sha256, since keys repeat once databases are merged. A url or
@@ -87,25 +88,25 @@ def take_down(
     Raises:
         InputError: no entry matches an image of ``images`` or an earlier entry, or a key matches several images.
     """
-    before = read_entries(previous, cache) if previous is not None else Entries()
+    before = read_entries(previous, folder.cache) if previous is not None else Entries()
     requested = read_takedown_list(listed)
     is_known = not requested.key and not len(requested - before)  # keys are stored as sha256 and need a lookup
-    entries = before if is_known else before | _resolve(requested, before, images, cache, listed)
+    entries = before if is_known else before | _resolve(requested, before, images, folder.cache, listed)
     if previous is not None and entries == before:
         return StageResult(reference=previous, skipped=True, seconds=0.0, note="all entries were taken down before")
-    return commit_takedown(entries, base, info={"list": storage.absolute(uris.hide(listed))})
+    return commit_takedown(entries, folder, info={"list": storage.absolute(uris.hide(listed))})
 
 
-def commit_takedown(entries: Entries, base: str, *, info: Mapping[str, str]) -> StageResult[Takedown]:
+def commit_takedown(entries: Entries, folder: DomainFolder, *, info: Mapping[str, str]) -> StageResult[Takedown]:
     """Store ``entries`` in a folder that depends only on the entries, not on their order or origin."""
     stage = artifacts.ArtifactBuilder(
-        base, Takedown.kind, inputs={}, config={"entries": artifacts.digest_of(entries.listed())}
+        folder.uri, Takedown.kind, inputs={}, config={"entries": artifacts.digest_of(entries.listed())}
     )
 
     def build() -> artifacts.Manifest:
-        with storage.scratch() as folder:
-            tables.write_table(entries.listed(), _SCHEMA, folder / "takedown.parquet")
-            shard = artifacts.commit_shard(stage.uri, "00000", folder, rows=len(entries), info={})
+        with storage.scratch() as scratch:
+            tables.write_table(entries.listed(), _SCHEMA, scratch / "takedown.parquet")
+            shard = artifacts.commit_shard(stage.uri, "00000", scratch, rows=len(entries), info={})
         return stage.commit([shard], info=info)
 
     return run_stage(stage, Takedown, build)
@@ -118,58 +119,66 @@ def read_entries(takedown: Takedown, cache: Path) -> Entries:
     return Entries(*(frozenset(row["value"] for row in rows if row["column"] == name) for name in COLUMNS))
 
 
-def all_takedown_entries(base: str, cache: Path, confined_to: str | None = None) -> Entries:
-    """Read everything ever taken down in the domain with folder ``base``, independent of registry and versions.
+def all_takedown_entries(folder: DomainFolder, confined_to: str | None = None) -> Entries:
+    """Read everything ever taken down in the domain with this folder, independent of registry and versions.
 
     Raises:
         IntegrityError: a takedown is damaged, so its entries are unknown.
     """
-    merged, uris = Entries(), list_takedowns(base)
+    merged, uris = Entries(), list_takedowns(folder)
     try:
         with ThreadPoolExecutor(_READERS) as pool:
-            for entries in pool.map(lambda uri: read_entries(Takedown.open(uri, confined_to=confined_to), cache), uris):
+            for entries in pool.map(
+                lambda uri: read_entries(Takedown.open(uri, confined_to=confined_to), folder.cache), uris
+            ):
                 merged |= entries
     except KNNDiffusionError:
-        if list_takedowns(base) == uris:
+        if list_takedowns(folder) == uris:
             raise
-        return all_takedown_entries(base, cache, confined_to)  # garbage collection has just removed a redundant one
+        return all_takedown_entries(folder, confined_to)  # garbage collection has just removed a redundant one
     return merged
 
 
-def list_takedowns(base: str) -> list[str]:
+def list_takedowns(folder: DomainFolder) -> list[str]:
     """Return the folder of every committed takedown of a domain."""
-    folders = [
-        storage.join(base, Takedown.kind, name) for name in storage.list_names(storage.join(base, Takedown.kind))
+    found = [
+        storage.join(folder.uri, Takedown.kind, name)
+        for name in storage.list_names(storage.join(folder.uri, Takedown.kind))
     ]
-    return [folder for folder in folders if storage.exists(storage.join(folder, artifacts.MANIFEST))]
+    return [uri for uri in found if storage.exists(storage.join(uri, artifacts.MANIFEST))]
 
 
 @contextlib.contextmanager
 def rolled_back_on(
-    base: str, when: type[Exception] | tuple[type[Exception], ...], *, but: Callable[[], Takedown | None] = lambda: None
+    folder: DomainFolder,
+    when: type[Exception] | tuple[type[Exception], ...],
+    *,
+    but: Callable[[], Takedown | None] = lambda: None,
 ) -> Iterator[None]:
     """Roll back takedowns created in this block if it fails with one of the errors ``when``.
 
     ``but`` returns a takedown that a version already uses; it is not rolled back.
     """
-    before = list_takedowns(base)
+    before = list_takedowns(folder)
     try:
         yield
     except when:
         used = but()
         remaining = {*before, *([] if used is None else [storage.canonical(used.uri)])}
-        for folder in list_takedowns(base):
-            if not {folder, storage.canonical(folder)} & remaining:
-                storage.discard(folder)
+        for uri in list_takedowns(folder):
+            if not {uri, storage.canonical(uri)} & remaining:
+                storage.discard(uri)
         raise
 
 
 def inherited_takedown(version: DatabaseVersion, cache: Path) -> Entries:
     """Return the entries that a database derived from ``version`` inherits: all takedowns of its domain."""
-    base, kind, _ = storage.join(version.uri).rsplit("/", 2)
+    uri, kind, _ = storage.join(version.uri).rsplit("/", 2)
     own = takedown_of(version)
     entries = Entries() if own is None else read_entries(own, cache)
-    return entries | all_takedown_entries(base, cache, version.confined_to) if kind == DatabaseVersion.kind else entries
+    if kind != DatabaseVersion.kind:
+        return entries
+    return entries | all_takedown_entries(DomainFolder(uri=uri, cache=cache), version.confined_to)
 
 
 def with_image_hashes(entries: Entries, images: ImageShards, cache: Path) -> Entries:

@@ -39,10 +39,10 @@ from model.encoder.clip import Encoder
 from tasks.download.task import DownloadConfig
 from tasks.embed.task import EmbedConfig
 from tasks.index.task import IndexConfig, index
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import METADATA_SCHEMA, EmbeddingShards, ImageShards, config_to_dict
 from tasks.references.url_history import hashes_of, write_seen
 from tasks.register import register_database
-from tasks.stage import base_of
 
 SHARD_ROWS = 1000
 ADDED = 10_000
@@ -90,7 +90,8 @@ class SyntheticDomain:
         """Write ``rows`` rows, and the manifests of download, embed and index."""
         self.rows, self._root, self._host, self._name = rows, root, host, f"rows-{rows}"
         self._settings = Settings(root=str(root))
-        self._base, cache = base_of(self._settings, self._name), self._settings.cache_folder
+        folder = DomainFolder.of(self._settings, self._name)
+        self._base, cache = folder.uri, folder.cache
         policy = DownloadPolicy(allow_hosts=(host,), threads=32, retries=0)
         download = config_to_dict(DownloadConfig(shard_rows=SHARD_ROWS, policy=policy, workers=os.cpu_count() or 1))
         stage = artifacts.ArtifactBuilder(self._base, ImageShards.kind, inputs={}, config=download)
@@ -106,7 +107,7 @@ class SyntheticDomain:
         filled = [self._embedding_shard(stage.uri, shard, number, centres, known) for number, shard in enumerate(done)]
         identity = {"encoder": dataclasses.asdict(encoder.identity)}
         embeddings = EmbeddingShards.of(stage.commit(filled, identity=identity, info={}), stage.uri)
-        built = index(embeddings, self._base, IndexConfig(), cache=cache)
+        built = index(embeddings, folder, IndexConfig())
         register_database(self._name, built.reference, self._settings)
 
     def rebuild_with(self, number: int, files: list[str]) -> dict[str, float]:

@@ -30,6 +30,7 @@ from flows.demo.images import twemoji_folder
 from infra import compute
 from infra.download.downloader import DownloadPolicy
 from tasks.download.task import DownloadConfig, download
+from tasks.references.domain_folder import DomainFolder
 
 COPIES, SHARD_ROWS, PROCESSES, THREADS, ROUNDS = 4, 2000, 2, 32, 3
 
@@ -120,7 +121,7 @@ def of_ours(urls: Path, folder: Path, host: str, images: int) -> tuple[float, fl
     policy = DownloadPolicy(allow_hosts=(host,), threads=THREADS, retries=0)
     config = DownloadConfig(shard_rows=SHARD_ROWS, policy=policy, workers=PROCESSES)
     started = time.perf_counter()
-    reference = download(str(urls), str(folder), config).reference
+    reference = download(str(urls), DomainFolder(uri=str(folder)), config).reference
     whole = time.perf_counter() - started
     assert reference.rows == images, f"{reference.rows} of {images}"
     return shard_seconds(Path(reference.uri), "shards/{}.json") / PROCESSES, whole

@@ -34,6 +34,7 @@ from model.retrieval.recall import recall
 from tasks.index.task import IndexConfig
 from tasks.neighbours import find_neighbours
 from tasks.references.database import open_database
+from tasks.references.domain_folder import DomainFolder
 
 
 def bench_shards() -> dict[str, Any]:
@@ -184,7 +185,7 @@ def bench_neighbours() -> dict[str, Any]:
         for number in range(2):
             started = time.perf_counter()
             base = FOLDER / str(rows) / f"run-{os.getpid()}-{number}"
-            find_neighbours(embeddings, version, str(base), k, cache=cache)
+            find_neighbours(embeddings, version, DomainFolder(uri=str(base), cache=cache), k)
             times["ours"].append(time.perf_counter() - started)
             storage.remove(str(base))
             started = time.perf_counter()

@@ -18,6 +18,7 @@ from infra.formats.tables import write_table
 from model.encoder.identity import EncoderIdentity
 from model.retrieval.recall import GroundTruth, exact_neighbours
 from tasks.index.task import IndexConfig, index
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards
 
 WIDTH = 256
@@ -65,7 +66,7 @@ def seeded_database(rows: int, **config: Any) -> tuple[DatabaseVersion, float]:
     """Return the version that the index stage builds, and its seconds; 0 if it existed."""
     embeddings, base = seeded_embeddings(rows), str(FOLDER / str(rows))
     with compute.cluster(None, None):
-        outcome = index(embeddings, base, IndexConfig(**config), cache=FOLDER / "cache")
+        outcome = index(embeddings, DomainFolder(uri=base, cache=FOLDER / "cache"), IndexConfig(**config))
     return outcome.reference, 0.0 if outcome.skipped else outcome.seconds
 
 

@@ -9,6 +9,7 @@ from support.fakes import Reply, WithoutRay
 
 from infra.errors import InputError, StageError
 from infra.registry import Registry
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import embeddings_of
 
 
@@ -101,7 +102,7 @@ def test_failed_merge_rolls_back_its_takedowns(
         merge_databases(
             MergeDatabasesConfig(databases=("a", "b"), domain="shapes", root=str(living.root), replace=True)
         )
-    assert list_takedowns(f"{living.root}/shapes") == []
+    assert list_takedowns(DomainFolder(uri=f"{living.root}/shapes")) == []
     living.rebuild(urls=living.listed(*NAMES[:3]))
     assert living.champion() == set(NAMES[:3])
 

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 from support.tiny_domain import COLOURS, NEIGHBOURS, SHAPES, odd_replies, small_config, write_urls
 
+from tasks.references.domain_folder import DomainFolder
+
 GOOD = len(COLOURS) * len(SHAPES)
 ACCEPTED = GOOD + sum(outcome == "success" for _, outcome in odd_replies().values())
 
@@ -166,7 +168,7 @@ def test_embed_with_damaged_tar_fails(domain: Any, tmp_path: Path) -> None:
     tar = sorted(copy.glob("*.tar"))[1]
     tar.write_bytes(tar.read_bytes()[:-512])
     with compute.cluster(), pytest.raises(KNNDiffusionError, match=f"{tar.name}.*differs from its committed digest"):
-        embed(ImageShards.open(str(copy)), str(tmp_path), EmbedConfig(workers=1), cache=tmp_path)
+        embed(ImageShards.open(str(copy)), DomainFolder(uri=str(tmp_path), cache=tmp_path), EmbedConfig(workers=1))
 
 
 def test_open_database_with_damaged_embeddings_fails(domain: Any, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from infra import artifacts, storage
 from infra.formats.tables import write_table
 from tasks.index.task import IndexConfig, index
 from tasks.references.database import TRUTH, open_database
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards, Takedown
 from tasks.upkeep.takedown import Entries, commit_takedown
 
@@ -40,7 +41,7 @@ def stored(base: Path, parts: Parts, *, first: int = 0, previous: EmbeddingShard
 
 
 def build(embeddings: EmbeddingShards, base: Path, config: IndexConfig = CONFIG, **options: Any) -> DatabaseVersion:
-    return index(embeddings, str(base), config, cache=base / "cache", **options).reference
+    return index(embeddings, DomainFolder(uri=str(base), cache=base / "cache"), config, **options).reference
 
 
 def exact(queries: NDArray[Any], rows: NDArray[np.float16], k: int, without: set[int] = frozenset()) -> list[list[int]]:  # type: ignore[assignment]
@@ -74,4 +75,4 @@ def queries_of(version: DatabaseVersion, base: Path) -> NDArray[np.int64]:
 def without(rows: NDArray[np.int64], base: Path) -> Takedown:
     """Commit a takedown of rows of :func:`stored` in parts of 100."""
     urls = frozenset(f"http://{row // 100:05d}/{row % 100}" for row in rows.tolist())
-    return commit_takedown(Entries(url=urls), str(base), info={}).reference
+    return commit_takedown(Entries(url=urls), DomainFolder(uri=str(base)), info={}).reference

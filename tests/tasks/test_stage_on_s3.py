@@ -14,6 +14,7 @@ from infra import artifacts, compute
 from infra.download.downloader import DownloadPolicy
 from infra.errors import NotFoundError, TransientError
 from tasks.download.task import DownloadConfig, download
+from tasks.references.domain_folder import DomainFolder
 
 SHARDS, SHARD_ROWS = 4, 2
 
@@ -49,7 +50,7 @@ def test_download_after_store_died_resumes_at_the_missing_shards(
     urls = listed(images, tmp_path)
 
     def run(base: str) -> artifacts.Manifest:
-        return download(urls, f"{bucket.uri}/{base}", config(images)).reference.manifest()
+        return download(urls, DomainFolder(uri=f"{bucket.uri}/{base}"), config(images)).reference.manifest()
 
     def markers() -> set[str]:
         return {key for key in list(bucket.keys()) if "/shards/" in key}
@@ -83,7 +84,7 @@ def test_download_into_missing_or_locked_bucket_raises_before_any_request(
     bucket: Bucket, images: LoopbackServer, tmp_path: Path
 ) -> None:
     with pytest.raises(NotFoundError, match=r"bucket no-such-bucket does not exist .*; create it or choose"):
-        download(listed(images, tmp_path), "s3://no-such-bucket/twemoji", config(images))
+        download(listed(images, tmp_path), DomainFolder(uri="s3://no-such-bucket/twemoji"), config(images))
     with bucket.store.locked(), pytest.raises(NotFoundError, match=r"; check the credentials and the bucket$"):
-        download(listed(images, tmp_path), f"{bucket.uri}/twemoji", config(images))
+        download(listed(images, tmp_path), DomainFolder(uri=f"{bucket.uri}/twemoji"), config(images))
     assert images.requests == []

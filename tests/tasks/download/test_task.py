@@ -21,6 +21,7 @@ from infra.download.downloader import DownloadPolicy
 from infra.errors import InputError, StageError
 from infra.formats import tables
 from tasks.download.task import DownloadConfig, download
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import ImageShards
 from tasks.references.url_history import Hashes, UrlHistory, hash_texts
 from tasks.upkeep.takedown import Entries, commit_takedown
@@ -49,7 +50,9 @@ class Lists:
         urls = write_urls(self.folder / "urls.jsonl", [self.server.url(path) for path in paths])
         config = DownloadConfig(shard_rows=4, policy=self.policy, workers=2, retry_failed=retry)
         self.server.requests.clear()
-        return download(str(urls), str(self.folder / "base"), config, cache=self.folder / "cache", **more)
+        return download(
+            str(urls), DomainFolder(uri=str(self.folder / "base"), cache=self.folder / "cache"), config, **more
+        )
 
 
 @pytest.fixture
@@ -114,7 +117,7 @@ def test_download_of_known_bytes_drops_images_and_records_them(lists: Lists) -> 
 def test_download_with_takedown_drops_its_urls_and_images(lists: Lists) -> None:
     first = lists(NAMES[:2]).reference
     entries = Entries(frozenset({lists.server.url(NAMES[4])}), frozenset({sha(BODY[NAMES[6]])}))
-    taken = commit_takedown(entries, str(lists.folder / "base"), info={}).reference
+    taken = commit_takedown(entries, DomainFolder(uri=str(lists.folder / "base")), info={}).reference
     second = lists(NAMES[4:7], previous=first, takedown=taken).reference
     assert sorted(lists.server.requests) == sorted(NAMES[5:7])  # the URL itself is not even requested
     assert outcomes(second)[NAMES[6][1:]] == "taken_down"
@@ -153,7 +156,7 @@ def test_download_records_dead_url_but_raises_for_dead_network(lists: Lists, tmp
     urls = write_urls(tmp_path / "silent.jsonl", [silent.url("/x.png"), silent.url("/y.png")])
     policy = DownloadPolicy(allow_hosts=(silent.host,), threads=2, retries=0)
     with pytest.raises(StageError, match=r"none of the 2 URLs .* \(connection_error 2\).* fix the list or the network"):
-        download(str(urls), str(tmp_path / "base"), DownloadConfig(policy=policy), previous=second)
+        download(str(urls), DomainFolder(uri=str(tmp_path / "base")), DownloadConfig(policy=policy), previous=second)
 
 
 def test_download_resumes_after_kill_between_shards_with_same_version(lists: Lists) -> None:
@@ -214,8 +217,11 @@ def test_download_keeps_columns_of_every_type(lists: Lists, tmp_path: Path) -> N
         table = listed.set_column(1, "taken", days)
         pq.write_table(table, tmp_path / "urls.parquet")
         config = DownloadConfig(policy=lists.policy)
-        options: Any = {"cache": tmp_path, "previous": first}
-        results += [download(str(tmp_path / "urls.parquet"), str(tmp_path), config, **options) for _ in range(2)]
+        options: Any = {"previous": first}
+        results += [
+            download(str(tmp_path / "urls.parquet"), DomainFolder(uri=str(tmp_path), cache=tmp_path), config, **options)
+            for _ in range(2)
+        ]
     assert [result.skipped for result in results] == [False, True, False, True]
     assert results[0].reference.uri != results[2].reference.uri, "a list with another date must have another key"
     shard = results[0].reference.manifest().shards[-1]
@@ -229,14 +235,14 @@ def test_download_keeps_columns_of_every_type(lists: Lists, tmp_path: Path) -> N
 
 def test_download_digests_list_as_earlier_releases_did(lists: Lists, tmp_path: Path) -> None:
     (tmp_path / "urls.csv").write_text(f"url,likes,score,name\n{lists.server.url(NAMES[0])},3,0.1,ä\n")
-    made = download(str(tmp_path / "urls.csv"), str(tmp_path), DownloadConfig(policy=lists.policy))
+    made = download(str(tmp_path / "urls.csv"), DomainFolder(uri=str(tmp_path)), DownloadConfig(policy=lists.policy))
     columns = [["url", "likes", "score", "name"], [lists.server.url(NAMES[0])], [3], [0.1], ["ä"]]
     assert made.reference.manifest().inputs["urls"]["digest"] == artifacts.digest_of(columns)
 
 
 def test_download_of_list_taken_down_entirely_raises_input_error(lists: Lists) -> None:
     entries = Entries(frozenset({lists.server.url(NAMES[0])}))
-    taken = commit_takedown(entries, str(lists.folder / "base"), info={}).reference
+    taken = commit_takedown(entries, DomainFolder(uri=str(lists.folder / "base")), info={}).reference
     with pytest.raises(InputError, match=r"every URL of .* was taken down; add other URLs"):
         lists(NAMES[:1], takedown=taken)
     assert read_manifest(taken.uri).rows == 1

@@ -33,6 +33,7 @@ from model.encoder.clip import Encoder
 from tasks.embed import worker
 from tasks.embed.task import EmbedConfig, _partial_shards, _resources, _reusable, _worker_config, embed
 from tasks.embed.worker import EmbedShard, WorkerConfig
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import METADATA_SCHEMA, EmbeddingShards, ImageShards
 from tasks.upkeep.rewrite_embeddings import KeepRows
 
@@ -86,13 +87,13 @@ def rows_of(embeddings: EmbeddingShards, shard: artifacts.Shard) -> np.ndarray[A
 
 
 def embedded(images: ImageShards, base: Path, config: EmbedConfig = CONFIG, **options: Any) -> EmbeddingShards:
-    return embed(images, str(base), config, cache=base / "cache", **options).reference
+    return embed(images, DomainFolder(uri=str(base), cache=base / "cache"), config, **options).reference
 
 
 def test_embed_writes_one_shard_per_shard_in_tar_order(cluster: None, encoder: Encoder, tmp_path: Path) -> None:
     broken = IMAGES[3][:60]
     images = image_shards(tmp_path, s00000=[*IMAGES[:3], broken, *IMAGES[4:11]], s00001=IMAGES[11:13])
-    outcome = embed(images, str(tmp_path), CONFIG, cache=tmp_path / "cache")
+    outcome = embed(images, DomainFolder(uri=str(tmp_path), cache=tmp_path / "cache"), CONFIG)
     manifest = outcome.reference.manifest()
     assert [(shard.name, shard.rows) for shard in manifest.shards] == [("00000", 10), ("00001", 2)]
     assert manifest.info["outcomes"] == {"success": 12, "decode_error": 1}
@@ -123,7 +124,7 @@ def test_embed_with_previous_reuses_shards_and_rows(cluster: None, tmp_path: Pat
     changed = [*IMAGES[9:12], *IMAGES[14:20], IMAGES[30]]
     second = image_shards(tmp_path, s00000=IMAGES[:9], s00001=changed, s00002=IMAGES[20:24], s00003=IMAGES[40:43])
     earlier = embedded(first, tmp_path)
-    outcome = embed(second, str(tmp_path), CONFIG, cache=tmp_path / "cache", previous=earlier)
+    outcome = embed(second, DomainFolder(uri=str(tmp_path), cache=tmp_path / "cache"), CONFIG, previous=earlier)
     manifest = outcome.reference.manifest()
     assert [shard.folder for shard in manifest.shards] == [earlier.uri, None, earlier.uri, None]
     info = manifest.info

@@ -18,6 +18,7 @@ from tasks.evaluate.measure import SAMPLES
 from tasks.evaluate.report import Report, preview, report_evaluations, tables, write_report
 from tasks.evaluate.tables import aligned, markdown, score_rows, swap_heads, swap_rows, table, table_line
 from tasks.evaluate.task import Evaluation
+from tasks.references.domain_folder import DomainFolder
 
 SCORES = {
     "clip_score_knn": 0.4, "clip_score_knn_low": 0.375, "clip_score_knn_high": 0.4249, "clip_score_no_knn": 0.1,
@@ -163,7 +164,8 @@ def commit_evaluation(base: Path) -> Evaluation:
 def test_report_evaluations_skips_existing_report_and_fetch_returns_its_files(tmp_path: Path) -> None:
     evaluation = commit_evaluation(tmp_path)
     first, again = (
-        report_evaluations({"emoji": evaluation}, str(tmp_path), "a title", cache=tmp_path) for _ in range(2)
+        report_evaluations({"emoji": evaluation}, DomainFolder(uri=str(tmp_path), cache=tmp_path), "a title")
+        for _ in range(2)
     )
     assert (first.skipped, again.skipped, first.reference.rows) == (False, True, 1)
     assert Report.open(first.reference.uri) == again.reference
@@ -171,5 +173,5 @@ def test_report_evaluations_skips_existing_report_and_fetch_returns_its_files(tm
     files = first.reference.fetch(tmp_path / "out", tmp_path)
     assert set(files) == {"evaluation.csv", "evaluation.md", "evaluation.png", "evaluation.html"}
     assert all(path.name == name and path.stat().st_size for name, path in files.items())
-    other = report_evaluations({"emoji": evaluation}, str(tmp_path), "another title", cache=tmp_path)
+    other = report_evaluations({"emoji": evaluation}, DomainFolder(uri=str(tmp_path), cache=tmp_path), "another title")
     assert other.reference.uri != first.reference.uri

@@ -20,6 +20,7 @@ from tasks.evaluate.measure import EvaluationInputs, measure
 from tasks.evaluate.sampler import ABLATIONS, queries_of
 from tasks.evaluate.tables import METRICS
 from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.images import fetch_images
 from tasks.references.types import DatabaseVersion, Generator, domain_of, encoder_of
 
@@ -160,7 +161,7 @@ def test_evaluate_raises_for_domain_of_another_encoder_before_generating(domain:
     manifest = stage.commit([], identity={"encoder": dataclasses.asdict(tiny_models.identity(width))}, info={})
     others = {"foreign": DatabaseVersion.of(manifest, stage.uri)}
     with pytest.raises(EncoderMismatchError, match=r"shapes was made by sticker-clip .*, foreign by tiny-clip"):
-        evaluate(GENERATOR, database, str(tmp_path / "base"), CONFIG, cache=tmp_path, others=others)
+        evaluate(GENERATOR, database, DomainFolder(uri=str(tmp_path / "base"), cache=tmp_path), CONFIG, others=others)
     assert not (tmp_path / "base").exists()
 
 
@@ -194,7 +195,9 @@ def test_evaluate_skips_existing_evaluation(domain: Any, tmp_path: Path) -> None
     config = EvaluateConfig(samples=8, steps=1, bootstrap=3, seeds=2, diversity_prompts=1)
     with compute.cluster():
         first, again = (
-            evaluate(generator, database, str(tmp_path), config, cache=tmp_path, others={"twin": database})
+            evaluate(
+                generator, database, DomainFolder(uri=str(tmp_path), cache=tmp_path), config, others={"twin": database}
+            )
             for _ in range(2)
         )
     assert (first.skipped, again.skipped) == (False, True)
@@ -241,7 +244,7 @@ def test_evaluate_raises_for_missing_inception_weights_before_generating(domain:
     database = domain.result.database.reference
     config = dataclasses.replace(CONFIG, inception_weights=str(tmp_path / "inception.pth"))
     with pytest.raises(InputError, match=r"Inception weights not found: .*inception\.pth; give the path"):
-        evaluate(GENERATOR, database, str(tmp_path), config, cache=tmp_path)
+        evaluate(GENERATOR, database, DomainFolder(uri=str(tmp_path), cache=tmp_path), config)
     assert not list(tmp_path.iterdir())
 
 

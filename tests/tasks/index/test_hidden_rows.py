@@ -15,6 +15,7 @@ from infra import artifacts
 from infra.errors import StageError
 from tasks.index import hidden_rows
 from tasks.references.database import HIDDEN
+from tasks.references.domain_folder import DomainFolder
 from tasks.upkeep.takedown import Entries, commit_takedown
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -24,7 +25,9 @@ def test_index_with_takedown_and_dedup_hides_rows(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(300)
     rows[250] = rows[20]
     embeddings = stored(tmp_path, np.split(rows, 3))
-    takedown = commit_takedown(Entries(url=frozenset({"http://00001/7", "http://00002/99"})), str(tmp_path), info={})
+    takedown = commit_takedown(
+        Entries(url=frozenset({"http://00001/7", "http://00002/99"})), DomainFolder(uri=str(tmp_path)), info={}
+    )
     config = dataclasses.replace(CONFIG, dedup=True)
 
     version = build(embeddings, tmp_path, config, takedown=takedown.reference)
@@ -47,10 +50,12 @@ def test_index_grown_from_version_keeps_rows_hidden(tmp_path: Path) -> None:
     rows[350] = rows[30]
     before = stored(tmp_path, np.split(rows[:300], 3))
     config = dataclasses.replace(CONFIG, dedup=True)
-    takedown = commit_takedown(Entries(url=frozenset({"http://00001/7"})), str(tmp_path), info={}).reference
+    takedown = commit_takedown(
+        Entries(url=frozenset({"http://00001/7"})), DomainFolder(uri=str(tmp_path)), info={}
+    ).reference
     first = build(before, tmp_path, config, takedown=takedown)
     more = commit_takedown(
-        Entries(url=frozenset({"http://00001/7", "http://00003/5"})), str(tmp_path), info={}
+        Entries(url=frozenset({"http://00001/7", "http://00003/5"})), DomainFolder(uri=str(tmp_path)), info={}
     ).reference
     after = stored(tmp_path, [rows[300:]], first=3, previous=before)
     for entries, hidden in ((takedown, {107, 350}), (more, {107, 305, 350})):
@@ -91,7 +96,9 @@ def test_index_takedown_with_recall_below_target_is_committed(
     rows = tiny_models.unit_rows(400)
     embeddings = stored(tmp_path, np.split(rows[:300], 3))
     first = build(embeddings, tmp_path)
-    down = commit_takedown(Entries(url=frozenset({"http://00001/7"})), str(tmp_path), info={}).reference
+    down = commit_takedown(
+        Entries(url=frozenset({"http://00001/7"})), DomainFolder(uri=str(tmp_path)), info={}
+    ).reference
     tuned = tasks.index.task.tune_database
 
     def just_below(*arguments: Any) -> Any:

@@ -18,6 +18,7 @@ from model.encoder import clip
 from model.retrieval.recall import GroundTruth, exact_neighbours
 from tasks.index import tuning
 from tasks.index.task import index
+from tasks.references.domain_folder import DomainFolder
 from tasks.register import register_database
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -104,7 +105,7 @@ def test_index_without_queries_is_registered_and_can_grow(tmp_path: Path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "_image_truth", no_queries)
-        built = index(embeddings, str(tmp_path), CONFIG, cache=tmp_path / "cache")
+        built = index(embeddings, DomainFolder(uri=str(tmp_path), cache=tmp_path / "cache"), CONFIG)
     assert built.note.startswith("IVF8,SQfp16, no image queries, no text queries")
     settings = Settings(root=str(tmp_path / "data"))
     register_database("shapes", built.reference, settings)

@@ -19,6 +19,7 @@ from infra.errors import IntegrityError
 from tasks.index import shards
 from tasks.index.task import IndexConfig, index
 from tasks.references.database import index_shards, open_database
+from tasks.references.domain_folder import DomainFolder
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -54,7 +55,7 @@ def test_index_grown_from_version_adds_only_new_rows(tmp_path: Path) -> None:
     assert second.manifest().info["recall_at_10_image"] >= 0.95
     queries = np.concatenate([tiny_models.unit_rows(9, seed=3), rows[650:652]])
     assert everything(second, tmp_path).search(queries, 5).ids.tolist() == exact(queries, rows, 5)
-    again = index(after, str(tmp_path), CONFIG, cache=tmp_path / "cache", previous=first)
+    again = index(after, DomainFolder(uri=str(tmp_path), cache=tmp_path / "cache"), CONFIG, previous=first)
     assert (again.skipped, again.reference) == (True, second)
 
 

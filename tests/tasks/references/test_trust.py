@@ -14,6 +14,7 @@ from infra import artifacts, storage
 from infra.errors import InputError, IntegrityError, KNNDiffusionError
 from infra.settings import Settings
 from model.encoder.clip import Encoder
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import embeddings_of, images_of
 from tasks.references.trust import open_folder, open_named, own_root, saved_pipeline
 from tasks.references.types import DatabaseVersion, EmbeddingShards, Generator, ImageShards
@@ -189,7 +190,9 @@ def test_encoder_named_by_foreign_pipeline_needs_trust(
     steps: list[Callable[[bool], Any]] = [
         lambda trust: load_pipeline(str(saved), "shapes", settings, trust=trust),
         lambda trust: adopt(
-            str(saved), f"{tmp_path}/own", confined_to=saved_pipeline(str(saved), "", settings, trust=trust).confined_to
+            str(saved),
+            DomainFolder(uri=f"{tmp_path}/own"),
+            confined_to=saved_pipeline(str(saved), "", settings, trust=trust).confined_to,
         ),
     ]
     for step in steps:

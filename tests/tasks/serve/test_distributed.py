@@ -11,6 +11,7 @@ from support.embedding_rows import build, stored
 
 from model.errors import ModelError
 from tasks.references.database import open_database
+from tasks.references.domain_folder import DomainFolder
 from tasks.serve.distributed import distributed_database
 from tasks.upkeep.takedown import Entries, commit_takedown
 
@@ -21,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("alone")
 def test_distributed_database_returns_results_of_local_database(tmp_path: Path) -> None:
     rows = tiny_models.unit_rows(600)
     rows[500] = rows[3]
-    takedown = commit_takedown(Entries(url=frozenset({"http://00004/9"})), str(tmp_path), info={}).reference
+    takedown = commit_takedown(
+        Entries(url=frozenset({"http://00004/9"})), DomainFolder(uri=str(tmp_path)), info={}
+    ).reference
     version = build(stored(tmp_path, np.split(rows, 6)), tmp_path, takedown=takedown)
     local = open_database(version, tmp_path / "cache")
     queries, own = rows[[3, 5, 409]], np.array([3, 5, 409])
@@ -44,7 +47,7 @@ def test_distributed_database_returns_results_of_local_database(tmp_path: Path) 
             distributed.describe([600])
     whole_part = commit_takedown(
         Entries(url=frozenset(f"http://{shard:05d}/{n}" for shard in (4, 5) for n in range(100))),
-        str(tmp_path),
+        DomainFolder(uri=str(tmp_path)),
         info={},
     ).reference
     version = build(stored(tmp_path, np.split(rows, 6)), tmp_path, takedown=whole_part)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from infra.errors import InputError
+from tasks.references.domain_folder import DomainFolder
 from tasks.train.adopt import adopt
 from tasks.train.task import PIPELINE, generator_folder
 
@@ -23,7 +24,7 @@ def saved(domain: Any, tmp_path: Path) -> Path:
 def test_adopt_copies_pipeline_once_and_records_encoder_and_origin(saved: Path, domain: Any, tmp_path: Path) -> None:
     from tasks.references.types import encoder_of
 
-    first, again = (adopt(str(saved), str(tmp_path / "base")) for _ in range(2))
+    first, again = (adopt(str(saved), DomainFolder(uri=str(tmp_path / "base"))) for _ in range(2))
     assert (first.skipped, again.skipped) == (False, True)
     assert first.reference == again.reference
     manifest = first.reference.manifest()
@@ -37,23 +38,23 @@ def test_adopt_copies_pipeline_once_and_records_encoder_and_origin(saved: Path, 
 
 def test_adopt_key_depends_on_defaults_but_not_on_location(saved: Path, tmp_path: Path) -> None:
     base = str(tmp_path / "base")
-    first = adopt(str(saved), base).reference
+    first = adopt(str(saved), DomainFolder(uri=base)).reference
     moved = saved.rename(tmp_path / "moved")
-    assert adopt(str(moved), base).reference == first
+    assert adopt(str(moved), DomainFolder(uri=base)).reference == first
     index = moved / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"guidance_scale": 1.5}))
-    assert adopt(str(moved), base).reference.digest != first.digest
+    assert adopt(str(moved), DomainFolder(uri=base)).reference.digest != first.digest
 
 
 def test_adopt_raises_for_missing_or_damaged_pipeline(saved: Path, tmp_path: Path) -> None:
     from model.errors import ModelError
 
     with pytest.raises(InputError, match=r"not a saved pipeline: .*none; give a folder written by save_pretrained"):
-        adopt(str(tmp_path / "none"), str(tmp_path))
+        adopt(str(tmp_path / "none"), DomainFolder(uri=str(tmp_path)))
     for weights in saved.rglob("*.safetensors"):
         weights.write_bytes(b"")
     with pytest.raises(ModelError, match="cannot load a generator"):
-        adopt(str(saved), str(tmp_path))
+        adopt(str(saved), DomainFolder(uri=str(tmp_path)))
     assert not list(tmp_path.glob("generator/*/manifest.json"))
 
 

@@ -39,6 +39,7 @@ from model.training.loop import InterruptedTrainingError
 from model.training.objectives.flow_matching import FlowMatching
 from model.training.objectives.restoration import Restoration
 from model.training.objectives.vq_diffusion import MaskAndReplace
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import Generator, StageResult
 from tasks.train import task as training
 from tasks.train.data import TrainingInputs
@@ -92,7 +93,7 @@ def configured(**changes: Any) -> TrainConfig:
 
 
 def trained(inputs: TrainingInputs, base: Path, *, run: Any = None, **changes: Any) -> StageResult[Generator]:
-    return train(inputs, str(base), configured(**changes), cache=base / "cache", run=run)
+    return train(inputs, DomainFolder(uri=str(base), cache=base / "cache"), configured(**changes), run=run)
 
 
 def opened(outcome: StageResult[Generator], base: Path) -> KNNDiffusionPipeline:

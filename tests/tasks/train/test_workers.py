@@ -22,6 +22,7 @@ from infra.errors import IntegrityError
 from model.diffusion.conditioning import ConditioningConfig
 from model.training.interfaces import TrainingConfig
 from model.training.loop import InterruptedTrainingError
+from tasks.references.domain_folder import DomainFolder
 from tasks.train.setup import TrainConfig
 from tasks.train.task import train
 
@@ -80,7 +81,9 @@ def resume(folder: Path) -> None:
 
         ray_train.train = fork
         run: Any = FileRun(base / "logged")
-        train(inputs, str(base), dataclasses.replace(CONFIG, workers=2), cache=base / "cache", run=run)
+        train(
+            inputs, DomainFolder(uri=str(base), cache=base / "cache"), dataclasses.replace(CONFIG, workers=2), run=run
+        )
 
 
 @pytest.mark.slow
@@ -92,12 +95,12 @@ def test_train_resumes_on_two_workers_from_newest_checkpoint_readable_by_both(
     (tmp_path / "inputs").write_bytes(pickle.dumps(inputs))
     monkeypatch.setattr(ray_train, "train", lambda loop, config, **_: loop(config))
     monkeypatch.setattr(ray_train, "worker_rank", lambda: (0, 1))
-    train(inputs, str(tmp_path / "reference"), CONFIG, cache=tmp_path / "cache")
+    train(inputs, DomainFolder(uri=str(tmp_path / "reference"), cache=tmp_path / "cache"), CONFIG)
     for name in ("whole", "damaged"):
         stops = iter([False, False, True])
         monkeypatch.setattr(preemption, "stop_requested", lambda stops=stops: next(stops))
         with pytest.raises(InterruptedTrainingError, match="stopped after 12 images"):
-            train(inputs, str(tmp_path / name), CONFIG, cache=tmp_path / name / "cache")
+            train(inputs, DomainFolder(uri=str(tmp_path / name), cache=tmp_path / name / "cache"), CONFIG)
 
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = os.environ | {"PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}

@@ -11,6 +11,7 @@ from support.tiny_artifacts import IMAGES, embedding, embedding_shards, image_sh
 
 from infra import storage
 from infra.formats import tables
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import EmbeddingShards, ImageShards, Takedown
 from tasks.references.url_history import UrlHistory
 from tasks.upkeep.compact import compact
@@ -31,7 +32,7 @@ def build(folder: Path) -> tuple[ImageShards, EmbeddingShards]:
 
 def take_down(folder: Path, *numbers: int) -> Takedown:
     urls = frozenset(IMAGES[n][0] for n in numbers)
-    return commit_takedown(Entries(urls), str(folder), info={}).reference
+    return commit_takedown(Entries(urls), DomainFolder(uri=str(folder)), info={}).reference
 
 
 def files_of(source: Any) -> dict[str, Path]:
@@ -46,7 +47,10 @@ def files_of(source: Any) -> dict[str, Path]:
 def test_compact_rewrites_only_shards_with_matching_rows(tmp_path: Path, ray: WithoutRay) -> None:
     images, embeddings = build(tmp_path)
     down = take_down(tmp_path, 1, 7)
-    slim, rows = (outcome.reference for outcome in compact(images, embeddings, down, str(tmp_path), cache=tmp_path))
+    slim, rows = (
+        outcome.reference
+        for outcome in compact(images, embeddings, down, DomainFolder(uri=str(tmp_path), cache=tmp_path))
+    )
     for before, after in ((images, slim), (embeddings, rows)):
         folders = {shard.name: shard.folder for shard in after.manifest().shards}
         assert folders == {"00000": None, "00001": before.uri, "00002": None}
@@ -68,7 +72,7 @@ def test_compact_removes_image_bytes_but_keeps_url_history(tmp_path: Path) -> No
     images, embeddings = build(tmp_path)
     data = IMAGES[1][1]
     assert any(data in path.read_bytes() for path in files_of(images).values())
-    slim, _ = compact(images, embeddings, take_down(tmp_path, 1), str(tmp_path), cache=tmp_path)
+    slim, _ = compact(images, embeddings, take_down(tmp_path, 1), DomainFolder(uri=str(tmp_path), cache=tmp_path))
     tars = [path for name, path in files_of(slim.reference).items() if name.endswith(".tar")]
     assert not any(data in path.read_bytes() or b"000000001.json" in path.read_bytes() for path in tars)
     assert [key for key, _ in tables.iter_images(tars[0])] == ["000000000", "000000002"]
@@ -85,12 +89,14 @@ def test_compact_removes_image_bytes_but_keeps_url_history(tmp_path: Path) -> No
 
 def test_compact_without_matching_rows_returns_same_version(tmp_path: Path) -> None:
     images, embeddings = build(tmp_path)
-    down = commit_takedown(Entries(frozenset({"http://elsewhere/x.png"})), str(tmp_path), info={}).reference
-    slim, rows = compact(images, embeddings, down, str(tmp_path), cache=tmp_path)
+    down = commit_takedown(
+        Entries(frozenset({"http://elsewhere/x.png"})), DomainFolder(uri=str(tmp_path)), info={}
+    ).reference
+    slim, rows = compact(images, embeddings, down, DomainFolder(uri=str(tmp_path), cache=tmp_path))
     assert (slim.reference, rows.reference) == (images, embeddings)
     assert slim.skipped and rows.skipped
-    first = compact(images, embeddings, take_down(tmp_path, 0), str(tmp_path), cache=tmp_path)
-    again = compact(images, embeddings, take_down(tmp_path, 0), str(tmp_path), cache=tmp_path)
+    first = compact(images, embeddings, take_down(tmp_path, 0), DomainFolder(uri=str(tmp_path), cache=tmp_path))
+    again = compact(images, embeddings, take_down(tmp_path, 0), DomainFolder(uri=str(tmp_path), cache=tmp_path))
     assert [outcome.reference for outcome in again] == [outcome.reference for outcome in first]
     assert all(outcome.skipped for outcome in again)
 
@@ -99,10 +105,12 @@ def test_compact_union_in_object_store_keeps_shard_names(bucket: Any, tmp_path: 
     from tasks.upkeep.merge import merged_images
 
     parts = [image_shards(f"{bucket.uri}/{name}", [IMAGES[n : n + 2]]) for name, n in (("a", 0), ("b", 2))]
-    union = merged_images(parts, f"{bucket.uri}/c", cache=tmp_path).reference
+    union = merged_images(parts, DomainFolder(uri=f"{bucket.uri}/c", cache=tmp_path)).reference
     rows = embedding_shards(f"{bucket.uri}/c", union)
-    down = commit_takedown(Entries(frozenset({IMAGES[0][0], IMAGES[3][0]})), f"{bucket.uri}/c", info={}).reference
-    slim, slim_rows = compact(union, rows, down, f"{bucket.uri}/c", cache=tmp_path)
+    down = commit_takedown(
+        Entries(frozenset({IMAGES[0][0], IMAGES[3][0]})), DomainFolder(uri=f"{bucket.uri}/c"), info={}
+    ).reference
+    slim, slim_rows = compact(union, rows, down, DomainFolder(uri=f"{bucket.uri}/c", cache=tmp_path))
     names = [file.name for shard in slim.reference.manifest().shards for file in shard.files]
     assert names == ["00000.parquet", "00000.tar", "00001.parquet", "00001.tar"]
     assert urls_of(slim_rows.reference) == [IMAGES[1][0], IMAGES[2][0]]

@@ -14,6 +14,7 @@ from infra.errors import EncoderMismatchError, InputError
 from tasks.download.task import DownloadConfig
 from tasks.index.task import IndexConfig, index
 from tasks.references.database import open_database
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.images import fetch_images
 from tasks.references.lineage import images_of
 from tasks.references.types import DatabaseVersion, config_from_manifest, require_same_encoder
@@ -36,12 +37,15 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> WithoutRay:
 def database(folder: Path, *parts: list[tuple[str, bytes | None]], **options: Any) -> DatabaseVersion:
     images = image_shards(folder, parts)
     rows = embedding_shards(folder, images)
-    return index(rows, str(folder), INDEX, cache=folder / "cache", **options).reference
+    return index(rows, DomainFolder(uri=str(folder), cache=folder / "cache"), INDEX, **options).reference
 
 
 def indexed(combined: CombinedInputs, folder: Path) -> DatabaseVersion:
     return index(
-        combined.embeddings.reference, str(folder), INDEX, cache=folder / "cache", takedown=combined.takedown
+        combined.embeddings.reference,
+        DomainFolder(uri=str(folder), cache=folder / "cache"),
+        INDEX,
+        takedown=combined.takedown,
     ).reference
 
 
@@ -58,7 +62,7 @@ def found(version: DatabaseVersion, folder: Path, k: int = 5) -> list[list[str]]
 def test_merge_finds_same_rows_as_fresh_build(tmp_path: Path) -> None:
     a = database(tmp_path / "a", IMAGES[:3], IMAGES[3:5])
     b = database(tmp_path / "b", IMAGES[5:7], IMAGES[7:8])
-    both = indexed(merge({"a": a, "b": b}, str(tmp_path / "c"), cache=tmp_path), tmp_path / "c")
+    both = indexed(merge({"a": a, "b": b}, DomainFolder(uri=str(tmp_path / "c"), cache=tmp_path)), tmp_path / "c")
     fresh = database(tmp_path / "fresh", IMAGES[:3], IMAGES[3:5], IMAGES[5:7], IMAGES[7:8])
     assert found(both, tmp_path) == found(fresh, tmp_path)
     assert both.rows == 8
@@ -71,12 +75,16 @@ def test_merge_finds_same_rows_as_fresh_build(tmp_path: Path) -> None:
 
 def test_merge_hides_takedowns_of_both_and_merges_url_history(tmp_path: Path) -> None:
     a, b = image_shards(tmp_path / "a", [IMAGES[:3]]), image_shards(tmp_path / "b", [IMAGES[3:6]])
-    down = commit_takedown(Entries(frozenset({IMAGES[4][0]})), str(tmp_path / "b"), info={}).reference
+    down = commit_takedown(Entries(frozenset({IMAGES[4][0]})), DomainFolder(uri=str(tmp_path / "b")), info={}).reference
     versions = {
-        "a": index(embedding_shards(tmp_path / "a", a), str(tmp_path), INDEX, cache=tmp_path).reference,
-        "b": index(embedding_shards(tmp_path / "b", b), str(tmp_path), INDEX, cache=tmp_path, takedown=down).reference,
+        "a": index(
+            embedding_shards(tmp_path / "a", a), DomainFolder(uri=str(tmp_path), cache=tmp_path), INDEX
+        ).reference,
+        "b": index(
+            embedding_shards(tmp_path / "b", b), DomainFolder(uri=str(tmp_path), cache=tmp_path), INDEX, takedown=down
+        ).reference,
     }
-    union = merge(versions, str(tmp_path / "c"), cache=tmp_path)
+    union = merge(versions, DomainFolder(uri=str(tmp_path / "c"), cache=tmp_path))
     assert union.takedown is not None
     assert read_entries(union.takedown, tmp_path).url == {IMAGES[4][0]}
     both = indexed(union, tmp_path / "c")
@@ -93,8 +101,12 @@ def test_merge_of_different_subsets_of_same_shards_differs(tmp_path: Path) -> No
     other = database(tmp_path / "b", IMAGES[12:15])
     unions = []
     for where in ('url like "%circle%"', 'url like "%square%"'):
-        part = indexed(subset(whole, where, str(tmp_path / "part"), cache=tmp_path), tmp_path / "part")
-        unions.append(merge({"b": other, "part": part}, str(tmp_path / "c"), cache=tmp_path).embeddings)
+        part = indexed(
+            subset(whole, where, DomainFolder(uri=str(tmp_path / "part"), cache=tmp_path)), tmp_path / "part"
+        )
+        unions.append(
+            merge({"b": other, "part": part}, DomainFolder(uri=str(tmp_path / "c"), cache=tmp_path)).embeddings
+        )
     wanted = [url for url, _ in IMAGES[:12] if "square" in url]
     assert wanted
     assert urls_of(unions[1].reference) == [url for url, _ in IMAGES[12:15]] + wanted
@@ -105,11 +117,11 @@ def test_merge_of_different_subsets_of_same_shards_differs(tmp_path: Path) -> No
 def test_compact_different_subsets_of_same_shards_differ(tmp_path: Path) -> None:
     """Their shards are equal, but their URL histories differ."""
     whole = database(tmp_path / "a", IMAGES[:6], IMAGES[6:12])
-    down = commit_takedown(Entries(frozenset({IMAGES[0][0]})), str(tmp_path), info={}).reference
+    down = commit_takedown(Entries(frozenset({IMAGES[0][0]})), DomainFolder(uri=str(tmp_path)), info={}).reference
     slim = []
     for where in ('url like "%circle%"', 'url like "%square%"'):
-        rows = subset(whole, where, str(tmp_path / "part"), cache=tmp_path).embeddings.reference
-        slim.append(compact(images_of(rows), rows, down, str(tmp_path / "part"), cache=tmp_path)[0])
+        rows = subset(whole, where, DomainFolder(uri=str(tmp_path / "part"), cache=tmp_path)).embeddings.reference
+        slim.append(compact(images_of(rows), rows, down, DomainFolder(uri=str(tmp_path / "part"), cache=tmp_path))[0])
     one, other = (outcome.reference.manifest() for outcome in slim)
     assert [shard.files for shard in one.shards] == [shard.files for shard in other.shards]
     assert (slim[1].skipped, one.digest == other.digest) == (False, False)
@@ -126,12 +138,14 @@ def test_merge_different_encoders_raises_naming_both(tmp_path: Path) -> None:
         require_same_encoder(**{"a": a, "./b": other})
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="cannot merge a; give two or more different databases"):
-        merge({"a": database(tmp_path / "a", IMAGES[:3])}, str(tmp_path), cache=tmp_path)
+        merge({"a": database(tmp_path / "a", IMAGES[:3])}, DomainFolder(uri=str(tmp_path), cache=tmp_path))
 
 
 def test_subset_finds_same_rows_as_fresh_build(tmp_path: Path) -> None:
     whole = database(tmp_path / "a", IMAGES[:6], IMAGES[6:9], IMAGES[9:12])
-    part = subset(whole, 'url like "%red%" or url like "%green-c%"', str(tmp_path / "b"), cache=tmp_path)
+    part = subset(
+        whole, 'url like "%red%" or url like "%green-c%"', DomainFolder(uri=str(tmp_path / "b"), cache=tmp_path)
+    )
     wanted = [n for n in range(12) if "red" in IMAGES[n][0] or "green-c" in IMAGES[n][0]]
     assert 6 < len(wanted) < 12
     assert urls_of(part.embeddings.reference) == [IMAGES[n][0] for n in wanted]
@@ -144,7 +158,7 @@ def test_subset_finds_same_rows_as_fresh_build(tmp_path: Path) -> None:
     images = fetch_images(combined, list(range(len(wanted))), tmp_path / "cache")
     assert [encoded(image) for image in images] == [IMAGES[n][1] for n in wanted]
     with pytest.raises(InputError, match=r"no row of .* matches the filter 'width > 48'; use a less restrictive"):
-        subset(whole, "width > 48", str(tmp_path / "b"), cache=tmp_path)
+        subset(whole, "width > 48", DomainFolder(uri=str(tmp_path / "b"), cache=tmp_path))
 
 
 ROWS = pa.table(

@@ -9,6 +9,7 @@ from support.tiny_artifacts import IMAGES, embedding_shards, image_shards, sha, 
 
 from infra import artifacts
 from infra.errors import InputError
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import ImageShards
 from tasks.upkeep.takedown import match_rows, read_entries, read_takedown_list, take_down
 
@@ -28,7 +29,7 @@ def test_match_rows_by_url_sha256_and_key(tmp_path: Path) -> None:
     images = three_shards(tmp_path)
     embeddings = embedding_shards(tmp_path, images)
     by = [{"url": IMAGES[1][0]}, {"sha256": sha(IMAGES[2][1]).upper()}, {"key": "000020001"}]
-    taken = take_down(listed(tmp_path, *by), images, str(tmp_path), cache=tmp_path).reference
+    taken = take_down(listed(tmp_path, *by), images, DomainFolder(uri=str(tmp_path), cache=tmp_path)).reference
     named = match_rows(taken, embeddings, tmp_path)
     assert named.tolist() == [1, 2, 4]
     assert [urls_of(embeddings)[row] for row in named] == [IMAGES[n][0] for n in (1, 2, 4)]
@@ -36,13 +37,19 @@ def test_match_rows_by_url_sha256_and_key(tmp_path: Path) -> None:
 
 def test_take_down_lists_accumulate_and_known_list_is_skipped(tmp_path: Path) -> None:
     images = three_shards(tmp_path)
-    first = take_down(listed(tmp_path, {"url": IMAGES[0][0]}), images, str(tmp_path), cache=tmp_path)
+    first = take_down(listed(tmp_path, {"url": IMAGES[0][0]}), images, DomainFolder(uri=str(tmp_path), cache=tmp_path))
     both = take_down(
-        listed(tmp_path, {"url": IMAGES[4][0]}), images, str(tmp_path), cache=tmp_path, previous=first.reference
+        listed(tmp_path, {"url": IMAGES[4][0]}),
+        images,
+        DomainFolder(uri=str(tmp_path), cache=tmp_path),
+        previous=first.reference,
     )
     assert read_entries(both.reference, tmp_path).url == {IMAGES[0][0], IMAGES[4][0]}
     again = take_down(
-        listed(tmp_path, {"url": IMAGES[0][0]}), images, str(tmp_path), cache=tmp_path, previous=both.reference
+        listed(tmp_path, {"url": IMAGES[0][0]}),
+        images,
+        DomainFolder(uri=str(tmp_path), cache=tmp_path),
+        previous=both.reference,
     )
     assert (again.skipped, again.reference) == (True, both.reference)
     assert match_rows(both.reference, embedding_shards(tmp_path, images), tmp_path).tolist() == [0, 4]
@@ -59,14 +66,14 @@ def test_take_down_known_list_does_not_read_images(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(artifacts, "fetch_shard", fetched)
     same = listed(tmp_path, {"url": IMAGES[0][0]}, {"sha256": sha(IMAGES[2][1])}, {"url": "http://host/none.png"})
-    first = take_down(same, images, str(tmp_path), cache=tmp_path).reference
+    first = take_down(same, images, DomainFolder(uri=str(tmp_path), cache=tmp_path)).reference
     assert images.uri in read
     read.clear()
-    again = take_down(same, images, str(tmp_path), cache=tmp_path, previous=first)
+    again = take_down(same, images, DomainFolder(uri=str(tmp_path), cache=tmp_path), previous=first)
     assert (again.skipped, again.reference) == (True, first)
     assert images.uri not in read
     by_key = listed(tmp_path, {"key": "000000001"}, name="key.jsonl")
-    more = take_down(by_key, images, str(tmp_path), cache=tmp_path, previous=first).reference
+    more = take_down(by_key, images, DomainFolder(uri=str(tmp_path), cache=tmp_path), previous=first).reference
     assert read_entries(more, tmp_path).sha256 >= {sha(IMAGES[1][1])}
 
 
@@ -76,13 +83,15 @@ def test_take_down_without_match_raises_unless_known(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"matches no image of .*: 5 of 5 entries \(url http://host/gone.png, url .*, …\)"
     ):
-        take_down(listed(tmp_path, *wrong), images, str(tmp_path), cache=tmp_path)
-    first = take_down(listed(tmp_path, {"url": IMAGES[0][0]}), images, str(tmp_path), cache=tmp_path).reference
+        take_down(listed(tmp_path, *wrong), images, DomainFolder(uri=str(tmp_path), cache=tmp_path))
+    first = take_down(
+        listed(tmp_path, {"url": IMAGES[0][0]}), images, DomainFolder(uri=str(tmp_path), cache=tmp_path)
+    ).reference
     others = image_shards(tmp_path / "others", [IMAGES[5:7]])  # without the image, as after a subset
     same_list = listed(tmp_path, {"url": IMAGES[0][0]})
     with pytest.raises(InputError, match=r"matches no image of .*: 1 of 1 entries"):
-        take_down(same_list, others, str(tmp_path), cache=tmp_path)
-    again = take_down(same_list, others, str(tmp_path), cache=tmp_path, previous=first)
+        take_down(same_list, others, DomainFolder(uri=str(tmp_path), cache=tmp_path))
+    again = take_down(same_list, others, DomainFolder(uri=str(tmp_path), cache=tmp_path), previous=first)
     assert (again.skipped, again.reference) == (True, first)
 
 
@@ -92,7 +101,7 @@ def test_take_down_with_unmatched_entry_logs_and_applies_others(
     images, absent = three_shards(tmp_path), "http://host/none.png"
     rows = [{"url": IMAGES[0][0]}, {"url": absent}, {"url": "http://host/gone.png"}, {"key": "000099999"}]
     with caplog.at_level("WARNING"):
-        taken = take_down(listed(tmp_path, *rows), images, str(tmp_path), cache=tmp_path).reference
+        taken = take_down(listed(tmp_path, *rows), images, DomainFolder(uri=str(tmp_path), cache=tmp_path)).reference
     assert (
         "has entries that match no image" in caplog.text
         and f"3 of 4 entries (url http://host/gone.png, url {absent}" in caplog.text
@@ -108,7 +117,7 @@ def test_take_down_matches_copies_at_other_urls(by: str, tmp_path: Path) -> None
     url, body = IMAGES[0]
     images = image_shards(tmp_path, [[IMAGES[1], (url, body)], [("http://host/copy.png", body), IMAGES[2]]])
     entry = {"url": url, "key": "000000001", "sha256": sha(body)}[by]
-    taken = take_down(listed(tmp_path, {by: entry}), images, str(tmp_path), cache=tmp_path).reference
+    taken = take_down(listed(tmp_path, {by: entry}), images, DomainFolder(uri=str(tmp_path), cache=tmp_path)).reference
     assert match_rows(taken, embedding_shards(tmp_path, images), tmp_path).tolist() == [1, 2]
     assert read_entries(taken, tmp_path).sha256 == {sha(body)}
 
@@ -117,9 +126,9 @@ def test_take_down_ambiguous_key_raises(tmp_path: Path) -> None:
     from tasks.upkeep.merge import merged_images
 
     parts = [image_shards(tmp_path / name, [IMAGES[n : n + 1]]) for n, name in enumerate("ab")]
-    both = merged_images(parts, str(tmp_path / "c"), cache=tmp_path).reference
+    both = merged_images(parts, DomainFolder(uri=str(tmp_path / "c"), cache=tmp_path)).reference
     with pytest.raises(InputError, match=r"key 000000000 of .* matches 2 images .* by its url or sha256"):
-        take_down(listed(tmp_path, {"key": "000000000"}), both, str(tmp_path), cache=tmp_path)
+        take_down(listed(tmp_path, {"key": "000000000"}), both, DomainFolder(uri=str(tmp_path), cache=tmp_path))
 
 
 @pytest.mark.parametrize(
