@@ -9,10 +9,12 @@ from flows.adopt_generator import AdoptGeneratorConfig, adopt_generator
 from flows.train_generator import TrainedGenerator, TrainGeneratorConfig, train_generator
 from infra import compute, uris
 from infra.storage.lease import lease
-from tasks.download.task import DownloadConfig, download
+from tasks.download.config import DownloadConfig
+from tasks.download.task import download
 from tasks.embed.task import EmbedConfig, embed
 from tasks.evaluate.task import EvaluateConfig
-from tasks.index.task import IndexConfig, index
+from tasks.index.config import IndexConfig
+from tasks.index.task import index
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, StageResult
 from tasks.register import RegistrationResult, register_database

@@ -15,11 +15,14 @@ from infra import compute, logs, uris
 from infra.settings import Settings
 from infra.storage.lease import lease
 from model.errors import ModelError
-from tasks.download.task import DownloadConfig, download
+from tasks.download.config import DownloadConfig
+from tasks.download.task import download
 from tasks.embed.task import EmbedConfig, embed
-from tasks.index.task import IndexConfig, IndexOverrides, index
+from tasks.index.config import IndexConfig, IndexOverrides
+from tasks.index.task import index
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import embeddings_of, images_of, takedown_of
+from tasks.references.takedown import match_rows
 from tasks.references.trust import open_named
 from tasks.references.types import (
     DatabaseVersion,
@@ -33,7 +36,7 @@ from tasks.register import RegistrationResult, register_database
 from tasks.stage import StageTimings, check_files, require_domain, settings_of
 from tasks.upkeep.compact import compact
 from tasks.upkeep.policy import merge_with_existing
-from tasks.upkeep.takedown import match_rows, rolled_back_on, take_down
+from tasks.upkeep.takedown import rolled_back_on, take_down
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

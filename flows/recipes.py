@@ -10,10 +10,10 @@ from model.encoder.identity import EMBEDDED as EMBEDDED_ENCODER
 from model.networks.dit import TransformerConfig
 from model.saved_generator import EMBEDDED
 from model.training.interfaces import TrainingConfig
-from tasks.download.task import DownloadConfig
+from tasks.download.config import DownloadConfig
 from tasks.embed.task import EmbedConfig
 from tasks.evaluate.task import EvaluateConfig
-from tasks.index.task import IndexConfig
+from tasks.index.config import IndexConfig
 from tasks.train.setup import TrainConfig
 
 _SMALL = TransformerConfig(image_size=32, patch_size=4, layers=6, heads=5, head_width=32)

@@ -11,9 +11,9 @@ from tasks.references.database import open_database
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import takedown_of
 from tasks.references.rows import finite_rows
+from tasks.references.takedown import Entries, inherited_takedown, match_shards, read_entries
 from tasks.references.types import DatabaseVersion, EmbeddingShards, Neighbours, StageResult, require_same_encoder
 from tasks.stage import run_shards, run_stage, stage_task
-from tasks.upkeep.takedown import Entries, inherited_takedown, match_shards, read_entries
 
 _SEARCH_ROWS = 1024
 

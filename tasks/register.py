@@ -11,10 +11,10 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from infra import artifacts, logs
 from infra.registry import DATABASE_PREFIX, GENERATOR_NAME, RegisteredVersion, Registry
 from infra.settings import Settings
+from tasks.references.generator import PIPELINE, generator_folder
 from tasks.references.lineage import embeddings_of
 from tasks.references.types import DatabaseVersion, Generator, encoder_of
 from tasks.stage import stage_task
-from tasks.train.task import PIPELINE, generator_folder
 
 _SCRIPTS = Path(__file__).parent / "pyfunc"
 _PROMPTS = Schema([ColSpec(DataType.string, "prompt")])

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from infra.settings import Settings
-    from tasks.index.task import IndexOverrides
+    from tasks.index.config import IndexOverrides
 
 Root = Annotated[
     str | None,
@@ -101,7 +101,7 @@ def index_changes(
 ) -> "IndexOverrides":
     """Return the changes of the index options; ``memory`` in GiB. None leaves a setting unchanged."""
     from infra.errors import InputError
-    from tasks.index.task import IndexOverrides
+    from tasks.index.config import IndexOverrides
 
     if memory == 0:
         raise InputError("--memory is too small: 0; give the GiB that a searching process may use")

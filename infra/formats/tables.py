@@ -3,10 +3,8 @@
 Rows keep the order of the file. Nothing here decodes images.
 """
 
-import os
-import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,35 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra import storage, uris
-from infra.errors import InputError, IntegrityError
+from infra.errors import InputError
 
 _TEXT_COLUMNS = {name: pa.string() for name in ("url", "sha256", "key")}  # a key is digits with leading zeros
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
-
-
-def iter_images(tar: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (key, encoded image) for each sample of a webdataset tar. Raises ``IntegrityError`` for a damaged tar."""
-    try:
-        _require_end(tar)
-        with tarfile.open(tar, "r|") as archive:
-            for member in archive:
-                name = PurePosixPath(member.name)
-                if member.isfile() and name.suffix in IMAGE_SUFFIXES:
-                    stream = archive.extractfile(member)
-                    if stream is not None:
-                        yield name.stem, stream.read()
-    except tarfile.TarError as error:
-        raise IntegrityError(
-            f"{tar} is not a complete tar ({error}); delete its shard's marker and run again"
-        ) from error
-
-
-def _require_end(tar: Path) -> None:
-    """Raise ``TarError`` if the two zero blocks at the end are missing; tarfile itself misses some truncations."""
-    with tar.open("rb") as stream:
-        stream.seek(-min(2 * tarfile.BLOCKSIZE, tar.stat().st_size), os.SEEK_END)
-        if stream.read() != bytes(2 * tarfile.BLOCKSIZE):
-            raise tarfile.TarError("its end is missing")
 
 
 def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -1,8 +1,9 @@
-"""Removal of images from a shard: their bytes leave the tar, and their rows in the Parquet file record the reason."""
+"""Image shards in webdataset format: a tar of images beside a Parquet file with a row for each URL."""
 
+import os
 import tarfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
@@ -14,12 +15,40 @@ from infra.formats.tables import read_table
 
 DUPLICATE, TAKEN_DOWN = "duplicate_content", "taken_down"
 """Error classes of dropped images: the database already has the same bytes, or the image was taken down."""
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 _DROPPED = "dropped"
 _KEPT_COLUMNS = frozenset({"url", "key", "sha256", "status", "error_message", "error_class"})
 
 
+def iter_images(tar: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield (key, encoded image) for each sample of a webdataset tar. Raises ``IntegrityError`` for a damaged tar."""
+    try:
+        _require_end(tar)
+        with tarfile.open(tar, "r|") as archive:
+            for member in archive:
+                name = PurePosixPath(member.name)
+                if member.isfile() and name.suffix in IMAGE_SUFFIXES:
+                    stream = archive.extractfile(member)
+                    if stream is not None:
+                        yield name.stem, stream.read()
+    except tarfile.TarError as error:
+        raise IntegrityError(
+            f"{tar} is not a complete tar ({error}); delete its shard's marker and run again"
+        ) from error
+
+
+def _require_end(tar: Path) -> None:
+    """Raise ``TarError`` if the two zero blocks at the end are missing; tarfile itself misses some truncations."""
+    with tar.open("rb") as stream:
+        stream.seek(-min(2 * tarfile.BLOCKSIZE, tar.stat().st_size), os.SEEK_END)
+        if stream.read() != bytes(2 * tarfile.BLOCKSIZE):
+            raise tarfile.TarError("its end is missing")
+
+
 def drop_images(tar: Path, parquet: Path, stem: Path, reasons: Mapping[str, str]) -> dict[str, int]:
     """Write a copy of a shard without the images whose keys are in ``reasons``.
+
+    Their bytes leave the tar, and their rows in the Parquet file record the reason.
 
     Args:
         tar: Webdataset samples of the shard.

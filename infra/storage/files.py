@@ -13,10 +13,11 @@ import os
 import socket
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -32,6 +33,9 @@ PART_BYTES = 8 << 20
 _MAX_PARTS = 10_000  # limit of S3 for one object; above 78 GiB the parts are larger
 _BLOCK_BYTES = 1 << 20
 _SCRATCH = "knn-diffusion-"
+_READERS = 16
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def exists(uri: str) -> bool:
@@ -120,6 +124,12 @@ def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
                 data += part
         return bytes(data)
     return with_retries(uri, lambda: bytes(fs.cat_file(path)))
+
+
+def read_all(read: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Return ``read`` of each item, in order, from threads: the round trips to a store overlap."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(read, items))
 
 
 def write_bytes(uri: str, data: bytes) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.errors import ModelError
-from model.retrieval.faiss_index import FIRST_ID_SHIFT, is_lossless, is_stackable, ivf_of, map_shard
+from model.retrieval.faiss_index import is_lossless, is_stackable, ivf_of
+from model.retrieval.index_files import FIRST_ID_SHIFT, map_shard
 
 _POSITION = (1 << FIRST_ID_SHIFT) - 1
 

@@ -3,48 +3,21 @@
 Given the previous version, only new URLs are requested, and images whose bytes that version already has are dropped.
 """
 
-import dataclasses
 import json
 import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from infra import artifacts, storage, uris
-from infra.download.downloader import SHARD_ROWS, SHARDS, DownloadPolicy, download_shard
-from infra.errors import InputError, StageError
+from infra import artifacts, uris
+from infra.errors import InputError
 from infra.formats import tables
-from infra.formats.webdataset import DUPLICATE, TAKEN_DOWN, drop_images
+from tasks.download.config import DownloadConfig
+from tasks.download.incremental import AllRetriesFailedError, IncrementalDownload, histogram, new_rows
 from tasks.references.domain_folder import DomainFolder
+from tasks.references.takedown import Entries, read_entries
 from tasks.references.types import ImageShards, StageResult, Takedown, config_to_dict
-from tasks.references.url_history import Hashes, UrlHistory, hashes_of, write_seen
-from tasks.stage import run_shards, run_stage, stage_task, sum_outcomes
-from tasks.upkeep.takedown import Entries, read_entries
-
-_TRANSIENT_OUTCOMES = ("connection_error", "timeout", "deadline_exceeded", "dns_error", "http_429", "http_5")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class DownloadConfig:
-    """Settings of the download stage."""
-
-    shard_rows: int = 1000
-    policy: DownloadPolicy = dataclasses.field(default_factory=DownloadPolicy)
-    max_lost_fraction: float = 0.01  # share of shards (not URLs) that may fail before the stage fails
-    workers: int = 2  # shards downloaded at once, each with the policy's threads
-    retry_failed: bool = False  # request URLs again that failed in the previous version
-
-    def __post_init__(self) -> None:
-        """Check that img2dataset's keys can number the rows of a shard. Raises ``ValueError``."""
-        if not 1 <= self.shard_rows <= SHARD_ROWS:
-            raise ValueError(
-                f"shard_rows is {self.shard_rows}; use 1 to {SHARD_ROWS}, because img2dataset's keys number "
-                "the rows of a shard with four digits"
-            )
+from tasks.references.url_history import UrlHistory
+from tasks.stage import run_stage, stage_task
 
 
 @stage_task(name="download")
@@ -107,150 +80,9 @@ def download(
         return run_stage(
             stage, ImageShards, lambda: incremental.make(config), note=_note, verify=verify, repairs=repairs
         )
-    except _AllRetriesFailedError as error:
+    except AllRetriesFailedError as error:
         assert previous is not None  # noqa: S101  # retries need a previous version
         return StageResult(reference=previous, skipped=False, seconds=time.monotonic() - started, note=str(error))
-
-
-def histogram(outcomes: dict[str, int]) -> str:
-    """Format outcome counts as one clause, most frequent first."""
-    return ", ".join(f"{name} {count}" for name, count in Counter(outcomes).most_common())
-
-
-class _AllRetriesFailedError(Exception):
-    """Raised when every retried URL has failed again. The message counts the outcomes."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class IncrementalDownload:
-    """Download of the new rows of a URL list, on top of a previous version if there is one."""
-
-    stage: artifacts.ArtifactBuilder
-    table: pa.Table
-    urls: str
-    previous: ImageShards | None
-    seen: UrlHistory | None
-    refused: Entries
-    cache: Path
-
-    def make(self, config: DownloadConfig) -> artifacts.Manifest:
-        """Download the rows, drop known images, and commit the new shards after those of the previous version."""
-        before = self.previous.manifest() if self.previous is not None else None
-        reused = [shard.reused_from(self.previous.uri) for shard in before.shards] if self.previous and before else []
-        first = 1 + max((int(shard.name) for shard in reused), default=-1)
-        starts = range(0, self.table.num_rows, config.shard_rows)
-        if first + len(starts) > SHARDS:
-            raise InputError(
-                f"{self.urls} needs {first + len(starts)} shards, but names of five digits allow {SHARDS}; "
-                "raise shard_rows"
-            )
-        items = [
-            (f"{n:05d}", (n, self.table.slice(start, config.shard_rows))) for n, start in enumerate(starts, start=first)
-        ]
-        settings = (self.stage.uri, config.policy)
-        done, lost = run_shards(
-            self.stage, items, _Download, settings, max_lost_fraction=config.max_lost_fraction, actors=config.workers
-        )
-        self._stop_if_retries_failed(sum_outcomes(done))
-        self._require_success(sum_outcomes(done))
-        if self.seen is not None or self.refused.sha256:
-            done = self._without_known_images(done, config.workers)
-        outcomes = sum_outcomes(done)
-        hashes = hashes_of(self.stage.uri, done, self.cache)
-        info: dict[str, Any] = {
-            "requested": self.table.num_rows,
-            "outcomes": outcomes,
-            "lost_shards": lost,
-            "seen": self._history_files(hashes),
-        }
-        if before is not None:
-            total = Counter(before.info["outcomes"])
-            total.update(outcomes)
-            info |= {"outcomes": dict(total), "added": {"requested": self.table.num_rows, "outcomes": outcomes}}
-            info["requested"] += before.info.get("requested", before.rows)
-        return self.stage.commit([*reused, *done], identity=before.identity if before is not None else None, info=info)
-
-    def _stop_if_retries_failed(self, outcomes: dict[str, int]) -> None:
-        """Raise ``_AllRetriesFailedError`` if all URLs had failed before and failed again: nothing is recorded."""
-        if self.seen is None or outcomes.get("success"):
-            return
-        if self.seen.asked(self.table["url"].to_pylist(), failed_too=True).all():
-            storage.remove(self.stage.uri)  # so that the next run requests them again
-            raise _AllRetriesFailedError(f"still failing: {histogram(outcomes)}")
-
-    def _require_success(self, outcomes: dict[str, int]) -> None:
-        """Raise ``StageError`` if nothing was downloaded; URLs added to a previous version may fail permanently."""
-        if outcomes.get("success") or (
-            self.previous is not None and not all(name.startswith(_TRANSIENT_OUTCOMES) for name in outcomes)
-        ):
-            return
-        # The network may have been down: the next run must try all URLs again.
-        storage.remove(storage.join(self.stage.uri, "shards"))
-        raise StageError(
-            f"none of the {self.table.num_rows} URLs of {self.urls} could be downloaded ({histogram(outcomes)}); see "
-            f"the outcome of each in {self.stage.uri}/NNNNN.parquet, fix the list or the network and run again"
-        )
-
-    def _without_known_images(self, done: list[artifacts.Shard], workers: int) -> list[artifacts.Shard]:
-        """Return the shards, after rewriting those with images that are known, repeated or taken down."""
-        digests_so_far: set[str] = set()
-        items = []
-        for shard in done:
-            path = artifacts.fetch_shard(self.stage.uri, shard, ".parquet", self.cache)
-            table = tables.read_table(path, ["key", "sha256", "error_class"])
-            rows = [row for row in table.to_pylist() if row["error_class"] == "success"]
-            reasons = {}
-            digests = [row["sha256"] for row in rows]
-            known = self.seen.holds(digests) if self.seen is not None else [False] * len(rows)
-            for row, is_known in zip(rows, known, strict=True):
-                if row["sha256"] in self.refused.sha256:
-                    reasons[row["key"]] = TAKEN_DOWN
-                elif is_known or row["sha256"] in digests_so_far:
-                    reasons[row["key"]] = DUPLICATE
-                if self.seen is not None:
-                    digests_so_far.add(row["sha256"])
-            if reasons:
-                items.append((shard, reasons))
-        shards = {shard.name: shard for shard in done}
-        with ThreadPoolExecutor(workers) as pool:  # threads suffice: rewriting is short compared with the download
-            shards |= {shard.name: shard for shard in pool.map(self._rewrite, items)}
-        return list(shards.values())
-
-    def _rewrite(self, item: tuple[artifacts.Shard, dict[str, str]]) -> artifacts.Shard:
-        """Rewrite a shard in place without the images that have a reason to be dropped."""
-        shard, reasons = item
-        tar, parquet = (
-            artifacts.fetch_shard(self.stage.uri, shard, suffix, self.cache) for suffix in (".tar", ".parquet")
-        )
-        with storage.scratch() as folder:
-            outcomes = drop_images(tar, parquet, folder / shard.name, reasons)
-            # After a kill here the shard has no marker and is downloaded again: files and marker never disagree.
-            storage.remove(storage.join(self.stage.uri, "shards", f"{shard.name}.json"))
-            info = {**shard.info, "outcomes": outcomes}
-            rows = outcomes.get("success", 0)
-            return artifacts.commit_shard(self.stage.uri, shard.name, folder, rows=rows, info=info)
-
-    def _history_files(self, added: Hashes) -> list[dict[str, Any]]:
-        if self.seen is None:
-            return [write_seen(self.stage.uri, added)]
-        return self.seen.extended(self.stage.uri, added)
-
-
-def new_rows(table: pa.Table, seen: UrlHistory | None, refused: Entries, config: DownloadConfig) -> pa.Table:
-    """Return the rows to download.
-
-    Without ``seen`` these are all rows that are not refused, including repeated URLs. With it, URLs that were requested
-    before are excluded (failed ones unless ``config.retry_failed``), and so are repetitions.
-    """
-    urls = table["url"].to_pylist()
-    wanted = np.array([url not in refused.url for url in urls], dtype=np.bool_)
-    if seen is not None:
-        wanted &= ~seen.asked(urls, failed_too=not config.retry_failed)
-        first: set[str] = set()
-        for row in np.flatnonzero(wanted):
-            wanted[row] = urls[row] not in first
-            first.add(urls[row])
-    return table if wanted.all() else table.filter(pa.array(wanted)).combine_chunks()
 
 
 def _list_digest(table: pa.Table) -> str:
@@ -263,17 +95,3 @@ def _note(manifest: artifacts.Manifest) -> str:
     if "added" in manifest.info:
         return f"added: {histogram(manifest.info['added']['outcomes'])}"
     return histogram(manifest.info["outcomes"])
-
-
-class _Download:
-    """Worker that downloads one shard of the list."""
-
-    def __init__(self, folder_uri: str, policy: DownloadPolicy) -> None:
-        self._folder_uri, self._policy = folder_uri, policy
-
-    def __call__(self, item: tuple[str, tuple[int, pa.Table]]) -> artifacts.Shard:
-        name, (number, rows) = item
-        with storage.scratch() as folder:
-            counts = download_shard(number, rows, folder, self._policy)
-            info: dict[str, Any] = {"outcomes": counts.outcomes, "seconds": counts.seconds}
-            return artifacts.commit_shard(self._folder_uri, name, folder, rows=counts.downloaded, info=info)

@@ -10,9 +10,9 @@ from model.encoder.clip import Encoder
 from model.encoder.identity import EMBEDDED, EncoderIdentity
 from tasks.embed.worker import DECODER_DIED, SECONDS, EmbedShard, WorkerConfig
 from tasks.references.domain_folder import DomainFolder
+from tasks.references.rows import PART
 from tasks.references.types import EmbeddingShards, ImageShards, StageResult, encoder_of
 from tasks.stage import run_shards, run_stage, stage_task, sum_outcomes
-from tasks.upkeep.rewrite_embeddings import PART
 
 _LOCAL = "local-dir:"
 _MAX_DECODERS = 16

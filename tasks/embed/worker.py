@@ -26,14 +26,13 @@ from PIL import Image
 
 from infra import artifacts, storage
 from infra.download.images import to_rgb
-from infra.formats import tables
+from infra.formats import tables, webdataset
 from infra.isolation import DiedError, Isolated, follow_parent
 from model.encoder.clip import Encoder, Preprocessing
 from model.encoder.identity import EncoderIdentity
 from model.encoder.streaming import embed_stream
-from tasks.references.rows import finite_rows
+from tasks.references.rows import PART, finite_rows
 from tasks.references.types import METADATA_SCHEMA
-from tasks.upkeep.rewrite_embeddings import PART
 
 Row = np.ndarray[Any, np.dtype[np.float16]]
 ImageIdentity = tuple[str, str, int, int]
@@ -142,7 +141,7 @@ class EmbedShard:
     def _embed_rows(self, assembler: "_ShardAssembler", tar: Path, ahead: "_DecodeAhead", clock: Clock) -> Row:
         """Return (n, D) rows in the order of the tar; fills ``assembler`` with their metadata and outcomes."""
         size = self._config.batch_size
-        new = assembler.new(_time_reads(tables.iter_images(tar), clock))
+        new = assembler.new(_time_reads(webdataset.iter_images(tar), clock))
         chunks = iter(lambda: list(itertools.islice(new, size)), [])
         decoded = ahead(self._encoder.preprocessing, chunks, _CHUNKS_AHEAD * self._config.decoders)
         with self._turn:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infra import artifacts, storage, uris
+from infra import artifacts, storage
 from infra.compute.progress import Progress
 from infra.errors import InputError
 from model.images import image_grid
@@ -23,65 +23,17 @@ from model.metrics.scores import ReferenceSet, flatten, score_mean, score_sample
 from model.pipeline import KNNDiffusionPipeline
 from model.retrieval.database import Database
 from model.saved_generator import pretrained_folder
+from tasks.evaluate.config import LEAST_COMPARED, SAMPLES, EvaluateConfig
 from tasks.evaluate.sampler import ABLATIONS, MAIN, Condition, Sampler, embed_unique, queries_of, row_ids_at
 from tasks.references.database import open_database
+from tasks.references.generator import generator_folder
 from tasks.references.images import fetch_images
 from tasks.references.types import DatabaseVersion, Generator, encoder_of
-from tasks.train.task import generator_folder
 
-SAMPLES = "samples"
 SHOWN = 64
 """Images of each condition that are stored."""
 WORST_COPIES = 10
-LEAST_COMPARED = 4
-"""Minimum images on each side: precision and recall use the third neighbour of each."""
 _DESCRIBED_ROWS = 1 << 14
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateConfig:
-    """Settings of an evaluation: which images are generated, and which metrics are computed."""
-
-    prompts: tuple[str, ...] = ()
-    prompt_urls: tuple[str, ...] = ()  # the image that each prompt describes, if known
-    samples: int = 256
-    steps: int | None = None  # None: the pipeline's default
-    guidance: float | None = None  # None: the pipeline's default
-    seed: int = 0
-    seeds: int = 4  # images per prompt for the diversity
-    diversity_prompts: int = 16
-    ablations: bool = False  # also without neighbours, with each query mode, with 1, 4, 10 and 20 neighbours
-    bootstrap: int = 200  # resamples per interval; 0: no intervals
-    copy_percentile: float = 95.0  # of cosines between real images; a sample above it is a copy
-    near_duplicate: float = embedding_metrics.NEAR_DUPLICATE  # real pairs from this cosine up are variants: left out
-    inception_weights: str | None = None  # torch-fidelity's file, local or remote; None: no FID
-    use_gpu: bool = False
-
-    def __post_init__(self) -> None:
-        """Raise ``ValueError`` for values out of range."""
-        uris.hide_fields(self, "inception_weights")
-        if self.samples < LEAST_COMPARED:
-            raise ValueError(
-                f"too few samples: {self.samples}; give at least {LEAST_COMPARED}: precision and recall use the third "
-                "neighbour"
-            )
-        if self.seeds < 2 or self.diversity_prompts < 1:
-            raise ValueError(
-                f"too few images for the diversity: seeds {self.seeds}, diversity_prompts {self.diversity_prompts}; "
-                "give at least 2 seeds and 1 prompt"
-            )
-        if self.bootstrap < 0:
-            raise ValueError(
-                f"bootstrap is negative: {self.bootstrap}; give a number of resamples, or 0 for no intervals"
-            )
-        if not 0 < self.copy_percentile < 100:
-            raise ValueError(f"copy_percentile is out of range: {self.copy_percentile}; give a value between 0 and 100")
-        if not 0 < self.near_duplicate <= 1:
-            raise ValueError(f"near_duplicate is out of range: {self.near_duplicate}; give a cosine in (0, 1]")
-        if self.prompt_urls and len(self.prompt_urls) != len(self.prompts):
-            raise ValueError(
-                f"{len(self.prompt_urls)} prompt_urls for {len(self.prompts)} prompts; give one URL per prompt, or none"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,8 +12,8 @@ from typing import ClassVar
 from PIL import Image
 
 from infra import artifacts, storage
+from tasks.evaluate.config import SAMPLES
 from tasks.evaluate.figure import SHEET_COLUMNS, SHEET_ROWS, EvaluationView, plot_page
-from tasks.evaluate.measure import SAMPLES
 from tasks.evaluate.tables import (
     CONDITIONS,
     ablation_heads,

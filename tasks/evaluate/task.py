@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from infra import artifacts, compute, storage
 from infra.errors import InputError
-from tasks.evaluate.measure import SAMPLES, EvaluateConfig, EvaluationInputs, measure
+from tasks.evaluate.config import SAMPLES, EvaluateConfig
+from tasks.evaluate.measure import EvaluationInputs, measure
 from tasks.evaluate.sampler import ABLATIONS
 from tasks.evaluate.tables import table, table_line
 from tasks.references.domain_folder import DomainFolder

@@ -16,8 +16,8 @@ from model.retrieval.database import SearchEffort
 from model.retrieval.near_duplicates import duplicates_to_hide, find_pairs
 from tasks.references.database import HIDDEN, open_shards
 from tasks.references.rows import stored_rows
+from tasks.references.takedown import match_rows, match_shards, read_entries
 from tasks.references.types import DatabaseVersion, EmbeddingShards, Takedown
-from tasks.upkeep.takedown import match_rows, match_shards, read_entries
 
 _FEW_SHARDS = 16  # embedding shards; up to this many, starting actors takes longer than the search
 _GROUP_ROWS = 262_144

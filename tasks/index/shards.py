@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from infra import artifacts, storage
-from model.retrieval.faiss_index import FIRST_ID_SHIFT, fill_shard, merge_shards
+from model.retrieval.index_files import FIRST_ID_SHIFT, fill_shard, merge_shards
 from tasks.references.rows import finite_rows
 from tasks.references.types import DatabaseVersion, EmbeddingShards
 from tasks.stage import run_shards

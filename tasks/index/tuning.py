@@ -13,6 +13,7 @@ from infra import artifacts, storage
 from model.retrieval.database import Database, SearchEffort
 from model.retrieval.recall import GroundTruth, exact_neighbours
 from model.retrieval.tuning import Point, tune
+from tasks.index.config import IndexConfig
 from tasks.index.hidden_rows import BaseVersion
 from tasks.references.database import TRUTH, hidden_ids, open_shards
 from tasks.references.types import EmbeddingShards, config_from_manifest
@@ -29,7 +30,7 @@ def tune_database(
     hidden: artifacts.Shard,
     embeddings: EmbeddingShards,
     cache: Path,
-    config: Any,
+    config: IndexConfig,
     grown: BaseVersion | None,
 ) -> tuple[artifacts.Shard, dict[str, Any]]:
     """Commit the shard of queries with their true neighbours, and return it with effort and recall for the manifest.
@@ -37,7 +38,7 @@ def tune_database(
     A database that grew from ``grown`` keeps its queries, and only new rows are searched for their true neighbours.
     Image queries are chosen again if too few are left, or if the database has twice the rows they were chosen from.
     All queries are chosen again if the settings that determine them have changed.
-    ``config`` is the :class:`tasks.index.task.IndexConfig`. The recall curve is saved in the folder as ``recall.png``.
+    The recall curve is saved in the folder as ``recall.png``.
     """
     excluded = hidden_ids(folder_uri, hidden, cache)
     database = open_shards(
@@ -73,7 +74,7 @@ def tune_database(
         return artifacts.commit_shard(folder_uri, TRUTH, folder, rows=0, info={"drawn_from": drawn_from}), info
 
 
-def _image_truth(database: Database, hidden: NDArray[np.int64], config: Any) -> GroundTruth:
+def _image_truth(database: Database, hidden: NDArray[np.int64], config: IndexConfig) -> GroundTruth:
     """Choose rows as image queries by the config's seed, and find their true neighbours."""
     count = _image_query_count(database, config)
     chosen = _choose_ids(database, hidden, count, np.random.default_rng(config.seed))
@@ -81,7 +82,7 @@ def _image_truth(database: Database, hidden: NDArray[np.int64], config: Any) -> 
     return exact_neighbours(database.parts, own.astype(np.float32), own=chosen, own_rows=own, hidden=hidden)
 
 
-def _text_truth(database: Database, hidden: NDArray[np.int64], config: Any) -> GroundTruth:
+def _text_truth(database: Database, hidden: NDArray[np.int64], config: IndexConfig) -> GroundTruth:
     """Choose text queries by the config's seed, and find their true neighbours."""
     texts = np.empty((0, database.encoder.dimension), dtype=np.float32)
     if config.texts:
@@ -109,12 +110,12 @@ def _choose_ids(
     return chosen[:count]
 
 
-def _image_query_count(database: Database, config: Any) -> int:
+def _image_query_count(database: Database, config: IndexConfig) -> int:
     return int(min(config.recall_queries, len(database)))
 
 
 def _reusable_queries(
-    database: Database, hidden: NDArray[np.int64], grown: BaseVersion, config: Any, cache: Path
+    database: Database, hidden: NDArray[np.int64], grown: BaseVersion, config: IndexConfig, cache: Path
 ) -> tuple[dict[str, GroundTruth], int]:
     """Return the reusable queries with true neighbours over all rows, and the row count the images were chosen from."""
     before = grown.version.manifest()

@@ -9,7 +9,7 @@ from PIL import Image
 from infra import artifacts
 from infra.download.images import to_rgb
 from infra.errors import IntegrityError
-from infra.formats import tables
+from infra.formats import webdataset
 from tasks.references.database import Metadata
 from tasks.references.lineage import embeddings_of, images_of
 from tasks.references.types import DatabaseVersion
@@ -33,7 +33,7 @@ def fetch_images(version: DatabaseVersion, ids: Sequence[int], cache: Path) -> l
     for shard in images.manifest().shards:
         if not any(name == shard.name for name, _ in wanted):
             continue
-        for key, encoded in tables.iter_images(artifacts.fetch_shard(images.uri, shard, ".tar", cache)):
+        for key, encoded in webdataset.iter_images(artifacts.fetch_shard(images.uri, shard, ".tar", cache)):
             if (shard.name, key) in wanted:
                 with Image.open(io.BytesIO(encoded)) as image:
                     found[shard.name, key] = to_rgb(image)

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 from infra import artifacts
 from infra.formats.arrays import read_array, require_finite
 
+PART = "part"
+"""Key in the info of an embedding shard that omits images of its tar on purpose, as in a subset."""
+
 
 def stored_rows(uri: str, shard: artifacts.Shard, cache: Path) -> NDArray[np.float16]:
     """Return the (rows, D) float16 embeddings of a shard at ``uri``, verified and memory-mapped.

@@ -15,10 +15,10 @@ from model.pipeline import KNNDiffusionPipeline
 from model.retrieval.database import Database
 from model.saved_generator import pretrained_folder
 from tasks.references.database import open_database
+from tasks.references.generator import PIPELINE, generator_folder
 from tasks.references.images import fetch_images
 from tasks.references.trust import open_named, saved_pipeline
 from tasks.references.types import DatabaseVersion, Generator
-from tasks.train.task import PIPELINE, generator_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,9 +8,9 @@ from infra.errors import InputError
 from model.pipeline import KNNDiffusionPipeline
 from model.saved_generator import SHIPPED, pretrained_folder
 from tasks.references.domain_folder import DomainFolder
+from tasks.references.generator import PIPELINE
 from tasks.references.types import Generator, StageResult, config_to_dict
 from tasks.stage import run_stage, stage_task
-from tasks.train.task import PIPELINE
 
 
 @stage_task(name="adopt")

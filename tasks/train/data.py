@@ -25,7 +25,7 @@ from PIL import Image
 from infra import artifacts
 from infra.download.images import to_rgb
 from infra.errors import InputError
-from infra.formats import tables
+from infra.formats import tables, webdataset
 from infra.formats.arrays import read_array
 from infra.storage.errors import disk_full_errors
 from infra.storage.locks import exclusive_folder
@@ -277,7 +277,7 @@ def read_pixels(tar: Path, keys: Sequence[str], side: int, threads: int = 1) -> 
     """
     position = {key: number for number, key in enumerate(keys)}
     pixels = np.empty((len(keys), side, side, 3), dtype=np.uint8)
-    found = ((position.pop(key), encoded) for key, encoded in tables.iter_images(tar) if key in position)
+    found = ((position.pop(key), encoded) for key, encoded in webdataset.iter_images(tar) if key in position)
 
     def decode(numbered: tuple[int, bytes]) -> None:
         number, encoded = numbered

@@ -5,7 +5,6 @@ table with only the row's url and sha256, so that the image is rejected if it is
 reused. Nothing is embedded. The old version is unchanged until ``tasks/upkeep/garbage.py`` removes it.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -14,13 +13,11 @@ from infra import artifacts, storage
 from infra.formats import tables
 from infra.formats.webdataset import TAKEN_DOWN, drop_images
 from tasks.references.domain_folder import DomainFolder
+from tasks.references.takedown import Matcher, match_shards, read_entries
 from tasks.references.types import EmbeddingShards, ImageShards, StageResult, Takedown
 from tasks.references.url_history import UrlHistory
 from tasks.stage import run_shards, run_stage, stage_task, sum_outcomes
 from tasks.upkeep.rewrite_embeddings import KeepRows
-from tasks.upkeep.takedown import Matcher, match_shards, read_entries
-
-_READERS = 8
 
 
 @stage_task(name="compact")
@@ -118,8 +115,7 @@ def _matched_keys(images: ImageShards, takedown: Takedown, cache: Path) -> dict[
         return found
 
     every = images.manifest().shards
-    with ThreadPoolExecutor(_READERS) as pool:
-        return {shard.name: found for shard, found in zip(every, pool.map(keys, every), strict=True) if found}
+    return {shard.name: found for shard, found in zip(every, storage.read_all(keys, every), strict=True) if found}
 
 
 def _note(manifest: artifacts.Manifest) -> str:

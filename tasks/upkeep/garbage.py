@@ -18,7 +18,6 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,9 @@ from infra.registry import DATABASE_PREFIX, Registry
 from infra.settings import Settings
 from infra.storage import file_cache
 from tasks.references.domain_folder import DomainFolder
+from tasks.references.takedown import Entries, list_takedowns, read_entries
 from tasks.references.types import Takedown
 from tasks.stage import stage_task
-from tasks.upkeep.takedown import Entries, list_takedowns, read_entries
 
 _KEY = re.compile(r"[0-9a-f]{16}")
 _MARKER = re.compile(r"/shards/[^/]+\.json$")
@@ -39,7 +38,6 @@ _NO_DOMAINS = ("mlflow", "mlflow.db")
 _LISTS = frozenset({"urls"})  # inputs outside the root, e.g. on the web
 DAY_S = 86_400.0
 _BLOCKED = "garbage collection is blocked until then, because the manifest may reference any file"
-_READERS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,8 +239,8 @@ def _recent_elsewhere(settings: Settings, domain: str, since: float) -> list[str
         except NotFoundError:
             return False
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        return [folder for folder, recent in zip(folders, pool.map(is_recent, folders), strict=True) if recent]
+    recents = storage.read_all(is_recent, folders)
+    return [folder for folder, recent in zip(folders, recents, strict=True) if recent]
 
 
 def _folders(base: str) -> dict[str, list[storage.StoredObject]]:
@@ -275,8 +273,7 @@ def _unreferenced(folder: str, files: list[storage.StoredObject], retained: set[
 def _digests(garbage: list[storage.StoredObject]) -> set[str]:
     """Read the sha256 of remote files to delete from their shard markers; caches store files by these digests."""
     markers = [file.uri for file in garbage if _MARKER.search(file.uri) and not storage.is_local(file.uri)]
-    with ThreadPoolExecutor(_READERS) as pool:
-        return {str(file["sha256"]) for files in pool.map(_marker_files, markers) for file in files}
+    return {str(file["sha256"]) for files in storage.read_all(_marker_files, markers) for file in files}
 
 
 def _purge_cache(digests: set[str] | None, folder: Path) -> None:

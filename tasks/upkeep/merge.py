@@ -1,25 +1,20 @@
-"""Union of databases and subset of a database, without downloading or embedding anything.
+"""Union of databases, without downloading or embedding anything.
 
-Shards are reused in place. In a union they get new names, since names are numbers. Only embedding shards of which some
-rows are dropped are written again. An image is therefore still found by its shard and key, but two images of a union
-can have the same key.
+Shards are reused in place under new names, since names are numbers. An image is therefore still found by its shard and
+key, but two images of a union can have the same key.
 """
 
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TypeVar
 
 from infra import artifacts
 from infra.download.downloader import SHARDS
 from infra.errors import InputError
-from infra.formats import tables
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import embeddings_of, images_of
+from tasks.references.takedown import Entries, inherited_takedown
 from tasks.references.types import (
     DatabaseVersion,
     EmbeddingShards,
@@ -28,14 +23,10 @@ from tasks.references.types import (
     Takedown,
     require_same_encoder,
 )
-from tasks.references.url_history import Hashes, UrlHistory, hash_digests, hash_texts, write_seen
-from tasks.stage import run_shards, run_stage, stage_task, sum_outcomes
-from tasks.upkeep.filter_expression import parse_where
-from tasks.upkeep.rewrite_embeddings import KeepRows
-from tasks.upkeep.takedown import Entries, Matcher, commit_takedown, inherited_takedown, with_image_hashes
+from tasks.references.url_history import UrlHistory
+from tasks.stage import run_stage, stage_task, sum_outcomes
+from tasks.upkeep.takedown import commit_takedown, with_image_hashes
 
-_READERS = 8
-_COLUMNS = ["key", "url", "sha256", "width", "height"]
 Source = TypeVar("Source", ImageShards, EmbeddingShards)
 
 
@@ -143,93 +134,3 @@ def _merged_embeddings(
 
 def _renumbered(all_shards: Sequence[artifacts.Shard]) -> list[artifacts.Shard]:
     return [dataclasses.replace(shard, name=f"{number:05d}") for number, shard in enumerate(all_shards)]
-
-
-@stage_task(name="subset")
-def subset(database: DatabaseVersion, where: str, folder: DomainFolder) -> CombinedInputs:
-    """Select the rows of ``database`` that match the filter and were not taken down.
-
-    Raises:
-        InputError: the filter is invalid or matches no row.
-    """
-    row_filter = parse_where(where)
-    embeddings, entries = embeddings_of(database), inherited_takedown(database, folder.cache)
-    source = embeddings.manifest()
-    matcher = Matcher(entries)
-
-    def select(shard: artifacts.Shard) -> tuple[NDArray[np.bool_], Hashes]:
-        path = artifacts.fetch_shard(embeddings.uri, shard, ".parquet", folder.cache)
-        table = tables.read_table(path, _COLUMNS)
-        mask = row_filter.mask(table) & ~matcher.mask(table)
-        selected = table.filter(mask)
-        none = np.empty(0, np.uint64)
-        digests = [digest for digest in selected["sha256"].to_pylist() if digest]
-        return mask, Hashes(hash_texts(selected["url"].to_pylist()), none, hash_digests(digests))
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        found = dict(zip((shard.name for shard in source.shards), pool.map(select, source.shards), strict=True))
-    masks = {name: mask for name, (mask, _) in found.items() if mask.any()}
-    if not masks:
-        raise InputError(f"no row of {database.uri} matches the filter {where!r}; use a less restrictive filter")
-    selection = {"where": where, "of": database.digest}
-    images = _subset_images(images_of(embeddings), masks, [hashes for _, hashes in found.values()], selection, folder)
-    rows = _subset_embeddings(embeddings, images.reference, masks, selection, folder)
-    takedown = commit_takedown(entries, folder, info={"of": database.uri}).reference if len(entries) else None
-    return CombinedInputs(embeddings=rows, takedown=takedown)
-
-
-def _subset_images(
-    images: ImageShards,
-    masks: Mapping[str, Any],
-    seen: Sequence[Hashes],
-    selection: Mapping[str, str],
-    folder: DomainFolder,
-) -> StageResult[ImageShards]:
-    """Reuse the shards with a matching image. Other images are not in the URL history, so they may be added again.
-
-    Two filters may match images of the same shards. ``selection`` distinguishes the resulting artifacts.
-    """
-    source = images.manifest()
-    stage = artifacts.ArtifactBuilder(folder.uri, ImageShards.kind, inputs={}, config={**source.config, **selection})
-
-    def build() -> artifacts.Manifest:
-        shards = [shard.reused_from(images.uri) for shard in source.shards if shard.name in masks]
-        info = {
-            "requested": sum(int(mask.sum()) for mask in masks.values()),
-            "outcomes": sum_outcomes(shards),
-            "seen": [write_seen(stage.uri, Hashes.joined(seen))],
-        }
-        return stage.commit(shards, identity=selection, info=info)
-
-    return run_stage(stage, ImageShards, build, note=lambda manifest: f"shards that match {selection['where']}")
-
-
-def _subset_embeddings(
-    embeddings: EmbeddingShards,
-    images: ImageShards,
-    masks: Mapping[str, NDArray[np.bool_]],
-    selection: Mapping[str, str],
-    folder: DomainFolder,
-) -> StageResult[EmbeddingShards]:
-    source = embeddings.manifest()
-    config = {**source.config, **selection}
-    stage = artifacts.ArtifactBuilder(
-        folder.uri, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=config
-    )
-
-    def build() -> artifacts.Manifest:
-        tars = {shard.name: shard.file(".tar").sha256 for shard in images.manifest().shards}
-        wanted = [shard for shard in source.shards if shard.name in masks]
-        items = [
-            (shard.name, (shard, masks[shard.name], tars[shard.name]))
-            for shard in wanted
-            if not masks[shard.name].all()
-        ]
-        done, _ = run_shards(stage, items, KeepRows, (embeddings.uri, stage.uri, folder.cache, True))
-        rewritten = {shard.name: shard for shard in done}
-        shards = [rewritten.get(shard.name) or shard.reused_from(embeddings.uri) for shard in wanted]
-        return stage.commit(
-            shards, identity=source.identity, info={"outcomes": sum_outcomes(shards), "lost_shards": {}}
-        )
-
-    return run_stage(stage, EmbeddingShards, build, note=lambda manifest: selection["where"])

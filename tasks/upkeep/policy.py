@@ -12,9 +12,10 @@ from infra.registry import CHAMPION, DATABASE_PREFIX, Registry
 from infra.settings import Settings
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import embeddings_of, images_of, takedown_of
+from tasks.references.takedown import Entries, all_takedown_entries, read_entries
 from tasks.references.types import DatabaseVersion, Takedown
 from tasks.upkeep.merge import is_combined
-from tasks.upkeep.takedown import Entries, all_takedown_entries, commit_takedown, read_entries
+from tasks.upkeep.takedown import commit_takedown
 
 
 def required_takedown(domain: str, settings: Settings, further: Takedown | None = None) -> Takedown | None:

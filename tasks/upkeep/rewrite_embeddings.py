@@ -7,11 +7,9 @@ from numpy.typing import NDArray
 
 from infra import artifacts, storage
 from infra.formats import tables
-from tasks.references.rows import stored_rows
+from tasks.references.rows import PART, stored_rows
 from tasks.references.types import METADATA_SCHEMA
 
-PART = "part"
-"""Key in the info of an embedding shard that omits images of its tar on purpose, as in a subset."""
 Rewriting = tuple[artifacts.Shard, NDArray[np.bool_], str]
 """An embedding shard, a mask of the rows to keep, and the digest of the tar that contains their images."""
 

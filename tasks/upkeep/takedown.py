@@ -1,78 +1,29 @@
-"""Takedowns: lists of images that a domain may never show again, and the matching rows of its database.
+"""Takedown stage: read a list of images that a domain may never show again, and store its entries.
 
-A list names each image by url, sha256 (of the bytes as downloaded) or key. Takedowns are cumulative: an artifact
-contains its own entries and all earlier ones. The next index hides the matching rows. Compaction
-(``tasks/upkeep/compact.py``) removes their bytes from the shards.
+The next index hides the matching rows. Compaction (``tasks/upkeep/compact.py``) removes their bytes from the shards.
 """
 
 import contextlib
-import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from infra import artifacts, logs, storage, uris
-from infra.errors import InputError, KNNDiffusionError
+from infra.errors import InputError
 from infra.formats import tables
 from tasks.references.domain_folder import DomainFolder
-from tasks.references.lineage import takedown_of
-from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, StageResult, Takedown
+from tasks.references.takedown import COLUMNS, Entries, Matcher, list_takedowns, read_entries
+from tasks.references.types import ImageShards, StageResult, Takedown
 from tasks.references.url_history import FINAL_OUTCOMES
 from tasks.stage import run_stage, stage_task
 
-COLUMNS = ("url", "sha256", "key")
 _SCHEMA = pa.schema([("column", pa.string()), ("value", pa.string())])
 _MAX_QUOTED = 3  # number of entries that a message quotes
 _SHA256_DIGITS = 64
-_READERS = 8
 _MATCH_COLUMNS = [*COLUMNS, "error_class"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Entries:
-    """Takedown entries by column."""
-
-    url: frozenset[str] = frozenset()
-    sha256: frozenset[str] = frozenset()
-    key: frozenset[str] = frozenset()
-
-    def __or__(self, other: "Entries") -> "Entries":
-        return Entries(*(getattr(self, name) | getattr(other, name) for name in COLUMNS))
-
-    def __sub__(self, other: "Entries") -> "Entries":
-        return Entries(*(getattr(self, name) - getattr(other, name) for name in COLUMNS))
-
-    def __len__(self) -> int:
-        return sum(len(getattr(self, name)) for name in COLUMNS)
-
-    def listed(self) -> list[dict[str, str]]:
-        """Return every entry as {column, value}, sorted."""
-        return [{"column": name, "value": value} for name in COLUMNS for value in sorted(getattr(self, name))]
-
-
-class Matcher:
-    """Entries prepared for matching against many tables."""
-
-    def __init__(self, entries: Entries) -> None:
-        """Convert the entries to Arrow value sets."""
-        self._sets = {
-            name: pc.SetLookupOptions(pa.array(sorted(values), pa.string()))
-            for name in COLUMNS
-            if (values := getattr(entries, name))
-        }
-
-    def mask(self, table: pa.Table) -> NDArray[np.bool_]:
-        """Return a mask (n,) of the rows of ``table`` that any entry matches, by the columns that the table has."""
-        mask = np.zeros(table.num_rows, dtype=np.bool_)
-        for name in self._sets.keys() & set(table.column_names):
-            mask |= pc.is_in(table[name], options=self._sets[name]).to_numpy(zero_copy_only=False)
-        return mask
 
 
 @stage_task(name="takedown")
@@ -112,42 +63,6 @@ def commit_takedown(entries: Entries, folder: DomainFolder, *, info: Mapping[str
     return run_stage(stage, Takedown, build)
 
 
-def read_entries(takedown: Takedown, cache: Path) -> Entries:
-    """Read the entries of a takedown artifact."""
-    (shard,) = takedown.manifest().shards
-    rows = tables.read_table(artifacts.fetch_shard(takedown.uri, shard, ".parquet", cache)).to_pylist()
-    return Entries(*(frozenset(row["value"] for row in rows if row["column"] == name) for name in COLUMNS))
-
-
-def all_takedown_entries(folder: DomainFolder, confined_to: str | None = None) -> Entries:
-    """Read everything ever taken down in the domain with this folder, independent of registry and versions.
-
-    Raises:
-        IntegrityError: a takedown is damaged, so its entries are unknown.
-    """
-    merged, uris = Entries(), list_takedowns(folder)
-    try:
-        with ThreadPoolExecutor(_READERS) as pool:
-            for entries in pool.map(
-                lambda uri: read_entries(Takedown.open(uri, confined_to=confined_to), folder.cache), uris
-            ):
-                merged |= entries
-    except KNNDiffusionError:
-        if list_takedowns(folder) == uris:
-            raise
-        return all_takedown_entries(folder, confined_to)  # garbage collection has just removed a redundant one
-    return merged
-
-
-def list_takedowns(folder: DomainFolder) -> list[str]:
-    """Return the folder of every committed takedown of a domain."""
-    found = [
-        storage.join(folder.uri, Takedown.kind, name)
-        for name in storage.list_names(storage.join(folder.uri, Takedown.kind))
-    ]
-    return [uri for uri in found if storage.exists(storage.join(uri, artifacts.MANIFEST))]
-
-
 @contextlib.contextmanager
 def rolled_back_on(
     folder: DomainFolder,
@@ -171,40 +86,10 @@ def rolled_back_on(
         raise
 
 
-def inherited_takedown(version: DatabaseVersion, cache: Path) -> Entries:
-    """Return the entries that a database derived from ``version`` inherits: all takedowns of its domain."""
-    uri, kind, _ = storage.join(version.uri).rsplit("/", 2)
-    own = takedown_of(version)
-    entries = Entries() if own is None else read_entries(own, cache)
-    if kind != DatabaseVersion.kind:
-        return entries
-    return entries | all_takedown_entries(DomainFolder(uri=uri, cache=cache), version.confined_to)
-
-
 def with_image_hashes(entries: Entries, images: ImageShards, cache: Path) -> Entries:
     """Add the sha256 of the images at the urls of ``entries`` in ``images``, so that copies are hidden as well."""
     found, _ = _match_images(Entries(url=entries.url), images, cache) if entries.url else ([], None)
     return entries | Entries(sha256=frozenset(row["sha256"] for row in found if row["sha256"]))
-
-
-def match_rows(takedown: Takedown, embeddings: EmbeddingShards, cache: Path) -> NDArray[np.int64]:
-    """Return the row ids (n,) of ``embeddings`` that ``takedown`` matches, ascending."""
-    masks = match_shards(read_entries(takedown, cache), embeddings, embeddings.manifest().shards, cache)
-    return np.flatnonzero(np.concatenate(masks)) if masks else np.empty(0, dtype=np.int64)
-
-
-def match_shards(
-    entries: Entries, source: EmbeddingShards | ImageShards, of: Iterable[artifacts.Shard], cache: Path
-) -> list[NDArray[np.bool_]]:
-    """Return, for each shard in ``of``, a mask of the rows of its parquet that ``entries`` match."""
-    matcher = Matcher(entries)
-
-    def mask(shard: artifacts.Shard) -> NDArray[np.bool_]:
-        path = artifacts.fetch_shard(source.uri, shard, ".parquet", cache)
-        return matcher.mask(tables.read_table(path, list(COLUMNS)))
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(mask, of))
 
 
 def read_takedown_list(uri: str) -> Entries:
@@ -276,6 +161,5 @@ def _match_images(requested: Entries, images: ImageShards, cache: Path) -> tuple
         rows: list[dict[str, str]] = table.filter(pc.is_in(table["error_class"], pa.array(FINAL_OUTCOMES))).to_pylist()
         return rows
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        found = [row for rows in pool.map(match, images.manifest().shards) for row in rows]
+    found = [row for rows in storage.read_all(match, images.manifest().shards) for row in rows]
     return found, Counter(row["key"] for row in found if row["key"] in requested.key)

@@ -36,9 +36,10 @@ from infra.download.downloader import DownloadPolicy
 from infra.prefect_server import prefect_api
 from infra.settings import Settings
 from model.encoder.clip import Encoder
-from tasks.download.task import DownloadConfig
+from tasks.download.config import DownloadConfig
 from tasks.embed.task import EmbedConfig
-from tasks.index.task import IndexConfig, index
+from tasks.index.config import IndexConfig
+from tasks.index.task import index
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import METADATA_SCHEMA, EmbeddingShards, ImageShards, config_to_dict
 from tasks.references.url_history import hashes_of, write_seen

@@ -26,7 +26,8 @@ from model.encoder.clip import Encoder
 from model.images import image_to_array, to_rgb
 from model.metrics.embedding_metrics import Embeddings
 from model.retrieval.database import Database, ShardFiles
-from model.retrieval.faiss_index import fill_shard, train_index
+from model.retrieval.faiss_index import train_index
+from model.retrieval.index_files import fill_shard
 
 BENCH = Path("build/bench")
 OWN = "twemoji"

@@ -29,7 +29,8 @@ import pyarrow.parquet as pq
 from flows.demo.images import twemoji_folder
 from infra import compute
 from infra.download.downloader import DownloadPolicy
-from tasks.download.task import DownloadConfig, download
+from tasks.download.config import DownloadConfig
+from tasks.download.task import download
 from tasks.references.domain_folder import DomainFolder
 
 COPIES, SHARD_ROWS, PROCESSES, THREADS, ROUNDS = 4, 2000, 2, 32, 3

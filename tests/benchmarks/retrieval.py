@@ -22,16 +22,10 @@ from infra import compute, storage
 from model.networks.dit import TransformerConfig, build_transformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 from model.retrieval.database import Database, SearchEffort, ShardFiles
-from model.retrieval.faiss_index import (
-    FIRST_ID_SHIFT,
-    choose_index,
-    fill_shard,
-    merge_shards,
-    train_index,
-    training_rows,
-)
+from model.retrieval.faiss_index import choose_index, train_index, training_rows
+from model.retrieval.index_files import FIRST_ID_SHIFT, fill_shard, merge_shards
 from model.retrieval.recall import recall
-from tasks.index.task import IndexConfig
+from tasks.index.config import IndexConfig
 from tasks.neighbours import find_neighbours
 from tasks.references.database import open_database
 from tasks.references.domain_folder import DomainFolder

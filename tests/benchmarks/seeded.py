@@ -17,7 +17,8 @@ from infra.download.downloader import SHARD_ROWS
 from infra.formats.tables import write_table
 from model.encoder.identity import EncoderIdentity
 from model.retrieval.recall import GroundTruth, exact_neighbours
-from tasks.index.task import IndexConfig, index
+from tasks.index.config import IndexConfig
+from tasks.index.task import index
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards
 

@@ -87,7 +87,7 @@ def test_failed_merge_rolls_back_its_takedowns(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows.combine_databases import MergeDatabasesConfig, merge_databases
-    from tasks.upkeep.takedown import list_takedowns
+    from tasks.references.takedown import list_takedowns
 
     for number, domain in enumerate("ab"):
         living.build(NAMES[4 * number : 4 + 4 * number], domain=domain)

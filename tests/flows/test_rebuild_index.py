@@ -40,7 +40,7 @@ def test_rebuild_downloads_only_new_urls_and_nothing_for_the_same_list(living: L
     assert [(v["version"], v["aliases"]) for v in living.versions()] == [(1, []), (2, ["champion"])]
 
     files = living.files()
-    from tasks.index.task import IndexConfig
+    from tasks.index.config import IndexConfig
 
     again = living.rebuild(urls=whole, index=IndexConfig(recall_queries=4))
     assert (again.unchanged, living.server.requests) == (True, [])
@@ -55,7 +55,7 @@ def test_rebuild_downloads_only_new_urls_and_nothing_for_the_same_list(living: L
 
 
 def test_rebuild_after_drift_retrains_the_quantizer(living: Living, ray: WithoutRay) -> None:
-    from tasks.index.task import IndexConfig
+    from tasks.index.config import IndexConfig
     from tasks.references.database import QUANTIZER
 
     patient = IndexConfig(index="IVF2,SQfp16", recall_queries=4, max_drift=1e9)
@@ -165,7 +165,7 @@ def test_takedown_of_all_images_needs_new_ones(living: Living, ray: WithoutRay) 
 
 @pytest.mark.parametrize("field", ["index", "index_changes"])
 def test_takedown_stays_hidden_when_the_index_fails(living: Living, ray: WithoutRay, field: str) -> None:
-    from tasks.index.task import IndexConfig, IndexOverrides
+    from tasks.index.config import IndexConfig, IndexOverrides
 
     living.build(NAMES[:4])
     down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")

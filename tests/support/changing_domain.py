@@ -37,9 +37,9 @@ class Living:
     def build(self, names: list[str], domain: str = "shapes", index: Any = None, urls: str | None = None) -> Any:
         from flows.new_domain import NewDomainConfig, new_domain
         from infra.download.downloader import DownloadPolicy
-        from tasks.download.task import DownloadConfig
+        from tasks.download.config import DownloadConfig
         from tasks.embed.task import EmbedConfig
-        from tasks.index.task import IndexConfig
+        from tasks.index.config import IndexConfig
 
         policy = DownloadPolicy(allow_hosts=(self.server.host,), threads=4, retries=0)
         return new_domain(

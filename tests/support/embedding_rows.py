@@ -11,11 +11,13 @@ from support import tiny_models
 
 from infra import artifacts, storage
 from infra.formats.tables import write_table
-from tasks.index.task import IndexConfig, index
+from tasks.index.config import IndexConfig
+from tasks.index.task import index
 from tasks.references.database import TRUTH, open_database
 from tasks.references.domain_folder import DomainFolder
+from tasks.references.takedown import Entries
 from tasks.references.types import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards, Takedown
-from tasks.upkeep.takedown import Entries, commit_takedown
+from tasks.upkeep.takedown import commit_takedown
 
 CONFIG = IndexConfig(index="IVF8,SQfp16", shard_rows=250, recall_queries=30, near_duplicate_cosine=0.9999)
 Parts = Sequence[NDArray[np.float16]]

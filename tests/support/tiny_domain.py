@@ -101,10 +101,10 @@ def small_config(urls: Path, root: Path, host: str, *, train: bool = True, image
     from model.diffusion.conditioning import ConditioningConfig
     from model.networks.dit import TransformerConfig
     from model.training.interfaces import TrainingConfig
-    from tasks.download.task import DownloadConfig
+    from tasks.download.config import DownloadConfig
     from tasks.embed.task import EmbedConfig
     from tasks.evaluate.task import EvaluateConfig
-    from tasks.index.task import IndexConfig
+    from tasks.index.config import IndexConfig
     from tasks.train.setup import TrainConfig
 
     texts = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)

@@ -17,7 +17,8 @@ from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 from model.retrieval.database import Database, SearchEffort, ShardFiles
-from model.retrieval.faiss_index import fill_shard, train_index
+from model.retrieval.faiss_index import train_index
+from model.retrieval.index_files import fill_shard
 
 WIDTH = 8
 """Default embedding width D."""

@@ -13,7 +13,8 @@ from support.tiny_domain import drawn, encoded, write_urls
 from infra import artifacts, compute
 from infra.download.downloader import DownloadPolicy
 from infra.errors import NotFoundError, TransientError
-from tasks.download.task import DownloadConfig, download
+from tasks.download.config import DownloadConfig
+from tasks.download.task import download
 from tasks.references.domain_folder import DomainFolder
 
 SHARDS, SHARD_ROWS = 4, 2

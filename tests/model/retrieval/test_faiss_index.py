@@ -9,14 +9,13 @@ from support import tiny_models
 from model.errors import ModelError
 from model.retrieval.faiss_index import (
     choose_index,
-    fill_shard,
     is_lossless,
     is_stackable,
-    merge_shards,
     quantization_error,
     train_index,
     training_rows,
 )
+from model.retrieval.index_files import fill_shard, merge_shards
 
 GIB = 1 << 30
 

@@ -5,7 +5,7 @@ import pytest
 from support import tiny_models
 
 from model.retrieval.database import Database
-from model.retrieval.faiss_index import fill_shard
+from model.retrieval.index_files import fill_shard
 from model.retrieval.recall import brute_force, exact_neighbours, recall
 
 

@@ -19,12 +19,14 @@ from infra import artifacts, storage
 from infra.artifacts import read_manifest
 from infra.download.downloader import DownloadPolicy
 from infra.errors import InputError, StageError
-from infra.formats import tables
-from tasks.download.task import DownloadConfig, download
+from infra.formats import tables, webdataset
+from tasks.download.config import DownloadConfig
+from tasks.download.task import download
 from tasks.references.domain_folder import DomainFolder
+from tasks.references.takedown import Entries
 from tasks.references.types import ImageShards
 from tasks.references.url_history import Hashes, UrlHistory, hash_texts
-from tasks.upkeep.takedown import Entries, commit_takedown
+from tasks.upkeep.takedown import commit_takedown
 
 NAMES = [f"/{c}-{s}.png" for c in COLOURS for s in SHAPES]
 BODY = {path: encoded(drawn(*path[1:-4].split("-"))) for path in NAMES}
@@ -70,7 +72,7 @@ def outcomes(images: ImageShards) -> dict[str, str]:
 
 
 def bodies_of(images: ImageShards, shard: artifacts.Shard) -> dict[str, bytes]:
-    return dict(tables.iter_images(Path(shard.folder or images.uri) / shard.file(".tar").name))
+    return dict(webdataset.iter_images(Path(shard.folder or images.uri) / shard.file(".tar").name))
 
 
 def test_download_with_previous_requests_only_new_urls(lists: Lists) -> None:

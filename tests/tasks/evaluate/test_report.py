@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from infra import artifacts
+from tasks.evaluate.config import SAMPLES
 from tasks.evaluate.figure import EvaluationView, plot_page
-from tasks.evaluate.measure import SAMPLES
 from tasks.evaluate.report import Report, preview, report_evaluations, tables, write_report
 from tasks.evaluate.tables import aligned, markdown, score_rows, swap_heads, swap_rows, table, table_line
 from tasks.evaluate.task import Evaluation

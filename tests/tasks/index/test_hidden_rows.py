@@ -16,7 +16,8 @@ from infra.errors import StageError
 from tasks.index import hidden_rows
 from tasks.references.database import HIDDEN
 from tasks.references.domain_folder import DomainFolder
-from tasks.upkeep.takedown import Entries, commit_takedown
+from tasks.references.takedown import Entries
+from tasks.upkeep.takedown import commit_takedown
 
 pytestmark = pytest.mark.usefixtures("alone")
 

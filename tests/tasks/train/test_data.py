@@ -16,7 +16,7 @@ from support import tiny_models, tiny_training
 from support.tiny_training import COUNT, POOL, SIZES, nearest, png_image, small_kl
 
 from infra.errors import InputError, StageError
-from infra.formats import tables
+from infra.formats import webdataset
 from model.images import image_to_array, to_model_range
 from model.networks.latents import encode_latents
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, encode_codes
@@ -107,7 +107,7 @@ def test_read_pixels_with_threads_preserves_order(inputs: TrainingInputs, monkey
     monkeypatch.setattr(data, "image_to_array", waiting)
     monkeypatch.setattr(data, "DECODED_AT_ONCE", 3)
     tar = sorted(Path(inputs.images.uri).glob("*.tar"))[0]
-    keys = sorted(key for key, _ in tables.iter_images(tar))
+    keys = sorted(key for key, _ in webdataset.iter_images(tar))
     np.testing.assert_array_equal(read_pixels(tar, keys[::-1], SIDE, threads=2), PIXELS[: len(keys)][::-1])
     assert len(threads) == 2
 

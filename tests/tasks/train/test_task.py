@@ -40,11 +40,12 @@ from model.training.objectives.flow_matching import FlowMatching
 from model.training.objectives.restoration import Restoration
 from model.training.objectives.vq_diffusion import MaskAndReplace
 from tasks.references.domain_folder import DomainFolder
+from tasks.references.generator import generator_folder
 from tasks.references.types import Generator, StageResult
 from tasks.train import task as training
 from tasks.train.data import TrainingInputs
 from tasks.train.setup import TrainConfig, build_setup, objective_of
-from tasks.train.task import generator_folder, train
+from tasks.train.task import train
 
 SHORT = TrainingConfig(
     images=24, batch_size=4, warmup_images=8, checkpoint_images=8, log_images=8, grid_images=24, ema_decay=0.5

@@ -10,12 +10,13 @@ from support.fakes import WithoutRay
 from support.tiny_artifacts import IMAGES, embedding, embedding_shards, image_shards, sha, urls_of
 
 from infra import storage
-from infra.formats import tables
+from infra.formats import webdataset
 from tasks.references.domain_folder import DomainFolder
+from tasks.references.takedown import Entries, match_rows
 from tasks.references.types import EmbeddingShards, ImageShards, Takedown
 from tasks.references.url_history import UrlHistory
 from tasks.upkeep.compact import compact
-from tasks.upkeep.takedown import Entries, commit_takedown, match_rows
+from tasks.upkeep.takedown import commit_takedown
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ def test_compact_removes_image_bytes_but_keeps_url_history(tmp_path: Path) -> No
     slim, _ = compact(images, embeddings, take_down(tmp_path, 1), DomainFolder(uri=str(tmp_path), cache=tmp_path))
     tars = [path for name, path in files_of(slim.reference).items() if name.endswith(".tar")]
     assert not any(data in path.read_bytes() or b"000000001.json" in path.read_bytes() for path in tars)
-    assert [key for key, _ in tables.iter_images(tars[0])] == ["000000000", "000000002"]
+    assert [key for key, _ in webdataset.iter_images(tars[0])] == ["000000000", "000000002"]
     row = pq.read_table(files_of(slim.reference)["00000.parquet"]).to_pylist()[1]
     assert row == {
         "url": IMAGES[1][0], "key": "000000001", "sha256": sha(data), "status": "dropped",
