@@ -7,10 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tqdm.auto import tqdm
-
 from infra import storage
 from infra.errors import NotFoundError, TransientError
+from infra.progress import ProgressBar
 
 
 class Progress:
@@ -39,7 +38,7 @@ def progress_bar(folder_uri: str, what: str) -> Iterator[None]:
     storage.discard(uri)
 
     def follow() -> None:
-        with tqdm(total=0, desc=what, leave=False, unit_scale=True) as bar:
+        with ProgressBar(total=0, desc=what, leave=False, unit_scale=True) as bar:
             while not ended.wait(1.0):
                 with contextlib.suppress(NotFoundError, TransientError, ValueError):
                     state = json.loads(storage.read_bytes(uri))
@@ -49,7 +48,7 @@ def progress_bar(folder_uri: str, what: str) -> Iterator[None]:
                         bar.set_description(state["what"], refresh=False)
                         bar.reset(state["total"])
                         bar.initial = bar.n = state["done"]
-                    bar.set_postfix_str(state["note"])
+                    bar.set_postfix_str(state["note"], refresh=False)
                     bar.update(state["done"] - bar.n)
 
     thread = threading.Thread(target=follow, daemon=True)

@@ -15,13 +15,13 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from tqdm.auto import tqdm
 
 from infra import uris
 from infra.compute import local_ray
 from infra.compute.actor_pool import SHARD_TRIES, ActorPool, one_line
 from infra.compute.progress import progress_bar
 from infra.errors import InputError, StageError, TransientError
+from infra.progress import ProgressBar
 
 Item = TypeVar("Item", contravariant=True)
 Result = TypeVar("Result", covariant=True)
@@ -140,7 +140,7 @@ def map_shards(
     # A shard given to an actor that never starts would wait indefinitely.
     size = min(actors, len(queue), max(1, capacity(cpus_per_actor, gpus_per_actor)))
     with (
-        tqdm(total=len(queue), desc=description, unit="shard", leave=False) as progress,
+        ProgressBar(total=len(queue), desc=description, unit="shard", leave=False) as progress,
         contextlib.closing(ActorPool(lambda: kind.remote(factory, settings, uris.secrets()), queue, size)) as pool,
     ):
         for result in pool.results():
