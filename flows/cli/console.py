@@ -1,5 +1,6 @@
 """Shared CLI options, one-line error reporting, tables, and output-path checks."""
 
+import logging
 import os
 import re
 import sys
@@ -26,6 +27,8 @@ Root = Annotated[
     ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks and the output of libraries.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only results and errors: no stages, no progress.")]
+Device = Annotated[str, typer.Option("--device", help="Device to generate on: cpu, cuda, cuda:0 or mps.")]
 Wait = Annotated[float, typer.Option("--wait", help="Seconds to wait while another process writes this domain.", min=0)]
 Verify = Annotated[
     bool, typer.Option("--verify", help="Check the digests of committed files, not only that they exist.")
@@ -71,11 +74,13 @@ DATABASE = "Short name (its champion), models:/NAME@ALIAS, models:/NAME/VERSION,
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 _AGES = ((86_400, "d"), (3_600, "h"), (60, "min"))
 _OPTIONS = {
+    "allow_hosts": "--allow-host",
     "guidance_scale": "--guidance",
     "inception_weights": "--inception",
     "keep_versions": "--keep",
     "largest_region": "--largest-region",
     "negative_prompt": "--negative",
+    "num_images_per_prompt": "--num-images",
     "num_inference_steps": "--steps",
     "target_recall": "--target-recall",
     "strength": "--strength",
@@ -110,15 +115,34 @@ def index_changes(
 
 
 @contextmanager
-def report_errors(verbose: bool) -> Iterator[None]:
+def prefect_server(home: Path | None = None) -> Iterator[None]:
+    """Connect Prefect to a server within the block, as :func:`infra.prefect_server.prefect_api` does.
+
+    The module is imported here, because ``--help`` does not need it.
+    """
+    from infra.prefect_server import prefect_api
+
+    with prefect_api(home):
+        yield
+
+
+@contextmanager
+def report_errors(verbose: bool, quiet: bool = False) -> Iterator[None]:
     """Configure logging, and report errors that the user can fix on one line.
 
     Exits with code 1 after such an error and with 130 after Ctrl-C. Other errors propagate with their traceback.
+
+    Args:
+        verbose: Show tracebacks and the output of libraries.
+        quiet: Show no log lines and no progress.
     """
     _quiet_environment(verbose)
     from infra import logs
 
     logs.setup(verbose)
+    if quiet:
+        logging.getLogger("knn_diffusion").setLevel(logging.ERROR)
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it at import
     from infra.errors import KNNDiffusionError
 
     try:
@@ -141,7 +165,7 @@ def name_options(message: str) -> str:
     return _ARGUMENTS.sub(lambda match: _OPTIONS[match[0]], message)
 
 
-def choose_generator(context: typer.Context, model: str, settings: "Settings") -> str:
+def choose_generator(context: typer.Context, model: str, settings: "Settings", quiet: bool = False) -> str:
     """Return ``model``, or the bundled generator if ``--model`` is not given and its default is not registered."""
     from infra.registry import Registry
     from model.saved_generator import EMBEDDED
@@ -150,7 +174,8 @@ def choose_generator(context: typer.Context, model: str, settings: "Settings") -
     given = source is not None and source.name != "DEFAULT"
     if given or any(entry["name"] == model for entry in Registry(settings).versions("generator")):
         return model
-    print(f"knn-diffusion: no generator is registered as {model}; using the bundled {EMBEDDED}", file=sys.stderr)
+    if not quiet:
+        print(f"knn-diffusion: no generator is registered as {model}; using the bundled {EMBEDDED}", file=sys.stderr)
     return EMBEDDED
 
 

@@ -9,6 +9,7 @@ import typer
 
 from flows.cli.console import (
     DATABASE,
+    Quiet,
     Root,
     Trust,
     Verbose,
@@ -21,6 +22,7 @@ from flows.cli.console import (
     table,
     writable,
 )
+from flows.cli.inputs import check_root
 
 _HIT_COLUMNS = {"rank": "rank", "score": "score", "id": "id", "url": "url"}
 _DATABASE_COLUMNS = {
@@ -46,6 +48,7 @@ def search(
     html: Annotated[Path | None, typer.Option(help="Write the found images to a self-contained HTML page.")] = None,
     trust: Trust = False,
     root: Root = None,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Search a database for the nearest images of a text or an image, and show a table, JSON or an HTML page.
@@ -55,14 +58,16 @@ def search(
     texts = [given for given in (query, text) if given is not None]
     if len(texts) + (image is not None) != 1:
         raise typer.BadParameter("give exactly one query: QUERY, --text TEXT or --image FILE")
-    with report_errors(verbose):
+    with report_errors(verbose, quiet):
+        check_root(root)
+        if html is not None:
+            writable(html, "page", (".html", ".htm"))
+        query_or_image = texts[0] if image is None else open_image(image)
         from tasks.serve.gallery import most_shown, write_gallery
         from tasks.serve.load import search_database
 
         if html is not None:
-            writable(html, "page", (".html", ".htm"))
             most_shown(k)
-        query_or_image = texts[0] if image is None else open_image(image)
         found = search_database(database, query_or_image, k, settings(root), trust=trust)
         if html is not None:
             name = "" if image is None else image.name
@@ -78,13 +83,15 @@ def search(
 def databases(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
     root: Root = None,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """List the registered databases: name, version, rows, recall, encoder, aliases, size and age.
 
     Example: knn-diffusion databases --json
     """
-    with report_errors(verbose):
+    with report_errors(verbose, quiet):
+        check_root(root)
         from infra.registry import Registry
         from infra.uris import masked
 

@@ -9,6 +9,7 @@ from flows.cli.console import (
     Dedup,
     Index,
     Memory,
+    Quiet,
     Root,
     TargetRecall,
     Trust,
@@ -16,11 +17,12 @@ from flows.cli.console import (
     Verify,
     Wait,
     index_changes,
+    prefect_server,
     report_errors,
     say,
     size,
 )
-from infra.prefect_server import prefect_api
+from flows.cli.inputs import check_domain, check_root, check_takedown_list, check_url_list
 
 Domain = Annotated[str, typer.Argument(help="Domain name: lower-case letters, digits, hyphens.")]
 Replace = Annotated[
@@ -48,32 +50,40 @@ def rebuild_index(
     verify: Verify = False,
     wait: Wait = 0.0,
     root: Root = None,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Add new URLs to a domain's database and hide images taken down; the result becomes the champion.
 
     Example: knn-diffusion rebuild-index birds --urls birds.csv --takedown removed.csv
     """
-    with report_errors(verbose), prefect_api():
-        from flows.rebuild_index import RebuildIndexConfig
-        from flows.rebuild_index import rebuild_index as flow
+    with report_errors(verbose, quiet):
+        check_domain(name)
+        check_root(root)
+        if urls is not None:
+            check_url_list(urls)
+        if takedown is not None:
+            check_takedown_list(takedown)
+        with prefect_server():
+            from flows.rebuild_index import RebuildIndexConfig
+            from flows.rebuild_index import rebuild_index as flow
 
-        config = RebuildIndexConfig(
-            domain=name,
-            urls=urls,
-            takedown=takedown,
-            compact=compact,
-            retry_failed=retry_failed,
-            index_changes=index_changes(index, memory, target_recall, dedup),
-            root=root,
-            wait_s=wait,
-            verify=verify,
-        )
-        rebuilt = flow(config)
-        if rebuilt.registered is None:
-            say(f"models:/knn-database.{name}@champion is unchanged")
-        else:
-            say(rebuilt.registered.alias_uri)
+            config = RebuildIndexConfig(
+                domain=name,
+                urls=urls,
+                takedown=takedown,
+                compact=compact,
+                retry_failed=retry_failed,
+                index_changes=index_changes(index, memory, target_recall, dedup),
+                root=root,
+                wait_s=wait,
+                verify=verify,
+            )
+            rebuilt = flow(config)
+            if rebuilt.registered is None:
+                say(f"models:/knn-database.{name}@champion is unchanged")
+            else:
+                say(rebuilt.registered.alias_uri)
 
 
 def merge(
@@ -87,13 +97,14 @@ def merge(
     wait: Wait = 0.0,
     trust: Trust = False,
     root: Root = None,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Merge databases into one, without embedding an image again. What any of them has taken down stays hidden.
 
     Example: knn-diffusion merge emoji twemoji openmoji
     """
-    with report_errors(verbose), prefect_api():
+    with report_errors(verbose, quiet), prefect_server():
         from flows.combine_databases import MergeDatabasesConfig, merge_databases
         from infra.errors import InputError
 
@@ -126,13 +137,14 @@ def subset(
     wait: Wait = 0.0,
     trust: Trust = False,
     root: Root = None,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Make a database from the rows of another that match a filter, without embedding an image again.
 
     Example: knn-diffusion subset cats twemoji --where 'url like "%cat%"'
     """
-    with report_errors(verbose), prefect_api():
+    with report_errors(verbose, quiet), prefect_server():
         from flows.combine_databases import SubsetDatabaseConfig, subset_database
 
         config = SubsetDatabaseConfig(
@@ -157,27 +169,30 @@ def gc(
     grace_h: Annotated[float, typer.Option(help="Hours for which new files are kept in any case.", min=0)] = 24.0,
     wait: Wait = 0.0,
     root: Root = None,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """List the files that no retained version references; delete them with --delete.
 
     Example: knn-diffusion gc twemoji --keep 2 --delete
     """
-    with report_errors(verbose), prefect_api():
-        from flows.collect_garbage import CollectGarbageConfig, NotAllCollectedError, collect_garbage
+    with report_errors(verbose, quiet):
+        check_root(root)
+        with prefect_server():
+            from flows.collect_garbage import CollectGarbageConfig, NotAllCollectedError, collect_garbage
 
-        config = CollectGarbageConfig(
-            domain=name, root=root, keep_versions=keep, dry_run=not delete, grace_s=3600 * grace_h, wait_s=wait
-        )
-        failure = None
-        try:
-            collected = collect_garbage(config)
-        except NotAllCollectedError as error:
-            failure, collected = error, list(error.collected)
-        for garbage in collected:
-            for uri, count in garbage.files:
-                say(f"{count:>12}  {uri}")
-            done = "deleted" if delete else "to delete (run again with --delete)"
-            typer.echo(f"{garbage.domain}: {len(garbage.files)} files, {size(garbage.bytes)} {done}", err=True)
-        if failure is not None:
-            raise failure
+            config = CollectGarbageConfig(
+                domain=name, root=root, keep_versions=keep, dry_run=not delete, grace_s=3600 * grace_h, wait_s=wait
+            )
+            failure = None
+            try:
+                collected = collect_garbage(config)
+            except NotAllCollectedError as error:
+                failure, collected = error, list(error.collected)
+            for garbage in collected:
+                for uri, count in garbage.files:
+                    say(f"{count:>12}  {uri}")
+                done = "deleted" if delete else "to delete (run again with --delete)"
+                typer.echo(f"{garbage.domain}: {len(garbage.files)} files, {size(garbage.bytes)} {done}", err=True)
+            if failure is not None:
+                raise failure

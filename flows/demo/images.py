@@ -15,10 +15,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm.auto import tqdm
 
 from infra import storage
 from infra.errors import InputError, StageError
+from infra.progress import ProgressBar
 from infra.storage.folders import make_folder
 
 FIRST, ANIMALS, OPENMOJI = "twemoji", "twemoji-animals", "openmoji"
@@ -58,7 +58,7 @@ def draw_openmoji(folder: Path) -> None:
     import resvg_py
 
     make_folder(folder)
-    for path in tqdm(missing, desc="render openmoji", unit="image", leave=False):
+    for path in ProgressBar(missing, desc="render openmoji", unit="image", leave=False):
         png = resvg_py.svg_to_bytes(svg_string=path.read_text(), height=SIDE_PX, skip_system_fonts=True)
         partial = folder / f".{path.stem}.partial"
         partial.write_bytes(bytes(png))

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
+from flows.cli.progress import step_bar
 from flows.demo.figure import SwapRow, draw_swap
 from flows.demo.images import CREDITS, DOMAINS, FIRST, draw_openmoji, serve_images, write_lists
 from flows.new_domain import Domain, NewDomainConfig, new_domain
@@ -100,12 +100,7 @@ def draw(settings: Settings, path: Path) -> tuple[Path, float]:
 
 
 def _generate_all(pipeline: Any, database: str, settings: Settings) -> Groups:
-    with tqdm(desc=f"generate {database}", unit="step", leave=False) as progress:
-
-        def on_progress(step: int, steps: int) -> None:
-            progress.total = steps
-            progress.update(step - progress.n)
-
+    with step_bar(f"generate {database}") as on_progress:
         output = pipeline(
             list(PROMPTS),
             num_images_per_prompt=SHOWN_SAMPLES,

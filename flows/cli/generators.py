@@ -1,0 +1,295 @@
+"""Commands that use a generator: generate, edit and evaluate."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from flows.cli.console import (
+    DATABASE,
+    IMAGES,
+    MODEL,
+    Device,
+    Quiet,
+    Root,
+    Trust,
+    Verbose,
+    choose_generator,
+    open_image,
+    prefect_server,
+    report_errors,
+    say,
+    settings,
+    writable,
+)
+from flows.cli.inputs import check_device, check_root
+from flows.cli.progress import step_bar
+from infra.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+LONGEST_ROW = 12
+"""Maximum images in one row; more make a square grid, because formats limit the width (WebP: 16,383 px)."""
+
+
+def generate(
+    context: typer.Context,
+    prompts: Annotated[list[str], typer.Argument(help="Texts or image files, one generated image each.")],
+    database: Annotated[str, typer.Option(help=DATABASE)],
+    out: Annotated[
+        Path | None, typer.Option(help="PNG, JPEG or WebP to write: up to 12 images in a row, more in a grid.")
+    ] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option(help="Folder for one PNG per image, 0000.png and so on, instead of --out.")
+    ] = None,
+    num_images: Annotated[int, typer.Option(help="Images per prompt.", min=1, max=1000)] = 1,
+    model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",
+    between: Annotated[int | None, typer.Option(help="Interpolate two prompts in this many images.")] = None,
+    seed: Annotated[
+        int, typer.Option(help="Random seed; the same seed gives the same images.", min=0, max=2**63 - 1)
+    ] = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps. Default: the generator's (bundled: 6).", min=1, max=1000)
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Guidance scale: 1 is the model as trained, more follows the prompt more strongly. "
+            "Default: the generator's (bundled: 3)."
+        ),
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt; needs a guidance above 1.")] = None,
+    neighbours: Annotated[
+        int | None,
+        typer.Option(help="Neighbours to condition on. Default: the generator's (bundled: 3).", min=1, max=1000),
+    ] = None,
+    candidates: Annotated[
+        int | None,
+        typer.Option(help="Images to choose each result from. Default: the generator's (bundled: 2).", min=1, max=64),
+    ] = None,
+    query: Annotated[
+        Literal["text", "mean", "both", "none"] | None,
+        typer.Option(
+            help="Embedding that accompanies the neighbours: the prompt's (text), the neighbours' mean, the mean of "
+            "both, or none. Default: the generator's (bundled: mean)."
+        ),
+    ] = None,
+    device: Device = "cpu",
+    trust: Trust = False,
+    root: Root = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Generate images from prompts and their neighbours in a database. A prompt may also be the path of an image.
+
+    With two prompts and --between N, generate N images that interpolate between them; --candidates then has no effect.
+
+    Example: knn-diffusion generate "a red heart" "a sad face" --database twemoji --out images.png
+    """
+    if (out is None) == (out_dir is None):
+        raise typer.BadParameter("give exactly one output: --out FILE or --out-dir FOLDER")
+    with report_errors(verbose, quiet):
+        check_device(device)
+        check_root(root)
+        _check_output(out, out_dir)
+        conditions = [_image_or_text(prompt) for prompt in prompts]
+        _check_between(between, len(conditions), num_images)
+        import torch
+
+        from tasks.serve.load import load_pipeline
+
+        model = choose_generator(context, model, settings(root), quiet)
+        pipeline = load_pipeline(model, database, settings(root), trust=trust)
+        _move(pipeline, device)
+        options: dict[str, Any] = {
+            "negative_prompt": negative,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "neighbours": neighbours,
+            "candidates": candidates,
+            "query": query,
+            "generator": torch.Generator().manual_seed(seed),
+        }
+        with step_bar("generate") as on_progress:
+            if between is None:
+                output = pipeline(conditions, num_images_per_prompt=num_images, on_progress=on_progress, **options)
+            else:
+                output = pipeline.interpolate(*conditions, between, on_progress=on_progress, **options)
+        for path in _save(output.images, out, out_dir):
+            say(path)
+
+
+def edit(
+    context: typer.Context,
+    image: Annotated[Path, typer.Argument(help="Image to edit; it is cropped to its centre square.")],
+    prompt: Annotated[str, typer.Argument(help="Text that describes the edited image.")],
+    database: Annotated[str, typer.Option(help=DATABASE)],
+    out: Annotated[Path, typer.Option(help="PNG, JPEG or WebP to write.")],
+    model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",
+    method: Annotated[
+        Literal["local", "restore", "sdedit"],
+        typer.Option(
+            help="local: regenerate one region; restore: the whole image, with a generator trained for editing; "
+            "sdedit: the whole image, from the noised source."
+        ),
+    ] = "local",
+    strength: Annotated[
+        float | None,
+        typer.Option(help="Edit strength in (0, 1]; 1 ignores the original content of the region. Default: 1."),
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale: how strongly to follow the prompt. Default: 4.")
+    ] = None,
+    candidates: Annotated[
+        int | None, typer.Option(help="Edits to choose from; the cost is proportional. Default: 8.", min=1, max=64)
+    ] = None,
+    largest_region: Annotated[
+        float | None,
+        typer.Option(help="Share of the image that local may change, in (0, 1]. Default: 0.4."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Random seed; the same seed gives the same image.", min=0, max=2**63 - 1)
+    ] = 0,
+    device: Device = "cpu",
+    trust: Trust = False,
+    root: Root = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Edit an image with a text, without a mask: the region that does not match the text is regenerated.
+
+    By default eight edits are generated in four regions, and the one closest to the text is kept.
+
+    Example: knn-diffusion edit heart.png "a green heart" --database twemoji --out green.png
+    """
+    with report_errors(verbose, quiet):
+        check_device(device)
+        check_root(root)
+        writable(out, "image", IMAGES)
+        if largest_region is not None and method != "local":
+            raise InputError(
+                f"--largest-region does not apply to --method {method}; use --method local, or remove the option"
+            )
+        source = open_image(image)
+        import torch
+
+        from tasks.serve.load import load_pipeline
+
+        model = choose_generator(context, model, settings(root), quiet)
+        pipeline = load_pipeline(model, database, settings(root), trust=trust)
+        _move(pipeline, device)
+        given = {
+            "method": method,
+            "strength": strength,
+            "guidance_scale": guidance,
+            "candidates": candidates,
+            "largest_region": largest_region,
+        }
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        (edited,) = pipeline.edit(source, prompt, generator=torch.Generator().manual_seed(seed), **options)
+        edited.save(out)
+        say(out)
+
+
+def evaluate(
+    databases: Annotated[list[str], typer.Argument(help=f"Databases to retrieve from. {DATABASE}")],
+    model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",
+    texts: Annotated[
+        str | None, typer.Option(help="Text file, one prompt per line. Default: images of the database as prompts.")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(help="Images per condition: two conditions, about ten with ablations.", min=4)
+    ] = 256,
+    ablations: Annotated[bool, typer.Option(help="Also evaluate other queries and numbers of neighbours.")] = True,
+    inception: Annotated[
+        str | None, typer.Option(help="File of torch-fidelity's Inception weights, to compute FID.")
+    ] = None,
+    gpu: Annotated[bool, typer.Option(help="Generate on a GPU.")] = False,
+    trust: Trust = False,
+    root: Root = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Evaluate a generator on databases, and write scores, figures and the closest copies to one page.
+
+    With several databases, the effect of swapping them is measured too.
+
+    Example: knn-diffusion evaluate twemoji openmoji --texts prompts.txt --samples 256
+    """
+    with report_errors(verbose, quiet):
+        check_root(root)
+        with prefect_server():
+            from flows.evaluate_generator import EvaluateGeneratorConfig, evaluate_generator
+            from tasks.evaluate.task import EvaluateConfig
+
+            evaluate_config = EvaluateConfig(
+                samples=samples, ablations=ablations, inception_weights=inception, use_gpu=gpu
+            )
+            config = EvaluateGeneratorConfig(
+                databases=tuple(databases),
+                generator=model,
+                texts=texts,
+                root=root,
+                evaluate=evaluate_config,
+                trust=trust,
+            )
+            say(evaluate_generator(config).report.reference.uri + "/evaluation.html")
+
+
+def _check_output(out: Path | None, out_dir: Path | None) -> None:
+    """Raise ``InputError`` if the output cannot be written."""
+    if out is not None:
+        writable(out, "image", IMAGES)
+    elif out_dir is not None and (not out_dir.parent.is_dir() or (out_dir.exists() and not out_dir.is_dir())):
+        raise InputError(f"--out-dir cannot be created: {out_dir}; create its parent folder, or give another path")
+
+
+def _check_between(between: int | None, prompts: int, num_images: int) -> None:
+    """Raise ``InputError`` if ``--between`` does not fit the number of prompts or images."""
+    if between is not None and prompts != 2:
+        raise InputError(f"--between needs two prompts: {prompts} were given; give two")
+    if between is not None and num_images > 1:
+        raise InputError(f"--num-images does not apply to --between: {num_images}; remove one of them")
+
+
+def _move(pipeline: Any, device: str) -> None:
+    """Move the pipeline to ``device``. Raises ``InputError`` if this machine does not have it."""
+    if device == "cpu":
+        return
+    try:
+        pipeline.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by its build
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device is not available: {device} ({reason}); use cpu") from error
+
+
+def _save(images: Sequence["Image.Image"], out: Path | None, out_dir: Path | None) -> list[Path]:
+    """Write the images to one file or one file each, and return the paths."""
+    from model.images import image_grid
+
+    if out_dir is None:
+        assert out is not None, "generate requires one of the two"  # noqa: S101 - for the type checker
+        columns = len(images) if len(images) <= LONGEST_ROW else math.isqrt(len(images) - 1) + 1
+        image_grid(images, columns=columns).save(out)
+        return [out]
+    out_dir.mkdir(exist_ok=True)
+    paths = [out_dir / f"{number:04}.png" for number in range(len(images))]
+    for image, path in zip(images, paths, strict=True):
+        image.save(path)
+    return paths
+
+
+def _image_or_text(prompt: str) -> "str | Image.Image":
+    """Return the image if ``prompt`` is the path of an image file, else the text.
+
+    Raises:
+        InputError: The prompt looks like an image path (image suffix, with a slash or without spaces), but no such
+            image can be read.
+    """
+    path = Path(prompt)
+    exists = bool(path.suffix) and len(prompt) < 256 and path.is_file()
+    is_path = exists or (path.suffix.lower() in IMAGES and ("/" in prompt or " " not in prompt))
+    return open_image(path) if is_path else prompt

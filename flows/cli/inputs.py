@@ -1,0 +1,175 @@
+"""Checks of a command's input before anything starts: without Prefect, Ray, torch or the network.
+
+They report what a flow would only report after its servers have started, or after a whole download. A list on an
+object store and the weights of a remote encoder are left to the flow.
+"""
+
+import importlib.util
+import os
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from infra import uris
+from infra.errors import InputError
+
+RECIPE_OPTIONS: dict[str, frozenset[str]] = {
+    "own_domain": frozenset({"train", "encoder"}),
+    "demo_cpu": frozenset({"train"}),
+    "stickers_h100": frozenset(),
+    "photos_h100": frozenset({"autoencoder"}),
+}
+"""Options of ``new-domain`` that each recipe of :mod:`flows.recipes` accepts, in the order of its table."""
+CHECKED_BYTES = 64 * 2**20
+"""Longest list that is read in advance; parsing it takes less than a second."""
+
+_DOMAIN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def check_domain(name: str) -> None:
+    """Raise ``InputError`` if ``name`` cannot be a domain."""
+    if not _DOMAIN.fullmatch(name) or name == "mlflow":  # this folder of the root holds registered files
+        raise InputError(f"domain {name!r} must be lower-case letters, digits and hyphens, such as 'twemoji'")
+
+
+def check_root(root: str | None) -> None:
+    """Raise ``InputError`` if the root of a command that reads is given but does not exist."""
+    variable = os.environ.get("KNN_DIFFUSION_ROOT")
+    source, given = ("--root", root) if root is not None else ("KNN_DIFFUSION_ROOT", variable)
+    if not given or not uris.is_local(given):
+        return
+    if root is None and os.environ.get("MLFLOW_TRACKING_URI"):  # the registry is elsewhere, and names its own folders
+        return
+    if not uris.local_path(given).is_dir():
+        raise InputError(f"{source} does not exist: {given}; give the folder that new-domain wrote to")
+
+
+def check_recipe(recipe: str, options: Collection[str]) -> None:
+    """Raise ``InputError`` if there is no such recipe, or if it does not accept one of the given ``options``."""
+    if recipe not in RECIPE_OPTIONS:
+        raise InputError(f"--recipe is unknown: {recipe}; use one of {', '.join(RECIPE_OPTIONS)}")
+    accepted = RECIPE_OPTIONS[recipe]
+    if unknown := set(options) - accepted:
+        raise InputError(f"--{min(unknown)} does not apply to --recipe {recipe}; remove the option")
+    if "autoencoder" in accepted and "autoencoder" not in options:
+        raise InputError(f"--autoencoder is missing: --recipe {recipe} trains on latents; add --autoencoder FOLDER")
+
+
+def check_encoder(name: str) -> None:
+    """Raise ``InputError`` if no encoder can have this name. Weights that need a download are not requested."""
+    from model.encoder.identity import EMBEDDED
+
+    if name == EMBEDDED:
+        return
+    hint = f"use ARCHITECTURE/WEIGHTS (ViT-B-32/laion2b_s34b_b79k), hf-hub:ORG/NAME, local-dir:FOLDER or {EMBEDDED}"
+    scheme, _, location = name.partition(":")
+    if scheme == "local-dir":
+        if not Path(location, "open_clip_config.json").is_file():
+            raise InputError(f"--encoder has no open_clip_config.json: {name}; give the folder of a saved encoder")
+    elif scheme == "hf-hub":
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", location):
+            raise InputError(f"--encoder is not a repository: {name}; use hf-hub:ORG/NAME")
+    else:
+        architecture, _, weights = name.partition("/")
+        known = _architectures()
+        if not weights:
+            raise InputError(f"--encoder has no weights: {name}; {hint}")
+        if known and architecture not in known:
+            raise InputError(f"--encoder is unknown: {name}; {hint}")
+        if not Path(weights).exists() and not _is_weights_tag(weights):
+            raise InputError(f"--encoder has unknown weights: {name}; {hint}")
+
+
+def check_url_list(uri: str, allow_hosts: Sequence[str] | None = None) -> None:
+    """Raise an error if a local URL list is missing or unusable.
+
+    With ``allow_hosts``, also raise one if every URL has a blocked address, such as 127.0.0.1.
+    """
+    if not _is_short(uri):
+        return
+    from infra.formats.tables import read_url_list
+
+    table = read_url_list(uri)
+    if allow_hosts is None:
+        return
+    urls: list[str | None] = table["url"].to_pylist()
+    blocked = {_blocked_host(url or "", allow_hosts) for url in urls}
+    if None not in blocked:
+        hosts = sorted(host for host in blocked if host)
+        raise InputError(
+            f"every URL of {uri} has an address that is not public: {hosts[0]}; "
+            f"if this is intended, add --allow-host {hosts[0]}"
+        )
+
+
+def check_takedown_list(uri: str) -> None:
+    """Raise an error if a local takedown list is missing or has no column that identifies images."""
+    if not _is_short(uri):
+        return
+    from infra.formats.tables import read_list
+
+    names = read_list(uri, "takedown").column_names
+    if not {"url", "sha256", "key"} & set(names):
+        raise InputError(
+            f"{uri} has none of the columns url, sha256 and key: {', '.join(names) or 'no columns'}; "
+            "rename the column that identifies images"
+        )
+
+
+def check_device(device: str) -> None:
+    """Raise ``InputError`` if ``device`` has not the form of a device name."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", device):
+        raise InputError(f"--device is unknown: {device}; use cpu, cuda, cuda:0 or mps")
+
+
+def check_folder(option: str, folder: str | None, file: str) -> None:
+    """Raise ``InputError`` if the ``folder`` of an option is given but does not hold ``file``."""
+    if folder is not None and not Path(folder, file).is_file():
+        raise InputError(f"{option} has no {file}: {folder}; check the path")
+
+
+def _is_short(uri: str) -> bool:
+    """Return True if ``uri`` is a local file of at most ``CHECKED_BYTES``, or is missing, so that reading it fails."""
+    if not uris.is_local(uri):
+        return False
+    path = uris.local_path(uri)
+    return not path.exists() or path.stat().st_size <= CHECKED_BYTES
+
+
+def _blocked_host(url: str, allow_hosts: Sequence[str]) -> str | None:
+    """Return HOST:PORT of a URL whose host is a numeric address or ``localhost`` and that the download will block."""
+    from infra.download import safe_urlopen
+
+    try:
+        parts = urlsplit(url.strip())
+        host, port = parts.hostname or "", parts.port or _DEFAULT_PORTS.get(parts.scheme, 0)
+        public = safe_urlopen.is_public("127.0.0.1" if host == "localhost" else host)
+    except ValueError:  # a name, which only the download resolves, or no URL at all
+        return None
+    endpoint = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return None if public or endpoint in {one.lower() for one in allow_hosts} else endpoint
+
+
+def _open_clip_folder() -> Path | None:
+    """Return the folder of open_clip, without the import of torch that an import of open_clip brings."""
+    spec = importlib.util.find_spec("open_clip")
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
+
+
+def _architectures() -> frozenset[str]:
+    folder = _open_clip_folder()
+    return frozenset(path.stem for path in (folder / "model_configs").glob("*.json")) if folder else frozenset()
+
+
+def _is_weights_tag(tag: str) -> bool:
+    """Return True if open_clip's table of weights names ``tag`` for any architecture, or if there is no such table."""
+    folder = _open_clip_folder()
+    table = folder / "pretrained.py" if folder else None
+    if table is None or not table.is_file():
+        return True
+    normal = tag.lower().replace("-", "_")  # as open_clip compares them
+    return (
+        re.search(rf"\b{re.escape(normal)}\b", table.read_text(encoding="utf-8").lower().replace("-", "_")) is not None
+    )

@@ -1,0 +1,18 @@
+"""Progress of a generator's steps on standard error."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def step_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar with the remaining time, and yield the callback (step, total steps) that advances it."""
+    from infra.progress import ProgressBar
+
+    with ProgressBar(desc=description, unit="step", leave=False) as bar:
+
+        def on_progress(step: int, steps: int) -> None:
+            bar.total = steps
+            bar.update(step - bar.n)
+
+        yield on_progress
