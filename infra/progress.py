@@ -11,7 +11,7 @@ LINE_EVERY_S = 30.0
 _NEVER_S = 1e9
 
 
-class ProgressBar(tqdm):  # type: ignore[misc,type-arg]
+class ProgressBar(tqdm):
     """A progress bar of tqdm that writes plain lines if standard error is not a terminal.
 
     A redrawn bar would fill a log file with carriage returns. Notebooks keep their widget.

@@ -157,7 +157,7 @@ def _partial_shards(previous: EmbeddingShards, sources: Sequence[artifacts.Shard
         for shard in previous.manifest().shards
         if (tar := tars.get(shard.name)) is not None
         and shard.info.get("source") == tar.file(".tar").sha256
-        # The count covers shards from before the mark existed. A compaction can make the counts equal, unlike the mark.
+        # Older shards lack the mark and are recognised by their count, which a compaction of the images may hide.
         and (PART in shard.info or sum(shard.info["outcomes"].values()) < tar.rows)
     }
 

@@ -152,7 +152,7 @@ def our_workers(folder: Path, shards: list[artifacts.Shard], others: list[int]) 
 
 
 def bare_forms(images: int) -> dict[str, Contestant]:
-    """Return contestants for the bare model, in both forms."""
+    """Return contestants for the bare model: one process per core, and one process with all cores."""
     command = [sys.executable, HERE / "embed.py"]
     each = [*command, json.dumps({"threads": 1, "images": images // CORES})]
     whole = [*command, json.dumps({"threads": CORES, "images": images})]
@@ -160,7 +160,7 @@ def bare_forms(images: int) -> dict[str, Contestant]:
 
 
 def their_forms(folder: Path, shards: list[artifacts.Shard]) -> dict[str, Contestant]:
-    """Return contestants for clip-retrieval in both forms, with one decoder per core; none without its environment."""
+    """Return the same contestants for clip-retrieval, one decoder per core; none without its environment."""
     python = os.environ.get(ENVIRONMENT)
     if not python:
         return {}
