@@ -194,6 +194,7 @@ class KNNDiffusionPipeline(BasePipeline):
         generator: torch.Generator | None = None,
         neighbours: int | None = None,
         retrieve: bool = True,
+        on_progress: ProgressCallback | None = None,
         **options: Any,
     ) -> list[Image.Image]:
         """Edit images by texts, without a mask: regenerate what disagrees with the text, and keep the rest.
@@ -208,6 +209,7 @@ class KNNDiffusionPipeline(BasePipeline):
             generator: Source of the noise, on the CPU. Default: a random seed.
             neighbours: K. Default: the number shown in training, with which the other defaults were measured.
             retrieve: False hides the neighbours. Default: True.
+            on_progress: Called with (candidates, total candidates) after each candidate. Default: None.
             **options: Further fields of :class:`model.editing.config.EditConfig`, e.g. guidance_scale or candidates.
 
         Returns:
@@ -233,7 +235,9 @@ class KNNDiffusionPipeline(BasePipeline):
         if needs_source_tokens(config):
             embeddings = embed_images(self._embed_pixels, sources, backbone.device)
             source_tokens = self.condition(embeddings, k, retrieve=retrieve, database=database).tokens
-        edited = edit(backbone, self._embed_pixels, sources, targets, tokens, source_tokens, config, generator)
+        edited = edit(
+            backbone, self._embed_pixels, sources, targets, tokens, source_tokens, config, generator, on_progress
+        )
         return [Image.fromarray(pixels) for pixels in edited]
 
     def interpolate(self, first: Prompt, second: Prompt, count: int = 8, **options: Any) -> KNNDiffusionOutput:

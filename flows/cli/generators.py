@@ -117,7 +117,7 @@ def generate(
             if between is None:
                 output = pipeline(conditions, num_images_per_prompt=num_images, on_progress=on_progress, **options)
             else:
-                output = pipeline.interpolate(*conditions, between, on_progress=on_progress, **options)
+                output = pipeline.interpolate(conditions[0], conditions[1], between, on_progress=on_progress, **options)
         for path in _save(output.images, out, out_dir):
             say(path)
 
@@ -189,7 +189,10 @@ def edit(
             "largest_region": largest_region,
         }
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        (edited,) = pipeline.edit(source, prompt, generator=torch.Generator().manual_seed(seed), **options)
+        with step_bar("edit", unit="candidate") as on_progress:
+            (edited,) = pipeline.edit(
+                source, prompt, generator=torch.Generator().manual_seed(seed), on_progress=on_progress, **options
+            )
         edited.save(out)
         say(out)
 

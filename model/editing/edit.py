@@ -15,7 +15,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -31,7 +31,7 @@ from model.editing.discrete_canvas import DiscreteCanvas
 from model.editing.regions import CONTRAST_SAMPLES, keep_unchanged, propose_regions, select_candidate
 from model.errors import ModelError
 from model.generation.backbone import Backbone
-from model.generation.batching import run_batched
+from model.generation.batching import ProgressCallback, run_batched
 from model.generation.continuous import ContinuousBackbone
 from model.generation.discrete import DiscreteBackbone
 from model.generation.sampling import EmbedPixels
@@ -70,6 +70,7 @@ def edit(
     source_tokens: Tensor | None,
     config: EditConfig,
     generator: torch.Generator | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> NDArray[np.uint8]:
     """Edit images towards targets.
 
@@ -83,6 +84,7 @@ def edit(
             :func:`needs_source_tokens`.
         config: How to edit.
         generator: Source of the noise, on the CPU. Default: a random seed.
+        on_progress: Called with (candidates, total candidates) after each one, over all batches. Default: None.
 
     Returns:
         (B, S, S, 3) uint8.
@@ -98,15 +100,20 @@ def edit(
     noise = backbone.noise(len(images) * samples, extra_steps + config.steps, generator)
     noise = noise.reshape(len(images), samples, *noise.shape[1:])
 
-    def edit_batch(rows: slice, _: Callable[[int], None]) -> Tensor:
+    def edit_batch(rows: slice, on_candidate: Callable[[int], None]) -> Tensor:
         own_tokens = None if source_tokens is None else source_tokens[rows]
-        edited = _candidates(backbone, new_canvas, sources[rows], tokens[rows], own_tokens, noise[rows], config)
+        edited: list[Tensor] = []
+        for candidate in _candidates(
+            backbone, new_canvas, sources[rows], tokens[rows], own_tokens, noise[rows], config
+        ):
+            edited.append(candidate)
+            on_candidate(len(edited))
         if len(edited) == 1:
             return edited[0]
         scores = [(embed_pixels(to_pixels(one)) * targets[rows]).sum(1) for one in edited]
         return select_candidate(sources[rows], edited, torch.stack(scores), kept_db=config.kept_db)
 
-    edited = to_pixels(run_batched(edit_batch, len(images), config.steps, backbone.device, None))
+    edited = to_pixels(run_batched(edit_batch, len(images), config.candidates, backbone.device, on_progress))
     if unchanged := int((edited == images).all((1, 2, 3)).sum()):
         message = "%d of %d images are unchanged; rephrase the prompt, or increase strength or largest_region"
         logger.warning(message, unchanged, len(images))
@@ -140,7 +147,7 @@ def _candidates(
     source_condition: Tensor | None,
     noise: Tensor,
     config: EditConfig,
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     """Generate the candidates of one batch on the backbone's device: each (B, 3, S, S) in [−1, 1] on the CPU."""
     source, condition, noise = (part.to(backbone.device) for part in (source, condition, noise))
     source_condition = None if source_condition is None else source_condition.to(backbone.device)
@@ -148,17 +155,22 @@ def _candidates(
     noises = noise[:, : config.candidates].unbind(1)
     if config.method == "restore":
         assert backbone.restorer is not None  # noqa: S101 - checked by the caller
-        return [restore(backbone.restorer, source, condition, one, config, negative=negative).cpu() for one in noises]
+        for one in noises:
+            yield restore(backbone.restorer, source, condition, one, config, negative=negative).cpu()
+        return
     canvas = new_canvas(source, condition, config, negative)
     if config.method == "sdedit":
-        return [canvas.regenerate(one).cpu() for one in noises]
+        for one in noises:
+            yield canvas.regenerate(one).cpu()
+        return
     assert source_condition is not None  # noqa: S101 - the caller provides it for this method
     contrast = canvas.contrast(source_condition, noise[:, config.candidates :])
     if contrast.shape[-1] != source.shape[-1]:  # contrast of latents or codes
         contrast = F.interpolate(contrast, size=source.shape[-2:], mode="bilinear")
     regions = propose_regions(contrast, math.ceil(config.candidates / 2), largest=config.largest_region).unbind(1)
-    edited = [canvas.inpaint(region, one) for region, one in zip(itertools.cycle(regions), noises, strict=False)]
-    return [(keep_unchanged(one, source) if config.keep else one).cpu() for one in edited]
+    for region, one in zip(itertools.cycle(regions), noises, strict=False):
+        edited = canvas.inpaint(region, one)
+        yield (keep_unchanged(edited, source) if config.keep else edited).cpu()
 
 
 def _canvas_for(backbone: Backbone) -> tuple[NewCanvas, int]:

@@ -124,6 +124,19 @@ def test_edit_strength_near_zero_returns_the_source(editor: KNNDiffusionPipeline
     assert np.abs(pixels(edited(editor, image(), method=method, strength=1e-4)) - pixels([image()])).max() <= 3
 
 
+@pytest.mark.parametrize("method", ["local", "sdedit"])
+def test_edit_reports_progress_after_each_candidate(
+    editor: KNNDiffusionPipeline, encoder: RedEncoder, method: str
+) -> None:
+    reported: list[tuple[int, int]] = []
+
+    def on_progress(done: int, total: int) -> None:
+        reported.append((done, total))
+
+    edited(editor, image(), method=method, steps=1, candidates=3, on_progress=on_progress)
+    assert reported == [(1, 3), (2, 3), (3, 3)]
+
+
 def test_edit_unchanged_images_are_logged(editor: KNNDiffusionPipeline, caplog: pytest.LogCaptureFixture) -> None:
     sources = [image(seed=0), image(seed=1)]
     with caplog.at_level(logging.WARNING):
