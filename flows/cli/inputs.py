@@ -140,12 +140,12 @@ def _is_short(uri: str) -> bool:
 
 def _blocked_host(url: str, allow_hosts: Sequence[str]) -> str | None:
     """Return HOST:PORT of a URL whose host is a numeric address or ``localhost`` and that the download will block."""
-    from infra.download import safe_urlopen
+    from infra.download import public_addresses
 
     try:
         parts = urlsplit(url.strip())
         host, port = parts.hostname or "", parts.port or _DEFAULT_PORTS.get(parts.scheme, 0)
-        public = safe_urlopen.is_public("127.0.0.1" if host == "localhost" else host)
+        public = public_addresses.is_public("127.0.0.1" if host == "localhost" else host)
     except ValueError:  # a name, which only the download resolves, or no URL at all
         return None
     endpoint = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -12,7 +12,7 @@ def test_progress_bar_without_terminal_writes_lines_at_intervals(monkeypatch: py
     stream = io.StringIO()
     now = [0.0]
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("infra.progress.time.monotonic", lambda: now[0])
     with progress.ProgressBar(total=4, desc="embed", unit="shard", leave=False) as bar:
         bar.set_postfix_str("3 images/s")
         for _ in range(4):

@@ -499,7 +499,7 @@ def test_generate_on_absent_device_fails_on_one_line(pipeline: FakePipeline, tmp
         raise RuntimeError(f"No {device} here\nand more")
 
     pipeline.to = to  # type: ignore[attr-defined]
-    options = ["--database", "shapes", "--out", str(tmp_path / "a.png"), "--device"]
+    options = ["--database", "shapes", "--out", str(tmp_path / "a.png"), "--model", "sticker-generator", "--device"]
     refused(run("generate", "a", *options, "cuda:7"), "--device is not available: cuda:7 (No cuda:7 here); use cpu")
     refused(run("generate", "a", *options, "tpu"), "--device is unknown: tpu; use cpu, cuda")
 
