@@ -195,7 +195,7 @@ def tiny_generator(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def workspace(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """Yield the prepared workspace as the current folder: no Ray, tiny generators, loopback counts as public."""
-    from infra.download import safe_urlopen
+    from infra.download import public_addresses, safe_urlopen
     from model import saved_generator
 
     folder = tmp_path_factory.mktemp("docs")
@@ -205,7 +205,8 @@ def workspace(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) ->
         for name in saved_generator.SHIPPED:
             tiny_generator(folder / "pretrained" / name / "pipeline")
         patch.setattr(saved_generator, "_PRETRAINED", folder / "pretrained")
-        patch.setattr(safe_urlopen, "is_public", lambda address: True)
+        for module in (public_addresses, safe_urlopen):  # the check in advance, and the download's own
+            patch.setattr(module, "is_public", lambda address: True)
         patch.setenv("KNN_DIFFUSION_CACHE", str(folder / "cache"))
         (folder / "work").mkdir()
         patch.chdir(folder / "work")
@@ -277,6 +278,10 @@ def anchors_of(page: Path) -> set[str]:
 
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1000
+
+
+def test_screenshot_is_small() -> None:
+    assert (ROOT / "docs/images/search.png").stat().st_size <= 300_000
 
 
 def test_settings_page_lists_every_variable() -> None:
