@@ -8,7 +8,7 @@ responses, header fields, the body, and the framing around the body.
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.message import Message
 from typing import Any, Self
@@ -28,10 +28,11 @@ _MAX_IDLE_S = 10.0  # a router on the way may drop a connection that is idle for
 class Connection:
     """A connected socket that carries one request after another. Not thread-safe."""
 
-    def __init__(self, sock: socket.socket, max_body_bytes: int) -> None:
+    def __init__(self, sock: socket.socket, max_body_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         """Take ownership of ``sock``; responses with a body above ``max_body_bytes`` are rejected."""
         self.max_body_bytes = max_body_bytes
-        # Monotonic time (s) of the end of the last response; None if no request may follow.
+        self._clock = clock
+        # Time (s) on ``clock`` of the end of the last response; None if no request may follow.
         self.free_since: float | None = None
         self.received_bytes = 0
         self._sock = sock
@@ -47,7 +48,7 @@ class Connection:
 
     def is_silent(self) -> bool:
         """Return True if the next bytes can only be the response to the next request."""
-        if self.free_since is None or time.monotonic() - self.free_since > _MAX_IDLE_S:
+        if self.free_since is None or self._clock() - self.free_since > _MAX_IDLE_S:
             return False
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
@@ -91,7 +92,7 @@ class Connection:
         """Finish a response: keep the connection for the next request if both sides allow it, else close it."""
         done = self._http.our_state is h11.DONE and self._http.their_state is h11.DONE
         if reusable and done and not self._http.trailing_data[0]:
-            self.free_since = time.monotonic()
+            self.free_since = self._clock()
         else:
             self.close()
 

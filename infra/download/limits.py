@@ -1,6 +1,7 @@
 """Limits on the download of one URL, the deadline that enforces them, and the error that reports a violation."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from infra.errors import KNNDiffusionError
@@ -34,15 +35,16 @@ class Limits:
 class Deadline:
     """Deadline of one URL. Each socket operation gets the smaller of its own timeout and the time left."""
 
-    def __init__(self, deadline_s: float, timeout_s: float) -> None:
-        """Start the clock: ``deadline_s`` seconds in total, ``timeout_s`` for one operation."""
+    def __init__(self, deadline_s: float, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Start now by ``clock``: ``deadline_s`` seconds in total, ``timeout_s`` for one operation."""
         self.timeout_s = timeout_s
         self._deadline_s = deadline_s
-        self._end = time.monotonic() + deadline_s
+        self._clock = clock
+        self._end = clock() + deadline_s
 
     def allowance_s(self) -> float:
         """Return the seconds that the next operation may take. Raises ``FetchError`` if the deadline has passed."""
-        left = self._end - time.monotonic()
+        left = self._end - self._clock()
         if left <= 0:
             raise FetchError("deadline_exceeded", f"not complete after deadline_s={self._deadline_s:g}")
         return min(left, self.timeout_s)

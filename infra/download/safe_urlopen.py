@@ -15,6 +15,7 @@ import socket
 import ssl
 import string
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,12 +33,18 @@ from infra.download.robots_tag import forbidding_rule
 Resolve = Callable[..., list[tuple[Any, ...]]]
 """A resolver with the signature and result of ``socket.getaddrinfo(host, port, type=…)``."""
 
+Clock = Callable[[], float]
+
 _INSTALL_LOCK = threading.RLock()
 
 
 @contextmanager
 def guarded(
-    limits: Limits, *, resolve: Resolve = socket.getaddrinfo, tls: ssl.SSLContext | None = None
+    limits: Limits,
+    *,
+    resolve: Resolve = socket.getaddrinfo,
+    tls: ssl.SSLContext | None = None,
+    clock: Clock = time.monotonic,
 ) -> Iterator["GuardedOpener"]:
     """Guard every ``urllib.request.urlopen`` call of this process during the block, then restore the previous opener.
 
@@ -48,8 +55,9 @@ def guarded(
         limits: Allowed hosts, sizes and times.
         resolve: Resolver of host names.
         tls: TLS context; by default one with the system's certificates.
+        clock: Clock of deadlines and idle connections, in seconds.
     """
-    opener = GuardedOpener(limits, resolve, tls or ssl.create_default_context())
+    opener = GuardedOpener(limits, resolve, tls or ssl.create_default_context(), clock)
     with _INSTALL_LOCK:
         previous = vars(urllib.request)["_opener"]
         urllib.request.install_opener(opener)
@@ -65,11 +73,11 @@ class GuardedOpener(urllib.request.OpenerDirector):
     Raises ``FetchError``, or ``urllib.error.HTTPError`` for a status that is neither a success nor a redirect.
     """
 
-    def __init__(self, limits: Limits, resolve: Resolve, tls: ssl.SSLContext) -> None:
+    def __init__(self, limits: Limits, resolve: Resolve, tls: ssl.SSLContext, clock: Clock = time.monotonic) -> None:
         """Install the guarded handlers; ``tls`` determines the trusted certificates."""
         super().__init__()
-        self._limits = limits
-        self.add_handler(_Connector(limits, resolve, tls))
+        self._limits, self._clock = limits, clock
+        self.add_handler(_Connector(limits, resolve, tls, clock))
         self.add_handler(_Redirector(limits.max_redirects))
         self.add_handler(urllib.request.HTTPErrorProcessor())
         self.add_handler(urllib.request.HTTPDefaultErrorHandler())
@@ -81,7 +89,7 @@ class GuardedOpener(urllib.request.OpenerDirector):
         if data is not None or getattr(fullurl, "data", None) is not None:
             raise ValueError("the guarded opener does not send data; remove the request body")
         seconds = float(timeout) if isinstance(timeout, int | float) else self._limits.timeout_s
-        deadline = Deadline(self._limits.deadline_s, seconds)
+        deadline = Deadline(self._limits.deadline_s, seconds, self._clock)
         is_request = isinstance(fullurl, urllib.request.Request)
         url, headers = (fullurl.full_url, dict(fullurl.header_items())) if is_request else (fullurl, {})
         with raises_fetch_error(deadline):
@@ -120,9 +128,9 @@ class _Redirector(urllib.request.BaseHandler):
 class _Connector(urllib.request.AbstractHTTPHandler):
     """Handler of http and https that connects to checked addresses only."""
 
-    def __init__(self, limits: Limits, resolve: Resolve, tls: ssl.SSLContext) -> None:
+    def __init__(self, limits: Limits, resolve: Resolve, tls: ssl.SSLContext, clock: Clock) -> None:
         super().__init__()
-        self._limits = limits
+        self._limits, self._clock = limits, clock
         self._resolve = resolve
         self._tls = tls
         self._thread = threading.local()  # one connection per thread: lists often have many images of one host in a row
@@ -145,7 +153,7 @@ class _Connector(urllib.request.AbstractHTTPHandler):
             with suppress(ConnectionError, h11.RemoteProtocolError, ssl.SSLError):  # the server has closed it
                 response = connection.get(req.selector, fields, req.deadline)
         if response is None:
-            connection = Connection(self._open_socket(req, tls), self._limits.max_body_bytes)
+            connection = Connection(self._open_socket(req, tls), self._limits.max_body_bytes, self._clock)
             response = connection.get(req.selector, fields, req.deadline)
         self._thread.endpoint, self._thread.connection = endpoint, connection
         response.url = req.full_url

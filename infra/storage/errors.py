@@ -38,20 +38,26 @@ _DISK_FULL_BYTES = 1 << 20
 _SHORT_WRITE = re.compile(rf"{os.strerror(errno.ENOSPC)}|\d+ requested and \d+ written")  # faiss | numpy
 
 
-def with_retries(uri: str, call: Callable[[], T]) -> T:
+def with_retries(
+    uri: str,
+    call: Callable[[], T],
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> T:
     """Call ``call`` and return its result, retrying transient errors with backoff.
 
     Raises the errors of :func:`storage_errors`.
     """
-    started = time.monotonic()
+    started = clock()
     for pause in RETRY_DELAYS_S:
         try:
             with storage_errors(uri):
                 return call()
         except TransientError:
-            if time.monotonic() - started > RETRY_DEADLINE_S:
+            if clock() - started > RETRY_DEADLINE_S:
                 raise
-            time.sleep(pause * random.uniform(1.0, 1.5))
+            sleep(pause * random.uniform(1.0, 1.5))
     with storage_errors(uri):
         return call()
 

@@ -24,7 +24,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from infra.errors import KNNDiffusionError, NotFoundError, StageError
 from infra.storage.locks import boot_id
 
 FOLDER = "lease"
+Clock = Callable[[], float]
 _POLL_S = 1.0
 
 
@@ -69,19 +70,20 @@ class Holder:
 class Lease:
     """An acquired lease, renewed in a background thread until it is released or lost."""
 
-    def __init__(self, folder_uri: str, number: int, holder: Holder, began: float) -> None:
-        """Hold generation ``number``, whose write began at ``began`` (seconds, as returned by :func:`_now`)."""
+    def __init__(self, folder_uri: str, number: int, holder: Holder, began: float, clock: Clock) -> None:
+        """Hold generation ``number``, whose write began at ``began`` on ``clock`` (seconds)."""
         self.holder = holder
+        self._clock = clock
         self._folder, self._number, self._began = folder_uri, number, began
         self._uri = _file(folder_uri, number)
         self._lost: str | None = None
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
         """Raise ``StageError`` if this process no longer holds the lease. Call this before each commit."""
-        if self._lost is None and _now() - self._began > self.holder.ttl_s:
+        if self._lost is None and self._clock() - self._began > self.holder.ttl_s:
             self._lost = f"it could not be renewed for {self.holder.ttl_s:g} s"
         if self._lost is None and (higher := _highest(self._folder)) != self._number:
             self._lost = (
@@ -106,26 +108,42 @@ class Lease:
             except KNNDiffusionError:
                 storage.expire(self._uri)
 
-    def _renew(self) -> None:
-        while not self._ended.wait(self.holder.ttl_s / 3):
-            try:
-                self.check()
-                began = _now()
-                self._write(self.holder)
-                self._began = began
-            except Exception as error:
-                if self._lost is not None:
-                    logs.get("lease").warning("the lease on %s was lost: %s", self._folder, self._lost)
-                    return
-                # The store may recover, or the disk may have space again, before the lease expires.
-                logs.get("lease").warning("could not renew the lease on %s, will retry: %s", self._folder, error)
+    def renew(self) -> bool:
+        """Write the holder again, and return False if the lease was lost. Other failures are logged.
+
+        The background thread calls this every third of ``ttl_s``.
+        """
+        try:
+            self.check()
+            began = self._clock()
+            self._write(self.holder)
+            self._began = began
+        except Exception as error:
+            if self._lost is not None:
+                logs.get("lease").warning("the lease on %s was lost: %s", self._folder, self._lost)
+                return False
+            # The store may recover, or the disk may have space again, before the lease expires.
+            logs.get("lease").warning("could not renew the lease on %s, will retry: %s", self._folder, error)
+        return True
+
+    def _keep_renewing(self) -> None:
+        while not self._ended.wait(self.holder.ttl_s / 3) and self.renew():
+            pass
 
     def _write(self, holder: Holder) -> None:
         storage.write_bytes(self._uri, _encode(holder))
 
 
 @contextlib.contextmanager
-def lease(folder_uri: str, *, holder: str, ttl_s: float = 60.0, wait_s: float = 0.0) -> Iterator[Lease]:
+def lease(
+    folder_uri: str,
+    *,
+    holder: str,
+    ttl_s: float = 60.0,
+    wait_s: float = 0.0,
+    clock: Clock | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[Lease]:
     """Hold the lease on ``folder_uri`` for the duration of the block; it is renewed in the background.
 
     Args:
@@ -133,6 +151,8 @@ def lease(folder_uri: str, *, holder: str, ttl_s: float = 60.0, wait_s: float = 
         holder: Name shown to other writers, e.g. "rebuild-index twemoji".
         ttl_s: Seconds after which a dead holder loses the lease; at least 3 in an object store (whole-second clock).
         wait_s: Seconds to wait for another holder to finish.
+        clock: This process's clock in seconds; by default a monotonic one that includes suspension of the machine.
+        sleep: Function that waits between attempts to acquire the lease.
 
     Raises:
         StageError: Another writer holds the lease (the message names it), or the lease was lost during the block.
@@ -144,11 +164,12 @@ def lease(folder_uri: str, *, holder: str, ttl_s: float = 60.0, wait_s: float = 
             f"give at least {1.5 * _clock_resolution_s(folder_uri):g}"
         )
     folder_uri = storage.absolute(folder_uri)
-    deadline = _now() + wait_s
-    while (acquired := _acquire(folder_uri, holder, ttl_s)) is None:
-        if _now() >= deadline:
+    clock = clock or _now
+    deadline = clock() + wait_s
+    while (acquired := _acquire(folder_uri, holder, ttl_s, clock)) is None:
+        if clock() >= deadline:
             raise StageError(_conflict_message(folder_uri))
-        time.sleep(min(_POLL_S, max(0.0, deadline - _now())))
+        sleep(min(_POLL_S, max(0.0, deadline - clock())))
     try:
         yield acquired
         acquired.check()
@@ -156,7 +177,7 @@ def lease(folder_uri: str, *, holder: str, ttl_s: float = 60.0, wait_s: float = 
         acquired.release()
 
 
-def _acquire(folder_uri: str, name: str, ttl_s: float) -> Lease | None:
+def _acquire(folder_uri: str, name: str, ttl_s: float, clock: Clock) -> Lease | None:
     """Acquire and return the lease, or return None if another writer holds it."""
     highest = _highest(folder_uri)
     if highest and (_seconds_left(folder_uri, highest) or 0) > 0:
@@ -165,7 +186,7 @@ def _acquire(folder_uri: str, name: str, ttl_s: float) -> Lease | None:
         name=name, host=socket.gethostname(), process=os.getpid(), token=uuid.uuid4().hex, since=_timestamp(),
         ttl_s=ttl_s, machine=_machine(),
     )  # fmt: skip
-    number, began = highest + 1, _now()
+    number, began = highest + 1, clock()
     if not storage.create_bytes(_file(folder_uri, number), _encode(own)):
         return None
     if _highest(folder_uri) != number:  # the number was free because a later holder deleted it
@@ -174,7 +195,7 @@ def _acquire(folder_uri: str, name: str, ttl_s: float) -> Lease | None:
     for older in _numbers(folder_uri):
         if older < number:
             storage.discard(_file(folder_uri, older))
-    return Lease(folder_uri, number, own, began)
+    return Lease(folder_uri, number, own, began, clock)
 
 
 def _seconds_left(folder_uri: str, number: int) -> float | None:

@@ -119,6 +119,20 @@ class _Handler(BaseHTTPRequestHandler):
         """Log nothing."""
 
 
+class FakeClock:
+    """A clock in seconds that only :meth:`sleep` advances; ``pauses`` lists its arguments."""
+
+    def __init__(self) -> None:
+        self.now, self.pauses = 0.0, list[float]()
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
 class Killed(BaseException):
     """Simulated death of a process; not an ``Exception``, so that code under test does not catch it."""
 

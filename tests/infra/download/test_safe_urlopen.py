@@ -14,7 +14,7 @@ from urllib.error import HTTPError
 
 import pytest
 from support.certificates import certificate
-from support.fakes import LoopbackServer, Reply
+from support.fakes import FakeClock, LoopbackServer, Reply
 
 from infra.download.limits import FetchError, Limits
 from infra.download.public_addresses import is_public
@@ -27,8 +27,16 @@ TLS = ssl.create_default_context()  # slow to build: once for all tests
 pytestmark = pytest.mark.usefixtures("connects")
 
 
-def fetch(url: str, *, resolve: Resolve = socket.getaddrinfo, tls: ssl.SSLContext = TLS, **changes: Any) -> bytes:
-    with guarded(replace(LIMITS, **changes), resolve=resolve, tls=tls), urllib.request.urlopen(url) as response:
+def fetch(
+    url: str,
+    *,
+    resolve: Resolve = socket.getaddrinfo,
+    tls: ssl.SSLContext = TLS,
+    clock: Callable[[], float] = time.monotonic,
+    **changes: Any,
+) -> bytes:
+    limits = replace(LIMITS, **changes)
+    with guarded(limits, resolve=resolve, tls=tls, clock=clock), urllib.request.urlopen(url) as response:
         return bytes(response.read())
 
 
@@ -257,23 +265,27 @@ def test_urlopen_slow_server_is_deadline_exceeded(body: Callable[[], Iterator[by
 
 
 def test_urlopen_redirects_share_one_deadline() -> None:
+    clock = FakeClock()
+
     def slow() -> Iterator[bytes]:
-        time.sleep(0.2)
+        clock.sleep(2)
         yield b"HTTP/1.1 302 Found\r\nLocation: /\r\n\r\n"
 
     with LoopbackServer({"/": Reply(body=slow, raw=True)}) as server:
-        error = rejected(server.url("/"), allow_hosts=(server.host,), deadline_s=0.5, max_redirects=50)
+        error = rejected(server.url("/"), allow_hosts=(server.host,), clock=clock, max_redirects=50)
         assert error.error_class == "deadline_exceeded"
         assert len(server.requests) <= 3
 
 
 def test_urlopen_each_url_has_its_own_deadline() -> None:
+    clock = FakeClock()
+
     def slow() -> Iterator[bytes]:
-        time.sleep(0.3)
+        clock.sleep(0.3 * LIMITS.deadline_s)
         yield b"x"
 
     server = LoopbackServer({"/": Reply(body=slow)})
-    with server, guarded(replace(LIMITS, allow_hosts=(server.host,), deadline_s=1.0)):
+    with server, guarded(replace(LIMITS, allow_hosts=(server.host,)), clock=clock):
         for _ in range(4):
             with urllib.request.urlopen(server.url("/")) as response:
                 assert response.read() == b"x"
@@ -287,11 +299,13 @@ def test_urlopen_silent_server_is_timeout() -> None:
 
 
 def test_urlopen_slow_name_server_is_deadline_exceeded(connects: list[Any]) -> None:
+    clock = FakeClock()
+
     def resolve(*_: Any, **__: Any) -> list[tuple[Any, ...]]:
-        time.sleep(0.2)
+        clock.sleep(LIMITS.deadline_s)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (PUBLIC, 80))]
 
-    assert rejected("http://slow.example/", resolve=resolve, deadline_s=0.1).error_class == "deadline_exceeded"
+    assert rejected("http://slow.example/", resolve=resolve, clock=clock).error_class == "deadline_exceeded"
     assert connects == []
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from support.certificates import certificate
-from support.fakes import LoopbackServer, Reply
+from support.fakes import FakeClock, LoopbackServer, Reply
 
 from infra.download.limits import FetchError, Limits
 from infra.download.safe_urlopen import guarded
@@ -118,11 +118,11 @@ def test_urlopen_unsolicited_data_is_not_read_as_the_next_response(connects: lis
     assert len(connects) == 2
 
 
-def test_urlopen_long_idle_connection_is_not_reused(connects: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infra.download.http_connection._MAX_IDLE_S", 0.05)
-    with LoopbackServer(REPLIES, keeps_alive=True) as server, guarded(limits(server)):
+def test_urlopen_long_idle_connection_is_not_reused(connects: list[Any]) -> None:
+    clock = FakeClock()
+    with LoopbackServer(REPLIES, keeps_alive=True) as server, guarded(limits(server), clock=clock):
         assert fetch(server.url("/a")) == b"first"
-        time.sleep(0.1)
+        clock.sleep(11)
         assert fetch(server.url("/a")) == b"first"
     assert len(connects) == 2
 

@@ -2,7 +2,6 @@
 
 import errno
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import fsspec
 import pytest
 import s3fs
 from fsspec.implementations.memory import MemoryFileSystem
+from support.fakes import FakeClock
 from support.object_stores import Bucket, RadosGateway, one_line
 
 from infra import storage
@@ -195,19 +195,28 @@ def test_with_retries_permanent_error_is_not_retried(breaking: type[BreakingFile
         assert breaking.times == 2
 
 
-def test_with_retries_backs_off_and_stops_at_deadline(
-    breaking: type[BreakingFileSystem], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(errors, "RETRY_DELAYS_S", (0.05, 0.1, 0.2))
-    breaking.error, breaking.times = ConnectionResetError("reset"), 3
-    started = time.monotonic()
-    storage.write_bytes("breaking://x/a", b"data")
-    assert 0.35 <= time.monotonic() - started < 3
-    monkeypatch.setattr(errors, "RETRY_DEADLINE_S", -1.0)
-    breaking.times = 3
+def test_with_retries_backs_off_and_stops_at_deadline() -> None:
+    clock, lasting_s, left = FakeClock(), 0.0, 4
+
+    def breaking() -> str:
+        nonlocal left
+        clock.now += lasting_s
+        if left:
+            left -= 1
+            raise ConnectionResetError("reset")
+        return "data"
+
+    def retried() -> str:
+        return errors.with_retries("s3://bucket/a", breaking, clock=clock, sleep=clock.sleep)
+
+    assert retried() == "data"
+    assert [round(pause / least, 6) for pause, least in zip(clock.pauses, errors.RETRY_DELAYS_S, strict=True)] == [
+        pytest.approx(1.25, abs=0.25)
+    ] * 4
+    lasting_s, left = errors.RETRY_DEADLINE_S + 1, 4
     with pytest.raises(TransientError):
-        storage.write_bytes("breaking://x/a", b"data")
-    assert breaking.times == 2
+        retried()
+    assert left == 3
 
 
 def test_fetch_interrupted_keeps_the_existing_file(breaking: type[BreakingFileSystem], tmp_path: Path) -> None:

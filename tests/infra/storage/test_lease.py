@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import s3fs
+from support.fakes import FakeClock
 from support.object_stores import Bucket, ObjectStore
 
 from infra import storage
@@ -121,7 +122,11 @@ def test_lease_second_writer_fails_with_the_holders_name(domain: Domain) -> None
 
 def test_lease_live_holder_keeps_it_beyond_ttl(slow_domain: Domain) -> None:
     with held_by_another_process(slow_domain) as other:
-        time.sleep(2 * slow_domain.ttl_s + 1)
+        renewed = storage.modified(f"{slow_domain.folder}/lease/000001.json") + slow_domain.ttl_s
+        deadline = time.monotonic() + 30
+        while storage.modified(f"{slow_domain.folder}/lease/000001.json") < renewed:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         assert f"process {other.pid}" in slow_domain.refusal()
         assert slow_domain.files() == ["000001.json"]
 
@@ -144,9 +149,10 @@ def test_lease_of_dead_holder_expires_for_a_waiting_writer(domain: Domain, monke
         other.kill()
         other.wait()
     assert f"process {other.pid}" in domain.refusal()  # from another machine it could still be alive
-    started = time.monotonic()
-    with domain.lease("second", wait_s=30) as acquired:
-        assert time.monotonic() - started < domain.ttl_s + 6
+    clock, store_time = FakeClock(), leases._store_time
+    monkeypatch.setattr(leases, "_store_time", lambda folder: store_time(folder) + clock.now)
+    with domain.lease("second", wait_s=30, clock=clock, sleep=clock.sleep) as acquired:
+        assert clock.now < domain.ttl_s + 6
         acquired.check()
         assert domain.files() == ["000002.json"]
 
@@ -201,7 +207,7 @@ def test_check_after_takeover_raises_and_keeps_the_new_lease(domain: Domain) -> 
         storage.write_bytes(higher, b"another writer")
         with pytest.raises(StageError, match=r"was lost: now held by an unknown writer"):
             acquired.check()
-        time.sleep(domain.ttl_s / 2)  # the renewal thread does not overwrite the new holder
+        assert not acquired.renew(), "a renewal does not overwrite the new holder"
     assert str(caught.value).startswith(f"the lease on {domain.folder} was lost: ")
     assert str(caught.value).endswith("; nothing more is committed, run again")
     assert domain.files() == ["000001.json", "000002.json"]
@@ -236,14 +242,15 @@ def test_lease_many_threads_hold_it_one_at_a_time(domain: Domain) -> None:
 
 
 RACE = """
-time.sleep(max(0.0, float(sys.argv[3]) - time.time()))
+print("ready", flush=True)
+sys.stdin.readline()
 try:
     with lease(folder, holder="rescuer", ttl_s=30) as lease:
         print("acquired", flush=True)
-        time.sleep(2)
+        sys.stdin.readline()
         lease.check()
 except Exception as error:
-    print("refused")
+    print("refused", flush=True)
 """
 
 
@@ -251,10 +258,14 @@ def test_lease_expired_is_taken_over_by_one_of_many(slow_domain: Domain) -> None
     with held_by_another_process(slow_domain) as other:
         other.kill()
         other.wait()
-    start = time.time() + slow_domain.ttl_s + 4
-    writers = [slow_domain.process(RACE, str(start)) for _ in range(4)]
-    outputs = [writer.communicate(timeout=60)[0].strip() for writer in writers]
+    writers: list[Any] = [slow_domain.process(RACE) for _ in range(4)]
+    assert [writer.stdout.readline() for writer in writers] == ["ready\n"] * 4
+    for writer in writers:
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    outputs = [writer.stdout.readline().strip() for writer in writers]
     assert sorted(outputs) == ["acquired", "refused", "refused", "refused"]
+    assert [writer.communicate("end\n", timeout=60)[0] for writer in writers] == [""] * 4
     assert slow_domain.files() == ["000002.json"]
 
 
@@ -268,7 +279,7 @@ def test_acquire_slow_writer_detects_a_later_generation(domain: Domain) -> None:
         stale = iter([1])  # the slow writer read the number 1 and was suspended
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(leases, "_highest", lambda uri: next(stale, None) or highest(uri))
-            assert leases._acquire(domain.folder, "slow", 30) is None
+            assert leases._acquire(domain.folder, "slow", 30, time.monotonic) is None
         assert domain.files() == ["000004.json"]
 
 
@@ -279,12 +290,13 @@ def test_check_store_unreachable_beyond_ttl_raises_lost_lease(
     own = ObjectStore()
     monkeypatch.setenv("AWS_ENDPOINT_URL", own.endpoint)
     s3fs.S3FileSystem.clear_instance_cache()
-    lost = pytest.raises(StageError, match=r"was lost: it could not be renewed for 3 s")
-    with lost, lease(own.bucket().uri, holder="first", ttl_s=3) as acquired:
+    clock = FakeClock()
+    lost = pytest.raises(StageError, match=r"was lost: it could not be renewed for 30 s")
+    with lost, lease(own.bucket().uri, holder="first", ttl_s=30, clock=clock) as acquired:
         own.stop()
         with pytest.raises(TransientError):
             acquired.check()  # not lost yet, but not verifiable
-        time.sleep(3)
+        clock.sleep(31)
         acquired.check()
 
 
@@ -325,8 +337,8 @@ def test_renew_retries_after_a_briefly_full_disk(tmp_path: Path, monkeypatch: py
             raise errors.disk_full_error(uri)
         write(uri, data)
 
-    with lease(str(tmp_path / "twemoji"), holder="first", ttl_s=1.5) as acquired:
+    with lease(str(tmp_path / "twemoji"), holder="first") as acquired:
         monkeypatch.setattr(storage, "write_bytes", briefly_full)
-        time.sleep(2)
+        assert acquired.renew() and acquired.renew()
         acquired.check()
     assert next(full, None) is None
