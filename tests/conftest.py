@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import durations
 
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -24,24 +25,38 @@ for name in ("KNN_DIFFUSION_ROOT", "KNN_DIFFUSION_RAY_ADDRESS", "MLFLOW_TRACKING
     os.environ.pop(name, None)
 sys.path.insert(0, str(Path(__file__).parent))
 
-
 INTEGRATION_FIXTURES = frozenset(
     {"bucket", "cluster", "domain", "living", "machines", "mlflow_settings", "moto_bucket", "prefect_server"}
 )
 """Fixtures that start a server, a Ray cluster or the whole pipeline."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-durations", action="store_true", help="write tests/durations.txt from this run")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by what they need, and keep tests that share an expensive fixture on one xdist worker."""
+    """Mark tests by what they need, and give tests that share an expensive fixture to one worker of pytest-xdist."""
+    seconds, groups = durations.load(), list[str]()
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         if fixtures & INTEGRATION_FIXTURES or item.get_closest_marker("on_ray"):
             item.add_marker(pytest.mark.integration)
-        group = "domain" if "domain" in fixtures else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+        if seconds.get(item.nodeid, 0.0) >= durations.SLOW_S:
+            item.add_marker(pytest.mark.slow)
+        groups.append("domain" if "domain" in fixtures else item.nodeid.partition("::")[0])
+        item.add_marker(pytest.mark.xdist_group(groups[-1]))
         if item.get_closest_marker("s3") and "S3_STORE_DIR" not in os.environ:
             item.add_marker(pytest.mark.skip(reason="needs a real object store: make test-s3"))
+    if durations.in_worker():
+        durations.longest_group_first(items, groups, seconds)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("record_durations"):
+        reports = [report for category in terminalreporter.stats.values() for report in category]
+        durations.record(report for report in reports if isinstance(report, pytest.TestReport))
 
 
 STORES = ["moto", pytest.param("radosgw", marks=pytest.mark.s3)]
@@ -107,9 +122,24 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def domain(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A domain of synthetic images, some of them bad, built by the whole flow from download to registered generator."""
+def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Empty MLflow database, created once for all workers: its migrations take seconds, so tests get copies."""
+    from infra import registry_database
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if durations.in_worker() else base) / "migrated"
+    folder.mkdir(exist_ok=True)
+    registry_database.prepare(folder / "mlflow.db", str(folder / "mlflow"))  # one process at a time creates it
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def domain(prefect_server: None, migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A domain of synthetic images, some of them bad, built by the whole flow from download to registered generator.
+
+    Its tests are one group, so that a run builds it once.
+    """
     from support.tiny_domain import made
 
-    with made(tmp_path_factory.mktemp("domain")) as small:
+    with made(tmp_path_factory.mktemp("domain"), migrated_database) as small:
         yield small

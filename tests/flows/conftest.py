@@ -16,6 +16,6 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> WithoutRay:
 
 
 @pytest.fixture
-def living(prefect_server: None, tmp_path: Path) -> Iterator[Living]:
+def living(prefect_server: None, migrated_database: Path, tmp_path: Path) -> Iterator[Living]:
     with LoopbackServer({path: Reply(body=body) for path, body in BODY.items()}) as server:
-        yield Living(server, tmp_path)
+        yield Living(server, tmp_path, migrated_database)

@@ -15,12 +15,14 @@ from infra.storage.lease import lease
 
 
 @pytest.fixture
-def living(prefect_server: None, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Living]:
+def living(
+    prefect_server: None, migrated_database: Path, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Living]:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("KNN_DIFFUSION_CACHE", str(tmp_path / "cache"))
     WithoutRay().install(monkeypatch)
     with LoopbackServer({path: Reply(body=body) for path, body in BODY.items()}) as server:
-        yield Living(server, tmp_path, f"{bucket.uri}/line")
+        yield Living(server, tmp_path, migrated_database, f"{bucket.uri}/line")
 
 
 def cached(living: Living, body: bytes) -> list[Path]:

@@ -9,22 +9,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from infra import tracking
 from infra.settings import Settings
-
-
-@pytest.fixture(scope="session")
-def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Empty MLflow database. Its migrations take seconds, so tests get copies."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # a new database stores the default experiment's files in the working directory
-        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-        tracking.connect(Settings(root=str(folder)))
-        mlflow.search_experiments()
-        _disconnect()
-    return folder / "mlflow.db"
 
 
 @pytest.fixture

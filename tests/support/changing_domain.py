@@ -1,6 +1,7 @@
 """A changing domain of synthetic images and its operations. Tests choose the workers and stores."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from support.fakes import LoopbackServer
 from support.tiny_domain import COLOURS, SHAPES, drawn, encoded, write_urls
 
+from infra import registry_database
 from infra.registry import Registry
 from infra.settings import Settings
 from tasks.references.database import open_database
@@ -19,10 +21,13 @@ FIRST = 12
 
 
 class Living:
-    """A domain of synthetic images, its server, and shortcuts for the flows."""
+    """A domain of synthetic images, its server, and shortcuts for the flows.
 
-    def __init__(self, server: LoopbackServer, folder: Path, root: str | None = None) -> None:
-        self.server, self.folder = server, folder
+    The first build starts with a copy of ``migrated_database``, because MLflow's migrations take seconds.
+    """
+
+    def __init__(self, server: LoopbackServer, folder: Path, migrated_database: Path, root: str | None = None) -> None:
+        self.server, self.folder, self.migrated_database = server, folder, migrated_database
         self.root = folder / "data" if root is None else root
         self.settings = Settings(root=str(self.root))
 
@@ -34,6 +39,13 @@ class Living:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(path)
 
+    def create_registry(self) -> None:
+        """Create an empty registry if there is none."""
+        database = registry_database.path_of(self.settings.tracking_uri)
+        if database is not None and not database.exists():
+            database.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.migrated_database, database)
+
     def build(self, names: list[str], domain: str = "shapes", index: Any = None, urls: str | None = None) -> Any:
         from flows.new_domain import NewDomainConfig, new_domain
         from infra.download.downloader import DownloadPolicy
@@ -41,6 +53,7 @@ class Living:
         from tasks.embed.task import EmbedConfig
         from tasks.index.config import IndexConfig
 
+        self.create_registry()
         policy = DownloadPolicy(allow_hosts=(self.server.host,), threads=4, retries=0)
         return new_domain(
             NewDomainConfig(

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,7 +139,7 @@ def small_config(urls: Path, root: Path, host: str, *, train: bool = True, image
 
 
 @contextmanager
-def made(root: Path) -> Iterator[SmallDomain]:
+def made(root: Path, migrated_database: Path) -> Iterator[SmallDomain]:
     """Serve the images, run the flow once, and keep the server running."""
     from flows.new_domain import new_domain
 
@@ -146,4 +147,6 @@ def made(root: Path) -> Iterator[SmallDomain]:
     with LoopbackServer(replies) as server:
         urls = write_urls(root / "urls.jsonl", [server.url(path) for path in replies])
         config = small_config(urls, root / "data", server.host)
+        (root / "data").mkdir()
+        shutil.copy(migrated_database, root / "data" / "mlflow.db")
         yield SmallDomain(server=server, root=root / "data", urls=urls, config=config, result=new_domain(config))

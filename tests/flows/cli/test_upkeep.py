@@ -117,6 +117,7 @@ def test_writing_commands_with_wait_wait_for_another_writer(
             other_writer.close()
         return held
 
+    living.create_registry()
     root = ("--root", str(living.root))
     listed = ("--urls", living.listed(*NAMES[:3]))
     for command in (
