@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
+from support.fakes import WithoutRay
 
 
 def configured(domain: Any, **changes: Any) -> Any:
@@ -27,7 +28,9 @@ def artifacts_of(key: str) -> list[str]:
     return [found["data"] for found in httpx.post(url, json=query, auth=(user, password)).json()]
 
 
-def test_evaluate_generator_publishes_the_page_to_mlflow_and_prefect(domain: Any, tmp_path: Path) -> None:
+def test_evaluate_generator_publishes_the_page_to_mlflow_and_prefect(
+    domain: Any, ray: WithoutRay, tmp_path: Path
+) -> None:
     import mlflow
 
     from flows.evaluate_generator import evaluate_generator

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -388,7 +389,9 @@ def test_default_generator_registered_is_used(
 
 
 @pytest.mark.parametrize("command", ["search", "generate", "edit", "evaluate", "merge", "subset"])
-def test_command_on_foreign_folder_without_trust_fails(prefect_server: None, command: str, tmp_path: Path) -> None:
+def test_command_on_foreign_folder_without_trust_fails(
+    prefect_server: None, ray: WithoutRay, command: str, tmp_path: Path
+) -> None:
     (tmp_path / "own").mkdir()
     with LoopbackServer({}) as internal:
         source = {"embeddings": {"uri": internal.url("/shapes/embeddings/0"), "digest": "0" * 64}}
@@ -597,7 +600,11 @@ def test_new_domain_with_missing_list_or_invalid_name_fails(prefect_server: None
     refused(run("new-domain", "My Domain", "--urls", "a.csv", "--root", root), "'My Domain' must be lower-case")
 
 
-def test_new_domain_builds_a_database_from_a_list(domain: Any, tmp_path: Path) -> None:
+def test_new_domain_builds_a_database_from_a_list(
+    domain: Any, ray: WithoutRay, migrated_database: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    shutil.copy(migrated_database, tmp_path / "data" / "mlflow.db")
     urls = write_urls(tmp_path / "urls.jsonl", [domain.server.url(f"/{c}-ring.png") for c in ("red", "blue", "green")])
     options = ["--root", str(tmp_path / "data"), "--allow-host", domain.server.host, "--no-train"]
     result = run("new-domain", "rings", "--urls", str(urls), *options)
@@ -608,7 +615,9 @@ def test_new_domain_builds_a_database_from_a_list(domain: Any, tmp_path: Path) -
     assert found[0]["url"].endswith("/red-ring.png")
 
 
-def test_new_domain_without_allow_host_requests_nothing_from_loopback(domain: Any, tmp_path: Path) -> None:
+def test_new_domain_without_allow_host_requests_nothing_from_loopback(
+    domain: Any, ray: WithoutRay, tmp_path: Path
+) -> None:
     urls = write_urls(tmp_path / "urls.jsonl", [domain.server.url("/red-ring.png")])
     requests = len(domain.server.requests)
     result = run("new-domain", "rings", "--urls", str(urls), "--root", str(tmp_path / "data"))
@@ -616,7 +625,7 @@ def test_new_domain_without_allow_host_requests_nothing_from_loopback(domain: An
     assert len(domain.server.requests) == requests
 
 
-def test_rebuild_index_without_changes_reports_unchanged_champion(domain: Any) -> None:
+def test_rebuild_index_without_changes_reports_unchanged_champion(domain: Any, ray: WithoutRay) -> None:
     result = run("rebuild-index", "shapes", "--urls", str(domain.urls), "--root", str(domain.root))
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines() == ["models:/knn-database.shapes@champion is unchanged"]

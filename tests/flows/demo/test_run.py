@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import types
 import urllib.error
 import urllib.request
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from support.fakes import WithoutRay
 
 from flows.demo import images, run
 from flows.demo.images import ANIMALS, DOMAINS, FIRST, OPENMOJI
@@ -137,7 +139,7 @@ def test_report_of_includes_the_available_training_measurements(measured: dict[s
 
 @pytest.mark.slow
 def test_run_demo_writes_figure_and_report_and_skips_everything_when_repeated(
-    domain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    domain: Any, ray: WithoutRay, migrated_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from infra.settings import Settings
     from tasks.serve.load import load_pipeline
@@ -156,6 +158,8 @@ def test_run_demo_writes_figure_and_report_and_skips_everything_when_repeated(
     changes = {"write_lists": first_rows, "EMBEDDED": tiny, "PROMPTS": ("a red heart", "a cat")}
     for name, value in {**changes, "EVALUATION_SAMPLES": 8, "DIVERSITY_PROMPTS": 1}.items():
         monkeypatch.setattr(run, name, value)
+    (tmp_path / "data").mkdir()
+    shutil.copy(migrated_database, tmp_path / "data" / "mlflow.db")
     figure, path = run.run_demo(tmp_path)
     report = json.loads(path.read_text())
     assert report["images"] == dict.fromkeys(DOMAINS, 24)

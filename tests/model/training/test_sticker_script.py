@@ -3,13 +3,18 @@
 Tests interrupt and resume it, and train the discrete generator after its autoencoder.
 """
 
+import importlib.util
 import io
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +27,16 @@ from model.pipeline import KNNDiffusionPipeline
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "model" / "pretrained" / "sticker-generator" / "train.py"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+class Done(NamedTuple):
+    """Exit code of a command, and what it wrote to standard error."""
+
+    returncode: int
+    output: str
+
+
+Run = Callable[..., Done]
 
 
 def write_style(path: Path, colours: tuple[str, ...]) -> None:
@@ -40,8 +55,35 @@ def command(name: str, stickers: Path, out: Path, images: int) -> list[str]:
     return [sys.executable, str(SCRIPT), name, *folders, "--images", str(images), "--channels", "8", "8", "8", *size]
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_stickers", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Run]:
+    """Return a function that runs a command in this process, and returns its exit message, or its log if it ends well.
+
+    The command replaces the handler of SIGTERM, which the fixture restores.
+    """
+    caplog.set_level(logging.INFO)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def command(*words: str) -> Done:
+        caplog.clear()
+        monkeypatch.setattr(sys, "argv", list(words[1:]))
+        try:
+            script.main()
+        except SystemExit as end:
+            return Done(1, str(end.code))
+        return Done(0, caplog.text)
+
+    yield command
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +94,7 @@ def stickers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_sticker_script_sigterm_saves_a_checkpoint_and_resumes(stickers: Path, tmp_path: Path) -> None:
+def test_sticker_script_sigterm_saves_a_checkpoint_and_resumes(stickers: Path, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     state = out / "base" / "checkpoint.pt"
 
@@ -72,22 +114,22 @@ def test_sticker_script_sigterm_saves_a_checkpoint_and_resumes(stickers: Path, t
 
     other = run(*command("base", stickers, out, 400_000), "--rate", "0.1")
     assert other.returncode == 1
-    assert f"run with other settings in {out / 'base'}: rate 0.0015, now 0.1; use another --out" in other.stderr
+    assert f"run with other settings in {out / 'base'}: rate 0.0015, now 0.1; use another --out" in other.output
 
     done = run(*command("base", stickers, out, 4 * (step + 2)))
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.output[-2000:]
     pipeline = KNNDiffusionPipeline.open(out / "base" / "pipeline")
     assert (pipeline.side, pipeline.transformer.config.in_channels) == (16, 6)
 
 
 def test_sticker_script_discrete_generator_trains_on_the_codes_of_its_autoencoder(
-    stickers: Path, tmp_path: Path
+    stickers: Path, run: Run, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     codes, discrete = (run(*command(name, stickers, out, 16)) for name in ("codes", "discrete"))
-    assert codes.returncode == 0, codes.stderr[-2000:]
-    assert " codes used, PSNR " in codes.stderr
-    assert discrete.returncode == 0, discrete.stderr[-2000:]
+    assert codes.returncode == 0, codes.output[-2000:]
+    assert " codes used, PSNR " in codes.output
+    assert discrete.returncode == 0, discrete.output[-2000:]
     pipeline = KNNDiffusionPipeline.open(out / "discrete" / "pipeline")
     assert (pipeline.side, pipeline.transformer.config.tokens) == (16, 16)
     assert len(list((out / "discrete").glob("samples-*.png"))) == 2
@@ -95,4 +137,4 @@ def test_sticker_script_discrete_generator_trains_on_the_codes_of_its_autoencode
     assert run(*command("codes", stickers, out, 24)).returncode == 0, "a longer run resumes"
     other = run(*command("discrete", stickers, out, 24))
     assert other.returncode == 1
-    assert ": codes " in other.stderr, "its autoencoder has changed"
+    assert ": codes " in other.output, "its autoencoder has changed"

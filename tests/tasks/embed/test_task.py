@@ -12,7 +12,7 @@ import tarfile
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,8 @@ from tasks.upkeep.rewrite_embeddings import KeepRows
 
 SHIPPED = Path(model.encoder.clip.__file__).parent.parent / "pretrained" / "sticker-clip"
 CONFIG = EmbedConfig(workers=1, batch_size=8)
+pytestmark = pytest.mark.usefixtures("alone")
 IMAGES = [encoded(drawn(colour, shape)) for colour in COLOURS for shape in SHAPES]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with compute.cluster(cores=2):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +85,7 @@ def embedded(images: ImageShards, base: Path, config: EmbedConfig = CONFIG, **op
     return embed(images, DomainFolder(uri=str(base), cache=base / "cache"), config, **options).reference
 
 
-def test_embed_writes_one_shard_per_shard_in_tar_order(cluster: None, encoder: Encoder, tmp_path: Path) -> None:
+def test_embed_writes_one_shard_per_shard_in_tar_order(encoder: Encoder, tmp_path: Path) -> None:
     broken = IMAGES[3][:60]
     images = image_shards(tmp_path, s00000=[*IMAGES[:3], broken, *IMAGES[4:11]], s00001=IMAGES[11:13])
     outcome = embed(images, DomainFolder(uri=str(tmp_path), cache=tmp_path / "cache"), CONFIG)
@@ -118,7 +113,7 @@ def test_embed_writes_one_shard_per_shard_in_tar_order(cluster: None, encoder: E
     assert "copied" not in outcome.note
 
 
-def test_embed_with_previous_reuses_shards_and_rows(cluster: None, tmp_path: Path) -> None:
+def test_embed_with_previous_reuses_shards_and_rows(tmp_path: Path) -> None:
     first = image_shards(tmp_path, s00000=IMAGES[:9], s00001=IMAGES[9:20], s00002=IMAGES[20:24])
     # The second shard lost two images and gained one, the third is unchanged, the fourth is new.
     changed = [*IMAGES[9:12], *IMAGES[14:20], IMAGES[30]]
@@ -144,7 +139,7 @@ def test_embed_with_previous_reuses_shards_and_rows(cluster: None, tmp_path: Pat
     assert third.digest == fresh.digest
 
 
-def test_rows_of_image_stored_in_another_size_are_not_reused(cluster: None, tmp_path: Path) -> None:
+def test_rows_of_image_stored_in_another_size_are_not_reused(tmp_path: Path) -> None:
     """The digest covers the downloaded bytes, so it is the same when a list is downloaded again with a smaller size."""
     embed = EmbedShard(
         "none", "none", WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1), tmp_path
@@ -158,7 +153,7 @@ def test_rows_of_image_stored_in_another_size_are_not_reused(cluster: None, tmp_
     assert not any(worker._identity_of({**record, "width": 24}) in reusable for record in records)
 
 
-def test_embed_with_other_settings_or_weights_reuses_no_rows(cluster: None, tmp_path: Path) -> None:
+def test_embed_with_other_settings_or_weights_reuses_no_rows(tmp_path: Path) -> None:
     folder = tmp_path / "clip"
     shutil.copytree(SHIPPED, folder)
     config = dataclasses.replace(CONFIG, encoder=f"local-dir:{folder}")
@@ -177,7 +172,7 @@ def test_embed_with_other_settings_or_weights_reuses_no_rows(cluster: None, tmp_
     assert changed.digest != earlier.digest
 
 
-def test_embed_with_previous_without_source_digest_copies_rows(cluster: None, tmp_path: Path) -> None:
+def test_embed_with_previous_without_source_digest_copies_rows(tmp_path: Path) -> None:
     images = image_shards(tmp_path, s00000=IMAGES[:5])
     earlier = without_source(embedded(images, tmp_path / "before"))
     again = embedded(images, tmp_path / "after", previous=earlier).manifest()
@@ -197,7 +192,7 @@ def without_source(embeddings: EmbeddingShards) -> EmbeddingShards:
     return EmbeddingShards.open(embeddings.uri)
 
 
-def test_embed_with_same_encoder_under_another_name_reuses_shards(cluster: None, tmp_path: Path) -> None:
+def test_embed_with_same_encoder_under_another_name_reuses_shards(tmp_path: Path) -> None:
     shutil.copytree(SHIPPED, tmp_path / "clip")
     images = image_shards(tmp_path, s00000=IMAGES[:5])
     earlier = embedded(images, tmp_path)
@@ -207,7 +202,7 @@ def test_embed_with_same_encoder_under_another_name_reuses_shards(cluster: None,
     assert manifest.identity["encoder"]["name"] == named.encoder
 
 
-def test_embed_with_subset_as_previous_skips_the_omitted_images(cluster: None, tmp_path: Path) -> None:
+def test_embed_with_subset_as_previous_skips_the_omitted_images(tmp_path: Path) -> None:
     second_tar = [b"not an image", *IMAGES[6:10]]
     images = image_shards(tmp_path, s00000=[*IMAGES[:6], b"not one either"], s00001=second_tar)
     # One image of the first tar is omitted; then the one that cannot be decoded is taken down and compacted away.
@@ -233,7 +228,7 @@ def test_embed_with_subset_as_previous_skips_the_omitted_images(cluster: None, t
     assert set(_partial_shards(again, grown.manifest().shards)) == {"00000"}, "the mark must be inherited"
 
 
-def test_embed_with_encoder_changed_between_shards_raises_stage_error(cluster: None, tmp_path: Path) -> None:
+def test_embed_with_encoder_changed_between_shards_raises_stage_error(tmp_path: Path) -> None:
     folder = tmp_path / "clip"
     shutil.copytree(SHIPPED, folder)
     config = dataclasses.replace(CONFIG, encoder=f"local-dir:{folder}")
@@ -248,13 +243,13 @@ def test_embed_with_encoder_changed_between_shards_raises_stage_error(cluster: N
         embedded(images, tmp_path, config)
 
 
-def test_embed_without_decodable_image_raises_stage_error(cluster: None, tmp_path: Path) -> None:
+def test_embed_without_decodable_image_raises_stage_error(tmp_path: Path) -> None:
     images = image_shards(tmp_path, s00000=[b"not an image", b"not one either"])
     with pytest.raises(StageError, match=r"no image of .* could be decoded \(\{'decode_error': 2\}\)"):
         embedded(images, tmp_path)
 
 
-def test_embed_of_image_that_raises_syntax_error_skips_only_that_image(cluster: None, tmp_path: Path) -> None:
+def test_embed_of_image_that_raises_syntax_error_skips_only_that_image(tmp_path: Path) -> None:
     start = IMAGES[0].index(b"IDAT") - 4
     (length,) = struct.unpack_from(">I", IMAGES[0], start)
     data = IMAGES[0][start + 8 : start + 8 + length // 2]
@@ -270,7 +265,8 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 @pytest.mark.slow
-def test_embed_after_worker_was_killed_repeats_only_unfinished_shards(cluster: None, tmp_path: Path) -> None:
+@pytest.mark.on_ray
+def test_embed_after_worker_was_killed_repeats_only_unfinished_shards(tmp_path: Path) -> None:
     shards: Mapping[str, Any] = {f"s{n:05d}": IMAGES[4 * n : 4 * n + 4] * 3 for n in range(10)}
     images = image_shards(tmp_path, **shards)
     killed: list[set[str]] = []
