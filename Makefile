@@ -12,7 +12,7 @@ export NO_MKDOCS_2_WARNING := 1
 SHELL := /bin/bash
 WORKERS ?= 2
 
-.PHONY: help install demo test test-fast test-kills test-s3 coverage check docs bench clean
+.PHONY: help install demo test test-fast durations test-kills test-s3 coverage check docs bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,8 +33,11 @@ test: install  ## every test, offline (TESTS=tests/tasks/index for some)
 test-fast: install  ## the tests that start no server, no Ray and no pipeline, for development
 	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup -m "not integration and not slow and not s3" $(TESTS)
 
+durations: install  ## run every test and record how long each takes, in tests/durations.txt
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --record-durations
+
 coverage: install  ## line and branch coverage of every test, as HTML under build/coverage
-	@$(BIN)/python -m pytest --cov=flows --cov=tasks --cov=model --cov=infra --cov-branch --cov-report=html:build/coverage --cov-report=term
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --cov=flows --cov=tasks --cov=model --cov=infra --cov-branch --cov-report=html:build/coverage --cov-report=json:build/coverage.json --cov-report=term
 
 test-kills: install  ## 100 kills of the command, each resumed (KILLS=20 for fewer)
 	@KILLS=$(or $(KILLS),100) $(BIN)/python -m pytest -s tests/flows/test_kills.py
