@@ -42,22 +42,17 @@ def test_validate_parameters_with_invalid_domain_fails_with_the_rule() -> None:
 
 
 @pytest.mark.slow
-def test_deploy_all_creates_every_deployment(tmp_path: Path) -> None:
-    deploy = """
-import subprocess, sys
-from pathlib import Path
-from infra.prefect_server import prefect_api
-with prefect_api(Path(sys.argv[1])):
-    for words in (["work-pool", "create", "knn-diffusion", "--type", "process"], ["--no-prompt", "deploy", "--all"]):
-        subprocess.run([sys.executable, "-m", "prefect", *words], check=True)
-    subprocess.run([sys.executable, "-m", "prefect", "deployment", "ls"], check=True)
-"""
-    environment = {**os.environ, "KNN_DIFFUSION_CHECKOUT": str(CHECKOUT), "COLUMNS": "200"}
-    environment.pop("PREFECT_API_URL", None)
-    done = subprocess.run(
-        [sys.executable, "-c", deploy, str(tmp_path)], cwd=CHECKOUT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    listed = done.stdout.rpartition("Deployments")[2]
-    for deployment in DEPLOYMENTS:
-        assert f"{deployment['name']}/{deployment['name']}" in listed
+def test_deploy_all_creates_every_deployment(prefect_server: None) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+
+    environment = {**os.environ, "KNN_DIFFUSION_CHECKOUT": str(CHECKOUT)}
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name="knn-diffusion", type="process"))
+        done = subprocess.run(
+            [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
+            cwd=CHECKOUT, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        created = {deployment.name for deployment in client.read_deployments()}
+    assert created == {deployment["name"] for deployment in DEPLOYMENTS}
