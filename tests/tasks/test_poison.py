@@ -1,8 +1,6 @@
 """An image that kills the process decoding it loses only its own row, in the download and in the embedding stage."""
 
 import hashlib
-import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from support.fakes import LoopbackServer, Reply
 from support.tiny_artifacts import image_shards
 from support.tiny_domain import COLOURS, SHAPES, drawn, encoded
 
-from infra import artifacts, compute
+from infra import artifacts
 from infra.download.downloader import DownloadPolicy, download_shard
 from infra.formats.tables import read_table
 from tasks.embed.worker import DECODER_DIED, EmbedShard, WorkerConfig
@@ -23,7 +21,6 @@ from tasks.embed.worker import DECODER_DIED, EmbedShard, WorkerConfig
 HEALTHY = [encoded(drawn(colour, shape)) for colour in COLOURS for shape in SHAPES][:7]
 POISONED = HEALTHY[3] + poison.MARK
 CONFIG = WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1)
-TESTS = str(Path(__file__).parents[1])
 
 
 def images_of(base: Path, *bodies: bytes) -> tuple[str, artifacts.Shard]:
@@ -90,28 +87,3 @@ def test_download_shard_with_image_that_kills_records_decoder_died(
     download_shard(0, rows, tmp_path / "b", policy)
     tars = [(tmp_path / folder / "00000.tar").read_bytes() for folder in "ab"]
     assert hashlib.sha256(tars[0]).digest() == hashlib.sha256(tars[1]).digest(), "the other images must be unaffected"
-
-
-def by_value(build: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``build`` as a worker factory that Ray pickles by value: workers cannot import the tests."""
-
-    def factory(*settings: Any) -> Any:
-        sys.path.insert(0, TESTS)
-        from support import poison
-
-        return build(poison, *settings)
-
-    return factory
-
-
-@pytest.mark.slow
-@pytest.mark.on_ray
-def test_map_shards_with_image_that_kills_workers_skips_only_that_image(tmp_path: Path) -> None:
-    uri, source = images_of(tmp_path, *HEALTHY[:3], POISONED, *HEALTHY[4:])
-    cache = tmp_path / "cache"
-    with compute.cluster(cores=1):
-        embeds = by_value(lambda poison, *settings: EmbedShard(*settings, poison.fit))
-        settings: tuple[Any, ...] = (uri, str(tmp_path / "out"), CONFIG, cache)
-        work = [(source.name, (source, None, None))]
-        (embedded,) = compute.map_shards(embeds, settings, work, actors=1, concurrency=2, description="embeddings")
-    assert embedded.info["outcomes"] == {"success": 6, DECODER_DIED: 1}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fakes import WithoutRay
 from support.object_stores import Bucket
 
 from infra import artifacts, compute, storage
@@ -57,10 +58,10 @@ def unreachable() -> Any:
     return Unreachable
 
 
-def test_run_shards_with_unreachable_store_stops_early_with_transient_error(tmp_path: Path) -> None:
+def test_run_shards_with_unreachable_store_stops_early_with_transient_error(alone: WithoutRay, tmp_path: Path) -> None:
     stage = stage_at(tmp_path)
     items = [(f"{number:05d}", int(number == 0)) for number in range(30)]
-    with compute.cluster(cores=1), pytest.raises(TransientError) as caught:
+    with pytest.raises(TransientError) as caught:
         run_shards(stage, items, unreachable(), (stage.uri, str(tmp_path)), actors=1, max_lost_fraction=1.0)
     assert str(caught.value) == (
         "images: 29 of 30 shards failed for now (the store could not be reached); the other 1 are committed, "

@@ -3,9 +3,9 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import ray
@@ -17,10 +17,18 @@ from infra.compute.actor_pool import SHARD_TRIES, ActorPool, FailedShard
 from infra.errors import StageError, TransientError
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Ray with one core, for all tests of the module that need real actors."""
+    with compute.cluster(cores=1):
+        yield
+
+
 @pytest.mark.slow
-@pytest.mark.on_ray
 @pytest.mark.parametrize("concurrency", [1, 2])
-def test_map_shards_with_a_poisonous_shard_fails_that_shard_only(concurrency: int, tmp_path: Any) -> None:
+def test_map_shards_with_a_poisonous_shard_fails_that_shard_only(
+    cluster: None, concurrency: int, tmp_path: Path
+) -> None:
     folder = str(tmp_path)
 
     class Worker:
@@ -35,9 +43,8 @@ def test_map_shards_with_a_poisonous_shard_fails_that_shard_only(concurrency: in
             time.sleep(0.1)
             return shard
 
-    with compute.cluster(cores=1):
-        shards = ["a", "b", "poison", "c", "d", "e"]
-        results = list(compute.map_shards(Worker, (), shards, actors=1, concurrency=concurrency, description="shards"))
+    shards = ["a", "b", "poison", "c", "d", "e"]
+    results = list(compute.map_shards(Worker, (), shards, actors=1, concurrency=concurrency, description="shards"))
 
     failed = [result.item for result in results if isinstance(result, FailedShard)]
     assert failed == ["poison"]
@@ -45,6 +52,23 @@ def test_map_shards_with_a_poisonous_shard_fails_that_shard_only(concurrency: in
     attempts = {path.name: len(path.read_text()) for path in tmp_path.iterdir()}
     assert attempts["poison"] <= SHARD_TRIES + 1, "more than one attempt shared its actor with another shard"
     assert all(count <= 2 for name, count in attempts.items() if name != "poison")
+
+
+@pytest.mark.slow
+def test_map_shards_isolates_a_shard_that_kills_workers(cluster: None) -> None:
+    class Worker:
+        """Local, so that Ray pickles it by value: tests are not shipped."""
+
+        def __call__(self, shard: str) -> str:
+            if shard == "poison":
+                os._exit(1)
+            return shard
+
+        def isolated(self, shard: str) -> str:
+            return f"{shard} in isolation"
+
+    results = compute.map_shards(Worker, (), ["a", "poison", "b"], actors=1, concurrency=2, description="shards")
+    assert sorted(results) == ["a", "b", "poison in isolation"]
 
 
 class Actor:
@@ -123,8 +147,7 @@ def test_actor_pool_without_an_environment_raises_stage_error_of_one_line(killed
 
 
 @pytest.mark.slow
-@pytest.mark.on_ray
-def test_lost_worker_raises_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_worker_raises_error_of_one_line(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_cluster, "SHARD_TRIES", 0)
 
     class Worker:
@@ -133,11 +156,10 @@ def test_lost_worker_raises_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -
         def __call__(self, status: int) -> None:
             os._exit(status)
 
-    with compute.cluster(cores=1):
-        with pytest.raises(StageError) as caught:
-            compute.run(os._exit, 1)
-        with compute.actor_group(Worker, [()]) as group, pytest.raises(TransientError) as caught_in_group:
-            group.ask(1)
+    with pytest.raises(StageError) as caught:
+        compute.run(os._exit, 1)
+    with compute.actor_group(Worker, [()]) as group, pytest.raises(TransientError) as caught_in_group:
+        group.ask(1)
     assert str(caught.value).startswith("the worker of _exit was lost (")
     assert str(caught.value).endswith("); give it more memory, or see Ray's logs, and run again")
     assert str(caught_in_group.value).endswith("); try again")
@@ -145,8 +167,9 @@ def test_lost_worker_raises_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-@pytest.mark.on_ray
-def test_actor_group_without_room_raises_error_within_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_actor_group_without_room_raises_error_within_the_time_limit(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ray_cluster, "_CHECK_S", 0.2)
     monkeypatch.setattr(ray_cluster, "_START_S", 20.0)
 
@@ -157,17 +180,16 @@ def test_actor_group_without_room_raises_error_within_the_time_limit(monkeypatch
             time.sleep(seconds)
             return seconds
 
-    with compute.cluster(cores=1):
-        with (
-            pytest.raises(StageError, match=r"^1 of 2 workers of 1 cores did not start in 20 s; .* for 1,"),
-            compute.actor_group(Worker, [(), ()]),
-        ):
-            pass
-        with compute.actor_group(Worker, [(), ()], cpus_each=0.5) as group:
-            assert group.ask(0.5) == [0.5, 0.5], "slow workers must not be given up"
-            monkeypatch.setattr(ray_cluster, "capacity", lambda *_: 1)
-            with pytest.raises(TransientError, match=r"^a machine was lost: 2 workers .* room for 1; try again once"):
-                group.ask(30)
+    with (
+        pytest.raises(StageError, match=r"^1 of 2 workers of 1 cores did not start in 20 s; .* for 1,"),
+        compute.actor_group(Worker, [(), ()]),
+    ):
+        pass
+    with compute.actor_group(Worker, [(), ()], cpus_each=0.5) as group:
+        assert group.ask(0.5) == [0.5, 0.5], "slow workers must not be given up"
+        monkeypatch.setattr(ray_cluster, "capacity", lambda *_: 1)
+        with pytest.raises(TransientError, match=r"^a machine was lost: 2 workers .* room for 1; try again once"):
+            group.ask(30)
 
 
 @pytest.mark.parametrize(
