@@ -1,6 +1,7 @@
 """Logging to standard error, one line per stage. Verbose libraries only log warnings."""
 
 import logging
+import os
 import warnings
 
 from infra.text import sanitised
@@ -26,6 +27,13 @@ def setup(verbose: bool = False) -> None:
     logging.getLogger("knn_diffusion").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
+def show_progress() -> None:
+    """Emit the lines of the stages, unless a level has been set: Prefect attaches a handler, but keeps WARNING."""
+    logger = logging.getLogger("knn_diffusion")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+
+
 def get(name: str) -> logging.Logger:
     """Return the project's logger of one component. Its records are sanitised before any handler sees them."""
     logger = logging.getLogger(f"knn_diffusion.{name}")
@@ -44,3 +52,7 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(sanitised(line) for line in super().format(record).split("\n"))
+
+
+if "PREFECT__FLOW_RUN_ID" in os.environ:  # a Prefect worker started this process for one flow run
+    show_progress()

@@ -84,6 +84,8 @@ def stage_task(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         @functools.wraps(step)
         def stage(*args: P.args, **kwargs: P.kwargs) -> R:
             in_flow = FlowRunContext.get() is not None and TaskRunContext.get() is None
+            if in_flow:
+                logs.show_progress()
             return (as_task if in_flow else step)(*args, **kwargs)
 
         stage.task = as_task  # type: ignore[attr-defined]  # for its options
