@@ -6,6 +6,7 @@ Workers get references and settings, and read the data themselves. Their excepti
 import contextlib
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -312,6 +313,7 @@ def start() -> None:
                 }
             },
         }
+    handler = signal.getsignal(signal.SIGTERM)
     quiet = {"logging_level": logging.ERROR, "configure_logging": False, "log_to_driver": False}
     try:
         if _address is None:
@@ -331,6 +333,18 @@ def start() -> None:
             f"no Ray cluster at {_address or 'this machine'} ({error}); start one, or unset the address; if it "
             "requires a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
         ) from error
+    finally:
+        _restore_handler(handler)
+
+
+def _restore_handler(handler: Any) -> None:
+    """Restore the SIGTERM handler that ``ray.init`` has replaced by one that ends the process.
+
+    With Prefect's handler, a cancelled run unwinds and ends as Cancelled instead of Crashed. Without an earlier handler
+    Ray's remains, which ends the processes of a local cluster.
+    """
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _shipped_checkout() -> dict[str, Any]:

@@ -84,3 +84,24 @@ def test_session_folder_is_accessible_only_to_its_user(tmp_path: Path, monkeypat
     folder.symlink_to(tmp_path / "other")
     with pytest.raises(StageError, match="belongs to another user"):
         local_ray.session_folder()
+
+
+HANDLER = """
+import signal
+from infra import compute
+
+def handle(number, frame): ...
+
+signal.signal(signal.SIGTERM, handle)
+with compute.cluster(None, 1):
+    compute.start()
+    print(signal.getsignal(signal.SIGTERM) is handle)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.on_ray
+def test_start_keeps_the_sigterm_handler_of_the_caller(tmp_path: Path) -> None:
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run([sys.executable, "-c", HANDLER], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
