@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from prefect import flow
 
+from flows.deployed_run import skip_if_leased
 from infra import uris
 from infra.errors import KNNDiffusionError, NotFoundError, StageError
 from infra.settings import Settings
@@ -54,6 +55,7 @@ class NotAllCollectedError(StageError):
 
 
 @flow(name="collect-garbage", flow_run_name="collect-garbage-{config.domain}", validate_parameters=True)
+@skip_if_leased
 def collect_garbage(config: CollectGarbageConfig) -> list[Garbage]:
     """List the files that no retained version references, one entry per domain; delete them unless ``dry_run``.
 

@@ -11,6 +11,7 @@ import dataclasses
 
 from prefect import flow
 
+from flows.deployed_run import skip_if_leased
 from infra import compute, logs, uris
 from infra.settings import Settings
 from infra.storage.lease import lease
@@ -111,6 +112,7 @@ class Rebuilt:
 
 
 @flow(name="rebuild-index", flow_run_name="rebuild-index-{config.domain}", validate_parameters=True)
+@skip_if_leased
 def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
     """Add new URLs to a domain's champion, hide and compact images taken down, and register the result as champion."""
     settings = settings_of(config.root)

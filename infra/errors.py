@@ -6,6 +6,7 @@
     ├── IntegrityError           stored bytes differ from their committed digest
     ├── EncoderMismatchError     two artifacts come from different encoders
     ├── StageError               a stage could not produce its output
+    │   └── LeaseHeldError       another writer holds the lease on a folder
     └── TransientError           a temporary failure of an external system: the only error that is retried
 
 An invalid configuration raises ``ValueError`` when it is built; Prefect shows the message next to the form.
@@ -34,6 +35,10 @@ class EncoderMismatchError(KNNDiffusionError):
 
 class StageError(KNNDiffusionError):
     """Raised when a stage cannot produce its output."""
+
+
+class LeaseHeldError(StageError):
+    """Raised when another writer holds the lease on a folder."""
 
 
 class TransientError(KNNDiffusionError):

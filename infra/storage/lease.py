@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from infra import logs, storage
-from infra.errors import KNNDiffusionError, NotFoundError, StageError
+from infra.errors import KNNDiffusionError, LeaseHeldError, NotFoundError, StageError
 from infra.storage.locks import boot_id
 
 FOLDER = "lease"
@@ -155,7 +155,8 @@ def lease(
         sleep: Function that waits between attempts to acquire the lease.
 
     Raises:
-        StageError: Another writer holds the lease (the message names it), or the lease was lost during the block.
+        LeaseHeldError: Another writer holds the lease; the message names it.
+        StageError: The lease was lost during the block.
         ValueError: ``ttl_s`` is too short for the clock of the store.
     """
     if ttl_s < 1.5 * _clock_resolution_s(folder_uri):
@@ -168,7 +169,7 @@ def lease(
     deadline = clock() + wait_s
     while (acquired := _acquire(folder_uri, holder, ttl_s, clock)) is None:
         if clock() >= deadline:
-            raise StageError(_conflict_message(folder_uri))
+            raise LeaseHeldError(_conflict_message(folder_uri))
         sleep(min(_POLL_S, max(0.0, deadline - clock())))
     try:
         yield acquired
