@@ -12,7 +12,7 @@ export NO_MKDOCS_2_WARNING := 1
 SHELL := /bin/bash
 WORKERS ?= 2
 
-.PHONY: help install demo test test-fast durations test-kills test-s3 coverage check docs bench clean
+.PHONY: help install demo up down deploy test test-fast durations test-kills test-s3 coverage check docs bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,15 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 
 demo: install  ## the full pipeline on 5,400 images: download, embed, index, register, generate, swap
 	@$(BIN)/knn-diffusion demo
+
+up: install  ## start Prefect, MLflow, Ray and a worker on this machine; docs/how-to/operate.md
+	@$(BIN)/knn-diffusion up
+
+down: install  ## stop what make up started
+	@$(BIN)/knn-diffusion down
+
+deploy: install  ## deploy prefect.yaml and domains.yaml, and delete what they no longer contain
+	@$(BIN)/knn-diffusion deploy
 
 test: install  ## every test, offline (TESTS=tests/tasks/index for some)
 	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup $(TESTS)

@@ -34,6 +34,7 @@ from flows.cli.console import (
 from flows.cli.databases import databases, search
 from flows.cli.generators import edit, evaluate, generate
 from flows.cli.inputs import check_domain, check_encoder, check_folder, check_recipe, check_url_list
+from flows.cli.stack import cancel, deploy, down, run, runs, status, up
 from flows.cli.upkeep import gc, merge, rebuild_index, subset
 
 
@@ -169,6 +170,7 @@ _LISTED = {
     "Databases": (new_domain, rebuild_index, search, databases),
     "Generator": (generate, edit, evaluate),
     "Upkeep": (merge, subset, gc),
+    "Operation": (up, status, down, deploy, run, runs, cancel),
 }
 """Commands by panel, in the order of ``--help``."""
 for _panel, _commands in _LISTED.items():

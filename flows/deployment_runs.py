@@ -1,0 +1,115 @@
+"""Runs of deployments: start, follow, list and cancel."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+from uuid import UUID
+
+import yaml
+from prefect import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
+from prefect.states import Cancelling
+
+from infra.errors import InputError, NotFoundError
+from infra.text import printable
+
+POLL_S = 1.0
+
+
+def start_run(deployment: str, parameters: Sequence[str]) -> FlowRun:
+    """Start a run of ``deployment``, given as FLOW/NAME or as NAME if both are equal, and return it.
+
+    Args:
+        deployment: Name of the deployment.
+        parameters: Changes of its parameters as ``name=value``, e.g. ``domain=birds`` or ``config.domain=birds``.
+            Values are YAML.
+    """
+    name = deployment if "/" in deployment else f"{deployment}/{deployment}"
+    with get_client(sync_client=True) as client:
+        try:
+            found = client.read_deployment_by_name(name)
+        except ObjectNotFound:
+            raise NotFoundError(f"deployment does not exist: {name}; run make deploy, or see prefect.yaml") from None
+        changed = merge_parameters(found.parameters, parameters)
+        return client.create_flow_run_from_deployment(found.id, parameters=changed)
+
+
+def merge_parameters(parameters: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """Return a deployment's parameters with changes as ``name=value``; a name without ``config.`` is a field of it."""
+    merged = {"config": {**parameters.get("config", {})}}
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals or not name:
+            raise InputError(f"parameter is malformed: {change}; write NAME=VALUE")
+        *folders, last = name.removeprefix("config.").split(".")
+        target = merged["config"]
+        for folder in folders:
+            target[folder] = {**(target.get(folder) or {})}
+            target = target[folder]
+        try:
+            target[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            target[last] = text
+    return merged
+
+
+def follow(run_id: UUID, show: Callable[[str], None]) -> int:
+    """Pass each state of a run to ``show`` until it ends, and return the exit code.
+
+    Returns:
+        0 if the run completed or was skipped, 1 if it failed or crashed, 130 if it was cancelled.
+    """
+    shown = ""
+    with get_client(sync_client=True) as client:
+        while True:
+            state = client.read_flow_run(run_id).state
+            if state is not None:
+                line = state.name + (f": {state.message}" if state.message and state.is_final() else "")
+                if line != shown:
+                    show(printable(line))
+                    shown = line
+                if state.is_final():
+                    return 0 if state.is_completed() else 130 if state.is_cancelled() else 1
+            time.sleep(POLL_S)
+
+
+def list_runs(limit: int) -> list[dict[str, Any]]:
+    """Return the newest runs of deployments: id, name, state and start."""
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=limit)
+    return [
+        {
+            "id": str(run.id),
+            "name": run.name,
+            "state": run.state_name or "–",
+            "start": run.start_time.isoformat(timespec="seconds") if run.start_time else "–",
+            "seconds": round(run.total_run_time.total_seconds(), 1),
+        }
+        for run in runs
+    ]
+
+
+def cancel(run: str) -> FlowRun:
+    """Ask a run, given by its id, to end. Raises ``NotFoundError`` if there is none, ``InputError`` if it has ended."""
+    try:
+        run_id = UUID(run)
+    except ValueError:
+        raise InputError(f"not the id of a run: {run}; see knn-diffusion runs") from None
+    with get_client(sync_client=True) as client:
+        try:
+            found = client.read_flow_run(run_id)
+        except ObjectNotFound:
+            raise NotFoundError(f"run does not exist: {run}; see knn-diffusion runs") from None
+        if found.state is not None and found.state.is_final():
+            raise InputError(f"run has already ended: {run} is {found.state.name}")
+        client.set_flow_run_state(run_id, Cancelling())
+    return found
+
+
+def link(run_id: UUID) -> str:
+    """Return the address of a run in Prefect's UI."""
+    ui = PREFECT_UI_URL.value() or (PREFECT_API_URL.value() or "").removesuffix("/api")
+    return f"{ui}/runs/flow-run/{run_id}"

@@ -1,0 +1,67 @@
+"""Domains that are rebuilt on a schedule, read from ``domains.yaml``."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from infra.errors import InputError
+from tasks.stage import require_domain
+
+GATES = frozenset({"target_recall"})
+"""Gates that a rebuild checks before it registers a version."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Domain:
+    """A domain and when it is rebuilt.
+
+    Attributes:
+        name: Domain name: lower-case letters, digits, hyphens.
+        urls: URL list, local or remote. Default: no new URLs, only takedowns.
+        schedule: Cron expression. Default: no schedule.
+        timezone: Time zone of the schedule. Default: UTC.
+        active: Start runs by the schedule. Default: True.
+        encoder: open_clip model. Default: the encoder of the champion. Another one embeds all images again.
+        gates: Gates and their bounds, such as ``target_recall: 0.95``. Default: those of the champion.
+    """
+
+    name: str
+    urls: str | None = None
+    schedule: str | None = None
+    timezone: str = "UTC"
+    active: bool = True
+    encoder: str | None = None
+    gates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        require_domain(self.name)
+        if unknown := self.gates.keys() - GATES:
+            raise ValueError(f"gate is unknown: {min(unknown)}; use {', '.join(sorted(GATES))}")
+
+    def rebuild_parameters(self) -> dict[str, Any]:
+        """Return the ``config`` of this domain's ``rebuild-index`` run."""
+        config: dict[str, Any] = {"domain": self.name, "urls": self.urls}
+        if self.encoder is not None:
+            config["embed"] = {"encoder": self.encoder}
+        if self.gates:
+            config["index_changes"] = dict(self.gates)
+        return config
+
+
+def read_domains(file: Path) -> tuple[Domain, ...]:
+    """Return the domains of a file; none if there is no file. Raises ``InputError`` if it is invalid."""
+    if not file.exists():
+        return ()
+    try:
+        entries = (yaml.safe_load(file.read_text()) or {}).get("domains") or []
+        domains = tuple(Domain(**entry) for entry in entries)
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{file} is invalid: {' '.join(str(error).split())}; see docs/how-to/operate.md") from error
+    names = [domain.name for domain in domains]
+    if len(set(names)) < len(names):
+        raise InputError(f"{file} has a domain twice; give each domain one entry")
+    return domains

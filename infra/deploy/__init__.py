@@ -1,0 +1,1 @@
+"""Services of a deployment on one machine: Prefect server and worker, MLflow server, Ray head."""
