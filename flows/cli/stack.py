@@ -3,14 +3,11 @@
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from flows.cli.console import Root, Verbose, report_errors, say, settings, table
-
-if TYPE_CHECKING:
-    from infra.deploy.services import Stack
 
 CHECKOUT = Path(__file__).parents[2]
 Folder = Annotated[
@@ -43,6 +40,7 @@ def up(
     Example: knn-diffusion up --root /srv/knn-diffusion-data
     """
     with report_errors(verbose):
+        os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{prefect_port}/api"  # before Prefect is imported
         from infra import registry_database
         from infra.deploy import processes
         from infra.deploy.services import Stack, driver_environment, services
@@ -64,16 +62,11 @@ def up(
             started = processes.start(service, wanted.folder)
             print(f"{service.name}: healthy, process {started.pid}", file=sys.stderr)
             if service.name == "prefect-server":
-                _create_automation(wanted)
+                from flows.deploy import create_automation
+
+                create_automation()
         for name, value in driver_environment(wanted, here).items():
             say(f"export {name}={value}")
-
-
-def _create_automation(stack: "Stack") -> None:
-    os.environ["PREFECT_API_URL"] = stack.prefect_url
-    from flows.deploy import create_automation
-
-    create_automation()
 
 
 def status(stack: Folder = FOLDER, verbose: Verbose = False) -> None:
