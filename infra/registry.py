@@ -137,7 +137,7 @@ class Registry:
             self._client.set_model_version_tag(name, version, key, value)
         if alias:
             if existing is not None:
-                self._warn_if_older(name, alias, existing)
+                self._warn_if_older(name, CHAMPION, existing)
             self._client.set_registered_model_alias(name, alias, version)
         return RegisteredVersion(
             name=name,

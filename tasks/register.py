@@ -9,14 +9,19 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from infra import artifacts, logs
-from infra.registry import DATABASE_PREFIX, GENERATOR_NAME, RegisteredVersion, Registry
+from infra.promotions import CANDIDATE
+from infra.registry import CHAMPION, DATABASE_PREFIX, GENERATOR_NAME, RegisteredVersion, Registry
 from infra.settings import Settings
 from tasks.references.generator import PIPELINE, generator_folder
+from infra.storage.lease import lease
+from tasks.promote import promote_registered, promotion_folder
 from tasks.references.lineage import embeddings_of
 from tasks.references.types import DatabaseVersion, Generator, encoder_of
 from tasks.stage import stage_task
 
 _SCRIPTS = Path(__file__).parent / "pyfunc"
+_WAIT_S = 60.0
+"""Seconds to wait for another process that promotes a generator."""
 _PROMPTS = Schema([ColSpec(DataType.string, "prompt")])
 DATABASE_SIGNATURE = ModelSignature(
     inputs=_PROMPTS,
@@ -27,7 +32,10 @@ DATABASE_SIGNATURE = ModelSignature(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RegistrationResult:
-    """Registry URIs of a version, and whether it was registered before."""
+    """Registry URIs of a version, and whether it was registered before.
+
+    ``alias_uri`` ends in ``@champion``, or in ``@candidate`` if the version was not promoted.
+    """
 
     uri: str
     alias_uri: str
@@ -39,7 +47,7 @@ class RegistrationResult:
 def register_database(
     domain: str, database: DatabaseVersion, settings: Settings, run_id: str | None = None
 ) -> RegistrationResult:
-    """Register ``database`` as ``knn-database.<domain>`` and make it the champion."""
+    """Register ``database`` as ``knn-database.<domain>`` and promote it unless the champion is pinned."""
     manifest = database.manifest()
     tags = {
         **_tags(manifest),
@@ -59,15 +67,18 @@ def register_database(
         tags=tags,
         model_config={"uri": database.uri},
         run_id=run_id,
+        alias=CANDIDATE,
     )
-    return _log_registration(registered, time.monotonic() - started)
+    decision = promote_registered(registered, settings)  # the calling flow holds the lease of the domain
+    is_champion = decision is None or decision.moved
+    return _log_registration(registered, time.monotonic() - started, is_champion=is_champion)
 
 
 @stage_task(name="register-generator")
 def register_generator(
     generator: Generator, database_uri: str, scores: dict[str, float], settings: Settings, run_id: str | None = None
 ) -> RegistrationResult:
-    """Register ``generator``, weights included, as ``knn-diffusion`` and make it the champion.
+    """Register ``generator``, weights included, as ``knn-diffusion``, and promote it if its absolute gates pass.
 
     ``database_uri`` is the default database of the pyfunc model. ``scores`` become tags.
     """
@@ -90,8 +101,12 @@ def register_generator(
         files={PIPELINE: folder},
         model_config={"database": database_uri},
         run_id=run_id,
+        alias=CANDIDATE,
     )
-    return _log_registration(registered, time.monotonic() - started)
+    with lease(promotion_folder(GENERATOR_NAME, settings), holder=f"register {GENERATOR_NAME}", wait_s=_WAIT_S):
+        decision = promote_registered(registered, settings, scores)
+    is_champion = decision is None or decision.moved
+    return _log_registration(registered, time.monotonic() - started, is_champion=is_champion)
 
 
 def generator_signature(pipeline: Path) -> ModelSignature:
@@ -117,9 +132,8 @@ def _stored_bytes(database: DatabaseVersion) -> int:
     return sum(file.bytes for part in parts for file in part.files)
 
 
-def _log_registration(registered: RegisteredVersion, seconds: float) -> RegistrationResult:
+def _log_registration(registered: RegisteredVersion, seconds: float, *, is_champion: bool) -> RegistrationResult:
     state = "was registered" if registered.existed else f"{seconds:.1f} s"
-    logs.get("stage").info("%-11s %s = version %d  %s", "register", registered.alias_uri, registered.version, state)
-    return RegistrationResult(
-        uri=registered.uri, alias_uri=registered.alias_uri, skipped=registered.existed, seconds=seconds
-    )
+    alias_uri = f"models:/{registered.name}@{CHAMPION if is_champion else CANDIDATE}"
+    logs.get("stage").info("%-11s %s = version %d  %s", "register", alias_uri, registered.version, state)
+    return RegistrationResult(uri=registered.uri, alias_uri=alias_uri, skipped=registered.existed, seconds=seconds)

@@ -132,6 +132,16 @@ class Evaluator:
                 scores[f"fid_{name}"] = inception_distance(compared, real, weights, cuda=self._config.use_gpu)
         return scores | flatten({"diversity": self._diversity()}, "knn")
 
+    @property
+    def queries(self) -> Embeddings:
+        """The query embedding (N, D) of each sample."""
+        return self._sampler.queries.numpy()
+
+    def scored_samples(self) -> tuple[Embeddings, NDArray[np.floating]]:
+        """Return the embeddings (N, D) of the samples with neighbours, and their cosines (N,) to the nearest image."""
+        _, rows = self._sampler(Condition())
+        return rows, self._database.search(rows, 1).scores[:, 0]
+
     def ablations(self) -> dict[str, dict[str, float]]:
         """Return the scores of every ablation, by name."""
         return {name: flatten(self._scored(condition)) for name, condition in ABLATIONS.items()}

@@ -17,6 +17,7 @@ import pytest
 from support.changing_domain import BODY, FIRST, NAMES, Living
 from support.fakes import Reply, WithoutRay
 
+from flows.promote_version import PromoteVersionConfig, promote_version
 from infra import compute
 from infra.errors import InputError, IntegrityError, StageError
 from infra.registry import Registry
@@ -361,6 +362,9 @@ def test_rebuild_after_rollback_hides_all_takedowns_again(living: Living, ray: W
         living.rebuild(urls=living.listed(NAMES[5]), compact_above=1)
     assert living.champion() == {NAMES[0], NAMES[3]}
     rebuilt = living.rebuild(urls=living.listed(*NAMES[:5]), compact_above=1)
+    assert rebuilt.registered.alias_uri == "models:/knn-database.shapes@candidate"
+    assert living.champion() == {NAMES[0], NAMES[3]}, "the rollback pinned the champion"
+    promote_version(PromoteVersionConfig(name="shapes", root=str(living.root)))
     assert living.champion() == {NAMES[0], NAMES[3], NAMES[4]}
     assert living.rebuild(urls=living.listed(*NAMES[:5]), compact_above=1).after == rebuilt.after
     Registry(living.settings)._client.set_registered_model_alias("knn-database.shapes", "champion", "2")

@@ -1,0 +1,113 @@
+"""Commands that move the champion: promote, rollback and history."""
+
+import json
+import time
+from typing import Annotated
+
+import typer
+
+from flows.cli.console import Root, Verbose, Wait, report_errors, say, settings, table
+from infra.prefect_server import prefect_api
+
+Name = Annotated[str, typer.Argument(help="Domain, or knn-diffusion for generators.")]
+_HISTORY_COLUMNS = {
+    "at": "time (UTC)",
+    "version": "version",
+    "outcome": "outcome",
+    "before": "before",
+    "after": "after",
+    "requester": "requester",
+    "reason": "reason",
+}
+
+
+def promote(
+    name: Name,
+    version: Annotated[int | None, typer.Option(help="Version to promote. Default: the candidate.", min=1)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Promote even if gates fail. Needs --reason.")] = False,
+    reason: Annotated[str, typer.Option(help="Reason to record.")] = "",
+    approval: Annotated[
+        bool, typer.Option("--approval", help="Require the tag approval=approved of the version.")
+    ] = False,
+    wait: Wait = 0.0,
+    root: Root = None,
+    verbose: Verbose = False,
+) -> None:
+    """Make a version the champion if its gates pass, and record the decision. Exits with 1 if it is not promoted.
+
+    Example: knn-diffusion promote birds --version 3
+    """
+    with report_errors(verbose), prefect_api():
+        from flows.promote_version import PromoteVersionConfig, promote_version
+        from infra.errors import InputError
+
+        config = PromoteVersionConfig(
+            name=name, version=version, root=root, approval=approval, force=force, reason=reason, wait_s=wait
+        )
+        decision = promote_version(config)
+        for gate in decision.gates:
+            typer.echo(str(gate), err=True)
+        if decision.outcome == "pending":
+            raise InputError(
+                f"version {decision.version} of {decision.name} is not approved; "
+                "set the tag approval=approved of the version and promote it again"
+            )
+        if not decision.moved:
+            raise InputError(
+                f"version {decision.version} of {decision.name} was not promoted because gates failed; "
+                "build a better version, or use --force with --reason"
+            )
+        say(f"models:/{decision.name}@champion")
+
+
+def rollback(
+    name: Name,
+    to: Annotated[int | None, typer.Option(help="Version to restore. Default: the previous champion.", min=1)] = None,
+    reason: Annotated[str, typer.Option(help="Reason to record.")] = "",
+    wait: Wait = 0.0,
+    root: Root = None,
+    verbose: Verbose = False,
+) -> None:
+    """Restore an earlier champion and pin it: later versions are only registered as candidates, until promoted.
+
+    Refused if the version shows images that were taken down since.
+
+    Example: knn-diffusion rollback birds --to 2 --reason "blurred images"
+    """
+    with report_errors(verbose):
+        from infra.storage.lease import lease
+        from tasks.promote import promotion_folder, registered_name
+        from tasks.promote import rollback as roll_back
+
+        chosen = settings(root)
+        full = registered_name(name)
+        with lease(promotion_folder(full, chosen), holder=f"rollback {full}", wait_s=wait):
+            decision = roll_back(full, to, chosen, reason=reason)
+        typer.echo(f"version {decision.version} is pinned; run promote to move on", err=True)
+        say(f"models:/{full}@champion")
+
+
+def history(
+    name: Name,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+    root: Root = None,
+    verbose: Verbose = False,
+) -> None:
+    """List the promotion decisions of a domain or of the generators, newest first.
+
+    Example: knn-diffusion history birds --json
+    """
+    with report_errors(verbose):
+        from infra.promotions import Promotions
+        from tasks.promote import registered_name
+
+        decisions = Promotions(settings(root)).history(registered_name(name))
+        if as_json:
+            print(json.dumps(decisions, indent=1))
+            return
+        if not decisions:
+            typer.echo(f"no decisions are recorded for {registered_name(name)}", err=True)
+            return
+        for decision in decisions:
+            decision["at"] = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(decision["at_ms"] / 1000))
+        table(decisions, _HISTORY_COLUMNS)

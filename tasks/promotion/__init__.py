@@ -1,0 +1,1 @@
+"""Promotion of registered versions: gates, decisions and rollbacks."""

@@ -1,0 +1,77 @@
+"""Limits of the promotion gates."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DatabaseGates:
+    """Limits for a database. None disables a gate.
+
+    Attributes:
+        recall_image: Least recall@10 of image queries, in [0, 1].
+        recall_text: Least recall@10 of text queries, in [0, 1]. Not applied if there were no text queries.
+        lost_rows: Largest share of the champion's rows that the version lacks although they were not taken down.
+        failed_downloads: Largest share of listed images that could not be downloaded.
+        drift: Largest cosine distance between the mean embeddings of the champion and the version, in [0, 2].
+    """
+
+    recall_image: float | None = 0.9
+    recall_text: float | None = 0.9
+    lost_rows: float | None = 0.01
+    failed_downloads: float | None = 0.5
+    drift: float | None = 0.1
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        _require_ranges(self, {"drift": 2.0}, default=1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratorGates:
+    """Limits for a generator. None disables a gate.
+
+    The last three compare it with the champion by a paired bootstrap. The least favourable end of the interval of the
+    difference may be worse than the champion by at most this much.
+
+    Attributes:
+        neighbour_loss: Largest loss of CLIP score by the neighbours. 0 requires that they do not lower it.
+        clip_score: Largest loss of CLIP score against the champion.
+        distance: Largest increase of the Fréchet distance against the champion.
+        copy_rate: Largest increase of the copy rate against the champion, in [0, 1].
+        samples: Number of images that each generator samples for the comparison.
+        resamples: Resamples of the bootstrap.
+        seed: Seed of the noise that both generators start from.
+    """
+
+    neighbour_loss: float | None = 0.0
+    clip_score: float | None = 0.01
+    distance: float | None = 0.05
+    copy_rate: float | None = 0.05
+    samples: int = 256
+    resamples: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        _require_ranges(self, {"distance": 8.0, "clip_score": 2.0, "neighbour_loss": 2.0}, default=1.0)
+        if self.samples < 8 or self.resamples < 1:
+            raise ValueError(
+                f"samples or resamples are too few: {self.samples}, {self.resamples}; give at least 8 and 1"
+            )
+
+    @property
+    def compares(self) -> bool:
+        """Return True if a gate compares the version with the champion."""
+        return not self.clip_score is self.distance is self.copy_rate is None
+
+
+def _require_ranges(gates: DatabaseGates | GeneratorGates, highest: dict[str, float], *, default: float) -> None:
+    for field in dataclasses.fields(gates):
+        value = getattr(gates, field.name)
+        most = highest.get(field.name, default)
+        if isinstance(value, float) and not 0 <= value <= most:
+            raise ValueError(f"{field.name} is out of range: {value}; give a value in [0, {most:g}], or None")
+
+
+AT_ONCE = DatabaseGates(recall_image=None, recall_text=None, lost_rows=None, failed_downloads=None, drift=None)
+"""Gates of a registration. The index stage has already required its target recall."""

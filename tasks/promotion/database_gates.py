@@ -1,0 +1,99 @@
+"""Gates of a database: recall, failed downloads, and rows lost and drift against the champion."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from infra import artifacts
+from infra.formats import tables
+from infra.promotions import GateResult
+from tasks.promotion.config import DatabaseGates
+from tasks.references.lineage import embeddings_of, images_of, takedown_of
+from tasks.references.types import DatabaseVersion, EmbeddingShards
+from tasks.upkeep.takedown import Entries, Matcher, read_entries
+
+_COLUMNS = ["key", "url", "sha256"]
+_DRIFT_SHARDS = 32
+_DOWNLOADED = frozenset({"success"})
+
+
+def measure_database(
+    version: DatabaseVersion, champion: DatabaseVersion | None, gates: DatabaseGates, cache: Path
+) -> tuple[GateResult, ...]:
+    """Measure every enabled gate. Without a champion only recall and failed downloads are measured."""
+    info, results = version.manifest().info, []
+    for query, least in (("image", gates.recall_image), ("text", gates.recall_text)):
+        recall = info[f"recall_at_10_{query}"]
+        if least is not None and recall is not None:
+            results.append(GateResult(gate=f"recall_{query}", passed=recall >= least, value=float(recall), limit=least))
+    if gates.failed_downloads is not None:
+        results.append(_failed_downloads(version, gates.failed_downloads))
+    if champion is None:
+        return tuple(results)
+    if gates.lost_rows is not None:
+        results.append(_lost_rows(version, champion, gates.lost_rows, cache))
+    if gates.drift is not None:
+        drift = _distance(_mean(embeddings_of(version), cache), _mean(embeddings_of(champion), cache))
+        results.append(GateResult(gate="drift", passed=drift <= gates.drift, value=drift, limit=gates.drift))
+    return tuple(results)
+
+
+def only_hides(version: DatabaseVersion, champion: DatabaseVersion | None) -> bool:
+    """Return True if the version has the rows of the champion and differs from it by its takedown."""
+    if champion is None:
+        return False
+    new, old = version.manifest().inputs, champion.manifest().inputs
+    unchanged = new["embeddings"]["digest"] == old["embeddings"]["digest"]
+    return unchanged and "takedown" in new and new["takedown"]["digest"] != old.get("takedown", {}).get("digest")
+
+
+def _failed_downloads(version: DatabaseVersion, limit: float) -> GateResult:
+    outcomes = images_of(embeddings_of(version)).manifest().info.get("outcomes", {})
+    listed = sum(outcomes.values())
+    if not listed:  # a merged database downloads nothing
+        return GateResult(gate="failed_downloads", passed=True, value=None, limit=limit, detail="no downloads")
+    failed = sum(count for name, count in outcomes.items() if name not in _DOWNLOADED)
+    share = failed / listed
+    detail = f"{failed} of {listed}"
+    return GateResult(gate="failed_downloads", passed=share <= limit, value=share, limit=limit, detail=detail)
+
+
+def _lost_rows(version: DatabaseVersion, champion: DatabaseVersion, limit: float, cache: Path) -> GateResult:
+    """Compare images by sha256. Rows that the version's takedown names are explained."""
+    new, old = embeddings_of(version), embeddings_of(champion)
+    known = {sha256 for table in _rows(new, cache) for sha256 in table["sha256"].to_pylist()}
+    takedown = takedown_of(version)
+    explained = Matcher(Entries() if takedown is None else read_entries(takedown, cache))
+    lost = total = 0
+    for table in _rows(old, cache):
+        absent = np.array([sha256 not in known for sha256 in table["sha256"].to_pylist()], dtype=np.bool_)
+        lost += int((absent & ~explained.mask(table)).sum())
+        total += table.num_rows
+    share = lost / total if total else 0.0
+    detail = f"{lost} of {total}"
+    return GateResult(gate="lost_rows", passed=share <= limit, value=share, limit=limit, detail=detail)
+
+
+def _rows(embeddings: EmbeddingShards, cache: Path) -> Iterator[pa.Table]:
+    for shard in embeddings.manifest().shards:
+        yield tables.read_table(artifacts.fetch_shard(embeddings.uri, shard, ".parquet", cache), _COLUMNS)
+
+
+def _mean(embeddings: EmbeddingShards, cache: Path) -> NDArray[np.float64]:
+    """Return the mean embedding (D,) of evenly spaced shards."""
+    shards = embeddings.manifest().shards
+    chosen = shards[:: max(1, len(shards) // _DRIFT_SHARDS)]
+    arrays = [np.load(artifacts.fetch_shard(embeddings.uri, one, ".npy", cache), mmap_mode="r") for one in chosen]
+    total = np.sum([rows.sum(axis=0, dtype=np.float64) for rows in arrays], axis=0)
+    return np.asarray(total / sum(len(rows) for rows in arrays), dtype=np.float64)
+
+
+def _distance(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    """Return 1 - cosine, or 2 if the widths differ, since the encoders differ too."""
+    if first.shape != second.shape:
+        return 2.0
+    norms = np.linalg.norm(first) * np.linalg.norm(second)
+    return float(1 - first @ second / norms) if norms else 0.0
