@@ -44,6 +44,15 @@ _NOT_FOUND = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"})  
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Presentation:
+    """Presentation of a version in MLflow: Markdown description, example of an input, and metrics of its run."""
+
+    description: str = ""
+    input_example: Any = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RegisteredVersion:
     """Version in the registry: its URI by version and by alias, and whether it existed before."""
 
@@ -107,6 +116,7 @@ class Registry:
         model_config: Mapping[str, Any] | None = None,
         run_id: str | None = None,
         alias: str | None = CHAMPION,
+        presentation: Presentation | None = None,
     ) -> RegisteredVersion:
         """Register the committed folder as a new version of ``name`` and move ``alias`` to it.
 
@@ -120,6 +130,7 @@ class Registry:
             model_config: Settings that the script reads when it is loaded.
             run_id: The run that made the version. Default: a new run.
             alias: Alias to move to this version. None moves no alias.
+            presentation: What MLflow's pages show of the version.
 
         A folder that is already registered with the same digest is reused, not registered twice. The same content in
         another folder becomes a new version; the earlier version continues to refer to its own folder. If the alias
@@ -131,7 +142,7 @@ class Registry:
         manifest = artifacts.read_manifest(folder_uri)
         existing = self._version_of(name, manifest.digest, folder_uri)
         version = existing or self._create(
-            name, folder_uri, manifest, script, signature, files or {}, model_config or {}, run_id
+            name, folder_uri, manifest, script, signature, files or {}, model_config or {}, run_id, presentation
         )
         for key, value in tags.items():
             self._client.set_model_version_tag(name, version, key, value)
@@ -225,7 +236,10 @@ class Registry:
         """Return a local folder of the version's files and manifest; download it if needed."""
         if place := self._artifact_path(version):  # not through MLflow's download, which writes to the folder
             if not _manifest_file(place).exists():
-                raise IntegrityError(f"the files of {uri} are missing from {place}; register it again")
+                raise IntegrityError(
+                    f"the files of {uri} are missing: {place} does not exist on this machine; mount or restore that "
+                    "folder, or register the version again through an MLflow server that stores files"
+                )
             return place
         cache = self._settings.cache_folder
 
@@ -274,7 +288,9 @@ class Registry:
         files: Mapping[str, Path],
         model_config: Mapping[str, Any],
         run_id: str | None,
+        presentation: Presentation | None,
     ) -> str:
+        shown = presentation or Presentation()
         with storage.scratch() as scratch:
             path = scratch / artifacts.MANIFEST
             path.write_text(manifest.to_json())
@@ -286,7 +302,10 @@ class Registry:
                     signature=signature,
                     pip_requirements=["knn-diffusion"],
                     model_config=dict(model_config),
+                    input_example=shown.input_example,
                 )
+                for metric, value in shown.metrics.items():
+                    self._client.log_metric(info.run_id, metric, value)
         with contextlib.suppress(MlflowException):  # the model exists already
             self._client.create_registered_model(name)
         created = self._client.create_model_version(
@@ -294,6 +313,7 @@ class Registry:
             info.model_uri,
             run_id=info.run_id,
             model_id=info.model_id,
+            description=shown.description or None,
             tags={_DIGEST_TAG: manifest.digest, _FOLDER_TAG: folder_uri},
         )
         return str(created.version)

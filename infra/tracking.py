@@ -61,16 +61,26 @@ def start_run(settings: Settings, *, experiment: str, name: str) -> Iterator[Run
 
 
 def experiment_id(client: MlflowClient, name: str, settings: Settings) -> str:
-    """Return the id of an experiment. If needed, create it with the artifact store of the settings."""
+    """Return the id of an experiment. If needed, create it with the artifact store of the settings.
+
+    An MLflow server chooses the store itself unless ``MLFLOW_ARTIFACTS`` is set. It then passes files on
+    (``mlflow-artifacts:``), so machines that do not mount the root can read them.
+    """
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, settings.artifacts_uri))
+            return str(client.create_experiment(name, _artifact_location(settings)))
         except MlflowException as error:
             found = client.get_experiment_by_name(name)  # another process may have created it in between
             if found is None:
                 raise error
     return str(found.experiment_id)
+
+
+def _artifact_location(settings: Settings) -> str | None:
+    """Return the artifact store for a new experiment; None leaves the choice to the MLflow server."""
+    is_server = settings.tracking_uri.startswith(("http://", "https://"))
+    return None if is_server and settings.artifacts is None else settings.artifacts_uri
 
 
 @contextmanager

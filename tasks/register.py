@@ -15,6 +15,7 @@ from infra.settings import Settings
 from tasks.references.generator import PIPELINE, generator_folder
 from infra.storage.lease import lease
 from tasks.promote import promote_registered, promotion_folder
+from tasks.promotion.presentation import database_presentation, generator_presentation
 from tasks.references.lineage import embeddings_of
 from tasks.references.types import DatabaseVersion, Generator, encoder_of
 from tasks.stage import stage_task
@@ -66,6 +67,7 @@ def register_database(
         signature=DATABASE_SIGNATURE,
         tags=tags,
         model_config={"uri": database.uri},
+        presentation=database_presentation(manifest, database.uri),
         run_id=run_id,
         alias=CANDIDATE,
     )
@@ -100,6 +102,7 @@ def register_generator(
         },
         files={PIPELINE: folder},
         model_config={"database": database_uri},
+        presentation=generator_presentation(manifest, database_uri, scores),
         run_id=run_id,
         alias=CANDIDATE,
     )

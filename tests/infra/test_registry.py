@@ -144,7 +144,7 @@ def test_pull_from_a_local_artifact_store_writes_nothing(project: Project) -> No
     assert sorted(store.rglob("*")) == before
     for path in store.rglob(artifacts.MANIFEST):
         path.unlink()
-    with pytest.raises(IntegrityError, match=r"^the files of models:/.*/1 are missing from /.*; register it again$"):
+    with pytest.raises(IntegrityError, match=r"^the files of models:/.*/1 are missing: /.* mount or restore"):
         project.registry.pull(GENERATOR_NAME, kind="generator")
 
 

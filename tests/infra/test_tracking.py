@@ -157,3 +157,33 @@ def test_start_run_without_a_server_raises_transient_error(
         ):
             pytest.fail("there is no run")
     assert str(caught.value).startswith(f"MLflow at {uri} does not answer: ")
+
+
+class RecordingClient:
+    """Fake of MLflow's client without experiments. ``locations`` lists the artifact stores of created ones."""
+
+    def __init__(self) -> None:
+        self.locations: list[str | None] = []
+
+    def get_experiment_by_name(self, name: str) -> None:
+        return None
+
+    def create_experiment(self, name: str, artifact_location: str | None) -> str:
+        self.locations.append(artifact_location)
+        return "1"
+
+
+@pytest.mark.parametrize(
+    ("given", "location"),
+    [
+        ({"MLFLOW_TRACKING_URI": "http://mlflow:5000"}, None),
+        ({"MLFLOW_TRACKING_URI": "http://mlflow:5000", "MLFLOW_ARTIFACTS": "s3://bucket/mlflow"}, "s3://bucket/mlflow"),
+        ({"MLFLOW_TRACKING_URI": "sqlite:////tmp/mlflow.db"}, "/data/mlflow"),
+    ],
+)
+def test_new_experiment_on_a_server_leaves_the_artifact_store_to_it(
+    given: dict[str, str], location: str | None
+) -> None:
+    client = RecordingClient()
+    experiment_id(client, "register", Settings(root="/data", **given))  # type: ignore[arg-type]
+    assert client.locations == [location]
