@@ -211,7 +211,7 @@ def _tags(name: str, version: int, settings: Settings) -> dict[str, Any]:
     listed = Registry(settings).versions(Generator.kind if name == GENERATOR_NAME else DatabaseVersion.kind)
     found = [one for one in listed if (one["name"], one["version"]) == (name, version)]
     if not found:
-        raise NotFoundError(f"version is not registered: {name}/{version}; list the versions with databases --all")
+        raise NotFoundError(f"version is not registered: {name}/{version}; list the versions with databases")
     return found[0]
 
 

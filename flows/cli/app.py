@@ -35,7 +35,7 @@ from flows.cli.databases import databases, search
 from flows.cli.generators import edit, evaluate, generate
 from flows.cli.inputs import check_domain, check_encoder, check_folder, check_recipe, check_url_list
 from flows.cli.stack import cancel, deploy, down, run, runs, status, up
-from flows.cli.promotion import history, promote, rollback
+from flows.cli.promotion import history, lineage, promote, pull, rollback
 from flows.cli.upkeep import gc, merge, rebuild_index, subset
 
 
@@ -172,7 +172,7 @@ _LISTED = {
     "Generator": (generate, edit, evaluate),
     "Upkeep": (merge, subset, gc),
     "Operation": (up, status, down, deploy, run, runs, cancel),
-    "Promotion": (promote, rollback, history),
+    "Promotion": (promote, rollback, history, pull, lineage),
 }
 """Commands by panel, in the order of ``--help``."""
 for _panel, _commands in _LISTED.items():

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -111,3 +112,54 @@ def history(
         for decision in decisions:
             decision["at"] = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(decision["at_ms"] / 1000))
         table(decisions, _HISTORY_COLUMNS)
+
+
+def pull(
+    name: Annotated[str, typer.Argument(help="Database or knn-diffusion: short name, models:/… or a folder.")],
+    to: Annotated[Path, typer.Option(help="Folder to copy to. An interrupted copy resumes.")],
+    root: Root = None,
+    verbose: Verbose = False,
+) -> None:
+    """Copy a database or a generator to a folder that works without network and registry.
+
+    Every file is checked against its digest.
+
+    Example: knn-diffusion pull birds --to birds-copy
+    """
+    with report_errors(verbose):
+        from tasks.pull import pull_database, pull_generator
+
+        copy = pull_generator if _kind_of(name) == "generator" else pull_database
+        copy(name, to, settings(root))
+        say(to)
+
+
+def lineage(
+    name: Annotated[str, typer.Argument(help="Database or knn-diffusion: short name, models:/… or a folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print nested JSON objects.")] = False,
+    graph: Annotated[bool, typer.Option("--graph", help="Print a Mermaid flowchart.")] = False,
+    root: Root = None,
+    verbose: Verbose = False,
+) -> None:
+    """Show what a database or generator was made from: databases, embeddings, images, URL lists and encoders.
+
+    Example: knn-diffusion lineage knn-diffusion --graph
+    """
+    with report_errors(verbose):
+        from infra.registry import Registry
+        from tasks.references.lineage_graph import lineage_of, to_dict, to_mermaid, to_text
+
+        pulled = Registry(settings(root)).pull(name, kind=_kind_of(name))
+        node = lineage_of(pulled.manifest, pulled.folder_uri)
+        if as_json:
+            print(json.dumps(to_dict(node), indent=1))
+        else:
+            print(to_mermaid(node) if graph else to_text(node))
+
+
+def _kind_of(name: str) -> str:
+    """Return the kind of artifact that a registered name refers to."""
+    from infra.registry import GENERATOR_NAME
+
+    bare = name.removeprefix("models:/").partition("@")[0].partition("/")[0]
+    return "generator" if bare == GENERATOR_NAME else "database"
