@@ -148,7 +148,7 @@ class Registry:
             self._client.set_model_version_tag(name, version, key, value)
         if alias:
             if existing is not None:
-                self._warn_if_older(name, CHAMPION, existing)
+                self.warn_if_older(name, alias, existing)
             self._client.set_registered_model_alias(name, alias, version)
         return RegisteredVersion(
             name=name,
@@ -318,7 +318,8 @@ class Registry:
         )
         return str(created.version)
 
-    def _warn_if_older(self, name: str, alias: str, version: str) -> None:
+    @_translating_errors
+    def warn_if_older(self, name: str, alias: str, version: str) -> None:
         """Log a warning if ``alias`` is at a newer version, whose additional rows are no longer served."""
         try:
             current = self._client.get_model_version_by_alias(name, alias)

@@ -12,7 +12,7 @@ from typing import Any
 from infra import logs
 from infra.errors import InputError, NotFoundError
 from infra.promotions import CANDIDATE, Decision, GateResult, Promotions
-from infra.registry import DATABASE_PREFIX, GENERATOR_NAME, RegisteredVersion, Registry
+from infra.registry import CHAMPION, DATABASE_PREFIX, GENERATOR_NAME, RegisteredVersion, Registry
 from infra.settings import Settings
 from tasks.promotion.config import AT_ONCE, DatabaseGates, GeneratorGates
 from tasks.promotion.database_gates import measure_database, only_hides
@@ -103,6 +103,7 @@ def promote_registered(
     elif pin is not None and not hides:
         outcome = "pinned"
     if outcome == "promoted":
+        Registry(settings).warn_if_older(name, CHAMPION, str(registered.version))
         store.move(name, registered.version, pin=pin)
     return _record(request, outcome, before, gates, store)
 
