@@ -105,7 +105,8 @@ class Promotions:
         champion, recorded = str(found.aliases[CHAMPION]), found.tags.get(_CHAMPION_TAG)
         if recorded is not None and recorded != champion:
             return f"the alias was moved to version {champion} by hand"
-        return found.tags.get(_PIN_TAG)
+        pinned: str | None = found.tags.get(_PIN_TAG)
+        return pinned
 
     def move(self, name: str, version: int, *, pin: str | None = None) -> None:
         """Make a version the champion, pinned for the reason ``pin`` or not pinned. Call this under the lease."""
@@ -156,7 +157,8 @@ class Promotions:
             found = self._client.get_experiment_by_name(EXPERIMENT)
             if found is None:
                 return []
-            runs, token = [], None
+            runs: list[Any] = []
+            token = None
             while True:
                 page = self._client.search_runs(
                     [found.experiment_id],
