@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
 import yaml
 from prefect import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterExpectedStartTime
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
@@ -77,9 +79,10 @@ def follow(run_id: UUID, show: Callable[[str], None]) -> int:
 
 
 def list_runs(limit: int) -> list[dict[str, Any]]:
-    """Return the newest runs of deployments: id, name, state and start."""
+    """Return the newest runs of deployments, without those scheduled for later: id, name, state and start."""
+    due = FlowRunFilter(expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)))
     with get_client(sync_client=True) as client:
-        runs = client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=limit)
+        runs = client.read_flow_runs(flow_run_filter=due, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=limit)
     return [
         {
             "id": str(run.id),
