@@ -23,7 +23,8 @@ def test_deployment_entrypoint_loads_and_accepts_its_parameters(
     flow = load_flow_from_entrypoint(deployment["entrypoint"], use_placeholder_flow=False)
     assert flow.name == deployment["name"]
     config = flow.validate_parameters(deployment["parameters"])["config"]
-    assert "my-domain" in (*getattr(config, "databases", ()), getattr(config, "domain", None))
+    named = (getattr(config, field, None) for field in ("domain", "name"))
+    assert "my-domain" in (*getattr(config, "databases", ()), *named)
     assert set(flow.parameters.properties) == {"config"}
 
 
