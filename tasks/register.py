@@ -12,10 +12,10 @@ from infra import artifacts, logs
 from infra.promotions import CANDIDATE
 from infra.registry import CHAMPION, DATABASE_PREFIX, GENERATOR_NAME, RegisteredVersion, Registry
 from infra.settings import Settings
-from tasks.references.generator import PIPELINE, generator_folder
 from infra.storage.lease import lease
 from tasks.promote import promote_registered, promotion_folder
 from tasks.promotion.presentation import database_presentation, generator_presentation
+from tasks.references.generator import PIPELINE, generator_folder
 from tasks.references.lineage import embeddings_of
 from tasks.references.types import DatabaseVersion, Generator, encoder_of
 from tasks.stage import stage_task

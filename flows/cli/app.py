@@ -34,8 +34,8 @@ from flows.cli.console import (
 from flows.cli.databases import databases, search
 from flows.cli.generators import edit, evaluate, generate
 from flows.cli.inputs import check_domain, check_encoder, check_folder, check_recipe, check_url_list
-from flows.cli.stack import cancel, deploy, down, run, runs, status, up
 from flows.cli.promotion import history, lineage, promote, pull, rollback
+from flows.cli.stack import cancel, deploy, down, run, runs, status, up
 from flows.cli.upkeep import gc, merge, rebuild_index, subset
 
 
