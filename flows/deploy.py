@@ -17,11 +17,11 @@ from typing import Any
 
 import yaml
 from prefect import get_client
+from prefect.client.schemas import StateType
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
-from prefect.states import StateType
 
 from flows.domains import Domain, read_domains
 from infra.deploy.services import HEARTBEAT_S, POOL

@@ -69,7 +69,7 @@ def follow(run_id: UUID, show: Callable[[str], None]) -> int:
         while True:
             state = client.read_flow_run(run_id).state
             if state is not None:
-                line = state.name + (f": {state.message}" if state.message and state.is_final() else "")
+                line = (state.name or "") + (f": {state.message}" if state.message and state.is_final() else "")
                 if line != shown:
                     show(printable(line))
                     shown = line

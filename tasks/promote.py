@@ -16,10 +16,10 @@ from infra.registry import CHAMPION, DATABASE_PREFIX, GENERATOR_NAME, Registered
 from infra.settings import Settings
 from tasks.promotion.config import AT_ONCE, DatabaseGates, GeneratorGates
 from tasks.promotion.database_gates import measure_database, only_hides
+from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import takedown_of
+from tasks.references.takedown import Entries, all_takedown_entries, read_entries
 from tasks.references.types import DatabaseVersion, Generator
-from tasks.stage import base_of
-from tasks.upkeep.takedown import Entries, all_takedown_entries, read_entries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +144,11 @@ def candidate_of(name: str, settings: Settings) -> int:
 
 def promotion_folder(name: str, settings: Settings) -> str:
     """Return the folder whose lease protects the aliases of a registered model."""
-    return base_of(settings, name.removeprefix(DATABASE_PREFIX))
+    return _folder(name, settings).uri
+
+
+def _folder(name: str, settings: Settings) -> DomainFolder:
+    return DomainFolder.of(settings, name.removeprefix(DATABASE_PREFIX))
 
 
 def requester() -> str:
@@ -195,7 +199,7 @@ def _require_takedowns(name: str, version: int, settings: Settings) -> None:
     database = _open(DatabaseVersion, name, version, settings)
     takedown = takedown_of(database)
     hidden = Entries() if takedown is None else read_entries(takedown, settings.cache_folder)
-    missing = all_takedown_entries(promotion_folder(name, settings), settings.cache_folder) - hidden
+    missing = all_takedown_entries(_folder(name, settings)) - hidden
     if len(missing):
         raise InputError(
             f"version {version} of {name} would restore images that were taken down since ({len(missing)} entries); "

@@ -12,8 +12,8 @@ from infra.formats import tables
 from infra.promotions import GateResult
 from tasks.promotion.config import DatabaseGates
 from tasks.references.lineage import embeddings_of, images_of, takedown_of
+from tasks.references.takedown import Entries, Matcher, read_entries
 from tasks.references.types import DatabaseVersion, EmbeddingShards
-from tasks.upkeep.takedown import Entries, Matcher, read_entries
 
 _COLUMNS = ["key", "url", "sha256"]
 _DRIFT_SHARDS = 32

@@ -18,7 +18,8 @@ from infra.promotions import GateResult
 from model.metrics import embedding_metrics
 from model.metrics.bootstrap import Score, Statistic, bootstrap_interval, groups_of, mean_of
 from model.metrics.embedding_metrics import Embeddings, Values
-from tasks.evaluate.measure import EvaluateConfig, EvaluationInputs, Evaluator
+from tasks.evaluate.config import EvaluateConfig
+from tasks.evaluate.measure import EvaluationInputs, Evaluator
 from tasks.promotion.config import GeneratorGates
 from tasks.references.types import DatabaseVersion, Generator, domain_of, require_same_encoder
 

@@ -207,17 +207,18 @@ from tasks.download.task import download
 from tasks.embed.task import embed
 from tasks.index.task import index
 from tasks.neighbours import find_neighbours
+from tasks.references.domain_folder import DomainFolder
 from tasks.train.data import TrainingInputs
 from tasks.train.task import train
 config = small_config(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
-base, cache = sys.argv[3] + "/shapes", Path(sys.argv[3]) / "cache"
+folder = DomainFolder(uri=sys.argv[3] + "/shapes", cache=Path(sys.argv[3]) / "cache")
 with compute.cluster():
-    images = download(config.urls, base, config.download, cache=cache).reference
-    embeddings = embed(images, base, config.embed, cache=cache).reference
-    database = index(embeddings, base, config.index, cache=cache).reference
-    found = find_neighbours(embeddings, database, base, 4, cache=cache).reference
+    images = download(config.urls, folder, config.download).reference
+    embeddings = embed(images, folder, config.embed).reference
+    database = index(embeddings, folder, config.index).reference
+    found = find_neighbours(embeddings, database, folder, 4).reference
     inputs = TrainingInputs(images=images, embeddings=embeddings, database=database, neighbours=found)
-    train(inputs, base, config.train, cache=cache)
+    train(inputs, folder, config.train)
 print("done")
 """
 
