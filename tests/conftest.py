@@ -29,6 +29,14 @@ INTEGRATION_FIXTURES = frozenset(
     {"bucket", "cluster", "domain", "living", "machines", "mlflow_settings", "moto_bucket", "prefect_server"}
 )
 """Fixtures that start a server, a Ray cluster or the whole pipeline."""
+DOMAIN_MODULES = frozenset(
+    f"tests/{name}.py"
+    for name in (
+        "flows/cli/test_app", "flows/demo/test_run", "flows/test_evaluate_generator", "flows/test_new_domain",
+        "tasks/evaluate/test_task", "tasks/serve/test_gallery", "tasks/train/test_adopt",
+    )
+)  # fmt: skip
+"""Modules with tests on the built domain: one worker runs them, so that it is built once."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,20 +45,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by what they need, and give tests that share an expensive fixture to one worker of pytest-xdist."""
-    seconds, groups = durations.load(), list[str]()
+    """Mark tests by what they need; in a worker of pytest-xdist, start the groups that take longest first."""
+    seconds = durations.load()
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         if fixtures & INTEGRATION_FIXTURES or item.get_closest_marker("on_ray"):
             item.add_marker(pytest.mark.integration)
         if seconds.get(item.nodeid, 0.0) >= durations.SLOW_S:
             item.add_marker(pytest.mark.slow)
-        groups.append("domain" if "domain" in fixtures else item.nodeid.partition("::")[0])
-        item.add_marker(pytest.mark.xdist_group(groups[-1]))
         if item.get_closest_marker("s3") and "S3_STORE_DIR" not in os.environ:
             item.add_marker(pytest.mark.skip(reason="needs a real object store: make test-s3"))
+        if "domain" in fixtures and group_of(item.nodeid) != "domain":
+            raise pytest.UsageError(f"{item.nodeid} uses the domain: add its module to DOMAIN_MODULES in conftest.py")
     if durations.in_worker():
-        durations.longest_group_first(items, groups, seconds)
+        durations.longest_group_first(items, [group_of(item.nodeid) for item in items], seconds)
+
+
+def group_of(nodeid: str) -> str:
+    """Return the group of a test, which runs on one worker: its module, or all modules that use the domain."""
+    module = nodeid.partition("::")[0]
+    return "domain" if module in DOMAIN_MODULES else module
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Schedule by :func:`group_of`: the loadgroup of pytest-xdist 3.8 has no effect with pytest 9.2.
+
+    It writes the group to a private attribute of the test that pytest no longer reads.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Groups(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

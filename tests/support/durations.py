@@ -23,15 +23,9 @@ def record(reports: Iterable[pytest.TestReport], path: Path = FILE) -> None:
     """Replace the recorded durations by those of ``reports``."""
     seconds: Counter[str] = Counter()
     for report in reports:
-        seconds[node_of(report.nodeid)] += report.duration  # type: ignore[assignment]
+        seconds[report.nodeid] += report.duration  # type: ignore[assignment]
     lines = [f"{taken:.1f} {node}\n" for node, taken in seconds.most_common() if taken >= RECORDED_S]
     path.write_text("".join(lines), encoding="utf-8")
-
-
-def node_of(nodeid: str) -> str:
-    """Return the node id without the group that pytest-xdist appends to it."""
-    head, at, _ = nodeid.rpartition("@")
-    return head if at and nodeid.rfind("@") > nodeid.rfind("]") else nodeid
 
 
 def longest_group_first(items: list[pytest.Item], groups: list[str], seconds: dict[str, float]) -> None:

@@ -63,7 +63,7 @@ class Domain:
 
 
 @pytest.fixture(params=["local", "moto", REAL])
-def domain(request: pytest.FixtureRequest, tmp_path: Path) -> Domain:
+def any_domain(request: pytest.FixtureRequest, tmp_path: Path) -> Domain:
     """A domain on every type of store."""
     return Domain(request, tmp_path)
 
@@ -82,9 +82,9 @@ with held():
 
 
 @contextmanager
-def held_by_another_process(domain: Domain, seconds: float = 600) -> Iterator[subprocess.Popen[str]]:
+def held_by_another_process(any_domain: Domain, seconds: float = 600) -> Iterator[subprocess.Popen[str]]:
     """Start another process that holds the lease."""
-    other = domain.process(HOLD, str(seconds))
+    other = any_domain.process(HOLD, str(seconds))
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "acquired\n", other.communicate()[1]
@@ -95,21 +95,21 @@ def held_by_another_process(domain: Domain, seconds: float = 600) -> Iterator[su
         other.communicate()
 
 
-def test_lease_released_can_be_acquired_again(domain: Domain) -> None:
+def test_lease_released_can_be_acquired_again(any_domain: Domain) -> None:
     for number in range(1, 4):
-        with domain.lease("rebuild-index twemoji") as acquired:
+        with any_domain.lease("rebuild-index twemoji") as acquired:
             acquired.check()
-            assert domain.files() == [f"{number:06d}.json"]
-    assert json.loads(storage.read_bytes(f"{domain.folder}/lease/000003.json"))["released"]
+            assert any_domain.files() == [f"{number:06d}.json"]
+    assert json.loads(storage.read_bytes(f"{any_domain.folder}/lease/000003.json"))["released"]
 
 
-def test_lease_second_writer_fails_with_the_holders_name(domain: Domain) -> None:
+def test_lease_second_writer_fails_with_the_holders_name(any_domain: Domain) -> None:
     started = time.time()
-    with held_by_another_process(domain) as other:
-        message = domain.refusal()
-        assert len(domain.files()) == 1  # probes are deleted
+    with held_by_another_process(any_domain) as other:
+        message = any_domain.refusal()
+        assert len(any_domain.files()) == 1  # probes are deleted
     found = re.fullmatch(
-        rf"{re.escape(domain.folder)} is being written by rebuild-index twemoji \(process {other.pid} on "
+        rf"{re.escape(any_domain.folder)} is being written by rebuild-index twemoji \(process {other.pid} on "
         rf"{re.escape(socket.gethostname())}\) since (\S+); wait until it finishes \(if it is dead, its lease "
         r"expires at (\S+)\) and run again",
         message,
@@ -117,7 +117,7 @@ def test_lease_second_writer_fails_with_the_holders_name(domain: Domain) -> None
     assert found, message
     since, ends = (datetime.fromisoformat(text).timestamp() for text in found.groups())
     assert started - 1 <= since <= time.time()
-    assert time.time() - 2 < ends <= time.time() + domain.ttl_s + 2
+    assert time.time() - 2 < ends <= time.time() + any_domain.ttl_s + 2
 
 
 def test_lease_live_holder_keeps_it_beyond_ttl(slow_domain: Domain) -> None:
@@ -143,18 +143,18 @@ def test_lease_works_without_permission_to_delete(moto_bucket: Bucket) -> None:
             pytest.fail("two writers hold the lease")
 
 
-def test_lease_of_dead_holder_expires_for_a_waiting_writer(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lease_of_dead_holder_expires_for_a_waiting_writer(any_domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "_machine", lambda: "another machine")
-    with held_by_another_process(domain) as other:
+    with held_by_another_process(any_domain) as other:
         other.kill()
         other.wait()
-    assert f"process {other.pid}" in domain.refusal()  # from another machine it could still be alive
+    assert f"process {other.pid}" in any_domain.refusal()  # from another machine it could still be alive
     clock, store_time = FakeClock(), leases._store_time
     monkeypatch.setattr(leases, "_store_time", lambda folder: store_time(folder) + clock.now)
-    with domain.lease("second", wait_s=30, clock=clock, sleep=clock.sleep) as acquired:
-        assert clock.now < domain.ttl_s + 6
+    with any_domain.lease("second", wait_s=30, clock=clock, sleep=clock.sleep) as acquired:
+        assert clock.now < any_domain.ttl_s + 6
         acquired.check()
-        assert domain.files() == ["000002.json"]
+        assert any_domain.files() == ["000002.json"]
 
 
 def test_lease_of_dead_local_process_is_free_at_once(slow_domain: Domain) -> None:
@@ -201,18 +201,18 @@ except Exception as error:
         sleeper.kill()
 
 
-def test_check_after_takeover_raises_and_keeps_the_new_lease(domain: Domain) -> None:
-    higher = f"{domain.folder}/lease/000002.json"
-    with pytest.raises(StageError) as caught, domain.lease("first") as acquired:
+def test_check_after_takeover_raises_and_keeps_the_new_lease(any_domain: Domain) -> None:
+    higher = f"{any_domain.folder}/lease/000002.json"
+    with pytest.raises(StageError) as caught, any_domain.lease("first") as acquired:
         storage.write_bytes(higher, b"another writer")
         with pytest.raises(StageError, match=r"was lost: now held by an unknown writer"):
             acquired.check()
         assert not acquired.renew(), "a renewal does not overwrite the new holder"
-    assert str(caught.value).startswith(f"the lease on {domain.folder} was lost: ")
+    assert str(caught.value).startswith(f"the lease on {any_domain.folder} was lost: ")
     assert str(caught.value).endswith("; nothing more is committed, run again")
-    assert domain.files() == ["000001.json", "000002.json"]
+    assert any_domain.files() == ["000001.json", "000002.json"]
     assert storage.read_bytes(higher) == b"another writer"
-    assert not json.loads(storage.read_bytes(f"{domain.folder}/lease/000001.json"))["released"]
+    assert not json.loads(storage.read_bytes(f"{any_domain.folder}/lease/000001.json"))["released"]
 
 
 def test_lease_lost_in_failing_block_raises_the_blocks_error(tmp_path: Path) -> None:
@@ -221,12 +221,12 @@ def test_lease_lost_in_failing_block_raises_the_blocks_error(tmp_path: Path) -> 
         raise ZeroDivisionError
 
 
-def test_lease_many_threads_hold_it_one_at_a_time(domain: Domain) -> None:
+def test_lease_many_threads_hold_it_one_at_a_time(any_domain: Domain) -> None:
     inside, most, turns = [], [0], []
     guard = threading.Lock()
 
     def work(number: int) -> None:
-        with domain.lease(f"worker {number}", ttl_s=30, wait_s=60) as acquired:
+        with any_domain.lease(f"worker {number}", ttl_s=30, wait_s=60) as acquired:
             with guard:
                 inside.append(number)
                 most[0] = max(most[0], len(inside))
@@ -269,18 +269,18 @@ def test_lease_expired_is_taken_over_by_one_of_many(slow_domain: Domain) -> None
     assert slow_domain.files() == ["000002.json"]
 
 
-def test_acquire_slow_writer_detects_a_later_generation(domain: Domain) -> None:
+def test_acquire_slow_writer_detects_a_later_generation(any_domain: Domain) -> None:
     for _ in range(3):
-        with domain.lease("first"):
+        with any_domain.lease("first"):
             pass
-    with domain.lease("later", ttl_s=30):
-        assert domain.files() == ["000004.json"]
+    with any_domain.lease("later", ttl_s=30):
+        assert any_domain.files() == ["000004.json"]
         highest = leases._highest
         stale = iter([1])  # the slow writer read the number 1 and was suspended
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(leases, "_highest", lambda uri: next(stale, None) or highest(uri))
-            assert leases._acquire(domain.folder, "slow", 30, time.monotonic) is None
-        assert domain.files() == ["000004.json"]
+            assert leases._acquire(any_domain.folder, "slow", 30, time.monotonic) is None
+        assert any_domain.files() == ["000004.json"]
 
 
 def test_check_store_unreachable_beyond_ttl_raises_lost_lease(
