@@ -34,8 +34,9 @@ from model.generation.batching import ProgressCallback, is_positive_int
 from model.generation.condition import QuerySlot
 from model.generation.prompts import Prompt, Prompts, one_for_each
 from model.generation.sampling import SamplingRequest, embed_images, generate, initial_noise
+from model.generation.start import Start, as_start, checked_strength, neighbour_images
 from model.networks.build import AnyNetwork
-from model.retrieval.database import Hits
+from model.retrieval.database import Hits, Searchable
 
 _RENAMED = {"prompts": "prompt", "negative_prompts": "negative_prompt", "callback": "on_progress"}
 _RENAMED_IN_EDIT = {"images": "image", "prompts": "prompt"}
@@ -92,6 +93,8 @@ class KNNDiffusionPipeline(BasePipeline):
         candidates: int | None = None,
         query: QuerySlot | None = None,
         retrieve: bool = True,
+        start: Start = "noise",
+        strength: float | None = None,
         shared_noise: bool = False,
         between: int | None = None,
         output_type: OutputType = "pil",
@@ -121,6 +124,9 @@ class KNNDiffusionPipeline(BasePipeline):
             query: Embedding in the query's slot: "text" (the prompt's), "mean" (of the neighbours), "both" (the mean of
                 the two) or "none". Default: the generator's; without retrieval "text".
             retrieve: False hides the neighbours, the ablation without retrieval. Default: True.
+            start: "noise", "neighbour" (a stored image, at random among the three nearest), or an image for all prompts
+                or one for each. Needs a continuous generator. Default: "noise".
+            strength: Share of noise that is added to the start, in (0, 1]; small values return the start. Default: 0.8.
             shared_noise: True starts all images from the same noise, and disables ``candidates``. Default: False.
             between: Interpolate two prompts in so many images, ends included; see :meth:`interpolate`. Default: None.
             output_type: "pil", "np" (float32 (P·M, S, S, 3) in [0, 1]) or "pt" (float32 (P·M, 3, S, S) in [0, 1]).
@@ -152,6 +158,9 @@ class KNNDiffusionPipeline(BasePipeline):
         arguments.check_size(self.side, height, width)
         if negative_prompt is not None and scale <= 1:
             raise ModelError(f"guidance_scale is too small for a negative_prompt: {scale}; give a value above 1")
+        strength = checked_strength(self._new_backbone(), start, strength, retrieve)
+        if start != "noise" and between is not None:
+            raise ModelError("an interpolation cannot start from an image; use start='noise'")
         shared_noise = shared_noise or between is not None
         choices = 1 if shared_noise else choices
         repeats = num_images_per_prompt * choices
@@ -169,18 +178,51 @@ class KNNDiffusionPipeline(BasePipeline):
         tokens = tokens.repeat_interleave(repeats, dim=0)
         target = embeddings if condition.query is None else condition.query
         backbone = self.backbone
+        noise = initial_noise(backbone, latents, len(tokens), steps, generator, shared_noise)
         request = SamplingRequest(
             tokens=tokens,
             targets=target.repeat_interleave(num_images_per_prompt, dim=0),
-            noise=initial_noise(backbone, latents, len(tokens), steps, generator, shared_noise),
+            noise=noise,
             candidates=choices,
             negative=negative,
             guidance_scale=scale,
             steps=steps,
             on_progress=on_progress,
+            start=self._start(start, condition.hits, database, noise, repeats),
+            strength=strength,
         )
         images = arguments.to_output(generate(backbone, self._embed_pixels, request), output_type)
         return KNNDiffusionOutput(images=images, hits=condition.hits) if return_dict else (images, condition.hits)
+
+    def vary(
+        self,
+        image: Image.Image | Sequence[Image.Image],
+        strength: float | None = None,
+        *,
+        prompt: Prompts | None = None,
+        **options: Any,
+    ) -> KNNDiffusionOutput:
+        """Generate variations of images, from the images themselves with noise added.
+
+        Args:
+            image: One or several images. Transparency becomes white; the centre square is resized to ``side``.
+            strength: Share of noise that is added, in (0, 1]; small values return the image. Default: 0.8.
+            prompt: What the variations should show. Default: the images themselves.
+            **options: Further arguments of a call, e.g. num_images_per_prompt or generator.
+
+        Returns:
+            :class:`KNNDiffusionOutput`, as of a call.
+
+        Raises:
+            ModelError: There is no image, or as for a call.
+        """
+        images = [image] if isinstance(image, Image.Image) else list(image)
+        if not images or not all(isinstance(one, Image.Image) for one in images):
+            raise ModelError("there is no image to vary; give at least one PIL image")
+        output: KNNDiffusionOutput = self(
+            images if prompt is None else prompt, start=images, strength=strength, **options
+        )
+        return output
 
     @torch.inference_mode()
     def edit(
@@ -254,6 +296,18 @@ class KNNDiffusionPipeline(BasePipeline):
         """
         output: KNNDiffusionOutput = self([first, second], between=count, **options)
         return output
+
+    def _start(
+        self, start: Start, hits: Hits | None, database: Searchable | None, noise: Tensor, repeats: int
+    ) -> Tensor | None:
+        """Return the images (B, 3, S, S) that B samples start from, ``repeats`` for each prompt, or None for noise."""
+        if isinstance(start, str):
+            if start == "noise" or hits is None or database is None:
+                return None
+            return neighbour_images(hits, database, noise, self.side)
+        images = [start] if isinstance(start, Image.Image) else list(start)
+        given = one_for_each(as_start(images, self.side), len(noise) // repeats, name="start images", of="prompts")
+        return given.repeat_interleave(repeats, dim=0)
 
 
 def new_pipeline(

@@ -48,17 +48,27 @@ def new_scheduler() -> UniPCMultistepScheduler:
 
 
 def solve(
-    denoiser: Denoiser, noise: Tensor, condition: Tensor, scheduler: Any, steps: int, on_step: Callable[[int], None]
+    denoiser: Denoiser,
+    noise: Tensor,
+    condition: Tensor,
+    scheduler: Any,
+    steps: int,
+    on_step: Callable[[int], None],
+    *,
+    strength: float = 1.0,
 ) -> Tensor:
-    """Integrate the flow from σ = 1 to 0.
+    """Integrate the flow from σ = ``strength`` to 0.
+
+    All steps are taken whatever the strength; the scheduler's noise levels are multiplied by it.
 
     Args:
         denoiser: Velocity of (x_σ, σ, condition).
-        noise: (B, C, S, S), on the denoiser's device.
+        noise: (B, C, S, S), on the denoiser's device: pure noise, or for a lower strength the noised start.
         condition: (B, T, E).
         scheduler: Any flow-matching scheduler of diffusers; a copy of it is stepped.
         steps: Number of steps.
         on_step: Called with the number of each finished step, from 1.
+        strength: Noise level to start from, in (0, 1].
 
     Returns:
         (B, C, S, S).
@@ -68,6 +78,8 @@ def solve(
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
     else:
         scheduler.set_timesteps(steps)
+    if strength < 1:
+        scheduler.sigmas, scheduler.timesteps = scheduler.sigmas * strength, scheduler.timesteps * strength
     # Without an index the scheduler searches for the first timestep, which rounding repeats when there are many steps.
     scheduler.set_begin_index(0)
     sample = noise

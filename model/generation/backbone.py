@@ -48,6 +48,11 @@ class Backbone(Protocol):
         """The denoiser of a network trained to restore images from a reference, or None for other networks."""
         ...
 
+    @property
+    def starts_from_images(self) -> bool:
+        """True if :meth:`generate` accepts a ``start``."""
+        ...
+
     def noise_shape(self, steps: int) -> tuple[int, ...]:
         """Return the shape of the noise of one image."""
         ...
@@ -65,6 +70,8 @@ class Backbone(Protocol):
         guidance_scale: float,
         negative: Tensor | None,
         on_step: Callable[[int], None],
+        start: Tensor | None = None,
+        strength: float = 1.0,
     ) -> Tensor:
         """Generate a batch of images.
 
@@ -75,6 +82,8 @@ class Backbone(Protocol):
             guidance_scale: 1 is the conditional model itself.
             negative: (B, T, E) tokens to push away from, or None for the null condition.
             on_step: Called with the number of each finished step, from 1.
+            start: (B, 3, S, S) in [−1, 1], images to add the noise to. Default: None, pure noise.
+            strength: Share of noise that is added to ``start``, in (0, 1].
 
         Returns:
             (B, 3, S, S) float32 in [−1, 1].

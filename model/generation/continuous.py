@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from model.diffusion.flow_matching import Denoiser, Prediction
+from model.diffusion.flow_matching import Denoiser, Prediction, add_noise
 from model.diffusion.guidance import FULL_INTERVAL, with_guidance
 from model.diffusion.solver import Scheduler, sample_noise, solve
 from model.networks.denoiser import Network, as_denoiser
@@ -69,6 +69,11 @@ class ContinuousBackbone:
         denoiser = as_denoiser(self.network, self.prediction)
         return with_reference(denoiser, None) if is_editor(self.network) else denoiser
 
+    @property
+    def starts_from_images(self) -> bool:
+        """True: a noised image is a point of the path."""
+        return True
+
     def noise_shape(self, steps: int) -> tuple[int, ...]:
         """Return (C, s, s); the steps need no further noise."""
         config = self.network.config
@@ -87,10 +92,16 @@ class ContinuousBackbone:
         guidance_scale: float,
         negative: Tensor | None,
         on_step: Callable[[int], None],
+        start: Tensor | None = None,
+        strength: float = 1.0,
     ) -> Tensor:
-        """Integrate the guided velocity from the noise: (B, 3, S, S) float32 in [−1, 1]."""
+        """Integrate the guided velocity from the noise, or the noised start: (B, 3, S, S) float32 in [−1, 1]."""
         denoiser = with_guidance(self.denoiser, guidance_scale, negative=negative, interval=self.guidance_interval)
-        return self.decode(solve(denoiser, noise, condition, self.scheduler, steps, on_step))
+        if start is None:
+            return self.decode(solve(denoiser, noise, condition, self.scheduler, steps, on_step))
+        # The point of the path at σ = strength (SDEdit, 2108.01073, section 3, for the path of flow matching).
+        noised = add_noise(self.encode(start), noise, noise.new_full((len(noise),), strength))
+        return self.decode(solve(denoiser, noised, condition, self.scheduler, steps, on_step, strength=strength))
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode images as latents (B, C, s, s), or return the pixels."""

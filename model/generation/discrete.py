@@ -12,8 +12,11 @@ from torch import Tensor
 
 from model.diffusion.solver import sample_uniforms
 from model.diffusion.vq_diffusion import KnownCodes, Transitions, sample_codes
+from model.errors import ModelError
 from model.networks.vq_autoencoder import decode_codes, encode_codes
 from model.networks.vq_transformer import VQTransformer
+
+NO_START = "a discrete generator cannot start from an image; use start='noise', or a continuous generator"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +64,11 @@ class DiscreteBackbone:
         """None: no objective trains a discrete network to restore."""
         return
 
+    @property
+    def starts_from_images(self) -> bool:
+        """False: codes that the process has unmasked are never revised, so a start would come back unchanged."""
+        return False
+
     def noise_shape(self, steps: int) -> tuple[int, ...]:
         """Return (steps, n): one uniform number per step and code."""
         return (steps, self.network.config.tokens)
@@ -78,12 +86,17 @@ class DiscreteBackbone:
         guidance_scale: float,
         negative: Tensor | None,
         on_step: Callable[[int], None] | None,
+        start: Tensor | None = None,
+        strength: float = 1.0,
         known: KnownCodes | None = None,
     ) -> Tensor:
         """Sample codes, in one stride per row of the noise, and decode them: (B, 3, S, S) float32 in [−1, 1].
 
         ``known`` holds codes to start from or to keep; see :class:`model.diffusion.vq_diffusion.KnownCodes`.
+        Raises ``ModelError`` for a ``start``, which needs a continuous network.
         """
+        if start is not None:
+            raise ModelError(NO_START)
         codes = sample_codes(
             self.network,
             condition,

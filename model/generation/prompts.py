@@ -54,10 +54,10 @@ def embed_prompts(prompts: Prompts, encoder: Callable[[], Encoder], dimension: i
 
 
 def one_for_each(embeddings: Tensor, count: int, *, name: str, of: str) -> Tensor:
-    """Expand one embedding (1, D) to (count, D), or check that there are ``count`` of them.
+    """Expand one row (1, …) to (count, …), or check that there are ``count`` of them.
 
     ``name`` and ``of`` name the two in the error message, e.g. "negative prompts" for "prompts".
     """
     if len(embeddings) not in (1, count):
         raise ModelError(f"there are {len(embeddings)} {name} for {count} {of}; give one for all, or one for each")
-    return embeddings.expand(count, -1).contiguous()
+    return embeddings.expand(count, *embeddings.shape[1:]).contiguous()

@@ -33,6 +33,8 @@ class SamplingRequest:
         guidance_scale: 1 is the conditional model itself.
         steps: Number of sampling steps.
         on_progress: Called with (step, total steps) over all batches, or None.
+        start: (B, 3, S, S) in [−1, 1] on the CPU, images to add the noise to, or None for pure noise.
+        strength: Share of noise that is added to ``start``, in (0, 1].
     """
 
     tokens: Tensor
@@ -43,6 +45,8 @@ class SamplingRequest:
     guidance_scale: float
     steps: int
     on_progress: ProgressCallback | None
+    start: Tensor | None = None
+    strength: float = 1.0
 
 
 def generate(backbone: Backbone, embed_pixels: EmbedPixels, request: SamplingRequest) -> Tensor:
@@ -64,6 +68,8 @@ def generate(backbone: Backbone, embed_pixels: EmbedPixels, request: SamplingReq
             guidance_scale=request.guidance_scale,
             negative=None if negative is None else negative[rows].to(device),
             on_step=on_step,
+            start=None if request.start is None else request.start[rows].to(device),
+            strength=request.strength,
         )
 
     images = run_batched(generate_batch, len(request.tokens), request.steps, device, request.on_progress)

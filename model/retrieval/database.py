@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import faiss
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from model.encoder.identity import EncoderIdentity
 from model.errors import ModelError
@@ -118,6 +119,10 @@ class Searchable(Protocol):
         """Return the ``k`` nearest rows of each query; see :meth:`Database.search`."""
         ...
 
+    def images(self, ids: Sequence[int]) -> list[Image.Image]:
+        """Return the stored images of rows; see :meth:`Database.images`."""
+        ...
+
 
 class Database:
     """A searchable, read-only database. Opening it memory-maps files and reads no rows."""
@@ -132,6 +137,7 @@ class Database:
         effort: SearchEffort | None = None,
         hidden: NDArray[np.int64] | None = None,
         describe: Callable[[Sequence[int]], list[dict[str, Any]]] | None = None,
+        images: Callable[[Sequence[int]], list[Image.Image]] | None = None,
         part: bool = False,
     ) -> None:
         """Open the shards, in row order.
@@ -144,13 +150,14 @@ class Database:
             effort: tuned search effort; ``SearchEffort()`` by default.
             hidden: sorted ids of rows that are never returned: taken down, or near-duplicates of others.
             describe: returns the metadata (key, url, …) of global row ids.
+            images: returns the RGB images of global row ids.
             part: True for one of several parts searched together; all its rows may be hidden.
 
         Raises:
             ModelError: the database is empty, or index and rows of a shard do not match.
         """
         self.name, self.encoder, self.effort = name, encoder, effort or SearchEffort()
-        self._describe = describe
+        self._describe, self._images = describe, images
         self._hidden = np.zeros(0, np.int64) if hidden is None else np.asarray(hidden, dtype=np.int64)
         self._proposer = open_proposer([s.index for s in shards], [s.ordinal for s in shards], quantizer)
         self._parts: list[StoredRows] = []
@@ -289,6 +296,23 @@ class Database:
         if self._describe is None:
             return [{"id": row} for row in rows]
         return [{"id": row, **metadata} for row, metadata in zip(rows, self._describe(rows), strict=True)]
+
+    def with_images(self, images: Callable[[Sequence[int]], list[Image.Image]]) -> "Database":
+        """Return the same open database, which reads the images of global row ids by ``images``."""
+        other = self.with_effort(self.effort)
+        other._images = images
+        return other
+
+    def images(self, ids: Sequence[int]) -> list[Image.Image]:
+        """Return the stored RGB images of rows, in the order of ``ids``, which may repeat.
+
+        Raises:
+            ModelError: unknown row id, or the database was opened without images.
+        """
+        rows = checked_rows(ids, self.stored, self.name)
+        if self._images is None:
+            raise ModelError(f"database {self.name} was opened without images; open it with load_database")
+        return self._images(rows)
 
     def _with_rows(self, found: NearestIds) -> Hits:
         embeddings = self.rows(np.maximum(found.ids, 0)).astype(np.float32)

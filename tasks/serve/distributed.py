@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from infra import artifacts, compute
 from infra.errors import InputError
@@ -19,6 +20,7 @@ from model.errors import ModelError
 from model.retrieval.arguments import checked_count, checked_exclusion, checked_ids, checked_queries, checked_rows
 from model.retrieval.database import Hits, NearestIds, Searchable
 from tasks.references.database import Metadata, index_shards, open_part
+from tasks.references.images import fetch_images
 from tasks.references.lineage import embeddings_of
 from tasks.references.types import DatabaseVersion, domain_of, encoder_of
 
@@ -61,6 +63,7 @@ class DistributedDatabase(Searchable):
             )
         self._starts = np.cumsum([0, *(sum(shard.rows for shard in part) for part in parts)])
         self._metadata = Metadata(embeddings.uri, embeddings.manifest(), cache)
+        self._version, self._cache = version, cache
 
     def __len__(self) -> int:
         """Return the number of rows that a search may return."""
@@ -106,6 +109,10 @@ class DistributedDatabase(Searchable):
         """Return the metadata (key, url, …) of rows; see :meth:`model.retrieval.database.Database.describe`."""
         rows = checked_rows(ids, self.stored, self.name)
         return [{"id": row, **metadata} for row, metadata in zip(rows, self._metadata(rows), strict=True)]
+
+    def images(self, ids: Sequence[int]) -> list[Image.Image]:
+        """Return the stored images of rows; see :meth:`model.retrieval.database.Database.images`."""
+        return fetch_images(self._version, checked_rows(ids, self.stored, self.name), self._cache)
 
 
 class _Part:

@@ -1,6 +1,7 @@
 """Load registered databases and generators by name, and search databases. The CLI commands use these functions."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,8 @@ def load_database(reference: str, settings: Settings, *, trust: bool = False) ->
         InputError: the folder needs ``trust``.
     """
     version, _ = _pull_version(reference, settings, trust)
-    return open_database(version, settings.cache_folder)
+    database = open_database(version, settings.cache_folder)
+    return database.with_images(functools.partial(fetch_images, version, cache=settings.cache_folder))
 
 
 def search_database(
