@@ -7,6 +7,7 @@ from prefect import flow
 
 from flows.train_generator import TrainedGenerator
 from infra import compute, tracking, uris
+from infra.registry import DATABASE_PREFIX, champion_uri
 from model.saved_generator import EMBEDDED
 from tasks.evaluate.task import EvaluateConfig, evaluate
 from tasks.references.domain_folder import DomainFolder
@@ -60,7 +61,7 @@ def adopt_generator(config: AdoptGeneratorConfig) -> TrainedGenerator:
         evaluation = evaluate(generator.reference, database, folder, config.evaluate)
         scores = evaluation.reference.scores()
         run.log(step=0, values=scores)
-        database_uri = f"models:/knn-database.{config.domain}@champion"
+        database_uri = champion_uri(DATABASE_PREFIX + config.domain)
         registered = register_generator(generator.reference, database_uri, scores, settings, run.run_id)
     stages: dict[str, StageResult[Any] | RegistrationResult] = {
         "adopt": generator,

@@ -6,6 +6,7 @@ from typing import Any
 from prefect import flow
 
 from infra import compute, tracking, uris
+from infra.registry import DATABASE_PREFIX, champion_uri
 from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
 from tasks.neighbours import find_neighbours
 from tasks.references.domain_folder import DomainFolder
@@ -74,7 +75,7 @@ def train_generator(config: TrainGeneratorConfig) -> TrainedGenerator:
         evaluation = evaluate(generator.reference, database, folder, config.evaluate)
         scores = evaluation.reference.scores()
         run.log(step=generator.reference.manifest().info["images_seen"], values=scores)
-        database_uri = f"models:/knn-database.{config.domain}@champion"
+        database_uri = champion_uri(DATABASE_PREFIX + config.domain)
         registered = register_generator(generator.reference, database_uri, scores, settings, run.run_id)
     stages: dict[str, StageResult[Any] | RegistrationResult] = {
         "neighbours": found,

@@ -90,6 +90,11 @@ def _translating_errors(method: Method) -> Method:
     return cast(Method, call)
 
 
+def champion_uri(name: str) -> str:
+    """Return the MLflow URI of the champion of a registered model, e.g. ``models:/knn-database.twemoji@champion``."""
+    return f"models:/{name}@{CHAMPION}"
+
+
 class Registry:
     """Client of the model registry that ``settings`` name."""
 

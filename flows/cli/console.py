@@ -246,16 +246,6 @@ def print_traceback() -> None:
     print("\n".join(sanitised(line) for line in traceback.format_exc().rstrip().split("\n")), file=sys.stderr)
 
 
-def size(count: int) -> str:
-    """Format a number of bytes with a decimal unit, e.g. 512 B, 1.5 kB, 23 MB."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if round(value) < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.1f} {unit}" if unit != "B" and value < 9.95 else f"{value:.0f} {unit}"
-
-
 def age(created_ms: int) -> str:
     """Format the age of a timestamp in milliseconds since the epoch, e.g. 3 min, 2 h, 5 d."""
     seconds = max(0.0, time.time() - created_ms / 1000)

@@ -18,7 +18,6 @@ from flows.cli.console import (
     report_errors,
     say,
     settings,
-    size,
     table,
     writable,
 )
@@ -92,6 +91,8 @@ def databases(
     """
     with report_errors(verbose, quiet):
         check_root(root)
+        from rich.filesize import decimal
+
         from infra.registry import Registry
         from infra.uris import masked
 
@@ -106,6 +107,6 @@ def databases(
         for entry in listed:
             formatted = {"aliases": ", ".join(entry["aliases"]), "created_ms": age(entry["created_ms"])}
             if "bytes" in entry:
-                formatted["bytes"] = size(entry["bytes"])
+                formatted["bytes"] = decimal(entry["bytes"])
             shown.append({**entry, **formatted})
         table(shown, _DATABASE_COLUMNS)

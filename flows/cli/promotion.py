@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.console import Root, Verbose, Wait, report_errors, say, settings, table
-from infra.prefect_server import prefect_api
+from flows.cli.console import Root, Verbose, Wait, prefect_server, report_errors, say, settings, table
 
 Name = Annotated[str, typer.Argument(help="Domain, or knn-diffusion for generators.")]
 _HISTORY_COLUMNS = {
@@ -38,9 +37,10 @@ def promote(
 
     Example: knn-diffusion promote birds --version 3
     """
-    with report_errors(verbose), prefect_api():
+    with report_errors(verbose), prefect_server():
         from flows.promote_version import PromoteVersionConfig, promote_version
         from infra.errors import InputError
+        from infra.registry import champion_uri
 
         config = PromoteVersionConfig(
             name=name, version=version, root=root, approval=approval, force=force, reason=reason, wait_s=wait
@@ -58,7 +58,7 @@ def promote(
                 f"version {decision.version} of {decision.name} was not promoted because gates failed; "
                 "build a better version, or use --force with --reason"
             )
-        say(f"models:/{decision.name}@champion")
+        say(champion_uri(decision.name))
 
 
 def rollback(
@@ -76,6 +76,7 @@ def rollback(
     Example: knn-diffusion rollback birds --to 2 --reason "blurred images"
     """
     with report_errors(verbose):
+        from infra.registry import champion_uri
         from infra.storage.lease import lease
         from tasks.promote import promotion_folder, registered_name
         from tasks.promote import rollback as roll_back
@@ -85,7 +86,7 @@ def rollback(
         with lease(promotion_folder(full, chosen), holder=f"rollback {full}", wait_s=wait):
             decision = roll_back(full, to, chosen, reason=reason)
         typer.echo(f"version {decision.version} is pinned; run promote to move on", err=True)
-        say(f"models:/{full}@champion")
+        say(champion_uri(full))
 
 
 def history(

@@ -20,7 +20,6 @@ from flows.cli.console import (
     prefect_server,
     report_errors,
     say,
-    size,
 )
 from flows.cli.inputs import check_domain, check_root, check_takedown_list, check_url_list
 
@@ -67,6 +66,7 @@ def rebuild_index(
         with prefect_server():
             from flows.rebuild_index import RebuildIndexConfig
             from flows.rebuild_index import rebuild_index as flow
+            from infra.registry import DATABASE_PREFIX, champion_uri
 
             config = RebuildIndexConfig(
                 domain=name,
@@ -81,7 +81,7 @@ def rebuild_index(
             )
             rebuilt = flow(config)
             if rebuilt.registered is None:
-                say(f"models:/knn-database.{name}@champion is unchanged")
+                say(f"{champion_uri(DATABASE_PREFIX + name)} is unchanged")
             else:
                 say(rebuilt.registered.alias_uri)
 
@@ -179,6 +179,8 @@ def gc(
     with report_errors(verbose, quiet):
         check_root(root)
         with prefect_server():
+            from rich.filesize import decimal
+
             from flows.collect_garbage import CollectGarbageConfig, NotAllCollectedError, collect_garbage
 
             config = CollectGarbageConfig(
@@ -193,6 +195,6 @@ def gc(
                 for uri, count in garbage.files:
                     say(f"{count:>12}  {uri}")
                 done = "deleted" if delete else "to delete (run again with --delete)"
-                typer.echo(f"{garbage.domain}: {len(garbage.files)} files, {size(garbage.bytes)} {done}", err=True)
+                typer.echo(f"{garbage.domain}: {len(garbage.files)} files, {decimal(garbage.bytes)} {done}", err=True)
             if failure is not None:
                 raise failure

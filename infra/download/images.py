@@ -4,14 +4,13 @@ PNG is lossless: the same image gives the same bytes, and so the same digest, on
 without conversion, as in the usual CLIP preprocessing.
 """
 
-import contextlib
 import io
 import re
 import warnings
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Formats of still images on the web. Some of Pillow's other readers call external programs (EPS).
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
@@ -24,17 +23,6 @@ _JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # no stuffed byte, rest
 _SOS, _EOI = 0xDA, 0xD9
 _WITHOUT_LENGTH = (0x01, 0xD8)
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
-_ORIENTATION_TAG = 0x0112
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 _OUT_OF_MEMORY = "decode_memory: decoding exceeds the memory limit"
 
 Normalised = tuple[bytes | None, int | None, int | None, int | None, int | None, str | None]
@@ -100,11 +88,14 @@ class ImageNormaliser:
                 image.load()
             except Exception as error:  # plugins raise arbitrary exceptions on corrupt data
                 raise _decode_failure(error) from error
-            orientation = 1
-            with contextlib.suppress(Exception):  # unreadable EXIF is no reason to reject an image
-                orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-            rgb = to_rgb(image)
-        return rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb
+            upright: Image.Image = image
+            try:
+                upright = ImageOps.exif_transpose(image)
+            except MemoryError:
+                raise
+            except Exception:  # noqa: S110 - unreadable EXIF is no reason to reject an image
+                pass
+            return to_rgb(upright)
 
     def _open(self, data: bytes) -> Image.Image:
         """Read the header of an image without decoding its pixels."""

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from model.retrieval.database import Database
 from model.retrieval.shard_search import StackedIVF
@@ -93,15 +95,12 @@ def _least(rows: NDArray[np.float32], bound: float) -> NDArray[np.float32]:
 
 def duplicates_to_hide(pairs: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return all ids but the lowest of every group connected by ``pairs`` (n, 2), sorted."""
-    lowest: dict[int, int] = {}
-
-    def root(node: int) -> int:
-        while lowest.setdefault(node, node) != node:
-            lowest[node] = lowest[lowest[node]]
-            node = lowest[node]
-        return node
-
-    for one, other in pairs.tolist():
-        a, b = root(one), root(other)
-        lowest[max(a, b)] = min(a, b)
-    return np.array(sorted(node for node in list(lowest) if root(node) != node), dtype=np.int64)
+    if not len(pairs):
+        return np.empty(0, dtype=np.int64)
+    ids, nodes = np.unique(pairs, return_inverse=True)
+    one, other = nodes.reshape(-1, 2).T
+    graph = coo_array((np.ones(len(one), dtype=np.bool_), (one, other)), shape=(len(ids), len(ids)))
+    _, groups = connected_components(graph, directed=False)
+    _, lowest = np.unique(groups, return_index=True)  # the ids are sorted, so the first of a group is the lowest
+    hidden: NDArray[np.int64] = np.delete(ids, lowest)
+    return hidden

@@ -27,7 +27,7 @@ from support.tiny_domain import drawn, write_urls
 from typer.testing import CliRunner, Result
 
 from flows.cli.app import app
-from flows.cli.console import age, size
+from flows.cli.console import age
 from infra import artifacts
 from infra.errors import InputError
 from infra.storage.lease import lease
@@ -258,15 +258,6 @@ def test_databases_of_version_without_size_shows_a_dash(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1549, "1.5 kB"), (9_960, "10 kB"), (23_400_000, "23 MB"),
-     (999_700, "1.0 MB"), (2 * 10**12, "2.0 TB"), (5 * 10**15, "5000 TB")],
-)  # fmt: skip
-def test_size_of_bytes_returns_rounded_number_with_unit(count: int, text: str) -> None:
-    assert size(count) == text
-
-
-@pytest.mark.parametrize(
     ("seconds", "text"),
     [(-5, "0 s"), (59, "59 s"), (3 * 60 + 1, "3 min"), (2.5 * 3600, "2 h"), (86_400, "1 d"), (400 * 86_400, "400 d")],
 )
@@ -359,6 +350,7 @@ def red_image(tmp_path: Path) -> str:
 def test_default_generator_not_registered_uses_the_bundled_one(
     pipeline: FakePipeline, tmp_path: Path, red_image: str, command: str
 ) -> None:
+    (tmp_path / "root").mkdir()
     options = ("--database", "shapes", "--out", f"{tmp_path}/out.png", "--root", f"{tmp_path}/root")
     result = run(command, red_image, *(["a"] if command == "edit" else []), *options)
     assert result.exit_code == 0, result.output
@@ -373,6 +365,7 @@ def test_default_generator_not_registered_uses_the_bundled_one(
 def test_given_generator_not_registered_is_not_replaced(
     pipeline: FakePipeline, tmp_path: Path, red_image: str, command: str
 ) -> None:
+    (tmp_path / "root").mkdir()
     options = ("--database", "shapes", "--out", f"{tmp_path}/out.png", "--root", f"{tmp_path}/root")
     result = run(command, red_image, *(["a"] if command == "edit" else []), *options, "--model", "knn-diffusion")
     assert (result.exit_code, result.stderr, pipeline.model) == (0, "", "knn-diffusion")

@@ -286,6 +286,25 @@ def test_image_normaliser_applies_the_exif_orientation(orientation: int, form: s
     assert np.abs(stored_pixels(data).astype(int) - np.asarray(upright)).max() <= 3
 
 
+@pytest.mark.parametrize(
+    ("tag", "kind", "count", "value"),
+    [
+        (0x010F, 2, 100, 0xFFFFFF),
+        (0x8769, 4, 1, 0xFFFFFF),
+        (0x8825, 4, 1, 8),
+        (0x011A, 5, 1, 0xFFFFFF),
+        (0x0110, 99, 1, 5),
+    ],
+)
+def test_image_normaliser_applies_the_orientation_beside_a_damaged_tag(
+    tag: int, kind: int, count: int, value: int
+) -> None:
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", tag, kind, count, value)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + bytes(4)
+    data = encoded(Image.new("RGB", (40, 20), "red"), "JPEG", exif=exif)
+    assert stored_pixels(data).shape[:2] == (40, 20)
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 @pytest.mark.parametrize("exif", [b"Exif\0\0MM\0*", b"Exif\0\0XX\0*\0\0\0\x08 broken"])
 def test_image_normaliser_unreadable_exif_is_ignored(exif: bytes, form: str) -> None:
