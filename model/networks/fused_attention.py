@@ -9,15 +9,21 @@ standard form applies them once per image token.
     softmax(x Q (c K)ᵀ / √d) (c V) O = softmax(x Mᵀ) N        M_ht = Q_h k_ht / √d, N_ht = v_ht O_h
 
 Where queries are normalised (the network over codes), only O is folded.
+
+On a CPU, these forms take 0.93 of the time of diffusers' own layers, forward and backward. Images of 64 × 64 pixels
+take 0.91. (Default size of the transformer, 11 condition tokens, batches of 32 and 16, float32, one thread, not
+compiled; medians of 21 and 15 alternating runs.)
 """
 
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def folding_is_cheaper(context: int, tokens: int, heads: int, width: int, *, projections: int) -> bool:
@@ -139,6 +145,17 @@ class TokenLinear(nn.Linear):
         return product + self.bias.to(product.dtype).expand(len(product), 1, -1)
 
 
+def layer_sharing_state(kind: type[Layer], layer: nn.Module) -> Layer:
+    """Return a layer of type ``kind`` with the attributes of ``layer``, which must be its base class or a subclass.
+
+    Both layers share one dictionary of parameters. FSDP, which keeps references to the layers that it shards, can
+    therefore still exchange the parameters of the new layer.
+    """
+    shared = kind.__new__(kind)
+    vars(shared).update(vars(layer))
+    return shared
+
+
 def use_fused_attention(network: nn.Module) -> None:
     """Switch a PixArt transformer to the cheaper layers, in place. Other networks are unchanged."""
     if not isinstance(network, PixArtTransformer2DModel):
@@ -147,14 +164,15 @@ def use_fused_attention(network: nn.Module) -> None:
         if isinstance(part, Attention) and type(part.processor) is AttnProcessor2_0:  # keep custom processors
             part.set_processor(FoldedAttnProcessor())
     if type(network.pos_embed.proj) is nn.Conv2d:
-        network.pos_embed.proj.__class__ = PatchProjection  # keeps the parameters and their names
+        network.pos_embed.proj = layer_sharing_state(PatchProjection, network.pos_embed.proj)
 
 
 def sum_by_image(block: nn.Module) -> None:
-    """Change the linear layers of a block to :class:`TokenLinear`, in place. Only a compiled block gets faster."""
-    for part in block.modules():
-        if type(part) is nn.Linear and part.bias is not None:
-            part.__class__ = TokenLinear
+    """Replace the linear layers of a block by :class:`TokenLinear`, in place. Only a compiled block gets faster."""
+    for parent in list(block.modules()):
+        for name, part in parent.named_children():
+            if type(part) is nn.Linear and part.bias is not None:
+                setattr(parent, name, layer_sharing_state(TokenLinear, part))
 
 
 def _is_plain(attn: Attention) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from support import tiny_models
@@ -20,10 +21,12 @@ from model.networks.fused_attention import (
     FoldedAttnProcessor,
     PatchProjection,
     TokenLinear,
+    layer_sharing_state,
     sum_by_image,
     use_fused_attention,
 )
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
+from model.training.sharding import gather_state, shard
 from model.training.throughput import flops_per_image
 
 NOISY, SIGMA, TOKENS = torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.9]), torch.randn(2, 20, 9)
@@ -42,7 +45,7 @@ def with_diffusers_layers(network: PixArtTransformer2DModel) -> PixArtTransforme
     """Return a copy with diffusers' own attention and patch layers."""
     plain = copy.deepcopy(network)
     plain.set_attn_processor(AttnProcessor2_0())
-    plain.pos_embed.proj.__class__ = nn.Conv2d
+    plain.pos_embed.proj = layer_sharing_state(nn.Conv2d, plain.pos_embed.proj)
     return plain
 
 
@@ -129,7 +132,7 @@ def modify(attn: Any, change: str) -> None:
         case "adapter":
             attn.to_v = nn.Sequential(attn.to_v, nn.Linear(32, 32, bias=False).double())
         case "subclass":
-            attn.to_out[0].__class__ = Doubling
+            attn.to_out[0] = layer_sharing_state(Doubling, attn.to_out[0])
         case "hook":
             attn.to_out[1].register_forward_hook(lambda *arguments: 2 * arguments[-1])
         case "dropout":
@@ -172,8 +175,7 @@ def test_fused_attention_output_without_bias_equals_diffusers() -> None:
 
 def test_patch_projection_any_memory_layout_equals_convolution() -> None:
     convolution = nn.Conv2d(6, 10, kernel_size=(2, 4), stride=(2, 4)).double()
-    product = copy.deepcopy(convolution)
-    product.__class__ = PatchProjection
+    product = layer_sharing_state(PatchProjection, convolution)
     images = torch.randn(3, 6, 8, 12, dtype=torch.float64)
     torch.testing.assert_close(product(images[..., :7, :11]), convolution(images[..., :7, :11]))
     for layout in (images, images.to(memory_format=torch.channels_last), images.transpose(2, 3)[:, :, :8, :8]):
@@ -193,13 +195,26 @@ def test_sum_by_image_output_and_gradients_are_unchanged() -> None:
     assert_same(summed, with_diffusers_layers(network))
 
 
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo")
+def test_sum_by_image_after_fully_shard_gives_every_weight_a_gradient() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        network = random_network()
+        reference = with_diffusers_layers(network)
+        shard(network, torch.device("cpu"))
+        for block in transformer_blocks(network):
+            sum_by_image(block)
+        torch.testing.assert_close(gather_state(gradients(network)), gradients(reference))
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("shape", [(3,), (4, 3), (4, 5, 3), (4, 5, 6, 3)])
 def test_token_linear_any_shape_equals_linear(shape: tuple[int, ...]) -> None:
     layer = nn.Linear(3, 5)
     inputs = torch.randn(shape)
     expected = layer(inputs)
-    layer.__class__ = TokenLinear
-    torch.testing.assert_close(layer(inputs), expected)
+    torch.testing.assert_close(layer_sharing_state(TokenLinear, layer)(inputs), expected)
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.float32])
@@ -261,7 +276,7 @@ def test_vq_transformer_modified_output_layer_takes_effect(change: str) -> None:
     if change == "adapter":
         cross.out = nn.Sequential(cross.out, nn.Tanh())
     if change == "subclass":
-        cross.out.__class__ = Doubling
+        cross.out = layer_sharing_state(Doubling, cross.out)
     if change == "hook":
         cross.out.register_forward_hook(lambda *arguments: 2 * arguments[-1])
     assert (network(codes, times, TOKENS[:, :FEW]) - expected).abs().max() > 0.01
