@@ -1,11 +1,12 @@
 """Exclusive folder locks (flock); the kernel releases them when the process dies."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from filelock import FileLock
 
 from infra.errors import InputError
 from infra.storage.folders import make_folder
@@ -24,27 +25,16 @@ def exclusive_folder(folder: Path, *, within: Path, wait: bool = True, lock_name
         lock_name: Name of the lock file in ``folder``.
 
     Raises:
-        BlockingIOError: Another thread or process holds the folder and ``wait`` is False.
+        filelock.Timeout: Another thread or process holds the folder and ``wait`` is False.
         InputError: ``folder`` is not below ``within`` after links and ``..`` are resolved. Nothing is deleted.
     """
     require_within(folder, within)
-    lock = folder / lock_name
-    while True:
-        try:
+    # Without flock, a lock file would stay locked after its process was killed: raise an error instead.
+    lock = FileLock(folder / lock_name, blocking=wait, fallback_to_soft=False)
+    while not lock.is_locked:
+        with contextlib.suppress(FileNotFoundError, FileExistsError):  # the previous holder has just removed it
             make_folder(folder)
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        except (FileNotFoundError, FileExistsError):  # the previous holder has just removed it
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if lock.exists() and os.fstat(descriptor).st_ino == lock.stat().st_ino:
-                break
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+            lock.acquire()
     try:
         yield folder
     finally:
@@ -52,13 +42,13 @@ def exclusive_folder(folder: Path, *, within: Path, wait: bool = True, lock_name
             require_within(folder, within)  # a link may have replaced the folder in the meantime
             with contextlib.suppress(FileNotFoundError):  # another process deletes files there, too
                 for entry in folder.iterdir():
-                    if entry.name != lock.name:
+                    if entry.name != lock_name:
                         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-            lock.unlink(missing_ok=True)
+            (folder / lock_name).unlink(missing_ok=True)  # last, so that nobody else locks a folder with files
             with contextlib.suppress(OSError):  # the next holder is already there
                 folder.rmdir()
         finally:
-            os.close(descriptor)
+            lock.release()
 
 
 def require_within(folder: Path, root: Path) -> None:

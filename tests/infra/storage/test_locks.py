@@ -1,8 +1,13 @@
 """Locked folders are deleted after use, but never outside their root."""
 
+import errno
+import fcntl
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import Timeout
 from support.hostile import is_untouched, victim
 
 from infra.errors import InputError
@@ -46,6 +51,42 @@ def test_exclusive_folder_below_a_linked_root_is_accepted(tmp_path: Path) -> Non
     with exclusive_folder(tmp_path / "cache" / "mine", within=tmp_path / "cache") as folder:
         (folder / "file").write_text("x")
     assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_exclusive_folder_held_by_another_thread_without_waiting_raises_timeout(tmp_path: Path) -> None:
+    def lock_again() -> None:
+        with exclusive_folder(tmp_path / "mine", within=tmp_path, wait=False):
+            pytest.fail("the folder was locked twice")
+
+    with exclusive_folder(tmp_path / "mine", within=tmp_path) as folder, ThreadPoolExecutor(1) as pool:
+        (folder / "file").write_text("x")
+        with pytest.raises(Timeout):
+            pool.submit(lock_again).result()
+        remove_stale([folder], within=tmp_path)
+        assert (folder / "file").exists()
+
+
+def test_exclusive_folder_without_flock_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with (
+        pytest.raises(OSError, match="Function not implemented"),
+        exclusive_folder(tmp_path / "mine", within=tmp_path),
+    ):
+        pytest.fail("the folder was locked")
+
+
+def test_exclusive_folder_waiting_threads_take_turns(tmp_path: Path) -> None:
+    def take_turn(number: int) -> None:
+        with exclusive_folder(tmp_path / "mine", within=tmp_path) as folder:
+            assert [path.name for path in folder.iterdir()] == ["lock"]
+            (folder / str(number)).write_text("x")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(take_turn, range(40)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_remove_stale_keeps_links_out_of_the_root(tmp_path: Path) -> None:
