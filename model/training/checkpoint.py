@@ -2,6 +2,10 @@
 
 All tensors in a checkpoint are unsharded, whatever the number of workers. A run can therefore resume with another
 number of workers, and with or without sharding.
+
+``torch.distributed.checkpoint.state_dict`` is not used, because it cannot load existing checkpoints. They number the
+parameters of each optimizer. Its loading function expects parameter names, and raises ``KeyError`` for an AdamW state.
+Converting the numbers to names would take more code than :func:`_shard_state`, and Muon needs ``shard_like`` anyway.
 """
 
 from collections.abc import Mapping, Sequence
