@@ -20,6 +20,7 @@ The cache limit belongs to a machine, not to a run: every process on the machine
 environment. Files in use are kept even above the limit (see ``infra.storage.file_cache``).
 """
 
+import re
 from pathlib import Path
 
 from pydantic import AliasChoices, Field, field_validator
@@ -62,7 +63,7 @@ class Settings(BaseSettings):
     def tracking_uri(self) -> str:
         """MLflow's metadata store. Required for a remote root, because an object store cannot hold SQLite files."""
         if self.tracking is not None:
-            return self.tracking
+            return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", self.tracking)  # the extra's driver
         if not uris.is_local(self.root):
             raise ValueError(f"the root {self.root} is remote: set MLFLOW_TRACKING_URI to a database or a server")
         return f"sqlite:///{uris.absolute(self.root)}/mlflow.db"

@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from infra import registry_database, uris
+from infra import database_server, registry_database, uris
 from infra.errors import InputError, TransientError
 from infra.settings import Settings
 from infra.storage.folders import make_folder
@@ -100,7 +100,12 @@ def is_created(settings: Settings) -> bool:
 
 
 def connect(settings: Settings) -> None:
-    """Connect this process's MLflow to the settings' store. A SQLite file is created or upgraded if needed."""
+    """Connect this process's MLflow to the settings' store. A SQLite file is created or upgraded if needed.
+
+    Raises:
+        InputError: The store cannot be opened as configured, for example because its driver is not installed.
+        TransientError: A database server cannot be reached, or another process locks the SQLite file.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     configured = os.environ.get("MLFLOW_TRACKING_URI")
     database = registry_database.path_of(settings.tracking_uri)
@@ -111,6 +116,7 @@ def connect(settings: Settings) -> None:
             folder = database.parent
             raise InputError(f"{folder} cannot hold a registry ({error.strerror}); use a folder as --root") from error
         registry_database.prepare(database, settings.artifacts_uri)
+    database_server.check(settings.tracking_uri)
     mlflow.set_tracking_uri(settings.tracking_uri)
     mlflow.set_registry_uri(settings.tracking_uri)
     # MLflow wrote its URI to the environment, where the next Settings, perhaps of another root, would read it.

@@ -41,7 +41,7 @@ def up(
     """
     with report_errors(verbose):
         os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{prefect_port}/api"  # before Prefect is imported
-        from infra import registry_database
+        from infra import database_server, registry_database
         from infra.deploy import processes
         from infra.deploy.services import Stack, driver_environment, services
 
@@ -58,6 +58,7 @@ def up(
         if database is not None:
             database.parent.mkdir(parents=True, exist_ok=True)
             registry_database.prepare(database, here.artifacts_uri)
+        database_server.check(here.tracking_uri)
         for service in services(wanted, here):
             started = processes.start(service, wanted.folder)
             print(f"{service.name}: healthy, process {started.pid}", file=sys.stderr)
