@@ -167,7 +167,7 @@ def _identity_of(encoder: str) -> EncoderIdentity:
 
 
 def _sum_info(embedded: list[artifacts.Shard]) -> dict[str, Any]:
-    """Sum the counts and times of the embedded shards. ``accelerator_busy`` is a fraction in [0, 1]."""
+    """Sum the counts and times of the embedded shards. ``accelerator_busy`` is in [0, 1], on a CPU too."""
     summed: dict[str, Any] = {name: sum(shard.info[name] for shard in embedded) for name in ("copied", *SECONDS)}
     busy = summed["compute_s"] / summed["turn_s"] if summed["turn_s"] else 0.0
     return {**summed, "embedded": sum(shard.rows for shard in embedded) - summed["copied"], "accelerator_busy": busy}
@@ -178,7 +178,7 @@ def _note(manifest: artifacts.Manifest) -> str:
     info, parts = manifest.info, [manifest.identity["encoder"]["name"]]
     if info.get("embedded"):
         parts += [f"{name.removesuffix('_s')} {info[name]:.1f} s" for name in SECONDS if name != "turn_s"]
-        parts.append(f"accelerator {info['accelerator_busy']:.0%} busy")
+        parts.append(f"encoder busy for {info['accelerator_busy']:.0%} of the time")
     if died := info["outcomes"].get(DECODER_DIED):
         parts.append(f"{died} images skipped because they kill their decoder")
     if info.get("copied"):
