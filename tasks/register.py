@@ -120,6 +120,8 @@ def generator_signature(pipeline: Path) -> ModelSignature:
         ParamSpec("steps", DataType.long, defaults["num_inference_steps"]),
         ParamSpec("guidance", DataType.double, float(defaults["guidance_scale"])),
         ParamSpec("candidates", DataType.long, defaults.get("candidates", 1)),
+        ParamSpec("k", DataType.long, defaults.get("neighbours", 10)),
+        ParamSpec("database", DataType.string, ""),  # empty: the default database of the version
     ]
     outputs = Schema([ColSpec(DataType.string, "prompt"), ColSpec(DataType.binary, "png")])
     return ModelSignature(inputs=_PROMPTS, outputs=outputs, params=ParamSchema(params))

@@ -129,7 +129,7 @@ def test_pyfunc_loads_in_a_new_process(domain: Any, tmp_path: Path) -> None:
         f"mlflow.set_tracking_uri('sqlite:///{domain.root}/mlflow.db')\n"
         "model = mlflow.pyfunc.load_model('models:/knn-diffusion@champion')\n"
         "frame = pd.DataFrame({'prompt': ['red circle', 'blue square']})\n"
-        "out = model.predict(frame, params={'steps': 2, 'seed': 3})\n"
+        "out = model.predict(frame, params={'steps': 2, 'seed': 3, 'k': 2, 'database': 'shapes'})\n"
         "print(list(out.prompt), [Image.open(io.BytesIO(png)).size for png in out.png])\n"
         "base = mlflow.pyfunc.load_model('models:/knn-database.shapes@champion')\n"
         "print(base.predict(frame, params={'k': 2}).neighbours[0].count('\"key\"'))\n"
