@@ -1,9 +1,6 @@
 """Report of evaluations: one table (CSV, Markdown), one figure (PNG) and one self-contained HTML page."""
 
-import base64
 import dataclasses
-import html
-import io
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +9,7 @@ from typing import ClassVar
 from PIL import Image
 
 from infra import artifacts, storage
+from tasks import pages
 from tasks.evaluate.config import SAMPLES
 from tasks.evaluate.figure import SHEET_COLUMNS, SHEET_ROWS, EvaluationView, plot_page
 from tasks.evaluate.tables import (
@@ -32,16 +30,6 @@ from tasks.stage import run_stage, stage_task
 TABLE, MARKDOWN, FIGURE, PAGE = "evaluation.csv", "evaluation.md", "evaluation.png", "evaluation.html"
 _SHARD = "report"
 _DPI = 150
-_CSS = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #191c21; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: .6rem 0 1.6rem; font-variant-numeric: tabular-nums; font-size: 14px }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #e3e6ea; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left } th { color: #6e747d; font-weight: 600 }
-img.page { width: 100% } .wide { overflow-x: auto }
-.copies { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 1rem }
-.copies figure { margin: 0 } .copies img { width: 84px; height: 84px; object-fit: contain; image-rendering: auto }
-figcaption { font-size: 12.5px; color: #6e747d; overflow-wrap: anywhere } .copy { color: #b3261e }
-"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,15 +94,22 @@ def write_report(views: Sequence[EvaluationView], title: str, folder: Path) -> N
     parts = [f"# {title}", *(f"## {head}\n\n{markdown(heads, rows)}" for head, heads, rows in sections)]
     (folder / MARKDOWN).write_text("\n\n".join(parts) + "\n")
     plot_page(views, title).savefig(folder / FIGURE, dpi=_DPI, metadata={"Software": None})
-    (folder / PAGE).write_text(_page(views, title, sections, folder / FIGURE))
+    page = pages.render(
+        "report.html.j2",
+        title=title,
+        tables=sections,
+        figure=pages.data_url((folder / FIGURE).read_bytes()),
+        views=views,
+        most_prompts=SHEET_COLUMNS * SHEET_ROWS,
+    )
+    (folder / PAGE).write_text(page)
 
 
 def preview(figure: Path, width: int = 1100) -> str:
     """Return the figure scaled to ``width`` px as a JPEG data URI, small enough for a database row."""
-    buffer = io.BytesIO()
     with Image.open(figure) as image:
-        image.convert("RGB").resize((width, round(image.height * width / image.width))).save(buffer, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        smaller = image.convert("RGB").resize((width, round(image.height * width / image.width)))
+    return pages.image_url(smaller, "JPEG", quality=80)
 
 
 def tables(views: Sequence[EvaluationView]) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -135,58 +130,6 @@ def tables(views: Sequence[EvaluationView]) -> list[tuple[str, list[str], list[l
     if swap:
         found.append(("Swap matrix: Fréchet distance (* marks the nearest domain)", swap_heads(swap), swap_rows(swap)))
     return found
-
-
-def _page(
-    views: Sequence[EvaluationView],
-    title: str,
-    sections: Sequence[tuple[str, list[str], list[list[str]]]],
-    figure: Path,
-) -> str:
-    parts = [
-        f"<h1>{html.escape(title)}</h1>",
-        "<p>Intervals are 95% bootstrap intervals. Samples of one prompt are resampled together. A rate of exactly 0 "
-        "or 1 has no interval. Arrows show the better direction.</p>",
-        "<p>Real images are compared with as many other images of their domain if there are enough. They have a CLIP "
-        "score if the config names the image that each prompt describes (prompt_urls).</p>",
-        *(f"<h2>{html.escape(head)}</h2>{_html_table(heads, rows)}" for head, heads, rows in sections),
-        f'<h2>Figure</h2><img class="page" alt="All results as one figure" src="{_inline(figure.read_bytes())}">',
-    ]
-    for view in views:
-        prompts = [prompt for prompt in view.shown[: SHEET_COLUMNS * SHEET_ROWS] if prompt]
-        parts.append(f"<h2>Prompts shown: {html.escape(view.name)}</h2><p>{html.escape(' · '.join(prompts))}</p>")
-        parts.append(f"<h2>Samples closest to a stored image: {html.escape(view.name)}</h2>")
-        parts.append(f"<p>A sample with a cosine above {view.threshold:.3f} counts as a copy.</p>")
-        parts.append(f'<div class="copies">{"".join(_copy(*copied) for copied in view.copies)}</div>')
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_CSS}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
-
-
-def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heads)
-    lines = ("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
-
-
-def _copy(sample: Image.Image, source: Image.Image, details: Mapping[str, object]) -> str:
-    images = "".join(
-        f'<img alt="{alt}" src="{_inline(_png(p))}">' for alt, p in (("sample", sample), ("stored", source))
-    )
-    verdict = '<b class="copy">copy</b> · ' if details["copy"] else ""
-    caption = html.escape(
-        f"cosine {details['cosine']:.3f} · {details['prompt'] or 'no prompt'} · row {details['row']} {details['url']}"
-    )
-    return f"<figure>{images}<figcaption>{verdict}{caption}</figcaption></figure>"
-
-
-def _inline(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _image(path: Path) -> Image.Image:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support.html_pages import Page
 
 from infra import artifacts
 from tasks.evaluate.config import SAMPLES
@@ -111,6 +112,21 @@ def test_write_report_page_is_self_contained_and_shows_every_image(tmp_path: Pat
     assert "a red heart · a &lt;green&gt; frog" in page
     assert page.count('<b class="copy">') == 1
     assert all(cell in page for cell in ("0.400 (0.375–0.425)", "query: text and mean", "k = 4", "0.020 *"))
+
+
+def test_write_report_page_escapes_captions_urls_and_names(tmp_path: Path) -> None:
+    hostile = """</title></style><script>alert(1)</script><img src='x' onerror="alert(2)">"""
+    sample, source, details = make_view().copies[0]
+    copies = [(sample, source, {**details, "prompt": hostile, "url": url}) for url in ("javascript:alert(3)", hostile)]
+    write_report([make_view(hostile, shown=[hostile], copies=copies, swap={hostile: 0.1})], hostile, tmp_path)
+    page = Page((tmp_path / "evaluation.html").read_text())
+    assert page.is_harmless()
+    assert not page.all("a")
+    assert "javascript:alert(3)" in page.text
+    assert page.text.count(hostile) >= 9, "title, heading, tables, prompts and captions show it as text"
+    assert len(page.images()) == 1 + 2 * len(copies)
+    (policy,) = (meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy
 
 
 def test_write_report_figure_shows_samples_and_copies(tmp_path: Path) -> None:
