@@ -170,7 +170,7 @@ class GeneratorModel(CheckedModel):
 
 
 def _prompts(model_input: pd.DataFrame) -> list[str]:
-    prompts = model_input["prompt"].astype(str).tolist()
+    prompts: list[str] = model_input["prompt"].astype(str).tolist()
     if not all(prompt.strip() for prompt in prompts):
         raise PredictionError("a prompt is empty; give a text in each row")
     return prompts

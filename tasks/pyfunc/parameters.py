@@ -55,11 +55,12 @@ def check_predictions() -> None:
     @functools.wraps(predict)  # the server looks for ``params`` in the signature
     def checked(self: PyFuncModel, data: Any, params: dict[str, Any] | None = None) -> Any:
         if isinstance(_python_model(self), CheckedModel):
-            check_parameters(params, self.metadata.get_params_schema())
+            schema = self.metadata.get_params_schema()  # type: ignore[no-untyped-call]
+            check_parameters(params, schema)
         return predict(self, data, params)
 
     checked.is_checked = True  # type: ignore[attr-defined]
-    PyFuncModel.predict = checked
+    PyFuncModel.predict = checked  # type: ignore[method-assign]
 
 
 def check_parameters(params: Any, schema: ParamSchema | None) -> None:
@@ -98,14 +99,14 @@ def _check_value(spec: ParamSpec, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
         raise PredictionError(f"{spec.name} is not {article}: {_short(value)}; give {article}")
     low, high = _RANGES.get(spec.name, (-math.inf, math.inf))
-    if not low <= value <= high:
+    if not low <= float(value) <= high:
         raise PredictionError(f"{spec.name} is out of range: {_short(value)}; give {low} to {high}")
 
 
 def _python_model(model: PyFuncModel) -> Any:
     """Return the Python object of a loaded model, or None for another flavour."""
     with contextlib.suppress(MlflowException):
-        return model.unwrap_python_model()
+        return model.unwrap_python_model()  # type: ignore[no-untyped-call]
     return None
 
 
