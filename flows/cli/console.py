@@ -166,16 +166,22 @@ def name_options(message: str) -> str:
 
 
 def choose_generator(context: typer.Context, model: str, settings: "Settings", quiet: bool = False) -> str:
-    """Return ``model``, or the bundled generator if ``--model`` is not given and its default is not registered."""
-    from infra.registry import Registry
+    """Return ``model``, or the bundled generator if ``--model`` is not given and its default has no champion."""
+    from infra.registry import CHAMPION, Registry
     from model.saved_generator import EMBEDDED
 
     source = context.get_parameter_source("model")
     given = source is not None and source.name != "DEFAULT"
-    if given or any(entry["name"] == model for entry in Registry(settings).versions("generator")):
+    if given:
+        return model
+    registered = [entry for entry in Registry(settings).versions("generator") if entry["name"] == model]
+    if any(CHAMPION in entry["aliases"] for entry in registered):
         return model
     if not quiet:
-        print(f"knn-diffusion: no generator is registered as {model}; using the bundled {EMBEDDED}", file=sys.stderr)
+        what = (
+            "no version of {} is the champion yet (see history)" if registered else "no generator is registered as {}"
+        )
+        print(f"knn-diffusion: {what.format(model)}; using the bundled {EMBEDDED}", file=sys.stderr)
     return EMBEDDED
 
 

@@ -371,14 +371,23 @@ def test_given_generator_not_registered_is_not_replaced(
     assert (result.exit_code, result.stderr, pipeline.model) == (0, "", "knn-diffusion")
 
 
-def test_default_generator_registered_is_used(
-    pipeline: FakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("alias", "model", "message"),
+    [
+        ("champion", "knn-diffusion", ""),
+        ("candidate", "sticker-generator", "no version of knn-diffusion is the champion"),
+    ],
+)
+def test_default_generator_registered_is_used_if_it_is_the_champion(
+    pipeline: FakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alias: str, model: str, message: str
 ) -> None:
     from infra.registry import Registry
 
-    monkeypatch.setattr(Registry, "versions", lambda self, kind: [{"name": "knn-diffusion", "version": 1}])
+    entry = {"name": "knn-diffusion", "version": 1, "aliases": [alias]}
+    monkeypatch.setattr(Registry, "versions", lambda self, kind: [entry])
     result = run("generate", "a", "--database", "shapes", "--out", f"{tmp_path}/out.png", "--root", str(tmp_path))
-    assert (result.exit_code, result.stderr, pipeline.model) == (0, "", "knn-diffusion")
+    assert (result.exit_code, pipeline.model) == (0, model)
+    assert message in result.stderr
 
 
 @pytest.mark.parametrize("command", ["search", "generate", "edit", "evaluate", "merge", "subset"])
