@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from infra import database_server, registry_database, uris
 from infra.errors import InputError, TransientError
+from infra.quiet import set_quiet
 from infra.settings import Settings
 from infra.storage.folders import make_folder
 
@@ -106,7 +107,7 @@ def connect(settings: Settings) -> None:
         InputError: The store cannot be opened as configured, for example because its driver is not installed.
         TransientError: A database server cannot be reached, or another process locks the SQLite file.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    set_quiet()
     configured = os.environ.get("MLFLOW_TRACKING_URI")
     database = registry_database.path_of(settings.tracking_uri)
     if database is not None:

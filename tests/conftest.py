@@ -9,21 +9,20 @@ from typing import Any
 import pytest
 from support import durations
 
-QUIET = {
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "NO_ALBUMENTATIONS_UPDATE": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "PREFECT_LOGGING_LEVEL": "CRITICAL",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PYTHONWARNINGS": "ignore",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-os.environ.update(QUIET)
+from infra.quiet import QUIET
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.update(
+    QUIET
+    | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",
+        "PYTHONWARNINGS": "ignore",
+    }
+)
 for name in ("KNN_DIFFUSION_ROOT", "KNN_DIFFUSION_RAY_ADDRESS", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
     os.environ.pop(name, None)
-sys.path.insert(0, str(Path(__file__).parent))
 
 INTEGRATION_FIXTURES = frozenset(
     {"bucket", "cluster", "domain", "living", "machines", "mlflow_settings", "moto_bucket", "prefect_server"}

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from infra.quiet import QUIET
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -283,14 +285,7 @@ def _is_user_error(error: Exception) -> bool:
 def _quiet_environment(verbose: bool) -> None:
     """Set the variables that disable telemetry and start-up banners; libraries read them at import."""
     warnings.filterwarnings("ignore")
-    quiet = {
-        "DO_NOT_TRACK": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "NO_ALBUMENTATIONS_UPDATE": "1",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    quiet = {**QUIET, "TOKENIZERS_PARALLELISM": "false"}
     if not verbose:
         quiet |= {"PREFECT_LOGGING_LEVEL": "CRITICAL", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
     for name, value in quiet.items():

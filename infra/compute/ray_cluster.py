@@ -23,6 +23,7 @@ from infra.compute.actor_pool import SHARD_TRIES, ActorPool, one_line
 from infra.compute.progress import progress_bar
 from infra.errors import InputError, StageError, TransientError
 from infra.progress import ProgressBar
+from infra.quiet import QUIET
 
 Item = TypeVar("Item", contravariant=True)
 Result = TypeVar("Result", covariant=True)
@@ -308,7 +309,7 @@ def start() -> None:
             "runtime_env": {
                 "env_vars": {
                     **({"PYTHONPATH": str(_CHECKOUT)} if _IS_CHECKOUT else {}),
-                    "NO_ALBUMENTATIONS_UPDATE": "1",
+                    **QUIET,
                     "OMP_WAIT_POLICY": "PASSIVE",  # spinning idle threads slow each other down on shared cores
                 }
             },

@@ -11,6 +11,7 @@ from pathlib import Path
 from infra import uris
 from infra.deploy.processes import Service
 from infra.errors import StageError
+from infra.quiet import QUIET
 from infra.settings import Settings
 from infra.storage.folders import PRIVATE, make_folder
 
@@ -18,13 +19,6 @@ POOL = "knn-diffusion"
 REQUIREMENTS = Path(__file__).with_name("prefect-server.txt")
 HEARTBEAT_S = 30
 """Interval of the heartbeats of a run: the shortest that Prefect allows."""
-_QUIET = {
-    "DO_NOT_TRACK": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "NO_ALBUMENTATIONS_UPDATE": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +118,7 @@ def _ray(stack: Stack) -> Service:
         name="ray",
         command=[*command, f"--port={stack.ray_port}", "--node-ip-address=127.0.0.1", "--disable-usage-stats"],
         environment={
-            **_QUIET,
+            **QUIET,
             **_ray_authentication(stack),
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # otherwise Ray replaces 127.0.0.1 by a public address
         },
@@ -147,7 +141,7 @@ def _prefect(stack: Stack) -> Service:
             str(stack.prefect_port),
         ],
         environment={
-            **_QUIET,
+            **QUIET,
             "PREFECT_HOME": str(stack.folder / "prefect"),
             "PREFECT_API_URL": stack.prefect_url,
             "PREFECT_UI_API_URL": stack.prefect_url,
@@ -178,7 +172,7 @@ def _mlflow(stack: Stack, settings: Settings) -> Service:
             f"127.0.0.1:{port},localhost:{port}",
         ],
         # The URI may hold a password, and every user of the machine can read command lines.
-        environment={**_QUIET, "MLFLOW_BACKEND_STORE_URI": settings.tracking_uri},
+        environment={**QUIET, "MLFLOW_BACKEND_STORE_URI": settings.tracking_uri},
         health=f"{stack.mlflow_url}/health",
         port=port,
     )
@@ -190,7 +184,7 @@ def _worker(stack: Stack, settings: Settings) -> Service:
         name="worker",
         command=command,
         environment={
-            **_QUIET,
+            **QUIET,
             **driver_environment(stack, settings),
             "KNN_DIFFUSION_CHECKOUT": str(stack.checkout),
             "PREFECT_HOME": str(stack.folder / "worker"),

@@ -32,6 +32,7 @@ from infra.download.decoder import DecodeLimits, ImageBounds, NormaliserProcess
 from infra.download.limits import Limits
 from infra.download.safe_urlopen import guarded
 from infra.errors import InputError
+from infra.quiet import set_quiet
 
 SHARD_ROWS, SHARDS = 10_000, 100_000
 """Maximum rows of a shard, and maximum shards: a key is five digits of the shard and four of the row."""
@@ -208,9 +209,7 @@ def _downloader_class(scratch: Path) -> Any:
     The import loads wandb, which creates temporary folders that a killed worker would leave behind. They are created in
     ``scratch``, which is deleted.
     """
-    os.environ.setdefault(
-        "NO_ALBUMENTATIONS_UPDATE", "1"
-    )  # else importing img2dataset queries PyPI for a newer version
+    set_quiet()
     before, tempfile.tempdir = tempfile.tempdir, str(scratch)
     try:
         from img2dataset.downloader import Downloader
