@@ -5,6 +5,7 @@ KNN_DIFFUSION_ROOT            root of all artifacts (a folder or s3://…)      
 KNN_DIFFUSION_CACHE           local cache of remote files, by digest             ~/.cache/knn-diffusion
 KNN_DIFFUSION_CACHE_BYTES     size limit of the cache on each machine            50000000000
 KNN_DIFFUSION_RAY_ADDRESS     address of a Ray cluster, e.g. "auto"              a local cluster
+RAY_AUTH_TOKEN_PATH           token of the Ray cluster; read by Ray itself       ~/.ray/auth_token
 KNN_DIFFUSION_CPUS            cores of a local Ray cluster                       all
 MLFLOW_TRACKING_URI           sqlite:///…, postgresql://… or http://…            sqlite below the root
 MLFLOW_ARTIFACTS              artifact store of new MLflow experiments           a folder below the root

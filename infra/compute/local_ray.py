@@ -29,7 +29,7 @@ def private_token() -> Iterator[None]:
         os.environ[_MODE] = "token"
     if os.environ[_MODE].lower() == "token" and before[_TOKEN] is None and _TOKEN_FILE not in os.environ:
         os.environ[_TOKEN] = secrets.token_hex(32)
-    _reload_ray_config()
+    reload_ray_config()
     try:
         yield
     finally:
@@ -38,7 +38,7 @@ def private_token() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        _reload_ray_config()
+        reload_ray_config()
 
 
 @contextlib.contextmanager
@@ -69,7 +69,7 @@ def session_folder() -> str:
     return str(folder / "ray")
 
 
-def _reload_ray_config() -> None:
+def reload_ray_config() -> None:
     """Make Ray read its settings from the environment again; it caches them."""
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()

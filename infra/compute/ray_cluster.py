@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from infra import uris
-from infra.compute import local_ray
+from infra.compute import local_ray, ray_token
 from infra.compute.actor_pool import SHARD_TRIES, ActorPool, one_line
 from infra.compute.progress import progress_bar
 from infra.errors import InputError, StageError, TransientError
@@ -322,6 +322,7 @@ def start() -> None:
             with local_ray.loopback():
                 ray.init(_temp_dir=local_ray.session_folder(), **quiet, **options)
         else:
+            _local_cluster.enter_context(ray_token.cluster_token(_address))
             ray.init(**quiet, **options)
     except ValueError as error:
         if _address is None:
@@ -331,8 +332,7 @@ def start() -> None:
         ) from error
     except (ConnectionError, RuntimeError) as error:
         raise StageError(
-            f"no Ray cluster at {_address or 'this machine'} ({error}); start one, or unset the address; if it "
-            "requires a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+            f"no Ray cluster at {_address or 'this machine'} ({one_line(error)}); start one, or unset the address"
         ) from error
     finally:
         _restore_handler(handler)
