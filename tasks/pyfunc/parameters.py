@@ -55,8 +55,7 @@ def check_predictions() -> None:
     @functools.wraps(predict)  # the server looks for ``params`` in the signature
     def checked(self: PyFuncModel, data: Any, params: dict[str, Any] | None = None) -> Any:
         if isinstance(_python_model(self), CheckedModel):
-            schema = self.metadata.get_params_schema()  # type: ignore[no-untyped-call]
-            check_parameters(params, schema)
+            check_parameters(params, self.metadata.get_params_schema())  # type: ignore[no-untyped-call]
         return predict(self, data, params)
 
     checked.is_checked = True  # type: ignore[attr-defined]
@@ -99,7 +98,8 @@ def _check_value(spec: ParamSpec, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
         raise PredictionError(f"{spec.name} is not {article}: {_short(value)}; give {article}")
     low, high = _RANGES.get(spec.name, (-math.inf, math.inf))
-    if not low <= float(value) <= high:
+    number = int(value) if isinstance(value, numbers.Integral) else float(value)  # exact for seeds
+    if not low <= number <= high:
         raise PredictionError(f"{spec.name} is out of range: {_short(value)}; give {low} to {high}")
 
 
