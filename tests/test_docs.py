@@ -38,9 +38,9 @@ from infra.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 MARKS = {"gpu", "cluster", "slow"}
-LANGUAGES = {"bash", "python", "text", "json", "mermaid"}
+LANGUAGES = {"bash", "python", "text", "json", "mermaid", "yaml"}
 GENERATED = {"docs/reference/cli.md", "docs/reference/configuration.md"}
-OTHER_PROGRAMS = {"pip", "prefect", "ray", ".venv/bin/pre-commit"}
+OTHER_PROGRAMS = {"curl", "mlflow", "pip", "prefect", "ray", ".venv/bin/pre-commit"}
 
 PROJECT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -72,7 +72,7 @@ def blocks_of(page: Path) -> list[Block]:
 
 def commands_of(text: str) -> list[list[str]]:
     """Return the commands of a shell block as words, without comments."""
-    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+    return [words for line in text.replace("\\\n", " ").splitlines() if (words := shlex.split(line, comments=True))]
 
 
 RUNNABLE = [page for page in [*PROJECT, *DOCS] if any(b.language in ("bash", "python") for b in blocks_of(page))]
@@ -101,13 +101,16 @@ class Workspace:
     def prepare(self) -> None:
         """Build the databases, and register the bundled generator (here a tiny one) as the champion."""
         from flows.adopt_generator import AdoptGeneratorConfig, adopt_generator
-        from tasks.evaluate.task import EvaluateConfig
+        from infra.promotions import Promotions
+        from infra.registry import GENERATOR_NAME
+        from tasks.evaluate.config import EvaluateConfig
 
         for name, urls in {"birds": "birds", "fish": "fish", "twemoji": "fish", "openmoji": "fish"}.items():
             self.run(["new-domain", name, "--urls", f"{urls}.txt"])
         (database,) = (self.folder / Settings().root / "birds" / "database").iterdir()
         evaluate = EvaluateConfig(samples=4, bootstrap=0, seeds=2, diversity_prompts=1)
         adopt_generator(AdoptGeneratorConfig(domain="birds", database=str(database), evaluate=evaluate))
+        Promotions(Settings()).move(GENERATOR_NAME, 1)  # untrained, so neighbours may lower its score
 
     def run(self, arguments: list[str]) -> None:
         """Run the command in this process; it must succeed."""

@@ -70,6 +70,8 @@ def test_generator_signature_uses_defaults_of_saved_pipeline(saved: Path) -> Non
     from tasks.register import generator_signature
 
     index = saved / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"guidance_scale": 3, "num_inference_steps": 7}))
+    index.write_text(
+        json.dumps(json.loads(index.read_text()) | {"guidance_scale": 3, "num_inference_steps": 7, "neighbours": 4})
+    )
     params = {param.name: param.default for param in generator_signature(saved).params}
-    assert params == {"seed": 0, "steps": 7, "guidance": 3.0, "candidates": 1}
+    assert params == {"seed": 0, "steps": 7, "guidance": 3.0, "candidates": 1, "k": 4, "database": ""}
