@@ -42,7 +42,7 @@ from model.training.objectives.vq_diffusion import MaskAndReplace
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.generator import generator_folder
 from tasks.references.types import Generator, StageResult
-from tasks.train import task as training
+from tasks.train import metrics, worker
 from tasks.train.data import TrainingInputs
 from tasks.train.setup import TrainConfig, build_setup, objective_of
 from tasks.train.task import train
@@ -178,7 +178,7 @@ def test_train_resumes_after_last_step_with_metrics_of_checkpoint(
 ) -> None:
     run = Run()
     with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(training, "save_pipeline", None)
+        patch.setattr(worker, "save_pipeline", None)
         trained(inputs, tmp_path, run=run, network=SMALL)
     if not has_values:  # as written by an earlier release
         (*_, marker) = sorted(tmp_path.glob("generator/*/checkpoints/shards/*.json"))
@@ -199,7 +199,7 @@ def test_train_resumes_from_previous_checkpoint_if_newest_is_damaged(
     uninterrupted = trained(inputs, tmp_path / "whole", network=SMALL).reference.manifest()
     base, run = tmp_path / "broken", Run()
     with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(training, "save_pipeline", None)
+        patch.setattr(worker, "save_pipeline", None)
         trained(inputs, base, network=SMALL)
     (folder,) = base.glob("generator/*/checkpoints")
     (older, newest) = sorted(folder.glob("*.pt"))
@@ -238,8 +238,8 @@ def test_train_continues_during_outage_of_tracking_server(
         def file(self, path: Path, folder: str | None = None) -> None:
             raise ConnectionError("no answer")
 
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr(training, "OUTAGE_PAUSE", 0)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(metrics, "OUTAGE_PAUSE", 0)
     run, frequent = FlakyRun(), dataclasses.replace(SHORT, log_images=4)
     outcome = trained(inputs, tmp_path, run=run, network=SMALL, training=frequent)
     assert outcome.reference.manifest().info["images_seen"] == 24
@@ -250,7 +250,7 @@ def test_train_continues_during_outage_of_tracking_server(
         "no answer",
     ], "one warning per outage, without the password"
 
-    monkeypatch.setattr(training, "OUTAGE_PAUSE", 3)
+    monkeypatch.setattr(metrics, "OUTAGE_PAUSE", 3)
     FlakyRun.attempts.clear()
     trained(inputs, tmp_path / "again", run=FlakyRun(), network=SMALL, training=frequent)
     assert FlakyRun.attempts == [4, 8, 12, 24], "paused for three times the duration of the failed call"
