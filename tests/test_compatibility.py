@@ -440,7 +440,7 @@ def test_rebuild_of_the_stored_root_downloads_new_images_only(root: Path, server
     client = MlflowClient(f"sqlite:///{root}/mlflow.db", f"sqlite:///{root}/mlflow.db")
     version = client.get_model_version_by_alias("knn-database.shapes", "champion")
     assert int(version.version) == 4
-    assert sorted(version.tags) == PINS["registry"]["knn-database.shapes"]["tags"]
+    assert set(version.tags) >= set(PINS["registry"]["knn-database.shapes"]["tags"])
 
 
 def test_takedown_and_list_of_the_stored_champion_leave_it_unchanged(root: Path) -> None:
