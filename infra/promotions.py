@@ -2,7 +2,8 @@
 
 MLflow keeps no history of aliases. A decision is therefore a run in the experiment ``promotions``, and the registered
 model has two tags: ``promotion.champion`` is the version that the alias was moved to last, and ``promotion.pinned`` is
-set by a rollback. An alias that differs from ``promotion.champion`` was moved by hand; it counts as pinned too.
+set by a rollback. An alias that differs from ``promotion.champion`` was moved by hand; it counts as pinned too. The tag
+``promotion.moving`` is written before the alias moves, so that a process killed in between is not taken for a hand.
 """
 
 import dataclasses
@@ -18,13 +19,14 @@ from mlflow.tracking import MlflowClient
 from infra import storage, tracking
 from infra.registry import CHAMPION
 from infra.settings import Settings
-from infra.tracking import connect, is_created, mlflow_errors
+from infra.tracking import is_created, mlflow_errors, registry_client
 
 CANDIDATE = "candidate"
 EXPERIMENT = "promotions"
 APPROVAL_TAG = "approval"
 APPROVED = "approved"
 _CHAMPION_TAG = "promotion.champion"
+_MOVING_TAG = "promotion.moving"
 _PIN_TAG = "promotion.pinned"
 _STATE_TAG = "promotion.state"
 _RUN_TAG = "promotion.run"
@@ -84,8 +86,7 @@ class Promotions:
 
     @functools.cached_property
     def _client(self) -> MlflowClient:
-        connect(self._settings)
-        return MlflowClient(self._settings.tracking_uri, self._settings.tracking_uri)
+        return registry_client(self._settings)
 
     def version_of(self, name: str, alias: str) -> int | None:
         """Return the version that has the alias, or None."""
@@ -103,7 +104,7 @@ class Promotions:
         if found is None or CHAMPION not in found.aliases:
             return None
         champion, recorded = str(found.aliases[CHAMPION]), found.tags.get(_CHAMPION_TAG)
-        if recorded is not None and recorded != champion:
+        if recorded is not None and champion not in (recorded, found.tags.get(_MOVING_TAG)):
             return f"the alias was moved to version {champion} by hand"
         pinned: str | None = found.tags.get(_PIN_TAG)
         return pinned
@@ -113,6 +114,7 @@ class Promotions:
         with mlflow_errors(self._settings):
             if pin is not None:
                 self._client.set_registered_model_tag(name, _PIN_TAG, pin)
+            self._client.set_registered_model_tag(name, _MOVING_TAG, str(version))
             self._client.set_registered_model_alias(name, CHAMPION, str(version))
             self._client.set_registered_model_tag(name, _CHAMPION_TAG, str(version))
             if pin is None and (found := self._model(name)) is not None and _PIN_TAG in found.tags:

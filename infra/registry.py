@@ -30,7 +30,7 @@ from infra.settings import Settings
 from infra.storage import file_cache as caching
 from infra.storage.digest_stamps import is_verified
 from infra.storage.errors import disk_full_error, is_disk_full, storage_errors
-from infra.tracking import connect, experiment_id, is_created, mlflow_errors
+from infra.tracking import experiment_id, is_created, mlflow_errors, registry_client
 
 DATABASE_PREFIX = "knn-database."
 GENERATOR_NAME = "knn-diffusion"
@@ -104,9 +104,7 @@ class Registry:
 
     @functools.cached_property
     def _client(self) -> MlflowClient:
-        """Return a client of the store, which is created if it does not exist."""
-        connect(self._settings)
-        return MlflowClient(self._settings.tracking_uri, self._settings.tracking_uri)
+        return registry_client(self._settings)
 
     @_translating_errors
     def register(

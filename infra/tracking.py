@@ -126,6 +126,12 @@ def connect(settings: Settings) -> None:
         os.environ["MLFLOW_TRACKING_URI"] = configured
 
 
+def registry_client(settings: Settings) -> MlflowClient:
+    """Return a client of the settings' store, after :func:`connect`, which creates the store if it does not exist."""
+    connect(settings)
+    return MlflowClient(settings.tracking_uri, settings.tracking_uri)
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
