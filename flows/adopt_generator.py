@@ -45,7 +45,10 @@ class AdoptGeneratorConfig:
 
 @flow(name="adopt-generator", flow_run_name="adopt-{config.domain}", validate_parameters=True)
 def adopt_generator(config: AdoptGeneratorConfig) -> TrainedGenerator:
-    """Copy a generator to the domain, evaluate it on the database, and register it as champion of ``knn-diffusion``."""
+    """Copy a generator to the domain, evaluate it on the database, and register it as a version of ``knn-diffusion``.
+
+    It becomes the champion if the gates of :mod:`tasks.promote` pass.
+    """
     settings = settings_of(config.root)
     folder = DomainFolder.of(settings, config.domain)
     database = open_folder(DatabaseVersion, config.database, settings, trust=config.trust)

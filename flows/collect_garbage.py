@@ -11,7 +11,8 @@ from infra.errors import KNNDiffusionError, NotFoundError, StageError
 from infra.settings import Settings
 from infra.storage.lease import lease
 from tasks.references.domain_folder import DomainFolder
-from tasks.stage import require_domain, settings_of
+from tasks.references.domain_name import require_domain
+from tasks.stage import settings_of
 from tasks.upkeep.garbage import DAY_S, Garbage, collect, domains_of
 
 

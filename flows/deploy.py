@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def _delete_removed(project: Mapping[str, Any]) -> Deployed:
     deployments, schedules = [], []
     with get_client(sync_client=True) as client:
         tagged = DeploymentFilter(tags=DeploymentFilterTags(all_=[project["name"]]))
-        for deployment in client.read_deployments(deployment_filter=tagged, limit=200):
+        for deployment in _all(lambda offset: client.read_deployments(deployment_filter=tagged, offset=offset)):
             name = f"{client.read_flow(deployment.flow_id).name}/{deployment.name}"
             if name not in wanted:
                 client.delete_deployment(deployment.id)
@@ -151,6 +151,14 @@ def _delete_removed(project: Mapping[str, Any]) -> Deployed:
     return Deployed(
         deployments=tuple(wanted), deleted_deployments=tuple(deployments), deleted_schedules=tuple(schedules)
     )
+
+
+def _all(read: Callable[[int], list[Any]]) -> list[Any]:
+    """Return the items of every page; ``read`` returns the page at an offset, empty after the last one."""
+    items: list[Any] = []
+    while page := read(len(items)):
+        items += page
+    return items
 
 
 def _flow_name(entry: Mapping[str, Any]) -> str:

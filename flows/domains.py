@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from infra.errors import InputError
-from tasks.stage import require_domain
+from tasks.references.domain_name import require_domain
 
 GATES = frozenset({"target_recall"})
 """Gates that a rebuild checks before it registers a version."""

@@ -17,9 +17,10 @@ from tasks.evaluate.task import EvaluateConfig
 from tasks.index.config import IndexConfig
 from tasks.index.task import index
 from tasks.references.domain_folder import DomainFolder
+from tasks.references.domain_name import require_domain
 from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, StageResult
 from tasks.register import RegistrationResult, register_database
-from tasks.stage import require_domain, settings_of
+from tasks.stage import settings_of
 from tasks.train.setup import TrainConfig
 from tasks.upkeep.policy import required_takedown
 

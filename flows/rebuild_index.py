@@ -22,6 +22,7 @@ from tasks.embed.task import EmbedConfig, embed
 from tasks.index.config import IndexConfig, IndexOverrides
 from tasks.index.task import index
 from tasks.references.domain_folder import DomainFolder
+from tasks.references.domain_name import require_domain
 from tasks.references.lineage import embeddings_of, images_of, takedown_of
 from tasks.references.takedown import match_rows
 from tasks.references.trust import open_named
@@ -34,7 +35,7 @@ from tasks.references.types import (
     config_from_manifest,
 )
 from tasks.register import RegistrationResult, register_database
-from tasks.stage import StageTimings, check_files, require_domain, settings_of
+from tasks.stage import StageTimings, check_files, settings_of
 from tasks.upkeep.compact import compact
 from tasks.upkeep.policy import merge_with_existing
 from tasks.upkeep.takedown import rolled_back_on, take_down
@@ -97,7 +98,10 @@ class State:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Rebuilt:
-    """Champion before and after the rebuild; seconds, and whether skipped, by stage that ran."""
+    """Database before and after the rebuild; seconds, and whether skipped, by stage that ran.
+
+    The new version is only a candidate if the champion is pinned.
+    """
 
     before: State
     after: State
@@ -114,14 +118,17 @@ class Rebuilt:
 @flow(name="rebuild-index", flow_run_name="rebuild-index-{config.domain}", validate_parameters=True)
 @skip_if_leased
 def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
-    """Add new URLs to a domain's champion, hide and compact images taken down, and register the result as champion."""
+    """Add new URLs to a domain's champion, hide and compact images taken down, and register the result.
+
+    It becomes the champion unless a rollback has pinned the present one; see :mod:`tasks.promote`.
+    """
     settings = settings_of(config.root)
     folder, timings = DomainFolder.of(settings, config.domain), StageTimings()
     with lease(folder.uri, holder=f"rebuild-index {config.domain}", wait_s=config.wait_s) as domain_lease:
         before = champion = champion_of(config.domain, settings)
         registered: RegistrationResult | None = None
 
-        def promote(state: State) -> None:
+        def register(state: State) -> None:
             nonlocal champion, registered
             domain_lease.check()
             if state is not champion:
@@ -138,12 +145,12 @@ def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
                 takedown = timings.add("takedown", outcome)
             if takedown != before.takedown:
                 try:
-                    promote(hide_takedown(config, before, takedown, folder, timings))
+                    register(hide_takedown(config, before, takedown, folder, timings))
                 except ModelError as error:  # e.g. no row would remain: hide them in the version with the additions
                     logs.get("stage").warning("%-11s not hidden in a version of its own: %s", "takedown", error)
             # Only now: a takedown must not fail because of a damaged file.
             check_files(*_reused_artifacts(config, champion), verify=config.verify)
-            promote(update(config, champion, takedown, folder, timings))
+            register(update(config, champion, takedown, folder, timings))
     if registered is None:
         logs.get("stage").info(
             "%-11s %s: no new images and no takedowns; the champion is unchanged", "rebuild", config.domain

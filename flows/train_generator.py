@@ -58,7 +58,10 @@ class TrainedGenerator:
 
 @flow(name="train-generator", flow_run_name="train-{config.domain}", validate_parameters=True)
 def train_generator(config: TrainGeneratorConfig) -> TrainedGenerator:
-    """Train a generator on the images of a database, evaluate it, and register it as champion of ``knn-diffusion``."""
+    """Train a generator on the images of a database, evaluate it, and register it as a version of ``knn-diffusion``.
+
+    It becomes the champion if the gates of :mod:`tasks.promote` pass.
+    """
     settings = settings_of(config.root)
     folder = DomainFolder.of(settings, config.domain)
     database = open_folder(DatabaseVersion, config.database, settings, trust=config.trust)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -25,7 +24,6 @@ from tasks.references.url_history import history_files
 MAX_CONSECUTIVE_TRANSIENT = 3
 """Stop after this many consecutive transient failures: the store is probably down."""
 
-_DOMAIN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 Item = TypeVar("Item")
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -239,9 +237,3 @@ def sum_outcomes(done: Iterable[artifacts.Shard]) -> dict[str, int]:
 def settings_of(root: str | None) -> Settings:
     """Return the settings of the environment, with their root replaced by ``root`` if one is given."""
     return Settings() if root is None else Settings(root=root)
-
-
-def require_domain(domain: str) -> None:
-    """Raise ``ValueError`` if the name cannot be used for both a folder and a registered model."""
-    if not _DOMAIN.fullmatch(domain) or domain == "mlflow":  # this folder of the root holds registered files
-        raise ValueError(f"domain {domain!r} must be lower-case letters, digits and hyphens, such as 'twemoji'")

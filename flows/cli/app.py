@@ -2,8 +2,9 @@
 
 Results go to standard output (only JSON with ``--json``); logs, progress and errors go to standard error. Exit codes:
 0 for success, 1 for a failure that is reported on one line, 2 for wrong usage, 130 after Ctrl-C. Heavy imports are
-inside the commands, so that ``--help`` is fast, and after the checks of :mod:`flows.cli.inputs`. The commands are here
-and in :mod:`flows.cli.databases`, :mod:`flows.cli.generators` and :mod:`flows.cli.upkeep`.
+inside the commands, so that ``--help`` is fast, and after the checks of :mod:`flows.cli.inputs`. ``demo`` and
+``new-domain`` are here; the others are in the modules ``databases``, ``generators``, ``promotion``, ``stack`` and
+``upkeep``.
 """
 
 import dataclasses

@@ -24,14 +24,17 @@ RECIPE_OPTIONS: dict[str, frozenset[str]] = {
 CHECKED_BYTES = 64 * 2**20
 """Longest list that is read in advance; parsing it takes less than a second."""
 
-_DOMAIN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def check_domain(name: str) -> None:
     """Raise ``InputError`` if ``name`` cannot be a domain."""
-    if not _DOMAIN.fullmatch(name) or name == "mlflow":  # this folder of the root holds registered files
-        raise InputError(f"domain {name!r} must be lower-case letters, digits and hyphens, such as 'twemoji'")
+    from tasks.references.domain_name import require_domain
+
+    try:
+        require_domain(name)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def check_root(root: str | None) -> None:
@@ -105,17 +108,11 @@ def check_url_list(uri: str, allow_hosts: Sequence[str] | None = None) -> None:
 
 
 def check_takedown_list(uri: str) -> None:
-    """Raise an error if a local takedown list is missing or has no column that identifies images."""
-    if not _is_short(uri):
-        return
-    from infra.formats.tables import read_list
+    """Raise an error if a local takedown list is missing or unusable."""
+    if _is_short(uri):
+        from tasks.references.takedown import read_takedown_list
 
-    names = read_list(uri, "takedown").column_names
-    if not {"url", "sha256", "key"} & set(names):
-        raise InputError(
-            f"{uri} has none of the columns url, sha256 and key: {', '.join(names) or 'no columns'}; "
-            "rename the column that identifies images"
-        )
+        read_takedown_list(uri)
 
 
 def check_device(device: str) -> None:

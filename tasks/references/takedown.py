@@ -14,13 +14,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from infra import artifacts, storage
-from infra.errors import KNNDiffusionError
+from infra.errors import InputError, KNNDiffusionError
 from infra.formats import tables
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import takedown_of
 from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, Takedown
 
 COLUMNS = ("url", "sha256", "key")
+_SHA256_DIGITS = 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -126,3 +127,29 @@ def match_shards(
         return matcher.mask(tables.read_table(path, list(COLUMNS)))
 
     return storage.read_all(mask, of)
+
+
+def read_takedown_list(uri: str) -> Entries:
+    """Read a takedown list, in any format of URL lists, with one or more of the columns url, sha256 and key.
+
+    Raises:
+        NotFoundError: the list does not exist.
+        InputError: the list cannot be read or has no entries.
+    """
+    table = tables.read_list(uri, "takedown")
+    if not set(COLUMNS) & set(table.column_names):
+        raise InputError(
+            f"{uri} has none of the columns url, sha256 and key: {', '.join(table.column_names) or 'no columns'}; "
+            "rename the column that identifies images"
+        )
+    values = {
+        name: frozenset(text.strip() for text in table[name].to_pylist() if text and text.strip())
+        for name in set(COLUMNS) & set(table.column_names)
+    }
+    digests = frozenset(digest.lower() for digest in values.get("sha256", ()))
+    if wrong := [d for d in sorted(digests) if len(d) != _SHA256_DIGITS or set(d) - set("0123456789abcdef")]:
+        raise InputError(f"{uri} has an invalid sha256: {wrong[0]!r}; use {_SHA256_DIGITS} hex digits")
+    entries = Entries(**{**values, "sha256": digests})
+    if not len(entries):
+        raise InputError(f"takedown list {uri} has no entries; add at least one")
+    return entries

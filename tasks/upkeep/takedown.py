@@ -15,14 +15,13 @@ from infra import artifacts, logs, storage, uris
 from infra.errors import InputError
 from infra.formats import tables
 from tasks.references.domain_folder import DomainFolder
-from tasks.references.takedown import COLUMNS, Entries, Matcher, list_takedowns, read_entries
+from tasks.references.takedown import COLUMNS, Entries, Matcher, list_takedowns, read_entries, read_takedown_list
 from tasks.references.types import ImageShards, StageResult, Takedown
 from tasks.references.url_history import FINAL_OUTCOMES
 from tasks.stage import run_stage, stage_task
 
 _SCHEMA = pa.schema([("column", pa.string()), ("value", pa.string())])
 _MAX_QUOTED = 3  # number of entries that a message quotes
-_SHA256_DIGITS = 64
 _MATCH_COLUMNS = [*COLUMNS, "error_class"]
 
 
@@ -90,32 +89,6 @@ def with_image_hashes(entries: Entries, images: ImageShards, cache: Path) -> Ent
     """Add the sha256 of the images at the urls of ``entries`` in ``images``, so that copies are hidden as well."""
     found, _ = _match_images(Entries(url=entries.url), images, cache) if entries.url else ([], None)
     return entries | Entries(sha256=frozenset(row["sha256"] for row in found if row["sha256"]))
-
-
-def read_takedown_list(uri: str) -> Entries:
-    """Read a takedown list, in any format of URL lists, with one or more of the columns url, sha256 and key.
-
-    Raises:
-        NotFoundError: the list does not exist.
-        InputError: the list cannot be read or has no entries.
-    """
-    table = tables.read_list(uri, "takedown")
-    if not set(COLUMNS) & set(table.column_names):
-        raise InputError(
-            f"{uri} has none of the columns url, sha256 and key: {', '.join(table.column_names) or 'no columns'}; "
-            "rename the column that identifies images"
-        )
-    values = {
-        name: frozenset(text.strip() for text in table[name].to_pylist() if text and text.strip())
-        for name in set(COLUMNS) & set(table.column_names)
-    }
-    digests = frozenset(digest.lower() for digest in values.get("sha256", ()))
-    if wrong := [d for d in sorted(digests) if len(d) != _SHA256_DIGITS or set(d) - set("0123456789abcdef")]:
-        raise InputError(f"{uri} has an invalid sha256: {wrong[0]!r}; use {_SHA256_DIGITS} hex digits")
-    entries = Entries(**{**values, "sha256": digests})
-    if not len(entries):
-        raise InputError(f"takedown list {uri} has no entries; add at least one")
-    return entries
 
 
 def _resolve(requested: Entries, before: Entries, images: ImageShards, cache: Path, listed: str) -> Entries:

@@ -10,9 +10,9 @@ from support.tiny_artifacts import IMAGES, embedding_shards, image_shards, sha, 
 from infra import artifacts
 from infra.errors import InputError
 from tasks.references.domain_folder import DomainFolder
-from tasks.references.takedown import match_rows, read_entries
+from tasks.references.takedown import match_rows, read_entries, read_takedown_list
 from tasks.references.types import ImageShards
-from tasks.upkeep.takedown import read_takedown_list, take_down
+from tasks.upkeep.takedown import take_down
 
 
 def listed(folder: Path, *rows: dict[str, Any], name: str = "down.jsonl") -> str:
