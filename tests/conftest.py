@@ -31,7 +31,8 @@ INTEGRATION_FIXTURES = frozenset(
 DOMAIN_MODULES = frozenset(
     f"tests/{name}.py"
     for name in (
-        "flows/cli/test_app", "flows/demo/test_run", "flows/test_evaluate_generator", "flows/test_new_domain",
+        "flows/cli/test_app", "flows/cli/test_databases", "flows/cli/test_generators", "flows/demo/test_run",
+        "flows/test_evaluate_generator", "flows/test_new_domain",
         "tasks/evaluate/test_task", "tasks/serve/test_gallery", "tasks/train/test_adopt",
     )
 )  # fmt: skip

@@ -1,6 +1,5 @@
 """make_stickers.py on small generated tarballs, without network."""
 
-import importlib.util
 import io
 import json
 import sys
@@ -12,6 +11,7 @@ from types import ModuleType
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
+from support.scripts import load_script
 
 SCRIPT = Path(__file__).parents[2] / "model" / "pretrained" / "sticker-generator" / "make_stickers.py"
 EMOJIS = [
@@ -28,11 +28,7 @@ RED = '<path fill="red" d="M0 0h36v36H0z"/>'
 
 @pytest.fixture
 def make() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_stickers", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture

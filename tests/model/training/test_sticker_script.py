@@ -3,7 +3,6 @@
 Tests interrupt and resume it, and train the discrete generator after its autoencoder.
 """
 
-import importlib.util
 import io
 import logging
 import os
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support.scripts import load_script
 from support.tiny_domain import COLOURS, SHAPES, drawn
 
 from model.pipeline import KNNDiffusionPipeline
@@ -57,11 +57,7 @@ def command(name: str, stickers: Path, out: Path, images: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_stickers", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture
