@@ -8,7 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -129,6 +129,22 @@ def prefect_server(home: Path | None = None) -> Iterator[None]:
 
 
 @contextmanager
+def _silenced() -> Iterator[None]:
+    """Show no log lines and no progress bars within the block."""
+    logger, before = logging.getLogger("knn_diffusion"), os.environ.get("TQDM_DISABLE")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it at import
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        os.environ.pop("TQDM_DISABLE")
+        if before is not None:
+            os.environ["TQDM_DISABLE"] = before
+
+
+@contextmanager
 def report_errors(verbose: bool, quiet: bool = False) -> Iterator[None]:
     """Configure logging, and report errors that the user can fix on one line.
 
@@ -142,13 +158,11 @@ def report_errors(verbose: bool, quiet: bool = False) -> Iterator[None]:
     from infra import logs
 
     logs.setup(verbose)
-    if quiet:
-        logging.getLogger("knn_diffusion").setLevel(logging.ERROR)
-        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it at import
     from infra.errors import KNNDiffusionError
 
     try:
-        yield
+        with _silenced() if quiet else nullcontext():
+            yield
     except (KNNDiffusionError, ValueError, OSError) as error:
         if verbose or not _is_user_error(error):
             raise

@@ -1,5 +1,7 @@
 """Output of the commands: untrusted text, and names of options in errors."""
 
+import logging
+import os
 import sys
 
 import pytest
@@ -58,3 +60,14 @@ def test_main_prints_tracebacks_without_control_characters_and_passwords(
     output = capsys.readouterr().err
     assert output.startswith("Traceback")
     assert output.endswith("RuntimeError: https://u:***@host/\\x1b[2J\n")
+
+
+def test_report_errors_with_quiet_silences_only_its_block(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("knn_diffusion.stage")
+    with report_errors(verbose=False, quiet=True):
+        logger.warning("hidden")
+        assert os.environ["TQDM_DISABLE"] == "1"
+    assert "TQDM_DISABLE" not in os.environ
+    with report_errors(verbose=False):
+        logger.warning("shown")
+    assert [line.split()[-1] for line in capsys.readouterr().err.splitlines()] == ["shown"]
