@@ -7,7 +7,7 @@ from prefect import flow
 
 from flows.deployed_run import skip_if_leased
 from infra import uris
-from infra.errors import KNNDiffusionError, NotFoundError, StageError
+from infra.errors import ConfigError, KNNDiffusionError, NotFoundError, StageError
 from infra.settings import Settings
 from infra.storage.lease import lease
 from tasks.references.domain_folder import DomainFolder
@@ -43,7 +43,7 @@ class CollectGarbageConfig:
             require_domain(self.domain)
         if self.keep_versions < 1 or self.grace_s < 0 or self.wait_s < 0:
             numbers = f"{self.keep_versions}, {self.grace_s}, {self.wait_s}"
-            raise ValueError(f"keep_versions, grace_s or wait_s is out of range: {numbers}; give at least 1, 0 and 0")
+            raise ConfigError(f"keep_versions, grace_s or wait_s is out of range: {numbers}; give at least 1, 0 and 0")
 
 
 class NotAllCollectedError(StageError):

@@ -6,7 +6,7 @@ from prefect import flow
 
 from flows.deployed_run import skip_if_leased
 from infra import compute, uris
-from infra.errors import StageError
+from infra.errors import ConfigError, StageError
 from infra.settings import Settings
 from infra.storage.lease import Lease, lease
 from model.errors import ModelError
@@ -54,7 +54,7 @@ class MergeDatabasesConfig:
         uris.hide_fields(self, "databases", "root")
         require_domain(self.domain)
         if len(self.databases) < 2:
-            raise ValueError(f"databases has too few entries: {len(self.databases)}; give two or more")
+            raise ConfigError(f"databases has too few entries: {len(self.databases)}; give two or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

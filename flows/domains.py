@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from infra.errors import InputError
+from infra.errors import ConfigError, InputError
 from tasks.references.domain_name import require_domain
 
 GATES = frozenset({"target_recall"})
@@ -40,7 +40,7 @@ class Domain:
         """Validate the fields."""
         require_domain(self.name)
         if unknown := self.gates.keys() - GATES:
-            raise ValueError(f"gate is unknown: {min(unknown)}; use {', '.join(sorted(GATES))}")
+            raise ConfigError(f"gate is unknown: {min(unknown)}; use {', '.join(sorted(GATES))}")
 
     def rebuild_parameters(self) -> dict[str, Any]:
         """Return the ``config`` of this domain's ``rebuild-index`` run."""

@@ -8,6 +8,7 @@ from prefect import flow
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
 from infra import compute, storage, tracking, uris
+from infra.errors import ConfigError
 from infra.formats.tables import read_lines
 from infra.registry import GENERATOR_NAME
 from infra.settings import Settings
@@ -47,7 +48,7 @@ class EvaluateGeneratorConfig:
         """Validate the fields."""
         uris.hide_fields(self, "databases", "generator", "texts", "root")
         if not self.databases:
-            raise ValueError("databases is empty; give at least one database")
+            raise ConfigError("databases is empty; give at least one database")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

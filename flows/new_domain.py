@@ -9,6 +9,7 @@ from flows.adopt_generator import AdoptGeneratorConfig, adopt_generator
 from flows.deployed_run import skip_if_leased
 from flows.train_generator import TrainedGenerator, TrainGeneratorConfig, train_generator
 from infra import compute, uris
+from infra.errors import ConfigError
 from infra.storage.lease import lease
 from tasks.download.config import DownloadConfig
 from tasks.download.task import download
@@ -63,9 +64,9 @@ class NewDomainConfig:
         uris.hide_fields(self, "urls", "root", "generator")
         require_domain(self.domain)
         if self.wait_s < 0:
-            raise ValueError(f"wait_s is out of range: {self.wait_s}; give 0 or more seconds")
+            raise ConfigError(f"wait_s is out of range: {self.wait_s}; give 0 or more seconds")
         if self.train is not None and self.generator is not None:
-            raise ValueError(
+            raise ConfigError(
                 "train and generator are both given; to fine-tune a generator, set train.start_from instead"
             )
 

@@ -5,6 +5,7 @@ import dataclasses
 from prefect import flow
 
 from infra import compute
+from infra.errors import ConfigError
 from infra.promotions import Decision
 from infra.storage.lease import lease
 from tasks.promote import PromotionRequest, candidate_of, promote, promotion_folder, registered_name
@@ -41,7 +42,7 @@ class PromoteVersionConfig:
     def __post_init__(self) -> None:
         """Validate the fields."""
         if self.wait_s < 0:
-            raise ValueError(f"wait_s is out of range: {self.wait_s}; give 0 or more seconds")
+            raise ConfigError(f"wait_s is out of range: {self.wait_s}; give 0 or more seconds")
 
 
 @flow(name="promote-version", flow_run_name="promote-{config.name}", validate_parameters=True)

@@ -13,6 +13,7 @@ from prefect import flow
 
 from flows.deployed_run import skip_if_leased
 from infra import compute, logs, uris
+from infra.errors import ConfigError
 from infra.settings import Settings
 from infra.storage.lease import lease
 from model.errors import ModelError
@@ -81,9 +82,9 @@ class RebuildIndexConfig:
         uris.hide_fields(self, "urls", "takedown", "root")
         require_domain(self.domain)
         if not 0 < self.compact_above <= 1:
-            raise ValueError(f"compact_above is out of range: {self.compact_above}; give a share in (0, 1]")
+            raise ConfigError(f"compact_above is out of range: {self.compact_above}; give a share in (0, 1]")
         if self.wait_s < 0:
-            raise ValueError(f"wait_s is out of range: {self.wait_s}; give 0 or more seconds")
+            raise ConfigError(f"wait_s is out of range: {self.wait_s}; give 0 or more seconds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

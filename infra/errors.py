@@ -1,20 +1,23 @@
 """Errors that a user can fix. Each message says what went wrong, where, and how to fix it.
 
-    KNNDiffusionError            base class; a command prints one line and exits with 1
-    ├── InputError               an input cannot be used: a URL list, a texts file, an image
-    ├── NotFoundError            nothing has that name, URI or alias
-    ├── IntegrityError           stored bytes differ from their committed digest
-    ├── EncoderMismatchError     two artifacts come from different encoders
-    ├── StageError               a stage could not produce its output
-    │   └── LeaseHeldError       another writer holds the lease on a folder
-    └── TransientError           a temporary failure of an external system: the only error that is retried
-
-An invalid configuration raises ``ValueError`` when it is built; Prefect shows the message next to the form.
+KNNDiffusionError            base class; a command prints one line and exits with 1
+├── ConfigError              a setting is invalid; also a ``ValueError``, as Prefect's forms expect
+├── InputError               an input cannot be used: a URL list, a texts file, an image
+├── NotFoundError            nothing has that name, URI or alias
+├── IntegrityError           stored bytes differ from their committed digest
+├── EncoderMismatchError     two artifacts come from different encoders
+├── StageError               a stage could not produce its output
+│   └── LeaseHeldError       another writer holds the lease on a folder
+└── TransientError           a temporary failure of an external system: the only error that is retried
 """
 
 
 class KNNDiffusionError(Exception):
     """Base class of all errors that a user can fix."""
+
+
+class ConfigError(KNNDiffusionError, ValueError):
+    """Raised when a configuration is built from invalid values. Prefect shows the message next to the form."""
 
 
 class InputError(KNNDiffusionError):

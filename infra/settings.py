@@ -28,6 +28,7 @@ from pydantic import AliasChoices, Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infra import uris
+from infra.errors import ConfigError
 
 
 class Settings(BaseSettings):
@@ -66,14 +67,14 @@ class Settings(BaseSettings):
         if self.tracking is not None:
             return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", self.tracking)  # the extra's driver
         if not uris.is_local(self.root):
-            raise ValueError(f"the root {self.root} is remote: set MLFLOW_TRACKING_URI to a database or a server")
+            raise ConfigError(f"the root {self.root} is remote: set MLFLOW_TRACKING_URI to a database or a server")
         return f"sqlite:///{uris.absolute(self.root)}/mlflow.db"
 
     @property
     def artifacts_uri(self) -> str:
         """MLflow's artifact store for new experiments."""
         if self.artifacts is None and uris.HIDDEN in self.root:
-            raise ValueError(f"the root {self.root} has a password, which MLflow would store: set MLFLOW_ARTIFACTS")
+            raise ConfigError(f"the root {self.root} has a password, which MLflow would store: set MLFLOW_ARTIFACTS")
         return self.artifacts or uris.join(uris.absolute(self.root), "mlflow")
 
     @property

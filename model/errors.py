@@ -2,4 +2,7 @@
 
 
 class ModelError(ValueError):
-    """Raised when a model cannot use its input. The message states what is wrong, where, and how to fix it."""
+    """Raised for an invalid configuration of a model, or an input that it cannot use.
+
+    The message states what is wrong, where, and how to fix it.
+    """

@@ -158,13 +158,11 @@ def report_errors(verbose: bool, quiet: bool = False) -> Iterator[None]:
     from infra import logs
 
     logs.setup(verbose)
-    from infra.errors import KNNDiffusionError
-
     try:
         with _silenced() if quiet else nullcontext():
             yield
-    except (KNNDiffusionError, ValueError, OSError) as error:
-        if verbose or not _is_user_error(error):
+    except _user_errors() as error:
+        if verbose:
             raise
         from infra.text import sanitised
 
@@ -277,23 +275,14 @@ def age(created_ms: int) -> str:
     return f"{int(seconds)} s"
 
 
-def _is_user_error(error: Exception) -> bool:
-    """Return True if the user can fix the error: this project's errors, OS errors, and settings that do not parse.
-
-    Another ``ValueError`` counts only if this project raised it. From a library it is a bug, and needs its traceback.
-    """
+def _user_errors() -> tuple[type[Exception], ...]:
+    """Return the types of errors that the user can fix. Any other error is a bug, and needs its traceback."""
     from pydantic import ValidationError
 
     from infra.errors import KNNDiffusionError
     from model.errors import ModelError
 
-    if isinstance(error, KNNDiffusionError | ModelError | OSError | ValidationError):
-        return True
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
-    return module.split(".")[0] in {"flows", "tasks", "model", "infra"}
+    return KNNDiffusionError, ModelError, OSError, ValidationError
 
 
 def _quiet_environment(verbose: bool) -> None:

@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import BinaryIO, Self
 
 from infra.download.images import ImageNormaliser, Normalised
-from infra.errors import StageError
+from infra.errors import ConfigError, StageError
 
 _START_S = 60.0  # Python, NumPy and Pillow on a busy machine
 _BOOT = "import sys; sys.path[:] = sys.argv[3:]; from infra.download.decoder import serve; serve(*sys.argv[1:3])"
@@ -50,9 +50,9 @@ class DecodeLimits:
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds < math.inf:
-            raise ValueError(f"seconds is not positive and finite: {self.seconds}; give a number above 0")
+            raise ConfigError(f"seconds is not positive and finite: {self.seconds}; give a number above 0")
         if self.memory_bytes < 1:
-            raise ValueError(f"memory_bytes is not positive: {self.memory_bytes}; give at least 1")
+            raise ConfigError(f"memory_bytes is not positive: {self.memory_bytes}; give at least 1")
 
     @classmethod
     def for_pixels(cls, max_pixels: int) -> "DecodeLimits":
@@ -103,7 +103,7 @@ class NormaliserProcess:
         return normalised
 
     def _receive(self, pipe: Connection) -> Normalised:
-        """Receive one reply of bounded size. Raises ``ValueError`` if it is malformed."""
+        """Receive one reply of bounded size. Raises ``ConfigError`` if it is malformed."""
         width, height, original_width, original_height, message = json.loads(pipe.recv_bytes(_MAX_HEADER_BYTES))
         if message is not None:
             return None, None, None, None, None, str(message)

@@ -31,7 +31,7 @@ from infra import storage
 from infra.download.decoder import DecodeLimits, ImageBounds, NormaliserProcess
 from infra.download.limits import Limits
 from infra.download.safe_urlopen import guarded
-from infra.errors import InputError
+from infra.errors import ConfigError, InputError
 from infra.quiet import set_quiet
 
 SHARD_ROWS, SHARDS = 10_000, 100_000
@@ -96,25 +96,25 @@ class DownloadPolicy:
     def __post_init__(self) -> None:
         hosts: object = self.allow_hosts
         if isinstance(hosts, str):
-            raise ValueError(f'allow_hosts is a string, not a tuple; write ("{hosts}",)')
+            raise ConfigError(f'allow_hosts is a string, not a tuple; write ("{hosts}",)')
         for entry in self.allow_hosts:
             if not _is_host_port(entry):
-                raise ValueError(f'allow_hosts entry is not host:port: {entry!r}; use the form "127.0.0.1:8123"')
+                raise ConfigError(f'allow_hosts entry is not host:port: {entry!r}; use the form "127.0.0.1:8123"')
         for name in ("deadline_s", "timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is not positive and finite: {getattr(self, name)}; give seconds above 0")
+                raise ConfigError(f"{name} is not positive and finite: {getattr(self, name)}; give seconds above 0")
         for name in ("max_body_bytes", "max_pixels", "min_side_px", "max_side_px", "threads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is not positive: {getattr(self, name)}; give at least 1")
+                raise ConfigError(f"{name} is not positive: {getattr(self, name)}; give at least 1")
         for name in ("max_redirects", "retries"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is negative: {getattr(self, name)}; give at least 0")
+                raise ConfigError(f"{name} is negative: {getattr(self, name)}; give at least 0")
         if self.max_pixels > _PILLOW_MAX_PIXELS:
-            raise ValueError(
+            raise ConfigError(
                 f"max_pixels exceeds the limit of Pillow: {self.max_pixels}; give at most {_PILLOW_MAX_PIXELS}"
             )
         if self.max_side_px < self.min_side_px:
-            raise ValueError(f"max_side_px={self.max_side_px} is below min_side_px={self.min_side_px}; raise it")
+            raise ConfigError(f"max_side_px={self.max_side_px} is below min_side_px={self.min_side_px}; raise it")
 
     def limits(self) -> Limits:
         """Return the limits that the URL guard enforces."""

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from infra import logs, storage
-from infra.errors import KNNDiffusionError, LeaseHeldError, NotFoundError, StageError
+from infra.errors import ConfigError, KNNDiffusionError, LeaseHeldError, NotFoundError, StageError
 from infra.storage.locks import boot_id
 
 FOLDER = "lease"
@@ -157,10 +157,10 @@ def lease(
     Raises:
         LeaseHeldError: Another writer holds the lease; the message names it.
         StageError: The lease was lost during the block.
-        ValueError: ``ttl_s`` is too short for the clock of the store.
+        ConfigError: ``ttl_s`` is too short for the clock of the store.
     """
     if ttl_s < 1.5 * _clock_resolution_s(folder_uri):
-        raise ValueError(
+        raise ConfigError(
             f"ttl_s is too short for the store's clock: {ttl_s:g}; "
             f"give at least {1.5 * _clock_resolution_s(folder_uri):g}"
         )

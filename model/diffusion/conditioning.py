@@ -46,18 +46,18 @@ class ConditioningConfig:
     def __post_init__(self) -> None:
         """Validate the fields."""
         if self.neighbours < 1:
-            raise ValueError(f"neighbours must be at least 1: {self.neighbours}; the method requires retrieval")
+            raise ModelError(f"neighbours must be at least 1: {self.neighbours}; the method requires retrieval")
         if self.pool < self.neighbours:
-            raise ValueError(f"pool is smaller than neighbours: {self.pool} < {self.neighbours}; increase pool")
+            raise ModelError(f"pool is smaller than neighbours: {self.pool} < {self.neighbours}; increase pool")
         drops = (self.drop_all, self.drop_query, self.drop_neighbours)
         if min(drops) < 0 or sum(drops) > 1:
-            raise ValueError(
+            raise ModelError(
                 f"drop_all + drop_query + drop_neighbours must be in [0, 1]: {sum(drops)}; they are mutually exclusive"
             )
         if not 0 <= self.fewer_neighbours <= 1:
-            raise ValueError(f"fewer_neighbours must be in [0, 1]: {self.fewer_neighbours}")
+            raise ModelError(f"fewer_neighbours must be in [0, 1]: {self.fewer_neighbours}")
         if not (0 <= self.gap_probability <= 1 and 0 <= self.gap_weight < 1):
-            raise ValueError(
+            raise ModelError(
                 f"gap_probability must be in [0, 1] and gap_weight in [0, 1): {self.gap_probability}, {self.gap_weight}"
             )
 

@@ -77,14 +77,14 @@ class Transitions:
     def __post_init__(self) -> None:
         """Validate that the schedule is a process that ends in [MASK] only."""
         if self.codes < 2 or self.timesteps < 2:
-            raise ValueError(f"codes and timesteps must be at least 2: {self.codes}, {self.timesteps}")
+            raise ModelError(f"codes and timesteps must be at least 2: {self.codes}, {self.timesteps}")
         if not 0.99 <= self.mask_last < 1:
-            raise ValueError(f"mask_last must be in [0.99, 1): {self.mask_last}; sampling starts from [MASK] only")
+            raise ModelError(f"mask_last must be in [0.99, 1): {self.mask_last}; sampling starts from [MASK] only")
         if not (0 <= self.mask_first < self.mask_last and 0 < self.stay_last < self.stay_first < 1):
-            raise ValueError("stay_first must be above stay_last and mask_first below mask_last, all inside (0, 1)")
+            raise ModelError("stay_first must be above stay_last and mask_first below mask_last, all inside (0, 1)")
         steps = torch.arange(1, self.timesteps + 1)
         if min(self.cumulative(steps).replace.min(), self.between(steps - 1, steps).replace.min()) < -1e-12:
-            raise ValueError("a step has a negative probability of replacement; lower stay_first or mask_last")
+            raise ModelError("a step has a negative probability of replacement; lower stay_first or mask_last")
 
     @property
     def mask(self) -> int:

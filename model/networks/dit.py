@@ -17,6 +17,7 @@ from torch import nn
 
 from model.diffusion.conditioning import MARKER_CHANNELS
 from model.diffusion.flow_matching import Prediction
+from model.errors import ModelError
 from model.networks.fused_attention import use_fused_attention
 
 
@@ -34,13 +35,13 @@ class TransformerConfig:
     prediction: Prediction = "velocity"
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` if patches do not tile the image or a size is below 1."""
+        """Raise ``ModelError`` if patches do not tile the image or a size is below 1."""
         if self.image_size % self.patch_size:
-            raise ValueError(
+            raise ModelError(
                 f"image_size is not a multiple of patch_size: {self.image_size}, {self.patch_size}; change one of them"
             )
         if min(self.layers, self.heads, self.head_width, self.channels) < 1:
-            raise ValueError("layers, heads, head_width and channels must be at least 1")
+            raise ModelError("layers, heads, head_width and channels must be at least 1")
 
 
 def build_transformer(config: TransformerConfig, *, embedding_dimension: int, seed: int) -> PixArtTransformer2DModel:

@@ -14,6 +14,7 @@ from torch import nn
 
 from model.diffusion.conditioning import MARKER_CHANNELS
 from model.diffusion.flow_matching import Prediction
+from model.errors import ModelError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,12 +33,12 @@ class UNetConfig:
     prediction: Prediction = "velocity"
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` if the image cannot be halved, or heads or group norms do not divide the widths."""
+        """Raise ``ModelError`` if the image cannot be halved, or heads or group norms do not divide the widths."""
         halvings = len(self.widths) - 1
         if halvings < 1 or self.image_size % 2**halvings:
-            raise ValueError(f"image_size {self.image_size} cannot be halved {halvings} times; give 2 widths or more")
+            raise ModelError(f"image_size {self.image_size} cannot be halved {halvings} times; give 2 widths or more")
         if any(width % 32 or width % self.head_width for width in self.widths):
-            raise ValueError(f"widths {self.widths} must be multiples of 32 and of head_width {self.head_width}")
+            raise ModelError(f"widths {self.widths} must be multiples of 32 and of head_width {self.head_width}")
 
 
 def build_unet(config: UNetConfig, *, embedding_dimension: int, seed: int) -> UNet2DConditionModel:

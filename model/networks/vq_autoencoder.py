@@ -13,6 +13,8 @@ import torch
 from diffusers import VQModel
 from torch import Tensor
 
+from model.errors import ModelError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AutoencoderConfig:
@@ -29,18 +31,18 @@ class AutoencoderConfig:
     layers: int = 1
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` if the sizes are inconsistent or too small."""
+        """Raise ``ModelError`` if the sizes are inconsistent or too small."""
         if self.downscale != 2 ** (len(self.channels) - 1):
-            raise ValueError(
+            raise ModelError(
                 f"channels and downscale do not match: {len(self.channels)} resolutions, downscale {self.downscale}; "
                 "give log2(downscale) + 1 channels"
             )
         if self.image_size % self.downscale:
-            raise ValueError(
+            raise ModelError(
                 f"image_size is not a multiple of downscale: {self.image_size}, {self.downscale}; change one of them"
             )
         if self.codes < 2 or min(self.code_width, self.layers, *self.channels) < 1:
-            raise ValueError("codes must be at least 2; code_width, layers and channels at least 1")
+            raise ModelError("codes must be at least 2; code_width, layers and channels at least 1")
 
     @property
     def tokens(self) -> int:

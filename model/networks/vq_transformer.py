@@ -20,6 +20,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from model.diffusion.conditioning import MARKER_CHANNELS
+from model.errors import ModelError
 from model.networks.fused_attention import (
     block_diagonal_keys,
     fold_output,
@@ -48,15 +49,15 @@ class VQTransformerConfig:
     head_width: int = 64
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` if the tokens do not form a square or a size is too small."""
+        """Raise ``ModelError`` if the tokens do not form a square or a size is too small."""
         if math.isqrt(self.tokens) ** 2 != self.tokens or self.tokens < 1:
-            raise ValueError(
+            raise ModelError(
                 f"tokens is not a square number: {self.tokens}; use (image_size / downscale)² of the autoencoder"
             )
         if self.codes < 2 or self.timesteps < 2:
-            raise ValueError("codes and timesteps must be at least 2")
+            raise ModelError("codes and timesteps must be at least 2")
         if min(self.layers, self.heads, self.head_width) < 1:
-            raise ValueError("layers, heads and head_width must be at least 1")
+            raise ModelError("layers, heads and head_width must be at least 1")
 
 
 class Attention(nn.Module):

@@ -9,6 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from model.errors import ModelError
 from model.step_random import StepRandom
 from model.training.batch import Batch
 
@@ -35,23 +36,23 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` if a value is out of range."""
+        """Raise ``ModelError`` if a value is out of range."""
         if self.images < self.batch_size or self.batch_size < 1:
-            raise ValueError("images must be at least batch_size, and batch_size at least 1")
+            raise ModelError("images must be at least batch_size, and batch_size at least 1")
         if self.pieces < 1 or self.batch_size % self.pieces:
-            raise ValueError(
+            raise ModelError(
                 f"batch_size {self.batch_size} is not divisible into {self.pieces} pieces; use a multiple of pieces"
             )
         if min(self.checkpoint_images, self.log_images, self.grid_images) < 1:
-            raise ValueError("checkpoint_images, log_images and grid_images must be at least 1")
+            raise ModelError("checkpoint_images, log_images and grid_images must be at least 1")
         if not 0 < self.learning_rate < math.inf or not 0 <= self.ema_decay < 1:
-            raise ValueError("learning_rate must be above 0 and finite, and ema_decay in [0, 1)")
+            raise ModelError("learning_rate must be above 0 and finite, and ema_decay in [0, 1)")
         if not self.gradient_clip > 0:
-            raise ValueError("gradient_clip must be above 0; use inf for no clipping")
+            raise ModelError("gradient_clip must be above 0; use inf for no clipping")
         if not 0 <= self.weight_decay < math.inf or self.warmup_images < 0:
-            raise ValueError("weight_decay must be at least 0 and finite, and warmup_images at least 0")
+            raise ModelError("weight_decay must be at least 0 and finite, and warmup_images at least 0")
         if self.seed < 0:
-            raise ValueError("seed must be at least 0")
+            raise ModelError("seed must be at least 0")
 
     @property
     def steps(self) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from infra.download.downloader import SHARD_ROWS, DownloadPolicy
+from infra.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,9 +17,9 @@ class DownloadConfig:
     retry_failed: bool = False  # request URLs again that failed in the previous version
 
     def __post_init__(self) -> None:
-        """Check that img2dataset's keys can number the rows of a shard. Raises ``ValueError``."""
+        """Check that img2dataset's keys can number the rows of a shard. Raises ``ConfigError``."""
         if not 1 <= self.shard_rows <= SHARD_ROWS:
-            raise ValueError(
+            raise ConfigError(
                 f"shard_rows is {self.shard_rows}; use 1 to {SHARD_ROWS}, because img2dataset's keys number "
                 "the rows of a shard with four digits"
             )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from infra import artifacts, compute, storage
-from infra.errors import StageError
+from infra.errors import ConfigError, StageError
 from model.encoder.clip import Encoder
 from model.encoder.identity import EMBEDDED, EncoderIdentity
 from tasks.embed.worker import DECODER_DIED, SECONDS, EmbedShard, WorkerConfig
@@ -30,11 +30,11 @@ class EmbedConfig:
     max_lost_fraction: float = 0.01
 
     def __post_init__(self) -> None:
-        """Check the ranges, and make the path of a local encoder absolute. Raises ``ValueError``."""
+        """Check the ranges, and make the path of a local encoder absolute. Raises ``ConfigError``."""
         if self.batch_size < 1 or (self.decoders is not None and self.decoders < 1):
-            raise ValueError(f"batch_size is {self.batch_size}, decoders is {self.decoders}; use at least 1 for both")
+            raise ConfigError(f"batch_size is {self.batch_size}, decoders is {self.decoders}; use at least 1 for both")
         if self.gpus_per_worker < 0:
-            raise ValueError(f"gpus_per_worker is {self.gpus_per_worker}; use 0 for the CPU, or 0.5, 1, …")
+            raise ConfigError(f"gpus_per_worker is {self.gpus_per_worker}; use 0 for the CPU, or 0.5, 1, …")
         if self.encoder.startswith(_LOCAL):
             folder = storage.absolute(self.encoder.removeprefix(_LOCAL))
             object.__setattr__(self, "encoder", _LOCAL + folder)

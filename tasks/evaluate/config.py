@@ -3,6 +3,7 @@
 import dataclasses
 
 from infra import uris
+from infra.errors import ConfigError
 from model.metrics import embedding_metrics
 
 SAMPLES = "samples"
@@ -30,27 +31,27 @@ class EvaluateConfig:
     use_gpu: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` for values out of range."""
+        """Raise ``ConfigError`` for values out of range."""
         uris.hide_fields(self, "inception_weights")
         if self.samples < LEAST_COMPARED:
-            raise ValueError(
+            raise ConfigError(
                 f"too few samples: {self.samples}; give at least {LEAST_COMPARED}: precision and recall use the third "
                 "neighbour"
             )
         if self.seeds < 2 or self.diversity_prompts < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"too few images for the diversity: seeds {self.seeds}, diversity_prompts {self.diversity_prompts}; "
                 "give at least 2 seeds and 1 prompt"
             )
         if self.bootstrap < 0:
-            raise ValueError(
+            raise ConfigError(
                 f"bootstrap is negative: {self.bootstrap}; give a number of resamples, or 0 for no intervals"
             )
         if not 0 < self.copy_percentile < 100:
-            raise ValueError(f"copy_percentile is out of range: {self.copy_percentile}; give a value between 0 and 100")
+            raise ConfigError(f"copy_percentile is out of range: {self.copy_percentile}; give a value in (0, 100)")
         if not 0 < self.near_duplicate <= 1:
-            raise ValueError(f"near_duplicate is out of range: {self.near_duplicate}; give a cosine in (0, 1]")
+            raise ConfigError(f"near_duplicate is out of range: {self.near_duplicate}; give a cosine in (0, 1]")
         if self.prompt_urls and len(self.prompt_urls) != len(self.prompts):
-            raise ValueError(
+            raise ConfigError(
                 f"{len(self.prompt_urls)} prompt_urls for {len(self.prompts)} prompts; give one URL per prompt, or none"
             )

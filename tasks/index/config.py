@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from infra.errors import ConfigError
 from model.retrieval.faiss_index import MEMORY_BYTES
 
 
@@ -23,13 +24,13 @@ class IndexConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` for values out of range."""
+        """Raise ``ConfigError`` for values out of range."""
         if not 0 <= self.target_recall <= 1:
-            raise ValueError(f"target_recall is out of range: {self.target_recall}; choose a value between 0 and 1")
+            raise ConfigError(f"target_recall is out of range: {self.target_recall}; choose a value between 0 and 1")
         if self.recall_queries < 1 or self.shard_rows < 1 or self.memory_bytes < 1:
-            raise ValueError("recall_queries, shard_rows and memory_bytes must be at least 1")
+            raise ConfigError("recall_queries, shard_rows and memory_bytes must be at least 1")
         if not 0 < self.near_duplicate_cosine <= 1 or self.max_drift < 0:
-            raise ValueError("near_duplicate_cosine must be above 0 and at most 1, and max_drift at least 0")
+            raise ConfigError("near_duplicate_cosine must be above 0 and at most 1, and max_drift at least 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +43,7 @@ class IndexOverrides:
     dedup: bool | None = None
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` for values that :class:`IndexConfig` rejects."""
+        """Raise ``ConfigError`` for values that :class:`IndexConfig` rejects."""
         self.over(IndexConfig())
 
     def over(self, config: IndexConfig) -> IndexConfig:

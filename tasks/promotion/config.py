@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from infra.errors import ConfigError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DatabaseGates:
@@ -55,7 +57,7 @@ class GeneratorGates:
         """Validate the fields."""
         _require_ranges(self, {"distance": 8.0, "clip_score": 2.0, "neighbour_loss": 2.0}, default=1.0)
         if self.samples < 8 or self.resamples < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"samples or resamples are too few: {self.samples}, {self.resamples}; give at least 8 and 1"
             )
 
@@ -70,7 +72,7 @@ def _require_ranges(gates: DatabaseGates | GeneratorGates, highest: dict[str, fl
         value = getattr(gates, field.name)
         most = highest.get(field.name, default)
         if isinstance(value, float) and not 0 <= value <= most:
-            raise ValueError(f"{field.name} is out of range: {value}; give a value in [0, {most:g}], or None")
+            raise ConfigError(f"{field.name} is out of range: {value}; give a value in [0, {most:g}], or None")
 
 
 AT_ONCE = DatabaseGates(recall_image=None, recall_text=None, lost_rows=None, failed_downloads=None, drift=None)

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from diffusers import PixArtTransformer2DModel, VQModel
 
 from infra import uris
-from infra.errors import EncoderMismatchError, InputError
+from infra.errors import ConfigError, EncoderMismatchError, InputError
 from model.diffusion.conditioning import ConditioningConfig
 from model.diffusion.flow_matching import Prediction
 from model.diffusion.vq_diffusion import Transitions
@@ -47,20 +47,20 @@ class TrainConfig:
     start_from: str | None = None  # fine-tune a pipeline folder or "sticker-generator"; None: random weights
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` for values out of range and for combinations that cannot be trained."""
+        """Raise ``ConfigError`` for values out of range and for combinations that cannot be trained."""
         uris.hide_fields(self, "autoencoder", "start_from")
         if self.workers < 1 or self.cpus_per_worker < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"workers or cpus_per_worker is below 1: {self.workers}, {self.cpus_per_worker}; give at least 1"
             )
         if self.window_bytes < 1:
-            raise ValueError(f"window_bytes is below 1: {self.window_bytes}; give at least 1")
+            raise ConfigError(f"window_bytes is below 1: {self.window_bytes}; give at least 1")
         if isinstance(self.network, VQTransformerConfig) and not (self.autoencoder or self.start_from):
-            raise ValueError("a network over codes has no autoencoder; set autoencoder to the folder of a VQModel")
+            raise ConfigError("a network over codes has no autoencoder; set autoencoder to the folder of a VQModel")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale is not finite: {self.guidance_scale}; give a number")
+            raise ConfigError(f"guidance_scale is not finite: {self.guidance_scale}; give a number")
         if self.editing and (self.autoencoder or not isinstance(self.network, TransformerConfig | None)):
-            raise ValueError(
+            raise ConfigError(
                 "editing needs a transformer over pixels; leave autoencoder out and choose a TransformerConfig"
             )
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.errors import ModelError
 from model.step_random import StepRandom
 from model.training.batch import Batch
 
@@ -76,7 +77,7 @@ class AutoencoderObjective(nn.Module):
         """
         super().__init__()
         if patience < 1:
-            raise ValueError(f"patience must be at least 1 step: {patience}; a new code needs one step to be used")
+            raise ModelError(f"patience must be at least 1 step: {patience}; a new code needs one step to be used")
         self.commitment_weight, self.edge_weight, self.scales = commitment_weight, edge_weight, scales
         self.patience, self.restart_steps, self.warm_steps = patience, restart_steps, warm_steps
         self.register_buffer("idle", torch.full((codes,), patience))

@@ -43,14 +43,14 @@ class RestorationConfig:
     drop_reference: float = 0.10  # zeros as reference: for generation, and for guidance on the image
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` if a value is out of range."""
+        """Raise ``ModelError`` if a value is out of range."""
         if not 0 < self.smallest_area <= self.largest_area <= 1:
-            raise ValueError("areas are shares of the image and must satisfy 0 < smallest_area <= largest_area <= 1")
+            raise ModelError("areas are shares of the image and must satisfy 0 < smallest_area <= largest_area <= 1")
         if self.largest_aspect < 1 or self.feather_px < 0:
-            raise ValueError("largest_aspect must be at least 1 and feather_px at least 0")
+            raise ModelError("largest_aspect must be at least 1 and feather_px at least 0")
         shares = (self.second_region, self.ellipse, self.empty, self.whole, self.drop_reference)
         if min(shares) < 0 or max(shares) > 1 or self.empty + self.whole > 1:
-            raise ValueError("probabilities must be in [0, 1], and so must empty + whole, which exclude each other")
+            raise ModelError("probabilities must be in [0, 1], and so must empty + whole, which exclude each other")
 
 
 class PasteRandomness(NamedTuple):

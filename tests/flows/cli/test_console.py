@@ -9,7 +9,7 @@ import typer
 
 from flows.cli.app import main
 from flows.cli.console import name_options, report_errors, say, table
-from infra.errors import InputError
+from infra.errors import ConfigError, InputError
 
 FORGED = "http://a/\x1b[2J\x9b2J\u202egnp.\n2     0.999  7   http://forged"
 SHOWN = r"http://a/\x1b[2J\x9b2J\u202egnp.\n2     0.999  7   http://forged"
@@ -71,3 +71,10 @@ def test_report_errors_with_quiet_silences_only_its_block(capsys: pytest.Capture
     with report_errors(verbose=False):
         logger.warning("shown")
     assert [line.split()[-1] for line in capsys.readouterr().err.splitlines()] == ["shown"]
+
+
+def test_report_errors_with_value_error_of_the_code_propagates() -> None:
+    with pytest.raises(ValueError, match="a bug"), report_errors(verbose=False):
+        raise ValueError("a bug")
+    with pytest.raises(typer.Exit), report_errors(verbose=False):
+        raise ConfigError("k is out of range: 0; give at least 1")
