@@ -30,7 +30,7 @@ Root = Annotated[
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks and the output of libraries.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only results and errors: no stages, no progress.")]
-Device = Annotated[str, typer.Option("--device", help="Device to generate on: cpu, cuda, cuda:0 or mps.")]
+Device = Annotated[str, typer.Option("--device", help="Device of the networks: cpu, cuda, cuda:0 or mps.")]
 Wait = Annotated[float, typer.Option("--wait", help="Seconds to wait while another process writes this domain.", min=0)]
 Verify = Annotated[
     bool, typer.Option("--verify", help="Check the digests of committed files, not only that they exist.")
@@ -216,6 +216,21 @@ def open_image(path: Path) -> "Image.Image":
         raise InputError(f"image does not exist: {path}; check the path") from None
     except Exception as error:  # the plugins of Pillow raise any type on damaged data
         raise InputError(f"image cannot be read: {path} ({error}); give a PNG, JPEG or WebP file") from error
+
+
+def require_device(device: str) -> None:
+    """Raise ``InputError`` if this machine does not have ``device``."""
+    if device == "cpu":
+        return
+    import torch
+
+    from infra.errors import InputError
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by its build
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device is not available: {device} ({reason}); use cpu") from error
 
 
 def writable(out: Path, kind: str, suffixes: Sequence[str]) -> None:

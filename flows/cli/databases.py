@@ -9,6 +9,7 @@ import typer
 
 from flows.cli.console import (
     DATABASE,
+    Device,
     Quiet,
     Root,
     Trust,
@@ -16,12 +17,13 @@ from flows.cli.console import (
     age,
     open_image,
     report_errors,
+    require_device,
     say,
     settings,
     table,
     writable,
 )
-from flows.cli.inputs import check_root
+from flows.cli.inputs import check_device, check_root
 
 _HIT_COLUMNS = {"rank": "rank", "score": "score", "id": "id", "url": "url"}
 _DATABASE_COLUMNS = {
@@ -45,6 +47,7 @@ def search(
     k: Annotated[int, typer.Option(help="Number of neighbours; at most 500 with --html.", min=1)] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the found images to a self-contained HTML page.")] = None,
+    device: Device = "cpu",
     trust: Trust = False,
     root: Root = None,
     quiet: Quiet = False,
@@ -58,16 +61,18 @@ def search(
     if len(texts) + (image is not None) != 1:
         raise typer.BadParameter("give exactly one query: QUERY, --text TEXT or --image FILE")
     with report_errors(verbose, quiet):
+        check_device(device)
         check_root(root)
         if html is not None:
             writable(html, "page", (".html", ".htm"))
         query_or_image = texts[0] if image is None else open_image(image)
+        require_device(device)
         from tasks.serve.gallery import most_shown, write_gallery
         from tasks.serve.load import search_database
 
         if html is not None:
             most_shown(k)
-        found = search_database(database, query_or_image, k, settings(root), trust=trust)
+        found = search_database(database, query_or_image, k, settings(root), trust=trust, device=device)
         if html is not None:
             name = "" if image is None else image.name
             write_gallery(html, query_or_image, found, settings(root).cache_folder, name=name)

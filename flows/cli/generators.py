@@ -20,6 +20,7 @@ from flows.cli.console import (
     open_image,
     prefect_server,
     report_errors,
+    require_device,
     say,
     settings,
     writable,
@@ -97,13 +98,14 @@ def generate(
         _check_output(out, out_dir)
         conditions = [_image_or_text(prompt) for prompt in prompts]
         _check_between(between, len(conditions), num_images)
+        require_device(device)
         import torch
 
         from tasks.serve.load import load_pipeline
 
         model = choose_generator(context, model, settings(root), quiet)
         pipeline = load_pipeline(model, database, settings(root), trust=trust)
-        _move(pipeline, device)
+        pipeline.to(device)
         options: dict[str, Any] = {
             "negative_prompt": negative,
             "num_inference_steps": steps,
@@ -174,13 +176,14 @@ def edit(
                 f"--largest-region does not apply to --method {method}; use --method local, or remove the option"
             )
         source = open_image(image)
+        require_device(device)
         import torch
 
         from tasks.serve.load import load_pipeline
 
         model = choose_generator(context, model, settings(root), quiet)
         pipeline = load_pipeline(model, database, settings(root), trust=trust)
-        _move(pipeline, device)
+        pipeline.to(device)
         given = {
             "method": method,
             "strength": strength,
@@ -256,17 +259,6 @@ def _check_between(between: int | None, prompts: int, num_images: int) -> None:
         raise InputError(f"--between needs two prompts: {prompts} were given; give two")
     if between is not None and num_images > 1:
         raise InputError(f"--num-images does not apply to --between: {num_images}; remove one of them")
-
-
-def _move(pipeline: Any, device: str) -> None:
-    """Move the pipeline to ``device``. Raises ``InputError`` if this machine does not have it."""
-    if device == "cpu":
-        return
-    try:
-        pipeline.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by its build
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device is not available: {device} ({reason}); use cpu") from error
 
 
 def _save(images: Sequence["Image.Image"], out: Path | None, out_dir: Path | None) -> list[Path]:

@@ -15,6 +15,7 @@ from infra import artifacts
 from infra.errors import IntegrityError
 from infra.formats import tables
 from infra.formats.arrays import read_array
+from infra.progress import ProgressBar
 from model.retrieval.database import Database, SearchEffort, ShardFiles
 from tasks.references.lineage import embeddings_of
 from tasks.references.types import DatabaseVersion, EmbeddingShards, domain_of, encoder_of
@@ -26,6 +27,7 @@ HIDDEN = "rows-hidden"
 TRUTH = "rows-true"
 """Pseudo-shard of held-out queries and their true neighbours: ``image.npz`` and ``text.npz``."""
 _COLUMNS = ["key", "url", "sha256", "width", "height"]
+_SHOWN_AFTER_S = 1.0  # a local database opens sooner; files of a remote one are downloaded
 _MAX_CACHED_TABLES = 32  # at most about 2 MB each; caching all tables would take 1 GB per million rows
 
 
@@ -108,7 +110,7 @@ def open_shards(
     source = embeddings.manifest()
     rows = {shard.name: shard for shard in source.shards}
     files, quantizer = [], None
-    for shard in indexed:
+    for shard in ProgressBar(indexed, desc=f"open {name}", unit="shard", leave=False, delay=_SHOWN_AFTER_S):
         if shard.name == QUANTIZER:
             quantizer = artifacts.fetch_shard(uri, shard, ".faiss", cache)
         elif "members" in shard.info:

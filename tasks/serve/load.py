@@ -50,9 +50,11 @@ def load_database(reference: str, settings: Settings, *, trust: bool = False) ->
 
 
 def search_database(
-    reference: str, query: str | Image.Image, k: int, settings: Settings, *, trust: bool = False
+    reference: str, query: str | Image.Image, k: int, settings: Settings, *, trust: bool = False, device: str = "cpu"
 ) -> SearchResult:
     """Return the ``k`` nearest rows of a text or image in the database that ``reference`` names.
+
+    The encoder runs on ``device``, the search on the CPU.
 
     Raises:
         InputError: the text is empty, or the folder needs ``trust``.
@@ -63,7 +65,7 @@ def search_database(
         raise InputError("the query is empty; give a text to search for")
     version, name = _pull_version(reference, settings, trust)
     database = open_database(version, settings.cache_folder)
-    encoder = encoder_for(database.encoder)
+    encoder = encoder_for(database.encoder, device=device)
     # The same normalisation as at download: 8 bit, on a white background.
     embedded = encoder.embed_texts([query]) if isinstance(query, str) else encoder.embed_images([to_rgb(query)])
     hits = database.search(embedded.numpy(), k)

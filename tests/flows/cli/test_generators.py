@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.command import refused, run
 from support.tiny_domain import drawn
@@ -51,6 +52,9 @@ class FakePipeline:
 
     def interpolate(self, first: Any, second: Any, count: int, **options: Any) -> Any:
         return self([first] * count, **options)
+
+    def to(self, device: str) -> None:
+        self.device = device
 
     def edit(self, source: Image.Image, prompt: str, **options: Any) -> list[Image.Image]:
         self.prompts, self.options = [prompt], options
@@ -212,11 +216,13 @@ def test_generate_with_out_dir_writes_one_file_per_image(pipeline: FakePipeline,
     assert (pipeline.options["num_images_per_prompt"], pipeline.options["query"]) == (2, "both")
 
 
-def test_generate_on_absent_device_fails_on_one_line(pipeline: FakePipeline, tmp_path: Path) -> None:
-    def to(device: str) -> None:
+def test_generate_on_absent_device_fails_on_one_line(
+    pipeline: FakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def empty(size: int, *, device: str) -> None:
         raise RuntimeError(f"No {device} here\nand more")
 
-    pipeline.to = to  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch, "empty", empty)
     options = ["--database", "shapes", "--out", str(tmp_path / "a.png"), "--model", "sticker-generator", "--device"]
     refused(run("generate", "a", *options, "cuda:7"), "--device is not available: cuda:7 (No cuda:7 here); use cpu")
     refused(run("generate", "a", *options, "tpu"), "--device is unknown: tpu; use cpu, cuda")
