@@ -22,8 +22,8 @@ from torch import Tensor
 from model.diffusion.conditioning import interpolate_tokens
 from model.diffusion.flow_matching import Prediction
 from model.diffusion.solver import Scheduler, new_scheduler
-from model.editing.config import EditConfig, EditMethod
-from model.editing.edit import edit, fit_images, needs_source_tokens
+from model.editing.config import FLOW_NEIGHBOURS, EditMethod, edit_config
+from model.editing.edit import check_method, edit, fit_images, needs_source_tokens
 from model.encoder.identity import EncoderIdentity
 from model.errors import ModelError
 from model.generation import arguments
@@ -230,7 +230,7 @@ class KNNDiffusionPipeline(BasePipeline):
         image: Image.Image | Sequence[Image.Image] | None = None,
         prompt: Prompts | None = None,
         *,
-        strength: float = 1.0,
+        strength: float | None = None,
         method: EditMethod = "local",
         num_inference_steps: int | None = None,
         generator: torch.Generator | None = None,
@@ -244,12 +244,14 @@ class KNNDiffusionPipeline(BasePipeline):
         Args:
             image: One or several images. Transparency becomes white; the centre square is resized to ``side``.
             prompt: What the edited images should show: a text for all or one for each, or embeddings (B, D).
-            strength: Noise level to start from, in (0, 1]; small values return the source. Default: 1.
-            method: "local" regenerates one region, "restore" needs a network trained for editing, "sdedit" is the
-                baseline. Default: "local".
+            strength: Noise level to start from, in (0, 1]; small values return the source. Default: 1; 0.925 for
+                "flow".
+            method: "flow" moves the whole image towards the text (continuous networks), "local" regenerates one
+                region, "restore" needs a network trained for editing, "sdedit" is the baseline. Default: "local".
             num_inference_steps: Number of sampling steps. Default: 12.
             generator: Source of the noise, on the CPU. Default: a random seed.
-            neighbours: K. Default: the number shown in training, with which the other defaults were measured.
+            neighbours: K. Default: the number shown in training, with which the other defaults were measured; 3 for
+                "flow".
             retrieve: False hides the neighbours. Default: True.
             on_progress: Called with (candidates, total candidates) after each candidate. Default: None.
             **options: Further fields of :class:`model.editing.config.EditConfig`, e.g. guidance_scale or candidates.
@@ -264,19 +266,22 @@ class KNNDiffusionPipeline(BasePipeline):
         renamed = {name: options.pop(name) for name in _RENAMED_IN_EDIT if name in options}
         named = {"image": image, "prompt": prompt}
         image, prompt = arguments.renamed_arguments(_RENAMED_IN_EDIT, renamed, named).values()
-        if num_inference_steps is not None:
-            options["steps"] = num_inference_steps
-        config, backbone = EditConfig(method=method, strength=strength, **options), self.backbone
-        k = self.config.trained_neighbours if neighbours is None else neighbours
+        config = edit_config(method, strength=strength, **({"steps": num_inference_steps} | options))
+        backbone, flow = self.backbone, method == "flow"
+        check_method(backbone, config)
+        trained = self.config.trained_neighbours
+        k = (min(FLOW_NEIGHBOURS, trained) if flow else trained) if neighbours is None else neighbours
         arguments.check_count("neighbours", k)
         sources = fit_images([image] if isinstance(image, Image.Image) else image or [], self.side)
         targets = one_for_each(self.embed(prompt), len(sources), name="prompts", of="images")
         database = self.database if retrieve else None  # it may be swapped during the call
-        tokens = self.condition(targets, k, retrieve=retrieve, database=database).tokens
+        query = "both" if flow and retrieve else None
+        tokens = self.condition(targets, k, query, retrieve, database=database).tokens
         source_tokens = None
         if needs_source_tokens(config):
             embeddings = embed_images(self._embed_pixels, sources, backbone.device)
-            source_tokens = self.condition(embeddings, k, retrieve=retrieve, database=database).tokens
+            k, query = (trained, "text") if flow else (k, None)  # the source's own embedding, as in training
+            source_tokens = self.condition(embeddings, k, query, retrieve, database=database).tokens
         edited = edit(
             backbone, self._embed_pixels, sources, targets, tokens, source_tokens, config, generator, on_progress
         )

@@ -132,21 +132,24 @@ def edit(
     out: Annotated[Path, typer.Option(help="PNG, JPEG or WebP to write.")],
     model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",
     method: Annotated[
-        Literal["local", "restore", "sdedit"],
+        Literal["flow", "local", "restore", "sdedit"],
         typer.Option(
-            help="local: regenerate one region; restore: the whole image, with a generator trained for editing; "
-            "sdedit: the whole image, from the noised source."
+            help="flow: move the whole image towards the text; local: regenerate one region; restore: the whole image, "
+            "with a generator trained for editing; sdedit: the whole image, from the noised source."
         ),
     ] = "local",
     strength: Annotated[
         float | None,
-        typer.Option(help="Edit strength in (0, 1]; 1 ignores the original content of the region. Default: 1."),
+        typer.Option(
+            help="Edit strength in (0, 1]; 1 ignores the original content of the region. Default: 1; 0.925 for flow."
+        ),
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale: how strongly to follow the prompt. Default: 4.")
     ] = None,
     candidates: Annotated[
-        int | None, typer.Option(help="Edits to choose from; the cost is proportional. Default: 8.", min=1, max=64)
+        int | None,
+        typer.Option(help="Edits to choose from; the cost is proportional. Default: 8; 1 for flow.", min=1, max=64),
     ] = None,
     largest_region: Annotated[
         float | None,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,7 +10,11 @@ from torch import Tensor
 from model.errors import ModelError
 from model.generation.batching import is_positive_int
 
-EditMethod = Literal["local", "restore", "sdedit"]
+EditMethod = Literal["flow", "local", "restore", "sdedit"]
+FLOW_DEFAULTS = {"strength": 0.925, "candidates": 1}
+"""Defaults of the method "flow" that differ from those of :class:`EditConfig`."""
+FLOW_NEIGHBOURS = 3
+"""Default number of the target's neighbours for the method "flow"; the source has as many as in training."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,8 +27,8 @@ class EditConfig:
     ``tests/benchmarks/edit.py`` measures ten more edits.
 
     Attributes:
-        method: "local" regenerates one region, "restore" needs a network trained for editing, "sdedit" is the baseline.
-            Default: "local".
+        method: "flow" moves the whole image towards the text (continuous networks), "local" regenerates one region,
+            "restore" needs a network trained for editing, "sdedit" is the baseline. Default: "local".
         strength: Noise level to start from, in (0, 1]; small values return the source. For codes, the share of the
             process's timesteps. Default: 1.
         steps: Euler steps, whatever the strength. For codes the strides, at most the timesteps of the strength.
@@ -57,7 +61,7 @@ class EditConfig:
     def __post_init__(self) -> None:
         """Validate the fields."""
         if self.method not in get_args(EditMethod):
-            raise ModelError(f"method is unknown: {self.method!r}; use 'local', 'restore' or 'sdedit'")
+            raise ModelError(f"method is unknown: {self.method!r}; use 'flow', 'local', 'restore' or 'sdedit'")
         for name in ("strength", "largest_region"):
             if not 0 < getattr(self, name) <= 1:
                 raise ModelError(f"{name} is out of range: {getattr(self, name)}; give a number above 0 and at most 1")
@@ -71,6 +75,12 @@ class EditConfig:
                 raise ModelError(f"{name} is not finite: {getattr(self, name)}; give a number")
         if math.isnan(self.kept_db):
             raise ModelError("kept_db is NaN; give a number of dB")
+
+
+def edit_config(method: EditMethod, **options: Any) -> EditConfig:
+    """Return the configuration of a method: its own defaults, changed by ``options``. Options of None are ignored."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return EditConfig(method=method, **{**(FLOW_DEFAULTS if method == "flow" else {}), **given})
 
 
 def noise_levels(config: EditConfig) -> Tensor:

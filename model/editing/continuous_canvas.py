@@ -15,6 +15,7 @@ from model.diffusion.conditioning import null_condition
 from model.diffusion.flow_matching import Denoiser, add_noise
 from model.diffusion.guidance import with_guidance
 from model.editing.config import EditConfig, noise_levels
+from model.editing.flowedit import flow_edit
 from model.editing.regions import composite, inpaint_region, keep_unchanged, text_contrast, to_grid
 from model.generation.continuous import ContinuousBackbone
 from model.networks.editor import with_reference
@@ -51,6 +52,14 @@ class ContinuousCanvas:
     def regenerate(self, noise: Tensor) -> Tensor:
         """As :class:`model.editing.edit.Canvas`; noise (B, C, s, s)."""
         edited = sdedit(self._denoiser, self._encoded, self._condition, noise, self._config, negative=self._negative)
+        return self._backbone.decode(edited)
+
+    def move(self, source_condition: Tensor, noises: Tensor) -> Tensor:
+        """Move the whole images from the source's condition (B, T, E) to the target's: (B, 3, S, S) in [−1, 1].
+
+        ``noises`` is (B, steps · N, C, s, s).
+        """
+        edited = flow_edit(self._denoiser, self._encoded, self._condition, source_condition, noises, self._config)
         return self._backbone.decode(edited)
 
     def inpaint(self, region: Tensor, noise: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 Legend: ``B`` images, ``S`` side, ``N`` noise samples, ``T`` condition tokens, ``E`` their channels, ``D``
 embedding width.
 
-There are three methods. ``local`` finds regions where text and source disagree, regenerates one of them, and keeps the
-rest (:mod:`model.editing.regions`); any network can do it. ``restore`` needs a network that was trained to regenerate
-what disagrees with the condition (:mod:`model.training.objectives.restoration`); the image itself is the reference.
-``sdedit`` is the baseline. Each may generate several candidates and keep one. Noise and guidance shift every pixel a
-little; :func:`model.editing.regions.keep_unchanged` restores the source's pixels where the edit hardly differs.
+There are four methods. ``flow`` moves the image along the difference of two velocities (:mod:`model.editing.flowedit`);
+any continuous network can do it. ``local`` finds regions where text and source disagree, regenerates one of them, and
+keeps the rest (:mod:`model.editing.regions`); any network can do it. ``restore`` needs a network that was trained to
+regenerate what disagrees with the condition (:mod:`model.training.objectives.restoration`); the image itself is the
+reference. ``sdedit`` is the baseline. Each may generate several candidates and keep one. Noise and guidance shift every
+pixel a little; :func:`model.editing.regions.keep_unchanged` restores the source's pixels where the edit hardly differs.
 :mod:`model.editing.edit_metrics` measures edits.
 """
 
@@ -28,6 +29,7 @@ from torch import Tensor
 from model.editing.config import EditConfig
 from model.editing.continuous_canvas import ContinuousCanvas, restore
 from model.editing.discrete_canvas import DiscreteCanvas
+from model.editing.flowedit import FLOW_SAMPLES
 from model.editing.regions import CONTRAST_SAMPLES, keep_unchanged, propose_regions, select_candidate
 from model.errors import ModelError
 from model.generation.backbone import Backbone
@@ -92,11 +94,10 @@ def edit(
     Raises:
         ModelError: The generator does not support the method, memory is exhausted, or the results are NaN or infinite.
     """
-    if config.method == "restore" and backbone.restorer is None:
-        raise ModelError("this generator was not trained for editing; train one that is, or use method='local'")
+    check_method(backbone, config)
     new_canvas, extra_steps = _canvas_for(backbone)
     sources = to_model_range(torch.from_numpy(images))
-    samples = config.candidates + (CONTRAST_SAMPLES if config.method == "local" else 0)
+    samples = _noise_samples(config)
     noise = backbone.noise(len(images) * samples, extra_steps + config.steps, generator)
     noise = noise.reshape(len(images), samples, *noise.shape[1:])
 
@@ -120,9 +121,17 @@ def edit(
     return edited
 
 
+def check_method(backbone: Backbone, config: EditConfig) -> None:
+    """Raise ``ModelError`` if the generator does not support the method."""
+    if config.method == "restore" and backbone.restorer is None:
+        raise ModelError("this generator was not trained for editing; train one that is, or use method='local'")
+    if config.method == "flow" and not isinstance(backbone, ContinuousBackbone):
+        raise ModelError("this generator has no velocities, which method='flow' needs; use method='local'")
+
+
 def needs_source_tokens(config: EditConfig) -> bool:
     """Return True if editing needs the condition tokens of the images themselves."""
-    return config.contrast or config.method == "local"
+    return config.contrast or config.method in ("flow", "local")
 
 
 def fit_images(images: Sequence[Image.Image], side: int) -> NDArray[np.uint8]:
@@ -137,6 +146,17 @@ def fit_images(images: Sequence[Image.Image], side: int) -> NDArray[np.uint8]:
         message = "%d of %d images are cropped to their centre square and resized to %d px"
         logger.warning(message, other, len(images), side)
     return np.stack([image_to_array(to_rgb(image), side) for image in images])
+
+
+def _noise_samples(config: EditConfig) -> int:
+    """Return the noise samples that the edits of one image need."""
+    match config.method:
+        case "flow":
+            return config.candidates * config.steps * FLOW_SAMPLES
+        case "local":
+            return config.candidates + CONTRAST_SAMPLES
+        case _:
+            return config.candidates
 
 
 def _candidates(
@@ -163,7 +183,13 @@ def _candidates(
         for one in noises:
             yield canvas.regenerate(one).cpu()
         return
-    assert source_condition is not None  # noqa: S101 - the caller provides it for this method
+    assert source_condition is not None  # noqa: S101 - the caller provides it for these methods
+    if config.method == "flow":
+        assert isinstance(canvas, ContinuousCanvas)  # noqa: S101 - checked by the caller
+        for samples in noise.unflatten(1, (config.candidates, -1)).unbind(1):
+            edited = canvas.move(source_condition, samples)
+            yield (keep_unchanged(edited, source) if config.keep else edited).cpu()
+        return
     contrast = canvas.contrast(source_condition, noise[:, config.candidates :])
     if contrast.shape[-1] != source.shape[-1]:  # contrast of latents or codes
         contrast = F.interpolate(contrast, size=source.shape[-2:], mode="bilinear")

@@ -97,15 +97,23 @@ def test_edit_contrast_embeds_the_source(editor: KNNDiffusionPipeline, encoder: 
     np.testing.assert_array_equal(encoder.inputs[0], pixels([image()]))
 
 
-@pytest.mark.parametrize("method", ["restore", "sdedit"])
+@pytest.mark.parametrize("method", ["flow", "restore", "sdedit"])
 def test_edit_returns_the_candidate_closest_to_the_text(
     editor: KNNDiffusionPipeline, encoder: RedEncoder, method: str
 ) -> None:
     (kept,) = pixels(edited(editor, image(), method=method, candidates=4, kept_db=-100))
-    reds = [shown[0, ..., 0].mean() for shown in encoder.inputs]
+    reds = [shown[0, ..., 0].mean() for shown in encoder.inputs[-4:]]  # "flow" embeds the source first
     assert len(reds) == 4
     assert np.ptp(reds) > 1
-    np.testing.assert_array_equal(kept, encoder.inputs[int(np.argmax(reds))][0])
+    np.testing.assert_array_equal(kept, encoder.inputs[-4:][int(np.argmax(reds))][0])
+
+
+def test_edit_flow_result_does_not_depend_on_the_batch(editor: KNNDiffusionPipeline, encoder: RedEncoder) -> None:
+    images = [image(seed=seed) for seed in range(BATCH_SIZE["cpu"] + 1)]
+    together = pixels(edited(editor, images, method="flow", strength=0.5))
+    alone = pixels(edited(editor, images[:1], method="flow", strength=0.5))
+    assert np.abs(alone - together[:1]).max() <= 1
+    assert np.abs(together - pixels(images)).mean() > 5
 
 
 def test_edit_local_changes_only_its_region(editor: KNNDiffusionPipeline, encoder: RedEncoder) -> None:
@@ -119,12 +127,14 @@ def test_edit_local_changes_only_its_region(editor: KNNDiffusionPipeline, encode
     assert np.abs(alone - together[:1]).max() <= 1
 
 
-@pytest.mark.parametrize("method", ["restore", "sdedit"])
-def test_edit_strength_near_zero_returns_the_source(editor: KNNDiffusionPipeline, method: str) -> None:
+@pytest.mark.parametrize("method", ["flow", "restore", "sdedit"])
+def test_edit_strength_near_zero_returns_the_source(
+    editor: KNNDiffusionPipeline, encoder: RedEncoder, method: str
+) -> None:
     assert np.abs(pixels(edited(editor, image(), method=method, strength=1e-4)) - pixels([image()])).max() <= 3
 
 
-@pytest.mark.parametrize("method", ["local", "sdedit"])
+@pytest.mark.parametrize("method", ["flow", "local", "sdedit"])
 def test_edit_reports_progress_after_each_candidate(
     editor: KNNDiffusionPipeline, encoder: RedEncoder, method: str
 ) -> None:
@@ -144,6 +154,12 @@ def test_edit_unchanged_images_are_logged(editor: KNNDiffusionPipeline, caplog: 
         assert not caplog.text
         assert (pixels(edited(editor, sources, strength=1e-4)) == pixels(sources)).all()
     assert "2 of 2 images are unchanged; rephrase the prompt, or increase strength or largest_region" in caplog.text
+
+
+def test_edit_flow_of_a_discrete_generator_raises() -> None:
+    discrete = tiny_models.discrete_pipeline()
+    with pytest.raises(ModelError, match=r"has no velocities, .*; use method='local'"):
+        edited(discrete, image(), method="flow")
 
 
 def test_edit_restore_without_training_raises_and_sdedit_works(base: KNNDiffusionPipeline) -> None:
@@ -197,7 +213,7 @@ def test_edit_invalid_input_raises_on_one_line(
         ({"candidates": 0}, "candidates is not a positive integer: 0; give at least 1"),
         ({"candidates": 1.5}, r"candidates is not a positive integer: 1\.5"),
         ({"largest_region": 0}, "largest_region is out of range: 0; give a number above 0 and at most 1"),
-        ({"method": "paint"}, "method is unknown: 'paint'; use 'local', 'restore' or 'sdedit'"),
+        ({"method": "paint"}, "method is unknown: 'paint'; use 'flow', 'local', 'restore' or 'sdedit'"),
     ],
 )
 def test_edit_config_invalid_field_raises(wrong: dict[str, Any], message: str) -> None:
