@@ -124,8 +124,8 @@ class KNNDiffusionPipeline(BasePipeline):
             query: Embedding in the query's slot: "text" (the prompt's), "mean" (of the neighbours), "both" (the mean of
                 the two) or "none". Default: the generator's; without retrieval "text".
             retrieve: False hides the neighbours, the ablation without retrieval. Default: True.
-            start: "noise", "neighbour" (a stored image, at random among the three nearest), or an image for all prompts
-                or one for each. Needs a continuous generator. Default: "noise".
+            start: "noise", "neighbour" (a stored image, at random among the nearest three of about the same score), or
+                an image for all prompts or one for each. Needs a continuous generator. Default: "noise".
             strength: Share of noise that is added to the start, in (0, 1]; small values return the start. Default: 0.8.
             shared_noise: True starts all images from the same noise, and disables ``candidates``. Default: False.
             between: Interpolate two prompts in so many images, ends included; see :meth:`interpolate`. Default: None.
@@ -188,7 +188,7 @@ class KNNDiffusionPipeline(BasePipeline):
             guidance_scale=scale,
             steps=steps,
             on_progress=on_progress,
-            start=self._start(start, condition.hits, database, noise, repeats),
+            start=self._start(start, embeddings, database, noise, repeats),
             strength=strength,
         )
         images = arguments.to_output(generate(backbone, self._embed_pixels, request), output_type)
@@ -303,13 +303,13 @@ class KNNDiffusionPipeline(BasePipeline):
         return output
 
     def _start(
-        self, start: Start, hits: Hits | None, database: Searchable | None, noise: Tensor, repeats: int
+        self, start: Start, embeddings: Tensor, database: Searchable | None, noise: Tensor, repeats: int
     ) -> Tensor | None:
         """Return the images (B, 3, S, S) that B samples start from, ``repeats`` for each prompt, or None for noise."""
         if isinstance(start, str):
-            if start == "noise" or hits is None or database is None:
+            if start == "noise" or database is None:
                 return None
-            return neighbour_images(hits, database, noise, self.side)
+            return neighbour_images(embeddings, database, noise, self.side)
         images = [start] if isinstance(start, Image.Image) else list(start)
         given = one_for_each(as_start(images, self.side), len(noise) // repeats, name="start images", of="prompts")
         return given.repeat_interleave(repeats, dim=0)

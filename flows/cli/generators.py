@@ -78,6 +78,17 @@ def generate(
             "both, or none. Default: the generator's (bundled: mean)."
         ),
     ] = None,
+    start: Annotated[
+        Literal["noise", "neighbour"] | None,
+        typer.Option(
+            help="Start from noise, or from a stored neighbour with noise added, which supplies the shapes. "
+            "Default: neighbour; noise with --between and for discrete generators."
+        ),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="Share of noise added to the neighbour, in (0, 1]; small values copy it. Default: 0.8."),
+    ] = None,
     device: Device = "cpu",
     trust: Trust = False,
     root: Root = None,
@@ -97,7 +108,7 @@ def generate(
         check_root(root)
         _check_output(out, out_dir)
         conditions = [_image_or_text(prompt) for prompt in prompts]
-        _check_between(between, len(conditions), num_images)
+        _check_between(between, len(conditions), num_images, start)
         require_device(device)
         import torch
 
@@ -113,6 +124,8 @@ def generate(
             "neighbours": neighbours,
             "candidates": candidates,
             "query": query,
+            "start": start or ("neighbour" if between is None and pipeline.starts_from_images else "noise"),
+            "strength": strength,
             "generator": torch.Generator().manual_seed(seed),
         }
         with step_bar("generate") as on_progress:
@@ -256,10 +269,12 @@ def _check_output(out: Path | None, out_dir: Path | None) -> None:
         raise InputError(f"--out-dir cannot be created: {out_dir}; create its parent folder, or give another path")
 
 
-def _check_between(between: int | None, prompts: int, num_images: int) -> None:
+def _check_between(between: int | None, prompts: int, num_images: int, start: str | None) -> None:
     """Raise ``InputError`` if ``--between`` does not fit the number of prompts or images."""
     if between is not None and prompts != 2:
         raise InputError(f"--between needs two prompts: {prompts} were given; give two")
+    if between is not None and start == "neighbour":
+        raise InputError("--start neighbour does not apply to --between; remove one of them")
     if between is not None and num_images > 1:
         raise InputError(f"--num-images does not apply to --between: {num_images}; remove one of them")
 

@@ -105,6 +105,7 @@ def _generate_all(pipeline: Any, database: str, settings: Settings) -> Groups:
             list(PROMPTS),
             num_images_per_prompt=SHOWN_SAMPLES,
             neighbours=SHOWN_NEIGHBOURS,  # exactly those in the figure
+            start="neighbour",
             generator=torch.Generator().manual_seed(7),
             on_progress=on_progress,
         )

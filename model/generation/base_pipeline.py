@@ -176,6 +176,11 @@ class BasePipeline(DiffusionPipeline):
         """Width and height of the images, in px."""
         return self._new_backbone().side
 
+    @property
+    def starts_from_images(self) -> bool:
+        """True if a call accepts a ``start`` other than noise."""
+        return self._new_backbone().starts_from_images
+
     def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
         """Save as diffusers does, without the paths that components were loaded from."""
         for part in (self, *self.components.values()):

@@ -22,7 +22,7 @@ from model.generation.arguments import check_choice
 from model.generation.backbone import Backbone
 from model.generation.discrete import NO_START
 from model.images import image_to_array, to_model_range, to_rgb
-from model.retrieval.database import Hits, Searchable
+from model.retrieval.database import Searchable
 
 Start: TypeAlias = Literal["noise", "neighbour"] | Image.Image | Sequence[Image.Image]
 """Pure noise, a stored neighbour of each prompt, or an image for all prompts or one for each."""
@@ -30,7 +30,9 @@ Start: TypeAlias = Literal["noise", "neighbour"] | Image.Image | Sequence[Image.
 STRENGTH = 0.8
 """Default share of noise that is added to a start."""
 BEST = 3
-"""The start is one of so many nearest neighbours."""
+"""The start is one of so many nearest neighbours, …"""
+MARGIN = 0.05
+"""… of which those with a cosine this much below the nearest are left out: they show other things."""
 
 
 def checked_strength(backbone: Backbone, start: Start, strength: float | None, retrieve: bool) -> float:
@@ -54,22 +56,24 @@ def checked_strength(backbone: Backbone, start: Start, strength: float | None, r
     return strength
 
 
-def neighbour_images(hits: Hits, database: Searchable, noise: Tensor, side: int) -> Tensor:
+def neighbour_images(embeddings: Tensor, database: Searchable, noise: Tensor, side: int) -> Tensor:
     """Return a stored neighbour for each sample, chosen by its noise: (B, 3, S, S) in [−1, 1].
 
     The choice depends on nothing but the sample's noise, so a seed gives the same images in any batch.
 
     Args:
-        hits: The neighbours of the P prompts; the samples of one prompt are adjacent, B / P each.
-        database: The database of the hits.
+        embeddings: (P, D) unit rows of the prompts; the samples of one prompt are adjacent, B / P each.
+        database: Where to retrieve.
         noise: (B, …) standard normal.
         side: S.
 
     Raises:
         ModelError: The database has no images, or a prompt has no neighbour.
     """
-    ids = hits.ids[:, :BEST].repeat(len(noise) // len(hits.ids), axis=0)
-    found = (ids >= 0).sum(axis=1)
+    hits = database.search(embeddings.numpy(), BEST)
+    near = (hits.ids >= 0) & (hits.scores >= hits.scores[:, :1] - MARGIN)
+    repeats = len(noise) // len(embeddings)
+    ids, found = hits.ids.repeat(repeats, axis=0), near.sum(axis=1).repeat(repeats)
     if not found.all():
         raise ModelError("a prompt has no neighbour to start from; use start='noise', or a database with other images")
     chosen = ids[np.arange(len(ids)), choices(noise, found)]

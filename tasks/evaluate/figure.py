@@ -91,7 +91,7 @@ def _plot_point(axes: Axes, x: float, scores: Mapping[str, float], key: str, col
 
 
 def _plot_ablations_and_swap(band: Any, views: Sequence[EvaluationView]) -> None:
-    """Plot the ablations, one panel per metric, and the swap matrix on their right."""
+    """Plot the ablations, one panel per metric, and the swap matrix on their right, or alone on the left."""
     ablated = [view for view in views if view.ablations]
     swapped = [view for view in views if view.swap]
     panels = band.subplots(1, 3, width_ratios=[1, 1, 1.15])
@@ -105,10 +105,11 @@ def _plot_ablations_and_swap(band: Any, views: Sequence[EvaluationView]) -> None
         panels[1].set_yticklabels([])
     if len(ablated) > 1:
         panels[1].legend(frameon=False, fontsize=8)
+    matrix = panels[2] if ablated else panels[0]
+    panels[2].set_axis_off()
     if swapped:
-        _plot_swap_matrix(panels[2], swapped)
-    else:
-        panels[2].set_axis_off()
+        matrix.set_axis_on()
+        _plot_swap_matrix(matrix, swapped)
 
 
 def _plot_ablations(axes: Axes, views: Sequence[EvaluationView], metric: str) -> None:

@@ -39,6 +39,8 @@ def test_generate_between_image_and_text_writes_interpolation(domain: Any, tmp_p
 class FakePipeline:
     """A pipeline that generates black images of 4 px, and records its arguments."""
 
+    starts_from_images = True
+
     def __init__(self) -> None:
         self.prompts: list[Any] = []
         self.options: dict[str, Any] = {}
@@ -214,6 +216,23 @@ def test_generate_with_out_dir_writes_one_file_per_image(pipeline: FakePipeline,
     assert [Path(line) for line in result.stdout.splitlines()] == sorted(folder.iterdir())
     assert [path.name for path in sorted(folder.iterdir())] == ["0000.png", "0001.png", "0002.png", "0003.png"]
     assert (pipeline.options["num_images_per_prompt"], pipeline.options["query"]) == (2, "both")
+
+
+def test_generate_starts_from_a_neighbour_by_default(pipeline: FakePipeline, tmp_path: Path) -> None:
+    arguments = ("generate", "a", "b", "--database", "shapes", "--out", str(tmp_path / "a.png"))
+
+    def start(*options: str) -> tuple[Any, Any]:
+        result = run(*arguments, *options)
+        assert result.exit_code == 0, result.output
+        return pipeline.options["start"], pipeline.options["strength"]
+
+    assert start() == ("neighbour", None)
+    assert start("--strength", "0.9") == ("neighbour", 0.9)
+    assert start("--start", "noise") == ("noise", None)
+    assert start("--between", "3") == ("noise", None)
+    pipeline.starts_from_images = False
+    assert start() == ("noise", None)
+    refused(run(*arguments, "--between", "3", "--start", "neighbour"), "--start neighbour does not apply to --between")
 
 
 def test_generate_on_absent_device_fails_on_one_line(
