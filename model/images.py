@@ -13,17 +13,17 @@ from torch import Tensor
 
 from model.errors import ModelError
 
-_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+_HIGH_PRECISION_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to 8-bit RGB: scale deep greys, composite transparency onto white.
+    """Convert an image of any mode to 8-bit RGB: scale 16-bit and float greys, composite transparency onto white.
 
     Raises ``ModelError`` for an image without pixels.
     """
     if not (image.width and image.height):
         raise ModelError(f"the image has no pixels: {image.width} × {image.height}; give a larger one")
-    if image.mode in _DEEP_MODES:
+    if image.mode in _HIGH_PRECISION_MODES:
         image = _to_eight_bit(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -67,7 +67,7 @@ def image_grid(images: Sequence[Image.Image], columns: int = 8) -> Image.Image:
 
 
 def _to_eight_bit(image: Image.Image) -> Image.Image:
-    """Convert a deep grey image to ``L``, or to ``LA`` if one of its values is transparent.
+    """Convert a 16-bit, 32-bit or float grey image to ``L``, or to ``LA`` if one of its values is transparent.
 
     White is 65535 for integers. For floats it is the first of 1, 255 and 65535 that no pixel exceeds, else the maximum.
     """

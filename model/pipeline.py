@@ -119,8 +119,8 @@ class KNNDiffusionPipeline(BasePipeline):
             latents: Noise to start from instead of ``generator``: (P·M·candidates, C, s, s) standard normal, or
                 (P·M·candidates, steps, n) uniform in [0, 1) for networks over codes. Default: None.
             neighbours: K; it may differ from training. Default: the generator's.
-            candidates: Images generated for each image that is returned, at so many times the cost. The one whose
-                embedding is closest to the query's slot is kept. Default: the generator's.
+            candidates: Images generated for each image that is returned; the cost is proportional. The one whose
+                embedding is closest to the query's slot is returned. Default: the generator's.
             query: Embedding in the query's slot: "text" (the prompt's), "mean" (of the neighbours), "both" (the mean of
                 the two) or "none". Default: the generator's; without retrieval "text".
             retrieve: False hides the neighbours, the ablation without retrieval. Default: True.
@@ -128,7 +128,8 @@ class KNNDiffusionPipeline(BasePipeline):
                 an image for all prompts or one for each. Needs a continuous generator. Default: "noise".
             strength: Share of noise that is added to the start, in (0, 1]; small values return the start. Default: 0.8.
             shared_noise: True starts all images from the same noise, and disables ``candidates``. Default: False.
-            between: Interpolate two prompts in so many images, ends included; see :meth:`interpolate`. Default: None.
+            between: Number of images that interpolate two prompts, ends included; see :meth:`interpolate`. Default:
+                None.
             output_type: "pil", "np" (float32 (P·M, S, S, 3) in [0, 1]) or "pt" (float32 (P·M, 3, S, S) in [0, 1]).
                 Default: "pil".
             return_dict: False returns a tuple (images, hits). Default: True.
@@ -160,7 +161,7 @@ class KNNDiffusionPipeline(BasePipeline):
             raise ModelError(f"guidance_scale is too small for a negative_prompt: {scale}; give a value above 1")
         strength = checked_strength(self._new_backbone(), start, strength, retrieve)
         if start != "noise" and between is not None:
-            raise ModelError("an interpolation cannot start from an image; use start='noise'")
+            raise ModelError("interpolation cannot start from images; use start='noise'")
         shared_noise = shared_noise or between is not None
         choices = 1 if shared_noise else choices
         repeats = num_images_per_prompt * choices
@@ -214,7 +215,7 @@ class KNNDiffusionPipeline(BasePipeline):
             :class:`KNNDiffusionOutput`, as of a call.
 
         Raises:
-            ModelError: There is no image, or as for a call.
+            ModelError: There is no image, or an argument is not valid for a call.
         """
         images = [image] if isinstance(image, Image.Image) else list(image)
         if not images or not all(isinstance(one, Image.Image) for one in images):
@@ -239,7 +240,7 @@ class KNNDiffusionPipeline(BasePipeline):
         on_progress: ProgressCallback | None = None,
         **options: Any,
     ) -> list[Image.Image]:
-        """Edit images by texts, without a mask: regenerate what disagrees with the text, and keep the rest.
+        """Edit images by texts, without a mask: regenerate the parts that disagree with the text, and keep the rest.
 
         Args:
             image: One or several images. Transparency becomes white; the centre square is resized to ``side``.
@@ -290,14 +291,20 @@ class KNNDiffusionPipeline(BasePipeline):
     def interpolate(self, first: Prompt, second: Prompt, count: int = 8, **options: Any) -> KNNDiffusionOutput:
         """Generate ``count`` images between two prompts, ends included, from the same noise.
 
-        The neighbours are interpolated like the queries, rank by rank. New searches along the way would instead give
-        runs of equal images with jumps between them. The hits are those of the two prompts.
+        The neighbours are interpolated like the queries, rank by rank. A search for each intermediate query would give
+        runs of nearly equal images with jumps between them. The hits are those of the two prompts.
 
         Args:
             first: A text or an image.
             second: A text or an image.
             count: Number of images, at least 2. Default: 8.
             **options: Further arguments of a call.
+
+        Returns:
+            :class:`KNNDiffusionOutput` with ``count`` images.
+
+        Raises:
+            ModelError: ``count`` is below 2, or an argument is not valid for a call.
         """
         output: KNNDiffusionOutput = self([first, second], between=count, **options)
         return output
@@ -305,7 +312,10 @@ class KNNDiffusionPipeline(BasePipeline):
     def _start(
         self, start: Start, embeddings: Tensor, database: Searchable | None, noise: Tensor, repeats: int
     ) -> Tensor | None:
-        """Return the images (B, 3, S, S) that B samples start from, ``repeats`` for each prompt, or None for noise."""
+        """Return the images (B, 3, S, S) that the B samples start from, or None to start from noise.
+
+        There are ``repeats`` samples for each prompt.
+        """
         if isinstance(start, str):
             if start == "noise" or database is None:
                 return None
@@ -331,7 +341,7 @@ def new_pipeline(
         encoder: The encoder that it was trained with.
         prediction: Output of a continuous network. Default: "velocity".
         vae: The autoencoder of the network's latents or codes. Default: None, for networks over pixels.
-        scheduler: Of a continuous network. Default: :func:`model.diffusion.solver.new_scheduler`.
+        scheduler: Scheduler of a continuous network. Default: :func:`model.diffusion.solver.new_scheduler`.
         **defaults: Defaults of the pipeline: neighbours, guidance_scale, query, ….
     """
     return KNNDiffusionPipeline(
@@ -346,7 +356,7 @@ def new_pipeline(
 
 def _interpolate(tokens: Tensor, count: int) -> Tensor:
     if len(tokens) != 2:
-        raise ModelError(f"interpolation needs two prompts: {len(tokens)} were given")
+        raise ModelError(f"wrong number of prompts to interpolate: {len(tokens)}; give two")
     if not is_positive_int(count) or count < 2:
-        raise ModelError(f"interpolation has two ends: {count}; give a count of at least 2")
+        raise ModelError(f"too few images for an interpolation: {count}; give at least 2, because it has two ends")
     return interpolate_tokens(tokens, count)

@@ -64,7 +64,7 @@ def check_weights(folder: Path, module: Any) -> None:
     if stored and (missing or unexpected):
         raise ModelError(
             f"{folder.name}: weights do not match config.json: {missing} of {len(expected)} are missing, "
-            f"{unexpected} are unexpected; copy or download both files again, they belong to different networks"
+            f"{unexpected} are unexpected; copy or download both files again"
         )
     if not all(weights.isfinite().all() for weights in module.state_dict().values()):
         raise ModelError(f"{folder.name}: some weights are NaN or infinite; download or train the generator again")

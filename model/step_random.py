@@ -27,7 +27,7 @@ class StepRandom:
         Args:
             seed: Seed of the training run.
             step: Number of the step.
-            stream: Separates uses that must be independent, such as shuffling and noise. Default: 0.
+            stream: Number of the stream. Streams are independent, e.g. that of shuffling and that of noise. Default: 0.
             part: Part of the global batch whose rows are returned. Default: 0.
             parts: Number of parts of the global batch. Default: 1.
             device: Device of the generator and of the numbers. Default: CPU.

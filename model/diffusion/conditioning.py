@@ -3,9 +3,9 @@
 Legend: ``B`` batch, ``K`` neighbours, ``P`` pool of neighbours, ``D`` embedding width.
 
 In training the query is the image's own embedding; at inference it is the embedding of a text. The two differ
-systematically in CLIP space (the text gap). Training therefore often mixes the query with a random direction, so that a
-text embedding looks like one more noisy query (LAFITE's pseudo-text, (1 − a)·f + a·n, renormalised; the weights here
-were measured, they are not the paper's).
+systematically in CLIP space (the modality gap). Training therefore often mixes the query with a random direction, so
+that a text embedding looks like one more noisy query. The mixture is LAFITE's pseudo-text (2111.13792):
+(1 − a)·f + a·n, renormalised. The weights a were measured by this project; they are not the paper's.
 
 A dropped token keeps its position and its marker, and its embedding is zero. "No query", "no neighbours" and "no
 condition" are thus inputs that the network has seen in training.
@@ -26,7 +26,9 @@ MARKER_CHANNELS = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ConditioningConfig:
-    """How training hides parts of the condition. The drops are mutually exclusive probabilities per sample.
+    """Probabilities of hiding and perturbing parts of the condition in training.
+
+    The three ``drop_`` fields are mutually exclusive probabilities per sample.
 
     The neighbours of a text are farther apart than those of an image. ``pool`` may therefore be larger than
     ``neighbours``: half of the samples then see a random subset of the pool instead of the nearest neighbours.
@@ -52,13 +54,15 @@ class ConditioningConfig:
         drops = (self.drop_all, self.drop_query, self.drop_neighbours)
         if min(drops) < 0 or sum(drops) > 1:
             raise ModelError(
-                f"drop_all + drop_query + drop_neighbours must be in [0, 1]: {sum(drops)}; they are mutually exclusive"
+                f"drop_all, drop_query and drop_neighbours must be at least 0, with a sum of at most 1: {drops}; "
+                "lower one of them, because they are mutually exclusive"
             )
         if not 0 <= self.fewer_neighbours <= 1:
-            raise ModelError(f"fewer_neighbours must be in [0, 1]: {self.fewer_neighbours}")
+            raise ModelError(f"fewer_neighbours is not a probability: {self.fewer_neighbours}; give a value in [0, 1]")
         if not (0 <= self.gap_probability <= 1 and 0 <= self.gap_weight < 1):
             raise ModelError(
-                f"gap_probability must be in [0, 1] and gap_weight in [0, 1): {self.gap_probability}, {self.gap_weight}"
+                f"gap_probability or gap_weight is out of range: {self.gap_probability}, {self.gap_weight}; "
+                "give a value in [0, 1] and one in [0, 1)"
             )
 
 
@@ -102,12 +106,12 @@ def interpolate_tokens(tokens: Tensor, count: int) -> Tensor:
 
 def slerp(first: Tensor, second: Tensor, count: int) -> Tensor:
     """Return unit rows (count, …, D) on the great circles from ``first`` to ``second`` (…, D), ends included."""
-    share = torch.linspace(0, 1, count).view(-1, *[1] * first.ndim)
+    fraction = torch.linspace(0, 1, count).view(-1, *[1] * first.ndim)
     angle = (first * second).sum(-1, keepdim=True).clamp(-1, 1).arccos()
-    circle = (torch.sin((1 - share) * angle) * first + torch.sin(share * angle) * second) / angle.sin()
-    straight = F.normalize(torch.lerp(first, second, share), dim=-1)
+    spherical = (torch.sin((1 - fraction) * angle) * first + torch.sin(fraction * angle) * second) / angle.sin()
+    linear = F.normalize(torch.lerp(first, second, fraction), dim=-1)
     # Rows of equal or opposite direction define no unique great circle.
-    return torch.where(angle.sin() < 1e-4, straight, circle)
+    return torch.where(angle.sin() < 1e-4, linear, spherical)
 
 
 def null_condition(tokens: Tensor) -> Tensor:
@@ -127,13 +131,13 @@ def perturb_query(query: Tensor, config: ConditioningConfig, rng: StepRandom) ->
 
 
 def subsample_neighbours(neighbours: Tensor, config: ConditioningConfig, rng: StepRandom) -> Tensor:
-    """Choose from each pool (B, P, D), nearest first, the neighbours to show: (B, K, D), hidden ones are zeros."""
+    """Choose the neighbours to show from each pool (B, P, D), nearest first. Return (B, K, D), hidden ones as zeros."""
     batch, pool, dimension = neighbours.shape
     shown = min(config.neighbours, pool)
     if pool > shown:
-        scattered = rng.uniform(batch, 1) < 0.5
+        at_random = rng.uniform(batch, 1) < 0.5
         rank = torch.arange(pool, device=neighbours.device).expand(batch, pool) / pool
-        chosen = torch.where(scattered, rng.uniform(batch, pool), rank).topk(shown, dim=1, largest=False).indices
+        chosen = torch.where(at_random, rng.uniform(batch, pool), rank).topk(shown, dim=1, largest=False).indices
         chosen = chosen.sort(dim=1).values[..., None].expand(batch, shown, dimension)
         neighbours = neighbours.gather(1, chosen)
     fewer = rng.uniform(batch, 1) < config.fewer_neighbours
@@ -143,7 +147,7 @@ def subsample_neighbours(neighbours: Tensor, config: ConditioningConfig, rng: St
 
 
 def training_condition(query: Tensor, neighbours: Tensor, config: ConditioningConfig, rng: StepRandom) -> Tensor:
-    """Return the tokens of a training batch: queries perturbed, parts hidden at random.
+    """Return the condition tokens of a training batch, with perturbed queries and randomly hidden parts.
 
     Args:
         query: (B, D) unit rows, the images' own embeddings.

@@ -3,7 +3,7 @@
 Legend: ``B`` batch, ``C H W`` an image or latent, images in [−1, 1], ``σ`` in [0, 1] the share of noise.
 
     x_σ = (1 − σ)·x + σ·ε,   ε ~ N(0, I)          (Lipman et al. 2210.02747, with the path of rectified flow)
-    v   = dx_σ/dσ = ε − x                         what the sampler integrates from σ = 1 to 0
+    v   = dx_σ/dσ = ε − x                         the velocity; the sampler integrates it from σ = 1 to 0
     L   = E ‖v̂ − v‖²,  σ = sigmoid(z), z ~ N(0, 1)  (logit-normal: Esser et al. 2403.03206, eq. 19)
 
 The network predicts either the velocity or the clean image x̂, which is converted to v̂ = (x_σ − x̂)/σ. The loss is on v̂

@@ -24,7 +24,7 @@ def sample_noise(
     count: int, shape: tuple[int, ...], generator: torch.Generator | None, *, shared: bool = False
 ) -> Tensor:
     """Sample standard normal noise (count, …shape); with ``shared``, all rows equal the first."""
-    generator = _checked(generator)
+    generator = _cpu_generator(generator)
     rows = torch.stack([torch.randn(shape, generator=generator) for _ in range(1 if shared else count)])
     return rows.expand(count, *shape)
 
@@ -33,7 +33,7 @@ def sample_uniforms(
     count: int, shape: tuple[int, ...], generator: torch.Generator | None, *, shared: bool = False
 ) -> Tensor:
     """Sample uniform numbers (count, …shape) in [0, 1); with ``shared``, all rows equal the first."""
-    generator = _checked(generator)
+    generator = _cpu_generator(generator)
     rows = torch.stack([torch.rand(shape, generator=generator) for _ in range(1 if shared else count)])
     return rows.expand(count, *shape)
 
@@ -59,7 +59,7 @@ def solve(
 ) -> Tensor:
     """Integrate the flow from σ = ``strength`` to 0.
 
-    All steps are taken whatever the strength; the scheduler's noise levels are multiplied by it.
+    The number of steps does not depend on the strength, which scales the scheduler's noise levels.
 
     Args:
         denoiser: Velocity of (x_σ, σ, condition).
@@ -90,7 +90,8 @@ def solve(
     return sample
 
 
-def _checked(generator: torch.Generator | None) -> torch.Generator:
+def _cpu_generator(generator: torch.Generator | None) -> torch.Generator:
+    """Return ``generator``, or one with a random seed. Raises ``ModelError`` if it is not on the CPU."""
     if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
         raise ModelError(
             f"generator must be one torch.Generator on the CPU: {generator!r}; use torch.Generator().manual_seed(seed)"

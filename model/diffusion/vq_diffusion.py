@@ -2,19 +2,19 @@
 
 Legend: ``B`` batch, ``n`` tokens of an image, ``K`` codes ([MASK] is code K), ``T E`` condition tokens and their
 channels, ``x_0`` clean codes, ``x_t`` noisy ones, ``s < t`` two times (s = t − 1 in training, smaller when sampling
-in strides), ``α β γ`` the probabilities to keep a code, to replace it by each one code, to replace it by [MASK].
+in strides), ``α β γ`` the probabilities to keep a code, to replace it by one given code, to replace it by [MASK].
 
     q(x_t|x_s):  keep α, each code β, [MASK] γ, α + K·β + γ = 1;  [MASK] stays [MASK]               (matrix Q)
     ᾱ_t = Π α,  γ̄_t = 1 − Π (1 − γ),  β̄_t = (1 − ᾱ_t − γ̄_t)/K                                       (eq. 8)
     q(x_s|x_t,x_0) = q(x_t|x_s)·q(x_s|x_0) / q(x_t|x_0)                                              (eq. 5)
     p_θ(x_s|x_t) = Σ_x̃ q(x_s|x_t,x̃)·p_θ(x̃|x_t),  the network giving p_θ(x̃|x_t) over clean codes     (eq. 11)
 
-The matrices are never built: each has three different numbers, so every formula costs O(K) per token. The sum of eq. 11
-with w(x̃) = p_θ(x̃|x_t)/q(x_t|x̃), W = Σ w is
+The matrices are never built: each has only three distinct entries, so every formula costs O(K) per token. With
+w(x̃) = p_θ(x̃|x_t)/q(x_t|x̃) and W = Σ w, eq. 11 becomes
 
     p_θ(x_s = j|x_t) = q(x_t|j)·(ᾱ_s·w(j) + β̄_s·W),    p_θ(x_s = [MASK]|x_t) = q(x_t|[MASK])·γ̄_s·W
 
-and a certain p_θ turns it into eq. 5. All of it is computed in logarithms and float32.
+For a one-hot p_θ this is eq. 5. Everything is computed in logarithms and float32.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class KnownCodes(NamedTuple):
     Attributes:
         codes: (B, n) int64 below K, the clean codes x_0.
         free: (B, n) bool, the tokens to regenerate. The others follow q(x_t|x_0) at the time of each step.
-        first: Start time 1 … T, where sampling starts from q(x_t|x_0). At T nothing of the free tokens remains.
+        first: Start time 1 … T: sampling starts from q(x_t|x_0) at t = ``first``. At T all free tokens are [MASK].
         uniforms: (B, n, 2) in [0, 1), the randomness of q(x_t|x_0).
     """
 
@@ -64,7 +64,7 @@ class KnownCodes(NamedTuple):
 class Transitions:
     """Schedule of masking and replacing codes: ᾱ_t and γ̄_t are linear from t = 1 to t = T.
 
-    The defaults are those of the paper's public code: nearly all noise is [MASK], a millionth is a wrong code.
+    The defaults are those of the paper's public code: nearly all noise is [MASK], one in a million tokens is replaced.
     """
 
     codes: int = 1024
@@ -75,16 +75,26 @@ class Transitions:
     mask_last: float = 0.99999
 
     def __post_init__(self) -> None:
-        """Validate that the schedule is a process that ends in [MASK] only."""
+        """Raise ``ModelError`` unless all probabilities are valid and the process ends in [MASK] only."""
         if self.codes < 2 or self.timesteps < 2:
-            raise ModelError(f"codes and timesteps must be at least 2: {self.codes}, {self.timesteps}")
+            raise ModelError(f"codes or timesteps is below 2: {self.codes}, {self.timesteps}; give at least 2 of each")
         if not 0.99 <= self.mask_last < 1:
-            raise ModelError(f"mask_last must be in [0.99, 1): {self.mask_last}; sampling starts from [MASK] only")
+            raise ModelError(
+                f"mask_last is out of range: {self.mask_last}; give a value in [0.99, 1), because sampling starts "
+                "from [MASK] only"
+            )
         if not (0 <= self.mask_first < self.mask_last and 0 < self.stay_last < self.stay_first < 1):
-            raise ModelError("stay_first must be above stay_last and mask_first below mask_last, all inside (0, 1)")
+            raise ModelError(
+                "stay_first, stay_last, mask_first or mask_last is out of range: "
+                f"{self.stay_first}, {self.stay_last}, {self.mask_first}, {self.mask_last}; "
+                "give values in (0, 1) that fall for stay and rise for mask"
+            )
         steps = torch.arange(1, self.timesteps + 1)
-        if min(self.cumulative(steps).replace.min(), self.between(steps - 1, steps).replace.min()) < -1e-12:
-            raise ModelError("a step has a negative probability of replacement; lower stay_first or mask_last")
+        replace = min(self.cumulative(steps).replace.min(), self.between(steps - 1, steps).replace.min())
+        if replace < -1e-12:
+            raise ModelError(
+                f"the probability of replacement is negative: {float(replace):.3g}; lower stay_first or mask_last"
+            )
 
     @property
     def mask(self) -> int:
@@ -151,7 +161,7 @@ def log_reverse(log_clean: Tensor, noisy: Tensor, s: Tensor, t: Tensor, transiti
 
 
 def log_one_hot(codes: Tensor, classes: int) -> Tensor:
-    """Return the log-probabilities (B, n, classes) float32 of certainty in codes (B, n) int64."""
+    """Return one-hot log-probabilities (B, n, classes) float32 of codes (B, n) int64."""
     return torch.where(torch.arange(classes, device=codes.device) == codes[..., None], 0.0, LOG_ZERO)
 
 
@@ -169,20 +179,22 @@ def step_divergence(log_clean: Tensor, clean: Tensor, noisy: Tensor, t: Tensor, 
         (B,) nats per token.
     """
     with torch.no_grad():
-        certain = log_one_hot(clean, transitions.codes)
-        target = log_reverse(certain, noisy, t - 1, t, transitions)
+        target = log_reverse(log_one_hot(clean, transitions.codes), noisy, t - 1, t, transitions)
     predicted = log_reverse(log_clean, noisy, t - 1, t, transitions)
     return F.kl_div(predicted, target, reduction="none", log_target=True).sum(2).mean(1)
 
 
 def truncate_probabilities(log_clean: Tensor, mass: float) -> Tensor:
-    """Keep the likeliest codes of log-probabilities (B, n, K) that reach ``mass``, and renormalise; 1 keeps all."""
+    """Keep the smallest set of most likely codes whose probabilities reach ``mass``, and renormalise (top-p).
+
+    ``log_clean`` are log-probabilities (B, n, K). A ``mass`` of 1 keeps all codes.
+    """
     if mass >= 1:
         return log_clean
     ordered, order = log_clean.sort(2, descending=True)
-    likely = ordered.exp()
-    needed = likely.cumsum(2) - likely < mass
-    kept = needed.scatter(2, order, needed)
+    probabilities = ordered.exp()
+    in_order = probabilities.cumsum(2) - probabilities < mass
+    kept = in_order.scatter(2, order, in_order)
     return log_clean.masked_fill(~kept, LOG_ZERO).log_softmax(2)
 
 
@@ -199,7 +211,7 @@ def sample_codes(
     known: KnownCodes | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Sample codes, starting from [MASK] only, in as many strides as there are uniforms (x_0 reparameterisation).
+    """Sample codes from [MASK] only, with one stride for each step of ``uniforms`` (x_0 reparameterisation).
 
     Each image has its own row of ``uniforms``, so it does not depend on its batch.
 
@@ -235,15 +247,15 @@ def sample_codes(
     denoise = _guided_log_clean(network, condition, negative, guidance_scale)
     for step in range(steps):
         t, s = times(steps - step), times(steps - step - 1)
-        answer = denoise(codes, t)
-        log_clean = truncate_probabilities(answer, truncation)
+        guided = denoise(codes, t)
+        log_clean = truncate_probabilities(guided, truncation)
         codes = sample_inverse_cdf(log_reverse(log_clean, codes, s, t, transitions).exp(), uniforms[:, step])
         if known is not None:
             codes = torch.where(known.free, codes, transitions.corrupt(known.codes, s, known.uniforms))
         if on_step is not None:
             on_step(step + 1)
     # Samples of NaN probabilities look like valid codes. Checked once, because the check synchronises with a GPU.
-    if answer.isnan().any():
+    if guided.isnan().any():
         raise ModelError(
             "sampling produced NaN or infinite values: the weights are corrupt; retrain or download the generator again"
         )

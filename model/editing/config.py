@@ -19,28 +19,29 @@ FLOW_NEIGHBOURS = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EditConfig:
-    """How to edit.
+    """Settings of an edit.
 
     The defaults were measured with the bundled generator on 24 edits of Twemoji and OpenMoji, which it was not trained
-    on. The CLIP score towards the text rose from 0.315 to 0.355, and every edit kept 25 dB outside of the changed
-    region. A single candidate does not raise the score (0.299 in the first region); choosing among eight does.
+    on. The CLIP score with the text rose from 0.315 to 0.355, with a PSNR of at least 25 dB outside of the changed
+    region in every edit. A single candidate does not raise the score (0.299 in the first region); selection among
+    eight does.
     ``tests/benchmarks/edit.py`` measures ten more edits.
 
     Attributes:
         method: "flow" moves the whole image towards the text (continuous networks), "local" regenerates one region,
             "restore" needs a network trained for editing, "sdedit" is the baseline. Default: "local".
-        strength: Noise level to start from, in (0, 1]; small values return the source. For codes, the share of the
-            process's timesteps. Default: 1.
-        steps: Euler steps, whatever the strength. For codes the strides, at most the timesteps of the strength.
-            Default: 12.
+        strength: Noise level to start from, in (0, 1]; small values return the source. For codes, the start time as a
+            share of the process's timesteps. Default: 1.
+        steps: Number of Euler steps, independent of the strength. For codes the number of strides, at most strength ×
+            timesteps. Default: 12.
         guidance_scale: How strongly to follow the text; 1 as trained. Default: 4.
         image_guidance_scale: How strongly to follow the source; 1 as trained. Only "restore". Default: 1.
         contrast: Push away from the source's own condition instead of the null condition. Default: False.
         keep: Restore the source's pixels where the edit hardly differs. Not "sdedit". Default: True.
-        candidates: Edits generated per image, at so many times the cost. Of those that keep the rest, the one whose
-            embedding is closest to the text is returned. "local" generates two in each of half as many regions.
-            Default: 8.
-        kept_db: PSNR outside of the changed region from which on the rest counts as kept. Default: 25.
+        candidates: Edits generated per image; the cost is proportional. Of those that preserve the rest of the image,
+            the one whose embedding is closest to the text is returned. "local" generates two in each of half as many
+            regions. Default: 8.
+        kept_db: Minimum PSNR in dB outside of the changed region at which the rest counts as preserved. Default: 25.
         largest_region: Maximum share of the image that a region may cover, in (0, 1]. 1 allows changing an object that
             fills the image. Only "local". Default: 0.4.
         shift: Shift of the noise levels towards noise, as in new generators. Default: 2.
@@ -74,7 +75,7 @@ class EditConfig:
             if not math.isfinite(getattr(self, name)):
                 raise ModelError(f"{name} is not finite: {getattr(self, name)}; give a number")
         if math.isnan(self.kept_db):
-            raise ModelError("kept_db is NaN; give a number of dB")
+            raise ModelError(f"kept_db is not a number: {self.kept_db}; give a PSNR in dB")
 
 
 def edit_config(method: EditMethod, **options: Any) -> EditConfig:
@@ -84,6 +85,6 @@ def edit_config(method: EditMethod, **options: Any) -> EditConfig:
 
 
 def noise_levels(config: EditConfig) -> Tensor:
-    """Return the levels (steps + 1,) float32 from the strength down to 0, shifted like those of the scheduler."""
+    """Return the noise levels (steps + 1,) float32, from the strength down to 0, shifted like the scheduler's."""
     even = torch.linspace(1, 0, config.steps + 1)
     return config.strength * config.shift * even / (1 + (config.shift - 1) * even)

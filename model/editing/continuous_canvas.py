@@ -3,7 +3,7 @@
 Legend: ``B`` images, ``N`` noise samples, ``S`` side, ``C s s`` pixels or latents of an image, ``T`` condition tokens,
 ``E`` their channels, ``σ`` share of noise.
 
-    x_s = (1 − s)·source + s·ε                     s the strength: 1 starts from pure noise
+    x_s = (1 − s)·source + s·ε                     s is the strength: 1 starts from pure noise
     σ from s to 0:  v = v̂(x_σ, reference = source, text and its neighbours), guided
 """
 
@@ -46,11 +46,11 @@ class ContinuousCanvas:
         self._encoded = backbone.encode(source)
 
     def contrast(self, source_condition: Tensor, noises: Tensor) -> Tensor:
-        """As :class:`model.editing.edit.Canvas`; noises (B, N, C, s, s)."""
+        """Implement ``Canvas.contrast``; noises are (B, N, C, s, s)."""
         return text_contrast(self._denoiser, self._encoded, self._condition, source_condition, noises)
 
     def regenerate(self, noise: Tensor) -> Tensor:
-        """As :class:`model.editing.edit.Canvas`; noise (B, C, s, s)."""
+        """Implement ``Canvas.regenerate``; the noise is (B, C, s, s)."""
         edited = sdedit(self._denoiser, self._encoded, self._condition, noise, self._config, negative=self._negative)
         return self._backbone.decode(edited)
 
@@ -63,7 +63,7 @@ class ContinuousCanvas:
         return self._backbone.decode(edited)
 
     def inpaint(self, region: Tensor, noise: Tensor) -> Tensor:
-        """As :class:`model.editing.edit.Canvas`; noise (B, C, s, s)."""
+        """Implement ``Canvas.inpaint``; the noise is (B, C, s, s)."""
         denoiser = with_guidance(self._denoiser, self._config.guidance_scale, negative=self._negative)
         cells, levels = to_grid(region, self._encoded.shape[-1]), noise_levels(self._config).to(noise.device)
         inpainted = self._backbone.decode(
@@ -84,7 +84,7 @@ def restore(
     """Edit images with a network that was trained to restore.
 
     Args:
-        denoiser: Of six input channels, its output a velocity.
+        denoiser: Network with six input channels whose output is a velocity.
         source: (B, 3, S, S) in [−1, 1].
         condition: (B, T, E) tokens of the text and its neighbours.
         noise: (B, 3, S, S) standard normal.
@@ -108,12 +108,12 @@ def sdedit(
     *,
     negative: Tensor | None = None,
 ) -> Tensor:
-    """Edit by the baseline (SDEdit, 2108.01073): add noise to the source and denoise it under the text.
+    """Edit by the baseline (SDEdit, 2108.01073): add noise to the source, and denoise it conditioned on the text.
 
-    Only the noise level keeps the source.
+    The noise level alone determines how much of the source is preserved.
 
     Args:
-        denoiser: Of C input channels, its output a velocity.
+        denoiser: Network with C input channels whose output is a velocity.
         source: (B, C, s, s), pixels or latents.
         condition: (B, T, E) tokens of the text and its neighbours.
         noise: (B, C, s, s) standard normal.
@@ -130,11 +130,12 @@ def sdedit(
 def with_edit_guidance(
     denoiser: Denoiser, source: Tensor, config: EditConfig, *, negative: Tensor | None = None
 ) -> Denoiser:
-    """Return a denoiser of six input channels that sees the source, guided towards the text and the source.
+    """Bind the source to a denoiser of six input channels, and guide it towards the text and the source.
 
-    v = v(y, c−) + a·(v(y, c) − v(y, c−)) + (b − 1)·(v(y, ∅) − v(0, ∅)), with y the source (after InstructPix2Pix
-    2211.09800, eq. 3), a ``guidance_scale`` and b ``image_guidance_scale``. Unless b is 1 it costs two more network
-    calls per step. c− is ``negative`` (B, T, E), or ∅ if None.
+    v = v(y, c−) + a·(v(y, c) − v(y, c−)) + (b − 1)·(v(y, ∅) − v(0, ∅))     (after InstructPix2Pix 2211.09800, eq. 3)
+
+    Here y is the source, a = ``guidance_scale`` and b = ``image_guidance_scale``. c− is ``negative`` (B, T, E), or the
+    null condition ∅ if None. Values of b other than 1 cost two more network calls per step.
     """
     referenced = with_reference(denoiser, source)
     towards_text = with_guidance(referenced, config.guidance_scale, negative=negative)

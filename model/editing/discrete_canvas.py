@@ -1,10 +1,10 @@
-"""Editing with discrete generators: the codes of one region are regenerated, the image around it stays.
+"""Editing with discrete generators: the codes of one region are regenerated, the rest of the image is unchanged.
 
 Legend: ``B`` images, ``S`` side, ``n`` codes of an image (g × g of them), ``N`` noise samples, ``T`` condition tokens,
 ``E`` their channels.
 
-    where      d = mean over x_t of ½ Σ |p(x_0|x_t, text) − p(x_0|x_t, source's own condition)|, at the masked codes
-    what       x_s ← region ? p_θ(x_s|x_t, text) : q(x_s|the source's codes)  after every stride
+    contrast     d = mean over x_t of ½ Σ |p(x_0|x_t, text) − p(x_0|x_t, source's own condition)|, at the masked codes
+    inpainting   x_s ← region ? p_θ(x_s|x_t, text) : q(x_s|the source's codes)  after every stride
 
 This is :mod:`model.editing.regions` with codes in place of pixels: total variation replaces the difference of
 velocities, and masks replace Gaussian noise.
@@ -30,7 +30,7 @@ class DiscreteCanvas:
     """Images being edited as codes; see :class:`model.editing.edit.Canvas`."""
 
     NOISE_STEPS: ClassVar[int] = 2
-    """Uniform numbers per code that add noise to the source, before those of the steps."""
+    """Uniform numbers per code that mask the source. They precede the numbers of the sampling steps."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class DiscreteCanvas:
         self._first = max(1, round(config.strength * backbone.transitions.timesteps))
 
     def contrast(self, source_condition: Tensor, noises: Tensor) -> Tensor:
-        """As :class:`model.editing.edit.Canvas`; uniform noises (B, N, NOISE_STEPS + steps, n), result (B, 1, g, g)."""
+        """Implement ``Canvas.contrast``, as (B, 1, g, g); noises are uniform (B, N, NOISE_STEPS + steps, n)."""
         uniforms = noises[:, :, : self.NOISE_STEPS].transpose(2, 3)
         backbone = self._backbone
         return code_contrast(
@@ -63,11 +63,11 @@ class DiscreteCanvas:
         )
 
     def regenerate(self, noise: Tensor) -> Tensor:
-        """As :class:`model.editing.edit.Canvas`; uniform noise (B, NOISE_STEPS + steps, n)."""
+        """Implement ``Canvas.regenerate``; the noise is uniform (B, NOISE_STEPS + steps, n)."""
         return self._sample(torch.ones_like(self._codes, dtype=torch.bool), noise)
 
     def inpaint(self, region: Tensor, noise: Tensor) -> Tensor:
-        """As :class:`model.editing.edit.Canvas`; regenerates every code that the region touches."""
+        """Implement ``Canvas.inpaint``: regenerate every code that the region touches. Noise as in ``regenerate``."""
         cells = (to_grid(region, math.isqrt(self._codes.shape[1])) > 0).float()
         return composite(self._source, self._sample(cells.flatten(1) > 0, noise), cells)
 
@@ -103,10 +103,10 @@ def code_contrast(
 
     Args:
         network: The denoiser of codes.
-        codes: (B, n) int64, the source's.
+        codes: (B, n) int64, the codes of the source.
         condition: (B, T, E) tokens of the text.
         source_condition: (B, T, E) tokens of the source itself.
-        uniforms: (B, N, n, 2) in [0, 1), which decide the codes that each noise sample masks.
+        uniforms: (B, N, n, 2) in [0, 1), which determine the codes that each noise sample masks.
         transitions: The process that the network was trained for.
     """
     t = torch.full((len(codes),), math.ceil(CONTRAST_SHARE * transitions.timesteps), device=codes.device)

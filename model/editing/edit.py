@@ -1,15 +1,16 @@
-"""Edit images by texts, without a mask (Sheynin et al., text-only image manipulation).
+"""Text-guided editing of images without a mask (Sheynin et al., text-only image manipulation).
 
 Legend: ``B`` images, ``S`` side, ``N`` noise samples, ``T`` condition tokens, ``E`` their channels, ``D``
 embedding width.
 
-There are four methods. ``flow`` moves the image along the difference of two velocities (:mod:`model.editing.flowedit`);
-any continuous network can do it. ``local`` finds regions where text and source disagree, regenerates one of them, and
-keeps the rest (:mod:`model.editing.regions`); any network can do it. ``restore`` needs a network that was trained to
-regenerate what disagrees with the condition (:mod:`model.training.objectives.restoration`); the image itself is the
-reference. ``sdedit`` is the baseline. Each may generate several candidates and keep one. Noise and guidance shift every
-pixel a little; :func:`model.editing.regions.keep_unchanged` restores the source's pixels where the edit hardly differs.
-:mod:`model.editing.edit_metrics` measures edits.
+There are four methods. ``flow`` moves the image along the difference of two velocities (:mod:`model.editing.flowedit`).
+It works with any continuous network. ``local`` finds regions where text and source disagree, regenerates one of them,
+and keeps the rest (:mod:`model.editing.regions`). It works with any network. ``restore`` needs a network that was
+trained to regenerate the parts that disagree with the condition (:mod:`model.training.objectives.restoration`). The
+image itself is the reference. ``sdedit`` is the baseline. Each method may generate several candidates and return one.
+
+Noise and guidance shift every pixel a little. :func:`model.editing.regions.keep_unchanged` restores the source's pixels
+where the edit barely differs. :mod:`model.editing.edit_metrics` measures edits.
 """
 
 import functools
@@ -124,7 +125,9 @@ def edit(
 def check_method(backbone: Backbone, config: EditConfig) -> None:
     """Raise ``ModelError`` if the generator does not support the method."""
     if config.method == "restore" and backbone.restorer is None:
-        raise ModelError("this generator was not trained for editing; train one that is, or use method='local'")
+        raise ModelError(
+            "this generator was not trained for method='restore'; use method='local', or train a generator for editing"
+        )
     if config.method == "flow" and not isinstance(backbone, ContinuousBackbone):
         raise ModelError("this generator has no velocities, which method='flow' needs; use method='local'")
 
@@ -137,11 +140,11 @@ def needs_source_tokens(config: EditConfig) -> bool:
 def fit_images(images: Sequence[Image.Image], side: int) -> NDArray[np.uint8]:
     """Convert images of any mode and size to (B, side, side, 3) uint8: on white, centre square, resized.
 
-    Logs how many images were not squares of that side. Raises ``ModelError`` if there is no image, or if an element is
-    not an image or has no pixels.
+    Logs a warning with the number of images that are not of that size. Raises ``ModelError`` if there is no image, or
+    if an element is not an image or has no pixels.
     """
     if not len(images) or not all(isinstance(image, Image.Image) for image in images):
-        raise ModelError("there is no image to edit; give at least one PIL image")
+        raise ModelError("there is no image to edit, or one is not a PIL image; give at least one PIL image")
     if other := sum(image.size != (side, side) for image in images):
         message = "%d of %d images are cropped to their centre square and resized to %d px"
         logger.warning(message, other, len(images), side)

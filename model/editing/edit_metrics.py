@@ -1,11 +1,11 @@
-"""Metrics of edits: the region that an edit changed, and how well it kept the rest.
+"""Metrics of edits: the region that an edit changed, and how well it preserved the rest.
 
 Legend: ``B`` images, ``S`` side; images are (B, 3, S, S) in [−1, 1].
 
 An edit comes without a mask, so the changed region is estimated from the images. A generous estimate would flatter the
-edit: if every difference belonged to the region, the rest would be kept by definition. The region is therefore **one**
-connected patch, grown by a fixed rim, with a maximum size. A second patch, a changed background or an object shifted
-beyond the maximum size all count against the edit.
+edit: if every difference belonged to the region, the rest would be preserved by definition. The region is therefore
+**one** connected patch, grown by a fixed rim, with a maximum size. A second patch, a changed background or a shifted
+object that exceeds the maximum size all count against the edit.
 """
 
 import cv2
@@ -17,11 +17,13 @@ from torch import Tensor
 from model.errors import ModelError
 
 CHANGE_THRESHOLD = 0.1
-"""Difference, as a share of the range, from which on a pixel counts as changed: 26 of 255 grey levels."""
+"""Minimum difference of a changed pixel, as a share of the range: 26 of 255 grey levels."""
 RIM_PX = 2
+"""Pixels by which a changed region is grown."""
 MAX_SHARE = 0.5
+"""Maximum share of an image that a changed region may cover."""
 MAX_PSNR = 100.0
-"""dB of equal images."""
+"""PSNR of identical images, in dB."""
 
 
 def max_channel_difference(before: Tensor, after: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
-"""Editing of one region of an image without a mask: find it by contrast, regenerate it, choose among candidates.
+"""Editing of one region without a mask: find it by contrast, regenerate it, select among candidates.
 
 Legend: ``B`` images, ``R`` regions, ``N`` noise samples, ``C S S`` pixels or latents of an image, ``T`` condition
 tokens, ``E`` their channels.
 
-    where      d = mean over ε of |v̂(x_σ, text) − v̂(x_σ, source's own condition)|, σ = 0.95  (DiffEdit 2210.11427)
-    what       x ← region·x + (1 − region)·((1 − σ)·source + σ·ε) after every step  (Blended Diffusion 2111.14818)
-    which      of several regions and noise samples the candidate closest to the text that keeps the rest
+    contrast     d = mean over ε of |v̂(x_σ, text) − v̂(x_σ, source's own condition)|, σ = 0.95  (DiffEdit 2210.11427)
+    inpainting   x ← region·x + (1 − region)·((1 − σ)·source + σ·ε) after every step  (Blended Diffusion 2111.14818)
+    selection    among several regions and noise samples, the candidate closest to the text that preserves the rest
 
-At high noise the two outputs differ over whole parts (the hair, the heart), at low noise only along edges, hence σ.
+The contrast uses a high σ because the two outputs then differ over whole objects, at low noise only along edges.
 """
 
 from collections.abc import Sequence
@@ -24,18 +24,19 @@ from model.diffusion.flow_matching import Denoiser, add_noise
 from model.editing.edit_metrics import changed_region, max_channel_difference, psnr_outside
 
 CONTRAST_LEVEL = 0.95
+"""Noise level σ of the contrast."""
 CONTRAST_SAMPLES = 4
 """Noise samples that the contrast is averaged over."""
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8)
-"""Shares of an image's pixels, those of highest contrast, that are searched for connected patches."""
+"""Shares of the pixels of highest contrast. For each share, these pixels are searched for connected patches."""
 SMALLEST_REGION = 0.02
 """Patches that cover a smaller share of the image are ignored."""
 SAME_REGION_IOU = 0.6
-"""Intersection over union from which on two regions count as one."""
+"""Minimum intersection over union of two regions that count as one."""
 GROW_PX = 2
-"""Pixels by which patches are dilated to join nearby ones; one of them is eroded again."""
+"""Pixels by which patches are dilated to join nearby ones. They are then eroded by one pixel."""
 KEPT_BELOW, CHANGED_ABOVE = 0.06, 0.16
-"""Differences, as shares of the range: below the first the source's pixels return, above the second the edit stays."""
+"""Differences, as shares of the range: below the first the source is restored, above the second the edit is kept."""
 
 
 def text_contrast(
@@ -44,7 +45,7 @@ def text_contrast(
     """Return how much the text and the source's own condition disagree at each pixel: (B, 1, S, S), at least 0.
 
     Args:
-        denoiser: Of C input channels, its output a velocity.
+        denoiser: Network with C input channels whose output is a velocity.
         source: (B, C, S, S), pixels or latents.
         condition: (B, T, E) tokens of the text.
         source_condition: (B, T, E) tokens of the source itself.
@@ -71,7 +72,7 @@ def propose_regions(contrast: Tensor, count: int, *, largest: float) -> Tensor:
         largest: Maximum share of the image, in (0, 1].
     """
     smooth = F.avg_pool2d(contrast.cpu().float(), 5, stride=1, padding=2, count_include_pad=False)[:, 0].numpy()
-    regions = np.stack([_repeated(_patches(values, count, largest), count, values.shape) for values in smooth])
+    regions = np.stack([_cycled(_patches(values, count, largest), count, values.shape) for values in smooth])
     soft = F.avg_pool2d(torch.from_numpy(regions).float(), 3, stride=1, padding=1, count_include_pad=False)
     return soft[:, :, None].to(contrast.device)
 
@@ -82,9 +83,14 @@ def to_grid(region: Tensor, side: int) -> Tensor:
 
 
 def composite(source: Tensor, decoded: Tensor, cells: Tensor) -> Tensor:
-    """Composite decoded images, where their cells were regenerated, onto the source, with a soft edge: (B, 3, S, S).
+    """Composite the regenerated cells of decoded images onto the source, with a soft edge: (B, 3, S, S).
 
-    Decoded pixels cannot be used elsewhere, because an autoencoder shifts every pixel, also those of unchanged cells.
+    The other cells keep the source's pixels, because an autoencoder changes every pixel, even of unchanged cells.
+
+    Args:
+        source: (B, 3, S, S) in [−1, 1].
+        decoded: (B, 3, S, S) in [−1, 1].
+        cells: (B, 1, s, s) in [0, 1], 1 for a regenerated latent or code.
     """
     region = F.interpolate(cells.to(source.dtype), size=source.shape[-2:])
     return torch.lerp(source, decoded, F.avg_pool2d(region, 5, stride=1, padding=2, count_include_pad=False))
@@ -96,7 +102,7 @@ def inpaint_region(
     """Regenerate a region of the source and keep the rest: (B, C, S, S) float32, not clamped.
 
     Args:
-        denoiser: Of C input channels, guided.
+        denoiser: Guided network with C input channels whose output is a velocity.
         source: (B, C, S, S), pixels or latents.
         region: (B, 1, S, S) in [0, 1].
         condition: (B, T, E).
@@ -112,9 +118,9 @@ def inpaint_region(
 
 
 def keep_unchanged(edited: Tensor, source: Tensor) -> Tensor:
-    """Restore the source's pixels where the edited images hardly differ: (B, 3, S, S) in [−1, 1].
+    """Restore the source's pixels where the edited images barely differ: (B, 3, S, S) in [−1, 1].
 
-    The difference is averaged over 5×5 pixels. Around a change, 2 pixels of the edit stay and 2 more are blended.
+    The difference is averaged over 5×5 pixels. Around a change, 2 pixels of the edit are kept and 2 more are blended.
     """
     difference = max_channel_difference(edited, source)
     smooth = F.avg_pool2d(difference, 5, stride=1, padding=2, count_include_pad=False)
@@ -124,9 +130,9 @@ def keep_unchanged(edited: Tensor, source: Tensor) -> Tensor:
 
 
 def select_candidate(source: Tensor, candidates: Sequence[Tensor], scores: Tensor, *, kept_db: float) -> Tensor:
-    """Select, for each image, the candidate of the highest score that keeps the rest: (B, 3, S, S).
+    """Select for each image the candidate of the highest score that preserves the rest: (B, 3, S, S).
 
-    If no candidate keeps it, select the one that comes closest.
+    If no candidate preserves it, select the one with the highest PSNR.
 
     Args:
         source: (B, 3, S, S) in [−1, 1].
@@ -160,7 +166,7 @@ def _patches(values: NDArray[np.float32], count: int, largest: float) -> list[ND
     return chosen
 
 
-def _repeated(patches: list[NDArray[np.bool_]], count: int, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+def _cycled(patches: list[NDArray[np.bool_]], count: int, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     if not patches:
         return np.zeros((count, *shape), np.bool_)
     return np.stack([patches[number % len(patches)] for number in range(count)])

@@ -49,17 +49,17 @@ class Preprocessing:
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """Convert images of any size and mode to (B, 3, H, W) float32."""
-        return self.scaled(torch.from_numpy(np.stack([self.fitted(image) for image in images])))
+        return self.to_input(torch.from_numpy(np.stack([self.resize(image) for image in images])))
 
-    def fitted(self, image: Image.Image) -> NDArray[np.uint8]:
+    def resize(self, image: Image.Image) -> NDArray[np.uint8]:
         """Resize and crop an image of any size and mode to the model's size, (H, W, 3) uint8."""
         for step in self.steps:
             image = step(image)
         return np.asarray(image)
 
-    def scaled(self, fitted: Tensor) -> Tensor:
-        """Normalise fitted images (B, H, W, 3) uint8 to (B, 3, H, W) float32 on the same device."""
-        return self.normalise(fitted.permute(0, 3, 1, 2).contiguous().float() / 255)
+    def to_input(self, resized: Tensor) -> Tensor:
+        """Normalise resized images (B, H, W, 3) uint8 to (B, 3, H, W) float32 on the same device."""
+        return self.normalise(resized.permute(0, 3, 1, 2).contiguous().float() / 255)
 
 
 class Encoder:
@@ -118,7 +118,7 @@ class Encoder:
             return self.embed_images([Image.fromarray(image) for image in pixels])
         chunks = torch.split(torch.from_numpy(np.ascontiguousarray(pixels)), batch_size)
         return torch.cat(
-            [self.embed_preprocessed(self.preprocessing.scaled(chunk.to(self.device))) for chunk in chunks]
+            [self.embed_preprocessed(self.preprocessing.to_input(chunk.to(self.device))) for chunk in chunks]
         )
 
     @torch.inference_mode()
@@ -150,7 +150,8 @@ def encoder_for(identity: EncoderIdentity, *, device: torch.device | str = "cpu"
     encoder = Encoder(identity.name, device=device)
     if not encoder.identity.same_space(identity):
         raise ModelError(
-            f"encoder has changed: {encoder.identity}, embeddings were made with {identity}; restore it, or embed again"
+            f"encoder has changed: it is {encoder.identity}, the embeddings were made with {identity}; restore the old "
+            "weights, or embed again"
         )
     return encoder
 

@@ -18,11 +18,11 @@ def embed_stream(encoder: Encoder, batches: Iterable[Tensor], *, batch_size: int
     """Embed preprocessed batches (at most ``batch_size``, C, H, W); return unit rows and the compute time in seconds.
 
     The rows are (N, D) float32 on the CPU. On CUDA, each batch is requested while the previous one is computed. Short
-    batches are padded: products of other shapes may sum in another order, so the last bit of a row would depend on the
-    size of its batch.
+    batches are padded: matrix products of another shape may sum in another order, so the last bit of a row would depend
+    on the size of its batch.
     """
     padded = (_padded(batch, batch_size) for batch in batches)
-    rows, seconds = (_on_cuda if encoder.device.type == "cuda" else _in_turn)(encoder, padded)
+    rows, seconds = (_embed_overlapped if encoder.device.type == "cuda" else _embed_sequentially)(encoder, padded)
     return (torch.cat(rows).cpu() if rows else torch.empty(0, encoder.identity.dimension)), seconds
 
 
@@ -30,7 +30,7 @@ def _padded(batch: Tensor, size: int) -> tuple[Tensor, int]:
     return F.pad(batch, (0, 0) * (batch.dim() - 1) + (0, size - len(batch))), len(batch)
 
 
-def _in_turn(encoder: Encoder, batches: Iterable[tuple[Tensor, int]]) -> tuple[list[Tensor], float]:
+def _embed_sequentially(encoder: Encoder, batches: Iterable[tuple[Tensor, int]]) -> tuple[list[Tensor], float]:
     rows, seconds = [], 0.0
     for batch, count in batches:
         started = time.perf_counter()
@@ -39,8 +39,8 @@ def _in_turn(encoder: Encoder, batches: Iterable[tuple[Tensor, int]]) -> tuple[l
     return rows, seconds
 
 
-def _on_cuda(encoder: Encoder, batches: Iterable[tuple[Tensor, int]]) -> tuple[list[Tensor], float]:
-    """Compute one batch while the next is copied from pinned memory on another CUDA stream."""
+def _embed_overlapped(encoder: Encoder, batches: Iterable[tuple[Tensor, int]]) -> tuple[list[Tensor], float]:
+    """Embed one batch while the next is copied from pinned memory on another CUDA stream."""
     copying: torch.cuda.Stream = torch.cuda.Stream(encoder.device)  # type: ignore[no-untyped-call]
     computing = torch.cuda.current_stream(encoder.device)
     rows: list[Tensor] = []

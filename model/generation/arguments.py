@@ -1,4 +1,4 @@
-"""Arguments of a pipeline: validation, renamed ones, and the conversion of the output."""
+"""Arguments of a pipeline: validation, deprecated names, and conversion of the output."""
 
 import math
 import warnings
@@ -22,7 +22,7 @@ Images = list[Image.Image] | NDArray[np.float32] | Tensor
 
 
 def check_defaults(config: Any) -> None:
-    """Raise ``ModelError`` for defaults of a pipeline that no call could use."""
+    """Raise ``ModelError`` if a default of a pipeline is not valid for any call."""
     for name in ("neighbours", "trained_neighbours", "candidates", "num_inference_steps"):
         check_count(name, config[name])
     for name, choices in (("query", get_args(QuerySlot)), ("prediction", get_args(Prediction))):

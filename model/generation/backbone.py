@@ -21,7 +21,7 @@ from model.networks.vq_transformer import VQTransformer
 
 
 class Backbone(Protocol):
-    """What sampling and editing need of a generator, continuous or discrete."""
+    """Interface of a generator, continuous or discrete, for sampling and editing."""
 
     @property
     def side(self) -> int:
@@ -118,7 +118,7 @@ def new_backbone(
     Args:
         network: A transformer or U-Net over pixels or latents, or a transformer over codes.
         vae: The autoencoder of the network's latents or codes; None for a network over pixels.
-        scheduler: Of a continuous network. Default: :func:`model.diffusion.solver.new_scheduler`.
+        scheduler: Scheduler of a continuous network. Default: :func:`model.diffusion.solver.new_scheduler`.
         prediction: Output of a continuous network. Default: "velocity".
         guidance_interval: Noise levels at which a continuous network is guided. Default: all.
         truncation: Probability mass kept per code of a discrete network. Default: 0.86.

@@ -1,4 +1,4 @@
-"""Components of a pipeline: network, encoder and database, and the condition that they give.
+"""Components of a pipeline: network, encoder and database, and the conditions built from them.
 
 Legend: ``P`` prompts, ``K`` neighbours, ``D`` embedding width.
 """
@@ -52,11 +52,12 @@ class BasePipeline(DiffusionPipeline):
         prediction: str = "velocity",
         truncation: float = 0.86,
     ) -> None:
-        """Join the components; the arguments from ``neighbours`` on are defaults, most of which a call may override.
+        """Combine the components. ``neighbours`` and the arguments after it are defaults; a call may override most.
 
         Args:
             transformer: The network: velocities of pixels or latents, or logits of codes.
-            scheduler: Any flow-matching scheduler of diffusers. Required for continuous networks, unused by discrete.
+            scheduler: Any flow-matching scheduler of diffusers. Required for continuous networks, unused for discrete
+                ones.
             vae: The autoencoder of the network's latents or codes. Default: None, for networks over pixels.
             encoder_identity: Fields of :class:`model.encoder.identity.EncoderIdentity`. Required.
             neighbours: K. Default: 10.
@@ -106,7 +107,7 @@ class BasePipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
-        """Load a pipeline as diffusers does, but refuse incomplete weights instead of warning.
+        """Load a pipeline as diffusers does, but fail for incomplete weights instead of logging a warning.
 
         Raises ``ModelError`` if a component's weights do not match its config or are not finite.
         """
@@ -191,8 +192,8 @@ class BasePipeline(DiffusionPipeline):
     def compile(self) -> None:
         """Compile the network in place, to generate many images on a GPU. Call it after ``to``.
 
-        The first call of a transformer takes about half a minute more, and again for each new batch size or number of
-        neighbours; guidance in an interval has two batch sizes per call. A U-Net takes minutes.
+        A transformer is compiled at its first call, in about half a minute, and again for each new batch size or number
+        of neighbours. Guidance in an interval has two batch sizes per call. Compilation of a U-Net takes minutes.
         """
         compile_in_place(self.transformer)
 
@@ -216,7 +217,10 @@ class BasePipeline(DiffusionPipeline):
             k: Number of neighbours, K.
             query: Embedding in the query's slot. Default: the generator's; without retrieval "text".
             retrieve: False hides the neighbours. Default: True.
-            database: Where to retrieve. Default: the database plugged in.
+            database: Database to search. Default: that of the pipeline.
+
+        Raises:
+            ModelError: ``query`` is not valid, or there is no database to search.
         """
         if retrieve and database is None:
             database = self.database

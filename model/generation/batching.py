@@ -33,13 +33,13 @@ def run_batched(
 ) -> Tensor:
     """Call ``function`` for slices of ``count`` images and concatenate the results on the CPU.
 
-    A device that is out of memory halves the batch size once.
+    If the device runs out of memory, the batch size is halved once.
 
     Args:
         function: Receives the slice and a callback for the number of each finished step, from 1.
         count: Number of images.
         steps: Steps per batch.
-        device: Device that ``function`` runs on; it decides the batch size.
+        device: Device that ``function`` runs on; its type determines the batch size.
         on_progress: Called after each step, or None.
 
     Raises:

@@ -24,7 +24,7 @@ class Condition(NamedTuple):
     """The condition of P prompts.
 
     Attributes:
-        tokens: (P, 1 + K, D + 1). If training showed more than K neighbours, hidden ones are appended.
+        tokens: (P, 1 + K, D + 1). If training used more than K neighbours, hidden ones are appended.
         query: (P, D) unit rows in the query's slot, or None if it is hidden.
         hits: The neighbours, or None without retrieval.
     """
@@ -41,11 +41,11 @@ def build_condition(
 
     Args:
         embeddings: (P, D) unit rows on the CPU.
-        k: K.
+        k: Number of neighbours, K.
         query: The embedding in the query's slot, a ``QuerySlot``. "mean" and "both" need a database.
-        database: Where to retrieve, or None to hide all neighbours.
+        database: Database to search, or None to hide all neighbours.
         dimension: D.
-        trained_neighbours: Neighbours shown in training; fewer are padded with hidden ones.
+        trained_neighbours: Number of neighbours shown in training. If K is smaller, hidden neighbours are appended.
 
     Raises:
         ModelError: ``query`` is unknown or needs a database, or the embeddings have another width.
@@ -55,7 +55,7 @@ def build_condition(
         hits = database.search(embeddings.numpy(), k)
         if k > len(database):
             logger.warning("the database holds %d images, but %d neighbours were requested", len(database), k)
-    # Training has shown hidden neighbours, so this is a valid input without retrieval.
+    # Without retrieval the neighbours are zeros. The network has seen such hidden neighbours in training.
     found = torch.zeros(len(embeddings), k, dimension) if hits is None else torch.from_numpy(hits.embeddings)
     mean = F.normalize(found.mean(dim=1), dim=-1)
     slot: Tensor | None

@@ -55,7 +55,7 @@ class ContinuousBackbone:
 
     @property
     def max_steps(self) -> None:
-        """No maximum."""
+        """None: the number of steps has no maximum."""
         return
 
     @property
@@ -65,17 +65,17 @@ class ContinuousBackbone:
 
     @property
     def denoiser(self) -> Denoiser:
-        """The velocity of (x_σ, σ, tokens); an editor gets an empty reference."""
+        """The network as a function of (x_σ, σ, tokens) to velocities. An editor gets an empty reference."""
         denoiser = as_denoiser(self.network, self.prediction)
         return with_reference(denoiser, None) if is_editor(self.network) else denoiser
 
     @property
     def starts_from_images(self) -> bool:
-        """True: a noised image is a point of the path."""
+        """True: an image with noise is a point on the path of the flow."""
         return True
 
     def noise_shape(self, steps: int) -> tuple[int, ...]:
-        """Return (C, s, s); the steps need no further noise."""
+        """Return (C, s, s). The sampler is deterministic, so the shape does not depend on ``steps``."""
         config = self.network.config
         return (config.out_channels, config.sample_size, config.sample_size)
 

@@ -56,7 +56,7 @@ class DiscreteBackbone:
 
     @property
     def max_steps(self) -> int:
-        """The timesteps of the process."""
+        """Number of timesteps of the process."""
         return int(self.network.config.timesteps)
 
     @property

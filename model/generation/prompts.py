@@ -34,7 +34,9 @@ def embed_prompts(prompts: Prompts, encoder: Callable[[], Encoder], dimension: i
     """
     if isinstance(prompts, Tensor):
         if prompts.ndim != 2 or not len(prompts) or not prompts.isfinite().all():
-            raise ModelError(f"embeddings must be finite rows (P, D), at least one: {tuple(prompts.shape)}")
+            raise ModelError(
+                f"embeddings are not finite rows: shape {tuple(prompts.shape)}; give at least one finite row, as (P, D)"
+            )
         return F.normalize(prompts.float().cpu(), dim=-1)
     if not isinstance(prompts, Prompt | Iterable):
         raise ModelError(f"prompt has an unknown type: {type(prompts).__name__}; {_KINDS}")
@@ -54,9 +56,9 @@ def embed_prompts(prompts: Prompts, encoder: Callable[[], Encoder], dimension: i
 
 
 def one_for_each(embeddings: Tensor, count: int, *, name: str, of: str) -> Tensor:
-    """Expand one row (1, …) to (count, …), or check that there are ``count`` of them.
+    """Expand one row (1, …) to (count, …). Raise ``ModelError`` unless there are 1 or ``count`` rows.
 
-    ``name`` and ``of`` name the two in the error message, e.g. "negative prompts" for "prompts".
+    ``name`` and ``of`` are the words for rows and count in the error message, e.g. "negative prompts" and "prompts".
     """
     if len(embeddings) not in (1, count):
         raise ModelError(f"there are {len(embeddings)} {name} for {count} {of}; give one for all, or one for each")

@@ -1,4 +1,4 @@
-"""Generation of images from condition tokens, with a choice among candidates.
+"""Generation of images from condition tokens, with selection among candidates.
 
 Legend: ``B`` samples, ``S`` side, ``T`` condition tokens, ``E`` their channels, ``D`` embedding width.
 """
@@ -22,7 +22,7 @@ EmbedPixels = Callable[[NDArray[np.uint8]], Tensor]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingRequest:
-    """What to generate, and how.
+    """Inputs and settings of one call of :func:`generate`.
 
     Attributes:
         tokens: (B, T, E) on the CPU; the candidates of one image are adjacent.
@@ -104,7 +104,7 @@ def embed_images(embed_pixels: EmbedPixels, pixels: NDArray[np.uint8], device: t
 def _best_candidates(
     images: Tensor, embed_pixels: EmbedPixels, request: SamplingRequest, device: torch.device
 ) -> Tensor:
-    """Return, of each image's candidates, the one whose embedding is closest to the target."""
+    """Return for each image the candidate whose embedding is closest to the target."""
     embeddings = embed_images(embed_pixels, to_pixels(images), device)
     cosines = (embeddings * request.targets.repeat_interleave(request.candidates, dim=0)).sum(1)
     best = cosines.reshape(-1, request.candidates).argmax(1)

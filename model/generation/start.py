@@ -1,10 +1,10 @@
 """Images to start from instead of pure noise: stored neighbours of the prompts, or the user's own images.
 
-Legend: ``B`` samples, ``P`` prompts, ``C`` best neighbours, ``S`` side.
+Legend: ``B`` samples, ``P`` prompts, ``S`` side.
 
     x_s = (1 − s)·start + s·ε,  then the flow from σ = s to 0      (SDEdit, Meng et al. 2108.01073, section 3)
 
-An embedding says which objects an image shows, but hardly where. The start supplies the layout.
+An embedding describes which objects an image shows, but barely where they are. The start supplies the layout.
 """
 
 import math
@@ -30,9 +30,9 @@ Start: TypeAlias = Literal["noise", "neighbour"] | Image.Image | Sequence[Image.
 STRENGTH = 0.8
 """Default share of noise that is added to a start."""
 BEST = 3
-"""The start is one of so many nearest neighbours, …"""
+"""Number of nearest neighbours among which the start is chosen."""
 MARGIN = 0.05
-"""… of which those with a cosine this much below the nearest are left out: they show other things."""
+"""Largest difference of their cosines to that of the nearest one. Neighbours below it show other things."""
 
 
 def checked_strength(backbone: Backbone, start: Start, strength: float | None, retrieve: bool) -> float:
@@ -76,9 +76,9 @@ def neighbour_images(embeddings: Tensor, database: Searchable, noise: Tensor, si
     ids, found = hits.ids.repeat(repeats, axis=0), near.sum(axis=1).repeat(repeats)
     if not found.all():
         raise ModelError("a prompt has no neighbour to start from; use start='noise', or a database with other images")
-    chosen = ids[np.arange(len(ids)), choices(noise, found)]
-    unique, places = np.unique(chosen, return_inverse=True)
-    return as_start(database.images(unique.tolist()), side)[torch.from_numpy(places)]
+    chosen = ids[np.arange(len(ids)), choose_by_noise(noise, found)]
+    unique, inverse = np.unique(chosen, return_inverse=True)
+    return as_start(database.images(unique.tolist()), side)[torch.from_numpy(inverse)]
 
 
 def as_start(images: Sequence[Image.Image], side: int) -> Tensor:
@@ -86,10 +86,11 @@ def as_start(images: Sequence[Image.Image], side: int) -> Tensor:
     return to_model_range(torch.from_numpy(np.stack([image_to_array(to_rgb(image), side) for image in images])))
 
 
-def choices(noise: Tensor, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Choose a number below ``counts`` (B,) for each sample, uniformly over noise (B, …): (B,).
+def choose_by_noise(noise: Tensor, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Choose an integer in [0, counts[i]) for each sample i, uniformly, as a function of its noise (B, …): (B,) int64.
 
-    The sum of n standard normal values, divided by √n, is standard normal, and its distribution function uniform.
+    The sum of n standard normal values, divided by √n, is standard normal. Its cumulative distribution function is
+    therefore uniform.
     """
     flat = noise.flatten(1).double()
     uniform = torch.special.ndtr(flat.sum(1) / math.sqrt(flat.shape[1])).numpy()

@@ -1,4 +1,4 @@
-"""Bootstrap percentile intervals of scores, by resampling images or groups of images.
+"""Bootstrap percentile intervals of scores, from resampled images or groups of images.
 
 Legend: ``R`` resamples, ``N``, ``M`` images, ``D`` embedding width.
 
@@ -20,9 +20,10 @@ from model.metrics.embedding_metrics import Embeddings, Values, weighted_frechet
 
 Statistic = Callable[..., Values]
 """A function of counts (R, N), or (R, N) and (R, M), that returns values (R,)."""
-Set = int | NDArray[np.int64]
+ImageSet = int | NDArray[np.int64]
 """The number of images of a set, or the group of each image, (N,) from 0; groups are resampled as a whole."""
 LEVEL = 0.95
+"""Default confidence level of the intervals."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,44 +37,44 @@ class Score:
 
 def bootstrap_interval(
     statistic: Statistic,
-    *sets: Set,
+    *sets: ImageSet,
     resamples: int,
     rng: np.random.Generator,
     level: float = LEVEL,
     bounds: tuple[float, float] = (-np.inf, np.inf),
 ) -> Score:
-    """Return the statistic of all images and its percentile interval over ``resamples`` draws with replacement.
-
-    Args:
-        statistic: function of the counts of each set.
-        sets: images of each set; the sets are resampled independently. There is no interval if a set has one group.
-        resamples: R; 0 for the value alone.
-        rng: source of the draws.
-        level: share of the resamples inside the interval, in (0, 1).
-        bounds: range of the statistic; values beyond it by rounding are clipped.
+    """Return the statistic of all images and its percentile interval over ``resamples`` samples with replacement.
 
     A distance between sets is larger for a resample than for the set itself, since repeated images reduce the
     resample's spread. The mean excess of the resamples over the value is therefore subtracted. The interval is that of
     the value expected *at this number of images*, so runs of equal size are comparable. For a mean the correction
     is 0. (Efron and Tibshirani, An Introduction to the Bootstrap, 10.2 and 13.3.)
+
+    Args:
+        statistic: Function of the counts of each set.
+        sets: Images of each set; the sets are resampled independently. There is no interval if a set has one group.
+        resamples: R; 0 for the value alone.
+        rng: Source of randomness.
+        level: Share of the resamples inside the interval, in (0, 1). Default: 0.95.
+        bounds: Range of the statistic, to clip values that exceed it by rounding. Default: unbounded.
     """
     grouped = [_grouped(each) for each in sets]
     value = float(np.clip(statistic(*(np.ones((1, len(groups))) for groups in grouped))[0], *bounds))
     if not resamples or any(groups.max() == 0 for groups in grouped):
         return Score(value=value)
-    drawn = statistic(*(resampled(groups, resamples, rng) for groups in grouped))
+    values = statistic(*(resampled(groups, resamples, rng) for groups in grouped))
     tail = 50 * (1 - level)
-    low, high = np.percentile(drawn, [tail, 100 - tail]) - (drawn.mean() - value)
+    low, high = np.percentile(values, [tail, 100 - tail]) - (values.mean() - value)
     low, high = np.clip([low, high], *bounds)
     return Score(value=value, low=float(low), high=float(high))
 
 
-def resampled(images: Set, resamples: int, rng: np.random.Generator) -> Values:
-    """Return counts (resamples, N) of each image when as many groups as the set has are drawn with replacement."""
+def resampled(images: ImageSet, resamples: int, rng: np.random.Generator) -> Values:
+    """Sample the set's groups with replacement, as many as it has. Return the count of each image, (resamples, N)."""
     groups = _grouped(images)
     count = int(groups.max()) + 1
-    drawn: Values = rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)[:, groups]
-    return drawn
+    counts: Values = rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)[:, groups]
+    return counts
 
 
 def groups_of(rows: NDArray[Any]) -> NDArray[np.int64]:
@@ -103,5 +104,6 @@ def mmd_of(first: Embeddings, second: Embeddings) -> Statistic:
     return lambda first_counts, second_counts: weighted_mmd(first, first_counts, second, second_counts)
 
 
-def _grouped(images: Set) -> NDArray[np.int64]:
+def _grouped(images: ImageSet) -> NDArray[np.int64]:
+    """Return the group (N,) of each image; without groups each image is one."""
     return np.arange(images) if isinstance(images, int) else images

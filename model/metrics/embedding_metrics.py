@@ -19,7 +19,7 @@ MMD_SIGMA = 10.0
 MMD_SCALE = 1000.0
 """Factor of the published CMMD, for readability."""
 NEAR_DUPLICATE = 0.95
-"""Cosine from which two images count as variants of one image. It depends on the encoder.
+"""Minimum cosine of two images that count as variants of one image. It depends on the encoder.
 
 Under ``sticker-clip`` the median cosine of a Twemoji and the same image shifted by 1, 2 or 4 of 64 px is 0.995, 0.990
 and 0.983. That of an emoji and its nearest other skin tone is 0.956. Nine in ten emoji without skin tones have no other
@@ -121,15 +121,15 @@ def copy_threshold(
 ) -> float:
     """Return the cosine above which a sample counts as a copy of its nearest database image.
 
+    Variants are excluded because they say nothing about the distance between different images. In a domain full of
+    variants, the threshold would be so close to 1 that it missed a copy shifted by one pixel. A slightly changed copy
+    is about as close to its source as variants are to each other, so it counts as a copy. So does a sample that is a
+    variant of a stored image. Compare the copy rate of samples with that of real images, which counts such variants.
+
     Args:
         real_nearest: (N,) cosine of real images to their nearest *other* image of the database.
-        percentile: percentile of those without a near-duplicate, in [0, 100], that becomes the threshold.
-        near_duplicate: cosine from which two real images are variants of one; the upper limit of the threshold.
-
-    Variants are excluded because they say nothing about the distance between different images. In a domain full of
-    them the threshold would be so close to 1 that a copy shifted by a pixel is below it. A slightly changed copy is
-    about as close to its source as variants are to each other, so it counts as a copy. So does a sample that is a
-    variant of a stored image. Compare the copy rate of samples with that of real images, which counts such variants.
+        percentile: Percentile in [0, 100] of the cosines below ``near_duplicate``; it is the threshold. Default: 95.
+        near_duplicate: Minimum cosine of variants, and the upper limit of the threshold. Default: 0.95.
     """
     distinct = real_nearest[np.isfinite(real_nearest) & (real_nearest < near_duplicate)]
     if not len(distinct):

@@ -17,7 +17,10 @@ from model.images import image_to_array
 def require_inception(weights: Path) -> None:
     """Raise ``ModelError`` unless torch-fidelity is installed and ``weights`` is a readable weights file."""
     if importlib.util.find_spec("torch_fidelity") is None:
-        raise ModelError("FID needs torch-fidelity: run pip install 'knn-diffusion[fid]', or omit the weights' path")
+        raise ModelError(
+            "torch-fidelity is not installed, and FID needs it; run pip install 'knn-diffusion[fid]', or omit the path "
+            "of the Inception weights"
+        )
     if not weights.is_file():
         raise ModelError(
             f"Inception weights not found: {weights}; pass the path of torch-fidelity's "
@@ -35,12 +38,12 @@ def require_inception(weights: Path) -> None:
 def inception_distance(
     first: Sequence[Image.Image], second: Sequence[Image.Image], weights: Path, *, cuda: bool = False
 ) -> float:
-    """Return the Fréchet Inception distance of two sets of images (Heusel et al. 1706.08500): lower is closer, min. 0.
+    """Return the Fréchet Inception distance of two sets of images (Heusel et al. 1706.08500): at least 0, 0 if equal.
 
     The centre square of every image is resized to the width of the first image, so that the sets do not differ in
     sharpness; training and CLIP use the same crop. torch-fidelity then resizes it to 299 px like the reference code.
-    The estimate is biased upwards for few images (10,000 and more are usual). Raises ``ModelError`` without
-    torch-fidelity or the weights.
+    The estimate is biased upwards for few images (10,000 and more are usual). Raises ``ModelError`` if torch-fidelity
+    or the weights are missing.
     """
     require_inception(weights)
     from torch_fidelity import calculate_metrics  # type: ignore[import-untyped, unused-ignore]

@@ -9,7 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.metrics import embedding_metrics
-from model.metrics.bootstrap import Score, Set, Statistic, bootstrap_interval, frechet_of, groups_of, mean_of, mmd_of
+from model.metrics.bootstrap import (
+    ImageSet,
+    Score,
+    Statistic,
+    bootstrap_interval,
+    frechet_of,
+    groups_of,
+    mean_of,
+    mmd_of,
+)
 from model.metrics.embedding_metrics import Embeddings
 
 _SHARE = (0.0, 1.0)
@@ -18,7 +27,14 @@ _DISTANCE = (0.0, np.inf)
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceSet:
-    """The reference of scores: real images (M, D), and the cosine above which a sample counts as a copy."""
+    """Reference of the scores: embeddings of real images, copy threshold, and bootstrap settings.
+
+    Attributes:
+        real: (M, D) embeddings of real images.
+        threshold: Cosine above which a sample counts as a copy of its nearest database image.
+        resamples: Resamples of each interval; 0 for no intervals.
+        seed: Seed of the bootstrap.
+    """
 
     real: Embeddings
     threshold: float
@@ -27,26 +43,26 @@ class ReferenceSet:
 
 
 def score_samples(
-    rows: Embeddings, queries: Embeddings, near: NDArray[np.floating], yardstick: ReferenceSet
+    rows: Embeddings, queries: Embeddings, near: NDArray[np.floating], reference: ReferenceSet
 ) -> dict[str, Score]:
     """Return scores by name: clip_score, fd, mmd, precision, recall, nearest and copy_rate.
+
+    Distances, precision and recall depend on the sizes of both sets. If there are fewer real images than samples, they
+    use the first M samples. Samples of one query are resampled together, so the intervals describe the variation over
+    sets of this many queries. The manifolds of precision and recall, and the copy threshold, are not resampled.
 
     Args:
         rows: (N, D) embeddings of the samples.
         queries: (N, D) embedding of each sample's prompt.
         near: (N,) cosine of each sample to its nearest database image.
-        yardstick: reference images, copy threshold and bootstrap settings.
-
-    Distances, precision and recall depend on the sizes of both sets. If there are fewer real images than samples, they
-    use the first M samples. Samples of one query are resampled together, so the intervals describe other sets of as
-    many queries. For precision, recall and copy rate the manifolds and the threshold are the same in all resamples.
+        reference: Real images, copy threshold and bootstrap settings.
     """
-    real, groups = yardstick.real, groups_of(queries)
+    real, groups = reference.real, groups_of(queries)
     compared, compared_groups = rows[: len(real)], groups[: len(real)]
-    rng = np.random.default_rng(yardstick.seed)
+    rng = np.random.default_rng(reference.seed)
 
-    def interval(statistic: Statistic, *sets: Set, bounds: tuple[float, float]) -> Score:
-        return bootstrap_interval(statistic, *sets, resamples=yardstick.resamples, rng=rng, bounds=bounds)
+    def interval(statistic: Statistic, *sets: ImageSet, bounds: tuple[float, float]) -> Score:
+        return bootstrap_interval(statistic, *sets, resamples=reference.resamples, rng=rng, bounds=bounds)
 
     return {
         "clip_score": interval(mean_of(embedding_metrics.pair_cosines(rows, queries)), groups, bounds=(-1.0, 1.0)),
@@ -55,17 +71,17 @@ def score_samples(
         "precision": interval(mean_of(embedding_metrics.on_manifold(compared, real)), compared_groups, bounds=_SHARE),
         "recall": interval(mean_of(embedding_metrics.on_manifold(real, compared)), len(real), bounds=_SHARE),
         "nearest": interval(mean_of(near), groups, bounds=(-1.0, 1.0)),
-        "copy_rate": interval(mean_of(near > yardstick.threshold), groups, bounds=_SHARE),
+        "copy_rate": interval(mean_of(near > reference.threshold), groups, bounds=_SHARE),
     }
 
 
 def score_mean(
-    values: NDArray[np.floating], queries: Embeddings, yardstick: ReferenceSet, *, bounds: tuple[float, float]
+    values: NDArray[np.floating], queries: Embeddings, reference: ReferenceSet, *, bounds: tuple[float, float]
 ) -> Score:
     """Return the mean of ``values`` (N,) and its interval; values of equal queries (N, D) are resampled together."""
-    rng = np.random.default_rng(yardstick.seed)
+    rng = np.random.default_rng(reference.seed)
     groups = groups_of(queries)
-    return bootstrap_interval(mean_of(values), groups, resamples=yardstick.resamples, rng=rng, bounds=bounds)
+    return bootstrap_interval(mean_of(values), groups, resamples=reference.resamples, rng=rng, bounds=bounds)
 
 
 def flatten(scores: dict[str, Score], suffix: str = "") -> dict[str, float]:

@@ -32,18 +32,18 @@ def as_denoiser(network: nn.Module, prediction: Prediction) -> Denoiser:
     """Wrap ``network`` as a function of (x_σ (B, C, S, S), σ (B,), tokens (B, T, E)) to velocity (B, C, S, S) float32.
 
     x_σ and the tokens are cast to the dtype of the weights, so a bfloat16 network needs no autocast.
-    ``prediction`` says what the network outputs.
+    ``prediction`` is the type of the network's output.
     """
-    inner = bare(network)
+    inner = unwrap(network)
     # PixArt requires these arguments, but only its 1024-px models use them.
     extra = {} if isinstance(inner, UNet2DConditionModel) else {"added_cond_kwargs": _NO_SIZES}
 
     def denoise(noisy: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
-        kind = inner.dtype
+        dtype = inner.dtype
         (output,) = network(
-            noisy.to(kind),
+            noisy.to(dtype),
             timestep=sigma * TIMESTEPS,
-            encoder_hidden_states=condition.to(kind),
+            encoder_hidden_states=condition.to(dtype),
             return_dict=False,
             **extra,
         )
@@ -52,7 +52,7 @@ def as_denoiser(network: nn.Module, prediction: Prediction) -> Denoiser:
     return denoise
 
 
-def bare(network: nn.Module) -> Any:
+def unwrap(network: nn.Module) -> Any:
     """Return the network inside a DistributedDataParallel wrapper, or the network itself."""
     return getattr(network, "module", network)
 

@@ -23,7 +23,7 @@ from model.networks.fused_attention import use_fused_attention
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TransformerConfig:
-    """Size of the transformer, and what it predicts. Its width is heads × head_width."""
+    """Size of the transformer, and the type of its output. Its width is heads × head_width."""
 
     kind: Literal["transformer"] = "transformer"  # discriminates the network configs in a flow's parameters
     image_size: int = 32  # side of the denoised pixels or latents
@@ -41,7 +41,10 @@ class TransformerConfig:
                 f"image_size is not a multiple of patch_size: {self.image_size}, {self.patch_size}; change one of them"
             )
         if min(self.layers, self.heads, self.head_width, self.channels) < 1:
-            raise ModelError("layers, heads, head_width and channels must be at least 1")
+            raise ModelError(
+                f"layers, heads, head_width or channels is below 1: {self.layers}, {self.heads}, {self.head_width}, "
+                f"{self.channels}; give at least 1 of each"
+            )
 
 
 def build_transformer(config: TransformerConfig, *, embedding_dimension: int, seed: int) -> PixArtTransformer2DModel:

@@ -21,7 +21,7 @@ EDITOR_CHANNELS = 6
 
 
 def widen_input(network: PixArtTransformer2DModel, in_channels: int = EDITOR_CHANNELS) -> PixArtTransformer2DModel:
-    """Copy the network and add input channels with zero weights, so that its output is at first that of the original.
+    """Copy the network and add input channels with zero weights, so that the outputs are unchanged.
 
     The copy's config has the new ``in_channels``, so it is saved and loaded like any other network.
 
@@ -48,7 +48,7 @@ def is_editor(network: nn.Module) -> bool:
 
 
 def with_reference(denoiser: Denoiser, reference: Tensor | None) -> Denoiser:
-    """Bind ``reference`` (B, 3, S, S) to a denoiser of six input channels, which gives a denoiser of three.
+    """Fix the reference channels of a six-channel denoiser to ``reference`` (B, 3, S, S). Return one of three channels.
 
     The reference is repeated for batches that are a multiple of B, as in guidance. None means no reference: zeros.
     """

@@ -29,7 +29,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 def folding_is_cheaper(context: int, tokens: int, heads: int, width: int, *, projections: int) -> bool:
     """Return True if folding projections into the context takes fewer FLOPs than applying them to the tokens.
 
-    Both sides of the comparison count the multiplications of one image, in units of 2·W.
+    Both sides of the comparison count the FLOPs of one image, in units of 2·W.
 
     Args:
         context: Number of condition tokens, T.
@@ -75,8 +75,8 @@ def block_diagonal_keys(keys: Tensor) -> Tensor:
 class FoldedAttnProcessor(AttnProcessor2_0):
     """Cheaper attention for PixArt blocks whose layers are four linear projections with an output bias.
 
-    It falls back to diffusers for masks, other biases or none, active dropout, hooks, and adapters that replace a
-    projection.
+    It falls back to diffusers for attention masks, any other combination of biases, active dropout, hooks, and adapters
+    that replace a projection.
     """
 
     def __call__(
@@ -88,17 +88,17 @@ class FoldedAttnProcessor(AttnProcessor2_0):
         *arguments: Any,
         **options: Any,
     ) -> Tensor:
-        """(B, n, W) tokens, (B, T, W) context (None: the tokens themselves) -> (B, n, W)."""
+        """Attend: tokens (B, n, W), context (B, T, W), or None for the tokens themselves -> (B, n, W)."""
         context = encoder_hidden_states
         if attention_mask is None and _is_plain(attn):
             if context is None:
-                return _to_themselves(attn, hidden_states)
+                return _self_attention(attn, hidden_states)
             if folding_is_cheaper(context.shape[1], hidden_states.shape[1], attn.heads, attn.inner_dim, projections=2):
-                return _to_few(attn, hidden_states, context)
+                return _folded_cross_attention(attn, hidden_states, context)
         return cast(Tensor, super().__call__(attn, hidden_states, context, attention_mask, *arguments, **options))
 
 
-def _to_themselves(attn: Attention, tokens: Tensor) -> Tensor:
+def _self_attention(attn: Attention, tokens: Tensor) -> Tensor:
     """Compute self-attention with one product for queries, keys and values, which reads the tokens only once."""
     weight = torch.cat([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight])
     query, key, value = (
@@ -108,7 +108,7 @@ def _to_themselves(attn: Attention, tokens: Tensor) -> Tensor:
     return cast(Tensor, attn.to_out[0](attended.transpose(1, 2).flatten(2)))
 
 
-def _to_few(attn: Attention, tokens: Tensor, context: Tensor) -> Tensor:
+def _folded_cross_attention(attn: Attention, tokens: Tensor, context: Tensor) -> Tensor:
     """Compute cross-attention with both projections folded into the context."""
     key, value = (projection(context).unflatten(2, (attn.heads, -1)) for projection in (attn.to_k, attn.to_v))
     keys = fold_query(key, attn.to_q.weight * attn.scale)
@@ -120,7 +120,7 @@ class PatchProjection(nn.Conv2d):
     """A convolution over patches that do not overlap, computed as a matrix product."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, S, S) -> (B, W, S/p, S/p)."""
+        """Project images (B, C, S, S) to (B, W, S/p, S/p), where p is the side of a patch."""
         rows, columns = self.kernel_size
         count, channels, high, wide = *images.shape[:2], images.shape[2] // rows, images.shape[3] // columns
         whole = images[:, :, : high * rows, : wide * columns]
@@ -138,7 +138,7 @@ class TokenLinear(nn.Linear):
     """
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, n, W) -> (B, n, W')."""
+        """Project tokens (B, n, W) to (B, n, W')."""
         if tokens.ndim != 3:
             return super().forward(tokens)
         product = F.linear(tokens, self.weight)
@@ -146,7 +146,7 @@ class TokenLinear(nn.Linear):
 
 
 def layer_sharing_state(kind: type[Layer], layer: nn.Module) -> Layer:
-    """Return a layer of type ``kind`` with the attributes of ``layer``, which must be its base class or a subclass.
+    """Return a layer of type ``kind`` with the attributes of ``layer``. One type must be a subclass of the other.
 
     Both layers share one dictionary of parameters. FSDP, which keeps references to the layers that it shards, can
     therefore still exchange the parameters of the new layer.
@@ -177,10 +177,10 @@ def sum_by_image(block: nn.Module) -> None:
 
 def _is_plain(attn: Attention) -> bool:
     """Return True if the layer is exactly four linear projections with an output bias and no active dropout."""
-    inside, (out, dropout) = (attn.to_q, attn.to_k, attn.to_v), attn.to_out
+    inputs, (out, dropout) = (attn.to_q, attn.to_k, attn.to_v), attn.to_out
     return (
-        all(is_unmodified(part) for part in (*inside, out, dropout))
-        and all(part.bias is None for part in inside)
+        all(is_unmodified(part) for part in (*inputs, out, dropout))
+        and all(part.bias is None for part in inputs)
         and out.bias is not None
         and not (attn.training and dropout.p)
     )

@@ -1,4 +1,4 @@
-"""The U-Net denoiser, the paper's continuous backbone, in any size (Sheynin et al., §3.2).
+"""The U-Net denoiser, the paper's continuous backbone, of any size (Sheynin et al., §3.2).
 
 The network is diffusers' ``UNet2DConditionModel`` with the condition tokens as encoder hidden states. At equal
 parameters the transformer of :mod:`model.networks.dit` trains four times as many images per second. The U-Net is kept
@@ -36,9 +36,15 @@ class UNetConfig:
         """Raise ``ModelError`` if the image cannot be halved, or heads or group norms do not divide the widths."""
         halvings = len(self.widths) - 1
         if halvings < 1 or self.image_size % 2**halvings:
-            raise ModelError(f"image_size {self.image_size} cannot be halved {halvings} times; give 2 widths or more")
+            raise ModelError(
+                f"image_size cannot be halved at each level: {self.image_size}, {len(self.widths)} widths; give at "
+                "least 2 widths, and an image_size that is a multiple of 2 ** (widths - 1)"
+            )
         if any(width % 32 or width % self.head_width for width in self.widths):
-            raise ModelError(f"widths {self.widths} must be multiples of 32 and of head_width {self.head_width}")
+            raise ModelError(
+                f"widths do not fit the group norms or heads: {self.widths}; give multiples of 32 and of head_width "
+                f"{self.head_width}"
+            )
 
 
 def build_unet(config: UNetConfig, *, embedding_dimension: int, seed: int) -> UNet2DConditionModel:

@@ -20,7 +20,8 @@ from model.errors import ModelError
 class AutoencoderConfig:
     """Size of the autoencoder.
 
-    ``channels`` has one entry per resolution, from that of the image down, each half of the one before.
+    ``channels`` has one entry per resolution, starting at that of the image. Each further resolution is half of the one
+    before.
     """
 
     image_size: int = 64
@@ -42,7 +43,10 @@ class AutoencoderConfig:
                 f"image_size is not a multiple of downscale: {self.image_size}, {self.downscale}; change one of them"
             )
         if self.codes < 2 or min(self.code_width, self.layers, *self.channels) < 1:
-            raise ModelError("codes must be at least 2; code_width, layers and channels at least 1")
+            raise ModelError(
+                f"codes, code_width, layers or channels is too small: {self.codes}, {self.code_width}, {self.layers}, "
+                f"{self.channels}; give at least 2 codes, and at least 1 of the others"
+            )
 
     @property
     def tokens(self) -> int:

@@ -55,13 +55,16 @@ class VQTransformerConfig:
                 f"tokens is not a square number: {self.tokens}; use (image_size / downscale)² of the autoencoder"
             )
         if self.codes < 2 or self.timesteps < 2:
-            raise ModelError("codes and timesteps must be at least 2")
+            raise ModelError(f"codes or timesteps is below 2: {self.codes}, {self.timesteps}; give at least 2 of each")
         if min(self.layers, self.heads, self.head_width) < 1:
-            raise ModelError("layers, heads and head_width must be at least 1")
+            raise ModelError(
+                f"layers, heads or head_width is below 1: {self.layers}, {self.heads}, {self.head_width}; "
+                "give at least 1 of each"
+            )
 
 
 class Attention(nn.Module):
-    """Attention of tokens to a context. Queries and keys are normalised, which keeps training stable at high rates."""
+    """Attention of tokens to a context. Normalised queries and keys keep training stable at high learning rates."""
 
     def __init__(self, width: int, head_width: int) -> None:
         """Create width / head_width heads."""
@@ -80,9 +83,9 @@ class Attention(nn.Module):
             project(source).unflatten(2, (-1, self.head_width))
             for project, source in ((self.query, tokens), (self.key, context), (self.value, context))
         )
-        query, key = _normal(query, self.query_gain), _normal(key, self.key_gain)
-        few_tokens = folding_is_cheaper(context.shape[1], tokens.shape[1], key.shape[2], tokens.shape[2], projections=1)
-        if few_tokens and is_unmodified(self.out):
+        query, key = _rms_norm(query, self.query_gain), _rms_norm(key, self.key_gain)
+        fold = folding_is_cheaper(context.shape[1], tokens.shape[1], key.shape[2], tokens.shape[2], projections=1)
+        if fold and is_unmodified(self.out):
             scaled = query.flatten(2) * self.head_width**-0.5
             output = folded_attention(scaled, block_diagonal_keys(key), fold_output(value, self.out.weight))
             return output + self.out.bias.to(output.dtype)
@@ -92,7 +95,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention and MLP on the residual stream. t modulates the first and the last."""
+    """Self-attention, cross-attention and MLP on the residual stream. The timestep modulates self-attention and MLP."""
 
     def __init__(self, width: int, head_width: int) -> None:
         """Create a block of ``width`` channels with width / head_width heads."""
@@ -199,7 +202,7 @@ def initialise(network: VQTransformer) -> None:
         nn.init.normal_(block.cross.out.weight, std=0.02)
 
 
-def _normal(heads: Tensor, gain: Tensor) -> Tensor:
+def _rms_norm(heads: Tensor, gain: Tensor) -> Tensor:
     """Scale each head's vector (B, n, heads, head_width) to mean square 1, times gain. The dtype is unchanged."""
     return F.rms_norm(heads, gain.shape, gain.to(heads.dtype), eps=1e-6).to(heads.dtype)
 

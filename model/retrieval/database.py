@@ -21,8 +21,8 @@ from PIL import Image
 from model.encoder.identity import EncoderIdentity
 from model.errors import ModelError
 from model.retrieval.arguments import checked_count, checked_exclusion, checked_queries, checked_rows
-from model.retrieval.shard_search import CandidateSearch, StackedIVF, open_proposer
-from model.retrieval.stored_rows import Located, StoredRows
+from model.retrieval.shard_search import CandidateSearch, StackedIVF, open_candidate_search
+from model.retrieval.stored_rows import FileSource, StoredRows
 
 if TYPE_CHECKING:
     import torch
@@ -35,24 +35,27 @@ _FEW_ROWS = 64  # up to this number, reading rows one by one is faster than grou
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ShardFiles:
-    """Local files of one index shard: the FAISS index, and the (n, D) float16 rows it was built from, in order.
+    """Local files of one index shard.
 
-    ``ordinal`` is the one passed to :func:`model.retrieval.faiss_index.fill_shard`; ``rows`` is n of each file, if
-    known.
+    Attributes:
+        index: The FAISS index.
+        embeddings: Files of (n, D) float16 rows that the index was built from, in order.
+        ordinal: As passed to :func:`model.retrieval.index_files.fill_shard`.
+        rows: n of each file of embeddings, or None if unknown.
     """
 
     index: Path
-    embeddings: tuple[Located, ...]
+    embeddings: tuple[FileSource, ...]
     ordinal: int = 0
     rows: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SearchEffort:
-    """Search effort per query: number of cells visited and number of candidates re-ranked.
+    """Search effort per query: number of cells (inverted lists) visited, and number of candidates re-ranked.
 
     At least as many candidates are re-ranked as neighbours are requested. An index that scores rows as stored
-    re-ranks only those.
+    needs no more than that.
     """
 
     nprobe: int = 1
@@ -72,7 +75,7 @@ class NearestIds:
     ids: NDArray[np.int64]
 
     @classmethod
-    def nothing(cls, queries: int, width: int) -> "NearestIds":
+    def empty(cls, queries: int, width: int) -> "NearestIds":
         """Return a result without neighbours: scores −inf, ids −1."""
         return cls(scores=np.full((queries, width), -np.inf, np.float32), ids=np.full((queries, width), -1, np.int64))
 
@@ -83,16 +86,18 @@ class NearestIds:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Exclusion:
-    """Rows to exclude from the results: for each query a row and all exact copies of it.
+    """Rows to exclude from the results: for each query one row and all exact copies of it.
 
-    ``ids`` (Q,) int64, −1 if the row is not in this database; ``rows`` (Q, D) float16, as stored.
+    Attributes:
+        ids: (Q,) int64 id of the row, −1 if it is not in this database.
+        rows: (Q, D) float16, the row as stored.
     """
 
     ids: NDArray[np.int64]
     rows: NDArray[np.float16]
 
-    def of(self, queries: NDArray[np.int64]) -> "Exclusion":
-        """Return the exclusions of the given queries."""
+    def select(self, queries: NDArray[np.int64]) -> "Exclusion":
+        """Return the exclusions of some of the queries."""
         return Exclusion(ids=self.ids[queries], rows=self.rows[queries])
 
 
@@ -106,7 +111,7 @@ class Hits:
 
 
 class Searchable(Protocol):
-    """The search interface that a pipeline needs of a database, local or distributed."""
+    """Search interface of a database, local or distributed, as pipelines use it."""
 
     name: str
     encoder: EncoderIdentity
@@ -143,25 +148,27 @@ class Database:
         """Open the shards, in row order.
 
         Args:
-            shards: local files.
-            encoder: encoder of the rows; queries must come from it.
-            name: name used in messages and figures.
-            quantizer: trained template of stackable shards, which contain only inverted lists.
-            effort: tuned search effort; ``SearchEffort()`` by default.
-            hidden: sorted ids of rows that are never returned: taken down, or near-duplicates of others.
-            describe: returns the metadata (key, url, …) of global row ids.
-            images: returns the RGB images of global row ids.
-            part: True for one of several parts searched together; all its rows may be hidden.
+            shards: Local files of each shard.
+            encoder: Encoder of the rows; queries must come from the same encoder.
+            name: Name used in messages and figures. Default: "database".
+            quantizer: Trained template of stackable shards, which contain only inverted lists. Default: None.
+            effort: Tuned search effort. Default: ``SearchEffort()``.
+            hidden: Sorted ids of rows that are never returned: taken down, or near-duplicates of others. Default: none.
+            describe: Returns the metadata (key, url, …) of global row ids. Default: None.
+            images: Returns the RGB images of global row ids. Default: None.
+            part: True for one of several parts searched together, in which all rows may be hidden. Default: False.
 
         Raises:
-            ModelError: the database is empty, or index and rows of a shard do not match.
+            ModelError: The database is empty, or index and rows of a shard do not match.
         """
         self.name, self.encoder, self.effort = name, encoder, effort or SearchEffort()
         self._describe, self._images = describe, images
         self._hidden = np.zeros(0, np.int64) if hidden is None else np.asarray(hidden, dtype=np.int64)
-        self._proposer = open_proposer([s.index for s in shards], [s.ordinal for s in shards], quantizer)
+        self._candidate_search = open_candidate_search(
+            [s.index for s in shards], [s.ordinal for s in shards], quantizer
+        )
         self._parts: list[StoredRows] = []
-        for shard, rows in zip(shards, self._proposer.rows, strict=True):
+        for shard, rows in zip(shards, self._candidate_search.rows, strict=True):
             counts = shard.rows or [None] * len(shard.embeddings)
             parts = [StoredRows(file, encoder.dimension, n) for file, n in zip(shard.embeddings, counts, strict=True)]
             if sum(map(len, parts)) != rows:
@@ -185,8 +192,8 @@ class Database:
 
     @property
     def exact(self) -> bool:
-        """Return True if every row is compared, with its stored value."""
-        return self._proposer.exact and not self._proposer.cells
+        """True if every search compares all rows, by their stored values."""
+        return self._candidate_search.exact and not self._candidate_search.cells
 
     @property
     def parts(self) -> list[StoredRows]:
@@ -194,9 +201,9 @@ class Database:
         return list(self._parts)
 
     @property
-    def proposer(self) -> CandidateSearch:
-        """The source of candidates."""
-        return self._proposer
+    def candidate_search(self) -> CandidateSearch:
+        """The search for candidates, which precedes re-ranking."""
+        return self._candidate_search
 
     def ids(self) -> NDArray[np.int64]:
         """Return the ids of all rows that a search may return, ascending."""
@@ -212,35 +219,36 @@ class Database:
     def to(self, device: "torch.device | str") -> "Database":
         """Return the same database, searched on ``device``; files stay memory-mapped.
 
-        On CUDA, inverted lists that faiss-gpu supports are copied to the GPU. Otherwise the rows are copied to the
-        device and all of them are compared.
+        On CUDA, inverted lists that faiss-gpu supports are copied to the GPU. Otherwise all rows are copied to the
+        device, and every search compares all of them. Raises ``ModelError`` if the device is missing or too small.
         """
-        from model.retrieval.brute_force import (  # so that workers that search with FAISS do not import torch
+        from model.retrieval.brute_force import (  # imported here: workers that search with FAISS need no torch
             TorchBruteForce,
             available,
         )
 
-        other, place, cells = self.with_effort(self.effort), available(device), None
-        if place.type == "cuda" and faiss.get_num_gpus() and isinstance(self._proposer, StackedIVF):
-            from model.retrieval.gpu_index import cells_on_gpu
+        other, target, lists = self.with_effort(self.effort), available(device), None
+        if target.type == "cuda" and faiss.get_num_gpus() and isinstance(self._candidate_search, StackedIVF):
+            from model.retrieval.gpu_index import lists_on_gpu
 
-            cells = cells_on_gpu(self._proposer, place.index or 0)
-        other._proposer = cells or TorchBruteForce(self._parts, place)
+            lists = lists_on_gpu(self._candidate_search, target.index or 0)
+        other._candidate_search = lists or TorchBruteForce(self._parts, target)
         return other
 
     def search(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Hits:
         """Return the ``k`` nearest rows of each query by cosine of the stored rows.
 
-        Every query gets K = min(k, returnable rows) places. If too few rows remain after excluding copies of the
-        query, the last places have id −1, score −inf and a zero embedding, which networks read as a hidden neighbour.
+        The results have K = min(k, returnable rows) columns. If too few rows remain after the exclusion of copies of
+        the query, the last columns have id −1, score −inf and a zero embedding: a hidden neighbour for a network.
 
         Args:
             queries: (Q, D) unit rows.
-            k: number of neighbours, at least 1.
-            exclude: (Q,) row ids; that row and its exact copies are not returned. Usually the query's own row.
+            k: Number of neighbours, at least 1.
+            exclude: (Q,) row ids, usually of the queries' own rows. These rows and their exact copies are not returned.
+                Default: None.
 
         Raises:
-            ModelError: queries that are not finite unit rows of the database's width, k below 1, or an unknown row id.
+            ModelError: Queries are not finite unit rows of the database's width, k is below 1, or a row id is unknown.
         """
         return self._with_rows(self.nearest(queries, k, exclude=exclude))
 
@@ -254,19 +262,18 @@ class Database:
     ) -> NearestIds:
         """Return the scores and ids of :meth:`search` without reading the embeddings, if the index allows it.
 
-        ``excluded`` are the rows (Q, D) of ``exclude``, which saves reading them. Without ``exclude`` they are rows
-        from outside the database whose exact copies must not be returned.
+        ``excluded`` are the rows (Q, D) of ``exclude``, if the caller has already read them. Without ``exclude`` they
+        are rows from outside the database whose exact copies must not be returned.
         """
         k, queries = checked_count(k), checked_queries(queries, self.name, self.encoder)
         if exclude is None:
-            own = None if excluded is None else _copies_only(excluded)
-            return self._nearest(queries, k, own)
+            return self._nearest(queries, k, None if excluded is None else _copies_only(excluded))
         ids = checked_exclusion(exclude, len(queries), self.stored, self.name)
-        own = Exclusion(ids=ids, rows=self.rows(ids) if excluded is None else excluded)
-        return self._nearest(queries, max(1, min(k, len(self) - 1)), own)
+        exclusion = Exclusion(ids=ids, rows=self.rows(ids) if excluded is None else excluded)
+        return self._nearest(queries, max(1, min(k, len(self) - 1)), exclusion)
 
     def search_without(self, queries: NDArray[np.float32], width: int, excluded: NDArray[np.float16] | None) -> Hits:
-        """Search for ``width`` neighbours, excluding copies of ``excluded`` (Q, D), rows of any database."""
+        """Search for ``width`` neighbours, without exact copies of ``excluded`` (Q, D), rows of any database."""
         return self._with_rows(self._nearest(queries, width, None if excluded is None else _copies_only(excluded)))
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
@@ -275,22 +282,22 @@ class Database:
         if len(self._parts) == 1:
             return np.take(self._parts[0].array, flat, axis=0).reshape(*ids.shape, self.encoder.dimension)
         output = np.empty((len(flat), self.encoder.dimension), dtype=np.float16)
-        holder = np.searchsorted(self._starts, flat, side="right") - 1
+        part_of_row = np.searchsorted(self._starts, flat, side="right") - 1
         if len(flat) <= _FEW_ROWS:
-            for place, (number, position) in enumerate(zip(holder, flat - self._starts[holder], strict=True)):
-                output[place] = self._parts[number][position]
+            for row, (number, position) in enumerate(zip(part_of_row, flat - self._starts[part_of_row], strict=True)):
+                output[row] = self._parts[number][position]
             return output.reshape(*ids.shape, self.encoder.dimension)
-        order = np.argsort(holder, kind="stable")
-        numbers, firsts = np.unique(holder[order], return_index=True)
-        for number, here in zip(numbers, np.split(order, firsts[1:]), strict=True):
-            output[here] = self._parts[number][flat[here] - self._starts[number]]
+        order = np.argsort(part_of_row, kind="stable")
+        numbers, firsts = np.unique(part_of_row[order], return_index=True)
+        for number, rows in zip(numbers, np.split(order, firsts[1:]), strict=True):
+            output[rows] = self._parts[number][flat[rows] - self._starts[number]]
         return output.reshape(*ids.shape, self.encoder.dimension)
 
     def describe(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """Return the metadata (id, key, url, …) of rows; only the id if the database was opened without metadata.
 
         Raises:
-            ModelError: unknown row id.
+            ModelError: A row id is unknown.
         """
         rows = checked_rows(ids, self.stored, self.name)
         if self._describe is None:
@@ -298,7 +305,7 @@ class Database:
         return [{"id": row, **metadata} for row, metadata in zip(rows, self._describe(rows), strict=True)]
 
     def with_images(self, images: Callable[[Sequence[int]], list[Image.Image]]) -> "Database":
-        """Return the same open database, which reads the images of global row ids by ``images``."""
+        """Return the same open database, whose stored images ``images`` returns by global row id."""
         other = self.with_effort(self.effort)
         other._images = images
         return other
@@ -307,7 +314,7 @@ class Database:
         """Return the stored RGB images of rows, in the order of ``ids``, which may repeat.
 
         Raises:
-            ModelError: unknown row id, or the database was opened without images.
+            ModelError: A row id is unknown, or the database was opened without images.
         """
         rows = checked_rows(ids, self.stored, self.name)
         if self._images is None:
@@ -330,99 +337,107 @@ class Database:
                 f"row {row} of database {self.name} is not finite: {part.path}; embed the images of its shard again"
             )
 
-    def _nearest(self, queries: NDArray[np.float32], width: int, own: Exclusion | None) -> NearestIds:
-        width, extra, nprobe = min(width, len(self)), int(own is not None), self.effort.nprobe
+    def _nearest(self, queries: NDArray[np.float32], width: int, exclusion: Exclusion | None) -> NearestIds:
+        width, extra, nprobe = min(width, len(self)), int(exclusion is not None), self.effort.nprobe
         if width == 0:
-            return NearestIds.nothing(len(queries), 0)
-        found = self._proposed(queries, width, own, extra=extra, nprobe=nprobe)
+            return NearestIds.empty(len(queries), 0)
+        found = self._search_candidates(queries, width, exclusion, extra=extra, nprobe=nprobe)
         # If the visited cells have too few rows for a query, visit more cells and finally compare all rows.
-        while len(short := np.flatnonzero((found.ids < 0).any(axis=1))) and nprobe < self._proposer.cells:
-            nprobe = min(8 * nprobe, self._proposer.cells)
-            theirs = None if own is None else own.of(short)
-            found.put(short, self._proposed(queries[short], width, theirs, extra=extra, nprobe=nprobe))
-        if not self._proposer.exact:
-            for query in np.flatnonzero((found.ids < 0).any(axis=1)):
+        while len(short := _incomplete(found)) and nprobe < self._candidate_search.cells:
+            nprobe = min(8 * nprobe, self._candidate_search.cells)
+            excluded = _select(exclusion, short)
+            found.put(short, self._search_candidates(queries[short], width, excluded, extra=extra, nprobe=nprobe))
+        if not self._candidate_search.exact:
+            for query in _incomplete(found):
                 one = np.array([query])
-                theirs = None if own is None else own.of(one)
-                found.put(one, self._look_at_all(queries[one], theirs, width))
+                found.put(one, self._compare_all(queries[one], _select(exclusion, one), width))
         return found
 
-    def _proposed(
-        self, queries: NDArray[np.float32], width: int, own: Exclusion | None, *, extra: int, nprobe: int
+    def _search_candidates(
+        self, queries: NDArray[np.float32], width: int, exclusion: Exclusion | None, *, extra: int, nprobe: int
     ) -> NearestIds:
-        """Propose and rank ``width + extra`` candidates; propose more where excluded rows took their places."""
+        """Search and rank ``width + extra`` candidates. Search for more where too many of them are excluded."""
         wanted = width + extra
-        count = min(self.stored, wanted if self._proposer.exact else max(wanted, self.effort.candidates))
-        most = max(1, _GATHERED_VALUES // (count * self.encoder.dimension))
-        if len(queries) > most:  # bound the memory for the candidates' rows
-            found = NearestIds.nothing(len(queries), width)
-            for few in np.array_split(np.arange(len(queries)), -(-len(queries) // most)):
-                theirs = None if own is None else own.of(few)
-                found.put(few, self._proposed(queries[few], width, theirs, extra=extra, nprobe=nprobe))
+        count = min(self.stored, wanted if self._candidate_search.exact else max(wanted, self.effort.candidates))
+        batch = max(1, _GATHERED_VALUES // (count * self.encoder.dimension))
+        if len(queries) > batch:  # bound the memory for the candidates' rows
+            found = NearestIds.empty(len(queries), width)
+            for some in np.array_split(np.arange(len(queries)), -(-len(queries) // batch)):
+                excluded = _select(exclusion, some)
+                found.put(some, self._search_candidates(queries[some], width, excluded, extra=extra, nprobe=nprobe))
             return found
-        ids, scores = self._proposer.propose(queries, count, nprobe)
+        ids, scores = self._candidate_search.propose(queries, count, nprobe)
         if ids.size and ids.max() >= self.stored:
             raise ModelError(
                 f"an index of database {self.name} contains row {int(ids.max())} of only {self.stored} stored rows; "
                 "rebuild the database"
             )
-        lacking = ((0, 0), (0, max(0, width - ids.shape[1])))
-        ids = np.pad(ids, lacking, constant_values=-1)
-        scores = None if scores is None else np.pad(scores, lacking)
-        found, barred = self._ranked(queries, ids, own, width, scores)
-        crowded = np.flatnonzero(barred > count - width)
-        if len(crowded) and count < self.stored:
-            more = max(2 * count, width + int(barred.max())) - width
-            theirs = None if own is None else own.of(crowded)
-            found.put(crowded, self._proposed(queries[crowded], width, theirs, extra=more, nprobe=nprobe))
+        padding = ((0, 0), (0, max(0, width - ids.shape[1])))
+        ids = np.pad(ids, padding, constant_values=-1)
+        scores = None if scores is None else np.pad(scores, padding)
+        found, excluded_count = self._rank(queries, ids, exclusion, width, scores)
+        short = np.flatnonzero(excluded_count > count - width)
+        if len(short) and count < self.stored:
+            more = max(2 * count, width + int(excluded_count.max())) - width
+            excluded = _select(exclusion, short)
+            found.put(short, self._search_candidates(queries[short], width, excluded, extra=more, nprobe=nprobe))
         return found
 
-    def _look_at_all(self, query: NDArray[np.float32], own: Exclusion | None, width: int) -> NearestIds:
+    def _compare_all(self, query: NDArray[np.float32], exclusion: Exclusion | None, width: int) -> NearestIds:
         """Return the best of all rows for one query (1, D), read in blocks."""
         best = np.full((1, width), -1, dtype=np.int64)
         for start in range(0, self.stored, _BLOCK_ROWS):
             block = np.arange(start, min(start + _BLOCK_ROWS, self.stored))[None]
-            found, _ = self._ranked(query, np.concatenate([best, block], axis=1), own, width)
+            found, _ = self._rank(query, np.concatenate([best, block], axis=1), exclusion, width)
             best = found.ids
         return found
 
-    def _ranked(
+    def _rank(
         self,
         queries: NDArray[np.float32],
         candidates: NDArray[np.int64],
-        own: Exclusion | None,
+        exclusion: Exclusion | None,
         width: int,
         scores: NDArray[np.float32] | None = None,
     ) -> tuple[NearestIds, NDArray[np.int64]]:
-        """Return the best ``width`` candidates of (Q, C) in exact order, and the number of excluded ones per query.
+        """Return the best ``width`` of candidates (Q, C) in exact order, and the number of excluded ones per query.
 
-        ``scores`` (Q, C) may be passed if they are already those of the stored rows.
+        ``scores`` (Q, C) are those of the stored rows, if they are known.
         """
         if scores is None:
             rows = self.rows(np.maximum(candidates, 0)).astype(np.float32)
             scores = np.einsum("qd,qkd->qk", queries, rows)
         absent = candidates < 0
-        barred = np.zeros_like(absent)
+        excluded = np.zeros_like(absent)
         if len(self._hidden):
-            places = np.minimum(np.searchsorted(self._hidden, candidates), len(self._hidden) - 1)
-            barred |= self._hidden[places] == candidates
-        if own is not None:
-            barred |= candidates == own.ids[:, None]
+            positions = np.minimum(np.searchsorted(self._hidden, candidates), len(self._hidden) - 1)
+            excluded |= self._hidden[positions] == candidates
+        if exclusion is not None:
+            excluded |= candidates == exclusion.ids[:, None]
             # A copy has the score of the row itself, up to rounding. Only such rows are read and compared bit by bit.
-            itself = np.einsum("qd,qd->q", queries, own.rows.astype(np.float32))
-            query, place = np.nonzero(~(absent | barred) & (np.abs(scores - itself[:, None]) < _COPY_MARGIN))
+            itself = np.einsum("qd,qd->q", queries, exclusion.rows.astype(np.float32))
+            query, column = np.nonzero(~(absent | excluded) & (np.abs(scores - itself[:, None]) < _COPY_MARGIN))
             if len(query):
-                near = self.rows(candidates[query, place])
-                same = (near.view(np.uint16) == own.rows[query].view(np.uint16)).all(axis=1)
-                barred[query[same], place[same]] = True
-        barred &= ~absent
-        self._require_finite(candidates, np.where(absent | barred, 0, scores)[..., None])
-        scores = np.where(absent | barred, -np.inf, scores)
+                near = self.rows(candidates[query, column])
+                same = (near.view(np.uint16) == exclusion.rows[query].view(np.uint16)).all(axis=1)
+                excluded[query[same], column[same]] = True
+        excluded &= ~absent
+        self._require_finite(candidates, np.where(absent | excluded, 0, scores)[..., None])
+        scores = np.where(absent | excluded, -np.inf, scores)
         # Ties are broken by the lower id.
         order = np.lexsort((candidates, -scores), axis=1)[:, :width]
         best = np.take_along_axis(scores, order, axis=1)
         ids = np.where(np.isneginf(best), -1, np.take_along_axis(candidates, order, axis=1))
-        return NearestIds(scores=best, ids=ids), barred.sum(axis=1)
+        return NearestIds(scores=best, ids=ids), excluded.sum(axis=1)
+
+
+def _incomplete(found: NearestIds) -> NDArray[np.int64]:
+    """Return the numbers of the queries with fewer results than requested."""
+    return np.flatnonzero((found.ids < 0).any(axis=1))
+
+
+def _select(exclusion: Exclusion | None, queries: NDArray[np.int64]) -> Exclusion | None:
+    return None if exclusion is None else exclusion.select(queries)
 
 
 def _copies_only(rows: NDArray[np.float16]) -> Exclusion:

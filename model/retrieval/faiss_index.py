@@ -1,18 +1,20 @@
-"""Choice of the FAISS index by size, its training, and the filling and merging of its shards.
+"""Choice of the FAISS index by size, and training of its quantizer.
 
-Legend: ``n`` rows, ``D`` embedding width, ``b`` bytes a row in the memory budget, less its id.
+Legend: ``n`` rows, ``D`` embedding width, ``b`` bytes per row in the memory budget, without the id.
 
 | rows | b | factory string | why |
 | --- | --- | --- | --- |
 | up to 32,768 | any | ``Flat`` | exact within a millisecond; no training or tuning |
 | more | 2D | ``IVF{4√n},SQfp16`` | visits a few cells; codes equal the stored rows, so recall depends on nprobe alone |
 | more | D | ``IVF{4√n},SQ8`` | as fast in half the memory; re-ranking 20 candidates compensates for rounding |
-| more | less | ``OPQ{M},IVF{4√n},PQ{M}x8`` | M = D/2, D/4 or D/8 bytes, the most that fits |
+| more | less | ``OPQ{M},IVF{4√n},PQ{M}x8`` | M = D/2, D/4 or D/8 bytes, the largest that fits |
 
-More than 8,192 cells are trained by two-level clustering and searched with a graph (``_HNSW32``). Comparing each query
-with all centroids would cost more than comparing it with the rows of the visited cells. PQ fast-scan is never chosen:
-its 4 bits a part reach a recall of 0.82 where 8 bits reach 0.99, and its blocks cannot be searched across shards at
-once. A factory string given by the user is used unchanged. Rows are unit vectors: the inner product is the cosine.
+More than 8,192 cells are trained by two-level clustering, and their centroids are searched with a graph (``_HNSW32``).
+Comparing each query with all centroids would cost more than comparing it with the rows of the visited cells.
+
+PQ fast-scan is never chosen. Its 4 bits per subvector reach a recall of 0.82 where 8 bits reach 0.99, and its blocks
+cannot be searched across shards at once. A factory string given by the user is used unchanged. Rows are unit vectors:
+the inner product is the cosine.
 """
 
 import math
@@ -25,16 +27,16 @@ from faiss.contrib.clustering import two_level_clustering
 from numpy.typing import NDArray
 
 from model.errors import ModelError
-from model.retrieval.limits import MOST_CELLS
+from model.retrieval.limits import MAX_CELLS
 
 FLAT_ROWS = 32_768
 GRAPH_CELLS = 8_192
 GRAPH_EFFORT = 64  # efSearch: 99.3% of rows find their cell; FAISS's default of 16 finds 88%, at any nprobe
 TRAIN_ROWS_PER_CELL = 40  # FAISS warns below 39
-PQ_TRAIN_ROWS = 16_384  # 64 for each of a part's 256 centroids; more do not help and cost minutes
+PQ_TRAIN_ROWS = 16_384  # 64 for each of a subvector's 256 centroids; more do not help and cost minutes
 MEMORY_BYTES = 8 << 30
 
-_UNFIT = {
+_UNSUPPORTED = {
     "IDMap": "ids are already the rows' positions",
     "NSG": "rows cannot be added to its graph in batches",
 }
@@ -56,9 +58,9 @@ def choose_index(rows: int, dimension: int, memory_bytes: int = MEMORY_BYTES) ->
     if budget >= dimension:
         return f"{coarse},SQ8"
     for width in (2, 4, 8):
-        parts = dimension // width
-        if 0 < parts <= budget:
-            return f"OPQ{parts}_{parts * width},{coarse},PQ{parts}x8"
+        subvectors = dimension // width
+        if 0 < subvectors <= budget:
+            return f"OPQ{subvectors}_{subvectors * width},{coarse},PQ{subvectors}x8"
     raise ModelError(
         f"memory_bytes is too small: {memory_bytes >> 20} MiB, but an index of {rows} rows of {dimension} values needs "
         f"at least {(dimension // 8 + 8) * rows >> 20} MiB; raise it (--memory), or split the database over machines"
@@ -71,15 +73,15 @@ def train_index(factory: str, dimension: int, sample: NDArray[np.float32]) -> fa
     The trained index is the template of every shard, so shards are comparable and can be searched as one.
 
     Raises:
-        ModelError: unknown or unsupported factory string, or too few rows to train it.
+        ModelError: The factory string is unknown or unsupported, or there are too few rows to train it.
     """
     index = require_factory(factory, dimension)
     cells = ivf_of(index)
     if isinstance(cells, faiss.IndexIVFScalarQuantizer) and is_lossless(index):
-        cells.by_residual = False  # so the code of a row is the row itself
+        cells.by_residual = False  # makes the code of a row the row itself
     _bound_training(index, cells)
     if cells is not None and isinstance(graph := faiss.downcast_index(cells.quantizer), faiss.IndexHNSW):
-        graph.hnsw.efSearch = GRAPH_EFFORT  # saved with the template, so it also applies when shards are filled
+        graph.hnsw.efSearch = GRAPH_EFFORT  # saved with the template, so shards are filled with it, too
     if index.is_trained:
         return index
     try:
@@ -105,9 +107,9 @@ def require_factory(factory: str, dimension: int) -> faiss.Index:
             f"invalid FAISS factory string for {dimension} dimensions: {factory!r} ({_faiss_reason(error)}); "
             "use auto, or a string such as IVF1024,SQfp16"
         ) from error
-    if (cells := ivf_of(index)) is not None and cells.nlist > MOST_CELLS:
-        raise ModelError(f"index {factory!r} has too many cells: {cells.nlist}; use at most {MOST_CELLS}")
-    for name, why in _UNFIT.items():
+    if (cells := ivf_of(index)) is not None and cells.nlist > MAX_CELLS:
+        raise ModelError(f"index {factory!r} has too many cells: {cells.nlist}; use at most {MAX_CELLS}")
+    for name, why in _UNSUPPORTED.items():
         if re.search(rf"\b{name}", factory):
             raise ModelError(f"index {factory!r} is not supported: {why}; use auto, or leave {name} out")
     return index

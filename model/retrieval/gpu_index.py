@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.errors import ModelError
-from model.retrieval.shard_search import Proposed, StackedIVF
+from model.retrieval.shard_search import Candidates, StackedIVF
 
 logger = logging.getLogger(__name__)
 
-MOST = 2_048
-"""faiss-gpu's limit on neighbours and on visited cells in a search."""
+MAX_RESULTS = 2_048
+"""Limit of faiss-gpu on the number of neighbours of a search, and on that of visited cells."""
 
 
 class GpuIVF:
@@ -40,24 +40,24 @@ class GpuIVF:
         # 48 KiB of shared memory fit the PQ lookup tables of 96-byte codes in float16, of 48-byte codes in float32.
         options.useFloat16 = True
         self._index = gpu.index_cpu_to_gpu(self._resources, device, stacked.index, options)
-        self._one_at_a_time = threading.Lock()  # a GPU's resources serve one search at a time
+        self._search_lock = threading.Lock()  # a GPU's resources serve one search at a time
 
-    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
-        """Return ids (Q, C) of the best ``count`` candidates, at most ``MOST``, and no scores."""
+    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Candidates:
+        """Return ids (Q, C) of the best ``count`` candidates, at most ``MAX_RESULTS``, and no scores."""
         cells: Any = faiss.SearchParametersIVF
         transformed: Any = faiss.SearchParametersPreTransform
-        effort = cells(nprobe=min(nprobe, MOST))
+        effort = cells(nprobe=min(nprobe, MAX_RESULTS))
         if isinstance(self._stacked.index, faiss.IndexPreTransform):
             effort = transformed(index_params=effort)
-        with self._one_at_a_time:
-            _, ids = self._index.search(queries, min(count, MOST), params=effort)
-        return self._stacked.dense(ids), None
+        with self._search_lock:
+            _, ids = self._index.search(queries, min(count, MAX_RESULTS), params=effort)
+        return self._stacked.row_ids(ids), None
 
 
-def cells_on_gpu(stacked: StackedIVF, device: int) -> GpuIVF | None:
-    """Copy the inverted lists to GPU number ``device``; log the reason and return None if faiss-gpu cannot.
+def lists_on_gpu(stacked: StackedIVF, device: int) -> GpuIVF | None:
+    """Copy the inverted lists to GPU number ``device``. If faiss-gpu cannot search them, log why and return None.
 
-    Raises ``ModelError`` if the GPU's memory is too small: the rows themselves need at least as much.
+    Raises ``ModelError`` if they do not fit into the GPU's memory: the rows would not fit either.
     """
     try:
         return GpuIVF(stacked, device)
@@ -65,7 +65,8 @@ def cells_on_gpu(stacked: StackedIVF, device: int) -> GpuIVF | None:
         reason = (str(error).strip().splitlines() or ["no reason given"])[-1]
         if "out of memory" in str(error):
             raise ModelError(
-                f"the index does not fit GPU {device}: {reason}; search on the CPU, or build a smaller index"
+                f"the index does not fit into the memory of GPU {device}: {reason}; search on the CPU, or build a "
+                "smaller index"
             ) from error
         logger.warning("GPU %d cannot search this index: %s; comparing all rows there instead", device, reason)
         return None

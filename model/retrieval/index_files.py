@@ -14,9 +14,8 @@ from model.retrieval.faiss_index import is_stackable, ivf_of, quantization_error
 FIRST_ID_SHIFT = 32
 """A row's id in a stacked index: the shard's ordinal in the upper bits, the position in the lower 32."""
 
-
 _NO_ROWS = b"sprs" + bytes(8)
-"""FAISS's serialised list sizes when all lists are empty."""
+"""List sizes of an index without rows, as FAISS serialises them."""
 
 
 def fill_shard(template: Path, rows: Iterable[NDArray[np.float16]], output: Path, *, ordinal: int = 0) -> float:
@@ -72,15 +71,16 @@ def map_shard(path: Path) -> Any:
 def merge_shards(parts: Sequence[tuple[Path, int]], output: Path) -> None:
     """Merge several stackable shards into one, so that a search reads each visited cell in one piece.
 
-    ``parts`` are pairs of a file that :func:`fill_shard` wrote and an offset to add to its ids, in row order and all
-    from one template. The output is byte for byte that of ``fill_shard`` for all rows at once.
-
-    FAISS can only write an index that is in memory; this function holds one cell at a time. A FAISS file of an index
-    with cells ends with their number, code size and sizes, then the codes and ids of each cell
+    FAISS can only write an index that is in memory; this function holds one cell at a time. The file of an IVF index
+    ends with the number of cells, the code size and the sizes of the cells, then the codes and ids of each cell
     (``write_InvertedLists``).
+
+    Args:
+        parts: Files that :func:`fill_shard` wrote from one template, in row order, each with an offset for its ids.
+        output: File to write. It is byte for byte that of ``fill_shard`` for all rows at once.
     """
     opened = [map_shard(path) for path, _ in parts]
-    shifts = [shift for _, shift in parts]
+    offsets = [offset for _, offset in parts]
     lists_of = [ivf_of(index).invlists for index in opened]
     whole = map_shard(parts[0][0])
     cells = ivf_of(whole)
@@ -93,11 +93,11 @@ def merge_shards(parts: Sequence[tuple[Path, int]], output: Path) -> None:
         file.write(faiss.serialize_index(whole)[: -len(_NO_ROWS)].tobytes())
         file.write(_serialize_list_sizes(sizes.sum(axis=1)))
         for cell, of_parts in enumerate(sizes):
-            present = [one for one in zip(lists_of, shifts, of_parts.tolist(), strict=True) if one[2]]
+            present = [one for one in zip(lists_of, offsets, of_parts.tolist(), strict=True) if one[2]]
             for lists, _, size in present:
                 file.write(faiss.rev_swig_ptr(lists.get_codes(cell), size * cells.code_size).data)
-            for lists, shift, size in present:
-                file.write((faiss.rev_swig_ptr(lists.get_ids(cell), size) + shift).data)
+            for lists, offset, size in present:
+                file.write((faiss.rev_swig_ptr(lists.get_ids(cell), size) + offset).data)
 
 
 def _serialize_list_sizes(sizes: NDArray[np.int64]) -> bytes:

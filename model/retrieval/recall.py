@@ -3,7 +3,7 @@
 Legend: ``Q`` queries, ``P`` true neighbours per query, ``D`` embedding width, ``N`` rows.
 
 Image queries are leave-one-out: a row is searched with itself and its exact copies excluded, both in the index and in
-the ground truth. Text queries are not rows of the database. CLIP's text gap makes them the harder of the two.
+the ground truth. Text queries are not rows of the database. CLIP's modality gap makes them the harder of the two.
 """
 
 import dataclasses
@@ -26,8 +26,11 @@ _COPY_MARGIN = 1e-2  # the score of an exact copy is within float16 rounding of 
 class GroundTruth:
     """Queries and their true neighbours, to measure the recall of a database as it grows.
 
-    ``queries`` (Q, D) float32; ``own`` (Q,) int64, the query's own row, −1 for a text; ``ids`` (Q, P) int64, −1 if
-    there are fewer than P, and ``scores`` (Q, P) float32 cosines, best first.
+    Attributes:
+        queries: (Q, D) float32 unit rows.
+        own: (Q,) int64 id of the query's own row, −1 for a text.
+        ids: (Q, P) int64 ids of the true neighbours, best first, −1 if there are fewer than P.
+        scores: (Q, P) float32 cosines of the true neighbours.
     """
 
     queries: NDArray[np.float32]
@@ -44,7 +47,7 @@ class GroundTruth:
         """The queries' own rows (Q, D) as stored in float16; None for text queries."""
         return None if (self.own < 0).all() else self.queries.astype(np.float16)
 
-    def only(self, queries: NDArray[np.int64] | NDArray[np.bool_]) -> "GroundTruth":
+    def select(self, queries: NDArray[np.int64] | NDArray[np.bool_]) -> "GroundTruth":
         """Return the ground truth of some of the queries."""
         return GroundTruth(
             queries=self.queries[queries], own=self.own[queries], ids=self.ids[queries], scores=self.scores[queries]
@@ -66,12 +69,12 @@ def exact_neighbours(
     Args:
         parts: (n, D) each, all rows in order; may be memory-mapped.
         queries: (Q, D) unit rows.
-        own: (Q,) id of each query's own row.
-        own_rows: (Q, D) those rows, as stored; they and their exact copies are excluded.
-        hidden: sorted ids of rows that are excluded for all queries.
-        depth: P.
-        grown_from: ground truth of the same queries, with at least ``depth`` neighbours, and the number of rows it was
-            computed for. Only later rows are compared.
+        own: (Q,) id of each query's own row. Default: None.
+        own_rows: (Q, D) those rows, as stored; they and their exact copies are excluded. Default: None.
+        hidden: Sorted ids of rows that are excluded for all queries. Default: None.
+        depth: P. Default: 32.
+        grown_from: Ground truth of the same queries, with at least ``depth`` neighbours, and the number of rows it was
+            computed for. Only later rows are compared. Default: None.
     """
     count = len(queries)
     scores = np.full((count, depth), -np.inf, dtype=np.float32)
@@ -80,9 +83,9 @@ def exact_neighbours(
     if grown_from is not None:
         before, compared = grown_from
         scores, ids = before.scores.copy(), before.ids.copy()
-    barred = np.zeros(0, np.int64) if hidden is None else hidden
-    gone = np.isin(ids, barred)
-    scores[gone], ids[gone] = -np.inf, -1
+    hidden = np.zeros(0, np.int64) if hidden is None else hidden
+    now_hidden = np.isin(ids, hidden)
+    scores[now_hidden], ids[now_hidden] = -np.inf, -1
     first = 0
     for part in parts:
         rows = None  # open a file only if it has rows to compare, and do not keep it mapped
@@ -94,9 +97,9 @@ def exact_neighbours(
             rows = np.asarray(part) if rows is None else rows
             block = np.ascontiguousarray(rows[begin - first : end - first])
             found = queries @ block.astype(np.float32).T
-            found[:, barred[(barred >= begin) & (barred < end)] - begin] = -np.inf
+            found[:, hidden[(hidden >= begin) & (hidden < end)] - begin] = -np.inf
             if own_rows is not None:
-                _leave_out_copies(found, block, own_rows)
+                _exclude_copies(found, block, own_rows)
             better = np.flatnonzero((found > scores.min(axis=1, keepdims=True)).any(axis=0))
             scores = np.concatenate([scores, found[:, better]], axis=1)
             ids = np.concatenate([ids, np.broadcast_to(better + begin, (count, len(better)))], axis=1)
@@ -117,7 +120,7 @@ def exact_neighbours(
 def recall(database: Database, truth: GroundTruth, k: int = 10) -> float:
     """Return recall@``k`` of ``database``: the mean share of true neighbours found, in [0, 1]; 1 without queries.
 
-    A found row counts if its score is at least that of the last true neighbour, so the order of ties is irrelevant.
+    A row counts as found if its score is at least that of the last true neighbour, so the order of ties is irrelevant.
     """
     if not len(truth):
         return 1.0
@@ -139,10 +142,10 @@ def brute_force(
     return exact_neighbours([rows], queries, own=exclude, own_rows=own_rows, depth=k).ids
 
 
-def _leave_out_copies(scores: NDArray[np.float32], block: NDArray[np.float16], own: NDArray[np.float16]) -> None:
+def _exclude_copies(scores: NDArray[np.float32], block: NDArray[np.float16], own: NDArray[np.float16]) -> None:
     """Set the scores (Q, n) of rows of ``block`` (n, D) that equal a query's own row to −inf."""
     bits = block.view(np.uint16)
     near = scores > scores.max(axis=1, keepdims=True) - _COPY_MARGIN
-    for query, place in np.argwhere(near):
-        if (bits[place] == own[query].view(np.uint16)).all():
-            scores[query, place] = -np.inf
+    for query, row in np.argwhere(near):
+        if (bits[row] == own[query].view(np.uint16)).all():
+            scores[query, row] = -np.inf

@@ -1,6 +1,7 @@
 """Candidate search over FAISS shards: each shard on its own, or one IVF stacked over all shards.
 
-Legend: ``Q`` queries, ``C`` candidates, ``D`` embedding width, ``N`` rows over all shards.
+Legend: ``Q`` queries, ``C`` candidates, ``D`` embedding width, ``N`` rows over all shards. A cell is one inverted list
+of an IVF index: the rows that are closest to one centroid.
 
 Candidates have global row ids, which number the rows of all shards in order. :mod:`model.retrieval.database` scores
 them with the stored rows, unless the index's scores are already those of the stored rows.
@@ -23,13 +24,12 @@ from model.retrieval.index_files import FIRST_ID_SHIFT, map_shard
 
 _POSITION = (1 << FIRST_ID_SHIFT) - 1
 
-
-Proposed = tuple[NDArray[np.int64], NDArray[np.float32] | None]
+Candidates = tuple[NDArray[np.int64], NDArray[np.float32] | None]
 """Candidate ids (Q, C), −1 if there are fewer, and scores (Q, C) if they are those of the stored rows, else None."""
 
 
 class CandidateSearch(Protocol):
-    """A source of candidates for queries."""
+    """Interface of a search for candidates."""
 
     rows: tuple[int, ...]
     """Number of rows of each shard."""
@@ -38,7 +38,7 @@ class CandidateSearch(Protocol):
     cells: int
     """Number of cells; 0 if every search compares all rows."""
 
-    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
+    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Candidates:
         """Return ``count`` candidates for each query, or a few more."""
         ...
 
@@ -52,33 +52,34 @@ class IndependentShards:
         self.rows = tuple(int(index.ntotal) for index in indexes)
         self.exact = all(is_lossless(index) for index in indexes)
         self._cells = [ivf_of(index) for index in indexes]
-        self._one_at_a_time = threading.Lock()  # nprobe is state of the index, not an argument of every index's search
+        self._search_lock = threading.Lock()  # nprobe is state of the index, not an argument of every index's search
         self.cells = max((cells.nlist for cells in self._cells if cells is not None), default=0)
 
-    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
+    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Candidates:
         """Return ids (Q, count), the best of all shards by the indexes' scores, and no scores."""
-        scores, found, first = [], [], 0
+        all_scores, all_ids, first = [], [], 0
         for index, cells, rows in zip(self._indexes, self._cells, self.rows, strict=True):
-            with self._one_at_a_time if cells is not None else contextlib.nullcontext():
+            with self._search_lock if cells is not None else contextlib.nullcontext():
                 if cells is not None:
                     cells.nprobe = nprobe
-                some, ids = index.search(queries, min(count, rows) or 1)
-            nearer = -some if index.metric_type == faiss.METRIC_L2 else some  # not all support the inner product
-            scores.append(np.where(ids < 0, -np.inf, nearer))
-            found.append(np.where(ids < 0, -1, ids + first))
+                scores, ids = index.search(queries, min(count, rows) or 1)
+            # Some index types do not support the inner product. Their distances are negated, so larger is nearer.
+            similarity = -scores if index.metric_type == faiss.METRIC_L2 else scores
+            all_scores.append(np.where(ids < 0, -np.inf, similarity))
+            all_ids.append(np.where(ids < 0, -1, ids + first))
             first += rows
-        together = np.concatenate(found, axis=1)
-        if len(found) == 1 or together.shape[1] <= count:
-            return together, None
-        best = np.argpartition(-np.concatenate(scores, axis=1), count - 1, axis=1)[:, :count]
-        return np.take_along_axis(together, best, axis=1), None
+        joined = np.concatenate(all_ids, axis=1)
+        if len(all_ids) == 1 or joined.shape[1] <= count:
+            return joined, None
+        best = np.argpartition(-np.concatenate(all_scores, axis=1), count - 1, axis=1)[:, :count]
+        return np.take_along_axis(joined, best, axis=1), None
 
 
 class StackedIVF:
     """One IVF over the memory-mapped inverted lists of all shards: a query is assigned to cells once, not per shard.
 
-    One thread serves a query. Distributing its cells over cores (``parallel_mode``) saved a tenth of the time on idle
-    cores but took a hundred times as long on busy ones, and its choice among exact copies varied between runs.
+    Each query is searched by one thread. Distributing its cells over cores (``parallel_mode``) took 0.9 of the time on
+    idle cores, but a hundred times as long on busy ones. Its choice among exact copies varied between runs.
     """
 
     def __init__(self, quantizer: Any, shards: Sequence[Any], ordinals: Sequence[int]) -> None:
@@ -104,30 +105,30 @@ class StackedIVF:
         first[list(ordinals)] = [0, *itertools.accumulate(self.rows)][:-1]
         self._first = first
 
-    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Proposed:
+    def propose(self, queries: NDArray[np.float32], count: int, nprobe: int) -> Candidates:
         """Return ids (Q, count), and scores if the codes are the stored rows."""
         scores, ids = self.index.search(queries, count, params=self._effort(nprobe))
-        return self.dense(ids), scores if self.exact else None
+        return self.row_ids(ids), scores if self.exact else None
 
-    def visited(self, queries: NDArray[np.float32], nprobe: int) -> NDArray[np.int64]:
+    def visited_cells(self, queries: NDArray[np.float32], nprobe: int) -> NDArray[np.int64]:
         """Return the cells (Q, nprobe) that a search visits, nearest first; −1 if the graph finds fewer."""
         effort = self._graph_effort(nprobe)
         found: NDArray[np.int64] = self._graph.search(queries, min(nprobe, self.cells), params=effort)[1]
         return found
 
-    def cell(self, number: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def read_cell(self, number: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return the rows (n, D) and ascending ids (n,) of a cell. Requires ``exact``: codes are the stored rows."""
         lists, ivf = self._ivf.invlists, self._ivf
         size, codes, ids = lists.list_size(number), lists.get_codes(number), lists.get_ids(number)
         try:
             stored = np.float16 if ivf.code_size == 2 * ivf.d else np.float32
             rows = faiss.rev_swig_ptr(codes, size * ivf.code_size).view(stored).reshape(size, ivf.d)
-            return rows.astype(np.float32), self.dense(faiss.rev_swig_ptr(ids, size))
+            return rows.astype(np.float32), self.row_ids(faiss.rev_swig_ptr(ids, size))
         finally:
             lists.release_codes(number, codes)
             lists.release_ids(number, ids)
 
-    def dense(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    def row_ids(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Convert ids of the inverted lists to global row ids; −1 stays −1."""
         ordinals = ids >> FIRST_ID_SHIFT
         if ids.size and ordinals.max() >= len(self._first):
@@ -147,24 +148,24 @@ class StackedIVF:
         return graph(efSearch=max(64, 2 * nprobe)) if isinstance(self._graph, faiss.IndexHNSW) else None
 
 
-def open_proposer(indexes: Sequence[Path], ordinals: Sequence[int], quantizer: Path | None) -> CandidateSearch:
+def open_candidate_search(indexes: Sequence[Path], ordinals: Sequence[int], quantizer: Path | None) -> CandidateSearch:
     """Memory-map the index files. Raises ``ModelError`` if one cannot be read or belongs to another template."""
     template = None if quantizer is None else _open(quantizer)
     if template is None or not is_stackable(template):
         opened = [_open(path) for path in indexes]
-        if any(map(_is_bare, opened)):
-            raise ModelError(f"index without its quantizer: {indexes[0]}; rebuild the database")
+        if any(map(_lacks_centroids, opened)):
+            raise ModelError(f"the quantizer of an index is missing: {indexes[0]}; rebuild the database")
         return IndependentShards(opened)
     opened = [_open(path, map_shard) for path in indexes]
     for path, index in zip(indexes, opened, strict=True):
-        if not _is_bare(index) or (index.d, ivf_of(index).nlist, ivf_of(index).code_size) != (
+        if not _lacks_centroids(index) or (index.d, ivf_of(index).nlist, ivf_of(index).code_size) != (
             template.d, ivf_of(template).nlist, ivf_of(template).code_size,
         ):  # fmt: skip
-            raise ModelError(f"{path} does not match its quantizer: {quantizer}; rebuild the database")
+            raise ModelError(f"an index does not match its quantizer: {path}, {quantizer}; rebuild the database")
     return StackedIVF(template, opened, ordinals)
 
 
-def _is_bare(index: Any) -> bool:
+def _lacks_centroids(index: Any) -> bool:
     """Return True if the index has cells but not their centroids."""
     cells = ivf_of(index)
     return cells is not None and cells.quantizer.ntotal == 0

@@ -1,8 +1,8 @@
 """Embedding files, memory-mapped on first use.
 
 A database has a file for each embedding shard, and mapping thousands of them takes longer than the first search. A
-process can map about 65,000 files. Each one keeps a file open and its disk blocks allocated, even if it is deleted.
-Beyond ``MOST_MAPPED`` the file that was mapped first is unmapped, and mapped again when needed.
+process can map about 65,000 files. Each mapping keeps the file's disk blocks allocated, even if the file is deleted.
+When more than ``MAX_MAPPED`` files are mapped, the one mapped first is unmapped; it is mapped again when needed.
 """
 
 import collections
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from model.errors import ModelError
 
-Located = Path | Callable[[], Path]
-"""A local file, or a function that fetches it each time it is mapped."""
+FileSource = Path | Callable[[], Path]
+"""A local file, or a function that returns one and is called each time the file is mapped."""
 
-_MOST_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-MOST_MAPPED = min(8_192, _MOST_OPEN // 2) if _MOST_OPEN > 0 else 8_192
+_MAX_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+MAX_MAPPED = min(8_192, _MAX_OPEN // 2) if _MAX_OPEN > 0 else 8_192
 """Maximum mapped files of a process, over all its databases: at most half of the files that it may open."""
 _mapped: "collections.deque[weakref.ref[StoredRows]]" = collections.deque()  # mapped files, oldest first
 _mapping = threading.Lock()
@@ -34,8 +34,8 @@ class StoredRows:
     ``np.asarray`` reads a file that is not mapped once, without keeping it mapped.
     """
 
-    def __init__(self, file: Located, dimension: int, rows: int | None = None) -> None:
-        """Take the rows of ``file``; ``rows``, if n is known, avoids opening the file for its length."""
+    def __init__(self, file: FileSource, dimension: int, rows: int | None = None) -> None:
+        """Use the rows of ``file``. If n is known, ``rows`` avoids opening the file for its length."""
         self._file, self._dimension, self._rows = file, dimension, rows
         self._array: NDArray[np.float16] | None = None
         self.path = file if isinstance(file, Path) else None  # for messages; set when a fetched file is mapped
@@ -48,12 +48,12 @@ class StoredRows:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(n, D)."""
+        """Shape (n, D) of the array."""
         return len(self), self._dimension
 
     @property
     def dtype(self) -> np.dtype[np.float16]:
-        """float16."""
+        """Data type of the rows, float16."""
         return np.dtype(np.float16)
 
     @property
@@ -61,12 +61,12 @@ class StoredRows:
         """Size of all rows in bytes."""
         return len(self) * self._dimension * self.dtype.itemsize
 
-    def __getitem__(self, place: Any) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         """Index the array."""
-        return self.array[place]
+        return self.array[index]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        """Return all rows; the file stays mapped only while the caller uses them."""
+        """Return all rows. A file that was not mapped before remains mapped only while the caller uses them."""
         array = self._array
         return np.array(self._map() if array is None else array, dtype=dtype, copy=copy)
 
@@ -90,8 +90,8 @@ class StoredRows:
             rows = "n" if self._rows is None else self._rows
             actual = f"{found.shape}" if found.dtype == np.float16 else f"{found.dtype} {found.shape}"
             raise ModelError(
-                f"{path} has the wrong shape or dtype: {actual}, expected float16 ({rows}, {self._dimension}); "
-                "rebuild the database"
+                f"an array has the wrong shape or dtype: {path} is {actual}, expected float16 ({rows}, "
+                f"{self._dimension}); rebuild the database"
             )
         return found
 
@@ -100,7 +100,7 @@ class StoredRows:
             if self._array is None:
                 self._array = found
                 _mapped.append(weakref.ref(self))
-            while len(_mapped) > MOST_MAPPED:
+            while len(_mapped) > MAX_MAPPED:
                 first = _mapped.popleft()()
                 if first is not None:
                     first._array = None

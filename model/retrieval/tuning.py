@@ -1,7 +1,7 @@
-"""Tuning of the search effort: the cheapest cells visited and candidates re-ranked that reach a recall.
+"""Tuning of the search effort: the cheapest numbers of visited cells and re-ranked candidates that reach a recall.
 
-With few bits a row, no number of cells reaches the target unless more candidates are re-ranked. With few candidates,
-recall is limited at any number of bits. So both are varied and the cheapest sufficient combination is chosen.
+With few bits per row, no number of cells reaches the target unless more candidates are re-ranked. With few candidates,
+no number of cells reaches it either. Both are therefore varied, and the cheapest sufficient combination is chosen.
 """
 
 import dataclasses
@@ -13,16 +13,22 @@ from model.retrieval.database import Database, SearchEffort
 from model.retrieval.recall import GroundTruth, recall
 
 CANDIDATES = (20, 50, 100, 200, 500, 1000)
-MOST_PROBES = 2_048  # limit of faiss-gpu
+MAX_PROBES = 2_048  # limit of faiss-gpu
 BEYOND = 2
-"""Further numbers of cells measured after the target is reached, for the recall curve."""
+"""How many more numbers of cells are measured after the target is reached, for the recall curve."""
 _TIMED_QUERIES = 64
-_READ_COST = 4.0  # of reading a stored row at random, relative to a code of a list that is read in order
+_READ_COST = 4.0  # cost of reading a stored row at random, relative to a code of a list that is read in order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One measurement: the effort, recall@10 by kind of query, and the latency of a search for ten ids in ms."""
+    """One measurement.
+
+    Attributes:
+        effort: The search effort.
+        recalls: Recall@10 by kind of query.
+        latency_ms: Latency of a search for ten ids in ms.
+    """
 
     effort: SearchEffort
     recalls: Mapping[str, float]
@@ -40,18 +46,24 @@ def tune(
     """Return the cheapest effort whose recall@10 reaches ``target`` for every kind of query, and all measurements.
 
     Cost counts the codes compared and the candidates read, so the result does not depend on the machine's load. If no
-    effort reaches the target, the point with the highest worst recall is returned. A grown database needs about the
-    same effort as ``before``, so the search starts at half that number of cells.
+    effort reaches the target, the point with the highest worst recall is returned.
+
+    Args:
+        database: The database to tune.
+        truths: Ground truth by kind of query.
+        target: Recall@10, in [0, 1].
+        before: Effort of an earlier version. A grown database needs about the same, so the search starts at half of its
+            number of cells. Default: None, start at one cell.
     """
-    proposer = database.proposer
+    search = database.candidate_search
     probes = [1 if before is None else max(1, before.nprobe // 2)]
-    while probes[-1] * 2 <= min(proposer.cells, MOST_PROBES):
+    while probes[-1] * 2 <= min(search.cells, MAX_PROBES):
         probes.append(probes[-1] * 2)
-    depths = CANDIDATES[:1] if proposer.exact else CANDIDATES
+    depths = CANDIDATES[:1] if search.exact else CANDIDATES
     measured: list[Point] = []
     left = BEYOND
     for nprobe in probes:
-        points = _deepen(database, truths, target, nprobe, depths)
+        points = _measure_depths(database, truths, target, nprobe, depths)
         measured += points
         if _worst(points[-1]) >= target:
             if left == 0:
@@ -63,16 +75,16 @@ def tune(
     return max(measured, key=_worst), measured
 
 
-def _deepen(
+def _measure_depths(
     database: Database, truths: Mapping[str, GroundTruth], target: float, nprobe: int, depths: tuple[int, ...]
 ) -> list[Point]:
     """Measure increasing numbers of candidates until they reach the target or no longer raise the recall."""
     points: list[Point] = []
     for candidates in depths:
         point = measure(database.with_effort(SearchEffort(nprobe=nprobe, candidates=candidates)), truths)
-        stuck = bool(points) and _worst(point) - _worst(points[-1]) < 1e-3
+        saturated = bool(points) and _worst(point) - _worst(points[-1]) < 1e-3
         points.append(point)
-        if stuck or _worst(point) >= target:
+        if saturated or _worst(point) >= target:
             break
     return points
 
@@ -96,6 +108,6 @@ def _worst(point: Point) -> float:
 
 
 def _cost(database: Database, effort: SearchEffort) -> float:
-    proposer = database.proposer
-    read = 10 if proposer.exact else effort.candidates
-    return effort.nprobe * database.stored / max(1, proposer.cells) + _READ_COST * read
+    search = database.candidate_search
+    read = 10 if search.exact else effort.candidates
+    return effort.nprobe * database.stored / max(1, search.cells) + _READ_COST * read

@@ -32,7 +32,7 @@ MIN_DIFFERENCE = 2.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Aligned:
-    """References (N, S, S, 3) uint8, one per image, and the share of them for which a motion was used."""
+    """References (N, S, S, 3) uint8, one per image, and the share of them that were moved."""
 
     pixels: Pixels
     converged: float
@@ -46,14 +46,15 @@ def align_neighbour(image: Pixels, neighbour: Pixels) -> tuple[Pixels, bool]:
         neighbour: (S, S, 3) uint8, the image to move. The median colour of its border fills the area outside.
 
     Returns:
-        The aligned neighbour (S, S, 3) uint8, and whether a motion was used. If not, it is a copy of the neighbour.
+        The aligned neighbour (S, S, 3) uint8, and True if it was moved. If not, it is a copy of ``neighbour``.
 
     Raises:
         ModelError: The shapes differ.
     """
     if image.shape != neighbour.shape or image.ndim != 3 or image.shape[2] != 3:
         raise ModelError(
-            f"image {image.shape} and neighbour {neighbour.shape} must have one shape (S, S, 3); resize them first"
+            f"image and neighbour differ in shape or are not squares: {image.shape}, {neighbour.shape}; resize both to "
+            "(S, S, 3)"
         )
     fixed, moving = _grey(image), _grey(neighbour)
     before = correlation(fixed, moving)
@@ -77,7 +78,7 @@ def align_all(
     Args:
         pixels: (N, S, S, 3) uint8.
         neighbours: (N, K) row ids of ``database_pixels``, nearest first.
-        database_pixels: (M, S, S, 3) uint8. None: the images are their own database. Default: None.
+        database_pixels: (M, S, S, 3) uint8, the images of the database. Default: None, ``pixels`` themselves.
         workers: Number of threads. Default: None, one per core.
 
     Raises:
@@ -85,10 +86,14 @@ def align_all(
     """
     candidates = pixels if database_pixels is None else database_pixels
     if len(pixels) != len(neighbours) or not len(pixels):
-        raise ModelError(f"{len(pixels)} images for {len(neighbours)} neighbour lists; search the neighbours again")
+        raise ModelError(
+            f"numbers of images and neighbour lists differ or are 0: {len(pixels)}, {len(neighbours)}; search the "
+            "neighbours again"
+        )
     if neighbours.min() < 0 or neighbours.max() >= len(candidates):
         raise ModelError(
-            "neighbours are not rows of the database images; give the images of the database they were searched in"
+            f"neighbour ids are out of range: {neighbours.min()} to {neighbours.max()} for {len(candidates)} images; "
+            "give the images of the database that was searched"
         )
     aligned = np.empty_like(pixels)
 
@@ -114,7 +119,7 @@ def align_all(
 def first_distinct(image: Pixels, candidates: Pixels, neighbours: NDArray[np.int64]) -> int:
     """Return the first of the neighbours (K,) that is not a copy of the image, else the first neighbour.
 
-    A pasted copy would not change the image, so there would be nothing to learn.
+    Pasting a copy would not change the image, and the network would learn nothing.
     """
     for row in neighbours:
         if np.abs(image.astype(np.int16) - candidates[row]).mean() >= MIN_DIFFERENCE:
@@ -130,7 +135,7 @@ def correlation(first: Pixels, second: Pixels) -> float:
 
 
 def is_plausible(warp: NDArray[np.float32], side: int) -> bool:
-    """Return True if the motion (2, 3) does not mirror, and its scale and shift are within bounds.
+    """Return True if the motion (2, 3) has no reflection, and its scale and shift are within bounds.
 
     ``side`` is S in pixels.
     """

@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """One worker's part of a step, on the training device.
+    """One worker's share of the global batch, or a piece of it, on the training device.
 
     Legend: ``b`` images, ``S`` side, ``C s s`` latent, ``n`` codes of an image, ``D`` embedding width, ``P`` pool of
     neighbours.

@@ -1,11 +1,11 @@
-"""Write and read the contents of checkpoints. The ``Checkpoints`` protocol decides where they are stored.
+"""Contents of checkpoints. Where they are stored is up to the implementation of the ``Checkpoints`` protocol.
 
 All tensors in a checkpoint are unsharded, whatever the number of workers. A run can therefore resume with another
 number of workers, and with or without sharding.
 
-``torch.distributed.checkpoint.state_dict`` is not used, because it cannot load existing checkpoints. They number the
-parameters of each optimizer. Its loading function expects parameter names, and raises ``KeyError`` for an AdamW state.
-Converting the numbers to names would take more code than :func:`_shard_state`, and Muon needs ``shard_like`` anyway.
+``torch.distributed.checkpoint.state_dict`` is not used, because it cannot load existing checkpoints. They identify the
+parameters of each optimizer by number. Its loading function expects names, and raises ``KeyError`` for an AdamW state.
+Converting numbers to names would take more code than :func:`_shard_state`, and Muon needs ``shard_like`` in any case.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,8 @@ def restore(path: Path | None, modules: Mapping[str, Any], optimizers: Sequence[
     if path is None:
         return 0
     try:
-        # Load to the CPU: step counts of a non-fused AdamW stay where they are loaded, and on a GPU each stalls it.
+        # Load to the CPU: a non-fused AdamW keeps its step counts on the device they are loaded to. On a GPU, reading
+        # them would synchronise at every step.
         state = torch.load(path, map_location="cpu", weights_only=True)
         step = state["step"]
         if not isinstance(step, int) or step < 0:
@@ -65,7 +66,8 @@ def restore(path: Path | None, modules: Mapping[str, Any], optimizers: Sequence[
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, EOFError, UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         message = (
-            f"checkpoint {path} is damaged or of another network: {reason}; delete its folder to start from scratch"
+            f"checkpoint is damaged or belongs to another network: {path} ({reason}); delete its folder to train from "
+            "scratch"
         )
         raise ModelError(message) from error
     return step

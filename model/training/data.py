@@ -1,14 +1,15 @@
 """Training batches as a function of seed and step only.
 
-Legend: ``N`` images, ``M`` database rows, ``B`` global batch, ``b`` a part of it, ``P`` neighbours of each image, ``D``
-embedding width, ``S`` side.
+Legend: ``n`` images of a shard, ``M`` database rows, ``P`` neighbours of each image, ``D`` embedding width, ``S`` side,
+``C s s`` latent.
 
-An epoch visits the shards in random order, in windows of as many shards as fit. The rows of a window are in random
-order. All of this is derived from the seed. A resumed run therefore needs no state, and the order of images does not
+An epoch visits the shards in random order, grouped into windows of up to ``window_rows`` rows. The rows of a window are
+shuffled. The order depends on the seed only. A resumed run therefore needs no state, and the order of images does not
 depend on the number of workers.
 
-A set that fits in one window is shuffled as a whole and stays on the device. A larger set is streamed: the next window
-is read while the current one trains. With several workers, each reads only the rows of its own parts of the batches.
+A set that fits into one window is shuffled as a whole and stays on the device. A larger set is streamed: the next
+window is read while batches come from the current one. With several workers, each reads only the rows of its own parts
+of the batches.
 """
 
 import dataclasses
@@ -53,14 +54,16 @@ class TrainingRows:
             counts = f"{len(self.images)} images, {len(self.embeddings)} embeddings"
             raise ModelError(
                 f"training rows are empty or differ in number: {counts}, {len(self.neighbours)} neighbour lists; "
-                "rebuild the stage with too few"
+                "run the stage again that has too few"
             )
         if self.reference is not None and len(self.reference) != len(self.images):
-            raise ModelError(f"{len(self.reference)} references for {len(self.images)} images; align every image")
+            raise ModelError(
+                f"numbers of references and images differ: {len(self.reference)}, {len(self.images)}; align every image"
+            )
 
 
 class Source(Protocol):
-    """A shard of the training set."""
+    """Interface of a shard of the training set."""
 
     @property
     def rows(self) -> int:
@@ -89,11 +92,13 @@ class TrainingSet:
 
         Args:
             shards: Sources of rows, or the rows themselves.
-            database_rows: Embeddings of the database (M, D) float16, memory-mapped if large. Neighbours are row ids.
-            window_rows: Number of rows shuffled together. A streamed set has two windows in memory. Default: 262,144.
+            database_rows: Embeddings of the database (M, D) float16, memory-mapped if large. The ids of neighbours
+                index them.
+            window_rows: Maximum number of rows shuffled together; a larger shard is a window of its own. A streamed set
+                has two windows in memory. Default: 262,144.
             device: Device of the windows and batches. Default: "cpu".
             rank: Rank of this worker. Default: 0.
-            world: Number of workers. Of a streamed set each loads only the rows of its own parts. Default: 1.
+            world: Number of workers. Each loads only its own rows of a streamed set. Default: 1.
 
         Raises:
             ModelError: There are no shards or no database rows.
@@ -122,7 +127,8 @@ class TrainingSet:
         """
         if parts % self._world or part * self._world // parts != self._rank:
             raise ModelError(
-                f"part {part} of {parts} does not belong to worker {self._rank} of {self._world}; use its own set"
+                f"part {part} of {parts} does not belong to worker {self._rank} of {self._world}; use the training set "
+                "of the worker that it belongs to"
             )
         count = size // parts
         pieces = list(self._pieces(step * size + part * count, count, seed, size))
@@ -175,12 +181,12 @@ class TrainingSet:
         key = self._window_key(seed, window, size)
         if key not in self._windows:
             reading = self._reading(key)
-            self._pending.clear()  # also of a failed read, so that a retry reads again
+            self._pending.clear()  # a failed read, too, so that a retry reads again
             try:
                 rows, own_rows = reading.result()
                 self._windows = {key: _Window(rows, own_rows, len(self._database), self._device)}
             except torch.OutOfMemoryError as error:  # a smaller batch would not help
-                message = f"{self._device} is out of memory for a window of images, or for encoding them"
+                message = f"out of memory for a window of images: {self._device}"
                 raise ModelError(
                     f"{message}; choose a smaller window, batch or network, or a device with more memory"
                 ) from error
@@ -207,7 +213,7 @@ class TrainingSet:
         shards = [self._shards[number] for number in key.shards]
         own_rows = None if key.share is None else self._own_rows(*key.share)
         requests = [(shard, None) for shard in shards] if own_rows is None else _split(own_rows, shards)
-        # Each worker starts at another shard, so that workers of one machine fill a shared cache together.
+        # Each worker starts at another shard, so that workers of one machine fetch different files into its cache.
         first = len(requests) * self._rank // self._world
         loaded = [shard.load(rows) for shard, rows in (*requests[first:], *requests[:first])]
         return _join([*loaded[len(requests) - first :], *loaded[: len(requests) - first]]), own_rows
@@ -262,7 +268,10 @@ class _Window:
         self, rows: TrainingRows, own_rows: NDArray[np.int64] | None, database_rows: int, device: torch.device
     ) -> None:
         if rows.neighbours.min() < 0 or rows.neighbours.max() >= database_rows:
-            raise ModelError("neighbours are not rows of the database; search them again in this version of it")
+            raise ModelError(
+                f"neighbour ids are out of range: {rows.neighbours.min()} to {rows.neighbours.max()} for "
+                f"{database_rows} database rows; search the neighbours again in this version of the database"
+            )
         self._images = torch.from_numpy(rows.images).to(device)
         self._embeddings = torch.from_numpy(rows.embeddings).to(device)
         self._neighbours = torch.from_numpy(rows.neighbours).to(device)
@@ -299,7 +308,7 @@ def _to_target(stored: Tensor) -> Tensor:
 
 
 def _split(rows: NDArray[np.int64], shards: list[Source]) -> list[tuple[Source, NDArray[np.int64] | None]]:
-    """Split ascending rows (n,) of concatenated shards into rows of each shard. Shards without rows are left out."""
+    """Split ascending rows (n,) of concatenated shards into rows of each shard, without shards that have none."""
     ends = np.cumsum([shard.rows for shard in shards])
     cuts = np.split(rows, np.searchsorted(rows, ends[:-1]))
     return [(shard, cut - (end - shard.rows)) for shard, cut, end in zip(shards, cuts, ends, strict=True) if len(cut)]

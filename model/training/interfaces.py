@@ -16,11 +16,11 @@ from model.training.batch import Batch
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
-    """Length, rates and intervals of a training run. Lengths are counted in images, independent of the batch size."""
+    """Length, rates and intervals of a training run. Lengths and intervals are numbers of images, not of steps."""
 
     images: int = 40_000
     batch_size: int = 32  # global: over all workers and pieces
-    pieces: int = 1  # gradient accumulation: parts of each worker's share, one after the other
+    pieces: int = 1  # gradient accumulation: each worker's share of the batch is computed in this many pieces
     learning_rate: float = 3e-3
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_images: int = 1_600
@@ -28,8 +28,8 @@ class TrainingConfig:
     gradient_clip: float = 1.0
     ema_decay: float = 0.995
     compile: bool = True  # on CUDA only; on a CPU compilation takes longer than it saves
-    bfloat16_copy: bool = True  # on CUDA; False: autocast, for objectives that write into the weights
-    sharding: Literal["ddp", "fsdp"] = "ddp"  # with several workers: each has all weights, or a part of them
+    bfloat16_copy: bool = True  # on CUDA; False: autocast, needed by objectives that modify the weights
+    sharding: Literal["ddp", "fsdp"] = "ddp"  # with several workers: each has all weights (ddp), or a part (fsdp)
     checkpoint_images: int = 8_000
     log_images: int = 640
     grid_images: int = 8_000
@@ -38,21 +38,33 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         """Raise ``ModelError`` if a value is out of range."""
         if self.images < self.batch_size or self.batch_size < 1:
-            raise ModelError("images must be at least batch_size, and batch_size at least 1")
+            raise ModelError(
+                f"images or batch_size is too small: {self.images}, {self.batch_size}; images must be at least "
+                "batch_size, and batch_size at least 1"
+            )
         if self.pieces < 1 or self.batch_size % self.pieces:
             raise ModelError(
-                f"batch_size {self.batch_size} is not divisible into {self.pieces} pieces; use a multiple of pieces"
+                f"batch_size is not a multiple of pieces: {self.batch_size}, {self.pieces}; change one of them"
             )
         if min(self.checkpoint_images, self.log_images, self.grid_images) < 1:
-            raise ModelError("checkpoint_images, log_images and grid_images must be at least 1")
+            raise ModelError(
+                f"checkpoint_images, log_images or grid_images is below 1: {self.checkpoint_images}, "
+                f"{self.log_images}, {self.grid_images}; give at least 1 of each"
+            )
         if not 0 < self.learning_rate < math.inf or not 0 <= self.ema_decay < 1:
-            raise ModelError("learning_rate must be above 0 and finite, and ema_decay in [0, 1)")
+            raise ModelError(
+                f"learning_rate or ema_decay is out of range: {self.learning_rate}, {self.ema_decay}; learning_rate "
+                "must be above 0 and finite, and ema_decay in [0, 1)"
+            )
         if not self.gradient_clip > 0:
-            raise ModelError("gradient_clip must be above 0; use inf for no clipping")
+            raise ModelError(f"gradient_clip is not above 0: {self.gradient_clip}; use inf for no clipping")
         if not 0 <= self.weight_decay < math.inf or self.warmup_images < 0:
-            raise ModelError("weight_decay must be at least 0 and finite, and warmup_images at least 0")
+            raise ModelError(
+                f"weight_decay or warmup_images is out of range: {self.weight_decay}, {self.warmup_images}; both must "
+                "be at least 0, and weight_decay finite"
+            )
         if self.seed < 0:
-            raise ModelError("seed must be at least 0")
+            raise ModelError(f"seed is negative: {self.seed}; give at least 0")
 
     @property
     def steps(self) -> int:
@@ -69,9 +81,9 @@ class TrainingData(Protocol):
 
 
 class Objective(Protocol):
-    """The loss that a step minimises: a module whose state is saved in the checkpoint.
+    """The loss that training minimises: a module whose state is saved in the checkpoint.
 
-    Its child modules are pure functions of tensors, so they are compiled whenever the network is.
+    Its child modules must be pure functions of tensors, because they are compiled together with the network.
     """
 
     def __call__(self, network: nn.Module, batch: Batch, rng: StepRandom) -> torch.Tensor:
@@ -84,7 +96,7 @@ class LearningObjective(Objective, Protocol):
     """An objective with statistics of its losses, updated once per step regardless of the number of pieces."""
 
     def collecting_losses(self) -> AbstractContextManager[None]:
-        """Surround all pieces of a step. A step that fails does not update the statistics."""
+        """Return a context for all pieces of a step. A step that fails does not update the statistics."""
         ...
 
 

@@ -1,8 +1,8 @@
-"""The training loop. Protocols hide where metrics and checkpoints go.
+"""The training loop. Metrics and checkpoints go through protocols, so the loop does not depend on their storage.
 
-All randomness of a step is a function of (seed, step) for the whole global batch. On one worker an interrupted and
-resumed run therefore ends with bit-identical weights, except for GPU kernels that sum in no fixed order. On several
-workers it uses the same images and noise.
+All randomness of a step is a function of (seed, step) for the whole global batch. With one worker, a resumed run ends
+with the same weights as an uninterrupted one, bit for bit unless a GPU kernel sums in no fixed order. With several
+workers, it uses the same images and noise.
 """
 
 import contextlib
@@ -35,7 +35,8 @@ def _out_of_memory_as_model_error() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        message = "the device is out of memory for weights, optimizer states and a window of data"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        message = f"out of memory for weights, optimizer states or a window of data: {reason}"
         raise ModelError(f"{message}; choose a smaller network or window, or a device with more memory") from error
 
 
@@ -75,8 +76,8 @@ def train(
         InterruptedTrainingError: ``stop`` returned True.
     """
     if config.batch_size % (world * config.pieces):
-        message = f"batch_size {config.batch_size} is not divisible among {world} workers of {config.pieces} pieces"
-        raise ModelError(f"{message}; use a multiple of workers × pieces")
+        message = f"batch_size is not a multiple of workers × pieces: {config.batch_size}, {world} × {config.pieces}"
+        raise ModelError(f"{message}; change one of them")
     device = torch.device(device)
     if isinstance(objective, nn.Module):
         objective.to(device)
@@ -140,14 +141,14 @@ class _Window:
     def close(self, end: int, config: TrainingConfig, world: int) -> dict[str, float]:
         """Return the values of the window, and start a new one.
 
-        Raise ``ModelError`` if the loss or the gradient is not finite. The gradient is checked too, because the loss of
-        the broken weights is not computed yet and they must not be saved.
+        Raises ``ModelError`` if the loss or the gradient norm is not finite. A gradient that is not finite breaks the
+        weights one step before the loss shows it, and such weights must not be saved.
         """
         loss, norm = _mean(self._results, world)
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 images_seen = end * config.batch_size
-                message = f"the {name} is {value} after {images_seen} images; the last checkpoint is older"
+                message = f"training diverged: the {name} is {value} after {images_seen} images"
                 raise ModelError(f"{message}; train from scratch with a lower learning_rate")
         speed = (end - self._start) * config.batch_size / (time.monotonic() - self._since)
         self._results, self._start, self._since = [], end, time.monotonic()
@@ -175,7 +176,7 @@ def _mean(results: list[torch.Tensor], world: int) -> list[float]:
 
 
 def _stopping(stop: Callable[[], bool], number: int, world: int, device: torch.device) -> bool:
-    """Return True if any worker is to stop. Several workers synchronise only every ``STOP_STEPS`` steps."""
+    """Return True if a stop was requested on any worker. Several workers check only every ``STOP_STEPS`` steps."""
     if world == 1:
         return stop()
     if (number + 1) % STOP_STEPS:

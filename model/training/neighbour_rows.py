@@ -1,4 +1,4 @@
-"""Embeddings of neighbours: in device memory if they fit, else read from memory-mapped files row by row.
+"""Embeddings of neighbours: in device memory if they fit, else read by row from memory-mapped files.
 
 Legend: ``M`` database rows, ``D`` embedding width.
 """
@@ -39,7 +39,8 @@ class ConcatenatedRows:
         """Concatenate ``parts``, each (m, …). Raise ``ModelError`` if there are none, or shapes or dtypes differ."""
         if len({(part.shape[1:], part.dtype) for part in parts}) != 1:
             raise ModelError(
-                "cannot concatenate rows: there are none, or their shapes or dtypes differ; build all parts again alike"
+                "cannot concatenate rows: there are none, or their shapes or dtypes differ; build all parts again with "
+                "the same encoder"
             )
         self._parts = list(parts)
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
@@ -63,22 +64,22 @@ class ConcatenatedRows:
         rows = np.empty((len(flat), *self._parts[0].shape[1:]), dtype=self._parts[0].dtype)
         part_of_row = np.searchsorted(self._starts, flat, side="right") - 1
         for number in np.unique(part_of_row):
-            here = part_of_row == number
-            rows[here] = self._parts[number][flat[here] - self._starts[number]]
+            mask = part_of_row == number
+            rows[mask] = self._parts[number][flat[mask] - self._starts[number]]
         return rows.reshape(*np.shape(ids), *rows.shape[1:])
 
 
 class NeighbourEmbeddings:
     """Look-up of embeddings by row id, on the training device."""
 
-    LARGEST = 2 << 30
+    MAX_RESIDENT_BYTES = 2 << 30
     """Maximum size in bytes for which all rows are copied to the device."""
 
     def __init__(self, rows: RowArray, device: torch.device | str) -> None:
-        """Serve ``rows``, from the memory of ``device`` if they fit."""
+        """Look up rows in ``rows``, which are copied to ``device`` unless they are too large."""
         self._mapped = rows
         self._resident = None
-        if rows.nbytes <= self.LARGEST:
+        if rows.nbytes <= self.MAX_RESIDENT_BYTES:
             whole = rows if isinstance(rows, np.ndarray) else rows[:]
             self._resident = torch.from_numpy(np.array(whole)).to(device)
 

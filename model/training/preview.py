@@ -1,4 +1,4 @@
-"""Samples of a network in training: a few images, few steps, no guidance.
+"""Preview images of a network in training: few steps, no guidance.
 
 Legend: ``B`` images, ``S`` side.
 """
@@ -30,7 +30,7 @@ def generate_preview(
         network: The network in training, not sharded.
         batch: Queries and neighbours, on the network's device.
         prediction: Output of a continuous network.
-        autoencoder: Of the network's latents or codes; None for a network over pixels.
+        autoencoder: Autoencoder of the network's latents or codes; None for a network over pixels.
         seed: Seed of the noise. Default: 0.
 
     Returns:

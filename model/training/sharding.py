@@ -1,6 +1,6 @@
 """Sharding of parameters over workers (FSDP, Zhao et al. 2304.11277), and gathering of sharded tensors.
 
-Each worker has a part of every parameter, of its gradient, its optimizer state and its average. It gathers the
+Each worker has a part of every parameter, and of its gradient, optimizer state and moving average. It gathers the
 parameters of a block just before the block runs. Checkpoints are unsharded, so they load with or without sharding.
 """
 

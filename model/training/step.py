@@ -1,8 +1,8 @@
 """Optimizer steps: compute and clip the gradients of a global batch, and update the weights.
 
-On one GPU, or on several under DDP, a bfloat16 copy of the network computes the gradients. They update the float32
-weights, which are then copied back. This keeps the residual stream and the norms in bfloat16. Autocast would keep them
-in float32 and be bound by memory bandwidth. Sharded weights use autocast.
+On one GPU, or on several with DDP, a bfloat16 copy of the network computes the gradients. They update the float32
+weights, which are then copied back. The residual stream and the norms are thus in bfloat16. Autocast would keep them
+in float32 and be limited by memory bandwidth. Sharded weights use autocast.
 """
 
 import contextlib
@@ -31,7 +31,11 @@ _NOISE = 3  # random stream of the noise; 1 and 2 are those of the shuffles in d
 class Step:
     """The network in training, its optimizers, and the figures for model FLOPs utilisation.
 
-    ``flops`` is the number of operations per image, ``peak`` the measured FLOP/s of the device.
+    Attributes:
+        network: The float32 network.
+        optimizers: Its optimizers.
+        flops: Floating-point operations per image, after :meth:`prepare`.
+        peak: Measured FLOP/s of the device, after :meth:`prepare`.
     """
 
     def __init__(
@@ -92,11 +96,11 @@ class Step:
         return torch.stack([loss, local_shard(norm)])
 
     def _count(self, start: int) -> None:
-        """Count the operations of an image, whose gradients stay in the network, and measure the device."""
+        """Count the operations of an image and measure the device. The gradients remain in the network."""
         seed, size = self.config.seed, self.config.batch_size
         batch = self._data.batch(start, seed=seed, size=size, part=self._rank * size // self._world, parts=size)
         rng = StepRandom(seed, start, device=self._device)
-        objective = copy.deepcopy(self._objective)  # keep the count out of the objective's statistics
+        objective = copy.deepcopy(self._objective)  # the count must not change the objective's statistics
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
             self.flops = flops_per_image(lambda: objective(self._working, batch, rng))
         self.peak = matrix_peak(self._device)
@@ -119,7 +123,7 @@ class Step:
         # Not with several workers: one that restarts its step would deadlock with the others.
         if self._was_split or self._world > 1 or self.config.batch_size % (2 * self._pieces):
             message = f"{self._device.type} is out of memory at pieces={self._pieces}"
-            raise ModelError(f"{message}; raise pieces, or choose a smaller batch_size or network") from error
+            raise ModelError(f"{message}; increase pieces, or choose a smaller batch_size or network") from error
         self._pieces, self._was_split = 2 * self._pieces, True
         logger.warning("%s is out of memory; continuing with pieces=%d", self._device, self._pieces)
 
@@ -172,14 +176,14 @@ class Step:
 def build_optimizers(network: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """Build AdamW for embeddings, heads, norms and biases, and Muon for the matrices inside the blocks, if any.
 
-    In this project Muon reaches the same loss with fewer images. Its updates are scaled as AdamW's, so both share one
-    learning rate (Moonshot 2502.16982, §2.2).
+    With this project's networks, Muon reaches the same loss with fewer images than AdamW. Its updates are scaled like
+    those of AdamW, so both share one learning rate (Moonshot 2502.16982, §2.2).
     """
     blocks = [p for name, p in network.named_parameters() if "blocks." in name and p.ndim == 2 and min(p.shape) > 8]
-    inside = {id(parameter) for parameter in blocks}
-    rest = [parameter for parameter in network.parameters() if id(parameter) not in inside]
+    block_ids = {id(parameter) for parameter in blocks}
+    rest = [parameter for parameter in network.parameters() if id(parameter) not in block_ids]
     decay = config.weight_decay
-    # None lets torch choose. A checkpoint saves the setting, so False from a CPU would apply on a GPU that resumes.
+    # None lets torch choose. The setting is saved in the checkpoint: False from a CPU would still apply on a GPU.
     adam = torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=decay, fused=rest[0].is_cuda or None)
     optimizers: list[torch.optim.Optimizer] = [adam]
     if blocks:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 def flops_per_image(loss_of_one: Callable[[], Tensor]) -> int:
     """Count the floating-point operations of the forward and backward pass of one image.
 
-    The gradients stay in the parameters. ``loss_of_one`` computes the loss of one image.
+    ``loss_of_one`` computes the loss of one image. Its gradients remain in the parameters.
     """
     with FlopCounterMode(display=False) as counter:
         loss_of_one().backward()  # type: ignore[no-untyped-call]
@@ -21,9 +21,9 @@ def flops_per_image(loss_of_one: Callable[[], Tensor]) -> int:
 def matrix_peak(device: torch.device) -> float:
     """Measure the FLOP/s of a large matrix product on ``device``: bfloat16 on CUDA, float32 elsewhere."""
     on_cuda = device.type == "cuda"
-    side, kind = (8192, torch.bfloat16) if on_cuda else (768, torch.float32)
+    side, dtype = (8192, torch.bfloat16) if on_cuda else (768, torch.float32)
     generator = torch.Generator(device).manual_seed(0)
-    left, right = (torch.randn(side, side, device=device, dtype=kind, generator=generator) for _ in range(2))
+    left, right = (torch.randn(side, side, device=device, dtype=dtype, generator=generator) for _ in range(2))
     times = []
     for _ in range(10 if on_cuda else 4):
         _wait(device)

@@ -2,8 +2,8 @@
 
 A pool decodes images ahead of the encoder: threads of the worker on the CPU, separate processes for a GPU. A worker
 processes two shards at a time. While one is computed, the files of the other are fetched and its first batches are
-decoded. The second shard gets the device when the first has been computed, and the rows of the first are written
-meanwhile.
+decoded. When the first has been computed, the second gets the device, and the rows of the first are written at the same
+time.
 """
 
 import dataclasses
@@ -39,7 +39,8 @@ ImageIdentity = tuple[str, str, int, int]
 """Key, sha256 of the downloaded bytes, stored width and height in px. Records with equal values are the same image."""
 Fit = Callable[[Preprocessing, bytes], np.ndarray[Any, np.dtype[np.uint8]]]
 """Decodes an image and resizes it to the encoder's input, (H, W, 3) uint8. May raise any exception on damaged data."""
-Clock = dict[str, float]
+Timings = dict[str, float]
+"""Seconds by name; the names are ``SECONDS``."""
 Work = tuple[str, tuple[artifacts.Shard, artifacts.Shard | None, artifacts.Shard | None]]
 """Shard name, image shard, its embeddings in an earlier version, and a partial shard that lists the images to embed."""
 
@@ -48,7 +49,7 @@ SECONDS = ("read_s", "decode_s", "compute_s", "write_s", "turn_s")
 of the previous shard's turn on the device, including waiting."""
 
 DECODER_DIED = "decoder_died"
-"""Outcome of an image that kills the process decoding it."""
+"""Outcome of an image whose decoding kills the process."""
 
 _METADATA_COLUMNS = ("url", "sha256", "width", "height")
 _CHUNKS_AHEAD = 2
@@ -67,14 +68,25 @@ class WorkerConfig:
 def fitted(preprocessing: Preprocessing, encoded: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Decode an image and resize it to the encoder's input, (H, W, 3) uint8."""
     with Image.open(io.BytesIO(encoded)) as image:
-        return preprocessing.fitted(to_rgb(image))
+        return preprocessing.resize(to_rgb(image))
 
 
 class EmbedShard:
     """Worker that embeds shards. Two threads may call it at the same time, each with its own shard."""
 
     def __init__(self, images_uri: str, folder_uri: str, config: WorkerConfig, cache: Path, fit: Fit = fitted) -> None:
-        """Load the encoder and start the decoders, which call ``fit``. Raises ``ModelError`` for an unknown encoder."""
+        """Load the encoder and start the decoders.
+
+        Args:
+            images_uri: Folder of the image shards.
+            folder_uri: Folder of the embedding shards.
+            config: Encoder, batch size, device and decoders.
+            cache: Folder for copies of remote files.
+            fit: Function that decodes an image. Default: :func:`fitted`.
+
+        Raises:
+            ModelError: The encoder is unknown.
+        """
         self._images_uri, self._folder_uri, self._cache = images_uri, folder_uri, cache
         self._config, self._fit = config, fit
         device, dtype = ("cuda", torch.bfloat16) if config.cuda else ("cpu", torch.float32)
@@ -110,15 +122,15 @@ class EmbedShard:
         if not self._config.cuda:
             torch.set_num_threads(1)  # one worker per core: more threads would compete for the same core
         name, (source, earlier, part) = item
-        clock = dict.fromkeys(SECONDS, 0.0)
+        timings = dict.fromkeys(SECONDS, 0.0)
         started = time.monotonic()
         tar, table = (
             artifacts.fetch_shard(self._images_uri, source, suffix, self._cache) for suffix in (".tar", ".parquet")
         )
         records = {record["key"]: record for record in tables.read_table(table).to_pylist()}
         assembler = _ShardAssembler(records, self._rows_of(earlier), self._keys_of(part))
-        clock["read_s"] += time.monotonic() - started
-        rows = self._embed_rows(assembler, tar, partial(_decode_ahead, decoders, fit), clock)
+        timings["read_s"] += time.monotonic() - started
+        rows = self._embed_rows(assembler, tar, partial(_decode_ahead, decoders, fit), timings)
 
         started = time.monotonic()
         info: dict[str, Any] = {
@@ -133,21 +145,22 @@ class EmbedShard:
             (folder / "img_emb").mkdir()
             np.save(folder / "img_emb" / f"img_emb_{name}.npy", rows)
             tables.write_table(assembler.metadata, METADATA_SCHEMA, folder / "metadata" / f"metadata_{name}.parquet")
-            clock["write_s"] = time.monotonic() - started  # the marker cannot include its own commit; the manifest does
-            shard = artifacts.commit_shard(self._folder_uri, name, folder, rows=len(rows), info={**info, **clock})
-        clock["write_s"] = time.monotonic() - started
-        return dataclasses.replace(shard, info={**info, **clock})
+            timings["write_s"] = time.monotonic() - started  # for the marker, which cannot include its own commit
+            shard = artifacts.commit_shard(self._folder_uri, name, folder, rows=len(rows), info={**info, **timings})
+        timings["write_s"] = time.monotonic() - started
+        return dataclasses.replace(shard, info={**info, **timings})
 
-    def _embed_rows(self, assembler: "_ShardAssembler", tar: Path, ahead: "_DecodeAhead", clock: Clock) -> Row:
-        """Return (n, D) rows in the order of the tar; fills ``assembler`` with their metadata and outcomes."""
+    def _embed_rows(self, assembler: "_ShardAssembler", tar: Path, ahead: "_DecodeAhead", timings: Timings) -> Row:
+        """Return rows (n, D) in the order of the tar, and fill ``assembler`` with their metadata and outcomes."""
         size = self._config.batch_size
-        new = assembler.new(_time_reads(webdataset.iter_images(tar), clock))
+        new = assembler.new(_time_reads(webdataset.iter_images(tar), timings))
         chunks = iter(lambda: list(itertools.islice(new, size)), [])
         decoded = ahead(self._encoder.preprocessing, chunks, _CHUNKS_AHEAD * self._config.decoders)
         with self._turn:
-            rows, clock["compute_s"] = embed_stream(self._encoder, assembler.batches(decoded, clock), batch_size=size)
+            batches = assembler.batches(decoded, timings)
+            rows, timings["compute_s"] = embed_stream(self._encoder, batches, batch_size=size)
             ended = time.monotonic()
-            clock["turn_s"], self._turn_began = ended - self._turn_began, ended
+            timings["turn_s"], self._turn_began = ended - self._turn_began, ended
         return assembler.rows(rows.numpy().astype(np.float16))
 
     def _rows_of(self, earlier: artifacts.Shard | None) -> dict[ImageIdentity, Row]:
@@ -168,7 +181,7 @@ class EmbedShard:
 
 
 class _ShardAssembler:
-    """Collects rows, metadata and outcomes of a shard while its images are read in the order of the tar."""
+    """Rows, metadata and outcomes of a shard, collected while its images are read in the order of the tar."""
 
     def __init__(
         self, records: dict[str, dict[str, Any]], earlier: dict[ImageIdentity, Row], wanted: set[str] | None
@@ -190,16 +203,16 @@ class _ShardAssembler:
             if row is None:
                 yield key, encoded
 
-    def batches(self, decoded: Iterable["_Decoded"], clock: Clock) -> Iterator[torch.Tensor]:
+    def batches(self, decoded: Iterable["_Decoded"], timings: Timings) -> Iterator[torch.Tensor]:
         """Yield batches of the images that could be decoded."""
         for batch in decoded:
-            clock["decode_s"] += batch.seconds
+            timings["decode_s"] += batch.seconds
             self._undecoded.update(batch.failed)
             if batch.images is not None:
                 yield batch.images
 
     def rows(self, embedded: Row) -> Row:
-        """Return the embedded and copied rows in the order of the tar. Counts outcomes and collects the metadata."""
+        """Return the embedded and copied rows in the order of the tar. Count outcomes, and collect the metadata."""
         fresh, rows = iter(embedded), list[Row]()
         for key, row in self._order:
             if key in self._undecoded:
@@ -239,11 +252,11 @@ def _decode(fit: Fit, preprocessing: Preprocessing, chunk: list[tuple[str, bytes
             images.append(fit(preprocessing, encoded))
         except DiedError:
             failed[key] = DECODER_DIED
-        except BrokenExecutor:  # no process can be started, which is not the image's fault
+        except BrokenExecutor:  # no process can be started: the image is not the cause
             raise
         except Exception:  # Pillow's plugins raise any exception on damaged data
             failed[key] = "decode_error"
-    batch = preprocessing.scaled(torch.from_numpy(np.stack(images))) if images else None
+    batch = preprocessing.to_input(torch.from_numpy(np.stack(images))) if images else None
     return _Decoded(images=batch, failed=failed, seconds=time.monotonic() - started)
 
 
@@ -257,7 +270,7 @@ def _decode_ahead(
     chunks: Iterator[list[tuple[str, bytes]]],
     depth: int,
 ) -> Iterator[_Decoded]:
-    """Return decoded chunks in order. Submits the first ``depth`` now, and one more for each that is consumed."""
+    """Return decoded chunks in order. Submit the first ``depth`` now, and one more for each that is consumed."""
     pending: deque[Future[_Decoded]] = deque(
         pool.submit(_decode, fit, preprocessing, chunk) for chunk in itertools.islice(chunks, depth)
     )
@@ -271,12 +284,12 @@ def _decode_ahead(
     return drain()
 
 
-def _time_reads(samples: Iterator[tuple[str, bytes]], clock: Clock) -> Iterator[tuple[str, bytes]]:
-    """Yield ``samples`` and add the time to read them to the clock."""
+def _time_reads(samples: Iterator[tuple[str, bytes]], timings: Timings) -> Iterator[tuple[str, bytes]]:
+    """Yield ``samples`` and add the time to read them to the timings."""
     while True:
         started = time.monotonic()
         sample = next(samples, None)
-        clock["read_s"] += time.monotonic() - started
+        timings["read_s"] += time.monotonic() - started
         if sample is None:
             return
         yield sample

@@ -20,7 +20,7 @@ from tasks.references.types import EmbeddingShards, config_from_manifest
 
 CURVE = "recall.png"
 RECALL_AT = 10
-_DECIDES_TRUTH = ("texts", "recall_queries", "seed", "dedup", "near_duplicate_cosine")
+_TRUTH_SETTINGS = ("texts", "recall_queries", "seed", "dedup", "near_duplicate_cosine")
 """Settings that determine the queries and their true neighbours."""
 
 
@@ -36,15 +36,15 @@ def tune_database(
     """Commit the shard of queries with their true neighbours, and return it with effort and recall for the manifest.
 
     A database that grew from ``grown`` keeps its queries, and only new rows are searched for their true neighbours.
-    Image queries are chosen again if too few are left, or if the database has twice the rows they were chosen from.
-    All queries are chosen again if the settings that determine them have changed.
-    The recall curve is saved in the folder as ``recall.png``.
+    Image queries are chosen again if too few remain, or if the database has twice the rows they were chosen from.
+    All queries are chosen again if the settings that determine them have changed. The recall curve is saved in the
+    folder as ``recall.png``.
     """
     excluded = hidden_ids(folder_uri, hidden, cache)
     database = open_shards(
         folder_uri, indexed, embeddings, cache, name="tuned", effort=SearchEffort(), hidden=excluded, rows_at_once=False
     )
-    reused, drawn_from = (
+    reused, chosen_from = (
         ({}, database.stored) if grown is None else _reusable_queries(database, excluded, grown, config, cache)
     )
     truths = {
@@ -71,7 +71,7 @@ def tune_database(
                 ids=truth.ids,
                 scores=truth.scores.round(6),
             )
-        return artifacts.commit_shard(folder_uri, TRUTH, folder, rows=0, info={"drawn_from": drawn_from}), info
+        return artifacts.commit_shard(folder_uri, TRUTH, folder, rows=0, info={"drawn_from": chosen_from}), info
 
 
 def _image_truth(database: Database, hidden: NDArray[np.int64], config: IndexConfig) -> GroundTruth:
@@ -117,38 +117,43 @@ def _image_query_count(database: Database, config: IndexConfig) -> int:
 def _reusable_queries(
     database: Database, hidden: NDArray[np.int64], grown: BaseVersion, config: IndexConfig, cache: Path
 ) -> tuple[dict[str, GroundTruth], int]:
-    """Return the reusable queries with true neighbours over all rows, and the row count the images were chosen from."""
+    """Return the reusable queries with their true neighbours, and the number of rows the images were chosen from."""
     before = grown.version.manifest()
     stored = config_from_manifest(type(config), before.config)
-    if any(getattr(stored, name) != getattr(config, name) for name in _DECIDES_TRUTH):
+    if any(getattr(stored, name) != getattr(config, name) for name in _TRUTH_SETTINGS):
         return {}, database.stored
     (shard,) = (shard for shard in before.shards if shard.name == TRUTH)
-    truths, drawn_from = _read_truths(grown, shard, cache), shard.info.get("drawn_from", grown.rows)
-    left = len(truths["image"]) - int(np.isin(truths["image"].own, hidden).sum())
-    if 2 * left < _image_query_count(database, config) or database.stored >= 2 * drawn_from:
+    truths, chosen_from = _read_truths(grown, shard, cache), shard.info.get("drawn_from", grown.rows)
+    remaining = len(truths["image"]) - int(np.isin(truths["image"].own, hidden).sum())
+    if 2 * remaining < _image_query_count(database, config) or database.stored >= 2 * chosen_from:
         del truths["image"]
-        drawn_from = database.stored
-    shown = np.setdiff1d(grown.array("hidden.npy", cache), hidden)
+        chosen_from = database.stored
+    revealed = np.setdiff1d(grown.array("hidden.npy", cache), hidden)
     return {
-        kind: _extend_truth(database, truth, grown.rows, hidden, shown) for kind, truth in truths.items()
-    }, drawn_from
+        kind: _extend_truth(database, truth, grown.rows, hidden, revealed) for kind, truth in truths.items()
+    }, chosen_from
 
 
 def _extend_truth(
-    database: Database, before: GroundTruth, rows: int, hidden: NDArray[np.int64], shown: NDArray[np.int64]
+    database: Database, before: GroundTruth, rows: int, hidden: NDArray[np.int64], revealed: NDArray[np.int64]
 ) -> GroundTruth:
-    """Extend the true neighbours ``before`` of queries over the first ``rows`` rows to all rows of the database.
+    """Extend true neighbours from the first ``rows`` rows to all rows of the database.
 
-    ``shown`` are rows that were hidden before and no longer are. Queries that are hidden now are dropped.
+    Args:
+        database: The database.
+        before: Queries and their true neighbours among the first ``rows`` rows. Queries hidden now are dropped.
+        rows: Number of rows before.
+        hidden: Sorted ids of the rows that are hidden now.
+        revealed: Sorted ids of rows that were hidden before and no longer are.
     """
-    before = before.only(~np.isin(before.own, hidden))
+    before = before.select(~np.isin(before.own, hidden))
     own_rows = before.own_rows
     own = None if own_rows is None else before.own
     # Old rows with a score below the last stored neighbour were not stored, so results below it are unreliable.
     lowest = np.where(before.ids >= 0, before.scores, np.inf).min(axis=1, keepdims=True)
-    if len(shown):
-        found = exact_neighbours([database.rows(shown)], before.queries, own_rows=own_rows)
-        ids = np.where(found.ids >= 0, shown[found.ids], -1)
+    if len(revealed):
+        found = exact_neighbours([database.rows(revealed)], before.queries, own_rows=own_rows)
+        ids = np.where(found.ids >= 0, revealed[found.ids], -1)
         before = dataclasses.replace(
             before,
             ids=np.concatenate([before.ids, ids], axis=1),
@@ -173,7 +178,7 @@ def _extend_truth(
 
 
 def _previous_effort(grown: BaseVersion, target: float) -> SearchEffort | None:
-    """Search effort of the previous version if its target recall is the same, else None."""
+    """Return the search effort of the previous version if its target recall is the same, else None."""
     manifest = grown.version.manifest()
     same = manifest.config["target_recall"] == target
     return SearchEffort(**manifest.info["effort"]) if same else None

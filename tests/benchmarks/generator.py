@@ -164,7 +164,7 @@ class Scene:
             own=own,
             queries=queries,
             described=own[[captions[text] for text in texts]],
-            yardstick=ReferenceSet(real=own, threshold=embedding_metrics.copy_threshold(near), seed=SEED),
+            reference=ReferenceSet(real=own, threshold=embedding_metrics.copy_threshold(near), seed=SEED),
             nearest_real=float(near[np.isfinite(near)].mean()),
             studio=Studio(pipeline, queries, settings_of(model, pipeline, own, list(captions), device)),
         )

@@ -166,7 +166,7 @@ def bench_neighbours() -> dict[str, Any]:
     database = open_database(version, cache)
     parts = [np.load(path, mmap_mode="r") for path in row_files(rows)]
 
-    index = database.proposer.index  # the FAISS index over the same memory-mapped lists
+    index = database.candidate_search.index  # the FAISS index over the same memory-mapped lists
     effort: Any = faiss.SearchParametersIVF(nprobe=database.effort.nprobe)
 
     def faiss_alone() -> None:

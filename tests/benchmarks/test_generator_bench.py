@@ -52,7 +52,7 @@ def test_bench_generator_also_scores_single_candidates(
         own=own.astype(np.float32),
         queries=queries,
         described=own[:100].astype(np.float32),
-        yardstick=bench.ReferenceSet(real=own.astype(np.float32), threshold=0.9, resamples=10),
+        reference=bench.ReferenceSet(real=own.astype(np.float32), threshold=0.9, resamples=10),
         nearest_real=0.5,
         studio=bench.Studio(pipeline, queries, settings),
     )

@@ -148,7 +148,7 @@ def test_make_stickers_damaged_tarball_raises_with_path(
         ({"README.md": b""}, "KeyError: 'package.json'"),
         ({"package.json": {"license": "MIT"}}, "no image in the package"),
         ({"package.json": {"license": "MIT"}, "assets/270b.webp": b"damaged"}, "cannot identify image"),
-        ({"package.json": {"license": "GPL-3.0"}}, "wrong licence: GPL-3.0, not MIT"),
+        ({"package.json": {"license": "GPL-3.0"}}, "has changed: GPL-3.0, not MIT"),
     ],
     ids=["another package", "no image", "damaged image", "another licence"],
 )

@@ -190,9 +190,9 @@ def test_interpolate_starts_and_ends_at_the_prompts(tmp_path: Path) -> None:
     assert len(between) == 4
     assert np.abs(between[[0, -1]] - ends).max() <= 1
     assert (np.abs(np.diff(between, axis=0)).max(axis=(1, 2, 3)) > 1).all(), "every step moves"
-    with pytest.raises(ModelError, match="interpolation needs two prompts: 1 were given"):
+    with pytest.raises(ModelError, match="wrong number of prompts to interpolate: 1"):
         made("a dog", between=3)
-    with pytest.raises(ModelError, match="interpolation has two ends: 1"):
+    with pytest.raises(ModelError, match="too few images for an interpolation: 1"):
         made.interpolate("a dog", "a car", 1)
 
 

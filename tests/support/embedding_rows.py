@@ -54,7 +54,7 @@ def exact(queries: NDArray[Any], rows: NDArray[np.float16], k: int, without: set
 def everything(version: DatabaseVersion, base: Path) -> Any:
     """Open a version so that searches visit every inverted list."""
     database = open_database(version, base / "cache")
-    return database.with_effort(dataclasses.replace(database.effort, nprobe=max(1, database.proposer.cells)))
+    return database.with_effort(dataclasses.replace(database.effort, nprobe=max(1, database.candidate_search.cells)))
 
 
 def hidden_in(version: DatabaseVersion, base: Path) -> set[int]:

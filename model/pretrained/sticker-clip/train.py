@@ -49,7 +49,7 @@ ARCHITECTURE = json.loads(Path(__file__).with_name("open_clip_config.json").read
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """One training run; the defaults are the shipped model's."""
+    """Settings of a training run. The defaults are those of the bundled model."""
 
     stickers: Path
     corpus: Path
@@ -63,10 +63,10 @@ class TrainConfig:
     learning_rate: float = 1.2e-3
     warmup_steps: int = 300
     weight_decay: float = 0.2
-    holdout_style: str = "emojione"  # held out of training
-    holdout_one_in: int = 40  # one in this many concepts is held out of training in all styles
-    name_share: float = 0.4  # share of pairs with the bare name; the rest use any caption
-    ignore_above: float = 0.7  # teacher cosine above which another caption is not a negative
+    holdout_style: str = "emojione"  # excluded from training
+    holdout_one_in: int = 40  # one in this many concepts is excluded from training in all styles
+    name_share: float = 0.4  # share of pairs with the name as caption; the others use a random caption
+    ignore_above: float = 0.7  # cosine of teacher embeddings above which another caption is not a negative
     distill_weight: float = 4.0
     max_scale: float = 60.0
     ema_decay: float = 0.9995
@@ -196,9 +196,9 @@ def losses(clip: CLIP, head: nn.Linear, data: Data, config: TrainConfig, rng: to
     """Sample a batch and return the scalars `loss`, its parts `image`, `teacher` and `distill`, and `scale`."""
     size, device = config.batch_size, config.device
     rows = data.train[torch.randint(len(data.train), (size,), device=device, generator=rng)]
-    bare = torch.rand(size, device=device, generator=rng) < config.name_share
+    use_name = torch.rand(size, device=device, generator=rng) < config.name_share
     pick = torch.rand(size, device=device, generator=rng) * (data.captions[rows] >= 0).sum(1)
-    caption = data.captions[rows, pick.long().masked_fill(bare, 0)]
+    caption = data.captions[rows, pick.long().masked_fill(use_name, 0)]
     texts = torch.cat([caption, torch.randint(len(data.tokens), (2 * size,), device=device, generator=rng)])
     with torch.autocast("cuda", torch.bfloat16, enabled=config.device != "cpu"):
         image = encode_images(clip, augment(data.images[rows].float() / 255, rng))
@@ -218,11 +218,11 @@ def losses(clip: CLIP, head: nn.Linear, data: Data, config: TrainConfig, rng: to
 
 @torch.no_grad()
 def evaluate(clip: CLIP, data: Data, config: TrainConfig) -> dict[str, float]:
-    """Return recall@1, 5, 10 of each hold-out: a query is a concept's name, a hit any of its images."""
+    """Return recall@1, 5 and 10 of each held-out set. A query is the name of a concept; any of its images is a hit."""
     clip.eval()
     result: dict[str, float] = {}
     for name, rows in data.holdouts.items():
-        last_first = rows.flip(0)  # so that the name comes from each concept's first row
+        last_first = rows.flip(0)  # later entries of a dict win, so the name is that of each concept's first row
         queries = dict(zip(data.concepts[last_first].tolist(), data.captions[last_first, 0].tolist(), strict=True))
         concepts, texts = torch.tensor(list(queries.items()), device=config.device).T
         with torch.autocast("cuda", torch.bfloat16, enabled=config.device != "cpu"):

@@ -2,7 +2,7 @@
 
 The script uses the npm packages of the table below and downloads missing tarballs with ``npm pack``. It renders every
 icon at 64 × 64 px on white, with its name and its Unicode CLDR keywords as captions. A style with an existing parquet
-file is skipped, so an interrupted run resumes. With these versions (and resvg-py 0.5, Pillow 13) the files are byte for
+file is skipped, so an interrupted run resumes. With these versions, resvg-py 0.5 and Pillow 13, the files are byte for
 byte those that the bundled generator was trained on.
 
 Columns: key (style/icon), style, license (SPDX), captions (name first, then keywords), webp (64 × 64 px, RGB).
@@ -37,9 +37,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 SIDE = 64
-DRAWN_SIDE = 128  # rendered at this size and scaled down, which preserves thin lines
+RENDER_SIDE = 128  # rendered at this size and scaled down, which preserves thin lines
 QUALITY = 92  # of the WebP
-BLANK = 3.0  # minimum standard deviation of the pixels (0 to 255); below it an icon is white on white
+BLANK = 3.0  # minimum standard deviation of the pixels (0 to 255); below it an icon is blank
 DOWNLOAD_TIMEOUT_S = 600
 log = logging.getLogger("make-stickers")
 
@@ -50,7 +50,10 @@ class PackageError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """An npm package. ``icon`` is the pattern of the icons to use; its group is their name or country."""
+    """An npm package.
+
+    ``icon`` is a regular expression for the keys of the icons to use. Its group is the name or the country of an icon.
+    """
 
     name: str
     version: str
@@ -106,7 +109,7 @@ class Names:
             for form in [emoji, *emoji.get("skins", [])]:
                 code, name = form["hexcode"].lower(), form["label"].replace(": ", " ")
                 self.emojis[code] = name
-                self._keywords.setdefault(_plain(name), emoji.get("tags", []))
+                self._keywords.setdefault(_normalised(name), emoji.get("tags", []))
                 if flag := re.fullmatch(r"(1f1[ef]\w)-(1f1[ef]\w)", code):
                     country = "".join(chr(int(letter, 16) - 0x1F1E6 + ord("a")) for letter in flag.groups())
                     self.flags[country] = name
@@ -115,10 +118,10 @@ class Names:
         """Return the name and its keywords; for a flag, "flag of X" and "X flag"."""
         if flag := re.fullmatch(r"flag (?:for )?(.+)", name):
             return [f"flag of {flag[1]}", f"{flag[1]} flag"]
-        return [name, *self._keywords.get(_plain(name), [])]
+        return [name, *self._keywords.get(_normalised(name), [])]
 
 
-def _plain(name: str) -> str:
+def _normalised(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", " ", name.lower()).strip()
 
 
@@ -130,7 +133,7 @@ def fetch(package: Package, folder: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise PackageError(
-            f"tarball is missing and npm is not installed: {tarball}; install Node.js, or put the file there"
+            f"tarball is missing, and npm is not installed: {tarball}; install Node.js, or put the file there"
         )
     folder.mkdir(parents=True, exist_ok=True)
     spec = f"{package.name}@{package.version}"
@@ -173,12 +176,12 @@ def check_license(package: Package, license: str | None) -> None:  # noqa: A002
     """Raise ``PackageError`` unless the licence is the one in the table."""
     if license != package.license:
         raise PackageError(
-            f"{package.tarball} has the wrong licence: {license}, not {package.license}; use the npm package"
+            f"licence of {package.tarball} has changed: {license}, not {package.license}; use the original npm package"
         )
 
 
-def draw(icons: dict[str, Any], icon: dict[str, Any]) -> Image.Image:
-    """Render an Iconify icon on transparency, ``DRAWN_SIDE`` px high; ``currentColor`` becomes black."""
+def render(icons: dict[str, Any], icon: dict[str, Any]) -> Image.Image:
+    """Render an Iconify icon on transparency, ``RENDER_SIDE`` px high; ``currentColor`` becomes black."""
     import resvg_py
 
     left, top = (icon.get(side, icons.get(side, 0)) for side in ("left", "top"))
@@ -187,7 +190,7 @@ def draw(icons: dict[str, Any], icon: dict[str, Any]) -> Image.Image:
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
     )
-    png = resvg_py.svg_to_bytes(svg_string=svg, height=DRAWN_SIDE, skip_system_fonts=True)
+    png = resvg_py.svg_to_bytes(svg_string=svg, height=RENDER_SIDE, skip_system_fonts=True)
     return Image.open(io.BytesIO(bytes(png)))
 
 
@@ -210,7 +213,7 @@ def iconify_images(package: Package, tarball: Path, names: Names) -> Iterator[tu
             continue
         name = names.flags.get(key[:2]) if match.lastgroup == "country" else match["name"].replace("-", " ")
         if name is not None:
-            yield key, name, draw(icons, icon)
+            yield key, name, render(icons, icon)
 
 
 def fluent_images(package: Package, tarball: Path, names: Names) -> Iterator[tuple[str, str, Image.Image]]:

@@ -1,8 +1,8 @@
 """Train the bundled sticker generators: a script around the package's training loop, without Ray, Prefect or MLflow.
 
 It reads sticker parquet files (columns key, style, license, captions, webp), built by make_stickers.py in this folder.
-OpenMoji and Twemoji are left out, so that they remain unseen domains. The other images are embedded with the bundled
-sticker-clip and each image's neighbours are found among the others. Captions are never read. An interrupted run resumes
+OpenMoji and Twemoji are excluded, so that they remain unseen domains. The other images are embedded with the bundled
+sticker-clip, and the neighbours of each image are found among them. Captions are never read. An interrupted run resumes
 from its last checkpoint when the command is repeated. ``samples-*.png`` in the output folder show samples for OpenMoji.
 
     base      the continuous generator, for generation and editing: a transformer trained with flow matching
@@ -73,14 +73,14 @@ WATCHED = "openmoji"
 NEIGHBOURS, POOL = 10, 20
 SIDE = 64
 """Side in px of the images in the files, and of the encoder's input."""
-DRAWN = 0.7
-"""Share of the base's samples without an image to restore; they train generation, the rest trains editing."""
+GENERATION_SHARE = 0.7
+"""Share of the base's samples without an image to restore: they train generation, the rest trains editing."""
 SAMPLING = {
     "query": "mean", "neighbours": 3, "candidates": 2,
     "num_inference_steps": 6, "guidance_scale": 3.0, "guidance_interval": (0.2, 0.95),
 }  # fmt: skip
-"""Sampling defaults of the base, chosen for 2 seconds an image on 2 CPU cores (see its card)."""
-SAMPLING_CODES = {"query": "mean", "neighbours": 3, "candidates": 2, "num_inference_steps": 7, "guidance_scale": 2.0}
+"""Sampling defaults of the base, chosen for at most 2 seconds per image on 2 CPU cores (see its card)."""
+DISCRETE_SAMPLING = {"query": "mean", "neighbours": 3, "candidates": 2, "num_inference_steps": 7, "guidance_scale": 2.0}
 """Sampling defaults of the discrete generator."""
 CHANNEL_ORDERS = ((1, 2, 0), (2, 0, 1), (2, 1, 0), (0, 2, 1), (1, 0, 2))
 log = logging.getLogger("sticker-generator")
@@ -124,7 +124,7 @@ class Log:
         """Write a grid of samples for the unseen domain and log the loss on it."""
         if self._unseen is None:
             return
-        self._unseen.draw(average, self._folder / f"samples-{images:09d}.png")
+        self._unseen.save_grid(average, self._folder / f"samples-{images:09d}.png")
         self.log(images=images, values={"unseen_loss": self._unseen.loss(average)})
 
 
@@ -147,7 +147,7 @@ class Unseen:
         return float(flow_matching_loss(_denoiser(network), self._images, self._tokens, sigma, noise))
 
     @torch.inference_mode()
-    def draw(self, network: nn.Module, path: Path) -> None:
+    def save_grid(self, network: nn.Module, path: Path) -> None:
         """Write a grid of samples, 8 per row."""
         image_grid(to_pil(self.sample(network, self._tokens[:64]).cpu())).save(path)
 
@@ -173,7 +173,7 @@ class UnseenCodes(Unseen):
 
     @torch.inference_mode()
     def loss(self, network: nn.Module) -> float:
-        """Return the bound on −log p(x_0) in nats a token, with the full condition and fixed t and noise."""
+        """Return the bound on −log p(x_0) in nats per token, with the full condition and fixed t and noise."""
         rng = StepRandom(0, 0, device=self._codes.device)
         t = (rng.uniform(len(self._codes)) * self._transitions.timesteps).long() + 1
         noisy = self._transitions.corrupt(self._codes, t, rng.uniform(*self._codes.shape, 2))
@@ -205,8 +205,8 @@ def load(path: Path, limit: int | None) -> NDArray[np.uint8]:
         return np.stack(list(pool.map(decode, encoded)))
 
 
-def fitted(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Resize images (N, SIDE, SIDE, 3) to the network's size, (N, side, side, 3)."""
+def resized(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Resize images (N, SIDE, SIDE, 3) to (N, side, side, 3)."""
     if side == SIDE:
         return pixels
     return np.stack([cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in pixels])
@@ -224,7 +224,7 @@ def nearest(rows: NDArray[np.float16], k: int, device: str) -> NDArray[np.int64]
 
 
 def mirrored(pixels: NDArray[np.uint8], styles: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Mirror images horizontally."""
+    """Mirror images horizontally. ``styles`` is unused."""
     return np.ascontiguousarray(pixels[:, :, ::-1])
 
 
@@ -234,8 +234,8 @@ def recoloured(pixels: NDArray[np.uint8], styles: NDArray[np.int64]) -> NDArray[
     return np.take_along_axis(pixels, orders[:, None, None], axis=3)
 
 
-# A variant is a separate domain with its own embeddings and neighbours, so the network must take the colours from the
-# neighbours. The number is how often an epoch contains each of its images.
+# A variant is a separate domain with its own embeddings and neighbours. The network must therefore take the colours
+# from the neighbours. The number is how often an epoch contains each image of the variant.
 Change = Callable[[NDArray[np.uint8], NDArray[np.int64]], NDArray[np.uint8]]
 VARIANTS: dict[str, tuple[int, Change]] = {
     "as they are": (4, lambda pixels, styles: pixels),
@@ -258,14 +258,14 @@ def prepare(options: argparse.Namespace) -> dict[str, NDArray[Any]]:
         log.info("%-28s %5d images", name, len(images))
     pool = min(POOL, len(pixels) - 1)
     near = nearest(embedded(pixels, encoder), pool, options.device)
-    aligned = align_all(fitted(pixels, options.size), near)
+    aligned = align_all(resized(pixels, options.size), near)
     log.info("%.0f%% of the first neighbours were aligned", 100 * aligned.converged)
     parts: dict[str, list[NDArray[Any]]] = {}
     for number, (weight, change) in enumerate(VARIANTS.values()):
         changed = change(pixels, styles)
         rows = embedded(changed, encoder)
         arrays: dict[str, NDArray[Any]] = {
-            "pixels": fitted(changed, options.size),
+            "pixels": resized(changed, options.size),
             "rows": rows,
             "neighbours": nearest(rows, pool, options.device) + number * len(pixels),
             "references": change(aligned.pixels, styles),
@@ -275,7 +275,7 @@ def prepare(options: argparse.Namespace) -> dict[str, NDArray[Any]]:
             parts.setdefault(name, []).append(part)
     data = {name: np.concatenate(part) for name, part in parts.items()}
     unseen = load(paths[WATCHED], options.limit)
-    data["unseen_pixels"], data["unseen_rows"] = fitted(unseen, options.size), embedded(unseen, encoder)
+    data["unseen_pixels"], data["unseen_rows"] = resized(unseen, options.size), embedded(unseen, encoder)
     unfinished = cache.with_suffix(".partial.npz")
     np.savez(unfinished, **data)  # type: ignore[arg-type]
     unfinished.rename(cache)
@@ -367,7 +367,8 @@ def require_same_run(stored: Path, options: argparse.Namespace) -> None:
     ]
     if changed:
         raise SystemExit(
-            f"run with other settings in {stored.parent}: {'; '.join(changed)}; use another --out, or remove it"
+            f"settings differ from those of the run in {stored.parent}: {'; '.join(changed)}; use another --out, or "
+            "remove that folder"
         )
 
 
@@ -385,7 +386,7 @@ def base(options: argparse.Namespace) -> None:
     )
     network = widen_input(build_transformer(size, embedding_dimension=data["rows"].shape[1], seed=0))
     conditioning = ConditioningConfig(neighbours=NEIGHBOURS, pool=POOL)
-    pasting = RestorationConfig(drop_reference=DRAWN)
+    pasting = RestorationConfig(drop_reference=GENERATION_SHARE)
     objective = Restoration(conditioning, pasting, prediction=size.prediction)
     dataset = training_set(data, options.device, references=True)
     unseen = Unseen(data["unseen_pixels"], data["unseen_rows"], options.device)
@@ -428,7 +429,7 @@ def discrete(options: argparse.Namespace) -> None:
     objective = MaskAndReplace(Transitions(codes=size.codes), ConditioningConfig(neighbours=NEIGHBOURS, pool=POOL))
     unseen = UnseenCodes(data["unseen_pixels"], data["unseen_rows"], options.device, autoencoder)
     average = run(network, objective, training_set(data, options.device), options, unseen)
-    save(average, options.out / "discrete", vae=autoencoder.cpu().half(), **SAMPLING_CODES)
+    save(average, options.out / "discrete", vae=autoencoder.cpu().half(), **DISCRETE_SAMPLING)
 
 
 COMMANDS = {"base": base, "codes": codes, "discrete": discrete}

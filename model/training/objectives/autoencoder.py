@@ -2,10 +2,11 @@
 
 Legend: ``B`` batch, ``S`` side of an image, ``n`` tokens of an image, ``K`` codes, ``w`` their width.
 
-Quantization starts once the autoencoder can reconstruct without it. Codes that start among meaningless latents settle
-on outlines and ignore colours. A code that is nearest to no patch gets no gradient and stays dead, so dead codes are
-moved onto patches: first all of them, later those that were idle for a while (random restart, Jukebox 2005.00341,
-§3.1). Patches far from any code are preferred, as in k-means++ (Arthur & Vassilvitskii 2007).
+Quantization starts once the autoencoder can reconstruct without it, because codes that are trained on meaningless
+latents represent outlines and ignore colours. A code that is nearest to no latent gets no gradient and remains dead.
+Dead codes are therefore moved onto latents: first all of them, later those that were idle for ``patience`` steps
+(random restart, Jukebox 2005.00341, §3.1). Latents far from any code are preferred, as in k-means++ (Arthur &
+Vassilvitskii 2007).
 """
 
 import math
@@ -27,8 +28,8 @@ def reconstruction_loss(output: Tensor, images: Tensor, *, edge_weight: float, s
     Args:
         output: (B, 3, S, S).
         images: (B, 3, S, S) in [−1, 1].
-        edge_weight: Weight of the differences, which keep outlines sharp where a mean would blur them.
-        scales: Number of resolutions, from S down, each half of the one before.
+        edge_weight: Weight of the differences, which keep outlines sharp.
+        scales: Number of resolutions. The first is S; each further one is half of the one before.
 
     Returns:
         A scalar float32.
@@ -45,9 +46,12 @@ def reconstruction_loss(output: Tensor, images: Tensor, *, edge_weight: float, s
 class AutoencoderObjective(nn.Module):
     """The training objective: reconstruction, commitment, and a codebook without dead codes.
 
-    Its buffers belong in a checkpoint: for how many calls each code was idle, and the number of calls. Each piece of a
-    step is a call. Restarts end after ``restart_steps``, well before the end of training, so that the averaged weights
-    contain no code that still moves.
+    Restarts end after ``restart_steps``, well before the end of training, so that the averaged weights contain no code
+    that still moves. The buffers are saved in the checkpoint. Each piece of a step counts as a call.
+
+    Attributes:
+        idle: (K,) int64, the number of calls since each code was last used.
+        taken: () int64, the number of calls.
     """
 
     idle: Tensor
@@ -77,7 +81,7 @@ class AutoencoderObjective(nn.Module):
         """
         super().__init__()
         if patience < 1:
-            raise ModelError(f"patience must be at least 1 step: {patience}; a new code needs one step to be used")
+            raise ModelError(f"patience is below 1: {patience}; give at least 1, the step that a new code needs")
         self.commitment_weight, self.edge_weight, self.scales = commitment_weight, edge_weight, scales
         self.patience, self.restart_steps, self.warm_steps = patience, restart_steps, warm_steps
         self.register_buffer("idle", torch.full((codes,), patience))
@@ -86,7 +90,7 @@ class AutoencoderObjective(nn.Module):
     def forward(self, network: nn.Module, batch: Batch, rng: StepRandom) -> Tensor:
         """Return the loss, a scalar float32.
 
-        The quantizer runs with hooks, so compile the encoder and the decoder only.
+        Hooks run on the quantizer, so it cannot be compiled.
 
         Args:
             network: A ``VQModel``, or a wrapper that holds one as ``module``.

@@ -1,13 +1,10 @@
-"""The flow matching objective.
-
-Like every objective it is a module, so that its state, if any, is saved in the checkpoint.
-"""
+"""The flow matching objective."""
 
 from torch import Tensor, nn
 
 from model.diffusion.conditioning import ConditioningConfig, training_condition
 from model.diffusion.flow_matching import Prediction, flow_matching_loss, sample_sigmas
-from model.networks.denoiser import as_denoiser, bare
+from model.networks.denoiser import as_denoiser, unwrap
 from model.networks.editor import is_editor, with_reference
 from model.step_random import StepRandom
 from model.training.batch import Batch
@@ -23,7 +20,7 @@ class FlowMatching(nn.Module):
         """Configure the objective.
 
         Args:
-            conditioning: How training hides parts of the condition.
+            conditioning: Probabilities of hiding and perturbing parts of the condition.
             prediction: Output of the network. Default: "velocity".
         """
         super().__init__()
@@ -35,6 +32,6 @@ class FlowMatching(nn.Module):
         sigma = sample_sigmas(len(batch.images), rng)
         noise = rng.normal(*batch.images.shape)
         denoiser = as_denoiser(network, self.prediction)
-        if is_editor(bare(network)):
+        if is_editor(unwrap(network)):
             denoiser = with_reference(denoiser, None)
         return flow_matching_loss(denoiser, batch.images, condition, sigma, noise)

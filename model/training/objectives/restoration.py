@@ -5,10 +5,11 @@ Legend: ``B`` batch, ``S`` side, ``m`` mask, 1 where the neighbour is visible, `
     y = (1 − m̃)·x + m̃·x′        x′ the first neighbour aligned to x, m̃ the region m with a soft edge
     L = E ‖v̂(x_σ, y, σ, c(x)) − (ε − x)‖²     flow matching on the clean x, with y in the extra channels
 
-The condition is that of the clean image. The network learns to find what contradicts the condition, to regenerate it,
-and to keep the rest. At inference y is the image to edit, and the condition is the text. Three measures keep the
-network from detecting seams instead. The edge is soft, some references are the whole neighbour, which has no seam, and
-some are the image itself, where nothing is to be changed.
+The condition is that of the clean image. The network learns to find the parts that contradict the condition, to
+regenerate them, and to keep the rest. At inference y is the image to edit, and the condition is that of the text.
+
+The network must not detect the seams of pasted regions instead. Therefore the edge is soft, some references are the
+whole neighbour, which has no seam, and some are the image itself, in which nothing has to change.
 """
 
 import dataclasses
@@ -34,34 +35,43 @@ class RestorationConfig:
 
     smallest_area: float = 0.06
     largest_area: float = 0.5
-    largest_aspect: float = 2.5
-    second_region: float = 0.4
-    ellipse: float = 0.5
+    largest_aspect: float = 2.5  # maximum ratio of width and height, in both directions
+    second_region: float = 0.4  # probability of a second region
+    ellipse: float = 0.5  # probability that a region is an ellipse; the others are rectangles
     empty: float = 0.10  # probability that the reference is the image itself
     whole: float = 0.20  # probability that the reference is the whole neighbour
     feather_px: float = 1.0  # standard deviation of the soft edge
-    drop_reference: float = 0.10  # zeros as reference: for generation, and for guidance on the image
+    drop_reference: float = 0.10  # probability of a zero reference: trains generation, and guidance on the image
 
     def __post_init__(self) -> None:
         """Raise ``ModelError`` if a value is out of range."""
         if not 0 < self.smallest_area <= self.largest_area <= 1:
-            raise ModelError("areas are shares of the image and must satisfy 0 < smallest_area <= largest_area <= 1")
+            raise ModelError(
+                f"smallest_area or largest_area is out of range: {self.smallest_area}, {self.largest_area}; they must "
+                "satisfy 0 < smallest_area <= largest_area <= 1"
+            )
         if self.largest_aspect < 1 or self.feather_px < 0:
-            raise ModelError("largest_aspect must be at least 1 and feather_px at least 0")
-        shares = (self.second_region, self.ellipse, self.empty, self.whole, self.drop_reference)
-        if min(shares) < 0 or max(shares) > 1 or self.empty + self.whole > 1:
-            raise ModelError("probabilities must be in [0, 1], and so must empty + whole, which exclude each other")
+            raise ModelError(
+                f"largest_aspect or feather_px is out of range: {self.largest_aspect}, {self.feather_px}; "
+                "largest_aspect must be at least 1 and feather_px at least 0"
+            )
+        probabilities = (self.second_region, self.ellipse, self.empty, self.whole, self.drop_reference)
+        if min(probabilities) < 0 or max(probabilities) > 1 or self.empty + self.whole > 1:
+            raise ModelError(
+                f"second_region, ellipse, empty, whole or drop_reference is out of range: {probabilities}; "
+                "probabilities must be in [0, 1], and so must empty + whole, which are mutually exclusive"
+            )
 
 
 class PasteRandomness(NamedTuple):
-    """Random numbers in [0, 1) that define the regions: ``kind`` (B,), ``shapes`` (B, 2, 6), ``second`` (B,)."""
+    """Random numbers in [0, 1) that determine the regions: ``kind`` (B,), ``shapes`` (B, 2, 6), ``second`` (B,)."""
 
     kind: Tensor
     shapes: Tensor
     second: Tensor
 
 
-def draw_chances(rng: StepRandom, batch: int) -> PasteRandomness:
+def sample_randomness(rng: StepRandom, batch: int) -> PasteRandomness:
     """Sample the randomness of ``batch`` regions, float32 on the device of ``rng``."""
     return PasteRandomness(rng.uniform(batch), rng.uniform(batch, 2, 6), rng.uniform(batch))
 
@@ -130,7 +140,7 @@ class Restoration(nn.Module):
         """Configure the objective.
 
         Args:
-            conditioning: How training hides parts of the condition.
+            conditioning: Probabilities of hiding and perturbing parts of the condition.
             config: Regions to paste.
             prediction: Output of the network.
         """
@@ -148,14 +158,14 @@ class Restoration(nn.Module):
             raise ModelError("the batch has no reference images; align the first neighbours before training")
         if batch.images.shape != batch.reference.shape:
             raise ModelError(
-                f"images {tuple(batch.images.shape)} and references {tuple(batch.reference.shape)} differ in shape; "
-                "editing is trained on pixels, so give images instead of latents or codes"
+                f"images and references differ in shape: {tuple(batch.images.shape)}, {tuple(batch.reference.shape)}; "
+                "give pixels, because editing is not trained on latents or codes"
             )
         images, count = batch.images, len(batch.images)
         condition = training_condition(batch.query, batch.neighbours, self.conditioning, rng)
         sigma = sample_sigmas(count, rng)
         noise = rng.normal(*images.shape)
-        randomness, hidden = draw_chances(rng, count), rng.uniform(count)
+        randomness, hidden = sample_randomness(rng, count), rng.uniform(count)
         reference = self.reference(images, batch.reference, randomness, hidden)
         denoiser = with_reference(as_denoiser(network, self.prediction), reference)
         return flow_matching_loss(denoiser, images, condition, sigma, noise)
@@ -182,5 +192,5 @@ def _shapes(uniforms: Tensor, side: int, config: RestorationConfig) -> Tensor:
 
 
 def _centre(uniform: Tensor) -> Tensor:
-    """Map a uniform number to a centre away from the border, where images are mostly background."""
+    """Map a uniform number in [0, 1) to a coordinate in [0.15, 0.85): near the border images are mostly background."""
     return 0.15 + 0.7 * uniform

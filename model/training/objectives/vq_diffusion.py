@@ -17,7 +17,7 @@ from model.training.batch import Batch
 
 
 class VQLosses(nn.Module):
-    """Losses from the logits, as a separate module, so that it can be compiled into one GPU kernel."""
+    """Losses of the logits. They are a module of their own, so that they can be compiled into one GPU kernel."""
 
     def __init__(self, transitions: Transitions) -> None:
         """Use the forward process ``transitions``."""
@@ -42,9 +42,12 @@ class MaskAndReplace(nn.Module):
     """The training objective: Σ_t L_{t−1}, estimated from one t per image, plus an x_0 term.
 
     t is sampled with probability p_t ∝ √E[L_t²] and its loss divided by p_t. This keeps the mean and lowers the
-    variance (Nichol & Dhariwal 2102.09672, §3.3). Sampling is uniform until every t was seen ``WARM`` times. The
-    statistics are buffers, so a resumed run continues with them. Only losses inside :meth:`collecting_losses` update
-    them.
+    variance (Nichol & Dhariwal 2102.09672, §3.3). Sampling is uniform until every t was sampled ``WARM`` times. The
+    statistics are saved in the checkpoint. Only losses inside :meth:`collecting_losses` update them.
+
+    Attributes:
+        history: (T,) running mean of L_t².
+        seen: (T,) number of losses at each t.
     """
 
     WARM = 10
@@ -60,7 +63,7 @@ class MaskAndReplace(nn.Module):
 
         Args:
             transitions: The forward process.
-            conditioning: How training hides parts of the condition.
+            conditioning: Probabilities of hiding and perturbing parts of the condition.
             auxiliary_weight: Weight of −log p_θ(x_0|x_t), which is added to the bound. Default: 5e-4.
         """
         super().__init__()
@@ -89,7 +92,7 @@ class MaskAndReplace(nn.Module):
 
     @contextlib.contextmanager
     def collecting_losses(self) -> Iterator[None]:
-        """Surround all pieces of a step: they share one history, which is updated once at the end."""
+        """Return a context for all pieces of a step: they share one history, which is updated once at the end."""
         pending: list[tuple[Tensor, Tensor]] = []
         self._pending = pending
         try:
@@ -102,9 +105,9 @@ class MaskAndReplace(nn.Module):
     def probabilities(self) -> Tensor:
         """Return p_t of t = 1 … T, (T,) float32."""
         uniform = torch.full_like(self.history, 1 / len(self.history))
-        size = self.history.sqrt() + 1e-10
-        important = (1 - self.UNIFORM_SHARE) * size / size.sum() + self.UNIFORM_SHARE * uniform
-        return torch.where((self.seen >= self.WARM).all(), important, uniform)
+        magnitude = self.history.sqrt() + 1e-10
+        weighted = (1 - self.UNIFORM_SHARE) * magnitude / magnitude.sum() + self.UNIFORM_SHARE * uniform
+        return torch.where((self.seen >= self.WARM).all(), weighted, uniform)
 
     def sample_times(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Sample times t (B,) int64 in 1 … T by inverse CDF of uniforms (B,); return them and their p_t (B,)."""
@@ -115,11 +118,11 @@ class MaskAndReplace(nn.Module):
     @torch.no_grad()
     def update_history(self, t: Tensor, divergence: Tensor) -> None:
         """Update the running E[L_t²] with losses (B,) at times t (B,), summed over all workers."""
-        fresh = torch.zeros(2, len(self.history), device=divergence.device)
-        fresh.index_add_(1, t - 1, torch.stack([torch.ones_like(divergence), divergence.square()]))
+        sums = torch.zeros(2, len(self.history), device=divergence.device)
+        sums.index_add_(1, t - 1, torch.stack([torch.ones_like(divergence), divergence.square()]))
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(fresh)
-        count, squares = fresh
+            dist.all_reduce(sums)
+        count, squares = sums
         mean = squares / count.clamp(min=1)
         mixed = torch.where(self.seen > 0, self.MEMORY * self.history + (1 - self.MEMORY) * mean, mean)
         self.history.copy_(torch.where(count > 0, mixed, self.history))

@@ -106,7 +106,7 @@ def test_edit_more_steps_than_timesteps_are_reduced(pipeline: KNNDiffusionPipeli
 
 
 def test_edit_restore_without_training_raises(pipeline: KNNDiffusionPipeline) -> None:
-    with pytest.raises(ModelError, match=r"not trained for editing; .*method='local'"):
+    with pytest.raises(ModelError, match=r"not trained for method='restore'; use method='local'"):
         edited(pipeline, [image()], method="restore")
 
 

@@ -163,7 +163,7 @@ def test_edit_flow_of_a_discrete_generator_raises() -> None:
 
 
 def test_edit_restore_without_training_raises_and_sdedit_works(base: KNNDiffusionPipeline) -> None:
-    with pytest.raises(ModelError, match=r"not trained for editing; .*method='local'"):
+    with pytest.raises(ModelError, match=r"not trained for method='restore'; use method='local'"):
         edited(base, image())
     assert len(edited(base, [image()] * 2, method="sdedit")) == 2
 
@@ -189,7 +189,7 @@ def test_fit_images_converts_any_image_and_logs_crops(caplog: pytest.LogCaptureF
         (["cat.png"], PROMPT, "there is no image to edit"),
         ([image()] * 3, PROMPT.expand(2, -1), "2 prompts for 3 images"),
         ([image()], " ", "prompt is empty"),
-        ([image()], torch.full((1, 8), torch.nan), "embeddings must be finite rows"),
+        ([image()], torch.full((1, 8), torch.nan), "embeddings are not finite rows"),
     ],
 )
 def test_edit_invalid_input_raises_on_one_line(

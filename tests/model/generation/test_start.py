@@ -12,7 +12,7 @@ from support import tiny_models
 from model.diffusion.flow_matching import add_noise
 from model.diffusion.solver import new_scheduler, solve
 from model.errors import ModelError
-from model.generation.start import choices
+from model.generation.start import choose_by_noise
 from model.pipeline import KNNDiffusionPipeline
 
 SIDE = 8
@@ -82,7 +82,7 @@ def test_start_without_images_raises(tmp_path: Path) -> None:
         ({"start": "neighbour", "strength": float("nan")}, "strength is out of range"),
         ({"strength": 0.5}, "strength has no effect"),
         ({"start": "neighbour", "retrieve": False}, "needs retrieval"),
-        ({"start": "neighbour", "between": 4}, "an interpolation cannot start from an image"),
+        ({"start": "neighbour", "between": 4}, "interpolation cannot start from images"),
         ({"start": [Image.new("RGB", (SIDE, SIDE))] * 3}, "3 start images for 2 prompts"),
     ],
 )
@@ -130,10 +130,10 @@ def test_solve_from_a_lower_strength_follows_the_path_to_the_image() -> None:
 
 def test_choices_are_uniform_and_below_the_counts() -> None:
     noise = torch.randn(3_000, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    drawn = np.bincount(choices(noise, np.full(3_000, 3)), minlength=3)
+    drawn = np.bincount(choose_by_noise(noise, np.full(3_000, 3)), minlength=3)
     assert len(drawn) == 3
     assert np.abs(drawn - 1_000).max() < 120
-    assert choices(noise[:5], np.ones(5, np.int64)).tolist() == [0] * 5
+    assert choose_by_noise(noise[:5], np.ones(5, np.int64)).tolist() == [0] * 5
 
 
 def test_images_of_a_database_rejects_unknown_rows(pipeline: KNNDiffusionPipeline) -> None:

@@ -60,9 +60,9 @@ def test_build_unet_depends_only_on_the_seed() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"image_size": 9}, "cannot be halved 1 times"),
-        ({"image_size": 4, "widths": (32, 32, 32, 32)}, "cannot be halved 3 times"),
-        ({"widths": (32,)}, "give 2 widths or more"),
+        ({"image_size": 9}, "cannot be halved at each level: 9"),
+        ({"image_size": 4, "widths": (32, 32, 32, 32)}, "cannot be halved at each level: 4"),
+        ({"widths": (32,)}, "1 widths; give at least 2 widths"),
         ({"widths": (32, 48)}, "multiples of 32"),
         ({"widths": (32, 64), "head_width": 64}, "of head_width 64"),
     ],

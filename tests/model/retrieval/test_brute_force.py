@@ -49,8 +49,8 @@ def test_brute_force_many_near_copies_finds_true_neighbours(
 ) -> None:
     rows, queries = near_copies(400)
     database = tiny_models.database(tmp_path, rows[:300], rows[300:]).to("cpu")
-    assert isinstance(database.proposer, TorchBruteForce)
-    database.proposer._parts = [part.to(dtype) for part in database.proposer._parts]
+    assert isinstance(database.candidate_search, TorchBruteForce)
+    database.candidate_search._parts = [part.to(dtype) for part in database.candidate_search._parts]
     patch_cuda_products(monkeypatch)
     require_true_neighbours(database, rows, queries)
 

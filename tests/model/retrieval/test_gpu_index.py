@@ -52,7 +52,7 @@ def test_gpu_ivf_search_equals_cpu_search(tmp_path: Path, monkeypatch: pytest.Mo
     database = tiny_models.database(tmp_path, rows[:150], rows[150:], factory=factory, nprobe=4, candidates=50)
     gpu = FakeGpu(monkeypatch)
     moved = database.to("cuda:1")
-    assert isinstance(moved.proposer, GpuIVF)
+    assert isinstance(moved.candidate_search, GpuIVF)
     assert [(device, vars(options)) for device, options in gpu.copied] == [
         (1, {"allowCpuCoarseQuantizer": True, "indicesOptions": 3, "useFloat16": True})
     ]
@@ -64,7 +64,7 @@ def test_gpu_ivf_search_equals_cpu_search(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_gpu_ivf_k_and_nprobe_over_limit_finds_all_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_index, "MOST", 5)
+    monkeypatch.setattr(gpu_index, "MAX_RESULTS", 5)
     rows, queries = tiny_models.unit_rows(60), tiny_models.unit_rows(2, seed=1).astype(np.float32)
     database = tiny_models.database(tmp_path, rows, factory="IVF8,SQfp16", nprobe=8)
     gpu = FakeGpu(monkeypatch)
@@ -92,7 +92,9 @@ def test_to_cuda_index_out_of_memory_raises(tmp_path: Path, monkeypatch: pytest.
     database = tiny_models.database(tmp_path, tiny_models.unit_rows(60), factory="IVF8,SQfp16")
     FakeGpu(monkeypatch)
     monkeypatch.setattr(faiss, "index_cpu_to_gpu", full)
-    with pytest.raises(ModelError, match="the index does not fit GPU 0: out of memory; search on the CPU") as caught:
+    with pytest.raises(
+        ModelError, match="the index does not fit into the memory of GPU 0: out of memory; search on the CPU"
+    ) as caught:
         database.to("cuda")
     assert "\n" not in str(caught.value)
 
@@ -114,7 +116,7 @@ def test_to_cuda_unsupported_index_compares_all_rows(
     FakeGpu(monkeypatch)
     monkeypatch.setattr(faiss, "index_cpu_to_gpu", refused)
     moved = database.to("cuda")
-    assert isinstance(moved.proposer, TorchBruteForce)
+    assert isinstance(moved.candidate_search, TorchBruteForce)
     np.testing.assert_array_equal(moved.search(rows[:3], 5).ids, database.search(rows[:3], 5).ids)
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith("GPU 0 cannot search this index: Device 0 has 49152 bytes of shared memory, while 8 bits")
@@ -128,7 +130,7 @@ def test_to_cuda_rows_out_of_memory_raises(tmp_path: Path, monkeypatch: pytest.M
     database = tiny_models.database(tmp_path, tiny_models.unit_rows(60))
     FakeGpu(monkeypatch)
     monkeypatch.setattr(torch.Tensor, "to", full)
-    with pytest.raises(ModelError, match="60 rows do not fit the memory of cuda; search on the CPU"):
+    with pytest.raises(ModelError, match="the rows do not fit into the memory of cuda: 60 rows; search on the CPU"):
         database.to("cuda")
 
 

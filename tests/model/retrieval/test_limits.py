@@ -23,7 +23,7 @@ def test_limits_import_of_retrieval_sets_them() -> None:
         "faiss.get_deserialization_lattice_r2_limit())"
     )
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert output.split() == [str(limits.MOST_CELLS), str(limits.MOST_VECTOR_BYTES), str(limits.MOST_LATTICE_R2)]
+    assert output.split() == [str(limits.MAX_CELLS), str(limits.MAX_VECTOR_BYTES), str(limits.MAX_LATTICE_R2)]
 
 
 def test_read_index_too_many_cells_raises(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_read_index_too_many_cells_raises(tmp_path: Path) -> None:
     faiss.write_index(index, str(path))
     data = bytearray(path.read_bytes())
     assert int.from_bytes(data[NLIST_OFFSET : NLIST_OFFSET + 8], "little") == 2
-    data[NLIST_OFFSET : NLIST_OFFSET + 8] = (limits.MOST_CELLS + 1).to_bytes(8, "little")
+    data[NLIST_OFFSET : NLIST_OFFSET + 8] = (limits.MAX_CELLS + 1).to_bytes(8, "little")
     path.write_bytes(data)
     with pytest.raises(RuntimeError, match="exceeds deserialization_loop_limit"):
         faiss.read_index(str(path))
@@ -43,9 +43,9 @@ def test_apply_limits_older_faiss_skips_missing_limits(monkeypatch: pytest.Monke
     values: list[int] = []
     monkeypatch.setattr(limits, "faiss", SimpleNamespace(set_deserialization_loop_limit=values.append))
     limits.apply_limits()
-    assert values == [limits.MOST_CELLS]
+    assert values == [limits.MAX_CELLS]
 
 
 def test_require_factory_too_many_cells_raises() -> None:
     with pytest.raises(ModelError, match="too many cells: 1048577; use at most 1048576"):
-        require_factory(f"IVF{limits.MOST_CELLS + 1},Flat", 4)
+        require_factory(f"IVF{limits.MAX_CELLS + 1},Flat", 4)

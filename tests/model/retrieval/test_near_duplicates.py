@@ -39,10 +39,10 @@ def test_find_pairs_by_cell_equals_by_search(tmp_path: Path, monkeypatch: pytest
     by_cell = find_pairs(database, rows, 0, 0.999)
     assert {(7, 1500), (20, 60), (3, 700), (703, 704)} <= set(map(tuple, by_cell.tolist()))
     with monkeypatch.context() as patch:
-        patch.setattr(near_duplicates, "_by_search", None)
+        patch.setattr(near_duplicates, "_pairs_by_search", None)
         assert np.array_equal(find_pairs(database, rows, 0, 0.999), by_cell)
         assert find_pairs(database, rows[1400:], 1400, 0.999).tolist() == [[7, 1500]]
-    monkeypatch.setattr(near_duplicates, "_by_cell", None)
+    monkeypatch.setattr(near_duplicates, "_pairs_by_cell", None)
     monkeypatch.setattr(near_duplicates, "_VISITORS", 10**6)
     assert np.array_equal(find_pairs(database, rows, 0, 0.999), by_cell)
 

@@ -24,7 +24,7 @@ ROWS = np.split(tiny_models.unit_rows(60), 12)
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored_rows, "MOST_MAPPED", MOST)
+    monkeypatch.setattr(stored_rows, "MAX_MAPPED", MOST)
 
 
 def parts_of(folder: Path, rows: Sequence[NDArray[np.float16]] = ROWS) -> list[StoredRows]:

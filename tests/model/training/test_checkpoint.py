@@ -47,5 +47,7 @@ def test_restore_states_on_the_device_of_their_weights_and_step_counts_on_the_cp
 def test_restore_malformed_checkpoint_raises(tmp_path: Path, state: Any) -> None:
     path = tmp_path / "3.pt"
     torch.save(state, path)
-    with pytest.raises(ModelError, match=r"checkpoint .*3\.pt is damaged or of another network: .*delete its folder"):
+    with pytest.raises(
+        ModelError, match=r"checkpoint is damaged or belongs to another network: .*3\.pt.*delete its folder"
+    ):
         restore(path, {}, [])

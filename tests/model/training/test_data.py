@@ -230,14 +230,14 @@ def test_training_set_latents_and_codes_are_not_scaled(stored: NDArray[Any], exp
 
 @pytest.mark.parametrize(("images", "embeddings", "neighbours"), [(2, 3, 3), (3, 2, 3), (3, 3, 2), (0, 0, 0)])
 def test_training_rows_different_lengths_raise(images: int, embeddings: int, neighbours: int) -> None:
-    message = f"{images} images, {embeddings} embeddings, {neighbours} neighbour lists; rebuild"
+    message = f"{images} images, {embeddings} embeddings, {neighbours} neighbour lists; run the stage again"
     with pytest.raises(ModelError, match=message):
         TrainingRows(
             images=np.zeros((images, 4, 4, 3), np.uint8),
             embeddings=tiny_models.unit_rows(embeddings),
             neighbours=np.zeros((neighbours, 2), np.int64),
         )
-    with pytest.raises(ModelError, match="11 references for 12 images"):
+    with pytest.raises(ModelError, match="references and images differ: 11, 12"):
         TrainingRows(images=rows().images, embeddings=rows().embeddings, neighbours=rows().neighbours,
              reference=rows(0, 11).images)  # fmt: skip
 
@@ -268,7 +268,7 @@ def test_training_set_without_shards_raises() -> None:
 def test_training_set_neighbours_of_another_database_raise(beyond: int) -> None:
     own = rows()
     own.neighbours[3, 1] = beyond
-    with pytest.raises(ModelError, match=r"not rows of the database.*this version"):
+    with pytest.raises(ModelError, match=r"neighbour ids are out of range: .*this version"):
         training_set(own).batch(0, seed=0, size=1)
 
 
@@ -289,7 +289,7 @@ def test_concatenated_rows_equal_one_array() -> None:
 def test_neighbour_embeddings_too_large_are_read_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, joined = torch.tensor([[0, 23], [5, 5]]), ConcatenatedRows([DATABASE[:5], DATABASE[5:]])
     resident = NeighbourEmbeddings(joined, "cpu")
-    monkeypatch.setattr(NeighbourEmbeddings, "LARGEST", DATABASE.nbytes - 1)
+    monkeypatch.setattr(NeighbourEmbeddings, "MAX_RESIDENT_BYTES", DATABASE.nbytes - 1)
     mapped = NeighbourEmbeddings(joined, "cpu")
     monkeypatch.setattr(ConcatenatedRows, "__getitem__", lambda *_: np.zeros((2, 2, 8), np.float16))
     np.testing.assert_array_equal(resident.take(ids), DATABASE[ids].astype(np.float32))

@@ -240,13 +240,13 @@ def test_train_checkpoint_of_another_network_raises(tmp_path: Path, other: dict[
     run(tmp_path)
     network = build_transformer(tiny_models.size(**other), embedding_dimension=tiny_models.WIDTH, seed=0)
     with pytest.raises(
-        ModelError, match=r"(?s)checkpoint .*12\.pt is damaged or of another network.*delete its folder"
+        ModelError, match=r"(?s)checkpoint is damaged or belongs to another network: .*12\.pt.*delete its folder"
     ):
         run(tmp_path, network=network)
 
 
 def test_train_batch_size_not_divisible_among_workers_raises(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="batch_size 4 is not divisible among 3 workers"):
+    with pytest.raises(ModelError, match="batch_size is not a multiple of workers × pieces: 4, 3"):
         run(tmp_path, world=3)
 
 
@@ -408,7 +408,7 @@ def test_train_out_of_memory_doubles_the_pieces_once_and_continues(tmp_path: Pat
 
 
 def test_train_out_of_memory_again_raises_with_the_fix(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="cpu is out of memory at pieces=2; raise pieces, or choose a smaller"):
+    with pytest.raises(ModelError, match="cpu is out of memory at pieces=2; increase pieces, or choose a smaller"):
         run(tmp_path, objective=LimitedMemory(BATCH // 4))
     one = TrainingConfig(images=3, batch_size=1, checkpoint_images=1)
     odd = dataclasses.replace(one, images=9, batch_size=3)

@@ -94,7 +94,7 @@ def test_muon_restored_state_continues_with_its_momentum() -> None:
 
 
 def test_muon_unsupported_parameter_or_closure_raises() -> None:
-    with pytest.raises(ValueError, match=r"cannot optimize a parameter of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"cannot optimize a parameter of this shape: \(3,\)"):
         Muon([nn.Parameter(torch.zeros(3))])
     with pytest.raises(ValueError, match="does not support a closure"):
         Muon(matrices()).step(lambda: 0.0)

@@ -110,7 +110,10 @@ def test_sticker_script_sigterm_saves_a_checkpoint_and_resumes(stickers: Path, r
 
     other = run(*command("base", stickers, out, 400_000), "--rate", "0.1")
     assert other.returncode == 1
-    assert f"run with other settings in {out / 'base'}: rate 0.0015, now 0.1; use another --out" in other.output
+    assert (
+        f"settings differ from those of the run in {out / 'base'}: rate 0.0015, now 0.1; use another --out"
+        in other.output
+    )
 
     done = run(*command("base", stickers, out, 4 * (step + 2)))
     assert done.returncode == 0, done.output[-2000:]

@@ -15,10 +15,10 @@ from model.training.batch import Batch
 from model.training.objectives.restoration import (
     Restoration,
     RestorationConfig,
-    draw_chances,
     feather,
     paste_region,
     regions,
+    sample_randomness,
 )
 
 LOCAL = {"empty": 0.0, "whole": 0.0}
@@ -26,7 +26,7 @@ CONDITIONING = ConditioningConfig(neighbours=2, pool=2)
 
 
 def sample_regions(rng: StepRandom, batch: int, side: int, config: RestorationConfig) -> Tensor:
-    return regions(draw_chances(rng, batch), side, config)
+    return regions(sample_randomness(rng, batch), side, config)
 
 
 def shares(**changes: Any) -> Tensor:
@@ -179,7 +179,7 @@ def test_restoration_batch_without_references_or_with_latents_raises() -> None:
     latents = Batch(
         images=full.images[:, :, :4, :4], query=full.query, neighbours=full.neighbours, reference=full.reference
     )
-    with pytest.raises(ModelError, match="trained on pixels"):
+    with pytest.raises(ModelError, match=r"differ in shape: .*; give pixels"):
         objective(Recorder(), latents, StepRandom(0, 0))
 
 
@@ -191,7 +191,7 @@ def test_restoration_batch_without_references_or_with_latents_raises() -> None:
         ({"largest_aspect": 0.5}, "largest_aspect must be at least 1"),
         ({"feather_px": -1}, "feather_px at least 0"),
         ({"drop_reference": 1.1}, r"must be in \[0, 1\]"),
-        ({"empty": 0.6, "whole": 0.6}, "exclude each other"),
+        ({"empty": 0.6, "whole": 0.6}, "mutually exclusive"),
     ],
 )
 def test_restoration_config_invalid_field_raises(wrong: dict[str, float], message: str) -> None:
