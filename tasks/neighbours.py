@@ -24,18 +24,24 @@ def find_neighbours(
 ) -> StageResult[Neighbours]:
     """Find the ``k`` nearest database rows of each row of ``embeddings``; store them in ``<folder>/neighbours/<key>``.
 
-    A row's own entry and exact copies of it are excluded, even if the database got them from an earlier version, a
+    The row itself and exact copies of it are excluded, even if they came into the database by an earlier version, a
     union or a subset. In training, an image must not be given to the network as its own neighbour.
+
+    Args:
+        embeddings: Rows to find the neighbours of.
+        database: Database to search.
+        folder: Folder of the domain.
+        k: Number of neighbours.
 
     Raises:
         EncoderMismatchError: ``embeddings`` and ``database`` were made by different encoders.
-        InputError: the database has too few rows for ``k``, or ``embeddings`` contains images that were taken down.
+        InputError: The database has too few rows for ``k``, or ``embeddings`` contains images that were taken down.
     """
     is_own = database.manifest().inputs["embeddings"]["digest"] == embeddings.digest
     if is_own and (count := _count_taken_down(database, embeddings, folder.cache)):
         raise InputError(
-            f"{count} images of {database.uri} were taken down but are still in the training set; compact the "
-            "domain's champion first (rebuild-index --compact) and train on the result"
+            f"the training set contains images that were taken down: {count} of {database.uri}; compact the domain's "
+            "champion first (rebuild-index --compact) and train on the result"
         )
     inputs = {"embeddings": embeddings.as_input(), "database": database.as_input()}
     stage = artifacts.ArtifactBuilder(
@@ -87,7 +93,10 @@ class _Search:
             own_ids = None if offset is None else np.arange(start, stop, dtype=np.int64) + offset
             ids = self._database.nearest(rows[start:stop], self._k, exclude=own_ids, excluded=rows[start:stop]).ids
             if ids.shape[1] < self._k or (ids < 0).any():
-                raise InputError(f"shard {name}: too many exact copies in the database for k = {self._k}; lower k")
+                raise InputError(
+                    f"k is too large for shard {name}: {self._k}; lower it, because the database has too few rows that "
+                    "are not exact copies of an image"
+                )
             found[start:stop] = ids
         with storage.scratch() as folder:
             np.save(folder / f"{name}.npy", found)

@@ -1,4 +1,4 @@
-"""Common code of all stages: skip committed output, run missing shards, count failed ones, log one line."""
+"""Common code of the stages: skip committed output, run missing shards, count failed ones, log one line."""
 
 import contextlib
 import dataclasses
@@ -41,9 +41,9 @@ def _is_transient(task: Any, task_run: Any, state: Any) -> bool:
 
 @dataclasses.dataclass(slots=True)
 class StageTimings:
-    """Seconds, and whether skipped, of the stages of a flow by name.
+    """Duration of each stage of a flow in seconds, and whether it was skipped, by name.
 
-    A stage that runs twice takes the sum, and counts as skipped if it was skipped both times.
+    Durations of repeated runs of a stage are summed. The stage counts as skipped if every run was skipped.
     """
 
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -67,7 +67,7 @@ class StageTimings:
 def stage_task(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator for a stage: a Prefect task when a flow calls it, a plain function elsewhere.
 
-    Only ``TransientError`` is retried. Prefect caches nothing: committed manifests are the cache.
+    Only ``TransientError`` is retried. Prefect's result caching is off, because committed manifests are the cache.
     """
 
     def decorate(step: Callable[P, R]) -> Callable[P, R]:
@@ -107,12 +107,13 @@ def run_stage(
         stage: Builder of the artifact.
         reference: Type of the returned reference.
         make: Runs the shards that have no marker and commits the manifest.
-        note: Returns a clause for the log line.
-        verify: Check the digests of committed files. By default only their presence and size are checked.
-        repairs: Allow ``make`` to run again over a committed folder, to restore the shards whose files are damaged.
+        note: Returns the end of the log line. Default: nothing.
+        verify: Check the digests of committed files. Default: False, check their presence and size only.
+        repairs: Allow ``make`` to run again for a committed folder, to restore shards with damaged files. Default:
+            False.
 
     Raises:
-        IntegrityError: a committed file is damaged and cannot be restored.
+        IntegrityError: A committed file is damaged and cannot be restored.
     """
     started = time.monotonic()
     manifest = stage.committed()
@@ -175,15 +176,15 @@ def run_shards(
         factory: Worker class; called with ``settings`` on each actor.
         settings: Arguments of ``factory``.
         max_lost_fraction: Share of the shards that may fail, in [0, 1].
-        resources: Actors, CPUs, GPUs and concurrency, passed to ``compute.map_shards``.
+        **resources: Actors, CPUs, GPUs and concurrency, passed to ``compute.map_shards``.
 
     Returns:
         All committed shards in the order of ``items``, and the error message of each failed shard by name.
 
     Raises:
-        TransientError: a shard failed with an error that a retry may resolve.
-        StageError: more than ``max_lost_fraction`` of the shards failed. The others stay committed.
-        KNNDiffusionError, ModelError: every shard failed with this same error, which the user can fix.
+        TransientError: A shard failed with an error that a retry may resolve.
+        StageError: More than ``max_lost_fraction`` of the shards failed. The others remain committed.
+        KNNDiffusionError, ModelError: Every shard failed with this same error, which the user can fix.
     """
     named = dict(items)
     done = stage.done()
@@ -208,8 +209,8 @@ def run_shards(
                 break
     if transient := [error for error in errors if isinstance(error, TransientError)]:
         raise TransientError(
-            f"{stage.kind}: {len(named) - len(done)} of {len(named)} shards failed for now ({transient[0]}); "
-            f"the other {len(done)} are committed, run again to resume"
+            f"{stage.kind}: {len(named) - len(done)} of {len(named)} shards failed temporarily ({transient[0]}); "
+            f"run again to resume, the other {len(done)} are committed"
         )
     if (
         len(lost) == len(named)
@@ -221,7 +222,7 @@ def run_shards(
         first = next(iter(lost.values()))
         raise StageError(
             f"{stage.kind}: {len(lost)} of {len(named)} shards failed ({first}); "
-            f"the other {len(named) - len(lost)} are committed, run again to resume"
+            f"run again to resume, the other {len(named) - len(lost)} are committed"
         )
     return [done[name] for name in named if name in done], lost
 

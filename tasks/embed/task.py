@@ -1,4 +1,4 @@
-"""Embedding stage: image shards to CLIP embeddings in clip-retrieval's layout, one output shard per input shard."""
+"""Embed stage: image shards to CLIP embeddings in clip-retrieval's layout, one output shard per input shard."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -30,11 +30,11 @@ class EmbedConfig:
     max_lost_fraction: float = 0.01
 
     def __post_init__(self) -> None:
-        """Check the ranges, and make the path of a local encoder absolute. Raises ``ConfigError``."""
+        """Raise ``ConfigError`` for values out of range, and make the path of a local encoder absolute."""
         if self.batch_size < 1 or (self.decoders is not None and self.decoders < 1):
-            raise ConfigError(f"batch_size is {self.batch_size}, decoders is {self.decoders}; use at least 1 for both")
+            raise ConfigError(f"batch_size or decoders is below 1: {self.batch_size}, {self.decoders}; give at least 1")
         if self.gpus_per_worker < 0:
-            raise ConfigError(f"gpus_per_worker is {self.gpus_per_worker}; use 0 for the CPU, or 0.5, 1, …")
+            raise ConfigError(f"gpus_per_worker is negative: {self.gpus_per_worker}; use 0 for the CPU, or 0.5, 1, …")
         if self.encoder.startswith(_LOCAL):
             folder = storage.absolute(self.encoder.removeprefix(_LOCAL))
             object.__setattr__(self, "encoder", _LOCAL + folder)
@@ -55,19 +55,19 @@ def embed(
     unchanged tar is reused as a whole. If the tar was rewritten, the rows of the remaining images are copied. Content
     and key of the output are the same with and without ``previous``.
 
-    One exception: if ``previous`` has only a part of a tar, as the subset of a database does, then only that part is
-    embedded, with any encoder.
+    There is one exception: ``previous`` may have embeddings of only a part of a tar, as the subset of a database does.
+    Then only that part is embedded, with any encoder.
 
     Args:
         images: Image shards to embed.
         folder: Folder of the domain.
         config: Settings of the stage.
-        previous: Version whose rows are reused.
-        verify: Check the digests of committed shards. Damaged shards are embedded again.
+        previous: Version whose rows are reused. Default: None.
+        verify: Check the digests of committed shards, and embed damaged shards again. Default: False.
 
     Raises:
-        ModelError: the encoder does not exist.
-        StageError: no image could be decoded, too many shards failed, or the encoder changed during the stage.
+        ModelError: The encoder does not exist.
+        StageError: No image could be decoded, too many shards failed, or the encoder changed during the stage.
     """
     stage = artifacts.ArtifactBuilder(
         folder.uri, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=_settings(config)
@@ -94,7 +94,7 @@ def embed(
         done = [*reused.values(), *embedded]
         outcomes = sum_outcomes(done)
         if not outcomes.get("success"):
-            raise StageError(f"no image of {images.uri} could be decoded ({outcomes}); check its tar files")
+            raise StageError(f"no image could be decoded: {images.uri} ({outcomes}); check its tar files")
         first, *others = (EncoderIdentity(**shard.info["encoder"]) for shard in done)
         if not all(first.same_space(other) for other in others):
             raise StageError(
@@ -109,7 +109,7 @@ def embed(
 
 
 def _settings(config: EmbedConfig) -> dict[str, Any]:
-    """Return the settings that affect the rows. float16 rows may differ in the last bit between batch sizes."""
+    """Return the settings that affect the rows. The batch size is one: it may change the last bit of a float16 row."""
     precision = "bfloat16" if config.gpus_per_worker else "float32"
     return {"encoder": config.encoder, "batch_size": config.batch_size, "precision": precision}
 
@@ -121,7 +121,7 @@ def _worker_config(config: EmbedConfig) -> WorkerConfig:
 
 
 def _resources(config: EmbedConfig) -> dict[str, Any]:
-    """Return the resources of the workers. Each works on two shards, so that reading one overlaps computing another."""
+    """Return the resources of the workers. Each embeds two shards at once: one is read while the other is computed."""
     cores = 1 + _worker_config(config).decoders if config.gpus_per_worker else 1
     return {
         "actors": config.workers or compute.cpus(),
@@ -140,9 +140,9 @@ def _decoders_per_gpu_worker(gpus_each: float) -> int:
 def _reusable(previous: EmbeddingShards, config: EmbedConfig, names: set[str]) -> dict[str, artifacts.Shard]:
     """Return the shards of ``previous`` with these names, by name; none if ``config`` would give different rows."""
     manifest = previous.manifest()
-    decisive = {name: value for name, value in _settings(config).items() if name != "encoder"}
+    settings = {name: value for name, value in _settings(config).items() if name != "encoder"}
     shards = {shard.name: shard.reused_from(previous.uri) for shard in manifest.shards if shard.name in names}
-    if not shards or any(manifest.config.get(name) != value for name, value in decisive.items()):
+    if not shards or any(manifest.config.get(name) != value for name, value in settings.items()):
         return {}
     # The weights under a name may have changed; only loading them shows it.
     encoder: EncoderIdentity = compute.run(_identity_of, config.encoder)
@@ -157,7 +157,7 @@ def _partial_shards(previous: EmbeddingShards, sources: Sequence[artifacts.Shard
         for shard in previous.manifest().shards
         if (tar := tars.get(shard.name)) is not None
         and shard.info.get("source") == tar.file(".tar").sha256
-        # Older shards lack the mark and are recognised by their count, which a compaction of the images may hide.
+        # Older shards have no such field. They have fewer rows than the tar, unless the tar has been compacted.
         and (PART in shard.info or sum(shard.info["outcomes"].values()) < tar.rows)
     }
 
@@ -167,7 +167,7 @@ def _identity_of(encoder: str) -> EncoderIdentity:
 
 
 def _sum_info(embedded: list[artifacts.Shard]) -> dict[str, Any]:
-    """Sum the counts and times of the embedded shards. ``accelerator_busy`` is in [0, 1], on a CPU too."""
+    """Sum the counts and times of the embedded shards. ``accelerator_busy``, in [0, 1], also describes a CPU."""
     summed: dict[str, Any] = {name: sum(shard.info[name] for shard in embedded) for name in ("copied", *SECONDS)}
     busy = summed["compute_s"] / summed["turn_s"] if summed["turn_s"] else 0.0
     return {**summed, "embedded": sum(shard.rows for shard in embedded) - summed["copied"], "accelerator_busy": busy}
@@ -180,7 +180,7 @@ def _note(manifest: artifacts.Manifest) -> str:
         parts += [f"{name.removesuffix('_s')} {info[name]:.1f} s" for name in SECONDS if name != "turn_s"]
         parts.append(f"encoder busy for {info['accelerator_busy']:.0%} of the time")
     if died := info["outcomes"].get(DECODER_DIED):
-        parts.append(f"{died} images skipped because they kill their decoder")
+        parts.append(f"{died} images skipped because they killed their decoder")
     if info.get("copied"):
         parts.append(f"{info['copied']} rows copied")
     if info.get("shards_taken_over"):

@@ -7,13 +7,13 @@ from infra.errors import ConfigError
 from model.metrics import embedding_metrics
 
 SAMPLES = "samples"
-LEAST_COMPARED = 4
-"""Minimum images on each side: precision and recall use the third neighbour of each."""
+MIN_COMPARED = 4
+"""Minimum number of images in each compared set: precision and recall use the third neighbour of each image."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """Settings of an evaluation: which images are generated, and which metrics are computed."""
+    """Settings of an evaluation: the images to generate, and the metrics to compute."""
 
     prompts: tuple[str, ...] = ()
     prompt_urls: tuple[str, ...] = ()  # the image that each prompt describes, if known
@@ -25,18 +25,18 @@ class EvaluateConfig:
     diversity_prompts: int = 16
     ablations: bool = False  # also without neighbours, with each query mode, with 1, 4, 10 and 20 neighbours
     bootstrap: int = 200  # resamples per interval; 0: no intervals
-    copy_percentile: float = 95.0  # of cosines between real images; a sample above it is a copy
-    near_duplicate: float = embedding_metrics.NEAR_DUPLICATE  # real pairs from this cosine up are variants: left out
+    copy_percentile: float = 95.0  # percentile of cosines between real images, above which a sample is a copy
+    near_duplicate: float = embedding_metrics.NEAR_DUPLICATE  # minimum cosine of variants; that percentile omits them
     inception_weights: str | None = None  # torch-fidelity's file, local or remote; None: no FID
     use_gpu: bool = False
 
     def __post_init__(self) -> None:
         """Raise ``ConfigError`` for values out of range."""
         uris.hide_fields(self, "inception_weights")
-        if self.samples < LEAST_COMPARED:
+        if self.samples < MIN_COMPARED:
             raise ConfigError(
-                f"too few samples: {self.samples}; give at least {LEAST_COMPARED}: precision and recall use the third "
-                "neighbour"
+                f"too few samples: {self.samples}; give at least {MIN_COMPARED}, because precision and recall use the "
+                "third neighbour"
             )
         if self.seeds < 2 or self.diversity_prompts < 1:
             raise ConfigError(
@@ -53,5 +53,6 @@ class EvaluateConfig:
             raise ConfigError(f"near_duplicate is out of range: {self.near_duplicate}; give a cosine in (0, 1]")
         if self.prompt_urls and len(self.prompt_urls) != len(self.prompts):
             raise ConfigError(
-                f"{len(self.prompt_urls)} prompt_urls for {len(self.prompts)} prompts; give one URL per prompt, or none"
+                f"numbers of prompt_urls and prompts differ: {len(self.prompt_urls)}, {len(self.prompts)}; "
+                "give one URL per prompt, or none"
             )

@@ -23,7 +23,7 @@ from model.metrics.scores import ReferenceSet, flatten, score_mean, score_sample
 from model.pipeline import KNNDiffusionPipeline
 from model.retrieval.database import Database
 from model.saved_generator import pretrained_folder
-from tasks.evaluate.config import LEAST_COMPARED, SAMPLES, EvaluateConfig
+from tasks.evaluate.config import MIN_COMPARED, SAMPLES, EvaluateConfig
 from tasks.evaluate.sampler import ABLATIONS, MAIN, Condition, Sampler, embed_unique, queries_of, row_ids_at
 from tasks.references.database import open_database
 from tasks.references.generator import generator_folder
@@ -31,8 +31,9 @@ from tasks.references.images import fetch_images
 from tasks.references.types import DatabaseVersion, Generator, encoder_of
 
 SHOWN = 64
-"""Images of each condition that are stored."""
+"""Images of each condition that are stored for the report."""
 WORST_COPIES = 10
+"""Samples closest to a database image that are stored for the report."""
 _DESCRIBED_ROWS = 1 << 14
 
 
@@ -41,20 +42,20 @@ class EvaluationInputs:
     """Generator and database to evaluate, and the other domains that the samples are compared with."""
 
     generator: Generator
-    name: str  # of the database
+    name: str  # name of the database
     database: DatabaseVersion
     others: Mapping[str, DatabaseVersion]
     config: EvaluateConfig
 
 
 def pipeline_folder(generator: Generator, cache: Path) -> Path:
-    """Return the local pipeline folder of a generator. One without a manifest, e.g. a bundled one, is used in place."""
+    """Return the local pipeline folder of a generator. A plain pipeline folder, e.g. a bundled one, is not copied."""
     plain = pretrained_folder(generator.uri)
     return plain if (plain / "model_index.json").exists() else generator_folder(generator, cache)
 
 
 def measure(subject: EvaluationInputs, folder_uri: str, cache: Path) -> artifacts.Shard:
-    """Generate, embed and score the samples; commit the scores and the images to show."""
+    """Generate, embed and score the samples. Commit the scores and the images for the report."""
     weights = _weights(subject.config, cache)
     worker = Evaluator(subject, folder_uri, cache)
     with storage.scratch() as folder:
@@ -75,7 +76,7 @@ def measure(subject: EvaluationInputs, folder_uri: str, cache: Path) -> artifact
 
 
 class Evaluator:
-    """Samples of each condition, generated once and scored by every metric."""
+    """Evaluation of one generator on one database. The samples of each condition are generated once."""
 
     def __init__(self, subject: EvaluationInputs, folder_uri: str, cache: Path) -> None:
         """Open the databases and the generator of ``subject``. Progress is written to ``folder_uri``."""
@@ -83,10 +84,10 @@ class Evaluator:
         versions = {subject.name: subject.database, **subject.others}
         self._opened = {name: open_database(version, cache) for name, version in versions.items()}
         for name, opened in self._opened.items():
-            if len(opened) < LEAST_COMPARED:
+            if len(opened) < MIN_COMPARED:
                 raise InputError(
                     f"database {name} is too small to evaluate: {len(opened)} images; "
-                    f"use one with at least {LEAST_COMPARED}"
+                    f"use one with at least {MIN_COMPARED}"
                 )
         self._database = self._opened[subject.name]
         self._pipeline = KNNDiffusionPipeline.open(pipeline_folder(subject.generator, cache), self._database)
@@ -107,7 +108,7 @@ class Evaluator:
         self._scores: dict[Condition, dict[str, Score]] = {}
         # Two disjoint sets of real images of the compared size; a very small database has only one.
         half = len(self._database) // 2
-        self.compared = count = min(config.samples, half if half >= LEAST_COMPARED else len(self._database))
+        self.compared = count = min(config.samples, half if half >= MIN_COMPARED else len(self._database))
         self._real_ids = random_rows(self._database, 2 * count, self._config.seed)
         real = self._database.rows(self._real_ids).astype(np.float32)
         near = self._database.search(real, 1, exclude=self._real_ids).scores[:, 0]
@@ -120,7 +121,7 @@ class Evaluator:
         )
 
     def main(self, folder: Path, weights: Path | None) -> dict[str, float]:
-        """Return the scores with neighbours, without, and of real images. Save the sample sheets to ``folder``."""
+        """Return the scores with and without neighbours, and of real images. Save the sample sheets to ``folder``."""
         scores = self._real_scores()
         for name, condition in MAIN.items():
             images, _ = self._sampler(condition)
@@ -147,7 +148,7 @@ class Evaluator:
         return {name: flatten(self._scored(condition)) for name, condition in ABLATIONS.items()}
 
     def swap(self) -> dict[str, float]:
-        """Return the Fréchet distance of the samples to each domain, at equal numbers of rows; empty without others."""
+        """Return the Fréchet distance of the samples to each domain, at equal numbers of rows; empty for one domain."""
         if not self._subject.others:
             return {}
         count = min(self._config.samples, *(len(database) for database in self._opened.values()))
@@ -189,9 +190,10 @@ class Evaluator:
         return score_mean(embedding_metrics.prompt_diversity(rows), queries, self.reference_set, bounds=(0.0, 2.0))
 
     def _real_scores(self) -> dict[str, float]:
-        """Return the scores of real images: if there are enough rows, a second set compared with the first.
+        """Return the scores of real images.
 
-        Images with known prompts also get a CLIP score.
+        If there are enough rows, a second set is compared with the first. If the images of prompts are known, their
+        CLIP score is measured.
         """
         distinct = self._real_near[np.isfinite(self._real_near)]
         scores = {"nearest_real": float(distinct.mean())} if len(distinct) else {}
@@ -202,11 +204,11 @@ class Evaluator:
                 self._real_near[self.compared :], self.reference_set.threshold
             )
         if self._config.prompt_urls:
-            scores |= flatten(self._own_texts(), "real")
+            scores |= flatten(self._real_clip_score(), "real")
         return scores
 
-    def _own_texts(self) -> dict[str, Score]:
-        """Return the CLIP score of the real images in the database with the texts that describe them."""
+    def _real_clip_score(self) -> dict[str, Score]:
+        """Return the CLIP score of database images with the prompts that describe them; empty if there are none."""
         wanted = dict(zip(self._config.prompt_urls, self._config.prompts, strict=True))
         texts_by_row = {row: wanted[url] for row, url in urls_of(self._database) if url in wanted}
         if not texts_by_row:

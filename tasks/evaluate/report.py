@@ -119,10 +119,10 @@ def tables(views: Sequence[EvaluationView]) -> list[tuple[str, list[str], list[l
         samples = f"{view.name}, {view.samples} samples"
         if not any(view.shown):
             samples += (
-                ", queried with its own images; each retrieves itself: CLIP score and copies measure reconstruction"
+                ", queried with its own images, which retrieve themselves: CLIP score and copies measure reconstruction"
             )
         if view.compared < view.samples:
-            samples += f" (distances, precision and recall: {view.compared} of them and as many real images)"
+            samples += f" (distances, precision and recall use {view.compared} of them and as many real images)"
         found.append((f"Scores on {samples}", ["", *CONDITIONS.values()], score_rows(view.scores)))
         if view.ablations:
             found.append((f"Ablations on {samples}", ablation_heads(view.ablations), ablation_rows(view.ablations)))

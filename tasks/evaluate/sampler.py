@@ -1,4 +1,4 @@
-"""Sampler: generate the images of each condition, once.
+"""Generation of the images of each condition. Each condition is generated once.
 
 Legend: ``N`` samples, ``S`` seeds, ``D`` embedding width.
 """
@@ -20,7 +20,7 @@ from model.retrieval.database import Database
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Condition:
-    """How samples are generated; None is the generator's default."""
+    """Condition under which samples are generated. None is the generator's default."""
 
     retrieve: bool = True
     query: QuerySlot | None = None
@@ -43,7 +43,7 @@ ABLATIONS = {
 
 
 class Sampler:
-    """Images and their embeddings by condition. Results are cached in memory."""
+    """Generator of images and their embeddings by condition. Results are cached in memory."""
 
     def __init__(
         self,
@@ -55,9 +55,15 @@ class Sampler:
         seed: int,
         on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     ) -> None:
-        """Generate from ``queries`` (N, D), always from the same noise: only the condition differs.
+        """Create a sampler. The noise is the same for all conditions.
 
-        ``on_progress`` is called with (label, step, steps).
+        Args:
+            pipeline: Generator and database.
+            queries: (N, D) query embeddings.
+            steps: Number of sampling steps. None: the generator's default.
+            guidance: Guidance scale. None: the generator's default.
+            seed: Seed of the noise.
+            on_progress: Called with (label, step, total steps). Default: no progress.
         """
         self._pipeline, self.queries, self._on_progress = pipeline, queries, on_progress
         self._steps, self._guidance, self._seed = steps, guidance, seed
@@ -103,9 +109,10 @@ class Sampler:
 def queries_of(
     pipeline: KNNDiffusionPipeline, database: Database, prompts: Sequence[str], samples: int, seed: int
 ) -> tuple[Tensor, list[str]]:
-    """Return query embeddings (N, D) and their texts: prompts in random order, each used once before any repeats.
+    """Return query embeddings (N, D) and their texts, N = ``samples``.
 
-    Without prompts, random rows of ``database`` are used instead, and their texts are empty.
+    Prompts are used in random order, each once before any is repeated. Without prompts, the queries are random rows of
+    ``database``, and their texts are empty.
     """
     rng = np.random.default_rng(seed)
     if prompts:
@@ -117,7 +124,7 @@ def queries_of(
 
 
 def embed_unique(pipeline: KNNDiffusionPipeline, texts: Sequence[str]) -> Tensor:
-    """Return embeddings (N, D). Equal texts get bitwise equal rows, so the bootstrap can group samples by prompt."""
+    """Embed texts as (N, D). Equal texts get bitwise equal rows, so the bootstrap can group samples by prompt."""
     positions = {text: position for position, text in enumerate(dict.fromkeys(texts))}
     return pipeline.encoder.embed_texts(list(positions))[[positions[text] for text in texts]]
 

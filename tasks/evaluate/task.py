@@ -70,11 +70,18 @@ def evaluate(
     """Generate ``config.samples`` images with neighbours and as many without, and score both with every metric.
 
     Without prompts, images of the database are the queries. Each retrieves itself, so the CLIP score then measures
-    reconstruction. ``others`` are further domains, by name, to compare the samples with: a row of the swap matrix.
+    reconstruction.
+
+    Args:
+        generator: Generator to evaluate.
+        database: Database to retrieve from.
+        folder: Folder of the domain.
+        config: Settings.
+        others: Further domains to compare the samples with, by name: a row of the swap matrix. Default: none.
 
     Raises:
-        EncoderMismatchError: two databases use different encoders; the message names both.
-        InputError: there are no Inception weights at the location in the config.
+        EncoderMismatchError: Two databases use different encoders; the message names both.
+        InputError: There are no Inception weights at the location in the config.
     """
     others = dict(sorted((others or {}).items()))
     name = domain_of(database)
@@ -102,6 +109,6 @@ def _weights_input(config: EvaluateConfig) -> dict[str, dict[str, str]]:
     if not storage.exists(uri):
         raise InputError(
             f"Inception weights not found: {uri}; give the path of torch-fidelity's "
-            "weights-inception-2015-12-05-6726825d.pth, or leave it out"
+            "weights-inception-2015-12-05-6726825d.pth, or omit it"
         )
     return {"inception": {"uri": uri, "digest": storage.sha256(uri)}}

@@ -26,7 +26,7 @@ _EFFORT = SearchEffort(nprobe=4, candidates=50)  # near-duplicates are in the sa
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BaseVersion:
-    """A base version to which rows were only added, so that its results for the old rows remain valid."""
+    """Earlier version to which rows were only added, so that its results for the old rows remain valid."""
 
     version: DatabaseVersion
     shards: int  # embedding shards
@@ -52,9 +52,16 @@ def find_hidden_rows(
 ) -> artifacts.Shard:
     """Find the rows to hide in a version that is not committed yet, and commit them as a shard.
 
-    Near-duplicates (cosine at least ``bound``) among the rows that are not taken down are counted, and hidden if
-    ``dedup`` is set. The results of ``grown`` are reused (pairs only if its bound is the same), so that only new rows
-    are searched.
+    Args:
+        folder_uri: Folder of the version.
+        indexed: Its shards of quantizer and index.
+        embeddings: Its rows.
+        cache: Folder for copies of remote files.
+        takedown: Images to hide, or None.
+        bound: Minimum cosine of near-duplicates, which are counted among the rows that are not taken down.
+        dedup: Hide near-duplicates, too.
+        grown: Earlier version whose results are reused, or None. Only new rows are then searched. Near-duplicates are
+            reused only if ``bound`` has not changed.
     """
     taken = _find_taken_down(embeddings, cache, takedown, grown)
     pairs: list[NDArray[np.int64]] = []
@@ -103,7 +110,7 @@ def _search_pairs(settings: tuple[Any, ...], items: list[tuple[artifacts.Shard, 
     found = list(compute.map_shards(_PairFinder, settings, groups, actors=actors, description="near-duplicates"))
     for failed in found:
         if isinstance(failed, FailedShard):
-            raise StageError(f"search for near-duplicates failed: {failed.error}; run again") from failed.error
+            raise StageError(f"the search for near-duplicates failed: {failed.error}; run again") from failed.error
     return found
 
 

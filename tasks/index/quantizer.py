@@ -25,7 +25,7 @@ from tasks.references.rows import stored_rows
 from tasks.references.types import DatabaseVersion, EmbeddingShards, encoder_of
 
 RETRAIN_GROWTH = 4
-"""Growth of the row count, relative to the count at training, above which the quantizer is retrained."""
+"""The quantizer is retrained when the database has more than this many times the rows it was trained for."""
 _DRIFT_ROWS = 4_096
 
 
@@ -37,10 +37,18 @@ def reusable_quantizer(
     memory_bytes: int,
     cache: Path,
 ) -> artifacts.Shard | None:
-    """Return the quantizer of ``previous`` if it also fits the new rows; otherwise log the reason and return None.
+    """Return the quantizer of ``previous`` if it also fits the new rows. Otherwise log the reason and return None.
+
+    Args:
+        previous: Version whose quantizer may be reused.
+        embeddings: Rows of the new version.
+        requested: Factory string, or "auto".
+        max_drift: Maximum relative growth of the quantization error on the new rows.
+        memory_bytes: Memory limit for the index, which determines the choice of "auto".
+        cache: Folder for copies of remote files.
 
     Raises:
-        ModelError: no index with this number of rows fits into ``memory_bytes``.
+        ModelError: No index with this number of rows fits into ``memory_bytes``.
     """
     before, source = previous.manifest(), embeddings.manifest()
     (shard,) = (shard for shard in before.shards if shard.name == QUANTIZER)
@@ -75,7 +83,7 @@ def reusable_quantizer(
 def _memory_mismatch(
     before: artifacts.Manifest, factory: str, source: artifacts.Manifest, memory_bytes: int
 ) -> str | None:
-    """Return why ``factory`` does not suit ``memory_bytes``, or None if it does."""
+    """Return the reason why ``factory`` does not fit ``memory_bytes``, or None if it does."""
     if factory == "Flat":
         return None
     needed = memory_needed(factory, source.rows, encoder_of(source).dimension)
@@ -89,12 +97,12 @@ def _memory_mismatch(
 
 
 def _drift(quantizer: artifacts.Shard, embeddings: EmbeddingShards, previous: DatabaseVersion, cache: Path) -> float:
-    """Relative growth of the quantizer's error on the rows added since ``previous``; 0 for an index without cells."""
-    accepted = float(quantizer.info["error"])
-    if not accepted:
+    """Return the relative growth of the quantization error on the rows added since ``previous``; 0 without cells."""
+    reference_error = float(quantizer.info["error"])
+    if not reference_error:
         return 0.0
     index = faiss.read_index(str(artifacts.fetch_shard("", quantizer, ".faiss", cache)))
-    return quantization_error(index, _new_rows(embeddings, previous, cache)) / accepted - 1
+    return quantization_error(index, _new_rows(embeddings, previous, cache)) / reference_error - 1
 
 
 def train_quantizer(
@@ -107,8 +115,9 @@ def train_quantizer(
 ) -> artifacts.Shard:
     """Train the template on a random sample of all shards and commit it as a shard without rows.
 
-    Its reference error is measured on the sample and on the rows added since ``previous``; the larger one counts.
-    Some rows are far from every cell. With the sample's error alone, more such rows would cause a retraining each time.
+    Its reference error is the larger of two: that on the sample, and that on the rows added since ``previous``. Some
+    new rows are far from every centroid. With the error on the sample alone, such rows would trigger a retraining in
+    every version.
     """
     source = embeddings.manifest()
     count = training_rows(factory, source.rows)
@@ -142,14 +151,14 @@ def _new_rows(embeddings: EmbeddingShards, previous: DatabaseVersion, cache: Pat
 def _gather_rows(
     embeddings: EmbeddingShards, shards: Sequence[artifacts.Shard], chosen: NDArray[np.int64], cache: Path
 ) -> NDArray[np.float32]:
-    """Read rows (n, D) float32 by ascending ids ``chosen``, counted over ``shards`` of the embeddings."""
+    """Read rows (n, D) float32 by ascending positions ``chosen`` in the concatenation of ``shards``."""
     gathered = [np.zeros((0, encoder_of(embeddings.manifest()).dimension), np.float32)]
     offset = 0
     for shard in shards:
-        here = chosen[(chosen >= offset) & (chosen < offset + shard.rows)] - offset
+        positions = chosen[(chosen >= offset) & (chosen < offset + shard.rows)] - offset
         offset += shard.rows
-        if len(here):
-            rows = stored_rows(embeddings.uri, shard, cache)[here]
+        if len(positions):
+            rows = stored_rows(embeddings.uri, shard, cache)[positions]
             require_finite(rows, f"shard {shard.name} of {embeddings.uri}")
             gathered.append(rows.astype(np.float32))
     return np.concatenate(gathered)

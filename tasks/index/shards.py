@@ -5,8 +5,8 @@
 Workers fill parts of a shard in parallel, and one worker merges them, so that each cell is contiguous in a search.
 
 A version that grows from a previous one reuses the shards whose rows are unchanged. New rows form a shard of their own.
-It is merged with the last shard unless that is more than twice as large, and so on. Thus a row is copied only a few
-times, and a database of n rows has about log2(n) shards however often it grew.
+While the shard before it is at most twice as large, the two are merged. A row is thus copied only a few times, and a
+database of n rows has about log2(n) shards, however often it grew.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """Name of the first member."""
+        """Name of the index shard, which is that of its first member."""
         return self.members[0].name
 
     @property
@@ -45,12 +45,12 @@ class Group:
         return sum(member.rows for member in self.members)
 
     def source(self, template: artifacts.Shard) -> str:
-        """Digest of the shard's inputs: quantizer, ordinal and rows. Equal digests mean equal files."""
+        """Return the digest of the shard's inputs: quantizer, ordinal and rows. Equal digests mean equal files."""
         rows = [[one.name, one.file(".npy").sha256] for one in self.members]
         return artifacts.digest_of([template.file(".faiss").sha256, self.ordinal, rows])
 
     def info(self, template: artifacts.Shard, error: float) -> dict[str, Any]:
-        """Manifest entry of the index shard; ``error`` is the quantization error."""
+        """Return the manifest entry of the index shard; ``error`` is its quantization error."""
         names = [one.name for one in self.members]
         return {"members": names, "ordinal": self.ordinal, "error": error, "source": self.source(template)}
 
@@ -71,11 +71,20 @@ def fill_shards(
     previous: DatabaseVersion | None,
     cache: Path,
 ) -> list[artifacts.Shard]:
-    """Return all index shards in row order: reuse those of ``previous`` with unchanged rows and build the others."""
+    """Return all index shards in row order: reuse those of ``previous`` with unchanged rows, and build the others.
+
+    Args:
+        stage: Builder of the version.
+        embeddings: Rows to index.
+        template: Shard of the trained quantizer.
+        shard_rows: Maximum rows per index shard.
+        previous: Version that this one grows from, or None.
+        cache: Folder for copies of remote files.
+    """
     members = embeddings.manifest().shards
     groups = group_shards(members, shard_rows, previous)
     reusable = {} if previous is None else _reusable_shards(previous, members, template)
-    # Temporary parts, never committed as an artifact and deleted after the merge.
+    # A temporary folder for parts: it is never committed, and deleted after the merge.
     parts = artifacts.ArtifactBuilder(stage.uri, "parts", inputs={}, config={"rows": PART_ROWS})
     found, finished = {}, stage.done()
     fills: list[tuple[str, Group]] = []
@@ -135,18 +144,19 @@ def pieces_of(group: Group, reusable: dict[str, Piece], *, mergeable: bool) -> l
             pieces.append(Piece(Group(group.ordinal, tuple(pending))))
             pending.clear()
 
-    place = 0
-    while place < len(group.members):
-        member, piece = group.members[place], reusable.get(group.members[place].name)
-        if piece is not None and group.members[place : place + len(piece.group.members)] == piece.group.members:
+    position = 0
+    while position < len(group.members):
+        member = group.members[position]
+        piece = reusable.get(member.name)
+        if piece is not None and group.members[position : position + len(piece.group.members)] == piece.group.members:
             end_part()
             pieces.append(piece)
-            place += len(piece.group.members)
+            position += len(piece.group.members)
             continue
         if pending and _rows(pending) + member.rows > PART_ROWS:
             end_part()
         pending.append(member)
-        place += 1
+        position += 1
     end_part()
     return pieces
 
@@ -162,7 +172,7 @@ def _rows(shards: Sequence[artifacts.Shard]) -> int:
 def _reusable_shards(
     previous: DatabaseVersion, members: Sequence[artifacts.Shard], template: artifacts.Shard
 ) -> dict[str, Piece]:
-    """Index shards of ``previous`` whose rows are all unchanged, by their first member."""
+    """Return the index shards of ``previous`` whose rows are all unchanged, by the name of their first member."""
     named = {member.name: member for member in members}
     reusable = {}
     for shard in previous.manifest().shards:
@@ -206,8 +216,8 @@ class _Merge:
         files, error, first = [], 0.0, 0
         for piece in pieces:
             shard = piece.shard or self._parts[piece.group.name]
-            shift = ((group.ordinal - piece.group.ordinal) << FIRST_ID_SHIFT) + first
-            files.append((artifacts.fetch_shard(self._parts_uri, shard, ".faiss", self._cache), shift))
+            offset = ((group.ordinal - piece.group.ordinal) << FIRST_ID_SHIFT) + first
+            files.append((artifacts.fetch_shard(self._parts_uri, shard, ".faiss", self._cache), offset))
             error += shard.info["error"] * shard.rows / max(1, group.rows)
             first += shard.rows
         with storage.scratch() as folder:

@@ -5,9 +5,9 @@
     rows-hidden, rows-true    rows that no search returns; held-out queries and their true neighbours
     recall.png            recall against latency
 
-A version may grow from an earlier one. New rows are then added with the frozen quantizer. Only they are searched for
-near-duplicates and for true neighbours, unless the settings for these have changed. Everything is indexed again if the
-quantizer's error on new rows has drifted, or if the database has outgrown the quantizer.
+A version may grow from an earlier one. New rows are then added with the frozen quantizer. Near-duplicates and true
+neighbours are searched among the new rows only, unless the settings for these have changed. All rows are indexed again
+if the quantization error on new rows has grown too much, or if the database has outgrown the quantizer.
 """
 
 from typing import Any
@@ -48,16 +48,16 @@ def index(
     """Index every row of ``embeddings`` into ``<folder>/database/<key>``, in shards over adjacent embedding shards.
 
     Args:
-        embeddings: the rows to index.
-        folder: the domain's folder.
-        config: index type, limits and recall target.
-        previous: an earlier version of the same domain, to grow from if its quantizer can be reused.
-        takedown: images that no search may return.
-        verify: check the digests of a version that exists already, and rebuild its damaged shards.
+        embeddings: Rows to index.
+        folder: Folder of the domain.
+        config: Index type, limits and recall target.
+        previous: Earlier version of the same domain, to grow from if its quantizer can be reused. Default: None.
+        takedown: Images that no search may return. Default: None.
+        verify: Check the digests of a version that exists already, and rebuild its damaged shards. Default: False.
 
     Raises:
-        ModelError: the factory string is unusable.
-        StageError: recall is below the target. The version is then not committed, unless it differs from the
+        ModelError: The factory string is invalid or not supported.
+        StageError: Recall is below the target. The version is then not committed, unless it differs from the
             previous version only in its hidden rows.
     """
     source, cache = embeddings.manifest(), folder.cache
@@ -74,9 +74,8 @@ def index(
         inputs["takedown"] = takedown.as_input()
     artifact_config = config_to_dict(config)
     if previous is not None and reused is not None:
-        artifact_config["grown_from"] = (
-            previous.digest
-        )  # it determines quantizer and shards, whose locations are in the manifest
+        # The previous version determines quantizer and shards, whose locations are in the manifest.
+        artifact_config["grown_from"] = previous.digest
     stage = artifacts.ArtifactBuilder(folder.uri, DatabaseVersion.kind, inputs=inputs, config=artifact_config)
 
     def build() -> artifacts.Manifest:

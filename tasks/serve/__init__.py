@@ -6,7 +6,7 @@ _FORMER_NAMES = {"open_pipeline": "load_pipeline", "pull_database": "load_databa
 
 
 def __getattr__(name: str) -> Any:
-    """Resolve the names that generators registered by version 0.1 import from here."""
+    """Resolve the former names of functions, which generators registered by version 0.1 import from here."""
     if name in _FORMER_NAMES:
         from tasks.serve import load
 

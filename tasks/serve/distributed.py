@@ -1,7 +1,7 @@
-"""Distributed databases: a database larger than one machine on Ray actors, with the interface of a local one.
+"""Distributed databases: Ray actors hold a database that is too large for one machine.
 
 Every actor opens consecutive index shards as a database of its own. A search queries all actors in parallel and merges
-their results. A machine fetches only the shards of its actors.
+their results. A machine fetches only the shards of its actors. The interface is that of a local database.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ def distributed_database(
 
     Raises:
         InputError: ``actors`` is below 1.
-        StageError: the cluster has too few resources for the actors.
+        StageError: The cluster has too few resources for the actors.
     """
     if actors < 1:
         raise InputError(f"too few actors: {actors}; give at least 1")
@@ -43,7 +43,7 @@ def distributed_database(
 
 
 class DistributedDatabase(Searchable):
-    """Database on Ray actors; implements what pipelines and searches need."""
+    """Database on Ray actors, with the search interface of a local one."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class DistributedDatabase(Searchable):
 
     @property
     def stored(self) -> int:
-        """Return the number of rows over all actors, hidden ones included; ids are below it."""
+        """Number of rows over all actors, including hidden ones; all ids are below it."""
         return int(self._starts[-1])
 
     def search(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Hits:
@@ -98,10 +98,10 @@ class DistributedDatabase(Searchable):
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
         """Return the stored rows (*ids.shape, D) float16 of global ids, read from the actors that hold them."""
         flat = checked_ids(ids, self.stored, self.name).reshape(-1)
-        holder = np.searchsorted(self._starts, flat, side="right") - 1
+        actor_of_row = np.searchsorted(self._starts, flat, side="right") - 1
         found = np.empty((len(flat), self.encoder.dimension), dtype=np.float16)
-        for number in np.unique(holder):
-            mask = holder == number
+        for number in np.unique(actor_of_row):
+            mask = actor_of_row == number
             (found[mask],) = self._placed.ask(("rows", (flat[mask] - self._starts[number],)), of=int(number))
         return found.reshape(*np.shape(ids), -1)
 

@@ -18,27 +18,27 @@ from tasks import pages
 from tasks.references.images import fetch_images
 from tasks.serve.load import SearchResult
 
-MOST = 500
-"""Maximum images on a page: at most 40 MB of thumbnails (noise), usually 2 to 5 MB."""
+MAX_IMAGES = 500
+"""Maximum images on a page. Their thumbnails have 2 to 5 MB usually, and 40 MB at worst (noise)."""
 THUMBNAIL_PX = 192
-LONGEST_LINK = 2048
-"""Maximum characters of a linked URL. Longer ones are shown as text, since browsers and servers cut them."""
-LONGEST_TEXT = 120
+MAX_LINK_LENGTH = 2048
+"""Maximum characters of a linked URL. Longer ones are shown as text, since browsers and servers truncate them."""
+MAX_TEXT_LENGTH = 120
 
 
 def write_gallery(path: Path, query: str | Image.Image, found: SearchResult, cache: Path, *, name: str = "") -> None:
     """Write the page of a search to ``path``. The images are read from the database's image shards.
 
     Args:
-        path: the file to write.
-        query: the text or image of the search.
-        found: the search result.
-        cache: folder for copies of remote shards.
-        name: label of the query image; default "an image".
+        path: File to write.
+        query: Text or image of the search.
+        found: Result of the search.
+        cache: Folder for copies of remote shards.
+        name: Label of the query image. Default: "an image".
 
     Raises:
-        InputError: there are more images than fit on a page.
-        IntegrityError: an image shard is missing or damaged.
+        InputError: There are more images than a page may have.
+        IntegrityError: An image shard is missing or damaged.
     """
     most_shown(len(found.rows))
     images = fetch_images(found.version, [row["id"] for row in found.rows], cache)
@@ -49,8 +49,8 @@ def write_gallery(path: Path, query: str | Image.Image, found: SearchResult, cac
 
 def most_shown(count: int) -> None:
     """Raise ``InputError`` if ``count`` images are too many for a page."""
-    if count > MOST:
-        raise InputError(f"too many images for a page: {count}, the maximum is {MOST}; give a smaller --k")
+    if count > MAX_IMAGES:
+        raise InputError(f"too many images for a page: {count}, the maximum is {MAX_IMAGES}; give a smaller --k")
 
 
 def gallery(query: str | Image.Image, found: SearchResult, images: Sequence[Image.Image], *, name: str = "") -> str:
@@ -66,12 +66,12 @@ def gallery(query: str | Image.Image, found: SearchResult, images: Sequence[Imag
 
 
 def _hit(row: dict[str, Any], image: Image.Image) -> dict[str, Any]:
-    """Return a row as the template shows it."""
+    """Return the values of a row for the template."""
     url = str(row["url"] or "")
     return {
         **row,
         "url": url,
-        "linked": len(url) <= LONGEST_LINK and _is_web(url),
+        "linked": len(url) <= MAX_LINK_LENGTH and _is_web(url),
         "link_text": printable(_short(url)),
         "alt": _short(_file_name(url)) or f"image {row['key']}",
         "thumbnail": _thumbnail(image),
@@ -96,4 +96,4 @@ def _file_name(url: str) -> str:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 1]}…"
+    return text if len(text) <= MAX_TEXT_LENGTH else f"{text[: MAX_TEXT_LENGTH - 1]}…"

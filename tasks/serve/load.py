@@ -1,4 +1,4 @@
-"""Load registered databases and generators by name, and search databases. The CLI commands use these functions."""
+"""Load databases and generators by name, and search databases. The CLI commands use these functions."""
 
 import dataclasses
 import functools
@@ -35,14 +35,17 @@ class SearchResult:
 
 
 def load_database(reference: str, settings: Settings, *, trust: bool = False) -> Database:
-    """Open the database that ``reference`` (MLflow URI, short name or folder) names.
+    """Open a database by name.
 
-    ``trust`` treats a folder outside the settings' root like one below it; see SECURITY.md.
+    Args:
+        reference: MLflow URI, short name or folder.
+        settings: Root, registry and cache.
+        trust: Treat a folder outside of the root like one below it; see SECURITY.md. Default: False.
 
     Raises:
-        NotFoundError: there is no such database; the message lists those that exist.
-        IntegrityError: a file is damaged.
-        InputError: the folder needs ``trust``.
+        NotFoundError: There is no such database; the message lists those that exist.
+        IntegrityError: A file is damaged.
+        InputError: The folder is outside of the root, and needs ``trust``.
     """
     version, _ = _pull_version(reference, settings, trust)
     database = open_database(version, settings.cache_folder)
@@ -57,9 +60,9 @@ def search_database(
     The encoder runs on ``device``, the search on the CPU.
 
     Raises:
-        InputError: the text is empty, or the folder needs ``trust``.
-        NotFoundError: as in :func:`load_database`.
-        IntegrityError: as in :func:`load_database`.
+        InputError: The text is empty, or as for :func:`load_database`.
+        NotFoundError: As for :func:`load_database`.
+        IntegrityError: As for :func:`load_database`.
     """
     if isinstance(query, str) and not query.strip():
         raise InputError("the query is empty; give a text to search for")
@@ -84,14 +87,16 @@ def load_pipeline(
     """Load a generator together with a database.
 
     Args:
-        model: short name, ``models:/`` URI or folder of a generator, or the name of a bundled one.
-        database: short name, ``models:/`` URI or folder of a database.
-        settings: default: read from the environment.
-        trust: as in :func:`load_database`.
+        model: Short name, ``models:/`` URI or folder of a generator, or the name of a bundled one.
+        database: Short name, ``models:/`` URI or folder of a database.
+        settings: Root, registry and cache. Default: read from the environment.
+        trust: As for :func:`load_database`. Default: False.
 
     Raises:
-        ModelError: the encoders of generator and database differ.
-        InputError: the folder needs ``trust``.
+        ModelError: The encoders of generator and database differ.
+        InputError: A folder is outside of the root, and needs ``trust``.
+        NotFoundError: As for :func:`load_database`.
+        IntegrityError: As for :func:`load_database`.
     """
     settings = settings or Settings()
     plain = pretrained_folder(model)
@@ -109,7 +114,7 @@ def load_pipeline(
 
 
 def images_of_rows(reference: str, ids: NDArray[np.int64], settings: Settings) -> list[list[Image.Image]]:
-    """Return the images of database rows (Q, K) int64, read from its image shards."""
+    """Return the images of rows ``ids`` (Q, K) int64 of the database that ``reference`` names."""
     version, _ = _pull_version(reference, settings)
     images = iter(fetch_images(version, ids.reshape(-1).tolist(), settings.cache_folder))
     return [[next(images) for _ in rows] for rows in ids]

@@ -17,14 +17,17 @@ from tasks.stage import run_stage, stage_task
 def adopt(name: str, folder: DomainFolder, *, confined_to: str | None = None) -> StageResult[Generator]:
     """Copy the pipeline ``name`` (a local folder, or one that ships with this package) to ``<folder>/generator/<key>``.
 
-    The key depends on the folder's contents: other weights or other defaults make another generator. ``rows`` is 0,
-    because the size of the training set is unknown.
+    The key depends on the contents of the pipeline's folder, so a change of weights or defaults gives a new generator.
+    ``rows`` is 0, because the size of the training set is unknown.
 
-    ``confined_to`` is None for a trusted pipeline, as in :class:`tasks.references.types.Reference`.
+    Args:
+        name: Local folder of a saved pipeline, or name of a bundled one.
+        folder: Folder of the domain.
+        confined_to: None for a trusted pipeline; see :class:`tasks.references.types.Reference`. Default: None.
 
     Raises:
-        InputError: there is no saved pipeline of that name, or it is not trusted and names a custom encoder.
-        ModelError: the saved pipeline cannot be loaded.
+        InputError: There is no saved pipeline of that name, or it is not trusted and names a custom encoder.
+        ModelError: The saved pipeline cannot be loaded.
     """
     saved = pretrained_folder(name)
     if not (saved / "model_index.json").is_file():

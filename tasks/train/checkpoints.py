@@ -9,13 +9,14 @@ from infra.errors import IntegrityError, NotFoundError
 from tasks.train.metrics import Metrics
 
 CHECKPOINTS_KEPT = 2
-"""The newest checkpoint, and the one before in case the newest is damaged."""
+"""Number of checkpoints kept: the newest, and the one before in case the newest is damaged."""
 
 
 class Checkpoints:
-    """Checkpoints of the training loop in the stage's folder: a file, then its marker. The newest few are kept.
+    """Checkpoints of the training loop in the folder of its stage. The newest few are kept.
 
-    The marker also holds the metrics logged last. A run that was killed after its last step reads them from there.
+    Each is a file, and a marker that is written after it. The marker also holds the metrics logged last. A run that was
+    killed after its last step reads them from there.
     """
 
     def __init__(self, folder_uri: str, scratch: Path, cache: Path, metrics: Metrics, world: int) -> None:
@@ -32,7 +33,7 @@ class Checkpoints:
                 shard = artifacts.read_shard(self._uri, name)
                 path = artifacts.fetch_file(self._uri, shard.files[0], self._cache)
             except (IntegrityError, NotFoundError) as error:
-                logs.get("train").warning("checkpoint %s is damaged, using the previous one: %s", name, error)
+                logs.get("train").warning("checkpoint %s is damaged; using the previous one: %s", name, error)
             if _all_workers(path is not None, self._world):
                 self._metrics.last = shard.info.get("values", {})
                 return path
@@ -61,7 +62,7 @@ class Checkpoints:
 
 def _all_workers(found: bool, world: int) -> bool:
     """Return True if ``found`` is True on all of ``world`` workers, which must resume from the same step."""
-    answers = [found] * world
+    found_by_rank = [found] * world
     if world > 1:
-        dist.all_gather_object(answers, found)
-    return all(answers)
+        dist.all_gather_object(found_by_rank, found)
+    return all(found_by_rank)

@@ -1,8 +1,8 @@
 """Training data: the images, embeddings and neighbours of each shard, loaded per shuffle window.
 
-Images are decoded from the tars each time their window is loaded. Arrays that cost more to compute than to read are
-cached on disk and memory-mapped: latents and codes. For editing, the decoded images of the database (any of them may
-be a neighbour) and the aligned references are cached too.
+Images are decoded from the tars each time their window is loaded. Arrays that are more expensive to compute than to
+read are cached on disk and memory-mapped: latents and codes. For editing, the aligned references are cached too, and so
+are the decoded images of the database, because any of them may be a neighbour.
 
 Legend: ``n`` rows of a shard, ``M`` database rows, ``P`` neighbours searched, ``S`` side, ``C s s`` latent.
 """
@@ -40,12 +40,12 @@ from tasks.references.lineage import embeddings_of, images_of
 from tasks.references.rows import finite_rows
 from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, Neighbours, encoder_of
 
-ALIGNED_AT_ONCE = 256
+ALIGNMENT_BATCH = 256
 CANDIDATES = 4
 """Nearest neighbours considered as reference; the first that is not a copy of the image is aligned to it."""
-DECODED_AT_ONCE = 256
-"""Encoded images held in memory at once while threads decode them."""
-ENCODED_AT_ONCE = 64
+DECODING_BATCH = 256
+"""Encoded images held in memory while threads decode them."""
+ENCODING_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,18 +64,28 @@ class TrainingInputs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ImageProcessing:
-    """Preparation of an image for the network."""
+    """Preparation of the images for the network.
 
-    side: int  # px
-    autoencoder: Autoencoder | None = None  # train on its latents or codes; None: pixels
+    Attributes:
+        side: Side of the images in px.
+        autoencoder: Autoencoder whose latents or codes the network is trained on, or None for pixels.
+        autoencoder_digest: Digest of its files; part of the names of cached arrays.
+        codes: Encode to codes instead of latents.
+        editing: Also load the aligned neighbour of each image.
+        device: Device of the autoencoder and of the training set.
+        threads: Threads for decoding and alignment.
+    """
+
+    side: int
+    autoencoder: Autoencoder | None = None
     autoencoder_digest: str = ""
     codes: bool = False
-    editing: bool = False  # also load the aligned neighbour of each image
+    editing: bool = False
     device: str = "cpu"
-    threads: int = 1  # for decoding and alignment
+    threads: int = 1
 
     def row_bytes(self) -> int:
-        """Return the bytes of an image in memory. A latent counts as pixels, an upper bound."""
+        """Return the bytes of an image in memory. Latents count as pixels, which is an upper bound."""
         return self.side**2 * 3 * (1 + self.editing)
 
 
@@ -108,7 +118,7 @@ def load_training_set(
 
 
 def training_shards(inputs: TrainingInputs, processing: ImageProcessing, cache: Path) -> list["ShardSource"]:
-    """Return one source per shard of ``inputs``. Only manifests are read."""
+    """Return one source per shard of ``inputs``. This reads manifests only."""
     embeddings = inputs.embeddings.manifest()
     image_shards = {shard.name: shard for shard in inputs.images.manifest().shards}
     lists = {shard.name: shard for shard in inputs.neighbours.manifest().shards}
@@ -138,7 +148,7 @@ def database_rows(database: DatabaseVersion, cache: Path) -> RowArray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StoredShard:
-    """Tar and embeddings of one shard of images."""
+    """Tar and embeddings of one shard of images, in their folders."""
 
     images_uri: str
     images: artifacts.Shard
@@ -172,7 +182,7 @@ class DecodedDatabase:
     """Images of a database, decoded once and cached on disk."""
 
     def __init__(self, database: DatabaseVersion, processing: ImageProcessing, cache: Path) -> None:
-        """Find the images that ``database`` was embedded from; they are decoded at ``processing.side`` px."""
+        """Locate the images of ``database``, which will be decoded at ``processing.side`` px."""
         embeddings = embeddings_of(database)
         images = images_of(embeddings)
         image_shards = {shard.name: shard for shard in images.manifest().shards}
@@ -209,7 +219,16 @@ class ShardSource:
         rows: int,
         dimension: int,
     ) -> None:
-        """Join a shard's images and embeddings with its ``neighbours``, given as base URI and file."""
+        """Create the source of one shard.
+
+        Args:
+            stored: Images and embeddings of the shard.
+            neighbours: Folder URI and file of its neighbours.
+            processing: Preparation of the images.
+            decoded_database: Images of the database for editing, or None.
+            rows: Number of rows, n.
+            dimension: Embedding width.
+        """
         self._stored, self._neighbours, self._processing, self._decoded_database = (
             stored,
             neighbours,
@@ -245,8 +264,8 @@ class ShardSource:
         assert autoencoder is not None  # noqa: S101 - checked by load
         pixels = torch.from_numpy(self._stored.pixels(self._processing.side))
         encoded = []
-        for start in range(0, len(pixels), ENCODED_AT_ONCE):
-            batch = to_model_range(pixels[start : start + ENCODED_AT_ONCE].to(device))
+        for start in range(0, len(pixels), ENCODING_BATCH):
+            batch = to_model_range(pixels[start : start + ENCODING_BATCH].to(device))
             if isinstance(autoencoder, VQModel) and self._processing.codes:
                 encoded.append(encode_codes(autoencoder, batch).int().cpu())
             else:
@@ -257,10 +276,10 @@ class ShardSource:
         """Return the aligned reference (n, S, S, 3) uint8 of each image."""
         assert self._decoded_database is not None  # noqa: S101 - checked by load
         pixels, parts = self._stored.pixels(self._processing.side), []
-        for start in range(0, len(pixels), ALIGNED_AT_ONCE):
-            near = neighbours[start : start + ALIGNED_AT_ONCE, :CANDIDATES]
+        for start in range(0, len(pixels), ALIGNMENT_BATCH):
+            near = neighbours[start : start + ALIGNMENT_BATCH, :CANDIDATES]
             rows, renumbered = np.unique(near, return_inverse=True)
-            part = pixels[start : start + ALIGNED_AT_ONCE]
+            part = pixels[start : start + ALIGNMENT_BATCH]
             renumbered = renumbered.reshape(near.shape).astype(np.int64)
             aligned = align_all(
                 part, renumbered, database_pixels=self._decoded_database[rows], workers=self._processing.threads
@@ -273,7 +292,7 @@ def read_pixels(tar: Path, keys: Sequence[str], side: int, threads: int = 1) -> 
     """Return images (len(keys), side, side, 3) uint8 in the order of ``keys``.
 
     Raises:
-        InputError: the tar lacks the image of a key.
+        InputError: The tar lacks the image of a key.
     """
     position = {key: number for number, key in enumerate(keys)}
     pixels = np.empty((len(keys), side, side, 3), dtype=np.uint8)
@@ -285,19 +304,19 @@ def read_pixels(tar: Path, keys: Sequence[str], side: int, threads: int = 1) -> 
             pixels[number] = image_to_array(to_rgb(image), side)
 
     with ThreadPoolExecutor(threads) as pool:
-        for some in iter(lambda: list(itertools.islice(found, DECODED_AT_ONCE)), []):
+        for some in iter(lambda: list(itertools.islice(found, DECODING_BATCH)), []):
             list(pool.map(decode, some))
     if position:
         raise InputError(
-            f"{len(position)} embedded images are missing from {tar}, the first is {next(iter(position))}; embed again"
+            f"embedded images are missing from {tar}: {len(position)}, the first is {next(iter(position))}; embed again"
         )
     return pixels
 
 
 def cached_array(cache: Path, kind: str, digest: str, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-    """Return the cached array ``kind``/``digest``, memory-mapped. If it is missing, write the result of ``make``.
+    """Return the cached array ``kind``/``digest``, memory-mapped. If it is missing, call ``make`` and cache the result.
 
-    The file is written atomically. One process of a machine computes it, and the others wait.
+    The file is written atomically. One process of a machine computes the array, and the others wait.
     """
     path = cache / kind / f"{digest}.npy"
     if not path.exists():

@@ -19,10 +19,8 @@ from tasks.train.setup import TrainingSetup
 
 OUTAGE_PAUSE = 10
 """After a failed call to the tracking server, pause tracking for this many times the duration of the call."""
-
-
 PREVIEWED = 16
-"""Images on a sample sheet."""
+"""Number of training images on a sample sheet."""
 
 
 class Metrics:
@@ -50,7 +48,7 @@ class Metrics:
                 self._track(lambda run: run.file(path, "samples"))
 
     def _track(self, send: Callable[[tracking.Run], None]) -> None:
-        """Send to the tracking server. During an outage data points are dropped, and training is hardly delayed."""
+        """Send data to the tracking server. During an outage, drop data points instead of delaying the training."""
         started = time.monotonic()
         if self._run is None or started < self._retry_at:
             return
@@ -71,7 +69,7 @@ class Preview:
     COLUMNS = 4
 
     def __init__(self, inputs: TrainingInputs, setup: TrainingSetup, processing: ImageProcessing, cache: Path) -> None:
-        """Read the first training images when the first sheet is made."""
+        """Store the arguments. The training images are read for the first sheet."""
         self._inputs, self._setup, self._cache = inputs, setup, cache
         self._processing = dataclasses.replace(processing, editing=False)
         self._data: TrainingSet | None = None

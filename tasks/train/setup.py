@@ -61,7 +61,7 @@ class TrainConfig:
             raise ConfigError(f"guidance_scale is not finite: {self.guidance_scale}; give a number")
         if self.editing and (self.autoencoder or not isinstance(self.network, TransformerConfig | None)):
             raise ConfigError(
-                "editing needs a transformer over pixels; leave autoencoder out and choose a TransformerConfig"
+                "editing needs a transformer over pixels; omit autoencoder, and choose a TransformerConfig"
             )
 
 
@@ -78,7 +78,7 @@ class TrainingSetup:
 
     @property
     def prediction(self) -> Prediction:
-        """Return the prediction type of the network; unused for networks over codes."""
+        """Type of the network's output; unused for networks over codes."""
         return "velocity" if isinstance(self.size, VQTransformerConfig) else self.size.prediction
 
 
@@ -106,7 +106,7 @@ def build_setup(config: TrainConfig, encoder: EncoderIdentity) -> TrainingSetup:
         size = config_of_network(network, pipeline.config.prediction)
         if config.network not in (None, size):
             raise InputError(
-                f"network differs from that of {config.start_from}: {config.network}, not {size}; leave network out"
+                f"network differs from that of {config.start_from}: {config.network}, not {size}; omit network"
             )
         autoencoder, scheduler = autoencoder or pipeline.vae, pipeline.scheduler
         inherited = ("candidates", "guidance_scale", "guidance_interval", "num_inference_steps", "query", "truncation")
@@ -120,7 +120,7 @@ def build_setup(config: TrainConfig, encoder: EncoderIdentity) -> TrainingSetup:
     if config.image_size not in (None, side):
         raise InputError(
             f"image_size does not fit the network: {config.image_size} px, not {side} px; "
-            "leave image_size out, or choose a network of another size"
+            "omit image_size, or choose a network of another size"
         )
     return TrainingSetup(
         network=network,
@@ -146,7 +146,7 @@ def load_initial_pipeline(start_from: str, encoder: EncoderIdentity) -> KNNDiffu
     pipeline = KNNDiffusionPipeline.open(pretrained_folder(start_from))
     if not pipeline.identity.same_space(encoder):
         raise EncoderMismatchError(
-            f"encoders differ: {start_from} was trained with {pipeline.identity}, the images were embedded by "
+            f"encoders differ: {start_from} was trained with {pipeline.identity}, the images were embedded with "
             f"{encoder}; embed the images with the encoder of the generator, or start from random weights"
         )
     return pipeline
@@ -161,14 +161,14 @@ def load_autoencoder(folder: str) -> Autoencoder:
         check_weights(Path(folder), loaded)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ModelError) as error:
         raise InputError(
-            f"no usable autoencoder in {folder}: {error}; give a folder written by save_pretrained of "
+            f"cannot load an autoencoder: {folder} ({error}); give a folder written by save_pretrained of "
             f"{' or '.join(classes)}"
         ) from error
     return loaded.eval().requires_grad_(False)
 
 
 def image_side(size: NetworkConfig, autoencoder: Autoencoder | None) -> int:
-    """Return the image side in px of a network with its autoencoder. Raises ``InputError`` if the two do not fit."""
+    """Return the side in px of the images of a network and its autoencoder. Raises ``InputError`` for a mismatch."""
     if autoencoder is None:
         if isinstance(size, VQTransformerConfig):
             raise InputError("a network over codes has no autoencoder; set autoencoder to the folder of a VQModel")
@@ -210,7 +210,7 @@ def _latent_channels(autoencoder: Autoencoder) -> int:
 
 def _widened(network: AnyNetwork, autoencoder: Autoencoder | None) -> AnyNetwork:
     if autoencoder is not None or not isinstance(network, PixArtTransformer2DModel):
-        raise InputError("editing needs a transformer over pixels; start from one, or leave editing out")
+        raise InputError("editing needs a transformer over pixels; start from one, or omit editing")
     try:
         return widen_input(network)
     except ModelError as error:

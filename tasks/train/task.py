@@ -30,10 +30,10 @@ def train(
     After an interruption the same call resumes from the last checkpoint. The number of workers may change.
 
     Raises:
-        EncoderMismatchError: the inputs, or the generator to fine-tune, use different encoders.
-        InputError: the network, its autoencoder and the image size do not fit each other.
-        ModelError: the loss diverged, memory ran out, or the checkpoint belongs to another network.
-        StageError: the cluster has too few resources, or a worker died too often. The last checkpoint is kept.
+        EncoderMismatchError: The inputs, or the generator to fine-tune, use different encoders.
+        InputError: The network, its autoencoder and the image size do not fit each other.
+        ModelError: The loss diverged, memory ran out, or the checkpoint belongs to another network.
+        StageError: The cluster has too few resources, or a worker died too often. The last checkpoint is kept.
     """
     config, sources = _with_absolute_paths(config), inputs.as_inputs()
     for name in ("start_from", "autoencoder"):
@@ -44,7 +44,7 @@ def train(
     def make() -> artifacts.Manifest:
         embeddings, database = inputs.embeddings.manifest(), inputs.database.manifest()
         require_same_encoder(embeddings=embeddings, database=database, neighbours=inputs.neighbours.manifest())
-        build_setup(config, encoder_of(embeddings))  # fails here, before workers start, if the parts do not fit
+        build_setup(config, encoder_of(embeddings))  # fails before workers start if the components do not fit
         if PIPELINE not in stage.done():
             ray_train.train(
                 train_worker,
@@ -71,7 +71,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
 def key_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that determine the weights, up to rounding.
 
-    Settings of workers, memory and logging are left out, so that a run can resume with other values.
+    Settings of workers, memory and logging are omitted, so that a run can resume with other values.
     """
     settings = config_to_dict(config, without=("workers", "cpus_per_worker", "use_gpu", "start_from", "autoencoder"))
     for name in ("pieces", "compile", "bfloat16_copy", "sharding", "log_images", "checkpoint_images", "grid_images"):

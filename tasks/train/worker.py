@@ -71,7 +71,7 @@ def save_pipeline(average: nn.Module, setup: TrainingSetup, encoder: EncoderIden
 
 def image_processing(config: TrainConfig, setup: TrainingSetup) -> ImageProcessing:
     """Return the image preparation of this worker: size, device and autoencoder."""
-    # With its index: the current device is per thread, and prefetch threads do not inherit it.
+    # The index is explicit because the current device is a state of each thread, which prefetch threads do not inherit.
     device = f"cuda:{torch.cuda.current_device()}" if config.use_gpu else "cpu"
     autoencoder = None if setup.autoencoder is None else setup.autoencoder.to(device)
     folder = config.autoencoder or f"{config.start_from}/vae"

@@ -64,8 +64,8 @@ def test_run_shards_with_unreachable_store_stops_early_with_transient_error(alon
     with pytest.raises(TransientError) as caught:
         run_shards(stage, items, unreachable(), (stage.uri, str(tmp_path)), actors=1, max_lost_fraction=1.0)
     assert str(caught.value) == (
-        "images: 29 of 30 shards failed for now (the store could not be reached); the other 1 are committed, "
-        "run again to resume"
+        "images: 29 of 30 shards failed temporarily (the store could not be reached); run again to resume, "
+        "the other 1 are committed"
     )
     assert list(stage.done()) == ["00000"]
     assert len(list(tmp_path.glob("tried-*"))) < 10

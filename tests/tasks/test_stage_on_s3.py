@@ -68,7 +68,7 @@ def test_download_after_store_died_resumes_at_the_missing_shards(
             store.revive()
         assert isinstance(error, TransientError), error
         assert "\n" not in str(error)
-        assert "shards failed for now" in str(error)
+        assert "shards failed temporarily" in str(error)
         assert "check that the store is up and run again" in str(error)
         committed = markers()
         assert before <= committed

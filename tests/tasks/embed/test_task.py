@@ -246,7 +246,7 @@ def test_embed_with_encoder_changed_between_shards_raises_stage_error(tmp_path: 
 
 def test_embed_without_decodable_image_raises_stage_error(tmp_path: Path) -> None:
     images = image_shards(tmp_path, s00000=[b"not an image", b"not one either"])
-    with pytest.raises(StageError, match=r"no image of .* could be decoded \(\{'decode_error': 2\}\)"):
+    with pytest.raises(StageError, match=r"no image could be decoded: .* \(\{'decode_error': 2\}\)"):
         embedded(images, tmp_path)
 
 

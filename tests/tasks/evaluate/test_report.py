@@ -147,7 +147,7 @@ def test_tables_heading_names_compared_images_and_source_of_queries() -> None:
         "Scores on emoji, 32 samples (distances, precision and recall: 20 of them and as many real images)"
     )
     assert tables([make_view()])[0][0] == "Scores on emoji, 32 samples"
-    reconstruction = "Scores on emoji, 32 samples, queried with its own images; each retrieves itself"
+    reconstruction = "Scores on emoji, 32 samples, queried with its own images, which retrieve themselves"
     assert tables([make_view(shown=["", ""])])[0][0].startswith(reconstruction)
 
 

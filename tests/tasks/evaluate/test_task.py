@@ -271,7 +271,7 @@ def test_measure_raises_for_too_small_database_before_generating(
         ({"bootstrap": -1}, "bootstrap is negative: -1"),
         ({"copy_percentile": 100}, "copy_percentile is out of range: 100"),
         ({"near_duplicate": 1.5}, "near_duplicate is out of range: 1.5"),
-        ({"prompts": ("a", "b"), "prompt_urls": ("x",)}, "1 prompt_urls for 2 prompts"),
+        ({"prompts": ("a", "b"), "prompt_urls": ("x",)}, "numbers of prompt_urls and prompts differ: 1, 2"),
     ],
 )
 def test_evaluate_config_raises_for_invalid_values(changes: dict[str, Any], message: str) -> None:

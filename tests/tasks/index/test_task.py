@@ -206,8 +206,8 @@ def test_open_database_missing_shard_raises_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"near_duplicate_cosine": 0.0}, "near_duplicate_cosine must be above 0"),
-        ({"shard_rows": 0}, "must be at least 1"),
+        ({"near_duplicate_cosine": 0.0}, "near_duplicate_cosine or max_drift is out of range: 0.0"),
+        ({"shard_rows": 0}, "shard_rows or memory_bytes is below 1"),
         ({"target_recall": 1.5}, "between 0 and 1"),
         ({"max_drift": -1.0}, "max_drift at least 0"),
     ],

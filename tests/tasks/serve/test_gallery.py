@@ -13,7 +13,7 @@ from infra.errors import InputError, IntegrityError
 from infra.settings import Settings
 from infra.text import printable
 from tasks.references.types import DatabaseVersion, EmbeddingShards
-from tasks.serve.gallery import MOST, THUMBNAIL_PX, gallery, write_gallery
+from tasks.serve.gallery import MAX_IMAGES, THUMBNAIL_PX, gallery, write_gallery
 from tasks.serve.load import SearchResult, search_database
 
 HOSTILE = 'http://a.example/x"y\'<script>alert(1)</script>.png?a=1&amp;b="onerror="alert(2)'
@@ -116,16 +116,17 @@ def test_gallery_size_is_bounded_for_noise_and_long_urls() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8))
     long = "http://a.example/" + "x" * 100_000
     text = gallery("y" * 100_000, found(*[long] * 10), [noise] * 10)
-    assert len(text) / 10 * MOST < 40e6
+    assert len(text) / 10 * MAX_IMAGES < 40e6
     page = Page(text)
     assert not page.all("a"), "a URL of this length is not linked"
     assert all(len(image["alt"]) <= 120 for image in page.all("img"))
 
 
 def test_write_gallery_raises_for_too_many_images(tmp_path: Path) -> None:
-    many = found(*["http://a/b.png"] * (MOST + 1))
+    many = found(*["http://a/b.png"] * (MAX_IMAGES + 1))
     with pytest.raises(
-        InputError, match=f"too many images for a page: {MOST + 1}, the maximum is {MOST}; give a smaller --k"
+        InputError,
+        match=f"too many images for a page: {MAX_IMAGES + 1}, the maximum is {MAX_IMAGES}; give a smaller --k",
     ):
         write_gallery(tmp_path / "page.html", "x", many, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -105,7 +105,7 @@ def test_read_pixels_with_threads_preserves_order(inputs: TrainingInputs, monkey
         return image_to_array(image, side)
 
     monkeypatch.setattr(data, "image_to_array", waiting)
-    monkeypatch.setattr(data, "DECODED_AT_ONCE", 3)
+    monkeypatch.setattr(data, "DECODING_BATCH", 3)
     tar = sorted(Path(inputs.images.uri).glob("*.tar"))[0]
     keys = sorted(key for key, _ in webdataset.iter_images(tar))
     np.testing.assert_array_equal(read_pixels(tar, keys[::-1], SIDE, threads=2), PIXELS[: len(keys)][::-1])
@@ -167,7 +167,7 @@ def test_load_caches_latents_and_codes_of_one_autoencoder_separately(inputs: Tra
 
 def test_read_pixels_raises_for_missing_image(inputs: TrainingInputs) -> None:
     (tar, _) = sorted(Path(inputs.images.uri).glob("*.tar"))
-    with pytest.raises(InputError, match=r"1 embedded images are missing from .*, the first is 000000009; embed again"):
+    with pytest.raises(InputError, match=r"images are missing from .*: 1, the first is 000000009; embed again"):
         read_pixels(tar, ["000000001", "000000009"], SIDE)
 
 

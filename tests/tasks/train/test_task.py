@@ -330,7 +330,7 @@ def test_build_setup_takes_size_defaults_and_weights_of_start_from(tmp_path: Pat
         == 1
     )
     assert build_setup(configured(start_from=start, network=setup.size), tiny_models.identity()).size == setup.size
-    with pytest.raises(InputError, match=r"network differs from that of .*; leave network out"):
+    with pytest.raises(InputError, match=r"network differs from that of .*; omit network"):
         build_setup(configured(start_from=start, network=SMALL), tiny_models.identity())
     with pytest.raises(EncoderMismatchError, match="start from random weights"):
         build_setup(configured(start_from=start), tiny_models.identity(name="other", weights="f" * 64))
@@ -391,7 +391,7 @@ def test_build_setup_from_pipeline_over_codes_uses_its_autoencoder(tmp_path: Pat
         ({"network": CODES, "autoencoder": "kl"}, "needs a VQModel of 16 codes at 8 px, the autoencoder has no codes"),
         ({"network": dataclasses.replace(CODES, codes=8), "autoencoder": "vq"}, "8 codes.* has 16 codes at 16 px"),
         ({"network": dataclasses.replace(CODES, tokens=64), "autoencoder": "vq"}, "at 32 px, .* has 16 codes at 16 px"),
-        ({"network": LATENTS, "autoencoder": "nowhere"}, "no usable autoencoder in .*nowhere"),
+        ({"network": LATENTS, "autoencoder": "nowhere"}, "cannot load an autoencoder: .*nowhere"),
     ],
 )
 def test_build_setup_raises_for_parts_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -416,7 +416,7 @@ def test_build_setup_raises_for_damaged_autoencoder(tmp_path: Path, kind: str) -
     }
     for message, damaged_weights in damaged.items():
         save_file(damaged_weights, weights)
-        with pytest.raises(InputError, match=rf"(?s)no usable autoencoder in .*({message})"):
+        with pytest.raises(InputError, match=rf"(?s)cannot load an autoencoder: .*({message})"):
             build_setup(config, tiny_models.identity())
     save_file(whole, weights)
     assert build_setup(config, tiny_models.identity()).autoencoder is not None
