@@ -56,7 +56,7 @@ _PARALLEL_READS = 16
 
 
 class ArtifactBuilder:
-    """Output folder of a stage that is being written."""
+    """Builder of the output folder of a stage."""
 
     def __init__(
         self, base: str, kind: str, *, inputs: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]
@@ -120,7 +120,7 @@ class ArtifactBuilder:
 def commit_shard(folder_uri: str, name: str, local: Path, *, rows: int, info: Mapping[str, Any]) -> Shard:
     """Store every file below ``local`` under ``folder_uri``, then the shard's marker. Runs on the worker.
 
-    Files named ``*_stats.json`` contain timings: they are stored but not digested.
+    Files named ``*_stats.json`` contain timings. They are stored, but they are not part of the digest.
     """
     files = []
     for path in sorted(path for path in local.rglob("*") if path.is_file()):
@@ -179,7 +179,7 @@ def fetch_file(folder_uri: str, file: File, cache: Path) -> Path:
             return path
         missing = not path.exists()
     except NotFoundError:
-        if storage.exists(uri):  # exists but cannot be read: the original message says more
+        if storage.exists(uri):  # it exists but cannot be read: the original message has the reason
             raise
         missing = True
     except caching.DigestMismatchError:
@@ -195,5 +195,5 @@ def fetch_file(folder_uri: str, file: File, cache: Path) -> Path:
 
 @functools.lru_cache(maxsize=16)
 def _manifest_of(uri: str, modified: float) -> Manifest:
-    """Parse a manifest. Cached: thousands of shards take a while to check, and a stage reads the same ones often."""
+    """Parse a manifest. Cached: a stage reads the same manifest often, and the check of thousands of shards is slow."""
     return Manifest.from_json(storage.read_bytes(uri, MAX_MANIFEST_BYTES), uri)

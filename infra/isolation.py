@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Self
 
 TRIES = 2
-"""Attempts per input when the child dies, since the system may kill a child for the memory of another process."""
+"""Attempts per input when the child dies. The system may kill a child because of the memory use of another process."""
 
 
 class DiedError(Exception):
@@ -39,8 +39,8 @@ class Isolated:
         """Call the function in the child.
 
         Raises:
-            DiedError: The child died of these arguments.
-            BrokenProcessPool: No child could be started, which does not implicate the arguments.
+            DiedError: The child died on every attempt.
+            BrokenProcessPool: No child could be started. The arguments are not the cause.
             Exception: Any error of the function.
         """
         with self._call_lock:
@@ -50,7 +50,7 @@ class Isolated:
                     return self._pool.submit(_call, *arguments).result()
                 except BrokenProcessPool:
                     self._stop_child()
-        raise DiedError(f"its process died {TRIES} times")
+        raise DiedError(f"the child process died on every attempt: {TRIES} attempts; skip this input")
 
     def _stop_child(self) -> None:
         if self._pool is not None:
@@ -59,7 +59,7 @@ class Isolated:
 
 
 def follow_parent() -> None:
-    """Exit this process when its parent ends, even if that is killed. Call it in the child."""
+    """Exit this process when its parent ends, even if the parent is killed. Call it in the child."""
     parent = multiprocessing.parent_process()
 
     def follow() -> None:

@@ -1,4 +1,4 @@
-"""Logging to standard error, one line per stage. Verbose libraries only log warnings."""
+"""Logging to standard error, one line per stage. Verbose libraries log only warnings."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ def setup(verbose: bool = False) -> None:
     if not verbose:
         for name in _VERBOSE_LIBRARIES:
             logging.getLogger(name).setLevel(logging.WARNING)
-        for name in ("prefect.flow_runs", "prefect.task_runs"):  # they log, with a traceback, errors raised anyway
+        for name in ("prefect.flow_runs", "prefect.task_runs"):  # they log tracebacks of errors that are raised, too
             logging.getLogger(name).setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore")
         logging.getLogger().setLevel(logging.WARNING)
@@ -28,7 +28,7 @@ def setup(verbose: bool = False) -> None:
 
 
 def show_progress() -> None:
-    """Emit the lines of the stages, unless a level has been set: Prefect attaches a handler, but keeps WARNING."""
+    """Show the lines of the stages, unless a level has been set. Prefect adds a handler, but its level is WARNING."""
     logger = logging.getLogger("knn_diffusion")
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)

@@ -14,9 +14,9 @@ from infra.errors import IntegrityError
 
 SCHEMA_VERSION = 1
 MAX_MANIFEST_BYTES = 256 << 20
-"""Largest manifest that is read, in bytes; a manifest of 100,000 shards has about 70 MB."""
+"""Maximum size in bytes of a manifest that is read; a manifest of 100,000 shards has about 70 MB."""
 MAX_MARKER_BYTES = 16 << 20
-"""Largest shard marker that is read, in bytes."""
+"""Maximum size in bytes of a shard marker that is read."""
 _LOCATION_FIELDS = frozenset({"uri", "folder"})
 
 
@@ -37,9 +37,14 @@ class File:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """Committed shard: its files, its number of rows, and counts and timings of the worker in ``info``.
+    """Committed shard.
 
-    ``folder`` is the folder of an earlier version that stores the files, if this version reuses the shard.
+    Attributes:
+        name: Name of the shard.
+        rows: Number of rows.
+        files: Its files.
+        info: Counts and timings of the worker.
+        folder: Folder of the earlier version that stores the files, if the shard is reused; else None.
     """
 
     name: str
@@ -64,7 +69,7 @@ class Shard:
         """Return the only file with ``suffix``. Raises ``IntegrityError`` if there is not exactly one."""
         found = [file for file in self.files if file.name.endswith(suffix)]
         if len(found) != 1:
-            raise IntegrityError(f"shard {self.name} has {len(found)} files *{suffix}, not 1; rebuild it")
+            raise IntegrityError(f"shard {self.name} has {len(found)} files *{suffix} instead of 1; rebuild it")
         return found[0]
 
 
@@ -72,8 +77,8 @@ class Shard:
 class Manifest:
     """Content and provenance of a committed folder.
 
-    ``identity`` describes the content (e.g. the encoder) and enters the digest. ``info`` contains counts and timings
-    and does not. ``checksum`` covers every field except locations.
+    ``identity`` describes the content (e.g. the encoder) and is part of the digest. ``info`` contains counts and
+    timings and is not. ``checksum`` covers every field except locations.
     """
 
     kind: str
@@ -95,7 +100,10 @@ class Manifest:
         return tuple(file for shard in self.shards for file in shard.files)
 
     def content_digest(self) -> str:
-        """Digest kind, rows, files, inputs' digests and identity. Independent of time, location and interruptions."""
+        """Return the digest of kind, rows, files, digests of the inputs, and identity.
+
+        It does not depend on time, location and interruptions.
+        """
         return digest_of(
             {
                 "kind": self.kind,
@@ -165,7 +173,7 @@ def canonical_json(value: Any) -> str:
 
 
 def checksum_of(raw: dict[str, Any]) -> str:
-    """Digest every field of a manifest except locations, which may change. Detects any byte changed on disk."""
+    """Return the digest of all fields of a manifest except locations, which may change. It detects any changed byte."""
     return digest_of(_without_locations({**raw, "checksum": ""}))
 
 

@@ -33,7 +33,7 @@ class Run:
             client.log_metric(self.run_id, name, value, step=step)
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Log parameters, with nested names joined by dots. Values are cut to MLflow's limit of 6,000 characters."""
+        """Log parameters, with nested names joined by dots. Values are truncated at MLflow's 6,000 characters."""
         client = MlflowClient(self.tracking_uri)
         for name, value in _flat(values):
             client.log_param(self.run_id, name, uris.masked(str(value))[:6000])
@@ -64,7 +64,7 @@ def start_run(settings: Settings, *, experiment: str, name: str) -> Iterator[Run
 def experiment_id(client: MlflowClient, name: str, settings: Settings) -> str:
     """Return the id of an experiment. If needed, create it with the artifact store of the settings.
 
-    An MLflow server chooses the store itself unless ``MLFLOW_ARTIFACTS`` is set. It then passes files on
+    An MLflow server chooses the store itself unless ``MLFLOW_ARTIFACTS`` is set. It then serves the files as a proxy
     (``mlflow-artifacts:``), so machines that do not mount the root can read them.
     """
     found = client.get_experiment_by_name(name)
@@ -115,12 +115,14 @@ def connect(settings: Settings) -> None:
             make_folder(database.parent)
         except OSError as error:
             folder = database.parent
-            raise InputError(f"{folder} cannot hold a registry ({error.strerror}); use a folder as --root") from error
+            raise InputError(
+                f"registry cannot be created in {folder}: {error.strerror}; choose another folder as --root"
+            ) from error
         registry_database.prepare(database, settings.artifacts_uri)
     database_server.check(settings.tracking_uri)
     mlflow.set_tracking_uri(settings.tracking_uri)
     mlflow.set_registry_uri(settings.tracking_uri)
-    # MLflow wrote its URI to the environment, where the next Settings, perhaps of another root, would read it.
+    # MLflow writes its URI to the environment. A later Settings object, perhaps of another root, would read it there.
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     if configured is not None:
         os.environ["MLFLOW_TRACKING_URI"] = configured

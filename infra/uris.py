@@ -25,7 +25,8 @@ _SECRET_FIELD = re.compile(
 )
 _STILL_HIDDEN = re.compile(rf":{re.escape(HIDDEN)}@|[?&;#][^=]+={re.escape(HIDDEN)}")
 _SHORTEST = 8
-"""Least length of a secret that is masked in any text; a shorter one, masked in URIs only, could be part of a word."""
+"""Minimum length of a secret that is masked in any text. Shorter ones, which could be part of a word, are masked in
+URIs only."""
 _secrets: dict[str, str] = {}  # hidden form -> URI, for whole URIs and for their parts before the path
 _words: set[str] = set()  # the secrets themselves
 
@@ -54,10 +55,10 @@ def is_below(uri: str, folder: str) -> bool:
     Chained file systems (``::``) and remote URIs with ``..`` count as outside, because their target depends on the
     scheme.
     """
-    place, above = canonical(uri), canonical(folder).rstrip("/")
-    if "::" in uri or (not is_local(uri) and ".." in place.split("/")):
+    location, parent = canonical(uri), canonical(folder).rstrip("/")
+    if "::" in uri or (not is_local(uri) and ".." in location.split("/")):
         return False
-    return place == above or place.startswith(above + "/")
+    return location == parent or location.startswith(parent + "/")
 
 
 def is_local(uri: str) -> bool:
@@ -95,8 +96,8 @@ def hide(uri: str) -> str:
     hidden = _without_secrets(uri)
     if hidden != uri:
         learn({hidden: uri})
-        if (place := _authority(hidden)) != _authority(uri):
-            learn({place: _authority(uri)})
+        if (authority := _authority(hidden)) != _authority(uri):
+            learn({authority: _authority(uri)})
     return hidden
 
 
@@ -117,8 +118,8 @@ def reveal(uri: str) -> str:
     """
     if is_local(uri) or not _STILL_HIDDEN.search(uri):
         return uri
-    place = _authority(uri)
-    revealed = _secrets.get(uri) or _secrets.get(place, place) + uri.removeprefix(place)
+    authority = _authority(uri)
+    revealed = _secrets.get(uri) or _secrets.get(authority, authority) + uri.removeprefix(authority)
     if _STILL_HIDDEN.search(revealed):
         raise InputError(f"the password or signature of {uri} is not stored; give the URI again with its secret")
     return revealed
@@ -130,7 +131,7 @@ def secrets() -> dict[str, str]:
 
 
 def learn(known: Mapping[str, str]) -> None:
-    """Add secrets of another process: hidden form -> URI."""
+    """Add secrets, e.g. those of another process, as a mapping from the hidden form of a URI to the URI."""
     _secrets.update(known)
     for hidden, uri in known.items():
         pattern = "([^&;#\\s]+)".join(re.escape(part) for part in hidden.split(HIDDEN))

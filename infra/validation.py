@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 MAX_NESTING = 64
-"""Most levels of lists and objects in JSON that is read; manifests have about five."""
+"""Maximum levels of lists and objects in JSON that is read; manifests have about five."""
 MAX_NAME_LENGTH = 1024
 _MAX_COMPONENT_BYTES = 255  # limit for a file name on common file systems
 _MAX_URI_LENGTH = 4096
@@ -116,8 +116,8 @@ def parse_json(data: str | bytes, max_bytes: int) -> Any:
 
 
 def shown(value: Any) -> str:
-    """Return ``value`` for a one-line message, truncated if it is long."""
-    # Python refuses to format huge integers in decimal, and a container may contain one.
+    """Return ``value`` as text for a one-line message, truncated if it is long."""
+    # Python cannot format huge integers in decimal, and a container may contain one.
     as_text = ascii(value) if isinstance(value, str | float | bool) or value is None else _described(value)
     return as_text if len(as_text) <= _SHOWN else f"{as_text[:_SHOWN]}…"
 

@@ -1,9 +1,10 @@
 """Verification stamps: a file that has not changed since it was verified is not hashed again.
 
 A stamp, ``<cache>/verified/ab/<sha256>-<path digest>``, records the size, modification time, change time, inode and
-device of a file whose bytes had that digest. While these are unchanged, verification costs one ``stat``, whatever the
-file size. Every write changes the times, even if the modification time is set back afterwards, and the file is hashed
-again. Corruption that changes no time (a failing disk) is detected after ``verified/`` is deleted, which is safe.
+device of a file whose bytes had that digest. While these are unchanged, verification costs one ``stat``, independent of
+the file size. Every write changes the change time, even if the modification time is set back afterwards, and the file
+is hashed again. Corruption that changes no time (a failing disk) remains undetected until ``verified/`` is deleted.
+Deleting that folder is always safe.
 
 The modification time of a stamp is the time of the file's last use.
 """
@@ -29,7 +30,7 @@ _stamps: dict[tuple[str, str, str], tuple[Path, list[int]]] = {}
 
 
 def is_verified(path: Path, sha256: str, size: int, cache: Path) -> bool:
-    """Return True if ``path`` has this size (bytes) and digest, according to its stamp or else by hashing.
+    """Return True if ``path`` has this size (bytes) and digest, according to its stamp, or by hashing without one.
 
     A successful hash writes a stamp. Raises ``NotFoundError`` if the file cannot be read for lack of permission.
     """
@@ -54,7 +55,7 @@ def is_verified(path: Path, sha256: str, size: int, cache: Path) -> bool:
         if storage.sha256(str(path)) != sha256 or _fingerprint(path.stat()) != now:
             return False
     except (FileNotFoundError, NotFoundError) as error:
-        if isinstance(error.__cause__ or error, FileNotFoundError):  # another process found it damaged and removed it
+        if isinstance(error.__cause__ or error, FileNotFoundError):  # another process found damage and deleted the file
             return False
         raise
     write_stamp(stamp, before)

@@ -1,8 +1,8 @@
 """Translate storage and disk exceptions into project errors, and retry transient ones.
 
-There are three layers of retries, each for failures that the others do not see. botocore tries a request twice (a 503,
-a refused connection). s3fs tries a part or a range twice (a truncated body). :func:`with_retries` retries a whole call
-for about ten seconds, then raises ``TransientError``. The task is then retried after 2, 10 and 60 s.
+There are three layers of retries, each for failures that the others cannot detect. botocore tries a request twice (a
+503, a refused connection). s3fs tries a part or a range twice (a truncated body). :func:`with_retries` retries a whole
+call for about ten seconds, then raises ``TransientError``. Prefect then retries the task after 2, 10 and 60 s.
 """
 
 import errno
@@ -28,7 +28,7 @@ T = TypeVar("T")
 RETRY_DELAYS_S: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
 """Delay before each retry. Up to half of it is added at random, so that workers do not retry in lockstep."""
 RETRY_DEADLINE_S = 60.0
-"""A call is not retried once this much time has passed since its first attempt, e.g. because of timeouts inside it."""
+"""No retry starts later than this after the first attempt, which may take long because of timeouts."""
 
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _STORE_ERRNOS = frozenset({errno.EREMOTEIO, errno.EBUSY})  # s3fs maps 500, 503 and SlowDown to these
@@ -160,7 +160,7 @@ def _translate(uri: str, error: Exception) -> KNNDiffusionError | None:
             )
         case boto.BotoCoreError():
             return InputError(f"{uri} cannot be used{_endpoint_hint(uri)}: {reason}; fix the URI or AWS_ENDPOINT_URL")
-        case OSError() | boto.ClientError() if code:  # an error response without an exception class of its own
+        case OSError() | boto.ClientError() if code:  # an error response for which there is no exception class
             return InputError(
                 f"{uri}: the store rejected the request{_endpoint_hint(uri)}: {code}, {reason}; fix the URI or its "
                 "permissions"

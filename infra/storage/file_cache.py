@@ -8,8 +8,8 @@
     <cache>/registered/         files of registered generators, by the generator's digest
     <cache>/pixels, encoded, …  files derived by stages
 
-Registered and derived files count towards the bound. Whenever another hundredth of ``Settings.cache_bytes`` has been
-added, the least recently used files are evicted until the rest fits.
+Registered and derived files count towards the limit, ``Settings.cache_bytes``. Whenever files of one hundredth of the
+limit have been added, the least recently used ones are evicted until the rest fits.
 
 A fetched file is in use while the returned path is referenced anywhere in its process. The path holds a shared lock on
 one byte of ``uses``, chosen by the digest; the kernel releases it when the process dies. An open or memory-mapped file
@@ -38,6 +38,7 @@ from infra.storage.folders import make_folder
 from infra.storage.locks import exclusive_folder, remove_stale
 
 DERIVED_GRACE_S = 3600.0
+"""Seconds after its last use during which a derived file counts as in use."""
 _STAMP_RETENTION_S = 90 * 86_400.0
 _MAX_SUFFIX_LENGTH = 32
 _FETCHING = "fetching"
@@ -94,30 +95,33 @@ def fetch(uri: str, sha256: str, size: int, cache: Path) -> Path:
 
 
 def fetch_registered(
-    digest: str, is_whole: Callable[[Path], bool], download: Callable[[Path], object], cache: Path
+    digest: str, is_complete: Callable[[Path], bool], download: Callable[[Path], object], cache: Path
 ) -> Path:
     """Return the folder ``<cache>/registered/<digest>``; download it if it is incomplete, one process at a time.
 
     Args:
         digest: Digest of the registered generator.
-        is_whole: Returns True if the given folder is complete.
+        is_complete: Returns True if the given folder is complete.
         download: Downloads the files into the given folder, which does not exist yet.
         cache: Root folder of the cache.
 
-    Raises the errors of ``download``, those of :func:`fetch` for the cache, and ``ValueError`` if ``digest`` is not a
-    digest.
+    Raises:
+        StageError: The disk is full.
+        InputError: The cache is not writable.
+        ValueError: ``digest`` is not a digest.
+        Exception: Any error of ``download``.
     """
     registered = cache / REGISTERED / validation.digest(digest)
     try:
         with disk_full_errors(cache):
             registered = _pin(registered, digest, cache)
     except InputError:
-        if not is_whole(registered):  # a read-only cache can still serve a complete folder
+        if not is_complete(registered):  # a read-only cache can still serve a complete folder
             raise
-    if is_whole(registered):
+    if is_complete(registered):
         return registered
     with disk_full_errors(cache), exclusive_folder(cache / _FETCHING / digest, within=cache) as folder:
-        if is_whole(registered):  # another process may have fetched it in the meantime
+        if is_complete(registered):  # another process may have fetched it in the meantime
             return registered
         downloaded = folder / "files"
         download(downloaded)
@@ -132,9 +136,9 @@ def fetch_registered(
 
 
 def evict(cache: Path, limit_bytes: int) -> int:
-    """Delete the least recently used files until at most ``limit_bytes`` are left; return the bytes left.
+    """Delete the least recently used files until at most ``limit_bytes`` remain; return the number of remaining bytes.
 
-    Files in use are kept, so the cache may stay above its bound. Partial downloads of dead processes are deleted, too.
+    Files in use are kept, so the cache may exceed its limit. Partial downloads of dead processes are deleted, too.
     """
     with _locked(cache / "lock", fcntl.LOCK_EX):
         _remove_stale_entries(cache)
@@ -147,7 +151,7 @@ def evict(cache: Path, limit_bytes: int) -> int:
                 total -= size
     if total > limit_bytes:
         logs.get("cache").warning(
-            "the cache %s exceeds its bound: %d bytes are in use, the bound is %d; raise KNN_DIFFUSION_CACHE_BYTES",
+            "cache %s exceeds its limit: %d bytes are in use, the limit is %d; increase KNN_DIFFUSION_CACHE_BYTES",
             cache,
             total,
             limit_bytes,
@@ -156,14 +160,14 @@ def evict(cache: Path, limit_bytes: int) -> int:
 
 
 def purge(digests: Collection[str], cache: Path, *, derived: bool = True) -> int:
-    """Delete the files of these digests and, with ``derived``, all derived files; return the bytes freed.
+    """Delete the files of these digests and, with ``derived``, all derived files; return the number of bytes freed.
 
     All derived files are deleted because their sources are not recorded; stages can derive them again. Files in use are
-    reported in the log and recorded as pending. The next call deletes them, whatever its arguments.
+    reported in the log and recorded as pending. Every later call also deletes the pending files.
     """
     if not cache.exists():
         return 0
-    freed, left = 0, set[str]()
+    freed, pending = 0, set[str]()
     with _locked(cache / "lock", fcntl.LOCK_EX):
         targets = {*digests, *_pending_purges(cache)}
         selected = []
@@ -176,11 +180,11 @@ def purge(digests: Collection[str], cache: Path, *, derived: bool = True) -> int
             if _try_remove(cache, paths):
                 freed += size
             else:
-                left |= names
-        _record_pending(cache, left)
-    if left:
+                pending |= names
+        _record_pending(cache, pending)
+    if pending:
         message = "%s: %d files could not be deleted: in use now or within the last hour; run gc --delete later"
-        logs.get("cache").warning(message, cache, len(left))
+        logs.get("cache").warning(message, cache, len(pending))
     return freed
 
 
@@ -289,7 +293,7 @@ def _unpin(uses: _PinLocks, byte: int, process: int) -> None:
 
 
 def _try_remove(cache: Path, paths: list[Path]) -> bool:
-    """Delete a file under all of its names, with its stamps. Return False if it is in use."""
+    """Delete a file by all of its names (hard links), with its stamps. Return False if it is in use."""
     if any(_in_use(cache, path) for path in paths):
         return False
     for path in paths:

@@ -29,7 +29,7 @@ from infra.storage.locks import boot_id, exclusive_folder, remove_stale
 from infra.uris import is_local, is_s3, join, local_path, masked, reveal
 
 PART_BYTES = 8 << 20
-"""Part size of multipart uploads, which are used from two parts on. Up to ten parts are in memory at once."""
+"""Part size of multipart uploads, for files of two parts or more. Up to ten parts are in memory at once."""
 _MAX_PARTS = 10_000  # limit of S3 for one object; above 78 GiB the parts are larger
 _BLOCK_BYTES = 1 << 20
 _SCRATCH = "knn-diffusion-"
@@ -112,12 +112,12 @@ def open_read(uri: str) -> Iterator[IO[bytes]]:
 
 
 def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
-    """Return the content of a file, of an HTTP server at most ``max_bytes + 1`` bytes, so that the excess is seen.
+    """Return the content of a file. Raises ``NotFoundError``.
 
-    Raises ``NotFoundError``.
+    At most ``max_bytes + 1`` bytes are read from an HTTP server, so that the caller can detect a larger file.
     """
     fs, path = _fs(uri)
-    if max_bytes is not None and uri.startswith(("http://", "https://")):  # such a server may send without an end
+    if max_bytes is not None and uri.startswith(("http://", "https://")):  # the server may never stop sending
         data = bytearray()
         with open_read(uri) as stream:
             while len(data) <= max_bytes and (part := stream.read(max_bytes + 1 - len(data))):
@@ -127,7 +127,7 @@ def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
 
 
 def read_all(read: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Return ``read`` of each item, in order, from threads: the round trips to a store overlap."""
+    """Call ``read`` for each item in threads, so that round trips to a store overlap. Return the results in order."""
     with ThreadPoolExecutor(_READERS) as pool:
         return list(pool.map(read, items))
 
@@ -150,7 +150,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
     """Write a small file if none exists. Return True for exactly one of several concurrent writers.
 
     A local file is created by a hard link to its complete content, an S3 object with ``If-None-Match: *``. ``data``
-    must be unique to the writer, e.g. contain a token: it identifies a PUT whose response was lost.
+    must be unique to the writer, e.g. contain a token. If the response to a PUT is lost, it shows which writer won.
     """
     fs, path = _fs(uri)
 
@@ -230,7 +230,7 @@ def remove(uri: str) -> None:
 
 
 def discard(uri: str) -> None:
-    """Delete like :func:`remove`, but ignore a file that may not be deleted."""
+    """Delete like :func:`remove`, but ignore a lack of permission."""
     with suppress(NotFoundError):
         remove(uri)
 
@@ -270,7 +270,7 @@ def _own_scratch_folders(lock: str) -> Iterator[Path]:
 
 
 def _scratch_lock() -> str:
-    """Return a lock name specific to this machine: not every shared file system propagates locks between machines."""
+    """Return a lock name specific to this machine, because some shared file systems lock on each machine only."""
     try:
         return f"lock-{boot_id()}"
     except OSError:
@@ -345,7 +345,7 @@ def _create_exclusive(path: Path, data: bytes) -> bool:
 
 
 def _sync(folder: Path) -> None:
-    """Flush ``folder`` to disk, so that a rename in it survives a power failure."""
+    """Flush the entries of ``folder`` to disk, so that a rename in it survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

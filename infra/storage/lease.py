@@ -2,10 +2,11 @@
 
     <folder>/lease/000007.json      the holder; the highest number is the current generation
 
-The holder rewrites its file every third of ``ttl_s``. A writer may take over if the highest file was released, was not
-written for ``ttl_s``, or belongs to a dead process of this machine. It creates the next number, which the store grants
-to exactly one writer (a hard link, or ``If-None-Match: *``), and then deletes the lower ones. The highest file is never
-deleted, so a number is never used twice, and a slow writer finds a higher number than its own.
+The holder rewrites its file every ``ttl_s`` / 3. A writer may take over if the file with the highest number is marked
+as released, was not written for ``ttl_s``, or belongs to a dead process of this machine. It creates the file with the
+next number, which the store grants to exactly one writer (a hard link, or ``If-None-Match: *``), and then deletes the
+lower ones. The highest file is never deleted. A number is therefore never used twice, and a slow writer finds a higher
+number than its own.
 
 **Clocks.** The age of a file is measured with the store's clock only: its modification time is compared with that of a
 probe file written now. The clocks of the machines may differ by any amount. A holder measures on its own clock the time
@@ -40,7 +41,7 @@ _POLL_S = 1.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Holder:
-    """The holder of a lease, as recorded in the lease file."""
+    """Holder of a lease, as recorded in the lease file."""
 
     name: str
     host: str
@@ -52,7 +53,7 @@ class Holder:
     machine: str = ""  # boot id and PID namespace in which ``process`` is valid; "" if unknown
 
     def is_dead(self) -> bool:
-        """Return True if the holder was a process of this machine that has ended: its lease is free at once."""
+        """Return True if the holder was a process of this machine that has ended. Its lease is then free at once."""
         if not self.machine or self.machine != _machine():
             return False
         try:
@@ -68,7 +69,7 @@ class Holder:
 
 
 class Lease:
-    """An acquired lease, renewed in a background thread until it is released or lost."""
+    """Acquired lease, renewed in a background thread until it is released or lost."""
 
     def __init__(self, folder_uri: str, number: int, holder: Holder, began: float, clock: Clock) -> None:
         """Hold generation ``number``, whose write began at ``began`` on ``clock`` (seconds)."""
@@ -149,10 +150,11 @@ def lease(
     Args:
         folder_uri: Folder with a single writer, e.g. the folder of a domain.
         holder: Name shown to other writers, e.g. "rebuild-index twemoji".
-        ttl_s: Seconds after which a dead holder loses the lease; at least 3 in an object store (whole-second clock).
-        wait_s: Seconds to wait for another holder to finish.
-        clock: This process's clock in seconds; by default a monotonic one that includes suspension of the machine.
-        sleep: Function that waits between attempts to acquire the lease.
+        ttl_s: Seconds after which a dead holder loses the lease. At least 3 in an object store, whose clock counts
+            whole seconds. Default: 60.
+        wait_s: Seconds to wait for another holder to finish. Default: 0.
+        clock: This process's clock in seconds. Default: a monotonic one that includes suspension of the machine.
+        sleep: Function that waits between attempts to acquire the lease. Default: ``time.sleep``.
 
     Raises:
         LeaseHeldError: Another writer holds the lease; the message names it.
@@ -200,7 +202,7 @@ def _acquire(folder_uri: str, name: str, ttl_s: float, clock: Clock) -> Lease | 
 
 
 def _seconds_left(folder_uri: str, number: int) -> float | None:
-    """Return the seconds until a generation expires, by the store's clock; None if it was released or is gone."""
+    """Return the seconds until a generation expires, by the store's clock; None if it was released or deleted."""
     try:
         holder = _read(folder_uri, number)
         if holder is None or holder.released or holder.is_dead():

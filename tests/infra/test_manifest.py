@@ -153,7 +153,7 @@ def test_from_json_of_overlapping_databases_allows_shared_files_only() -> None:
 def test_shard_file_without_a_match_raises_integrity_error() -> None:
     (shard,) = Manifest.from_json(changed(lambda fields: None), "here").shards
     assert shard.file(".tar").name == "00000.tar"
-    with pytest.raises(IntegrityError, match=r"shard 00000 has 0 files \*\.npy, not 1"):
+    with pytest.raises(IntegrityError, match=r"shard 00000 has 0 files \*\.npy instead of 1"):
         shard.file(".npy")
 
 
