@@ -1,7 +1,7 @@
 """Manifest records: the files of a committed folder, validated when they are parsed.
 
-A manifest may come from a folder or a registry that somebody else wrote. A ``File`` never has a name that leaves its
-folder or a malformed digest, so code that joins either to a local path needs no further check.
+A manifest may come from a folder or a registry of another user. The name of a ``File`` never leads out of its folder,
+and its digest is well-formed. Code may therefore join both to a local path without further checks.
 """
 
 import dataclasses

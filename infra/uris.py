@@ -32,7 +32,7 @@ _words: set[str] = set()  # the secrets themselves
 
 
 def join(uri: str, *parts: str) -> str:
-    """Join ``parts`` to ``uri``, whatever its scheme."""
+    """Join ``parts`` to ``uri``, which may have any scheme."""
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 

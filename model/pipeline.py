@@ -114,8 +114,8 @@ class KNNDiffusionPipeline(BasePipeline):
                 the generator's.
             height: Height of the images in px; only ``side`` is supported. Default: ``side``.
             width: Width of the images in px; only ``side`` is supported. Default: ``side``.
-            generator: Source of the noise, on the CPU. The same seed gives the same images, whatever the batch.
-                Default: a random seed.
+            generator: Source of the noise, on the CPU. The same seed gives the same images in any batch. Default: a
+                random seed.
             latents: Noise to start from instead of ``generator``: (P·M·candidates, C, s, s) standard normal, or
                 (P·M·candidates, steps, n) uniform in [0, 1) for networks over codes. Default: None.
             neighbours: K; it may differ from training. Default: the generator's.

@@ -3,14 +3,14 @@
     <folder>/lease/000007.json      the holder; the highest number is the current generation
 
 The holder rewrites its file every ``ttl_s`` / 3. A writer may take over if the file with the highest number is marked
-as released, was not written for ``ttl_s``, or belongs to a dead process of this machine. It creates the file with the
-next number, which the store grants to exactly one writer (a hard link, or ``If-None-Match: *``), and then deletes the
-lower ones. The highest file is never deleted. A number is therefore never used twice, and a slow writer finds a higher
-number than its own.
+as released, is older than ``ttl_s``, or belongs to a dead process of this machine. It creates the file with the next
+number; the store lets exactly one writer succeed (a hard link, or ``If-None-Match: *``). It then deletes the files with
+lower numbers. The highest file is never deleted. A number is therefore never used twice, and a slow writer finds a
+higher number than its own.
 
 **Clocks.** The age of a file is measured with the store's clock only: its modification time is compared with that of a
-probe file written now. The clocks of the machines may differ by any amount. A holder measures on its own clock the time
-since its last renewal began, including suspension of the machine, and gives up before others may take over.
+new probe file. The clocks of the machines may differ by any amount. A holder measures the time since its last renewal
+began on its own clock, including suspension of the machine. It gives up before others may take over.
 
 **Limitation.** A holder that is suspended between :meth:`Lease.check` and its next write, for longer than ``ttl_s``,
 still performs that write. Stages commit by digest into their own folders, so this is harmless there. Keep the time
@@ -242,7 +242,7 @@ def _conflict_message(folder_uri: str) -> str:
 
 
 def _read(folder_uri: str, number: int) -> Holder | None:
-    """Return the holder that wrote the file, or None if the file is gone.
+    """Return the holder that wrote the file, or None if there is no such file.
 
     An unreadable file counts as a lease of an unknown writer with a ``ttl_s`` of 60.
     """

@@ -78,7 +78,7 @@ def mmd_distance(first: Embeddings, second: Embeddings) -> float:
     336 px and are not comparable with those of another encoder.
 
     The metric assumes no Gaussian, but on unit rows the kernel is nearly linear in the squared distance: the value is
-    about 10 · ‖μ₁ − μ₂‖². It hardly detects a collapse to few images with the right mean.
+    about 10 · ‖μ₁ − μ₂‖². It barely detects a collapse to few images with the right mean.
     """
     if not len(first) or not len(second):
         raise ModelError(f"too few images for an MMD: {len(first)} and {len(second)}; pass at least 1 in each set")

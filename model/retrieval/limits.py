@@ -1,8 +1,8 @@
 """Limits on FAISS's allocations and loops while it reads an index file.
 
 A file's digest is checked before the file is read. These limits protect against a malicious file that has the expected
-digest because somebody registered it on purpose. They are global to the process and must be set before the first read,
-so importing any module of :mod:`model.retrieval` sets them. FAISS before 1.15 lacks some of them.
+digest because its author registered it. They are global to the process and must be set before the first read, so
+importing any module of :mod:`model.retrieval` sets them. FAISS before 1.15 lacks some of them.
 """
 
 import faiss

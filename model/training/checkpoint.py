@@ -1,7 +1,7 @@
 """Contents of checkpoints. Where they are stored is up to the implementation of the ``Checkpoints`` protocol.
 
-All tensors in a checkpoint are unsharded, whatever the number of workers. A run can therefore resume with another
-number of workers, and with or without sharding.
+All tensors in a checkpoint are unsharded, for any number of workers. A run can therefore resume with another number of
+workers, and with or without sharding.
 
 ``torch.distributed.checkpoint.state_dict`` is not used, because it cannot load existing checkpoints. They identify the
 parameters of each optimizer by number. Its loading function expects names, and raises ``KeyError`` for an AdamW state.

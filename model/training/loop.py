@@ -1,8 +1,8 @@
 """The training loop. Metrics and checkpoints go through protocols, so the loop does not depend on their storage.
 
 All randomness of a step is a function of (seed, step) for the whole global batch. With one worker, a resumed run ends
-with the same weights as an uninterrupted one, bit for bit unless a GPU kernel sums in no fixed order. With several
-workers, it uses the same images and noise.
+with bitwise the same weights as an uninterrupted one, except for GPU kernels without a fixed order of summation. With
+several workers, it uses the same images and noise.
 """
 
 import contextlib

@@ -62,7 +62,7 @@ def bench_generator(samples: int, device: str, model: str = EMBEDDED) -> dict[st
     scene = Scene.prepare(samples, device, model)
     encoder, own, queries = scene.encoder, scene.own, scene.queries
     others = {source.name: rows_of(embedded(source, encoder)) for source in other_domains()}
-    studio, yardstick = scene.studio, scene.yardstick
+    studio, reference = scene.studio, scene.reference
     counts = counts_of(samples)
     pixels, rows = {}, {}
     for name, count in counts.items():
@@ -74,7 +74,7 @@ def bench_generator(samples: int, device: str, model: str = EMBEDDED) -> dict[st
 
     def clip_score(images: Embeddings) -> Score:
         texts = queries[: len(images)].numpy()
-        return score_mean(embedding_metrics.pair_cosines(images, texts), texts, yardstick, bounds=(-1.0, 1.0))
+        return score_mean(embedding_metrics.pair_cosines(images, texts), texts, reference, bounds=(-1.0, 1.0))
 
     knn, no_knn = scene.score(rows["knn"]), clip_score(rows["no_knn"])
     scores = {
@@ -89,7 +89,7 @@ def bench_generator(samples: int, device: str, model: str = EMBEDDED) -> dict[st
         **distances(rows["knn"], own, others),
         "fd_real_split": real_split(own, samples),
         **flatten({name: knn[name] for name in ("copy_rate", "nearest", "precision", "recall")}),
-        "copy_threshold": yardstick.threshold,
+        "copy_threshold": reference.threshold,
         "nearest_real": scene.nearest_real,
         "samples": samples,
         **{f"samples_{name}": counts[name] for name in ("no_knn", ONE_DRAW)},
@@ -142,7 +142,7 @@ class Scene:
     """(N, D): the embedded captions."""
     described: Embeddings
     """(N, D): the images of the captions."""
-    yardstick: ReferenceSet
+    reference: ReferenceSet
     nearest_real: float
     """Mean cosine of an image to its nearest neighbour."""
     studio: "Studio"
@@ -172,7 +172,7 @@ class Scene:
     def score(self, rows: Embeddings) -> dict[str, Score]:
         """Return every metric of the images (N, D) of all queries."""
         near = self.studio.pipeline.database.search(rows, 1).scores[:, 0]
-        return score_samples(rows, self.queries.numpy(), near, self.yardstick)
+        return score_samples(rows, self.queries.numpy(), near, self.reference)
 
 
 def twemoji_captions(files: list[Path]) -> dict[str, int]:

@@ -3,7 +3,7 @@
 Source:    `--stickers` folder of parquet files: key, style, license, captions (name first, then keywords), webp (bytes,
            64×64 px on white); `--corpus` text file, one word or short phrase per line (353,530 of WordNet);
            `--teacher` local sentence-transformers folder such as all-MiniLM-L6-v2 (mean pooled); architecture and
-           preprocessing are `open_clip_config.json` beside this file.
+           preprocessing are in `open_clip_config.json` in this folder.
 Hardware:  one H100, bf16 autocast. On a CPU it runs in float32, which is practical only for a trial.
 Run time:  7 minutes, about 3,200 steps of 2,048 pairs; the learning rate depends on elapsed time, not on the step.
 Expected:  text-to-image recall@1 of 0.56 on an unseen style, 0.63 on unseen concepts (`README.md`).

@@ -8,8 +8,8 @@ Legend: ``B`` batch, ``S`` side, ``m`` mask, 1 where the neighbour is visible, `
 The condition is that of the clean image. The network learns to find the parts that contradict the condition, to
 regenerate them, and to keep the rest. At inference y is the image to edit, and the condition is that of the text.
 
-The network must not detect the seams of pasted regions instead. Therefore the edge is soft, some references are the
-whole neighbour, which has no seam, and some are the image itself, in which nothing has to change.
+The network must not detect the seams of pasted regions instead. Therefore the edge is soft. Some references are the
+whole neighbour, which has no seam, and some are the image itself, which must not change.
 """
 
 import dataclasses

@@ -101,7 +101,7 @@ def test_candidates_encoder_out_of_memory_halves_the_batch_then_raises(
         pipeline.edit(Image.new("RGB", (8, 8)), PROMPTS[:1])
 
 
-def test_candidates_of_a_discrete_network_are_chosen_alike(
+def test_candidates_of_a_discrete_network_are_selected_by_the_query_slot(
     pipeline: KNNDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     coding = AutoencoderConfig(image_size=16, downscale=4, codes=12, code_width=4, channels=(32, 32, 32), layers=1)

@@ -128,7 +128,7 @@ def test_solve_from_a_lower_strength_follows_the_path_to_the_image() -> None:
     torch.testing.assert_close(solved, image, atol=1e-3, rtol=0)
 
 
-def test_choices_are_uniform_and_below_the_counts() -> None:
+def test_choose_by_noise_is_uniform_and_below_the_counts() -> None:
     noise = torch.randn(3_000, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     drawn = np.bincount(choose_by_noise(noise, np.full(3_000, 3)), minlength=3)
     assert len(drawn) == 3
