@@ -27,6 +27,10 @@ BANNED = {
     r"stands for|stands in|lies in": "is",
     r"what it is of": "the noun",
     r"pictures?": "image",
+    r"text gap": "modality gap",
+    r"yardstick|like[ -]for[ -]like": "reference, comparable",
+    r"barred|crowded": "excluded, incomplete",
+    r"at so many times|whatever (the|its)": "proportional, for any, independent of",
 }
 
 

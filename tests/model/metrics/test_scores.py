@@ -8,7 +8,7 @@ from model.metrics.bootstrap import Score
 from model.metrics.scores import ReferenceSet, score_mean, score_samples
 
 REAL = tiny_models.unit_rows(150, seed=9).astype(np.float32)
-YARDSTICK = ReferenceSet(real=REAL, threshold=0.75)
+REFERENCE = ReferenceSet(real=REAL, threshold=0.75)
 
 
 def width(score: Score) -> float:
@@ -25,7 +25,7 @@ def test_score_samples_repeated_prompts_widen_intervals(metric: str) -> None:
     rows, queries = tiny_models.unit(np.tile(own, (10, 1)) + noise), np.tile(prompts, (10, 1))
     near = (rows @ REAL.T).max(axis=1)
     once, together, apart = (
-        width(score_samples(rows[:count], sample_queries[:count], near[:count], YARDSTICK)[metric])
+        width(score_samples(rows[:count], sample_queries[:count], near[:count], REFERENCE)[metric])
         for count, sample_queries in ((20, queries), (200, queries), (200, queries + noise.astype(np.float32)))
     )
     assert together > 0.6 * once
@@ -35,9 +35,9 @@ def test_score_samples_repeated_prompts_widen_intervals(metric: str) -> None:
 def test_score_mean_distinct_queries_are_resampled_individually() -> None:
     values = np.random.default_rng(0).normal(size=12)
     rows = tiny_models.unit_rows(12).astype(np.float32)
-    alone = score_mean(values, rows, YARDSTICK, bounds=(-9.0, 9.0))
-    assert alone == score_mean(values, rows[::-1], YARDSTICK, bounds=(-9.0, 9.0))
-    once = score_mean(values, rows[[0] * 12], YARDSTICK, bounds=(-9.0, 9.0))
+    alone = score_mean(values, rows, REFERENCE, bounds=(-9.0, 9.0))
+    assert alone == score_mean(values, rows[::-1], REFERENCE, bounds=(-9.0, 9.0))
+    once = score_mean(values, rows[[0] * 12], REFERENCE, bounds=(-9.0, 9.0))
     assert (once.value, once.low, once.high) == (alone.value, None, None)
 
 
@@ -45,7 +45,7 @@ def test_score_samples_more_samples_than_real_uses_first_samples() -> None:
     """Distances and manifolds depend on the set size, so only the first M samples are used."""
     rows, queries = (tiny_models.unit_rows(200, seed=seed).astype(np.float32) for seed in (3, 4))
     near = (rows @ REAL.T).max(axis=1)
-    whole, part = (score_samples(rows[:n], queries[:n], near[:n], YARDSTICK) for n in (200, len(REAL)))
+    whole, part = (score_samples(rows[:n], queries[:n], near[:n], REFERENCE) for n in (200, len(REAL)))
     for metric in ("fd", "mmd", "precision", "recall"):
         assert whole[metric].value == part[metric].value
     assert whole["nearest"].value == pytest.approx(near.mean())
