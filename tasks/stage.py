@@ -3,14 +3,11 @@
 import contextlib
 import dataclasses
 import functools
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
-
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from prefect.context import FlowRunContext, TaskRunContext
 
 from infra import artifacts, compute, logs
 from infra.compute.actor_pool import FailedShard
@@ -71,25 +68,39 @@ def stage_task(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """
 
     def decorate(step: Callable[P, R]) -> Callable[P, R]:
-        as_task: Callable[P, R] = task(
-            name=name,
-            retries=3,
-            retry_delay_seconds=[2, 10, 60],
-            retry_condition_fn=_is_transient,
-            cache_policy=NO_CACHE,
-        )(step)
+        @functools.cache
+        def as_task() -> Callable[P, R]:
+            from prefect import task
+            from prefect.cache_policies import NO_CACHE
+
+            return task(
+                name=name,
+                retries=3,
+                retry_delay_seconds=[2, 10, 60],
+                retry_condition_fn=_is_transient,
+                cache_policy=NO_CACHE,
+            )(step)
 
         @functools.wraps(step)
         def stage(*args: P.args, **kwargs: P.kwargs) -> R:
-            in_flow = FlowRunContext.get() is not None and TaskRunContext.get() is None
-            if in_flow:
-                logs.show_progress()
-            return (as_task if in_flow else step)(*args, **kwargs)
+            if not _in_flow():
+                return step(*args, **kwargs)
+            logs.show_progress()
+            return as_task()(*args, **kwargs)
 
         stage.task = as_task  # type: ignore[attr-defined]  # for its options
         return stage
 
     return decorate
+
+
+def _in_flow() -> bool:
+    """Return True if a flow of Prefect calls, and not a task."""
+    if "prefect" not in sys.modules:  # importing it takes a second, which the workers of the stages save
+        return False
+    from prefect.context import FlowRunContext, TaskRunContext
+
+    return FlowRunContext.get() is not None and TaskRunContext.get() is None
 
 
 def run_stage(

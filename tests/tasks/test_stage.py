@@ -137,7 +137,7 @@ def test_stage_task_retries_only_transient_errors(prefect_server: None, error: t
             raise error("no")
         return "made"
 
-    impatient: Any = fails.task.with_options(retry_delay_seconds=0)  # type: ignore[attr-defined]
+    impatient: Any = fails.task().with_options(retry_delay_seconds=0)  # type: ignore[attr-defined]
     if tries == 1:
         with pytest.raises(error):
             impatient()
