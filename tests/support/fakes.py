@@ -4,13 +4,17 @@ import contextlib
 import shutil
 import socketserver
 import ssl
+import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Self
+
+PACKAGE = Path(__file__).parents[2] / "model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,21 +142,30 @@ class Killed(BaseException):
 
 
 class WithoutRay:
-    """Fake of ``infra.compute`` that runs workers in this process, without the seconds that Ray takes to start."""
+    """Fake of ``infra.compute`` that runs workers in this process, without the seconds that Ray takes to start.
 
-    def __init__(self) -> None:
+    Workers share one copy of the bundled encoder. The shards of descriptions in ``on_ray`` still run on Ray.
+    """
+
+    def __init__(self, on_ray: Collection[str] = ()) -> None:
         self.items: list[tuple[str, Any]] = []
+        self._on_ray, self._shares_encoder = on_ray, False
 
     def install(self, patch: Any) -> None:
         """Replace the functions that stages call; ``patch`` is pytest's monkeypatch."""
         from infra import compute
 
-        for name in ("map_shards", "run", "cpus", "cluster"):
+        self._patch, self._real_map_shards = patch, compute.map_shards
+        for name in ("map_shards", "run", *(() if self._on_ray else ("cpus", "cluster"))):
             patch.setattr(compute, name, getattr(self, name))
 
-    def map_shards(self, factory: Any, settings: Any, items: Any, *, description: str, **_: Any) -> Iterator[Any]:
+    def map_shards(self, factory: Any, settings: Any, items: Any, *, description: str, **options: Any) -> Iterator[Any]:
         from infra.compute.actor_pool import FailedShard
 
+        if description in self._on_ray:
+            yield from self._real_map_shards(factory, settings, items, description=description, **options)
+            return
+        self._share_encoder()
         queue = list(items)
         worker = factory(*settings) if queue else None
         for item in queue:
@@ -163,6 +176,7 @@ class WithoutRay:
                 yield FailedShard(item, error)
 
     def run(self, function: Any, *arguments: Any, **_: Any) -> Any:
+        self._share_encoder()
         return function(*arguments)
 
     def cpus(self) -> int:
@@ -171,6 +185,28 @@ class WithoutRay:
     @contextlib.contextmanager
     def cluster(self, *_: Any) -> Iterator[None]:
         yield
+
+    def _share_encoder(self) -> None:
+        """Load the bundled encoder once per process, if a worker may load it; nothing changes its weights."""
+        open_clip = sys.modules.get("open_clip")
+        if open_clip is None or self._shares_encoder:
+            return
+        self._shares_encoder = True
+        for name in ("create_model_and_transforms", "get_tokenizer"):
+            self._patch.setattr(open_clip, name, partial(_loaded_once, getattr(open_clip, name)))
+
+
+_LOADED: dict[str, Any] = {}
+
+
+def _loaded_once(load: Callable[..., Any], name: str, **options: Any) -> Any:
+    """Return ``load(name, **options)``, from the memory of this process for a folder of this package."""
+    if str(PACKAGE) not in name:
+        return load(name, **options)
+    key = f"{load.__name__} {name} {options}"
+    if key not in _LOADED:
+        _LOADED[key] = load(name, **options)
+    return _LOADED[key]
 
 
 class FolderCheckpoints:
