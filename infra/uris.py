@@ -7,10 +7,11 @@ when the URI is opened. Workers get the secrets of the process that starts them 
 """
 
 import re
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from infra.errors import InputError
 
@@ -27,8 +28,44 @@ _STILL_HIDDEN = re.compile(rf":{re.escape(HIDDEN)}@|[?&;#][^=]+={re.escape(HIDDE
 _SHORTEST = 8
 """Minimum length of a secret that is masked in any text. Shorter ones, which could be part of a word, are masked in
 URIs only."""
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_ESCAPE = re.compile("%([0-9A-Fa-f]{2})")
+_UNRESERVED = frozenset(string.ascii_letters + string.digits + "-._~")
+_KEPT = "!#$%&'()*+,/:;=?@[]"  # reserved characters, and the % of an escape
 _secrets: dict[str, str] = {}  # hidden form -> URI, for whole URIs and for their parts before the path
 _words: set[str] = set()  # the secrets themselves
+
+
+def normal_url(url: str) -> str:
+    """Return the normal form of an image's URL. All spellings of one URL have the same normal form.
+
+    URLs are requested, stored, remembered and matched in this form. It follows section 6.2 of RFC 3986:
+
+    - blanks around the URL, and tabs and newlines in it, are removed;
+    - scheme and host are in lower case, and the host of an international domain is in Punycode;
+    - the default port, the fragment, an empty query and the segments ``.`` and ``..`` are removed;
+    - an empty path becomes ``/``;
+    - letters, digits and ``-._~`` are not percent-encoded, reserved characters stay as they are, all other characters
+      are percent-encoded UTF-8, and hexadecimal digits are in upper case.
+
+    Text that is not an HTTP URL is only stripped. The function is idempotent.
+    """
+    text = url.strip()
+    try:
+        parts = urlsplit(text)
+        scheme, host, port = parts.scheme.lower(), parts.hostname or "", parts.port
+    except ValueError:  # an invalid port or address
+        return text
+    if scheme not in _DEFAULT_PORTS or not host:
+        return text
+    user = parts.netloc.rpartition("@")[0]
+    place = f"{user}@" if user else ""
+    place += f"[{host}]" if ":" in host else _ascii_host(host)
+    if port not in (None, _DEFAULT_PORTS[scheme]):
+        place += f":{port}"
+    path = _without_dots(_escaped(parts.path)) or "/"
+    query = _escaped(parts.query)
+    return SplitResult(scheme, place, path, query, "").geturl()
 
 
 def join(uri: str, *parts: str) -> str:
@@ -148,3 +185,39 @@ def _authority(uri: str) -> str:
     """Return the part of a URI before its path."""
     scheme, mark, rest = uri.partition("://")
     return scheme + mark + re.split("[/?#]", rest, maxsplit=1)[0]
+
+
+def _ascii_host(host: str) -> str:
+    if host.isascii():
+        return host
+    try:
+        return host.encode("idna").decode("ascii")
+    except UnicodeError:
+        return host
+
+
+def _escaped(text: str) -> str:
+    """Return a part of a URL with one spelling for each character."""
+    plain = _ESCAPE.sub(_normal_escape, text)
+    return quote(re.sub("%(?![0-9A-F]{2})", "%25", plain), safe=_KEPT, errors="surrogatepass")
+
+
+def _normal_escape(found: re.Match[str]) -> str:
+    character = chr(int(found[1], 16))
+    return character if character in _UNRESERVED else found[0].upper()
+
+
+def _without_dots(path: str) -> str:
+    """Remove the segments ``.`` and ``..`` of a path that starts with a slash."""
+    if "/." not in path:
+        return path
+    kept: list[str] = []
+    segments = path.split("/")[1:]
+    for segment in segments:
+        if segment == "..":
+            del kept[-1:]
+        elif segment != ".":
+            kept.append(segment)
+    if segments[-1] in (".", ".."):
+        kept.append("")
+    return "/" + "/".join(kept)

@@ -13,6 +13,7 @@ from infra import artifacts, storage
 from infra.download.downloader import SHARDS, DownloadPolicy, download_shard
 from infra.errors import InputError, StageError
 from infra.formats import tables
+from infra.formats.urls import normal_urls
 from infra.formats.webdataset import DUPLICATE, TAKEN_DOWN, drop_images
 from tasks.download.config import DownloadConfig
 from tasks.references.takedown import Entries
@@ -151,12 +152,13 @@ def new_rows(table: pa.Table, seen: UrlHistory | None, refused: Entries, config:
     """Return the rows to download.
 
     Without ``seen`` these are all rows that are not refused, including repeated URLs. With it, URLs that were requested
-    before are excluded (failed ones unless ``config.retry_failed``), and so are repetitions.
+    before are excluded (failed ones unless ``config.retry_failed``), and so are repetitions. URLs are compared in their
+    normal form.
     """
-    urls = table["url"].to_pylist()
+    urls = normal_urls(table["url"]).to_pylist()
     wanted = np.array([url not in refused.url for url in urls], dtype=np.bool_)
     if seen is not None:
-        wanted &= ~seen.asked(urls, failed_too=not config.retry_failed)
+        wanted &= ~seen.asked(table["url"].to_pylist(), failed_too=not config.retry_failed)
         first: set[str] = set()
         for row in np.flatnonzero(wanted):
             wanted[row] = urls[row] not in first
@@ -171,7 +173,9 @@ class _Download:
         self._folder_uri, self._policy = folder_uri, policy
 
     def __call__(self, item: tuple[str, tuple[int, pa.Table]]) -> artifacts.Shard:
-        name, (number, rows) = item
+        name, (number, listed) = item
+        index = listed.schema.get_field_index("url")
+        rows = listed.set_column(index, "url", normal_urls(listed["url"]))
         with storage.scratch() as folder:
             counts = download_shard(number, rows, folder, self._policy)
             info: dict[str, Any] = {"outcomes": counts.outcomes, "seconds": counts.seconds}

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from infra import artifacts, storage
 from infra.compute.progress import Progress
 from infra.errors import InputError
+from infra.uris import normal_url
 from model.images import image_grid
 from model.metrics import embedding_metrics
 from model.metrics.bootstrap import Score
@@ -209,7 +210,7 @@ class Evaluator:
 
     def _real_clip_score(self) -> dict[str, Score]:
         """Return the CLIP score of database images with the prompts that describe them; empty if there are none."""
-        wanted = dict(zip(self._config.prompt_urls, self._config.prompts, strict=True))
+        wanted = dict(zip(map(normal_url, self._config.prompt_urls), self._config.prompts, strict=True))
         texts_by_row = {row: wanted[url] for row, url in urls_of(self._database) if url in wanted}
         if not texts_by_row:
             return {}
@@ -229,11 +230,11 @@ def random_rows(database: Database, wanted: int, seed: int) -> NDArray[np.int64]
 
 
 def urls_of(database: Database) -> Iterator[tuple[int, str]]:
-    """Yield the id and URL of every row that is not hidden. Metadata is read in batches."""
+    """Yield the id and normal URL of every row that is not hidden. Metadata is read in batches."""
     ids = database.ids()
     for start in range(0, len(ids), _DESCRIBED_ROWS):
         for row in database.describe(ids[start : start + _DESCRIBED_ROWS].tolist()):
-            yield row["id"], row["url"]
+            yield row["id"], normal_url(row["url"])
 
 
 def _some_rows(database: Database, count: int, seed: int) -> Embeddings:

@@ -1,7 +1,7 @@
 """Entries of a takedown: what a domain may never show again, and the rows that they match.
 
-An entry names an image by url, sha256 (of the bytes as downloaded) or key. Takedowns are cumulative: an artifact
-contains its own entries and all earlier ones.
+An entry names an image by url, sha256 (of the bytes as downloaded) or key. An entry for a URL matches every spelling
+of it. Takedowns are cumulative: an artifact contains its own entries and all earlier ones.
 """
 
 import dataclasses
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from infra import artifacts, storage
 from infra.errors import InputError, KNNDiffusionError
 from infra.formats import tables
+from infra.formats.urls import normal_urls
+from infra.uris import normal_url
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import takedown_of
 from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, Takedown
@@ -26,11 +28,15 @@ _SHA256_DIGITS = 64
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entries:
-    """Takedown entries by column."""
+    """Takedown entries by column. URLs are kept in their normal form (:func:`infra.uris.normal_url`)."""
 
     url: frozenset[str] = frozenset()
     sha256: frozenset[str] = frozenset()
     key: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Normalise the URLs: lists and artifacts of earlier releases may spell them in other ways."""
+        object.__setattr__(self, "url", frozenset(map(normal_url, self.url)))
 
     def __or__(self, other: "Entries") -> "Entries":
         return Entries(*(getattr(self, name) | getattr(other, name) for name in COLUMNS))
@@ -61,7 +67,8 @@ class Matcher:
         """Return a mask (n,) of the rows of ``table`` that any entry matches, by the columns that the table has."""
         mask = np.zeros(table.num_rows, dtype=np.bool_)
         for name in self._sets.keys() & set(table.column_names):
-            mask |= pc.is_in(table[name], options=self._sets[name]).to_numpy(zero_copy_only=False)
+            column = normal_urls(table[name]) if name == "url" else table[name]
+            mask |= pc.is_in(column, options=self._sets[name]).to_numpy(zero_copy_only=False)
         return mask
 
 

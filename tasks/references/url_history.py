@@ -1,7 +1,8 @@
 """URL history: the URLs and image bytes that a domain has already processed, without reading its shards.
 
 Each version stores ``seen.npz`` next to the shards that it adds. The file holds sorted 64-bit hashes of the URLs with
-a final outcome, of the URLs that failed, and of the image bytes: 16 bytes a row. A version lists its own file and
+a final outcome, of the URLs that failed, and of the image bytes: 16 bytes a row. URLs are hashed in their normal form;
+releases before 0.2 hashed them as listed, so both forms are looked up. A version lists its own file and
 those of earlier versions (``info["seen"]``). A new file merges the preceding files that are not much larger, so a
 database built over a thousand nights has about ten files. Looking up 10,000 URLs among a million rows takes 0.03 s,
 most of it for the file's digest. Reading the URL column of the shards would take seconds.
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from infra import artifacts, storage, validation
 from infra.errors import IntegrityError
 from infra.formats import tables
+from infra.formats.urls import normal_urls
 from infra.formats.webdataset import DUPLICATE, TAKEN_DOWN
 from tasks.references.types import ImageShards
 
@@ -71,9 +73,11 @@ class UrlHistory:
 
     def asked(self, urls: Iterable[str], *, failed_too: bool) -> NDArray[np.bool_]:
         """Return an (n,) mask of the URLs that were requested before. Failed URLs count only with ``failed_too``."""
-        hashed = hash_texts(urls)
+        listed = pa.array(urls, pa.string())
+        normal = normal_urls(listed)
         lists = [part.answered for part in self._parts] + [part.failed for part in self._parts if failed_too]
-        return _is_in_any(hashed, lists)
+        found = _is_in_any(hash_texts(normal.to_pylist()), lists)
+        return found if normal.equals(listed) else found | _is_in_any(hash_texts(listed.to_pylist()), lists)
 
     def holds(self, digests: Iterable[str]) -> NDArray[np.bool_]:
         """Return an (n,) mask of the images, given as hex sha256 of their bytes, that the version contains."""
@@ -115,6 +119,11 @@ def hash_texts(texts: Iterable[str]) -> Hashed:
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
 
+def hash_urls(urls: pa.Array | pa.ChunkedArray) -> Hashed:
+    """Return (n,) uint64 hashes of the normal forms of URLs."""
+    return hash_texts(normal_urls(urls).to_pylist())
+
+
 def hash_digests(digests: Iterable[str]) -> Hashed:
     """Return the first 64 bits of hex digests as (n,) uint64."""
     return np.array([int(digest[:16], 16) for digest in digests], dtype=np.uint64)
@@ -125,8 +134,8 @@ def _hashes(parquet: Path) -> Hashes:
     answered = pc.is_in(table["error_class"], pa.array(FINAL_OUTCOMES))
     content = table["sha256"].filter(pc.and_(answered, pc.is_valid(table["sha256"])))
     return Hashes(
-        answered=hash_texts(table["url"].filter(answered).to_pylist()),
-        failed=hash_texts(table["url"].filter(pc.invert(answered)).to_pylist()),
+        answered=hash_urls(table["url"].filter(answered)),
+        failed=hash_urls(table["url"].filter(pc.invert(answered))),
         content=hash_digests(content.to_pylist()),
     )
 

@@ -18,7 +18,7 @@ from tasks.references.types import (
     ImageShards,
     StageResult,
 )
-from tasks.references.url_history import Hashes, hash_digests, hash_texts, write_seen
+from tasks.references.url_history import Hashes, hash_digests, hash_urls, write_seen
 from tasks.stage import run_shards, run_stage, stage_task, sum_outcomes
 from tasks.upkeep.filter_expression import parse_where
 from tasks.upkeep.merge import CombinedInputs
@@ -47,7 +47,7 @@ def subset(database: DatabaseVersion, where: str, folder: DomainFolder) -> Combi
         selected = table.filter(mask)
         none = np.empty(0, np.uint64)
         digests = [digest for digest in selected["sha256"].to_pylist() if digest]
-        return mask, Hashes(hash_texts(selected["url"].to_pylist()), none, hash_digests(digests))
+        return mask, Hashes(hash_urls(selected["url"]), none, hash_digests(digests))
 
     selected_rows = storage.read_all(select, source.shards)
     found = dict(zip((shard.name for shard in source.shards), selected_rows, strict=True))

@@ -127,6 +127,26 @@ def test_download_with_takedown_drops_its_urls_and_images(lists: Lists) -> None:
     assert lists(NAMES[4:7], previous=second, takedown=taken).reference == second
 
 
+def test_download_compares_urls_in_their_normal_form(lists: Lists) -> None:
+    def variant(path: str) -> str:
+        return " " + lists.server.url(path).replace("http", "HTTP").replace(".png", "%2Epng#top")
+
+    def run(urls: list[str], **more: Any) -> Any:
+        listed = write_urls(lists.folder / "variants.jsonl", urls)
+        config = DownloadConfig(shard_rows=4, policy=lists.policy)
+        lists.server.requests.clear()
+        return download(str(listed), DomainFolder(uri=str(lists.folder), cache=lists.folder), config, **more).reference
+
+    first = run([variant(NAMES[0]), lists.server.url(NAMES[1])])
+    assert sorted(outcomes(first)) == sorted(name[1:] for name in NAMES[:2])  # stored in normal form
+    refused = Entries(frozenset({variant(NAMES[2])}))
+    taken = commit_takedown(refused, DomainFolder(uri=str(lists.folder / "base")), info={}).reference
+    urls = [lists.server.url(path) for path in (NAMES[0], NAMES[2], NAMES[3])]
+    second = run([variant(NAMES[1]), *urls, variant(NAMES[3])], previous=first, takedown=taken)
+    assert lists.server.requests == [NAMES[3]]
+    assert second.rows == 3
+
+
 def test_download_requests_failed_urls_only_with_retry_failed(lists: Lists) -> None:
     first = lists([NAMES[0], "/gone.png"]).reference
     lists.server.replies["/gone.png"] = Reply(body=BODY[NAMES[1]])
@@ -180,7 +200,14 @@ def test_url_history_of_version_without_files_reads_its_shards(tmp_path: Path) -
     urls = ["http://host/a.png", "http://host/b.png", "http://host/c.png"]
     assert seen.asked(urls, failed_too=True).tolist() == [True, True, False]
     assert seen.asked(urls, failed_too=False).tolist() == [True, False, False]
+    assert seen.asked(["HTTP://Host:80/a.png#x"], failed_too=False).all()
     assert seen.holds([sha(body), "0" * 64]).tolist() == [True, False]
+
+
+def test_url_history_of_raw_urls_finds_them_as_they_were_listed() -> None:
+    raw, nothing = "HTTP://Host/a.png#x", np.empty(0, np.uint64)
+    seen = UrlHistory([Hashes(hash_texts([raw]), nothing, nothing)], [])  # as release 0.1 wrote it
+    assert seen.asked([raw, "http://host/b.png"], failed_too=False).tolist() == [True, False]
 
 
 def test_url_history_extended_many_times_has_few_files(tmp_path: Path) -> None:

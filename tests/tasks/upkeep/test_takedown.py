@@ -166,3 +166,17 @@ def test_read_takedown_list_invalid_raises(text: str, message: str, tmp_path: Pa
     (tmp_path / "bad.csv").write_text(text)
     with pytest.raises(InputError, match=message):
         read_takedown_list(str(tmp_path / "bad.csv"))
+
+
+@pytest.mark.parametrize(
+    ("stored", "listed_as"),
+    [
+        ("http://host/a.png", " HTTP://Host:80/%61.png#top "),
+        ("HTTP://Host/%61.png#top", "http://host/a.png"),  # as an earlier release stored it
+    ],
+)
+def test_take_down_of_a_url_matches_its_variants(stored: str, listed_as: str, tmp_path: Path) -> None:
+    images = image_shards(tmp_path, [[IMAGES[1], (stored, IMAGES[0][1])], [IMAGES[2]]])
+    taken = take_down(listed(tmp_path, {"url": listed_as}), images, DomainFolder(uri=str(tmp_path), cache=tmp_path))
+    assert match_rows(taken.reference, embedding_shards(tmp_path, images), tmp_path).tolist() == [1]
+    assert read_entries(taken.reference, tmp_path).url == {"http://host/a.png"}
