@@ -1,20 +1,21 @@
-"""Readers and writers of Parquet tables, URL lists and webdataset tars.
+"""Readers and writers of Parquet tables, and readers of URL lists and texts.
 
 Rows keep the order of the file. Nothing here decodes images.
 """
 
-from collections import Counter
+import shlex
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra import storage, uris
+from infra import uris
 from infra.errors import InputError
+from infra.formats.lists import read_list, read_texts
 
-_TEXT_COLUMNS = {name: pa.string() for name in ("url", "sha256", "key")}  # a key is digits with leading zeros
+_SNIFFED_ROWS = 100
 
 
 def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -34,85 +35,59 @@ def write_table(rows: Iterable[dict[str, Any]], schema: pa.Schema, path: Path) -
     pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="zstd")
 
 
-def read_url_list(uri: str) -> pa.Table:
-    """Read a URL list: parquet, csv, tsv, json lines or plain text, with one URL per row. Other columns are kept.
+def read_url_list(uri: str | Sequence[str], url_column: str | None = None) -> pa.Table:
+    """Read a URL list in any format of :func:`infra.formats.lists.read_list`. Columns other than ``url`` are kept.
 
-    Raises ``NotFoundError`` if it does not exist, and ``InputError`` if it is empty or has no ``url`` column.
-    """
-    uri = uris.hide(uri)
-    table = read_list(uri, "URL")
-    if "url" not in table.column_names:
-        raise InputError(f"{uri} has no column 'url', only {', '.join(table.column_names) or 'nothing'}; rename it")
-    if table.num_rows == 0:
-        raise InputError(f"{uri} lists no URL; add at least one row")
-    return table
-
-
-def read_list(uri: str, what: str) -> pa.Table:
-    """Read a list in any format of a URL list. The columns url, sha256 and key are read as text.
+    A long list is in a memory-mapped temporary file.
 
     Args:
-        uri: Location of the list.
-        what: What it lists, for error messages.
+        uri: Location, or locations, of the list.
+        url_column: Column with the URLs, which is renamed. Default: ``url``.
 
     Raises:
         NotFoundError: The list does not exist.
-        InputError: The list cannot be read.
+        InputError: The list cannot be read, is empty, or has no column of URLs.
     """
-    uri = uris.hide(uri)
-    path = uri if storage.is_local(uri) else uri.partition("?")[0]  # a signed URI ends in its signature
-    suffix = PurePosixPath(path).suffix.lower()
-    with storage.open_read(uri) as stream:
-        data = pa.BufferReader(stream.read())
-    try:
-        table = _PARSERS.get(suffix, _parse_lines)(data)
-        if repeated := sorted(name for name, count in Counter(table.column_names).items() if count > 1):
-            raise InputError(f"{uri} has several columns {repeated[0]!r}; keep only one of them")
-        for name in _TEXT_COLUMNS.keys() & set(table.column_names):
-            table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(pa.string()))
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{uri} cannot be read as a {suffix or 'text'} {what} list ({error})") from error
-    return table.combine_chunks()
+    table = read_list(uri, "URL", url_column)
+    shown = shown_name(uri)
+    if "url" not in table.column_names:
+        names = ", ".join(table.column_names) or "nothing"
+        raise InputError(f"{shown} has no column 'url', only {names}; {_advice(table)}")
+    if table.num_rows == 0:
+        raise InputError(f"{shown} lists no URL; add at least one row")
+    return table
+
+
+def shown_name(uri: str | Sequence[str]) -> str:
+    """Return the location of a list, or of several, for messages and manifests, without secrets."""
+    return ", ".join(uris.hide(one) for one in ([uri] if isinstance(uri, str) else uri))
+
+
+def _advice(table: pa.Table) -> str:
+    """Return how to name the column of the URLs: that with the most URLs in the first rows."""
+    if any(_is_url(name) for name in table.column_names):
+        return "add a header line with the names of the columns"
+    first = table.slice(0, _SNIFFED_ROWS)
+    counts = {name: sum(map(_is_url, first[name].to_pylist())) for name in table.column_names}
+    likely = max(counts, key=lambda name: (counts[name], "url" in name.lower()), default="")
+    return f"give --url-column {shlex.quote(likely)}" if counts.get(likely) else "rename the column of the URLs"
+
+
+def _is_url(value: Any) -> bool:
+    return str(value).strip().lower().startswith(("http://", "https://"))
 
 
 def read_lines(uri: str) -> list[str]:
-    """Read the non-empty lines of a text file, stripped. Raises ``NotFoundError`` and ``InputError``."""
+    """Read texts, stripped and without empty ones: the lines of a text file, or a column of a table.
+
+    Of a parquet, csv, tsv or JSON file, the texts are in the column text, prompt or caption, or in its only column.
+
+    Raises:
+        NotFoundError: The file does not exist.
+        InputError: The file cannot be read or has no texts.
+    """
     uri = uris.hide(uri)
-    try:
-        lines = storage.read_bytes(uri).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{uri} is not UTF-8 text ({error}); write one prompt per line") from error
-    texts = [line.strip() for line in lines if line.strip()]
-    if not texts:
-        raise InputError(f"{uri} is empty; write one text per line")
-    return texts
-
-
-def _parse_csv(data: pa.BufferReader, delimiter: str = ",") -> pa.Table:
-    import pyarrow.csv as csv
-
-    return csv.read_csv(
-        data,
-        parse_options=csv.ParseOptions(delimiter=delimiter),
-        convert_options=csv.ConvertOptions(column_types=_TEXT_COLUMNS),
-    )
-
-
-def _parse_json(data: pa.BufferReader) -> pa.Table:
-    import pyarrow.json as json
-
-    return json.read_json(data)
-
-
-def _parse_lines(data: pa.BufferReader) -> pa.Table:
-    lines = [line.strip() for line in bytes(data.read()).decode("utf-8-sig").splitlines()]
-    return pa.table({"url": pa.array([line for line in lines if line and not line.startswith("#")], pa.string())})
-
-
-_PARSERS = {
-    ".parquet": pq.read_table,
-    ".csv": _parse_csv,
-    ".tsv": lambda data: _parse_csv(data, "\t"),
-    ".json": _parse_json,
-    ".jsonl": _parse_json,
-}
+    texts = [text.strip() for text in read_texts(uri)]
+    if found := [text for text in texts if text]:
+        return found
+    raise InputError(f"{uri} is empty; write one text per line")

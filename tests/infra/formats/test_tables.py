@@ -83,21 +83,30 @@ def test_read_url_list_reads_a_remote_list(bucket: Bucket) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "columns"),
+    ("name", "data", "columns", "advice"),
     [
-        ("a.parquet", parquet(pa.table({"URL": URLS, "id": [1, 2]})), "URL, id"),
-        ("a.csv", b"link,id\nhttps://host/1.png,1\n", "link, id"),
-        ("a.csv", b"https://host/1.png\nhttps://host/2.png\n", "https://host/1.png"),
-        ("a.tsv", b"url,id\nhttps://host/1.png,1\n", "url,id"),
-        ("a.jsonl", b'{"link": "https://host/1.png"}\n', "link"),
-        ("a.parquet", parquet(pa.table({})), "nothing"),
+        ("a.parquet", parquet(pa.table({"URL": URLS, "id": [1, 2]})), "URL, id", "give --url-column URL"),
+        ("a.parquet", parquet(pa.table({"id": [1], " url": URLS[:1]})), "id,  url", "give --url-column ' url'"),
+        ("a.csv", b"page,img\na,https://host/1.png\n", "page, img", "give --url-column img"),
+        ("a.csv", b"https://host/1.png\nhttps://host/2.png\n", "https://host/1.png", "add a header line with"),
+        ("a.tsv", b"url,id\nhost/1.png,1\n", "url,id", "rename the column of the URLs"),
+        ("a.jsonl", b'{"link": "https://host/1.png"}\n', "link", "give --url-column link"),
+        ("a.parquet", parquet(pa.table({})), "nothing", "rename the column of the URLs"),
     ],
 )
 def test_read_url_list_without_a_url_column_names_the_columns(
-    name: str, data: bytes, columns: str, tmp_path: Path
+    name: str, data: bytes, columns: str, advice: str, tmp_path: Path
 ) -> None:
     path = tmp_path / name
-    assert refused(path, data) == f"{path} has no column 'url', only {columns}; rename it"
+    assert refused(path, data).startswith(f"{path} has no column 'url', only {columns}; {advice}")
+
+
+def test_read_url_list_with_a_url_column_renames_it(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("url,image_url,id\npage,https://host/1.png,7\n")
+    table = tables.read_url_list(str(tmp_path / "a.csv"), "image_url")
+    assert table.to_pydict() == {"user_url": ["page"], "url": ["https://host/1.png"], "id": [7]}
+    with pytest.raises(InputError, match="has no column 'link', only url, image_url, id; name one of them"):
+        tables.read_url_list(str(tmp_path / "a.csv"), "link")
 
 
 @pytest.mark.parametrize(
@@ -135,10 +144,12 @@ def test_read_url_list_without_rows_raises_input_error(name: str, data: bytes, t
         ("a.csv", b"", ".csv"),
         ("a.csv", b"url,caption\nhttps://host/1.png\n", ".csv"),
         ("a.jsonl", b'{"url": "https://ho', ".jsonl"),
-        ("a.json", b'[{"url": "https://host/1.png"}]', ".json"),
+        ("a.json", b'[{"url": "https://host/1.png"}', ".json"),
+        ("a.json", b'["https://host/1.png"]', ".json"),
         ("a.txt", b"https://host/\xff\n", ".txt"),
         ("a.gz", b"\x1f\x8b\x08\x00", ".gz"),
-        ("list", b"\xfe\xff", "text"),
+        ("list", b"\x00\xff", "text"),
+        ("list", b"first\nsecond\n", "text"),
     ],
 )
 def test_read_url_list_of_an_unreadable_file_names_its_format(
