@@ -11,7 +11,7 @@ from flows.train_generator import TrainedGenerator, TrainGeneratorConfig, train_
 from infra import compute, uris
 from infra.errors import ConfigError
 from infra.storage.lease import lease
-from tasks.download.config import DownloadConfig
+from tasks.download.config import DownloadConfig, list_options, require_one_source
 from tasks.download.task import download
 from tasks.embed.task import EmbedConfig, embed
 from tasks.evaluate.task import EvaluateConfig
@@ -28,11 +28,14 @@ from tasks.upkeep.policy import required_takedown
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class NewDomainConfig:
-    """URL list of a domain, and the settings of each stage.
+    """URL list or image folder of a domain, and the settings of each stage.
 
     Attributes:
         domain: Domain name: lower-case letters, digits, hyphens.
-        urls: URL list, local or remote: parquet, csv, tsv, JSON lines or text, with a column ``url``.
+        urls: URL list, local or remote: a file, folder or pattern, or several. See docs/reference/list-formats.md.
+        folder: Folder of image files or webdataset tars, in place of ``urls``.
+        url_column: Column of the list with the URLs. Default: ``url``.
+        only_failed: Use only the failed rows of a list that is the parquet of a download. Default: False.
         root: Folder or ``s3://…`` URI of the artifacts. Default: the root of the settings.
         download: Download settings.
         embed: Embedding settings.
@@ -47,7 +50,10 @@ class NewDomainConfig:
     """
 
     domain: str
-    urls: str
+    urls: str | tuple[str, ...] | None = None
+    folder: str | None = None
+    url_column: str | None = None
+    only_failed: bool = False
     root: str | None = None
     download: DownloadConfig = dataclasses.field(default_factory=DownloadConfig)
     embed: EmbedConfig = dataclasses.field(default_factory=EmbedConfig)
@@ -61,7 +67,8 @@ class NewDomainConfig:
 
     def __post_init__(self) -> None:
         """Validate the fields."""
-        uris.hide_fields(self, "urls", "root", "generator")
+        uris.hide_fields(self, "urls", "folder", "root", "generator")
+        require_one_source(self.urls, self.folder)
         require_domain(self.domain)
         if self.wait_s < 0:
             raise ConfigError(f"wait_s is out of range: {self.wait_s}; give 0 or more seconds")
@@ -93,7 +100,14 @@ def new_domain(config: NewDomainConfig) -> Domain:
     with compute.cluster(settings.ray_address, settings.cpus):
         with lease(folder.uri, holder=f"new-domain {config.domain}", wait_s=config.wait_s) as domain_lease:
             takedown = required_takedown(config.domain, settings)
-            images = download(config.urls, folder, config.download, takedown=takedown, verify=config.verify)
+            images = download(
+                config.urls or config.folder or (),
+                folder,
+                config.download,
+                options=list_options(config),
+                takedown=takedown,
+                verify=config.verify,
+            )
             embeddings = embed(images.reference, folder, config.embed, verify=config.verify)
             database = index(embeddings.reference, folder, config.index, takedown=takedown, verify=config.verify)
             domain_lease.check()

@@ -17,7 +17,7 @@ from infra.errors import ConfigError
 from infra.settings import Settings
 from infra.storage.lease import lease
 from model.errors import ModelError
-from tasks.download.config import DownloadConfig
+from tasks.download.config import DownloadConfig, list_options, require_one_source
 from tasks.download.task import download
 from tasks.embed.task import EmbedConfig, embed
 from tasks.index.config import IndexConfig, IndexOverrides
@@ -49,6 +49,9 @@ class RebuildIndexConfig:
     Attributes:
         domain: Domain whose champion is rebuilt.
         urls: URL list as for ``new-domain``: all URLs, or only new ones. Default: no new URLs.
+        folder: Folder of images as for ``new-domain``, in place of ``urls``. Default: no new images.
+        url_column: Column of the list with the URLs. Default: ``url``.
+        only_failed: Use only the failed rows of a list that is the parquet of a download. Default: False.
         takedown: List of images to take down, by url, sha256 or key. Earlier takedowns stay. Default: no new ones.
         compact: Rewrite the shards that hold images taken down. Default: False.
         compact_above: Share of rows taken down above which shards are rewritten without ``compact``, in (0, 1].
@@ -64,7 +67,10 @@ class RebuildIndexConfig:
     """
 
     domain: str
-    urls: str | None = None
+    urls: str | tuple[str, ...] | None = None
+    folder: str | None = None
+    url_column: str | None = None
+    only_failed: bool = False
     takedown: str | None = None
     compact: bool = False
     compact_above: float = 0.1
@@ -79,7 +85,8 @@ class RebuildIndexConfig:
 
     def __post_init__(self) -> None:
         """Validate the fields."""
-        uris.hide_fields(self, "urls", "takedown", "root")
+        uris.hide_fields(self, "urls", "folder", "takedown", "root")
+        require_one_source(self.urls, self.folder, optional=True)
         require_domain(self.domain)
         if not 0 < self.compact_above <= 1:
             raise ConfigError(f"compact_above is out of range: {self.compact_above}; give a share in (0, 1]")
@@ -185,7 +192,7 @@ def update(
 
 def _reused_artifacts(config: RebuildIndexConfig, state: State) -> list[Reference]:
     """Return the artifacts whose files the new version reuses; images only if some are added or all is verified."""
-    images = [state.images] if config.urls is not None or config.verify else []
+    images = [state.images] if config.urls or config.folder or config.verify else []
     return [*images, state.embeddings, state.database]
 
 
@@ -203,11 +210,20 @@ def _index_config(champion: State) -> IndexConfig:
 def _download(
     config: RebuildIndexConfig, champion: State, takedown: Takedown | None, folder: DomainFolder, timings: StageTimings
 ) -> ImageShards:
-    if config.urls is None:
+    source = config.urls or config.folder
+    if source is None:
         return champion.images
     settings = config.download or config_from_manifest(DownloadConfig, champion.images.manifest().config)
     settings = dataclasses.replace(settings, retry_failed=config.retry_failed or settings.retry_failed)
-    outcome = download(config.urls, folder, settings, previous=champion.images, takedown=takedown, verify=config.verify)
+    outcome = download(
+        source,
+        folder,
+        settings,
+        options=list_options(config),
+        previous=champion.images,
+        takedown=takedown,
+        verify=config.verify,
+    )
     return timings.add("download", outcome)
 
 

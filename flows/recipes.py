@@ -22,7 +22,7 @@ _SMALL = TransformerConfig(image_size=32, patch_size=4, layers=6, heads=5, head_
 
 def demo_cpu(
     domain: str,
-    urls: str,
+    urls: str | tuple[str, ...],
     *,
     root: str,
     texts: tuple[str, ...] = (),
@@ -56,7 +56,7 @@ def demo_cpu(
 
 def stickers_h100(
     domain: str,
-    urls: str,
+    urls: str | tuple[str, ...],
     *,
     root: str | None = None,
     texts: tuple[str, ...] = (),
@@ -99,7 +99,7 @@ def stickers_h100(
 
 def photos_h100(
     domain: str,
-    urls: str,
+    urls: str | tuple[str, ...],
     *,
     autoencoder: str,
     root: str | None = None,
@@ -140,7 +140,7 @@ def photos_h100(
 
 def own_domain(
     domain: str,
-    urls: str,
+    urls: str | tuple[str, ...],
     *,
     root: str | None = None,
     texts: tuple[str, ...] = (),

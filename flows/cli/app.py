@@ -34,8 +34,9 @@ from flows.cli.console import (
 )
 from flows.cli.databases import databases, search
 from flows.cli.generators import edit, evaluate, generate
-from flows.cli.inputs import check_domain, check_encoder, check_folder, check_recipe, check_url_list
+from flows.cli.inputs import check_domain, check_encoder, check_folder, check_recipe
 from flows.cli.promotion import history, lineage, promote, pull, rollback
+from flows.cli.sources import Folder, OnlyFailed, UrlColumn, Urls, source_fields
 from flows.cli.stack import cancel, deploy, down, run, runs, status, up
 from flows.cli.upkeep import gc, merge, rebuild_index, subset
 
@@ -71,7 +72,10 @@ def demo(
 
 def new_domain(
     name: Annotated[str, typer.Argument(help="Domain name: lower-case letters, digits, hyphens.")],
-    urls: Annotated[str, typer.Option(help="URL list with a column 'url': parquet, csv, tsv, JSON lines or text.")],
+    urls: Urls = None,
+    folder: Folder = None,
+    url_column: UrlColumn = None,
+    only_failed: OnlyFailed = False,
     root: Root = None,
     allow_host: Annotated[
         list[str] | None, typer.Option(help="HOST:PORT to allow although its address is not public. Repeatable.")
@@ -101,7 +105,9 @@ def new_domain(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Build a domain's database from a URL list, and a generator with --train; register both as champions.
+    """Build a domain's database from a URL list or a folder of images; register it as the champion.
+
+    With --train, a generator is trained and registered too.
 
     Example: knn-diffusion new-domain birds --urls birds.csv
     """
@@ -113,17 +119,18 @@ def new_domain(
         check_folder("--autoencoder", autoencoder, "config.json")
         if encoder is not None:
             check_encoder(encoder)
-        check_url_list(urls, allow_host or ())
+        source = source_fields(urls, folder, url_column, only_failed, allow_hosts=allow_host or [])
         queries = _read_texts(texts)
         with prefect_server():
             from flows.new_domain import new_domain as flow
             from flows.recipes import RECIPES
 
+            given_source = source["urls"] or source["folder"]
             config = RECIPES[recipe](
-                name, urls, root=root, texts=queries, allow_hosts=tuple(allow_host or ()), **options
+                name, given_source, root=root, texts=queries, allow_hosts=tuple(allow_host or ()), **options
             )
             changes = index_changes(index, memory, target_recall, dedup)
-            config = dataclasses.replace(config, index=changes.over(config.index), wait_s=wait, verify=verify)
+            config = dataclasses.replace(config, index=changes.over(config.index), wait_s=wait, verify=verify, **source)
             domain = flow(config)
             say(domain.registered.alias_uri)
             if domain.trained is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from infra import uris
-from infra.errors import InputError
+from infra.errors import InputError, NotFoundError
 
 RECIPE_OPTIONS: dict[str, frozenset[str]] = {
     "own_domain": frozenset({"train", "encoder"}),
@@ -85,16 +85,24 @@ def check_encoder(name: str) -> None:
             raise InputError(f"--encoder has unknown weights: {name}; {hint}")
 
 
-def check_url_list(uri: str, allow_hosts: Sequence[str] | None = None) -> None:
+def check_url_list(
+    uri: str | Sequence[str],
+    allow_hosts: Sequence[str] | None = None,
+    *,
+    url_column: str | None = None,
+    only_failed: bool = False,
+) -> None:
     """Raise an error if a local URL list is missing or unusable.
 
     With ``allow_hosts``, also raise one if every URL has a blocked address, such as 127.0.0.1.
     """
     if not _is_short(uri):
         return
-    from infra.formats.tables import read_url_list
+    from infra.formats.tables import shown_name
+    from tasks.download.config import ListOptions
+    from tasks.download.listed_rows import read_rows
 
-    table = read_url_list(uri)
+    table = read_rows(uri, ListOptions(url_column=url_column, only_failed=only_failed))
     if allow_hosts is None:
         return
     urls: list[str | None] = table["url"].to_pylist()
@@ -102,9 +110,15 @@ def check_url_list(uri: str, allow_hosts: Sequence[str] | None = None) -> None:
     if None not in blocked:
         hosts = sorted(host for host in blocked if host)
         raise InputError(
-            f"every URL of {uri} has an address that is not public: {hosts[0]}; "
+            f"every URL of {shown_name(uri)} has an address that is not public: {hosts[0]}; "
             f"if this is intended, add --allow-host {hosts[0]}"
         )
+
+
+def check_image_folder(folder: str) -> None:
+    """Raise ``NotFoundError`` if a local folder of images does not exist."""
+    if uris.is_local(folder) and not uris.local_path(folder).exists():
+        raise NotFoundError(f"--folder does not exist: {folder}; check the path")
 
 
 def check_takedown_list(uri: str) -> None:
@@ -127,12 +141,15 @@ def check_folder(option: str, folder: str | None, file: str) -> None:
         raise InputError(f"{option} has no {file}: {folder}; check the path")
 
 
-def _is_short(uri: str) -> bool:
-    """Return True if ``uri`` is a local file of at most ``CHECKED_BYTES``, or is missing, so that reading it fails."""
-    if not uris.is_local(uri):
+def _is_short(uri: str | Sequence[str]) -> bool:
+    """Return True if a list is local and has at most ``CHECKED_BYTES``, or is missing, so that reading it fails."""
+    from infra.formats.list_source import find_files
+
+    given = [uri] if isinstance(uri, str) else uri
+    if not all(map(uris.is_local, given)):
         return False
-    path = uris.local_path(uri)
-    return not path.exists() or path.stat().st_size <= CHECKED_BYTES
+    paths = [uris.local_path(file) for one in given for file in find_files(one)]
+    return sum(path.stat().st_size for path in paths if path.exists()) <= CHECKED_BYTES
 
 
 def _blocked_host(url: str, allow_hosts: Sequence[str]) -> str | None:

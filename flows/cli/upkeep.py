@@ -21,7 +21,8 @@ from flows.cli.console import (
     report_errors,
     say,
 )
-from flows.cli.inputs import check_domain, check_root, check_takedown_list, check_url_list
+from flows.cli.inputs import check_domain, check_root, check_takedown_list
+from flows.cli.sources import Folder, OnlyFailed, UrlColumn, Urls, source_fields
 
 Domain = Annotated[str, typer.Argument(help="Domain name: lower-case letters, digits, hyphens.")]
 Replace = Annotated[
@@ -31,7 +32,10 @@ Replace = Annotated[
 
 def rebuild_index(
     name: Annotated[str, typer.Argument(help="Domain whose champion is rebuilt.")],
-    urls: Annotated[str | None, typer.Option(help="URL list as for new-domain; only new URLs are downloaded.")] = None,
+    urls: Urls = None,
+    folder: Folder = None,
+    url_column: UrlColumn = None,
+    only_failed: OnlyFailed = False,
     takedown: Annotated[
         str | None, typer.Option(help="List of images to take down, with a column url, sha256 or key.")
     ] = None,
@@ -52,15 +56,14 @@ def rebuild_index(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Add new URLs to a domain's database and hide images taken down; the result becomes the champion.
+    """Add new images to a domain's database and hide images taken down; the result becomes the champion.
 
     Example: knn-diffusion rebuild-index birds --urls birds.csv --takedown removed.csv
     """
     with report_errors(verbose, quiet):
         check_domain(name)
         check_root(root)
-        if urls is not None:
-            check_url_list(urls)
+        source = source_fields(urls, folder, url_column, only_failed, optional=True)
         if takedown is not None:
             check_takedown_list(takedown)
         with prefect_server():
@@ -70,7 +73,7 @@ def rebuild_index(
 
             config = RebuildIndexConfig(
                 domain=name,
-                urls=urls,
+                **source,
                 takedown=takedown,
                 compact=compact,
                 retry_failed=retry_failed,

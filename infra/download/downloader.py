@@ -9,6 +9,7 @@ In addition to img2dataset, fetching is guarded (``infra.download.safe_urlopen``
 members are in key order, so that equal responses give equal bytes, and every row has a result.
 """
 
+import base64
 import functools
 import ipaddress
 import json
@@ -61,7 +62,7 @@ _SHARD_DIGITS = 5
 _ROW_DIGITS = 4
 _PILLOW_MAX_PIXELS = 178_956_970  # hard limit of Pillow
 _IMAGE_COLUMNS = {"width", "height", "original_width", "original_height", "sha256"}
-_RESULT_COLUMNS = {"key", "status", "error_message", "error_class", *_IMAGE_COLUMNS}
+RESULT_COLUMNS = {"key", "status", "error_message", "error_class", *_IMAGE_COLUMNS}
 # Messages of urllib and img2dataset that do not start with an error class; the first match counts.
 _MESSAGE_PATTERNS = (
     (r"^HTTP Error 30\d: The HTTP server returned a redirect error", "too_many_redirects"),
@@ -175,7 +176,7 @@ def download_shard(
         with pa.ipc.new_file(str(rows_file), rows.schema) as sink:
             sink.write_table(rows)
         downloader = _downloader_class(scratch)(
-            sample_writer_class=functools.partial(_ShardWriter, rows=rows, spool=spool),
+            sample_writer_class=functools.partial(ShardWriter, rows=rows, spool=spool),
             resizer=normalise,
             thread_count=policy.threads,
             save_caption="caption" in rows.column_names,
@@ -237,7 +238,7 @@ def classify_outcome(status: str, error_message: str | None) -> str:
     return "internal_error"
 
 
-class _ShardWriter:
+class ShardWriter:
     """A replacement for img2dataset's sample writer that receives samples in any order and writes them in key order.
 
     An image waits in ``spool`` until all images before it have arrived, because a shard may not fit in memory.
@@ -255,6 +256,7 @@ class _ShardWriter:
         rows: pa.Table,
         spool: IO[bytes],
     ) -> None:
+        """Open the tar; the other arguments than ``rows`` and ``spool`` are those of img2dataset."""
         name = f"{shard_id:0{oom_shard_count}d}"
         self._stem = Path(output_folder) / name
         self._keys = [f"{name}{index:0{_ROW_DIGITS}d}" for index in range(rows.num_rows)]
@@ -270,6 +272,7 @@ class _ShardWriter:
         self._tar = tarfile.open(self._stem.with_suffix(".tar"), "w")  # noqa: SIM115  # close() closes it
 
     def write(self, img_str: bytes | None, key: str, caption: str | None, meta: dict[str, Any]) -> None:
+        """Add the result of a row, with its image if there is one. Raises ``OSError``."""
         try:
             if img_str is not None:
                 self._images[key] = (self._spool.seek(0, os.SEEK_END), len(img_str))
@@ -282,6 +285,7 @@ class _ShardWriter:
             raise
 
     def close(self) -> None:
+        """Write the remaining samples and the parquet file. Raises ``OSError``."""
         with self._tar:
             if self._failure is not None:
                 raise self._failure
@@ -290,7 +294,7 @@ class _ShardWriter:
         results = [self._results.get(key) or _missing_result(key) for key in self._keys]
         table = self._rows.combine_chunks()
         for field in self._schema:
-            if field.name in _RESULT_COLUMNS:
+            if field.name in RESULT_COLUMNS:
                 values = [result.get(field.name) for result in results]
                 table = table.append_column(field, pa.array(values, field.type))
         classes = [classify_outcome(result["status"], result["error_message"]) for result in results]
@@ -306,13 +310,18 @@ class _ShardWriter:
         meta = self._results[key]
         offset, size = self._images.pop(key)
         self._spool.seek(offset)
-        members = {"json": json.dumps(meta, default=str).encode(), self._suffix: self._spool.read(size)}
+        members = {"json": json.dumps(meta, default=_json_value).encode(), self._suffix: self._spool.read(size)}
         if self._save_caption:
             members["txt"] = ("" if meta["caption"] is None else str(meta["caption"])).encode()
         for suffix, data in members.items():
             member = tarfile.TarInfo(f"{key}.{suffix}")  # no owner and no time: the same bytes on every run
             member.size = len(data)
             self._tar.addfile(member, BytesIO(data))
+
+
+def _json_value(value: Any) -> str:
+    """Return a value that JSON lacks as text: bytes in base64, dates and decimals as they are printed."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 def _missing_result(key: str) -> dict[str, Any]:
@@ -330,7 +339,7 @@ def _check_rows(shard_id: int, rows: pa.Table) -> None:
         raise InputError(f"the list has no column url, only {rows.column_names}; rename the column of the URLs to url")
     if not (pa.types.is_string(rows["url"].type) or pa.types.is_large_string(rows["url"].type)):
         raise InputError(f"the column url of the list is not text: {rows['url'].type}; convert it to strings")
-    if reserved := sorted(_RESULT_COLUMNS & set(rows.column_names)):
+    if reserved := sorted(RESULT_COLUMNS & set(rows.column_names)):
         raise InputError(f"the list has columns that the download adds: {reserved}; rename them")
 
 

@@ -63,10 +63,11 @@ def _mixed(block: bytes) -> pa.Table:
     """Parse objects in Python, where the types of a column may differ."""
     rows = [json.loads(line) for line in block.splitlines() if line.strip()]
     names = dict.fromkeys(name for row in rows for name in row)
-    return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+    return pa.table({name: column_of([row.get(name) for row in rows]) for name in names})
 
 
-def _column(values: list[Any]) -> pa.Array:
+def column_of(values: list[Any]) -> pa.Array:
+    """Return a column of parsed JSON values; values of mixed types become text."""
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):

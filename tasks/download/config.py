@@ -1,9 +1,49 @@
-"""Settings of a download."""
+"""Settings of a download, and of the list that it reads."""
 
 import dataclasses
+from typing import Protocol
 
 from infra.download.downloader import SHARD_ROWS, DownloadPolicy
 from infra.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ListOptions:
+    """How to read a URL list. The rows that result are part of a stage's key, and not these options.
+
+    Attributes:
+        url_column: Column with the URLs. Default: ``url``.
+        only_failed: Use only the rows that failed, of a list that is the parquet of a download. Default: False.
+        images: The location is not that of a list but a folder of image files. Default: False.
+    """
+
+    url_column: str | None = None
+    only_failed: bool = False
+    images: bool = False
+
+
+class _Source(Protocol):
+    """Fields of a flow's config that say what is downloaded."""
+
+    @property
+    def folder(self) -> str | None: ...
+    @property
+    def url_column(self) -> str | None: ...
+    @property
+    def only_failed(self) -> bool: ...
+
+
+def list_options(config: _Source) -> ListOptions:
+    """Return the options of a flow's config."""
+    return ListOptions(url_column=config.url_column, only_failed=config.only_failed, images=config.folder is not None)
+
+
+def require_one_source(urls: object, folder: str | None, *, optional: bool = False) -> None:
+    """Raise ``ValueError`` unless a URL list or a folder is given, and not both; with ``optional``, neither is fine."""
+    if urls and folder:
+        raise ValueError(f"urls and folder are both given: {urls}, {folder}; give one of them")
+    if not urls and not folder and not optional:
+        raise ValueError("urls and folder are both missing; give one of them")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

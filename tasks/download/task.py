@@ -3,16 +3,15 @@
 Given the previous version, only new URLs are requested, and images whose bytes that version already has are dropped.
 """
 
-import json
 import time
+from collections.abc import Sequence
 
-import pyarrow as pa
-
-from infra import artifacts, uris
+from infra import artifacts
 from infra.errors import InputError
 from infra.formats import tables
-from tasks.download.config import DownloadConfig
-from tasks.download.incremental import AllRetriesFailedError, IncrementalDownload, histogram, new_rows
+from tasks.download.config import DownloadConfig, ListOptions
+from tasks.download.incremental import AllRetriesFailedError, IncrementalDownload, histogram
+from tasks.download.listed_rows import list_digest, read_rows, select_rows
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.takedown import Entries, read_entries
 from tasks.references.types import ImageShards, StageResult, Takedown, config_to_dict
@@ -22,10 +21,11 @@ from tasks.stage import run_stage, stage_task
 
 @stage_task(name="download")
 def download(
-    urls: str,
+    urls: str | Sequence[str],
     folder: DomainFolder,
     config: DownloadConfig,
     *,
+    options: ListOptions | None = None,
     previous: ImageShards | None = None,
     takedown: Takedown | None = None,
     verify: bool = False,
@@ -41,9 +41,10 @@ def download(
     Damaged shards are downloaded again, unless they were added to a ``previous`` version.
 
     Args:
-        urls: URI of the URL list, with a ``url`` column.
+        urls: URI of the URL list, or several: files, folders or patterns.
         folder: Folder of the domain.
         config: Settings of the download.
+        options: How to read the list.
         previous: Version to extend.
         takedown: URLs and sha256 digests to refuse.
         verify: Check the digests of committed shards.
@@ -53,15 +54,18 @@ def download(
         StageError: nothing could be downloaded; the message counts the reasons.
         IntegrityError: a committed file is damaged and is not downloaded again.
     """
-    urls, cache = uris.hide(urls), folder.cache
+    listed, cache = tables.shown_name(urls), folder.cache
     seen = UrlHistory.of(previous, cache) if previous is not None else None
     refused = read_entries(takedown, cache) if takedown is not None else Entries()
-    table = new_rows(tables.read_url_list(urls), seen, refused, config)
-    if table.num_rows == 0:
+    table = read_rows(urls, options or ListOptions())
+    selection = select_rows(table, seen, refused, config)
+    if not len(selection.rows):
         if previous is None:
-            raise InputError(f"every URL of {urls} was taken down; add other URLs")
-        return StageResult(reference=previous, skipped=True, seconds=0.0, note=f"{urls} lists no new URLs")
-    inputs = {"urls": {"uri": urls, "digest": _list_digest(table)}}
+            raise InputError(f"every URL of {listed} was taken down; add other URLs")
+        return StageResult(reference=previous, skipped=True, seconds=0.0, note=f"{listed} lists no new URLs")
+    # Repeated URLs are part of the digest of a first list, as they were when they were downloaded.
+    digested = selection.rows if previous is None else selection.rows[~selection.repeated]
+    inputs = {"urls": {"uri": listed, "digest": list_digest(table, digested)}}
     if takedown is not None:
         inputs["takedown"] = takedown.as_input()
     # The previous version is not an input: otherwise garbage collection could never delete files that only it uses.
@@ -71,7 +75,14 @@ def download(
         folder.uri, ImageShards.kind, inputs=inputs, config={**config_to_dict(config, without=without), **lineage}
     )
     incremental = IncrementalDownload(
-        stage=stage, table=table, urls=urls, previous=previous, seen=seen, refused=refused, cache=cache
+        stage=stage,
+        table=table,
+        selection=selection,
+        urls=listed,
+        previous=previous,
+        seen=seen,
+        refused=refused,
+        cache=cache,
     )
     started = time.monotonic()
     try:
@@ -85,13 +96,9 @@ def download(
         return StageResult(reference=previous, skipped=False, seconds=time.monotonic() - started, note=str(error))
 
 
-def _list_digest(table: pa.Table) -> str:
-    """Return the digest of column names and values. Types that JSON lacks (dates, bytes, decimals) count as text."""
-    columns = [table.column_names, *(table[name].to_pylist() for name in table.column_names)]
-    return artifacts.digest_of(json.loads(json.dumps(columns, default=str)))
-
-
 def _note(manifest: artifacts.Manifest) -> str:
+    repeated = manifest.info.get("repeated")
+    note = f"; {repeated} repeated URLs" if repeated else ""
     if "added" in manifest.info:
-        return f"added: {histogram(manifest.info['added']['outcomes'])}"
-    return histogram(manifest.info["outcomes"])
+        return f"added: {histogram(manifest.info['added']['outcomes'])}{note}"
+    return histogram(manifest.info["outcomes"]) + note

@@ -116,6 +116,17 @@ def test_download_of_known_bytes_drops_images_and_records_them(lists: Lists) -> 
     assert lists(["/copy.png", "/again-3.png"], previous=second).skipped  # a copy is not requested again
 
 
+def test_download_of_first_list_keeps_one_of_repeated_urls_and_images(lists: Lists) -> None:
+    first = lists([NAMES[0], NAMES[1], NAMES[0], "/copy.png", NAMES[2]])
+    assert sorted(lists.server.requests) == sorted([*NAMES[:3], "/copy.png"])
+    info = first.reference.manifest().info
+    assert (info["requested"], info["repeated"]) == (4, 1)
+    assert info["outcomes"] == {"success": 3, "duplicate_content": 1}
+    assert first.note.endswith("; 1 repeated URLs")
+    assert outcomes(first.reference)["copy.png"] == "duplicate_content"
+    assert lists([NAMES[0], NAMES[1], NAMES[0], "/copy.png", NAMES[2]]).skipped
+
+
 def test_download_with_takedown_drops_its_urls_and_images(lists: Lists) -> None:
     first = lists(NAMES[:2]).reference
     entries = Entries(frozenset({lists.server.url(NAMES[4])}), frozenset({sha(BODY[NAMES[6]])}))
