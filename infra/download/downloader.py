@@ -10,6 +10,7 @@ members are in key order, so that equal responses give equal bytes, and every ro
 """
 
 import base64
+import dataclasses
 import functools
 import ipaddress
 import json
@@ -32,7 +33,9 @@ from infra import storage
 from infra.download.decoder import DecodeLimits, ImageBounds, NormaliserProcess
 from infra.download.limits import Limits
 from infra.download.safe_urlopen import guarded
+from infra.download.user_agent import require_user_agent
 from infra.errors import ConfigError, InputError
+from infra.key_fields import IN_KEY_IF_SET
 from infra.quiet import set_quiet
 
 SHARD_ROWS, SHARDS = 10_000, 100_000
@@ -69,7 +72,10 @@ _MESSAGE_PATTERNS = (
     (r"^HTTP Error (\d{3})", r"http_\1"),
     (r"^Use of image disallowed by X-Robots-Tag", "robots_disallowed"),
     (r"^<urlopen error unknown url type", "blocked_scheme"),
-    (r"^unknown url type|no host given|nonnumeric port|control characters|codec can't|codec failed", "invalid_url"),
+    (
+        r"^unknown url type|no host given|nonnumeric port|control characters|codec can't|codec failed|IPv6",
+        "invalid_url",
+    ),
     (r"Name or service not known|name resolution|No address associated|getaddrinfo failed", "dns_error"),
     (r"timed out", "timeout"),
     (r"^<urlopen error|Remote end closed|IncompleteRead|Connection|\[SSL", "connection_error"),
@@ -93,6 +99,7 @@ class DownloadPolicy:
     retries: int = 1  # further attempts after any failure, each with its own deadline
     threads: int = 32
     respect_robots_tag: bool = True  # X-Robots-Tag: noai, noimageai, noindex, noimageindex, none
+    user_agent: str | None = dataclasses.field(default=None, metadata=IN_KEY_IF_SET)  # None: this project's
 
     def __post_init__(self) -> None:
         hosts: object = self.allow_hosts
@@ -116,6 +123,8 @@ class DownloadPolicy:
             )
         if self.max_side_px < self.min_side_px:
             raise ConfigError(f"max_side_px={self.max_side_px} is below min_side_px={self.min_side_px}; raise it")
+        if self.user_agent is not None:
+            require_user_agent(self.user_agent)
 
     def limits(self) -> Limits:
         """Return the limits that the URL guard enforces."""
@@ -126,6 +135,7 @@ class DownloadPolicy:
             timeout_s=self.timeout_s,
             max_redirects=self.max_redirects,
             respect_robots_tag=self.respect_robots_tag,
+            user_agent=self.user_agent,
         )
 
     def bounds(self) -> ImageBounds:
@@ -190,7 +200,7 @@ def download_shard(
             verify_hash_type=None,
             encode_format="png",
             retries=policy.retries,
-            user_agent_token="img2dataset",  # noqa: S106  # not a secret: the name by which sites address it in robots tags
+            user_agent_token=None,  # the guard sets the header
             disallowed_header_directives=None,  # its parser misses most forms; the guard reads them
         )
         downloader.download_shard((shard_id, str(rows_file)))

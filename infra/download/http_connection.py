@@ -16,6 +16,7 @@ from urllib.error import HTTPError, URLError
 
 import h11
 
+from infra.download.content_encoding import decoder_of
 from infra.download.limits import Deadline, FetchError
 
 _BLOCK_BYTES = 1 << 16
@@ -60,7 +61,8 @@ class Connection:
         try:
             if self._http.our_state is h11.DONE:
                 self._http.start_next_cycle()
-            request = h11.Request(method="GET", target=target, headers=list(headers.items()))
+            fields = [(name, value.encode("latin-1")) for name, value in headers.items()]  # cookies may be 8-bit
+            request = h11.Request(method="GET", target=target, headers=fields)
             self._sock.settimeout(deadline.allowance_s())
             self._sock.sendall(self._http.send(request) + self._http.send(h11.EndOfMessage()))
             return Response(self, self._read_head(deadline), deadline)
@@ -98,7 +100,7 @@ class Connection:
 
 
 class Response:
-    """A response as ``urllib`` expects it, with a body that is read within the limits."""
+    """A response as ``urllib`` expects it, with a body that is read and decoded within the limits."""
 
     def __init__(self, connection: Connection, head: h11.Response, deadline: Deadline) -> None:
         """Wrap the response with this ``head``, whose body is unread. Raises ``FetchError`` if it is too large."""
@@ -111,15 +113,18 @@ class Response:
         self._connection, self._deadline = connection, deadline
         self._max_body_bytes = connection.max_body_bytes
         self._body = bytearray()
-        self._read_bytes = 0
+        self._read_bytes, self._decoded_bytes = 0, 0
         self._ended = False
         # The framing may take at most a quarter of the body limit: chunks of one byte each are an attack.
         self._max_received_bytes = connection.received_bytes + self._max_body_bytes * 5 // 4 + _BLOCK_BYTES
         chunked = "transfer-encoding" in self.headers
         # RFC 9112, 6.3: a response with both is suspicious, and its connection must not be used again.
         self._reusable = not (chunked and "content-length" in self.headers)
-        if 200 <= self.status < 300 and not chunked:
-            self._check(int(self.headers.get("content-length", 0)))
+        self._decode = decoder_of("")
+        if 200 <= self.status < 300:
+            if not chunked:
+                self._check(int(self.headers.get("content-length", 0)))
+            self._decode = decoder_of(",".join(self.headers.get_all("content-encoding", [])))
 
     def info(self) -> Message:
         """Return the header fields."""
@@ -155,15 +160,26 @@ class Response:
         except FetchError:
             self.close()
             raise
-        if isinstance(event, h11.Data):
-            self._body += event.data
-            self._read_bytes += len(event.data)
-            self._check(self._read_bytes)
-        else:
+        data = bytes(event.data) if isinstance(event, h11.Data) else b""
+        self._read_bytes += len(data)
+        self._check(self._read_bytes)
+        self._extend_body(data)
+        if not isinstance(event, h11.Data):
             self._ended = True
             self._connection.release(reusable=self._reusable)
         if self._connection.received_bytes > self._max_received_bytes:
             self._check(self._max_body_bytes + 1)
+
+    def _extend_body(self, data: bytes) -> None:
+        """Decode the next bytes of the body; empty bytes are its end."""
+        try:
+            for block in self._decode(data):
+                self._body += block
+                self._decoded_bytes += len(block)
+                self._check(self._decoded_bytes)
+        except FetchError:
+            self.close()
+            raise
 
     def _check(self, body_bytes: int) -> None:
         if body_bytes > self._max_body_bytes:

@@ -30,6 +30,7 @@ class Limits:
     timeout_s: float  # for one socket operation, unless the caller of urlopen gives a timeout
     max_redirects: int
     respect_robots_tag: bool = True  # reject responses, including redirects, whose X-Robots-Tag forbids the use
+    user_agent: str | None = None  # None: this project's, see infra.download.user_agent
 
 
 class Deadline:

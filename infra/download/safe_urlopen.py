@@ -1,6 +1,7 @@
 """Guarded ``urllib`` opener: limits the hosts, duration and size of downloads from untrusted URLs.
 
-- Only http and https are allowed, and proxies of the environment are ignored.
+- Only http and https are allowed, and proxies of the environment are ignored. A ``data:`` URL in the list is decoded
+  without a request.
 - Every address that a name resolves to must be public. The connection uses a checked address: the name is not resolved
   a second time. TLS still verifies the name. Each redirect passes the same checks.
 - A thread keeps its last connection and reuses it for the same host if the last response was complete and no data
@@ -9,8 +10,10 @@
   that sends single bytes cannot extend it. Only the system's name resolution cannot be interrupted; the deadline is
   checked right after it.
 - ``X-Robots-Tag`` is honoured on every response, including redirects.
+- Cookies last for the redirects of one URL, and go only to the hosts that they are for.
 """
 
+import http.cookiejar
 import socket
 import ssl
 import string
@@ -21,14 +24,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from email.message import Message
 from typing import IO, Any
-from urllib.parse import quote, urljoin, urlsplit, urlunsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 import h11
 
+from infra.download.ascii_url import ascii_url, endpoint_of
+from infra.download.data_urls import is_data_url, open_data_url
 from infra.download.http_connection import Connection, Response, raises_fetch_error
 from infra.download.limits import Deadline, FetchError, Limits
 from infra.download.public_addresses import is_public
 from infra.download.robots_tag import forbidding_rule
+from infra.download.user_agent import default_user_agent
 
 Resolve = Callable[..., list[tuple[Any, ...]]]
 """A resolver with the signature and result of ``socket.getaddrinfo(host, port, type=…)``."""
@@ -68,7 +74,7 @@ def guarded(
 
 
 class GuardedOpener(urllib.request.OpenerDirector):
-    """A thread-safe opener with the guarded http and https handlers only: no file, ftp, data or proxy handler.
+    """A thread-safe opener with the guarded http and https handlers only: no file, ftp or proxy handler.
 
     Raises ``FetchError``, or ``urllib.error.HTTPError`` for a status that is neither a success nor a redirect.
     """
@@ -92,16 +98,22 @@ class GuardedOpener(urllib.request.OpenerDirector):
         deadline = Deadline(self._limits.deadline_s, seconds, self._clock)
         is_request = isinstance(fullurl, urllib.request.Request)
         url, headers = (fullurl.full_url, dict(fullurl.header_items())) if is_request else (fullurl, {})
+        if is_data_url(url):
+            return open_data_url(url, self._limits.max_body_bytes)
         with raises_fetch_error(deadline):
-            return self.open(_Hop(url, headers, deadline, hops=0))
+            return self.open(_Hop(url, headers, deadline, http.cookiejar.CookieJar(), hops=0))
 
 
 class _Hop(urllib.request.Request):
     """One request in the redirect chain of a URL, with a validated ASCII URL. All hops share one deadline."""
 
-    def __init__(self, url: str, headers: dict[str, str], deadline: Deadline, hops: int) -> None:
-        super().__init__(_ascii_url(url), headers=headers)
+    def __init__(
+        self, url: str, headers: dict[str, str], deadline: Deadline, cookies: http.cookiejar.CookieJar, hops: int
+    ) -> None:
+        super().__init__(ascii_url(url), headers=headers)
+        self.endpoint = endpoint_of(self.full_url)
         self.deadline = deadline
+        self.cookies = cookies
         self.hops = hops
 
 
@@ -120,7 +132,7 @@ class _Redirector(urllib.request.BaseHandler):
             raise FetchError("too_many_redirects", f"more than max_redirects={self._max_redirects}")
         # Header bytes arrive decoded as latin-1: escape them as they were sent.
         target = urljoin(req.full_url, quote(location.strip(), safe=string.punctuation, encoding="latin-1"))
-        return self.parent.open(_Hop(target, dict(req.headers), req.deadline, req.hops + 1))
+        return self.parent.open(_Hop(target, dict(req.headers), req.deadline, req.cookies, req.hops + 1))
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
@@ -133,6 +145,7 @@ class _Connector(urllib.request.AbstractHTTPHandler):
         self._limits, self._clock = limits, clock
         self._resolve = resolve
         self._tls = tls
+        self._user_agent = limits.user_agent or default_user_agent()
         self._thread = threading.local()  # one connection per thread: lists often have many images of one host in a row
 
     def http_open(self, req: _Hop) -> Response:
@@ -146,8 +159,9 @@ class _Connector(urllib.request.AbstractHTTPHandler):
     def _response(self, req: _Hop, tls: ssl.SSLContext | None) -> Response:
         """Return the response, over this thread's open connection to the same host if there is one, else a new one."""
         endpoint, connection = (req.type, req.host), self._reusable_connection(req.type, req.host)
+        req.cookies.add_cookie_header(req)
         fields = {name.title(): value for name, value in (*req.headers.items(), *req.unredirected_hdrs.items())}
-        fields["Accept-Encoding"] = "identity"
+        fields |= {"Accept-Encoding": "identity", "User-Agent": self._user_agent}
         response = None
         if connection is not None:
             with suppress(ConnectionError, h11.RemoteProtocolError, ssl.SSLError):  # the server has closed it
@@ -157,6 +171,7 @@ class _Connector(urllib.request.AbstractHTTPHandler):
             response = connection.get(req.selector, fields, req.deadline)
         self._thread.endpoint, self._thread.connection = endpoint, connection
         response.url = req.full_url
+        req.cookies.extract_cookies(response, req)
         if self._limits.respect_robots_tag and response.status < 400:
             _check_robots_tag(response)
         return response
@@ -167,9 +182,8 @@ class _Connector(urllib.request.AbstractHTTPHandler):
         return connection if usable else None
 
     def _open_socket(self, req: _Hop, tls: ssl.SSLContext | None) -> socket.socket:
-        parts = urlsplit(req.full_url)
-        host = str(parts.hostname)
-        sock = self._connect(host, parts.port or (80 if tls is None else 443), req.deadline)
+        host = str(urlsplit(req.full_url).hostname)
+        sock = self._connect(host, req)
         try:
             sock.settimeout(req.deadline.allowance_s())
             return sock if tls is None else tls.wrap_socket(sock, server_hostname=host)
@@ -177,10 +191,10 @@ class _Connector(urllib.request.AbstractHTTPHandler):
             sock.close()
             raise
 
-    def _connect(self, host: str, port: int, deadline: Deadline) -> socket.socket:
+    def _connect(self, host: str, req: _Hop) -> socket.socket:
         last_error: OSError | None = None
-        for family, kind, protocol, _, address in self._checked_addresses(host, port):
-            allowance_s = deadline.allowance_s()
+        for family, kind, protocol, _, address in self._checked_addresses(host, req.endpoint):
+            allowance_s = req.deadline.allowance_s()
             sock = socket.socket(family, kind, protocol)
             try:
                 sock.settimeout(allowance_s)
@@ -191,16 +205,15 @@ class _Connector(urllib.request.AbstractHTTPHandler):
                 sock.close()
         raise last_error or OSError("no address to connect to")
 
-    def _checked_addresses(self, host: str, port: int) -> list[tuple[Any, ...]]:
+    def _checked_addresses(self, host: str, endpoint: str) -> list[tuple[Any, ...]]:
         """Resolve ``host`` once and return its addresses. Raises ``FetchError`` if any of them is not public."""
         try:
-            addresses = self._resolve(host, port, type=socket.SOCK_STREAM)
+            addresses = self._resolve(host, int(endpoint.rpartition(":")[2]), type=socket.SOCK_STREAM)
         except socket.gaierror as error:
             raise FetchError("dns_error", f"{host}: {error.strerror}") from error
         addresses = [entry for entry in addresses if entry[0] in (socket.AF_INET, socket.AF_INET6)]
         if not addresses:
             raise FetchError("dns_error", f"{host} has no address")
-        endpoint = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         private = [str(entry[4][0]) for entry in addresses if not is_public(str(entry[4][0]))]
         if private and endpoint not in self._limits.allow_hosts:
             fix = f"add {endpoint} to allow_hosts if this is intended"
@@ -213,16 +226,3 @@ def _check_robots_tag(response: Response) -> None:
     if rule is not None:
         response.close()
         raise FetchError("robots_disallowed", f"X-Robots-Tag: {rule}")
-
-
-def _ascii_url(url: str) -> str:
-    """Return ``url`` in ASCII without its fragment: IDNA host, the rest percent-encoded. Raises ``FetchError``."""
-    parts = urlsplit(url.strip())
-    if parts.scheme not in ("http", "https"):
-        raise FetchError("blocked_scheme", f"scheme {parts.scheme or '(none)'} is not allowed; use http or https")
-    if not parts.hostname or "@" in parts.netloc:
-        raise FetchError("invalid_url", "the URL has no host" if not parts.hostname else "the URL contains credentials")
-    host = parts.hostname if parts.hostname.isascii() else parts.hostname.encode("idna").decode("ascii")
-    netloc = (f"[{host}]" if ":" in host else host) + (f":{parts.port}" if parts.port is not None else "")
-    path, query = (quote(part, safe=string.punctuation) for part in (parts.path or "/", parts.query))
-    return urlunsplit((parts.scheme, netloc, path, query, ""))

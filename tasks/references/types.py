@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from infra import artifacts, storage
 from infra.errors import EncoderMismatchError, InputError, IntegrityError
+from infra.key_fields import key_settings
 from model.encoder.identity import EMBEDDED, EncoderIdentity
 from tasks.references.manifest_fields import check_fields
 
@@ -188,8 +189,11 @@ def config_from_manifest(of: type[Config], stored: Mapping[str, Any]) -> Config:
 
 
 def config_to_dict(config: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return a config dataclass as JSON-ready settings, except those in ``without``, which affect speed only."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in without}
+    """Return a config dataclass as the settings of a stage's key, except those in ``without``.
+
+    Those affect speed only. Fields may also be left out by their metadata, see :mod:`infra.key_fields`.
+    """
+    return {name: value for name, value in key_settings(config).items() if name not in without}
 
 
 def _history_folders(manifest: artifacts.Manifest) -> list[str]:

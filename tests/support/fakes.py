@@ -35,8 +35,8 @@ class Reply:
 class LoopbackServer:
     """A threaded HTTP server with scripted replies: one per path, or a sequence whose last reply repeats.
 
-    ``requests`` lists the requested paths, and ``hosts`` their Host headers. ``keeps_alive`` allows several requests
-    per connection.
+    ``requests`` lists the requested paths, ``headers`` their headers, and ``hosts`` their Host headers.
+    ``keeps_alive`` allows several requests per connection.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class LoopbackServer:
     ) -> None:
         self.replies, self.keeps_alive = dict(replies), keeps_alive
         self.requests: list[str] = []
+        self.headers: list[Mapping[str, str]] = []
         self.hosts: list[str | None] = []
         self._request_counts: Counter[str] = Counter()
         self._server = _Server(("127.0.0.1", 0), _Handler)
@@ -68,9 +69,10 @@ class LoopbackServer:
     def url(self, path: str) -> str:
         return f"http://{self.host}{path}"
 
-    def answer(self, path: str, host: str | None) -> Reply:
+    def answer(self, path: str, headers: Mapping[str, str]) -> Reply:
         self.requests.append(path)
-        self.hosts.append(host)
+        self.headers.append(headers)
+        self.hosts.append(headers.get("Host"))
         replies = self.replies.get(path, Reply(status=404))
         if isinstance(replies, Reply):
             return replies
@@ -105,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.protocol_version = "HTTP/1.1" if self.server.owner.keeps_alive else "HTTP/1.0"
 
     def do_GET(self) -> None:
-        reply = self.server.owner.answer(self.path, self.headers.get("Host"))
+        reply = self.server.owner.answer(self.path, self.headers)
         pieces = [reply.body] if isinstance(reply.body, bytes) else reply.body()
         if not reply.raw:
             headers = dict(reply.headers)

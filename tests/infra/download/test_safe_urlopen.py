@@ -68,10 +68,10 @@ def test_urlopen_allowed_host_returns_the_body() -> None:
         assert fetch(server.url("/a.png"), allow_hosts=(server.host,)) == b"image"
 
 
-@pytest.mark.parametrize("scheme", ["file", "ftp", "data", "gopher", "jar"])
+@pytest.mark.parametrize("scheme", ["file", "ftp", "gopher", "jar"])
 def test_urlopen_other_scheme_is_blocked(scheme: str, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
-    url = {"file": f"file://{tmp_path}/secret", "data": "data:,hello"}.get(scheme, f"{scheme}://127.0.0.1/secret")
+    url = f"file://{tmp_path}/secret" if scheme == "file" else f"{scheme}://127.0.0.1/secret"
     error = rejected(url)
     assert error.error_class == "blocked_scheme"
     assert scheme in str(error)

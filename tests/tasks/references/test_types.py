@@ -9,6 +9,7 @@ import pytest
 from infra import artifacts, storage
 from infra.artifacts import Manifest
 from infra.errors import EncoderMismatchError, InputError, IntegrityError, NotFoundError
+from infra.key_fields import IN_KEY_IF_SET, NOT_IN_KEY
 from model.encoder.identity import EncoderIdentity
 from tasks.references import types
 from tasks.references.types import DatabaseVersion, EmbeddingShards, Generator, ImageShards, Neighbours, Reference
@@ -148,6 +149,17 @@ def test_config_to_dict_excludes_speed_settings_from_the_stage_key(tmp_path: Pat
     assert key(Config(threads=1)) == key(Config(threads=64))
     assert key(Config(k=11)) != key(Config())
     assert key(Config(limits=Limits(side_px=65))) != key(Config())
+
+
+@dataclasses.dataclass(frozen=True)
+class GrownConfig(Config):
+    rate: float = dataclasses.field(default=1.0, metadata=NOT_IN_KEY)
+    agent: str | None = dataclasses.field(default=None, metadata=IN_KEY_IF_SET)
+
+
+def test_config_to_dict_new_fields_keep_the_key_of_stored_artifacts() -> None:
+    assert types.config_to_dict(GrownConfig(rate=2.0)) == types.config_to_dict(Config())
+    assert types.config_to_dict(GrownConfig(agent="birds")) == {**types.config_to_dict(Config()), "agent": "birds"}
 
 
 def test_metadata_schema_has_the_columns_that_other_tools_read() -> None:
