@@ -13,6 +13,7 @@ from prefect import flow
 
 from flows.deployed_run import skip_if_leased
 from infra import compute, logs, uris
+from infra.download.downloader import DownloadPolicy
 from infra.errors import ConfigError
 from infra.settings import Settings
 from infra.storage.lease import lease
@@ -61,6 +62,8 @@ class RebuildIndexConfig:
         wait_s: Seconds to wait for another writer of this domain before failing. Default: 0.
         verify: Check the digests of files that earlier runs committed, not only that they exist. Default: False.
         download: Download settings.
+        host_rate: Requests per second to one host, which overrides ``download``; 0 is unlimited. Default: 10, because
+            the champion does not record it.
         embed: Embedding settings.
         index: Index settings.
         index_changes: Single settings that override ``index``.
@@ -79,6 +82,7 @@ class RebuildIndexConfig:
     wait_s: float = 0.0
     verify: bool = False
     download: DownloadConfig | None = None
+    host_rate: float | None = None
     embed: EmbedConfig | None = None
     index: IndexConfig | None = None
     index_changes: IndexOverrides = dataclasses.field(default_factory=IndexOverrides)
@@ -90,6 +94,8 @@ class RebuildIndexConfig:
         require_domain(self.domain)
         if not 0 < self.compact_above <= 1:
             raise ConfigError(f"compact_above is out of range: {self.compact_above}; give a share in (0, 1]")
+        if self.host_rate is not None:
+            DownloadPolicy(host_rate=self.host_rate)
         if self.wait_s < 0:
             raise ConfigError(f"wait_s is out of range: {self.wait_s}; give 0 or more seconds")
 
@@ -215,6 +221,8 @@ def _download(
         return champion.images
     settings = config.download or config_from_manifest(DownloadConfig, champion.images.manifest().config)
     settings = dataclasses.replace(settings, retry_failed=config.retry_failed or settings.retry_failed)
+    if config.host_rate is not None:
+        settings = settings.with_policy(host_rate=config.host_rate)
     outcome = download(
         source,
         folder,

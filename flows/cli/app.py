@@ -18,6 +18,7 @@ import typer
 
 from flows.cli.console import (
     Dedup,
+    HostRate,
     Index,
     Memory,
     Quiet,
@@ -34,7 +35,7 @@ from flows.cli.console import (
 )
 from flows.cli.databases import databases, search
 from flows.cli.generators import edit, evaluate, generate
-from flows.cli.inputs import check_domain, check_encoder, check_folder, check_recipe
+from flows.cli.inputs import check_domain, check_encoder, check_folder, check_recipe, check_user_agent
 from flows.cli.promotion import history, lineage, promote, pull, rollback
 from flows.cli.sources import Folder, OnlyFailed, UrlColumn, Urls, source_fields
 from flows.cli.stack import cancel, deploy, down, run, runs, status, up
@@ -93,6 +94,14 @@ def new_domain(
     recipe: Annotated[
         str, typer.Option(help="Settings from flows/recipes.py: own_domain, demo_cpu, stickers_h100 or photos_h100.")
     ] = "own_domain",
+    host_rate: HostRate = None,
+    user_agent: Annotated[
+        str | None,
+        typer.Option(help="User-Agent of the requests; add a contact, such as NAME/1.0 (+mailto:YOU). Default: ours."),
+    ] = None,
+    robots_txt: Annotated[
+        bool, typer.Option("--robots-txt", help="Skip URLs that the robots.txt of their site disallows.")
+    ] = False,
     autoencoder: Annotated[
         str | None, typer.Option(help="Folder of a diffusers AutoencoderKL or VQModel; only for photos_h100.")
     ] = None,
@@ -120,6 +129,8 @@ def new_domain(
         if encoder is not None:
             check_encoder(encoder)
         source = source_fields(urls, folder, url_column, only_failed, allow_hosts=allow_host or [])
+        if user_agent is not None:
+            check_user_agent(user_agent)
         queries = _read_texts(texts)
         with prefect_server():
             from flows.new_domain import new_domain as flow
@@ -130,7 +141,17 @@ def new_domain(
                 name, given_source, root=root, texts=queries, allow_hosts=tuple(allow_host or ()), **options
             )
             changes = index_changes(index, memory, target_recall, dedup)
-            config = dataclasses.replace(config, index=changes.over(config.index), wait_s=wait, verify=verify, **source)
+            requests = {"host_rate": host_rate, "user_agent": user_agent, "robots_txt": robots_txt or None}
+            config = dataclasses.replace(
+                config,
+                download=config.download.with_policy(
+                    **{name: value for name, value in requests.items() if value is not None}
+                ),
+                index=changes.over(config.index),
+                wait_s=wait,
+                verify=verify,
+                **source,
+            )
             domain = flow(config)
             say(domain.registered.alias_uri)
             if domain.trained is not None:

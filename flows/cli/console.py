@@ -71,6 +71,14 @@ Dedup = Annotated[
         help="Return one of each group of near-duplicates. Default: off for new-domain, else unchanged.",
     ),
 ]
+HostRate = Annotated[
+    float | None,
+    typer.Option(
+        "--host-rate",
+        help="Requests per second to one host, except those of --allow-host; 0 is unlimited. Default: 10.",
+        min=0,
+    ),
+]
 MODEL = "Generator: short name, models:/…, a folder, sticker-generator or sticker-generator-discrete (bundled)."
 DATABASE = "Short name (its champion), models:/NAME@ALIAS, models:/NAME/VERSION, or a folder."
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
@@ -78,6 +86,7 @@ _AGES = ((86_400, "d"), (3_600, "h"), (60, "min"))
 _OPTIONS = {
     "allow_hosts": "--allow-host",
     "guidance_scale": "--guidance",
+    "host_rate": "--host-rate",
     "inception_weights": "--inception",
     "keep_versions": "--keep",
     "largest_region": "--largest-region",
@@ -85,6 +94,7 @@ _OPTIONS = {
     "num_images_per_prompt": "--num-images",
     "num_inference_steps": "--steps",
     "target_recall": "--target-recall",
+    "user_agent": "--user-agent",
     "strength": "--strength",
     "candidates": "--candidates",
     "neighbours": "--neighbours",

@@ -129,6 +129,16 @@ def check_takedown_list(uri: str) -> None:
         read_takedown_list(uri)
 
 
+def check_user_agent(value: str) -> None:
+    """Raise ``InputError`` if ``value`` cannot be a ``User-Agent`` header."""
+    from infra.download.user_agent import require_user_agent
+
+    try:
+        require_user_agent(value)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
 def check_device(device: str) -> None:
     """Raise ``InputError`` if ``device`` has not the form of a device name."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", device):

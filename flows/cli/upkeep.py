@@ -7,6 +7,7 @@ import typer
 from flows.cli.console import (
     DATABASE,
     Dedup,
+    HostRate,
     Index,
     Memory,
     Quiet,
@@ -46,6 +47,7 @@ def rebuild_index(
         ),
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry listed URLs that failed before.")] = False,
+    host_rate: HostRate = None,
     index: Index = None,
     memory: Memory = None,
     target_recall: TargetRecall = None,
@@ -77,6 +79,7 @@ def rebuild_index(
                 takedown=takedown,
                 compact=compact,
                 retry_failed=retry_failed,
+                host_rate=host_rate,
                 index_changes=index_changes(index, memory, target_recall, dedup),
                 root=root,
                 wait_s=wait,

@@ -35,7 +35,7 @@ from infra.download.limits import Limits
 from infra.download.safe_urlopen import guarded
 from infra.download.user_agent import require_user_agent
 from infra.errors import ConfigError, InputError
-from infra.key_fields import IN_KEY_IF_SET
+from infra.key_fields import IN_KEY_IF_SET, NOT_IN_KEY
 from infra.quiet import set_quiet
 
 SHARD_ROWS, SHARDS = 10_000, 100_000
@@ -100,6 +100,9 @@ class DownloadPolicy:
     threads: int = 32
     respect_robots_tag: bool = True  # X-Robots-Tag: noai, noimageai, noindex, noimageindex, none
     user_agent: str | None = dataclasses.field(default=None, metadata=IN_KEY_IF_SET)  # None: this project's
+    host_rate: float = dataclasses.field(default=10.0, metadata=NOT_IN_KEY)  # requests/s to one host; 0: unlimited
+    max_pause_s: float = dataclasses.field(default=60.0, metadata=NOT_IN_KEY)  # longest Retry-After to wait for
+    robots_txt: bool = dataclasses.field(default=False, metadata=IN_KEY_IF_SET)  # respect robots.txt
 
     def __post_init__(self) -> None:
         hosts: object = self.allow_hosts
@@ -114,9 +117,9 @@ class DownloadPolicy:
         for name in ("max_body_bytes", "max_pixels", "min_side_px", "max_side_px", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is not positive: {getattr(self, name)}; give at least 1")
-        for name in ("max_redirects", "retries"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is negative: {getattr(self, name)}; give at least 0")
+        for name in ("max_redirects", "retries", "host_rate", "max_pause_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is negative or not finite: {getattr(self, name)}; give at least 0")
         if self.max_pixels > _PILLOW_MAX_PIXELS:
             raise ConfigError(
                 f"max_pixels exceeds the limit of Pillow: {self.max_pixels}; give at most {_PILLOW_MAX_PIXELS}"
@@ -136,6 +139,9 @@ class DownloadPolicy:
             max_redirects=self.max_redirects,
             respect_robots_tag=self.respect_robots_tag,
             user_agent=self.user_agent,
+            host_rate=self.host_rate,
+            max_pause_s=self.max_pause_s,
+            robots_txt=self.robots_txt,
         )
 
     def bounds(self) -> ImageBounds:

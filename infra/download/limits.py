@@ -31,6 +31,9 @@ class Limits:
     max_redirects: int
     respect_robots_tag: bool = True  # reject responses, including redirects, whose X-Robots-Tag forbids the use
     user_agent: str | None = None  # None: this project's, see infra.download.user_agent
+    host_rate: float = 10.0  # requests per second to one host that is not in allow_hosts; 0: unlimited
+    max_pause_s: float = 60.0  # longest Retry-After that is waited for
+    robots_txt: bool = False  # request only what the robots.txt of its site allows
 
 
 class Deadline:
@@ -42,6 +45,10 @@ class Deadline:
         self._deadline_s = deadline_s
         self._clock = clock
         self._end = clock() + deadline_s
+
+    def extend(self, seconds: float) -> None:
+        """Move the deadline, by the time in which the URL could do nothing but wait."""
+        self._end += seconds
 
     def allowance_s(self) -> float:
         """Return the seconds that the next operation may take. Raises ``FetchError`` if the deadline has passed."""

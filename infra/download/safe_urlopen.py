@@ -11,6 +11,9 @@
   checked right after it.
 - ``X-Robots-Tag`` is honoured on every response, including redirects.
 - Cookies last for the redirects of one URL, and go only to the hosts that they are for.
+- Requests to one host keep to a rate, and wait as long as ``Retry-After`` of a 429 or 503 asks, within a limit. The
+  time that a URL waits for its turn does not count against its deadline.
+- robots.txt is respected if the limits say so.
 """
 
 import http.cookiejar
@@ -24,6 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from email.message import Message
 from typing import IO, Any
+from urllib.error import HTTPError
 from urllib.parse import quote, urljoin, urlsplit
 
 import h11
@@ -32,8 +36,10 @@ from infra.download.ascii_url import ascii_url, endpoint_of
 from infra.download.data_urls import is_data_url, open_data_url
 from infra.download.http_connection import Connection, Response, raises_fetch_error
 from infra.download.limits import Deadline, FetchError, Limits
+from infra.download.pacing import PAUSE_STATUSES, HostPacer, retry_after_s
 from infra.download.public_addresses import is_public
 from infra.download.robots_tag import forbidding_rule
+from infra.download.robots_txt import MAX_BYTES, RobotsRules
 from infra.download.user_agent import default_user_agent
 
 Resolve = Callable[..., list[tuple[Any, ...]]]
@@ -42,6 +48,7 @@ Resolve = Callable[..., list[tuple[Any, ...]]]
 Clock = Callable[[], float]
 
 _INSTALL_LOCK = threading.RLock()
+_MAX_PAUSES = 3  # requests of one URL that may be answered with Retry-After before its error counts
 
 
 @contextmanager
@@ -51,6 +58,7 @@ def guarded(
     resolve: Resolve = socket.getaddrinfo,
     tls: ssl.SSLContext | None = None,
     clock: Clock = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator["GuardedOpener"]:
     """Guard every ``urllib.request.urlopen`` call of this process during the block, then restore the previous opener.
 
@@ -61,9 +69,10 @@ def guarded(
         limits: Allowed hosts, sizes and times.
         resolve: Resolver of host names.
         tls: TLS context; by default one with the system's certificates.
-        clock: Clock of deadlines and idle connections, in seconds.
+        clock: Clock of deadlines, idle connections and pauses, in seconds.
+        sleep: Function that waits for a host's turn.
     """
-    opener = GuardedOpener(limits, resolve, tls or ssl.create_default_context(), clock)
+    opener = GuardedOpener(limits, resolve, tls or ssl.create_default_context(), clock, sleep)
     with _INSTALL_LOCK:
         previous = vars(urllib.request)["_opener"]
         urllib.request.install_opener(opener)
@@ -79,11 +88,26 @@ class GuardedOpener(urllib.request.OpenerDirector):
     Raises ``FetchError``, or ``urllib.error.HTTPError`` for a status that is neither a success nor a redirect.
     """
 
-    def __init__(self, limits: Limits, resolve: Resolve, tls: ssl.SSLContext, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        resolve: Resolve,
+        tls: ssl.SSLContext,
+        clock: Clock = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         """Install the guarded handlers; ``tls`` determines the trusted certificates."""
         super().__init__()
         self._limits, self._clock = limits, clock
-        self.add_handler(_Connector(limits, resolve, tls, clock))
+        self._pacer = HostPacer(
+            rate=limits.host_rate,
+            max_wait_s=limits.max_pause_s,
+            unlimited=limits.allow_hosts,  # servers of the user's own
+            clock=clock,
+            sleep=sleep,
+        )
+        self._robots = RobotsRules(self._read_robots_txt) if limits.robots_txt else None
+        self.add_handler(_Connector(limits, resolve, tls, clock, self._pacer))
         self.add_handler(_Redirector(limits.max_redirects))
         self.add_handler(urllib.request.HTTPErrorProcessor())
         self.add_handler(urllib.request.HTTPDefaultErrorHandler())
@@ -91,30 +115,73 @@ class GuardedOpener(urllib.request.OpenerDirector):
     def open(self, fullurl: Any, data: Any = None, timeout: Any = None) -> Any:
         """Fetch ``fullurl``, a string or a ``Request`` without a body. The deadline starts with this call."""
         if isinstance(fullurl, _Hop):
+            if self._robots is not None and not fullurl.is_robots_txt:
+                started = self._clock()
+                self._robots.require_allowed(fullurl.full_url)
+                fullurl.deadline.extend(self._clock() - started)  # another URL of the site may have waited for it
             return super().open(fullurl, timeout=fullurl.deadline.timeout_s)
         if data is not None or getattr(fullurl, "data", None) is not None:
             raise ValueError("the guarded opener does not send data; remove the request body")
-        seconds = float(timeout) if isinstance(timeout, int | float) else self._limits.timeout_s
-        deadline = Deadline(self._limits.deadline_s, seconds, self._clock)
+        timeout_s = float(timeout) if isinstance(timeout, int | float) else self._limits.timeout_s
         is_request = isinstance(fullurl, urllib.request.Request)
         url, headers = (fullurl.full_url, dict(fullurl.header_items())) if is_request else (fullurl, {})
         if is_data_url(url):
             return open_data_url(url, self._limits.max_body_bytes)
+        pauses = 0
+        while True:
+            try:
+                return self._fetch(url, headers, timeout_s)
+            except HTTPError as error:
+                if not self._pause_host(error) or pauses == _MAX_PAUSES:
+                    raise
+                pauses += 1
+
+    def _fetch(self, url: str, headers: dict[str, str], timeout_s: float, *, is_robots_txt: bool = False) -> Any:
+        """Follow the redirect chain of ``url`` once, within a new deadline."""
+        deadline = Deadline(self._limits.deadline_s, timeout_s, self._clock)
         with raises_fetch_error(deadline):
-            return self.open(_Hop(url, headers, deadline, http.cookiejar.CookieJar(), hops=0))
+            return self.open(_Hop(url, headers, deadline, http.cookiejar.CookieJar(), is_robots_txt=is_robots_txt))
+
+    def _pause_host(self, error: HTTPError) -> bool:
+        """Pause the host if it answered with ``Retry-After``; return True if the URL is to be requested again."""
+        seconds = retry_after_s(error.headers.get("Retry-After")) if error.code in PAUSE_STATUSES else None
+        return seconds is not None and self._pacer.pause(endpoint_of(error.url), seconds, error.code)
+
+    def _read_robots_txt(self, url: str) -> bytes:
+        with self._fetch(url, {}, self._limits.timeout_s, is_robots_txt=True) as response:
+            return bytes(response.read(MAX_BYTES))
 
 
 class _Hop(urllib.request.Request):
     """One request in the redirect chain of a URL, with a validated ASCII URL. All hops share one deadline."""
 
     def __init__(
-        self, url: str, headers: dict[str, str], deadline: Deadline, cookies: http.cookiejar.CookieJar, hops: int
+        self,
+        url: str,
+        headers: dict[str, str],
+        deadline: Deadline,
+        cookies: http.cookiejar.CookieJar,
+        *,
+        hops: int = 0,
+        is_robots_txt: bool = False,
     ) -> None:
         super().__init__(ascii_url(url), headers=headers)
         self.endpoint = endpoint_of(self.full_url)
         self.deadline = deadline
         self.cookies = cookies
         self.hops = hops
+        self.is_robots_txt = is_robots_txt
+
+    def redirected(self, target: str) -> "_Hop":
+        """Return the next request of the chain."""
+        return _Hop(
+            target,
+            dict(self.headers),
+            self.deadline,
+            self.cookies,
+            hops=self.hops + 1,
+            is_robots_txt=self.is_robots_txt,
+        )
 
 
 class _Redirector(urllib.request.BaseHandler):
@@ -132,7 +199,7 @@ class _Redirector(urllib.request.BaseHandler):
             raise FetchError("too_many_redirects", f"more than max_redirects={self._max_redirects}")
         # Header bytes arrive decoded as latin-1: escape them as they were sent.
         target = urljoin(req.full_url, quote(location.strip(), safe=string.punctuation, encoding="latin-1"))
-        return self.parent.open(_Hop(target, dict(req.headers), req.deadline, req.cookies, req.hops + 1))
+        return self.parent.open(req.redirected(target))
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
@@ -140,9 +207,9 @@ class _Redirector(urllib.request.BaseHandler):
 class _Connector(urllib.request.AbstractHTTPHandler):
     """Handler of http and https that connects to checked addresses only."""
 
-    def __init__(self, limits: Limits, resolve: Resolve, tls: ssl.SSLContext, clock: Clock) -> None:
+    def __init__(self, limits: Limits, resolve: Resolve, tls: ssl.SSLContext, clock: Clock, pacer: HostPacer) -> None:
         super().__init__()
-        self._limits, self._clock = limits, clock
+        self._limits, self._clock, self._pacer = limits, clock, pacer
         self._resolve = resolve
         self._tls = tls
         self._user_agent = limits.user_agent or default_user_agent()
@@ -158,6 +225,7 @@ class _Connector(urllib.request.AbstractHTTPHandler):
 
     def _response(self, req: _Hop, tls: ssl.SSLContext | None) -> Response:
         """Return the response, over this thread's open connection to the same host if there is one, else a new one."""
+        req.deadline.extend(self._pacer.wait(req.endpoint))
         endpoint, connection = (req.type, req.host), self._reusable_connection(req.type, req.host)
         req.cookies.add_cookie_header(req)
         fields = {name.title(): value for name, value in (*req.headers.items(), *req.unredirected_hdrs.items())}

@@ -1,7 +1,7 @@
 """Settings of a download, and of the list that it reads."""
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 from infra.download.downloader import SHARD_ROWS, DownloadPolicy
 from infra.errors import ConfigError
@@ -39,9 +39,9 @@ def list_options(config: _Source) -> ListOptions:
 
 
 def require_one_source(urls: object, folder: str | None, *, optional: bool = False) -> None:
-    """Raise ``ValueError`` unless a URL list or a folder is given, and not both; with ``optional``, neither is fine."""
+    """Raise ``ConfigError`` unless a URL list or a folder is given, and not both; with ``optional``, neither is fine."""
     if urls and folder:
-        raise ValueError(f"urls and folder are both given: {urls}, {folder}; give one of them")
+        raise ConfigError(f"urls and folder are both given: {urls}, {folder}; give one of them")
     if not urls and not folder and not optional:
         raise ValueError("urls and folder are both missing; give one of them")
 
@@ -63,3 +63,11 @@ class DownloadConfig:
                 f"shard_rows is {self.shard_rows}; use 1 to {SHARD_ROWS}, because img2dataset's keys number "
                 "the rows of a shard with four digits"
             )
+
+    def with_policy(self, **changes: Any) -> "DownloadConfig":
+        """Return this config with changes to fields of its policy."""
+        return dataclasses.replace(self, policy=dataclasses.replace(self.policy, **changes))
+
+    def worker_policy(self) -> DownloadPolicy:
+        """Return the policy of one worker: its share of the rate per host, because workers do not coordinate."""
+        return dataclasses.replace(self.policy, host_rate=self.policy.host_rate / max(1, self.workers))

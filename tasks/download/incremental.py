@@ -56,7 +56,7 @@ class IncrementalDownload:
         reused = [shard.reused_from(self.previous.uri) for shard in before.shards] if self.previous and before else []
         first = 1 + max((int(shard.name) for shard in reused), default=-1)
         items = list(self._items(first, config.shard_rows))
-        settings = (self.stage.uri, config.policy)
+        settings = (self.stage.uri, config.worker_policy())
         done, lost = run_shards(
             self.stage, items, _Download, settings, max_lost_fraction=config.max_lost_fraction, actors=config.workers
         )

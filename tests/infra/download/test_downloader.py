@@ -350,7 +350,7 @@ def test_download_shard_invalid_rows_raise_input_error(shard_id: int, rows: pa.T
             for value in (0, -1.0, float("nan"), float("inf"))
         ),
         *(({name: 0}, name) for name in ("max_body_bytes", "max_pixels", "min_side_px", "max_side_px", "threads")),
-        *(({name: -1}, name) for name in ("max_redirects", "retries")),
+        *(({name: -1}, name) for name in ("max_redirects", "retries", "host_rate", "max_pause_s")),
         ({"max_pixels": 200_000_000}, "Pillow"),
         ({"max_side_px": 4}, "min_side_px"),
     ],
