@@ -8,7 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,6 +81,8 @@ HostRate = Annotated[
 ]
 MODEL = "Generator: short name, models:/…, a folder, sticker-generator or sticker-generator-discrete (bundled)."
 DATABASE = "Short name (its champion), models:/NAME@ALIAS, models:/NAME/VERSION, or a folder."
+_MAX_PIXELS = 178_956_970  # of an image that the user gives: Pillow's own limit
+_SVG_SIDE_PX = 512
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 _AGES = ((86_400, "d"), (3_600, "h"), (60, "min"))
 _OPTIONS = {
@@ -210,22 +212,21 @@ def choose_generator(context: typer.Context, model: str, settings: "Settings", q
 
 
 def open_image(path: Path) -> "Image.Image":
-    """Read an image, and rotate it upright by its EXIF orientation. Raises ``InputError`` if it cannot be read."""
-    from PIL import Image, ImageOps
+    """Read an image as the download does: upright, 8-bit sRGB, on white; of an animation, the first frame.
 
+    Raises ``InputError`` if it cannot be read.
+    """
+    from infra.download.images import ImageError, ImageNormaliser
     from infra.errors import InputError
 
+    normaliser = ImageNormaliser(max_pixels=_MAX_PIXELS, min_side_px=1, max_side_px=_SVG_SIDE_PX)
     try:
-        with Image.open(path) as image:
-            image.load()
-            upright: Image.Image = image
-            with suppress(Exception):  # an image with unreadable EXIF is still usable
-                upright = ImageOps.exif_transpose(image)
-            return upright
+        return normaliser.decode(path.read_bytes(), first_frame=True)
     except FileNotFoundError:
         raise InputError(f"image does not exist: {path}; check the path") from None
-    except Exception as error:  # the plugins of Pillow raise any type on damaged data
-        raise InputError(f"image cannot be read: {path} ({error}); give a PNG, JPEG or WebP file") from error
+    except (ImageError, OSError) as error:
+        detail = error.detail if isinstance(error, ImageError) else error
+        raise InputError(f"image cannot be read: {path} ({detail}); give a PNG, JPEG or WebP file") from error
 
 
 def require_device(device: str) -> None:

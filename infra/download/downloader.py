@@ -50,7 +50,15 @@ _URL_ERRORS = (
     "robots_disallowed",
 )
 _TRANSFER_ERRORS = ("connection_error", "timeout", "deadline_exceeded", "body_too_large", "empty_body")
-_IMAGE_ERRORS = ("not_an_image", "decode_error", "too_small", "too_many_pixels", "too_many_scans", "animated")
+_IMAGE_ERRORS = (
+    "not_an_image",
+    "unsupported_format",
+    "decode_error",
+    "too_small",
+    "too_many_pixels",
+    "too_many_scans",
+    "animated",
+)
 _DECODER_ERRORS = ("decode_timeout", "decode_memory", "decoder_died")
 ERROR_CLASSES = frozenset(
     {"success", *_URL_ERRORS, *_TRANSFER_ERRORS, *_IMAGE_ERRORS, *_DECODER_ERRORS, "internal_error"}

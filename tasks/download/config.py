@@ -39,7 +39,7 @@ def list_options(config: _Source) -> ListOptions:
 
 
 def require_one_source(urls: object, folder: str | None, *, optional: bool = False) -> None:
-    """Raise ``ConfigError`` unless a URL list or a folder is given, and not both; with ``optional``, neither is fine."""
+    """Raise ``ConfigError`` unless exactly one of a URL list and a folder is given, or with ``optional`` neither."""
     if urls and folder:
         raise ConfigError(f"urls and folder are both given: {urls}, {folder}; give one of them")
     if not urls and not folder and not optional:

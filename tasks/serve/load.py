@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from infra.download.images import to_rgb
-from infra.errors import InputError
+from infra.download.downloader import DownloadPolicy
+from infra.download.images import as_stored
+from infra.errors import InputError, IntegrityError, NotFoundError
 from infra.settings import Settings
 from model.encoder.clip import encoder_for
 from model.pipeline import KNNDiffusionPipeline
@@ -18,6 +19,7 @@ from model.saved_generator import pretrained_folder
 from tasks.references.database import open_database
 from tasks.references.generator import PIPELINE, generator_folder
 from tasks.references.images import fetch_images
+from tasks.references.lineage import embeddings_of, images_of
 from tasks.references.trust import open_named, saved_pipeline
 from tasks.references.types import DatabaseVersion, Generator
 
@@ -69,8 +71,10 @@ def search_database(
     version, name = _pull_version(reference, settings, trust)
     database = open_database(version, settings.cache_folder)
     encoder = encoder_for(database.encoder, device=device)
-    # The same normalisation as at download: 8 bit, on a white background.
-    embedded = encoder.embed_texts([query]) if isinstance(query, str) else encoder.embed_images([to_rgb(query)])
+    if isinstance(query, str):
+        embedded = encoder.embed_texts([query])
+    else:
+        embedded = encoder.embed_images([as_stored(query, _stored_side_px(version))])
     hits = database.search(embedded.numpy(), k)
     found = hits.ids[0] >= 0
     described = database.describe(hits.ids[0, found].tolist())
@@ -118,6 +122,17 @@ def images_of_rows(reference: str, ids: NDArray[np.int64], settings: Settings) -
     version, _ = _pull_version(reference, settings)
     images = iter(fetch_images(version, ids.reshape(-1).tolist(), settings.cache_folder))
     return [[next(images) for _ in rows] for rows in ids]
+
+
+def _stored_side_px(version: DatabaseVersion) -> int:
+    """Return the longer side to which the images of a database were reduced, or the default if that is unknown."""
+    default = DownloadPolicy().max_side_px
+    try:
+        config = images_of(embeddings_of(version)).manifest().config
+    except (InputError, IntegrityError, NotFoundError):  # a search does not need the images
+        return default
+    side_px = config.get("policy", {}).get("max_side_px")  # a merged database has none
+    return side_px if isinstance(side_px, int) and side_px > 0 else default
 
 
 def _pull_version(reference: str, settings: Settings, trust: bool = False) -> tuple[DatabaseVersion, str]:

@@ -1,5 +1,6 @@
 """Gallery page: self-contained, safe for untrusted URLs, and bounded in size."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from support.tiny_domain import drawn
 from infra.errors import InputError, IntegrityError
 from infra.settings import Settings
 from infra.text import printable
+from model.encoder.clip import Encoder
 from tasks.references.types import DatabaseVersion, EmbeddingShards
 from tasks.serve.gallery import MAX_IMAGES, THUMBNAIL_PX, gallery, write_gallery
 from tasks.serve.load import SearchResult, search_database
@@ -137,6 +139,22 @@ def test_write_gallery_accepts_empty_result_and_lone_surrogates(tmp_path: Path, 
     empty = SearchResult(version=version, name="shapes", rows=[])
     write_gallery(tmp_path / "page.html", "a \udce9 bird", empty, tmp_path)
     assert "The 0 nearest of" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_search_database_prepares_a_query_image_as_the_download_does(
+    domain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[tuple[int, int]] = []
+    embed_images = Encoder.embed_images
+
+    def record(self: Encoder, images: Sequence[Image.Image], **options: Any) -> Any:
+        sizes.extend(image.size for image in images)
+        return embed_images(self, images, **options)
+
+    monkeypatch.setattr(Encoder, "embed_images", record)
+    side_px = domain.result.images.reference.manifest().config["policy"]["max_side_px"]
+    search_database("shapes", Image.new("RGB", (4000, 60), "red"), 1, _settings(domain))
+    assert sizes == [(side_px, round(60 * side_px / 4000))]
 
 
 def test_search_database_by_image_finds_it_and_gallery_shows_stored_images(domain: Any, tmp_path: Path) -> None:
