@@ -26,6 +26,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 
 from infra import artifacts, logs, storage, uris, validation
 from infra.errors import IntegrityError, NotFoundError, TransientError
+from infra.relocation import require_in_place
 from infra.settings import Settings
 from infra.storage import file_cache as caching
 from infra.storage.digest_stamps import is_verified
@@ -187,13 +188,13 @@ class Registry:
         with mlflow_errors(self._settings):
             version = self._resolve(reference, kind)
         uri = f"models:/{version.name}/{version.version}"
+        folder = self._folder_of(version)
         if kind == "generator" or self._artifact_path(version):
             local = self._local_files(version, uri)
             registered = _read_registered(local, reference)
         else:
             with storage.scratch() as scratch:
                 local, registered = None, _read_registered(self._download(uri, scratch), reference)
-        folder = _checked_tag(version, _FOLDER_TAG, validation.uri) if _FOLDER_TAG in version.tags else ""
         if registered.kind != kind:
             raise NotFoundError(f"{folder} holds {registered.kind}, not a {kind}")
         if kind == "database" and self._checked(folder, kind).digest != registered.digest:
@@ -225,6 +226,7 @@ class Registry:
                 continue
             aliases = self._client.get_registered_model(model.name).aliases
             for version in _paginate(self._client.search_model_versions, filter_string=f"name='{model.name}'"):
+                self._folder_of(version)
                 own = sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))
                 fixed = {
                     "name": model.name,
@@ -234,6 +236,15 @@ class Registry:
                 }
                 listed.append(_typed_tags(version) | fixed)  # a tag never overrides a field of the version
         return sorted(listed, key=lambda entry: (entry["name"], entry["version"]))
+
+    def _folder_of(self, version: ModelVersion) -> str:
+        """Return the folder that a version was registered from. Raises ``InputError`` if the root was moved since."""
+        if _FOLDER_TAG not in version.tags:
+            return ""
+        folder: str = _checked_tag(version, _FOLDER_TAG, validation.uri)
+        if self._settings.tracking is None:  # the registry is in the root
+            require_in_place(folder, self._settings.root)
+        return folder
 
     def _local_files(self, version: ModelVersion, uri: str) -> Path:
         """Return a local folder of the version's files and manifest; download it if needed."""

@@ -12,10 +12,8 @@ import json
 import logging
 import os
 import pkgutil
-import sqlite3
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 import yaml
-from compatibility.make_root import FIXTURE, PLACEHOLDER, domain, evaluation, png, training
+from compatibility.make_root import FIXTURE, domain, evaluation, png, training
 from mlflow.tracking import MlflowClient
 from PIL import Image
 from typer.testing import CliRunner
@@ -34,6 +32,7 @@ from tasks.references.domain_folder import DomainFolder
 
 # Internal interfaces, all of them here: modules may move and functions may be renamed, what they yield may not.
 from support.fakes import LoopbackServer, Reply, WithoutRay  # isort: skip
+from support.stored_root import FOLDERS, PINS, unpack_root  # isort: skip
 from flows.cli import app
 from flows.demo.run import report_of
 from infra import artifacts, errors
@@ -57,25 +56,7 @@ COMMITTED = "committed"  # its method that looks an output up
 # End of the internal interfaces.
 
 CHECKOUT = Path(__file__).parent.parent
-PINS = json.loads((FIXTURE.parent / "pins.json").read_text())
-FOLDERS = PINS["root"]["folders"]
-TEXT_SUFFIXES = {"", ".json", ".jsonl", ".sql", ".yaml"}
 PRETRAINED = CHECKOUT / "model" / "pretrained"
-
-
-def unpack_root(target: Path) -> Path:
-    """Place a copy of the stored root at ``target``: its paths absolute, its registry an SQLite file."""
-    for source in sorted(path for path in FIXTURE.rglob("*") if path.is_file()):
-        data = source.read_bytes()
-        if source.suffix in TEXT_SUFFIXES:
-            data = data.replace(PLACEHOLDER.encode(), str(target).encode())
-        copy = target / source.relative_to(FIXTURE)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(data)
-    with closing(sqlite3.connect(target / "mlflow.db")) as database:
-        database.executescript((target / "mlflow.sql").read_text())
-    (target / "mlflow.sql").unlink()
-    return target
 
 
 @pytest.fixture(autouse=True)

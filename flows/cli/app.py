@@ -39,7 +39,7 @@ from flows.cli.inputs import check_domain, check_encoder, check_folder, check_re
 from flows.cli.promotion import history, lineage, promote, pull, rollback
 from flows.cli.sources import Folder, OnlyFailed, UrlColumn, Urls, source_fields
 from flows.cli.stack import cancel, deploy, down, run, runs, status, up
-from flows.cli.upkeep import gc, merge, rebuild_index, subset
+from flows.cli.upkeep import gc, merge, rebuild_index, relocate, subset
 
 
 def demo(
@@ -199,7 +199,7 @@ _LISTED = {
     "Start": (demo,),
     "Databases": (new_domain, rebuild_index, search, databases),
     "Generator": (generate, edit, evaluate),
-    "Upkeep": (merge, subset, gc),
+    "Upkeep": (merge, subset, gc, relocate),
     "Operation": (up, status, down, deploy, run, runs, cancel),
     "Promotion": (promote, rollback, history, pull, lineage),
 }

@@ -21,6 +21,7 @@ from flows.cli.console import (
     prefect_server,
     report_errors,
     say,
+    settings,
 )
 from flows.cli.inputs import check_domain, check_root, check_takedown_list
 from flows.cli.sources import Folder, OnlyFailed, UrlColumn, Urls, source_fields
@@ -164,6 +165,26 @@ def subset(
             wait_s=wait,
         )
         say(subset_database(config).registered.alias_uri)
+
+
+def relocate(
+    root: Annotated[str, typer.Argument(help="Root that was moved or copied to another path.")],
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Rewrite the absolute paths in a root that was moved or copied, in its registry too.
+
+    Example: knn-diffusion relocate /data/birds-copy
+    """
+    with report_errors(verbose, quiet):
+        check_root(root)
+        from infra.relocation import relocate as rewrite
+
+        done = rewrite(settings(root))
+        if not done.former:
+            typer.echo(f"{root} holds no path of another root", err=True)
+        for former in done.former:
+            say(f"{done.files} files rewritten: {former} is now {root}")
 
 
 def gc(

@@ -1,6 +1,8 @@
 """Inputs of an artifact, opened from the URIs in its manifest."""
 
+from infra import storage
 from infra.errors import InputError
+from infra.relocation import require_in_place
 from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, Made, Reference, Takedown
 
 
@@ -22,6 +24,7 @@ def takedown_of(version: DatabaseVersion) -> Takedown | None:
 def _input_of(output: Reference, name: str, kind: type[Made]) -> Made:
     source = output.manifest().inputs[name]
     output.require_inside(source["uri"])
+    require_in_place(source["uri"], storage.join(output.uri).rsplit("/", 3)[0])
     found = kind.open(source["uri"], confined_to=output.confined_to)
     if found.digest != source["digest"]:
         raise InputError(f"{found.uri} has changed since {output.uri} was made from it; rebuild the latter")
