@@ -53,7 +53,7 @@ def prefect_api(home: Path | None = None) -> Iterator[None]:
     if home is not None:
         make_folder(home, PRIVATE)
         os.environ["PREFECT_HOME"] = str(home.absolute())
-    port = _free_port()
+    port = free_port()
     secret = f"knn-diffusion:{secrets.token_urlsafe(32)}"
     environment = {
         **os.environ,
@@ -103,7 +103,8 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], output: IO[bytes], heal
     raise StageError(f"the Prefect server did not answer in {STARTUP_S:.0f} s; set PREFECT_API_URL to a running one")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that is free at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

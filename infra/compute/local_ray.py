@@ -3,17 +3,20 @@
 import contextlib
 import os
 import secrets
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from ray._private import ray_constants
+from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from infra.errors import StageError
 from infra.storage.folders import PRIVATE, make_folder
 
 _MODE, _TOKEN, _TOKEN_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+_PORT_S = 5.0
 
 
 @contextlib.contextmanager
@@ -54,6 +57,34 @@ def loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def loopback_of(address: str) -> Iterator[None]:
+    """Apply :func:`loopback` inside the block if the head at ``address`` listens on 127.0.0.1 only.
+
+    A driver replaces 127.0.0.1 as well, and would wait for a minute at an address where nothing listens.
+    """
+    with loopback() if _is_loopback_only(address) else contextlib.nullcontext():
+        yield
+
+
+def _is_loopback_only(address: str) -> bool:
+    if "://" in address:
+        return False
+    replaced = canonicalize_bootstrap_address(address)
+    with loopback():
+        given = canonicalize_bootstrap_address(address)
+    return replaced != given and not accepts(replaced) and accepts(given)
+
+
+def accepts(address: str | None) -> bool:
+    """Return True if a server listens at HOST:PORT."""
+    host, _, port = (address or "").rpartition(":")
+    with contextlib.suppress(OSError):
+        socket.create_connection((host, int(port)), timeout=_PORT_S).close()
+        return True
+    return False
 
 
 def session_folder() -> str:

@@ -322,8 +322,9 @@ def start() -> None:
             with local_ray.loopback():
                 ray.init(_temp_dir=local_ray.session_folder(), **quiet, **options)
         else:
-            _local_cluster.enter_context(ray_token.cluster_token(_address))
-            ray.init(**quiet, **options)
+            with local_ray.loopback_of(_address):
+                _local_cluster.enter_context(ray_token.cluster_token(_address))
+                ray.init(**quiet, **options)
     except ValueError as error:
         if _address is None:
             raise

@@ -11,6 +11,7 @@ from pathlib import Path
 from infra import uris
 from infra.deploy.processes import Service
 from infra.errors import StageError
+from infra.prefect_server import free_port
 from infra.quiet import QUIET
 from infra.settings import Settings
 from infra.storage.folders import PRIVATE, make_folder
@@ -114,9 +115,12 @@ def _ray_authentication(stack: Stack) -> dict[str, str]:
 
 def _ray(stack: Stack) -> Service:
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--include-dashboard=false"]
+    # Ray's default ports are fixed, and those of workers a range: another head on the machine may use them.
+    ports = [f"--port={stack.ray_port}", f"--ray-client-server-port={free_port()}"]
+    workers = ["--min-worker-port=0", "--max-worker-port=0"]
     return Service(
         name="ray",
-        command=[*command, f"--port={stack.ray_port}", "--node-ip-address=127.0.0.1", "--disable-usage-stats"],
+        command=[*command, *ports, *workers, "--node-ip-address=127.0.0.1", "--disable-usage-stats"],
         environment={
             **QUIET,
             **_ray_authentication(stack),

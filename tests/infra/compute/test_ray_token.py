@@ -53,7 +53,6 @@ def environment() -> Iterator[dict[str, str]]:
             "KNN_DIFFUSION_RAY_ADDRESS": "auto",
             "PYTHONPATH": str(Path(__file__).parents[3]),
             "RAY_ADDRESS": address,  # what "auto" means: the machine may run clusters of others
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # otherwise Ray replaces 127.0.0.1 by a public address
             "RAY_TMPDIR": folder,
             "RAY_USAGE_STATS_ENABLED": "0",
         }
@@ -74,7 +73,8 @@ def test_driver_joins_a_cluster_that_requires_a_token_after_a_local_run(environm
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
     options = [f"--node-ip-address={host}", "--include-dashboard=false", "--num-cpus=1"]
     folder = [f"--temp-dir={environment['RAY_TMPDIR']}"]
-    with subprocess.Popen([*command, *options, *folder], env=environment, stdout=subprocess.PIPE, text=True) as head:
+    loopback = {**environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # of the head only: the driver detects it
+    with subprocess.Popen([*command, *options, *folder], env=loopback, stdout=subprocess.PIPE, text=True) as head:
         try:
             assert head.stdout is not None
             begun = time.monotonic()
