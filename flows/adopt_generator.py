@@ -5,6 +5,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.deployed_run import deployable
 from flows.train_generator import TrainedGenerator
 from infra import compute, tracking, uris
 from infra.registry import DATABASE_PREFIX, champion_uri
@@ -44,6 +45,7 @@ class AdoptGeneratorConfig:
 
 
 @flow(name="adopt-generator", flow_run_name="adopt-{config.domain}", validate_parameters=True)
+@deployable
 def adopt_generator(config: AdoptGeneratorConfig) -> TrainedGenerator:
     """Copy a generator to the domain, evaluate it on the database, and register it as a version of ``knn-diffusion``.
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from prefect import flow
 
-from flows.deployed_run import skip_if_leased
+from flows.deployed_run import deployable
 from infra import uris
 from infra.errors import ConfigError, KNNDiffusionError, NotFoundError, StageError
 from infra.settings import Settings
@@ -56,7 +56,7 @@ class NotAllCollectedError(StageError):
 
 
 @flow(name="collect-garbage", flow_run_name="collect-garbage-{config.domain}", validate_parameters=True)
-@skip_if_leased
+@deployable
 def collect_garbage(config: CollectGarbageConfig) -> list[Garbage]:
     """List the files that no retained version references, one entry per domain; delete them unless ``dry_run``.
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from prefect import flow
 
-from flows.deployed_run import skip_if_leased
+from flows.deployed_run import deployable
 from infra import compute, uris
 from infra.errors import ConfigError, StageError
 from infra.settings import Settings
@@ -100,7 +100,7 @@ class NewDatabase:
 
 
 @flow(name="merge-databases", flow_run_name="merge-databases-{config.domain}", validate_parameters=True)
-@skip_if_leased
+@deployable
 def merge_databases(config: MergeDatabasesConfig) -> NewDatabase:
     """Register the union of several databases as champion of a domain. What any of them has taken down stays hidden."""
     settings = settings_of(config.root)
@@ -120,7 +120,7 @@ def merge_databases(config: MergeDatabasesConfig) -> NewDatabase:
 
 
 @flow(name="subset-database", flow_run_name="subset-database-{config.domain}", validate_parameters=True)
-@skip_if_leased
+@deployable
 def subset_database(config: SubsetDatabaseConfig) -> NewDatabase:
     """Register the rows of a database that match a filter as champion of a domain."""
     settings = settings_of(config.root)

@@ -7,6 +7,7 @@ from pathlib import Path
 from prefect import flow
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
+from flows.deployed_run import deployable
 from infra import compute, storage, tracking, uris
 from infra.errors import ConfigError
 from infra.formats.tables import read_lines
@@ -61,6 +62,7 @@ class EvaluatedGenerator:
 
 
 @flow(name="evaluate-generator", validate_parameters=True)
+@deployable
 def evaluate_generator(config: EvaluateGeneratorConfig) -> EvaluatedGenerator:
     """Evaluate a generator on each database, compare its samples with the other databases, and write one page."""
     settings = settings_of(config.root)

@@ -6,7 +6,7 @@ from typing import Any
 from prefect import flow
 
 from flows.adopt_generator import AdoptGeneratorConfig, adopt_generator
-from flows.deployed_run import skip_if_leased
+from flows.deployed_run import deployable
 from flows.train_generator import TrainedGenerator, TrainGeneratorConfig, train_generator
 from infra import compute, uris
 from infra.errors import ConfigError
@@ -92,7 +92,7 @@ class Domain:
 
 
 @flow(name="new-domain", flow_run_name="new-domain-{config.domain}", validate_parameters=True)
-@skip_if_leased
+@deployable
 def new_domain(config: NewDomainConfig) -> Domain:
     """Build a domain's database from a URL list, and a generator if configured; register both as champions."""
     settings = settings_of(config.root)

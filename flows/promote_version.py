@@ -4,6 +4,7 @@ import dataclasses
 
 from prefect import flow
 
+from flows.deployed_run import deployable
 from infra import compute
 from infra.errors import ConfigError
 from infra.promotions import Decision
@@ -46,6 +47,7 @@ class PromoteVersionConfig:
 
 
 @flow(name="promote-version", flow_run_name="promote-{config.name}", validate_parameters=True)
+@deployable
 def promote_version(config: PromoteVersionConfig) -> Decision:
     """Make a registered version the champion if its gates pass, and record the decision."""
     settings = settings_of(config.root)

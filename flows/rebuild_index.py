@@ -11,7 +11,7 @@ import dataclasses
 
 from prefect import flow
 
-from flows.deployed_run import skip_if_leased
+from flows.deployed_run import deployable
 from infra import compute, logs, uris
 from infra.download.downloader import DownloadPolicy
 from infra.errors import ConfigError
@@ -130,7 +130,7 @@ class Rebuilt:
 
 
 @flow(name="rebuild-index", flow_run_name="rebuild-index-{config.domain}", validate_parameters=True)
-@skip_if_leased
+@deployable
 def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
     """Add new URLs to a domain's champion, hide and compact images taken down, and register the result.
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.deployed_run import deployable
 from infra import compute, tracking, uris
 from infra.registry import DATABASE_PREFIX, champion_uri
 from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
@@ -57,6 +58,7 @@ class TrainedGenerator:
 
 
 @flow(name="train-generator", flow_run_name="train-{config.domain}", validate_parameters=True)
+@deployable
 def train_generator(config: TrainGeneratorConfig) -> TrainedGenerator:
     """Train a generator on the images of a database, evaluate it, and register it as a version of ``knn-diffusion``.
 

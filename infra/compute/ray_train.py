@@ -1,12 +1,19 @@
 """Training on Ray Train: a loop on several workers, restarted when one dies."""
 
+import contextlib
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from infra import compute, storage, uris
 from infra.compute import preemption
+from infra.compute.preemption import StopRequest
 from infra.compute.progress import progress_bar
-from infra.errors import StageError
+from infra.errors import KNNDiffusionError, StageError
+
+STOP_S = 20.0
+"""Seconds that workers get to finish their step and save a checkpoint when this process is interrupted."""
 
 
 def train(
@@ -21,8 +28,9 @@ def train(
 ) -> None:
     """Run ``loop(config)`` on ``workers`` Ray Train workers with a process group between them.
 
-    If a worker dies, the workers are restarted and the loop resumes from its own checkpoints. Ray's state below
-    ``folder_uri`` is deleted at the end. A progress bar shows what the loop reports with :class:`Progress`.
+    If a worker dies, the workers are restarted and the loop resumes from its own checkpoints. If this process is
+    interrupted, by Ctrl-C or a cancelled flow, the workers first save a checkpoint. Ray's state below ``folder_uri`` is
+    deleted at the end. A progress bar shows what the loop reports with :class:`Progress`.
 
     Args:
         loop: Training function of each worker.
@@ -51,8 +59,9 @@ def train(
         )
     state = storage.join(folder_uri, "ray")
     storage.discard(state)
+    stop = StopRequest(state)
     trainer = TorchTrainer(
-        _with_secrets(loop, uris.secrets()),
+        _as_worker(loop, uris.secrets(), stop),
         train_loop_config=config,
         torch_config=preemption.listening_torch_config(),
         scaling_config=ScalingConfig(
@@ -62,12 +71,12 @@ def train(
             name="train",
             storage_path=state,
             failure_config=FailureConfig(max_failures=2),
-            callbacks=[_stop_at(final)],
+            callbacks=[_stop_at(final, stop)],
         ),
     )
     try:
         with progress_bar(folder_uri, "train"):
-            trainer.fit()
+            _fit(trainer, stop)
     except TrainingFailedError as error:
         if isinstance(failure := getattr(error, "controller_failure", None), final):
             raise failure from None
@@ -78,24 +87,57 @@ def train(
         storage.discard(state)
 
 
-def _with_secrets(loop: Callable[[dict[str, Any]], None], secrets: dict[str, str]) -> Callable[[dict[str, Any]], None]:
-    """Wrap ``loop`` so that workers can open the same URIs as this process."""
+def _fit(trainer: Any, stop: StopRequest) -> None:
+    """Train in a thread, so that this one handles signals; if it is interrupted, stop the workers.
+
+    In the main thread Ray Train would replace the handler of Ctrl-C, and end the process without a checkpoint.
+    """
+    done: Future[None] = Future()
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    try:
+        done.result()
+    except BaseException:
+        with contextlib.suppress(KNNDiffusionError):  # the interruption matters more
+            if not done.done() and stop.send():
+                thread.join(STOP_S)
+        raise
+
+
+def _as_worker(
+    loop: Callable[[dict[str, Any]], None], secrets: dict[str, str], stop: StopRequest
+) -> Callable[[dict[str, Any]], None]:
+    """Wrap ``loop`` so that workers can open the same URIs as this process, and stop on request."""
 
     def run(config: dict[str, Any]) -> None:
         uris.learn(secrets)
-        loop(config)
+        with stop.watched():
+            loop(config)
 
     return run
 
 
-def _stop_at(final: tuple[type[Exception], ...]) -> Any:
-    """Return a callback that fails the run at an error in ``final``, for which Ray Train would restart the workers."""
+def _stop_at(final: tuple[type[Exception], ...], stop: StopRequest) -> Any:
+    """Return a callback that fails the run where Ray Train would restart the workers in vain.
+
+    That is at an error in ``final``, and after a stop was requested.
+    """
     from ray.train import UserCallback
 
     class StopAtFinal(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            stopped = stop.is_sent()
             for error in worker_exceptions.values():
-                if isinstance(error, final):
+                if stopped or isinstance(error, final):
                     raise error  # becomes an error of the controller, which Ray Train does not retry
 
     return StopAtFinal()

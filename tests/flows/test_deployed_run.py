@@ -1,28 +1,33 @@
-"""Tests of the final state of a run that finds the lease on its domain taken."""
+"""Tests of the final states of a run: it finds the lease on its domain taken, or is cancelled."""
 
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from prefect.context import FlowRunContext
+from prefect.exceptions import TerminationSignal
+from prefect.states import Cancelling, Completed, Running, State
 
-from flows.deployed_run import skip_if_leased
+from flows import deployed_run
+from flows.deployed_run import deployable
 from infra.errors import LeaseHeldError, StageError
 from infra.storage.lease import lease
 
 
-@skip_if_leased
+@deployable
 def write(folder: str) -> Any:
     with lease(folder, holder="second"):
         return "written"
 
 
 def run_of(deployment: str | None) -> FlowRunContext:
-    return FlowRunContext.model_construct(flow_run=SimpleNamespace(deployment_id=deployment))
+    return FlowRunContext.model_construct(flow_run=SimpleNamespace(id="run", deployment_id=deployment))
 
 
-def test_skip_if_leased_in_a_deployed_run_returns_skipped_with_the_holder(tmp_path: Path) -> None:
+def test_deployable_in_a_deployed_run_returns_skipped_with_the_holder(tmp_path: Path) -> None:
     with lease(str(tmp_path), holder="rebuild-index birds"), run_of("an-id"):
         state = write(str(tmp_path))
     assert (state.name, state.type.value) == ("Skipped", "COMPLETED")
@@ -30,7 +35,7 @@ def test_skip_if_leased_in_a_deployed_run_returns_skipped_with_the_holder(tmp_pa
 
 
 @pytest.mark.parametrize("context", [None, run_of(None)], ids=["function", "direct-flow"])
-def test_skip_if_leased_outside_a_deployed_run_raises(tmp_path: Path, context: FlowRunContext | None) -> None:
+def test_deployable_outside_a_deployed_run_raises(tmp_path: Path, context: FlowRunContext | None) -> None:
     with lease(str(tmp_path), holder="first"), pytest.raises(LeaseHeldError):
         if context is None:
             write(str(tmp_path))
@@ -39,15 +44,56 @@ def test_skip_if_leased_outside_a_deployed_run_raises(tmp_path: Path, context: F
                 write(str(tmp_path))
 
 
-def test_skip_if_leased_without_a_conflict_returns_the_result(tmp_path: Path) -> None:
+def test_deployable_without_a_conflict_returns_the_result(tmp_path: Path) -> None:
     with run_of("an-id"):
         assert write(str(tmp_path)) == "written"
 
 
-def test_skip_if_leased_passes_other_errors(tmp_path: Path) -> None:
-    @skip_if_leased
+def test_deployable_passes_other_errors(tmp_path: Path) -> None:
+    @deployable
     def fail() -> None:
         raise StageError("the lease was lost")
 
     with run_of("an-id"), pytest.raises(StageError, match="lost"):
         fail()
+
+
+class Server:
+    """Prefect's API with one run, as the client of a flow sees it."""
+
+    def __init__(self, state: State[Any]) -> None:
+        self.state = state
+
+    def __call__(self, **_: Any) -> "Server":
+        return self
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def read_flow_run(self, run_id: str) -> Any:
+        if self.state.is_final():
+            raise httpx.ConnectError("refused")
+        return SimpleNamespace(state=self.state)
+
+    def set_flow_run_state(self, run_id: str, state: State[Any], force: bool) -> None:
+        self.state = state
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(Cancelling(), "Cancelled"), (Running(), "Running"), (Completed(), "Completed")]
+)
+def test_deployable_on_sigterm_reports_only_a_run_that_is_being_cancelled(
+    before: State[Any], after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(before)
+    monkeypatch.setattr(deployed_run, "get_client", server)
+
+    @deployable
+    def interrupted() -> None:
+        raise TerminationSignal(signal.SIGTERM)
+
+    with run_of("an-id"), pytest.raises(TerminationSignal):
+        interrupted()
+    assert server.state.name == after
