@@ -3,7 +3,7 @@
 import signal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import pytest
@@ -67,7 +67,7 @@ class Server:
     def __call__(self, **_: Any) -> "Server":
         return self
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None: ...
