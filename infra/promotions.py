@@ -25,6 +25,8 @@ CANDIDATE = "candidate"
 EXPERIMENT = "promotions"
 APPROVAL_TAG = "approval"
 APPROVED = "approved"
+PENDING = "pending"
+"""Outcome of a version whose gates pass, but which is not approved yet."""
 _CHAMPION_TAG = "promotion.champion"
 _MOVING_TAG = "promotion.moving"
 _PIN_TAG = "promotion.pinned"
@@ -108,6 +110,35 @@ class Promotions:
             return f"the alias was moved to version {champion} by hand"
         pinned: str | None = found.tags.get(_PIN_TAG)
         return pinned
+
+    def names(self) -> list[str]:
+        """Return the names of the registered models that have a candidate."""
+        if not is_created(self._settings):
+            return []
+        found: list[str] = []
+        token = None
+        with mlflow_errors(self._settings):
+            while True:
+                page = self._client.search_registered_models(page_token=token)
+                found += [model.name for model in page if CANDIDATE in model.aliases]
+                token = page.token
+                if not token:
+                    return found
+
+    def undecided(self, name: str) -> int | None:
+        """Return the candidate of a registered model if nobody has decided about it, or None.
+
+        A version that waited for approval is undecided again once it is approved. With a pinned champion, only
+        ``promote`` decides.
+        """
+        version = self.version_of(name, CANDIDATE)
+        if version is None or version == self.champion(name) or self.pin(name) is not None:
+            return None
+        with mlflow_errors(self._settings):
+            tags = self._client.get_model_version(name, str(version)).tags
+        state = tags.get(_STATE_TAG)
+        approved = state == PENDING and tags.get(APPROVAL_TAG) == APPROVED
+        return version if state is None or approved else None
 
     def move(self, name: str, version: int, *, pin: str | None = None) -> None:
         """Make a version the champion, pinned for the reason ``pin`` or not pinned. Call this under the lease."""

@@ -7,6 +7,7 @@ KNN_DIFFUSION_CACHE_BYTES     size limit of the cache on each machine           
 KNN_DIFFUSION_RAY_ADDRESS     address of a Ray cluster, e.g. "auto"              a local cluster
 RAY_AUTH_TOKEN_PATH           token of the Ray cluster; read by Ray itself       ~/.ray/auth_token
 KNN_DIFFUSION_CPUS            cores of a local Ray cluster                       all
+KNN_DIFFUSION_PROMOTION       "event": promote generators after an event     "at-once"
 MLFLOW_TRACKING_URI           sqlite:///…, postgresql://… or http://…            sqlite below the root
 MLFLOW_ARTIFACTS              artifact store of new MLflow experiments           a folder below the root
 AWS_ENDPOINT_URL_S3           object store; overrides AWS_ENDPOINT_URL           Amazon S3
@@ -23,6 +24,7 @@ environment. Files in use are kept even above the limit (see ``infra.storage.fil
 
 import re
 from pathlib import Path
+from typing import Literal
 
 from pydantic import AliasChoices, Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -41,6 +43,7 @@ class Settings(BaseSettings):
     cache_bytes: int = Field(default=50_000_000_000, ge=0)
     ray_address: str | None = None
     cpus: int | None = Field(default=None, ge=1)
+    promotion: Literal["at-once", "event"] = "at-once"
     tracking: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI", repr=False)
     artifacts: str | None = Field(default=None, validation_alias="MLFLOW_ARTIFACTS", repr=False)
     object_store: str | None = Field(

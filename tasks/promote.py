@@ -11,7 +11,7 @@ from typing import Any
 
 from infra import logs
 from infra.errors import InputError, NotFoundError
-from infra.promotions import CANDIDATE, Decision, GateResult, Promotions
+from infra.promotions import CANDIDATE, PENDING, Decision, GateResult, Promotions
 from infra.registry import CHAMPION, DATABASE_PREFIX, GENERATOR_NAME, RegisteredVersion, Registry
 from infra.settings import Settings
 from tasks.promotion.config import AT_ONCE, DatabaseGates, GeneratorGates
@@ -66,7 +66,7 @@ def promote(request: PromotionRequest, settings: Settings) -> Decision:
     if failed and not request.force:
         outcome = "refused"
     elif request.approval and not request.force and not store.is_approved(request.name, request.version):
-        outcome = "pending"
+        outcome = PENDING
     if outcome == "promoted":
         store.move(request.name, request.version)
     return _record(request, outcome, before, gates, store)

@@ -8,8 +8,8 @@ from pathlib import Path
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-from infra import artifacts, logs
-from infra.promotions import CANDIDATE
+from infra import artifacts, events, logs
+from infra.promotions import CANDIDATE, Promotions
 from infra.registry import CHAMPION, DATABASE_PREFIX, GENERATOR_NAME, RegisteredVersion, Registry
 from infra.settings import Settings
 from infra.storage.lease import lease
@@ -82,6 +82,7 @@ def register_generator(
 ) -> RegistrationResult:
     """Register ``generator``, weights included, as ``knn-diffusion``, and promote it if its absolute gates pass.
 
+    With ``KNN_DIFFUSION_PROMOTION=event`` it remains a candidate until it has been compared with the champion.
     ``database_uri`` is the default database of the pyfunc model. ``scores`` become tags.
     """
     manifest, folder = generator.manifest(), generator_folder(generator, settings.cache_folder)
@@ -106,9 +107,13 @@ def register_generator(
         run_id=run_id,
         alias=CANDIDATE,
     )
-    with lease(promotion_folder(GENERATOR_NAME, settings), holder=f"register {GENERATOR_NAME}", wait_s=_WAIT_S):
-        decision = promote_registered(registered, settings, scores)
-    is_champion = decision is None or decision.moved
+    champion = Promotions(settings).champion(GENERATOR_NAME)
+    if settings.promotion == "event" and champion not in (None, registered.version):
+        is_champion = False  # the event starts the comparison with the champion
+    else:
+        with lease(promotion_folder(GENERATOR_NAME, settings), holder=f"register {GENERATOR_NAME}", wait_s=_WAIT_S):
+            decision = promote_registered(registered, settings, scores)
+        is_champion = decision is None or decision.moved
     return _log_registration(registered, time.monotonic() - started, is_champion=is_champion)
 
 
@@ -141,4 +146,5 @@ def _log_registration(registered: RegisteredVersion, seconds: float, *, is_champ
     state = "was registered" if registered.existed else f"{seconds:.1f} s"
     alias_uri = f"models:/{registered.name}@{CHAMPION if is_champion else CANDIDATE}"
     logs.get("stage").info("%-11s %s = version %d  %s", "register", alias_uri, registered.version, state)
+    events.emit_registered(registered.name, registered.version)
     return RegistrationResult(uri=registered.uri, alias_uri=alias_uri, skipped=registered.existed, seconds=seconds)

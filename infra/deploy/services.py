@@ -191,6 +191,7 @@ def _worker(stack: Stack, settings: Settings) -> Service:
             **QUIET,
             **driver_environment(stack, settings),
             "KNN_DIFFUSION_CHECKOUT": str(stack.checkout),
+            "KNN_DIFFUSION_PROMOTION": os.environ.get("KNN_DIFFUSION_PROMOTION", "event"),
             "PREFECT_HOME": str(stack.folder / "worker"),
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
             "PREFECT_WORKER_ENABLE_CANCELLATION": "true",
