@@ -59,13 +59,13 @@ def up(
             database.parent.mkdir(parents=True, exist_ok=True)
             registry_database.prepare(database, here.artifacts_uri)
         database_server.check(here.tracking_uri)
-        for service in services(wanted, here):
-            started = processes.start(service, wanted.folder)
-            print(f"{service.name}: healthy, process {started.pid}", file=sys.stderr)
-            if service.name == "prefect-server":
-                from flows.deploy import create_automation
+        *servers, worker = services(wanted, here)
+        started = processes.start(servers, wanted.folder)
+        from flows.deploy import create_automation
 
-                create_automation()
+        create_automation()
+        for one in [*started, *processes.start([worker], wanted.folder)]:
+            print(f"{one.name}: healthy, process {one.pid}", file=sys.stderr)
         for name, value in driver_environment(wanted, here).items():
             say(f"export {name}={value}")
 

@@ -73,24 +73,42 @@ def read_started(folder: Path) -> list[Started]:
     return []
 
 
-def start(service: Service, folder: Path) -> Started:
-    """Start a service, record it in ``folder`` and wait until it is healthy.
+def start(services: Sequence[Service], folder: Path) -> list[Started]:
+    """Start services together, record them in ``folder`` and wait until each is healthy.
 
-    A service that already runs is returned as it is.
+    A service that already runs is kept and returned as it is.
 
     Raises:
-        StageError: Another program uses its port, or the service ends or does not become healthy. It is then stopped.
+        StageError: Another program uses a port, or a service ends or does not become healthy. Those started here are
+            then stopped.
     """
     make_folder(folder, PRIVATE)
-    recorded = [one for one in read_started(folder) if one.is_running()]
-    for one in recorded:
-        if one.name == service.name:
-            return one
+    started: list[Started] = []
+    waiting: list[tuple[Service, subprocess.Popen[bytes]]] = []
+    try:
+        for service in services:
+            recorded = [one for one in read_started(folder) if one.is_running()]
+            running = next((one for one in recorded if one.name == service.name), None)
+            if running is None:
+                process = _launch(service, folder)
+                waiting.append((service, process))
+                running = Started(name=service.name, pid=process.pid, started=start_time(process.pid) or 0)
+                _record(folder, [*recorded, running])
+            started.append(running)
+        for service, process in waiting:
+            _wait_until_healthy(service, process, _log(service, folder))
+    except BaseException:
+        for service, _ in reversed(waiting):
+            stop(folder, only=service.name)
+        raise
+    return started
+
+
+def _launch(service: Service, folder: Path) -> subprocess.Popen[bytes]:
     if service.port is not None and _accepts(service.port):
         raise StageError(f"port of {service.name} is in use: {service.port}; choose another port, or end its program")
-    log = folder / f"{service.name}.log"
-    with open(log, "ab") as output:
-        process = subprocess.Popen(  # noqa: S603 - a command of ours
+    with open(_log(service, folder), "ab") as output:
+        return subprocess.Popen(  # noqa: S603 - a command of ours
             service.command,
             env={**os.environ, **service.environment},
             stdin=subprocess.DEVNULL,
@@ -98,14 +116,10 @@ def start(service: Service, folder: Path) -> Started:
             stderr=output,
             start_new_session=True,
         )
-    started = Started(name=service.name, pid=process.pid, started=start_time(process.pid) or 0)
-    _record(folder, [*recorded, started])
-    try:
-        _wait_until_healthy(service, process, log)
-    except BaseException:
-        stop(folder, only=service.name)
-        raise
-    return started
+
+
+def _log(service: Service, folder: Path) -> Path:
+    return folder / f"{service.name}.log"
 
 
 def stop(folder: Path, only: str | None = None) -> list[str]:

@@ -59,7 +59,7 @@ class Stack:
 
 
 def services(stack: Stack, settings: Settings) -> list[Service]:
-    """Return the services in the order in which they are started. Creates the Ray token."""
+    """Return the services; the last one, the worker, needs the others. Creates the Ray token."""
     make_folder(stack.folder, PRIVATE)
     external = (settings.tracking or "").startswith(("http://", "https://"))
     return [_ray(stack), _prefect(stack), *([] if external else [_mlflow(stack, settings)]), _worker(stack, settings)]

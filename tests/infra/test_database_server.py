@@ -1,13 +1,7 @@
 """Tests of MLflow's store on PostgreSQL: a real server, an unreachable one and a missing driver."""
 
-import contextlib
-import os
-import pwd
-import shutil
 import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +10,7 @@ import mlflow
 import pytest
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
+from support.postgres import is_installed, postgres_server
 
 from infra import artifacts, database_server
 from infra.errors import InputError, KNNDiffusionError, TransientError
@@ -27,47 +22,14 @@ SCRIPT = "import mlflow\nmlflow.models.set_model(mlflow.pyfunc.PythonModel())\n"
 SIGNATURE = ModelSignature(inputs=Schema([ColSpec(DataType.string, "prompt")]))
 
 
-def programs() -> Path | None:
-    """Return the folder of PostgreSQL's programs, which Debian does not put on the PATH."""
-    found = shutil.which("initdb")
-    folders = [Path(found).parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    return next((folder for folder in folders if (folder / "initdb").exists()), None)
-
-
-def unprivileged() -> pwd.struct_passwd | None:
-    """Return the user that runs the server, because PostgreSQL refuses root."""
-    if os.geteuid() != 0:
-        return pwd.getpwuid(os.geteuid())
-    with contextlib.suppress(KeyError):
-        return pwd.getpwnam("postgres")
-    with contextlib.suppress(KeyError):
-        return pwd.getpwnam("nobody")
-    return None
-
-
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[str]:
     """Address of a new cluster on a free loopback port."""
-    folder, user = programs(), unprivileged()
-    if folder is None or user is None:
+    if not is_installed():
         pytest.skip("PostgreSQL is not installed (Debian: apt install postgresql)")
     pytest.importorskip("psycopg", reason="the extra postgres is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="pg-") as base:  # pytest's own folders are closed to other users
-        identity = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
-        os.chown(base, user.pw_uid, user.pw_gid)
-        options = f"-h 127.0.0.1 -p {port} -k {base} -c fsync=off"
-        control = [str(folder / "pg_ctl"), "--pgdata", f"{base}/data", "--silent", "--wait", "--log", f"{base}/log"]
-        initialise = [str(folder / "initdb"), "--pgdata", f"{base}/data", "--username=keeper", "--auth=trust"]
-        for command in ([*initialise, "--no-sync"], [*control, "--options", options, "start"]):
-            subprocess.run(command, cwd=base, check=True, stdout=subprocess.DEVNULL, **identity)  # type: ignore[call-overload]
-        try:
-            yield f"keeper@127.0.0.1:{port}/postgres"
-        finally:
-            stop = [*control, "--mode=immediate", "stop"]
-            subprocess.run(stop, cwd=base, check=True, stdout=subprocess.DEVNULL, **identity)  # type: ignore[call-overload]
+    with postgres_server() as address:
+        yield address
 
 
 @pytest.fixture

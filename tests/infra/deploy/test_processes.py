@@ -17,8 +17,8 @@ SLEEP = Service(name="sleep", command=["sleep", "60"], settle_s=0.1)
 
 
 def test_start_twice_keeps_the_process_and_stop_ends_it(tmp_path: Path) -> None:
-    first = start(SLEEP, tmp_path)
-    assert start(SLEEP, tmp_path) == first
+    (first,) = start([SLEEP], tmp_path)
+    assert start([SLEEP], tmp_path) == [first]
     assert stop(tmp_path) == ["sleep"]
     assert start_time(first.pid) is None
     assert read_started(tmp_path) == []
@@ -33,17 +33,17 @@ def test_stop_leaves_a_later_process_with_the_same_id(tmp_path: Path) -> None:
         other.kill()
 
 
-def test_start_with_a_command_that_ends_fails_with_its_last_line(tmp_path: Path) -> None:
+def test_start_with_a_command_that_ends_fails_with_its_last_line_and_stops_the_others(tmp_path: Path) -> None:
     fails = Service(name="bad", command=[sys.executable, "-c", "print('no such option'); raise SystemExit(2)"])
     with pytest.raises(StageError, match=r"bad does not start \(no such option\); see .*bad.log"):
-        start(dataclasses.replace(fails, settle_s=20.0), tmp_path)
+        start([SLEEP, dataclasses.replace(fails, settle_s=20.0)], tmp_path)
     assert read_started(tmp_path) == []
 
 
-def test_start_on_a_port_in_use_fails_and_starts_nothing(tmp_path: Path) -> None:
+def test_start_on_a_port_in_use_fails_and_stops_the_others(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        with pytest.raises(StageError, match=f"port of sleep is in use: {port}"):
-            start(dataclasses.replace(SLEEP, port=port), tmp_path)
-    assert not (tmp_path / "services.json").exists()
+        with pytest.raises(StageError, match=f"port of server is in use: {port}"):
+            start([SLEEP, dataclasses.replace(SLEEP, name="server", port=port)], tmp_path)
+    assert read_started(tmp_path) == []
     assert start_time(os.getpid()) is not None
