@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from prefect import get_client
 from prefect.client.schemas import StateType
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 
+from flows.deployment_runs import connected
 from flows.domains import Domain, read_domains
 from infra.deploy.services import HEARTBEAT_S, POOL
 from infra.errors import InputError, StageError
@@ -113,7 +113,7 @@ def create_automation() -> None:
             )
         ],
     )
-    with get_client(sync_client=True) as client:
+    with connected() as client:
         found = client.read_automations_by_name(AUTOMATION)
         for one in found[1:]:
             client.delete_automation(one.id)
@@ -124,7 +124,7 @@ def create_automation() -> None:
 
 
 def _create_pool() -> None:
-    with get_client(sync_client=True) as client:
+    with connected() as client:
         exists = any(pool.name == POOL for pool in client.read_work_pools())
     if not exists:
         _prefect(["work-pool", "create", POOL, "--type", "process"], Path.cwd())
@@ -136,7 +136,7 @@ def _delete_removed(project: Mapping[str, Any]) -> Deployed:
         for entry in project["deployments"]
     }
     deployments, schedules = [], []
-    with get_client(sync_client=True) as client:
+    with connected() as client:
         tagged = DeploymentFilter(tags=DeploymentFilterTags(all_=[project["name"]]))
         for deployment in _all(lambda offset: client.read_deployments(deployment_filter=tagged, offset=offset)):
             name = f"{client.read_flow(deployment.flow_id).name}/{deployment.name}"

@@ -1,13 +1,16 @@
 """Runs of deployments: start, follow, list and cancel."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
+import httpx
 import yaml
 from prefect import get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterExpectedStartTime
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
@@ -15,10 +18,25 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from prefect.states import Cancelling
 
-from infra.errors import InputError, NotFoundError
+from infra.errors import InputError, NotFoundError, StageError
 from infra.text import printable
 
 POLL_S = 1.0
+OUTAGE_S = 120.0
+"""Seconds for which Prefect's server may be unreachable, e.g. restarted, while a run is followed."""
+
+
+@contextmanager
+def connected() -> Iterator[SyncPrefectClient]:
+    """Provide a client of Prefect's server within the block. Raises ``StageError`` if the server does not answer."""
+    try:
+        with get_client(sync_client=True) as client:
+            yield client
+    except httpx.TransportError as error:
+        raise StageError(
+            f"Prefect's server does not answer: {PREFECT_API_URL.value()} ({error}); start it with make up, or set "
+            "PREFECT_API_URL"
+        ) from error
 
 
 def start_run(deployment: str, parameters: Sequence[str]) -> FlowRun:
@@ -30,7 +48,7 @@ def start_run(deployment: str, parameters: Sequence[str]) -> FlowRun:
             Values are YAML.
     """
     name = deployment if "/" in deployment else f"{deployment}/{deployment}"
-    with get_client(sync_client=True) as client:
+    with connected() as client:
         try:
             found = client.read_deployment_by_name(name)
         except ObjectNotFound:
@@ -64,24 +82,31 @@ def follow(run_id: UUID, show: Callable[[str], None]) -> int:
     Returns:
         0 if the run completed or was skipped, 1 if it failed or crashed, 130 if it was cancelled.
     """
-    shown = ""
-    with get_client(sync_client=True) as client:
-        while True:
-            state = client.read_flow_run(run_id).state
-            if state is not None:
-                line = (state.name or "") + (f": {state.message}" if state.message and state.is_final() else "")
-                if line != shown:
-                    show(printable(line))
-                    shown = line
-                if state.is_final():
-                    return 0 if state.is_completed() else 130 if state.is_cancelled() else 1
-            time.sleep(POLL_S)
+    shown, answered = "", time.monotonic()
+    while True:
+        try:
+            with connected() as client:
+                state = client.read_flow_run(run_id).state
+        except StageError:
+            if time.monotonic() - answered > OUTAGE_S:
+                raise
+            state = None
+        else:
+            answered = time.monotonic()
+        if state is not None:
+            line = (state.name or "") + (f": {state.message}" if state.message and state.is_final() else "")
+            if line != shown:
+                show(printable(line))
+                shown = line
+            if state.is_final():
+                return 0 if state.is_completed() else 130 if state.is_cancelled() else 1
+        time.sleep(POLL_S)
 
 
 def list_runs(limit: int) -> list[dict[str, Any]]:
     """Return the newest runs of deployments, without those scheduled for later: id, name, state and start."""
     due = FlowRunFilter(expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)))
-    with get_client(sync_client=True) as client:
+    with connected() as client:
         runs = client.read_flow_runs(flow_run_filter=due, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=limit)
     return [
         {
@@ -101,7 +126,7 @@ def cancel(run: str) -> FlowRun:
         run_id = UUID(run)
     except ValueError:
         raise InputError(f"not the id of a run: {run}; see knn-diffusion runs") from None
-    with get_client(sync_client=True) as client:
+    with connected() as client:
         try:
             found = client.read_flow_run(run_id)
         except ObjectNotFound:
