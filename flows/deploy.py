@@ -4,6 +4,7 @@
 name as a tag; only deployments with this tag are deleted.
 """
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -17,10 +18,12 @@ from typing import Any
 
 import yaml
 from prefect.client.schemas import StateType
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
+from prefect.exceptions import ObjectAlreadyExists
 
 from flows.deployment_runs import connected
 from flows.domains import Domain, read_domains
@@ -124,10 +127,9 @@ def create_automation() -> None:
 
 
 def _create_pool() -> None:
-    with connected() as client:
-        exists = any(pool.name == POOL for pool in client.read_work_pools())
-    if not exists:
-        _prefect(["work-pool", "create", POOL, "--type", "process"], Path.cwd())
+    """Create the work pool unless it exists. A worker that starts now may create it at the same moment."""
+    with connected() as client, contextlib.suppress(ObjectAlreadyExists):
+        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
 
 
 def _delete_removed(project: Mapping[str, Any]) -> Deployed:
