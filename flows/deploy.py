@@ -25,6 +25,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectAlreadyExists
 
+from flows.deployed_run import TAG
 from flows.deployment_runs import connected
 from flows.domains import Domain, read_domains
 from infra.deploy.services import HEARTBEAT_S, POOL
@@ -96,7 +97,8 @@ def _rebuild_of(template: Mapping[str, Any], domain: Domain) -> dict[str, Any]:
 def create_automation() -> None:
     """Create or update the automation that marks runs as crashed after three missed heartbeats.
 
-    Prefect's server marks nothing by itself: a run whose worker and process die would remain Running.
+    Prefect's server marks nothing by itself: a run whose worker and process die would remain Running. Runs of other
+    projects are left alone, because their heartbeats may be less frequent.
     """
     automation = AutomationCore(
         name=AUTOMATION,
@@ -105,6 +107,7 @@ def create_automation() -> None:
             after={"prefect.flow-run.heartbeat"},
             expect={"prefect.flow-run.*"},
             match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+            match_related=ResourceSpecification({"prefect.resource.id": [f"prefect.tag.{TAG}"]}),
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,

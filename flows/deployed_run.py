@@ -6,7 +6,7 @@ from typing import ParamSpec, TypeVar
 from uuid import UUID
 
 import httpx
-from prefect import get_client
+from prefect import get_client, tags
 from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled, Completed
@@ -16,6 +16,9 @@ from infra.errors import LeaseHeldError
 
 SKIPPED = "Skipped"
 """Name of the state of a run that found the lease on its domain taken. Its type is ``COMPLETED``."""
+
+TAG = "knn-diffusion"
+"""Tag of the deployments, their runs and the flows and tasks inside, for which the automation on heartbeats watches."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,7 +37,8 @@ def deployable(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return function(*args, **kwargs)
+            with tags(TAG):
+                return function(*args, **kwargs)
         except LeaseHeldError as error:
             if _deployed_run() is None:
                 raise
