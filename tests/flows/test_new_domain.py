@@ -274,3 +274,29 @@ def test_draw_swap_has_one_row_per_prompt() -> None:
     blues = (sheet == (0, 0, 255)).all(axis=2)
     assert reds.sum() == 2 * 2 * CELL_PX * CELL_PX
     assert 0.9 < blues.sum() / (2 * 3 * CELL_PX * CELL_PX / 2) < 1.1  # half as wide as high: the aspect ratio is kept
+
+
+def test_generator_registered_beside_a_champion_waits_for_the_event_if_configured(domain: Any) -> None:
+    from infra.promotions import Promotions
+    from infra.registry import GENERATOR_NAME
+    from infra.settings import Settings
+    from infra.tracking import registry_client
+    from tasks.register import register_generator
+
+    settings = Settings(root=str(domain.root), promotion="event")
+    store, client, trained = Promotions(settings), registry_client(settings), domain.result.trained
+    registered = int(trained.registered.uri.rpartition("/")[2])
+    other = client.create_model_version(GENERATOR_NAME, f"{domain.root}/other").version
+    before = store.champion(GENERATOR_NAME)
+    try:
+        store.move(GENERATOR_NAME, int(other))
+        result = register_generator(
+            trained.generator.reference, domain.result.database.reference.uri, {"clip_score": 0.5}, settings
+        )
+        assert result.alias_uri == f"models:/{GENERATOR_NAME}@candidate"
+        assert store.champion(GENERATOR_NAME) == int(other)
+        assert store.version_of(GENERATOR_NAME, "candidate") == registered
+    finally:
+        if before is not None:
+            store.move(GENERATOR_NAME, before)
+        client.delete_model_version(GENERATOR_NAME, other)

@@ -58,3 +58,21 @@ def test_move_killed_after_any_call_is_not_taken_for_a_move_by_hand(
             Promotions(mlflow_settings).move(NAME, 2)
     assert Promotions(mlflow_settings).champion(NAME) == (2 if "set_registered_model_alias" in made else 1)
     assert Promotions(mlflow_settings).pin(NAME) is None
+
+
+def test_undecided_is_a_candidate_without_a_decision_or_approved_since(
+    client: MlflowClient, mlflow_settings: Settings
+) -> None:
+    store = Promotions(mlflow_settings)
+    assert (store.names(), store.undecided(NAME), store.undecided("knn-diffusion")) == ([], None, None)
+    client.set_registered_model_alias(NAME, "candidate", "2")
+    assert (store.names(), store.undecided(NAME)) == ([NAME], 2)
+    for state in ("refused", "pending"):
+        client.set_model_version_tag(NAME, "2", "promotion.state", state)
+        assert store.undecided(NAME) is None
+    client.set_model_version_tag(NAME, "2", "approval", "approved")
+    assert store.undecided(NAME) == 2
+    store.move(NAME, 1, pin="rolled back")
+    assert store.undecided(NAME) is None
+    store.move(NAME, 2)
+    assert (store.names(), store.undecided(NAME)) == ([], None)

@@ -1,0 +1,210 @@
+"""Operation of a deployment on the real services of ``knn-diffusion up``: schedules, kills, cancels and promotion."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow.tracking import MlflowClient
+from prefect.client.schemas.objects import FlowRun
+from support.changing_domain import BODY, NAMES
+from support.command import refused, run
+from support.fakes import LoopbackServer, Reply, WithoutRay
+from support.postgres import is_installed, postgres_server
+from support.stack import CHECKOUT, Stack, started, wait_for
+from support.tiny_domain import write_urls
+
+from flows.deployment_runs import cancel, connected, list_runs
+from infra.errors import StageError
+
+pytestmark = [pytest.mark.slow, pytest.mark.integration]
+
+CRASHED_S = 120.0
+"""Seconds after which a run without heartbeats must be Crashed."""
+CANCELLED_S = 20.0  # 10 on a machine with nothing else to do
+DOMAIN, MODEL = "shapes", "knn-database.shapes"
+
+
+def probe(name: str, *, cron: bool = False, **config: Any) -> dict[str, Any]:
+    """Return a deployment of the probe, on a schedule that fires every minute or on none."""
+    schedules = [{"slug": "minute", "cron": "* * * * *", "timezone": "UTC", "active": True}] if cron else []
+    return {"name": name, "entrypoint": "probe.py:probe", "parameters": {"config": config}, "schedules": schedules}
+
+
+def real(name: str) -> dict[str, Any]:
+    """Return a deployment of prefect.yaml without its schedule."""
+    entries = yaml.safe_load((CHECKOUT / "prefect.yaml").read_text())["deployments"]
+    (entry,) = [entry for entry in entries if entry["name"] == name]
+    return {key: value for key, value in entry.items() if key not in ("work_pool", "schedules")}
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The services, with MLflow on PostgreSQL where that is installed."""
+    with contextlib.ExitStack() as resources:
+        tracking = None
+        if is_installed() and importlib.util.find_spec("psycopg"):
+            tracking = f"postgresql://{resources.enter_context(postgres_server())}"
+        yield resources.enter_context(started(tmp_path_factory.mktemp("stack"), tracking))
+
+
+@pytest.fixture(scope="module")
+def doomed(stack: Stack) -> tuple[FlowRun, datetime]:
+    """A run whose worker and process were killed, and when. A new worker runs, and everything is deployed."""
+    both = [probe(name, cron=True, domain="scheduled", seconds=20) for name in ("first", "second")]
+    stack.deploy(probe("probe", domain="any", seconds=600), *both, real("new-domain"), real("sweep"))
+    doomed = stack.start("probe/probe", domain="doomed")
+    process = stack.running(doomed, "doomed")
+    time.sleep(3)  # until the server has received the first heartbeat
+    stack.kill("worker")
+    os.kill(process, signal.SIGKILL)
+    killed = datetime.now(UTC)
+    assert stack.command("status", "--stack", str(stack.folder / "stack")).returncode == 1
+    stack.up()
+    return doomed, killed
+
+
+@pytest.fixture
+def variables(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """Use the services in this process."""
+    import mlflow
+
+    for name in ("MLFLOW_TRACKING_URI", "KNN_DIFFUSION_ROOT"):
+        monkeypatch.setenv(name, stack.variables[name])
+    yield stack.variables
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    mlflow.set_registry_uri(None)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def images() -> Iterator[LoopbackServer]:
+    with LoopbackServer({path: Reply(body=body) for path, body in BODY.items()}) as server:
+        yield server
+
+
+def test_two_schedules_of_one_domain_end_as_completed_and_skipped(
+    stack: Stack, doomed: tuple[FlowRun, datetime]
+) -> None:
+    def met() -> list[Any]:
+        first, second = stack.ended_runs_of("first"), stack.ended_runs_of("second")
+        pairs = [(a, b) for a in first for b in second if a.expected_start_time == b.expected_start_time]
+        return [pair for pair in pairs if {one.state_name for one in pair} == {"Completed", "Skipped"}]
+
+    wait_for(met, 180)
+    skipped = next(one for one in met()[0] if one.state_name == "Skipped")
+    assert "is being written by probe scheduled" in (skipped.state.message or "")
+    deployed = stack.deploy(
+        probe("probe", domain="any", seconds=600),
+        probe("first", domain="scheduled", seconds=20),
+        real("new-domain"),
+        real("sweep"),
+    )
+    assert deployed.deleted_deployments == ("probe/second",)
+    assert deployed.deleted_schedules == ("probe/first minute",)
+
+
+def test_cancel_on_ray_ends_as_cancelled_and_frees_the_domain(stack: Stack, doomed: tuple[FlowRun, datetime]) -> None:
+    begun = stack.start("probe/probe", domain="cancelled", on_ray="true")
+    stack.running(begun, "cancelled")
+    time.sleep(5)
+    cancel(str(begun.id))
+    asked = time.monotonic()
+    state = stack.ended(begun)
+    assert (state.name, time.monotonic() - asked < CANCELLED_S) == ("Cancelled", True)
+    assert "run again to resume" in (state.message or "")
+    again = stack.command("run", "probe/probe", "--param", "domain=cancelled", "--param", "seconds=0")
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.splitlines()[-1] == "Completed"
+
+
+def test_run_completes_after_its_server_was_killed_and_restarted(
+    stack: Stack, doomed: tuple[FlowRun, datetime]
+) -> None:
+    begun = stack.start("probe/probe", domain="restart")
+    stack.running(begun, "restart")
+    stack.kill("prefect-server")
+    with pytest.raises(StageError, match="Prefect's server does not answer"):
+        list_runs(1)
+    stack.up()
+    (stack.root / "restart" / "go").touch()
+    assert stack.ended(begun).name == "Completed"
+
+
+def test_new_domain_completes_after_mlflow_was_killed_while_registering(
+    stack: Stack, doomed: tuple[FlowRun, datetime], images: LoopbackServer
+) -> None:
+    urls = write_urls(stack.folder / "urls.jsonl", [images.url(path) for path in NAMES[:8]])
+    begun = stack.start(
+        "new-domain", domain=DOMAIN, urls=urls, **{"download.policy.allow_hosts": f"['{images.host}']"},
+        **{"download.workers": 1, "embed.workers": 1, "index.recall_queries": 4},
+    )  # fmt: skip
+    wait_for(lambda: "database  " in stack.log(begun), 240)
+    stack.kill("mlflow")
+    time.sleep(2)
+    stack.up()
+    state = stack.ended(begun, 240)
+    assert state.name == "Completed", state.message
+    assert [line.split()[0] for line in stack.log(begun).splitlines() if " rows " in line] == [
+        "images", "embeddings", "database",
+    ]  # fmt: skip
+    wait_for(lambda: stack.ended_runs_of("sweep"))  # started by the event of the registration
+    assert {one.state_name for one in stack.ended_runs_of("sweep")} == {"Completed"}
+
+
+def test_promotion_is_refused_forced_and_rolled_back(
+    variables: dict[str, str], stack: Stack, images: LoopbackServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.rebuild_index import RebuildIndexConfig, rebuild_index
+
+    WithoutRay().install(monkeypatch)
+    urls = write_urls(stack.folder / "more.jsonl", [images.url(path) for path in NAMES[:12]])
+    rebuild_index(RebuildIndexConfig(domain=DOMAIN, urls=str(urls)))
+    refused(run("promote", DOMAIN, "--version", "1"), "was not promoted because gates failed")
+    assert run("promote", DOMAIN, "--version", "1", "--force", "--reason", "the new images are wrong").exit_code == 0
+    assert run("rollback", DOMAIN, "--reason", "they were right").exit_code == 0
+    history = json.loads(run("history", DOMAIN, "--json").stdout)
+    assert [(one["outcome"], one["version"], one["after"]) for one in history] == [
+        ("rolled-back", 2, 2), ("promoted", 1, 1), ("refused", 1, 2), ("promoted", 2, 2), ("promoted", 1, 1),
+    ]  # fmt: skip
+
+
+def test_sweep_decides_once_about_a_candidate_whose_event_was_lost(variables: dict[str, str]) -> None:
+    from flows.sweep import SweepConfig, sweep
+
+    client = MlflowClient(variables["MLFLOW_TRACKING_URI"])
+    client.set_registered_model_alias(MODEL, "candidate", "1")  # as a process leaves it that was killed there
+    client.delete_model_version_tag(MODEL, "1", "promotion.state")
+    assert sweep(SweepConfig()) == [], "a rollback has pinned the champion"
+    assert run("promote", DOMAIN, "--version", "2").exit_code == 0
+    (decision,) = sweep(SweepConfig())
+    assert (decision.name, decision.version, decision.outcome) == (MODEL, 1, "refused")
+    assert sweep(SweepConfig(name=DOMAIN)) == []
+
+
+def test_run_without_heartbeats_is_crashed_and_blocks_no_domain(stack: Stack, doomed: tuple[FlowRun, datetime]) -> None:
+    run_without_process, killed = doomed
+    state = stack.ended(run_without_process, CRASHED_S)
+    assert state.name == "Crashed"
+    assert "No heartbeat for 90 s" in (state.message or "")
+    assert (state.timestamp - killed).total_seconds() < CRASHED_S
+    again = stack.start("probe/probe", domain="doomed", seconds=0)
+    assert stack.ended(again).name == "Completed"
+    with connected() as client:
+        crashed = [one.id for one in client.read_flow_runs() if one.state is not None and one.state.is_crashed()]
+    assert crashed == [run_without_process.id], "a run that has ended was marked too"
+
+
+def test_down_stops_every_service(stack: Stack) -> None:
+    done = stack.command("down", "--stack", str(stack.folder / "stack"))
+    assert done.returncode == 0, done.stderr
+    names = ["worker", "mlflow", "prefect-server", "ray"]
+    assert sorted(line.partition(":")[0] for line in done.stderr.splitlines()) == sorted(names)
+    assert not (Path(stack.folder) / "stack" / "services.json").read_text().strip("[]")
