@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from infra.errors import StageError
+from infra.home import require_state_folder
 from infra.storage.folders import PRIVATE, make_folder
 
 STARTUP_S = 90.0
@@ -45,6 +46,7 @@ def prefect_api(home: Path | None = None) -> Iterator[None]:
         home: Folder for the server's state. Default: Prefect's own default.
 
     Raises:
+        InputError: The folder for the server's state cannot be written.
         StageError: The server does not start; the message includes its last line of output.
     """
     if os.environ.get("PREFECT_API_URL"):
@@ -53,6 +55,7 @@ def prefect_api(home: Path | None = None) -> Iterator[None]:
     if home is not None:
         make_folder(home, PRIVATE)
         os.environ["PREFECT_HOME"] = str(home.absolute())
+    require_state_folder("PREFECT_HOME", "~/.prefect")
     port = free_port()
     secret = f"knn-diffusion:{secrets.token_urlsafe(32)}"
     environment = {

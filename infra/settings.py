@@ -2,6 +2,8 @@
 
 Variable                      Meaning                                            Default
 KNN_DIFFUSION_ROOT            root of all artifacts (a folder or s3://…)         ./knn-diffusion-data
+KNN_DIFFUSION_HOME            one folder for the cache and for the state of         the home folder
+                              libraries, see ``infra.home``
 KNN_DIFFUSION_CACHE           local cache of remote files, by digest             ~/.cache/knn-diffusion
 KNN_DIFFUSION_CACHE_BYTES     size limit of the cache on each machine            50000000000
 KNN_DIFFUSION_RAY_ADDRESS     address of a Ray cluster, e.g. "auto"              a local cluster
@@ -31,6 +33,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infra import uris
 from infra.errors import ConfigError
+from infra.home import cache_folder
 
 
 class Settings(BaseSettings):
@@ -39,7 +42,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="KNN_DIFFUSION_", extra="ignore", frozen=True, populate_by_name=True)
 
     root: str = "knn-diffusion-data"
-    cache: Path = Path("~/.cache/knn-diffusion")
+    cache: Path = Field(default_factory=cache_folder)
     cache_bytes: int = Field(default=50_000_000_000, ge=0)
     ray_address: str | None = None
     cpus: int | None = Field(default=None, ge=1)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from infra.home import set_home
 from infra.quiet import QUIET
 
 if TYPE_CHECKING:
@@ -312,7 +313,8 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
 
 def _quiet_environment(verbose: bool) -> None:
-    """Set the variables that disable telemetry and start-up banners; libraries read them at import."""
+    """Set the variables of the home folder, of telemetry and of start-up banners; libraries read them at import."""
+    set_home()
     warnings.filterwarnings("ignore")
     quiet = {**QUIET, "TOKENIZERS_PARALLELISM": "false"}
     if not verbose:
