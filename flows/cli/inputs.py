@@ -49,6 +49,12 @@ def check_root(root: str | None) -> None:
         raise InputError(f"{source} does not exist: {given}; give the folder that new-domain wrote to")
 
 
+def check_source_root(root: str | None, *databases: str) -> None:
+    """Raise ``InputError`` as :func:`check_root` does. If all ``databases`` are folders, the root may be a new one."""
+    if not all("/" in name and not name.startswith("models:/") for name in databases):
+        check_root(root)
+
+
 def check_recipe(recipe: str, options: Collection[str]) -> None:
     """Raise ``InputError`` if there is no such recipe, or if it does not accept one of the given ``options``."""
     if recipe not in RECIPE_OPTIONS:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.console import Root, Verbose, Wait, prefect_server, report_errors, say, settings, table
+from flows.cli.inputs import check_root
 
 Name = Annotated[str, typer.Argument(help="Domain, or knn-diffusion for generators.")]
 _HISTORY_COLUMNS = {
@@ -37,28 +38,30 @@ def promote(
 
     Example: knn-diffusion promote birds --version 3
     """
-    with report_errors(verbose), prefect_server():
-        from flows.promote_version import PromoteVersionConfig, promote_version
-        from infra.errors import InputError
-        from infra.registry import champion_uri
+    with report_errors(verbose):
+        check_root(root)
+        with prefect_server():
+            from flows.promote_version import PromoteVersionConfig, promote_version
+            from infra.errors import InputError
+            from infra.registry import champion_uri
 
-        config = PromoteVersionConfig(
-            name=name, version=version, root=root, approval=approval, force=force, reason=reason, wait_s=wait
-        )
-        decision = promote_version(config)
-        for gate in decision.gates:
-            typer.echo(str(gate), err=True)
-        if decision.outcome == "pending":
-            raise InputError(
-                f"version {decision.version} of {decision.name} is not approved; "
-                "set the tag approval=approved of the version and promote it again"
+            config = PromoteVersionConfig(
+                name=name, version=version, root=root, approval=approval, force=force, reason=reason, wait_s=wait
             )
-        if not decision.moved:
-            raise InputError(
-                f"version {decision.version} of {decision.name} was not promoted because gates failed; "
-                "build a better version, or use --force with --reason"
-            )
-        say(champion_uri(decision.name))
+            decision = promote_version(config)
+            for gate in decision.gates:
+                typer.echo(str(gate), err=True)
+            if decision.outcome == "pending":
+                raise InputError(
+                    f"version {decision.version} of {decision.name} is not approved; "
+                    "set the tag approval=approved of the version and promote it again"
+                )
+            if not decision.moved:
+                raise InputError(
+                    f"version {decision.version} of {decision.name} was not promoted because gates failed; "
+                    "build a better version, or use --force with --reason"
+                )
+            say(champion_uri(decision.name))
 
 
 def rollback(
@@ -76,6 +79,7 @@ def rollback(
     Example: knn-diffusion rollback birds --to 2 --reason "blurred images"
     """
     with report_errors(verbose):
+        check_root(root)
         from infra.registry import champion_uri
         from infra.storage.lease import lease
         from tasks.promote import promotion_folder, registered_name
@@ -100,6 +104,7 @@ def history(
     Example: knn-diffusion history birds --json
     """
     with report_errors(verbose):
+        check_root(root)
         from infra.promotions import Promotions
         from tasks.promote import registered_name
 
@@ -128,6 +133,7 @@ def pull(
     Example: knn-diffusion pull birds --to birds-copy
     """
     with report_errors(verbose):
+        check_root(root)
         from tasks.pull import pull_database, pull_generator
 
         copy = pull_generator if _kind_of(name) == "generator" else pull_database
@@ -147,6 +153,7 @@ def lineage(
     Example: knn-diffusion lineage knn-diffusion --graph
     """
     with report_errors(verbose):
+        check_root(root)
         from infra.registry import Registry
         from tasks.references.lineage_graph import lineage_of, to_dict, to_mermaid, to_text
 

@@ -23,7 +23,7 @@ from flows.cli.console import (
     say,
     settings,
 )
-from flows.cli.inputs import check_domain, check_root, check_takedown_list
+from flows.cli.inputs import check_domain, check_root, check_source_root, check_takedown_list
 from flows.cli.sources import Folder, OnlyFailed, UrlColumn, Urls, source_fields
 
 Domain = Annotated[str, typer.Argument(help="Domain name: lower-case letters, digits, hyphens.")]
@@ -111,22 +111,26 @@ def merge(
 
     Example: knn-diffusion merge emoji twemoji openmoji
     """
-    with report_errors(verbose, quiet), prefect_server():
-        from flows.combine_databases import MergeDatabasesConfig, merge_databases
+    with report_errors(verbose, quiet):
         from infra.errors import InputError
 
+        check_domain(name)
         if len(databases) < 2:
             raise InputError(f"DATABASES has too few entries: {len(databases)}; give two or more")
-        config = MergeDatabasesConfig(
-            domain=name,
-            databases=tuple(databases),
-            index_changes=index_changes(index, memory, target_recall, dedup),
-            replace=replace,
-            trust=trust,
-            root=root,
-            wait_s=wait,
-        )
-        say(merge_databases(config).registered.alias_uri)
+        check_source_root(root, *databases)
+        with prefect_server():
+            from flows.combine_databases import MergeDatabasesConfig, merge_databases
+
+            config = MergeDatabasesConfig(
+                domain=name,
+                databases=tuple(databases),
+                index_changes=index_changes(index, memory, target_recall, dedup),
+                replace=replace,
+                trust=trust,
+                root=root,
+                wait_s=wait,
+            )
+            say(merge_databases(config).registered.alias_uri)
 
 
 def subset(
@@ -151,20 +155,23 @@ def subset(
 
     Example: knn-diffusion subset cats twemoji --where 'url like "%cat%"'
     """
-    with report_errors(verbose, quiet), prefect_server():
-        from flows.combine_databases import SubsetDatabaseConfig, subset_database
+    with report_errors(verbose, quiet):
+        check_domain(name)
+        check_source_root(root, database)
+        with prefect_server():
+            from flows.combine_databases import SubsetDatabaseConfig, subset_database
 
-        config = SubsetDatabaseConfig(
-            domain=name,
-            database=database,
-            where=where,
-            index_changes=index_changes(index, memory, target_recall, dedup),
-            replace=replace,
-            trust=trust,
-            root=root,
-            wait_s=wait,
-        )
-        say(subset_database(config).registered.alias_uri)
+            config = SubsetDatabaseConfig(
+                domain=name,
+                database=database,
+                where=where,
+                index_changes=index_changes(index, memory, target_recall, dedup),
+                replace=replace,
+                trust=trust,
+                root=root,
+                wait_s=wait,
+            )
+            say(subset_database(config).registered.alias_uri)
 
 
 def relocate(

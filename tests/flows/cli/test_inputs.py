@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from flows.cli import inputs
+from flows.cli import app, inputs
 from infra.errors import InputError, NotFoundError
 
 REPORT = """
@@ -143,6 +144,21 @@ def test_check_url_list_reads_only_short_local_files(tmp_path: Path, monkeypatch
     inputs.check_url_list(str(path), ())
     with pytest.raises(NotFoundError):
         inputs.check_url_list(str(tmp_path / "none.csv"), ())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *[("promote", "x"), ("rollback", "x"), ("history", "x"), ("pull", "x", "--to", "y"), ("lineage", "x")],
+        *[("merge", "x", "a", "/b"), ("subset", "x", "models:/a@b", "--where", "width > 1")],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_command_that_reads_a_missing_root_fails(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, [*arguments, "--root", f"{tmp_path}/typo"])
+    assert result.exit_code == 1
+    assert f"--root does not exist: {tmp_path}/typo; give the folder that new-domain wrote to" in result.output
+    assert not (tmp_path / "typo").exists()
 
 
 def test_check_root_requires_a_given_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,7 @@ REPLIES: dict[str, Reply | list[Reply]] = {
     "deadline_exceeded": Reply(body=drip),
     "timeout": Reply(body=hold, raw=True),
     "not_an_image": Reply(body=b"<html>soon to come</html>"),
+    "unsupported_format": Reply(body=b"8BPS\0\1" + bytes(40)),
     "decode_error": Reply(body=make_image(3)[:1000]),
     "too_small": Reply(body=make_image(4, (1, 1), "GIF")),
     "too_many_pixels": Reply(body=bytes(HUGE)),
