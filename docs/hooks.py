@@ -130,13 +130,23 @@ def _docstring(node: ast.ClassDef) -> tuple[str, dict[str, str]]:
 
 
 def _field(module: str, field: ast.AnnAssign, comments: dict[int, str], described: dict[str, str]) -> str:
-    """Return the table row of a field, described by the comment on its lines or by the docstring."""
+    """Return the table row of a field, described by the docstring or by the comment on its lines."""
     own = range(field.lineno, (field.end_lineno or field.lineno) + 1)
     said = " ".join(comments[line] for line in own if line in comments)
     name = ast.unparse(field.target)
-    said = said or described.get(name, "")
+    said = described.get(name) or said
     value = "required" if field.value is None else _code(_default(module, field.value))
-    return f"| `{name}` | {_code(ast.unparse(field.annotation))} | {value} | {_cell(said)} |"
+    return f"| `{name}` | {_code(_type(field.annotation))} | {value} | {_cell(said)} |"
+
+
+def _type(annotation: ast.expr) -> str:
+    """Return an annotation without its bounds, which the description or the default makes plain."""
+    if isinstance(annotation, ast.BinOp):
+        return f"{_type(annotation.left)} | {_type(annotation.right)}"
+    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Annotated":
+        assert isinstance(annotation.slice, ast.Tuple)  # noqa: S101 - for the type checker
+        return ast.unparse(annotation.slice.elts[0])
+    return ast.unparse(annotation)
 
 
 def _default(module: str, value: ast.expr) -> str:

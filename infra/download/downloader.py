@@ -24,10 +24,11 @@ from collections import Counter
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from annotated_types import Ge, Gt
 
 from infra import storage
 from infra.download.decoder import DecodeLimits, ImageBounds, NormaliserProcess
@@ -94,23 +95,41 @@ _MESSAGE_PATTERNS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DownloadPolicy:
-    """Limits on what may be fetched and for how long, and on which images are accepted."""
+    """Limits on what may be fetched and for how long, and on which images are accepted.
 
-    allow_hosts: tuple[str, ...] = ()  # "host:port" entries whose addresses need not be public ("127.0.0.1:8123")
-    max_body_bytes: int = 20_000_000
-    deadline_s: float = 30.0  # wall clock for one attempt at a URL, its redirects and its body included
-    timeout_s: float = 10.0  # for one socket operation
-    max_redirects: int = 5
-    max_pixels: int = 50_000_000  # read from the header, before anything is decoded
-    min_side_px: int = 8  # trackers are 1x1
-    max_side_px: int = 512  # the longer side is reduced to this
-    retries: int = 1  # further attempts after any failure, each with its own deadline
-    threads: int = 32
-    respect_robots_tag: bool = True  # X-Robots-Tag: noai, noimageai, noindex, noimageindex, none
-    user_agent: str | None = dataclasses.field(default=None, metadata=IN_KEY_IF_SET)  # None: this project's
-    host_rate: float = dataclasses.field(default=10.0, metadata=NOT_IN_KEY)  # requests/s to one host; 0: unlimited
-    max_pause_s: float = dataclasses.field(default=60.0, metadata=NOT_IN_KEY)  # longest Retry-After to wait for
-    robots_txt: bool = dataclasses.field(default=False, metadata=IN_KEY_IF_SET)  # respect robots.txt
+    Attributes:
+        allow_hosts: Entries ``host:port`` whose addresses need not be public, such as 127.0.0.1:8123.
+        max_body_bytes: Largest response in bytes.
+        deadline_s: Seconds of wall clock for one attempt at a URL, with its redirects and its body.
+        timeout_s: Seconds for one operation on a socket.
+        max_redirects: Most redirects to follow.
+        max_pixels: Most pixels of an image, read from its header before anything is decoded.
+        min_side_px: Shortest side of an accepted image in px. Trackers have one.
+        max_side_px: Longest side in px. Larger images are reduced to it.
+        retries: Further attempts after a failure, each with a deadline of its own.
+        threads: Concurrent requests of a worker.
+        respect_robots_tag: Skip images whose X-Robots-Tag is noai, noimageai, noindex, noimageindex or none.
+        user_agent: User agent of the requests. Default: the name, version and address of this project.
+        host_rate: Most requests per second to one host. 0 is unlimited.
+        max_pause_s: Longest pause in seconds that a server may ask for with Retry-After.
+        robots_txt: Skip what robots.txt disallows.
+    """
+
+    allow_hosts: tuple[str, ...] = ()
+    max_body_bytes: Annotated[int, Ge(1)] = 20_000_000
+    deadline_s: Annotated[float, Gt(0)] = 30.0
+    timeout_s: Annotated[float, Gt(0)] = 10.0
+    max_redirects: Annotated[int, Ge(0)] = 5
+    max_pixels: Annotated[int, Ge(1)] = 50_000_000
+    min_side_px: Annotated[int, Ge(1)] = 8
+    max_side_px: Annotated[int, Ge(1)] = 512
+    retries: Annotated[int, Ge(0)] = 1
+    threads: Annotated[int, Ge(1)] = 32
+    respect_robots_tag: bool = True
+    user_agent: str | None = dataclasses.field(default=None, metadata=IN_KEY_IF_SET)
+    host_rate: Annotated[float, Ge(0)] = dataclasses.field(default=10.0, metadata=NOT_IN_KEY)
+    max_pause_s: Annotated[float, Ge(0)] = dataclasses.field(default=60.0, metadata=NOT_IN_KEY)
+    robots_txt: bool = dataclasses.field(default=False, metadata=IN_KEY_IF_SET)
 
     def __post_init__(self) -> None:
         hosts: object = self.allow_hosts

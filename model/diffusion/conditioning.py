@@ -12,9 +12,11 @@ condition" are thus inputs that the network has seen in training.
 """
 
 import dataclasses
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Interval
 from torch import Tensor
 
 from model.errors import ModelError
@@ -32,18 +34,27 @@ class ConditioningConfig:
 
     The neighbours of a text are farther apart than those of an image. ``pool`` may therefore be larger than
     ``neighbours``: half of the samples then see a random subset of the pool instead of the nearest neighbours.
-    ``fewer_neighbours`` is the share of samples that see a random number of neighbours, at least 1. It makes k at
-    inference independent of k in training.
+    ``fewer_neighbours`` makes k at inference independent of k in training.
+
+    Attributes:
+        neighbours: Neighbours that the network sees.
+        pool: Neighbours searched for each image. Training shows ``neighbours`` of them.
+        fewer_neighbours: Share of samples that see a random number of neighbours, at least 1.
+        drop_all: Probability that query and neighbours are hidden.
+        drop_query: Probability that only the query is hidden.
+        drop_neighbours: Probability that only the neighbours are hidden.
+        gap_probability: Probability that the query is mixed with a random direction, as a text differs from an image.
+        gap_weight: Largest weight of the random direction.
     """
 
-    neighbours: int = 10
-    pool: int = 10  # neighbours searched for each image; training shows ``neighbours`` of them
-    fewer_neighbours: float = 0.1
-    drop_all: float = 0.10
-    drop_query: float = 0.15
-    drop_neighbours: float = 0.10
-    gap_probability: float = 0.7
-    gap_weight: float = 0.9  # maximum weight of the random direction
+    neighbours: Annotated[int, Ge(1)] = 10
+    pool: Annotated[int, Ge(1)] = 10
+    fewer_neighbours: Annotated[float, Interval(ge=0, le=1)] = 0.1
+    drop_all: Annotated[float, Interval(ge=0, le=1)] = 0.10
+    drop_query: Annotated[float, Interval(ge=0, le=1)] = 0.15
+    drop_neighbours: Annotated[float, Interval(ge=0, le=1)] = 0.10
+    gap_probability: Annotated[float, Interval(ge=0, le=1)] = 0.7
+    gap_weight: Annotated[float, Interval(ge=0, lt=1)] = 0.9
 
     def __post_init__(self) -> None:
         """Validate the fields."""

@@ -9,9 +9,10 @@ the meaning of the output, and cheaper forms of the attention and patch layers
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from diffusers import PixArtTransformer2DModel
 from torch import nn
 
@@ -23,15 +24,26 @@ from model.networks.fused_attention import use_fused_attention
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TransformerConfig:
-    """Size of the transformer, and the type of its output. Its width is heads × head_width."""
+    """Size of the transformer, and what it predicts. Its width is heads × head_width.
+
+    Attributes:
+        kind: Kind of the network.
+        image_size: Side of the denoised pixels or latents.
+        channels: 3 for pixels, else the channels of the latents.
+        patch_size: Side of a patch. ``image_size`` must be a multiple of it.
+        layers: Number of blocks.
+        heads: Attention heads of a block.
+        head_width: Channels of a head.
+        prediction: What the network predicts.
+    """
 
     kind: Literal["transformer"] = "transformer"  # discriminates the network configs in a flow's parameters
-    image_size: int = 32  # side of the denoised pixels or latents
-    channels: int = 3  # 3 for pixels, else the channels of the latents
-    patch_size: int = 4
-    layers: int = 6
-    heads: int = 4
-    head_width: int = 32
+    image_size: int = 32
+    channels: Annotated[int, Ge(1)] = 3
+    patch_size: Annotated[int, Ge(1)] = 4
+    layers: Annotated[int, Ge(1)] = 6
+    heads: Annotated[int, Ge(1)] = 4
+    head_width: Annotated[int, Ge(1)] = 32
     prediction: Prediction = "velocity"
 
     def __post_init__(self) -> None:

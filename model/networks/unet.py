@@ -6,9 +6,10 @@ to reproduce the paper.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from diffusers import UNet2DConditionModel
 from torch import nn
 
@@ -22,14 +23,23 @@ class UNetConfig:
     """Size of the U-Net: one level per entry of ``widths``, each at half the resolution of the one before.
 
     All levels but the first have attention.
+
+    Attributes:
+        kind: Kind of the network.
+        image_size: Side of the denoised pixels or latents.
+        channels: 3 for pixels, else the channels of the latents.
+        widths: Channels of each level, multiples of 32 and of ``head_width``.
+        layers: Residual layers per level.
+        head_width: Channels of an attention head.
+        prediction: What the network predicts.
     """
 
     kind: Literal["unet"] = "unet"
     image_size: int = 64
     channels: int = 3
     widths: tuple[int, ...] = (64, 128, 192, 256)
-    layers: int = 2  # per level
-    head_width: int = 32
+    layers: int = 2
+    head_width: Annotated[int, Ge(1)] = 32
     prediction: Prediction = "velocity"
 
     def __post_init__(self) -> None:

@@ -10,10 +10,11 @@ of all blocks come from one layer (adaLN-single, Chen et al. 2310.00426, §2.3),
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
@@ -35,18 +36,25 @@ TIME_CHANNELS = 256
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class VQTransformerConfig:
-    """Size of the transformer.
+    """Size of the transformer over the codes of an autoencoder.
 
-    ``codes`` and ``tokens`` must match the autoencoder, and ``timesteps`` the diffusion process.
+    Attributes:
+        kind: Kind of the network.
+        codes: Number of codes, that of the autoencoder.
+        tokens: Codes of an image, a square number that must match the autoencoder.
+        timesteps: Steps of the diffusion process.
+        layers: Number of blocks.
+        heads: Attention heads of a block.
+        head_width: Channels of a head.
     """
 
     kind: Literal["vq-transformer"] = "vq-transformer"
-    codes: int = 1024
-    tokens: int = 256
-    timesteps: int = 100
-    layers: int = 8
-    heads: int = 6
-    head_width: int = 64
+    codes: Annotated[int, Ge(2)] = 1024
+    tokens: Annotated[int, Ge(1)] = 256
+    timesteps: Annotated[int, Ge(2)] = 100
+    layers: Annotated[int, Ge(1)] = 8
+    heads: Annotated[int, Ge(1)] = 6
+    head_width: Annotated[int, Ge(1)] = 64
 
     def __post_init__(self) -> None:
         """Raise ``ModelError`` if the tokens do not form a square or a size is too small."""

@@ -4,9 +4,10 @@ import dataclasses
 import math
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
+from annotated_types import Ge, Gt, Interval
 from torch import nn
 
 from model.errors import ModelError
@@ -16,24 +17,43 @@ from model.training.batch import Batch
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
-    """Length, rates and intervals of a training run. Lengths and intervals are numbers of images, not of steps."""
+    """Length, rates and intervals of a training run. Lengths are counted in images, independent of the batch size.
 
-    images: int = 40_000
-    batch_size: int = 32  # global: over all workers and pieces
-    pieces: int = 1  # gradient accumulation: each worker's share of the batch is computed in this many pieces
-    learning_rate: float = 3e-3
+    Attributes:
+        images: Images to train on, counted with repetitions.
+        batch_size: Images per step over all workers and pieces.
+        pieces: Parts of each worker's share of a batch, one after the other (gradient accumulation).
+        learning_rate: Highest learning rate.
+        schedule: Course of the learning rate after the warm-up.
+        warmup_images: Images over which the learning rate grows from 0.
+        weight_decay: Decay of the weights.
+        gradient_clip: Largest norm of the gradients; inf for no clipping.
+        ema_decay: Decay of the average of the weights that is saved.
+        compile: Compile the network on CUDA. On a CPU compilation takes longer than it saves.
+        bfloat16_copy: Train a bfloat16 copy on CUDA. False uses autocast, for objectives that write into the weights.
+        sharding: With several workers: each has all weights (ddp), or a part of them (fsdp).
+        checkpoint_images: Images between checkpoints.
+        log_images: Images between logged metrics.
+        grid_images: Images between sample grids.
+        seed: Seed of weights, batches and noise.
+    """
+
+    images: Annotated[int, Ge(1)] = 40_000
+    batch_size: Annotated[int, Ge(1)] = 32
+    pieces: Annotated[int, Ge(1)] = 1
+    learning_rate: Annotated[float, Gt(0)] = 3e-3
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_images: int = 1_600
-    weight_decay: float = 0.01
-    gradient_clip: float = 1.0
-    ema_decay: float = 0.995
-    compile: bool = True  # on CUDA only; on a CPU compilation takes longer than it saves
-    bfloat16_copy: bool = True  # on CUDA; False: autocast, needed by objectives that modify the weights
-    sharding: Literal["ddp", "fsdp"] = "ddp"  # with several workers: each has all weights (ddp), or a part (fsdp)
-    checkpoint_images: int = 8_000
-    log_images: int = 640
-    grid_images: int = 8_000
-    seed: int = 0
+    warmup_images: Annotated[int, Ge(0)] = 1_600
+    weight_decay: Annotated[float, Ge(0)] = 0.01
+    gradient_clip: Annotated[float, Gt(0)] = 1.0
+    ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.995
+    compile: bool = True
+    bfloat16_copy: bool = True
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    checkpoint_images: Annotated[int, Ge(1)] = 8_000
+    log_images: Annotated[int, Ge(1)] = 640
+    grid_images: Annotated[int, Ge(1)] = 8_000
+    seed: Annotated[int, Ge(0)] = 0
 
     def __post_init__(self) -> None:
         """Raise ``ModelError`` if a value is out of range."""

@@ -1,7 +1,9 @@
 """Settings of a download, and of the list that it reads."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
+
+from annotated_types import Ge, Interval
 
 from infra.download.downloader import SHARD_ROWS, DownloadPolicy
 from infra.errors import ConfigError
@@ -43,18 +45,26 @@ def require_one_source(urls: object, folder: str | None, *, optional: bool = Fal
     if urls and folder:
         raise ConfigError(f"urls and folder are both given: {urls}, {folder}; give one of them")
     if not urls and not folder and not optional:
-        raise ValueError("urls and folder are both missing; give one of them")
+        raise ConfigError("urls and folder are both missing; give one of them")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DownloadConfig:
-    """Settings of the download stage."""
+    """Settings of the download stage.
 
-    shard_rows: int = 1000
+    Attributes:
+        shard_rows: URLs per shard, the unit of work and of resuming.
+        policy: Limits on what may be fetched.
+        max_lost_fraction: Share of shards, not of URLs, that may fail before the stage fails.
+        workers: Shards downloaded at once, each with the threads of the policy.
+        retry_failed: Request URLs again that failed in the previous version.
+    """
+
+    shard_rows: Annotated[int, Interval(ge=1, le=SHARD_ROWS)] = 1000
     policy: DownloadPolicy = dataclasses.field(default_factory=DownloadPolicy)
-    max_lost_fraction: float = 0.01  # share of shards (not URLs) that may fail before the stage fails
-    workers: int = 2  # shards downloaded at once, each with the policy's threads
-    retry_failed: bool = False  # request URLs again that failed in the previous version
+    max_lost_fraction: Annotated[float, Interval(ge=0, le=1)] = 0.01
+    workers: Annotated[int, Ge(1)] = 2
+    retry_failed: bool = False
 
     def __post_init__(self) -> None:
         """Check that img2dataset's keys can number the rows of a shard. Raises ``ConfigError``."""

@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Interval
 
 from infra import artifacts, compute, storage
 from infra.errors import ConfigError, StageError
@@ -20,14 +22,26 @@ _MAX_DECODERS = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EmbedConfig:
-    """Settings of the embedding stage."""
+    """Settings of the embedding stage.
+
+    Attributes:
+        encoder: Encoder: sticker-clip, which ships with the package; an open_clip model as ARCHITECTURE/WEIGHTS;
+            hf-hub:ORG/NAME; or local-dir:FOLDER.
+        batch_size: Images per batch.
+        workers: Number of workers. Default: one per core of the cluster, or as many as fit on its GPUs.
+        gpus_per_worker: GPUs per worker. 0 embeds on the CPU in float32, more on CUDA in bfloat16. With 0.5, two
+            workers share a GPU.
+        decoders: Decoding processes per worker. Default: one on the CPU, and with GPUs the worker's share of the
+            cores.
+        max_lost_fraction: Share of shards that may fail before the stage fails.
+    """
 
     encoder: str = EMBEDDED
-    batch_size: int = 64
-    workers: int | None = None  # None: one per core of the cluster, or as many as fit on its GPUs
-    gpus_per_worker: float = 0  # 0: CPU, float32; above 0: CUDA, bfloat16; 0.5: two workers share a GPU
-    decoders: int | None = None  # per worker; None: one on the CPU, with GPUs the worker's share of the cores
-    max_lost_fraction: float = 0.01
+    batch_size: Annotated[int, Ge(1)] = 64
+    workers: int | None = None
+    gpus_per_worker: Annotated[float, Ge(0)] = 0
+    decoders: int | None = None
+    max_lost_fraction: Annotated[float, Interval(ge=0, le=1)] = 0.01
 
     def __post_init__(self) -> None:
         """Raise ``ConfigError`` for values out of range, and make the path of a local encoder absolute."""

@@ -1,6 +1,9 @@
 """Settings of an evaluation."""
 
 import dataclasses
+from typing import Annotated
+
+from annotated_types import Ge, Interval
 
 from infra import uris
 from infra.errors import ConfigError
@@ -13,21 +16,38 @@ MIN_COMPARED = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """Settings of an evaluation: the images to generate, and the metrics to compute."""
+    """Settings of an evaluation: which images are generated, and which metrics are computed.
+
+    Attributes:
+        prompts: Texts to generate from. Default: images of the database as prompts.
+        prompt_urls: URL of the image that each prompt describes, if known.
+        samples: Images per condition.
+        steps: Sampling steps. Default: those of the pipeline.
+        guidance: Guidance scale. Default: that of the pipeline.
+        seed: Seed of the noise.
+        seeds: Images per prompt for the diversity.
+        diversity_prompts: Prompts for the diversity.
+        ablations: Also evaluate without neighbours, with each query mode, and with 1, 4, 10 and 20 neighbours.
+        bootstrap: Resamples per interval. 0 computes no intervals.
+        copy_percentile: Percentile of the cosines between real images. A sample above it is a copy.
+        near_duplicate: Least cosine of real pairs that are variants of one image. They are left out.
+        inception_weights: File of torch-fidelity's Inception weights, local or remote. Default: no FID.
+        use_gpu: Generate on a GPU.
+    """
 
     prompts: tuple[str, ...] = ()
-    prompt_urls: tuple[str, ...] = ()  # the image that each prompt describes, if known
-    samples: int = 256
-    steps: int | None = None  # None: the pipeline's default
-    guidance: float | None = None  # None: the pipeline's default
+    prompt_urls: tuple[str, ...] = ()
+    samples: Annotated[int, Ge(MIN_COMPARED)] = 256
+    steps: int | None = None
+    guidance: float | None = None
     seed: int = 0
-    seeds: int = 4  # images per prompt for the diversity
-    diversity_prompts: int = 16
-    ablations: bool = False  # also without neighbours, with each query mode, with 1, 4, 10 and 20 neighbours
-    bootstrap: int = 200  # resamples per interval; 0: no intervals
-    copy_percentile: float = 95.0  # percentile of cosines between real images, above which a sample is a copy
-    near_duplicate: float = embedding_metrics.NEAR_DUPLICATE  # minimum cosine of variants; that percentile omits them
-    inception_weights: str | None = None  # torch-fidelity's file, local or remote; None: no FID
+    seeds: Annotated[int, Ge(2)] = 4
+    diversity_prompts: Annotated[int, Ge(1)] = 16
+    ablations: bool = False
+    bootstrap: Annotated[int, Ge(0)] = 200
+    copy_percentile: Annotated[float, Interval(gt=0, lt=100)] = 95.0
+    near_duplicate: Annotated[float, Interval(gt=0, le=1)] = embedding_metrics.NEAR_DUPLICATE
+    inception_weights: str | None = None
     use_gpu: bool = False
 
     def __post_init__(self) -> None:

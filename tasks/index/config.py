@@ -1,6 +1,9 @@
 """Settings of an index."""
 
 import dataclasses
+from typing import Annotated
+
+from annotated_types import Ge, Interval
 
 from infra.errors import ConfigError
 from model.retrieval.faiss_index import MEMORY_BYTES
@@ -8,17 +11,31 @@ from model.retrieval.faiss_index import MEMORY_BYTES
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class IndexConfig:
-    """Index type, size limits and recall target."""
+    """Index type, size limits and recall target.
 
-    index: str = "auto"  # or any FAISS factory string
-    memory_bytes: int = MEMORY_BYTES  # memory limit for the index in a searching process; determines the choice of auto
-    target_recall: float = 0.95  # recall at 10 in [0, 1], for image and for text queries
-    recall_queries: int = 256
-    texts: tuple[str, ...] = ()  # text queries for the recall measurement
-    shard_rows: int = 16_777_216  # maximum per index shard: 8 GB at 256 dimensions of float16
-    near_duplicate_cosine: float = 0.995  # minimum cosine of near-duplicates; 1 disables the search for them
-    dedup: bool = False  # return only one row of each group of near-duplicates
-    max_drift: float = 0.25  # relative growth of the quantization error on new rows that triggers retraining
+    Attributes:
+        index: FAISS factory string, or auto to choose by the number of rows and ``memory_bytes``.
+        memory_bytes: Memory limit in bytes for the index in a searching process.
+        target_recall: Least recall@10 of image and of text queries, in [0, 1]. The stage fails below it.
+        recall_queries: Queries of each kind for the recall measurement.
+        texts: Text queries for the recall measurement.
+        shard_rows: Most rows of an index shard: 16,777,216 take 8 GB at 256 dimensions of float16. Small shards split
+            cells.
+        near_duplicate_cosine: Least cosine of near-duplicates, in (0, 1]. 1 disables the search for them.
+        dedup: Return only one row of each group of near-duplicates.
+        max_drift: Relative growth of the error on new rows above which the quantizer is trained again.
+        seed: Seed of the training and of the choice of queries.
+    """
+
+    index: str = "auto"
+    memory_bytes: Annotated[int, Ge(1)] = MEMORY_BYTES
+    target_recall: Annotated[float, Interval(ge=0, le=1)] = 0.95
+    recall_queries: Annotated[int, Ge(1)] = 256
+    texts: tuple[str, ...] = ()
+    shard_rows: Annotated[int, Ge(1)] = 16_777_216
+    near_duplicate_cosine: Annotated[float, Interval(gt=0, le=1)] = 0.995
+    dedup: bool = False
+    max_drift: Annotated[float, Ge(0)] = 0.25
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -39,7 +56,14 @@ class IndexConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class IndexOverrides:
-    """Index settings that replace those of the previous version, or the defaults. None keeps the existing value."""
+    """Index settings that replace those of the previous version, or the defaults; None keeps the existing value.
+
+    Attributes:
+        index: FAISS factory string, or auto.
+        memory_bytes: Memory limit in bytes for the index in a searching process.
+        target_recall: Least recall@10 of image and of text queries, in [0, 1].
+        dedup: Return only one row of each group of near-duplicates.
+    """
 
     index: str | None = None
     memory_bytes: int | None = None

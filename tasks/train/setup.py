@@ -4,8 +4,9 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
+from annotated_types import Ge
 from diffusers import PixArtTransformer2DModel, VQModel
 
 from infra import uris
@@ -30,21 +31,38 @@ from model.training.objectives.vq_diffusion import MaskAndReplace
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Training stage configuration: network, conditioning, objective, schedule and workers."""
+    """Settings of the training stage: network, conditioning, objective, schedule and workers.
 
-    network: NetworkConfig | None = None  # None: the network of start_from, or a small transformer
-    autoencoder: str | None = None  # folder of a diffusers AutoencoderKL or VQModel; None: pixels
-    image_size: int | None = None  # px; None: derived from the network and its autoencoder
-    editing: bool = False  # also train restoration; needs a transformer over pixels
+    Attributes:
+        network: Network. Default: that of ``start_from``, or a small transformer.
+        autoencoder: Folder of a diffusers AutoencoderKL or VQModel. Default: train on pixels.
+        image_size: Image side in px. Default: that of the network and its autoencoder.
+        editing: Also train restoration, for editing. Needs a transformer over pixels.
+        restoration: Regions that restoration pastes.
+        conditioning: How training hides parts of the condition.
+        training: Length, rates and intervals.
+        workers: Number of workers.
+        cpus_per_worker: CPU cores per worker.
+        use_gpu: Train on GPUs, one per worker.
+        window_bytes: Shuffle window in bytes over all workers. Larger sets keep two in memory.
+        guidance_scale: Default guidance scale of the pipeline. Default: that of ``start_from``, or 2.
+        start_from: Generator to fine-tune: sticker-generator, or the folder of a saved pipeline. Default: random
+            weights.
+    """
+
+    network: NetworkConfig | None = None
+    autoencoder: str | None = None
+    image_size: int | None = None
+    editing: bool = False
     restoration: RestorationConfig = dataclasses.field(default_factory=lambda: RestorationConfig(drop_reference=0.7))
     conditioning: ConditioningConfig = dataclasses.field(default_factory=ConditioningConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
-    workers: int = 1
-    cpus_per_worker: int = 2
+    workers: Annotated[int, Ge(1)] = 1
+    cpus_per_worker: Annotated[int, Ge(1)] = 2
     use_gpu: bool = False
-    window_bytes: int = 2 << 30  # shuffle window over all workers; larger sets keep two in memory
-    guidance_scale: float | None = None  # the pipeline's default; None: the value of start_from, or 2
-    start_from: str | None = None  # fine-tune a pipeline folder or "sticker-generator"; None: random weights
+    window_bytes: Annotated[int, Ge(1)] = 2 << 30
+    guidance_scale: float | None = None
+    start_from: str | None = None
 
     def __post_init__(self) -> None:
         """Raise ``ConfigError`` for values out of range and for combinations that cannot be trained."""

@@ -14,10 +14,11 @@ whole neighbour, which has no seam, and some are the image itself, which must no
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
 from model.diffusion.conditioning import ConditioningConfig, training_condition
@@ -31,17 +32,29 @@ from model.training.batch import Batch
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RestorationConfig:
-    """Regions to paste. Areas are shares of the image, and probabilities are per sample."""
+    """Regions to paste. Areas are shares of the image, and probabilities are per sample.
 
-    smallest_area: float = 0.06
-    largest_area: float = 0.5
-    largest_aspect: float = 2.5  # maximum ratio of width and height, in both directions
-    second_region: float = 0.4  # probability of a second region
-    ellipse: float = 0.5  # probability that a region is an ellipse; the others are rectangles
-    empty: float = 0.10  # probability that the reference is the image itself
-    whole: float = 0.20  # probability that the reference is the whole neighbour
-    feather_px: float = 1.0  # standard deviation of the soft edge
-    drop_reference: float = 0.10  # probability of a zero reference: trains generation, and guidance on the image
+    Attributes:
+        smallest_area: Smallest area of a region.
+        largest_area: Largest area of a region.
+        largest_aspect: Largest ratio of the sides of a region.
+        second_region: Probability of a second region.
+        ellipse: Probability that a region is an ellipse instead of a rectangle.
+        empty: Probability that the reference is the image itself.
+        whole: Probability that the reference is the whole neighbour.
+        feather_px: Standard deviation of the soft edge in px.
+        drop_reference: Probability of zeros as reference, for generation and for guidance on the image.
+    """
+
+    smallest_area: Annotated[float, Interval(gt=0, le=1)] = 0.06
+    largest_area: Annotated[float, Interval(gt=0, le=1)] = 0.5
+    largest_aspect: Annotated[float, Ge(1)] = 2.5
+    second_region: Annotated[float, Interval(ge=0, le=1)] = 0.4
+    ellipse: Annotated[float, Interval(ge=0, le=1)] = 0.5
+    empty: Annotated[float, Interval(ge=0, le=1)] = 0.10
+    whole: Annotated[float, Interval(ge=0, le=1)] = 0.20
+    feather_px: Annotated[float, Ge(0)] = 1.0
+    drop_reference: Annotated[float, Interval(ge=0, le=1)] = 0.10
 
     def __post_init__(self) -> None:
         """Raise ``ModelError`` if a value is out of range."""
