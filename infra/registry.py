@@ -8,7 +8,6 @@ against its digest. ``knn-diffusion`` contains its weights. A version is referen
     /data/twemoji/database/1f0c…             a committed folder, local or remote, registered or not
 """
 
-import contextlib
 import dataclasses
 import functools
 import re
@@ -26,31 +25,49 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 
 from infra import artifacts, logs, storage, uris, validation
 from infra.errors import IntegrityError, NotFoundError, TransientError
+from infra.registration import NewVersion, Presentation, create_version
+from infra.registry_tags import (
+    CHAMPION,
+    DATABASE_PREFIX,
+    DIGEST_TAG,
+    FOLDER_TAG,
+    GENERATOR_NAME,
+    PACKAGE_TAG,
+    RUN_TAG,
+    champion_uri,
+    checked_tag,
+    full_name,
+    is_kind,
+    run_page,
+    typed_tags,
+    version_page,
+)
 from infra.relocation import require_in_place
 from infra.settings import Settings
 from infra.storage import file_cache as caching
 from infra.storage.digest_stamps import is_verified
 from infra.storage.errors import disk_full_error, is_disk_full, storage_errors
-from infra.tracking import experiment_id, is_created, mlflow_errors, registry_client
+from infra.tracking import is_created, mlflow_errors, registry_client
+from infra.wheel import NAME as PACKAGE
+from infra.wheel import Package
 
-DATABASE_PREFIX = "knn-database."
-GENERATOR_NAME = "knn-diffusion"
-CHAMPION = "champion"
+__all__ = [
+    "CHAMPION",
+    "DATABASE_PREFIX",
+    "GENERATOR_NAME",
+    "PACKAGE_TAG",
+    "RUN_TAG",
+    "Presentation",
+    "PulledVersion",
+    "RegisteredVersion",
+    "Registry",
+    "champion_uri",
+    "run_page",
+    "version_page",
+]
 Method = TypeVar("Method", bound=Callable[..., Any])
-Parsed = TypeVar("Parsed")
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
-_DIGEST_TAG = "digest"
-_FOLDER_TAG = "uri"
 _NOT_FOUND = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"})  # name or version; alias
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Presentation:
-    """Presentation of a version in MLflow: Markdown description, example of an input, and metrics of its run."""
-
-    description: str = ""
-    input_example: Any = None
-    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,11 +108,6 @@ def _translating_errors(method: Method) -> Method:
     return cast(Method, call)
 
 
-def champion_uri(name: str) -> str:
-    """Return the MLflow URI of the champion of a registered model, e.g. ``models:/knn-database.twemoji@champion``."""
-    return f"models:/{name}@{CHAMPION}"
-
-
 class Registry:
     """Client of the model registry that ``settings`` name."""
 
@@ -121,6 +133,7 @@ class Registry:
         run_id: str | None = None,
         alias: str | None = CHAMPION,
         presentation: Presentation | None = None,
+        package: Package | None = None,
     ) -> RegisteredVersion:
         """Register the committed folder as a new version of ``name`` and move ``alias`` to it.
 
@@ -135,6 +148,7 @@ class Registry:
             run_id: The run that made the version. Default: a new run.
             alias: Alias to move to this version. None moves no alias.
             presentation: What MLflow's pages show of the version.
+            package: This package as a requirement; its wheel is stored with the version. Default: only its name.
 
         A folder that is already registered with the same digest is reused, not registered twice. The same content in
         another folder becomes a new version; the earlier version continues to refer to its own folder. If the alias
@@ -145,8 +159,21 @@ class Registry:
         """
         manifest = artifacts.read_manifest(folder_uri)
         existing = self._version_of(name, manifest.digest, folder_uri)
-        version = existing or self._create(
-            name, folder_uri, manifest, script, signature, files or {}, model_config or {}, run_id, presentation
+        version = existing or create_version(
+            self._client,
+            self._settings,
+            NewVersion(
+                name=name,
+                folder_uri=folder_uri,
+                manifest=manifest,
+                script=script,
+                signature=signature,
+                files=files or {},
+                model_config=model_config or {},
+                run_id=run_id,
+                presentation=presentation or Presentation(),
+                package=package or Package(requirement=PACKAGE),
+            ),
         )
         for key, value in tags.items():
             self._client.set_model_version_tag(name, version, key, value)
@@ -182,7 +209,7 @@ class Registry:
                 return PulledVersion(folder_uri=folder, manifest=self._checked(folder, kind), foreign=foreign)
             if "/" in reference:
                 raise NotFoundError(f"{reference} holds no committed {kind}: there is no {artifacts.MANIFEST} in it")
-            reference = f"models:/{_full_name(reference, kind)}@{CHAMPION}"
+            reference = f"models:/{full_name(reference, kind)}@{CHAMPION}"
         if not is_created(self._settings):
             raise self._unknown_reference(reference, kind)
         with mlflow_errors(self._settings):
@@ -194,7 +221,10 @@ class Registry:
             registered = _read_registered(local, reference)
         else:
             with storage.scratch() as scratch:
-                local, registered = None, _read_registered(self._download(uri, scratch), reference)
+                local, registered = (
+                    None,
+                    _read_registered(self._download(uri, scratch, f"artifacts/{artifacts.MANIFEST}"), reference),
+                )
         if registered.kind != kind:
             raise NotFoundError(f"{folder} holds {registered.kind}, not a {kind}")
         if kind == "database" and self._checked(folder, kind).digest != registered.digest:
@@ -214,6 +244,11 @@ class Registry:
         with mlflow_errors(self._settings):
             return self._list_versions(kind)
 
+    def run_page(self, name: str, version: int) -> str:
+        """Return the address of the page of the run that registered a version; empty if the version does not say."""
+        with mlflow_errors(self._settings):
+            return str(self._client.get_model_version(name, str(version)).tags.get(RUN_TAG, ""))
+
     def tag(self, name: str, version: int, key: str, value: str) -> None:
         """Set a tag of a version."""
         with mlflow_errors(self._settings):
@@ -222,7 +257,7 @@ class Registry:
     def _list_versions(self, kind: str) -> list[dict[str, Any]]:
         listed = []
         for model in _paginate(self._client.search_registered_models, max_results=1000):
-            if not _is_kind(model.name, kind):
+            if not is_kind(model.name, kind):
                 continue
             aliases = self._client.get_registered_model(model.name).aliases
             for version in _paginate(self._client.search_model_versions, filter_string=f"name='{model.name}'"):
@@ -234,14 +269,14 @@ class Registry:
                     "aliases": own,
                     "created_ms": version.creation_timestamp,
                 }
-                listed.append(_typed_tags(version) | fixed)  # a tag never overrides a field of the version
+                listed.append(typed_tags(version) | fixed)  # a tag never overrides a field of the version
         return sorted(listed, key=lambda entry: (entry["name"], entry["version"]))
 
     def _folder_of(self, version: ModelVersion) -> str:
         """Return the folder that a version was registered from. Raises ``InputError`` if the root was moved since."""
-        if _FOLDER_TAG not in version.tags:
+        if FOLDER_TAG not in version.tags:
             return ""
-        folder: str = _checked_tag(version, _FOLDER_TAG, validation.uri)
+        folder: str = checked_tag(version, FOLDER_TAG, validation.uri)
         if self._settings.tracking is None:  # the registry is in the root
             require_in_place(folder, self._settings.root)
         return folder
@@ -265,8 +300,8 @@ class Registry:
             return all(is_verified(folder / "artifacts" / one.name, one.sha256, one.bytes, cache) for one in files)
 
         digest = artifacts.digest_of(version.source)
-        if _DIGEST_TAG in version.tags:
-            digest = _checked_tag(version, _DIGEST_TAG, validation.digest)
+        if DIGEST_TAG in version.tags:
+            digest = checked_tag(version, DIGEST_TAG, validation.digest)
         return caching.fetch_registered(digest, is_complete, lambda to: self._download(uri, to), cache)
 
     def _artifact_path(self, version: ModelVersion) -> Path | None:
@@ -277,11 +312,13 @@ class Registry:
             return None
         return Path(local_file_uri_to_path(location))  # type: ignore[no-untyped-call]
 
-    def _download(self, uri: str, to: Path) -> Path:
-        """Download the files and the manifest of a version to ``to``."""
+    def _download(self, uri: str, to: Path, name: str = "") -> Path:
+        """Download the files of a version to ``to``, or only the file ``name``, and return that folder."""
         with storage_errors(self._settings.artifacts_uri):
             try:
-                local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(to)))
+                source = f"{uri}/{name}" if name else uri
+                fetched = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(to))
+                local = to if name else Path(fetched)
                 _manifest_file(local).stat()  # an object store lists no files, without an error, if nothing is there
             except (MlflowException, OSError) as error:
                 if is_disk_full(error, to):
@@ -291,46 +328,6 @@ class Registry:
                     raise IntegrityError(f"{why}; register it again") from None
                 raise TransientError(f"{why}; check that MLflow's artifact store is up and run again") from None
         return local
-
-    def _create(
-        self,
-        name: str,
-        folder_uri: str,
-        manifest: artifacts.Manifest,
-        script: Path,
-        signature: ModelSignature,
-        files: Mapping[str, Path],
-        model_config: Mapping[str, Any],
-        run_id: str | None,
-        presentation: Presentation | None,
-    ) -> str:
-        shown = presentation or Presentation()
-        with storage.scratch() as scratch:
-            path = scratch / artifacts.MANIFEST
-            path.write_text(manifest.to_json())
-            with mlflow.start_run(run_id=run_id or self._new_run(name)), storage_errors(self._settings.artifacts_uri):
-                info = mlflow.pyfunc.log_model(
-                    name=name.replace(".", "-"),
-                    python_model=str(script),
-                    artifacts={"manifest": str(path), **{key: str(value) for key, value in files.items()}},
-                    signature=signature,
-                    pip_requirements=["knn-diffusion"],
-                    model_config=dict(model_config),
-                    input_example=shown.input_example,
-                )
-                for metric, value in shown.metrics.items():
-                    self._client.log_metric(info.run_id, metric, value)
-        with contextlib.suppress(MlflowException):  # the model exists already
-            self._client.create_registered_model(name)
-        created = self._client.create_model_version(
-            name,
-            info.model_uri,
-            run_id=info.run_id,
-            model_id=info.model_id,
-            description=shown.description or None,
-            tags={_DIGEST_TAG: manifest.digest, _FOLDER_TAG: folder_uri},
-        )
-        return str(created.version)
 
     @_translating_errors
     def warn_if_older(self, name: str, alias: str, version: str) -> None:
@@ -344,10 +341,6 @@ class Registry:
             old, new = (f"version {v.version} ({v.tags.get('rows', 'unknown')} rows)" for v in (older, current))
             logs.get("stage").warning("%-11s %s@%s moves back from %s to %s", "register", name, alias, new, old)
 
-    def _new_run(self, name: str) -> str:
-        experiment = experiment_id(self._client, "register", self._settings)
-        return str(self._client.create_run(experiment, run_name=name).info.run_id)
-
     def _version_of(self, name: str, digest: str, folder_uri: str) -> str | None:
         """Return the newest version that was registered from the folder, or None."""
         try:
@@ -360,7 +353,7 @@ class Registry:
         same = (
             int(version.version)
             for version in versions
-            if version.tags.get(_DIGEST_TAG) == digest and storage.canonical(version.tags.get(_FOLDER_TAG, "")) == place
+            if version.tags.get(DIGEST_TAG) == digest and storage.canonical(version.tags.get(FOLDER_TAG, "")) == place
         )
         newest = max(same, default=None)
         return None if newest is None else str(newest)
@@ -400,11 +393,6 @@ class Registry:
         return manifest
 
 
-_MEASURED = (
-    "recall_", "clip_score_", "fd_", "fid_", "mmd_", "precision_", "nearest_", "copy_rate_", "diversity_",
-)  # fmt: skip
-
-
 def _paginate(search: Callable[..., PagedList[Any]], **arguments: Any) -> Iterator[Any]:
     """Yield all results of a paged MLflow search."""
     token = None
@@ -414,35 +402,6 @@ def _paginate(search: Callable[..., PagedList[Any]], **arguments: Any) -> Iterat
         token = page.token
         if not token:
             return
-
-
-def _typed_tags(version: ModelVersion) -> dict[str, str | int | float]:
-    """Parse the tags of a version, which MLflow stores as strings. Raises ``IntegrityError``."""
-    return {tag: _checked_tag(version, tag, _parser_of(tag)) for tag in version.tags}
-
-
-def _parser_of(tag: str) -> Callable[[str], str | int | float]:
-    if tag in {"rows", "bytes", "images_seen"}:
-        return _count
-    if tag.startswith(_MEASURED):
-        return float
-    return {_DIGEST_TAG: validation.digest, _FOLDER_TAG: validation.uri}.get(tag, str)
-
-
-def _checked_tag(version: ModelVersion, tag: str, parse: Callable[[str], Parsed]) -> Parsed:
-    """Parse a tag, which anyone with write access to the registry may have set. Raises ``IntegrityError``."""
-    try:
-        return parse(version.tags.get(tag, ""))
-    except ValueError as error:
-        raise IntegrityError(
-            f"models:/{version.name}/{version.version} has an unusable tag {tag}: {error}; register it again"
-        ) from error
-
-
-def _count(value: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,19}", value):
-        raise ValueError(f"a count must be digits, not {validation.shown(value)}")
-    return validation.count(int(value), "a count")
 
 
 def _manifest_file(local: Path) -> Path:
@@ -459,13 +418,3 @@ def _is_not_found(error: MlflowException | OSError) -> bool:
         return error.error_code in _NOT_FOUND
     response = getattr(error, "response", None)
     return isinstance(error, FileNotFoundError) or getattr(response, "status_code", None) == 404
-
-
-def _full_name(short: str, kind: str) -> str:
-    if kind == "database" and not short.startswith(DATABASE_PREFIX):
-        return DATABASE_PREFIX + short
-    return short
-
-
-def _is_kind(name: str, kind: str) -> bool:
-    return name.startswith(DATABASE_PREFIX) if kind == "database" else name == GENERATOR_NAME
