@@ -8,7 +8,6 @@ set by a rollback. An alias that differs from ``promotion.champion`` was moved b
 
 import dataclasses
 import functools
-import html
 import json
 from typing import Any
 
@@ -159,8 +158,8 @@ class Promotions:
             tags = self._client.get_model_version(name, str(version)).tags
         return bool(tags.get(APPROVAL_TAG) == APPROVED)
 
-    def record(self, decision: Decision) -> Decision:
-        """Store a decision as a run with a page, and as tags of the version. Return it with the id of the run."""
+    def record(self, decision: Decision, page: str) -> Decision:
+        """Store a decision as a run with its HTML ``page``, and as tags of the version. Return it with the run's id."""
         with tracking.start_run(
             self._settings, experiment=EXPERIMENT, name=f"{decision.name}/{decision.version} {decision.outcome}"
         ) as run:
@@ -173,7 +172,7 @@ class Promotions:
                 run.log(step=0, values={one.gate: one.value for one in decision.gates if one.value is not None})
                 with storage.scratch() as folder:
                     (folder / _RECORD).write_text(json.dumps(values, indent=1))
-                    (folder / _PAGE).write_text(_page(decision))
+                    (folder / _PAGE).write_text(page)
                     run.file(folder / _PAGE)
                     run.file(folder / _RECORD)
                 self._client.set_tag(run.run_id, _RECORD, json.dumps(values))
@@ -221,24 +220,3 @@ class Promotions:
                 if error.error_code != _MISSING:
                     raise
                 return None
-
-
-def _page(decision: Decision) -> str:
-    """Return a decision as a self-contained HTML page."""
-    facts = {
-        "Outcome": decision.outcome,
-        "Champion before": decision.before or "none",
-        "Champion after": decision.after or "none",
-        "Requested by": decision.requester,
-        "Forced": "yes" if decision.force else "no",
-        "Reason": decision.reason or "not given",
-    }
-    title = f"{decision.name}, version {decision.version}: {decision.outcome}"
-    rows = "".join(f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in facts.items())
-    gates = (
-        "".join(f"<li>{html.escape(str(gate))}</li>" for gate in decision.gates) or "<li>no gates were measured</li>"
-    )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title></head>'
-        f"<body><h1>{html.escape(title)}</h1><table>{rows}</table><h2>Gates</h2><ul>{gates}</ul></body></html>\n"
-    )

@@ -7,7 +7,6 @@ unconditionally.
 import dataclasses
 import getpass
 import socket
-from typing import Any
 
 from infra import logs
 from infra.errors import InputError, NotFoundError
@@ -16,6 +15,8 @@ from infra.registry import CHAMPION, DATABASE_PREFIX, GENERATOR_NAME, Registered
 from infra.settings import Settings
 from tasks.promotion.config import AT_ONCE, DatabaseGates, GeneratorGates
 from tasks.promotion.database_gates import measure_database, only_hides
+from tasks.promotion.measure import measure, open_version
+from tasks.promotion.presentation import decision_page
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import takedown_of
 from tasks.references.takedown import Entries, all_takedown_entries, read_entries
@@ -29,7 +30,7 @@ class PromotionRequest:
     Attributes:
         name: Registered model: ``knn-database.<domain>`` or ``knn-diffusion``.
         version: Number of the version.
-        database: Gates of a database.
+        database: Gates of a database. Default: those of its domain when it was registered, or the defaults.
         generator: Gates of a generator.
         approval: Require the tag ``approval=approved`` of the version. Default: False.
         force: Promote even if gates fail. Default: False.
@@ -39,7 +40,7 @@ class PromotionRequest:
 
     name: str
     version: int
-    database: DatabaseGates = dataclasses.field(default_factory=DatabaseGates)
+    database: DatabaseGates | None = None
     generator: GeneratorGates = dataclasses.field(default_factory=GeneratorGates)
     approval: bool = False
     force: bool = False
@@ -60,7 +61,7 @@ def promote(request: PromotionRequest, settings: Settings) -> Decision:
     """
     store = Promotions(settings)
     before = store.champion(request.name)
-    gates = _measure(request, before, settings)
+    gates = measure(request.name, request.version, before, request.database, request.generator, settings)
     failed = [gate for gate in gates if not gate.passed]
     outcome = "promoted"
     if failed and not request.force:
@@ -73,12 +74,16 @@ def promote(request: PromotionRequest, settings: Settings) -> Decision:
 
 
 def promote_registered(
-    registered: RegisteredVersion, settings: Settings, scores: dict[str, float] | None = None
+    registered: RegisteredVersion,
+    settings: Settings,
+    scores: dict[str, float] | None = None,
+    gates_of_domain: DatabaseGates | None = None,
 ) -> Decision | None:
-    """Promote a version that was registered just now, if its absolute gates pass and the champion is not pinned.
+    """Promote a version that was registered just now, if its gates pass and the champion is not pinned.
 
-    A database that only hides more rows than a pinned champion replaces it: a takedown takes effect in any case. The
-    new champion is then pinned too. Returns None if the version is the champion already.
+    Without ``gates_of_domain``, the absolute gates are those that registration has required already. A database that
+    only hides more rows than the champion replaces it: a takedown takes effect in any case. A new champion in place of
+    a pinned one is pinned too. Returns None if the version is the champion already.
     """
     store = Promotions(settings)
     before, name = store.champion(registered.name), registered.name
@@ -94,9 +99,11 @@ def promote_registered(
 
         gates = (neighbour_gate(scores or {}, request.generator.neighbour_loss or 0.0),)
     else:
-        version = _open(DatabaseVersion, name, registered.version, settings)
-        gates = measure_database(version, None, AT_ONCE, settings.cache_folder)
-        hides = pin is not None and only_hides(version, _open(DatabaseVersion, name, before, settings))
+        version = open_version(DatabaseVersion, name, registered.version, settings)
+        champion = None if before is None else open_version(DatabaseVersion, name, before, settings)
+        hides = only_hides(version, champion)
+        limits = AT_ONCE if hides or gates_of_domain is None else gates_of_domain
+        gates = measure_database(version, champion, limits, settings.cache_folder)
     outcome = "promoted"
     if any(not gate.passed for gate in gates):
         outcome = "refused"
@@ -160,32 +167,6 @@ def requester() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def _measure(request: PromotionRequest, before: int | None, settings: Settings) -> tuple[GateResult, ...]:
-    is_other = before is not None and before != request.version
-    if request.name != GENERATOR_NAME:
-        version = _open(DatabaseVersion, request.name, request.version, settings)
-        champion = _open(DatabaseVersion, request.name, before, settings) if is_other else None
-        return measure_database(version, champion, request.database, settings.cache_folder)
-    from tasks.promotion import generator_gates as measured
-
-    gates, tags = request.generator, _tags(request.name, request.version, settings)
-    generator = _open(Generator, request.name, request.version, settings)
-    database_uri = str(tags.get("database", ""))
-    pulled = Registry(settings).pull(database_uri, kind=DatabaseVersion.kind)
-    database = DatabaseVersion.of(pulled.manifest, pulled.folder_uri)
-    results = [measured.encoder_gate(generator, database)]
-    if gates.neighbour_loss is not None:
-        results.append(measured.neighbour_gate(tags, gates.neighbour_loss))
-    if is_other and gates.compares and results[0].passed:
-        champion_generator = _open(Generator, request.name, before, settings)
-        other = measured.encoder_gate(champion_generator, database)
-        if other.passed:  # otherwise the champion cannot use this database, so there is nothing to compare
-            config = measured.evaluation_config(gates)
-            found = measured.compare(generator, champion_generator, database, config, settings.cache_folder)
-            results.extend(measured.comparison_gates(found, gates))
-    return tuple(results)
-
-
 def _previous(store: Promotions, name: str, champion: int | None) -> int:
     """Return the champion before the current one, from the recorded decisions."""
     for decision in store.history(name):
@@ -196,7 +177,7 @@ def _previous(store: Promotions, name: str, champion: int | None) -> int:
 
 def _require_takedowns(name: str, version: int, settings: Settings) -> None:
     """Raise ``InputError`` if the version does not hide everything that was taken down in the domain."""
-    database = _open(DatabaseVersion, name, version, settings)
+    database = open_version(DatabaseVersion, name, version, settings)
     takedown = takedown_of(database)
     hidden = Entries() if takedown is None else read_entries(takedown, settings.cache_folder)
     missing = all_takedown_entries(_folder(name, settings)) - hidden
@@ -205,19 +186,6 @@ def _require_takedowns(name: str, version: int, settings: Settings) -> None:
             f"version {version} of {name} would restore images that were taken down since ({len(missing)} entries); "
             "choose a version that hides them, or rebuild the index from it"
         )
-
-
-def _open(kind: type[Any], name: str, version: int | None, settings: Settings) -> Any:
-    pulled = Registry(settings).pull(f"models:/{name}/{version}", kind=kind.kind)
-    return kind.of(pulled.manifest, pulled.folder_uri)
-
-
-def _tags(name: str, version: int, settings: Settings) -> dict[str, Any]:
-    listed = Registry(settings).versions(Generator.kind if name == GENERATOR_NAME else DatabaseVersion.kind)
-    found = [one for one in listed if (one["name"], one["version"]) == (name, version)]
-    if not found:
-        raise NotFoundError(f"version is not registered: {name}/{version}; list the versions with databases")
-    return found[0]
 
 
 def _record(
@@ -239,4 +207,4 @@ def _record(
     why = f" ({failed or request.reason})" if failed or request.reason else ""
     log = logs.get("stage").info if decision.moved else logs.get("stage").warning
     log("%-11s %s version %d: %s%s", "promote", request.name, request.version, outcome, why)
-    return store.record(decision)
+    return store.record(decision, decision_page(decision))

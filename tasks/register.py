@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from mlflow.models import ModelSignature
@@ -13,7 +14,10 @@ from infra.promotions import CANDIDATE, Promotions
 from infra.registry import CHAMPION, DATABASE_PREFIX, GENERATOR_NAME, RegisteredVersion, Registry
 from infra.settings import Settings
 from infra.storage.lease import lease
+from infra.wheel import Package, package
+from model.encoder.identity import EMBEDDED
 from tasks.promote import promote_registered, promotion_folder
+from tasks.promotion.config import GATES_TAG, DatabaseGates, gates_to_tag
 from tasks.promotion.presentation import database_presentation, generator_presentation
 from tasks.references.generator import PIPELINE, generator_folder
 from tasks.references.lineage import embeddings_of
@@ -46,9 +50,20 @@ class RegistrationResult:
 
 @stage_task(name="register-database")
 def register_database(
-    domain: str, database: DatabaseVersion, settings: Settings, run_id: str | None = None
+    domain: str,
+    database: DatabaseVersion,
+    settings: Settings,
+    run_id: str | None = None,
+    *,
+    gates: DatabaseGates | None = None,
+    seconds: Mapping[str, float] | None = None,
+    promote: bool = True,
 ) -> RegistrationResult:
-    """Register ``database`` as ``knn-database.<domain>`` and promote it unless the champion is pinned."""
+    """Register ``database`` as ``knn-database.<domain>``, and promote it if the champion is not pinned.
+
+    With ``gates``, it must pass them too. They are stored as a tag, for later promotions of this version. ``seconds``
+    of the stages become metrics. Without ``promote`` the version remains a candidate.
+    """
     manifest = database.manifest()
     tags = {
         **_tags(manifest),
@@ -59,6 +74,8 @@ def register_database(
     for name in ("recall_at_10_image", "recall_at_10_text"):
         if manifest.info[name] is not None:  # None if there were no queries to measure it
             tags[name] = f"{manifest.info[name]:.4f}"
+    if gates is not None:
+        tags[GATES_TAG] = gates_to_tag(gates)
     started = time.monotonic()
     registered = Registry(settings).register(
         DATABASE_PREFIX + domain,
@@ -67,23 +84,34 @@ def register_database(
         signature=DATABASE_SIGNATURE,
         tags=tags,
         model_config={"uri": database.uri},
-        presentation=database_presentation(manifest, database.uri),
+        presentation=database_presentation(database, settings.cache_folder, seconds),
+        package=_package_for(manifest, settings),
         run_id=run_id,
         alias=CANDIDATE,
     )
-    decision = promote_registered(registered, settings)  # the calling flow holds the lease of the domain
-    is_champion = decision is None or decision.moved
+    is_champion = False
+    if promote:  # the calling flow holds the lease of the domain
+        decision = promote_registered(registered, settings, gates_of_domain=gates)
+        is_champion = decision is None or decision.moved
     return _log_registration(registered, time.monotonic() - started, is_champion=is_champion)
 
 
 @stage_task(name="register-generator")
 def register_generator(
-    generator: Generator, database_uri: str, scores: dict[str, float], settings: Settings, run_id: str | None = None
+    generator: Generator,
+    database_uri: str,
+    scores: dict[str, float],
+    settings: Settings,
+    run_id: str | None = None,
+    *,
+    sheet: Path | None = None,
+    promote: bool = True,
 ) -> RegistrationResult:
     """Register ``generator``, weights included, as ``knn-diffusion``, and promote it if its absolute gates pass.
 
-    With ``KNN_DIFFUSION_PROMOTION=event`` it remains a candidate until it has been compared with the champion.
-    ``database_uri`` is the default database of the pyfunc model. ``scores`` become tags.
+    With ``KNN_DIFFUSION_PROMOTION=event`` it remains a candidate until it has been compared with the champion, and
+    without ``promote`` in any case. ``database_uri`` is the default database of the pyfunc model. ``scores`` become
+    tags. ``sheet`` is an image of samples.
     """
     manifest, folder = generator.manifest(), generator_folder(generator, settings.cache_folder)
     origin: dict[str, str] = {
@@ -103,14 +131,15 @@ def register_generator(
         },
         files={PIPELINE: folder},
         model_config={"database": database_uri},
-        presentation=generator_presentation(manifest, database_uri, scores),
+        presentation=generator_presentation(manifest, database_uri, scores, sheet),
+        package=_package_for(manifest, settings),
         run_id=run_id,
         alias=CANDIDATE,
     )
     champion = Promotions(settings).champion(GENERATOR_NAME)
-    if settings.promotion == "event" and champion not in (None, registered.version):
-        is_champion = False  # the event starts the comparison with the champion
-    else:
+    by_event = settings.promotion == "event" and champion not in (None, registered.version)
+    is_champion = False
+    if promote and not by_event:  # otherwise the event starts the comparison with the champion
         with lease(promotion_folder(GENERATOR_NAME, settings), holder=f"register {GENERATOR_NAME}", wait_s=_WAIT_S):
             decision = promote_registered(registered, settings, scores)
         is_champion = decision is None or decision.moved
@@ -130,6 +159,11 @@ def generator_signature(pipeline: Path) -> ModelSignature:
     ]
     outputs = Schema([ColSpec(DataType.string, "prompt"), ColSpec(DataType.binary, "png")])
     return ModelSignature(inputs=_PROMPTS, outputs=outputs, params=ParamSchema(params))
+
+
+def _package_for(manifest: artifacts.Manifest, settings: Settings) -> Package:
+    """Return this package as a requirement, with the weights of the encoder if it has them."""
+    return package(settings.cache_folder, {EMBEDDED} & {encoder_of(manifest).name})
 
 
 def _tags(manifest: artifacts.Manifest) -> dict[str, str]:

@@ -18,6 +18,8 @@ from model.errors import ModelError
 from tasks.references.types import Made, Reference, StageResult
 from tasks.references.url_history import history_files
 
+PROGRESS_EVERY_S = 5.0
+"""Seconds between two updates of a progress artifact."""
 MAX_CONSECUTIVE_TRANSIENT = 3
 """Stop after this many consecutive transient failures: the store is probably down."""
 
@@ -61,6 +63,33 @@ class StageTimings:
         self.skipped[name] = self.skipped.get(name, True)
 
 
+class ProgressPage:
+    """Progress of a stage in Prefect's UI: an artifact of the task's run. Without a run, nothing happens."""
+
+    def __init__(self, kind: str, *, total: int, done: int) -> None:
+        """Create the artifact with ``done`` of ``total`` shards."""
+        self._total, self._done = total, done
+        self._next = time.monotonic() + PROGRESS_EVERY_S
+        self._id = None
+        if total > done and _in_task():
+            from prefect.artifacts import create_progress_artifact
+
+            self._id = create_progress_artifact(self._percent(), key=f"progress-{kind}", description=f"Shards: {kind}")
+
+    def advance(self) -> None:
+        """Count a shard. The artifact is updated at intervals, and after the last shard."""
+        self._done += 1
+        is_last = self._done == self._total
+        if self._id is not None and (is_last or time.monotonic() >= self._next):
+            from prefect.artifacts import update_progress_artifact
+
+            self._next = time.monotonic() + PROGRESS_EVERY_S
+            update_progress_artifact(self._id, self._percent())
+
+    def _percent(self) -> float:
+        return 100.0 * self._done / self._total
+
+
 def stage_task(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator for a stage: a Prefect task when a flow calls it, a plain function elsewhere.
 
@@ -98,9 +127,18 @@ def _in_flow() -> bool:
     """Return True if a flow of Prefect calls, and not a task."""
     if "prefect" not in sys.modules:  # importing it takes a second, which the workers of the stages save
         return False
-    from prefect.context import FlowRunContext, TaskRunContext
+    from prefect.context import FlowRunContext
 
-    return FlowRunContext.get() is not None and TaskRunContext.get() is None
+    return FlowRunContext.get() is not None and not _in_task()
+
+
+def _in_task() -> bool:
+    """Return True if a task of Prefect calls."""
+    if "prefect" not in sys.modules:
+        return False
+    from prefect.context import TaskRunContext
+
+    return TaskRunContext.get() is not None
 
 
 def run_stage(
@@ -206,8 +244,10 @@ def run_shards(
         factory, settings, list(pending.items()), description=stage.kind, **{"actors": compute.cpus(), **resources}
     )
     consecutive = 0
+    progress = ProgressPage(stage.kind, total=len(named), done=len(done))
     with contextlib.closing(results):  # cancels the shards that are still running
         for result in results:
+            progress.advance()
             if not isinstance(result, FailedShard):
                 done[result.name], consecutive = result, 0
                 continue

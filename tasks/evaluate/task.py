@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar
 
 from infra import artifacts, compute, storage
@@ -47,6 +48,12 @@ class Evaluation(Reference):
         most half of the database. Two sets of real images are compared at the same size.
         """
         return dict(self.manifest().info["scores"])
+
+    def sheet(self, cache: Path) -> Path:
+        """Return a local image of samples with neighbours."""
+        (shard,) = (shard for shard in self.manifest().shards if shard.name == SAMPLES)
+        (file,) = (file for file in shard.files if file.name == "knn.png")
+        return artifacts.fetch_file(shard.folder or self.uri, file, cache)
 
     def ablations(self) -> dict[str, dict[str, float]]:
         """Return the scores by ablation (no_neighbours, query_…, k_…); empty if no ablations were measured."""

@@ -1,6 +1,12 @@
 """Limits of the promotion gates."""
 
 import dataclasses
+import json
+
+from infra.errors import IntegrityError
+
+GATES_TAG = "promotion.gates"
+"""Tag of a database version: the gates of its domain when it was registered, as JSON."""
 
 from infra.errors import ConfigError
 
@@ -67,11 +73,26 @@ class GeneratorGates:
         return not self.clip_score is self.distance is self.copy_rate is None
 
 
+def gates_to_tag(gates: DatabaseGates) -> str:
+    """Return the gates as the value of their tag."""
+    return json.dumps(dataclasses.asdict(gates))
+
+
+def gates_from_tag(text: str) -> DatabaseGates:
+    """Return the gates in a tag. Raises ``IntegrityError`` if anyone has written something else into it."""
+    try:
+        return DatabaseGates(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise IntegrityError(f"the tag {GATES_TAG} is unusable: {error}; register the version again") from None
+
+
 def _require_ranges(gates: DatabaseGates | GeneratorGates, highest: dict[str, float], *, default: float) -> None:
     for field in dataclasses.fields(gates):
         value = getattr(gates, field.name)
         most = highest.get(field.name, default)
-        if isinstance(value, float) and not 0 <= value <= most:
+        if value is None or isinstance(field.default, int):
+            continue
+        if isinstance(value, bool | str) or not 0 <= value <= most:
             raise ConfigError(f"{field.name} is out of range: {value}; give a value in [0, {most:g}], or None")
 
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from infra import artifacts
+from infra.errors import KNNDiffusionError
 from infra.formats import tables
 from infra.promotions import GateResult
 from tasks.promotion.config import DatabaseGates
@@ -50,14 +51,27 @@ def only_hides(version: DatabaseVersion, champion: DatabaseVersion | None) -> bo
     return unchanged and "takedown" in new and new["takedown"]["digest"] != old.get("takedown", {}).get("digest")
 
 
+def failed_share(version: DatabaseVersion) -> float | None:
+    """Return the share of listed images that could not be downloaded; None for a merged database."""
+    failed, listed = _downloads(version)
+    return failed / listed if listed else None
+
+
+def _downloads(version: DatabaseVersion) -> tuple[int, int]:
+    """Return the numbers of failed and of listed images; 0 if there is no record."""
+    try:
+        outcomes = images_of(embeddings_of(version)).manifest().info.get("outcomes", {})
+    except KNNDiffusionError:  # a pushed database, whose images remain where it was pulled from
+        outcomes = {}
+    failed = sum(count for name, count in outcomes.items() if name not in _DOWNLOADED)
+    return failed, sum(outcomes.values())
+
+
 def _failed_downloads(version: DatabaseVersion, limit: float) -> GateResult:
-    outcomes = images_of(embeddings_of(version)).manifest().info.get("outcomes", {})
-    listed = sum(outcomes.values())
+    failed, listed = _downloads(version)
     if not listed:  # a merged database downloads nothing
         return GateResult(gate="failed_downloads", passed=True, value=None, limit=limit, detail="no downloads")
-    failed = sum(count for name, count in outcomes.items() if name not in _DOWNLOADED)
-    share = failed / listed
-    detail = f"{failed} of {listed}"
+    share, detail = failed / listed, f"{failed} of {listed}"
     return GateResult(gate="failed_downloads", passed=share <= limit, value=share, limit=limit, detail=detail)
 
 

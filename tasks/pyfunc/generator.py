@@ -2,6 +2,12 @@
 
 import mlflow
 
-from tasks.pyfunc.models import GeneratorModel
+try:
+    from tasks.pyfunc.models import GeneratorModel
+except ImportError as error:
+    raise ImportError(
+        f"the package knn-diffusion cannot be imported: {error}; "
+        "run pip install -r requirements.txt in the folder of this model"
+    ) from error
 
 mlflow.models.set_model(GeneratorModel())

@@ -1,0 +1,66 @@
+"""Measurement of the gates of a registered version."""
+
+from typing import Any
+
+from infra.errors import NotFoundError
+from infra.promotions import GateResult
+from infra.registry import GENERATOR_NAME, Registry
+from infra.settings import Settings
+from tasks.promotion.config import GATES_TAG, DatabaseGates, GeneratorGates, gates_from_tag
+from tasks.promotion.database_gates import measure_database
+from tasks.references.types import DatabaseVersion, Generator
+
+
+def measure(
+    name: str,
+    number: int,
+    before: int | None,
+    database_gates: DatabaseGates | None,
+    generator_gates: GeneratorGates,
+    settings: Settings,
+) -> tuple[GateResult, ...]:
+    """Measure the gates of version ``number``, against the champion ``before`` if it is another version."""
+    is_other = before is not None and before != number
+    if name != GENERATOR_NAME:
+        version = open_version(DatabaseVersion, name, number, settings)
+        champion = open_version(DatabaseVersion, name, before, settings) if is_other else None
+        limits = database_gates or _recorded_gates(name, number, settings)
+        return measure_database(version, champion, limits, settings.cache_folder)
+    from tasks.promotion import generator_gates as measured
+
+    gates, tags = generator_gates, _tags(name, number, settings)
+    generator = open_version(Generator, name, number, settings)
+    database_uri = str(tags.get("database", ""))
+    pulled = Registry(settings).pull(database_uri, kind=DatabaseVersion.kind)
+    database = DatabaseVersion.of(pulled.manifest, pulled.folder_uri)
+    results = [measured.encoder_gate(generator, database)]
+    if gates.neighbour_loss is not None:
+        results.append(measured.neighbour_gate(tags, gates.neighbour_loss))
+    if is_other and gates.compares and results[0].passed:
+        champion_generator = open_version(Generator, name, before, settings)
+        other = measured.encoder_gate(champion_generator, database)
+        if other.passed:  # otherwise the champion cannot use this database, so there is nothing to compare
+            config = measured.evaluation_config(gates)
+            found = measured.compare(generator, champion_generator, database, config, settings.cache_folder)
+            results.extend(measured.comparison_gates(found, gates))
+    return tuple(results)
+
+
+def _recorded_gates(name: str, version: int, settings: Settings) -> DatabaseGates:
+    """Return the gates of the domain when the version was registered, or the defaults."""
+    recorded = _tags(name, version, settings).get(GATES_TAG)
+    return DatabaseGates() if recorded is None else gates_from_tag(str(recorded))
+
+
+def open_version(kind: type[Any], name: str, version: int | None, settings: Settings) -> Any:
+    """Open a registered version as a reference of ``kind``."""
+    pulled = Registry(settings).pull(f"models:/{name}/{version}", kind=kind.kind)
+    return kind.of(pulled.manifest, pulled.folder_uri)
+
+
+def _tags(name: str, version: int, settings: Settings) -> dict[str, Any]:
+    listed = Registry(settings).versions(Generator.kind if name == GENERATOR_NAME else DatabaseVersion.kind)
+    found = [one for one in listed if (one["name"], one["version"]) == (name, version)]
+    if not found:
+        raise NotFoundError(f"version is not registered: {name}/{version}; list the versions with databases")
+    return found[0]
