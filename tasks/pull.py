@@ -4,6 +4,7 @@
     FOLDER/…                      its files
     FOLDER/parts/<digest>/…       files that it shares with earlier versions
     FOLDER/embeddings/…           of a database: the embeddings that it indexes, in the same layout
+    FOLDER/takedown/…             of a database: the list of images taken down, if there is one
 
 The digest of a manifest covers no locations, so the copy has the digest of the original.
 """
@@ -17,11 +18,12 @@ from infra import artifacts, storage
 from infra.errors import IntegrityError
 from infra.registry import PulledVersion, Registry
 from infra.settings import Settings
-from tasks.references.lineage import embeddings_of
+from tasks.references.lineage import embeddings_of, takedown_of
 from tasks.references.types import DatabaseVersion
 
-_EMBEDDINGS = "embeddings"
-_PARTS = "parts"
+EMBEDDINGS = "embeddings"
+TAKEDOWN = "takedown"
+PARTS = "parts"
 
 
 def pull_database(reference: str, folder: Path, settings: Settings) -> artifacts.Manifest:
@@ -35,9 +37,12 @@ def pull_database(reference: str, folder: Path, settings: Settings) -> artifacts
     version = DatabaseVersion.of(pulled.manifest, pulled.folder_uri)
     rows = embeddings_of(version)
     to = folder.absolute()
-    _copy(rows.manifest(), rows.uri, to / _EMBEDDINGS, settings.cache_folder)
+    _copy(rows.manifest(), rows.uri, to / EMBEDDINGS, settings.cache_folder)
     inputs = {name: dict(source) for name, source in pulled.manifest.inputs.items()}
-    inputs[_EMBEDDINGS]["uri"] = str(to / _EMBEDDINGS)
+    inputs[EMBEDDINGS]["uri"] = str(to / EMBEDDINGS)
+    if (takedown := takedown_of(version)) is not None:
+        _copy(takedown.manifest(), takedown.uri, to / TAKEDOWN, settings.cache_folder)
+        inputs[TAKEDOWN]["uri"] = str(to / TAKEDOWN)
     manifest = dataclasses.replace(pulled.manifest, inputs=inputs)
     return _copy(manifest, pulled.folder_uri, to, settings.cache_folder)
 
@@ -56,7 +61,7 @@ def _copy(manifest: artifacts.Manifest, source: str, to: Path, cache: Path) -> a
     """Copy every file of a manifest, verified, and then the manifest with the new locations."""
     shards = []
     for shard in manifest.shards:
-        place = to if shard.folder is None else to / _PARTS / hashlib.sha256(shard.folder.encode()).hexdigest()[:16]
+        place = to if shard.folder is None else to / PARTS / hashlib.sha256(shard.folder.encode()).hexdigest()[:16]
         for file in shard.files:
             _copy_file(shard.folder or source, file, place / file.name, cache)
         shards.append(dataclasses.replace(shard, folder=None if shard.folder is None else str(place)))

@@ -36,7 +36,7 @@ from flows.cli.console import (
 from flows.cli.databases import databases, search
 from flows.cli.generators import edit, evaluate, generate
 from flows.cli.inputs import check_domain, check_encoder, check_folder, check_recipe, check_user_agent
-from flows.cli.promotion import history, lineage, promote, pull, rollback
+from flows.cli.promotion import history, lineage, promote, pull, push, rollback
 from flows.cli.sources import Folder, OnlyFailed, UrlColumn, Urls, source_fields
 from flows.cli.stack import cancel, deploy, down, run, runs, status, up
 from flows.cli.upkeep import gc, merge, rebuild_index, relocate, subset
@@ -201,7 +201,7 @@ _LISTED = {
     "Generator": (generate, edit, evaluate),
     "Upkeep": (merge, subset, gc, relocate),
     "Operation": (up, status, down, deploy, run, runs, cancel),
-    "Promotion": (promote, rollback, history, pull, lineage),
+    "Promotion": (promote, rollback, history, pull, push, lineage),
 }
 """Commands by panel, in the order of ``--help``."""
 for _panel, _commands in _LISTED.items():

@@ -1,4 +1,4 @@
-"""Commands that move the champion: promote, rollback and history."""
+"""Commands for registered versions: promote, rollback, history, pull, push and lineage."""
 
 import json
 import time
@@ -139,6 +139,39 @@ def pull(
         copy = pull_generator if _kind_of(name) == "generator" else pull_database
         copy(name, to, settings(root))
         say(to)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder that pull made.")],
+    name: Annotated[str, typer.Option(help="Domain of a database, or knn-diffusion for a generator.")],
+    database: Annotated[
+        str | None,
+        typer.Option(help="Domain of a generator's default database. Default: the one that it was trained on."),
+    ] = None,
+    root: Root = None,
+    verbose: Verbose = False,
+) -> None:
+    """Register a folder that pull made as a candidate. Its files are copied below the root, after a check.
+
+    An interrupted push resumes. Promote the candidate with promote.
+
+    Example: knn-diffusion push birds-copy --name birds
+    """
+    with report_errors(verbose):
+        from infra.errors import InputError
+        from infra.registry import GENERATOR_NAME
+        from tasks.push import kind_of, push_database, push_generator
+
+        kind, is_generator = kind_of(folder), name == GENERATOR_NAME
+        if is_generator != (kind == "generator"):
+            raise InputError(f"{folder} holds a {kind}, which cannot be pushed as {name}; use another --name")
+        if is_generator:
+            registered = push_generator(folder, database, settings(root))
+        elif database is not None:
+            raise InputError("--database does not apply to a database; remove the option")
+        else:
+            registered = push_database(folder, name, settings(root))
+        say(registered.uri)
 
 
 def lineage(

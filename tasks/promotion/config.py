@@ -3,12 +3,10 @@
 import dataclasses
 import json
 
-from infra.errors import IntegrityError
+from infra.errors import ConfigError, IntegrityError
 
 GATES_TAG = "promotion.gates"
 """Tag of a database version: the gates of its domain when it was registered, as JSON."""
-
-from infra.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
