@@ -33,7 +33,8 @@ DOMAIN_MODULES = frozenset(
     for name in (
         "flows/cli/test_app", "flows/cli/test_databases", "flows/cli/test_generators", "flows/demo/test_run",
         "flows/test_evaluate_generator", "flows/test_new_domain",
-        "tasks/evaluate/test_task", "tasks/serve/test_gallery", "tasks/train/test_adopt",
+        "tasks/evaluate/test_task", "tasks/promotion/test_generator_comparison", "tasks/serve/test_gallery",
+        "tasks/train/test_adopt",
     )
 )  # fmt: skip
 """Modules with tests on the built domain: one worker runs them, so that it is built once."""

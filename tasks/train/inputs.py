@@ -1,0 +1,58 @@
+"""Checks of a training's inputs that need no weights, so that a wrong path does not fail after a download."""
+
+import json
+from pathlib import Path
+from typing import get_args
+
+from infra import uris
+from infra.errors import EncoderMismatchError, InputError
+from model.encoder.identity import EncoderIdentity
+from model.networks.latents import Autoencoder
+from model.saved_generator import SHIPPED, pretrained_folder
+from tasks.evaluate.config import EvaluateConfig
+from tasks.train.setup import TrainConfig
+
+
+def check_inputs(train: TrainConfig, evaluate: EvaluateConfig, encoder: EncoderIdentity | None = None) -> None:
+    """Check the folders and files that the configs name, and the encoder of ``start_from`` if ``encoder`` is given.
+
+    Raises:
+        InputError: there is no generator, autoencoder or file of that name.
+        EncoderMismatchError: ``start_from`` was trained with another encoder.
+    """
+    if train.start_from is not None:
+        _check_generator(train.start_from, encoder)
+    if train.autoencoder is not None:
+        _check_autoencoder(train.autoencoder)
+    weights = evaluate.inception_weights
+    if weights is not None and uris.is_local(weights) and not uris.local_path(weights).is_file():
+        raise InputError(f"evaluate.inception_weights does not exist: {weights}; give the file of torch-fidelity")
+
+
+def _check_generator(start_from: str, encoder: EncoderIdentity | None) -> None:
+    index = pretrained_folder(start_from) / "model_index.json"
+    if not index.is_file():
+        raise InputError(
+            f"train.start_from is no saved pipeline: {start_from}; give {' or '.join(SHIPPED)}, or the folder of one"
+        )
+    try:
+        trained_with = EncoderIdentity(**json.loads(index.read_text())["encoder_identity"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"train.start_from has a damaged {index.name}: {start_from}; save the pipeline again"
+        ) from error
+    if encoder is not None and not trained_with.same_space(encoder):
+        raise EncoderMismatchError(
+            f"encoders differ: {start_from} was trained with {trained_with}, the images were embedded by {encoder}; "
+            "embed the images with the encoder of the generator, or leave start_from out"
+        )
+
+
+def _check_autoencoder(folder: str) -> None:
+    kinds = {kind.__name__ for kind in get_args(Autoencoder)}
+    try:
+        found = json.loads(Path(folder, "config.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    if found not in kinds:
+        raise InputError(f"train.autoencoder is no {' or '.join(sorted(kinds))}: {folder}; give the folder of one")

@@ -1,0 +1,58 @@
+"""Tests of the checks of a training's inputs, which come before any stage."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.new_domain import new_domain
+from flows.train_generator import TrainGeneratorConfig
+from infra.errors import EncoderMismatchError, InputError
+from model.encoder.identity import EncoderIdentity
+from model.saved_generator import EMBEDDED, pretrained_folder
+from tasks.evaluate.config import EvaluateConfig
+from tasks.train.inputs import check_inputs
+from tasks.train.setup import TrainConfig
+
+
+def identity_of(name: str) -> EncoderIdentity:
+    return EncoderIdentity(**json.loads((pretrained_folder(name) / "model_index.json").read_text())["encoder_identity"])
+
+
+def test_check_inputs_accepts_the_bundled_generator_and_its_encoder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "VQModel"}')
+    train = TrainConfig(start_from=EMBEDDED, autoencoder=str(tmp_path))
+    check_inputs(train, EvaluateConfig(inception_weights="s3://bucket/weights"), identity_of(EMBEDDED))
+
+
+@pytest.mark.parametrize(
+    ("train", "reason"),
+    [
+        ({"start_from": "/absent"}, "start_from is no saved pipeline: /absent; give sticker-generator"),
+        ({"autoencoder": "/absent"}, "autoencoder is no AutoencoderKL or VQModel: /absent"),
+    ],
+)
+def test_check_inputs_of_a_wrong_path_fails_with_the_reason(train: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        check_inputs(TrainConfig(**train), EvaluateConfig())
+
+
+def test_check_inputs_of_absent_weights_or_another_encoder_fails() -> None:
+    with pytest.raises(InputError, match=r"inception_weights does not exist: /absent"):
+        check_inputs(TrainConfig(), EvaluateConfig(inception_weights="/absent"))
+    other = EncoderIdentity(name="other", weights_digest="0" * 64, preprocess_digest="0" * 64, dimension=256)
+    with pytest.raises(EncoderMismatchError, match="encoders differ: sticker-generator"):
+        check_inputs(TrainConfig(start_from=EMBEDDED), EvaluateConfig(), other)
+
+
+def test_new_domain_with_a_wrong_generator_fails_before_the_download(tmp_path: Path) -> None:
+    config = {"domain": "a", "urls": "/absent", "root": str(tmp_path), "train": {"start_from": "/absent"}}
+    with pytest.raises(InputError, match="start_from is no saved pipeline"):
+        new_domain.fn(**new_domain.validate_parameters({"config": config}))
+    assert not any(tmp_path.iterdir())
+
+
+def test_train_generator_with_a_wrong_domain_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be lower-case"):
+        TrainGeneratorConfig(domain="A B", database="d")
