@@ -1,17 +1,19 @@
 """Flow that adopts a saved generator for a database without training: adopt -> evaluate -> register."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from prefect import flow
 
 from flows.deployed_run import deployable
+from flows.form import DOMAIN, Form
 from flows.train_generator import TrainedGenerator
 from infra import compute, tracking, uris
 from infra.registry import DATABASE_PREFIX, champion_uri
 from model.saved_generator import EMBEDDED
 from tasks.evaluate.task import EvaluateConfig, evaluate
 from tasks.references.domain_folder import DomainFolder
+from tasks.references.domain_name import require_domain
 from tasks.references.trust import open_folder, saved_pipeline
 from tasks.references.types import DatabaseVersion, StageResult
 from tasks.register import RegistrationResult, register_generator
@@ -20,7 +22,7 @@ from tasks.train.adopt import adopt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class AdoptGeneratorConfig:
+class AdoptGeneratorConfig(Form):
     """Generator to adopt, database, and evaluation.
 
     Attributes:
@@ -32,7 +34,10 @@ class AdoptGeneratorConfig:
         trust: Treat folders outside of the root like those below it; see SECURITY.md. Default: False.
     """
 
-    domain: str
+    COMMON: ClassVar = ("domain", "database", "generator", "root")
+    CHOICES: ClassVar = {"generator": (EMBEDDED,)}
+
+    domain: Annotated[str, DOMAIN]
     database: str
     root: str | None = None
     generator: str = EMBEDDED
@@ -40,7 +45,8 @@ class AdoptGeneratorConfig:
     trust: bool = False
 
     def __post_init__(self) -> None:
-        """Keep passwords in URIs out of the records of Prefect and MLflow."""
+        """Validate the domain, and keep passwords in URIs out of the records of Prefect and MLflow."""
+        require_domain(self.domain)
         uris.hide_fields(self, "database", "root", "generator")
 
 
@@ -67,7 +73,8 @@ def adopt_generator(config: AdoptGeneratorConfig) -> TrainedGenerator:
         scores = evaluation.reference.scores()
         run.log(step=0, values=scores)
         database_uri = champion_uri(DATABASE_PREFIX + config.domain)
-        registered = register_generator(generator.reference, database_uri, scores, settings, run.run_id)
+        sheet = evaluation.reference.sheet(settings.cache_folder)
+        registered = register_generator(generator.reference, database_uri, scores, settings, run.run_id, sheet=sheet)
     stages: dict[str, StageResult[Any] | RegistrationResult] = {
         "adopt": generator,
         "evaluate": evaluation,

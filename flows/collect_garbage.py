@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Annotated, ClassVar
 
+from annotated_types import Ge
 from prefect import flow
 
 from flows.deployed_run import deployable
+from flows.form import Form
 from infra import uris
 from infra.errors import ConfigError, KNNDiffusionError, NotFoundError, StageError
 from infra.settings import Settings
@@ -17,7 +20,7 @@ from tasks.upkeep.garbage import DAY_S, Garbage, collect, domains_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class CollectGarbageConfig:
+class CollectGarbageConfig(Form):
     """Domains to collect, and what to retain in addition to all versions with an alias.
 
     Attributes:
@@ -29,12 +32,14 @@ class CollectGarbageConfig:
         wait_s: Seconds to wait for another writer of a domain before failing. Default: 0.
     """
 
+    COMMON: ClassVar = ("domain", "dry_run", "keep_versions", "root")
+
     domain: str | None = None
     root: str | None = None
-    keep_versions: int = 2
+    keep_versions: Annotated[int, Ge(1)] = 2
     dry_run: bool = True
-    grace_s: float = DAY_S
-    wait_s: float = 0.0
+    grace_s: Annotated[float, Ge(0)] = DAY_S
+    wait_s: Annotated[float, Ge(0)] = 0.0
 
     def __post_init__(self) -> None:
         """Validate the fields."""

@@ -1,10 +1,12 @@
 """Flows that build a database from others, without downloads or embedding: the union of several, or a subset."""
 
 import dataclasses
+from typing import Annotated, ClassVar
 
 from prefect import flow
 
 from flows.deployed_run import deployable
+from flows.form import DOMAIN, Form
 from infra import compute, uris
 from infra.errors import ConfigError, StageError
 from infra.settings import Settings
@@ -26,7 +28,7 @@ from tasks.upkeep.takedown import rolled_back_on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class MergeDatabasesConfig:
+class MergeDatabasesConfig(Form):
     """Databases to merge into a domain.
 
     Attributes:
@@ -40,7 +42,9 @@ class MergeDatabasesConfig:
         wait_s: Seconds to wait for another writer of the domain before failing. Default: 0.
     """
 
-    domain: str
+    COMMON: ClassVar = ("domain", "databases", "replace", "root")
+
+    domain: Annotated[str, DOMAIN]
     databases: tuple[str, ...]
     root: str | None = None
     index: IndexConfig | None = None
@@ -58,7 +62,7 @@ class MergeDatabasesConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class SubsetDatabaseConfig:
+class SubsetDatabaseConfig(Form):
     """Rows of a database to copy into a domain.
 
     Attributes:
@@ -73,7 +77,9 @@ class SubsetDatabaseConfig:
         wait_s: Seconds to wait for another writer of the domain before failing. Default: 0.
     """
 
-    domain: str
+    COMMON: ClassVar = ("domain", "database", "where", "replace", "root")
+
+    domain: Annotated[str, DOMAIN]
     database: str
     where: str
     root: str | None = None

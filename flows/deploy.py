@@ -32,7 +32,7 @@ from infra.deploy.services import HEARTBEAT_S, POOL
 from infra.errors import InputError, StageError
 
 AUTOMATION = "knn-diffusion: crash runs without heartbeats"
-_PER_DOMAIN = "rebuild-index"
+_PER_DOMAIN = ("rebuild-index", "promote-version")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,14 +62,18 @@ def deploy(checkout: Path) -> Deployed:
 
 
 def expand(project: Mapping[str, Any], domains: tuple[Domain, ...]) -> dict[str, Any]:
-    """Return the content of ``prefect.yaml`` with one ``rebuild-index`` deployment for each domain, and our tag.
+    """Return the content of ``prefect.yaml`` with our tag, and the deployments of each domain.
+
+    A domain has ``rebuild-index/NAME``, and ``promote-version/NAME`` if it has gates.
 
     Raises ``InputError`` if a schedule has no slug or no explicit ``active``, or two deployments have one name.
     """
     expanded = copy.deepcopy(dict(project))
-    templates = [entry for entry in expanded["deployments"] if entry["name"] == _PER_DOMAIN]
-    for template in templates[:1]:
-        expanded["deployments"] += [_rebuild_of(template, domain) for domain in domains]
+    templates = {entry["name"]: entry for entry in expanded["deployments"] if entry["name"] in _PER_DOMAIN}
+    if rebuild := templates.get("rebuild-index"):
+        expanded["deployments"] += [_rebuild_of(rebuild, domain) for domain in domains]
+    if promote := templates.get("promote-version"):
+        expanded["deployments"] += [_promotion_of(promote, domain) for domain in domains if domain.promotion_gates]
     names = [(entry["entrypoint"], entry["name"]) for entry in expanded["deployments"]]
     for entry in expanded["deployments"]:
         if names.count((entry["entrypoint"], entry["name"])) > 1:
@@ -91,6 +95,15 @@ def _rebuild_of(template: Mapping[str, Any], domain: Domain) -> dict[str, Any]:
         "description": f"Add new URLs of the list of {domain.name}, and hide images that were taken down.",
         "parameters": {"config": domain.rebuild_parameters()},
         "schedules": schedules,
+    }
+
+
+def _promotion_of(template: Mapping[str, Any], domain: Domain) -> dict[str, Any]:
+    return {
+        **copy.deepcopy(dict(template)),
+        "name": domain.name,
+        "description": f"Make the candidate of {domain.name} the champion if the gates in domains.yaml pass.",
+        "parameters": {"config": domain.promotion_parameters()},
     }
 
 

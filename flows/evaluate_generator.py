@@ -3,17 +3,19 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from prefect import flow
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
 from flows.deployed_run import deployable
+from flows.form import Form
 from infra import compute, storage, tracking, uris
 from infra.errors import ConfigError
 from infra.formats.tables import read_lines
 from infra.registry import GENERATOR_NAME
 from infra.settings import Settings
-from model.saved_generator import contents_digest, pretrained_folder
+from model.saved_generator import EMBEDDED, contents_digest, pretrained_folder
 from tasks.evaluate.report import FIGURE, MARKDOWN, Report, preview, report_evaluations
 from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
 from tasks.references.domain_folder import DomainFolder
@@ -26,7 +28,7 @@ ARTIFACT_KEY = "evaluation"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateGeneratorConfig:
+class EvaluateGeneratorConfig(Form):
     """Generator, databases, and evaluation.
 
     Attributes:
@@ -37,6 +39,9 @@ class EvaluateGeneratorConfig:
         evaluate: Evaluation settings. Default: with ablations.
         trust: Treat folders outside of the root like those below it; see SECURITY.md. Default: False.
     """
+
+    COMMON: ClassVar = ("databases", "generator", "texts", "evaluate.samples", "evaluate.use_gpu", "root")
+    CHOICES: ClassVar = {"generator": (GENERATOR_NAME, EMBEDDED)}
 
     databases: tuple[str, ...]
     generator: str = GENERATOR_NAME

@@ -1,16 +1,20 @@
 """Flow of the whole pipeline for one domain: download -> embed -> index -> register, and optionally a generator."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
+from annotated_types import Ge
 from prefect import flow
 
 from flows.adopt_generator import AdoptGeneratorConfig, adopt_generator
 from flows.deployed_run import deployable
+from flows.form import DOMAIN, ENCODERS, LIST, Form
+from flows.run_page import show_database
 from flows.train_generator import TrainedGenerator, TrainGeneratorConfig, train_generator
 from infra import compute, uris
 from infra.errors import ConfigError
 from infra.storage.lease import lease
+from model.saved_generator import EMBEDDED
 from tasks.download.config import DownloadConfig, list_options, require_one_source
 from tasks.download.task import download
 from tasks.embed.task import EmbedConfig, embed
@@ -22,12 +26,21 @@ from tasks.references.domain_name import require_domain
 from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, StageResult
 from tasks.register import RegistrationResult, register_database
 from tasks.stage import settings_of
+from tasks.train.inputs import check_inputs
 from tasks.train.setup import TrainConfig
 from tasks.upkeep.policy import required_takedown
 
+RECIPE = {
+    "anyOf": [
+        {"type": "string", "title": "recipe", "enum": ["own_domain", "demo_cpu", "stickers_h100", "photos_h100"]},
+        {"type": "null"},
+    ],
+    "description": "Settings to start from; see flows/recipes.py. photos_h100 needs the autoencoder of train.",
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class NewDomainConfig:
+class NewDomainConfig(Form):
     """URL list or image folder of a domain, and the settings of each stage.
 
     Attributes:
@@ -49,8 +62,21 @@ class NewDomainConfig:
         verify: Check the digests of files that earlier runs committed, not only that they exist. Default: False.
     """
 
-    domain: str
-    urls: str | tuple[str, ...] | None = None
+    COMMON: ClassVar = (
+        "domain",
+        "urls",
+        "folder",
+        "recipe",
+        "embed.encoder",
+        "index.target_recall",
+        "generator",
+        "root",
+    )
+    CHOICES: ClassVar = {"encoder": ENCODERS, "generator": (EMBEDDED,)}
+    EXTRA: ClassVar = {"recipe": RECIPE}
+
+    domain: Annotated[str, DOMAIN]
+    urls: Annotated[str | tuple[str, ...] | None, LIST] = None
     folder: str | None = None
     url_column: str | None = None
     only_failed: bool = False
@@ -62,7 +88,7 @@ class NewDomainConfig:
     generator: str | None = None
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     trust: bool = False
-    wait_s: float = 0.0
+    wait_s: Annotated[float, Ge(0)] = 0.0
     verify: bool = False
 
     def __post_init__(self) -> None:
@@ -76,6 +102,15 @@ class NewDomainConfig:
             raise ConfigError(
                 "train and generator are both given; to fine-tune a generator, set train.start_from instead"
             )
+
+    @classmethod
+    def base_of(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the config of the recipe, if the form names one."""
+        if "recipe" not in given:
+            return super(NewDomainConfig, cls).base_of(given)
+        from flows.recipes import recipe_of
+
+        return dataclasses.asdict(recipe_of(given))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +132,8 @@ def new_domain(config: NewDomainConfig) -> Domain:
     """Build a domain's database from a URL list, and a generator if configured; register both as champions."""
     settings = settings_of(config.root)
     folder = DomainFolder.of(settings, config.domain)
+    if config.train is not None:
+        check_inputs(config.train, config.evaluate)
     with compute.cluster(settings.ray_address, settings.cpus):
         with lease(folder.uri, holder=f"new-domain {config.domain}", wait_s=config.wait_s) as domain_lease:
             takedown = required_takedown(config.domain, settings)
@@ -111,7 +148,9 @@ def new_domain(config: NewDomainConfig) -> Domain:
             embeddings = embed(images.reference, folder, config.embed, verify=config.verify)
             database = index(embeddings.reference, folder, config.index, takedown=takedown, verify=config.verify)
             domain_lease.check()
-            registered = register_database(config.domain, database.reference, settings, None)
+            seconds = {"download": images.seconds, "embed": embeddings.seconds, "index": database.seconds}
+            registered = register_database(config.domain, database.reference, settings, None, seconds=seconds)
+            show_database(config.domain, database.reference, registered, settings)
         trained = None
         if config.train is not None:
             trained = train_generator(

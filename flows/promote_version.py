@@ -1,10 +1,13 @@
 """Flow that promotes a registered version: measure the gates, decide, move ``champion``, and record the decision."""
 
 import dataclasses
+from typing import Annotated, ClassVar
 
+from annotated_types import Ge
 from prefect import flow
 
 from flows.deployed_run import deployable
+from flows.form import Form
 from infra import compute
 from infra.errors import ConfigError
 from infra.promotions import Decision
@@ -15,14 +18,14 @@ from tasks.stage import settings_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class PromoteVersionConfig:
+class PromoteVersionConfig(Form):
     """Version to promote and its gates.
 
     Attributes:
         name: Domain, or registered model: ``knn-database.<domain>`` or ``knn-diffusion``.
         version: Number of the version. Default: the candidate.
         root: Folder or ``s3://…`` URI of the artifacts. Default: the root of the settings.
-        database: Gates of a database.
+        database: Gates of a database. Default: those of its domain when it was registered, or the defaults.
         generator: Gates of a generator.
         approval: Require the tag ``approval=approved`` of the version. Default: False.
         force: Promote even if gates fail. Default: False.
@@ -30,15 +33,17 @@ class PromoteVersionConfig:
         wait_s: Seconds to wait for another writer of this model before failing. Default: 0.
     """
 
+    COMMON: ClassVar = ("name", "version", "approval", "force", "reason", "root")
+
     name: str
-    version: int | None = None
+    version: Annotated[int, Ge(1)] | None = None
     root: str | None = None
-    database: DatabaseGates = dataclasses.field(default_factory=DatabaseGates)
+    database: DatabaseGates | None = None
     generator: GeneratorGates = dataclasses.field(default_factory=GeneratorGates)
     approval: bool = False
     force: bool = False
     reason: str = ""
-    wait_s: float = 0.0
+    wait_s: Annotated[float, Ge(0)] = 0.0
 
     def __post_init__(self) -> None:
         """Validate the fields."""

@@ -8,10 +8,14 @@ embedded again or shards are compacted, and it remains the champion if one of th
 """
 
 import dataclasses
+from typing import Annotated, ClassVar
 
+from annotated_types import Ge, Interval
 from prefect import flow
 
 from flows.deployed_run import deployable
+from flows.form import DOMAIN, ENCODERS, LIST, Form
+from flows.run_page import show_database
 from infra import compute, logs, uris
 from infra.download.downloader import DownloadPolicy
 from infra.errors import ConfigError
@@ -23,6 +27,7 @@ from tasks.download.task import download
 from tasks.embed.task import EmbedConfig, embed
 from tasks.index.config import IndexConfig, IndexOverrides
 from tasks.index.task import index
+from tasks.promotion.config import DatabaseGates
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.domain_name import require_domain
 from tasks.references.lineage import embeddings_of, images_of, takedown_of
@@ -44,7 +49,7 @@ from tasks.upkeep.takedown import rolled_back_on, take_down
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RebuildIndexConfig:
+class RebuildIndexConfig(Form):
     """Changes to the champion of a domain. Stage settings that are None are those that the champion was built with.
 
     Attributes:
@@ -67,25 +72,32 @@ class RebuildIndexConfig:
         embed: Embedding settings.
         index: Index settings.
         index_changes: Single settings that override ``index``.
+        gates: Gates that a version with changes must pass to become the champion. Default: only its target recall.
     """
 
-    domain: str
-    urls: str | tuple[str, ...] | None = None
+    COMMON: ClassVar = (
+        "domain", "urls", "folder", "takedown", "compact", "embed.encoder", "index_changes.target_recall", "root",
+    )  # fmt: skip
+    CHOICES: ClassVar = {"encoder": ENCODERS}
+
+    domain: Annotated[str, DOMAIN]
+    urls: Annotated[str | tuple[str, ...] | None, LIST] = None
     folder: str | None = None
     url_column: str | None = None
     only_failed: bool = False
     takedown: str | None = None
     compact: bool = False
-    compact_above: float = 0.1
+    compact_above: Annotated[float, Interval(gt=0, le=1)] = 0.1
     root: str | None = None
     retry_failed: bool = False
-    wait_s: float = 0.0
+    wait_s: Annotated[float, Ge(0)] = 0.0
     verify: bool = False
     download: DownloadConfig | None = None
     host_rate: float | None = None
     embed: EmbedConfig | None = None
     index: IndexConfig | None = None
     index_changes: IndexOverrides = dataclasses.field(default_factory=IndexOverrides)
+    gates: DatabaseGates | None = None
 
     def __post_init__(self) -> None:
         """Validate the fields."""
@@ -146,7 +158,10 @@ def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
             nonlocal champion, registered
             domain_lease.check()
             if state is not champion:
-                registered, champion = register_database(config.domain, state.database, settings, None), state
+                registered = register_database(
+                    config.domain, state.database, settings, None, gates=config.gates, seconds=timings.seconds
+                )
+                champion = state
 
         # After a rollback of the champion, the domain has more takedowns than the champion hides.
         takedown = merge_with_existing(folder, before.takedown)
@@ -165,6 +180,7 @@ def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
             # Only now: a takedown must not fail because of a damaged file.
             check_files(*_reused_artifacts(config, champion), verify=config.verify)
             register(update(config, champion, takedown, folder, timings))
+    show_database(config.domain, champion.database, registered, settings)
     if registered is None:
         logs.get("stage").info(
             "%-11s %s: no new images and no takedowns; the champion is unchanged", "rebuild", config.domain

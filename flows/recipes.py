@@ -1,7 +1,9 @@
 """Recipes: functions that return complete configs. Each documents source, hardware, time, result and command."""
 
 import dataclasses
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from flows.new_domain import NewDomainConfig
 from infra.download.downloader import DownloadPolicy
@@ -172,3 +174,26 @@ RECIPES: dict[str, Callable[..., NewDomainConfig]] = {
     recipe.__name__: recipe for recipe in (own_domain, demo_cpu, stickers_h100, photos_h100)
 }
 """Recipes by name, for the command line. All take (domain, urls, *, root, texts, allow_hosts)."""
+
+
+def recipe_of(form: Mapping[str, Any]) -> NewDomainConfig:
+    """Return the config of the recipe that a form names. Groups of the form are dictionaries.
+
+    Raises ``ValueError`` if there is no such recipe, or if the form lacks the autoencoder that it needs.
+    """
+    name = form["recipe"]
+    if name not in RECIPES:
+        raise ValueError(f"recipe is unknown: {name}; use one of {', '.join(RECIPES)}")
+    train = form.get("train")
+    possible = {
+        "encoder": (form.get("embed") or {}).get("encoder"),
+        "autoencoder": (train or {}).get("autoencoder"),
+        "train": train is not None,
+    }
+    accepted = inspect.signature(RECIPES[name]).parameters
+    options = {option: value for option, value in possible.items() if option in accepted and value}
+    if "autoencoder" in accepted and "autoencoder" not in options:
+        raise ValueError(f"recipe {name} has no autoencoder; give train.autoencoder the folder of one")
+    root = form.get("root")
+    config = RECIPES[name](form.get("domain", ""), form.get("urls", ""), root=root or "", **options)
+    return dataclasses.replace(config, root=root)

@@ -1,28 +1,32 @@
 """Flow that trains a generator on a committed database: neighbours -> train -> evaluate -> register."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from prefect import flow
 
 from flows.deployed_run import deployable
+from flows.form import DOMAIN, Form
 from infra import compute, tracking, uris
 from infra.registry import DATABASE_PREFIX, champion_uri
+from model.saved_generator import EMBEDDED
 from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
 from tasks.neighbours import find_neighbours
 from tasks.references.domain_folder import DomainFolder
+from tasks.references.domain_name import require_domain
 from tasks.references.lineage import embeddings_of, images_of
 from tasks.references.trust import open_folder
-from tasks.references.types import DatabaseVersion, Generator, StageResult
+from tasks.references.types import DatabaseVersion, Generator, StageResult, encoder_of
 from tasks.register import RegistrationResult, register_generator
 from tasks.stage import settings_of
 from tasks.train.data import TrainingInputs
+from tasks.train.inputs import check_inputs
 from tasks.train.setup import TrainConfig
 from tasks.train.task import train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TrainGeneratorConfig:
+class TrainGeneratorConfig(Form):
     """Database to train on, training, and evaluation.
 
     Attributes:
@@ -34,7 +38,13 @@ class TrainGeneratorConfig:
         trust: Treat folders outside of the root like those below it; see SECURITY.md. Default: False.
     """
 
-    domain: str
+    COMMON: ClassVar = (
+        "domain", "database", "train.start_from", "train.training.images", "train.training.batch_size",
+        "train.training.learning_rate", "train.use_gpu", "root",
+    )  # fmt: skip
+    CHOICES: ClassVar = {"start_from": (EMBEDDED,)}
+
+    domain: Annotated[str, DOMAIN]
     database: str
     root: str | None = None
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -42,7 +52,8 @@ class TrainGeneratorConfig:
     trust: bool = False
 
     def __post_init__(self) -> None:
-        """Keep passwords in URIs out of the records of Prefect and MLflow."""
+        """Validate the domain, and keep passwords in URIs out of the records of Prefect and MLflow."""
+        require_domain(self.domain)
         uris.hide_fields(self, "database", "root")
 
 
@@ -67,6 +78,7 @@ def train_generator(config: TrainGeneratorConfig) -> TrainedGenerator:
     settings = settings_of(config.root)
     folder = DomainFolder.of(settings, config.domain)
     database = open_folder(DatabaseVersion, config.database, settings, trust=config.trust)
+    check_inputs(config.train, config.evaluate, encoder_of(database.manifest()))
     embeddings = embeddings_of(database)
     images = images_of(embeddings)
     with (
@@ -81,7 +93,8 @@ def train_generator(config: TrainGeneratorConfig) -> TrainedGenerator:
         scores = evaluation.reference.scores()
         run.log(step=generator.reference.manifest().info["images_seen"], values=scores)
         database_uri = champion_uri(DATABASE_PREFIX + config.domain)
-        registered = register_generator(generator.reference, database_uri, scores, settings, run.run_id)
+        sheet = evaluation.reference.sheet(settings.cache_folder)
+        registered = register_generator(generator.reference, database_uri, scores, settings, run.run_id, sheet=sheet)
     stages: dict[str, StageResult[Any] | RegistrationResult] = {
         "neighbours": found,
         "train": generator,

@@ -9,8 +9,10 @@ import yaml
 from flows.deploy import expand
 from flows.deployment_runs import merge_parameters
 from flows.domains import Domain, read_domains
+from flows.promote_version import promote_version
 from flows.rebuild_index import rebuild_index
 from infra.errors import InputError
+from tasks.promotion.config import DatabaseGates
 
 PROJECT = yaml.safe_load((Path(__file__).parents[2] / "prefect.yaml").read_text())
 
@@ -22,6 +24,17 @@ def test_expand_adds_one_rebuild_deployment_per_domain_with_valid_parameters() -
     assert added[0]["schedules"] == [{"slug": "rebuild", "cron": "0 4 * * *", "timezone": "UTC", "active": True}]
     config = rebuild_index.validate_parameters(added[0]["parameters"])["config"]
     assert (config.domain, config.embed.encoder, config.index_changes.target_recall) == ("birds", "a/b", 0.9)
+
+
+def test_expand_gives_the_gates_of_a_domain_to_its_rebuild_and_its_promotion() -> None:
+    domain = Domain(name="birds", gates={"target_recall": 0.9, "lost_rows": 0.2, "drift": None})
+    rebuild, promotion = expand(PROJECT, (domain,))["deployments"][len(PROJECT["deployments"]) :]
+    gates = DatabaseGates(lost_rows=0.2, drift=None)
+    config = rebuild_index.validate_parameters(rebuild["parameters"])["config"]
+    assert (config.gates, config.index_changes.target_recall) == (gates, 0.9)
+    assert promotion["entrypoint"] == "flows/promote_version.py:promote_version"
+    config = promote_version.validate_parameters(promotion["parameters"])["config"]
+    assert (config.name, config.database) == ("birds", gates)
 
 
 def test_expand_tags_every_deployment() -> None:
@@ -41,6 +54,9 @@ def test_expand_with_an_incomplete_schedule_fails(schedule: dict[str, Any]) -> N
         ("domains: [{name: A B}]", "must be lower-case"),
         ("domains: [{name: a, typo: 1}]", "typo"),
         ("domains: [{name: a, gates: {speed: 1}}]", "gate is unknown: speed"),
+        ("domains: [{name: a, gates: {drift: 3}}]", "drift is out of range: 3"),
+        ("domains: [{name: a, gates: {lost_rows: few}}]", "lost_rows is out of range: few"),
+        ("domains: [{name: a, gates: {target_recall: 2}}]", "target_recall is out of range: 2"),
         ("domains: [{name: a}, {name: a}]", "has a domain twice"),
     ],
 )

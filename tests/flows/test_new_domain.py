@@ -1,13 +1,19 @@
 """The whole pipeline on a small domain: its results, skipped stages, and runs that are killed."""
 
+import base64
+import contextlib
+import hashlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -138,6 +144,77 @@ def test_pyfunc_loads_in_a_new_process(domain: Any, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert "['red circle', 'blue square'] [(16, 16), (16, 16)]" in done.stdout
     assert done.stdout.strip().endswith("2")
+
+
+@pytest.mark.slow
+def test_registered_versions_are_served_by_mlflow(domain: Any, tmp_path: Path) -> None:
+    models = {"models:/knn-database.shapes@champion": {"k": 2}, "models:/knn-diffusion@champion": {"steps": 1, "k": 2}}
+    tracking = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{domain.root}/mlflow.db"}
+    log = (tmp_path / "serve.log").open("w+")
+    with contextlib.ExitStack() as stack:
+        stack.callback(log.close)
+        addresses = {}
+        for model in models:
+            port = free_port()
+            command = ["mlflow", "models", "serve", "-m", model, "-h", "127.0.0.1", "-p", str(port)]
+            serving = subprocess.Popen(
+                [sys.executable, "-m", *command, "--env-manager", "local"],
+                cwd=tmp_path, env=tracking, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+            stack.callback(os.killpg, serving.pid, signal.SIGKILL)
+            addresses[model] = f"http://127.0.0.1:{port}"
+        for model, params in models.items():
+            asked = {"dataframe_split": {"columns": ["prompt"], "data": [["red circle"]]}, "params": params}
+            answer = answer_of(addresses[model], asked)
+            assert answer.status_code == 200, answer.text + (tmp_path / "serve.log").read_text()[-2000:]
+            (row,) = answer.json()["predictions"]
+            if "neighbours" in row:
+                assert len(json.loads(row["neighbours"])) == 2
+            else:
+                assert base64.b64decode(row["png"]).startswith(b"\x89PNG")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def answer_of(address: str, asked: dict[str, Any]) -> httpx.Response:
+    """Post to a model server, as soon as it is healthy."""
+    deadline = time.monotonic() + 150
+    while True:
+        try:
+            if httpx.get(f"{address}/ping").status_code == 200:
+                return httpx.post(f"{address}/invocations", json=asked, timeout=60)
+        except httpx.TransportError:
+            assert time.monotonic() < deadline, "the server does not answer"
+        time.sleep(0.5)
+
+
+def test_registered_versions_hold_the_wheel_of_the_package(domain: Any, tmp_path: Path) -> None:
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{domain.root}/mlflow.db")
+    for model in ("models:/knn-database.shapes/1", "models:/knn-diffusion/1"):
+        (tmp_path / model[8:]).mkdir(parents=True)
+        local = Path(mlflow.artifacts.download_artifacts(model, dst_path=str(tmp_path / model[8:])))
+        (wheel,) = local.glob("artifacts/*.whl")
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        assert f"file:artifacts/{wheel.name}#sha256={digest}" in (local / "requirements.txt").read_text().split()
+        _, name, number = model.replace("models:/", "models/").split("/")
+        assert mlflow.MlflowClient().get_model_version(name, number).tags["package.sha256"] == digest
+
+
+def test_model_script_without_the_package_says_what_to_install(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "tasks" / "pyfunc" / "database.py"
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.path.append(sys.argv[2]); sys.modules['tasks'] = None; "
+         "import runpy; runpy.run_path(sys.argv[1])", str(script), ""],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "run pip install -r requirements.txt in the folder of this model" in done.stderr.splitlines()[-1]
 
 
 def test_load_pipeline_generates_and_swaps_databases(domain: Any) -> None:

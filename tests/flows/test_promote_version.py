@@ -40,6 +40,25 @@ def test_promote_is_refused_by_lost_rows_and_forced_with_a_reason(living: Living
     assert history[0]["gates"]
 
 
+def test_rebuild_is_promoted_by_the_gates_of_its_domain_and_a_takedown_in_any_case(
+    living: Living, ray: WithoutRay
+) -> None:
+    store = Promotions(living.settings)
+    living.build(NAMES[:4])
+    strict = DatabaseGates(recall_image=None, recall_text=None, failed_downloads=0.1)
+    rebuilt = living.rebuild(urls=living.listed(*NAMES[:5], "/absent.png"), gates=strict)
+    assert rebuilt.registered.alias_uri == f"models:/{NAME}@candidate"
+    assert store.champion(NAME) == 1
+    (failed,) = (gate for gate in store.history(NAME)[0]["gates"] if not gate["passed"])
+    assert (failed["gate"], failed["limit"]) == ("failed_downloads", 0.1)
+    refused = promoted(living, version=2)
+    assert refused.outcome == "refused", "the gates are recorded with the version"
+    down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")
+    living.rebuild(takedown=down, compact_above=1, gates=strict)
+    assert living.champion() == set(NAMES[:4]) - {NAMES[1]}
+    assert promoted(living, version=2, database=DatabaseGates(drift=2.0)).moved
+
+
 def test_rollback_restores_the_previous_champion_unless_it_shows_images_taken_down(
     living: Living, ray: WithoutRay
 ) -> None:
