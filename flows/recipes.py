@@ -7,6 +7,7 @@ from typing import Any
 
 from flows.new_domain import NewDomainConfig
 from infra.download.downloader import DownloadPolicy
+from infra.errors import ConfigError
 from model.diffusion.conditioning import ConditioningConfig
 from model.encoder.identity import EMBEDDED as EMBEDDED_ENCODER
 from model.networks.dit import TransformerConfig
@@ -179,11 +180,11 @@ RECIPES: dict[str, Callable[..., NewDomainConfig]] = {
 def recipe_of(form: Mapping[str, Any]) -> NewDomainConfig:
     """Return the config of the recipe that a form names. Groups of the form are dictionaries.
 
-    Raises ``ValueError`` if there is no such recipe, or if the form lacks the autoencoder that it needs.
+    Raises ``ConfigError`` if there is no such recipe, or if the form lacks the autoencoder that it needs.
     """
     name = form["recipe"]
     if name not in RECIPES:
-        raise ValueError(f"recipe is unknown: {name}; use one of {', '.join(RECIPES)}")
+        raise ConfigError(f"recipe is unknown: {name}; use one of {', '.join(RECIPES)}")
     train = form.get("train")
     possible = {
         "encoder": (form.get("embed") or {}).get("encoder"),
@@ -193,7 +194,7 @@ def recipe_of(form: Mapping[str, Any]) -> NewDomainConfig:
     accepted = inspect.signature(RECIPES[name]).parameters
     options = {option: value for option, value in possible.items() if option in accepted and value}
     if "autoencoder" in accepted and "autoencoder" not in options:
-        raise ValueError(f"recipe {name} has no autoencoder; give train.autoencoder the folder of one")
+        raise ConfigError(f"recipe {name} has no autoencoder; give train.autoencoder the folder of one")
     root = form.get("root")
     config = RECIPES[name](form.get("domain", ""), form.get("urls", ""), root=root or "", **options)
     return dataclasses.replace(config, root=root)
