@@ -108,10 +108,11 @@ def _promotion_of(template: Mapping[str, Any], domain: Domain) -> dict[str, Any]
 
 
 def create_automation() -> None:
-    """Create or update the automation that marks runs as crashed after three missed heartbeats.
+    """Create the automation that marks runs as crashed after three missed heartbeats, or update it if it differs.
 
     Prefect's server marks nothing by itself: a run whose worker and process die would remain Running. Runs of other
-    projects are left alone, because their heartbeats may be less frequent.
+    projects are left alone, because their heartbeats may be less frequent. An update makes Prefect forget the
+    heartbeats so far, and a run that has died already would remain Running.
     """
     automation = AutomationCore(
         name=AUTOMATION,
@@ -136,10 +137,10 @@ def create_automation() -> None:
         found = client.read_automations_by_name(AUTOMATION)
         for one in found[1:]:
             client.delete_automation(one.id)
-        if found:
-            client.update_automation(found[0].id, automation)
-        else:
+        if not found:
             client.create_automation(automation)
+        elif (found[0].trigger, found[0].actions) != (automation.trigger, automation.actions):
+            client.update_automation(found[0].id, automation)
 
 
 def _create_pool() -> None:
