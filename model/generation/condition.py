@@ -48,10 +48,13 @@ def build_condition(
         trained_neighbours: Number of neighbours shown in training. If K is smaller, hidden neighbours are appended.
 
     Raises:
-        ModelError: ``query`` is unknown or needs a database, or the embeddings have another width.
+        ModelError: ``query`` is unknown or needs a database, the database is empty, or the embeddings have another
+            width.
     """
     hits = None
     if database is not None:
+        if not len(database):
+            raise ModelError(f"database {database.name} is empty; add images to it, or generate without a database")
         hits = database.search(embeddings.numpy(), k)
         if k > len(database):
             logger.warning("the database holds %d images, but %d neighbours were requested", len(database), k)

@@ -143,9 +143,8 @@ class Database:
         hidden: NDArray[np.int64] | None = None,
         describe: Callable[[Sequence[int]], list[dict[str, Any]]] | None = None,
         images: Callable[[Sequence[int]], list[Image.Image]] | None = None,
-        part: bool = False,
     ) -> None:
-        """Open the shards, in row order.
+        """Open the shards, in row order. All rows may be hidden; searches then return nothing.
 
         Args:
             shards: Local files of each shard.
@@ -156,14 +155,15 @@ class Database:
             hidden: Sorted ids of rows that are never returned: taken down, or near-duplicates of others. Default: none.
             describe: Returns the metadata (key, url, …) of global row ids. Default: None.
             images: Returns the RGB images of global row ids. Default: None.
-            part: True for one of several parts searched together, in which all rows may be hidden. Default: False.
 
         Raises:
-            ModelError: The database is empty, or index and rows of a shard do not match.
+            ModelError: There is no shard, or index and rows of a shard do not match.
         """
         self.name, self.encoder, self.effort = name, encoder, effort or SearchEffort()
         self._describe, self._images = describe, images
         self._hidden = np.zeros(0, np.int64) if hidden is None else np.asarray(hidden, dtype=np.int64)
+        if not shards:
+            raise ModelError(f"database has no shard: {name}; build it from at least one image")
         self._candidate_search = open_candidate_search(
             [s.index for s in shards], [s.ordinal for s in shards], quantizer
         )
@@ -178,8 +178,6 @@ class Database:
                 )
             self._parts += parts
         self._starts = np.array([0, *itertools.accumulate(map(len, self._parts))], dtype=np.int64)
-        if len(self) < 1 and not part:
-            raise ModelError(f"database is empty: {name}; build it from at least one image")
 
     def __len__(self) -> int:
         """Return the number of rows that a search may return."""

@@ -102,7 +102,7 @@ def _mean(embeddings: EmbeddingShards, cache: Path) -> NDArray[np.float64]:
     chosen = shards[:: max(1, len(shards) // _DRIFT_SHARDS)]
     arrays = [np.load(artifacts.fetch_shard(embeddings.uri, one, ".npy", cache), mmap_mode="r") for one in chosen]
     total = np.sum([rows.sum(axis=0, dtype=np.float64) for rows in arrays], axis=0)
-    return np.asarray(total / sum(len(rows) for rows in arrays), dtype=np.float64)
+    return np.asarray(total / max(1, sum(len(rows) for rows in arrays)), dtype=np.float64)
 
 
 def _distance(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:

@@ -73,7 +73,6 @@ def open_part(
         name=name or domain_of(version),
         effort=SearchEffort(**manifest.info["effort"]),
         hidden=hidden[(hidden >= 0) & (hidden < sum(shard.rows for shard in part))],
-        part=len(part) < len(index_shards(version)),
     )
     return database, first
 
@@ -88,7 +87,6 @@ def open_shards(
     effort: SearchEffort,
     hidden: NDArray[np.int64] | None = None,
     rows_at_once: bool = True,
-    part: bool = False,
 ) -> Database:
     """Open index shards over the embedding shards that they index.
 
@@ -102,7 +100,6 @@ def open_shards(
         hidden: Ids of the rows that are never returned.
         rows_at_once: Fetch and verify all embeddings now. Otherwise each file is fetched when one of its rows is first
             needed, so that a job that reads only new rows does not fetch old ones.
-        part: The shards are a part of a version, which may hide all of its rows.
 
     Raises:
         IntegrityError: a file differs from the committed one, or an indexed embedding shard is missing.
@@ -135,7 +132,6 @@ def open_shards(
         effort=effort,
         hidden=hidden,
         describe=Metadata(embeddings.uri, source, cache),
-        part=part,
     )
 
 

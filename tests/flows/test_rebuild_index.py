@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -149,19 +150,28 @@ def test_takedown_is_champion_before_downloads_start(living: Living, ray: Withou
     assert living.rebuild(takedown=further, urls=living.listed(*NAMES[:5]), compact=True).unchanged
 
 
-def test_takedown_of_all_images_needs_new_ones(living: Living, ray: WithoutRay) -> None:
+def test_takedown_of_all_images_leaves_an_empty_version_that_can_grow(
+    living: Living, ray: WithoutRay, tmp_path: Path
+) -> None:
+    from tasks.serve.load import search_database
+
     living.build(NAMES[:4])
     down = living.listed(*({"url": living.server.url(name)} for name in NAMES[:4]), name="down.jsonl")
-    living.rebuild(takedown=down, urls=living.listed(*NAMES[4:8]))
-    assert living.champion() == set(NAMES[4:8])
-    with pytest.raises(ModelError, match="is empty"):
-        living.rebuild(
-            takedown=living.listed(*({"url": living.server.url(name)} for name in NAMES[4:8]), name="down.jsonl")
-        )
-    assert living.champion() == set(NAMES[4:8])
-    assert living.rebuild(urls=living.listed(*NAMES[4:8])).unchanged  # the refused takedown was rolled back
-    living.rebuild(urls=living.listed(*NAMES[4:9]))
+    emptied = living.rebuild(takedown=down)
+    assert emptied.after.database.uri != emptied.before.database.uri
+    assert living.champion() == set()
+    assert search_database("shapes", "a red circle", 3, living.settings).rows == []
+    for path in Path(emptied.after.images.uri).glob("*.tar"):
+        with tarfile.open(path) as tar:
+            assert tar.getnames() == [], "the bytes are gone as well"
+    assert living.rebuild(takedown=down).unchanged
+    assert living.rebuild(urls=living.listed(*NAMES[:4])).unchanged, "a later list cannot bring them back"
+    living.rebuild(urls=living.listed(*NAMES[:9]))
     assert living.champion() == set(NAMES[4:9])
+    further = [{"url": living.server.url(name)} for name in NAMES[4:9]]
+    living.rebuild(takedown=living.listed(*further, name="down.jsonl"))
+    living.rebuild(urls=living.listed(*NAMES[9:11]))
+    assert living.champion() == set(NAMES[9:11])
 
 
 @pytest.mark.parametrize("field", ["index", "index_changes"])

@@ -93,6 +93,8 @@ class Living:
     def found(self, database: DatabaseVersion) -> set[str]:
         """Return the paths of all rows that a search with every row finds."""
         opened = open_database(database, self.folder / "cache")
+        if not len(opened):
+            return set()
         rows = opened.rows(np.arange(len(opened))).astype(np.float32)
         hits = opened.search(rows / np.linalg.norm(rows, axis=1, keepdims=True), len(opened))
         ids = np.unique(hits.ids[hits.ids >= 0]).tolist()

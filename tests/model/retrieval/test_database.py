@@ -160,11 +160,18 @@ def test_search_k_above_rows_returns_all_rows(tmp_path: Path) -> None:
     assert [sorted(found) for found in others.ids.tolist()] == [[1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 3, 4]]
 
 
-@pytest.mark.parametrize("shards", [0, 2])
-def test_database_empty_raises(tmp_path: Path, shards: int) -> None:
-    files = tiny_models.shard_files(tmp_path, *[tiny_models.unit_rows(0)] * shards) if shards else []
-    with pytest.raises(ModelError, match=r"database is empty: birds; build it from at least one image"):
-        Database(files, encoder=tiny_models.identity(), name="birds")
+def test_database_without_shards_raises() -> None:
+    with pytest.raises(ModelError, match=r"database has no shard: birds; build it from at least one image"):
+        Database([], encoder=tiny_models.identity(), name="birds")
+
+
+@pytest.mark.parametrize("stored", [0, 3])
+def test_search_without_returnable_rows_returns_nothing(tmp_path: Path, stored: int) -> None:
+    files = tiny_models.shard_files(tmp_path, tiny_models.unit_rows(stored), tiny_models.unit_rows(0))
+    database = Database(files, encoder=tiny_models.identity(), name="birds", hidden=np.arange(stored))
+    hits = database.search(tiny_models.unit_rows(2), 5)
+    assert (len(database), hits.ids.shape, hits.scores.shape) == (0, (2, 0), (2, 0))
+    assert hits.embeddings.shape == (2, 0, tiny_models.WIDTH)
 
 
 @pytest.mark.parametrize("shape", [(3, tiny_models.WIDTH + 1), (3, tiny_models.WIDTH - 1), (tiny_models.WIDTH,)])
@@ -376,7 +383,6 @@ def test_search_part_with_all_rows_hidden_returns_nothing(tmp_path: Path) -> Non
         tiny_models.shard_files(tmp_path, rows),
         encoder=tiny_models.identity(),
         hidden=np.arange(40, dtype=np.int64),
-        part=True,
     )
     hits = part.search_without(rows[:3].astype(np.float32), 5, rows[:3])
     assert hits.ids.shape == hits.scores.shape == (3, 0)
