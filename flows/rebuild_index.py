@@ -23,6 +23,7 @@ from infra.settings import Settings
 from infra.storage.lease import lease
 from model.errors import ModelError
 from tasks.download.config import DownloadConfig, list_options, require_one_source
+from tasks.download.refresh import refresh
 from tasks.download.task import download
 from tasks.embed.task import EmbedConfig, embed
 from tasks.index.config import IndexConfig, IndexOverrides
@@ -67,6 +68,7 @@ class RebuildIndexConfig(Form):
         wait_s: Seconds to wait for another writer of this domain before failing. Default: 0.
         verify: Check the digests of files that earlier runs committed, not only that they exist. Default: False.
         download: Download settings.
+        refresh: Request the stored URLs again, and replace the images that have changed. Default: False.
         host_rate: Requests per second to one host, which overrides ``download``; 0 is unlimited. Default: 10, because
             the champion does not record it.
         embed: Embedding settings.
@@ -90,6 +92,7 @@ class RebuildIndexConfig(Form):
     compact_above: Annotated[float, Interval(gt=0, le=1)] = 0.1
     root: str | None = None
     retry_failed: bool = False
+    refresh: bool = False
     wait_s: Annotated[float, Ge(0)] = 0.0
     verify: bool = False
     download: DownloadConfig | None = None
@@ -202,7 +205,8 @@ def update(
     config: RebuildIndexConfig, champion: State, takedown: Takedown | None, folder: DomainFolder, timings: StageTimings
 ) -> State:
     """Download, embed, compact and index. Return the champion itself if nothing changed."""
-    images = _download(config, champion, takedown, folder, timings)
+    images = _refresh(config, champion, takedown, folder, timings)
+    images = _download(config, champion, images, takedown, folder, timings)
     embeddings = _embed(config, champion, images, folder, timings)
     if takedown is not None and _compacts(config, champion, embeddings, takedown, folder):
         compacted, rows = compact(images, embeddings, takedown, folder)
@@ -214,7 +218,8 @@ def update(
 
 def _reused_artifacts(config: RebuildIndexConfig, state: State) -> list[Reference]:
     """Return the artifacts whose files the new version reuses; images only if some are added or all is verified."""
-    images = [state.images] if config.urls or config.folder or config.verify else []
+    changed = config.urls or config.folder or config.refresh or config.verify
+    images = [state.images] if changed else []
     return [*images, state.embeddings, state.database]
 
 
@@ -230,25 +235,44 @@ def _index_config(champion: State) -> IndexConfig:
 
 
 def _download(
-    config: RebuildIndexConfig, champion: State, takedown: Takedown | None, folder: DomainFolder, timings: StageTimings
+    config: RebuildIndexConfig,
+    champion: State,
+    images: ImageShards,
+    takedown: Takedown | None,
+    folder: DomainFolder,
+    timings: StageTimings,
 ) -> ImageShards:
+    """Add the new URLs of the list, or the new images of the folder, to ``images``."""
     source = config.urls or config.folder
     if source is None:
-        return champion.images
-    settings = config.download or config_from_manifest(DownloadConfig, champion.images.manifest().config)
+        return images
+    settings = _download_config(config, champion)
     settings = dataclasses.replace(settings, retry_failed=config.retry_failed or settings.retry_failed)
-    if config.host_rate is not None:
-        settings = settings.with_policy(host_rate=config.host_rate)
     outcome = download(
         source,
         folder,
         settings,
         options=list_options(config),
-        previous=champion.images,
+        previous=images,
         takedown=takedown,
         verify=config.verify,
     )
     return timings.add("download", outcome)
+
+
+def _refresh(
+    config: RebuildIndexConfig, champion: State, takedown: Takedown | None, folder: DomainFolder, timings: StageTimings
+) -> ImageShards:
+    """Replace the images of the champion that have changed at their URLs, if the config says so."""
+    if not config.refresh:
+        return champion.images
+    settings = _download_config(config, champion)
+    return timings.add("refresh", refresh(champion.images, folder, settings, takedown=takedown))
+
+
+def _download_config(config: RebuildIndexConfig, champion: State) -> DownloadConfig:
+    settings = config.download or config_from_manifest(DownloadConfig, champion.images.manifest().config)
+    return settings if config.host_rate is None else settings.with_policy(host_rate=config.host_rate)
 
 
 def _embed(

@@ -48,6 +48,9 @@ def rebuild_index(
         ),
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry listed URLs that failed before.")] = False,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Request stored URLs again, and replace the images that have changed.")
+    ] = False,
     host_rate: HostRate = None,
     index: Index = None,
     memory: Memory = None,
@@ -80,6 +83,7 @@ def rebuild_index(
                 takedown=takedown,
                 compact=compact,
                 retry_failed=retry_failed,
+                refresh=refresh,
                 host_rate=host_rate,
                 index_changes=index_changes(index, memory, target_recall, dedup),
                 root=root,

@@ -1,7 +1,8 @@
 """Download of one shard of a URL list with img2dataset's ``Downloader``, in its webdataset layout.
 
     NNNNN.tar           KEY.json, KEY.png and, if the list has captions, KEY.txt for each downloaded image
-    NNNNN.parquet       one row for each URL: the columns of the list, those of img2dataset, and ``error_class``
+    NNNNN.parquet       one row for each URL: the columns of the list, those of img2dataset, ``error_class``, and
+                        ``etag`` and ``last_modified`` of the response
     NNNNN_stats.json    img2dataset's statistics
 
 In addition to img2dataset, fetching is guarded (``infra.download.safe_urlopen``). Images are validated and normalised
@@ -21,6 +22,7 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -35,6 +37,7 @@ from infra.download.decoder import DecodeLimits, ImageBounds, NormaliserProcess
 from infra.download.limits import Limits
 from infra.download.safe_urlopen import guarded
 from infra.download.user_agent import require_user_agent
+from infra.download.validators import Validators
 from infra.errors import ConfigError, InputError
 from infra.key_fields import IN_KEY_IF_SET, NOT_IN_KEY
 from infra.quiet import set_quiet
@@ -68,6 +71,9 @@ ERROR_CLASSES = frozenset(
 
 Rows whose image was dropped afterwards have the classes of ``infra.formats.webdataset`` in the same column.
 """
+
+VALIDATOR_COLUMNS = ("etag", "last_modified")
+"""Columns with the validators of a response, which a refresh sends back."""
 
 _SPOOL_BYTES = 64 << 20  # images that wait for their turn are held in memory up to this size, then on disk
 _SHARD_DIGITS = 5
@@ -187,7 +193,13 @@ class ShardCounts:
 
 
 def download_shard(
-    shard_id: int, rows: pa.Table, folder: Path, policy: DownloadPolicy, decode_limits: DecodeLimits | None = None
+    shard_id: int,
+    rows: pa.Table,
+    folder: Path,
+    policy: DownloadPolicy,
+    decode_limits: DecodeLimits | None = None,
+    *,
+    conditions: Mapping[str, Validators] | None = None,
 ) -> ShardCounts:
     """Download the ``url`` column of ``rows`` into a shard below ``folder``; other columns are kept.
 
@@ -200,6 +212,7 @@ def download_shard(
         folder: Local output folder; created if necessary.
         policy: Limits on fetching and on images.
         decode_limits: Limits on decoding; by default those for the largest image that ``policy`` accepts.
+        conditions: Validators by URL; an image that has not changed since gets the error class ``http_304``.
 
     Raises:
         InputError: The rows do not fit a shard, or a column is missing, of the wrong type, or reserved.
@@ -213,13 +226,13 @@ def download_shard(
         storage.scratch() as scratch,
         tempfile.SpooledTemporaryFile(_SPOOL_BYTES, mode="w+b", dir=str(scratch)) as spool,
         NormaliserProcess(policy.bounds(), decode_limits) as normalise,
-        guarded(policy.limits()),
+        guarded(policy.limits(), conditions=conditions) as opener,
     ):
         rows_file = scratch / "rows.arrow"
         with pa.ipc.new_file(str(rows_file), rows.schema) as sink:
             sink.write_table(rows)
         downloader = _downloader_class(scratch)(
-            sample_writer_class=functools.partial(ShardWriter, rows=rows, spool=spool),
+            sample_writer_class=functools.partial(ShardWriter, rows=rows, spool=spool, validators=opener.validators),
             resizer=normalise,
             thread_count=policy.threads,
             save_caption="caption" in rows.column_names,
@@ -298,6 +311,7 @@ class ShardWriter:
         *,
         rows: pa.Table,
         spool: IO[bytes],
+        validators: Mapping[str, Validators],
     ) -> None:
         """Open the tar; the other arguments than ``rows`` and ``spool`` are those of img2dataset."""
         name = f"{shard_id:0{oom_shard_count}d}"
@@ -308,6 +322,7 @@ class ShardWriter:
         self._suffix = encode_format
         self._rows = rows
         self._spool = spool
+        self._validators = validators
         self._results: dict[str, dict[str, Any]] = {}
         self._images: dict[str, tuple[int, int]] = {}  # key -> offset and size in the spool
         self._failure: OSError | None = None
@@ -342,7 +357,20 @@ class ShardWriter:
                 table = table.append_column(field, pa.array(values, field.type))
         classes = [classify_outcome(result["status"], result["error_message"]) for result in results]
         table = table.append_column(pa.field("error_class", pa.string()), pa.array(classes, pa.string()))
+        table = self._with_validators(table, classes)
         pq.write_table(table, self._stem.with_suffix(".parquet"))
+
+    def _with_validators(self, table: pa.Table, classes: list[str]) -> pa.Table:
+        """Append the validators of the downloaded images, unless the list has columns of these names."""
+        responses = [
+            self._validators.get((url or "").strip(), Validators()) if error_class == "success" else Validators()
+            for url, error_class in zip(table["url"].to_pylist(), classes, strict=True)
+        ]
+        for name in VALIDATOR_COLUMNS:
+            if name not in table.column_names:
+                values = pa.array([getattr(response, name) for response in responses], pa.string())
+                table = table.append_column(pa.field(name, pa.string()), values)
+        return table
 
     def _add_next(self) -> None:
         """Append the next sample in key order, if it has an image."""

@@ -57,7 +57,7 @@ def import_shard(
     ):
         has_captions = "caption" in kept.column_names
         writer = ShardWriter(
-            shard_id, str(folder), has_captions, _SHARD_DIGITS, _RESULT, "png", rows=kept, spool=spool
+            shard_id, str(folder), has_captions, _SHARD_DIGITS, _RESULT, "png", rows=kept, spool=spool, validators={}
         )  # fmt: skip
         for index, row in enumerate(rows.to_pylist()):
             key = f"{shard_id:0{_SHARD_DIGITS}d}{index:04d}"

@@ -23,9 +23,10 @@ import string
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from email.message import Message
+from http import HTTPStatus
 from typing import IO, Any
 from urllib.error import HTTPError
 from urllib.parse import quote, urljoin, urlsplit
@@ -41,6 +42,7 @@ from infra.download.public_addresses import is_public
 from infra.download.robots_tag import forbidding_rule
 from infra.download.robots_txt import MAX_BYTES, RobotsRules
 from infra.download.user_agent import default_user_agent
+from infra.download.validators import Validators
 
 Resolve = Callable[..., list[tuple[Any, ...]]]
 """A resolver with the signature and result of ``socket.getaddrinfo(host, port, type=…)``."""
@@ -59,6 +61,7 @@ def guarded(
     tls: ssl.SSLContext | None = None,
     clock: Clock = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
+    conditions: Mapping[str, Validators] | None = None,
 ) -> Iterator["GuardedOpener"]:
     """Guard every ``urllib.request.urlopen`` call of this process during the block, then restore the previous opener.
 
@@ -71,8 +74,10 @@ def guarded(
         tls: TLS context; by default one with the system's certificates.
         clock: Clock of deadlines, idle connections and pauses, in seconds.
         sleep: Function that waits for a host's turn.
+        conditions: Validators of earlier responses by URL: these URLs are requested only if their body has changed.
     """
     opener = GuardedOpener(limits, resolve, tls or ssl.create_default_context(), clock, sleep)
+    opener.conditions = dict(conditions or {})
     with _INSTALL_LOCK:
         previous = vars(urllib.request)["_opener"]
         urllib.request.install_opener(opener)
@@ -99,6 +104,9 @@ class GuardedOpener(urllib.request.OpenerDirector):
         """Install the guarded handlers; ``tls`` determines the trusted certificates."""
         super().__init__()
         self._limits, self._clock = limits, clock
+        self.conditions: dict[str, Validators] = {}
+        self.validators: dict[str, Validators] = {}  # of the responses, by requested URL
+        self._unchanged: dict[str, HTTPError] = {}  # URLs that were answered with 304
         self._pacer = HostPacer(
             rate=limits.host_rate,
             max_wait_s=limits.max_pause_s,
@@ -127,11 +135,19 @@ class GuardedOpener(urllib.request.OpenerDirector):
         url, headers = (fullurl.full_url, dict(fullurl.header_items())) if is_request else (fullurl, {})
         if is_data_url(url):
             return open_data_url(url, self._limits.max_body_bytes)
+        if url in self._unchanged:  # img2dataset requests it again
+            raise self._unchanged[url]
+        if url in self.conditions:
+            headers |= self.conditions[url].request_headers()
         pauses = 0
         while True:
             try:
-                return self._fetch(url, headers, timeout_s)
+                response = self._fetch(url, headers, timeout_s)
+                self.validators[url] = Validators.of(response.headers)
+                return response
             except HTTPError as error:
+                if error.code == HTTPStatus.NOT_MODIFIED:
+                    self._unchanged[url] = error
                 if not self._pause_host(error) or pauses == _MAX_PAUSES:
                     raise
                 pauses += 1

@@ -25,6 +25,7 @@ from infra.registry import Registry
 from infra.settings import Settings
 from infra.storage.lease import lease
 from model.errors import ModelError
+from tasks.references.database import open_database
 
 
 def test_rebuild_downloads_only_new_urls_and_nothing_for_the_same_list(living: Living, ray: WithoutRay) -> None:
@@ -172,6 +173,19 @@ def test_takedown_of_all_images_leaves_an_empty_version_that_can_grow(
     living.rebuild(takedown=living.listed(*further, name="down.jsonl"))
     living.rebuild(urls=living.listed(*NAMES[9:11]))
     assert living.champion() == set(NAMES[9:11])
+
+
+def test_rebuild_with_refresh_replaces_changed_images(living: Living, ray: WithoutRay) -> None:
+    living.build(NAMES[:6])
+    assert living.rebuild(refresh=True).unchanged
+    assert sorted(living.server.requests) == sorted(NAMES[:6])
+    living.server.replies[NAMES[1]] = Reply(body=BODY[NAMES[7]])
+    rebuilt = living.rebuild(refresh=True)
+    assert rebuilt.after.embeddings.manifest().info["embedded"] == 1
+    assert living.champion() == set(NAMES[:6])
+    found = open_database(rebuilt.after.database, living.folder / "cache").describe(range(6))
+    hashes = {row["url"].rpartition("/")[2]: row["sha256"] for row in found}
+    assert hashes[NAMES[1][1:]] == hashlib.sha256(BODY[NAMES[7]]).hexdigest()
 
 
 @pytest.mark.parametrize("field", ["index", "index_changes"])

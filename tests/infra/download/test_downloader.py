@@ -67,7 +67,8 @@ def test_download_shard_writes_img2dataset_layout(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     assert sorted(path.name for path in folder.iterdir()) == ["00007.parquet", "00007.tar", "00007_stats.json"]
     table = table_of(folder, "00007")
-    columns = "url key status error_message width height original_width original_height sha256 error_class"
+    columns = "url key status error_message width height original_width original_height sha256 error_class "
+    columns += "etag last_modified"
     assert table.column_names == columns.split()
     assert [str(table.schema.field(name).type) for name in ("width", "error_class")] == ["int32", "string"]
     success, missing = table.to_pylist()
@@ -82,6 +83,8 @@ def test_download_shard_writes_img2dataset_layout(tmp_path: Path) -> None:
         "original_height": 30,
         "sha256": hashlib.sha256(original).hexdigest(),
         "error_class": "success",
+        "etag": None,
+        "last_modified": None,
     }
     assert (missing["key"], missing["status"], missing["error_class"]) == (
         "000070001",

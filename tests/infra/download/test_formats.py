@@ -97,7 +97,7 @@ def test_decode_tall_svg_keeps_its_aspect() -> None:
     assert decode(f'<svg xmlns="{SVG}" width="10" height="40px"/>'.encode()).size == (16, 64)
 
 
-@pytest.mark.parametrize("svg", [f"<svg xmlns='{SVG}'><g></svg>", "<svg>&unknown;</svg>", "<svg"])
+@pytest.mark.parametrize("svg", [f"<svg xmlns='{SVG}'><g></svg>", "<svg>&unknown;</svg>", "<svg "])
 def test_decode_invalid_svg_is_decode_error(svg: str) -> None:
     assert error_of(svg.encode()).startswith("decode_error")
 
