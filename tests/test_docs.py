@@ -198,7 +198,7 @@ def tiny_generator(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def workspace(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """Yield the prepared workspace as the current folder: no Ray, tiny generators, loopback counts as public."""
-    from infra.download import public_addresses, safe_urlopen
+    from infra.download import pacing, public_addresses, safe_urlopen
     from model import saved_generator
 
     folder = tmp_path_factory.mktemp("docs")
@@ -210,6 +210,7 @@ def workspace(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) ->
         patch.setattr(saved_generator, "_PRETRAINED", folder / "pretrained")
         for module in (public_addresses, safe_urlopen):  # the check in advance, and the download's own
             patch.setattr(module, "is_public", lambda address: True)
+        patch.setattr(pacing.HostPacer, "wait", lambda *_: 0.0)  # one server stands for many hosts
         patch.setenv("KNN_DIFFUSION_CACHE", str(folder / "cache"))
         (folder / "work").mkdir()
         patch.chdir(folder / "work")
