@@ -210,7 +210,7 @@ def workspace(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) ->
         patch.setattr(saved_generator, "_PRETRAINED", folder / "pretrained")
         for module in (public_addresses, safe_urlopen):  # the check in advance, and the download's own
             patch.setattr(module, "is_public", lambda address: True)
-        patch.setattr(pacing.HostPacer, "wait", lambda *_: 0.0)  # one server stands for many hosts
+        patch.setattr(pacing.HostPacer, "wait", lambda *_: 0.0)  # the server is one host
         patch.setenv("KNN_DIFFUSION_CACHE", str(folder / "cache"))
         (folder / "work").mkdir()
         patch.chdir(folder / "work")
