@@ -20,7 +20,7 @@ from tasks.references.trust import open_named
 from tasks.references.types import DatabaseVersion, StageResult, config_from_manifest
 from tasks.register import RegistrationResult, register_database
 from tasks.stage import settings_of
-from tasks.upkeep.filter_expression import parse_where
+from tasks.upkeep.filter_expression import referenced_columns
 from tasks.upkeep.merge import CombinedInputs, merge
 from tasks.upkeep.policy import require_replaceable, required_takedown
 from tasks.upkeep.subset import subset
@@ -93,7 +93,7 @@ class SubsetDatabaseConfig(Form):
         """Validate the fields and parse the filter."""
         uris.hide_fields(self, "database", "root")
         require_domain(self.domain)
-        parse_where(self.where)
+        referenced_columns(self.where)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

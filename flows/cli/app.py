@@ -33,7 +33,7 @@ from flows.cli.console import (
     report_errors,
     say,
 )
-from flows.cli.databases import databases, search
+from flows.cli.databases import databases, export, search
 from flows.cli.generators import edit, evaluate, generate
 from flows.cli.inputs import check_domain, check_encoder, check_folder, check_recipe, check_user_agent
 from flows.cli.promotion import history, lineage, promote, pull, push, rollback
@@ -197,7 +197,7 @@ app = typer.Typer(
 )
 _LISTED = {
     "Start": (demo,),
-    "Databases": (new_domain, rebuild_index, search, databases),
+    "Databases": (new_domain, rebuild_index, search, export, databases),
     "Generator": (generate, edit, evaluate),
     "Upkeep": (merge, subset, gc, relocate),
     "Operation": (up, status, down, deploy, run, runs, cancel),

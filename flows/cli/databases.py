@@ -1,4 +1,4 @@
-"""Commands that read databases: search and list."""
+"""Commands that read databases: search, export and list."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ from flows.cli.console import (
     table,
     writable,
 )
-from flows.cli.inputs import check_device, check_root
+from flows.cli.inputs import check_device, check_export, check_root
 
 _HIT_COLUMNS = {"rank": "rank", "score": "score", "id": "id", "url": "url"}
 _DATABASE_COLUMNS = {
@@ -82,6 +82,29 @@ def search(
             say(html)
         else:
             table(found.rows, _HIT_COLUMNS)
+
+
+def export(
+    database: Annotated[str, typer.Argument(help=DATABASE)],
+    out: Annotated[Path, typer.Option(help="Folder to write to; it must be empty or not exist.")],
+    kind: Annotated[str, typer.Option("--format", help="parquet, csv or clip-retrieval.")] = "parquet",
+    trust: Trust = False,
+    root: Root = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Export the rows of a database with the columns of its URL list; clip-retrieval includes the embeddings.
+
+    Example: knn-diffusion export birds --format csv --out birds-rows
+    """
+    with report_errors(verbose, quiet):
+        check_root(root)
+        check_export(kind, out)
+        from tasks.serve.export import export_database
+
+        exported = export_database(database, kind, out, settings(root), trust=trust)
+        for file in exported.files:
+            say(file)
 
 
 def databases(

@@ -24,6 +24,8 @@ RECIPE_OPTIONS: dict[str, frozenset[str]] = {
 CHECKED_BYTES = 64 * 2**20
 """Longest list that is read in advance; parsing it takes less than a second."""
 
+EXPORT_FORMATS = ("parquet", "csv", "clip-retrieval")
+"""Formats of :mod:`tasks.serve.export`."""
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -125,6 +127,16 @@ def check_image_folder(folder: str) -> None:
     """Raise ``NotFoundError`` if a local folder of images does not exist."""
     if uris.is_local(folder) and not uris.local_path(folder).exists():
         raise NotFoundError(f"--folder does not exist: {folder}; check the path")
+
+
+def check_export(kind: str, out: Path) -> None:
+    """Raise ``InputError`` if the format of an export is unknown, or its folder is not empty."""
+    if kind not in EXPORT_FORMATS:
+        raise InputError(f"--format is unknown: {kind}; use {', '.join(EXPORT_FORMATS)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out is not an empty folder: {out}; give another folder")
+    if not out.parent.is_dir():
+        raise InputError(f"folder does not exist: {out.parent}; create it, or write to another folder")
 
 
 def check_takedown_list(uri: str) -> None:

@@ -142,7 +142,9 @@ def subset(
     database: Annotated[str, typer.Argument(help=DATABASE)],
     where: Annotated[
         str,
-        typer.Option(help="Filter on url, key, sha256, width and height, e.g. 'width >= 64 and url like \"%cat%\"'."),
+        typer.Option(
+            help="Filter on url, key, sha256, width, height and the list's columns: 'width >= 64 and url like \"%cat%\"'."
+        ),
     ],
     replace: Replace = False,
     index: Index = None,

@@ -4,6 +4,7 @@ Names and URLs in a database come from the web and are untrusted. The template e
 URLs become links.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ THUMBNAIL_PX = 192
 MAX_LINK_LENGTH = 2048
 """Maximum characters of a linked URL. Longer ones are shown as text, since browsers and servers truncate them."""
 MAX_TEXT_LENGTH = 120
+MAX_COLUMNS = 12
+"""Maximum columns of the URL list that a card shows."""
 
 
 def write_gallery(path: Path, query: str | Image.Image, found: SearchResult, cache: Path, *, name: str = "") -> None:
@@ -75,7 +78,17 @@ def _hit(row: dict[str, Any], image: Image.Image) -> dict[str, Any]:
         "link_text": printable(_short(url)),
         "alt": _short(_file_name(url)) or f"image {row['key']}",
         "thumbnail": _thumbnail(image),
+        "columns": {printable(_short(name)): printable(_short(_text(value))) for name, value in _shown(row).items()},
     }
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the user's columns that fit on a card."""
+    return dict(list(row.get("columns", {}).items())[:MAX_COLUMNS])
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _thumbnail(image: Image.Image) -> str:

@@ -2,33 +2,38 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from infra import logs
 from infra.download.downloader import DownloadPolicy
 from infra.download.images import as_stored
-from infra.errors import InputError, IntegrityError, NotFoundError
+from infra.errors import InputError, IntegrityError, KNNDiffusionError, NotFoundError
 from infra.settings import Settings
 from model.encoder.clip import encoder_for
 from model.pipeline import KNNDiffusionPipeline
 from model.retrieval.database import Database
 from model.saved_generator import pretrained_folder
-from tasks.references.database import open_database
+from tasks.references.database import Metadata, open_database
 from tasks.references.generator import PIPELINE, generator_folder
 from tasks.references.images import fetch_images
 from tasks.references.lineage import embeddings_of, images_of
 from tasks.references.trust import open_named, saved_pipeline
 from tasks.references.types import DatabaseVersion, Generator
+from tasks.references.user_columns import UserColumns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SearchResult:
     """Result of a search: the version that was searched, its name, and the nearest rows, best first.
 
-    A row is {rank, score, id, key, url, …}; ``score`` is the cosine to the query.
+    A row is {rank, score, id, key, url, …}; ``score`` is the cosine to the query. ``columns`` holds the columns of the
+    URL list, if it had any.
     """
 
     version: DatabaseVersion
@@ -78,11 +83,29 @@ def search_database(
     hits = database.search(embedded.numpy(), k)
     found = hits.ids[0] >= 0
     described = database.describe(hits.ids[0, found].tolist())
+    own = user_columns_of(version, described, settings.cache_folder)
     rows = [
-        {"rank": rank, "score": float(score), **row}
-        for rank, (score, row) in enumerate(zip(hits.scores[0, found], described, strict=True), start=1)
+        {"rank": rank, "score": float(score), **row, **({"columns": columns} if columns else {})}
+        for rank, (score, row, columns) in enumerate(zip(hits.scores[0, found], described, own, strict=True), start=1)
     ]
     return SearchResult(version=version, name=name, rows=rows)
+
+
+def user_columns_of(version: DatabaseVersion, rows: Sequence[dict[str, Any]], cache: Path) -> list[dict[str, Any]]:
+    """Return the user's columns of described rows. They are empty if the image shards cannot be read."""
+    try:
+        embeddings = embeddings_of(version)
+        lookup = Metadata(embeddings.uri, embeddings.manifest(), cache)
+        own = UserColumns(images_of(embeddings), cache)
+        places = [(lookup.shard(row["id"]), row["key"]) for row in rows]
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        for shard in dict.fromkeys(name for name, _ in places):
+            keys = list(dict.fromkeys(key for name, key in places if name == shard))
+            found |= {(shard, key): row for key, row in zip(keys, own.rows(shard, keys), strict=True)}
+    except KNNDiffusionError as error:  # they may be deleted, or outside of an untrusted database's root
+        logs.get("search").warning("the columns of the URL list are not shown: %s", error)
+        return [{} for _ in rows]
+    return [found[place] for place in places]
 
 
 def load_pipeline(

@@ -3,7 +3,8 @@
     width >= 64 and url like "%cat%"
     not (height < 32 or key in ("000000001", "000000002"))
 
-A filter is one SQL condition on the columns url, key, sha256 (text), width and height (px). DuckDB parses and evaluates
+A filter is one SQL condition on the columns url, key, sha256 (text), width and height (px), and on the columns of the
+URL list: numbers, or else text. DuckDB parses and evaluates
 it. Single and double quotes both delimit text. In ``like``, a backslash escapes ``%`` and ``_``. For a missing value,
 ``in`` is false. Any other comparison with it is unknown, and a row whose condition is unknown does not match.
 
@@ -13,7 +14,7 @@ and cannot run queries or read files.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import duckdb
@@ -24,7 +25,6 @@ from numpy.typing import NDArray
 from infra.errors import InputError
 
 _SCHEMA = pa.schema({"url": "string", "key": "string", "sha256": "string", "width": "int64", "height": "int64"})
-_IS_NUMBER = {name: name in ("width", "height") for name in _SCHEMA.names}
 _LIKE = {"~~": "like_escape", "!~~": "not_like_escape", "~~*": "ilike_escape", "!~~*": "not_ilike_escape"}
 _FUNCTIONS = frozenset({*_LIKE, *_LIKE.values(), "+", "-", "*", "/", "//", "%", "length", "lower", "upper"})
 _OTHER_TYPES = frozenset({"COMPARE_IN", "OPERATOR_IS_NULL", "OPERATOR_IS_NOT_NULL", "OPERATOR_NOT"})
@@ -45,27 +45,47 @@ _DATABASE: dict[str, Any] = {
 }
 
 
-def parse_where(text: str) -> "RowFilter":
-    """Parse and check a filter. Raises ``InputError`` that names the problem and its position."""
-    return RowFilter(text)
+def parse_where(text: str, user_columns: Mapping[str, pa.DataType] | None = None) -> "RowFilter":
+    """Parse and check a filter. Raises ``InputError`` that names the problem and its position.
+
+    ``user_columns`` are the further columns of the rows. Default: none.
+    """
+    return RowFilter(text, user_columns or {})
+
+
+def referenced_columns(text: str) -> list[str]:
+    """Return the user's columns that a filter refers to, in lower case, after checking it apart from their types.
+
+    Raises:
+        InputError: the filter is invalid for any columns.
+    """
+    return sorted(RowFilter(text, None).unknown)
 
 
 class RowFilter:
     """A checked filter. It is thread-safe."""
 
-    def __init__(self, text: str) -> None:
-        """Parse and check ``text``. Raises ``InputError``."""
+    def __init__(self, text: str, user_columns: Mapping[str, pa.DataType] | None) -> None:
+        """Parse and check ``text``; with None for ``user_columns``, any column may exist. Raises ``InputError``."""
         self._text = text
+        self._any_column = user_columns is None
+        self.unknown: set[str] = set()  # columns that are not in the schema
+        own = {name.lower(): (name, kind) for name, kind in (user_columns or {}).items()}
+        own = {name: given for name, given in own.items() if name not in _SCHEMA.names}
+        self._schema = pa.schema([*_SCHEMA, *((name, kind) for name, (_, kind) in own.items())])
+        self._names = [*_SCHEMA.names, *(name for name, _ in own.values())]
         self._database = duckdb.connect(config=_DATABASE)
         self._database.execute(f"SET max_expression_depth = {2 * _MAX_DEPTH}; SET lock_configuration = true")
         self._condition = self._checked(self._translated())
-        kinds = self._select(f"typeof({self._condition})", pa.Table.from_pylist([{}], _SCHEMA))
+        probe = pa.schema([*self._schema, *(pa.field(name, pa.null()) for name in sorted(self.unknown))])
+        kinds = self._select(f"typeof({self._condition})", pa.Table.from_pylist([{}], probe))
         if kinds != ["BOOLEAN"]:
             raise self._error("is not a condition; compare a column, as in width >= 64")
 
     def mask(self, table: pa.Table) -> NDArray[np.bool_]:
         """Return a mask (n,) of the matching rows. Raises ``InputError`` if the condition cannot be computed."""
-        matches = self._select(f"coalesce({self._condition}, false)", table.select(_SCHEMA.names).cast(_SCHEMA))
+        rows = table.select(self._names).rename_columns(self._schema.names).cast(self._schema)
+        matches = self._select(f"coalesce({self._condition}, false)", rows)
         return np.array(matches, dtype=np.bool_)
 
     def _select(self, expression: str, rows: pa.Table) -> list[Any]:
@@ -124,15 +144,27 @@ class RowFilter:
         kind, name = node["class"], node.get("function_name", node["type"])
         if kind == "COLUMN_REF":
             column = ".".join(node["column_names"])
-            if column.lower() not in _SCHEMA.names:
-                raise self._error(f"uses an unknown column: {column}; the columns are {', '.join(_SCHEMA.names)}")
+            if column.lower() not in self._schema.names:
+                if not self._any_column:
+                    names = ", ".join(self._schema.names)
+                    raise self._error(f"uses an unknown column: {column}; the columns are {names}")
+                self.unknown.add(column.lower())
         elif kind == "FUNCTION":
             if name not in _FUNCTIONS or node["schema"] or node["catalog"] or node["filter"] or node["distinct"]:
                 raise self._error(f"uses {name}, which is not allowed; use the functions length, lower and upper")
         elif kind not in _ALLOWED_CLASSES and name not in _OTHER_TYPES:
             raise self._error(f"uses {name.lower()}, which is not allowed; {_ALLOWED}")
-        if {_is_number(operand) for operand in _operands(node)} >= {True, False}:
+        if {self._is_number(operand) for operand in _operands(node)} >= {True, False}:
             raise self._error("compares text with a number; write text in quotes and numbers without")
+
+    def _is_number(self, node: dict[str, Any]) -> bool | None:
+        """Return True for a numeric column or constant, False for text, None for anything else."""
+        if node["class"] == "COLUMN_REF":
+            index = self._schema.get_field_index(node["column_names"][-1].lower())
+            return None if index < 0 else not pa.types.is_string(self._schema.field(index).type)
+        if node["class"] == "CONSTANT":
+            return {"INTEGER": True, "NUMERIC": True, "STRING": False}.get(node["literal"]["kind"])
+        return None
 
     def _error(self, problem: str) -> InputError:
         shown = self._text if len(self._text) <= _MAX_QUOTED else self._text[:_MAX_QUOTED] + "…"
@@ -159,15 +191,6 @@ def _operands(node: dict[str, Any]) -> list[dict[str, Any]]:
     if node["class"] == "FUNCTION":
         return [argument["expression"] for argument in node["arguments"]]
     return list(node["children"]) if node["type"] == "COMPARE_IN" else []
-
-
-def _is_number(node: dict[str, Any]) -> bool | None:
-    """Return True for a numeric column or constant, False for text, None for anything else."""
-    if node["class"] == "COLUMN_REF":
-        return _IS_NUMBER.get(node["column_names"][-1].lower())
-    if node["class"] == "CONSTANT":
-        return {"INTEGER": True, "NUMERIC": True, "STRING": False}.get(node["literal"]["kind"])
-    return None
 
 
 def _keep_meaning(node: dict[str, Any], false: dict[str, Any]) -> None:

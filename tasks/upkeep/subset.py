@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from infra import artifacts, storage
@@ -19,8 +20,9 @@ from tasks.references.types import (
     StageResult,
 )
 from tasks.references.url_history import Hashes, hash_digests, hash_urls, write_seen
+from tasks.references.user_columns import UserColumns
 from tasks.stage import run_shards, run_stage, stage_task, sum_outcomes
-from tasks.upkeep.filter_expression import parse_where
+from tasks.upkeep.filter_expression import parse_where, referenced_columns
 from tasks.upkeep.merge import CombinedInputs
 from tasks.upkeep.rewrite_embeddings import KeepRows
 from tasks.upkeep.takedown import commit_takedown
@@ -35,15 +37,22 @@ def subset(database: DatabaseVersion, where: str, folder: DomainFolder) -> Combi
     Raises:
         InputError: the filter is invalid or matches no row.
     """
-    row_filter = parse_where(where)
+    wanted = referenced_columns(where)
     embeddings, entries = embeddings_of(database), inherited_takedown(database, folder.cache)
     source = embeddings.manifest()
+    user = UserColumns(images_of(embeddings), folder.cache) if wanted else None
+    types = user.types() if user is not None else {}
+    row_filter = parse_where(where, types)
     matcher = Matcher(entries)
 
     def select(shard: artifacts.Shard) -> tuple[NDArray[np.bool_], Hashes]:
         path = artifacts.fetch_shard(embeddings.uri, shard, ".parquet", folder.cache)
         table = tables.read_table(path, _COLUMNS)
-        mask = row_filter.mask(table) & ~matcher.mask(table)
+        rows = table
+        if user is not None:
+            own = user.table(shard.name, table["key"].to_pylist(), types)
+            rows = pa.table([*table.columns, *own.columns], names=[*table.column_names, *own.column_names])
+        mask = row_filter.mask(rows) & ~matcher.mask(table)
         selected = table.filter(mask)
         none = np.empty(0, np.uint64)
         digests = [digest for digest in selected["sha256"].to_pylist() if digest]
