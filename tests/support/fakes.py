@@ -146,28 +146,28 @@ class Killed(BaseException):
 class WithoutRay:
     """Fake of ``infra.compute`` that runs workers in this process, without the seconds that Ray takes to start.
 
-    Workers share one copy of the bundled encoder. The shards of descriptions in ``on_ray`` still run on Ray.
+    Workers share one copy of the bundled encoder. Functions and shards of the names in ``on_ray`` still run on Ray.
     """
 
     def __init__(self, on_ray: Collection[str] = ()) -> None:
         self.items: list[tuple[str, Any]] = []
-        self._on_ray, self._shares_encoder = on_ray, False
+        self._on_ray = on_ray
 
     def install(self, patch: Any) -> None:
         """Replace the functions that stages call; ``patch`` is pytest's monkeypatch."""
         from infra import compute
 
-        self._patch, self._real_map_shards = patch, compute.map_shards
-        for name in ("map_shards", "run", *(() if self._on_ray else ("cpus", "cluster"))):
+        self._patch, self._map_shards_on_ray, self._run_on_ray = patch, compute.map_shards, compute.run
+        for name in ("map_shards", "run", "actor_group", *(() if self._on_ray else ("cpus", "cluster"))):
             patch.setattr(compute, name, getattr(self, name))
 
     def map_shards(self, factory: Any, settings: Any, items: Any, *, description: str, **options: Any) -> Iterator[Any]:
         from infra.compute.actor_pool import FailedShard
 
         if description in self._on_ray:
-            yield from self._real_map_shards(factory, settings, items, description=description, **options)
+            yield from self._map_shards_on_ray(factory, settings, items, description=description, **options)
             return
-        self._share_encoder()
+        share_encoder(self._patch)
         queue = list(items)
         worker = factory(*settings) if queue else None
         for item in queue:
@@ -177,9 +177,15 @@ class WithoutRay:
             except Exception as error:
                 yield FailedShard(item, error)
 
-    def run(self, function: Any, *arguments: Any, **_: Any) -> Any:
-        self._share_encoder()
+    def run(self, function: Any, *arguments: Any, **options: Any) -> Any:
+        if function.__name__ in self._on_ray:
+            return self._run_on_ray(function, *arguments, **options)
+        share_encoder(self._patch)
         return function(*arguments)
+
+    @contextlib.contextmanager
+    def actor_group(self, factory: Any, settings: Sequence[Any], **_: Any) -> Iterator["WorkerGroup"]:
+        yield WorkerGroup([factory(*one) for one in settings])
 
     def cpus(self) -> int:
         return 1
@@ -188,14 +194,24 @@ class WithoutRay:
     def cluster(self, *_: Any) -> Iterator[None]:
         yield
 
-    def _share_encoder(self) -> None:
-        """Load the bundled encoder once per process, if a worker may load it; nothing changes its weights."""
-        open_clip = sys.modules.get("open_clip")
-        if open_clip is None or self._shares_encoder:
-            return
-        self._shares_encoder = True
-        for name in ("create_model_and_transforms", "get_tokenizer"):
-            self._patch.setattr(open_clip, name, partial(_loaded_once, getattr(open_clip, name)))
+
+def share_encoder(patch: Any) -> None:
+    """Load the bundled encoder once per process, until ``patch`` is undone; nothing may change its weights."""
+    open_clip = sys.modules.get("open_clip")
+    if open_clip is None or isinstance(open_clip.get_tokenizer, partial):  # nothing loads an encoder, or done before
+        return
+    for name in ("create_model_and_transforms", "get_tokenizer"):
+        patch.setattr(open_clip, name, partial(_loaded_once, getattr(open_clip, name)))
+
+
+class WorkerGroup:
+    """Fake of :class:`infra.compute.ActorGroup` with workers in this process."""
+
+    def __init__(self, workers: Sequence[Callable[[Any], Any]]) -> None:
+        self._workers = workers
+
+    def ask(self, item: Any, of: int | None = None) -> list[Any]:
+        return [worker(item) for worker in (self._workers if of is None else [self._workers[of]])]
 
 
 _LOADED: dict[str, Any] = {}

@@ -83,11 +83,11 @@ def test_run_stage_with_committed_output_skips(tmp_path: Path) -> None:
     assert first.reference == second.reference
 
 
-def test_run_shards_after_failed_shards_retries_only_those(tmp_path: Path) -> None:
+def test_run_shards_on_ray_retries_only_failed_shards_and_clamps_workers_to_the_cores(tmp_path: Path) -> None:
     stage = stage_at(tmp_path)
     settings = (stage.uri, str(tmp_path))
     items = [("00000", 3), ("00001", 0), ("00002", 2)]
-    with compute.cluster(cores=2):
+    with compute.cluster(cores=1):
         with pytest.raises(StageError, match=r"1 of 3 shards failed \(InputError: 00001 cannot be read\).*other 2 are"):
             run_shards(stage, items, counting(), settings, actors=1)
         assert sorted(stage.done()) == ["00000", "00002"]
@@ -97,19 +97,14 @@ def test_run_shards_after_failed_shards_retries_only_those(tmp_path: Path) -> No
         with pytest.raises(InputError, match="alone cannot be read"):
             run_shards(stage, [("alone", 0)], counting(), settings, actors=1)
 
-
-def test_run_shards_with_more_workers_than_cores_does_not_block(tmp_path: Path) -> None:
-    stage = stage_at(tmp_path)
-    items = [(f"{number:05d}", number + 1) for number in range(6)]
-    with compute.cluster(cores=1):
-        settings = (stage.uri, str(tmp_path))
-        done, lost = run_shards(stage, items, counting(), settings, actors=3, cpus_per_actor=2)
+        more = [(f"1000{number}", number + 1) for number in range(6)]
+        done, lost = run_shards(stage, more, counting(), settings, actors=3, cpus_per_actor=2)
+        assert ([shard.rows for shard in done], lost) == ([1, 2, 3, 4, 5, 6], {})
         assert compute.run(abs, -3, cpus=4) == 3
         with pytest.raises(StageError, match="1 GPUs per worker requested, but the largest machine has 0"):
             run_shards(stage, [("x", 1)], counting(), settings, gpus_per_actor=1)
         with pytest.raises(StageError, match="1 GPUs per worker requested, but the largest machine has 0; request no"):
             compute.run(abs, -1, gpus=1)
-    assert ([shard.rows for shard in done], lost) == ([1, 2, 3, 4, 5, 6], {})
 
 
 def test_compute_run_without_cluster_raises_stage_error() -> None:

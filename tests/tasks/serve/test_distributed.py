@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import tiny_models
 from support.embedding_rows import build, stored
+from support.fakes import WithoutRay
 
 from model.errors import ModelError
 from tasks.references.database import open_database
@@ -20,7 +21,9 @@ pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.mark.on_ray
-def test_distributed_database_returns_results_of_local_database(tmp_path: Path) -> None:
+def test_distributed_database_returns_results_of_local_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = tiny_models.unit_rows(600)
     rows[500] = rows[3]
     takedown = commit_takedown(
@@ -54,6 +57,7 @@ def test_distributed_database_returns_results_of_local_database(tmp_path: Path) 
     version = build(stored(tmp_path, np.split(rows, 6)), tmp_path, takedown=whole_part)
     local = open_database(version, tmp_path / "cache")
     version = dataclasses.replace(version, uri=f"{version.uri}/")  # with a trailing slash, as a user may type it
+    WithoutRay().install(monkeypatch)
     with distributed_database(version, tmp_path / "cache", actors=3, cpus_each=0.5) as distributed:
         assert distributed.name == local.name == tmp_path.name
         for options in ({}, {"exclude": own}):
