@@ -88,7 +88,7 @@ class TrainingSetup:
     """Network to train, with the autoencoder, scheduler and defaults of its pipeline."""
 
     network: AnyNetwork
-    size: NetworkConfig
+    network_config: NetworkConfig
     autoencoder: Autoencoder | None
     scheduler: Any  # of start_from, to sample in the same way; None: a new one
     image_size: int  # px
@@ -97,7 +97,7 @@ class TrainingSetup:
     @property
     def prediction(self) -> Prediction:
         """Type of the network's output; unused for networks over codes."""
-        return "velocity" if isinstance(self.size, VQTransformerConfig) else self.size.prediction
+        return "velocity" if isinstance(self.network_config, VQTransformerConfig) else self.network_config.prediction
 
 
 def build_setup(config: TrainConfig, encoder: EncoderIdentity) -> TrainingSetup:
@@ -116,15 +116,16 @@ def build_setup(config: TrainConfig, encoder: EncoderIdentity) -> TrainingSetup:
     autoencoder = None if config.autoencoder is None else load_autoencoder(config.autoencoder)
     scheduler = None
     if config.start_from is None:
-        size = config.network or TransformerConfig()
-        network = build_network(size, embedding_dimension=encoder.dimension, seed=config.training.seed)
+        network_config = config.network or TransformerConfig()
+        network = build_network(network_config, embedding_dimension=encoder.dimension, seed=config.training.seed)
     else:
         pipeline = load_initial_pipeline(config.start_from, encoder)
         network = pipeline.transformer.float().requires_grad_(True)
-        size = config_of_network(network, pipeline.config.prediction)
-        if config.network not in (None, size):
+        network_config = config_of_network(network, pipeline.config.prediction)
+        if config.network not in (None, network_config):
             raise InputError(
-                f"network differs from that of {config.start_from}: {config.network}, not {size}; omit network"
+                f"network differs from that of {config.start_from}: {config.network}, not {network_config}; "
+                "omit network"
             )
         autoencoder, scheduler = autoencoder or pipeline.vae, pipeline.scheduler
         inherited = ("candidates", "guidance_scale", "guidance_interval", "num_inference_steps", "query", "truncation")
@@ -134,7 +135,7 @@ def build_setup(config: TrainConfig, encoder: EncoderIdentity) -> TrainingSetup:
         network = _widened(network, autoencoder)
     if config.guidance_scale is not None:
         defaults["guidance_scale"] = config.guidance_scale
-    side = image_side(size, autoencoder)
+    side = image_side(network_config, autoencoder)
     if config.image_size not in (None, side):
         raise InputError(
             f"image_size does not fit the network: {config.image_size} px, not {side} px; "
@@ -142,7 +143,7 @@ def build_setup(config: TrainConfig, encoder: EncoderIdentity) -> TrainingSetup:
         )
     return TrainingSetup(
         network=network,
-        size=size,
+        network_config=network_config,
         autoencoder=autoencoder,
         scheduler=scheduler,
         image_size=side,
@@ -152,8 +153,9 @@ def build_setup(config: TrainConfig, encoder: EncoderIdentity) -> TrainingSetup:
 
 def objective_of(config: TrainConfig, setup: TrainingSetup) -> Objective:
     """Return the training objective for the network of ``setup``."""
-    if isinstance(setup.size, VQTransformerConfig):
-        return MaskAndReplace(Transitions(codes=setup.size.codes, timesteps=setup.size.timesteps), config.conditioning)
+    network = setup.network_config
+    if isinstance(network, VQTransformerConfig):
+        return MaskAndReplace(Transitions(codes=network.codes, timesteps=network.timesteps), config.conditioning)
     if config.editing:
         return Restoration(config.conditioning, config.restoration, prediction=setup.prediction)
     return FlowMatching(config.conditioning, setup.prediction)
@@ -185,35 +187,39 @@ def load_autoencoder(folder: str) -> Autoencoder:
     return loaded.eval().requires_grad_(False)
 
 
-def image_side(size: NetworkConfig, autoencoder: Autoencoder | None) -> int:
+def image_side(network: NetworkConfig, autoencoder: Autoencoder | None) -> int:
     """Return the side in px of the images of a network and its autoencoder. Raises ``InputError`` for a mismatch."""
     if autoencoder is None:
-        if isinstance(size, VQTransformerConfig):
+        if isinstance(network, VQTransformerConfig):
             raise InputError("a network over codes has no autoencoder; set autoencoder to the folder of a VQModel")
-        if size.channels != 3:
+        if network.channels != 3:
             raise InputError(
-                f"the network does not fit RGB images: {size.channels} channels; set autoencoder, or channels to 3"
+                f"the network does not fit RGB images: {network.channels} channels; set autoencoder, or channels to 3"
             )
-        return size.image_size
+        return network.image_size
     settings: Any = autoencoder.config
     scale: int = 2 ** (len(settings.block_out_channels) - 1)
-    if not isinstance(size, VQTransformerConfig):
+    if not isinstance(network, VQTransformerConfig):
         channels = _latent_channels(autoencoder)
-        if size.channels != channels:
+        if network.channels != channels:
             raise InputError(
-                f"the network does not fit the autoencoder: {size.channels} channels, the latents have {channels}; "
+                f"the network does not fit the autoencoder: {network.channels} channels, the latents have {channels}; "
                 f"set channels={channels}"
             )
-        return size.image_size * scale
-    side = math.isqrt(size.tokens) * scale
-    if not isinstance(autoencoder, VQModel) or settings.num_vq_embeddings != size.codes or settings.sample_size != side:
+        return network.image_size * scale
+    side = math.isqrt(network.tokens) * scale
+    if (
+        not isinstance(autoencoder, VQModel)
+        or settings.num_vq_embeddings != network.codes
+        or settings.sample_size != side
+    ):
         given = (
             f"{settings.num_vq_embeddings} codes at {settings.sample_size} px"
             if isinstance(autoencoder, VQModel)
             else "no codes"
         )
         raise InputError(
-            f"the network does not fit the autoencoder: it needs a VQModel of {size.codes} codes at {side} px, "
+            f"the network does not fit the autoencoder: it needs a VQModel of {network.codes} codes at {side} px, "
             f"the autoencoder has {given}; set codes and tokens to match the autoencoder"
         )
     return side

@@ -79,7 +79,7 @@ def image_processing(config: TrainConfig, setup: TrainingSetup) -> ImageProcessi
         side=setup.image_size,
         autoencoder=autoencoder,
         autoencoder_digest=contents_digest(folder) if autoencoder else "",
-        codes=isinstance(setup.size, VQTransformerConfig),
+        codes=isinstance(setup.network_config, VQTransformerConfig),
         editing=config.editing,
         device=device,
         threads=config.cpus_per_worker,

@@ -310,7 +310,7 @@ def test_build_setup_takes_size_defaults_and_weights_of_start_from(tmp_path: Pat
         tmp_path, network=network, guidance_scale=3.5, num_inference_steps=7, query="mean", candidates=4
     )
     setup = build_setup(configured(start_from=start), tiny_models.identity())
-    assert setup.size == tiny_models.size(image_size=16, layers=2)
+    assert setup.network_config == tiny_models.size(image_size=16, layers=2)
     assert (setup.image_size, setup.autoencoder) == (16, None)
     assert setup.defaults == {
         "guidance_scale": 3.5,
@@ -329,7 +329,8 @@ def test_build_setup_takes_size_defaults_and_weights_of_start_from(tmp_path: Pat
         build_setup(configured(start_from=start, guidance_scale=1.0), tiny_models.identity()).defaults["guidance_scale"]
         == 1
     )
-    assert build_setup(configured(start_from=start, network=setup.size), tiny_models.identity()).size == setup.size
+    same = build_setup(configured(start_from=start, network=setup.network_config), tiny_models.identity())
+    assert same.network_config == setup.network_config
     with pytest.raises(InputError, match=r"network differs from that of .*; omit network"):
         build_setup(configured(start_from=start, network=SMALL), tiny_models.identity())
     with pytest.raises(EncoderMismatchError, match="start from random weights"):
@@ -339,7 +340,7 @@ def test_build_setup_takes_size_defaults_and_weights_of_start_from(tmp_path: Pat
 def test_build_setup_accepts_bundled_generator() -> None:
     pipeline = KNNDiffusionPipeline.open(pretrained_folder("sticker-generator"))
     setup = build_setup(configured(start_from="sticker-generator"), pipeline.identity)
-    assert setup.size == TransformerConfig(image_size=64, patch_size=4, layers=6, heads=8, head_width=64)
+    assert setup.network_config == TransformerConfig(image_size=64, patch_size=4, layers=6, heads=8, head_width=64)
     assert is_editor(setup.network)
     assert isinstance(objective_of(configured(start_from="sticker-generator"), setup), FlowMatching)
     assert isinstance(objective_of(configured(start_from="sticker-generator", editing=True), setup), Restoration)
@@ -367,7 +368,7 @@ def test_build_setup_from_pipeline_over_codes_uses_its_autoencoder(tmp_path: Pat
     assert isinstance(network, VQTransformer)
     start = save_generator(tmp_path / "start", network=network, vae=build_autoencoder(VQ, seed=0))
     setup = build_setup(configured(start_from=start), tiny_models.identity())
-    assert (setup.size, setup.image_size) == (CODES, 16)
+    assert (setup.network_config, setup.image_size) == (CODES, 16)
     assert setup.autoencoder is not None
     objective = objective_of(configured(start_from=start), setup)
     assert isinstance(objective, MaskAndReplace)
