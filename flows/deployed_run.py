@@ -9,7 +9,7 @@ import httpx
 from prefect import get_client, tags
 from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
-from prefect.states import Cancelled, Completed
+from prefect.states import Cancelled, Completed, State
 
 from infra import logs
 from infra.errors import LeaseHeldError
@@ -65,7 +65,9 @@ def _report_cancelled(run_id: UUID) -> None:
         with get_client(sync_client=True) as client:
             state = client.read_flow_run(run_id).state
             if state is not None and state.is_cancelling():
-                stopped = Cancelled(message="Cancelled. Committed shards and checkpoints remain; run again to resume.")
+                stopped: State[Any] = Cancelled(
+                    message="Cancelled. Committed shards and checkpoints remain; run again to resume."
+                )
                 client.set_flow_run_state(run_id, stopped, force=True)
     except httpx.HTTPError as error:
         logs.get("flow").warning("cancelled, but not reported to Prefect (%s); the worker will do so", error)

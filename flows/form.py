@@ -51,7 +51,7 @@ class Form:
         """Return the values that the form changes. ``given`` has the names of the fields and those of ``EXTRA``."""
         return {
             field.name: dataclasses.asdict(field.default_factory())
-            for field in dataclasses.fields(cls)
+            for field in dataclasses.fields(cls)  # type: ignore[arg-type]
             if field.default_factory is not dataclasses.MISSING
         }
 
@@ -101,7 +101,7 @@ def _describe(cls: type, schema: Schema, resolve: Callable[[Schema], Schema], de
     """Describe and order the fields of a dataclass's schema, and of the dataclasses in it."""
     schema["description"] = " ".join((cls.__doc__ or "").partition("\n\n")[0].split())
     texts, hints = attributes_of(cls), get_type_hints(cls)
-    for position, field in enumerate(dataclasses.fields(cls)):  # type: ignore[arg-type]
+    for position, field in enumerate(dataclasses.fields(cls)):
         value = _default_of(field) if default is None else getattr(default, field.name)
         shown = _presented(schema["properties"][field.name], value)
         schema["properties"][field.name] = shown | {

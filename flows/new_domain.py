@@ -18,6 +18,7 @@ from model.saved_generator import EMBEDDED
 from tasks.download.config import DownloadConfig, list_options, require_one_source
 from tasks.download.task import download
 from tasks.embed.task import EmbedConfig, embed
+from tasks.evaluate.config import check_weights
 from tasks.evaluate.task import EvaluateConfig
 from tasks.index.config import IndexConfig
 from tasks.index.task import index
@@ -133,7 +134,8 @@ def new_domain(config: NewDomainConfig) -> Domain:
     settings = settings_of(config.root)
     folder = DomainFolder.of(settings, config.domain)
     if config.train is not None:
-        check_inputs(config.train, config.evaluate)
+        check_inputs(config.train)
+        check_weights(config.evaluate)
     with compute.cluster(settings.ray_address, settings.cpus):
         with lease(folder.uri, holder=f"new-domain {config.domain}", wait_s=config.wait_s) as domain_lease:
             takedown = required_takedown(config.domain, settings)

@@ -10,6 +10,7 @@ from flows.form import DOMAIN, Form
 from infra import compute, tracking, uris
 from infra.registry import DATABASE_PREFIX, champion_uri
 from model.saved_generator import EMBEDDED
+from tasks.evaluate.config import check_weights
 from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
 from tasks.neighbours import find_neighbours
 from tasks.references.domain_folder import DomainFolder
@@ -78,7 +79,8 @@ def train_generator(config: TrainGeneratorConfig) -> TrainedGenerator:
     settings = settings_of(config.root)
     folder = DomainFolder.of(settings, config.domain)
     database = open_folder(DatabaseVersion, config.database, settings, trust=config.trust)
-    check_inputs(config.train, config.evaluate, encoder_of(database.manifest()))
+    check_inputs(config.train, encoder_of(database.manifest()))
+    check_weights(config.evaluate)
     embeddings = embeddings_of(database)
     images = images_of(embeddings)
     with (

@@ -9,13 +9,14 @@ from pathlib import Path
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-from infra import artifacts, events, logs
+from infra import artifacts, logs
 from infra.promotions import CANDIDATE, Promotions
 from infra.registry import CHAMPION, DATABASE_PREFIX, GENERATOR_NAME, RegisteredVersion, Registry
 from infra.settings import Settings
 from infra.storage.lease import lease
 from infra.wheel import Package, package
 from model.encoder.identity import EMBEDDED
+from tasks.events import emit_registered
 from tasks.promote import promote_registered, promotion_folder
 from tasks.promotion.config import GATES_TAG, DatabaseGates, gates_to_tag
 from tasks.promotion.presentation import database_presentation, generator_presentation
@@ -180,5 +181,5 @@ def _log_registration(registered: RegisteredVersion, seconds: float, *, is_champ
     state = "was registered" if registered.existed else f"{seconds:.1f} s"
     alias_uri = f"models:/{registered.name}@{CHAMPION if is_champion else CANDIDATE}"
     logs.get("stage").info("%-11s %s = version %d  %s", "register", alias_uri, registered.version, state)
-    events.emit_registered(registered.name, registered.version)
+    emit_registered(registered.name, registered.version)
     return RegistrationResult(uri=registered.uri, alias_uri=alias_uri, skipped=registered.existed, seconds=seconds)

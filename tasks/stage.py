@@ -84,7 +84,7 @@ class ProgressPage:
             from prefect.artifacts import update_progress_artifact
 
             self._next = time.monotonic() + PROGRESS_EVERY_S
-            update_progress_artifact(self._id, self._percent())
+            update_progress_artifact(self._id, self._percent())  # type: ignore[arg-type]  # a task is no coroutine
 
     def _percent(self) -> float:
         return 100.0 * self._done / self._total

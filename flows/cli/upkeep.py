@@ -143,7 +143,8 @@ def subset(
     where: Annotated[
         str,
         typer.Option(
-            help="Filter on url, key, sha256, width, height and the list's columns: 'width >= 64 and url like \"%cat%\"'."
+            help="Filter on url, key, sha256, width, height and the list's columns: "
+            "'width >= 64 and url like \"%cat%\"'."
         ),
     ],
     replace: Replace = False,

@@ -189,7 +189,7 @@ def _candidates(
     assert source_condition is not None  # noqa: S101 - the caller provides it for these methods
     if config.method == "flow":
         assert isinstance(canvas, ContinuousCanvas)  # noqa: S101 - checked by the caller
-        for samples in noise.unflatten(1, (config.candidates, -1)).unbind(1):
+        for samples in noise.chunk(config.candidates, dim=1):
             edited = canvas.move(source_condition, samples)
             yield (keep_unchanged(edited, source) if config.keep else edited).cpu()
         return

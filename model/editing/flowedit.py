@@ -53,7 +53,7 @@ def flow_edit(
     towards = with_guidance(denoiser, config.guidance_scale)
     away = with_guidance(denoiser, SOURCE_GUIDANCE)
     edited = source
-    steps = noises.unflatten(1, (config.steps, -1)).unbind(1)
+    steps = noises.chunk(config.steps, dim=1)
     levels = noise_levels(config).to(source.device)
     for (level, following), samples in zip(itertools.pairwise(levels), steps, strict=True):
         sigma = level.expand(len(source))

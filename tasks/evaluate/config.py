@@ -6,7 +6,7 @@ from typing import Annotated
 from annotated_types import Ge, Interval
 
 from infra import uris
-from infra.errors import ConfigError
+from infra.errors import ConfigError, InputError
 from model.metrics import embedding_metrics
 
 SAMPLES = "samples"
@@ -76,3 +76,10 @@ class EvaluateConfig:
                 f"numbers of prompt_urls and prompts differ: {len(self.prompt_urls)}, {len(self.prompts)}; "
                 "give one URL per prompt, or none"
             )
+
+
+def check_weights(config: EvaluateConfig) -> None:
+    """Raise ``InputError`` if the config names a local file of weights that does not exist."""
+    weights = config.inception_weights
+    if weights is not None and uris.is_local(weights) and not uris.local_path(weights).is_file():
+        raise InputError(f"evaluate.inception_weights does not exist: {weights}; give the file of torch-fidelity")

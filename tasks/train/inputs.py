@@ -4,29 +4,24 @@ import json
 from pathlib import Path
 from typing import get_args
 
-from infra import uris
 from infra.errors import EncoderMismatchError, InputError
 from model.encoder.identity import EncoderIdentity
 from model.networks.latents import Autoencoder
 from model.saved_generator import SHIPPED, pretrained_folder
-from tasks.evaluate.config import EvaluateConfig
 from tasks.train.setup import TrainConfig
 
 
-def check_inputs(train: TrainConfig, evaluate: EvaluateConfig, encoder: EncoderIdentity | None = None) -> None:
-    """Check the folders and files that the configs name, and the encoder of ``start_from`` if ``encoder`` is given.
+def check_inputs(train: TrainConfig, encoder: EncoderIdentity | None = None) -> None:
+    """Check the folders that the config names, and the encoder of ``start_from`` if ``encoder`` is given.
 
     Raises:
-        InputError: there is no generator, autoencoder or file of that name.
+        InputError: There is no generator or autoencoder of that name.
         EncoderMismatchError: ``start_from`` was trained with another encoder.
     """
     if train.start_from is not None:
         _check_generator(train.start_from, encoder)
     if train.autoencoder is not None:
         _check_autoencoder(train.autoencoder)
-    weights = evaluate.inception_weights
-    if weights is not None and uris.is_local(weights) and not uris.local_path(weights).is_file():
-        raise InputError(f"evaluate.inception_weights does not exist: {weights}; give the file of torch-fidelity")
 
 
 def _check_generator(start_from: str, encoder: EncoderIdentity | None) -> None:

@@ -11,7 +11,7 @@ from flows.train_generator import TrainGeneratorConfig
 from infra.errors import EncoderMismatchError, InputError
 from model.encoder.identity import EncoderIdentity
 from model.saved_generator import EMBEDDED, pretrained_folder
-from tasks.evaluate.config import EvaluateConfig
+from tasks.evaluate.config import EvaluateConfig, check_weights
 from tasks.train.inputs import check_inputs
 from tasks.train.setup import TrainConfig
 
@@ -23,7 +23,8 @@ def identity_of(name: str) -> EncoderIdentity:
 def test_check_inputs_accepts_the_bundled_generator_and_its_encoder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "VQModel"}')
     train = TrainConfig(start_from=EMBEDDED, autoencoder=str(tmp_path))
-    check_inputs(train, EvaluateConfig(inception_weights="s3://bucket/weights"), identity_of(EMBEDDED))
+    check_inputs(train, identity_of(EMBEDDED))
+    check_weights(EvaluateConfig(inception_weights="s3://bucket/weights"))
 
 
 @pytest.mark.parametrize(
@@ -35,15 +36,15 @@ def test_check_inputs_accepts_the_bundled_generator_and_its_encoder(tmp_path: Pa
 )
 def test_check_inputs_of_a_wrong_path_fails_with_the_reason(train: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        check_inputs(TrainConfig(**train), EvaluateConfig())
+        check_inputs(TrainConfig(**train))
 
 
 def test_check_inputs_of_absent_weights_or_another_encoder_fails() -> None:
     with pytest.raises(InputError, match=r"inception_weights does not exist: /absent"):
-        check_inputs(TrainConfig(), EvaluateConfig(inception_weights="/absent"))
+        check_weights(EvaluateConfig(inception_weights="/absent"))
     other = EncoderIdentity(name="other", weights_digest="0" * 64, preprocess_digest="0" * 64, dimension=256)
     with pytest.raises(EncoderMismatchError, match="encoders differ: sticker-generator"):
-        check_inputs(TrainConfig(start_from=EMBEDDED), EvaluateConfig(), other)
+        check_inputs(TrainConfig(start_from=EMBEDDED), other)
 
 
 def test_new_domain_with_a_wrong_generator_fails_before_the_download(tmp_path: Path) -> None:
