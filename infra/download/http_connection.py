@@ -61,7 +61,8 @@ class Connection:
         try:
             if self._http.our_state is h11.DONE:
                 self._http.start_next_cycle()
-            fields = [(name, value.encode("latin-1")) for name, value in headers.items()]  # cookies may be 8-bit
+            # Cookies may have 8-bit characters.
+            fields = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
             request = h11.Request(method="GET", target=target, headers=fields)
             self._sock.settimeout(deadline.allowance_s())
             self._sock.sendall(self._http.send(request) + self._http.send(h11.EndOfMessage()))

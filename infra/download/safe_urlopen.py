@@ -255,7 +255,7 @@ class _Connector(urllib.request.AbstractHTTPHandler):
             response = connection.get(req.selector, fields, req.deadline)
         self._thread.endpoint, self._thread.connection = endpoint, connection
         response.url = req.full_url
-        req.cookies.extract_cookies(response, req)
+        req.cookies.extract_cookies(response, req)  # type: ignore[arg-type]  # it only reads the headers
         if self._limits.respect_robots_tag and response.status < 400:
             _check_robots_tag(response)
         return response
