@@ -7,9 +7,10 @@ from uuid import UUID
 
 import httpx
 from prefect import get_client, tags
+from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
-from prefect.states import Cancelled, Completed, State
+from prefect.states import Cancelled, Completed
 
 from infra import logs
 from infra.errors import LeaseHeldError
