@@ -232,7 +232,7 @@ class KNNDiffusionPipeline(BasePipeline):
         prompt: Prompts | None = None,
         *,
         strength: float | None = None,
-        method: EditMethod = "local",
+        method: EditMethod | None = None,
         num_inference_steps: int | None = None,
         generator: torch.Generator | None = None,
         neighbours: int | None = None,
@@ -248,7 +248,8 @@ class KNNDiffusionPipeline(BasePipeline):
             strength: Noise level to start from, in (0, 1]; small values return the source. Default: 1; 0.925 for
                 "flow".
             method: "flow" moves the whole image towards the text (continuous networks), "local" regenerates one
-                region, "restore" needs a network trained for editing, "sdedit" is the baseline. Default: "local".
+                region, "restore" needs a network trained for editing, "sdedit" is the baseline. Default: "local" for
+                networks over codes or with ``largest_region``, else "flow".
             num_inference_steps: Number of sampling steps. Default: 12.
             generator: Source of the noise, on the CPU. Default: a random seed.
             neighbours: K. Default: the number shown in training, with which the other defaults were measured; 3 for
@@ -267,6 +268,8 @@ class KNNDiffusionPipeline(BasePipeline):
         renamed = {name: options.pop(name) for name in _RENAMED_IN_EDIT if name in options}
         named = {"image": image, "prompt": prompt}
         image, prompt = arguments.renamed_arguments(_RENAMED_IN_EDIT, renamed, named).values()
+        if method is None:
+            method = "local" if is_discrete(self.transformer) or "largest_region" in options else "flow"
         config = edit_config(method, strength=strength, **({"steps": num_inference_steps} | options))
         backbone, flow = self.backbone, method == "flow"
         check_method(backbone, config)

@@ -145,12 +145,13 @@ def edit(
     out: Annotated[Path, typer.Option(help="PNG, JPEG or WebP to write.")],
     model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",
     method: Annotated[
-        Literal["flow", "local", "restore", "sdedit"],
+        Literal["flow", "local", "restore", "sdedit"] | None,
         typer.Option(
             help="flow: move the whole image towards the text; local: regenerate one region; restore: the whole image, "
-            "with a generator trained for editing; sdedit: the whole image, from the noised source."
+            "with a generator trained for editing; sdedit: the whole image, from the noised source. "
+            "Default: flow; local for discrete generators, or with --largest-region."
         ),
-    ] = "local",
+    ] = None,
     strength: Annotated[
         float | None,
         typer.Option(
@@ -177,9 +178,7 @@ def edit(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Edit an image with a text, without a mask: the region that does not match the text is regenerated.
-
-    By default eight edits are generated in four regions, and the one closest to the text is kept.
+    """Edit an image with a text, without a mask: what does not match the text changes, and the rest is kept.
 
     Example: knn-diffusion edit heart.png "a green heart" --database twemoji --out green.png
     """
@@ -187,7 +186,7 @@ def edit(
         check_device(device)
         check_root(root)
         writable(out, "image", IMAGES)
-        if largest_region is not None and method != "local":
+        if largest_region is not None and method not in ("local", None):
             raise InputError(
                 f"--largest-region does not apply to --method {method}; use --method local, or remove the option"
             )

@@ -26,7 +26,7 @@ from domains import BENCH, embedded, opened, twemoji
 from PIL import Image, ImageDraw, ImageFont
 
 from flows.demo.images import emoji_names, twemoji_folder
-from model.editing.config import EditConfig
+from model.editing.config import EditConfig, EditMethod
 from model.editing.continuous_canvas import ContinuousCanvas
 from model.editing.discrete_canvas import DiscreteCanvas
 from model.editing.edit import fit_images
@@ -51,6 +51,19 @@ EDITS = (
     ("1f98b", "orange butterfly"),
 )
 """Code points of the image, and the text of the edit."""
+PAIRS = (
+    ("1f44d", "1f44d-1f3ff", "thumbs up with dark skin tone"),
+    ("1f467", "1f467-1f3fe", "girl with medium-dark skin tone"),
+    ("1f475", "1f475-1f3fb", "old woman with light skin tone"),
+    ("1f4aa", "1f4aa-1f3fe", "flexed biceps with medium-dark skin tone"),
+    ("1f468", "1f468-200d-1f9b0", "man with red hair"),
+    ("1f469", "1f469-200d-1f9b3", "woman with white hair"),
+    ("2764", "1f49a", "green heart"),
+    ("1f4d8", "1f4d7", "green book"),
+    ("1f642", "1f641", "slightly frowning face"),
+    ("1f600", "1f622", "crying face"),
+)
+"""Code points of the image and of its real variant, and the text of the variant. None was used to choose a setting."""
 SEED = 0
 WEAKER = 0.6
 """Strength at which SDEdit keeps about as much of the image as the edits."""
@@ -82,14 +95,16 @@ def bench_edit(device: str, model: str = EMBEDDED) -> dict[str, Any]:
         }
 
     started = time.perf_counter()
-    local = edited()
+    local = edited(method="local")
     seconds = (time.perf_counter() - started) / len(EDITS)
     equal, weaker = edited(method="sdedit"), edited(method="sdedit", strength=WEAKER)
     with conditioned_on_source():
-        blind = edited()
+        blind = edited(method="local")
     restored = measured(edited(method="restore")) if is_editor(pipeline.transformer) else None
-    local_scores, one = measured(local), measured(edited(candidates=1))
-    columns = {"before": before, "edited": local, "SDEdit": equal, f"SDEdit, {WEAKER}": weaker}
+    local_scores, one = measured(local), measured(edited(method="local", candidates=1))
+    flow = edited(method="flow")
+    flow_scores = measured(flow)
+    columns = {"before": before, "flow": flow, "local": local, "SDEdit": equal, f"SDEdit, {WEAKER}": weaker}
     save_grid(columns, prompts, BENCH / f"edit-{model}.png")
     defaults = dataclasses.asdict(EditConfig())
     scores_before = (encoder.embed_pixels(before).numpy() * texts).sum(1)
@@ -98,6 +113,9 @@ def bench_edit(device: str, model: str = EMBEDDED) -> dict[str, Any]:
         "clip_score_before": float(scores_before.mean()),
         "clip_score_edited": local_scores["clip_score"],
         "clip_score_edited_one": one["clip_score"],
+        "clip_score_flow": flow_scores["clip_score"],
+        "psnr_outside_flow_median": float(np.median(flow_scores["psnr_outside"])),
+        **against_real_variants(pipeline),
         "clip_score_edited_blind": measured(blind)["clip_score"],
         "clip_score_restored": None if restored is None else restored["clip_score"],
         "psnr_outside_restored_median": None if restored is None else float(np.median(restored["psnr_outside"])),
@@ -130,6 +148,27 @@ def bench_edit(device: str, model: str = EMBEDDED) -> dict[str, Any]:
         "sdedit_weaker_strength": WEAKER,
         **{name: defaults[name] for name in SETTINGS},
     }
+
+
+def against_real_variants(pipeline: KNNDiffusionPipeline) -> dict[str, float]:
+    """Return the mean PSNR to the real variant of each pair: of the image before, and of the edits by each method."""
+    folder = twemoji_folder()
+    images = [Image.open(folder / f"{code}.png") for code, _, _ in PAIRS]
+    variants = fit_images([Image.open(folder / f"{code}.png") for _, code, _ in PAIRS], pipeline.side)
+    prompts = [prompt for *_, prompt in PAIRS]
+    results = {"before": fit_images(images, pipeline.side)}
+    methods: tuple[EditMethod, ...] = ("flow", "local")
+    for method in methods:
+        generator = torch.Generator().manual_seed(SEED)
+        edits = pipeline.edit(images, prompts, method=method, generator=generator)
+        results[method] = np.stack([np.asarray(image) for image in edits])
+    return {f"psnr_to_variant_{name}": psnr(images, variants) for name, images in results.items()}
+
+
+def psnr(images: np.ndarray[Any, np.dtype[np.uint8]], others: np.ndarray[Any, np.dtype[np.uint8]]) -> float:
+    """Return the mean PSNR in dB of images (B, S, S, 3) to others."""
+    errors = ((images.astype(np.float64) - others) ** 2).mean((1, 2, 3))
+    return float((10 * np.log10(255**2 / errors)).mean())
 
 
 def dtype_of(device: str) -> str:

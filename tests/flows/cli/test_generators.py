@@ -155,9 +155,9 @@ def test_generate_arranges_few_images_in_a_row_and_many_in_a_grid(
 def test_edit_passes_the_method_to_the_pipeline(pipeline: FakePipeline, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     command = ["edit", str(tmp_path / "a.png"), "red", "--database", "shapes", "--out", str(tmp_path / "b.png")]
-    for given, method in (([], "local"), (["--method", "sdedit"], "sdedit"), (["--method", "restore"], "restore")):
-        assert run(*command, *given).exit_code == 0
-        assert pipeline.options["method"] == method
+    for method in (None, "flow", "sdedit", "restore"):
+        assert run(*command, *(() if method is None else ("--method", method))).exit_code == 0
+        assert pipeline.options.get("method") == method
     assert run(*command, "--method", "paint").exit_code == 2
     refused(
         run(*command, "--method", "sdedit", "--largest-region", "1"),
