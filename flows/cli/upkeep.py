@@ -143,8 +143,7 @@ def subset(
     where: Annotated[
         str,
         typer.Option(
-            help="Filter on url, key, sha256, width, height and the list's columns: "
-            "'width >= 64 and url like \"%cat%\"'."
+            help="Filter on url, key, sha256, width, height and columns of the list: 'id > 3 and url like \"%cat%\"'."
         ),
     ],
     replace: Replace = False,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from infra.errors import InputError
@@ -23,6 +24,7 @@ from infra.formats.list_source import BLOCK_BYTES, MAX_FIELD_BYTES, TEXT_COLUMNS
 
 _CONVERSION = re.compile(r"In CSV column #(\d+): .*CSV conversion error to ([^:]+): (?:.*?'(.*)')?", re.S)
 _TOO_SMALL = "straddl"  # in pyarrow's message about a row that exceeds its block
+_MAX_REPEATED = 900  # RE2 repeats a pattern 1,000 times at most
 _SEPARATORS = (";", "\t", "|")
 """Tried in a file .csv whose header has no comma."""
 
@@ -59,10 +61,40 @@ def read_delimited(source: ListSource, hints: Hints) -> Iterator[pa.RecordBatch]
 
 def find_dialect(source: ListSource, separator: str) -> Dialect:
     """Read a file that contains quotes and return how it uses them. Raises ``InputError`` if that is not consistent."""
+    rows = _simple_rows(source, separator)
+    if rows is not None:
+        return Dialect(separator=separator, quotes=True, rows=rows)
     scan = _Scan(separator.encode())
     for line in source.lines():
         scan.add(line)
     return scan.result()
+
+
+def _simple_rows(source: ListSource, separator: str) -> int | None:
+    """Count the rows if every line is a complete row of quoted and plain fields; None if one is not.
+
+    This is the first rule of the module, checked by pyarrow on many lines at once.
+    """
+    columns = _Patterns(separator.encode()).separators(source.head().partition(b"\n")[0])
+    s = re.escape(separator)
+    one = rf'(?:"(?:[^"]|"")*"|[^"{s}][^{s}]*|)'
+    whole, rows = rf"^{one}(?:{s}{one}){{{columns}}}$", 0
+    if columns > _MAX_REPEATED:
+        return None
+    for block in source.line_blocks():
+        try:
+            lines = pacsv.read_csv(
+                pa.BufferReader(block),
+                read_options=pacsv.ReadOptions(column_names=["line"], block_size=max(len(block), 1)),
+                parse_options=pacsv.ParseOptions(delimiter="\1", quote_char=False),
+                convert_options=pacsv.ConvertOptions(column_types={"line": pa.binary()}),
+            )["line"]
+            if not pc.all(pc.match_substring_regex(lines, whole)).as_py():
+                return None
+        except pa.ArrowInvalid:  # a separator that is no text, or a pattern that is too large
+            return None
+        rows += len(lines)
+    return max(rows - 1, 0)
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 | name | what | where |
 | --- | --- | --- |
 | download | our guarded download against plain img2dataset, from nginx on loopback | download.py |
+| lists | rows/s and peak memory of URL lists against pyarrow's own readers (ROWS=10000000) | lists.py |
 | embed | images/s from tars to rows against the bare model, and against clip-retrieval | embed.py |
 | index | the choice of ``auto`` at 100k, 1M and 10M rows, against FAISS Flat, autofaiss and hnswlib | indexes.py |
 | shards | latency of 16 index shards against one of the same rows | retrieval.py |
@@ -41,6 +42,7 @@ FEW_SAMPLES = 64
 """Number of samples if no benchmark is named."""
 MODULES = {
     "download": "download",
+    "lists": "lists",
     "embed": "embed",
     "index": "indexes",
     "shards": "retrieval",
