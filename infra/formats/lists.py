@@ -4,6 +4,7 @@ The rows are read in batches and written to a temporary file, so a list of any l
 deleted at once; the table keeps its space until it is released.
 """
 
+import json
 import lzma
 import re
 from collections import Counter
@@ -63,10 +64,11 @@ def read_texts(uri: str) -> list[str]:
     """
     if suffix_of(uri) in _TABLES:
         table = read_list(uri, "text")
-        names = [name for name in _TEXT_NAMES if name in table.column_names] or table.column_names
-        if len(names) > 1 and names[0] not in _TEXT_NAMES:
-            raise InputError(f"{uri} has no column text, only {', '.join(names)}; rename the column of the texts")
-        return [str(text) for text in table[names[0]].to_pylist() if text is not None]
+        name = next((name for name in _TEXT_NAMES if name in table.column_names), None)
+        if name is None:
+            names = ", ".join(table.column_names) or "nothing"
+            raise InputError(f"{uri} has no column text, only {names}; rename the column of the texts")
+        return [str(text) for text in table[name].to_pylist() if text is not None]
     with storage.scratch() as folder:
         source = _open(uri, folder)
         try:
@@ -189,15 +191,16 @@ def _read_text(source: ListSource, hints: Hints) -> Batches:
 
 def _checked(batch: pa.RecordBatch, uri: str, url_column: str | None) -> pa.RecordBatch:
     """Check the names of the columns, and rename the one with the URLs."""
-    if repeated := sorted(name for name, count in Counter(batch.schema.names).items() if count > 1):
-        raise InputError(f"{uri} has several columns {repeated[0]!r}; keep only one of them")
-    if url_column is None or url_column == "url":
-        return batch
     names = batch.schema.names
-    if url_column not in names:
-        raise InputError(f"{uri} has no column {url_column!r}, only {', '.join(names) or 'nothing'}; name one of them")
-    others = {"url": "user_url", url_column: "url"}
-    return batch.rename_columns([others.get(name, name) for name in names])
+    if url_column not in (None, "url"):
+        if url_column not in names:
+            shown = ", ".join(names) or "nothing"
+            raise InputError(f"{uri} has no column {url_column!r}, only {shown}; name one of them")
+        others = {"url": "user_url", url_column: "url"}
+        names = [others.get(name, name) for name in names]
+    if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise InputError(f"{uri} has several columns {repeated[0]!r}; keep only one of them")
+    return batch.rename_columns(names)
 
 
 def _simple(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -231,13 +234,21 @@ def _united(schemas: Sequence[pa.Schema]) -> pa.Schema:
     """Return a schema for the columns of all files; columns of types that do not go together are text."""
     types: dict[str, pa.DataType] = {}
     for field in (field for schema in schemas for field in schema):
-        before = types.get(field.name)
-        try:
-            one = [pa.schema([pa.field("x", kind)]) for kind in (before or field.type, field.type)]
-            types[field.name] = pa.unify_schemas(one, promote_options="permissive").field(0).type
-        except pa.ArrowException:
-            types[field.name] = pa.string()
+        types[field.name] = _wider(types.get(field.name, field.type), field.type)
     return pa.schema(list(types.items()))
+
+
+def _wider(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """Return the type of the values of both types; text if there is none."""
+    if pa.types.is_struct(one) and pa.types.is_struct(other):
+        return pa.struct(list(_united([pa.schema(list(one)), pa.schema(list(other))])))
+    if pa.types.is_list(one) and pa.types.is_list(other):
+        return pa.list_(_wider(one.value_type, other.value_type))
+    try:
+        schemas = [pa.schema([("x", kind)]) for kind in (one, other)]
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except pa.ArrowException:
+        return pa.string()
 
 
 def _fitted(batch: pa.RecordBatch, target: pa.Schema) -> pa.RecordBatch:
@@ -256,8 +267,11 @@ def _as_type(column: pa.Array, wanted: pa.DataType) -> pa.Array:
         return column
     try:
         return pc.cast(column, wanted)
-    except pa.ArrowException:  # lists and structs have no text of their own
-        return pa.array([None if one is None else str(one) for one in column.to_pylist()], wanted)
+    except pa.ArrowException:  # lists and structs
+        values = column.to_pylist()
+        if wanted == pa.string():
+            values = [None if one is None else json.dumps(one, ensure_ascii=False, default=str) for one in values]
+        return pa.array(values, wanted)
 
 
 _TABLES: dict[str, Callable[[ListSource, Hints], Batches]] = {

@@ -215,9 +215,12 @@ def test_list_of_files_with_different_columns_and_types_is_united(tmp_path: Path
     (tmp_path / "1.csv").write_text("url,id\nhttps://host/1.png,7\n")
     (tmp_path / "2.jsonl").write_text('{"id": "x", "url": "https://host/2.png", "at": {"x": 1}}\n')
     (tmp_path / "3.csv").write_text("url,id\nhttps://host/3.png,0.5\n")
+    (tmp_path / "4.jsonl").write_text('{"id": [1], "url": "https://host/4.png", "at": {"y": "a"}}\n')
     assert tables.read_url_list(str(tmp_path)).to_pydict() == {
-        "url": [f"https://host/{n}.png" for n in (1, 2, 3)], "id": ["7", "x", "0.5"], "at": [None, {"x": 1}, None]
-    }  # fmt: skip
+        "url": [f"https://host/{n}.png" for n in (1, 2, 3, 4)],
+        "id": ["7", "x", "0.5", "[1]"],
+        "at": [None, {"x": 1, "y": None}, None, {"x": None, "y": "a"}],
+    }
 
 
 def test_list_on_an_object_store_is_read_from_folder_and_pattern(bucket: Bucket, tmp_path: Path) -> None:
