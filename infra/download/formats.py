@@ -71,9 +71,12 @@ def render_svg(data: bytes, side_px: int) -> Image.Image:
             is_reference = name.rpartition("}")[2].lower() == "href"
             if is_reference and not (value.strip().startswith("#") or _EMBEDDED_IMAGE.match(value.strip())):
                 del element.attrib[name]
-    side = "width" if _aspect(root) >= 1 else "height"
+    is_wide = _aspect(root) >= 1
     png = resvg_py.svg_to_bytes(
-        svg_string=ElementTree.tostring(root, encoding="unicode"), skip_system_fonts=True, **{side: side_px}
+        svg_string=ElementTree.tostring(root, encoding="unicode"),
+        skip_system_fonts=True,
+        width=side_px if is_wide else None,
+        height=None if is_wide else side_px,
     )
     image = Image.open(io.BytesIO(png), formats=["PNG"])
     image.load()
