@@ -97,9 +97,7 @@ def new_domain(
     host_rate: HostRate = None,
     user_agent: Annotated[
         str | None,
-        typer.Option(
-            help="User-Agent of the requests, with a contact: NAME/1.0 (+mailto:YOU). Default: knn-diffusion/VERSION."
-        ),
+        typer.Option(help="User-Agent, with a contact: NAME/1.0 (+mailto:YOU). Default: knn-diffusion/VERSION."),
     ] = None,
     robots_txt: Annotated[
         bool, typer.Option("--robots-txt", help="Skip URLs that the robots.txt of their site disallows.")

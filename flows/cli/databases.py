@@ -43,9 +43,7 @@ def search(
     database: Annotated[str, typer.Argument(help=DATABASE)],
     query: Annotated[str | None, typer.Argument(help="Text to search for.")] = None,
     text: Annotated[str | None, typer.Option(help="Same as QUERY.")] = None,
-    image: Annotated[
-        Path | None, typer.Option(help="Image to search for, in any format that a download accepts.")
-    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to search for, in any format of a download.")] = None,
     k: Annotated[int, typer.Option(help="Number of neighbours; at most 500 with --html.", min=1)] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the found images to a self-contained HTML page.")] = None,
