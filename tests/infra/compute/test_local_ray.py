@@ -13,13 +13,17 @@ from infra.compute import local_ray
 from infra.errors import StageError
 
 OBSERVED = """
-import os, subprocess
+import os, signal, subprocess
 import ray
 from infra import compute
 
+def handle(number, frame): ...
+
+signal.signal(signal.SIGTERM, handle)
 print(os.environ.get("RAY_AUTH_TOKEN"))
 with compute.cluster(None, 1):
     compute.start()
+    print(signal.getsignal(signal.SIGTERM) is handle)
     print(compute.run(os.getpid) > 0)
     print(ray.get_runtime_context().gcs_address)
     listening = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -44,13 +48,14 @@ with compute.cluster(None, 1):
 
 @pytest.mark.slow
 @pytest.mark.on_ray
-def test_local_cluster_listens_on_loopback_and_requires_its_token(tmp_path: Path) -> None:
+def test_local_cluster_listens_on_loopback_requires_its_token_and_keeps_the_sigterm_handler(tmp_path: Path) -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     environment = {**clean, "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run([sys.executable, "-c", OBSERVED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    before, ran, gcs, listening, auth, joined, after, again = done.stdout.splitlines()
+    before, kept, ran, gcs, listening, auth, joined, after, again = done.stdout.splitlines()
     assert (before, after) == ("None", "None None")
+    assert kept == "True"
     assert (ran, again) == ("True", "True")
     assert gcs.startswith("127.0.0.1:")
     count, *addresses = listening.split()
@@ -84,24 +89,3 @@ def test_session_folder_is_accessible_only_to_its_user(tmp_path: Path, monkeypat
     folder.symlink_to(tmp_path / "other")
     with pytest.raises(StageError, match="belongs to another user"):
         local_ray.session_folder()
-
-
-HANDLER = """
-import signal
-from infra import compute
-
-def handle(number, frame): ...
-
-signal.signal(signal.SIGTERM, handle)
-with compute.cluster(None, 1):
-    compute.start()
-    print(signal.getsignal(signal.SIGTERM) is handle)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.on_ray
-def test_start_keeps_the_sigterm_handler_of_the_caller(tmp_path: Path) -> None:
-    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[3])}
-    done = subprocess.run([sys.executable, "-c", HANDLER], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "True", done.stderr

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,29 @@ from infra.errors import StageError
 
 
 @pytest.mark.slow
-def test_train_retries_a_killed_worker_but_not_a_final_error_and_stops_workers_when_cancelled(tmp_path: Path) -> None:
+def test_train_restarts_a_stopped_and_a_killed_worker_and_stops_workers_when_cancelled(tmp_path: Path) -> None:
     folder = str(tmp_path)
 
     def loop(config: dict[str, Any]) -> None:
-        with open(f"{folder}/{config['fault']}", "a") as attempts:
-            attempts.write(".")
-        if config["fault"] == "final":
-            raise ArithmeticError("the loss is nan")
-        if Path(folder, config["fault"]).stat().st_size == 1:
+        attempt = len(list(Path(folder).glob(f"{config['name']}-*")))
+        with preemption.deferred_sigterm():
+            Path(folder, f"{config['name']}-{attempt}").write_text(str(os.getpid()))
+            if config["name"] == "final":
+                raise ArithmeticError("the loss is nan")
+            if attempt == 0:
+                for step in range(600):
+                    time.sleep(0.05)
+                    if preemption.stop_requested():
+                        Path(folder, "stopped").write_text(str(step))
+                        raise RuntimeError("stopped")
+        if attempt == 1:
             time.sleep(3)
             os._exit(1)  # like the out-of-memory killer
+        Path(folder, "finished").touch()
 
-    def train(fault: str, **changes: Any) -> None:
+    def train(name: str, **changes: Any) -> None:
         arguments = {"workers": 1, "cpus_per_worker": 1, "use_gpu": False, "final": (ArithmeticError,)} | changes
-        ray_train.train(loop, {"fault": fault}, folder_uri=f"{folder}/stage", **arguments)
+        ray_train.train(loop, {"name": name}, folder_uri=f"{folder}/stage", **arguments)
 
     def cancelled_loop(config: dict[str, Any]) -> None:
         with preemption.deferred_sigterm():
@@ -47,14 +56,16 @@ def test_train_retries_a_killed_worker_but_not_a_final_error_and_stops_workers_w
             signal.setitimer(signal.ITIMER_REAL, 0)
             raise CancelledError
 
-    with compute.cluster(cores=1):
+    with compute.cluster(cores=1), ThreadPoolExecutor(1) as pool:
         with pytest.raises(StageError, match="1 GPUs per worker requested, but the largest machine has 0; request no"):
             train("never", use_gpu=True)
         with pytest.raises(StageError, match=r"^2 workers of 1 cores .* the cluster has room for 1; set workers or"):
             train("never", workers=2, cpus_per_worker=2)
         with pytest.raises(ArithmeticError, match=r"^the loss is nan$"):
             train("final")
+        terminated = pool.submit(_terminate, tmp_path / "killed-0")
         train("killed")
+        terminated.result()
         before = signal.signal(signal.SIGALRM, cancel)
         signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
         try:
@@ -68,6 +79,19 @@ def test_train_retries_a_killed_worker_but_not_a_final_error_and_stops_workers_w
         assert Path(folder, "checkpoint").exists(), "the worker was not asked to stop, or got no time for it"
         for name in ("trains", "checkpoint"):
             Path(folder, name).unlink()
-    attempts = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
-    assert attempts == {"final": ".", "killed": ".."}
+    assert int((tmp_path / "stopped").read_text()) > 0
+    attempts = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert attempts == {"final-0", "killed-0", "killed-1", "killed-2", "stopped", "finished"}
+    pids = [(tmp_path / f"killed-{attempt}").read_text() for attempt in range(3)]
+    assert len(set(pids)) == 3, "Ray Train restarts the worker"
     assert not (tmp_path / "stage" / "ray").exists()
+
+
+def _terminate(path: Path) -> None:
+    """Send SIGTERM to the worker that writes its pid to ``path``."""
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline, "the worker has not started"
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(int(path.read_text()), signal.SIGTERM)
