@@ -7,10 +7,10 @@ import io
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -26,7 +26,6 @@ from model.pipeline import KNNDiffusionPipeline
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "model" / "pretrained" / "sticker-generator" / "train.py"
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 class Done(NamedTuple):
@@ -64,10 +63,10 @@ def script() -> ModuleType:
 def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Run]:
     """Return a function that runs a command in this process, and returns its exit message, or its log if it ends well.
 
-    The command replaces the handler of SIGTERM, which the fixture restores.
+    The command replaces the handler of SIGTERM, which the fixture restores. Until then the signal has no effect.
     """
     caplog.set_level(logging.INFO)
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def command(*words: str) -> Done:
         caplog.clear()
@@ -94,19 +93,20 @@ def test_sticker_script_sigterm_saves_a_checkpoint_and_resumes(stickers: Path, r
     out = tmp_path / "out"
     state = out / "base" / "checkpoint.pt"
 
-    process = subprocess.Popen(
-        command("base", stickers, out, 400_000), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not state.exists():
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1, stderr
+    def terminate() -> None:
+        """Send SIGTERM to this process, whose handler is then that of the command, after the first checkpoint."""
+        deadline = time.monotonic() + 120
+        while not state.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as pool:
+        terminated = pool.submit(terminate)
+        stopped = run(*command("base", stickers, out, 400_000))
+        terminated.result()
     step = torch.load(state, weights_only=True)["step"]
-    assert f"base: stopped after {4 * step} images; run again to resume" in stderr
+    assert stopped == Done(1, f"base: stopped after {4 * step} images; run again to resume")
 
     other = run(*command("base", stickers, out, 400_000), "--rate", "0.1")
     assert other.returncode == 1
