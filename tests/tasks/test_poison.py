@@ -1,6 +1,8 @@
 """An image that kills the process decoding it loses only its own row, in the download and in the embedding stage."""
 
+import dataclasses
 import hashlib
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ from support.fakes import LoopbackServer, Reply
 from support.tiny_artifacts import image_shards
 from support.tiny_domain import COLOURS, SHAPES, drawn, encoded
 
-from infra import artifacts
+from infra import artifacts, isolation
 from infra.download.downloader import DownloadPolicy, download_shard
 from infra.formats.tables import read_table
+from tasks.embed import worker
 from tasks.embed.worker import DECODER_DIED, EmbedShard, WorkerConfig
 
 HEALTHY = [encoded(drawn(colour, shape)) for colour in COLOURS for shape in SHAPES][:7]
@@ -33,34 +36,36 @@ def rows_of(uri: str, shard: artifacts.Shard, cache: Path) -> Any:
     return np.load(artifacts.fetch_shard(uri, shard, ".npy", cache))
 
 
-def test_embed_shard_isolated_skips_only_the_image_that_kills_its_decoder(tmp_path: Path) -> None:
+class Broken(ThreadPoolExecutor):
+    """Decoders that have died before."""
+
+    def submit(self, *_: Any, **__: Any) -> Any:
+        raise BrokenExecutor
+
+
+def test_embed_shard_after_second_decoder_death_skips_only_the_image_that_kills_its_decoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri, source = images_of(tmp_path / "a", *HEALTHY[:3], POISONED, *HEALTHY[4:])
     out = str(tmp_path / "out")
-    shard = EmbedShard(uri, out, CONFIG, tmp_path / "cache", poison.fit).isolated((source.name, (source, None, None)))
+    embed = EmbedShard(uri, out, CONFIG, tmp_path / "cache", poison.fit)
+    processes = partial(worker._decoder_pool, dataclasses.replace(CONFIG, cuda=True))
+    monkeypatch.setattr(worker, "_decoder_pool", lambda _: processes())
+    monkeypatch.setattr(isolation, "TRIES", 1)  # each try imports the decoder in a new process
+    embed._decoders = Broken()
+    shard = embed((source.name, (source, None, None)))
     assert shard.info["outcomes"] == {"success": 6, DECODER_DIED: 1}
     (key,) = shard.info[DECODER_DIED]
     assert key.endswith("3")
     table = read_table(artifacts.fetch_shard(out, shard, ".parquet", tmp_path / "cache"))
     assert key not in table["key"].to_pylist()
 
+    monkeypatch.undo()
     uri, source = images_of(tmp_path / "b", *HEALTHY[:3], HEALTHY[3][:60], *HEALTHY[4:])
     damaged = EmbedShard(uri, str(tmp_path / "other"), CONFIG, tmp_path / "cache")((source.name, (source, None, None)))
     assert damaged.info["outcomes"] == {"success": 6, "decode_error": 1}
     expected = rows_of(str(tmp_path / "other"), damaged, tmp_path / "cache")
     np.testing.assert_array_equal(rows_of(out, shard, tmp_path / "cache"), expected)
-
-
-def test_embed_shard_after_second_decoder_death_isolates_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tasks.embed import worker
-
-    uri, source = images_of(tmp_path, *HEALTHY[:3], POISONED)
-    embed = EmbedShard(uri, str(tmp_path / "out"), CONFIG, tmp_path / "cache", poison.fit)
-    pools = partial(worker._decoder_pool, WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=True, decoders=1))
-    monkeypatch.setattr(worker, "_decoder_pool", lambda _: pools())
-    embed._decoders = pools()
-    assert embed((source.name, (source, None, None))).info["outcomes"] == {"success": 3, DECODER_DIED: 1}
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import threading
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support.fakes import workers_of
+from support.fakes import WithoutRay, workers_of
 from support.tiny_domain import COLOURS, SHAPES, drawn, encoded
 
 import model.encoder.clip
@@ -267,7 +268,9 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 @pytest.mark.slow
 @pytest.mark.on_ray
-def test_embed_after_worker_was_killed_repeats_only_unfinished_shards(tmp_path: Path) -> None:
+def test_embed_after_worker_was_killed_repeats_only_unfinished_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shards: Mapping[str, Any] = {f"s{n:05d}": IMAGES[4 * n : 4 * n + 4] * 3 for n in range(10)}
     images = image_shards(tmp_path, **shards)
     killed: list[set[str]] = []
@@ -291,6 +294,7 @@ def test_embed_after_worker_was_killed_repeats_only_unfinished_shards(tmp_path: 
     thread.join()
     assert killed
     assert len(killed[0]) < 10, "the worker must be killed halfway"
+    WithoutRay().install(monkeypatch)
     whole = embedded(images, tmp_path / "unbroken")
     assert broken.digest == whole.digest
     first = {path.stem: path.stat().st_mtime_ns for path in Path(broken.uri).glob("shards/*.json")}
@@ -320,7 +324,7 @@ def test_embed_shard_with_killed_decoders_replaces_them(tmp_path: Path) -> None:
     images = image_shards(tmp_path, s00000=IMAGES[:5])
     config = WorkerConfig(encoder="sticker-clip", batch_size=4, cuda=False, decoders=1)
     embed = EmbedShard(images.uri, str(tmp_path / "out"), config, tmp_path)
-    doomed: Any = worker._decoder_pool(dataclasses.replace(config, cuda=True))
+    doomed = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     doomed.submit(int).result()
     for process in list(doomed._processes.values()):
         process.kill()
