@@ -289,12 +289,13 @@ def test_rebuild_with_missing_shard_fails_with_its_name(
 
 
 @pytest.mark.slow
-def test_rebuild_after_killed_worker_repeats_only_its_shard(living: Living) -> None:
+def test_rebuild_after_killed_worker_repeats_only_its_shard(living: Living, monkeypatch: pytest.MonkeyPatch) -> None:
     from flows.rebuild_index import RebuildIndexConfig, rebuild_index
 
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         WithoutRay().install(patch)
         living.build(NAMES[:4])
+    WithoutRay(on_ray={"images"}).install(monkeypatch)
     with compute.cluster(cores=2):
         killed: list[int] = []
 
