@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.fakes import WithoutRay
-from support.tiny_domain import COLOURS, NEIGHBOURS, SHAPES, odd_replies, small_config, write_urls
+from support.tiny_domain import COLOURS, NEIGHBOURS, SHAPES, odd_replies, run_stages, small_config, write_urls
 
 from tasks.references.domain_folder import DomainFolder
 
@@ -273,50 +273,21 @@ def test_new_domain_without_any_download_fails_with_outcomes(domain: Any, ray: W
         new_domain(config)
 
 
-PIPELINE = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-from infra import compute
-from support.fakes import WithoutRay
-from support.tiny_domain import small_config
-from tasks.download.task import download
-from tasks.embed.task import embed
-from tasks.index.task import index
-from tasks.neighbours import find_neighbours
-from tasks.references.domain_folder import DomainFolder
-from tasks.train.data import TrainingInputs
-from tasks.train.task import train
-config = small_config(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
-folder = DomainFolder(uri=sys.argv[3] + "/shapes", cache=Path(sys.argv[3]) / "cache")
-with compute.cluster():
-    images = download(config.urls, folder, config.download).reference
-    embeddings = embed(images, folder, config.embed).reference
-    database = index(embeddings, folder, config.index).reference
-    found = find_neighbours(embeddings, database, folder, 4).reference
-    inputs = TrainingInputs(images=images, embeddings=embeddings, database=database, neighbours=found)
-    train(inputs, folder, config.train)
-print("done")
-"""
-
-
 @pytest.mark.slow
 def test_pipeline_killed_while_embedding_and_training_ends_with_digests_of_uninterrupted_run(
     domain: Any, tmp_path: Path
 ) -> None:
     from infra.artifacts import read_manifest
 
-    command = [
-        sys.executable, "-c", PIPELINE, str(Path(__file__).parent.parent), str(domain.urls), str(tmp_path),
-        domain.server.host,
-    ]  # fmt: skip
+    arguments = [str(domain.urls), str(tmp_path), domain.server.host]
+    script = "import sys; from support.tiny_domain import run_stages; run_stages(*sys.argv[1:])"
+    command = [sys.executable, "-c", script, *arguments]
     for stage in ("embeddings", "generator/*/checkpoints"):  # tests/flows/test_kills.py kills the download
         pattern = f"shapes/{stage}/shards/*.json" if "checkpoints" in stage else f"shapes/{stage}/*/shards/*.json"
         _run_until(command, tmp_path, pattern)
         finished = list(tmp_path.glob(f"shapes/{stage.split('/')[0]}/*/manifest.json"))
         assert not finished, f"{stage} was complete before the kill; make the stage of the test slower"
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.stdout.strip().endswith("done"), done.stderr[-2000:]
+    run_stages(*arguments)
     uninterrupted = {
         "images": domain.result.images.reference.digest,
         "embeddings": domain.result.embeddings.reference.digest,
@@ -331,7 +302,8 @@ def _run_until(command: list[str], root: Path, pattern: str, timeout_s: float = 
     """Start the pipeline, and kill it as soon as a file matches ``pattern``."""
     log = root / "pipeline.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
         deadline = time.monotonic() + timeout_s
         while not list(root.glob(pattern)):
             assert process.poll() is None, log.read_text()[-2000:]

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image, ImageDraw
-from support.fakes import LoopbackServer, Reply
+from support.fakes import LoopbackServer, Reply, WithoutRay
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "black", "brown", "pink")
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
@@ -138,9 +139,35 @@ def small_config(urls: Path, root: Path, host: str, *, train: bool = True, image
     )
 
 
+def run_stages(urls: str, root: str, host: str) -> None:
+    """Run the stages up to training in ``root`` without flow and registry; embedding and training run on Ray."""
+    from infra import compute
+    from tasks.download.task import download
+    from tasks.embed.task import embed
+    from tasks.index.task import index
+    from tasks.neighbours import find_neighbours
+    from tasks.references.domain_folder import DomainFolder
+    from tasks.train.data import TrainingInputs
+    from tasks.train.task import train
+
+    config = small_config(Path(urls), Path(root), host)
+    folder = DomainFolder(uri=f"{root}/shapes", cache=Path(root) / "cache")
+    with pytest.MonkeyPatch.context() as patch, compute.cluster():
+        WithoutRay(on_ray={"embeddings"}).install(patch)
+        images = download(config.urls, folder, config.download).reference
+        embeddings = embed(images, folder, config.embed).reference
+        database = index(embeddings, folder, config.index).reference
+        found = find_neighbours(embeddings, database, folder, NEIGHBOURS).reference
+        inputs = TrainingInputs(images=images, embeddings=embeddings, database=database, neighbours=found)
+        train(inputs, folder, config.train)
+
+
 @contextmanager
 def made(root: Path, migrated_database: Path) -> Iterator[SmallDomain]:
-    """Serve the images, run the flow once, and keep the server running."""
+    """Serve the images, run the flow once, and keep the server running.
+
+    Neighbours, training and evaluation run on Ray; tests/flows/test_kills.py runs the other stages on it.
+    """
     from flows.new_domain import new_domain
 
     replies = good_replies() | {path: reply for path, (reply, _) in odd_replies().items()}
@@ -149,4 +176,7 @@ def made(root: Path, migrated_database: Path) -> Iterator[SmallDomain]:
         config = small_config(urls, root / "data", server.host)
         (root / "data").mkdir()
         shutil.copy(migrated_database, root / "data" / "mlflow.db")
-        yield SmallDomain(server=server, root=root / "data", urls=urls, config=config, result=new_domain(config))
+        with pytest.MonkeyPatch.context() as patch:
+            WithoutRay(on_ray={"neighbours", "measure"}).install(patch)
+            result = new_domain(config)
+        yield SmallDomain(server=server, root=root / "data", urls=urls, config=config, result=result)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from support import tiny_models
+from support.fakes import WithoutRay, share_encoder
 
-from infra import artifacts, compute
+from infra import artifacts
 from infra.errors import EncoderMismatchError, InputError
 from tasks.evaluate import measure as measuring
 from tasks.evaluate.measure import EvaluationInputs, measure
@@ -62,6 +63,7 @@ def version(domain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dat
     for name, value in {"calls": [], "version": database, "cache": tmp_path}.items():
         monkeypatch.setattr(FakePipeline, name, value, raising=False)
     monkeypatch.setattr("tasks.evaluate.measure.KNNDiffusionPipeline", FakePipeline)
+    share_encoder(monkeypatch)
     return database
 
 
@@ -190,16 +192,12 @@ def test_queries_of_uses_every_prompt_before_repeating(domain: Any, version: Dat
     assert queries_of(pipeline, database, prompts, 16, seed=1)[1] != texts
 
 
-def test_evaluate_skips_existing_evaluation(domain: Any, tmp_path: Path) -> None:
+def test_evaluate_skips_existing_evaluation(domain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator, database = domain.result.trained.generator.reference, domain.result.database.reference
     config = EvaluateConfig(samples=8, steps=1, bootstrap=3, seeds=2, diversity_prompts=1)
-    with compute.cluster():
-        first, again = (
-            evaluate(
-                generator, database, DomainFolder(uri=str(tmp_path), cache=tmp_path), config, others={"twin": database}
-            )
-            for _ in range(2)
-        )
+    folder = DomainFolder(uri=str(tmp_path), cache=tmp_path)
+    WithoutRay().install(monkeypatch)  # the domain was evaluated on Ray
+    first, again = (evaluate(generator, database, folder, config, others={"twin": database}) for _ in range(2))
     assert (first.skipped, again.skipped) == (False, True)
     assert first.reference == again.reference == Evaluation.open(first.reference.uri)
     assert set(first.reference.swap()) == {"shapes", "twin"}
