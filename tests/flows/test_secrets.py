@@ -49,9 +49,8 @@ def test_new_domain_stores_no_secret_of_its_list_uri(
 
 
 @pytest.mark.slow
-def test_failed_command_prints_and_stores_no_secret_of_its_list_uri(tmp_path: Path) -> None:
-    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_LOGGING_LEVEL": "INFO"}
-    environment.pop("PREFECT_API_URL", None)
+def test_failed_command_prints_and_stores_no_secret_of_its_list_uri(prefect_server: None, tmp_path: Path) -> None:
+    environment = {**os.environ, "PREFECT_LOGGING_LEVEL": "INFO"}
     with LoopbackServer({}) as server:
         urls = f"http://reader:{PASSWORDS[0]}@{server.host}/absent.csv?X-Amz-Signature={SIGNATURE}"
         command = [sys.executable, "-m", "flows.cli.app", "new-domain", "shapes", "--urls", urls, "--verbose"]
@@ -63,3 +62,4 @@ def test_failed_command_prints_and_stores_no_secret_of_its_list_uri(tmp_path: Pa
     for secret in (PASSWORDS[0], SIGNATURE):
         assert secret not in done.stdout + done.stderr
         assert files_with(tmp_path, secret) == []
+        assert files_with(Path(os.environ["PREFECT_HOME"]), secret) == []

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -57,7 +58,13 @@ def test_every_command_has_an_example_in_its_help() -> None:
 
 
 @pytest.mark.slow
-def test_interrupt_ends_with_one_line_and_exit_code_130(tmp_path: Path) -> None:
+def test_interrupt_ends_with_one_line_and_exit_code_130(prefect_server: None, tmp_path: Path) -> None:
+    (tmp_path / "prefect").mkdir()
+    with (  # of the server of the tests: its migrations take seconds
+        contextlib.closing(sqlite3.connect(Path(os.environ["PREFECT_HOME"]) / "prefect.db")) as migrated,
+        contextlib.closing(sqlite3.connect(tmp_path / "prefect" / "prefect.db")) as copy,
+    ):
+        migrated.backup(copy)
     requested, ended = threading.Event(), threading.Event()
 
     def hang() -> Iterator[bytes]:
