@@ -62,9 +62,9 @@ def test_bundled_generators_are_small_and_generate_and_edit(name: str, tmp_path:
     def seeded() -> torch.Generator:
         return torch.Generator().manual_seed(0)
 
-    dog, car = pipeline(["a dog", "a car"], neighbours=1, num_inference_steps=3, generator=seeded()).images
+    dog, car = pipeline(["a dog", "a car"], neighbours=1, num_inference_steps=2, generator=seeded()).images
     assert dog.size == (pipeline.side, pipeline.side)
     assert np.abs(np.asarray(dog).astype(int) - np.asarray(car)).mean() > 5
-    (edited,) = pipeline.edit(dog, "a car", candidates=2, num_inference_steps=3, generator=seeded())
+    (edited,) = pipeline.edit(dog, "a car", candidates=2, num_inference_steps=2, generator=seeded())
     assert (np.asarray(edited) != np.asarray(dog)).any()
     assert (np.asarray(edited) == np.asarray(dog)).all(-1).mean() > 0.2, "the rest stays"
