@@ -16,9 +16,11 @@ os.environ.update(
     QUIET
     | {
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",  # tests share the cores, and networks this small are slower on several threads
         "OMP_WAIT_POLICY": "PASSIVE",
         "PREFECT_LOGGING_LEVEL": "CRITICAL",
         "PYTHONWARNINGS": "ignore",
+        "RAY_worker_niceness": "0",  # with Ray's 15, the test that waits for a worker waits for all other tests as well
     }
 )
 for name in ("KNN_DIFFUSION_ROOT", "KNN_DIFFUSION_RAY_ADDRESS", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
