@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from infra import uris
-from infra.compute import local_ray, ray_token
+from infra.compute import interruptible, local_ray, ray_token
 from infra.compute.actor_pool import SHARD_TRIES, ActorPool, one_line
 from infra.compute.progress import progress_bar
 from infra.errors import InputError, StageError, TransientError
@@ -63,6 +63,7 @@ def cluster(address: str | None = None, cores: int | None = None) -> Iterator[No
         _depth -= 1
         if _depth == 0:
             ray.shutdown()
+            _reinstall_handler()
             _local_cluster.close()
 
 
@@ -284,6 +285,9 @@ class _Actor:
 
 _ACTOR: Any = ray.remote(_Actor)
 
+# Ray warns about each start that leaves the handler alone, as _init wants.
+logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM handler" not in record.getMessage())
+
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], secrets: Mapping[str, str]) -> Any:
     uris.learn(secrets)
@@ -314,17 +318,16 @@ def start() -> None:
                 }
             },
         }
-    handler = signal.getsignal(signal.SIGTERM)
     quiet = {"logging_level": logging.ERROR, "configure_logging": False, "log_to_driver": False}
     try:
         if _address is None:
             _local_cluster.enter_context(local_ray.private_token())
             with local_ray.loopback():
-                ray.init(_temp_dir=local_ray.session_folder(), **quiet, **options)
+                _init(_temp_dir=local_ray.session_folder(), **quiet, **options)
         else:
             with local_ray.loopback_of(_address):
                 _local_cluster.enter_context(ray_token.cluster_token(_address))
-                ray.init(**quiet, **options)
+                _init(**quiet, **options)
     except ValueError as error:
         if _address is None:
             raise
@@ -335,16 +338,25 @@ def start() -> None:
         raise StageError(
             f"no Ray cluster at {_address or 'this machine'} ({one_line(error)}); start one, or unset the address"
         ) from error
-    finally:
-        _restore_handler(handler)
 
 
-def _restore_handler(handler: Any) -> None:
-    """Restore the SIGTERM handler that ``ray.init`` has replaced by one that ends the process.
+def _init(**options: Any) -> None:
+    """Call ``ray.init`` so that the caller's SIGTERM handler remains, and interrupts it.
 
-    With Prefect's handler, a cancelled run unwinds and ends as Cancelled instead of Crashed. Without an earlier handler
-    Ray's remains, which ends the processes of a local cluster.
+    In the main thread Ray replaces the handler by one that ends the process. With Prefect's handler, a cancelled run
+    unwinds and ends as Cancelled instead of Crashed. Without an earlier handler Ray's is useful: it ends the processes
+    of a local cluster.
     """
+    if callable(signal.getsignal(signal.SIGTERM)) and threading.current_thread() is threading.main_thread():
+        interruptible.call(lambda: ray.init(**options))
+        _reinstall_handler()
+    else:
+        ray.init(**options)
+
+
+def _reinstall_handler() -> None:
+    """Install Python's SIGTERM handler again: Ray's native code replaces it at the start and resets it at the end."""
+    handler = signal.getsignal(signal.SIGTERM)
     if callable(handler) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
 

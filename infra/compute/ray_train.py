@@ -3,11 +3,10 @@
 import contextlib
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 from infra import compute, storage, uris
-from infra.compute import preemption
+from infra.compute import interruptible, preemption
 from infra.compute.preemption import StopRequest
 from infra.compute.progress import progress_bar
 from infra.errors import KNNDiffusionError, StageError
@@ -92,25 +91,13 @@ def _fit(trainer: Any, stop: StopRequest) -> None:
 
     In the main thread Ray Train would replace the handler of Ctrl-C, and end the process without a checkpoint.
     """
-    done: Future[None] = Future()
 
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:
-            done.set_exception(error)
-        else:
-            done.set_result(None)
-
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    try:
-        done.result()
-    except BaseException:
+    def interrupted(thread: threading.Thread) -> None:
         with contextlib.suppress(KNNDiffusionError):  # the interruption matters more
-            if not done.done() and stop.send():
+            if stop.send():
                 thread.join(STOP_S)
-        raise
+
+    interruptible.call(trainer.fit, interrupted=interrupted)
 
 
 def _as_worker(

@@ -89,3 +89,48 @@ def test_session_folder_is_accessible_only_to_its_user(tmp_path: Path, monkeypat
     folder.symlink_to(tmp_path / "other")
     with pytest.raises(StageError, match="belongs to another user"):
         local_ray.session_folder()
+
+
+HANDLER = """
+import os, signal, threading, time
+from infra import compute
+
+class Cancelled(BaseException): ...
+
+def handle(number, frame):
+    raise Cancelled
+
+def send_now(state):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    except Cancelled:
+        print("cancelled while", state, flush=True)
+
+def send():
+    time.sleep(0.5)  # Ray takes seconds to start
+    os.kill(os.getpid(), signal.SIGTERM)
+
+signal.signal(signal.SIGTERM, handle)
+with compute.cluster(None, 1):
+    compute.start()
+    send_now("connected")
+send_now("disconnected")
+threading.Thread(target=send).start()
+try:
+    with compute.cluster(None, 1):
+        compute.start()
+        print("started")
+except Cancelled:
+    print("cancelled while Ray starts")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.on_ray
+def test_start_keeps_the_sigterm_handler_of_the_caller_which_interrupts_it(tmp_path: Path) -> None:
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run([sys.executable, "-c", HANDLER], env=environment, capture_output=True, text=True)
+    states = ["connected", "disconnected", "Ray starts"]
+    assert done.stdout.splitlines() == [f"cancelled while {state}" for state in states], done.stderr
+    assert "SIGTERM handler" not in done.stderr

@@ -1,0 +1,34 @@
+"""Calls that a signal interrupts, although they block in native code or would replace the signal's handler."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+
+def call(function: Callable[[], Result], *, interrupted: Callable[[threading.Thread], None] | None = None) -> Result:
+    """Return ``function()``, called in another thread, while this thread waits and handles signals.
+
+    Args:
+        function: A function of no arguments.
+        interrupted: Called with the thread if a handler raises here before ``function`` has ended. The thread is then
+            left alone; it ends with the process.
+    """
+    done: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(function())
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        return done.result()
+    except BaseException:
+        if not done.done() and interrupted is not None:
+            interrupted(thread)
+        raise
