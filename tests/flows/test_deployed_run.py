@@ -7,9 +7,10 @@ from typing import Any, Self
 
 import httpx
 import pytest
+from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
-from prefect.states import Cancelling, Completed, Running, State
+from prefect.states import Cancelling, Completed, Running
 
 from flows import deployed_run
 from flows.deployed_run import deployable

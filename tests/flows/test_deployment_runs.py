@@ -7,8 +7,9 @@ from uuid import UUID
 
 import httpx
 import pytest
+from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Running, State
+from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Running
 from support.fakes import FakeClock
 
 from flows import deployment_runs

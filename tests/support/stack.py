@@ -14,10 +14,9 @@ from uuid import UUID
 
 import yaml
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, LogFilter, LogFilterFlowRunId
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
-from prefect.states import State
 
 from flows.deployment_runs import connected, start_run
 from infra.deploy.processes import read_started
@@ -49,7 +48,7 @@ class Stack:
 
     def up(self) -> None:
         """Start the services that do not run."""
-        options = ["--root", self.root, "--stack", self.folder / "stack"]
+        options = ["--root", str(self.root), "--stack", str(self.folder / "stack")]
         ports = [f"--{name}-port={port}" for name, port in self.ports.items()]
         done = subprocess.run(
             [sys.executable, "-m", "flows.cli.app", "up", *options, *ports],
@@ -75,7 +74,7 @@ class Stack:
         shutil.copy(CHECKOUT / "tests" / "support" / "probe_flow.py", project / "probe.py")
         if not (project / "flows").exists():
             (project / "flows").symlink_to(CHECKOUT / "flows")
-        pool = {"name": "knn-diffusion", "work_queue_name": "default"}
+        pool = yaml.safe_load((CHECKOUT / "prefect.yaml").read_text())["definitions"]["work_pools"]["default"]
         pull = [{"prefect.deployments.steps.set_working_directory": {"directory": str(project)}}]
         entries = [{"work_pool": pool, "parameters": {"config": {}}, **entry} for entry in deployments]
         content = {"name": "knn-diffusion", "prefect-version": "3.8.8", "pull": pull, "deployments": entries}
@@ -101,6 +100,15 @@ class Stack:
         file = self.root / domain / "process"
         wait_for(lambda: self.state(run).is_running() and file.exists() and file.read_text() != "")
         return int(file.read_text())
+
+    def heartbeats(self, run: FlowRun) -> int:
+        """Return the number of heartbeats of a run that the server has received."""
+        names, ids = ["prefect.flow-run.heartbeat"], [f"prefect.flow-run.{run.id}"]
+        with connected() as client:
+            found = client.request(
+                "POST", "/events/filter", json={"filter": {"event": {"name": names}, "resource": {"id": ids}}}
+            )
+        return int(found.json()["total"])
 
     def log(self, run: FlowRun) -> str:
         with connected() as client:
