@@ -51,7 +51,7 @@ class Form:
         """Return the values that the form changes. ``given`` has the names of the fields and those of ``EXTRA``."""
         return {
             field.name: dataclasses.asdict(field.default_factory())
-            for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+            for field in dataclasses.fields(cls)  # type: ignore[arg-type]  # subclasses are dataclasses
             if field.default_factory is not dataclasses.MISSING
         }
 

@@ -29,6 +29,8 @@ def database_figures(version: DatabaseVersion, folder: Path, cache: Path) -> Seq
     """
     written = []
     for name, render in ((CURVE, _curve), (SHEET, _sheet)):
+        if name == CURVE and not storage.exists(storage.join(version.uri, CURVE)):
+            continue  # a pushed database; its manifest does not list the curve
         try:
             (folder / name).write_bytes(render(version, cache))
             written.append(folder / name)
