@@ -144,7 +144,7 @@ def test_write_report_figure_shows_samples_and_copies(tmp_path: Path) -> None:
 def test_tables_heading_names_compared_images_and_source_of_queries() -> None:
     heads = [head for head, _, _ in tables([make_view(compared=20)])]
     assert heads[0] == (
-        "Scores on emoji, 32 samples (distances, precision and recall: 20 of them and as many real images)"
+        "Scores on emoji, 32 samples (distances, precision and recall use 20 of them and as many real images)"
     )
     assert tables([make_view()])[0][0] == "Scores on emoji, 32 samples"
     reconstruction = "Scores on emoji, 32 samples, queried with its own images, which retrieve themselves"

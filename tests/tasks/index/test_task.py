@@ -209,7 +209,7 @@ def test_open_database_missing_shard_raises_its_name(tmp_path: Path) -> None:
         ({"near_duplicate_cosine": 0.0}, "near_duplicate_cosine or max_drift is out of range: 0.0"),
         ({"shard_rows": 0}, "shard_rows or memory_bytes is below 1"),
         ({"target_recall": 1.5}, "between 0 and 1"),
-        ({"max_drift": -1.0}, "max_drift at least 0"),
+        ({"max_drift": -1.0}, "a max_drift of at least 0"),
     ],
 )
 def test_index_config_out_of_range_raises(changes: dict[str, Any], message: str) -> None:
