@@ -116,7 +116,7 @@ class _Parts:
             self._writer.close()
 
     def write(self, batch: pa.RecordBatch) -> None:
-        if batch.schema != self._schema:
+        if self._writer is None or batch.schema != self._schema:
             self.__exit__()
             self.paths.append(self._stem.with_name(f"{self._stem.name}-{len(self.paths)}.arrow"))
             self._writer, self._schema = pa.ipc.new_file(str(self.paths[-1]), batch.schema), batch.schema

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from infra import artifacts, storage
 from infra.errors import InputError, KNNDiffusionError
 from infra.formats import tables
+from infra.formats.lists import read_list
 from infra.formats.urls import normal_urls
 from infra.uris import normal_url
 from tasks.references.domain_folder import DomainFolder
@@ -143,7 +144,7 @@ def read_takedown_list(uri: str) -> Entries:
         NotFoundError: the list does not exist.
         InputError: the list cannot be read or has no entries.
     """
-    table = tables.read_list(uri, "takedown")
+    table = read_list(uri, "takedown")
     if not set(COLUMNS) & set(table.column_names):
         raise InputError(
             f"{uri} has none of the columns url, sha256 and key: {', '.join(table.column_names) or 'no columns'}; "
