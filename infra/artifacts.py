@@ -76,12 +76,12 @@ class ArtifactBuilder:
         self.key = digest_of({"kind": kind, "inputs": digests, "config": self.config})[:16]
         self.uri = storage.join(storage.absolute(base), kind, self.key)
 
-    def committed(self) -> Manifest | None:
+    def committed_manifest(self) -> Manifest | None:
         """Return the manifest if this request is already committed, else None."""
         uri = storage.join(self.uri, MANIFEST)
         return read_manifest(self.uri) if storage.exists(uri) else None
 
-    def done(self) -> dict[str, Shard]:
+    def committed_shards(self) -> dict[str, Shard]:
         """Return the committed shards by name."""
         folder = storage.join(self.uri, "shards")
         markers = [name for name in storage.list_names(folder) if name.endswith(".json") and not name.startswith(".")]

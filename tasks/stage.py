@@ -165,7 +165,7 @@ def run_stage(
         IntegrityError: A committed file is damaged and cannot be restored.
     """
     started = time.monotonic()
-    manifest = stage.committed()
+    manifest = stage.committed_manifest()
     if manifest is not None and not _is_intact(stage, manifest, verify=verify, repairs=repairs):
         manifest = None
     skipped = manifest is not None
@@ -236,7 +236,7 @@ def run_shards(
         KNNDiffusionError, ModelError: Every shard failed with this same error, which the user can fix.
     """
     named = dict(items)
-    done = stage.done()
+    done = stage.committed_shards()
     pending = {name: item for name, item in named.items() if name not in done}
     lost: dict[str, str] = {}
     errors: list[BaseException] = []

@@ -99,7 +99,7 @@ def install_handler() -> None:
     signal.signal(signal.SIGTERM, handle)
 
 
-def listening_torch_config() -> Any:
+def graceful_torch_config() -> Any:
     """Return Ray Train's ``TorchConfig``, extended by :func:`install_handler` on every worker."""
     from ray.train.torch import TorchConfig
 

@@ -158,7 +158,7 @@ class ActorGroup:
         """Store the actors, which reserve ``cpus_each`` cores each."""
         self._actors, self._cpus_each = list(actors), cpus_each
 
-    def ask(self, item: Any, of: int | None = None) -> list[Any]:
+    def call(self, item: Any, of: int | None = None) -> list[Any]:
         """Call every worker, or only worker number ``of``, with ``item`` and return the results in order.
 
         Raises:

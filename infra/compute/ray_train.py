@@ -62,7 +62,7 @@ def train(
     trainer = TorchTrainer(
         _as_worker(loop, uris.secrets(), stop),
         train_loop_config=config,
-        torch_config=preemption.listening_torch_config(),
+        torch_config=preemption.graceful_torch_config(),
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus, "GPU": gpus}
         ),

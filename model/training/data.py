@@ -285,7 +285,7 @@ class _Window:
         return Batch(
             images=_to_target(self._images[chosen]),
             query=self._embeddings[chosen].float(),
-            neighbours=database.take(self._neighbours[chosen]),
+            neighbours=database.lookup(self._neighbours[chosen]),
             reference=None if self._reference is None else to_model_range(self._reference[chosen]),
         )
 

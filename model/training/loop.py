@@ -86,11 +86,11 @@ def train(
     modules = {"network": step.network, "average": average.network, "objective": objective}
     start = restore(checkpoints.latest(), modules, step.optimizers)
     if start >= config.steps:
-        return average.whole()
+        return average.unsharded()
     step.prepare(start)
     window = _Window(start, step)
     for number in range(start, config.steps):
-        window.add(step.take(number))
+        window.add(step.run(number))
         ema_update(average.network, step.network, ema_decay(number, config.ema_decay))
         images_seen = (number + 1) * config.batch_size
         stopping = _stopping(stop, number, world, device)
@@ -104,11 +104,11 @@ def train(
         if stopping:
             raise InterruptedTrainingError(f"stopped after {images_seen} images; run again to resume")
         if _passes(images_seen, config.grid_images, config):
-            full = average.whole()
+            full = average.unsharded()
             if rank == 0:
                 metrics.grid(images=images_seen, average=full)
             window.skip()
-    return average.whole()
+    return average.unsharded()
 
 
 class Average:
@@ -122,7 +122,7 @@ class Average:
             self._whole = ema_copy(network).cpu()
             shard(self.network, device)
 
-    def whole(self) -> nn.Module:
+    def unsharded(self) -> nn.Module:
         """Return the averaged network with unsharded weights. Collective: every rank must call it."""
         if self._whole is not self.network:
             self._whole.load_state_dict(gather_state(self.network.state_dict()))

@@ -87,7 +87,7 @@ class NeighbourEmbeddings:
         """Return the number of rows, M."""
         return len(self._mapped)
 
-    def take(self, ids: Tensor) -> Tensor:
+    def lookup(self, ids: Tensor) -> Tensor:
         """Return the rows of ids (…) as (…, D) float32, on the device of the ids."""
         if self._resident is not None:
             return self._resident[ids].float()

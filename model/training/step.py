@@ -81,7 +81,7 @@ class Step:
         if self._world > 1 and not self._sharded:
             self._replica = DistributedDataParallel(self._working)
 
-    def take(self, number: int) -> torch.Tensor:
+    def run(self, number: int) -> torch.Tensor:
         """Run step ``number``. Return the mean loss over this worker's share and the gradient norm, (2,) float32."""
         loss = self._gradients_in_memory(number)
         norm = nn.utils.clip_grad_norm_(self._weights, self.config.gradient_clip)

@@ -108,7 +108,7 @@ class IncrementalDownload:
         if self.seen is None or outcomes.get("success"):
             return
         listed = self.table["url"].take(pa.array(self.selection.rows))
-        if self.seen.asked(listed.to_pylist(), failed_too=True).all():
+        if self.seen.requested(listed.to_pylist(), failed_too=True).all():
             storage.remove(self.stage.uri)  # so that the next run requests them again
             raise AllRetriesFailedError(f"still failing: {histogram(outcomes)}")
 
@@ -138,7 +138,7 @@ class IncrementalDownload:
             hashes = hash_digests(digests)
             known = np.isin(hashes, so_far, assume_unique=False)
             if self.seen is not None:
-                known |= self.seen.holds(digests)
+                known |= self.seen.contains(digests)
             here: set[str] = set()
             for row, is_known in zip(rows, known, strict=True):
                 if row["sha256"] in self.refused.sha256:
@@ -171,7 +171,7 @@ class IncrementalDownload:
     def _history_files(self, added: Hashes) -> list[dict[str, Any]]:
         if self.seen is None:
             return [write_seen(self.stage.uri, added)]
-        return self.seen.extended(self.stage.uri, added)
+        return self.seen.extend(self.stage.uri, added)
 
 
 class _Download:

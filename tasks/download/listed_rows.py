@@ -98,7 +98,7 @@ def select_rows(table: pa.Table, seen: UrlHistory | None, refused: Entries, conf
         if len(refused_urls):
             wanted[part] &= ~pc.is_in(urls, refused_urls).to_numpy(zero_copy_only=False)
         if seen is not None:
-            wanted[part] &= ~seen.asked(listed.to_pylist(), failed_too=not config.retry_failed)
+            wanted[part] &= ~seen.requested(listed.to_pylist(), failed_too=not config.retry_failed)
     rows = np.flatnonzero(wanted)
     repeated = np.ones(len(rows), dtype=np.bool_)
     repeated[np.unique(hashes[rows], return_index=True)[1]] = False

@@ -63,7 +63,7 @@ def refresh(
             raise NothingChangedError(histogram(outcomes))
         shards = [rewritten.get(shard.name) or shard.reused_from(images.uri) for shard in source.shards]
         added = hashes_of(stage.uri, rewritten.values(), folder.cache)
-        seen = UrlHistory.of(images, folder.cache).extended(stage.uri, added)
+        seen = UrlHistory.of(images, folder.cache).extend(stage.uri, added)
         counts = {_COUNTS: dict(outcomes.most_common()), "lost_shards": lost}
         return stage.commit(shards, identity=source.identity, info={**source.info, "seen": seen, **counts})
 

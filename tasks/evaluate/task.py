@@ -100,7 +100,7 @@ def evaluate(
     subject = EvaluationInputs(generator=generator, name=name, database=database, others=others, config=config)
 
     def make() -> artifacts.Manifest:
-        done = stage.done().get(SAMPLES) or compute.run(
+        done = stage.committed_shards().get(SAMPLES) or compute.run(
             measure, subject, stage.uri, folder.cache, cpus=compute.cpus(), gpus=int(config.use_gpu), watch=stage.uri
         )
         return stage.commit([done], info=done.info)

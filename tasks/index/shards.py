@@ -86,7 +86,7 @@ def fill_shards(
     reusable = {} if previous is None else _reusable_shards(previous, members, template)
     # A temporary folder for parts: it is never committed, and deleted after the merge.
     parts = artifacts.ArtifactBuilder(stage.uri, "parts", inputs={}, config={"rows": PART_ROWS})
-    found, finished = {}, stage.done()
+    found, finished = {}, stage.committed_shards()
     fills: list[tuple[str, Group]] = []
     part_fills: list[tuple[str, Group]] = []
     merges: list[tuple[str, tuple[Group, list[Piece]]]] = []

@@ -83,7 +83,7 @@ def index(
             factory = config.index
             if factory == "auto":
                 factory = choose_index(source.rows, encoder.dimension, config.memory_bytes)
-            template = stage.done().get(QUANTIZER) or compute.run(
+            template = stage.committed_shards().get(QUANTIZER) or compute.run(
                 train_quantizer, embeddings, stage.uri, factory, config.seed, cache, previous, cpus=compute.cpus()
             )
         else:

@@ -71,7 +71,7 @@ class UrlHistory:
             return cls([hashes_of(images.uri, manifest.shards, cache)], [])
         return cls([_read(file, cache) for file in files], list(files))
 
-    def asked(self, urls: Iterable[str], *, failed_too: bool) -> NDArray[np.bool_]:
+    def requested(self, urls: Iterable[str], *, failed_too: bool) -> NDArray[np.bool_]:
         """Return an (n,) mask of the URLs that were requested before. Failed URLs count only with ``failed_too``."""
         listed = pa.array(urls, pa.string())
         normal = normal_urls(listed)
@@ -79,15 +79,15 @@ class UrlHistory:
         found = _is_in_any(hash_texts(normal.to_pylist()), lists)
         return found if normal.equals(listed) else found | _is_in_any(hash_texts(listed.to_pylist()), lists)
 
-    def holds(self, digests: Iterable[str]) -> NDArray[np.bool_]:
+    def contains(self, digests: Iterable[str]) -> NDArray[np.bool_]:
         """Return an (n,) mask of the images, given as hex sha256 of their bytes, that the version contains."""
         return _is_in_any(hash_digests(digests), [part.content for part in self._parts])
 
-    def kept(self, folder_uri: str) -> list[dict[str, Any]]:
+    def stored_files(self, folder_uri: str) -> list[dict[str, Any]]:
         """Return the list of files for a manifest's ``info``; if there are none, write one to ``folder_uri`` first."""
         return self._files or [write_seen(folder_uri, Hashes.joined(self._parts))]
 
-    def extended(self, folder_uri: str, added: Hashes) -> list[dict[str, Any]]:
+    def extend(self, folder_uri: str, added: Hashes) -> list[dict[str, Any]]:
         """Write ``added`` next to the shards at ``folder_uri``; return the list of files for the version's ``info``."""
         parts, files = list(self._parts), list(self._files)
         own = [added, *parts[len(files) :]]

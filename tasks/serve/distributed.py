@@ -80,7 +80,7 @@ class DistributedDatabase(Searchable):
         width = max(1, min(k, len(self) - (exclude is not None)))
         if exclude is not None:
             excluded = self.rows(checked_exclusion(exclude, len(queries), self.stored, self.name))
-        partial: list[Hits] = self._placed.ask(("search", (queries, width, excluded)))
+        partial: list[Hits] = self._placed.call(("search", (queries, width, excluded)))
         shifted = [
             np.where(hits.ids < 0, -1, hits.ids + first) for hits, first in zip(partial, self._starts[:-1], strict=True)
         ]
@@ -102,7 +102,7 @@ class DistributedDatabase(Searchable):
         found = np.empty((len(flat), self.encoder.dimension), dtype=np.float16)
         for number in np.unique(actor_of_row):
             mask = actor_of_row == number
-            (found[mask],) = self._placed.ask(("rows", (flat[mask] - self._starts[number],)), of=int(number))
+            (found[mask],) = self._placed.call(("rows", (flat[mask] - self._starts[number],)), of=int(number))
         return found.reshape(*np.shape(ids), -1)
 
     def describe(self, ids: Sequence[int]) -> list[dict[str, Any]]:

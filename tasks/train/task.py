@@ -45,7 +45,7 @@ def train(
         embeddings, database = inputs.embeddings.manifest(), inputs.database.manifest()
         require_same_encoder(embeddings=embeddings, database=database, neighbours=inputs.neighbours.manifest())
         build_setup(config, encoder_of(embeddings))  # fails before workers start if the components do not fit
-        if PIPELINE not in stage.done():
+        if PIPELINE not in stage.committed_shards():
             ray_train.train(
                 train_worker,
                 {"inputs": inputs, "folder_uri": stage.uri, "config": config, "cache": folder.cache, "run": run},
@@ -55,7 +55,7 @@ def train(
                 folder_uri=stage.uri,
                 final=NOT_RETRYABLE,
             )
-        done = stage.done()[PIPELINE]
+        done = stage.committed_shards()[PIPELINE]
         return stage.commit([done], identity=embeddings.identity, info=done.info | {"asked": config_to_dict(config)})
 
     return run_stage(stage, Generator, make, note=_note)

@@ -39,8 +39,8 @@ def compact_images(images: ImageShards, takedown: Takedown, folder: DomainFolder
     stage = artifacts.ArtifactBuilder(
         folder.uri, ImageShards.kind, inputs={"takedown": takedown.as_input()}, config=config
     )
-    named = {} if stage.committed() else _matched_keys(images, takedown, folder.cache)
-    if not named and not stage.committed():
+    named = {} if stage.committed_manifest() else _matched_keys(images, takedown, folder.cache)
+    if not named and not stage.committed_manifest():
         return StageResult(reference=images, skipped=True, seconds=0.0, note="contains no image that was taken down")
 
     def build() -> artifacts.Manifest:
@@ -51,7 +51,7 @@ def compact_images(images: ImageShards, takedown: Takedown, folder: DomainFolder
         info = {
             "requested": source.info.get("requested", source.rows),
             "outcomes": sum_outcomes(shards),
-            "seen": UrlHistory.of(images, folder.cache).kept(stage.uri),
+            "seen": UrlHistory.of(images, folder.cache).stored_files(stage.uri),
             "shards_rewritten": len(done),
             "pictures_dropped": sum(len(keys) for keys in named.values()),
         }

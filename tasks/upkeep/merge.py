@@ -91,7 +91,7 @@ def merged_images(parts: Sequence[ImageShards], folder: DomainFolder) -> StageRe
         seen = [
             file
             for number, part in enumerate(parts)
-            for file in UrlHistory.of(part, folder.cache).kept(f"{stage.uri}/{number}")
+            for file in UrlHistory.of(part, folder.cache).stored_files(f"{stage.uri}/{number}")
         ]
         requested = sum(source.info.get("requested", source.rows) for source in sources)
         info = {"requested": requested, "outcomes": dict(outcomes), "seen": seen}

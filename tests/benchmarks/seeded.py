@@ -42,7 +42,7 @@ def seeded_embeddings(rows: int) -> EmbeddingShards:
     """Commit embedding shards of seeded rows once. Their metadata is empty, because it is not used."""
     config = {"rows": rows, "shard_rows": SHARD_ROWS}
     stage = artifacts.ArtifactBuilder(str(FOLDER / str(rows)), EmbeddingShards.kind, inputs={}, config=config)
-    manifest = stage.committed()
+    manifest = stage.committed_manifest()
     if manifest is None:
         done = [_commit(stage, f"{number:05d}", part) for number, part in enumerate(_parts(rows))]
         manifest = stage.commit(done, identity={"encoder": dataclasses.asdict(IDENTITY)}, info={})

@@ -108,17 +108,17 @@ def test_read_manifest_of_a_replaced_file_reads_it_again(base: str) -> None:
 
 
 def test_committed_of_the_same_request_returns_the_manifest(base: str) -> None:
-    assert new_builder(base).committed() is None
+    assert new_builder(base).committed_manifest() is None
     _, manifest = committed(base)
-    assert new_builder(base).committed() == manifest
-    assert new_builder(base, config={**CONFIG, "size": 65}).committed() is None
-    assert new_builder(f"{base}-other").committed() is None
+    assert new_builder(base).committed_manifest() == manifest
+    assert new_builder(base, config={**CONFIG, "size": 65}).committed_manifest() is None
+    assert new_builder(f"{base}-other").committed_manifest() is None
 
 
 def test_committed_without_a_manifest_returns_none(base: str) -> None:
     builder = new_builder(base)
     fill(builder, "00000", {"00000.tar": b"x"})
-    assert builder.committed() is None
+    assert builder.committed_manifest() is None
     with pytest.raises(NotFoundError) as caught:
         artifacts.read_manifest(builder.uri)
     assert str(caught.value) == (
@@ -178,15 +178,15 @@ def test_uri_does_not_depend_on_the_working_directory(tmp_path: Path, monkeypatc
 
 def test_done_of_a_resumed_stage_returns_committed_shards(base: str) -> None:
     builder = new_builder(base)
-    assert builder.done() == {}
+    assert builder.committed_shards() == {}
     first = fill(builder, "00000", {"00000.tar": b"a", "00000.parquet": b"b"}, rows=2, info={"lost": {"http_404": 1}})
     third = fill(builder, "00002", {"00002.tar": b"c"})
     storage.write_bytes(f"{builder.uri}/00001.tar", b"the worker died before the marker")
     storage.write_bytes(f"{builder.uri}/shards/.00001.json.123.partial", b'{"name": "00001", "ro')
-    assert new_builder(base).done() == {"00000": first, "00002": third}
+    assert new_builder(base).committed_shards() == {"00000": first, "00002": third}
     assert (first.rows, first.info) == (2, {"lost": {"http_404": 1}})
     assert [file.name for file in first.files] == ["00000.parquet", "00000.tar"]
-    assert new_builder(base, config={}).done() == {}
+    assert new_builder(base, config={}).committed_shards() == {}
 
 
 def test_commit_shard_that_fails_while_storing_writes_no_marker(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_commit_shard_that_fails_while_storing_writes_no_marker(tmp_path: Path) 
     with pytest.raises(InputError, match=r"b\.tar cannot be used"):
         artifacts.commit_shard(builder.uri, "00000", tmp_path / "local", rows=1, info={})
     assert storage.exists(f"{builder.uri}/a.tar")
-    assert builder.done() == {}
+    assert builder.committed_shards() == {}
 
 
 @contextmanager
@@ -229,15 +229,15 @@ def test_commit_on_a_full_disk_keeps_committed_shards(room: int, tmp_path: Path)
         f"no space left for {broken.uri}/00001.tar; free some space or choose another location"
     )
     assert str(caught.value).endswith("and run again: committed work is kept")
-    assert broken.done() == {"00000": first}
+    assert broken.committed_shards() == {"00000": first}
     with full_disk(min(room, 100)), pytest.raises(StageError, match=r"^no space left for .*manifest\.json; free some"):
         broken.commit([first], info={})
-    assert broken.committed() is None
+    assert broken.committed_manifest() is None
     assert [path.name for path in Path(broken.uri).rglob("*") if path.is_file()] == ["00000.tar", "00000.json"]
 
     second = fill(broken, "00001", {"00001.tar": bytes(1_000_000)})
-    assert broken.commit([*broken.done().values()], info={}).digest == expected.digest
-    assert broken.done()["00001"] == second
+    assert broken.commit([*broken.committed_shards().values()], info={}).digest == expected.digest
+    assert broken.committed_shards()["00001"] == second
 
 
 def test_done_returns_more_shards_than_one_listing_page(
@@ -254,7 +254,7 @@ def test_done_returns_more_shards_than_one_listing_page(
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(commit, markers.values()))
-    assert builder.done() == markers
+    assert builder.committed_shards() == markers
 
 
 def test_done_with_a_damaged_marker_raises_integrity_error(base: str) -> None:
@@ -264,7 +264,7 @@ def test_done_with_a_damaged_marker_raises_integrity_error(base: str) -> None:
     for data in (storage.read_bytes(marker)[:30], b"[]", b'{"name": "00000"}', b""):
         storage.write_bytes(marker, data)
         with pytest.raises(IntegrityError) as caught:
-            builder.done()
+            builder.committed_shards()
         assert str(caught.value).startswith(f"{marker} is damaged (")
         assert str(caught.value).endswith("); delete it and run again")
 
@@ -297,7 +297,7 @@ def test_digest_does_not_depend_on_order_time_location_or_interruption(tmp_path:
     first = run("a", "00000 00001 00002", b"quick")
     second = run("elsewhere", "00002 00000 00001", b"slow", moved)
     resumed = new_builder(str(tmp_path / "a")).commit(
-        reversed(new_builder(str(tmp_path / "a")).done().values()),
+        reversed(new_builder(str(tmp_path / "a")).committed_shards().values()),
         identity={"a": {"d": 2}, "b": 1},
         info={"resumed": True},
     )
@@ -354,7 +354,7 @@ def test_read_manifest_changed_by_hand_raises_integrity_error(
     message = f"{builder.uri}/manifest.json was changed after it was committed; delete its folder and run again"
     assert refusal(builder.uri) == message
     with pytest.raises(IntegrityError):
-        builder.committed()
+        builder.committed_manifest()
 
 
 def test_read_manifest_with_moved_inputs_succeeds(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_run_shards_with_unreachable_store_stops_early_with_transient_error(alon
         "images: 29 of 30 shards failed temporarily (the store could not be reached); run again to resume, "
         "the other 1 are committed"
     )
-    assert list(stage.done()) == ["00000"]
+    assert list(stage.committed_shards()) == ["00000"]
     assert len(list(tmp_path.glob("tried-*"))) < 10
 
 
@@ -90,7 +90,7 @@ def test_run_shards_on_ray_retries_only_failed_shards_and_clamps_workers_to_the_
     with compute.cluster(cores=1):
         with pytest.raises(StageError, match=r"1 of 3 shards failed \(InputError: 00001 cannot be read\).*other 2 are"):
             run_shards(stage, items, counting(), settings, actors=1)
-        assert sorted(stage.done()) == ["00000", "00002"]
+        assert sorted(stage.committed_shards()) == ["00000", "00002"]
         done, lost = run_shards(stage, items, counting(), settings, actors=1, max_lost_fraction=0.4)
         assert [shard.rows for shard in done] == [3, 2]  # running these again would fail: their folders exist
         assert lost == {"00001": "InputError: 00001 cannot be read"}
@@ -147,7 +147,7 @@ def make_in(
     """Return a function that commits the shards of ``texts`` without a marker and appends their names to ``made``."""
 
     def make() -> artifacts.Manifest:
-        done = stage.done()
+        done = stage.committed_shards()
         for name, text in texts.items():
             if name in done:
                 continue
@@ -248,6 +248,6 @@ def test_run_stage_with_damage_in_earlier_version_does_not_repair_it(tmp_path: P
     with pytest.raises(IntegrityError, match="is missing though it was committed") as caught:
         run_stage(after, ImageShards, make, repairs=True)
     assert str(caught.value).startswith(uri)
-    assert len(before.done()) == 3
+    assert len(before.committed_shards()) == 3
     with pytest.raises(IntegrityError, match="is missing though it was committed"):
         check_files(ImageShards.open(after.uri))

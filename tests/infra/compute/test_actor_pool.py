@@ -159,7 +159,7 @@ def test_lost_worker_raises_error_of_one_line(cluster: None, monkeypatch: pytest
     with pytest.raises(StageError) as caught:
         compute.run(os._exit, 1)
     with compute.actor_group(Worker, [()]) as group, pytest.raises(TransientError) as caught_in_group:
-        group.ask(1)
+        group.call(1)
     assert str(caught.value).startswith("the worker of _exit was lost (")
     assert str(caught.value).endswith("); give it more memory, or see Ray's logs, and run again")
     assert str(caught_in_group.value).endswith("); try again")
@@ -186,10 +186,10 @@ def test_actor_group_without_room_raises_error_within_the_time_limit(
             compute.actor_group(Worker, [()]),
         ):
             pass
-        assert group.ask(0.5) == [0.5, 0.5], "slow workers must not be given up"
+        assert group.call(0.5) == [0.5, 0.5], "slow workers must not be given up"
         monkeypatch.setattr(ray_cluster, "capacity", lambda *_: 1)
         with pytest.raises(TransientError, match=r"^a machine was lost: 2 workers .* room for 1; try again once"):
-            group.ask(30)
+            group.call(30)
 
 
 @pytest.mark.parametrize(

@@ -292,6 +292,6 @@ def test_neighbour_embeddings_too_large_are_read_at_every_call(monkeypatch: pyte
     monkeypatch.setattr(NeighbourEmbeddings, "MAX_RESIDENT_BYTES", DATABASE.nbytes - 1)
     mapped = NeighbourEmbeddings(joined, "cpu")
     monkeypatch.setattr(ConcatenatedRows, "__getitem__", lambda *_: np.zeros((2, 2, 8), np.float16))
-    np.testing.assert_array_equal(resident.take(ids), DATABASE[ids].astype(np.float32))
-    assert resident.take(ids).dtype == torch.float32
-    assert not mapped.take(ids).any(), "the rows are read at every call"
+    np.testing.assert_array_equal(resident.lookup(ids), DATABASE[ids].astype(np.float32))
+    assert resident.lookup(ids).dtype == torch.float32
+    assert not mapped.lookup(ids).any(), "the rows are read at every call"

@@ -112,7 +112,7 @@ def copied_gradient(*, rank: int = 0, world: int = 1, pieces: int) -> float:
     step = Step(network, given, given, config, torch.device("cpu"), rank, world)
     step._copied = True
     step.prepare(0)
-    step.take(0)
+    step.run(0)
     return float(network.weight.grad)
 
 
@@ -211,7 +211,7 @@ def test_step_weight_unused_by_a_piece_gets_no_gradient_from_it() -> None:
     step._copied = True
     step.prepare(0)
     for number, expected in enumerate([(1, 0.5), (1, 0)]):
-        step.take(number)
+        step.run(number)
         assert (float(network.first.grad), float(network.second.grad)) == expected
 
 

@@ -209,16 +209,16 @@ def test_url_history_of_version_without_files_reads_its_shards(tmp_path: Path) -
     images = image_shards(tmp_path, [[("http://host/a.png", body), ("http://host/b.png", None)]])
     seen = UrlHistory.of(images, tmp_path)
     urls = ["http://host/a.png", "http://host/b.png", "http://host/c.png"]
-    assert seen.asked(urls, failed_too=True).tolist() == [True, True, False]
-    assert seen.asked(urls, failed_too=False).tolist() == [True, False, False]
-    assert seen.asked(["HTTP://Host:80/a.png#x"], failed_too=False).all()
-    assert seen.holds([sha(body), "0" * 64]).tolist() == [True, False]
+    assert seen.requested(urls, failed_too=True).tolist() == [True, True, False]
+    assert seen.requested(urls, failed_too=False).tolist() == [True, False, False]
+    assert seen.requested(["HTTP://Host:80/a.png#x"], failed_too=False).all()
+    assert seen.contains([sha(body), "0" * 64]).tolist() == [True, False]
 
 
 def test_url_history_of_raw_urls_finds_them_as_they_were_listed() -> None:
     raw, nothing = "HTTP://Host/a.png#x", np.empty(0, np.uint64)
     seen = UrlHistory([Hashes(hash_texts([raw]), nothing, nothing)], [])  # as release 0.1 wrote it
-    assert seen.asked([raw, "http://host/b.png"], failed_too=False).tolist() == [True, False]
+    assert seen.requested([raw, "http://host/b.png"], failed_too=False).tolist() == [True, False]
 
 
 def test_url_history_extended_many_times_has_few_files(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_url_history_extended_many_times_has_few_files(tmp_path: Path) -> None:
             with np.load(io.BytesIO(storage.read_bytes(storage.join(entry["folder"], "seen.npz")))) as stored:
                 parts.append(Hashes(**stored))
         added = Hashes(np.sort(hash_texts(f"{night}-{n}" for n in range(3))), nothing, nothing)
-        files = UrlHistory(parts, files).extended(str(tmp_path / str(night)), added)
+        files = UrlHistory(parts, files).extend(str(tmp_path / str(night)), added)
     assert len(files) <= 9
     assert sum(entry["rows"] for entry in files) == 300
 

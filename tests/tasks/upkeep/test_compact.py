@@ -84,8 +84,8 @@ def test_compact_removes_image_bytes_but_keeps_url_history(tmp_path: Path) -> No
         "width": None, "height": None, "original_width": None, "original_height": None,
     }  # fmt: skip
     seen = UrlHistory.of(slim.reference, tmp_path)
-    assert seen.asked([IMAGES[1][0]], failed_too=False).all()
-    assert seen.holds([sha(data)]).all()
+    assert seen.requested([IMAGES[1][0]], failed_too=False).all()
+    assert seen.contains([sha(data)]).all()
 
 
 def test_compact_without_matching_rows_returns_same_version(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_merge_hides_takedowns_of_both_and_merges_url_history(tmp_path: Path) ->
     both = indexed(union, tmp_path / "c")
     assert all(IMAGES[4][0] not in urls for urls in found(both, tmp_path, k=6))
     images = images_of(union.embeddings.reference)
-    assert UrlHistory.of(images, tmp_path).asked([url for url, _ in IMAGES[:7]], failed_too=True).tolist() == [
+    assert UrlHistory.of(images, tmp_path).requested([url for url, _ in IMAGES[:7]], failed_too=True).tolist() == [
         True
     ] * 6 + [False]
     assert config_from_manifest(DownloadConfig, images.manifest().config).shard_rows == 4
