@@ -277,7 +277,7 @@ def test_embed_after_worker_was_killed_repeats_only_unfinished_shards(
 
     def kill() -> None:
         """Kill the worker as soon as it has committed a shard."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while time.monotonic() < deadline:
             markers = {path.stem for path in (tmp_path / "embeddings").glob("*/shards/[0-9]*.json")}
             if markers:

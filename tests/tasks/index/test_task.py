@@ -166,7 +166,7 @@ def test_index_killed_workers_retries_only_their_shards(tmp_path: Path, monkeypa
 
     def kill() -> None:
         """Kill every worker as soon as one has committed a shard."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while time.monotonic() < deadline and not markers:
             done = list((tmp_path / "database").glob("*/shards/[0-9]*.json"))
             workers = workers_of(os.getpid()) if done else []
