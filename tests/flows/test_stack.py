@@ -29,7 +29,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.integration]
 
 CRASHED_S = 120.0
 """Seconds after which a run without heartbeats must be Crashed."""
-CANCELLED_S = 20.0  # 10 on a machine with nothing else to do
+CANCELLED_S = 60.0
+"""Upper bound on a busy machine; an idle one takes less than 10."""
 DOMAIN, MODEL = "shapes", "knn-database.shapes"
 
 
@@ -90,6 +91,19 @@ def images() -> Iterator[LoopbackServer]:
         yield server
 
 
+def test_cancel_on_ray_ends_as_cancelled_and_frees_the_domain(stack: Stack, doomed: tuple[FlowRun, datetime]) -> None:
+    begun = stack.start("probe/probe", domain="cancelled", on_ray="true")
+    stack.running(begun, "cancelled")
+    time.sleep(5)
+    cancel(str(begun.id))
+    asked = time.monotonic()
+    state = stack.ended(begun)
+    assert (state.name, time.monotonic() - asked < CANCELLED_S) == ("Cancelled", True)
+    again = stack.command("run", "probe/probe", "--param", "domain=cancelled", "--param", "seconds=0")
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.splitlines()[-1] == "Completed"
+
+
 def test_two_schedules_of_one_domain_end_as_completed_and_skipped(
     stack: Stack, doomed: tuple[FlowRun, datetime]
 ) -> None:
@@ -122,19 +136,6 @@ def test_run_completes_after_its_server_was_killed_and_restarted(
     stack.up()
     (stack.root / "restart" / "go").touch()
     assert stack.ended(begun).name == "Completed"
-
-
-def test_cancel_on_ray_ends_as_cancelled_and_frees_the_domain(stack: Stack, doomed: tuple[FlowRun, datetime]) -> None:
-    begun = stack.start("probe/probe", domain="cancelled", on_ray="true")
-    stack.running(begun, "cancelled")
-    time.sleep(5)
-    cancel(str(begun.id))
-    asked = time.monotonic()
-    state = stack.ended(begun)
-    assert (state.name, time.monotonic() - asked < CANCELLED_S) == ("Cancelled", True)
-    again = stack.command("run", "probe/probe", "--param", "domain=cancelled", "--param", "seconds=0")
-    assert again.returncode == 0, again.stderr
-    assert again.stderr.splitlines()[-1] == "Completed"
 
 
 def test_new_domain_completes_after_mlflow_was_killed_while_registering(
