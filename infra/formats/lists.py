@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -105,7 +105,7 @@ class _Parts:
     def __init__(self, stem: Path) -> None:
         self.paths: list[Path] = []
         self._stem = stem
-        self._writer: pa.ipc.RecordBatchFileWriter | None = None
+        self._writer: Any = None
         self._schema: pa.Schema | None = None
 
     def __enter__(self) -> Self:
