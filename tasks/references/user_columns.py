@@ -41,13 +41,15 @@ class UserColumns:
     def rows(self, shard: str, keys: Sequence[str]) -> list[dict[str, Any]]:
         """Return the columns that are not null of images of a shard, as values that JSON has."""
         table, places = self._table(shard)
+        if not table.column_names:
+            return [{} for _ in keys]
         found = table.take([places[key] for key in keys]).to_pylist()
         return [{name: plain(value) for name, value in row.items() if value is not None} for row in found]
 
     def table(self, shard: str, keys: Sequence[str], types: dict[str, pa.DataType]) -> pa.Table:
         """Return the columns of images of a shard in the given types. Values that are not text become JSON."""
         table, places = self._table(shard)
-        taken = table.take([places[key] for key in keys])
+        taken = table.take([places[key] for key in keys]) if table.column_names else table
         absent = pa.nulls(len(keys))
         columns = [taken[name] if name in taken.column_names else absent for name in types]
         return pa.table(

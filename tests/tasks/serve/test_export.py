@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from support.fakes import WithoutRay
-from support.tiny_artifacts import embedding_shards
+from support.tiny_artifacts import IMAGES, embedding_shards, image_shards
 from support.tiny_domain import COLOURS, drawn, encoded
 
 from infra.errors import InputError
@@ -23,6 +24,7 @@ from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import embeddings_of
 from tasks.references.takedown import Entries
 from tasks.references.types import DatabaseVersion
+from tasks.references.user_columns import UserColumns
 from tasks.serve.export import export_database
 from tasks.serve.gallery import gallery
 from tasks.serve.load import SearchResult, user_columns_of
@@ -104,6 +106,14 @@ def test_user_columns_are_found_filtered_and_exported(version: DatabaseVersion, 
     rows = np.load(tmp_path / "cr" / "img_emb" / "img_emb_0.npy")
     assert (rows.dtype, len(rows), metadata["image_path"].to_pylist()) == (np.float16, 5, metadata["key"].to_pylist())
     assert np.array_equal(rows, open_database(version, cache).rows(np.arange(5)))
+
+
+def test_user_columns_of_a_list_of_urls_are_empty(tmp_path: Path) -> None:
+    images = image_shards(tmp_path, [IMAGES[:2]])
+    own = UserColumns(images, tmp_path / "cache")
+    assert own.types() == {}
+    assert own.rows("00000", ["000000001", "000000000"]) == [{}, {}]
+    assert own.table("00000", ["000000001"], {"id": pa.int64()}).to_pylist() == [{"id": None}]
 
 
 def test_user_columns_without_image_shards_are_empty(version: DatabaseVersion, tmp_path: Path) -> None:
