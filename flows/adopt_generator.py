@@ -10,7 +10,7 @@ from flows.form import DOMAIN, Form
 from flows.train_generator import TrainedGenerator
 from infra import compute, tracking, uris
 from infra.registry import DATABASE_PREFIX, champion_uri
-from model.saved_generator import EMBEDDED
+from model.saved_generator import BUNDLED_GENERATOR
 from tasks.evaluate.task import EvaluateConfig, evaluate
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.domain_name import require_domain
@@ -35,12 +35,12 @@ class AdoptGeneratorConfig(Form):
     """
 
     COMMON: ClassVar = ("domain", "database", "generator", "root")
-    CHOICES: ClassVar = {"generator": (EMBEDDED,)}
+    CHOICES: ClassVar = {"generator": (BUNDLED_GENERATOR,)}
 
     domain: Annotated[str, DOMAIN]
     database: str
     root: str | None = None
-    generator: str = EMBEDDED
+    generator: str = BUNDLED_GENERATOR
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     trust: bool = False
 

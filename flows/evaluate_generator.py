@@ -15,7 +15,7 @@ from infra.errors import ConfigError
 from infra.formats.tables import read_lines
 from infra.registry import GENERATOR_NAME
 from infra.settings import Settings
-from model.saved_generator import EMBEDDED, contents_digest, pretrained_folder
+from model.saved_generator import BUNDLED_GENERATOR, contents_digest, pretrained_folder
 from tasks.evaluate.report import FIGURE, MARKDOWN, Report, preview, report_evaluations
 from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
 from tasks.references.domain_folder import DomainFolder
@@ -41,7 +41,7 @@ class EvaluateGeneratorConfig(Form):
     """
 
     COMMON: ClassVar = ("databases", "generator", "texts", "evaluate.samples", "evaluate.use_gpu", "root")
-    CHOICES: ClassVar = {"generator": (GENERATOR_NAME, EMBEDDED)}
+    CHOICES: ClassVar = {"generator": (GENERATOR_NAME, BUNDLED_GENERATOR)}
 
     databases: tuple[str, ...]
     generator: str = GENERATOR_NAME

@@ -20,14 +20,19 @@ from typing import Any, ClassVar, get_args, get_type_hints
 from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-from model.encoder.identity import EMBEDDED
+from model.encoder.identity import BUNDLED_ENCODER
 
 ADVANCED = "advanced"
 Schema = dict[str, Any]
 DOMAIN = Field(json_schema_extra={"pattern": "^[a-z0-9][a-z0-9-]{0,62}$", "examples": ["birds"]})
 """Form of a domain's name. ``tasks.references.domain_name`` checks it, with a clearer message."""
 LIST = Field(json_schema_extra={"examples": ["s3://my-bucket/urls.parquet"]})
-ENCODERS = (EMBEDDED, "ViT-B-32/laion2b_s34b_b79k", "ViT-B-16/datacomp_xl_s13b_b90k", "ViT-L-14/datacomp_xl_s13b_b90k")
+ENCODERS = (
+    BUNDLED_ENCODER,
+    "ViT-B-32/laion2b_s34b_b79k",
+    "ViT-B-16/datacomp_xl_s13b_b90k",
+    "ViT-L-14/datacomp_xl_s13b_b90k",
+)
 """Known encoders. Every open_clip model is allowed."""
 _NULL = {"type": "null"}
 

@@ -14,7 +14,7 @@ from flows.train_generator import TrainedGenerator, TrainGeneratorConfig, train_
 from infra import compute, uris
 from infra.errors import ConfigError
 from infra.storage.lease import lease
-from model.saved_generator import EMBEDDED
+from model.saved_generator import BUNDLED_GENERATOR
 from tasks.download.config import DownloadConfig, list_options, require_one_source
 from tasks.download.task import download
 from tasks.embed.task import EmbedConfig, embed
@@ -73,7 +73,7 @@ class NewDomainConfig(Form):
         "generator",
         "root",
     )
-    CHOICES: ClassVar = {"encoder": ENCODERS, "generator": (EMBEDDED,)}
+    CHOICES: ClassVar = {"encoder": ENCODERS, "generator": (BUNDLED_GENERATOR,)}
     EXTRA: ClassVar = {"recipe": RECIPE}
 
     domain: Annotated[str, DOMAIN]

@@ -9,9 +9,9 @@ from flows.new_domain import NewDomainConfig
 from infra.download.downloader import DownloadPolicy
 from infra.errors import ConfigError
 from model.diffusion.conditioning import ConditioningConfig
-from model.encoder.identity import EMBEDDED as EMBEDDED_ENCODER
+from model.encoder.identity import BUNDLED_ENCODER
 from model.networks.dit import TransformerConfig
-from model.saved_generator import EMBEDDED
+from model.saved_generator import BUNDLED_GENERATOR
 from model.training.interfaces import TrainingConfig
 from tasks.download.config import DownloadConfig
 from tasks.embed.task import EmbedConfig
@@ -52,7 +52,7 @@ def demo_cpu(
         ),
         embed=EmbedConfig(),
         index=IndexConfig(texts=texts),
-        train=TrainConfig(training=training, start_from=EMBEDDED) if train else None,
+        train=TrainConfig(training=training, start_from=BUNDLED_GENERATOR) if train else None,
         evaluate=EvaluateConfig(prompts=texts, samples=256),
     )
 
@@ -158,7 +158,7 @@ def own_domain(
     database, and a generator with ``train``. Command: ``knn-diffusion new-domain NAME --urls LIST``.
     """
     recipe = demo_cpu(domain, urls, root=root or "", texts=texts, allow_hosts=allow_hosts, train=train)
-    if train and encoder not in (None, EMBEDDED_ENCODER):
+    if train and encoder not in (None, BUNDLED_ENCODER):
         # The bundled generator only works with the bundled encoder; with another one, start from random weights.
         training = TrainingConfig(images=20_000, batch_size=32, warmup_images=1_600)
         recipe = dataclasses.replace(recipe, train=TrainConfig(network=_SMALL, training=training, guidance_scale=3.0))

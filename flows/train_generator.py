@@ -9,7 +9,7 @@ from flows.deployed_run import deployable
 from flows.form import DOMAIN, Form
 from infra import compute, tracking, uris
 from infra.registry import DATABASE_PREFIX, champion_uri
-from model.saved_generator import EMBEDDED
+from model.saved_generator import BUNDLED_GENERATOR
 from tasks.evaluate.config import check_weights
 from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
 from tasks.neighbours import find_neighbours
@@ -43,7 +43,7 @@ class TrainGeneratorConfig(Form):
         "domain", "database", "train.start_from", "train.training.images", "train.training.batch_size",
         "train.training.learning_rate", "train.use_gpu", "root",
     )  # fmt: skip
-    CHOICES: ClassVar = {"start_from": (EMBEDDED,)}
+    CHOICES: ClassVar = {"start_from": (BUNDLED_GENERATOR,)}
 
     domain: Annotated[str, DOMAIN]
     database: str

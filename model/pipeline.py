@@ -47,11 +47,11 @@ EXAMPLE_DOC_STRING = """
         >>> import torch
         >>> from infra.settings import Settings
         >>> from model.pipeline import KNNDiffusionPipeline
-        >>> from model.saved_generator import EMBEDDED, pretrained_folder
+        >>> from model.saved_generator import BUNDLED_GENERATOR, pretrained_folder
         >>> from tasks.serve.load import load_database
 
         >>> database = load_database("birds", Settings())
-        >>> pipe = KNNDiffusionPipeline.open(pretrained_folder(EMBEDDED), database)
+        >>> pipe = KNNDiffusionPipeline.open(pretrained_folder(BUNDLED_GENERATOR), database)
         >>> generator = torch.Generator().manual_seed(0)
         >>> image = pipe("an owl", guidance_scale=3.0, generator=generator).images[0]
         >>> image.save("owl.png")

@@ -8,11 +8,11 @@ from safetensors import safe_open
 
 from model.errors import ModelError
 
-EMBEDDED = "sticker-generator"
+BUNDLED_GENERATOR = "sticker-generator"
 """Name of the bundled continuous generator; the default everywhere."""
 DISCRETE = "sticker-generator-discrete"
 """Name of the bundled discrete generator."""
-SHIPPED = (EMBEDDED, DISCRETE)
+BUNDLED_GENERATORS = (BUNDLED_GENERATOR, DISCRETE)
 """Names of all bundled generators; any other name is a folder."""
 
 _PRETRAINED = Path(__file__).parent / "pretrained"
@@ -20,7 +20,7 @@ _PRETRAINED = Path(__file__).parent / "pretrained"
 
 def pretrained_folder(name: str) -> Path:
     """Return the folder of a saved pipeline: that of a bundled generator, or ``name`` itself."""
-    return _PRETRAINED / name / "pipeline" if name in SHIPPED else Path(name)
+    return _PRETRAINED / name / "pipeline" if name in BUNDLED_GENERATORS else Path(name)
 
 
 def weights_digest(name: str) -> str:
@@ -28,7 +28,7 @@ def weights_digest(name: str) -> str:
     digest = hashlib.sha256()
     files = sorted(pretrained_folder(name).rglob("*.safetensors"))
     if not files:
-        bundled = " or ".join(SHIPPED)
+        bundled = " or ".join(BUNDLED_GENERATORS)
         raise ModelError(
             f"no weights (*.safetensors) found: {name}; name a folder written by save_pretrained, or {bundled}"
         )

@@ -15,7 +15,7 @@ from infra.registry import CHAMPION, DATABASE_PREFIX, GENERATOR_NAME, Registered
 from infra.settings import Settings
 from infra.storage.lease import lease
 from infra.wheel import Package, package
-from model.encoder.identity import EMBEDDED
+from model.encoder.identity import BUNDLED_ENCODER
 from tasks.events import emit_registered
 from tasks.promote import promote_registered, promotion_folder
 from tasks.promotion.config import GATES_TAG, DatabaseGates, gates_to_tag
@@ -164,7 +164,7 @@ def generator_signature(pipeline: Path) -> ModelSignature:
 
 def _package_for(manifest: artifacts.Manifest, settings: Settings) -> Package:
     """Return this package as a requirement, with the weights of the encoder if it has them."""
-    return package(settings.cache_folder, {EMBEDDED} & {encoder_of(manifest).name})
+    return package(settings.cache_folder, {BUNDLED_ENCODER} & {encoder_of(manifest).name})
 
 
 def _tags(manifest: artifacts.Manifest) -> dict[str, str]:

@@ -186,10 +186,10 @@ def validate_parameters(name: str, parameter: str) -> None:
 
 def tiny_generator(folder: Path) -> None:
     """Save an untrained 16 px pipeline in the space of the bundled encoder."""
-    from model.encoder.clip import EMBEDDED, Encoder
+    from model.encoder.clip import BUNDLED_ENCODER, Encoder
     from model.pipeline import new_pipeline
 
-    identity = Encoder(EMBEDDED).identity
+    identity = Encoder(BUNDLED_ENCODER).identity
     network = tiny_models.network(identity.dimension, image_size=16)
     defaults = {"neighbours": 3, "candidates": 2, "num_inference_steps": 2, "query": "mean"}
     new_pipeline(network, identity, **defaults).save_pretrained(folder)
@@ -205,7 +205,7 @@ def workspace(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) ->
     replies = {path: Reply(body=body) for path, body in BODY.items()}
     with pytest.MonkeyPatch.context() as patch, LoopbackServer(replies) as server:
         WithoutRay().install(patch)
-        for name in saved_generator.SHIPPED:
+        for name in saved_generator.BUNDLED_GENERATORS:
             tiny_generator(folder / "pretrained" / name / "pipeline")
         patch.setattr(saved_generator, "_PRETRAINED", folder / "pretrained")
         for module in (public_addresses, safe_urlopen):  # the check in advance, and the download's own

@@ -195,7 +195,7 @@ def name_options(message: str) -> str:
 def choose_generator(context: typer.Context, model: str, settings: "Settings", quiet: bool = False) -> str:
     """Return ``model``, or the bundled generator if ``--model`` is not given and its default has no champion."""
     from infra.registry import CHAMPION, Registry
-    from model.saved_generator import EMBEDDED
+    from model.saved_generator import BUNDLED_GENERATOR
 
     source = context.get_parameter_source("model")
     given = source is not None and source.name != "DEFAULT"
@@ -208,8 +208,8 @@ def choose_generator(context: typer.Context, model: str, settings: "Settings", q
         what = (
             "no version of {} is the champion yet (see history)" if registered else "no generator is registered as {}"
         )
-        print(f"knn-diffusion: {what.format(model)}; using the bundled {EMBEDDED}", file=sys.stderr)
-    return EMBEDDED
+        print(f"knn-diffusion: {what.format(model)}; using the bundled {BUNDLED_GENERATOR}", file=sys.stderr)
+    return BUNDLED_GENERATOR
 
 
 def open_image(path: Path) -> "Image.Image":

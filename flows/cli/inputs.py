@@ -70,11 +70,13 @@ def check_recipe(recipe: str, options: Collection[str]) -> None:
 
 def check_encoder(name: str) -> None:
     """Raise ``InputError`` if no encoder can have this name. Weights that need a download are not requested."""
-    from model.encoder.identity import EMBEDDED
+    from model.encoder.identity import BUNDLED_ENCODER
 
-    if name == EMBEDDED:
+    if name == BUNDLED_ENCODER:
         return
-    hint = f"use ARCHITECTURE/WEIGHTS (ViT-B-32/laion2b_s34b_b79k), hf-hub:ORG/NAME, local-dir:FOLDER or {EMBEDDED}"
+    hint = (
+        f"use ARCHITECTURE/WEIGHTS (ViT-B-32/laion2b_s34b_b79k), hf-hub:ORG/NAME, local-dir:FOLDER or {BUNDLED_ENCODER}"
+    )
     scheme, _, location = name.partition(":")
     if scheme == "local-dir":
         if not Path(location, "open_clip_config.json").is_file():

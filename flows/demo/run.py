@@ -21,7 +21,7 @@ from infra import logs
 from infra.errors import StageError
 from infra.settings import Settings
 from infra.storage.folders import make_folder
-from model.saved_generator import EMBEDDED
+from model.saved_generator import BUNDLED_GENERATOR
 from tasks.evaluate.task import table
 from tasks.serve.load import images_of_rows, load_database, load_pipeline
 
@@ -77,7 +77,7 @@ def judged(config: NewDomainConfig) -> NewDomainConfig:
         seeds=DIVERSITY_SEEDS,
         diversity_prompts=DIVERSITY_PROMPTS,
     )
-    return dataclasses.replace(config, generator=EMBEDDED if config.train is None else None, evaluate=evaluate)
+    return dataclasses.replace(config, generator=BUNDLED_GENERATOR if config.train is None else None, evaluate=evaluate)
 
 
 def draw(settings: Settings, path: Path) -> tuple[Path, float]:

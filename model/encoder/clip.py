@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from model.encoder.identity import EMBEDDED, EncoderIdentity
+from model.encoder.identity import BUNDLED_ENCODER, EncoderIdentity
 from model.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Encoder:
     """A CLIP model that embeds images and texts as unit rows of one space. Inference only, float32 by default."""
 
     def __init__(
-        self, name: str = EMBEDDED, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self, name: str = BUNDLED_ENCODER, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
         """Load the model ``name`` and compute in ``dtype``. Raises ``ModelError`` if it cannot be loaded."""
         self.name = name
@@ -80,7 +80,7 @@ class Encoder:
             self._padding = _padding_column(self._tokenizer)
         except Exception as error:  # open_clip raises RuntimeError, ValueError, OSError and hub errors alike
             raise ModelError(
-                f"encoder cannot be loaded: {name!r} ({error}); use an open_clip model or {EMBEDDED}"
+                f"encoder cannot be loaded: {name!r} ({error}); use an open_clip model or {BUNDLED_ENCODER}"
             ) from error
         self._model: Any = model.eval().requires_grad_(False)
         self.preprocessing = Preprocessing.of(preprocess)
@@ -157,7 +157,7 @@ def encoder_for(identity: EncoderIdentity, *, device: torch.device | str = "cpu"
 
 
 def _split(name: str) -> tuple[str, str | None]:
-    if name == EMBEDDED:
+    if name == BUNDLED_ENCODER:
         return f"local-dir:{_EMBEDDED_FOLDER}", None
     if name.startswith(("hf-hub:", "local-dir:")):
         return name, None
@@ -165,7 +165,7 @@ def _split(name: str) -> tuple[str, str | None]:
     if not slash:
         raise ModelError(
             f"encoder name without weights: {name!r}; use ARCHITECTURE/WEIGHTS (ViT-B-32/laion2b_s34b_b79k), "
-            f"hf-hub:…, local-dir:… or {EMBEDDED}"
+            f"hf-hub:…, local-dir:… or {BUNDLED_ENCODER}"
         )
     return architecture, pretrained
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-EMBEDDED = "sticker-clip"
+BUNDLED_ENCODER = "sticker-clip"
 """Name of the encoder that ships with this package."""
 
 

@@ -9,7 +9,7 @@ from annotated_types import Ge, Interval
 from infra import artifacts, compute, storage
 from infra.errors import ConfigError, StageError
 from model.encoder.clip import Encoder
-from model.encoder.identity import EMBEDDED, EncoderIdentity
+from model.encoder.identity import BUNDLED_ENCODER, EncoderIdentity
 from tasks.embed.worker import DECODER_DIED, SECONDS, EmbedShard, WorkerConfig
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.rows import PART
@@ -36,7 +36,7 @@ class EmbedConfig:
         max_lost_fraction: Share of shards that may fail before the stage fails.
     """
 
-    encoder: str = EMBEDDED
+    encoder: str = BUNDLED_ENCODER
     batch_size: Annotated[int, Ge(1)] = 64
     workers: int | None = None
     gpus_per_worker: Annotated[float, Ge(0)] = 0

@@ -8,7 +8,7 @@ trusts it, only its own root is read and only the bundled encoder is loaded. SEC
 from infra import artifacts, storage
 from infra.registry import PulledVersion, Registry
 from infra.settings import Settings
-from model.saved_generator import SHIPPED
+from model.saved_generator import BUNDLED_GENERATORS
 from tasks.references.types import Generator, Made
 
 
@@ -36,7 +36,7 @@ def open_folder(kind: type[Made], folder_uri: str, settings: Settings, *, trust:
 
 def saved_pipeline(name: str, digest: str, settings: Settings, *, trust: bool = False) -> Generator:
     """Return the reference to a saved pipeline without a manifest: a bundled one, or a local folder."""
-    bundled = name in SHIPPED
+    bundled = name in BUNDLED_GENERATORS
     uri = name if bundled else storage.absolute(name)
     trusted = trust or bundled or storage.is_below(uri, settings.root)
     return Generator(uri=uri, rows=0, digest=digest, confined_to=None if trusted else uri)

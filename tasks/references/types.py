@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from infra import artifacts, storage
 from infra.errors import EncoderMismatchError, InputError, IntegrityError
 from infra.key_fields import key_settings
-from model.encoder.identity import EMBEDDED, EncoderIdentity
+from model.encoder.identity import BUNDLED_ENCODER, EncoderIdentity
 from tasks.references.manifest_fields import check_fields
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Reference:
 
     def require_known(self, encoder: EncoderIdentity) -> None:
         """Raise ``InputError`` if this artifact is not trusted and ``encoder`` is not the bundled one."""
-        if self.confined_to is not None and encoder.name != EMBEDDED:
+        if self.confined_to is not None and encoder.name != BUNDLED_ENCODER:
             raise InputError(
                 f"{self.uri} names the encoder {encoder.name}, which would be loaded or downloaded; {_TRUST}"
             )

@@ -6,7 +6,7 @@ from pathlib import Path
 from infra import artifacts, storage
 from infra.errors import InputError
 from model.pipeline import KNNDiffusionPipeline
-from model.saved_generator import SHIPPED, pretrained_folder
+from model.saved_generator import BUNDLED_GENERATORS, pretrained_folder
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.generator import PIPELINE
 from tasks.references.types import Generator, StageResult, config_to_dict
@@ -32,9 +32,9 @@ def adopt(name: str, folder: DomainFolder, *, confined_to: str | None = None) ->
     saved = pretrained_folder(name)
     if not (saved / "model_index.json").is_file():
         raise InputError(
-            f"not a saved pipeline: {name}; give a folder written by save_pretrained, or {' or '.join(SHIPPED)}"
+            f"not a saved pipeline: {name}; give a folder written by save_pretrained, or {' or '.join(BUNDLED_GENERATORS)}"
         )
-    uri = name if name in SHIPPED else storage.absolute(name)
+    uri = name if name in BUNDLED_GENERATORS else storage.absolute(name)
     inputs = {PIPELINE: {"uri": uri, "digest": _digest(saved)}}
     stage = artifacts.ArtifactBuilder(folder.uri, Generator.kind, inputs=inputs, config={})
 

@@ -7,7 +7,7 @@ from typing import get_args
 from infra.errors import EncoderMismatchError, InputError
 from model.encoder.identity import EncoderIdentity
 from model.networks.latents import Autoencoder
-from model.saved_generator import SHIPPED, pretrained_folder
+from model.saved_generator import BUNDLED_GENERATORS, pretrained_folder
 from tasks.train.setup import TrainConfig
 
 
@@ -28,7 +28,8 @@ def _check_generator(start_from: str, encoder: EncoderIdentity | None) -> None:
     index = pretrained_folder(start_from) / "model_index.json"
     if not index.is_file():
         raise InputError(
-            f"train.start_from is no saved pipeline: {start_from}; give {' or '.join(SHIPPED)}, or the folder of one"
+            f"train.start_from is no saved pipeline: {start_from}; give {' or '.join(BUNDLED_GENERATORS)}, or a folder of "
+            "one"
         )
     try:
         trained_with = EncoderIdentity(**json.loads(index.read_text())["encoder_identity"])

@@ -36,7 +36,7 @@ from model.images import to_model_range
 from model.metrics.embedding_metrics import clip_score
 from model.networks.editor import is_editor
 from model.pipeline import KNNDiffusionPipeline
-from model.saved_generator import EMBEDDED, pretrained_folder, weights_digest
+from model.saved_generator import BUNDLED_GENERATOR, pretrained_folder, weights_digest
 
 EDITS = (
     ("1f469", "woman with red hair"),
@@ -71,7 +71,7 @@ DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 SETTINGS = ("steps", "strength", "guidance_scale", "candidates", "kept_db", "largest_region")
 
 
-def bench_edit(device: str, model: str = EMBEDDED) -> dict[str, Any]:
+def bench_edit(device: str, model: str = BUNDLED_GENERATOR) -> dict[str, Any]:
     """Return CLIP score before and after, PSNR outside of the changed region, its size, and the same for SDEdit."""
     encoder = Encoder(device=device)
     database = opened(embedded(twemoji(), encoder), encoder)

@@ -45,7 +45,7 @@ SHARDS, SHARD_ROWS, ROUNDS = 4, 500, 2
 BATCH = EmbedConfig().batch_size
 ENVIRONMENT = "CLIP_RETRIEVAL_PYTHON"
 CORES = len(os.sched_getaffinity(0))
-SHIPPED = Path(model.encoder.clip.__file__).parent.parent / "pretrained" / "sticker-clip"
+BUNDLED_FOLDER = Path(model.encoder.clip.__file__).parent.parent / "pretrained" / "sticker-clip"
 HERE = Path(__file__).parent
 
 Round = Callable[[], Spent]
@@ -169,7 +169,8 @@ def their_forms(folder: Path, shards: list[artifacts.Shard]) -> dict[str, Contes
     def command(cores: int, tars: list[str], out: str) -> list[str | Path]:
         options = {
             "cores": cores, "batch_size": BATCH, "decoders": cores, "tars": tars, "out": str(folder / out),
-            "config": str(SHIPPED / "open_clip_config.json"), "weights": str(SHIPPED / "open_clip_model.safetensors"),
+            "config": str(BUNDLED_FOLDER / "open_clip_config.json"),
+            "weights": str(BUNDLED_FOLDER / "open_clip_model.safetensors"),
         }  # fmt: skip
         return [Path(python).absolute(), HERE / "clip_retrieval_inference.py", json.dumps(options)]
 

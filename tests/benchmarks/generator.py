@@ -36,7 +36,7 @@ from model.metrics.bootstrap import Score
 from model.metrics.embedding_metrics import Embeddings
 from model.metrics.scores import ReferenceSet, flatten, score_mean, score_samples
 from model.pipeline import KNNDiffusionPipeline
-from model.saved_generator import DISCRETE, EMBEDDED, pretrained_folder, weights_digest
+from model.saved_generator import BUNDLED_GENERATOR, DISCRETE, pretrained_folder, weights_digest
 from model.step_random import mix_seeds
 from tasks.evaluate.sampler import ABLATIONS, MAIN, Condition, queries_of
 
@@ -57,7 +57,7 @@ DEFAULTS = (
 )  # fmt: skip
 
 
-def bench_generator(samples: int, device: str, model: str = EMBEDDED) -> dict[str, Any]:
+def bench_generator(samples: int, device: str, model: str = BUNDLED_GENERATOR) -> dict[str, Any]:
     """Return CLIP score, distances to Twemoji and other domains, and copies for ``samples`` images (2,000 in docs)."""
     scene = Scene.prepare(samples, device, model)
     encoder, own, queries = scene.encoder, scene.own, scene.queries
@@ -148,7 +148,7 @@ class Scene:
     studio: "Studio"
 
     @classmethod
-    def prepare(cls, samples: int, device: str, model: str = EMBEDDED) -> "Scene":
+    def prepare(cls, samples: int, device: str, model: str = BUNDLED_GENERATOR) -> "Scene":
         """Load a generator with a database of all Twemoji images, and choose ``samples`` captions."""
         encoder = Encoder(device=device)
         path = embedded(twemoji(), encoder)

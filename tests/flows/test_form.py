@@ -16,7 +16,7 @@ from flows.new_domain import NewDomainConfig, new_domain
 from flows.recipes import RECIPES
 from flows.train_generator import train_generator
 from infra.registry import GENERATOR_NAME
-from model.encoder.identity import EMBEDDED
+from model.encoder.identity import BUNDLED_ENCODER
 from tasks.embed.task import EmbedConfig
 
 DEPLOYMENTS = yaml.safe_load((Path(__file__).parents[2] / "prefect.yaml").read_text())["deployments"]
@@ -75,7 +75,7 @@ def test_form_describes_every_field_in_order_and_accepts_the_deployed_parameters
 def test_form_has_choices_and_bounds() -> None:
     form = form_of(schema_of(new_domain))["properties"]
     assert form["recipe"]["anyOf"][0]["enum"] == list(RECIPES)
-    assert form["encoder"]["anyOf"][0]["enum"][0] == EMBEDDED
+    assert form["encoder"]["anyOf"][0]["enum"][0] == BUNDLED_ENCODER
     assert (form["target_recall"]["minimum"], form["target_recall"]["maximum"]) == (0, 1)
     bad = {"config": {"domain": "A B", "urls": "", "target_recall": 2}}
     assert len(validate(bad, schema_of(new_domain), raise_on_error=False, preprocess=True)) == 3
@@ -129,5 +129,5 @@ def test_form_of_the_evaluation_keeps_its_defaults() -> None:
     values = {"config": {"databases": ["a"], "samples": 16}}
     config = evaluate_generator.validate_parameters(values)["config"]
     assert (config.generator, config.evaluate.samples, config.evaluate.ablations) == (GENERATOR_NAME, 16, True)
-    trained = parsed(train_generator, database="d", images=640, start_from=EMBEDDED, use_gpu=False)
-    assert (trained.train.training.images, trained.train.start_from) == (640, EMBEDDED)
+    trained = parsed(train_generator, database="d", images=640, start_from=BUNDLED_ENCODER, use_gpu=False)
+    assert (trained.train.training.images, trained.train.start_from) == (640, BUNDLED_ENCODER)

@@ -11,7 +11,7 @@ from flows.recipes import RECIPES, demo_cpu, own_domain, photos_h100, stickers_h
 from model.networks.dit import TransformerConfig
 from model.networks.unet import UNetConfig
 from model.networks.vq_transformer import VQTransformerConfig
-from model.saved_generator import EMBEDDED
+from model.saved_generator import BUNDLED_GENERATOR
 from tasks.train.setup import TrainConfig, image_side
 
 
@@ -41,7 +41,7 @@ def test_demo_cpu_with_train_starts_from_the_bundled_generator() -> None:
     assert demo_cpu("pets", "urls.csv", root="data").train is None
     config = demo_cpu("pets", "urls.csv", root="data", train=True)
     assert config.train is not None
-    assert (config.train.start_from, config.train.network) == (EMBEDDED, None)
+    assert (config.train.start_from, config.train.network) == (BUNDLED_GENERATOR, None)
     assert (config.train.training.images, config.train.training.learning_rate) == (2_000, 2e-4)
 
 
@@ -52,7 +52,7 @@ def test_own_domain_with_other_encoder_trains_from_random_weights() -> None:
     assert own.network == TransformerConfig(image_size=32, patch_size=4, layers=6, heads=5, head_width=32)
     embedded = own_domain("pets", "urls.csv", train=True).train
     assert embedded is not None
-    assert embedded.start_from == EMBEDDED
+    assert embedded.start_from == BUNDLED_GENERATOR
 
 
 def test_stickers_h100_has_the_settings_of_the_bundled_generator() -> None:

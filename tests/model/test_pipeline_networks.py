@@ -18,7 +18,7 @@ from support import tiny_models
 from torch import Tensor
 
 from model.encoder.clip import Encoder
-from model.encoder.identity import EMBEDDED
+from model.encoder.identity import BUNDLED_ENCODER
 from model.errors import ModelError
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 from model.retrieval.database import Database
@@ -201,7 +201,7 @@ def test_embed_accepts_texts_and_images(tmp_path: Path) -> None:
     image = Image.new("RGBA", (20, 30), (255, 0, 0, 128))
     made = tiny_models.pipeline(None)
     made = new_pipeline(tiny_models.network(256), encoder.identity, neighbours=2)
-    assert encoder.identity.name == EMBEDDED
+    assert encoder.identity.name == BUNDLED_ENCODER
     rows = made.embed(["a red flag", image, "rain"])
     torch.testing.assert_close(rows[[0, 2]], encoder.embed_texts(["a red flag", "rain"]))
     flat = Image.new("RGB", (20, 30), (255, 127, 127))

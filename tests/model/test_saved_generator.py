@@ -8,10 +8,10 @@ import torch
 from support import tiny_models
 
 from model.encoder.clip import Encoder
-from model.encoder.identity import EMBEDDED
+from model.encoder.identity import BUNDLED_ENCODER
 from model.errors import ModelError
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
-from model.saved_generator import SHIPPED, contents_digest, pretrained_folder, weights_digest
+from model.saved_generator import BUNDLED_GENERATORS, contents_digest, pretrained_folder, weights_digest
 
 
 def test_weights_digest_ignores_the_config(tmp_path: Path) -> None:
@@ -47,10 +47,10 @@ def test_pretrained_folder_resolves_bundled_names_and_folders(tmp_path: Path) ->
     assert pretrained_folder(str(tmp_path)) == tmp_path
     embedded = pretrained_folder("sticker-generator")
     assert embedded.parts[-4:] == ("model", "pretrained", "sticker-generator", "pipeline")
-    assert EMBEDDED not in embedded.parts
+    assert BUNDLED_ENCODER not in embedded.parts
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", BUNDLED_GENERATORS)
 def test_bundled_generators_are_small_and_generate_and_edit(name: str, tmp_path: Path) -> None:
     weights = [file.stat().st_size for file in pretrained_folder(name).rglob("*.safetensors")]
     assert 0 < sum(weights) <= 60e6

@@ -155,7 +155,7 @@ def test_run_demo_writes_figure_and_report_and_skips_everything_when_repeated(
 
     drawings = images.openmoji_drawings()[:24]
     monkeypatch.setattr(images, "openmoji_drawings", lambda: drawings)
-    changes = {"write_lists": first_rows, "EMBEDDED": tiny, "PROMPTS": ("a red heart", "a cat")}
+    changes = {"write_lists": first_rows, "BUNDLED_GENERATOR": tiny, "PROMPTS": ("a red heart", "a cat")}
     for name, value in {**changes, "EVALUATION_SAMPLES": 8, "DIVERSITY_PROMPTS": 1}.items():
         monkeypatch.setattr(run, name, value)
     (tmp_path / "data").mkdir()

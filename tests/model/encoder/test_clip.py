@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import model.encoder.clip
 from model.encoder.clip import Encoder, Preprocessing
-from model.encoder.identity import EMBEDDED, EncoderIdentity
+from model.encoder.identity import BUNDLED_ENCODER, EncoderIdentity
 from model.errors import ModelError
 
-SHIPPED = Path(model.encoder.clip.__file__).parent.parent / "pretrained" / "sticker-clip"
+BUNDLED_FOLDER = Path(model.encoder.clip.__file__).parent.parent / "pretrained" / "sticker-clip"
 WHITE = (255, 255, 255)
 
 
@@ -63,11 +63,13 @@ TEXTS = ["a red apple", "a blue square", "a red heart", "a smiling face"]
 def changed_copy(folder: Path, *, mean: float | None = None, weight: float = 0.0) -> str:
     """Copy the bundled model as float32, optionally with other settings or weights; return its name."""
     folder.mkdir()
-    settings = json.loads((SHIPPED / "open_clip_config.json").read_text())
+    settings = json.loads((BUNDLED_FOLDER / "open_clip_config.json").read_text())
     if mean is not None:
         settings["preprocess_cfg"]["mean"] = [mean] * 3
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
-    weights = {name: tensor.float() for name, tensor in load_file(SHIPPED / "open_clip_model.safetensors").items()}
+    weights = {
+        name: tensor.float() for name, tensor in load_file(BUNDLED_FOLDER / "open_clip_model.safetensors").items()
+    }
     weights["visual.conv1.weight"][0, 0, 0, 0] += weight
     save_file(weights, folder / "open_clip_model.safetensors")
     return f"local-dir:{folder}"
@@ -149,7 +151,7 @@ def test_identity_is_equal_across_instances(encoder: Encoder) -> None:
     again = Encoder()
     assert again.identity == encoder.identity
     assert torch.equal(again.embed_texts(TEXTS), encoder.embed_texts(TEXTS))
-    assert encoder.identity.name == EMBEDDED
+    assert encoder.identity.name == BUNDLED_ENCODER
 
 
 def test_same_space_ignores_folder_and_file_precision(encoder: Encoder, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import METADATA_SCHEMA, EmbeddingShards, ImageShards
 from tasks.upkeep.rewrite_embeddings import KeepRows
 
-SHIPPED = Path(model.encoder.clip.__file__).parent.parent / "pretrained" / "sticker-clip"
+BUNDLED_FOLDER = Path(model.encoder.clip.__file__).parent.parent / "pretrained" / "sticker-clip"
 CONFIG = EmbedConfig(workers=1, batch_size=8)
 pytestmark = pytest.mark.usefixtures("alone")
 IMAGES = [encoded(drawn(colour, shape)) for colour in COLOURS for shape in SHAPES]
@@ -157,7 +157,7 @@ def test_rows_of_image_stored_in_another_size_are_not_reused(tmp_path: Path) -> 
 
 def test_embed_with_other_settings_or_weights_reuses_no_rows(tmp_path: Path) -> None:
     folder = tmp_path / "clip"
-    shutil.copytree(SHIPPED, folder)
+    shutil.copytree(BUNDLED_FOLDER, folder)
     config = dataclasses.replace(CONFIG, encoder=f"local-dir:{folder}")
     images = image_shards(tmp_path, s00000=IMAGES[:5])
     earlier = embedded(images, tmp_path / "before", config)
@@ -195,7 +195,7 @@ def without_source(embeddings: EmbeddingShards) -> EmbeddingShards:
 
 
 def test_embed_with_same_encoder_under_another_name_reuses_shards(tmp_path: Path) -> None:
-    shutil.copytree(SHIPPED, tmp_path / "clip")
+    shutil.copytree(BUNDLED_FOLDER, tmp_path / "clip")
     images = image_shards(tmp_path, s00000=IMAGES[:5])
     earlier = embedded(images, tmp_path)
     named = dataclasses.replace(CONFIG, encoder=f"local-dir:{tmp_path / 'clip'}")
@@ -232,7 +232,7 @@ def test_embed_with_subset_as_previous_skips_the_omitted_images(tmp_path: Path) 
 
 def test_embed_with_encoder_changed_between_shards_raises_stage_error(tmp_path: Path) -> None:
     folder = tmp_path / "clip"
-    shutil.copytree(SHIPPED, folder)
+    shutil.copytree(BUNDLED_FOLDER, folder)
     config = dataclasses.replace(CONFIG, encoder=f"local-dir:{folder}")
     images = image_shards(tmp_path, s00000=IMAGES[:3], s00001=IMAGES[3:5])
     whole = Path(embedded(images, tmp_path, config).uri)

@@ -10,7 +10,7 @@ from flows.new_domain import new_domain
 from flows.train_generator import TrainGeneratorConfig
 from infra.errors import EncoderMismatchError, InputError
 from model.encoder.identity import EncoderIdentity
-from model.saved_generator import EMBEDDED, pretrained_folder
+from model.saved_generator import BUNDLED_GENERATOR, pretrained_folder
 from tasks.evaluate.config import EvaluateConfig, check_weights
 from tasks.train.inputs import check_inputs
 from tasks.train.setup import TrainConfig
@@ -22,8 +22,8 @@ def identity_of(name: str) -> EncoderIdentity:
 
 def test_check_inputs_accepts_the_bundled_generator_and_its_encoder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "VQModel"}')
-    train = TrainConfig(start_from=EMBEDDED, autoencoder=str(tmp_path))
-    check_inputs(train, identity_of(EMBEDDED))
+    train = TrainConfig(start_from=BUNDLED_GENERATOR, autoencoder=str(tmp_path))
+    check_inputs(train, identity_of(BUNDLED_GENERATOR))
     check_weights(EvaluateConfig(inception_weights="s3://bucket/weights"))
 
 
@@ -44,7 +44,7 @@ def test_check_inputs_of_absent_weights_or_another_encoder_fails() -> None:
         check_weights(EvaluateConfig(inception_weights="/absent"))
     other = EncoderIdentity(name="other", weights_digest="0" * 64, preprocess_digest="0" * 64, dimension=256)
     with pytest.raises(EncoderMismatchError, match="encoders differ: sticker-generator"):
-        check_inputs(TrainConfig(start_from=EMBEDDED), other)
+        check_inputs(TrainConfig(start_from=BUNDLED_GENERATOR), other)
 
 
 def test_new_domain_with_a_wrong_generator_fails_before_the_download(tmp_path: Path) -> None:
