@@ -32,7 +32,8 @@ def adopt(name: str, folder: DomainFolder, *, confined_to: str | None = None) ->
     saved = pretrained_folder(name)
     if not (saved / "model_index.json").is_file():
         raise InputError(
-            f"not a saved pipeline: {name}; give a folder written by save_pretrained, or {' or '.join(BUNDLED_GENERATORS)}"
+            f"not a saved pipeline: {name}; give {' or '.join(BUNDLED_GENERATORS)}, "
+            "or a folder written by save_pretrained"
         )
     uri = name if name in BUNDLED_GENERATORS else storage.absolute(name)
     inputs = {PIPELINE: {"uri": uri, "digest": _digest(saved)}}

@@ -28,8 +28,8 @@ def _check_generator(start_from: str, encoder: EncoderIdentity | None) -> None:
     index = pretrained_folder(start_from) / "model_index.json"
     if not index.is_file():
         raise InputError(
-            f"train.start_from is no saved pipeline: {start_from}; give {' or '.join(BUNDLED_GENERATORS)}, or a folder of "
-            "one"
+            f"train.start_from is no saved pipeline: {start_from}; give {' or '.join(BUNDLED_GENERATORS)}, "
+            "or the folder of one"
         )
     try:
         trained_with = EncoderIdentity(**json.loads(index.read_text())["encoder_identity"])

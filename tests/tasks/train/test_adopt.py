@@ -49,7 +49,7 @@ def test_adopt_key_depends_on_defaults_but_not_on_location(saved: Path, tmp_path
 def test_adopt_raises_for_missing_or_damaged_pipeline(saved: Path, tmp_path: Path) -> None:
     from model.errors import ModelError
 
-    with pytest.raises(InputError, match=r"not a saved pipeline: .*none; give a folder written by save_pretrained"):
+    with pytest.raises(InputError, match=r"not a saved pipeline: .*none; give sticker-generator"):
         adopt(str(tmp_path / "none"), DomainFolder(uri=str(tmp_path)))
     for weights in saved.rglob("*.safetensors"):
         weights.write_bytes(b"")
