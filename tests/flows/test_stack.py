@@ -16,7 +16,7 @@ import yaml
 from mlflow.tracking import MlflowClient
 from prefect.client.schemas.objects import FlowRun
 from support.changing_domain import BODY, NAMES
-from support.command import refused, run
+from support.command import run
 from support.fakes import LoopbackServer, Reply, WithoutRay
 from support.postgres import is_installed, postgres_server
 from support.stack import CHECKOUT, Stack, started, wait_for
@@ -167,7 +167,9 @@ def test_promotion_is_refused_forced_and_rolled_back(
     WithoutRay().install(monkeypatch)
     urls = write_urls(stack.folder / "more.jsonl", [images.url(path) for path in NAMES[:12]])
     rebuild_index(RebuildIndexConfig(domain=DOMAIN, urls=str(urls)))
-    refused(run("promote", DOMAIN, "--version", "1"), "was not promoted because gates failed")
+    denied = run("promote", DOMAIN, "--version", "1")
+    assert (denied.exit_code, denied.stdout) == (1, "")
+    assert "was not promoted because gates failed" in denied.stderr
     assert run("promote", DOMAIN, "--version", "1", "--force", "--reason", "the new images are wrong").exit_code == 0
     assert run("rollback", DOMAIN, "--reason", "they were right").exit_code == 0
     history = json.loads(run("history", DOMAIN, "--json").stdout)
