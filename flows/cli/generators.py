@@ -1,6 +1,7 @@
 """Commands that use a generator: generate, edit and evaluate."""
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -82,7 +83,7 @@ def generate(
         Literal["noise", "neighbour"] | None,
         typer.Option(
             help="Start from noise, or from a stored neighbour with noise added, which supplies the shapes. "
-            "Default: neighbour; noise with --between and for discrete generators."
+            "Default: neighbour; noise with --between, for discrete generators and for databases without images."
         ),
     ] = None,
     strength: Annotated[
@@ -124,7 +125,7 @@ def generate(
             "neighbours": neighbours,
             "candidates": candidates,
             "query": query,
-            "start": start or ("neighbour" if between is None and pipeline.starts_from_images else "noise"),
+            "start": start or _default_start(pipeline, between, quiet),
             "strength": strength,
             "generator": torch.Generator().manual_seed(seed),
         }
@@ -276,6 +277,22 @@ def _check_between(between: int | None, prompts: int, num_images: int, start: st
         raise InputError("--start neighbour does not apply to --between; remove one of them")
     if between is not None and num_images > 1:
         raise InputError(f"--num-images does not apply to --between: {num_images}; remove one of them")
+
+
+def _default_start(pipeline: Any, between: int | None, quiet: bool) -> str:
+    """Return the start of a call that names none. A copy of a database may lack the images."""
+    if between is not None or not pipeline.starts_from_images:
+        return "noise"
+    from infra.errors import KNNDiffusionError
+    from model.errors import ModelError
+
+    try:
+        pipeline.database.images([0])
+    except (KNNDiffusionError, ModelError) as error:
+        if not quiet:
+            print(f"knn-diffusion: starting from noise: {' '.join(str(error).split())}", file=sys.stderr)
+        return "noise"
+    return "neighbour"
 
 
 def _save(images: Sequence["Image.Image"], out: Path | None, out_dir: Path | None) -> list[Path]:

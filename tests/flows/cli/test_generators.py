@@ -11,6 +11,8 @@ from PIL import Image
 from support.command import refused, run
 from support.tiny_domain import drawn
 
+from infra.errors import NotFoundError
+
 
 def test_generate_with_same_seed_writes_the_same_images(domain: Any, tmp_path: Path) -> None:
     images = []
@@ -42,6 +44,7 @@ class FakePipeline:
     starts_from_images = True
 
     def __init__(self) -> None:
+        self.database: Any = SimpleNamespace(images=list)
         self.prompts: list[Any] = []
         self.options: dict[str, Any] = {}
         self.model = ""
@@ -218,6 +221,10 @@ def test_generate_with_out_dir_writes_one_file_per_image(pipeline: FakePipeline,
     assert (pipeline.options["num_images_per_prompt"], pipeline.options["query"]) == (2, "both")
 
 
+def fetch_absent() -> list[Image.Image]:
+    raise NotFoundError("the images were deleted")
+
+
 def test_generate_starts_from_a_neighbour_by_default(pipeline: FakePipeline, tmp_path: Path) -> None:
     arguments = ("generate", "a", "b", "--database", "shapes", "--out", str(tmp_path / "a.png"))
 
@@ -230,6 +237,9 @@ def test_generate_starts_from_a_neighbour_by_default(pipeline: FakePipeline, tmp
     assert start("--strength", "0.9") == ("neighbour", 0.9)
     assert start("--start", "noise") == ("noise", None)
     assert start("--between", "3") == ("noise", None)
+    pipeline.database = SimpleNamespace(images=lambda ids: fetch_absent())
+    assert start() == ("noise", None)
+    assert "starting from noise: the images were deleted" in run(*arguments).stderr
     pipeline.starts_from_images = False
     assert start() == ("noise", None)
     refused(run(*arguments, "--between", "3", "--start", "neighbour"), "--start neighbour does not apply to --between")
