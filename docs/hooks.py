@@ -136,13 +136,13 @@ def _field(module: str, field: ast.AnnAssign, comments: dict[int, str], describe
     name = ast.unparse(field.target)
     said = described.get(name) or said
     value = "required" if field.value is None else _code(_default(module, field.value))
-    return f"| `{name}` | {_code(_type(field.annotation))} | {value} | {_cell(said)} |"
+    return f"| `{name}` | {_code(_annotation(field.annotation))} | {value} | {_cell(said)} |"
 
 
-def _type(annotation: ast.expr) -> str:
+def _annotation(annotation: ast.expr) -> str:
     """Return an annotation without its bounds, which the description or the default makes plain."""
     if isinstance(annotation, ast.BinOp):
-        return f"{_type(annotation.left)} | {_type(annotation.right)}"
+        return f"{_annotation(annotation.left)} | {_annotation(annotation.right)}"
     if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Annotated":
         assert isinstance(annotation.slice, ast.Tuple)  # noqa: S101 - for the type checker
         return ast.unparse(annotation.slice.elts[0])

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 import typer
 
 from flows.cli.inputs import check_image_folder, check_url_list
-from infra.errors import InputError
 
 Urls = Annotated[
     list[str] | None,
@@ -37,14 +36,15 @@ def source_fields(
     """Check the source and return its fields in a flow's config.
 
     Raises:
-        InputError: there is no source although it is not ``optional``, there are two, or it cannot be used.
-        NotFoundError: it does not exist.
+        BadParameter: There is no source although it is not ``optional``, or there are two.
+        InputError: The source cannot be used.
+        NotFoundError: The source does not exist.
     """
     if urls and folder is not None:
-        raise InputError(f"--urls and --folder are both given: {urls[0]}, {folder}; give one of them")
+        raise typer.BadParameter(f"--urls and --folder are both given: {urls[0]}, {folder}; give one of them")
     if not urls and folder is None:
         if not optional:
-            raise InputError("--urls and --folder are both missing; give a URL list or a folder of images")
+            raise typer.BadParameter("--urls and --folder are both missing; give a URL list or a folder of images")
         return {}
     if folder is not None:
         check_image_folder(folder)

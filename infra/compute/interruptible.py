@@ -8,13 +8,20 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 
-def call(function: Callable[[], Result], *, interrupted: Callable[[threading.Thread], None] | None = None) -> Result:
+def call(
+    function: Callable[[], Result],
+    *,
+    interrupted: Callable[[threading.Thread], None] | None = None,
+    until: threading.Event | None = None,
+) -> Result:
     """Return ``function()``, called in another thread, while this thread waits and handles signals.
 
     Args:
         function: A function of no arguments.
         interrupted: Called with the thread if a handler raises here before ``function`` has ended. The thread is then
             left alone; it ends with the process.
+        until: The thread stays alive until this event is set. Linux ends child processes that ask for it
+            (``PR_SET_PDEATHSIG``) with the thread that started them. Default: None, the thread ends with ``function``.
     """
     done: Future[Result] = Future()
 
@@ -23,6 +30,8 @@ def call(function: Callable[[], Result], *, interrupted: Callable[[threading.Thr
             done.set_result(function())
         except BaseException as error:
             done.set_exception(error)
+        if until is not None:
+            until.wait()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()

@@ -348,7 +348,9 @@ def _init(**options: Any) -> None:
     of a local cluster.
     """
     if callable(signal.getsignal(signal.SIGTERM)) and threading.current_thread() is threading.main_thread():
-        interruptible.call(lambda: ray.init(**options))
+        # The processes of a local cluster end with the thread that started them.
+        _local_cluster.callback((ended := threading.Event()).set)
+        interruptible.call(lambda: ray.init(**options), until=ended)
         _reinstall_handler()
     else:
         ray.init(**options)

@@ -210,7 +210,7 @@ class WorkerGroup:
     def __init__(self, workers: Sequence[Callable[[Any], Any]]) -> None:
         self._workers = workers
 
-    def ask(self, item: Any, of: int | None = None) -> list[Any]:
+    def call(self, item: Any, of: int | None = None) -> list[Any]:
         return [worker(item) for worker in (self._workers if of is None else [self._workers[of]])]
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 from support.tiny_domain import write_urls
 
 from infra.errors import InputError, NotFoundError
@@ -91,9 +92,9 @@ def test_source_fields_accepts_one_list_or_folder(tmp_path: Path) -> None:
     assert source_fields([listed, listed], None, None, False)["urls"] == (listed, listed)
     assert source_fields(None, str(tmp_path), None, False) == {"urls": None, "folder": str(tmp_path)}
     assert source_fields(None, None, None, False, optional=True) == {}
-    with pytest.raises(InputError, match="--urls and --folder are both given"):
+    with pytest.raises(typer.BadParameter, match="--urls and --folder are both given"):
         source_fields([listed], str(tmp_path), None, False)
-    with pytest.raises(InputError, match="--urls and --folder are both missing"):
+    with pytest.raises(typer.BadParameter, match="--urls and --folder are both missing"):
         source_fields(None, None, None, False)
     with pytest.raises(NotFoundError, match="--folder does not exist"):
         source_fields(None, str(tmp_path / "none"), None, False)
