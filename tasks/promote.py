@@ -100,7 +100,7 @@ def promote_registered(
         gates = (neighbour_gate(scores or {}, request.generator.neighbour_loss or 0.0),)
     else:
         version = open_version(DatabaseVersion, name, registered.version, settings)
-        champion = None if before is None else open_version(DatabaseVersion, name, before, settings)
+        champion = _champion_database(name, before, settings)
         hides = only_hides(version, champion)
         limits = AT_ONCE if hides or gates_of_domain is None else gates_of_domain
         gates = measure_database(version, champion, limits, settings.cache_folder)
@@ -113,6 +113,18 @@ def promote_registered(
         Registry(settings).warn_if_older(name, CHAMPION, str(registered.version))
         store.move(name, registered.version, pin=pin)
     return _record(request, outcome, before, gates, store)
+
+
+def _champion_database(name: str, number: int | None, settings: Settings) -> DatabaseVersion | None:
+    """Open the champion, or return None if there is none or its files are lost: its successor replaces it."""
+    if number is None:
+        return None
+    try:
+        version: DatabaseVersion = open_version(DatabaseVersion, name, number, settings)
+        return version
+    except NotFoundError as error:
+        logs.get("stage").warning("%-11s the champion is not compared: %s", "promote", error)
+        return None
 
 
 def rollback(

@@ -29,26 +29,30 @@ def database_figures(version: DatabaseVersion, folder: Path, cache: Path) -> Seq
     """
     written = []
     for name, render in ((CURVE, _curve), (SHEET, _sheet)):
-        if name == CURVE and not storage.exists(storage.join(version.uri, CURVE)):
-            continue  # a pushed database; its manifest does not list the curve
         try:
-            (folder / name).write_bytes(render(version, cache))
-            written.append(folder / name)
+            if data := render(version, cache):
+                (folder / name).write_bytes(data)
+                written.append(folder / name)
         except (KNNDiffusionError, OSError) as error:
             logs.get("stage").warning("%-11s the page has no %s: %s", "register", name, error)
     return written
 
 
-def _curve(version: DatabaseVersion, cache: Path) -> bytes:
-    return storage.read_bytes(storage.join(version.uri, CURVE))
+def _curve(version: DatabaseVersion, cache: Path) -> bytes | None:
+    """Return the curve, or None for a pushed database, whose manifest does not list it."""
+    uri = storage.join(version.uri, CURVE)
+    return storage.read_bytes(uri) if storage.exists(uri) else None
 
 
-def _sheet(version: DatabaseVersion, cache: Path) -> bytes:
-    """Return a JPEG of evenly spaced images of a few shards. Hidden images are not shown."""
+def _sheet(version: DatabaseVersion, cache: Path) -> bytes | None:
+    """Return a JPEG of evenly spaced images of a few shards, without hidden ones, or None if all are hidden."""
+    ids = _sample_ids(version, cache)
+    if not ids:
+        return None
     with storage.scratch() as scratch:
         images = [
             ImageOps.pad(image, (_SIDE_PX, _SIDE_PX), Image.Resampling.LANCZOS, color="white")
-            for image in fetch_images(version, _sample_ids(version, cache), cache)
+            for image in fetch_images(version, ids, cache)
         ]
         image_grid(images, columns=_COLUMNS).save(scratch / SHEET, "JPEG", quality=85)
         return (scratch / SHEET).read_bytes()

@@ -11,7 +11,7 @@ from support.changing_domain import BODY, FIRST, NAMES, Living
 from support.fakes import WithoutRay
 
 from infra import artifacts, storage
-from infra.errors import IntegrityError, NotFoundError, StageError
+from infra.errors import InputError, IntegrityError, NotFoundError, StageError
 from infra.registry import Registry
 from infra.settings import Settings
 from tasks.references.database import open_database
@@ -96,7 +96,7 @@ def test_collect_in_moved_root_fails(living: Living, ray: WithoutRay) -> None:
     living.build(NAMES[:4])
     files = living.files()
     moved = living.root.rename(living.root.with_name("moved"))
-    with pytest.raises(IntegrityError, match=r"knn-database.shapes version 1 was registered at .*data/shapes/database"):
+    with pytest.raises(InputError, match=r"/moved was moved or copied from .*/data, .* run knn-diffusion relocate"):
         living.collect(root=str(moved), dry_run=False)
     moved.rename(living.root)
     assert living.files() == files
@@ -113,8 +113,8 @@ def test_collect_in_copied_root_fails(living: Living, ray: WithoutRay, linked: b
         root.symlink_to(copy)
     living.root = copy
     files = living.files()
-    message = rf"knn-database.shapes version 1 was registered at .*/data/shapes/database/.*{copy}; .*--root .*/data\)"
-    with pytest.raises(IntegrityError, match=message) as caught:
+    message = rf"{root} was moved or copied from .*/data, .* run knn-diffusion relocate {root}"
+    with pytest.raises(InputError, match=message) as caught:
         living.collect(root=str(root), dry_run=False)
     assert "\n" not in str(caught.value)
     assert living.files() == files
