@@ -26,7 +26,7 @@ ADVANCED = "advanced"
 Schema = dict[str, Any]
 DOMAIN = Field(json_schema_extra={"pattern": "^[a-z0-9][a-z0-9-]{0,62}$", "examples": ["birds"]})
 """Form of a domain's name. ``tasks.references.domain_name`` checks it, with a clearer message."""
-LIST = Field(json_schema_extra={"examples": ["s3://my-bucket/urls.parquet"]})
+LIST = Field(json_schema_extra={"minLength": 1, "examples": ["s3://my-bucket/urls.parquet"]})
 ENCODERS = (
     BUNDLED_ENCODER,
     "ViT-B-32/laion2b_s34b_b79k",

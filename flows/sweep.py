@@ -5,10 +5,12 @@ it for all models. A decision is made once: it is recorded under the lease of th
 """
 
 import dataclasses
+from typing import ClassVar
 
 from prefect import flow
 
 from flows.deployed_run import deployable
+from flows.form import Form
 from infra import compute, logs
 from infra.errors import LeaseHeldError
 from infra.promotions import Decision, Promotions
@@ -20,7 +22,7 @@ from tasks.stage import settings_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class SweepConfig:
+class SweepConfig(Form):
     """Models whose candidates are decided about, and the gates.
 
     Attributes:
@@ -29,6 +31,8 @@ class SweepConfig:
         generator: Gates of a generator.
         approval: Require the tag ``approval=approved`` of a version. Default: False.
     """
+
+    COMMON: ClassVar = ("name", "approval", "root")
 
     name: str | None = None
     root: str | None = None

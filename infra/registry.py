@@ -415,6 +415,7 @@ def _read_registered(local: Path, reference: str) -> artifacts.Manifest:
 def _is_not_found(error: MlflowException | OSError) -> bool:
     """Return True if MLflow, the local disk or MLflow's artifact server reports that the files do not exist."""
     if isinstance(error, MlflowException):
-        return error.error_code in _NOT_FOUND
+        missing_in_s3 = "(404) when calling the HeadObject" in str(error)  # MLflow wraps botocore's error in text
+        return error.error_code in _NOT_FOUND or missing_in_s3
     response = getattr(error, "response", None)
     return isinstance(error, FileNotFoundError) or getattr(response, "status_code", None) == 404

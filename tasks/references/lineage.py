@@ -22,7 +22,9 @@ def takedown_of(version: DatabaseVersion) -> Takedown | None:
 
 
 def _input_of(output: Reference, name: str, kind: type[Made]) -> Made:
-    source = output.manifest().inputs[name]
+    source = output.manifest().inputs.get(name)
+    if source is None:
+        raise InputError(f"{output.uri} does not record its {name}; make it again from them")
     output.require_inside(source["uri"])
     require_in_place(source["uri"], storage.join(output.uri).rsplit("/", 3)[0])
     found = kind.open(source["uri"], confined_to=output.confined_to)

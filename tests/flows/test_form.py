@@ -21,9 +21,10 @@ from tasks.embed.task import EmbedConfig
 
 DEPLOYMENTS = yaml.safe_load((Path(__file__).parents[2] / "prefect.yaml").read_text())["deployments"]
 COMMON = {
-    "new-domain": ["domain", "urls", "recipe", "encoder", "target_recall", "generator", "root"],
-    "rebuild-index": ["domain", "urls", "takedown", "compact", "encoder", "target_recall", "root"],
+    "new-domain": ["domain", "urls", "folder", "recipe", "encoder", "target_recall", "generator", "root"],
+    "rebuild-index": ["domain", "urls", "folder", "takedown", "compact", "encoder", "target_recall", "root"],
     "train-generator": ["domain", "database", "start_from", "images", "batch_size", "learning_rate", "use_gpu", "root"],
+    "sweep": ["name", "approval", "root"],
     "evaluate-generator": ["databases", "generator", "texts", "samples", "use_gpu", "root"],
 }
 
