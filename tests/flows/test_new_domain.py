@@ -149,7 +149,8 @@ def test_pyfunc_loads_in_a_new_process(domain: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_registered_versions_are_served_by_mlflow(domain: Any, tmp_path: Path) -> None:
     models = {"models:/knn-database.shapes@champion": {"k": 2}, "models:/knn-diffusion@champion": {"steps": 1, "k": 2}}
-    tracking = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{domain.root}/mlflow.db"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # MLflow starts uvicorn by its name
+    tracking = {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": f"sqlite:///{domain.root}/mlflow.db"}
     log = (tmp_path / "serve.log").open("w+")
     with contextlib.ExitStack() as stack:
         stack.callback(log.close)
