@@ -6,7 +6,7 @@ from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
 import httpx
-from prefect import get_client, tags
+from prefect import get_client
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
@@ -19,7 +19,10 @@ SKIPPED = "Skipped"
 """Name of the state of a run that found the lease on its domain taken. Its type is ``COMPLETED``."""
 
 TAG = "knn-diffusion"
-"""Tag of the deployments, their runs and the flows and tasks inside, for which the automation on heartbeats watches."""
+"""Tag of the deployments and their runs, which the automation on heartbeats watches.
+
+Tasks have no tags, because Prefect acquires a concurrency slot for each tag of a task.
+"""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,8 +41,7 @@ def deployable(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            with tags(TAG):
-                return function(*args, **kwargs)
+            return function(*args, **kwargs)
         except LeaseHeldError as error:
             if _deployed_run() is None:
                 raise
