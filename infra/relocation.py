@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from infra import artifacts, registry_database, storage, uris
+from infra import artifacts, storage, uris
 from infra.errors import InputError
 from infra.manifest import MAX_MANIFEST_BYTES, MAX_MARKER_BYTES, Manifest, Shard, marker_json, parse_shard
 from infra.settings import Settings
@@ -63,6 +63,8 @@ def relocate(settings: Settings) -> Relocation:
     if not uris.is_local(settings.root):
         raise InputError(f"the root is remote: {settings.root}; a bucket is copied under the same name, or not at all")
     root = Path(uris.absolute(settings.root))
+    from infra import registry_database  # imports MLflow
+
     database = registry_database.path_of(settings.tracking_uri)
     if database is not None and not (database.exists() and uris.is_below(str(database), str(root))):
         database = None

@@ -52,7 +52,7 @@ from tasks.train.data import TrainingInputs
 from tasks.train.task import train
 
 STAGE = artifacts.ArtifactBuilder  # knows the ``kind`` and ``key`` of an output
-COMMITTED = "committed"  # its method that looks an output up
+COMMITTED = "committed_manifest"  # its method that looks an output up
 # End of the internal interfaces.
 
 CHECKOUT = Path(__file__).parent.parent

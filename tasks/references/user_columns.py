@@ -13,11 +13,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra import artifacts, storage
-from infra.download.downloader import RESULT_COLUMNS
+from infra.download.downloader import RESULT_COLUMNS, VALIDATOR_COLUMNS
 from infra.formats import tables
 from tasks.references.types import ImageShards
 
 _MAX_CACHED_TABLES = 32
+_ADDED = frozenset({"url", *RESULT_COLUMNS, *VALIDATOR_COLUMNS})
 
 
 class UserColumns:
@@ -34,7 +35,7 @@ class UserColumns:
         found: dict[str, pa.DataType] = {}
         for schema in storage.read_all(self._schema, self._shards.values()):
             for field in schema:
-                if field.name not in RESULT_COLUMNS and field.name != "url":
+                if field.name not in _ADDED:
                     found[field.name] = _wider(found.get(field.name), field.type)
         return dict(sorted((name, pa.string() if kind == pa.null() else kind) for name, kind in found.items()))
 
@@ -65,7 +66,7 @@ class UserColumns:
     def _read(self, name: str) -> tuple[pa.Table, dict[str, int]]:
         table = tables.read_table(self._path(self._shards[name]))
         places = {key: row for row, key in enumerate(table["key"].to_pylist())}
-        own = [column for column in table.column_names if column not in RESULT_COLUMNS and column != "url"]
+        own = [column for column in table.column_names if column not in _ADDED]
         return table.select(own), places
 
 

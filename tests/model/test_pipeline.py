@@ -236,7 +236,7 @@ def test_call_embeds_texts_with_the_encoder_trained_with(tmp_path: Path) -> None
 def test_call_other_encoder_raises(tmp_path: Path) -> None:
     changed = dataclasses.replace(Encoder().identity, weights_digest="f" * 64)
     pipeline = tiny_models.pipeline(tiny_models.database(tmp_path, tiny_models.unit_rows(4, 256), encoder=changed))
-    with pytest.raises(ModelError, match=r"changed: sticker-clip \(256-d, .* were made with sticker-clip.*ffff"):
+    with pytest.raises(ModelError, match=r"changed: it is sticker-clip \(256-d, .* were made with sticker-clip.*ffff"):
         pipeline("an apple")
 
 

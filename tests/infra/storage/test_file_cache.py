@@ -89,7 +89,7 @@ def test_fetch_evicts_the_least_recently_used_file(files: CachedFiles) -> None:
 def test_evict_keeps_files_of_referenced_paths(files: CachedFiles, caplog: pytest.LogCaptureFixture) -> None:
     pinned = [files.fetch(number) for number in range(6)]
     assert files.cached() == [0, 1, 2, 3, 4, 5]  # above the bound, with a warning
-    assert f"{6 * SIZE} bytes are in use, the bound is {4 * SIZE}; raise KNN_DIFFUSION_CACHE_BYTES" in caplog.text
+    assert f"{6 * SIZE} bytes are in use, the limit is {4 * SIZE}; increase KNN_DIFFUSION_CACHE_BYTES" in caplog.text
     again = files.fetch(2)
     del pinned[2]
     files.fetch(6)

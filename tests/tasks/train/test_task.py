@@ -207,7 +207,7 @@ def test_train_resumes_from_previous_checkpoint_if_newest_is_damaged(
     assert trained(inputs, base, run=run, network=SMALL).reference.manifest().digest == uninterrupted.digest
     assert [images for images, _ in run.values] == [24]
     (warning,) = (message for message in caplog.messages if message.startswith("checkpoint "))
-    assert warning.startswith("checkpoint 000000006 is damaged, using the previous one: ")
+    assert warning.startswith("checkpoint 000000006 is damaged; using the previous one: ")
     for stored in ("manifest.json", "shards/pipeline.json"):
         (folder.parent / stored).unlink()
     older.unlink()
