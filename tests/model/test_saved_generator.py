@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +66,7 @@ def test_bundled_generators_are_small_and_generate_and_edit(name: str, tmp_path:
     dog, car = pipeline(["a dog", "a car"], neighbours=1, num_inference_steps=2, generator=seeded()).images
     assert dog.size == (pipeline.side, pipeline.side)
     assert np.abs(np.asarray(dog).astype(int) - np.asarray(car)).mean() > 5
-    (edited,) = pipeline.edit(dog, "a car", candidates=2, num_inference_steps=2, generator=seeded())
+    options: Any = {"candidates": 2, "num_inference_steps": 2}
+    (edited,) = pipeline.edit(dog, "a car", method="local", generator=seeded(), **options)
     assert (np.asarray(edited) != np.asarray(dog)).any()
     assert (np.asarray(edited) == np.asarray(dog)).all(-1).mean() > 0.2, "the rest stays"
