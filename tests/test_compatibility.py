@@ -36,7 +36,7 @@ from support.stored_root import FOLDERS, PINS, unpack_root  # isort: skip
 from flows.cli import app
 from flows.demo.run import report_of
 from infra import artifacts, errors
-from infra.download.downloader import ERROR_CLASSES
+from infra.download.outcomes import ERROR_CLASSES
 from infra.formats.webdataset import DUPLICATE, TAKEN_DOWN
 from infra.settings import Settings
 from model.errors import ModelError

@@ -32,7 +32,7 @@ from support.fakes import LoopbackServer, Reply, WithoutRay
 from typer.testing import CliRunner
 
 from flows.cli.app import app
-from infra.download.downloader import ERROR_CLASSES
+from infra.download.outcomes import ERROR_CLASSES
 from infra.formats.webdataset import DUPLICATE, TAKEN_DOWN
 from infra.settings import Settings
 

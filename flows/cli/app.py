@@ -35,7 +35,7 @@ from flows.cli.console import (
 )
 from flows.cli.databases import databases, export, search
 from flows.cli.generators import edit, evaluate, generate
-from flows.cli.inputs import check_domain, check_encoder, check_folder, check_recipe, check_user_agent
+from flows.cli.inputs import check_domain, check_encoder, check_folder, check_recipe
 from flows.cli.promotion import history, lineage, promote, pull, push, rollback
 from flows.cli.sources import Folder, OnlyFailed, UrlColumn, Urls, source_fields
 from flows.cli.stack import cancel, deploy, down, run, runs, status, up
@@ -130,13 +130,15 @@ def new_domain(
             check_encoder(encoder)
         source = source_fields(urls, folder, url_column, only_failed, allow_hosts=allow_host or [])
         if user_agent is not None:
-            check_user_agent(user_agent)
+            from infra.download.user_agent import require_user_agent
+
+            require_user_agent(user_agent)
         queries = _read_texts(texts)
         with prefect_server():
             from flows.new_domain import new_domain as flow
             from flows.recipes import RECIPES
 
-            given_source = source["urls"] or source["folder"]
+            given_source = source["urls"] or source["folder"]  # recipes take one; replace() sets the right field
             config = RECIPES[recipe](
                 name, given_source, root=root, texts=queries, allow_hosts=tuple(allow_host or ()), **options
             )

@@ -30,13 +30,10 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def check_domain(name: str) -> None:
-    """Raise ``InputError`` if ``name`` cannot be a domain."""
+    """Raise ``ConfigError`` if ``name`` cannot be a domain."""
     from tasks.references.domain_name import require_domain
 
-    try:
-        require_domain(name)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    require_domain(name)
 
 
 def check_root(root: str | None) -> None:
@@ -147,16 +144,6 @@ def check_takedown_list(uri: str) -> None:
         from tasks.references.takedown import read_takedown_list
 
         read_takedown_list(uri)
-
-
-def check_user_agent(value: str) -> None:
-    """Raise ``InputError`` if ``value`` cannot be a ``User-Agent`` header."""
-    from infra.download.user_agent import require_user_agent
-
-    try:
-        require_user_agent(value)
-    except ValueError as error:
-        raise InputError(str(error)) from None
 
 
 def check_device(device: str) -> None:

@@ -3,23 +3,20 @@
 import hashlib
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from infra import storage
 from infra.download.decoder import DecodeLimits, NormaliserProcess
-from infra.download.downloader import DownloadPolicy, ShardCounts, ShardWriter
+from infra.download.downloader import DownloadPolicy
+from infra.download.shard_writer import ROW_DIGITS, SHARD_DIGITS, SPOOL_BYTES, ShardCounts, ShardWriter, count_outcomes
 from infra.errors import KNNDiffusionError
 from infra.formats.image_folder import SOURCE_COLUMNS, read_source
 
-_SPOOL_BYTES = 64 << 20
-_SHARD_DIGITS = 5
 _RESULT = pa.schema(
     [
         *((name, pa.string()) for name in ("key", "status", "error_message")),
@@ -52,27 +49,20 @@ def import_shard(
     kept = rows.drop_columns(list(SOURCE_COLUMNS))
     with (
         storage.scratch() as scratch,
-        tempfile.SpooledTemporaryFile(_SPOOL_BYTES, mode="w+b", dir=str(scratch)) as spool,
+        tempfile.SpooledTemporaryFile(SPOOL_BYTES, mode="w+b", dir=str(scratch)) as spool,
         NormaliserProcess(policy.bounds(), decode_limits) as normalise,
     ):
         has_captions = "caption" in kept.column_names
         writer = ShardWriter(
-            shard_id, str(folder), has_captions, _SHARD_DIGITS, _RESULT, "png", rows=kept, spool=spool, validators={}
+            shard_id, str(folder), has_captions, SHARD_DIGITS, _RESULT, "png", rows=kept, spool=spool, validators={}
         )  # fmt: skip
         for index, row in enumerate(rows.to_pylist()):
-            key = f"{shard_id:0{_SHARD_DIGITS}d}{index:04d}"
+            key = f"{shard_id:0{SHARD_DIGITS}d}{index:0{ROW_DIGITS}d}"
             meta = {name: value for name, value in row.items() if name not in SOURCE_COLUMNS}
             png, result = _read(row, policy, normalise)
             writer.write(png, key, row.get("caption"), {**meta, "key": key, **result})
         writer.close()
-    classes = pq.read_table(folder / f"{shard_id:0{_SHARD_DIGITS}d}.parquet", columns=["error_class"])
-    outcomes = Counter(classes["error_class"].to_pylist())
-    return ShardCounts(
-        requested=rows.num_rows,
-        downloaded=outcomes["success"],
-        outcomes=dict(sorted(outcomes.items())),
-        seconds=time.monotonic() - started,
-    )
+    return count_outcomes(folder / f"{shard_id:0{SHARD_DIGITS}d}.parquet", seconds=time.monotonic() - started)
 
 
 def _read(

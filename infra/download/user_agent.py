@@ -4,6 +4,8 @@ import functools
 import importlib.metadata
 import re
 
+from infra.errors import ConfigError
+
 ROBOT = "knn-diffusion"
 """Product token by which sites address this project in robots.txt and ``X-Robots-Tag``."""
 
@@ -23,9 +25,9 @@ def default_user_agent() -> str:
 
 
 def require_user_agent(value: str) -> None:
-    """Raise ``ValueError`` if ``value`` cannot be a ``User-Agent`` header."""
+    """Raise ``ConfigError`` if ``value`` cannot be a ``User-Agent`` header."""
     if not _HEADER_VALUE.fullmatch(value):
-        raise ValueError(
+        raise ConfigError(
             f"user_agent is not 1 to 200 printable ASCII characters: {value[:80]!r}; "
             'use the form "NAME/VERSION (+URL or address of a contact)"'
         )

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from infra.download.downloader import RESULT_COLUMNS
+from infra.download.shard_writer import RESULT_COLUMNS
 from infra.errors import InputError
 from infra.formats import tables
 from infra.formats.image_folder import read_image_folder

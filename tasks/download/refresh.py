@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra import artifacts, storage
-from infra.download.downloader import VALIDATOR_COLUMNS, DownloadPolicy, download_shard
+from infra.download.downloader import DownloadPolicy, download_shard
+from infra.download.shard_writer import VALIDATOR_COLUMNS
 from infra.download.validators import Validators
 from infra.formats import tables
 from tasks.download.config import DownloadConfig

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra import artifacts, storage
-from infra.download.downloader import RESULT_COLUMNS, VALIDATOR_COLUMNS
+from infra.download.shard_writer import RESULT_COLUMNS, VALIDATOR_COLUMNS
 from infra.formats import tables
 from tasks.references.types import ImageShards
 

@@ -24,9 +24,11 @@ from support.fakes import LoopbackServer, Reply
 from support.hostile_images import large_canvas, many_scans
 
 from infra.download.decoder import DecodeLimits, NormaliserProcess
-from infra.download.downloader import ERROR_CLASSES, DownloadPolicy, ShardCounts, classify_outcome, download_shard
+from infra.download.downloader import DownloadPolicy, download_shard
 from infra.download.limits import Limits
+from infra.download.outcomes import ERROR_CLASSES, classify_outcome
 from infra.download.safe_urlopen import guarded
+from infra.download.shard_writer import ShardCounts
 from infra.errors import InputError, StageError
 
 ROOT = Path(__file__).parents[3]
