@@ -15,7 +15,6 @@ from infra.download.downloader import SHARDS, DownloadPolicy, download_shard
 from infra.download.file_shard import import_shard
 from infra.errors import InputError, StageError
 from infra.formats import tables
-from infra.formats.image_folder import SOURCE_COLUMNS
 from infra.formats.urls import normal_urls
 from infra.formats.webdataset import DUPLICATE, TAKEN_DOWN, drop_images
 from tasks.download.config import DownloadConfig
@@ -48,6 +47,7 @@ class IncrementalDownload:
     previous: ImageShards | None
     seen: UrlHistory | None
     refused: Entries
+    from_files: bool  # the rows name image files and not URLs
     cache: Path
 
     def make(self, config: DownloadConfig) -> artifacts.Manifest:
@@ -56,7 +56,7 @@ class IncrementalDownload:
         reused = [shard.reused_from(self.previous.uri) for shard in before.shards] if self.previous and before else []
         first = 1 + max((int(shard.name) for shard in reused), default=-1)
         items = list(self._items(first, config.shard_rows))
-        settings = (self.stage.uri, config.worker_policy())
+        settings = (self.stage.uri, config.worker_policy(), self.from_files)
         done, lost = run_shards(
             self.stage, items, _Download, settings, max_lost_fraction=config.max_lost_fraction, actors=config.workers
         )
@@ -177,8 +177,10 @@ class IncrementalDownload:
 class _Download:
     """Worker that downloads one shard of the list."""
 
-    def __init__(self, folder_uri: str, policy: DownloadPolicy) -> None:
+    def __init__(self, folder_uri: str, policy: DownloadPolicy, from_files: bool) -> None:
         self._folder_uri, self._policy = folder_uri, policy
+        # The columns do not decide: a list from the web could name files of this machine.
+        self._make = import_shard if from_files else download_shard
 
     def __call__(self, item: tuple[str, tuple[int, RowSlice]]) -> artifacts.Shard:
         name, (number, rows_of_shard) = item
@@ -186,8 +188,7 @@ class _Download:
         index = listed.schema.get_field_index("url")
         rows = _with_text_captions(listed.set_column(index, "url", normal_urls(listed["url"])))
         with storage.scratch() as folder:
-            make = import_shard if SOURCE_COLUMNS[0] in rows.column_names else download_shard
-            counts = make(number, rows, folder, self._policy)
+            counts = self._make(number, rows, folder, self._policy)
             info: dict[str, Any] = {"outcomes": counts.outcomes, "seconds": counts.seconds}
             return artifacts.commit_shard(self._folder_uri, name, folder, rows=counts.downloaded, info=info)
 

@@ -57,7 +57,8 @@ def download(
     listed, cache = tables.shown_name(urls), folder.cache
     seen = UrlHistory.of(previous, cache) if previous is not None else None
     refused = read_entries(takedown, cache) if takedown is not None else Entries()
-    table = read_rows(urls, options or ListOptions())
+    options = options or ListOptions()
+    table = read_rows(urls, options)
     selection = select_rows(table, seen, refused, config)
     if not len(selection.rows):
         if previous is None:
@@ -82,6 +83,7 @@ def download(
         previous=previous,
         seen=seen,
         refused=refused,
+        from_files=options.images,
         cache=cache,
     )
     started = time.monotonic()

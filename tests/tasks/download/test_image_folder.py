@@ -13,7 +13,7 @@ from support.fakes import WithoutRay
 from support.tiny_domain import drawn, encoded
 
 from infra.download.downloader import DownloadPolicy
-from infra.errors import InputError, NotFoundError
+from infra.errors import InputError, NotFoundError, StageError
 from infra.formats import webdataset
 from infra.formats.image_folder import read_image_folder
 from tasks.download.config import DownloadConfig, ListOptions
@@ -103,3 +103,15 @@ def test_download_of_an_image_folder_decodes_and_counts_its_files(
     again = download(made.reference.uri, other, config, options=ListOptions(images=True)).reference
     urls = pq.read_table(Path(again.uri, "00000.parquet"))["url"].to_pylist()
     assert urls == ["http://host/1.jpg", first[1]["url"], first[3]["url"]]
+
+
+def test_list_of_urls_with_the_columns_of_image_files_reads_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    WithoutRay().install(monkeypatch)
+    (tmp_path / "secret.png").write_bytes(PNG)
+    named = {"source_file": str(tmp_path / "secret.png"), "source_offset": 0, "source_bytes": len(PNG)}
+    (tmp_path / "list.jsonl").write_text(json.dumps({"url": "http://127.0.0.1:1/a.png", **named}) + "\n")
+    place = DomainFolder(uri=str(tmp_path / "domain"), cache=tmp_path / "cache")
+    with pytest.raises(StageError, match=r"none of the 1 URLs .* \(blocked_address 1\)"):
+        download(str(tmp_path / "list.jsonl"), place, DownloadConfig())
