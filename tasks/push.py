@@ -30,14 +30,19 @@ def kind_of(folder: Path) -> str:
     return kind
 
 
-def push_database(folder: Path, domain: str, settings: Settings) -> RegistrationResult:
+def push_database(folder: Path, domain: str, settings: Settings, *, trust: bool = False) -> RegistrationResult:
     """Copy a database with its embeddings and takedowns below the root, and register it as a candidate.
 
+    A registered version is trusted like code: its manifest names folders to read and an encoder to load. So a folder
+    outside of the root needs ``trust``.
+
     Raises:
+        InputError: the folder needs ``trust``.
         NotFoundError: the folder, or a part of it, has no manifest.
         IntegrityError: a file is missing or differs from its digest. Nothing has been registered.
     """
     require_domain(domain)
+    _require_trusted(folder, settings, trust)
     target = DomainFolder.of(settings, domain).uri
     manifest = _read(folder)
     parts = {name: folder / name for name in (EMBEDDINGS, TAKEDOWN) if name in manifest.inputs}
@@ -51,11 +56,14 @@ def push_database(folder: Path, domain: str, settings: Settings) -> Registration
         return register_database(domain, DatabaseVersion.open(uri), settings, promote=False)
 
 
-def push_generator(folder: Path, database: str | None, settings: Settings) -> RegistrationResult:
+def push_generator(
+    folder: Path, database: str | None, settings: Settings, *, trust: bool = False
+) -> RegistrationResult:
     """Copy a generator below the root, and register it as a candidate. ``database`` is the domain of its default one.
 
     Raises as :func:`push_database`, and ``InputError`` if neither ``database`` nor the manifest names a domain.
     """
+    _require_trusted(folder, settings, trust)
     _require_complete(folder)
     manifest = _read(folder)
     domain = database or _domain_in(manifest)
@@ -67,6 +75,15 @@ def push_generator(folder: Path, database: str | None, settings: Settings) -> Re
         uri = _copy(folder, manifest, target)
         return register_generator(
             Generator.open(uri), champion_uri(DATABASE_PREFIX + domain), {}, settings, promote=False
+        )
+
+
+def _require_trusted(folder: Path, settings: Settings, trust: bool) -> None:
+    """Raise ``InputError`` for a folder outside of the root, unless the user trusts it."""
+    if not trust and not storage.is_below(str(folder.absolute()), settings.root):
+        raise InputError(
+            f"{folder} is outside of the root, and a registered version is trusted like code; "
+            "if you trust it, use --trust (trust=True)"
         )
 
 

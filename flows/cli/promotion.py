@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.console import Root, Verbose, Wait, prefect_server, report_errors, say, settings, table
+from flows.cli.console import Root, Trust, Verbose, Wait, prefect_server, report_errors, say, settings, table
 from flows.cli.inputs import check_root
 
 Name = Annotated[str, typer.Argument(help="Domain, or knn-diffusion for generators.")]
@@ -148,14 +148,16 @@ def push(
         str | None,
         typer.Option(help="Domain of a generator's default database. Default: the one that it was trained on."),
     ] = None,
+    trust: Trust = False,
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
     """Register a folder that pull made as a candidate. Its files are copied below the root, after a check.
 
-    An interrupted push resumes. Promote the candidate with promote.
+    A registered version is trusted like code, so a folder outside of the root needs --trust. An interrupted push
+    resumes. Promote the candidate with promote.
 
-    Example: knn-diffusion push birds-copy --name birds
+    Example: knn-diffusion push birds-copy --name birds --trust
     """
     with report_errors(verbose):
         from infra.errors import InputError
@@ -166,11 +168,11 @@ def push(
         if is_generator != (kind == "generator"):
             raise InputError(f"{folder} holds a {kind}, which cannot be pushed as {name}; use another --name")
         if is_generator:
-            registered = push_generator(folder, database, settings(root))
+            registered = push_generator(folder, database, settings(root), trust=trust)
         elif database is not None:
             raise InputError("--database does not apply to a database; remove the option")
         else:
-            registered = push_database(folder, name, settings(root))
+            registered = push_database(folder, name, settings(root), trust=trust)
         say(registered.uri)
 
 

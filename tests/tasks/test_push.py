@@ -50,7 +50,7 @@ def test_push_registers_a_candidate_that_answers_like_the_original(
     shutil.rmtree(tmp_path / "root")
     artifacts._manifest_of.cache_clear()
     assert kind_of(folder) == "database"
-    registered = push_database(folder, "swallows", target)
+    registered = push_database(folder, "swallows", target, trust=True)
     assert (registered.uri, registered.alias_uri) == (f"models:/{NAME}/1", f"models:/{NAME}@{CANDIDATE}")
     assert Promotions(target).champion(NAME) is None
     shutil.rmtree(folder)
@@ -74,13 +74,23 @@ def test_push_again_resumes_and_registers_nothing_new(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(storage, "put", interrupted)
-        push_database(folder, "swallows", target)
+        push_database(folder, "swallows", target, trust=True)
     assert Registry(target).versions("database") == []
     with monkeypatch.context() as patch:
         patch.setattr(storage, "put", lambda local, uri: copied.append(uri) or put(local, uri))
-        assert not push_database(folder, "swallows", target).skipped
+        assert not push_database(folder, "swallows", target, trust=True).skipped
         assert len(copied) == len(set(copied)), "a file was copied twice"
-    assert push_database(folder, "swallows", target).skipped
+    assert push_database(folder, "swallows", target, trust=True).skipped
+
+
+def test_push_of_a_folder_outside_of_the_root_requires_trust(
+    pulled: tuple[DatabaseVersion, Path], target: Settings
+) -> None:
+    with pytest.raises(InputError, match=r"is outside of the root, .* use --trust"):
+        push_database(pulled[1], "swallows", target)
+    with pytest.raises(InputError, match=r"is outside of the root, .* use --trust"):
+        push_generator(pulled[1], "swallows", target)
+    assert Registry(target).versions("database") == []
 
 
 def _remove_manifest(folder: Path) -> None:
@@ -113,7 +123,7 @@ def test_push_of_an_incomplete_folder_is_refused(
 ) -> None:
     damage(pulled[1])
     with pytest.raises(error, match=reason) as caught:
-        push_database(pulled[1], "swallows", target)
+        push_database(pulled[1], "swallows", target, trust=True)
     assert "\n" not in str(caught.value)
     assert Registry(target).versions("database") == []
     assert not (Path(target.root) / "swallows" / "database").exists()
@@ -126,7 +136,7 @@ def test_push_of_a_folder_without_a_database_is_refused(tmp_path: Path, target: 
     stage.commit([], info={})
     assert kind_of(Path(stage.uri)) == "generator"
     with pytest.raises(InputError, match="give its domain"):
-        push_generator(Path(stage.uri), None, target)
+        push_generator(Path(stage.uri), None, target, trust=True)
     manifest = dataclasses.replace(artifacts.read_manifest(stage.uri), kind="images")
     Path(stage.uri, artifacts.MANIFEST).write_text(manifest.to_json())
     with pytest.raises((NotFoundError, IntegrityError)):

@@ -80,7 +80,7 @@ def test_lineage_pull_and_push_follow_a_version(registry: Living, tmp_path: Path
     assert done(registry, "pull", "shapes", "--to", folder) == folder
     refused(run(registry, "push", folder, "--name", "knn-diffusion", root=other), "cannot be pushed as knn-diffusion")
     refused(run(registry, "push", str(tmp_path), "--name", "a", root=other), "has no manifest.json")
-    uri = done(registry, "push", folder, "--name", "shapes-copy", root=other)
+    uri = done(registry, "push", folder, "--name", "shapes-copy", "--trust", root=other)
     assert uri == "models:/knn-database.shapes-copy/1"
     query = ("search", "shapes", NAMES[0][1:-4].replace("-", " "), "--json")
     found = json.loads(done(registry, *query))
