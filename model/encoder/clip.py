@@ -27,7 +27,7 @@ from model.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
-_EMBEDDED_FOLDER = Path(__file__).parent.parent / "pretrained" / "sticker-clip"
+_BUNDLED_FOLDER = Path(__file__).parent.parent / "pretrained" / "sticker-clip"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ def encoder_for(identity: EncoderIdentity, *, device: torch.device | str = "cpu"
 
 def _split(name: str) -> tuple[str, str | None]:
     if name == BUNDLED_ENCODER:
-        return f"local-dir:{_EMBEDDED_FOLDER}", None
+        return f"local-dir:{_BUNDLED_FOLDER}", None
     if name.startswith(("hf-hub:", "local-dir:")):
         return name, None
     architecture, slash, pretrained = name.partition("/")
