@@ -26,6 +26,7 @@ from tasks.evaluate.task import table
 from tasks.serve.load import images_of_rows, load_database, load_pipeline
 
 PROMPTS = ("a red heart", "a sad face", "a green tree", "a red apple", "the sun", "a flower")
+START = "Each image starts from a stored neighbour with 80% noise."
 SHOWN_NEIGHBOURS, SHOWN_SAMPLES = 3, 3
 EVALUATION_SAMPLES, DIVERSITY_SEEDS, DIVERSITY_PROMPTS = 48, 2, 8  # two CPU cores generate them in three minutes
 
@@ -95,7 +96,7 @@ def draw(settings: Settings, path: Path) -> tuple[Path, float]:
         for number, prompt in enumerate(PROMPTS)
     ]
     titles = [title for database in DOMAINS for title in (f"nearest in {database}", "generated from them")]
-    draw_swap(rows, titles, note=CREDITS).save(path)
+    draw_swap(rows, titles, note=f"{START} {CREDITS}").save(path)
     return path, max(swaps)
 
 
