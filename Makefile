@@ -21,7 +21,7 @@ install: $(BIN)/.installed  ## create .venv with the tested versions
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,demo,dev,docs,stickers,fid,formats,jxl,postgres]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,demo,dev,docs,stickers,fid,formats,jxl,postgres,replicas,telemetry,web]'
 	@touch $@
 
 demo: install  ## the full pipeline on 5,400 images: download, embed, index, register, generate, swap
