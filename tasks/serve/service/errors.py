@@ -1,0 +1,24 @@
+"""Errors of the service. The API answers each with a status of its own; the page shows the message."""
+
+from infra.errors import KNNDiffusionError
+
+
+class QueueFullError(KNNDiffusionError):
+    """Raised when the queue is full. ``retry_after_s`` is the expected time until a place is free, in seconds."""
+
+    def __init__(self, line: str, *, retry_after_s: float) -> None:
+        """Store the message and the time to wait."""
+        super().__init__(line)
+        self.retry_after_s = retry_after_s
+
+
+class UnknownDatabaseError(KNNDiffusionError):
+    """Raised when a request names a database that is not served."""
+
+
+class ServiceClosedError(KNNDiffusionError):
+    """Raised when the service is shutting down."""
+
+
+class JobCancelledError(KNNDiffusionError):
+    """Raised by the result of a job that was cancelled."""

@@ -1,0 +1,139 @@
+"""Jobs: one request on its way through the queue, its progress, and its response."""
+
+import dataclasses
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Literal, TypeAlias
+
+from infra.errors import NotFoundError
+from tasks.serve.service.errors import JobCancelledError
+from tasks.serve.service.requests import Request
+from tasks.serve.service.responses import ImagesResponse, SearchResponse
+
+State: TypeAlias = Literal["queued", "running", "done", "failed", "cancelled"]
+Response: TypeAlias = SearchResponse | ImagesResponse
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class JobStatus:
+    """State of a job at one moment.
+
+    Attributes:
+        state: "queued", "running", "done", "failed" or "cancelled".
+        position: Number of jobs before it in the queue; None if it is not queued.
+        step: Finished steps.
+        steps: Total steps; 0 if unknown.
+        error: Message of a failed job, for the user.
+    """
+
+    state: State
+    position: int | None = None
+    step: int = 0
+    steps: int = 0
+    error: str | None = None
+
+
+class Job:
+    """A submitted request. Thread-safe.
+
+    Attributes:
+        id: Random name of the job.
+        request: The request.
+        future: The response, or its error. A cancelled job raises ``JobCancelledError``.
+    """
+
+    def __init__(self, request: Request, position: Callable[["Job"], int | None] = lambda job: None) -> None:
+        """Create a queued job. ``position`` returns the number of jobs before it."""
+        self.id = uuid.uuid4().hex
+        self.request = request
+        self.future: Future[Response] = Future()
+        self.created = time.monotonic()
+        self._position = position
+        self._lock = threading.Lock()
+        self._running = self._cancelled = False
+        self._step = self._steps = 0
+
+    @property
+    def cancelled(self) -> bool:
+        """True after :meth:`cancel`. The engine checks it between steps."""
+        return self._cancelled
+
+    def cancel(self) -> None:
+        """Cancel the job: at once if it is queued, else before the next step. No effect on a finished one."""
+        with self._lock:
+            self._cancelled = not self.future.done()
+            if self._cancelled and not self._running:
+                self.future.set_exception(JobCancelledError("the job was cancelled"))
+
+    def begin(self) -> bool:
+        """Mark the job as running. Return False if it was cancelled."""
+        with self._lock:
+            self._running = not self._cancelled
+            return self._running
+
+    def advance(self, step: int, steps: int) -> None:
+        """Record progress. Raises ``JobCancelledError`` if the job was cancelled."""
+        self._step, self._steps = step, steps
+        if self._cancelled:
+            raise JobCancelledError("the job was cancelled")
+
+    def finish(self, response: Response) -> None:
+        """Set the response, unless the job is already finished."""
+        with self._lock:
+            if not self.future.done():
+                self.future.set_result(response)
+
+    def fail(self, error: BaseException) -> None:
+        """Set the error, unless the job is already finished."""
+        with self._lock:
+            if not self.future.done():
+                self.future.set_exception(error)
+
+    def status(self) -> JobStatus:
+        """Return the state, the position in the queue and the progress."""
+        progress: dict[str, Any] = {"step": self._step, "steps": self._steps}
+        if not self.future.done():
+            if self._running:
+                return JobStatus(state="running", **progress)
+            return JobStatus(state="queued", position=self._position(self), **progress)
+        error = self.future.exception()
+        if error is None:
+            return JobStatus(state="done", **progress)
+        if isinstance(error, JobCancelledError):
+            return JobStatus(state="cancelled", **progress)
+        return JobStatus(state="failed", error=str(error), **progress)
+
+
+class JobTable:
+    """The jobs that a client may ask for, the latest ``size`` of them. Thread-safe."""
+
+    def __init__(self, size: int = 1_000) -> None:
+        """Create an empty table."""
+        self._size = size
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, job: Job) -> Job:
+        """Add a job, and delete the oldest finished ones beyond ``size``."""
+        with self._lock:
+            self._jobs[job.id] = job
+            finished = [name for name, other in self._jobs.items() if other.future.done()]
+            for name in finished[: max(0, len(self._jobs) - self._size)]:
+                del self._jobs[name]
+        return job
+
+    def get(self, name: str) -> Job:
+        """Return a job by id. Raises ``NotFoundError`` if it is unknown or expired."""
+        with self._lock:
+            if name not in self._jobs:
+                raise NotFoundError("there is no such job; it may have expired")
+            return self._jobs[name]
+
+    def recent(self) -> list[Job]:
+        """Return the jobs, oldest first."""
+        with self._lock:
+            return list(self._jobs.values())
