@@ -5,6 +5,7 @@ standard library, where img2dataset's dependency ``dataclasses`` (a Python 3.6 b
 """
 
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from infra.home import require_state_folder
 from infra.storage.folders import PRIVATE, make_folder
 
 STARTUP_S = 90.0
+_EXCEPTION = re.compile(r"[\w.]+(Error|Exception): ")
 
 _SERVER = """
 import os, sys, threading, uvicorn
@@ -56,6 +58,8 @@ def prefect_api(home: Path | None = None) -> Iterator[None]:
         make_folder(home, PRIVATE)
         os.environ["PREFECT_HOME"] = str(home.absolute())
     require_state_folder("PREFECT_HOME", "~/.prefect")
+    if given := os.environ.get("PREFECT_HOME"):
+        make_folder(Path(given).expanduser(), PRIVATE)  # Prefect does not create the folders above it
     port = free_port()
     secret = f"knn-diffusion:{secrets.token_urlsafe(32)}"
     environment = {
@@ -95,15 +99,20 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], output: IO[bytes], heal
     while time.monotonic() < deadline:
         if server.poll() is not None:
             output.seek(0)
-            lines = output.read().decode(errors="replace").strip().splitlines()
-            raise StageError(f"the Prefect server does not start ({lines[-1] if lines else server.returncode}); "
-                             "set PREFECT_API_URL to a running one")  # fmt: skip
+            reason = _last_error(output.read().decode(errors="replace")) or f"exit code {server.returncode}"
+            raise StageError(f"the Prefect server does not start ({reason}); set PREFECT_API_URL to a running one")
         try:
             with urllib.request.urlopen(health, timeout=5):  # noqa: S310 - a loopback address of our own
                 return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.2)
     raise StageError(f"the Prefect server did not answer in {STARTUP_S:.0f} s; set PREFECT_API_URL to a running one")
+
+
+def _last_error(output: str) -> str:
+    """Return the last line that ends a traceback, or else the last line."""
+    lines = output.strip().splitlines()
+    return next((line for line in reversed(lines) if _EXCEPTION.match(line)), lines[-1] if lines else "")
 
 
 def free_port() -> int:

@@ -8,12 +8,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from infra.errors import StageError
 from infra.prefect_server import prefect_api
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("command") / "prefect"
+    return tmp_path_factory.mktemp("command") / "missing" / "prefect"
 
 
 @pytest.mark.slow
@@ -21,7 +22,7 @@ def test_prefect_api_answers_only_its_command(home: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("PREFECT_API_URL", raising=False)  # an earlier test of this process may have started a server
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "user:of-another-server")
     monkeypatch.setenv("PREFECT_HOME", str(home))
-    with prefect_api(home):
+    with prefect_api():
         url, secret = os.environ["PREFECT_API_URL"], os.environ["PREFECT_API_AUTH_STRING"]
         assert url.startswith("http://127.0.0.1:")
         assert httpx.post(f"{url}/flows/filter", json={}).status_code == 401
@@ -36,3 +37,12 @@ def test_prefect_api_answers_only_its_command(home: Path, monkeypatch: pytest.Mo
     assert os.environ["PREFECT_API_AUTH_STRING"] == "user:of-another-server"
     assert home.stat().st_mode & 0o777 == 0o700
     assert (home / "prefect.db").stat().st_mode & 0o777 == 0o600
+
+
+def test_prefect_api_that_does_not_start_names_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.setattr("infra.prefect_server._SERVER", "print('starting'); int('a'); print('stopped')")
+    message = r"does not start \(ValueError: invalid literal.*; set PREFECT_API_URL"
+    with pytest.raises(StageError, match=message), prefect_api():
+        pass
