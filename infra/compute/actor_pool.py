@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from infra.compute.interruptible import interruptions
 from infra.errors import StageError
 
 SHARD_TRIES = 3
@@ -87,7 +88,8 @@ class ActorPool:
         Raises ``StageError`` if actors repeatedly die before they start.
         """
         while self._waiting or any(shard for _, shard in self._pending.values()):
-            (done,), _ = ray.wait(list(self._pending), num_returns=1)
+            with interruptions():
+                (done,), _ = ray.wait(list(self._pending), num_returns=1)
             slot, shard = self._pending.pop(done)
             try:
                 result = ray.get(done)

@@ -1,8 +1,9 @@
 """Calls that a signal interrupts, although they block in native code or would replace the signal's handler."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -41,3 +42,17 @@ def call(
         if not done.done() and interrupted is not None:
             interrupted(thread)
         raise
+
+
+@contextmanager
+def interruptions() -> Iterator[None]:
+    """Raise what a signal handler raises within the block, where Ray's ``wait`` replaces it by a ``SystemError``.
+
+    Otherwise Prefect takes a cancelled task for a failed one, because a ``SystemError`` is an ordinary exception.
+    """
+    try:
+        yield
+    except SystemError as error:
+        if error.__cause__ is None or isinstance(error.__cause__, Exception):
+            raise
+        raise error.__cause__ from None

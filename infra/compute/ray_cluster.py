@@ -20,6 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 from infra import uris
 from infra.compute import interruptible, local_ray, ray_token
 from infra.compute.actor_pool import SHARD_TRIES, ActorPool, one_line
+from infra.compute.interruptible import interruptions
 from infra.compute.progress import progress_bar
 from infra.errors import InputError, StageError, TransientError
 from infra.progress import ProgressBar
@@ -168,9 +169,10 @@ class ActorGroup:
         called = self._actors if of is None else [self._actors[of]]
         answers = [actor.run.remote(item) for actor in called]
         try:
-            while ray.wait(answers, num_returns=len(answers), timeout=_CHECK_S)[1]:
-                self._require_room()
-            return list(ray.get(answers))
+            with interruptions():
+                while ray.wait(answers, num_returns=len(answers), timeout=_CHECK_S)[1]:
+                    self._require_room()
+                return list(ray.get(answers))
         except RayTaskError as error:
             raise (error.cause or error) from None
         except RayError as error:
@@ -202,7 +204,8 @@ def actor_group(
     actors = [kind.remote(factory, one, uris.secrets()) for one in settings]
     try:
         begun = [actor.ready.remote() for actor in actors]
-        running, waiting = ray.wait(begun, num_returns=len(actors), timeout=_START_S)
+        with interruptions():
+            running, waiting = ray.wait(begun, num_returns=len(actors), timeout=_START_S)
         try:
             ray.get(running)
         except RayError as error:

@@ -1,6 +1,7 @@
 """Tests of actors that die: retries, isolation, and the cost for other shards."""
 
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -52,6 +53,32 @@ def test_map_shards_with_a_poisonous_shard_fails_that_shard_only(
     attempts = {path.name: len(path.read_text()) for path in tmp_path.iterdir()}
     assert attempts["poison"] <= SHARD_TRIES + 1, "more than one attempt shared its actor with another shard"
     assert all(count <= 2 for name, count in attempts.items() if name != "poison")
+
+
+@pytest.mark.slow
+def test_signal_while_waiting_for_a_shard_raises_the_error_of_its_handler(cluster: None) -> None:
+    class Terminated(BaseException):
+        pass
+
+    class Worker:
+        """Local, so that Ray pickles it by value: tests are not shipped."""
+
+        def __call__(self, shard: str) -> None:
+            time.sleep(60)
+
+    def handle(number: int, frame: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGALRM, handle)
+    started = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 2)
+        with pytest.raises(Terminated):
+            list(compute.map_shards(Worker, (), ["a"], actors=1, description="shards"))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.slow
