@@ -20,7 +20,7 @@ from tasks.references.trust import open_named
 from tasks.references.types import DatabaseVersion, StageResult, config_from_manifest
 from tasks.register import RegistrationResult, register_database
 from tasks.stage import settings_of
-from tasks.upkeep.filter_expression import referenced_columns
+from tasks.references.filter_expression import referenced_columns
 from tasks.upkeep.merge import CombinedInputs, merge
 from tasks.upkeep.policy import require_replaceable, required_takedown
 from tasks.upkeep.subset import subset

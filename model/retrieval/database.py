@@ -189,6 +189,11 @@ class Database:
         return int(self._starts[-1])
 
     @property
+    def hidden(self) -> NDArray[np.int64]:
+        """Sorted ids of the rows that are never returned."""
+        return self._hidden
+
+    @property
     def exact(self) -> bool:
         """True if every search compares all rows, by their stored values."""
         return self._candidate_search.exact and not self._candidate_search.cells
@@ -212,6 +217,12 @@ class Database:
         other = object.__new__(Database)
         other.__dict__.update(self.__dict__)
         other.effort = effort
+        return other
+
+    def without(self, ids: NDArray[np.int64]) -> "Database":
+        """Return the same open database, which never returns the rows ``ids`` either."""
+        other = self.with_effort(self.effort)
+        other._hidden = np.union1d(self._hidden, np.array(checked_rows(ids.tolist(), self.stored, self.name), np.int64))
         return other
 
     def to(self, device: "torch.device | str") -> "Database":

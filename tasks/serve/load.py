@@ -14,6 +14,7 @@ from infra import logs
 from infra.download.downloader import DownloadPolicy
 from infra.download.images import as_stored
 from infra.errors import InputError, IntegrityError, KNNDiffusionError, NotFoundError
+from infra.registry import PulledVersion
 from infra.settings import Settings
 from model.encoder.clip import encoder_for
 from model.pipeline import KNNDiffusionPipeline
@@ -79,7 +80,7 @@ def search_database(
     if isinstance(query, str):
         embedded = encoder.embed_texts([query])
     else:
-        embedded = encoder.embed_images([as_stored(query, _stored_side_px(version))])
+        embedded = encoder.embed_images([as_stored(query, stored_side_px(version))])
     hits = database.search(embedded.numpy(), k)
     found = hits.ids[0] >= 0
     described = database.describe(hits.ids[0, found].tolist())
@@ -126,18 +127,26 @@ def load_pipeline(
         IntegrityError: As for :func:`load_database`.
     """
     settings = settings or Settings()
-    plain = pretrained_folder(model)
-    if (plain / "model_index.json").exists():  # a bundled generator, or a folder written by save_pretrained
-        generator, folder = saved_pipeline(model, "", settings, trust=trust), plain
-    else:
-        generator, pulled = open_named(Generator, model, settings, trust=trust)
-        if pulled.local is not None:
-            folder = pulled.local / "artifacts" / PIPELINE
-        else:
-            folder = generator_folder(generator, settings.cache_folder)
+    generator, folder, _ = locate_generator(model, settings, trust=trust)
     pipeline = KNNDiffusionPipeline.open(folder, load_database(database, settings, trust=trust))
     generator.require_known(pipeline.identity)
     return pipeline
+
+
+def locate_generator(
+    model: str, settings: Settings, *, trust: bool = False
+) -> tuple[Generator, Path, PulledVersion | None]:
+    """Return a generator by name, the local folder of its pipeline, and its registered version if it has one.
+
+    Raises as :func:`load_pipeline`.
+    """
+    plain = pretrained_folder(model)
+    if (plain / "model_index.json").exists():  # a bundled generator, or a folder written by save_pretrained
+        return saved_pipeline(model, "", settings, trust=trust), plain, None
+    generator, pulled = open_named(Generator, model, settings, trust=trust)
+    if pulled.local is not None:
+        return generator, pulled.local / "artifacts" / PIPELINE, pulled
+    return generator, generator_folder(generator, settings.cache_folder), pulled
 
 
 def images_of_rows(reference: str, ids: NDArray[np.int64], settings: Settings) -> list[list[Image.Image]]:
@@ -147,7 +156,7 @@ def images_of_rows(reference: str, ids: NDArray[np.int64], settings: Settings) -
     return [[next(images) for _ in rows] for rows in ids]
 
 
-def _stored_side_px(version: DatabaseVersion) -> int:
+def stored_side_px(version: DatabaseVersion) -> int:
     """Return the longer side to which the images of a database were reduced, or the default if that is unknown."""
     default = DownloadPolicy().max_side_px
     try:

@@ -22,7 +22,7 @@ from tasks.references.types import (
 from tasks.references.url_history import Hashes, hash_digests, hash_urls, write_seen
 from tasks.references.user_columns import UserColumns
 from tasks.stage import run_shards, run_stage, stage_task, sum_outcomes
-from tasks.upkeep.filter_expression import parse_where, referenced_columns
+from tasks.references.filter_expression import parse_where, referenced_columns
 from tasks.upkeep.merge import CombinedInputs
 from tasks.upkeep.rewrite_embeddings import KeepRows
 from tasks.upkeep.takedown import commit_takedown

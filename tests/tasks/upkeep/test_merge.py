@@ -22,7 +22,7 @@ from tasks.references.takedown import Entries, read_entries
 from tasks.references.types import DatabaseVersion, config_from_manifest, require_same_encoder
 from tasks.references.url_history import UrlHistory
 from tasks.upkeep.compact import compact
-from tasks.upkeep.filter_expression import parse_where
+from tasks.references.filter_expression import parse_where
 from tasks.upkeep.merge import CombinedInputs, merge
 from tasks.upkeep.subset import subset
 from tasks.upkeep.takedown import commit_takedown
