@@ -1,6 +1,12 @@
 """Errors of the service. The API answers each with a status of its own; the page shows the message."""
 
+import re
+
 from infra.errors import KNNDiffusionError
+from infra.text import sanitised
+
+_PLACE = re.compile(r"""(?<![\w:.])(?:[a-z][a-z0-9+.-]*:)?/{1,3}[\w.@~-]+/[^\s,;'")]*""", re.ASCII)
+"""An absolute path, or a URI below a host. ``models:/NAME`` is a name."""
 
 
 class QueueFullError(KNNDiffusionError):
@@ -22,3 +28,9 @@ class ServiceClosedError(KNNDiffusionError):
 
 class JobCancelledError(KNNDiffusionError):
     """Raised by the result of a job that was cancelled."""
+
+
+def public_message(error: BaseException) -> str:
+    """Return the message of an error on one line, without paths, URIs and passwords."""
+    line = " ".join(sanitised(str(error)).split())
+    return _PLACE.sub(lambda match: match[0] if match[0].startswith("models:/") else "…", line)

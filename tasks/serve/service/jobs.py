@@ -1,6 +1,7 @@
 """Jobs: one request on its way through the queue, its progress, and its response."""
 
 import dataclasses
+import itertools
 import threading
 import time
 import uuid
@@ -109,31 +110,34 @@ class Job:
 
 
 class JobTable:
-    """The jobs that a client may ask for, the latest ``size`` of them. Thread-safe."""
+    """The jobs that a client may ask for: the latest ``size`` searches, generations and edits each. Thread-safe."""
 
-    def __init__(self, size: int = 1_000) -> None:
+    def __init__(self, size: int = 250) -> None:
         """Create an empty table."""
         self._size = size
-        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._jobs: dict[type, OrderedDict[str, Job]] = {}
         self._lock = threading.Lock()
 
     def add(self, job: Job) -> Job:
-        """Add a job, and delete the oldest finished ones beyond ``size``."""
+        """Add a job, and delete the oldest finished ones of its kind beyond ``size``."""
         with self._lock:
-            self._jobs[job.id] = job
-            finished = [name for name, other in self._jobs.items() if other.future.done()]
-            for name in finished[: max(0, len(self._jobs) - self._size)]:
-                del self._jobs[name]
+            jobs = self._jobs.setdefault(type(job.request), OrderedDict())
+            jobs[job.id] = job
+            for name in list(itertools.islice(jobs, max(0, len(jobs) - self._size))):
+                if jobs[name].future.done():
+                    del jobs[name]
         return job
 
     def get(self, name: str) -> Job:
         """Return a job by id. Raises ``NotFoundError`` if it is unknown or expired."""
         with self._lock:
-            if name not in self._jobs:
-                raise NotFoundError("there is no such job; it may have expired")
-            return self._jobs[name]
+            for jobs in self._jobs.values():
+                if name in jobs:
+                    return jobs[name]
+        raise NotFoundError("there is no such job; it may have expired")
 
     def recent(self) -> list[Job]:
         """Return the jobs, oldest first."""
         with self._lock:
-            return list(self._jobs.values())
+            jobs = [job for jobs in self._jobs.values() for job in jobs.values()]
+        return sorted(jobs, key=lambda job: job.created)
