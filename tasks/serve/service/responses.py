@@ -1,12 +1,19 @@
 """Responses of the service. Each names the model, the database version, the settings and the provenance."""
 
-from typing import Any
+import base64
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
+
+Png: TypeAlias = Annotated[
+    bytes,
+    PlainSerializer(lambda data: base64.b64encode(data).decode(), when_used="json"),  # pydantic's is URL-safe
+    WithJsonSchema({"type": "string", "format": "byte"}),
+]
 
 
 class _Response(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_bytes="base64")  # a user's column may hold bytes
 
 
 class Hit(_Response):
@@ -54,7 +61,7 @@ class SearchResponse(_Response):
 class MadeImage(_Response):
     """A generated or edited image with its provenance."""
 
-    png: bytes = Field(description="PNG with the provenance as text chunks; base64 in JSON.")
+    png: Png = Field(description="PNG with the provenance as text chunks; base64 in JSON.")
     seed: int
     neighbours: list[Hit]
     nearest: Hit | None = Field(None, description="Nearest stored image of this image; its score is the similarity.")
