@@ -1,0 +1,1 @@
+"""The HTTP API of the service: REST routes, an OpenAI-compatible adapter, probes and metrics."""

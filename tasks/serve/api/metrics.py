@@ -1,0 +1,63 @@
+"""Metrics of HTTP requests. Labels are route templates and statuses: never a prompt, a URL or a client."""
+
+import time
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tasks.serve.api.problems import problem_of
+from tasks.serve.service.metrics import Metrics
+
+_PROTECTION = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
+"""Headers of every response: other sites neither frame nor embed it."""
+
+
+class Observed:
+    """ASGI middleware, the outermost one: counts requests, adds headers, and reports unexpected errors as problems."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        """Wrap ``app``."""
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun, status = time.perf_counter(), 0
+
+        async def observe(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *_PROTECTION]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observe)
+        except Exception as error:
+            problem = problem_of(error)
+            if status:  # the response has begun; the server closes the connection
+                return
+            await problem.response(scope["path"])(scope, receive, observe)
+        finally:
+            route = route_of(scope)
+            self._metrics.requests.labels(route, str(status or 499)).inc()  # 499: the client closed the connection
+            self._metrics.request_seconds.labels(route).observe(time.perf_counter() - begun)
+
+
+def route_of(scope: Scope) -> str:
+    """Return the template of the route that answered, so that no value of the path becomes a label."""
+    route: Any = scope.get("route")
+    return getattr(route, "path", None) or "other"
+
+
+def exposition(metrics: Metrics) -> Response:
+    """Return the metrics of the service in Prometheus's text format."""
+    return Response(metrics.expose(), media_type=CONTENT_TYPE_LATEST)
