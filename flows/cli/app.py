@@ -3,8 +3,8 @@
 Results go to standard output (only JSON with ``--json``); logs, progress and errors go to standard error. Exit codes:
 0 for success, 1 for a failure that is reported on one line, 2 for wrong usage, 130 after Ctrl-C. Heavy imports are
 inside the commands, so that ``--help`` is fast, and after the checks of :mod:`flows.cli.inputs`. ``demo`` and
-``new-domain`` are here; the others are in the modules ``databases``, ``generators``, ``promotion``, ``stack`` and
-``upkeep``.
+``new-domain`` are here; the others are in the modules ``databases``, ``generators``, ``promotion``, ``service``,
+``stack`` and ``upkeep``.
 """
 
 import dataclasses
@@ -37,6 +37,7 @@ from flows.cli.databases import databases, export, search
 from flows.cli.generators import edit, evaluate, generate
 from flows.cli.inputs import check_domain, check_encoder, check_folder, check_recipe
 from flows.cli.promotion import history, lineage, promote, pull, push, rollback
+from flows.cli.service import serve
 from flows.cli.sources import Folder, OnlyFailed, UrlColumn, Urls, source_fields
 from flows.cli.stack import cancel, deploy, down, run, runs, status, up
 from flows.cli.upkeep import gc, merge, rebuild_index, relocate, subset
@@ -201,6 +202,7 @@ _LISTED = {
     "Start": (demo,),
     "Databases": (new_domain, rebuild_index, search, export, databases),
     "Generator": (generate, edit, evaluate),
+    "Service": (serve,),
     "Upkeep": (merge, subset, gc, relocate),
     "Operation": (up, status, down, deploy, run, runs, cancel),
     "Promotion": (promote, rollback, history, pull, push, lineage),

@@ -1,0 +1,181 @@
+"""The HTTP server of one process: time limits of connections, signals, and the order of a shutdown."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from infra.errors import InputError
+from tasks.serve.api.config import ApiConfig
+
+if TYPE_CHECKING:
+    from tasks.serve.service.engine import Engine
+
+HEADERS_TIMEOUT_S = 10.0
+"""Time for a client to send the headers of a request. Uvicorn itself waits without a limit."""
+KEEP_ALIVE_S = 5
+FLUSH_S = 3
+"""Part of the drain time that is left to send the last responses."""
+MAX_CONNECTIONS = 1_000
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _Connection(H11Protocol):
+    """A connection that is closed if the headers of a request do not arrive in time.
+
+    It parses with h11, because the headers are bounded in size there.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the headers of the first request."""
+        super().connection_made(transport)
+        self._wait_for_headers()
+
+    def data_received(self, data: bytes) -> None:
+        """Wait for the headers of the next request from its first byte on."""
+        if self._timer is None and self._is_between_requests():
+            self._wait_for_headers()
+        super().data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def _wait_for_headers(self) -> None:
+        self._timer = self.loop.call_later(HEADERS_TIMEOUT_S, self._check, self.cycle)
+
+    def _check(self, before: object) -> None:
+        """Close the connection if no request began since ``before`` did."""
+        self._timer = None
+        if self.transport.is_closing() or self.transport.get_protocol() is not self:  # closed, or a WebSocket by now
+            return
+        if self.cycle is before:
+            self.transport.close()
+        elif self._is_between_requests() and self.timeout_keep_alive_task is None:  # part of the next one is here
+            self._wait_for_headers()
+
+    def _is_between_requests(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+
+class _Server(uvicorn.Server):
+    """A server that leaves the signals to :func:`run`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle no signals."""
+        yield
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound but does not listen yet, so that a used port is reported before models load.
+
+    Raises ``InputError`` if the address cannot be bound.
+    """
+    name = host.strip("[]")
+    family = socket.AF_INET6 if ":" in name else socket.AF_INET
+    # With the protocol left out, asyncio does not turn off Nagle's algorithm, and each response takes 40 ms.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((name, port))
+    except (OSError, OverflowError) as error:
+        bound.close()
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--host and --port cannot be used: {host}:{port} ({reason}); give another port") from error
+    return bound
+
+
+def address_of(bound: socket.socket) -> str:
+    """Return the URL of a bound socket."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run(
+    app: FastAPI, engine: "Engine", bound: socket.socket, config: ApiConfig, on_ready: Callable[[], None]
+) -> signal.Signals | None:
+    """Serve until a signal arrives, and return the signal.
+
+    After the signal, the service is not ready at once and rejects new requests; accepted ones finish within
+    ``config.drain_s``. A second signal ends the process at once.
+    """
+    return asyncio.run(_run(app, engine, bound, config, on_ready))
+
+
+async def _run(
+    app: FastAPI, engine: "Engine", bound: socket.socket, config: ApiConfig, on_ready: Callable[[], None]
+) -> signal.Signals | None:
+    server = _Server(_uvicorn_config(app))
+    with _signals() as received:
+        serving = asyncio.create_task(server.serve(sockets=[bound]))
+        announcing = asyncio.create_task(_announce(engine, server, on_ready))
+        await asyncio.wait({serving, received}, return_when=asyncio.FIRST_COMPLETED)
+        announcing.cancel()
+        if not serving.done():  # the port stays open meanwhile: probes and new requests are answered with 503
+            await asyncio.to_thread(engine.close, max(0.0, config.drain_s - FLUSH_S))
+            server.should_exit = True
+        await serving
+        return received.result() if received.done() else None
+
+
+def _uvicorn_config(app: FastAPI) -> uvicorn.Config:
+    """Return the configuration of the server. It logs no requests, because they name clients."""
+    return uvicorn.Config(
+        app,
+        http=_Connection,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=FLUSH_S,
+    )
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator["asyncio.Future[signal.Signals]"]:
+    """Yield a future of the first SIGINT or SIGTERM. The second one has its default effect."""
+    loop = asyncio.get_running_loop()
+    received: asyncio.Future[signal.Signals] = loop.create_future()
+
+    def set_received(number: int) -> None:
+        if not received.done():
+            received.set_result(signal.Signals(number))
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        for one in _SIGNALS:
+            signal.signal(one, end)
+        loop.call_soon_threadsafe(set_received, number)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+async def _announce(engine: "Engine", server: uvicorn.Server, on_ready: Callable[[], None]) -> None:
+    """Call ``on_ready`` once the server listens and the engine is warm."""
+    while not (server.started and engine.ready):
+        await asyncio.sleep(0.05)
+    on_ready()
