@@ -16,11 +16,11 @@ from tasks.index.config import IndexConfig, IndexOverrides
 from tasks.index.task import index
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.domain_name import require_domain
+from tasks.references.filter_expression import referenced_columns
 from tasks.references.trust import open_named
 from tasks.references.types import DatabaseVersion, StageResult, config_from_manifest
 from tasks.register import RegistrationResult, register_database
 from tasks.stage import settings_of
-from tasks.references.filter_expression import referenced_columns
 from tasks.upkeep.merge import CombinedInputs, merge
 from tasks.upkeep.policy import require_replaceable, required_takedown
 from tasks.upkeep.subset import subset

@@ -274,7 +274,7 @@ class KNNDiffusionPipeline(BasePipeline):
         backbone, flow = self.backbone, method == "flow"
         check_method(backbone, config)
         trained = self.config.trained_neighbours
-        k = (min(FLOW_NEIGHBOURS, trained) if flow else trained) if neighbours is None else neighbours
+        k = self.edit_neighbours(method) if neighbours is None else neighbours
         arguments.check_count("neighbours", k)
         sources = fit_images([image] if isinstance(image, Image.Image) else image or [], self.side)
         targets = one_for_each(self.embed(prompt), len(sources), name="prompts", of="images")
@@ -290,6 +290,11 @@ class KNNDiffusionPipeline(BasePipeline):
             backbone, self._embed_pixels, sources, targets, tokens, source_tokens, config, generator, on_progress
         )
         return [Image.fromarray(pixels) for pixels in edited]
+
+    def edit_neighbours(self, method: EditMethod) -> int:
+        """Return the default number of neighbours of an edit."""
+        trained = int(self.config.trained_neighbours)
+        return min(FLOW_NEIGHBOURS, trained) if method == "flow" else trained
 
     def interpolate(self, first: Prompt, second: Prompt, count: int = 8, **options: Any) -> KNNDiffusionOutput:
         """Generate ``count`` images between two prompts, ends included, from the same noise.

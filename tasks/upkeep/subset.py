@@ -11,6 +11,7 @@ from infra import artifacts, storage
 from infra.errors import InputError
 from infra.formats import tables
 from tasks.references.domain_folder import DomainFolder
+from tasks.references.filter_expression import parse_where, referenced_columns
 from tasks.references.lineage import embeddings_of, images_of
 from tasks.references.takedown import Matcher, inherited_takedown
 from tasks.references.types import (
@@ -22,7 +23,6 @@ from tasks.references.types import (
 from tasks.references.url_history import Hashes, hash_digests, hash_urls, write_seen
 from tasks.references.user_columns import UserColumns
 from tasks.stage import run_shards, run_stage, stage_task, sum_outcomes
-from tasks.references.filter_expression import parse_where, referenced_columns
 from tasks.upkeep.merge import CombinedInputs
 from tasks.upkeep.rewrite_embeddings import KeepRows
 from tasks.upkeep.takedown import commit_takedown

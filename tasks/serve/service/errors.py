@@ -5,7 +5,7 @@ import re
 from infra.errors import KNNDiffusionError
 from infra.text import sanitised
 
-_PLACE = re.compile(r"""(?<![\w:.])(?:[a-z][a-z0-9+.-]*:)?/{1,3}[\w.@~-]+/[^\s,;'")]*""", re.ASCII)
+_PLACE = re.compile(r"""(?<![\w:.])(?:[a-z][a-z0-9+.-]*:)?/{1,4}[\w.@:~-]+/[^\s,;'")]*""", re.ASCII)
 """An absolute path, or a URI below a host. ``models:/NAME`` is a name."""
 
 

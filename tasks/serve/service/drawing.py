@@ -1,0 +1,149 @@
+"""Generations and edits: run a batch through the pipeline, and describe where each image comes from."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model.editing.edit import fit_images
+from model.editing.edit_metrics import changed_region
+from model.images import to_model_range
+from model.pipeline import KNNDiffusionPipeline
+from tasks.serve.service.plans import EditPlan, GeneratePlan
+from tasks.serve.service.provenance import encode_png, hit_provenance
+from tasks.serve.service.responses import Hit, ImagesResponse, MadeImage
+
+OnStep = Callable[[int, int], None]
+"""Called with (step, total steps) between steps. It may raise to stop the work."""
+
+
+def generate(plans: Sequence[GeneratePlan], on_step: OnStep) -> list[ImagesResponse]:
+    """Run generations with equal keys as one batch. Raises ``ModelError`` as the pipeline."""
+    first = plans[0]
+    pipeline, backbone = first.model.with_database(first.opened), first.model.backbone
+    counts = [one.request.n for one in plans]
+    between = first.request.interpolate_to is not None
+    prompts = [one.request.prompt if one.request.image is None else one.request.image for one in plans]
+    embedded = pipeline.embed([*prompts, *([first.request.interpolate_to] if between else [])])  # type: ignore[list-item]
+    negative = None
+    if first.request.negative_prompt is not None:
+        texts = [one.request.negative_prompt or "" for one in plans]
+        negative = pipeline.embed(texts).repeat_interleave(torch.tensor(counts), dim=0)
+    settings = first.settings
+    output = pipeline(
+        embedded if between else embedded.repeat_interleave(torch.tensor(counts), dim=0),
+        negative,
+        num_inference_steps=settings["steps"],
+        guidance_scale=settings["guidance"],
+        latents=torch.cat([one.noise(backbone) for one in plans]),
+        neighbours=settings["k"],
+        candidates=settings["candidates"],
+        query=settings["query"],
+        start=settings["start"],
+        strength=settings["strength"],
+        between=first.request.n if between else None,
+        on_progress=on_step,
+    )
+    rows = [number * 2 // counts[0] for number in range(counts[0])] if between else range(sum(counts))
+    neighbours = [(output.hits.ids[row], output.hits.scores[row]) for row in rows]
+    responses, start = [], 0
+    for one in plans:
+        end = start + one.request.n
+        responses.append(_response(one, pipeline, output.images[start:end], neighbours[start:end]))
+        start = end
+    return responses
+
+
+def edit(plan: EditPlan, on_step: OnStep) -> ImagesResponse:
+    """Run an edit once for each of its seeds. Raises ``ModelError`` as the pipeline."""
+    pipeline, request, images = plan.model.with_database(plan.opened), plan.request, list[Image.Image]()
+    total = request.n * plan.config.candidates
+    for number, seed in enumerate(plan.seeds):
+        before = number * plan.config.candidates
+        on_step(before, total)
+        images += pipeline.edit(
+            request.image,
+            request.prompt,
+            method=plan.config.method,
+            strength=plan.config.strength,
+            num_inference_steps=plan.config.steps,
+            guidance_scale=plan.config.guidance_scale,
+            neighbours=plan.settings["k"],
+            generator=torch.Generator().manual_seed(seed),
+            on_progress=lambda step, _, before=before: on_step(before + step, total),  # type: ignore[misc]
+        )
+    found = plan.opened.database.nearest(pipeline.embed(request.prompt).numpy(), plan.settings["k"])
+    source = fit_images([request.image], pipeline.side)[0]
+    regions = [region_outline(source, np.asarray(image)) for image in images]
+    return _response(plan, pipeline, images, [(found.ids[0], found.scores[0])] * len(images), regions)
+
+
+def region_outline(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> list[list[float]]:
+    """Return the outline of the region that an edit changed, as points (x, y) in [0, 1]; empty if nothing changed.
+
+    ``before`` and ``after`` are (S, S, 3) uint8.
+    """
+    mask = changed_region(_one(before), _one(after))[0, 0].numpy().astype(np.uint8)
+    outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    if not outlines:
+        return []
+    points = max(outlines, key=cv2.contourArea)[:, 0].astype(float)
+    return ((points + 0.5) / len(mask)).round(4).tolist()  # type: ignore[no-any-return]
+
+
+def _one(pixels: np.ndarray[Any, Any]) -> Tensor:
+    return to_model_range(torch.from_numpy(np.ascontiguousarray(pixels[None])))
+
+
+def _response(
+    plan: GeneratePlan | EditPlan,
+    pipeline: KNNDiffusionPipeline,
+    images: Sequence[Image.Image],
+    neighbours: Sequence[tuple[Any, Any]],
+    regions: Sequence[list[list[float]]] | None = None,
+) -> ImagesResponse:
+    """Return the response: each image with its neighbours, and with the stored image that it is most similar to."""
+    opened = plan.opened
+    nearest = opened.database.nearest(pipeline.encoder.embed_images(images).numpy(), 1)
+    described: dict[bytes, list[Hit]] = {}  # the images of a prompt share their neighbours
+    made = []
+    for number, (image, seed, (ids, scores)) in enumerate(zip(images, plan.seeds, neighbours, strict=True)):
+        if ids.tobytes() not in described:
+            described[ids.tobytes()] = opened.hits(ids.tolist(), scores.tolist())
+        own = described[ids.tobytes()]
+        most_similar = next(iter(opened.hits(nearest.ids[number].tolist(), nearest.scores[number].tolist())), None)
+        made.append(
+            MadeImage(
+                png=encode_png(image, _provenance(plan, seed, own, most_similar)),
+                seed=seed,
+                neighbours=own,
+                nearest=most_similar,
+                region=[] if regions is None else regions[number],
+            )
+        )
+    return ImagesResponse(
+        model=plan.model.name,
+        database=opened.info,
+        kind=plan.kind,
+        settings={**plan.settings, "seed": plan.seed},
+        images=made,
+    )
+
+
+def _provenance(
+    plan: GeneratePlan | EditPlan, seed: int, neighbours: Sequence[Hit], nearest: Hit | None
+) -> dict[str, Any]:
+    return {
+        "kind": plan.kind,
+        "model": plan.model.name,
+        "encoder": plan.model.pipeline.identity.name,
+        "database": plan.opened.info.model_dump(),
+        "seed": seed,
+        "settings": {**plan.settings, "seed": plan.seed},
+        "neighbours": [hit_provenance(hit) for hit in neighbours],
+        "nearest": None if nearest is None else hit_provenance(nearest),
+    }

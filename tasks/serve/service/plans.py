@@ -1,0 +1,232 @@
+"""Plans: requests with all defaults resolved, on the versions that they were submitted with.
+
+Image i of a request with seed s is generated from the noise of seed s + i alone: its candidates take consecutive numbers
+of a generator with that seed. The image therefore depends neither on n nor on the batch, the first image equals that of
+``knn-diffusion generate --seed s``, and the seed s + i alone generates image i again.
+"""
+
+import dataclasses
+import hashlib
+import secrets
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infra.download.images import as_stored, shrink_to_fit
+from infra.errors import InputError
+from model.editing.config import EditConfig, edit_config
+from model.editing.edit import check_method
+from model.errors import ModelError
+from model.generation.backbone import Backbone
+from model.generation.start import STRENGTH
+from tasks.serve.service.generator import OpenModel
+from tasks.serve.service.requests import EditRequest, GenerateRequest, Request, SearchRequest
+from tasks.serve.service.served import OpenDatabase
+
+_LAST_SEED = 2**63
+_RANDOM_SEEDS = 2**32
+"""Random seeds are below it, so that they are short, and exact in JavaScript."""
+_MAX_SIDE_PX = 1024
+"""Longer side to which images of generations and edits are reduced at once; a queue of large ones would fill memory."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SearchPlan:
+    """A search."""
+
+    request: SearchRequest
+    opened: OpenDatabase
+    model: OpenModel
+
+    @property
+    def kind(self) -> str:
+        """Name of the work, in metrics."""
+        return "search"
+
+    @property
+    def key(self) -> Hashable:
+        """Searches of one version run together."""
+        return (self.opened, self.model)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class GeneratePlan:
+    """A generation. ``settings`` has every setting of the response but the seed."""
+
+    request: GenerateRequest
+    opened: OpenDatabase
+    model: OpenModel
+    seed: int
+    settings: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """Name of the work, in metrics."""
+        return "generate" if self.request.interpolate_to is None else "interpolate"
+
+    @property
+    def key(self) -> Hashable:
+        """Generations with the same settings run together; an interpolation runs alone."""
+        shared = ("steps", "guidance", "k", "candidates", "query", "start", "strength")
+        alone = self if self.request.interpolate_to is not None else None
+        negative = self.request.negative_prompt is not None
+        return (self.opened, self.model, *(self.settings[name] for name in shared), negative, id(alone))
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each image. The images of an interpolation start from the same noise."""
+        if self.request.interpolate_to is not None:
+            return [self.seed] * self.request.n
+        return [(self.seed + number) % _LAST_SEED for number in range(self.request.n)]
+
+    def noise(self, backbone: Backbone) -> Tensor:
+        """Return the noise of all images and candidates, image after image."""
+        candidates, steps = self.settings["candidates"], self.settings["steps"]
+        parts = [backbone.noise(candidates, steps, torch.Generator().manual_seed(seed)) for seed in self.seeds]
+        return torch.cat(parts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class EditPlan:
+    """An edit: one for each seed. ``settings`` has every setting of the response but the seed."""
+
+    request: EditRequest
+    opened: OpenDatabase
+    model: OpenModel
+    seed: int
+    config: EditConfig
+    settings: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """Name of the work, in metrics."""
+        return "edit"
+
+    @property
+    def key(self) -> Hashable:
+        """Edits run one by one."""
+        return (self.opened, self.model, id(self))
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each edit."""
+        return [(self.seed + number) % _LAST_SEED for number in range(self.request.n)]
+
+
+Plan = SearchPlan | GeneratePlan | EditPlan
+
+
+def plan(request: Request, opened: OpenDatabase, model: OpenModel) -> Plan:
+    """Resolve a request. Raises ``InputError`` for settings that the model or the database does not support."""
+    try:
+        match request:
+            case SearchRequest():
+                return _plan_search(request, opened, model)
+            case GenerateRequest():
+                return _plan_generation(request, opened, model)
+            case EditRequest():
+                return _plan_edit(request, opened, model)
+    except ModelError as error:
+        raise InputError(str(error)) from error
+
+
+def size(resolved: Plan) -> int:
+    """Return the number of images that a plan generates at once, or 1 for a search."""
+    if isinstance(resolved, GeneratePlan):
+        return int(resolved.request.n * resolved.settings["candidates"])
+    return 1
+
+
+def _plan_search(request: SearchRequest, opened: OpenDatabase, model: OpenModel) -> SearchPlan:
+    _require_text(request.text, *request.negative)
+    if request.row is not None and opened.is_hidden(request.row):
+        raise InputError(f"database {opened.name} has no row {request.row}; use the id of a result")
+    return SearchPlan(request=request, opened=opened, model=model)
+
+
+def _plan_generation(request: GenerateRequest, opened: OpenDatabase, model: OpenModel) -> GeneratePlan:
+    _require_text(request.prompt, request.negative_prompt, request.interpolate_to)
+    defaults, between = model.defaults, request.interpolate_to is not None
+    steps, guidance = request.steps or defaults["steps"], request.guidance or defaults["guidance"]
+    if request.negative_prompt is not None and guidance <= 1:
+        raise InputError(f"guidance is too small for a negative prompt: {guidance}; give a value above 1")
+    if between and request.n < 2:
+        raise InputError(f"n is too small for an interpolation: {request.n}; give at least 2, because it has two ends")
+    most = model.backbone.max_steps
+    if most is not None and steps > most:
+        raise InputError(f"steps is too large for this model: {steps}; give at most {most}")
+    start = _start(request, opened, defaults["start"])
+    if start == "noise" and request.strength not in (None, 1):
+        raise InputError(f"strength has no effect on pure noise: {request.strength}; remove it, or use start=neighbour")
+    settings = {
+        "prompt": request.prompt,
+        "image_sha256": None if request.image is None else hashlib.sha256(request.image.tobytes()).hexdigest(),
+        "negative_prompt": request.negative_prompt,
+        "interpolate_to": request.interpolate_to,
+        "n": request.n,
+        "steps": steps,
+        "guidance": guidance,
+        "k": request.k or defaults["k"],
+        "candidates": 1 if between else request.candidates or defaults["candidates"],
+        "query": defaults["query"],
+        "start": start,
+        "strength": None if start == "noise" else request.strength or STRENGTH,
+        "side": model.pipeline.side,
+    }
+    return GeneratePlan(request=request, opened=opened, model=model, seed=_seed(request.seed), settings=settings)
+
+
+def _start(request: GenerateRequest, opened: OpenDatabase, default: str) -> str:
+    """Return the start of a generation: a stored neighbour if there are images, like ``knn-diffusion generate``."""
+    between = request.interpolate_to is not None
+    if request.start == "neighbour":
+        if between:
+            raise InputError("start=neighbour does not apply to an interpolation; remove it")
+        if default != "neighbour":
+            raise InputError("this model starts from noise only; remove start=neighbour")
+        if not opened.has_images:
+            raise InputError(f"database {opened.name} has no images to start from; remove start=neighbour")
+    if request.start is not None:
+        return request.start
+    return default if opened.has_images and not between else "noise"
+
+
+def _plan_edit(request: EditRequest, opened: OpenDatabase, model: OpenModel) -> EditPlan:
+    _require_text(request.prompt)
+    method = request.method or model.defaults["edit_method"]
+    config = edit_config(method, strength=request.strength, steps=request.steps, guidance_scale=request.guidance)
+    check_method(model.backbone, config)
+    settings = {
+        "prompt": request.prompt,
+        "image_sha256": hashlib.sha256(request.image.tobytes()).hexdigest(),
+        "n": request.n,
+        "method": method,
+        "strength": config.strength,
+        "steps": config.steps,
+        "guidance": config.guidance_scale,
+        "candidates": config.candidates,
+        "k": request.k or model.pipeline.edit_neighbours(method),
+        "side": model.pipeline.side,
+    }
+    seed = _seed(request.seed)
+    return EditPlan(request=request, opened=opened, model=model, seed=seed, config=config, settings=settings)
+
+
+def reduced(request: Request, opened: OpenDatabase) -> Request:
+    """Return the request with a smaller image, since jobs are kept for a while. A search sees it as it would be stored."""
+    if request.image is None:
+        return request
+    is_search = isinstance(request, SearchRequest)
+    image = as_stored(request.image, opened.side_px) if is_search else shrink_to_fit(request.image, _MAX_SIDE_PX)
+    return request.model_copy(update={"image": image})
+
+
+def _require_text(*texts: str | None) -> None:
+    if any(text is not None and not text.strip() for text in texts):
+        raise InputError("a text is empty; describe what the image should show")
+
+
+def _seed(given: int | None) -> int:
+    return secrets.randbelow(_RANDOM_SEEDS) if given is None else given
