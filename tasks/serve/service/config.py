@@ -15,8 +15,8 @@ class ServiceConfig:
     """What is served, and the limits of its queues.
 
     Attributes:
-        model: Generator: short name, ``models:/`` URI, folder or bundled name. A short name or an alias is followed when
-            it moves. Default: ``knn-diffusion``, or the bundled generator while that has no champion.
+        model: Generator: short name, ``models:/`` URI, folder or bundled name. A short name or an alias is followed
+            when it moves. Default: ``knn-diffusion``, or the bundled generator while that has no champion.
         databases: Short names (their champion), ``models:/`` URIs or folders; the first is the default of a request.
             Default: all registered databases of the generator's encoder that have a champion.
         device: Device of the networks: cpu, cuda, cuda:0 or mps. Default: cpu.

@@ -1,8 +1,8 @@
 """Plans: requests with all defaults resolved, on the versions that they were submitted with.
 
-Image i of a request with seed s is generated from the noise of seed s + i alone: its candidates take consecutive numbers
-of a generator with that seed. The image therefore depends neither on n nor on the batch, the first image equals that of
-``knn-diffusion generate --seed s``, and the seed s + i alone generates image i again.
+Image i of a request with seed s is generated from the noise of seed s + i alone: its candidates take consecutive
+numbers of a generator with that seed. The image therefore depends neither on n nor on the batch, the first image equals
+that of ``knn-diffusion generate --seed s``, and the seed s + i alone generates image i again.
 """
 
 import dataclasses
@@ -215,7 +215,10 @@ def _plan_edit(request: EditRequest, opened: OpenDatabase, model: OpenModel) -> 
 
 
 def reduced(request: Request, opened: OpenDatabase) -> Request:
-    """Return the request with a smaller image, since jobs are kept for a while. A search sees it as it would be stored."""
+    """Return the request with a smaller image, since jobs are kept for a while.
+
+    A search reduces it as the download reduces stored images.
+    """
     if request.image is None:
         return request
     is_search = isinstance(request, SearchRequest)

@@ -1,7 +1,8 @@
 """Provenance in PNG files: how an image was generated, as text chunks.
 
-The chunk ``knn-diffusion`` is a JSON object with everything. The others repeat the most useful values for image viewers.
-Prompts and captions come from users and from the web. They are stored as data, and printed without control characters.
+The chunk ``knn-diffusion`` is a JSON object with everything. The others repeat the most useful values for image
+viewers. Prompts and captions come from users and from the web. They are stored as data, and printed without control
+characters.
 """
 
 import io
