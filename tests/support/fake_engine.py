@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from infra.errors import InputError, NotFoundError
 from tasks.serve.service.errors import QueueFullError, ServiceClosedError, UnknownDatabaseError
 from tasks.serve.service.jobs import Job, JobTable
+from tasks.serve.service.metrics import Metrics
 from tasks.serve.service.requests import EditRequest, GenerateRequest, Request, SearchRequest
 from tasks.serve.service.responses import (
     Hit,
@@ -57,6 +58,7 @@ class FakeEngine:
         self.fault: BaseException | None = None
         self.drains: list[float] = []
         self.jobs = JobTable()
+        self.metrics = Metrics()
         self.ready = False
         self._capacity, self._step_s, self._warm, self._side_px, self._rows = capacity, step_s, warm, side_px, rows
         self._closed = False
