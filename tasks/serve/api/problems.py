@@ -18,6 +18,7 @@ from infra import logs
 from infra.errors import InputError, KNNDiffusionError, NotFoundError, TransientError
 from model.errors import ModelError
 from tasks.serve.service.errors import (
+    DatabaseUnavailableError,
     JobCancelledError,
     QueueFullError,
     ServiceClosedError,
@@ -36,6 +37,7 @@ _ERRORS: tuple[tuple[type[Exception], int, str], ...] = (
     (UnknownDatabaseError, 404, "unknown_database"),
     (NotFoundError, 404, "not_found"),
     (TransientError, 503, "unavailable"),
+    (DatabaseUnavailableError, 503, "database_unavailable"),
     (InputError, 422, "invalid_input"),
     (ModelError, 422, "invalid_input"),
 )

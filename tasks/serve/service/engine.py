@@ -20,6 +20,7 @@ from tasks.serve.service.batching import BatchQueue, Ticket
 from tasks.serve.service.catalog import Catalog
 from tasks.serve.service.config import ServiceConfig
 from tasks.serve.service.errors import (
+    DatabaseUnavailableError,
     JobCancelledError,
     QueueFullError,
     ServiceClosedError,
@@ -195,9 +196,12 @@ class Engine:
         """Fail a job with an error whose message may be shown to a client."""
         if error is None or isinstance(error, JobCancelledError):
             ticket.job.fail(error or JobCancelledError("the job was cancelled"))
-        elif isinstance(error, KNNDiffusionError | ModelError):
-            logs.get("serve").warning("a request failed: %s", error)
-            ticket.job.fail(type(error)(public_message(error)))
+        elif isinstance(error, InputError):
+            ticket.job.fail(InputError(public_message(error)))
+        elif isinstance(error, KNNDiffusionError | ModelError):  # requests were checked: it is not the client's fault
+            name = ticket.plan.opened.name
+            logs.get("serve").warning("a request to %s failed: %s", name, error)
+            ticket.job.fail(DatabaseUnavailableError(f"database {name} cannot answer: {public_message(error)}"))
         else:
             logs.get("serve").error("a request failed", exc_info=error)
             ticket.job.fail(StageError(f"the request failed: {type(error).__name__}; see the log of the service"))

@@ -22,6 +22,10 @@ class UnknownDatabaseError(KNNDiffusionError):
     """Raised when a request names a database that is not served."""
 
 
+class DatabaseUnavailableError(KNNDiffusionError):
+    """Raised when a served version can no longer answer: its files were deleted, or are damaged."""
+
+
 class ServiceClosedError(KNNDiffusionError):
     """Raised when the service is shutting down."""
 
