@@ -37,7 +37,7 @@ from flows.cli.databases import databases, export, search
 from flows.cli.generators import edit, evaluate, generate
 from flows.cli.inputs import check_domain, check_encoder, check_folder, check_recipe
 from flows.cli.promotion import history, lineage, promote, pull, push, rollback
-from flows.cli.service import serve
+from flows.cli.service import inspect, serve
 from flows.cli.sources import Folder, OnlyFailed, UrlColumn, Urls, source_fields
 from flows.cli.stack import cancel, deploy, down, run, runs, status, up
 from flows.cli.upkeep import gc, merge, rebuild_index, relocate, subset
@@ -202,7 +202,7 @@ _LISTED = {
     "Start": (demo,),
     "Databases": (new_domain, rebuild_index, search, export, databases),
     "Generator": (generate, edit, evaluate),
-    "Service": (serve,),
+    "Service": (serve, inspect),
     "Upkeep": (merge, subset, gc, relocate),
     "Operation": (up, status, down, deploy, run, runs, cancel),
     "Promotion": (promote, rollback, history, pull, push, lineage),

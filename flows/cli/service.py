@@ -1,4 +1,4 @@
-"""Commands of the service: serve."""
+"""Commands of the service: serve, and inspect for the images that it generates."""
 
 import signal
 import sys
@@ -75,3 +75,22 @@ def serve(
         if received == signal.SIGINT:
             print("knn-diffusion: interrupted; the accepted requests were answered", file=sys.stderr)
             raise typer.Exit(130)
+
+
+def inspect(
+    image: Annotated[Path, typer.Argument(metavar="FILE", help="PNG file that the service generated.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of lines.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Print where a generated image comes from: model, database, seed, settings, neighbours, and the nearest image.
+
+    Example: knn-diffusion inspect heart.png
+    """
+    with report_errors(verbose):
+        import json
+
+        from tasks.serve.service.provenance import describe, read_provenance
+
+        found = read_provenance(image)
+        for line in [json.dumps(found)] if as_json else describe(found):
+            say(line)

@@ -87,3 +87,29 @@ def _readable(provenance: dict[str, Any]) -> dict[str, str]:
         "neighbours": " ".join(neighbours) or None,
     }
     return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def describe(provenance: dict[str, Any]) -> list[str]:
+    """Return the provenance as lines of text. A file may hold anything, so unknown and odd values are shown as JSON."""
+    lines = []
+    for name, value in provenance.items():
+        if name == "neighbours" and isinstance(value, list):
+            lines += ["neighbours", *(f"  {_line(one)}" for one in value)]
+        elif isinstance(value, dict) and name != "nearest":
+            given = {key: one for key, one in value.items() if one is not None}
+            lines += [name, *(f"  {key:16} {_text(one)}" for key, one in given.items())]
+        else:
+            lines.append(f"{name:18} {_line(value)}")
+    return [printable(line) for line in lines]
+
+
+def _line(value: Any) -> str:
+    """Return a stored image on one line, or any other value."""
+    if not isinstance(value, dict) or not isinstance(value.get("columns", {}), dict):
+        return _text(value)
+    columns = "  ".join(f"{name}={_text(one)}" for name, one in value.get("columns", {}).items())
+    return f"{_text(value.get('score')):8} row {_text(value.get('id'))}  {_text(value.get('url'))}  {columns}".rstrip()
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
