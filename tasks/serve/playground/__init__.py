@@ -1,0 +1,1 @@
+"""The playground: a page to search, generate, compare, edit and swap in a browser. Needs the extra ``web``."""

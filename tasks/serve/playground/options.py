@@ -1,0 +1,121 @@
+"""Controls below the prompt. Each belongs to some of the tabs; those of a closed tab keep their values."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nicegui import events, ui
+from nicegui.elements.mixins.value_element import ValueElement
+from pydantic import ValidationError
+
+from tasks.serve.playground.elements import box
+from tasks.serve.playground.state import MAX_COMPARED, PageState, Tab
+from tasks.serve.service.responses import ServiceInfo
+
+_START = {None: "Default", "neighbour": "A stored neighbour", "noise": "Pure noise"}
+_METHODS = {"flow": "FlowEdit", "local": "Local", "restore": "Restore", "sdedit": "SDEdit"}
+_DRAWS: tuple[Tab, ...] = ("generate", "compare", "edit")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Control:
+    field: str
+    element: ValueElement[Any]
+    tabs: tuple[Tab, ...]
+    generates: bool
+
+
+class Options:
+    """The controls, bound to the state."""
+
+    def __init__(self, state: PageState, info: ServiceInfo, databases: Sequence[str], on_change: Callable[[], None]):
+        """Add the controls. ``databases`` are the served ones."""
+        self._state, self._info, self._on_change = state, info, on_change
+        self._controls: list[_Control] = []
+        with box("options") as self._area:
+            self._main(list(databases))
+        with ui.expansion("More options").classes("more") as self._more:
+            self._more.props("dense")
+            with box("options"):
+                self._details()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Show the values of the state and the controls of its tab."""
+        tab = self._state.tab
+        generates = tab != "compare" or self._state.view == "generate"
+        for control in self._controls:
+            control.element.set_visibility(tab in control.tabs and (generates or not control.generates))
+            control.element.value = getattr(self._state, control.field)
+        self._area.set_visibility(tab != "databases")
+        self._more.set_visibility(tab != "databases" and generates)
+
+    def _main(self, databases: list[str]) -> None:
+        if self._state.database not in databases:
+            self._state.database = databases[0] if databases else None
+        known = [name for name in self._state.databases if name in databases]
+        self._state.databases = known or databases[:MAX_COMPARED]
+        single = ui.select(databases, label="Database")
+        self._add("database", single, ("search", "generate", "edit"), generates=False)
+        several = ui.select(databases, label="Databases (2 to 4)", multiple=True).props(
+            f"use-chips max-values={MAX_COMPARED}"
+        )
+        self._add("databases", several.classes("wide"), ("compare",), generates=False)
+        view = ui.select({"generate": "Generated images", "search": "Nearest images"}, label="Show")
+        self._add("view", view, ("compare",), generates=False)
+        self._number("results", "Results", ("search",), 1, 500)
+        self._number("n", "Images", _DRAWS, 1, self._info.limits.get("n", 16))
+        self._number("seed", "Seed", _DRAWS, 0, 2**53 - 1, "random")
+
+    def _details(self) -> None:
+        defaults = self._info.defaults
+        where = ui.input("Only rows where").props("maxlength=2000")
+        where.props["placeholder"] = "url like '%cat%'"
+        self._add("where", where.classes("wide"), ("search",), generates=False)
+        self._number("steps", "Steps", _DRAWS, 1, 250, defaults.get("steps"))
+        self._number("guidance", "Guidance", _DRAWS, 1, 50, defaults.get("guidance"), step=0.5)
+        self._number("neighbours", "Neighbours", _DRAWS, 1, 100, defaults.get("k"))
+        self._number("candidates", "Candidates for each image", _DRAWS[:2], 1, 16, defaults.get("candidates"))
+        if self._info.starts_from_images:
+            self._add("start", ui.select(_START, label="Start from"), _DRAWS[:2])
+            self._number("strength", "Noise", _DRAWS[:2], 0.05, 1, defaults.get("strength"), step=0.05)
+        methods = {None: "Default"} | {name: _METHODS.get(name, name) for name in self._info.edit_methods}
+        self._add("method", ui.select(methods, label="Method"), ("edit",))
+        self._number("edit_strength", "Strength", ("edit",), 0.05, 1, defaults.get("edit_strength"), step=0.05)
+        target = ui.input("Interpolate to").props("maxlength=2000")
+        target.props["placeholder"] = "a second prompt: the images lead to it"
+        self._add("interpolate_to", target.classes("wide"), ("generate",))
+
+    def _number(
+        self,
+        field: str,
+        label: str,
+        tabs: tuple[Tab, ...],
+        low: float,
+        high: float,
+        default: Any = None,
+        step: float = 1,
+    ) -> None:
+        number = ui.number(label, min=low, max=high, step=step).props("stack-label")
+        number.props["placeholder"] = "default" if default is None else str(default)
+        self._add(field, number, tabs)
+
+    def _add(self, field: str, element: ValueElement[Any], tabs: tuple[Tab, ...], *, generates: bool = True) -> None:
+        element.props("outlined dense hide-bottom-space")
+        element.value = getattr(self._state, field)
+        element.on_value_change(lambda event: self._set(field, event))
+        self._controls.append(_Control(field=field, element=element, tabs=tabs, generates=generates))
+
+    def _set(self, field: str, event: events.ValueChangeEventArguments[Any]) -> None:
+        value = event.value
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if value in (None, ""):
+            value = PageState.model_fields[field].get_default(call_default_factory=True)
+        if value == getattr(self._state, field):
+            return
+        try:
+            setattr(self._state, field, value)
+        except ValidationError:
+            return  # the control shows that the value is out of range
+        self._on_change()

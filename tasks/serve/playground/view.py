@@ -1,0 +1,243 @@
+"""The page of one visitor: its tabs, its prompt, its results, and what the buttons do."""
+
+import dataclasses
+import io
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nicegui import events, ui
+from PIL import Image
+from pydantic import ValidationError
+from starlette.datastructures import QueryParams
+
+from infra.errors import KNNDiffusionError
+from infra.settings import Settings
+from tasks.serve.playground.compare import ComparedDatabases
+from tasks.serve.playground.databases import Databases
+from tasks.serve.playground.details import Actions, Details, Shown
+from tasks.serve.playground.edit import EditedImages
+from tasks.serve.playground.elements import box, say
+from tasks.serve.playground.generate import GeneratedImages
+from tasks.serve.playground.history import History
+from tasks.serve.playground.images import SentImages
+from tasks.serve.playground.options import Options
+from tasks.serve.playground.prompt import Prompt
+from tasks.serve.playground.runner import Runner
+from tasks.serve.playground.search import SearchResults
+from tasks.serve.playground.state import TABS, PageState, Tab, new_seed, problem_of
+from tasks.serve.service.errors import JobCancelledError, QueueFullError, public_message
+from tasks.serve.service.jobs import Job
+from tasks.serve.service.requests import EditRequest, GenerateRequest
+from tasks.serve.service.responses import Hit, ImagesResponse, SearchResponse, ServedVersion
+
+if TYPE_CHECKING:
+    from tasks.serve.service.engine import Engine
+
+_LOG = logging.getLogger("knn_diffusion.playground")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """What all visitors share."""
+
+    engine: "Engine"
+    images: SentImages
+    settings: Settings
+
+
+class View:
+    """The page of one visitor."""
+
+    def __init__(self, context: Context, state: PageState, served: Sequence[str]) -> None:
+        """Build the page. ``served`` are the names of the served databases."""
+        self._engine, self._images, self.state = context.engine, context.images, state
+        info = context.engine.info()
+        with box("top", "header"):
+            say("h1", "knn-diffusion")
+            say("span", f"{info.model}, {info.side_px} px", "muted")
+            toggle = ui.button(icon="contrast").props("flat round").classes("dark-toggle")
+            toggle.props["aria-label"] = "Dark or light"
+        with ui.tabs(value=state.tab, on_change=self._select_event) as self.tabs:
+            for name in TABS:
+                ui.tab(name, label=name.capitalize()).props("no-caps")
+        self.tabs.props("dense align=left").classes("tabs")
+        with box("page"):
+            self.prompt = Prompt(state, context.images, self.run, self.warn)
+            self.options = Options(state, info, served, self._save)
+            self.runner = Runner()
+            self._message = box("message-slot", role="alert")
+            self._build_results()
+        self._show_tab()
+
+    def _build_results(self) -> None:
+        with box("body"):
+            with box("body-results"):
+                self.search = SearchResults(self.state, self.like, self._save)
+                self.generate = GeneratedImages(self.open)
+                self.compare = ComparedDatabases(self.open, self.like)
+                self.edit = EditedImages(self._images, self.open)
+                self.databases = Databases(self._engine, self.warn)
+            self.details = Details(
+                Actions(use_all=self.use_all, use_seed=self.use_seed, search=self.search_with, edit=self.edit_with)
+            )
+        self.history = History(self._engine.jobs, self.restore)
+
+    async def connected(self) -> None:
+        """Run the request of the URL once the browser is connected."""
+        self.history.refresh()
+        if self.state.tab == "databases":
+            await self.databases.refresh()
+        elif (self.state.text and self.state.tab != "edit") or self.state.row is not None:
+            await self.run()  # an edit needs an image, and that is not in the URL
+
+    async def select(self, tab: Tab) -> None:
+        """Show a tab."""
+        self.state.tab = tab
+        self.tabs.value = tab
+        self._show_tab()
+        self._save()
+        if tab == "databases":
+            await self.databases.refresh()
+
+    async def _select_event(self, event: events.ValueChangeEventArguments[object]) -> None:
+        if event.value in TABS and event.value != self.state.tab:
+            await self.select(event.value)  # type: ignore[arg-type]
+
+    def _show_tab(self) -> None:
+        self.prompt.refresh()
+        self.options.refresh()
+        self.details.hide()
+        self._clear_message()
+        for name in TABS:
+            getattr(self, name).area.set_visibility(name == self.state.tab)
+
+    async def run(self) -> None:
+        """Run the request of the controls, and show its results."""
+        if self.runner.running:
+            return
+        self._clear_message()
+        self.details.hide()
+        seed = new_seed() if self.state.seed is None else self.state.seed
+        state = self.state.model_copy()
+        try:
+            jobs = self._submit(state, seed)
+            query = state.query(seed=seed)
+            ui.navigate.history.push(f"?{query}")
+            await self.runner.wait(jobs)
+        except ValidationError as error:
+            self.warn(problem_of(error))
+        except QueueFullError as error:
+            self.warn(f"The service is busy. Try again in {max(1, round(error.retry_after_s))} s.")
+        except JobCancelledError:
+            self.warn("Cancelled.", calm=True)
+        except KNNDiffusionError as error:
+            self.warn(public_message(error))
+        except Exception:
+            _LOG.exception("a request of the playground failed")
+            self.warn("The request failed. The log of the service has the reason.")
+        else:
+            self._show(state.tab, jobs)
+            self.history.add(state, query, jobs)
+
+    def _submit(self, state: PageState, seed: int) -> dict[str, Job]:
+        if state.tab == "compare" and len(state.databases) < 2:
+            raise KNNDiffusionError("Choose two to four databases to compare.")
+        image = self.prompt.image
+        if state.tab == "edit" and image is None:
+            raise KNNDiffusionError("Add an image to edit: drop it, paste it, or use the button in the prompt.")
+        if state.tab != "search" and image is None and not state.text.strip():
+            raise KNNDiffusionError("Describe an image first, or add one.")
+        jobs: dict[str, Job] = {}
+        try:
+            for title, request in state.requests(image, seed).items():
+                jobs[title] = self._engine.submit(request)
+        except BaseException:
+            for job in jobs.values():
+                job.cancel()
+            raise
+        return jobs
+
+    def _show(self, tab: Tab, jobs: dict[str, Job]) -> None:
+        if tab == "compare":
+            self.compare.show(jobs)
+            return
+        job = next(iter(jobs.values()))
+        response = job.future.result()
+        if isinstance(response, SearchResponse):
+            self.search.show(response)
+        elif isinstance(response, ImagesResponse):
+            (self.edit if tab == "edit" else self.generate).show(job, response)
+
+    def open(self, shown: Shown) -> None:
+        """Show the details of an image beside the results."""
+        self.details.show(shown)
+
+    async def like(self, hit: Hit, database: ServedVersion) -> None:
+        """Search for more images like a stored one."""
+        self.state.database = database.name
+        self.prompt.like(hit.id)
+        await self.select("search")
+        await self.run()
+
+    def use_all(self, shown: Shown) -> None:
+        """Set the controls to those of an image."""
+        request = shown.job.request
+        self.state.recall(request, shown.image.seed)
+        image = request.image if isinstance(request, GenerateRequest | EditRequest) else None
+        if image is None:
+            self.prompt.remove()
+        else:
+            self.prompt.use(image, "Image of the prompt")
+        self._recalled("The controls have the values of this image.")
+
+    def use_seed(self, shown: Shown) -> None:
+        """Set the seed alone."""
+        self.state.seed = shown.image.seed
+        self._recalled(f"The seed is {shown.image.seed}.")
+
+    async def search_with(self, shown: Shown) -> None:
+        """Search for stored images near a generated one."""
+        self._take(shown)
+        self.state.text = ""
+        await self.select("search")
+        await self.run()
+
+    async def edit_with(self, shown: Shown) -> None:
+        """Take a generated image to the tab of edits."""
+        self._take(shown)
+        self.state.text = ""
+        await self.select("edit")
+
+    async def restore(self, query: str, jobs: dict[str, Job]) -> None:
+        """Show an entry of the history; run it again if its jobs have expired."""
+        for name, value in PageState.from_query(QueryParams(query)):
+            setattr(self.state, name, value)
+        self.prompt.remove_image()
+        await self.select(self.state.tab)
+        if jobs:
+            self._show(self.state.tab, jobs)
+        else:
+            await self.run()
+
+    def warn(self, text: str, *, calm: bool = False) -> None:
+        """Show a message above the results."""
+        self._message.clear()
+        with self._message:
+            say("p", text, "message calm" if calm else "message")
+
+    def _clear_message(self) -> None:
+        self._message.clear()
+
+    def _take(self, shown: Shown) -> None:
+        with Image.open(io.BytesIO(shown.image.png)) as opened:
+            self.prompt.use(opened.convert("RGB"), f"Image with seed {shown.image.seed}")
+
+    def _recalled(self, text: str) -> None:
+        self.prompt.refresh()
+        self.options.refresh()
+        self._save()
+        ui.notify(text)
+
+    def _save(self) -> None:
+        ui.navigate.history.replace(f"?{self.state.query()}")
