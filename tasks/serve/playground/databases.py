@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from nicegui import run, ui
 
 from infra.errors import KNNDiffusionError
+from model.errors import ModelError
 from tasks.serve.playground.elements import age_text, box, say
 from tasks.serve.service.errors import public_message
 from tasks.serve.service.responses import ServedDatabase
@@ -27,7 +28,7 @@ class Databases:
         try:
             databases = await run.io_bound(self._engine.databases)
             problems = await run.io_bound(self._engine.problems)
-        except KNNDiffusionError as error:
+        except (KNNDiffusionError, ModelError) as error:
             self._warn(public_message(error))
             return
         self.area.clear()
@@ -89,11 +90,11 @@ class Databases:
         note = ui.notification(f"Opening version {version} of {name}", spinner=True, timeout=None)
         try:
             swapped = await run.io_bound(self._engine.swap, name, version)
-        except KNNDiffusionError as error:
+        except (KNNDiffusionError, ModelError) as error:
             self._warn(public_message(error))
         else:
             rows = f"{swapped.served.rows:,} rows" if swapped.served else "not served"
-            ui.notify(f"{name} now serves version {version}: {rows}", type="positive")
+            ui.notify(f"{name} now serves version {version}: {rows}")
         finally:
             note.dismiss()
         await self.refresh()

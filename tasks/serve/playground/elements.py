@@ -12,7 +12,7 @@ from nicegui.elements.mixins.text_element import TextElement
 from tasks.serve.service.responses import Hit, ServedVersion
 
 _SHOWN_COLUMNS = 12
-_SHOWN_CHARACTERS = 300
+_SHOWN_CHARACTERS = 200
 
 
 def say(tag: str, text: str, classes: str = "") -> TextElement:

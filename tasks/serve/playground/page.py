@@ -5,23 +5,23 @@ app that was mounted last shows it.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request
 from starlette.datastructures import MutableHeaders
 from starlette.routing import Match, Mount, get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from infra.errors import ConfigError
 from infra.settings import Settings
-from tasks.serve.playground.access import Access
 from tasks.serve.playground.images import SentImages
 from tasks.serve.playground.routes import make_router
 from tasks.serve.playground.state import PageState
 
 if TYPE_CHECKING:
+    from tasks.serve.playground.view import Context
     from tasks.serve.service.engine import Engine
 
 _RECONNECT_S = 20.0
@@ -45,47 +45,29 @@ HEADERS = {
 """Headers of the page. The browser contacts no other host, whatever the page contains."""
 
 
-def mount(app: FastAPI, engine: "Engine", settings: Settings, accepts: Callable[[str], bool] | None = None) -> None:
+def mount(app: FastAPI, engine: "Engine", settings: Settings) -> None:
     """Add the playground to an app, after all other routes.
 
     Args:
         app: The app of the service.
         engine: The engine of the service.
         settings: Where the registry and the flows are, for the list of versions.
-        accepts: Return True for a valid API key, compared in constant time. None: no key is required.
 
     Raises:
         ConfigError: NiceGUI is not installed.
     """
     if importlib.util.find_spec("nicegui") is None:
         raise ConfigError("the playground needs NiceGUI, which is not installed; run pip install 'knn-diffusion[web]'")
-    images, access = SentImages(), Access(accepts)
-    app.include_router(make_router(engine, images, access))
-    _add_page(app, engine, settings, images, access)
+    from nicegui import core, ui
 
+    from tasks.serve.playground.view import Context
 
-def _add_page(app: FastAPI, engine: "Engine", settings: Settings, images: SentImages, access: Access) -> None:
-    from nicegui import core, run, ui
-
-    from tasks.serve.playground.view import Context, View
-
-    context = Context(engine=engine, images=images, settings=settings)
-
-    async def playground(request: Request) -> Response | None:
-        if not access.allows(request):
-            return access.form(request)
-        _set_up(request)
-        state = PageState.from_query(request.query_params)
-        databases = await run.io_bound(engine.databases)
-        view = View(context, state, [one.name for one in databases if one.served is not None])
-        await ui.context.client.connected()
-        await view.connected()
-        return None
-
+    context = Context(engine=engine, images=SentImages(), settings=settings)
+    app.include_router(make_router(engine, context.images))
     core.app.middleware_stack = None  # another app of this process may have started it
     core.app.user_middleware.clear()
     core.sio.eio.cors_allowed_origins = same_origin  # by default any page may open the websocket
-    ui.page("/", title="knn-diffusion playground", response_timeout=30)(playground)
+    ui.page("/", title="knn-diffusion", response_timeout=30)(_page_of(context))
     ui.run_with(
         app,
         language="en-US",
@@ -99,12 +81,20 @@ def _add_page(app: FastAPI, engine: "Engine", settings: Settings, images: SentIm
     app.router.routes.append(_PlaygroundMount("/", app=_Headers(mounted.app), name="playground"))
 
 
-def _set_up(request: Request) -> None:
+def _page_of(context: "Context") -> Callable[[Request], Awaitable[None]]:
     from nicegui import ui
 
-    ui.add_head_html('<link rel="stylesheet" href="playground/static/playground.css">')
-    ui.add_head_html('<script defer src="playground/static/playground.js"></script>')
-    ui.dark_mode({"1": True, "0": False}.get(request.cookies.get(_DARK_COOKIE, "")))
+    from tasks.serve.playground.view import View
+
+    async def playground(request: Request) -> None:
+        ui.add_head_html('<link rel="stylesheet" href="playground/static/playground.css">')
+        ui.add_head_html('<script defer src="playground/static/playground.js"></script>')
+        ui.dark_mode({"1": True, "0": False}.get(request.cookies.get(_DARK_COOKIE, "")))
+        view = View(context, PageState.from_query(request.query_params))
+        await ui.context.client.connected()
+        await view.connected()
+
+    return playground
 
 
 def same_origin(origin: str, environ: dict[str, Any]) -> bool:

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, Depends, HTTPException, Query, Request
+from fastapi import APIRouter, HTTPException
 from fastapi.responses import FileResponse, Response
 
 from infra.errors import KNNDiffusionError, NotFoundError
-from tasks.serve.playground.access import Access
 from tasks.serve.playground.images import SentImages
 from tasks.serve.service.errors import public_message
 from tasks.serve.service.responses import ImagesResponse
@@ -22,18 +21,12 @@ _STORED = {"Cache-Control": "private, max-age=30"}  # so that a takedown takes e
 _RESULT = {"Cache-Control": "private, max-age=3600"}  # a result never changes
 
 
-def make_router(engine: "Engine", images: SentImages, access: Access) -> APIRouter:
+def make_router(engine: "Engine", images: SentImages) -> APIRouter:
     """Return the routes below ``/playground``."""
-
-    def require_access(request: Request) -> None:
-        if not access.allows(request):
-            raise HTTPException(401, "an API key is required; open the playground and enter it")
-
     router = APIRouter(prefix="/playground", include_in_schema=False)
-    closed = [Depends(require_access)]
 
-    @router.get("/thumbnails/{database}/{row}", dependencies=closed)
-    def thumbnail(database: str, row: int, generation: int | None = Query(None)) -> Response:
+    @router.get("/thumbnails/{database}/{row}")
+    def thumbnail(database: str, row: int, generation: int | None = None) -> Response:
         try:
             if generation is not None and generation != _generation(engine, database):
                 raise NotFoundError("another version of the database is served now; run the request again")
@@ -41,7 +34,7 @@ def make_router(engine: "Engine", images: SentImages, access: Access) -> APIRout
         except KNNDiffusionError as error:
             raise HTTPException(404, public_message(error)) from None
 
-    @router.get("/results/{job}/{number}.png", dependencies=closed)
+    @router.get("/results/{job}/{number}.png")
     def result(job: str, number: int, download: bool = False) -> Response:
         try:
             future = engine.jobs.get(job).future
@@ -55,7 +48,7 @@ def make_router(engine: "Engine", images: SentImages, access: Access) -> APIRout
         saved = {"Content-Disposition": f'attachment; filename="{name}"'} if download else {}
         return Response(made.png, media_type="image/png", headers=_RESULT | saved)
 
-    @router.get("/images/{token}", dependencies=closed)
+    @router.get("/images/{token}")
     def sent_image(token: str) -> Response:
         try:
             return Response(images.webp(token), media_type="image/webp", headers=_RESULT)
@@ -68,7 +61,6 @@ def make_router(engine: "Engine", images: SentImages, access: Access) -> APIRout
             raise HTTPException(404, "there is no such file")
         return FileResponse(_FILES[name], media_type=_TYPES[_FILES[name].suffix])
 
-    router.post("/key")(access.enter)
     return router
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import logging
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nicegui import events, ui
@@ -13,6 +12,7 @@ from starlette.datastructures import QueryParams
 
 from infra.errors import KNNDiffusionError
 from infra.settings import Settings
+from model.errors import ModelError
 from tasks.serve.playground.compare import ComparedDatabases
 from tasks.serve.playground.databases import Databases
 from tasks.serve.playground.details import Actions, Details, Shown
@@ -49,10 +49,11 @@ class Context:
 class View:
     """The page of one visitor."""
 
-    def __init__(self, context: Context, state: PageState, served: Sequence[str]) -> None:
-        """Build the page. ``served`` are the names of the served databases."""
+    def __init__(self, context: Context, state: PageState) -> None:
+        """Build the page."""
         self._engine, self._images, self.state = context.engine, context.images, state
         info = context.engine.info()
+        served = [one.name for one in context.engine.databases() if one.served is not None]
         with box("top", "header"):
             say("h1", "knn-diffusion")
             say("span", f"{info.model}, {info.side_px} px", "muted")
@@ -131,7 +132,7 @@ class View:
             self.warn(f"The service is busy. Try again in {max(1, round(error.retry_after_s))} s.")
         except JobCancelledError:
             self.warn("Cancelled.", calm=True)
-        except KNNDiffusionError as error:
+        except (KNNDiffusionError, ModelError) as error:
             self.warn(public_message(error))
         except Exception:
             _LOG.exception("a request of the playground failed")
