@@ -58,6 +58,7 @@ def create_app(
         opened.start()
         yield
         await asyncio.to_thread(opened.close, api.drain_s)
+        await asyncio.to_thread(end_traces)
 
     app = FastAPI(
         title="knn-diffusion",
@@ -76,7 +77,7 @@ def create_app(
     app.add_middleware(Bounded, config=api)
     app.add_middleware(Guarded, config=api)
     app.add_middleware(Observed, metrics=opened.metrics)  # the last one added is the outermost
-    telemetry.instrument(app)
+    end_traces = telemetry.instrument(app)
     _add_page(app, opened, settings, page)
     return app
 

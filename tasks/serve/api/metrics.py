@@ -36,7 +36,9 @@ class Observed:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), *_PROTECTION]
+                given = list(message.get("headers", ()))
+                names = {name.lower() for name, _ in given}
+                message["headers"] = given + [one for one in _PROTECTION if one[0] not in names]
             await send(message)
 
         try:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from tasks.serve.api.limits import in_decoder, read_json, validated
 from tasks.serve.api.problems import ProblemError
-from tasks.serve.api.routes import answered, engine_of, names_of
+from tasks.serve.api.routes import answered, engine_of, names_of, submitted
 from tasks.serve.api.schema import body_of
 from tasks.serve.service.requests import MAX_IMAGES, EditRequest, GenerateRequest, RequestImage, Seed, Text
 from tasks.serve.service.requests import Request as EngineRequest
@@ -114,11 +114,10 @@ async def edits(request: Request) -> Response:
 
 async def _images(request: Request, body: EngineRequest, size: str | None) -> Response:
     """Run a request, and return its images in OpenAI's shape, with the provenance in further fields."""
-    engine = engine_of(request)
-    side = engine.info().side_px
+    side = engine_of(request).info().side_px
     if size not in (None, "auto", f"{side}x{side}"):
         raise _invalid("size", f"is not the size of this model; use auto or {side}x{side}")
-    response = await answered(request, engine.submit(body))
+    response = await answered(request, await submitted(request, body))
     if not isinstance(response, ImagesResponse):
         raise TypeError(f"the engine answered an image request with {type(response).__name__}")
     data = [

@@ -42,6 +42,7 @@ _ERRORS: tuple[tuple[type[Exception], int, str], ...] = (
     (ModelError, 422, "invalid_input"),
 )
 """Status and code of each error that a client can react to. Others are faults of the service."""
+_ROUTING = {404: "there is no such route; see /openapi.json", 405: "the route has no such method; see /openapi.json"}
 _log = logs.get("api")
 
 
@@ -115,7 +116,7 @@ def problem_of(error: Exception) -> Problem:
         return Problem(
             status=error.status_code,
             code=name.lower().replace(" ", "_"),
-            detail=str(error.detail),
+            detail=_ROUTING.get(error.status_code, str(error.detail)),
             headers=error.headers or {},
         )
     if isinstance(error, RequestValidationError):

@@ -12,7 +12,7 @@ from infra import logs
 from infra.errors import EncoderMismatchError, IntegrityError, StageError, TransientError
 from tasks.serve.api import events, metrics
 from tasks.serve.api.config import ApiConfig
-from tasks.serve.api.limits import read_json, validated
+from tasks.serve.api.limits import in_decoder, read_json, validated
 from tasks.serve.api.problems import ProblemDetails, ProblemError
 from tasks.serve.api.schema import body_of, job_body
 from tasks.serve.api.views import JobView, Readiness, SwapRequest
@@ -40,6 +40,12 @@ def engine_of(request: Request) -> "Engine":
     """Return the engine of the application."""
     engine: Engine = request.app.state.engine
     return engine
+
+
+async def submitted(request: Request, body: EngineRequest) -> Job:
+    """Submit a request. One with an image is submitted in a thread, because the engine reduces the image."""
+    submit = functools.partial(engine_of(request).submit, body)
+    return submit() if body.image is None else await in_decoder(submit)
 
 
 async def answered(request: Request, job: Job) -> EngineResponse:
@@ -77,7 +83,7 @@ def names_of(request: Request, response: EngineResponse) -> dict[str, str]:
 
 async def _run(request: Request, model: type[EngineRequest]) -> Response:
     """Read a request of the given model, run it, and return its response."""
-    job = engine_of(request).submit(await read_json(request, functools.partial(validated, model)))
+    job = await submitted(request, await read_json(request, functools.partial(validated, model)))
     return named(request, await answered(request, job))
 
 
@@ -128,7 +134,7 @@ async def swap(request: Request, name: Name, body: SwapRequest | None = None) ->
 @router.post("/jobs", status_code=202, response_model=JobView, responses=_REFUSED, openapi_extra=job_body(KINDS))
 async def create_job(request: Request) -> Response:
     """Queue a request, and return at once. ``kind`` is search, generate or edit."""
-    job = engine_of(request).submit(await read_json(request, _job_request))
+    job = await submitted(request, await read_json(request, _job_request))
     location = f"/v1/jobs/{job.id}"
     return JSONResponse(JobView.of(job).model_dump(mode="json"), 202, {"Location": location})
 
@@ -180,8 +186,9 @@ async def livez() -> Response:
 async def readyz(request: Request) -> Response:
     """Return 200 if requests are accepted: after the warm-up, and until the service closes."""
     engine = engine_of(request)
-    ready = engine.ready
-    problems = engine.problems()
+    ready, problems = engine.ready, engine.problems()
+    if not (ready or problems):
+        problems = ["the service is warming up or shutting down"]
     return JSONResponse({"ready": ready, "problems": problems}, 200 if ready else 503)
 
 

@@ -1,6 +1,7 @@
 """OpenTelemetry traces of HTTP requests, with the extra ``telemetry``."""
 
 import os
+from collections.abc import Callable
 
 from fastapi import FastAPI
 
@@ -11,11 +12,14 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
 _UNTRACED = "livez,readyz,metrics"
 
 
-def instrument(app: FastAPI) -> None:
-    """Trace the requests of ``app`` if an endpoint is set. Raises ``ConfigError`` if the extra is not installed."""
+def instrument(app: FastAPI) -> Callable[[], None]:
+    """Trace the requests of ``app`` if an endpoint is set. Return a function that sends the last spans.
+
+    Raises ``ConfigError`` if the extra is not installed.
+    """
     endpoint = next((name for name in ENDPOINTS if os.environ.get(name)), None)
     if endpoint is None:
-        return
+        return lambda: None
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
@@ -28,3 +32,4 @@ def instrument(app: FastAPI) -> None:
     provider = TracerProvider(resource=Resource.create({"service.name": name}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     FastAPIInstrumentor.instrument_app(app, tracer_provider=provider, excluded_urls=_UNTRACED)
+    return provider.shutdown
