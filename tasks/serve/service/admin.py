@@ -1,7 +1,7 @@
 """What an operator wants to see: versions, promotions, and the pages of Prefect and MLflow with the running flows."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from pydantic import BaseModel, ConfigDict
@@ -11,9 +11,11 @@ from infra.errors import KNNDiffusionError
 from infra.promotions import Promotions
 from infra.registry import DATABASE_PREFIX, GENERATOR_NAME
 from infra.settings import Settings
-from tasks.serve.service.engine import Engine
 from tasks.serve.service.errors import public_message
 from tasks.serve.service.responses import ServedDatabase
+
+if TYPE_CHECKING:
+    from tasks.serve.service.engine import Engine
 
 _TIMEOUT_S = 1.0
 _MAX_DECISIONS = 50
@@ -56,7 +58,7 @@ class AdminView(_Record):
     flows: list[RunningFlow] = []
 
 
-def admin_view(engine: Engine, settings: Settings) -> AdminView:
+def admin_view(engine: "Engine", settings: Settings) -> AdminView:
     """Return the state of the service. Slow: it asks the registry and Prefect, which are left out if they fail."""
     databases, problems = engine.databases(), engine.problems()
     try:
