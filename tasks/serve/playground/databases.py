@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING
 from nicegui import run, ui
 
 from infra.errors import KNNDiffusionError
+from infra.settings import Settings
 from model.errors import ModelError
+from tasks.serve.playground.admin import operator_sections
 from tasks.serve.playground.elements import age_text, box, say
+from tasks.serve.service.admin import admin_view
 from tasks.serve.service.errors import public_message
 from tasks.serve.service.responses import ServedDatabase
 
@@ -18,25 +21,23 @@ if TYPE_CHECKING:
 class Databases:
     """One card for each database. A swap needs a confirmation."""
 
-    def __init__(self, engine: "Engine", warn: Callable[[str], None]) -> None:
+    def __init__(self, engine: "Engine", settings: Settings, warn: Callable[[str], None]) -> None:
         """Add the empty list."""
-        self._engine, self._warn = engine, warn
+        self._engine, self._settings, self._warn = engine, settings, warn
         self.area = box("databases")
 
     async def refresh(self) -> None:
-        """Read and show the databases."""
-        try:
-            databases = await run.io_bound(self._engine.databases)
-            problems = await run.io_bound(self._engine.problems)
-        except (KNNDiffusionError, ModelError) as error:
-            self._warn(public_message(error))
+        """Read and show the databases, the promotions and the running flows."""
+        view = await run.io_bound(admin_view, self._engine, self._settings)
+        if view is None:  # the server stops
             return
         self.area.clear()
         with self.area:
-            for problem in problems:
-                say("p", problem, "problem")
-            for database in databases:
+            for problem in view.problems:
+                say("p", problem, "message")
+            for database in view.databases:
                 self._card(database)
+            operator_sections(view)
 
     def _card(self, database: ServedDatabase) -> None:
         with box("database", "section"):

@@ -67,6 +67,7 @@ def mount(app: FastAPI, engine: "Engine", settings: Settings) -> None:
     core.app.middleware_stack = None  # another app of this process may have started it
     core.app.user_middleware.clear()
     core.sio.eio.cors_allowed_origins = same_origin  # by default any page may open the websocket
+    core.app.config.quasar_config["loadingBar"]["skipHijack"] = True  # the page shows progress of its own
     ui.page("/", title="knn-diffusion", response_timeout=30)(_page_of(context))
     ui.run_with(
         app,

@@ -46,12 +46,13 @@ class SearchResults:
         with box("threshold"):
             self._count = ui.label().classes("muted")
             self._count.props["aria-live"] = "polite"
-            slider = ui.slider(min=0, max=1, step=0.01, value=self._state.min_score)
-            slider.props["aria-label"] = "Lowest similarity"
-            slider.on_value_change(lambda event: self._limit(event.value, response))
+            slider = box("range", "input", type="range", min="0", max="1", step="0.01", aria_label="Lowest similarity")
+            slider.props["value"] = self._state.min_score
+            emit = "(event) => emit(Number(event.target.value))"
+            slider.on("input", lambda event: self._limit(float(event.args), response), throttle=0.1, js_handler=emit)
 
     def _limit(self, score: float, response: SearchResponse) -> None:
-        self._state.min_score = score
+        self._state.min_score = min(1.0, max(0.0, score))
         self._fill(response)
         self._on_change()
 

@@ -68,17 +68,17 @@ class View:
             self.options = Options(state, info, served, self._save)
             self.runner = Runner()
             self._message = box("message-slot", role="alert")
-            self._build_results()
+            self._build_results(context)
         self._show_tab()
 
-    def _build_results(self) -> None:
+    def _build_results(self, context: Context) -> None:
         with box("body"):
             with box("body-results"):
                 self.search = SearchResults(self.state, self.like, self._save)
                 self.generate = GeneratedImages(self.open)
                 self.compare = ComparedDatabases(self.open, self.like)
                 self.edit = EditedImages(self._images, self.open)
-                self.databases = Databases(self._engine, self.warn)
+                self.databases = Databases(self._engine, context.settings, self.warn)
             self.details = Details(
                 Actions(use_all=self.use_all, use_seed=self.use_seed, search=self.search_with, edit=self.edit_with)
             )
