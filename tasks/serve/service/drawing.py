@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.editing.edit import fit_images
 from model.editing.edit_metrics import changed_region
-from model.images import to_model_range
+from model.images import image_to_array, to_model_range, to_rgb
 from model.pipeline import KNNDiffusionPipeline
 from tasks.serve.service.plans import EditPlan, GeneratePlan
 from tasks.serve.service.provenance import encode_png, hit_provenance
@@ -61,12 +60,13 @@ def generate(plans: Sequence[GeneratePlan], on_step: OnStep) -> list[ImagesRespo
 def edit(plan: EditPlan, on_step: OnStep) -> ImagesResponse:
     """Run an edit once for each of its seeds. Raises ``ModelError`` as the pipeline."""
     pipeline, request, images = plan.model.with_database(plan.opened), plan.request, list[Image.Image]()
+    source = image_to_array(to_rgb(request.image), pipeline.side)
     total = request.n * plan.config.candidates
     for number, seed in enumerate(plan.seeds):
         before = number * plan.config.candidates
         on_step(before, total)
         images += pipeline.edit(
-            request.image,
+            Image.fromarray(source),
             request.prompt,
             method=plan.config.method,
             strength=plan.config.strength,
@@ -77,7 +77,6 @@ def edit(plan: EditPlan, on_step: OnStep) -> ImagesResponse:
             on_progress=lambda step, _, before=before: on_step(before + step, total),  # type: ignore[misc]
         )
     found = plan.opened.database.nearest(pipeline.embed(request.prompt).numpy(), plan.settings["k"])
-    source = fit_images([request.image], pipeline.side)[0]
     regions = [region_outline(source, np.asarray(image)) for image in images]
     return _response(plan, pipeline, images, [(found.ids[0], found.scores[0])] * len(images), regions)
 
@@ -96,7 +95,7 @@ def region_outline(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) ->
 
 
 def _one(pixels: np.ndarray[Any, Any]) -> Tensor:
-    return to_model_range(torch.from_numpy(np.ascontiguousarray(pixels[None])))
+    return to_model_range(torch.from_numpy(np.array(pixels[None])))
 
 
 def _response(

@@ -16,13 +16,13 @@ from tasks.index.config import IndexConfig
 from tasks.index.task import index
 from tasks.references.database import open_database
 from tasks.references.domain_folder import DomainFolder
+from tasks.references.filter_expression import parse_where
 from tasks.references.images import fetch_images
 from tasks.references.lineage import images_of
 from tasks.references.takedown import Entries, read_entries
 from tasks.references.types import DatabaseVersion, config_from_manifest, require_same_encoder
 from tasks.references.url_history import UrlHistory
 from tasks.upkeep.compact import compact
-from tasks.references.filter_expression import parse_where
 from tasks.upkeep.merge import CombinedInputs, merge
 from tasks.upkeep.subset import subset
 from tasks.upkeep.takedown import commit_takedown
