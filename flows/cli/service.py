@@ -58,9 +58,8 @@ def serve(
 
         with server.bind(host, port) as bound:
             require_available(device)
-            from tasks.serve.service.engine import Engine
-
             from tasks.serve.api.app import create_app
+            from tasks.serve.service.engine import Engine
 
             here = settings(root)
             engine = Engine.open(config, here)

@@ -164,6 +164,11 @@ class OpenDatabase:
             self._takedowns = listed
             return True
 
+    def is_deleted(self) -> bool:
+        """Return True if the files are no longer where they were opened. Open files remain readable."""
+        uri = None if self._source is None else self._source.version.uri
+        return uri is not None and not storage.exists(storage.join(uri, artifacts.MANIFEST))
+
     def _matching(self, where: str) -> NDArray[np.int64]:
         """Return the ids of the rows that match a filter, hidden ones included. Raises ``InputError``."""
         wanted = referenced_columns(where)

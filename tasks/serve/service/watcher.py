@@ -51,6 +51,7 @@ class Watcher:
     def look(self) -> None:
         """Look once: apply takedowns, then follow the aliases. Records problems, and raises no error of the user's."""
         self._apply_takedowns()
+        self._report_deleted()
         problems = self._catalog.problems
         try:
             self._catalog.listing = self._versions.listing()
@@ -70,6 +71,20 @@ class Watcher:
             except Exception:  # the thread must go on; the log has the traceback
                 logs.get("serve").exception("a look at the registry failed")
                 self._catalog.problems[_REGISTRY] = "a look at the registry failed; see the log of the service"
+
+    def _report_deleted(self) -> None:
+        for name, entry in self._catalog.entries.items():
+            key, line = (
+                f"the files of {name}",
+                f"the files of {name} were deleted; swap to another version, or restore them",
+            )
+            try:
+                if entry.opened.is_deleted():
+                    self._catalog.problems[key] = line
+                else:
+                    self._catalog.problems.pop(key, None)
+            except KNNDiffusionError as error:
+                self._catalog.problems[key] = f"{key} cannot be checked: {public_message(error)}"
 
     def _follow_databases(self) -> None:
         for name, entry in self._catalog.entries.items():

@@ -111,9 +111,7 @@ def test_registry_that_disappears_leaves_everything_served_until_it_returns(vers
     versions.is_away = True
     watcher.look()
     assert served(catalog) == {"birds": (2, 0), "cats": (1, 0)}
-    assert watcher.problems() == [
-        "the registry does not answer, what is served remains: MLflow at … does not answer"
-    ]
+    assert watcher.problems() == ["the registry does not answer, what is served remains: MLflow at … does not answer"]
     assert [one.name for one in catalog.databases()] == ["birds", "cats"]
     versions.is_away = False
     versions.champions["birds"] = 1
