@@ -313,6 +313,12 @@ class Database:
             return [{"id": row} for row in rows]
         return [{"id": row, **metadata} for row, metadata in zip(rows, self._describe(rows), strict=True)]
 
+    def with_descriptions(self, describe: Callable[[Sequence[int]], list[dict[str, Any]]]) -> "Database":
+        """Return the same open database, whose metadata ``describe`` returns by global row id."""
+        other = self.with_effort(self.effort)
+        other._describe = describe
+        return other
+
     def with_images(self, images: Callable[[Sequence[int]], list[Image.Image]]) -> "Database":
         """Return the same open database, whose stored images ``images`` returns by global row id."""
         other = self.with_effort(self.effort)

@@ -146,14 +146,22 @@ class Metadata:
     Thread-safe.
     """
 
-    def __init__(self, uri: str, manifest: artifacts.Manifest, cache: Path) -> None:
-        """Look up rows of the embedding shards at ``uri``."""
-        self._uri, self._shards, self._cache = uri, manifest.shards, cache
+    def __init__(
+        self,
+        uri: str,
+        manifest: artifacts.Manifest,
+        cache: Path,
+        *,
+        columns: Sequence[str] = tuple(_COLUMNS),
+        kept: int = _MAX_CACHED_TABLES,
+    ) -> None:
+        """Look up ``columns`` of rows of the embedding shards at ``uri``; the tables of ``kept`` shards are cached."""
+        self._uri, self._shards, self._cache, self._columns = uri, manifest.shards, cache, list(columns)
         self._offsets = [0, *itertools.accumulate(shard.rows for shard in manifest.shards)]
-        self._table = lru_cache(_MAX_CACHED_TABLES)(self._read)
+        self._table = lru_cache(kept)(self._read)
 
     def __call__(self, ids: Sequence[int]) -> list[dict[str, Any]]:
-        """Return key, url, sha256, width and height of each row."""
+        """Return the columns of each row: by default key, url, sha256, width and height."""
         places: dict[int, list[int]] = {}
         for place, row in enumerate(ids):
             places.setdefault(self._number(row), []).append(place)
@@ -171,7 +179,7 @@ class Metadata:
     def _read(self, number: int) -> pa.Table:
         shard = self._shards[number]
         path = artifacts.fetch_shard(self._uri, shard, ".parquet", self._cache)
-        table = tables.read_table(path, _COLUMNS)
+        table = tables.read_table(path, self._columns)
         if table.num_rows != shard.rows:
             raise IntegrityError(
                 f"{path} has {table.num_rows} rows, but shard {shard.name} of {self._uri} has {shard.rows}; "

@@ -24,11 +24,11 @@ _ADDED = frozenset({"url", *RESULT_COLUMNS, *VALIDATOR_COLUMNS})
 class UserColumns:
     """Columns of the list behind each image. Reads the Parquet files of image shards on demand. Thread-safe."""
 
-    def __init__(self, images: ImageShards, cache: Path) -> None:
-        """Look up the columns in the shards of ``images``."""
+    def __init__(self, images: ImageShards, cache: Path, *, kept: int = _MAX_CACHED_TABLES) -> None:
+        """Look up the columns in the shards of ``images``; the tables of ``kept`` shards are cached."""
         self._uri, self._cache = images.uri, cache
         self._shards = {shard.name: shard for shard in images.manifest().shards}
-        self._table = lru_cache(_MAX_CACHED_TABLES)(self._read)
+        self._table = lru_cache(kept)(self._read)
 
     def types(self) -> dict[str, pa.DataType]:
         """Return the columns of all shards in the order of their names: int64, float64, or string for others."""

@@ -93,14 +93,12 @@ class BatchQueue:
             waiting = (ticket.job for ticket in self._waiting if not ticket.job.future.done())
             return next((number for number, other in enumerate(waiting) if other is job), None)
 
-    @property
     def depth(self) -> int:
-        """Number of waiting tickets."""
+        """Return the number of waiting tickets."""
         return len(self._waiting)
 
-    @property
     def in_flight(self) -> int:
-        """Number of tickets that run."""
+        """Return the number of tickets that run."""
         return len(self._running)
 
     def close(self, deadline: float) -> None:

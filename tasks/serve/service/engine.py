@@ -66,8 +66,8 @@ class Engine:
             "image": self._lane("image", config.image_queue, config.images_at_once, config.batch_wait_s),
         }
         for name, lane in self._lanes.items():
-            self.metrics.queue_depth.labels(lane=name).set_function(lambda lane=lane: lane.depth)
-            self.metrics.in_flight.labels(lane=name).set_function(lambda lane=lane: lane.in_flight)
+            self.metrics.queue_depth.labels(lane=name).set_function(lane.depth)
+            self.metrics.in_flight.labels(lane=name).set_function(lane.in_flight)
         self._warm = self._closed = False
         self._warm_up_problem: str | None = None
 

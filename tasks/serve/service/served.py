@@ -32,7 +32,9 @@ from tasks.serve.service.stored_images import StoredImages
 _COLUMNS = ["key", "url", "sha256", "width", "height"]
 _KEPT_FILTERS = 16
 _KEPT_THUMBNAILS = 512
-_PRELOADED_SHARDS = 16
+_KEPT_TABLES = 512
+"""Shards whose URLs and columns are kept in memory: about 1 MB each."""
+_PRELOADED_TARS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,13 +91,14 @@ class OpenDatabase:
         """
         embeddings = embeddings_of(version)
         manifest = embeddings.manifest()
-        lookup = Metadata(embeddings.uri, manifest, cache)
+        lookup = Metadata(embeddings.uri, manifest, cache, columns=["key", "url"], kept=_KEPT_TABLES)
+        images: StoredImages | None = None
+        columns: UserColumns | None = None
         try:
             shards = images_of(embeddings)
-            images, columns = StoredImages(shards, cache), UserColumns(shards, cache)
+            images, columns = StoredImages(shards, cache), UserColumns(shards, cache, kept=_KEPT_TABLES)
         except KNNDiffusionError as error:  # a copy of a database may lack them; searches do not need them
             logs.get("serve").warning("%s is served without images: %s", name, error)
-            images = columns = None
         source = Source(
             version=version,
             embeddings=embeddings,
@@ -106,7 +109,7 @@ class OpenDatabase:
             cache=cache,
             side_px=stored_side_px(version),
         )
-        database = open_database(version, cache, name=name)
+        database = open_database(version, cache, name=name).with_descriptions(lookup)
         if images is not None:
             database = database.with_images(lambda ids: images(_places(lookup, ids)))
         opened = cls(database, name=name, version=number, generation=generation, source=source)
@@ -219,13 +222,13 @@ class OpenDatabase:
             return False
 
     def _preload(self) -> None:
-        """Read the metadata of a small database, so that it outlives its files."""
+        """Read what is kept in memory, so that the first searches are fast, and a small database outlives its files."""
         assert self._source is not None, "open has a source"  # noqa: S101 - for the type checker
         first = 0
-        for shard in self._source.shards[:_PRELOADED_SHARDS]:
+        for number, shard in enumerate(self._source.shards[:_KEPT_TABLES]):
             if shard.rows:
-                self.hits([first], [0.0])
-                if self.has_images:
+                self._columns([{"id": first, **record} for record in self._source.lookup([first])])
+                if self.has_images and number < _PRELOADED_TARS:
                     self._database.images([first])
             first += shard.rows
 

@@ -19,7 +19,7 @@ from infra.errors import IntegrityError
 from infra.formats.webdataset import IMAGE_SUFFIXES
 from tasks.references.types import ImageShards
 
-_OPEN_TARS = 64
+_OPEN_TARS = 128
 
 
 class StoredImages:

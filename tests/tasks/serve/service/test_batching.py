@@ -149,7 +149,7 @@ def test_close_fails_what_is_left_at_the_deadline(runner: Runner) -> None:
     for one in tickets:
         with pytest.raises(ServiceClosedError, match="shut down before"):
             one.job.future.result(0)
-    assert queue.depth == 0
+    assert queue.depth() == 0
 
 
 def test_close_of_a_queue_that_was_never_started_fails_its_tickets(runner: Runner) -> None:

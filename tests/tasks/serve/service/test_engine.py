@@ -16,7 +16,6 @@ from support.tiny_service import ROWS, TinyVersions
 from infra.errors import InputError, NotFoundError, StageError
 from model.errors import ModelError
 from tasks.serve.service import drawing, searching
-from tasks.serve.service import engine as engine_module
 from tasks.serve.service.config import ServiceConfig
 from tasks.serve.service.engine import Engine
 from tasks.serve.service.errors import (
@@ -26,6 +25,7 @@ from tasks.serve.service.errors import (
     ServiceClosedError,
     UnknownDatabaseError,
 )
+from tasks.serve.service.plans import plan
 from tasks.serve.service.provenance import CHUNK
 from tasks.serve.service.requests import EditRequest, GenerateRequest, Request, SearchRequest
 from tasks.serve.service.responses import ImagesResponse, SearchResponse
@@ -121,7 +121,7 @@ def test_searches_of_a_batch_equal_single_ones(engine: Engine) -> None:
     requests = [SearchRequest(text=f"text {number}", k=number + 1) for number in range(8)]
     single = [engine.submit(request).future.result(20) for request in requests]
     opened, model = engine._catalog.get(None), engine._catalog.model
-    plans = [engine_module.plan(request, opened, model) for request in requests]
+    plans = [plan(request, opened, model) for request in requests]
     together = searching.search(plans)  # type: ignore[arg-type]
     assert [one.model_dump() for one in together] == [one.model_dump() for one in single]  # type: ignore[union-attr]
 
@@ -165,7 +165,7 @@ def test_image_depends_on_its_seed_but_not_on_the_batch(engine: Engine, monkeypa
         assert np.abs(pixels(alone.images[0].png) - pixels(many.images[number].png)).max() <= 1
     opened, model = engine._catalog.get(None), engine._catalog.model
     requests = [GenerateRequest(prompt=prompt, n=2, seed=seed) for prompt, seed in (("a cat", 1), ("an owl", 5))]
-    plans = [engine_module.plan(request, opened, model) for request in requests]
+    plans = [plan(request, opened, model) for request in requests]
     assert plans[0].key == plans[1].key
     batch = drawing.generate(plans, lambda step, steps: None)  # type: ignore[arg-type]
     for number in range(2):
@@ -262,7 +262,7 @@ def test_cancelled_job_stops_between_steps_and_the_rest_of_its_batch_goes_on(
     jobs = [engine.submit(GenerateRequest(prompt="an owl", steps=5))]
     with pytest.raises(JobCancelledError):
         jobs[0].future.result(20)
-    wait_for(lambda: engine._lanes["image"].in_flight == 0)
+    wait_for(lambda: engine._lanes["image"].in_flight() == 0)
     assert steps == [1]
 
 
