@@ -11,8 +11,9 @@ export NO_MKDOCS_2_WARNING := 1
 
 SHELL := /bin/bash
 WORKERS ?= 2
+PORT ?= 8000
 
-.PHONY: help install demo up down deploy test test-fast durations test-kills test-s3 coverage check docs bench clean
+.PHONY: help install demo playground up down deploy test test-fast durations test-kills test-s3 coverage check docs bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +27,10 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 
 demo: install  ## the full pipeline on 5,400 images: download, embed, index, register, generate, swap
 	@$(BIN)/knn-diffusion demo
+
+playground: install  ## the demo's databases in a browser, at http://127.0.0.1:8000 (PORT=8001 for another port)
+	@test -d build/demo/data || { echo "there are no databases in build/demo/data; run make demo first" >&2; exit 1; }
+	@$(BIN)/knn-diffusion serve --root build/demo/data --port $(PORT)
 
 up: install  ## start Prefect, MLflow, Ray and a worker on this machine; docs/how-to/operate.md
 	@$(BIN)/knn-diffusion up

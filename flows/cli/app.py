@@ -171,7 +171,8 @@ def next_commands(root: Path) -> str:
         'edit face.png "a face with sunglasses" --database twemoji --out edited.png',
     )
     tried = (f"  {command} {line} --root {shlex.quote(str(root))}" for line in lines)
-    return "\n".join(["", "Try next:", *tried])
+    served = f"  {command} serve --root {shlex.quote(str(root))}"
+    return "\n".join(["", "Try next:", *tried, "In a browser, at http://127.0.0.1:8000:", served])
 
 
 def _read_texts(path: str | None) -> tuple[str, ...]:

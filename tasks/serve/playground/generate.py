@@ -44,7 +44,7 @@ def generated_card(shown: Shown, on_open: Callable[[Shown], Any]) -> None:
         with box("caption"):
             say("span", f"Seed {made.seed}")
             if made.nearest is not None:
-                say("span", f"{score_text(made.nearest.score)} to the nearest", "muted")
+                say("span", f"Nearest stored: {score_text(made.nearest.score)}", "muted")
         with box("neighbours"):
             for hit in made.neighbours[:_SHOWN_NEIGHBOURS]:
                 image(thumbnail_source(database, hit.id), hit_alt(hit))

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from tasks.serve.service.engine import Engine
 
 _RECONNECT_S = 20.0
-_DARK_COOKIE = "knn_diffusion_dark"
 _POLICY = (
     "default-src 'self'",
     "script-src 'self' 'unsafe-inline' 'unsafe-eval'",  # NiceGUI compiles its templates in the browser
@@ -85,13 +84,13 @@ def mount(app: FastAPI, engine: "Engine", settings: Settings) -> None:
 def _page_of(context: "Context") -> Callable[[Request], Awaitable[None]]:
     from nicegui import ui
 
-    from tasks.serve.playground.view import View
+    from tasks.serve.playground.view import DARK_COOKIE, View
 
     async def playground(request: Request) -> None:
         ui.add_head_html('<link rel="stylesheet" href="playground/static/playground.css">')
         ui.add_head_html('<script defer src="playground/static/playground.js"></script>')
-        ui.dark_mode({"1": True, "0": False}.get(request.cookies.get(_DARK_COOKIE, "")))
-        view = View(context, PageState.from_query(request.query_params))
+        dark = ui.dark_mode({"1": True, "0": False}.get(request.cookies.get(DARK_COOKIE, "")))
+        view = View(context, PageState.from_query(request.query_params), dark)
         await ui.context.client.connected()
         await view.connected()
 

@@ -63,7 +63,7 @@ class Prompt:
         self._text.value, self._negative.value = self._state.text, self._state.negative
         self._text.props["placeholder"] = _PLACEHOLDERS.get(tab, "")
         self._negative.props["placeholder"] = (
-            "terms to avoid, separated by commas" if tab == "search" else "what to avoid"
+            "terms to avoid, separated by commas" if tab == "search" else "something to avoid"
         )
         self._negative.set_visibility(tab != "edit")
         self._run.text = _RUN.get(tab, "")

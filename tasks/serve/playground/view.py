@@ -34,6 +34,12 @@ from tasks.serve.service.responses import Hit, ImagesResponse, SearchResponse, S
 if TYPE_CHECKING:
     from tasks.serve.service.engine import Engine
 
+DARK_COOKIE = "knn_diffusion_dark"
+_TOGGLE_DARK = f"""() => {{
+    const dark = !Quasar.Dark.isActive;
+    document.cookie = `{DARK_COOKIE}=${{dark ? 1 : 0}}; path=/; max-age=31536000; SameSite=Strict`;
+    emit(dark);
+}}"""
 _LOG = logging.getLogger("knn_diffusion.playground")
 
 
@@ -49,7 +55,7 @@ class Context:
 class View:
     """The page of one visitor."""
 
-    def __init__(self, context: Context, state: PageState) -> None:
+    def __init__(self, context: Context, state: PageState, dark: ui.dark_mode) -> None:
         """Build the page."""
         self._engine, self._images, self.state = context.engine, context.images, state
         info = context.engine.info()
@@ -57,8 +63,9 @@ class View:
         with box("top", "header"):
             say("h1", "knn-diffusion")
             say("span", f"{info.model}, {info.side_px} px", "muted")
-            toggle = ui.button(icon="contrast").props("flat round").classes("dark-toggle")
+            toggle = ui.button(icon="contrast").props("flat round")
             toggle.props["aria-label"] = "Dark or light"
+            toggle.on("click", lambda event: dark.set_value(bool(event.args)), js_handler=_TOGGLE_DARK)
         with ui.tabs(value=state.tab, on_change=self._select_event) as self.tabs:
             for name in TABS:
                 ui.tab(name, label=name.capitalize()).props("no-caps")

@@ -50,11 +50,6 @@
 
   document.addEventListener("click", (event) => {
     if (event.target.closest(".pick-image")) uploader().pickFiles();
-    if (event.target.closest(".dark-toggle")) {
-      const dark = !Quasar.Dark.isActive;
-      setDark(dark);
-      document.cookie = `knn_diffusion_dark=${dark ? 1 : 0}; path=/; max-age=31536000; SameSite=Strict`;
-    }
   });
 
   document.addEventListener("input", (event) => {

@@ -247,7 +247,7 @@ def test_generate_shows_progress_neighbours_and_details(site: Site, page: Any) -
     page.wait_for_selector(".made .result")
     assert page.locator(".made").count() == 3
     assert page.locator(".made").first.locator(".neighbours img").count() == 3
-    assert "to the nearest" in page.locator(".made").first.inner_text()
+    assert "Nearest stored: 0." in page.locator(".made").first.inner_text()
     page.get_by_role("spinbutton", name="Seed").fill("99")
     page.locator(".made .result").nth(1).click()
     details = page.locator(".details")
@@ -458,6 +458,7 @@ def test_dark_mode_is_kept_and_readable(site: Site, page: Any) -> None:
     opened(site, page, "?tab=generate&text=a+fish&n=3&seed=2")
     page.wait_for_selector(".made .result")
     page.get_by_label("Dark or light").click()
+    page.wait_for_selector("body.body--dark")
     page.locator(".made .result").first.click()
     page.wait_for_selector(".details")
     finish(site, page, "dark")

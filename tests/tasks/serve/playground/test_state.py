@@ -1,0 +1,79 @@
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+from starlette.datastructures import QueryParams
+
+from infra.errors import NotFoundError
+from tasks.serve.playground.images import SentImages
+from tasks.serve.playground.state import PageState, problem_of
+from tasks.serve.service.requests import EditRequest, GenerateRequest, SearchRequest
+
+STATES = [
+    PageState(text="a cat & a dog", negative="x=1", database="birds", results=5, min_score=0.25, where="a = 'b'"),
+    PageState(tab="search", row=7),
+    PageState(tab="generate", text="ä", n=2, seed=3, steps=4, guidance=2.5, start="noise", interpolate_to="b"),
+    PageState(tab="compare", text="a", databases=["a,b", "c d"], view="search"),
+    PageState(tab="edit", text="a", method="local", edit_strength=0.5),
+    PageState(tab="databases"),
+]
+
+
+@pytest.mark.parametrize("state", STATES, ids=lambda state: f"{state.tab}-{state.row}")
+def test_query_of_a_state_restores_it(state: PageState) -> None:
+    assert PageState.from_query(QueryParams(state.query())) == state
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["tab=hack&text=a", "n=100&seed=x&text=a", "databases=1&databases=2&databases=3&databases=4&databases=5&text=a",
+     "min_score=nan&text=a", "row=-1&text=a", f"where={'x' * 3000}&text=a", "unknown=1&text=a"],
+)  # fmt: skip
+def test_invalid_values_of_a_link_become_the_defaults(query: str) -> None:
+    assert PageState.from_query(QueryParams(query)) == PageState(text="a")
+
+
+def test_query_names_the_seed_that_was_used() -> None:
+    assert "seed=5" in PageState(tab="generate", text="a").query(seed=5)
+    assert "seed" not in PageState(tab="search", text="a").query(seed=5)
+
+
+def test_compare_asks_every_database_with_one_seed() -> None:
+    asked = PageState(tab="compare", text="a", databases=["x", "y"], candidates=2).requests(None, 9)
+    assert {name: (one.database, one.seed) for name, one in asked.items()} == {"x": ("x", 9), "y": ("y", 9)}
+
+
+def test_search_splits_negative_terms_at_commas() -> None:
+    asked = PageState(text="a", negative=" car,, road ,").requests(None, 0)["search"]
+    assert isinstance(asked, SearchRequest) and asked.negative == ["car", "road"]
+
+
+def test_request_without_a_query_is_explained() -> None:
+    with pytest.raises(ValidationError) as caught:
+        PageState().requests(None, 0)
+    assert problem_of(caught.value) == "there is no query; give text, image or row"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        GenerateRequest(database="d", prompt="a", negative_prompt="b", n=3, steps=9, k=4, start="noise", strength=0.5),
+        EditRequest(database="d", image=Image.new("RGB", (2, 2)), prompt="a", method="flow", strength=0.4, n=2),
+    ],
+    ids=["generate", "edit"],
+)
+def test_recall_restores_the_request_with_the_seed_of_one_image(request_: GenerateRequest | EditRequest) -> None:
+    kind = "generate" if isinstance(request_, GenerateRequest) else "edit"
+    state = PageState(tab=kind, text="other", steps=1, guidance=3)
+    state.recall(request_, 42)
+    image = request_.image
+    (again,) = state.requests(image, state.seed or 0).values()
+    assert again == request_.model_copy(update={"seed": 42})
+
+
+def test_sent_images_are_bounded_and_reduced() -> None:
+    images = SentImages(kept=2)
+    tokens = [images.add(Image.new("RGBA", (3_000, 10))) for _ in range(3)]
+    with pytest.raises(NotFoundError, match="expired"):
+        images.get(tokens[0])
+    assert images.get(tokens[2]).size == (1_024, 3)
+    assert images.webp(tokens[2])[8:12] == b"WEBP"
