@@ -118,7 +118,7 @@ def run(
 async def _run(
     app: FastAPI, engine: "Engine", bound: socket.socket, config: ApiConfig, on_ready: Callable[[], None]
 ) -> signal.Signals | None:
-    server = _Server(_uvicorn_config(app))
+    server = _Server(uvicorn_config(app))
     with _signals() as received:
         serving = asyncio.create_task(server.serve(sockets=[bound]))
         announcing = asyncio.create_task(_announce(engine, server, on_ready))
@@ -131,7 +131,7 @@ async def _run(
         return received.result() if received.done() else None
 
 
-def _uvicorn_config(app: FastAPI) -> uvicorn.Config:
+def uvicorn_config(app: FastAPI) -> uvicorn.Config:
     """Return the configuration of the server. It logs no requests, because they name clients."""
     return uvicorn.Config(
         app,

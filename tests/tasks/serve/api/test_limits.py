@@ -1,0 +1,162 @@
+"""Limits of bodies and connections: size, time, and where images are decoded."""
+
+import asyncio
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from starlette.requests import Request
+from support.served_app import client, served
+
+from tasks.serve.api import server
+from tasks.serve.api.config import ApiConfig
+from tasks.serve.api.limits import Bounded, read_json
+
+JSON = {"Content-Type": "application/json"}
+
+
+def chunks(size: int) -> Iterator[bytes]:
+    """Yield ``size`` bytes; a client sends them without a Content-Length."""
+    for _ in range(size // 1_000):
+        yield b" " * 1_000
+
+
+def read(address: str, sent: bytes, timeout_s: float = 5.0) -> bytes:
+    """Send bytes to a server, and return what it sends until it closes the connection."""
+    place = urlsplit(address)
+    with socket.create_connection((place.hostname, place.port), timeout=timeout_s) as connection:
+        connection.sendall(sent)
+        received = b""
+        while part := connection.recv(65_536):
+            received += part
+        return received
+
+
+def test_body_above_the_limit_is_refused_with_and_without_a_length() -> None:
+    with client(max_body_bytes=5_000) as calls:
+        for content in (b" " * 6_000, chunks(6_000)):
+            response = calls.post("/v1/search", content=content, headers=JSON)
+            assert (response.status_code, response.json()["code"]) == (413, "body_too_large")
+            assert response.headers["Connection"] == "close"
+        openai = calls.post("/v1/images/generations", content=b" " * 6_000, headers=JSON)
+        assert (openai.status_code, openai.json()["error"]["code"]) == (413, "body_too_large")
+        body = json.dumps({"text": "a"}).encode().ljust(5_000)
+        assert calls.post("/v1/search", content=body, headers=JSON).status_code == 200
+
+
+@pytest.mark.parametrize("length", [b"-1", b"1e3", b"9" * 5_000, "٣".encode()])
+def test_odd_content_length_is_no_server_error(length: bytes) -> None:
+    with served() as address:
+        head = b"POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+        answer = read(address, head + length + b"\r\nConnection: close\r\n\r\n{}")
+    assert answer.split()[1][:1] == b"4"
+
+
+def test_slow_body_is_refused_and_the_connection_closed() -> None:
+    with served(body_timeout_s=0.1) as address:
+        head = (
+            b"POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 20\r\n"
+        )
+        answer = read(address, head + b"\r\n{")
+    assert b"408 Request Timeout" in answer
+    assert b"the body did not arrive within 0.1 s" in answer
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /livez HTTP/1.1\r\nHost: loc"])
+def test_slow_headers_close_the_connection(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEADERS_TIMEOUT_S", 0.1)
+    with served() as address:
+        begun = time.monotonic()
+        assert read(address, sent) == b""
+        assert time.monotonic() - begun < 2
+
+
+def test_slow_headers_of_a_second_request_close_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEADERS_TIMEOUT_S", 0.1)
+    with served() as address:
+        connection = http.client.HTTPConnection(urlsplit(address).netloc)
+        connection.request("GET", "/livez")
+        connection.getresponse().read()
+        begun = time.monotonic()
+        connection.sock.sendall(b"GET /livez")
+        assert connection.sock.recv(1) == b""
+        assert time.monotonic() - begun < 2
+        connection.close()
+
+
+def test_connection_serves_several_requests_beyond_the_time_for_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEADERS_TIMEOUT_S", 0.05)
+    with served() as address:
+        connection = http.client.HTTPConnection(urlsplit(address).netloc)
+        connection.connect()
+        used = connection.sock
+        for _ in range(5):
+            connection.request("GET", "/livez")
+            assert connection.getresponse().read() == b'{"status":"ok"}'
+            time.sleep(0.03)
+        assert connection.sock is used
+        connection.close()
+
+
+def test_client_that_does_not_read_is_disconnected() -> None:
+    """The application sends to a client whose buffers are full."""
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    async def blocked(message: Any) -> None:
+        await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    bounded = Bounded(endless, ApiConfig(send_timeout_s=0.05))
+    with pytest.raises(TimeoutError):
+        asyncio.run(bounded(scope, receive, blocked))
+
+
+def test_client_that_leaves_before_the_end_of_its_body_reaches_no_route() -> None:
+    called: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        called.append("app")
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        called.append(message["type"])
+
+    asyncio.run(
+        Bounded(app, ApiConfig())({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send)
+    )
+    assert called == []
+
+
+@pytest.mark.parametrize(
+    ("body", "in_thread"),
+    [
+        ({"text": "a"}, False),
+        ({"text": "a", "image": None}, False),
+        ({"image": "eA=="}, True),
+        ({"text": "a" * 20_000}, True),
+    ],
+)
+def test_read_json_parses_images_and_long_bodies_off_the_event_loop(body: dict[str, Any], in_thread: bool) -> None:
+    async def receive() -> Any:
+        return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+    def parse(value: Any) -> str:
+        assert value == body
+        return threading.current_thread().name
+
+    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json; charset=utf-8")]}
+    name = asyncio.run(read_json(Request(scope, receive), parse))
+    assert name.startswith("decode") is in_thread

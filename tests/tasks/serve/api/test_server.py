@@ -1,0 +1,104 @@
+"""``knn-diffusion serve`` in a process of its own, with an engine in memory: signals and the order of a shutdown."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from infra.errors import InputError
+from tasks.serve.api import server
+
+CHECKOUT = Path(__file__).parents[4]
+
+
+@contextmanager
+def serving(step_s: float, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Yield the process and the line that it prints when it is ready."""
+    command = [sys.executable, str(CHECKOUT / "tests/support/serve_fake.py"), str(step_s), "--port", "0", *arguments]
+    environment = {**os.environ, "PYTHONPATH": f"{CHECKOUT / 'tests'}:{CHECKOUT}"}
+    with subprocess.Popen(
+        command, cwd=CHECKOUT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            yield process, process.stdout.readline()
+        finally:
+            process.kill()
+
+
+def run_job(address: str) -> None:
+    """Queue a job, and wait until it runs."""
+    place = httpx.post(f"{address}/v1/jobs", json={"kind": "generate", "prompt": "a"}).headers["Location"]
+    while httpx.get(f"{address}{place}").json()["state"] != "running":
+        time.sleep(0.01)
+
+
+def test_sigterm_finishes_accepted_requests_and_exits_with_0() -> None:
+    with serving(0.1, "--database", "birds", "--database", "fish") as (process, line):
+        address = line.split()[0]
+        assert line == f"{address} serves models:/knn-diffusion/1 with birds, fish\n"
+        run_job(address)
+        answers: list[httpx.Response] = []
+        body = {"prompt": "b"}
+        call = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{address}/v1/generate", json=body, timeout=30))
+        )
+        call.start()
+        time.sleep(0.2)  # the request waits behind the job
+        process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 1
+        while httpx.get(f"{address}/readyz").status_code != 503:
+            assert time.monotonic() < deadline
+        refused = httpx.post(f"{address}/v1/search", json={"text": "a"})
+        assert (refused.status_code, refused.json()["code"]) == (503, "closing")
+        assert httpx.get(f"{address}/livez").status_code == 200
+        call.join()
+        assert [answer.status_code for answer in answers] == [200]
+        assert process.wait(10) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+def test_second_signal_ends_the_process_at_once() -> None:
+    with serving(30.0) as (process, line):
+        run_job(line.split()[0])
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == -signal.SIGTERM
+
+
+def test_ctrl_c_prints_one_line_and_exits_with_130() -> None:
+    with serving(0.0, "--database", "birds") as (process, _):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert process.stderr is not None
+        assert process.stderr.read() == "knn-diffusion: interrupted; the accepted requests were answered\n"
+
+
+def test_bind_to_a_used_or_foreign_address_is_an_input_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        port = used.getsockname()[1]
+        with pytest.raises(InputError, match=f"127.0.0.1:{port} "):
+            server.bind("127.0.0.1", port)
+    with pytest.raises(InputError, match="cannot be used"):
+        server.bind("192.0.2.1", 0)
+
+
+@pytest.mark.parametrize(("host", "start"), [("127.0.0.1", "http://127.0.0.1:"), ("::1", "http://[::1]:")])
+def test_bound_sockets_send_small_responses_at_once(host: str, start: str) -> None:
+    try:
+        with server.bind(host, 0) as bound:
+            assert server.address_of(bound).startswith(start)
+            assert bound.proto == socket.IPPROTO_TCP  # else asyncio leaves Nagle's algorithm on: 40 ms a response
+    except InputError:
+        assert host == "::1"  # a machine without IPv6
