@@ -15,6 +15,7 @@ MLFLOW_ARTIFACTS              artifact store of new MLflow experiments          
 AWS_ENDPOINT_URL_S3           object store; overrides AWS_ENDPOINT_URL           Amazon S3
 AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION   read by s3fs itself
 PREFECT_API_URL               read by ``infra.prefect_server``                   a temporary server per command
+KNN_DIFFUSION_API_KEYS        API keys of the service; read by ``tasks.serve.api.keys``
 KNN_DIFFUSION_CHECKOUT        read by prefect.yaml: this folder, on the worker
 TMPDIR                        scratch space for shards before they are stored    /tmp
 
