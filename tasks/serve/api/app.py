@@ -37,7 +37,7 @@ def create_app(
     api: ApiConfig | None = None,
     page: bool | None = None,
 ) -> FastAPI:
-    """Return the application. It starts the engine with its lifespan, and closes it.
+    """Return the application. Its lifespan starts the engine, and closes it unless :func:`server.run` has done so.
 
     Args:
         settings: Root, registry and cache.
@@ -57,7 +57,8 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         opened.start()
         yield
-        await asyncio.to_thread(opened.close, api.drain_s)
+        if not app.state.closed:
+            await asyncio.to_thread(opened.close, api.drain_s)
         await asyncio.to_thread(end_traces)
 
     app = FastAPI(
@@ -68,7 +69,7 @@ def create_app(
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.state.engine, app.state.config = opened, api
+    app.state.engine, app.state.config, app.state.closed = opened, api, False
     app.include_router(routes.probes)
     app.include_router(routes.router)
     app.include_router(openai_routes.router)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import pydantic_core
 from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tasks.serve.api.config import ApiConfig
@@ -81,8 +81,11 @@ class Bounded:
         """Return ``send`` with a time limit, so that a client that does not read holds no response."""
 
         async def timed(message: Message) -> None:
-            async with asyncio.timeout(self._config.send_timeout_s):
-                await send(message)
+            try:
+                async with asyncio.timeout(self._config.send_timeout_s):
+                    await send(message)
+            except TimeoutError:
+                raise ClientDisconnect("the client did not read the response in time") from None
 
         return timed
 

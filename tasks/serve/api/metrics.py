@@ -4,10 +4,11 @@ import time
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tasks.serve.api.problems import problem_of
+from tasks.serve.api.problems import CLIENT_GONE, problem_of
 from tasks.serve.service.metrics import Metrics
 
 _PROTECTION = (
@@ -43,14 +44,15 @@ class Observed:
 
         try:
             await self._app(scope, receive, observe)
+        except ClientDisconnect:  # the client left, or is too slow; the server closes the connection
+            status = CLIENT_GONE
         except Exception as error:
             problem = problem_of(error)
-            if status:  # the response has begun; the server closes the connection
-                return
-            await problem.response(scope["path"])(scope, receive, observe)
+            if not status:  # else the response has begun, and the server closes the connection
+                await problem.response(scope["path"])(scope, receive, observe)
         finally:
             route = route_of(scope)
-            self._metrics.requests.labels(route, str(status or 499)).inc()  # 499: the client closed the connection
+            self._metrics.requests.labels(route, str(status or CLIENT_GONE)).inc()
             self._metrics.request_seconds.labels(route).observe(time.perf_counter() - begun)
 
 

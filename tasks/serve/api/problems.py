@@ -28,6 +28,8 @@ from tasks.serve.service.errors import (
 
 PROBLEM_JSON = "application/problem+json"
 OPENAI_ROUTES = ("/v1/images/", "/v1/models")
+CLIENT_GONE = 499
+"""Status in the metrics of a request whose client disconnected."""
 RETRY_S = 5
 """Time to wait when a restart or the registry's return is expected."""
 _ERRORS: tuple[tuple[type[Exception], int, str], ...] = (
@@ -82,7 +84,7 @@ class Problem:
         """Return the response to a request of ``path``."""
         if path.startswith(OPENAI_ROUTES):
             return self._openai_response()
-        title = http.HTTPStatus(self.status).phrase
+        title = phrase_of(self.status)
         given = {"errors": list(self.errors) or None, "id": self.id}
         body = {"type": "about:blank", "title": title, "status": self.status, "detail": self.detail, "code": self.code}
         content = json.dumps(body | {name: value for name, value in given.items() if value})
@@ -112,10 +114,9 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, ProblemError):
         return error.problem
     if isinstance(error, HTTPException):
-        name = http.HTTPStatus(error.status_code).phrase
         return Problem(
             status=error.status_code,
-            code=name.lower().replace(" ", "_"),
+            code=phrase_of(error.status_code).lower().replace(" ", "_"),
             detail=_ROUTING.get(error.status_code, str(error.detail)),
             headers=error.headers or {},
         )
@@ -144,6 +145,11 @@ def invalid_fields(errors: Iterable[Mapping[str, Any]]) -> Problem:
 def is_expected(error: object) -> bool:
     """Return True if the message of ``error`` is for the client: not a fault of the service."""
     return isinstance(error, tuple(kind for kind, _, _ in _ERRORS))
+
+
+def phrase_of(status: int) -> str:
+    """Return the phrase of an HTTP status, also of nginx's for a client that is gone."""
+    return "Client Closed Request" if status == CLIENT_GONE else http.HTTPStatus(status).phrase
 
 
 def add_handlers(app: FastAPI) -> None:

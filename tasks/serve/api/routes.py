@@ -13,7 +13,7 @@ from infra.errors import EncoderMismatchError, IntegrityError, StageError, Trans
 from tasks.serve.api import events, metrics
 from tasks.serve.api.config import ApiConfig
 from tasks.serve.api.limits import in_decoder, read_json, validated
-from tasks.serve.api.problems import ProblemDetails, ProblemError
+from tasks.serve.api.problems import CLIENT_GONE, ProblemDetails, ProblemError
 from tasks.serve.api.schema import body_of, job_body
 from tasks.serve.api.views import JobView, Readiness, SwapRequest
 from tasks.serve.service.errors import public_message
@@ -60,7 +60,7 @@ async def answered(request: Request, job: Job) -> EngineResponse:
         if not job.future.done():
             job.cancel()
     if not finished.done():
-        raise ProblemError(499, "client_closed_request", "the client closed the connection")
+        raise ProblemError(CLIENT_GONE, "client_closed_request", "the client closed the connection")
     return finished.result()
 
 

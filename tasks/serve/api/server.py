@@ -125,6 +125,7 @@ async def _run(
         await asyncio.wait({serving, received}, return_when=asyncio.FIRST_COMPLETED)
         announcing.cancel()
         if not serving.done():  # the port stays open meanwhile: probes and new requests are answered with 503
+            app.state.closed = True
             await asyncio.to_thread(engine.close, max(0.0, config.drain_s - FLUSH_S))
             server.should_exit = True
         await serving

@@ -229,7 +229,7 @@ def test_deleted_job_is_cancelled(engine: FakeEngine) -> None:
         engine.gate.set()
 
 
-def test_client_that_disconnects_cancels_its_job(engine: FakeEngine) -> None:
+def test_client_that_disconnects_cancels_its_job(engine: FakeEngine, caplog: pytest.LogCaptureFixture) -> None:
     engine.gate.clear()
     app = app_of(engine)
     body = json.dumps({"prompt": "an owl"}).encode()
@@ -261,6 +261,8 @@ def test_client_that_disconnects_cancels_its_job(engine: FakeEngine) -> None:
     asyncio.run(call())
     (job,) = engine.jobs.recent()
     assert job.status().state == "cancelled"
+    assert caplog.text == ""
+    assert b'{route="/v1/generate",status="499"} 1.0' in engine.metrics.expose()
 
 
 def test_unexpected_error_is_logged_with_the_id_of_the_answer(
