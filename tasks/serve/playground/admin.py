@@ -30,14 +30,17 @@ def operator_sections(view: AdminView) -> None:
 
 
 def _history(promotions: list[Promotion]) -> None:
+    titles = ["Time (UTC)", "Name", "Version", "Outcome"]
+    titles += ["Reason"] if any(one.reason for one in promotions) else []
     with box("table-scroll", tabindex="0", role="region", aria_label="Promotion history"), box("table", "table"):
         with box("", "thead"), box("", "tr"):
-            for title in ("Time (UTC)", "Name", "Version", "Outcome", "Reason"):
+            for title in titles:
                 say("th", title).props["scope"] = "col"
         with box("", "tbody"):
             for one in promotions:
                 with box("", "tr"):
-                    for value in (time_text(one.at_ms), one.name, one.version, one.outcome, shorten(one.reason, 160)):
+                    values = (time_text(one.at_ms), one.name, one.version, one.outcome, shorten(one.reason, 160))
+                    for value in values[: len(titles)]:
                         say("td", str(value))
 
 

@@ -19,6 +19,8 @@ class ComparedDatabases:
         """Add the empty area."""
         self._on_open, self._on_like = on_open, on_like
         self.area = box("results")
+        with self.area:
+            say("p", "Describe an image, and see what each database makes of it, side by side.", "empty")
 
     def show(self, jobs: Mapping[str, Job]) -> None:
         """Show finished jobs instead of the earlier ones."""

@@ -53,7 +53,7 @@ class Databases:
                     with box("fact"):
                         say("dt", name)
                         say("dd", value)
-            if database.versions:
+            if set(database.versions) - {database.served.version if database.served else None}:
                 self._swap_controls(database)
 
     def _swap_controls(self, database: ServedDatabase) -> None:

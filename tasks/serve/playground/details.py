@@ -22,6 +22,8 @@ from tasks.serve.playground.elements import (
 from tasks.serve.service.jobs import Job
 from tasks.serve.service.responses import Hit, ImagesResponse, MadeImage, ServedVersion
 
+_TITLES = {"n": "images", "k": "neighbours", "side": "size in px"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shown:
@@ -78,7 +80,7 @@ class Details:
             self._buttons(shown)
             similarity(shown.image, shown.response.database)
             say("h3", "Settings")
-            pairs(settings_of(shown))
+            pairs(settings_of(shown), limit=40)
             say("h3", "Neighbours")
             for hit in shown.image.neighbours:
                 neighbour_row(hit, shown.response.database)
@@ -102,8 +104,9 @@ def settings_of(shown: Shown) -> dict[str, Any]:
     prompt = getattr(request, "prompt", None)
     settings = {name: value for name, value in shown.response.settings.items() if value is not None}
     first = {"prompt": prompt or "an image", "seed": shown.image.seed}
+    settings = dict.fromkeys(first) | settings  # they come first
     last = {"database": served_text(shown.response.database), "model": shown.response.model}
-    return {name.replace("_", " "): value for name, value in {**first, **settings, **first, **last}.items()}
+    return {_TITLES.get(name, name.replace("_", " ")): value for name, value in {**settings, **first, **last}.items()}
 
 
 def similarity(made: MadeImage, database: ServedVersion) -> None:

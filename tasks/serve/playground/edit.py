@@ -20,6 +20,8 @@ class EditedImages:
         """Add the empty area. ``images`` keeps the originals."""
         self._images, self._on_open = images, on_open
         self.area = box("results")
+        with self.area:
+            say("p", "Add an image, describe how it should look, and choose among the candidates.", "empty")
 
     def show(self, job: Job, response: ImagesResponse) -> None:
         """Show a response instead of the earlier one, with its first candidate open."""

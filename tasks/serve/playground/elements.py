@@ -78,10 +78,10 @@ def shorten(value: Any, characters: int = _SHOWN_CHARACTERS) -> str:
     return text if len(text) <= characters else f"{text[: characters - 1]}…"
 
 
-def pairs(values: Mapping[str, Any]) -> None:
-    """Add a list of names and values."""
+def pairs(values: Mapping[str, Any], limit: int = _SHOWN_COLUMNS) -> None:
+    """Add a list of names and values, at most ``limit`` of them."""
     with box("pairs", "dl"):
-        for name, value in list(values.items())[:_SHOWN_COLUMNS]:
+        for name, value in list(values.items())[:limit]:
             say("dt", shorten(name, 40))
             say("dd", shorten(value))
 

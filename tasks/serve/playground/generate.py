@@ -19,6 +19,8 @@ class GeneratedImages:
         """Add the empty area. ``on_open`` shows the details of an image."""
         self._on_open = on_open
         self.area = box("results")
+        with self.area:
+            say("p", "Describe an image, and the generator draws it from the nearest stored images.", "empty")
 
     def show(self, job: Job, response: ImagesResponse) -> None:
         """Show a response instead of the earlier one."""

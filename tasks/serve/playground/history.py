@@ -19,8 +19,8 @@ _KEY = "playground-history"
 class History:
     """Earlier results, the latest first."""
 
-    def __init__(self, jobs: JobTable, on_open: Callable[[str, dict[str, Job]], Any]) -> None:
-        """Add the empty strip. ``on_open`` is called with the URL query and the jobs of an entry."""
+    def __init__(self, jobs: JobTable, on_open: Callable[[str], Any]) -> None:
+        """Add the empty strip. ``on_open`` is called with the URL query of an entry."""
         self._jobs, self._on_open = jobs, on_open
         self.area = box("history", "section", aria_label="History of this tab")
 
@@ -48,18 +48,19 @@ class History:
                 for entry in entries:
                     self._entry(dict(entry))
 
+    def jobs_of(self, query: str) -> dict[str, Job]:
+        """Return the jobs of an entry, so that a reload does not run them again; empty if they have expired."""
+        entry = next((one for one in app.storage.tab.get(_KEY, []) if one["query"] == query), None)
+        try:
+            return {} if entry is None else {title: self._jobs.get(name) for title, name in entry["jobs"].items()}
+        except NotFoundError:
+            return {}
+
     def _entry(self, entry: dict[str, Any]) -> None:
-        with press(f"{entry['title']}, {entry['time']}", lambda: self._open(entry), "history-entry"):
+        with press(f"{entry['title']}, {entry['time']}", lambda: self._on_open(entry["query"]), "history-entry"):
             if entry["image"]:
                 image(entry["image"], "")
             say("span", entry["title"], "history-title")
-
-    def _open(self, entry: dict[str, Any]) -> Any:
-        try:
-            jobs = {title: self._jobs.get(name) for title, name in entry["jobs"].items()}
-        except NotFoundError:
-            jobs = {}  # expired: the page runs the request again
-        return self._on_open(entry["query"], jobs)
 
 
 def _first_image(job: Job) -> str:

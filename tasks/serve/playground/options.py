@@ -61,7 +61,7 @@ class Options:
             f"use-chips max-values={MAX_COMPARED}"
         )
         self._add("databases", several.classes("wide"), ("compare",), generates=False)
-        view = ui.select({"generate": "Generated images", "search": "Nearest images"}, label="Show")
+        view = ui.select({"generate": "Generated", "search": "Nearest"}, label="Show")
         self._add("view", view, ("compare",), generates=False)
         self._number("results", "Results", ("search",), 1, 500)
         self._number("n", "Images", _DRAWS, 1, self._info.limits.get("n", 16))

@@ -28,6 +28,12 @@ class SearchResults:
         """Add the empty area. ``on_like`` searches for more images like a hit."""
         self._state, self._on_like, self._on_change = state, on_like, on_change
         self.area = box("results")
+        with self.area:
+            say(
+                "p",
+                "Describe what you look for, or drop an image into the box. The nearest stored images appear here.",
+                "empty",
+            )
 
     def show(self, response: SearchResponse) -> None:
         """Show a response instead of the earlier one."""

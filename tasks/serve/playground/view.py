@@ -96,6 +96,8 @@ class View:
         self.history.refresh()
         if self.state.tab == "databases":
             await self.databases.refresh()
+        elif jobs := self.history.jobs_of(self.state.query()):
+            self._show(self.state.tab, jobs)
         elif (self.state.text and self.state.tab != "edit") or self.state.row is not None:
             await self.run()  # an edit needs an image, and that is not in the URL
 
@@ -217,13 +219,14 @@ class View:
         self.state.text = ""
         await self.select("edit")
 
-    async def restore(self, query: str, jobs: dict[str, Job]) -> None:
+    async def restore(self, query: str) -> None:
         """Show an entry of the history; run it again if its jobs have expired."""
         for name, value in PageState.from_query(QueryParams(query)):
             setattr(self.state, name, value)
         self.prompt.remove_image()
         await self.select(self.state.tab)
-        if jobs:
+        ui.navigate.history.replace(f"?{query}")
+        if jobs := self.history.jobs_of(query):
             self._show(self.state.tab, jobs)
         else:
             await self.run()

@@ -88,9 +88,9 @@ def test_result_that_does_not_exist_is_not_found(client: TestClient, engine: Fak
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://testserver.evil.example"])
 def test_page_of_another_site_cannot_open_the_websocket(client: TestClient, origin: str) -> None:
     polling, websocket = (f"/_nicegui_ws/socket.io/?EIO=4&transport={name}" for name in ("polling", "websocket"))
-    own, foreign = {"origin": "http://testserver"}, {"origin": origin}
-    assert client.get(polling, headers=own).status_code == 200
-    assert client.get(polling, headers=foreign).status_code == 400
+    own, foreign = ({"origin": one, "upgrade": "websocket"} for one in ("http://testserver", origin))
+    assert client.get(polling, headers={"origin": "http://testserver"}).status_code == 200
+    assert client.get(polling, headers={"origin": origin}).status_code == 400
     with client.websocket_connect(websocket, headers=own) as socket:
         assert socket.receive_text().startswith("0")
     with pytest.raises(WebSocketDisconnect), client.websocket_connect(websocket, headers=foreign) as socket:
