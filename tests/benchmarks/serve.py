@@ -11,7 +11,6 @@ rows, and the index that autofaiss would have built is replaced by ours.
 """
 
 import dataclasses
-import json
 import os
 import shutil
 import statistics
@@ -30,6 +29,8 @@ import numpy as np
 
 FOLDER = Path("build/bench/serve")
 CLIENTS = 32
+ALONE = 8
+"""Images of a round of the pipeline alone."""
 SWAP_CLIENTS = 100
 MOVES = 20
 MOVED_ROWS = 2_000
@@ -163,14 +164,14 @@ def images_ratio(own: Any, address: str) -> dict[str, float]:
         httpx.post(f"{address}/v1/generate", json=body | {"seed": seed}, timeout=600).raise_for_status()
 
     def alone() -> None:
-        for _ in range(CLIENTS // 2):
+        for _ in range(ALONE):
             pipeline("a red heart")
 
     found: dict[str, list[float]] = {"service": [], "pipeline": []}
     with ThreadPoolExecutor(CLIENTS) as pool:
         for _ in range(2):
-            found["service"].append(2 * CLIENTS / timed(lambda: list(pool.map(one, range(2 * CLIENTS)))))
-            found["pipeline"].append(CLIENTS // 2 / timed(alone))
+            found["service"].append(CLIENTS / timed(lambda: list(pool.map(one, range(CLIENTS)))))
+            found["pipeline"].append(ALONE / timed(alone))
     medians = {who: statistics.median(values) for who, values in found.items()}
     return medians | {"ratio": medians["service"] / medians["pipeline"]}
 

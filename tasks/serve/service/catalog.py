@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from infra import logs
-from infra.errors import EncoderMismatchError, KNNDiffusionError, NotFoundError
+from infra.errors import ConfigError, EncoderMismatchError, KNNDiffusionError, NotFoundError
 from infra.registry import CHAMPION, GENERATOR_NAME
 from model.errors import ModelError
 from tasks.serve.service.config import ServiceConfig
@@ -45,6 +45,7 @@ class Catalog:
 
         Raises:
             NotFoundError: A name is not registered, or no database is.
+        ConfigError: Two of the databases have the same name.
             EncoderMismatchError: A named database was made by another encoder than the model's.
             KNNDiffusionError: A version does not open.
             ModelError: A version does not open.
@@ -182,7 +183,7 @@ class Catalog:
             self.problems[reference] = f"{reference} is not served: {public_message(error)}"
             return
         if opened.name in self._entries:
-            raise UnknownDatabaseError(f"two databases have the name {opened.name}; serve one of them")
+            raise ConfigError(f"two databases have the name {opened.name}; serve one of them")
         self._live.add(opened)
         self._entries[opened.name] = Entry(followed=followed, seen=target, opened=opened)
 

@@ -61,21 +61,31 @@ def edit(plan: EditPlan, on_step: OnStep) -> ImagesResponse:
     """Run an edit once for each of its seeds. Raises ``ModelError`` as the pipeline."""
     pipeline, request, images = plan.model.with_database(plan.opened), plan.request, list[Image.Image]()
     source = image_to_array(to_rgb(request.image), pipeline.side)
-    total = request.n * plan.config.candidates
-    for number, seed in enumerate(plan.seeds):
-        before = number * plan.config.candidates
-        on_step(before, total)
-        images += pipeline.edit(
-            Image.fromarray(source),
-            request.prompt,
-            method=plan.config.method,
-            strength=plan.config.strength,
-            num_inference_steps=plan.config.steps,
-            guidance_scale=plan.config.guidance_scale,
-            neighbours=plan.settings["k"],
-            generator=torch.Generator().manual_seed(seed),
-            on_progress=lambda step, _, before=before: on_step(before + step, total),  # type: ignore[misc]
-        )
+    done, total = 0, request.n * plan.config.candidates
+
+    def on_candidate(step: int, _: int = 0) -> None:
+        nonlocal done
+        done = before + step
+        on_step(done, total)
+
+    # The pipeline reports candidates only. A cancelled job stops at the next call of the network.
+    hook = pipeline.transformer.register_forward_pre_hook(lambda *_: on_step(done, total))
+    try:
+        for number, seed in enumerate(plan.seeds):
+            before = number * plan.config.candidates
+            images += pipeline.edit(
+                Image.fromarray(source),
+                request.prompt,
+                method=plan.config.method,
+                strength=plan.config.strength,
+                num_inference_steps=plan.config.steps,
+                guidance_scale=plan.config.guidance_scale,
+                neighbours=plan.settings["k"],
+                generator=torch.Generator().manual_seed(seed),
+                on_progress=on_candidate,
+            )
+    finally:
+        hook.remove()
     found = plan.opened.database.nearest(pipeline.embed(request.prompt).numpy(), plan.settings["k"])
     regions = [region_outline(source, np.asarray(image)) for image in images]
     return _response(plan, pipeline, images, [(found.ids[0], found.scores[0])] * len(images), regions)

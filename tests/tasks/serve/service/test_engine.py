@@ -266,6 +266,23 @@ def test_cancelled_job_stops_between_steps_and_the_rest_of_its_batch_goes_on(
     assert steps == [1]
 
 
+def test_cancelled_edit_stops_within_a_candidate(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, calls = engine._catalog.model.pipeline.transformer, list[int]()
+
+    def count(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            job.cancel()
+
+    hook = network.register_forward_pre_hook(count)
+    job = engine.submit(EditRequest(image=SOURCE, prompt="a cat", method="sdedit", steps=50))
+    with pytest.raises(JobCancelledError):
+        job.future.result(20)
+    hook.remove()
+    assert len(calls) == 2
+    assert not network._forward_pre_hooks
+
+
 def test_failing_request_fails_alone_and_without_paths(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     search_all = searching.search
 

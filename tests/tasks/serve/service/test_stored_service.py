@@ -1,5 +1,7 @@
 """The engine on a real registry and real files: filters, images, takedowns, deletion, and aliases that move."""
 
+import base64
+import http.server
 import io
 import shutil
 import threading
@@ -22,7 +24,7 @@ from tasks.references.domain_folder import DomainFolder
 from tasks.references.images import fetch_images
 from tasks.references.takedown import Entries
 from tasks.references.types import DatabaseVersion
-from tasks.serve.service.admin import admin_view
+from tasks.serve.service.admin import admin_view, mlflow_address, prefect_address, running_flows
 from tasks.serve.service.config import ServiceConfig
 from tasks.serve.service.engine import Engine
 from tasks.serve.service.errors import DatabaseUnavailableError
@@ -229,3 +231,39 @@ def test_takedown_is_applied_while_searches_run(start: Callable[..., Engine], se
         thread.join(20)
     hidden = url.rpartition("/")[2]
     assert not any(hidden in found for found in seen[after + 4 :]), "at most the running searches still find it"
+
+
+class _Prefect(http.server.BaseHTTPRequestHandler):
+    """Fake of Prefect's API with one running flow; any other user than ``me`` is rejected."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        known = self.headers.get("Authorization") == "Basic " + base64.b64encode(b"me:secret").decode()
+        self.send_response(200 if known and self.path == "/api/flow_runs/filter" else 401)
+        self.end_headers()
+        self.wfile.write(b'[{"id": "7", "name": "rebuild-index-birds", "start_time": "2026-01-01T00:00:00Z"}]')
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing."""
+
+
+def test_running_flows_come_from_prefect_if_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Prefect) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("PREFECT_API_URL", f"{address}/api")
+        monkeypatch.delenv("PREFECT_UI_URL", raising=False)
+        monkeypatch.setenv("PREFECT_API_AUTH_STRING", "me:secret")
+        assert prefect_address() == address
+        (run,) = running_flows(address)
+        assert (run.name, run.page) == ("rebuild-index-birds", f"{address}/runs/flow-run/7")
+        monkeypatch.setenv("PREFECT_API_AUTH_STRING", "me:wrong")
+        assert running_flows(address) == []
+        server.shutdown()
+    assert running_flows(address) == [], "nothing listens any more"
+
+
+def test_addresses_have_no_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert mlflow_address(Settings(MLFLOW_TRACKING_URI="http://me:secret@mlflow:5000")) == "http://mlflow:5000"
+    monkeypatch.setenv("PREFECT_UI_URL", "https://me:secret@prefect.example.com/")
+    assert prefect_address() == "https://prefect.example.com"
