@@ -5,9 +5,6 @@
 The server is a process of its own, on loopback, with the bundled generator. Searches go to a database of ``ROWS``
 seeded rows, which the index stage builds. The clients are threads of the benchmark, so they share the cores with the
 server. The generator is compared with the same pipeline in this process, one image at a time, while the server idles.
-
-clip-retrieval's ``back`` is measured if it is installed in an environment of its own; see embed.py. It gets the same
-rows, and the index that autofaiss would have built is replaced by ours.
 """
 
 import dataclasses
@@ -40,7 +37,7 @@ POLL_S = 0.5
 
 
 def bench_serve() -> dict[str, Any]:
-    """Return the five rows of the table in docs/results.md."""
+    """Return overhead, throughput, swaps under load and memory."""
     rows, seconds, requests = (
         int(os.environ.get(name) or default)
         for name, default in (("ROWS", 1_000_000), ("SECONDS", 120), ("REQUESTS", 10_000))
