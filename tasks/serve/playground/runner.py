@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from nicegui import ui
 
 from tasks.serve.playground.elements import box, say
+from tasks.serve.service.errors import JobCancelledError
 from tasks.serve.service.jobs import Job, JobStatus
 
 _REFRESH_S = 0.15
@@ -44,8 +45,12 @@ class Runner:
                     line.text = progress_text(status)
                     bar.value = status.step / status.steps if status.steps else 0.0
                 _, pending = await asyncio.wait(pending, timeout=_REFRESH_S)
-            for future in futures:
-                future.result()
+            if pending:  # the visitor has left
+                self.cancel()
+                raise JobCancelledError("the page was closed")
+            for error in [future.exception() for future in futures]:  # all, or asyncio reports the unread ones
+                if error is not None:
+                    raise error
         finally:
             self._jobs = []
             self._area.set_visibility(False)

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import logging
+import math
 from typing import TYPE_CHECKING
 
 from nicegui import events, ui
@@ -125,6 +126,7 @@ class View:
     async def run(self) -> None:
         """Run the request of the controls, and show its results."""
         if self.runner.running:
+            self.warn("A request is running. Wait for it, or cancel it first.", calm=True)
             return
         self._clear_message()
         self.details.hide()
@@ -138,7 +140,7 @@ class View:
         except ValidationError as error:
             self.warn(problem_of(error))
         except QueueFullError as error:
-            self.warn(f"The service is busy. Try again in {max(1, round(error.retry_after_s))} s.")
+            self.warn(f"The service is busy. Try again in {max(1, math.ceil(error.retry_after_s))} s.")
         except JobCancelledError:
             self.warn("Cancelled.", calm=True)
         except (KNNDiffusionError, ModelError) as error:
@@ -185,6 +187,10 @@ class View:
 
     async def like(self, hit: Hit, database: ServedVersion) -> None:
         """Search for more images like a stored one."""
+        served = next((one.served for one in self._engine.databases() if one.name == database.name), None)
+        if served is None or served.generation != database.generation:
+            self.warn(f"{database.name} was swapped, and the rows of its versions differ. Run the request again.")
+            return
         self.state.database = database.name
         self.prompt.like(hit.id)
         await self.select("search")
@@ -233,6 +239,8 @@ class View:
 
     def warn(self, text: str, *, calm: bool = False) -> None:
         """Show a message above the results."""
+        if self._message.is_deleted:  # the visitor has left
+            return
         self._message.clear()
         with self._message:
             say("p", text, "message calm" if calm else "message")

@@ -364,7 +364,7 @@ def test_overload_is_shown_with_the_time_to_wait(site: Site, page: Any) -> None:
     waiting += [site.engine.submit(GenerateRequest(prompt="x")) for _ in range(4)]
     ask(page, PROMPT)
     page.wait_for_selector(".message")
-    assert page.locator(".message").inner_text() == "The service is busy. Try again in 2 s."
+    assert page.locator(".message").inner_text() == "The service is busy. Try again in 3 s."
     finish(site, page, "overload")
     for job in waiting:
         job.cancel()
