@@ -41,7 +41,7 @@ HEADERS = {
     "referrer-policy": "same-origin",  # a link to a source does not reveal the prompt
     "x-content-type-options": "nosniff",
 }
-"""Headers of the page. The browser contacts no other host, whatever the page contains."""
+"""Headers of the page. They keep the browser from contacting other hosts."""
 
 
 def mount(app: FastAPI, engine: "Engine", settings: Settings) -> None:

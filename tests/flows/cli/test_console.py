@@ -3,11 +3,12 @@
 import logging
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import typer
 
-from flows.cli.app import main
+from flows.cli.app import main, next_commands
 from flows.cli.console import name_options, report_errors, say, table
 from infra.errors import ConfigError, InputError
 
@@ -78,3 +79,7 @@ def test_report_errors_with_value_error_of_the_code_propagates() -> None:
         raise ValueError("a bug")
     with pytest.raises(typer.Exit), report_errors(verbose=False):
         raise ConfigError("k is out of range: 0; give at least 1")
+
+
+def test_demo_ends_with_the_command_of_the_playground() -> None:
+    assert next_commands(Path("build/demo/data")).endswith(" serve --root build/demo/data")

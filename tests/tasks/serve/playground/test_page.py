@@ -12,6 +12,9 @@ from support.fake_engine import FakeEngine, running
 
 from infra.errors import ConfigError
 from infra.settings import Settings
+from tasks.serve.api.app import create_app
+from tasks.serve.api.config import ApiConfig
+from tasks.serve.api.keys import Keys
 from tasks.serve.playground import page
 from tasks.serve.service.requests import GenerateRequest, SearchRequest
 
@@ -95,6 +98,14 @@ def test_page_of_another_site_cannot_open_the_websocket(client: TestClient, orig
         assert socket.receive_text().startswith("0")
     with pytest.raises(WebSocketDisconnect), client.websocket_connect(websocket, headers=foreign) as socket:
         socket.receive_text()
+
+
+def test_api_keys_protect_the_page_and_its_images(engine: Any) -> None:
+    app = create_app(Settings(), engine=engine, api=ApiConfig(keys=Keys(["k" * 32])), page=True)
+    client = TestClient(app)  # without its lifespan, which would start the engine again
+    for path in ("/", "/playground/thumbnails/birds/1", "/_nicegui_ws/socket.io/?EIO=4&transport=polling"):
+        assert client.get(path).status_code == 401
+    assert client.get("/playground/thumbnails/birds/1", auth=("anyone", "k" * 32)).status_code == 200
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
