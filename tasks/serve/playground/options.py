@@ -69,20 +69,20 @@ class Options:
 
     def _details(self) -> None:
         defaults = self._info.defaults
-        where = ui.input("Only rows where").props("maxlength=2000")
+        where = ui.input("Only rows where").props("maxlength=2000 stack-label")
         where.props["placeholder"] = "url like '%cat%'"
         self._add("where", where.classes("wide"), ("search",), generates=False)
         self._number("steps", "Steps", _DRAWS, 1, 250, defaults.get("steps"))
         self._number("guidance", "Guidance", _DRAWS, 1, 50, defaults.get("guidance"), step=0.5)
         self._number("neighbours", "Neighbours", _DRAWS, 1, 100, defaults.get("k"))
-        self._number("candidates", "Candidates for each image", _DRAWS[:2], 1, 16, defaults.get("candidates"))
+        self._number("candidates", "Candidates", _DRAWS[:2], 1, 16, defaults.get("candidates"))
         if self._info.starts_from_images:
             self._add("start", ui.select(_START, label="Start from"), _DRAWS[:2])
             self._number("strength", "Noise", _DRAWS[:2], 0.05, 1, defaults.get("strength"), step=0.05)
         methods = {None: "Default"} | {name: _METHODS.get(name, name) for name in self._info.edit_methods}
         self._add("method", ui.select(methods, label="Method"), ("edit",))
         self._number("edit_strength", "Strength", ("edit",), 0.05, 1, defaults.get("edit_strength"), step=0.05)
-        target = ui.input("Interpolate to").props("maxlength=2000")
+        target = ui.input("Interpolate to").props("maxlength=2000 stack-label")
         target.props["placeholder"] = "a second prompt: the images lead to it"
         self._add("interpolate_to", target.classes("wide"), ("generate",))
 
