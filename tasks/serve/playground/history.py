@@ -22,7 +22,13 @@ class History:
     def __init__(self, jobs: JobTable, on_open: Callable[[str], Any]) -> None:
         """Add the empty strip. ``on_open`` is called with the URL query of an entry."""
         self._jobs, self._on_open = jobs, on_open
+        self._stored: dict[str, Any] = {}
         self.area = box("history", "section", aria_label="History of this tab")
+
+    def connect(self) -> None:
+        """Read the entries once the browser is connected; it may be away when a result arrives."""
+        self._stored = app.storage.tab
+        self.refresh()
 
     def add(self, state: PageState, query: str, jobs: dict[str, Job]) -> None:
         """Add finished jobs."""
@@ -33,13 +39,13 @@ class History:
             "image": _first_image(next(iter(jobs.values()))),
             "time": time.strftime("%H:%M"),
         }
-        earlier = [one for one in app.storage.tab.get(_KEY, []) if one["query"] != query]
-        app.storage.tab[_KEY] = [entry, *earlier][:_KEPT]
+        earlier = [one for one in self._stored.get(_KEY, []) if one["query"] != query]
+        self._stored[_KEY] = [entry, *earlier][:_KEPT]
         self.refresh()
 
     def refresh(self) -> None:
         """Show the entries."""
-        entries = app.storage.tab.get(_KEY, [])
+        entries = self._stored.get(_KEY, [])
         self.area.clear()
         self.area.set_visibility(bool(entries))
         with self.area:
@@ -50,7 +56,7 @@ class History:
 
     def jobs_of(self, query: str) -> dict[str, Job]:
         """Return the jobs of an entry, so that a reload does not run them again; empty if they have expired."""
-        entry = next((one for one in app.storage.tab.get(_KEY, []) if one["query"] == query), None)
+        entry = next((one for one in self._stored.get(_KEY, []) if one["query"] == query), None)
         try:
             return {} if entry is None else {title: self._jobs.get(name) for title, name in entry["jobs"].items()}
         except NotFoundError:

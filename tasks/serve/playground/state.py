@@ -147,7 +147,7 @@ class PageState(BaseModel):
     def recall(self, request: Request, seed: int) -> None:
         """Set the controls to those of an earlier request, with the seed of one of its images."""
         self.seed = seed
-        self.database = request.database
+        self.database = request.database or self.database
         self.n = getattr(request, "n", self.n)
         if isinstance(request, GenerateRequest):
             self.text, self.negative = request.prompt or "", request.negative_prompt or ""

@@ -94,7 +94,7 @@ class View:
 
     async def connected(self) -> None:
         """Run the request of the URL once the browser is connected."""
-        self.history.refresh()
+        self.history.connect()
         if self.state.tab == "databases":
             await self.databases.refresh()
         elif jobs := self.history.jobs_of(self.state.query()):
