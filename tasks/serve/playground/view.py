@@ -97,10 +97,11 @@ class View:
         self.history.connect()
         if self.state.tab == "databases":
             await self.databases.refresh()
-        elif jobs := self.history.jobs_of(self.state.query()):
-            self._show(self.state.tab, jobs)
-        elif (self.state.text and self.state.tab != "edit") or self.state.row is not None:
-            await self.run()  # an edit needs an image, and that is not in the URL
+        elif self.state.text or self.state.row is not None:
+            if jobs := self.history.jobs_of(self.state.query()):
+                self._show(self.state.tab, jobs)
+            elif self.state.tab != "edit":  # its image is not in the URL
+                await self.run()
 
     async def select(self, tab: Tab) -> None:
         """Show a tab."""
