@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.responses import HTMLResponse, Response
 
 from infra.settings import Settings
-from tasks.serve.api import openai_routes, problems, routes, schema, telemetry
+from tasks.serve.api import openai_routes, problems, routes, telemetry
 from tasks.serve.api.config import ApiConfig
 from tasks.serve.api.guard import Guarded
 from tasks.serve.api.limits import Bounded
@@ -74,7 +74,6 @@ def create_app(
     app.include_router(routes.router)
     app.include_router(openai_routes.router)
     problems.add_handlers(app)
-    schema.describe(app)
     app.add_middleware(Bounded, config=api)
     app.add_middleware(Guarded, config=api)
     app.add_middleware(Observed, metrics=opened.metrics)  # the last one added is the outermost

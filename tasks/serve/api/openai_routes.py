@@ -13,7 +13,7 @@ from starlette.formparsers import MultiPartException
 from starlette.responses import Response
 
 from tasks.serve.api.limits import in_decoder, read_json, validated
-from tasks.serve.api.problems import ProblemError
+from tasks.serve.api.problems import OpenAIError, ProblemError
 from tasks.serve.api.routes import answered, engine_of, names_of, submitted
 from tasks.serve.api.schema import body_of
 from tasks.serve.service.requests import MAX_IMAGES, EditRequest, GenerateRequest, RequestImage, Seed, Text
@@ -23,7 +23,9 @@ from tasks.serve.service.responses import ImagesResponse
 OWNER = "knn-diffusion"
 _FIELDS = 40
 """Maximum fields of a form."""
-router = APIRouter(prefix="/v1", tags=["OpenAI"])
+router = APIRouter(
+    prefix="/v1", tags=["OpenAI"], responses={"4XX": {"model": OpenAIError}, 503: {"model": OpenAIError}}
+)
 
 
 class _ImagesRequest(BaseModel):

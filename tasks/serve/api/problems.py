@@ -60,6 +60,12 @@ class ProblemDetails(BaseModel):
     id: str | None = None
 
 
+class OpenAIError(BaseModel):
+    """An error, as OpenAI's clients expect it."""
+
+    error: dict[str, str | None]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
     """An error to report.

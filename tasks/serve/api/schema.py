@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI
 from pydantic import BaseModel
 
 _REFERENCE = "#/components/schemas/{model}"
@@ -29,20 +28,6 @@ def job_body(kinds: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
 def schema_of(model: type[BaseModel]) -> dict[str, Any]:
     """Return the JSON schema of a request. Requests have no nested models."""
     return model.model_json_schema(ref_template=_REFERENCE)
-
-
-def describe(app: FastAPI) -> None:
-    """Write the schema once, and without the default response of a validation that the routes do not use."""
-    build = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        schema = build()
-        components = schema.get("components", {}).get("schemas", {})
-        for name in ("HTTPValidationError", "ValidationError"):
-            components.pop(name, None)
-        return schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _body(content: dict[str, Any]) -> dict[str, Any]:
