@@ -70,10 +70,14 @@ def serve(
                 say(f"{server.address_of(bound)} serves {engine.info().model} with {', '.join(names)}")
                 sys.stdout.flush()
 
-            received = server.run(app, engine, bound, api, announce)
-        if received == signal.SIGINT:
+            ending = server.run(app, engine, bound, api, announce)
+        code = 130 if ending.signal == signal.SIGINT else 0
+        if not ending.drained:
+            print(f"knn-diffusion: stopped; not all requests finished within {api.drain_s:g} s", file=sys.stderr)
+            server.end_process(code)
+        if code:
             print("knn-diffusion: interrupted; the accepted requests were answered", file=sys.stderr)
-            raise typer.Exit(130)
+            raise typer.Exit(code)
 
 
 def inspect(

@@ -1,5 +1,6 @@
-"""Run ``knn-diffusion serve`` with an engine in memory, in a process of its own: serve_fake.py STEP_S [ARGUMENT]…"""
+"""Run ``knn-diffusion serve`` with an engine in memory: serve_fake.py STEP_S DRAIN_S [ARGUMENT]…"""
 
+import functools
 import sys
 from types import ModuleType
 from typing import Any
@@ -7,19 +8,21 @@ from typing import Any
 from support.fake_engine import FakeEngine
 
 from flows.cli import main
+from tasks.serve.api import config
 
-STEP_S, *ARGUMENTS = sys.argv[1:]
+STEP_S, DRAIN_S, *ARGUMENTS = sys.argv[1:]
 
 
 class Engine:
     @staticmethod
-    def open(config: Any, settings: Any) -> FakeEngine:
-        return FakeEngine(*config.databases, step_s=float(STEP_S))
+    def open(served: Any, settings: Any) -> FakeEngine:
+        return FakeEngine(*served.databases, step_s=float(STEP_S))
 
 
 module = ModuleType("tasks.serve.service.engine")  # the real one imports torch, and loads a model
 module.Engine = Engine  # type: ignore[attr-defined]
 sys.modules[module.__name__] = module
 sys.modules["nicegui"] = None  # type: ignore[assignment]  # as if the extra `web` was not installed
+config.ApiConfig = functools.partial(config.ApiConfig, drain_s=float(DRAIN_S))  # type: ignore[assignment,misc]
 sys.argv = ["knn-diffusion", "serve", *ARGUMENTS]
 main()

@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
+import sys
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -26,6 +29,19 @@ FLUSH_S = 3
 """Part of the drain time that is left to send the last responses."""
 MAX_CONNECTIONS = 1_000
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Ending:
+    """How a server ended.
+
+    Attributes:
+        signal: The signal that ended it; None if it ended by itself.
+        drained: True if all accepted requests were finished in time. Else a thread may still run one.
+    """
+
+    signal: signal.Signals | None
+    drained: bool
 
 
 class _Connection(H11Protocol):
@@ -106,8 +122,8 @@ def address_of(bound: socket.socket) -> str:
 
 def run(
     app: FastAPI, engine: "Engine", bound: socket.socket, config: ApiConfig, on_ready: Callable[[], None]
-) -> signal.Signals | None:
-    """Serve until a signal arrives, and return the signal.
+) -> Ending:
+    """Serve until a signal arrives.
 
     After the signal, the service is not ready at once and rejects new requests; accepted ones finish within
     ``config.drain_s``. A second signal ends the process at once.
@@ -117,19 +133,22 @@ def run(
 
 async def _run(
     app: FastAPI, engine: "Engine", bound: socket.socket, config: ApiConfig, on_ready: Callable[[], None]
-) -> signal.Signals | None:
+) -> Ending:
     server = _Server(uvicorn_config(app))
+    drain_s = max(0.0, config.drain_s - FLUSH_S)
+    drained = True
     with _signals() as received:
         serving = asyncio.create_task(server.serve(sockets=[bound]))
         announcing = asyncio.create_task(_announce(engine, server, on_ready))
         await asyncio.wait({serving, received}, return_when=asyncio.FIRST_COMPLETED)
         announcing.cancel()
         if not serving.done():  # the port stays open meanwhile: probes and new requests are answered with 503
-            app.state.closed = True
-            await asyncio.to_thread(engine.close, max(0.0, config.drain_s - FLUSH_S))
+            app.state.closed, begun = True, time.monotonic()
+            await asyncio.to_thread(engine.close, drain_s)
+            drained = time.monotonic() - begun < drain_s
             server.should_exit = True
         await serving
-        return received.result() if received.done() else None
+        return Ending(signal=received.result() if received.done() else None, drained=drained)
 
 
 def uvicorn_config(app: FastAPI) -> uvicorn.Config:
@@ -180,3 +199,10 @@ async def _announce(engine: "Engine", server: uvicorn.Server, on_ready: Callable
     while not (server.started and engine.ready):
         await asyncio.sleep(0.05)
     on_ready()
+
+
+def end_process(status: int) -> None:
+    """End the process although a thread still runs a batch, which would abort an orderly exit of the interpreter."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -21,9 +21,10 @@ CHECKOUT = Path(__file__).parents[4]
 
 
 @contextmanager
-def serving(step_s: float, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(step_s: float, *arguments: str, drain_s: float = 30.0) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Yield the process and the line that it prints when it is ready."""
-    command = [sys.executable, str(CHECKOUT / "tests/support/serve_fake.py"), str(step_s), "--port", "0", *arguments]
+    script = str(CHECKOUT / "tests/support/serve_fake.py")
+    command = [sys.executable, script, str(step_s), str(drain_s), "--port", "0", *arguments]
     environment = {**os.environ, "PYTHONPATH": f"{CHECKOUT / 'tests'}:{CHECKOUT}"}
     with subprocess.Popen(
         command, cwd=CHECKOUT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -75,6 +76,15 @@ def test_second_signal_ends_the_process_at_once() -> None:
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == -signal.SIGTERM
+
+
+def test_request_that_does_not_finish_in_time_is_dropped_and_the_exit_code_is_0() -> None:
+    with serving(60.0, drain_s=server.FLUSH_S + 0.2) as (process, line):
+        run_job(line.split()[0])
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == "knn-diffusion: stopped; not all requests finished within 3.2 s\n"
 
 
 def test_ctrl_c_prints_one_line_and_exits_with_130() -> None:
