@@ -1,6 +1,6 @@
 """Run ``knn-diffusion serve`` with an engine in memory: serve_fake.py STEP_S DRAIN_S [ARGUMENT]…"""
 
-import functools
+import dataclasses
 import sys
 from types import ModuleType
 from typing import Any
@@ -13,6 +13,11 @@ from tasks.serve.api import config
 STEP_S, DRAIN_S, *ARGUMENTS = sys.argv[1:]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ApiConfig(config.ApiConfig):
+    drain_s: float = float(DRAIN_S)
+
+
 class Engine:
     @staticmethod
     def open(served: Any, settings: Any) -> FakeEngine:
@@ -23,6 +28,6 @@ module = ModuleType("tasks.serve.service.engine")  # the real one imports torch,
 module.Engine = Engine  # type: ignore[attr-defined]
 sys.modules[module.__name__] = module
 sys.modules["nicegui"] = None  # type: ignore[assignment]  # as if the extra `web` was not installed
-config.ApiConfig = functools.partial(config.ApiConfig, drain_s=float(DRAIN_S))  # type: ignore[assignment,misc]
+config.ApiConfig = ApiConfig  # type: ignore[misc]
 sys.argv = ["knn-diffusion", "serve", *ARGUMENTS]
 main()
