@@ -54,7 +54,8 @@ async def answered(request: Request, job: Job) -> EngineResponse:
     finished.add_done_callback(lambda done: done.cancelled() or done.exception())  # read, so that asyncio logs nothing
     gone = asyncio.ensure_future(_disconnection(request))
     try:
-        await asyncio.wait({finished, gone}, return_when=asyncio.FIRST_COMPLETED)
+        ends: set[asyncio.Future[Any]] = {finished, gone}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     finally:
         gone.cancel()
         if not job.future.done():

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -140,7 +140,8 @@ async def _run(
     with _signals() as received:
         serving = asyncio.create_task(server.serve(sockets=[bound]))
         announcing = asyncio.create_task(_announce(engine, server, on_ready))
-        await asyncio.wait({serving, received}, return_when=asyncio.FIRST_COMPLETED)
+        ends: set[asyncio.Future[Any]] = {serving, received}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         announcing.cancel()
         if not serving.done():  # the port stays open meanwhile: probes and new requests are answered with 503
             app.state.closed, begun = True, time.monotonic()
