@@ -58,7 +58,7 @@ class Databases:
 
     def _swap_controls(self, database: ServedDatabase) -> None:
         served = database.served.version if database.served else None
-        newest = max(database.versions)
+        newest = max(version for version in database.versions if version != served)
         with box("buttons"):
             choice = ui.select(sorted(database.versions, reverse=True), value=newest).props(
                 "outlined dense hide-bottom-space"
