@@ -94,7 +94,7 @@ class Databases:
         except (KNNDiffusionError, ModelError) as error:
             self._warn(public_message(error))
         else:
-            rows = f"{swapped.served.rows:,} rows" if swapped.served else "not served"
+            rows = f"{swapped.served.rows:,} rows" if swapped is not None and swapped.served else "not served"
             ui.notify(f"{name} now serves version {version}: {rows}")
         finally:
             note.dismiss()

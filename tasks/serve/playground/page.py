@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from starlette.datastructures import MutableHeaders
-from starlette.routing import Match, Mount, get_route_path
+from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from infra.errors import ConfigError
@@ -109,7 +109,7 @@ class _PlaygroundMount(Mount):
     """NiceGUI's app for its own paths alone, so that unknown paths get the answer of the service."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        path = get_route_path(scope)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         if path in ("", "/", "/favicon.ico") or path.startswith("/_nicegui"):
             return super().matches(scope)
         return Match.NONE, {}

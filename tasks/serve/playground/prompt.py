@@ -100,7 +100,8 @@ class Prompt:
             except ValueError as error:
                 self._warn(f"{shorten(event.file.name, 80)} {error}")
             else:
-                self.use(decoded, event.file.name)
+                if decoded is not None:  # None: the server stops
+                    self.use(decoded, event.file.name)
         event.sender.reset()  # type: ignore[attr-defined]
 
     def _show_chip(self) -> None:

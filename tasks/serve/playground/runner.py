@@ -7,7 +7,7 @@ from nicegui import ui
 
 from tasks.serve.playground.elements import box, say
 from tasks.serve.service.errors import JobCancelledError
-from tasks.serve.service.jobs import Job, JobStatus
+from tasks.serve.service.jobs import Job, JobStatus, Response
 
 _REFRESH_S = 0.15
 
@@ -38,7 +38,7 @@ class Runner:
         try:
             rows = self._build(jobs)
             futures = [asyncio.wrap_future(job.future) for job in jobs.values()]
-            pending: set[asyncio.Future[object]] = set(futures)
+            pending: set[asyncio.Future[Response]] = set(futures)
             while pending and not self._area.is_deleted:
                 for title, (line, bar) in rows.items():
                     status = jobs[title].status()

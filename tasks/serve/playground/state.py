@@ -129,7 +129,7 @@ class PageState(BaseModel):
     def _edit(self, image: Image.Image | None, seed: int) -> Request:
         return EditRequest(
             database=self.database,
-            image=image,  # type: ignore[arg-type]  # None is an error with a message
+            image=image,  # None is an error with a message
             prompt=self.text.strip(),
             n=self.n,
             seed=seed,

@@ -4,7 +4,7 @@ import dataclasses
 import io
 import logging
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nicegui import events, ui
 from PIL import Image
@@ -67,9 +67,11 @@ class View:
             toggle = ui.button(icon="contrast").props("flat round")
             toggle.props["aria-label"] = "Dark or light"
             toggle.on("click", lambda event: dark.set_value(bool(event.args)), js_handler=_TOGGLE_DARK)
-        with ui.tabs(value=state.tab, on_change=self._select_event) as self.tabs:
+        with ui.tabs() as self.tabs:
             for name in TABS:
                 ui.tab(name, label=name.capitalize()).props("no-caps")
+        self.tabs.value = state.tab
+        self.tabs.on_value_change(self._select_event)
         self.tabs.props("dense align=left").classes("tabs")
         with box("page"):
             self.prompt = Prompt(state, context.images, self.run, self.warn)
@@ -112,9 +114,9 @@ class View:
         if tab == "databases":
             await self.databases.refresh()
 
-    async def _select_event(self, event: events.ValueChangeEventArguments[object]) -> None:
+    async def _select_event(self, event: events.ValueChangeEventArguments[Any]) -> None:
         if event.value in TABS and event.value != self.state.tab:
-            await self.select(event.value)  # type: ignore[arg-type]
+            await self.select(event.value)
 
     def _show_tab(self) -> None:
         self.prompt.refresh()
