@@ -91,8 +91,10 @@ def _page_of(context: "Context") -> Callable[[Request], Awaitable[None]]:
         ui.add_head_html('<script defer src="playground/static/playground.js"></script>')
         dark = ui.dark_mode({"1": True, "0": False}.get(request.cookies.get(DARK_COOKIE, "")))
         view = View(context, PageState.from_query(request.query_params), dark)
-        await ui.context.client.connected()
-        await view.connected()
+        client = ui.context.client
+        await client.connected()
+        if client.has_socket_connection:  # a program that only reads the page is dropped instead
+            await view.connected()
 
     return playground
 
