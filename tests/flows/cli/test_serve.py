@@ -36,7 +36,3 @@ def test_serve_on_a_used_port_is_refused_before_it_loads_a_model() -> None:
     with socket.create_server(("127.0.0.1", 0)) as used:
         port = str(used.getsockname()[1])
         refused(run("serve", "--port", port), "--host and --port cannot be used", port, "give another port")
-
-
-def test_serve_with_an_unknown_database_is_refused(tmp_path: Path) -> None:
-    refused(run("serve", "--root", str(tmp_path), "--port", "0", "--database", "nope"), "nope")
