@@ -34,9 +34,9 @@ from model.generation.batching import ProgressCallback, is_positive_int
 from model.generation.condition import QuerySlot
 from model.generation.prompts import Prompt, Prompts, one_for_each
 from model.generation.sampling import SamplingRequest, embed_images, generate, initial_noise
-from model.generation.start import Start, as_start, checked_strength, neighbour_images
+from model.generation.start import Reference, Start, checked_layout
 from model.networks.build import AnyNetwork
-from model.retrieval.database import Hits, Searchable
+from model.retrieval.database import Hits
 
 _RENAMED = {"prompts": "prompt", "negative_prompts": "negative_prompt", "callback": "on_progress"}
 _RENAMED_IN_EDIT = {"images": "image", "prompts": "prompt"}
@@ -95,6 +95,7 @@ class KNNDiffusionPipeline(BasePipeline):
         retrieve: bool = True,
         start: Start = "noise",
         strength: float | None = None,
+        reference: Reference = "none",
         shared_noise: bool = False,
         between: int | None = None,
         output_type: OutputType = "pil",
@@ -127,6 +128,8 @@ class KNNDiffusionPipeline(BasePipeline):
             start: "noise", "neighbour" (a stored image, at random among the nearest three of about the same score), or
                 an image for all prompts or one for each. Needs a continuous generator. Default: "noise".
             strength: Share of noise that is added to the start, in (0, 1]; small values return the start. Default: 0.8.
+            reference: "neighbour" shows a stored image, chosen like the start, to the network while the noise level is
+                above 0.85. Needs a network trained for editing. Default: "none".
             shared_noise: True starts all images from the same noise, and disables ``candidates``. Default: False.
             between: Number of images that interpolate two prompts, ends included; see :meth:`interpolate`. Default:
                 None.
@@ -159,9 +162,9 @@ class KNNDiffusionPipeline(BasePipeline):
         arguments.check_size(self.side, height, width)
         if negative_prompt is not None and scale <= 1:
             raise ModelError(f"guidance_scale is too small for a negative_prompt: {scale}; give a value above 1")
-        strength = checked_strength(self._new_backbone(), start, strength, retrieve)
-        if start != "noise" and between is not None:
-            raise ModelError("interpolation cannot start from images; use start='noise'")
+        layout = checked_layout(
+            self._new_backbone(), start, strength, reference, retrieve=retrieve, between=between is not None
+        )
         shared_noise = shared_noise or between is not None
         choices = 1 if shared_noise else choices
         repeats = num_images_per_prompt * choices
@@ -180,6 +183,7 @@ class KNNDiffusionPipeline(BasePipeline):
         target = embeddings if condition.query is None else condition.query
         backbone = self.backbone
         noise = initial_noise(backbone, latents, len(tokens), steps, generator, shared_noise)
+        start_images, reference_images = layout.images(embeddings, database, noise, self.side)
         request = SamplingRequest(
             tokens=tokens,
             targets=target.repeat_interleave(num_images_per_prompt, dim=0),
@@ -189,8 +193,9 @@ class KNNDiffusionPipeline(BasePipeline):
             guidance_scale=scale,
             steps=steps,
             on_progress=on_progress,
-            start=self._start(start, embeddings, database, noise, repeats),
-            strength=strength,
+            start=start_images,
+            strength=layout.strength,
+            reference=reference_images,
         )
         images = arguments.to_output(generate(backbone, self._embed_pixels, request), output_type)
         return KNNDiffusionOutput(images=images, hits=condition.hits) if return_dict else (images, condition.hits)
@@ -316,21 +321,6 @@ class KNNDiffusionPipeline(BasePipeline):
         """
         output: KNNDiffusionOutput = self([first, second], between=count, **options)
         return output
-
-    def _start(
-        self, start: Start, embeddings: Tensor, database: Searchable | None, noise: Tensor, repeats: int
-    ) -> Tensor | None:
-        """Return the images (B, 3, S, S) that the B samples start from, or None to start from noise.
-
-        There are ``repeats`` samples for each prompt.
-        """
-        if isinstance(start, str):
-            if start == "noise" or database is None:
-                return None
-            return neighbour_images(embeddings, database, noise, self.side)
-        images = [start] if isinstance(start, Image.Image) else list(start)
-        given = one_for_each(as_start(images, self.side), len(noise) // repeats, name="start images", of="prompts")
-        return given.repeat_interleave(repeats, dim=0)
 
 
 def new_pipeline(

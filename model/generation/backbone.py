@@ -72,6 +72,7 @@ class Backbone(Protocol):
         on_step: Callable[[int], None],
         start: Tensor | None = None,
         strength: float = 1.0,
+        reference: Tensor | None = None,
     ) -> Tensor:
         """Generate a batch of images.
 
@@ -84,6 +85,8 @@ class Backbone(Protocol):
             on_step: Called with the number of each finished step, from 1.
             start: (B, 3, S, S) in [−1, 1], images to add the noise to. Default: None, pure noise.
             strength: Share of noise that is added to ``start``, in (0, 1].
+            reference: (B, 3, S, S) in [−1, 1], images that a network trained to restore sees at high noise levels.
+                Other networks accept None only.
 
         Returns:
             (B, 3, S, S) float32 in [−1, 1].

@@ -16,6 +16,10 @@ from model.networks.denoiser import Network, as_denoiser
 from model.networks.editor import is_editor, with_reference
 from model.networks.latents import Autoencoder, decode_latents, encode_latents
 
+REFERENCE_ABOVE = 0.85
+"""Noise level σ above which an editor sees the reference of :meth:`ContinuousBackbone.generate`. The shapes are decided
+there. A reference that is shown longer is copied."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ContinuousBackbone:
@@ -66,8 +70,7 @@ class ContinuousBackbone:
     @property
     def denoiser(self) -> Denoiser:
         """The network as a function of (x_σ, σ, tokens) to velocities. An editor gets an empty reference."""
-        denoiser = as_denoiser(self.network, self.prediction)
-        return with_reference(denoiser, None) if is_editor(self.network) else denoiser
+        return self._showing(None)
 
     @property
     def starts_from_images(self) -> bool:
@@ -94,9 +97,11 @@ class ContinuousBackbone:
         on_step: Callable[[int], None],
         start: Tensor | None = None,
         strength: float = 1.0,
+        reference: Tensor | None = None,
     ) -> Tensor:
         """Integrate the guided velocity from the noise, or the noised start: (B, 3, S, S) float32 in [−1, 1]."""
-        denoiser = with_guidance(self.denoiser, guidance_scale, negative=negative, interval=self.guidance_interval)
+        shown = self._showing(reference)
+        denoiser = with_guidance(shown, guidance_scale, negative=negative, interval=self.guidance_interval)
         if start is None:
             return self.decode(solve(denoiser, noise, condition, self.scheduler, steps, on_step))
         # The point of the path at σ = strength (SDEdit, 2108.01073, section 3, for the path of flow matching).
@@ -110,3 +115,8 @@ class ContinuousBackbone:
     def decode(self, encoded: Tensor) -> Tensor:
         """Decode pixels or latents (B, C, s, s) to images (B, 3, S, S) float32 in [−1, 1]."""
         return (encoded if self.vae is None else decode_latents(self.vae, encoded)).clamp(-1, 1).float()
+
+    def _showing(self, reference: Tensor | None) -> Denoiser:
+        """Return the denoiser, for an editor with the reference (B, 3, S, S) above ``REFERENCE_ABOVE``."""
+        denoiser = as_denoiser(self.network, self.prediction)
+        return with_reference(denoiser, reference, above=REFERENCE_ABOVE) if is_editor(self.network) else denoiser

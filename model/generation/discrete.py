@@ -17,6 +17,7 @@ from model.networks.vq_autoencoder import decode_codes, encode_codes
 from model.networks.vq_transformer import VQTransformer
 
 NO_START = "a discrete generator cannot start from an image; use start='noise', or a continuous generator"
+NO_REFERENCE = "this generator takes no reference; use reference='none', or a generator trained for editing"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,15 +89,18 @@ class DiscreteBackbone:
         on_step: Callable[[int], None] | None,
         start: Tensor | None = None,
         strength: float = 1.0,
+        reference: Tensor | None = None,
         known: KnownCodes | None = None,
     ) -> Tensor:
         """Sample codes, in one stride per row of the noise, and decode them: (B, 3, S, S) float32 in [−1, 1].
 
         ``known`` holds codes to start from or to keep; see :class:`model.diffusion.vq_diffusion.KnownCodes`.
-        Raises ``ModelError`` for a ``start``, which needs a continuous network.
+        Raises ``ModelError`` for a ``start``, which needs a continuous network, and for a ``reference``.
         """
         if start is not None:
             raise ModelError(NO_START)
+        if reference is not None:
+            raise ModelError(NO_REFERENCE)
         codes = sample_codes(
             self.network,
             condition,

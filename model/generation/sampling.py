@@ -35,6 +35,7 @@ class SamplingRequest:
         on_progress: Called with (step, total steps) over all batches, or None.
         start: (B, 3, S, S) in [−1, 1] on the CPU, images to add the noise to, or None for pure noise.
         strength: Share of noise that is added to ``start``, in (0, 1].
+        reference: (B, 3, S, S) in [−1, 1] on the CPU, images shown at high noise levels, or None.
     """
 
     tokens: Tensor
@@ -47,6 +48,7 @@ class SamplingRequest:
     on_progress: ProgressCallback | None
     start: Tensor | None = None
     strength: float = 1.0
+    reference: Tensor | None = None
 
 
 def generate(backbone: Backbone, embed_pixels: EmbedPixels, request: SamplingRequest) -> Tensor:
@@ -70,6 +72,7 @@ def generate(backbone: Backbone, embed_pixels: EmbedPixels, request: SamplingReq
             on_step=on_step,
             start=None if request.start is None else request.start[rows].to(device),
             strength=request.strength,
+            reference=None if request.reference is None else request.reference[rows].to(device),
         )
 
     images = run_batched(generate_batch, len(request.tokens), request.steps, device, request.on_progress)

@@ -1,15 +1,17 @@
-"""Images to start from instead of pure noise: stored neighbours of the prompts, or the user's own images.
+"""Images that supply the layout: the start of the flow instead of pure noise, and the reference of an editor.
 
 Legend: ``B`` samples, ``P`` prompts, ``S`` side.
 
     x_s = (1 − s)·start + s·ε,  then the flow from σ = s to 0      (SDEdit, Meng et al. 2108.01073, section 3)
 
-An embedding describes which objects an image shows, but barely where they are. The start supplies the layout.
+An embedding describes which objects an image shows, but barely where they are. A stored neighbour of the prompt, or the
+user's own image, shows that. It is the start, or a network trained to restore sees it as the reference while σ is high.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -20,12 +22,16 @@ from torch import Tensor
 from model.errors import ModelError
 from model.generation.arguments import check_choice
 from model.generation.backbone import Backbone
-from model.generation.discrete import NO_START
+from model.generation.discrete import NO_REFERENCE, NO_START
+from model.generation.prompts import one_for_each
 from model.images import image_to_array, to_model_range, to_rgb
 from model.retrieval.database import Searchable
 
 Start: TypeAlias = Literal["noise", "neighbour"] | Image.Image | Sequence[Image.Image]
 """Pure noise, a stored neighbour of each prompt, or an image for all prompts or one for each."""
+
+Reference: TypeAlias = Literal["none", "neighbour"]
+"""No reference, or a stored neighbour of each prompt."""
 
 STRENGTH = 0.8
 """Default share of noise that is added to a start."""
@@ -33,6 +39,67 @@ BEST = 3
 """Number of nearest neighbours among which the start is chosen."""
 MARGIN = 0.05
 """Largest difference of their cosines to that of the nearest one. Neighbours below it show other things."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Where the layout of the images comes from.
+
+    Attributes:
+        start: What the flow starts from.
+        strength: Share of noise that is added to the start, in (0, 1].
+        reference: What a network trained to restore sees at high noise levels.
+    """
+
+    start: Start
+    strength: float
+    reference: Reference
+
+    def images(
+        self, embeddings: Tensor, database: Searchable | None, noise: Tensor, side: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the start and the reference of each sample, each (B, 3, S, S) in [−1, 1] or None.
+
+        Start and reference of a sample are the same neighbour. Arguments as of :func:`neighbour_images`.
+        """
+        neighbours = None
+        if "neighbour" in (self.reference, self.start if isinstance(self.start, str) else None):
+            assert database is not None  # noqa: S101 - checked_layout requires retrieval
+            neighbours = neighbour_images(embeddings, database, noise, side)
+        reference = neighbours if self.reference == "neighbour" else None
+        if isinstance(self.start, str):
+            return (neighbours if self.start == "neighbour" else None), reference
+        images = [self.start] if isinstance(self.start, Image.Image) else list(self.start)
+        given = one_for_each(as_start(images, side), len(embeddings), name="start images", of="prompts")
+        return given.repeat_interleave(len(noise) // len(embeddings), dim=0), reference
+
+
+def checked_layout(
+    backbone: Backbone, start: Start, strength: float | None, reference: Reference, *, retrieve: bool, between: bool
+) -> Layout:
+    """Validate the arguments of a call.
+
+    Args:
+        backbone: The generator.
+        start: What to start from.
+        strength: Share of noise, or None for the default.
+        reference: What to show to a network trained to restore.
+        retrieve: False without neighbours.
+        between: True for an interpolation, which starts from noise and has no reference.
+
+    Raises:
+        ModelError: An argument is unknown or out of range, or the generator or the call does not support it.
+    """
+    strength = checked_strength(backbone, start, strength, retrieve)
+    check_choice("reference", reference, get_args(Reference))
+    if between and (start, reference) != ("noise", "none"):
+        raise ModelError("interpolation cannot start from images; use start='noise' and reference='none'")
+    if reference == "neighbour":
+        if backbone.restorer is None:
+            raise ModelError(NO_REFERENCE)
+        if not retrieve:
+            raise ModelError("reference='neighbour' needs retrieval; remove retrieve=False, or use reference='none'")
+    return Layout(start=start, strength=strength, reference=reference)
 
 
 def checked_strength(backbone: Backbone, start: Start, strength: float | None, retrieve: bool) -> float:

@@ -47,14 +47,15 @@ def is_editor(network: nn.Module) -> bool:
     return getattr(config, "in_channels", 0) == EDITOR_CHANNELS and getattr(config, "out_channels", 0) == 3
 
 
-def with_reference(denoiser: Denoiser, reference: Tensor | None) -> Denoiser:
+def with_reference(denoiser: Denoiser, reference: Tensor | None, *, above: float = 0.0) -> Denoiser:
     """Fix the reference channels of a six-channel denoiser to ``reference`` (B, 3, S, S). Return one of three channels.
 
     The reference is repeated for batches that are a multiple of B, as in guidance. None means no reference: zeros.
+    At noise levels σ of at most ``above`` the reference is hidden.
     """
 
     def denoise(noisy: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
-        if reference is None:
+        if reference is None or float(sigma[0]) <= above:
             channels = torch.zeros_like(noisy)
         else:
             channels = reference.repeat(len(noisy) // len(reference), 1, 1, 1)

@@ -12,7 +12,9 @@ from support import tiny_models
 from model.diffusion.flow_matching import add_noise
 from model.diffusion.solver import new_scheduler, solve
 from model.errors import ModelError
+from model.generation.continuous import REFERENCE_ABOVE
 from model.generation.start import choose_by_noise
+from model.networks.denoiser import TIMESTEPS
 from model.pipeline import KNNDiffusionPipeline
 
 SIDE = 8
@@ -84,6 +86,8 @@ def test_start_without_images_raises(tmp_path: Path) -> None:
         ({"start": "neighbour", "retrieve": False}, "needs retrieval"),
         ({"start": "neighbour", "between": 4}, "interpolation cannot start from images"),
         ({"start": [Image.new("RGB", (SIDE, SIDE))] * 3}, "3 start images for 2 prompts"),
+        ({"reference": "image"}, "reference is unknown"),
+        ({"reference": "neighbour"}, "this generator takes no reference"),
     ],
 )
 def test_start_with_invalid_arguments_raises(
@@ -97,6 +101,73 @@ def test_start_of_a_discrete_generator_raises() -> None:
     discrete = tiny_models.discrete_pipeline()
     with pytest.raises(ModelError, match="a discrete generator cannot start from an image"):
         discrete(torch.ones(1, discrete.identity.dimension), start="neighbour")
+
+
+@pytest.fixture
+def editor(pipeline: KNNDiffusionPipeline) -> KNNDiffusionPipeline:
+    made = tiny_models.editor_pipeline()
+    made.swap_database(pipeline.database)
+    return made
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_reference_is_the_neighbour_of_the_start_and_hidden_at_low_noise_levels(
+    guidance_scale: float, editor: KNNDiffusionPipeline
+) -> None:
+    shown: list[tuple[float, torch.Tensor]] = []
+
+    def record(_: Any, positional: Any, named: Any) -> None:
+        shown.append((float(named["timestep"][0]) / TIMESTEPS, positional[0][:2, 3:]))
+
+    editor.transformer.register_forward_pre_hook(record, with_kwargs=True)
+    options: dict[str, Any] = {"start": "neighbour", "strength": 0.95, "guidance_scale": guidance_scale}
+    generated(editor, queries(), reference="neighbour", **options)
+    high = [images for sigma, images in shown if sigma > REFERENCE_ABOVE]
+    low = [images for sigma, images in shown if sigma <= REFERENCE_ABOVE]
+    start = np.stack([np.asarray(image) for image in generated_start(editor)])
+    expected = torch.from_numpy(start / 127.5 - 1).float().permute(0, 3, 1, 2)
+    assert high
+    assert low
+    assert all(torch.allclose(images, expected, atol=1e-2) for images in high)
+    assert not any(images.any() for images in low)
+
+
+def generated_start(editor: KNNDiffusionPipeline) -> np.ndarray[Any, Any]:
+    """Return the images that a call with the same noise starts from."""
+    return generated(editor, queries(), start="neighbour", strength=1e-4, guidance_scale=1.0)
+
+
+def test_reference_by_default_is_hidden(editor: KNNDiffusionPipeline) -> None:
+    with torch.no_grad():
+        editor.transformer.pos_embed.proj.weight[:, 3:] = 0.5  # the copied network ignores the new channels
+    assert np.array_equal(generated(editor, queries()), generated(editor, queries(), reference="none"))
+    assert not np.array_equal(generated(editor, queries()), generated(editor, queries(), reference="neighbour"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"retrieve": False}, "needs retrieval"), ({"between": 4}, "interpolation cannot start from images")],
+)
+def test_reference_without_neighbours_raises(
+    options: dict[str, Any], message: str, editor: KNNDiffusionPipeline
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        generated(editor, queries(), reference="neighbour", **options)
+
+
+def test_reference_of_a_discrete_backbone_raises() -> None:
+    backbone = tiny_models.discrete_pipeline().backbone
+    noise, tokens = backbone.noise(1, 2, None), torch.zeros(1, 4, tiny_models.WIDTH + 1)
+    with pytest.raises(ModelError, match="takes no reference"):
+        backbone.generate(
+            tokens,
+            noise,
+            steps=2,
+            guidance_scale=1.0,
+            negative=None,
+            on_step=print,
+            reference=torch.zeros(1, 3, 16, 16),
+        )
 
 
 def test_vary_of_low_strength_returns_each_image(pipeline: KNNDiffusionPipeline) -> None:

@@ -72,6 +72,19 @@ def test_with_reference_doubled_batch_repeats_the_reference() -> None:
     assert torch.equal(calls[0], torch.cat([torch.cat([NOISY, REFERENCE], dim=1)] * 2))
 
 
+def test_with_reference_hides_the_reference_up_to_a_noise_level() -> None:
+    shown = {}
+
+    def denoiser(noisy: torch.Tensor, sigma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        shown[float(sigma[0])] = bool(noisy[:, 3:].any())
+        return noisy[:, :3]
+
+    denoise = with_reference(denoiser, REFERENCE, above=0.5)
+    for level in (1.0, 0.75, 0.5, 0.25):
+        denoise(NOISY, torch.full((2,), level), TOKENS)
+    assert shown == {1.0: True, 0.75: True, 0.5: False, 0.25: False}
+
+
 def test_widen_input_editor_raises() -> None:
     with pytest.raises(ModelError, match="cannot widen 6 input channels to 6"):
         widen_input(widen_input(tiny_models.network()))
