@@ -13,6 +13,7 @@ from model.metrics.embedding_metrics import (
     copy_threshold,
     diversity,
     frechet_distance,
+    kernel_distance,
     mmd_distance,
     on_manifold,
     precision_recall,
@@ -211,3 +212,37 @@ def test_diversity_is_mean_over_pairs_of_seeds() -> None:
     assert diversity(rows) == pytest.approx(np.mean(pairs), abs=2e-3)  # float16 rows are not exactly of unit length
     with pytest.raises(ModelError, match="at least 2 seeds"):
         diversity(rows[:, :1])
+
+
+def test_kernel_distance_equals_the_definition() -> None:
+    first, second = (tiny_models.unit_rows(count, seed=count).astype(np.float32) for count in (5, 7))
+
+    def kernel(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+        return float((1 + np.dot(a.astype(np.float64), b)) ** 3)
+
+    def mean_of_pairs(rows: NDArray[np.float32]) -> float:
+        return float(np.mean([kernel(a, b) for i, a in enumerate(rows) for j, b in enumerate(rows) if i != j]))
+
+    across = np.mean([kernel(a, b) for a in first for b in second])
+    expected = mean_of_pairs(first) + mean_of_pairs(second) - 2 * across
+    assert kernel_distance(first, second) == pytest.approx(expected, abs=1e-9)
+
+
+def test_kernel_distance_of_one_distribution_does_not_depend_on_the_count() -> None:
+    rows = tiny_models.unit_rows(3_000).astype(np.float32)
+    real = tiny_models.unit_rows(500, seed=1).astype(np.float32)
+    small = [kernel_distance(rows[start : start + 20], real) for start in range(0, 3_000, 20)]
+    assert abs(np.mean(small)) < 3 * np.std(small) / len(small) ** 0.5
+    assert frechet_distance(rows[:20], real) > 3 * frechet_distance(rows[:500], real)
+
+
+def test_kernel_distance_detects_a_collapse_to_few_images() -> None:
+    rows = tiny_models.unit_rows(400).astype(np.float32)
+    collapsed = np.repeat(rows[:10], 20, axis=0)
+    assert kernel_distance(collapsed, rows) > 20 * abs(kernel_distance(rows[:200], rows[200:]))
+
+
+def test_kernel_distance_of_one_image_raises() -> None:
+    rows = tiny_models.unit_rows(3).astype(np.float32)
+    with pytest.raises(ModelError, match="too few images for a KID: 1 and 3"):
+        kernel_distance(rows[:1], rows)
