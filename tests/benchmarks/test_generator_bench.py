@@ -1,7 +1,6 @@
-"""Generator benchmarks with a fake generator and encoder."""
+"""Benchmark of the prompts that people write, with a fake generator and encoder."""
 
 import importlib
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support import tiny_models
+
+PROMPTS = 6
+LABELS = ("red apple", "green apple", "pineapple", "")
 
 
 @pytest.fixture
@@ -21,72 +24,79 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Any:
+def left_out(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    return importlib.import_module("run")
+    return importlib.import_module("left_out")
+
+
+def no_image(row: int) -> Image.Image:
+    return Image.new("RGB", (8, 8), (row, 0, 0))
+
+
+def test_prompts_name_their_own_images(left_out: Any) -> None:
+    prompts = left_out.read_prompts()
+    assert len({prompt.text for prompt in prompts}) == 200
+    assert not any("skin" in prompt.text for prompt in prompts)
+    apple = next(prompt for prompt in prompts if prompt.text == "a red apple")
+    assert left_out.own_images([apple], LABELS).tolist() == [[True, True, False, False]]
+
+
+def test_left_out_database_never_returns_the_own_images_of_a_prompt(left_out: Any) -> None:
+    rows = tiny_models.unit_rows(30).astype(np.float32)
+    own = np.zeros((2, 30), bool)
+    own[0, :10] = True
+    database = left_out.LeftOutDatabase("named", tiny_models.identity(), rows, no_image, rows[:2], own)
+    hits = database.search(rows[:2], 20)
+    assert hits.ids[0].min() == 10
+    assert hits.ids[1, 0] == 1
+    assert (np.diff(hits.scores, axis=1) <= 0).all()
+    assert np.array_equal(hits.embeddings, rows[hits.ids])
+    assert [image.getpixel((0, 0))[0] for image in database.images([3, 7])] == [3, 7]
+
+
+def test_judge_scores_the_concept_and_copies_of_what_remains(bench: Any, left_out: Any) -> None:
+    texts = tiny_models.unit_rows(PROMPTS).astype(np.float32)
+    rows = tiny_models.unit_rows(30, seed=1).astype(np.float32)
+    own = np.zeros((PROMPTS, 30), bool)
+    own[0, 0] = True
+    database = left_out.LeftOutDatabase("named", tiny_models.identity(), rows, no_image, texts, own)
+    judge = bench.Judge(texts=texts, numbers=np.array([0, 4, 5]), rows=rows, database=database, threshold=0.99)
+    perfect = judge.scores(texts[[0, 4, 5]])
+    assert (perfect["clip_score"], perfect["top1"]) == (pytest.approx(1, abs=1e-3), 1)
+    swapped = judge.scores(texts[[4, 0, 5]])
+    assert swapped["top1"] == pytest.approx(1 / 3)
+    assert swapped["top1_low"] < swapped["top1"] < swapped["top1_high"]
+    assert judge.scores(rows[[0, 1, 2]])["copy_rate"] == pytest.approx(2 / 3), "row 0 is left out"
 
 
 class FakePipeline:
-    """Fake pipeline that records its arguments."""
+    """A pipeline that returns black images, and counts its calls."""
 
     device = torch.device("cpu")
-    config = types.SimpleNamespace(candidates=2)
 
-    def __init__(self, database: Any) -> None:
-        self.database, self.calls = database, list[dict[str, Any]]()
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.config, self.calls = dict.fromkeys(names), 0
 
-    def __call__(self, queries: torch.Tensor, **options: Any) -> Any:
-        self.calls.append({"images": len(queries), **options})
-        return types.SimpleNamespace(images=[np.full((8, 8, 3), number, np.uint8) for number in range(len(queries))])
-
-
-def test_bench_generator_also_scores_single_candidates(
-    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = tiny_models.unit_rows(120)
-    pipeline = FakePipeline(tiny_models.database(tmp_path, own))
-    queries = torch.from_numpy(tiny_models.unit_rows(100, seed=1).astype(np.float32))
-    settings = {"weights": "0" * 64, "defaults": {"candidates": 2}}
-    scene = bench.Scene(
-        encoder=types.SimpleNamespace(embed_pixels=lambda pixels: queries[: len(pixels)]),
-        own=own.astype(np.float32),
-        queries=queries,
-        described=own[:100].astype(np.float32),
-        reference=bench.ReferenceSet(real=own.astype(np.float32), threshold=0.9, resamples=10),
-        nearest_real=0.5,
-        studio=bench.Studio(pipeline, queries, settings),
-    )
-    monkeypatch.setattr(bench.Scene, "prepare", lambda samples, device, model: scene)
-    monkeypatch.setattr(bench, "other_domains", list)
-    result = bench.bench_generator(100, "cpu")
-    assert (result["samples"], result["samples_no_knn"], result["samples_knn_one_draw"]) == (100, 96, 96)
-    assert result["clip_score_knn_one_draw_low"] <= result["clip_score_knn_one_draw"] == pytest.approx(1)
-    calls = [call for call in pipeline.calls if "candidates" in call]
-    counts = {(call["retrieve"], call["candidates"]): 0 for call in calls}
-    for call in calls:
-        counts[call["retrieve"], call["candidates"]] += call["images"]
-    assert counts == {(True, None): 100, (False, None): 96, (True, 1): 96}
+    def __call__(self, texts: torch.Tensor, on_progress: Any, **options: Any) -> Any:
+        self.calls += 1
+        on_progress(1, 1)
+        return types.SimpleNamespace(images=[Image.new("RGB", (8, 8))] * len(texts))
 
 
-def test_counts_of_baselines_are_an_eighth(bench: Any) -> None:
-    assert bench.counts_of(2_000) == {"knn": 2_000, "no_knn": 250, "knn_one_draw": 250}
-    assert bench.counts_of(64) == {"knn": 64, "no_knn": 64, "knn_one_draw": 64}
+def test_generated_images_are_cached_by_their_settings(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = FakePipeline(bench.DEFAULTS)
+    source = types.SimpleNamespace(name="named", version="1")
+    texts = tiny_models.unit_rows(3).astype(np.float32)
+    images, seconds = bench.generated(pipeline, source, texts, {"quality": "fast"})
+    assert images.shape == (3, 8, 8, 3)
+    assert bench.generated(pipeline, source, texts, {"quality": "fast"})[1] == seconds
+    assert pipeline.calls == 1
+    bench.generated(pipeline, source, texts, {"quality": "best"})
+    monkeypatch.setattr(bench, "PRESETS", {})
+    bench.generated(pipeline, source, texts, {"quality": "best"})
+    assert pipeline.calls == 3
 
 
-@pytest.mark.parametrize("text", ["0", "3", "-1", "many"])
-def test_main_with_too_few_samples_fails(
-    text: str, run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["run.py", "generator", f"--samples={text}"])
-    with pytest.raises(SystemExit, match="2"):
-        run.main()
-    assert f"number of samples is too small or not a number: '{text}'; give at least 4" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("samples", "named", "count"), [(None, True, 2_000), (None, False, 64), (4, True, 4)])
-def test_benchmark_passes_the_number_of_samples(
-    samples: int | None, named: bool, count: int, run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counted = types.SimpleNamespace(bench_generator=lambda samples, device: {"samples": samples})
-    monkeypatch.setitem(sys.modules, "generator", counted)  # type: ignore[arg-type]
-    assert run.benchmark("generator", samples, named=named)() == {"samples": count}
+@pytest.mark.parametrize(("samples", "numbers"), [(4, [0, 50, 100, 150]), (1_000, list(range(200)))])
+def test_spread_covers_all_sections(samples: int, numbers: list[int], bench: Any) -> None:
+    assert bench.spread(200, samples).tolist() == numbers
