@@ -33,6 +33,7 @@ from model.generation.base_pipeline import BasePipeline
 from model.generation.batching import ProgressCallback, is_positive_int
 from model.generation.condition import QuerySlot
 from model.generation.prompts import Prompt, Prompts, one_for_each
+from model.generation.quality import Quality, resolve
 from model.generation.sampling import SamplingRequest, embed_images, generate, initial_noise
 from model.generation.start import Reference, Start, checked_layout
 from model.networks.build import AnyNetwork
@@ -93,9 +94,10 @@ class KNNDiffusionPipeline(BasePipeline):
         candidates: int | None = None,
         query: QuerySlot | None = None,
         retrieve: bool = True,
-        start: Start = "noise",
+        quality: Quality | None = None,
+        start: Start | None = None,
         strength: float | None = None,
-        reference: Reference = "none",
+        reference: Reference | None = None,
         shared_noise: bool = False,
         between: int | None = None,
         output_type: OutputType = "pil",
@@ -125,6 +127,8 @@ class KNNDiffusionPipeline(BasePipeline):
             query: Embedding in the query's slot: "text" (the prompt's), "mean" (of the neighbours), "both" (the mean of
                 the two) or "none". Default: the generator's; without retrieval "text".
             retrieve: False hides the neighbours, the ablation without retrieval. Default: True.
+            quality: "fast" or "best", a preset for ``candidates``, ``neighbours``, ``start``, ``strength`` and
+                ``reference``; arguments that are given override it. Default: None, no preset.
             start: "noise", "neighbour" (a stored image, at random among the nearest three of about the same score), or
                 an image for all prompts or one for each. Needs a continuous generator. Default: "noise".
             strength: Share of noise that is added to the start, in (0, 1]; small values return the start. Default: 0.8.
@@ -152,8 +156,18 @@ class KNNDiffusionPipeline(BasePipeline):
         config = self.config
         steps = config.num_inference_steps if num_inference_steps is None else num_inference_steps
         scale = config.guidance_scale if guidance_scale is None else guidance_scale
-        k = config.neighbours if neighbours is None else neighbours
-        choices = config.candidates if candidates is None else candidates
+        preset = resolve(
+            quality,
+            self._new_backbone(),
+            neighbours_shown=retrieve and between is None,
+            candidates=candidates,
+            neighbours=neighbours,
+            start=start,
+            strength=strength,
+            reference=reference,
+        )
+        k = config.neighbours if preset.neighbours is None else preset.neighbours
+        choices = config.candidates if preset.candidates is None else preset.candidates
         counts = {"num_images_per_prompt": num_images_per_prompt, "num_inference_steps": steps}
         for name, value in (counts | {"neighbours": k, "candidates": choices}).items():
             arguments.check_count(name, value)
@@ -163,7 +177,12 @@ class KNNDiffusionPipeline(BasePipeline):
         if negative_prompt is not None and scale <= 1:
             raise ModelError(f"guidance_scale is too small for a negative_prompt: {scale}; give a value above 1")
         layout = checked_layout(
-            self._new_backbone(), start, strength, reference, retrieve=retrieve, between=between is not None
+            self._new_backbone(),
+            preset.start,
+            preset.strength,
+            preset.reference,
+            retrieve=retrieve,
+            between=between is not None,
         )
         shared_noise = shared_noise or between is not None
         choices = 1 if shared_noise else choices

@@ -70,7 +70,7 @@ def generate(
     ] = None,
     candidates: Annotated[
         int | None,
-        typer.Option(help="Images to choose each result from. Default: the generator's (bundled: 2).", min=1, max=64),
+        typer.Option(help="Images to choose each result from. Default: 2, with --quality best 8.", min=1, max=64),
     ] = None,
     query: Annotated[
         Literal["text", "mean", "both", "none"] | None,
@@ -79,16 +79,32 @@ def generate(
             "both, or none. Default: the generator's (bundled: mean)."
         ),
     ] = None,
+    quality: Annotated[
+        Literal["fast", "best"],
+        typer.Option(
+            help="Preset of candidates, start, strength and reference, which these options override. "
+            "best takes four times as long."
+        ),
+    ] = "fast",
     start: Annotated[
         Literal["noise", "neighbour"] | None,
         typer.Option(
             help="Start from noise, or from a stored neighbour with noise added, which supplies the shapes. "
-            "Default: neighbour; noise with --between, for discrete generators and for databases without images."
+            "Default: that of --quality; noise with --between, for discrete generators and for databases without images."
         ),
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help="Share of noise added to the neighbour, in (0, 1]; small values copy it. Default: 0.8."),
+        typer.Option(
+            help="Share of noise added to the neighbour, in (0, 1]; small values copy it. Default: that of --quality."
+        ),
+    ] = None,
+    reference: Annotated[
+        Literal["none", "neighbour"] | None,
+        typer.Option(
+            help="Show a stored neighbour to a generator trained for editing while the noise dominates. "
+            "Default: that of --quality."
+        ),
     ] = None,
     device: Device = "cpu",
     trust: Trust = False,
@@ -125,8 +141,11 @@ def generate(
             "neighbours": neighbours,
             "candidates": candidates,
             "query": query,
-            "start": start or _default_start(pipeline, between, quiet),
+            "quality": quality,
+            "start": start,
             "strength": strength,
+            "reference": reference,
+            **({} if between is not None else _without_images(pipeline, start, reference, quiet)),
             "generator": torch.Generator().manual_seed(seed),
         }
         with step_bar("generate") as on_progress:
@@ -279,20 +298,20 @@ def _check_between(between: int | None, prompts: int, num_images: int, start: st
         raise InputError(f"--num-images does not apply to --between: {num_images}; remove one of them")
 
 
-def _default_start(pipeline: Any, between: int | None, quiet: bool) -> str:
-    """Return the start of a call that names none. A copy of a database may lack the images."""
-    if between is not None or not pipeline.starts_from_images:
-        return "noise"
+def _without_images(pipeline: Any, start: str | None, reference: str | None, quiet: bool) -> dict[str, str]:
+    """Return the options that replace those of the preset if the database is a copy without images."""
     from infra.errors import KNNDiffusionError
     from model.errors import ModelError
 
+    if not pipeline.starts_from_images:
+        return {}
     try:
         pipeline.database.images([0])
     except (KNNDiffusionError, ModelError) as error:
-        if not quiet:
+        if not quiet and start is None:
             print(f"knn-diffusion: starting from noise: {' '.join(str(error).split())}", file=sys.stderr)
-        return "noise"
-    return "neighbour"
+        return {"start": start or "noise", "reference": reference or "none"}
+    return {}
 
 
 def _save(images: Sequence["Image.Image"], out: Path | None, out_dir: Path | None) -> list[Path]:

@@ -225,23 +225,24 @@ def fetch_absent() -> list[Image.Image]:
     raise NotFoundError("the images were deleted")
 
 
-def test_generate_starts_from_a_neighbour_by_default(pipeline: FakePipeline, tmp_path: Path) -> None:
+def test_generate_uses_the_fast_preset_by_default(pipeline: FakePipeline, tmp_path: Path) -> None:
     arguments = ("generate", "a", "b", "--database", "shapes", "--out", str(tmp_path / "a.png"))
 
-    def start(*options: str) -> tuple[Any, Any]:
+    def used(*options: str) -> tuple[Any, ...]:
         result = run(*arguments, *options)
         assert result.exit_code == 0, result.output
-        return pipeline.options["start"], pipeline.options["strength"]
+        return tuple(pipeline.options[name] for name in ("quality", "start", "strength", "reference"))
 
-    assert start() == ("neighbour", None)
-    assert start("--strength", "0.9") == ("neighbour", 0.9)
-    assert start("--start", "noise") == ("noise", None)
-    assert start("--between", "3") == ("noise", None)
+    assert used() == ("fast", None, None, None)
+    assert used("--quality", "best", "--strength", "0.9") == ("best", None, 0.9, None)
+    assert used("--start", "noise", "--reference", "neighbour") == ("fast", "noise", None, "neighbour")
     pipeline.database = SimpleNamespace(images=lambda ids: fetch_absent())
-    assert start() == ("noise", None)
+    assert used("--between", "3") == ("fast", None, None, None)
+    assert used() == ("fast", "noise", None, "none")
+    assert used("--start", "neighbour") == ("fast", "neighbour", None, "none")
     assert "starting from noise: the images were deleted" in run(*arguments).stderr
     pipeline.starts_from_images = False
-    assert start() == ("noise", None)
+    assert used() == ("fast", None, None, None)
     refused(run(*arguments, "--between", "3", "--start", "neighbour"), "--start neighbour does not apply to --between")
 
 

@@ -1,0 +1,74 @@
+"""Presets of a call."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from support import tiny_models
+
+from model.errors import ModelError
+from model.generation.quality import PRESETS, Preset, resolve
+from model.pipeline import KNNDiffusionPipeline
+
+EDITOR, PLAIN = tiny_models.editor_pipeline().backbone, tiny_models.pipeline(None).backbone
+DISCRETE = tiny_models.discrete_pipeline().backbone
+
+
+def resolved(quality: Any, backbone: Any = EDITOR, *, shown: bool = True, **given: Any) -> Preset:
+    return resolve(quality, backbone, neighbours_shown=shown, **given)
+
+
+def test_resolve_without_quality_is_noise_and_what_is_given() -> None:
+    assert resolved(None) == Preset()
+    assert resolved(None, candidates=3, start="neighbour", strength=0.5) == Preset(
+        candidates=3, start="neighbour", strength=0.5
+    )
+
+
+def test_resolve_arguments_override_the_preset() -> None:
+    for quality, preset in PRESETS.items():
+        assert resolved(quality) == preset
+    given = {"candidates": 5, "neighbours": 7, "start": "neighbour", "strength": 0.3, "reference": "none"}
+    assert resolved("best", **given) == Preset(**given)
+
+
+def test_resolve_strength_follows_the_start() -> None:
+    assert resolved("fast", start="noise").strength is None
+    assert resolved("fast", strength=0.4).start == "neighbour"
+    image = Image.new("RGB", (8, 8))
+    assert resolved("fast", start=image, strength=0.4).start is image
+
+
+@pytest.mark.parametrize("quality", list(PRESETS))
+def test_resolve_uses_neighbours_only_where_they_are_supported(quality: Any) -> None:
+    assert resolved(quality, PLAIN).reference == "none"
+    for hidden in (resolved(quality, DISCRETE), resolved(quality, shown=False)):
+        assert (hidden.start, hidden.strength, hidden.reference) == ("noise", None, "none")
+        assert hidden.candidates == PRESETS[quality].candidates
+
+
+def test_resolve_unknown_quality_raises() -> None:
+    with pytest.raises(ModelError, match="quality is unknown: 'high'; use one of fast, best"):
+        resolved("high")
+
+
+def test_quality_of_a_call_is_its_preset(tmp_path: Path) -> None:
+    def white(ids: Any) -> list[Image.Image]:
+        return [Image.new("RGB", (8, 8), "white")] * len(ids)
+
+    pipeline = tiny_models.editor_pipeline()
+    pipeline.swap_database(tiny_models.database(tmp_path, tiny_models.unit_rows(40)).with_images(white))
+    prompts = torch.from_numpy(tiny_models.unit_rows(2, seed=1)).float()
+
+    def generated(pipeline: KNNDiffusionPipeline, **options: Any) -> list[bytes]:
+        generator = torch.Generator().manual_seed(0)
+        output = pipeline(prompts, generator=generator, num_inference_steps=2, candidates=1, **options)
+        return [image.tobytes() for image in output.images]
+
+    preset = PRESETS["fast"]
+    options = {name: getattr(preset, name) for name in ("neighbours", "start", "strength", "reference")}
+    assert generated(pipeline, quality="fast") == generated(pipeline, **options)
+    assert generated(pipeline, quality="fast") != generated(pipeline)
+    assert len(generated(pipeline, quality="fast", between=3)) == 3
