@@ -41,8 +41,9 @@ def sample_uniforms(
 def new_scheduler() -> UniPCMultistepScheduler:
     """Return the default scheduler of new generators: UniPC (Zhao et al. 2302.04867) on the straight path of the flow.
 
-    It reuses the velocity of the last step, without another network call: 6 of its steps match 8 Euler steps. Shift 2
-    spends the steps where images of 32 to 64 px need them (Esser et al. 2403.03206, eq. 23).
+    It reuses the velocity of the last step, without another network call. Its last step is of first order and dominates
+    the error of few steps: from about 24 steps on it is more accurate than Euler, below 12 it is not. Shift 2 spends
+    the steps where images of 32 to 64 px need them (Esser et al. 2403.03206, eq. 23).
     """
     return UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.0)
 

@@ -87,7 +87,7 @@ def bench_names(samples: int, device: str, model: str = BUNDLED_GENERATOR) -> di
         **flatten(scores | {"fd_own": knn["fd"]}),
         "clip_score_ratio": knn["clip_score"].value / no_knn.value,
         **distances(rows["knn"], own, others),
-        "fd_real_split": real_split(own, samples),
+        "fd_real": real_distance(own, samples),
         **flatten({name: knn[name] for name in ("copy_rate", "nearest", "precision", "recall")}),
         "copy_threshold": reference.threshold,
         "nearest_real": scene.nearest_real,
@@ -122,7 +122,7 @@ def bench_ablations(samples: int, device: str) -> dict[str, Any]:
     save_sheet(shown, BENCH / "ablations.png", columns=1)
     return {
         "samples": samples,
-        "fd_real_split": real_split(scene.own, samples),
+        "fd_real": real_distance(scene.own, samples),
         "ablations": scores,
         "device": device,
         "dtype": dtype_of(device),
@@ -272,11 +272,13 @@ def distances(rows: Embeddings, own: Embeddings, others: dict[str, Embeddings]) 
     }
 
 
-def real_split(own: Embeddings, samples: int) -> float:
-    """Return the distance of as many real images, at most half of the domain, to the rest of their domain."""
-    order = np.random.default_rng(SEED).permutation(len(own))
-    count = min(samples, len(own) // 2)
-    return embedding_metrics.frechet_distance(own[order[:count]], own[order[count:]])
+def real_distance(own: Embeddings, samples: int) -> float:
+    """Return the distance of as many real images to all of their domain, like that of the samples.
+
+    They are drawn with replacement, because samples repeat images too.
+    """
+    drawn = np.random.default_rng(SEED).integers(len(own), size=samples)
+    return embedding_metrics.frechet_distance(own[drawn], own)
 
 
 def save_sheet(sheets: dict[str, NDArray[np.uint8]], path: Path, columns: int = 8) -> None:

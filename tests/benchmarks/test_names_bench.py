@@ -66,6 +66,13 @@ def test_bench_names_also_scores_single_candidates(bench: Any, tmp_path: Path, m
     assert counts == {(True, None): 100, (False, None): 96, (True, 1): 96}
 
 
+def test_real_distance_is_that_of_as_many_real_images_to_all(bench: Any) -> None:
+    own = tiny_models.unit_rows(2_000).astype(np.float32)
+    few, many = bench.real_distance(own, 50), bench.real_distance(own, 2_000)
+    assert 0 < many < few / 10
+    assert bench.real_distance(own, 50) == few
+
+
 def test_counts_of_baselines_are_an_eighth(bench: Any) -> None:
     assert bench.counts_of(2_000) == {"knn": 2_000, "no_knn": 250, "knn_one_draw": 250}
     assert bench.counts_of(64) == {"knn": 64, "no_knn": 64, "knn_one_draw": 64}

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support import tiny_models
 from support.scripts import load_script
 from support.tiny_domain import COLOURS, SHAPES, drawn
 
@@ -87,6 +88,17 @@ def stickers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, colours in (("one", COLOURS[:2]), ("two", COLOURS[2:4]), ("openmoji", COLOURS[4:6])):
         write_style(folder / f"{name}.parquet", colours)
     return folder
+
+
+def test_nearest_leaves_out_the_row_and_its_exact_copies(script: ModuleType) -> None:
+    rows = tiny_models.unit_rows(8)
+    rows[5] = rows[2]
+    near = script.nearest(rows, 3, "cpu")
+    for row in range(8):
+        copies = {row} | ({2, 5} if row in (2, 5) else set())
+        assert not copies & set(near[row].tolist())
+    scores = (rows.astype("float32") @ rows[0].astype("float32"))[1:]
+    assert rows[near[0]].astype("float32") @ rows[0].astype("float32") == pytest.approx(sorted(scores)[::-1][:3])
 
 
 def test_sticker_script_sigterm_saves_a_checkpoint_and_resumes(stickers: Path, run: Run, tmp_path: Path) -> None:
