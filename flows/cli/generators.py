@@ -90,7 +90,7 @@ def generate(
         Literal["noise", "neighbour"] | None,
         typer.Option(
             help="Start from noise, or from a stored neighbour with noise added, which supplies the shapes. "
-            "Default: that of --quality; noise with --between, for discrete generators and for databases without images."
+            "Default: that of --quality; noise with --between, and for discrete generators or databases without images."
         ),
     ] = None,
     strength: Annotated[
