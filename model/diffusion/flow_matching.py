@@ -44,7 +44,14 @@ def sample_sigmas(batch: int, rng: StepRandom) -> Tensor:
     return torch.sigmoid(rng.normal(batch))
 
 
-def flow_matching_loss(denoiser: Denoiser, images: Tensor, condition: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+def flow_matching_loss(
+    denoiser: Denoiser,
+    images: Tensor,
+    condition: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+    prediction: Prediction = "velocity",
+) -> Tensor:
     """Return the mean squared error of the velocity, a scalar.
 
     Args:
@@ -53,6 +60,9 @@ def flow_matching_loss(denoiser: Denoiser, images: Tensor, condition: Tensor, si
         condition: (B, T, E) tokens.
         sigma: (B,) noise levels.
         noise: (B, C, H, W) standard normal.
+        prediction: Output of the network inside the denoiser. For a predicted clean image the target's divisor has the
+            same lower bound as the velocity's, so that the clean image itself has the loss 0 at any σ.
     """
-    velocity = denoiser(add_noise(images, noise, sigma), sigma, condition)
-    return (velocity - (noise - images)).float().square().mean()
+    noisy = add_noise(images, noise, sigma)
+    target = noise - images if prediction == "velocity" else to_velocity(images, noisy, sigma, prediction)
+    return (denoiser(noisy, sigma, condition) - target).float().square().mean()

@@ -34,4 +34,4 @@ class FlowMatching(nn.Module):
         denoiser = as_denoiser(network, self.prediction)
         if is_editor(unwrap(network)):
             denoiser = with_reference(denoiser, None)
-        return flow_matching_loss(denoiser, batch.images, condition, sigma, noise)
+        return flow_matching_loss(denoiser, batch.images, condition, sigma, noise, self.prediction)

@@ -181,7 +181,7 @@ class Restoration(nn.Module):
         randomness, hidden = sample_randomness(rng, count), rng.uniform(count)
         reference = self.reference(images, batch.reference, randomness, hidden)
         denoiser = with_reference(as_denoiser(network, self.prediction), reference)
-        return flow_matching_loss(denoiser, images, condition, sigma, noise)
+        return flow_matching_loss(denoiser, images, condition, sigma, noise, self.prediction)
 
 
 def _shapes(uniforms: Tensor, side: int, config: RestorationConfig) -> Tensor:

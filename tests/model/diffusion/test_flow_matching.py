@@ -67,6 +67,16 @@ def test_flow_matching_loss_is_the_mean_squared_error_of_the_velocity() -> None:
     assert silent.item() == pytest.approx((NOISE - IMAGES).square().mean().item())
 
 
+def test_flow_matching_loss_of_the_clean_image_is_zero_at_any_noise_level() -> None:
+    sigma = torch.full((SHAPE[0],), MIN_SIGMA / 10)
+
+    def perfect(noisy: torch.Tensor, level: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return to_velocity(IMAGES, noisy, level, "sample")
+
+    assert flow_matching_loss(perfect, IMAGES, CONDITION, sigma, NOISE, "sample").item() == 0
+    assert flow_matching_loss(perfect, IMAGES, CONDITION, sigma, NOISE).item() > 0.1
+
+
 def test_sample_sigmas_are_logit_normal() -> None:
     sigma = sample_sigmas(20_000, StepRandom(0, 0))
     assert 0 < sigma.min() < 0.05 < 0.95 < sigma.max() < 1
