@@ -3,7 +3,8 @@
 It reads sticker parquet files (columns key, style, license, captions, webp), built by make_stickers.py in this folder.
 OpenMoji and Twemoji are excluded, so that they remain unseen domains. The other images are embedded with the bundled
 sticker-clip, and the neighbours of each image are found among them. Captions are never read. An interrupted run resumes
-from its last checkpoint when the command is repeated. ``samples-*.png`` in the output folder show samples for OpenMoji.
+from its last checkpoint when the command is repeated. So does a run that ended after ``--minutes``, which saves the
+weights so far too, so several short runs add up. ``samples-*.png`` in the output folder show samples for OpenMoji.
 
     base      the continuous generator, for generation and editing: a transformer trained with flow matching
     codes     the discrete generator's autoencoder: 256 codes per image
@@ -30,6 +31,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import signal
 import threading
 import time
@@ -62,6 +64,7 @@ from model.saved_generator import weights_digest
 from model.step_random import StepRandom
 from model.training.alignment import align_all
 from model.training.data import TrainingRows, TrainingSet
+from model.training.ema import ema_copy
 from model.training.interfaces import Objective, TrainingConfig
 from model.training.loop import InterruptedTrainingError, train
 from model.training.objectives.autoencoder import AutoencoderObjective
@@ -338,15 +341,22 @@ def run(
         **settings,
     )
     log.info("%s: %.1fM parameters, %d images", name, sum(p.numel() for p in network.parameters()) / 1e6, len(dataset))
-    stop_requested, started = threading.Event(), time.monotonic()
+    stop_requested, started, metrics = threading.Event(), time.monotonic(), Log(folder, unseen)
+    deadline = options.started + 60 * options.minutes
     signal.signal(signal.SIGTERM, lambda *_: stop_requested.set())  # finish and save the current step first
     try:
         average = train(
-            network, objective, dataset, training,
-            checkpoints=checkpoints, metrics=Log(folder, unseen), device=options.device, stop=stop_requested.is_set,
+            network, objective, dataset, training, checkpoints=checkpoints, metrics=metrics, device=options.device,
+            stop=lambda: stop_requested.is_set() or time.monotonic() >= deadline,
         )  # fmt: skip
     except InterruptedTrainingError as interruption:
-        raise SystemExit(f"{name}: {interruption}") from None
+        if stop_requested.is_set():
+            raise SystemExit(f"{name}: {interruption}") from None
+        log.info("--minutes %g: %s", options.minutes, interruption)
+        state = torch.load(folder / "checkpoint.pt", map_location=options.device, weights_only=True)
+        average = ema_copy(network)
+        average.load_state_dict(state["average"])
+        metrics.grid(images=state["step"] * options.batch, average=average)
     log.info("trained in %.0f s on %s", time.monotonic() - started, options.device)
     return average.cpu()
 
@@ -441,7 +451,9 @@ LAYERS = {"base": 6, "codes": 6, "discrete": 5}
 
 def main() -> None:
     """Parse the command line and run the command."""
+    started = time.monotonic()
     options = _options()
+    options.started = started
     options.images = options.images or LENGTHS[options.command]
     options.layers = options.layers or LAYERS[options.command]
     options.out.mkdir(parents=True, exist_ok=True)
@@ -454,6 +466,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--stickers", type=Path, required=True, help="folder of the parquet files, one per style")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, samples and weights")
     parser.add_argument("--images", type=int, help="number of training images")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf,
+        help="minutes until the run stops, preparation included, and saves the weights so far; run again to resume",
+    )  # fmt: skip
     parser.add_argument("--size", type=int, default=64, help="image side in px")
     parser.add_argument("--width", type=int, default=512, help="width of the transformer, a multiple of --head")
     parser.add_argument("--head", type=int, default=64, help="width of an attention head")

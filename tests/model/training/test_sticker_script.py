@@ -133,6 +133,20 @@ def test_sticker_script_sigterm_saves_a_checkpoint_and_resumes(stickers: Path, r
     assert (pipeline.side, pipeline.transformer.config.in_channels) == (16, 6)
 
 
+def test_sticker_script_minutes_saves_the_weights_so_far_and_adds_up(stickers: Path, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    steps = []
+    for _ in range(2):
+        done = run(*command("base", stickers, out, 400_000), "--minutes", "1e-9")
+        assert done.returncode == 0, done.output[-2000:]
+        assert "--minutes 1e-09: stopped after" in done.output
+        steps.append(torch.load(out / "base" / "checkpoint.pt", weights_only=True)["step"])
+        pipeline = KNNDiffusionPipeline.open(out / "base" / "pipeline")
+        assert pipeline.side == 16
+        assert (out / "base" / f"samples-{4 * steps[-1]:09d}.png").exists()
+    assert steps == [1, 2]
+
+
 def test_sticker_script_discrete_generator_trains_on_the_codes_of_its_autoencoder(
     stickers: Path, run: Run, tmp_path: Path
 ) -> None:
