@@ -71,14 +71,14 @@ class Judge:
     database: LeftOutDatabase
     threshold: float
 
-    def scores(self, images: Embeddings) -> dict[str, float]:
+    def scores(self, images: Embeddings) -> dict[str, Any]:
         """Return all metrics of one image (N, D) per prompt, and the interval of those that depend on single images."""
         cosines = images @ self.texts.T
         own = cosines[np.arange(len(images)), self.numbers]
         better = (cosines > own[:, None]).sum(axis=1)
         near = self.database.nearest(images, 1, self.numbers).scores[:, 0]
         single = {"clip_score": own, "top1": better == 0, "top5": better < 5, "copy_rate": near > self.threshold}
-        scores = {}
+        scores: dict[str, Any] = {}
         for name, values in single.items():
             rng = np.random.default_rng(SEED)
             statistic, groups = mean_of(values.astype(np.float64)), len(values)
