@@ -33,8 +33,6 @@ def flow_edit(
     source_condition: Tensor,
     noises: Tensor,
     config: EditConfig,
-    *,
-    mask: Tensor | None = None,
 ) -> Tensor:
     """Edit images towards a condition.
 
@@ -45,7 +43,6 @@ def flow_edit(
         source_condition: (B, T, E) tokens of the source itself.
         noises: (B, steps · N, C, s, s) standard normal, N for each step.
         config: How to edit.
-        mask: (B, 1, s, s) in [0, 1], how far each pixel may move. Default: None, everywhere.
 
     Returns:
         (B, C, s, s) float32, not clamped.
@@ -61,6 +58,5 @@ def flow_edit(
         for noise in samples.unbind(1):
             noised = add_noise(source, noise, sigma)
             velocity += towards(edited + noised - source, sigma, condition) - away(noised, sigma, source_condition)
-        change = (following - level) * velocity / samples.shape[1]
-        edited = edited + (change if mask is None else change * mask)
+        edited = edited + (following - level) * velocity / samples.shape[1]
     return edited.float()

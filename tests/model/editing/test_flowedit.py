@@ -55,14 +55,6 @@ def test_flow_edit_adds_the_same_noise_to_source_and_edit() -> None:
     assert len({float(one.sum()) for one in seen[::2]}) == CONFIG.steps * FLOW_SAMPLES
 
 
-def test_flow_edit_with_mask_keeps_the_rest() -> None:
-    mask = torch.zeros(2, 1, 4, 4)
-    mask[..., :2] = 1
-    edited = flow_edit(first_channel, SOURCE, tokens(1), tokens(2), noises(), CONFIG, mask=mask)
-    assert torch.equal(edited[..., 2:], SOURCE[..., 2:])
-    assert (edited[..., :2] != SOURCE[..., :2]).all()
-
-
 @pytest.mark.parametrize(("method", "strength", "candidates"), [("flow", 0.925, 1), ("local", 1.0, 8)])
 def test_edit_config_has_defaults_of_its_method(method: str, strength: float, candidates: int) -> None:
     config = edit_config(method, strength=None)  # type: ignore[arg-type]

@@ -30,7 +30,13 @@ def test_resolve_without_quality_is_noise_and_what_is_given() -> None:
 def test_resolve_arguments_override_the_preset() -> None:
     for quality, preset in PRESETS.items():
         assert resolved(quality) == preset
-    given: dict[str, Any] = {"candidates": 5, "neighbours": 7, "start": "neighbour", "strength": 0.3, "reference": "none"}
+    given: dict[str, Any] = {
+        "candidates": 5,
+        "neighbours": 7,
+        "start": "neighbour",
+        "strength": 0.3,
+        "reference": "none",
+    }
     assert resolved("best", **given) == Preset(**given)
 
 
