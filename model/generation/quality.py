@@ -1,11 +1,22 @@
-"""Presets of a call, "fast" and "best". Arguments that are given override them."""
+"""Presets of a call, "fast" and "best". Arguments that are given override them.
+
+They were chosen with the bundled generator on 40 prompts and Twemoji, with the prompts' own images left out, one draw
+each. "Concept" is the share of images whose nearest prompt of 200 is their own; copies of real images are 6%.
+
+    noise                                    CLIP score 0.267   concept 25%   copies 3%
+    noise, reference                                    0.290           30%          0%
+    start at 0.85                                       0.296           35%          7%
+    start at 0.9, reference                             0.297           35%          3%
+    start at 0.8                                        0.310           38%         10%
+    start at 0.9, reference, 1 neighbour                0.292           30%          3%
+"""
 
 import dataclasses
 from typing import Any, Literal, TypeAlias
 
 from model.generation.arguments import check_choice
 from model.generation.backbone import Backbone
-from model.generation.start import Reference, Start
+from model.generation.start import STRENGTH, Reference, Start
 
 Quality: TypeAlias = Literal["fast", "best"]
 
@@ -30,15 +41,16 @@ class Preset:
 
 
 PRESETS: dict[Quality, Preset] = {
-    "fast": Preset(candidates=2, start="neighbour", strength=0.8),
-    "best": Preset(candidates=8, start="neighbour", strength=0.8),
+    "fast": Preset(candidates=2, start="neighbour", strength=0.9, reference="neighbour"),
+    "best": Preset(candidates=8, start="neighbour", strength=0.9, reference="neighbour"),
 }
 
 
 def resolve(quality: Quality | None, backbone: Backbone, *, neighbours_shown: bool, **given: Any) -> Preset:
     """Return the arguments of a call: those that are given, and for the others those of the preset.
 
-    Where a preset starts from a neighbour or shows one, it does so only if the generator and the call support it.
+    Where a preset starts from a neighbour or shows one, it does so only if the generator and the call support it. A
+    generator that cannot see a reference starts with less noise instead.
 
     Args:
         quality: The preset, or None for noise without a reference.
@@ -58,6 +70,6 @@ def resolve(quality: Quality | None, backbone: Backbone, *, neighbours_shown: bo
     if not (neighbours_shown and backbone.starts_from_images):
         preset = dataclasses.replace(preset, start="noise")
     if not neighbours_shown or backbone.restorer is None:
-        preset = dataclasses.replace(preset, reference="none")
+        preset = dataclasses.replace(preset, reference="none", strength=STRENGTH)
     merged = dataclasses.replace(preset, **{name: value for name, value in given.items() if value is not None})
     return dataclasses.replace(merged, strength=given.get("strength")) if merged.start == "noise" else merged

@@ -10,6 +10,7 @@ from support import tiny_models
 
 from model.errors import ModelError
 from model.generation.quality import PRESETS, Preset, resolve
+from model.generation.start import STRENGTH
 from model.pipeline import KNNDiffusionPipeline
 
 EDITOR, PLAIN = tiny_models.editor_pipeline().backbone, tiny_models.pipeline(None).backbone
@@ -49,7 +50,8 @@ def test_resolve_strength_follows_the_start() -> None:
 
 @pytest.mark.parametrize("quality", list(PRESETS))
 def test_resolve_uses_neighbours_only_where_they_are_supported(quality: Any) -> None:
-    assert resolved(quality, PLAIN).reference == "none"
+    plain = resolved(quality, PLAIN)
+    assert (plain.start, plain.strength, plain.reference) == ("neighbour", STRENGTH, "none")
     for hidden in (resolved(quality, DISCRETE), resolved(quality, shown=False)):
         assert (hidden.start, hidden.strength, hidden.reference) == ("noise", None, "none")
         assert hidden.candidates == PRESETS[quality].candidates
