@@ -97,7 +97,7 @@ class KNNDiffusionPipeline(BasePipeline):
         quality: Quality | None = None,
         start: Start | None = None,
         strength: float | None = None,
-        reference: Reference | None = None,
+        reference: Reference = "none",
         shared_noise: bool = False,
         between: int | None = None,
         output_type: OutputType = "pil",
@@ -127,8 +127,8 @@ class KNNDiffusionPipeline(BasePipeline):
             query: Embedding in the query's slot: "text" (the prompt's), "mean" (of the neighbours), "both" (the mean of
                 the two) or "none". Default: the generator's; without retrieval "text".
             retrieve: False hides the neighbours, the ablation without retrieval. Default: True.
-            quality: "fast" or "best", a preset for ``candidates``, ``neighbours``, ``start``, ``strength`` and
-                ``reference``; arguments that are given override it. Default: None, no preset.
+            quality: "fast" or "best", a preset for ``candidates``, ``query``, ``start`` and ``strength``, which given
+                arguments override. Default: None, no preset.
             start: "noise", "neighbour" (a stored image, at random among the nearest three of about the same score), or
                 an image for all prompts or one for each. Needs a continuous generator. Default: "noise".
             strength: Share of noise that is added to the start, in (0, 1]; small values return the start. Default: 0.8.
@@ -161,12 +161,11 @@ class KNNDiffusionPipeline(BasePipeline):
             self._new_backbone(),
             neighbours_shown=retrieve and between is None,
             candidates=candidates,
-            neighbours=neighbours,
+            query=query,
             start=start,
             strength=strength,
-            reference=reference,
         )
-        k = config.neighbours if preset.neighbours is None else preset.neighbours
+        k = config.neighbours if neighbours is None else neighbours
         choices = config.candidates if preset.candidates is None else preset.candidates
         counts = {"num_images_per_prompt": num_images_per_prompt, "num_inference_steps": steps}
         for name, value in (counts | {"neighbours": k, "candidates": choices}).items():
@@ -180,7 +179,7 @@ class KNNDiffusionPipeline(BasePipeline):
             self._new_backbone(),
             preset.start,
             preset.strength,
-            preset.reference,
+            reference,
             retrieve=retrieve,
             between=between is not None,
         )
@@ -190,12 +189,12 @@ class KNNDiffusionPipeline(BasePipeline):
 
         embeddings = self.embed(prompt)
         database = self.database if retrieve else None  # it may be swapped during the call
-        condition = self.condition(embeddings, k, query, retrieve, database=database)
+        condition = self.condition(embeddings, k, preset.query, retrieve, database=database)
         tokens = condition.tokens if between is None else _interpolate(condition.tokens, between)
         negative = None
         if negative_prompt is not None:
             away = one_for_each(self.embed(negative_prompt), len(tokens), name="negative prompts", of="prompts")
-            negative = self.condition(away, k, query, retrieve, database=database).tokens.repeat_interleave(
+            negative = self.condition(away, k, preset.query, retrieve, database=database).tokens.repeat_interleave(
                 repeats, dim=0
             )
         tokens = tokens.repeat_interleave(repeats, dim=0)

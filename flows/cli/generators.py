@@ -70,20 +70,20 @@ def generate(
     ] = None,
     candidates: Annotated[
         int | None,
-        typer.Option(help="Images to choose each result from. Default: 2, with --quality best 8.", min=1, max=64),
+        typer.Option(help="Images to choose each result from. Default: 3, with --quality best 8.", min=1, max=64),
     ] = None,
     query: Annotated[
         Literal["text", "mean", "both", "none"] | None,
         typer.Option(
             help="Embedding that accompanies the neighbours: the prompt's (text), the neighbours' mean, the mean of "
-            "both, or none. Default: the generator's (bundled: mean)."
+            "both, or none. Default: both; with --between that of the generator (bundled: mean)."
         ),
     ] = None,
     quality: Annotated[
         Literal["fast", "best"],
         typer.Option(
-            help="Preset of candidates, start, strength and reference, which these options override. "
-            "best takes four times as long."
+            help="Preset of candidates, query, start and strength, which these options override. "
+            "best takes almost three times as long."
         ),
     ] = "fast",
     start: Annotated[
@@ -100,12 +100,12 @@ def generate(
         ),
     ] = None,
     reference: Annotated[
-        Literal["none", "neighbour"] | None,
+        Literal["none", "neighbour"],
         typer.Option(
-            help="Show a stored neighbour to a generator trained for editing while the noise dominates. "
-            "Default: that of --quality."
+            help="Show a stored neighbour to a generator trained for editing at noise levels above 0.85. "
+            "Use it with --start noise, or with a --strength above 0.85."
         ),
-    ] = None,
+    ] = "none",
     device: Device = "cpu",
     trust: Trust = False,
     root: Root = None,
@@ -145,7 +145,7 @@ def generate(
             "start": start,
             "strength": strength,
             "reference": reference,
-            **({} if between is not None else _without_images(pipeline, start, reference, quiet)),
+            **({} if between is not None else _without_images(pipeline, start, quiet)),
             "generator": torch.Generator().manual_seed(seed),
         }
         with step_bar("generate") as on_progress:
@@ -298,19 +298,19 @@ def _check_between(between: int | None, prompts: int, num_images: int, start: st
         raise InputError(f"--num-images does not apply to --between: {num_images}; remove one of them")
 
 
-def _without_images(pipeline: Any, start: str | None, reference: str | None, quiet: bool) -> dict[str, str]:
-    """Return the options that replace those of the preset if the database is a copy without images."""
+def _without_images(pipeline: Any, start: str | None, quiet: bool) -> dict[str, str]:
+    """Return the start that replaces that of the preset if the database is a copy without images."""
     from infra.errors import KNNDiffusionError
     from model.errors import ModelError
 
-    if not pipeline.starts_from_images:
+    if start is not None or not pipeline.starts_from_images:
         return {}
     try:
         pipeline.database.images([0])
     except (KNNDiffusionError, ModelError) as error:
-        if not quiet and start is None:
+        if not quiet:
             print(f"knn-diffusion: starting from noise: {' '.join(str(error).split())}", file=sys.stderr)
-        return {"start": start or "noise", "reference": reference or "none"}
+        return {"start": "noise"}
     return {}
 
 

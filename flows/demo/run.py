@@ -26,7 +26,7 @@ from tasks.evaluate.task import table
 from tasks.serve.load import images_of_rows, load_database, load_pipeline
 
 PROMPTS = ("a red heart", "a sad face", "a green tree", "a red apple", "the sun", "a flower")
-START = "Each image starts from a stored neighbour with 90% noise, and the network sees it in its first step."
+START = "Each image starts from a stored neighbour with 80% noise."
 SHOWN_NEIGHBOURS, SHOWN_SAMPLES = 3, 3
 EVALUATION_SAMPLES, DIVERSITY_SEEDS, DIVERSITY_PROMPTS = 48, 2, 8  # two CPU cores generate them in three minutes
 

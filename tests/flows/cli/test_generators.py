@@ -233,16 +233,16 @@ def test_generate_uses_the_fast_preset_by_default(pipeline: FakePipeline, tmp_pa
         assert result.exit_code == 0, result.output
         return tuple(pipeline.options[name] for name in ("quality", "start", "strength", "reference"))
 
-    assert used() == ("fast", None, None, None)
-    assert used("--quality", "best", "--strength", "0.9") == ("best", None, 0.9, None)
+    assert used() == ("fast", None, None, "none")
+    assert used("--quality", "best", "--strength", "0.9") == ("best", None, 0.9, "none")
     assert used("--start", "noise", "--reference", "neighbour") == ("fast", "noise", None, "neighbour")
     pipeline.database = SimpleNamespace(images=lambda ids: fetch_absent())
-    assert used("--between", "3") == ("fast", None, None, None)
+    assert used("--between", "3") == ("fast", None, None, "none")
     assert used() == ("fast", "noise", None, "none")
     assert used("--start", "neighbour") == ("fast", "neighbour", None, "none")
     assert "starting from noise: the images were deleted" in run(*arguments).stderr
     pipeline.starts_from_images = False
-    assert used() == ("fast", None, None, None)
+    assert used() == ("fast", None, None, "none")
     refused(run(*arguments, "--between", "3", "--start", "neighbour"), "--start neighbour does not apply to --between")
 
 

@@ -10,14 +10,13 @@ from support import tiny_models
 
 from model.errors import ModelError
 from model.generation.quality import PRESETS, Preset, resolve
-from model.generation.start import STRENGTH
 from model.pipeline import KNNDiffusionPipeline
 
-EDITOR, PLAIN = tiny_models.editor_pipeline().backbone, tiny_models.pipeline(None).backbone
+PLAIN = tiny_models.pipeline(None).backbone
 DISCRETE = tiny_models.discrete_pipeline().backbone
 
 
-def resolved(quality: Any, backbone: Any = EDITOR, *, shown: bool = True, **given: Any) -> Preset:
+def resolved(quality: Any, backbone: Any = PLAIN, *, shown: bool = True, **given: Any) -> Preset:
     return resolve(quality, backbone, neighbours_shown=shown, **given)
 
 
@@ -31,13 +30,7 @@ def test_resolve_without_quality_is_noise_and_what_is_given() -> None:
 def test_resolve_arguments_override_the_preset() -> None:
     for quality, preset in PRESETS.items():
         assert resolved(quality) == preset
-    given: dict[str, Any] = {
-        "candidates": 5,
-        "neighbours": 7,
-        "start": "neighbour",
-        "strength": 0.3,
-        "reference": "none",
-    }
+    given: dict[str, Any] = {"candidates": 5, "query": "text", "start": "neighbour", "strength": 0.3}
     assert resolved("best", **given) == Preset(**given)
 
 
@@ -50,11 +43,8 @@ def test_resolve_strength_follows_the_start() -> None:
 
 @pytest.mark.parametrize("quality", list(PRESETS))
 def test_resolve_uses_neighbours_only_where_they_are_supported(quality: Any) -> None:
-    plain = resolved(quality, PLAIN)
-    assert (plain.start, plain.strength, plain.reference) == ("neighbour", STRENGTH, "none")
-    for hidden in (resolved(quality, DISCRETE), resolved(quality, shown=False)):
-        assert (hidden.start, hidden.strength, hidden.reference) == ("noise", None, "none")
-        assert hidden.candidates == PRESETS[quality].candidates
+    expected = Preset(candidates=PRESETS[quality].candidates)
+    assert resolved(quality, DISCRETE) == resolved(quality, shown=False) == expected
 
 
 def test_resolve_unknown_quality_raises() -> None:
@@ -76,7 +66,7 @@ def test_quality_of_a_call_is_its_preset(tmp_path: Path) -> None:
         return [image.tobytes() for image in output.images]
 
     preset = PRESETS["fast"]
-    options = {name: getattr(preset, name) for name in ("neighbours", "start", "strength", "reference")}
+    options = {name: getattr(preset, name) for name in ("query", "start", "strength")}
     assert generated(pipeline, quality="fast") == generated(pipeline, **options)
     assert generated(pipeline, quality="fast") != generated(pipeline)
     assert len(generated(pipeline, quality="fast", between=3)) == 3
