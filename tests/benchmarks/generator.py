@@ -82,7 +82,8 @@ class Judge:
         for name, values in single.items():
             rng = np.random.default_rng(SEED)
             statistic, groups = mean_of(values.astype(np.float64)), len(values)
-            score = bootstrap_interval(statistic, groups, resamples=RESAMPLES, rng=rng, bounds=(-1.0, 1.0))
+            bounds = (-1.0, 1.0) if name == "clip_score" else (0.0, 1.0)
+            score = bootstrap_interval(statistic, groups, resamples=RESAMPLES, rng=rng, bounds=bounds)
             scores |= {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
         return {
             **scores,
@@ -169,11 +170,11 @@ def generated(
     pipeline: KNNDiffusionPipeline, source: Drawings, texts: Embeddings, options: dict[str, Any]
 ) -> tuple[NDArray[np.uint8], float]:
     """Return one image (N, S, S, 3) for each text (N, D), and the seconds per image; computed once."""
-    presets = {name: dataclasses.asdict(preset) for name, preset in PRESETS.items()}
+    preset = PRESETS.get(options.get("quality", ""))
     settings = {
         "weights": weights_digest(BUNDLED_GENERATOR),
         "defaults": {name: pipeline.config[name] for name in DEFAULTS},
-        "presets": presets,
+        "preset": None if preset is None else dataclasses.asdict(preset),
         "options": options,
         "database": source.version,
         "texts": hashlib.sha256(texts.tobytes()).hexdigest(),
