@@ -75,6 +75,7 @@ class Options:
         self._number("steps", "Steps", _DRAWS, 1, 250, defaults.get("steps"))
         self._number("guidance", "Guidance", _DRAWS, 1, 50, defaults.get("guidance"), step=0.5)
         self._number("neighbours", "Neighbours", _DRAWS, 1, 100, defaults.get("k"))
+        self._add("quality", ui.select({"fast": "Fast", "best": "Best"}, label="Quality"), _DRAWS[:2])
         self._number("candidates", "Candidates", _DRAWS[:2], 1, 16, defaults.get("candidates"))
         if self._info.starts_from_images:
             self._add("start", ui.select(_START, label="Start from"), _DRAWS[:2])

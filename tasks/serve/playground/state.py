@@ -30,8 +30,8 @@ _COMMON = ("text", "database")
 _DRAWN = ("n", "seed", "steps", "guidance", "neighbours")
 _SHOWN: dict[Tab, tuple[str, ...]] = {
     "search": (*_COMMON, "negative", "row", "results", "min_score", "where"),
-    "generate": (*_COMMON, *_DRAWN, "negative", "candidates", "start", "strength", "interpolate_to"),
-    "compare": ("text", *_DRAWN, "negative", "databases", "view", "candidates", "start", "strength"),
+    "generate": (*_COMMON, *_DRAWN, "negative", "quality", "candidates", "start", "strength", "interpolate_to"),
+    "compare": ("text", *_DRAWN, "negative", "databases", "view", "quality", "candidates", "start", "strength"),
     "edit": (*_COMMON, *_DRAWN, "method", "edit_strength"),
     "databases": (),
 }
@@ -57,6 +57,7 @@ class PageState(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**53)  # a browser's numbers are exact below it
     steps: int | None = Field(None, ge=1, le=250)
     guidance: float | None = Field(None, ge=1, le=50)
+    quality: Literal["fast", "best"] = "fast"
     candidates: int | None = Field(None, ge=1, le=16)
     neighbours: int | None = Field(None, ge=1, le=100)
     start: Literal["neighbour", "noise"] | None = None
@@ -119,6 +120,7 @@ class PageState(BaseModel):
             seed=seed,
             steps=self.steps,
             guidance=self.guidance,
+            quality=self.quality,
             candidates=self.candidates,
             k=self.neighbours,
             start=self.start,
@@ -153,6 +155,7 @@ class PageState(BaseModel):
             self.text, self.negative = request.prompt or "", request.negative_prompt or ""
             self.interpolate_to = request.interpolate_to or ""
             self.start, self.strength, self.candidates = request.start, request.strength, request.candidates
+            self.quality = request.quality
         if isinstance(request, EditRequest):
             self.text, self.method, self.edit_strength = request.prompt, request.method, request.strength
         if isinstance(request, GenerateRequest | EditRequest):

@@ -6,7 +6,7 @@ from typing import Any
 
 from model.encoder.clip import Encoder
 from model.generation.backbone import Backbone
-from model.generation.start import STRENGTH
+from model.generation.quality import resolve
 from model.pipeline import KNNDiffusionPipeline
 from tasks.serve.service.served import OpenDatabase
 
@@ -53,15 +53,15 @@ class OpenModel:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Settings of a generation that names none."""
-        config = self.pipeline.config
+        """Settings of a generation that names none, from a database with images."""
+        config, preset = self.pipeline.config, resolve("fast", self.backbone, neighbours_shown=True)
         return {
             "steps": config.num_inference_steps,
             "guidance": config.guidance_scale,
             "k": config.neighbours,
-            "candidates": config.candidates,
-            "query": config.query,
-            "start": "neighbour" if self.pipeline.starts_from_images else "noise",
-            "strength": STRENGTH if self.pipeline.starts_from_images else None,
+            "candidates": preset.candidates or config.candidates,
+            "query": preset.query or config.query,
+            "start": preset.start,
+            "strength": preset.strength,
             "edit_method": self.edit_methods[0],
         }

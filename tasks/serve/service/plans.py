@@ -20,7 +20,7 @@ from model.editing.config import EditConfig, edit_config
 from model.editing.edit import check_method
 from model.errors import ModelError
 from model.generation.backbone import Backbone
-from model.generation.start import STRENGTH
+from model.generation.quality import resolve
 from tasks.serve.service.generator import OpenModel
 from tasks.serve.service.requests import EditRequest, GenerateRequest, Request, SearchRequest
 from tasks.serve.service.served import OpenDatabase
@@ -157,8 +157,16 @@ def _plan_generation(request: GenerateRequest, opened: OpenDatabase, model: Open
     most = model.backbone.max_steps
     if most is not None and steps > most:
         raise InputError(f"steps is too large for this model: {steps}; give at most {most}")
-    start = _start(request, opened, defaults["start"])
-    if start == "noise" and request.strength not in (None, 1):
+    _check_start(request, opened, model)
+    preset = resolve(
+        request.quality,
+        model.backbone,
+        neighbours_shown=opened.has_images and not between,
+        candidates=request.candidates,
+        start=request.start,
+        strength=request.strength,
+    )
+    if preset.start == "noise" and request.strength not in (None, 1):
         raise InputError(f"strength has no effect on pure noise: {request.strength}; remove it, or use start=neighbour")
     settings = {
         "prompt": request.prompt,
@@ -166,31 +174,29 @@ def _plan_generation(request: GenerateRequest, opened: OpenDatabase, model: Open
         "negative_prompt": request.negative_prompt,
         "interpolate_to": request.interpolate_to,
         "n": request.n,
+        "quality": request.quality,
         "steps": steps,
         "guidance": guidance,
         "k": request.k or defaults["k"],
-        "candidates": 1 if between else request.candidates or defaults["candidates"],
-        "query": defaults["query"],
-        "start": start,
-        "strength": None if start == "noise" else request.strength or STRENGTH,
+        "candidates": 1 if between else preset.candidates or model.pipeline.config.candidates,
+        "query": preset.query or model.pipeline.config.query,
+        "start": preset.start,
+        "strength": None if preset.start == "noise" else preset.strength,
         "side": model.pipeline.side,
     }
     return GeneratePlan(request=request, opened=opened, model=model, seed=_seed(request.seed), settings=settings)
 
 
-def _start(request: GenerateRequest, opened: OpenDatabase, default: str) -> str:
-    """Return the start of a generation: a stored neighbour if there are images, like ``knn-diffusion generate``."""
-    between = request.interpolate_to is not None
-    if request.start == "neighbour":
-        if between:
-            raise InputError("start=neighbour does not apply to an interpolation; remove it")
-        if default != "neighbour":
-            raise InputError("this model starts from noise only; remove start=neighbour")
-        if not opened.has_images:
-            raise InputError(f"database {opened.name} has no images to start from; remove start=neighbour")
-    if request.start is not None:
-        return request.start
-    return default if opened.has_images and not between else "noise"
+def _check_start(request: GenerateRequest, opened: OpenDatabase, model: OpenModel) -> None:
+    """Raise ``InputError`` if a generation cannot start from a stored neighbour, although the request says so."""
+    if request.start != "neighbour":
+        return
+    if request.interpolate_to is not None:
+        raise InputError("start=neighbour does not apply to an interpolation; remove it")
+    if not model.backbone.starts_from_images:
+        raise InputError("this model starts from noise only; remove start=neighbour")
+    if not opened.has_images:
+        raise InputError(f"database {opened.name} has no images to start from; remove start=neighbour")
 
 
 def _plan_edit(request: EditRequest, opened: OpenDatabase, model: OpenModel) -> EditPlan:

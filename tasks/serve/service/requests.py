@@ -75,13 +75,14 @@ class SearchRequest(_Request):
 
 
 class GenerateRequest(_Request):
-    """Generate images of a prompt with the neighbours of a database. None means the generator's default."""
+    """Generate images of a prompt with the neighbours of a database. None means the default of model and quality."""
 
     prompt: Text | None = None
     image: RequestImage | None = Field(None, description="Image instead of a text as the prompt.")
     negative_prompt: Text | None = None
     n: int = Field(1, ge=1, le=MAX_IMAGES, description="Number of images.")
     seed: Seed | None = Field(None, description="Default: random. The response names it.")
+    quality: Literal["fast", "best"] = Field("fast", description="Preset of candidates, start and strength.")
     steps: int | None = Field(None, ge=1, le=250)
     guidance: float | None = Field(None, ge=1, le=50)
     candidates: int | None = Field(None, ge=1, le=16)

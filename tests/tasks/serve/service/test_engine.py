@@ -150,12 +150,18 @@ def test_generation_names_versions_settings_and_provenance(engine: Engine) -> No
     made = images(engine, GenerateRequest(prompt="an owl", n=3, seed=5, database="birds"))
     assert (made.model, made.kind, made.database.version) == ("knn-diffusion/1", "generate", 2)
     assert made.settings["steps"] == 3
-    assert made.settings["candidates"] == 2
-    assert made.settings["start"] == "neighbour"
+    assert [made.settings[name] for name in ("quality", "candidates", "start")] == ["fast", 3, "neighbour"]
     assert [image.seed for image in made.images] == [5, 6, 7]
     assert all(len(image.neighbours) == 3 and image.nearest is not None for image in made.images)
     assert made.images[0].neighbours[0].url == f"http://birds/2/{made.images[0].neighbours[0].id}"
     assert CHUNK in Image.open(io.BytesIO(made.images[0].png)).info
+
+
+def test_quality_is_a_preset_that_given_settings_override(engine: Engine) -> None:
+    best = images(engine, GenerateRequest(prompt="an owl", quality="best")).settings
+    assert (best["candidates"], best["start"]) == (8, "neighbour")
+    given = images(engine, GenerateRequest(prompt="an owl", quality="best", candidates=1, start="noise")).settings
+    assert (given["candidates"], given["start"], given["strength"]) == (1, "noise", None)
 
 
 def test_image_depends_on_its_seed_but_not_on_the_batch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +181,7 @@ def test_image_depends_on_its_seed_but_not_on_the_batch(engine: Engine, monkeypa
 def test_first_image_equals_that_of_the_pipeline_with_the_seed(engine: Engine) -> None:
     made = images(engine, GenerateRequest(prompt="an owl", seed=9))
     pipeline = engine._catalog.model.with_database(engine._catalog.get(None))
-    alone = pipeline("an owl", generator=torch.Generator().manual_seed(9), start="neighbour").images[0]
+    alone = pipeline("an owl", generator=torch.Generator().manual_seed(9), quality="fast").images[0]
     assert np.abs(pixels(made.images[0].png) - np.asarray(alone).astype(int)).max() <= 1
 
 
