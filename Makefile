@@ -10,7 +10,8 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export NO_MKDOCS_2_WARNING := 1
 
 SHELL := /bin/bash
-WORKERS ?= 3  # for two cores: many tests wait for servers and processes
+# Three for two cores: many tests wait for servers and processes.
+WORKERS ?= 3
 PORT ?= 8000
 
 .PHONY: help install demo playground up down deploy test test-fast durations test-kills test-s3 coverage check docs bench clean
