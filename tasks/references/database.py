@@ -153,12 +153,15 @@ class Metadata:
         cache: Path,
         *,
         columns: Sequence[str] = tuple(_COLUMNS),
-        kept: int = _MAX_CACHED_TABLES,
+        kept: int | None = None,
     ) -> None:
-        """Look up ``columns`` of rows of the embedding shards at ``uri``; the tables of ``kept`` shards are cached."""
+        """Look up ``columns`` of rows of the embedding shards at ``uri``.
+
+        The tables of the last ``kept`` shards are cached, by default 32.
+        """
         self._uri, self._shards, self._cache, self._columns = uri, manifest.shards, cache, list(columns)
         self._offsets = [0, *itertools.accumulate(shard.rows for shard in manifest.shards)]
-        self._table = lru_cache(kept)(self._read)
+        self._table = lru_cache(kept or _MAX_CACHED_TABLES)(self._read)
 
     def __call__(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """Return the columns of each row: by default key, url, sha256, width and height."""

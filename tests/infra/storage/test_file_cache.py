@@ -152,7 +152,7 @@ def test_fetch_concurrent_processes_in_a_small_cache_read_correct_files(files: C
     for reader in readers:
         output, error = reader.communicate(timeout=120)
         assert output == "done\n", error[-2000:]
-    assert len(files.cached()) <= 5  # the last one may have been in use
+    assert len(files.cached()) <= 4 + len(readers) - 1  # a file in use by another reader is not evicted
     assert list((files.folder / "fetching").iterdir()) == []
     assert caching.evict(files.folder, 4 * SIZE) <= 4 * SIZE
 
