@@ -16,7 +16,7 @@ from infra.errors import ConfigError, EncoderMismatchError, KNNDiffusionError, N
 from infra.registry import CHAMPION, GENERATOR_NAME
 from model.errors import ModelError
 from tasks.serve.service.config import ServiceConfig
-from tasks.serve.service.errors import UnknownDatabaseError, public_message
+from tasks.serve.service.errors import UnknownDatabaseError, expected_errors, public_message
 from tasks.serve.service.generator import OpenModel
 from tasks.serve.service.metrics import Metrics
 from tasks.serve.service.responses import ServedDatabase
@@ -45,7 +45,7 @@ class Catalog:
 
         Raises:
             NotFoundError: A name is not registered, or no database is.
-        ConfigError: Two of the databases have the same name.
+            ConfigError: Two of the databases have the same name.
             EncoderMismatchError: A named database was made by another encoder than the model's.
             KNNDiffusionError: A version does not open.
             ModelError: A version does not open.
@@ -175,7 +175,8 @@ class Catalog:
         followed = Followed.parse(reference, "database")
         target = self.listing.target("database", followed)
         try:
-            opened = self._versions.open_database(followed, target, 0)
+            with expected_errors():
+                opened = self._versions.open_database(followed, target, 0)
             self._require_same_space(opened, self._model)
         except (KNNDiffusionError, ModelError) as error:
             if required:
@@ -198,7 +199,8 @@ class Catalog:
         """Open a version, and record the outcome in the metrics, the problems and the log."""
         started = time.monotonic()
         try:
-            opened = open_version()
+            with expected_errors():
+                opened = open_version()
         except (KNNDiffusionError, ModelError) as error:
             self._metrics.swaps.labels(kind=kind, outcome="failed").inc()
             self.problems[name] = f"the new version of {name} does not open: {public_message(error)}"

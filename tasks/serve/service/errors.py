@@ -1,9 +1,13 @@
 """Errors of the service. The API answers each with a status of its own; the page shows the message."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 
-from infra.errors import KNNDiffusionError
+from infra import logs
+from infra.errors import KNNDiffusionError, StageError
 from infra.text import sanitised
+from model.errors import ModelError
 
 _PLACE = re.compile(r"""(?<![\w:.])(?:[a-z][a-z0-9+.-]*:)?/{1,4}[\w.@:~-]+/[^\s,;'")]*""", re.ASCII)
 """An absolute path, or a URI below a host. ``models:/NAME`` is a name."""
@@ -32,6 +36,21 @@ class ServiceClosedError(KNNDiffusionError):
 
 class JobCancelledError(KNNDiffusionError):
     """Raised by the result of a job that was cancelled."""
+
+
+@contextlib.contextmanager
+def expected_errors() -> Iterator[None]:
+    """Raise ``StageError`` instead of any error that has no message for users. The log has the traceback.
+
+    Damaged files and exhausted memory raise the errors of many libraries. None of them may stop a thread.
+    """
+    try:
+        yield
+    except (KNNDiffusionError, ModelError):
+        raise
+    except Exception as error:
+        logs.get("serve").error("an unexpected error", exc_info=error)
+        raise StageError(f"{type(error).__name__}; see the log of the service") from error
 
 
 def public_message(error: BaseException) -> str:

@@ -35,14 +35,18 @@ class StoredImages:
         """Return the RGB images at ``places``, pairs of shard and key, which may repeat.
 
         Raises:
-            IntegrityError: A tar is missing, differs from the committed one, or lacks an image.
+            IntegrityError: A tar is missing, differs from the committed one, or lacks a readable image.
         """
         decoded = {place: self._decode(*place) for place in dict.fromkeys(places)}
         return [decoded[place] for place in places]
 
     def _decode(self, shard: str, key: str) -> Image.Image:
-        with Image.open(io.BytesIO(self._tar(shard).read(key))) as image:
-            return to_rgb(image)
+        data = self._tar(shard).read(key)
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                return to_rgb(image)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise IntegrityError(f"image {key} of shard {shard} is damaged ({error}); restore the shard") from error
 
     def _open(self, shard: str) -> "_Tar":
         return _Tar(artifacts.fetch_shard(self._uri, self._shards[shard], ".tar", self._cache))

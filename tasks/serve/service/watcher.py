@@ -8,7 +8,7 @@ from infra import logs
 from infra.errors import KNNDiffusionError, TransientError
 from model.errors import ModelError
 from tasks.serve.service.catalog import MODEL, Catalog
-from tasks.serve.service.errors import public_message
+from tasks.serve.service.errors import expected_errors, public_message
 from tasks.serve.service.versions import Versions
 
 _REGISTRY = "the registry"
@@ -79,11 +79,13 @@ class Watcher:
                 f"the files of {name} were deleted; swap to another version, or restore them",
             )
             try:
-                if entry.opened.is_deleted():
+                with expected_errors():
+                    deleted = entry.opened.is_deleted()
+                if deleted:
                     self._catalog.problems[key] = line
                 else:
                     self._catalog.problems.pop(key, None)
-            except KNNDiffusionError as error:
+            except (KNNDiffusionError, ModelError) as error:
                 self._catalog.problems[key] = f"{key} cannot be checked: {public_message(error)}"
 
     def _follow_databases(self) -> None:
@@ -112,9 +114,10 @@ class Watcher:
         for opened in self._catalog.live():
             key = f"the takedowns of {opened.name}"
             try:
-                if opened.hide_taken_down():
-                    logs.get("serve").info("%s: new takedowns are applied", opened.name)
-            except KNNDiffusionError as error:
+                with expected_errors():
+                    if opened.hide_taken_down():
+                        logs.get("serve").info("%s: new takedowns are applied", opened.name)
+            except (KNNDiffusionError, ModelError) as error:
                 self._catalog.problems[key] = f"{key} cannot be read: {public_message(error)}"
             else:
                 self._catalog.problems.pop(key, None)

@@ -8,12 +8,13 @@ from support import tiny_models
 from support.fakes import FakeClock
 from support.tiny_service import TinyVersions
 
-from infra.errors import EncoderMismatchError, IntegrityError, NotFoundError
+from infra.errors import EncoderMismatchError, IntegrityError, NotFoundError, StageError
 from model.saved_generator import BUNDLED_GENERATOR
 from tasks.serve.service.catalog import Catalog
 from tasks.serve.service.config import ServiceConfig
 from tasks.serve.service.errors import UnknownDatabaseError
 from tasks.serve.service.metrics import Metrics
+from tasks.serve.service.served import OpenDatabase
 from tasks.serve.service.watcher import Watcher
 
 
@@ -90,6 +91,51 @@ def test_version_that_does_not_open_leaves_the_old_one_and_is_not_tried_again(ve
     catalog.swap("birds", 1)
     assert served(catalog)["birds"] == (1, 1)
     assert watcher.problems() == []
+
+
+def test_unexpected_error_of_a_version_leaves_the_others_followed(versions: TinyVersions) -> None:
+    versions.databases["cats"].append(2)
+    versions.generators.append(2)
+    metrics = Metrics()
+    catalog = Catalog(versions, ServiceConfig(), metrics)
+    watcher = watcher_of(catalog, versions)
+    versions.odd.add(("birds", 1))
+    versions.champions.update(birds=1, cats=2)
+    versions.generator_champion = 2
+    for _ in range(2):
+        watcher.look()
+    assert served(catalog) == {"birds": (2, 0), "cats": (2, 1)}
+    assert catalog.model.name == "knn-diffusion/2"
+    assert watcher.problems() == ["the new version of birds does not open: OSError; see the log of the service"]
+    assert versions.opened.count(("birds", 1)) == 1
+    assert 'knn_diffusion_swap_total{kind="database",outcome="failed"} 1.0' in metrics.expose().decode()
+    with pytest.raises(StageError, match="OSError; see the log of the service"):
+        catalog.swap("birds", 1)
+
+
+def test_unexpected_error_of_a_database_leaves_the_others_served_at_the_start(versions: TinyVersions) -> None:
+    versions.odd.add(("birds", 2))
+    catalog = catalog_of(versions)
+    assert served(catalog) == {"cats": (1, 0)}
+    assert catalog.problems == {"birds": "birds is not served: OSError; see the log of the service"}
+
+
+def test_unexpected_error_of_takedowns_leaves_those_of_other_databases_applied(
+    versions: TinyVersions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog, applied = catalog_of(versions), list[str]()
+
+    def hide(opened: OpenDatabase) -> bool:
+        applied.append(opened.name)
+        if opened.name == "birds":
+            raise PermissionError("/srv/secret/takedowns")
+        return True
+
+    monkeypatch.setattr(OpenDatabase, "hide_taken_down", hide)
+    watcher = watcher_of(catalog, versions)
+    watcher.look()
+    assert sorted(applied) == ["birds", "cats"]
+    assert watcher.problems() == ["the takedowns of birds cannot be read: PermissionError; see the log of the service"]
 
 
 def test_version_is_tried_again_after_a_failure_that_may_pass(versions: TinyVersions) -> None:
