@@ -56,10 +56,12 @@ class TinyVersions:
         self.is_away = False
         self.opened: list[tuple[str, int | None]] = []
         self.on_open: Callable[[], object] = lambda: None
+        self.on_listing: Callable[[], object] = lambda: None
         self._built: dict[Any, Any] = {}
         self._lock = threading.Lock()
 
     def listing(self) -> Listing:
+        self.on_listing()
         if self.is_away:
             raise TransientError("MLflow at sqlite:////srv/secret/mlflow.db does not answer")
         databases = {

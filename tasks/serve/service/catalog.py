@@ -53,6 +53,7 @@ class Catalog:
         self._versions, self._metrics = versions, metrics
         self._swapping = threading.RLock()
         self._live: weakref.WeakSet[OpenDatabase] = weakref.WeakSet()
+        self._lock = threading.Lock()
         self._entries: dict[str, Entry] = {}
         self.problems: dict[str, str] = {}
         self.listing = versions.listing()
@@ -87,7 +88,8 @@ class Catalog:
 
     def live(self) -> list[OpenDatabase]:
         """Return all open versions, also replaced ones that requests still use."""
-        return list(self._live)
+        with self._lock:  # adding to the set while another thread lists it raises RuntimeError
+            return list(self._live)
 
     def databases(self) -> list[ServedDatabase]:
         """Return the served databases, and then the registered ones that are not served."""
@@ -137,7 +139,7 @@ class Catalog:
                 return opened
 
             opened = self._timed(name, "database", open_version)
-            self._live.add(opened)
+            self._add_live(opened)
             self._entries = {**self._entries, name: Entry(followed=followed, seen=seen, opened=opened)}
             self._show_serving()
 
@@ -185,8 +187,12 @@ class Catalog:
             return
         if opened.name in self._entries:
             raise ConfigError(f"two databases have the name {opened.name}; serve one of them")
-        self._live.add(opened)
+        self._add_live(opened)
         self._entries[opened.name] = Entry(followed=followed, seen=target, opened=opened)
+
+    def _add_live(self, opened: OpenDatabase) -> None:
+        with self._lock:
+            self._live.add(opened)
 
     def _require_same_space(self, opened: OpenDatabase, model: OpenModel) -> None:
         if not opened.database.encoder.same_space(model.pipeline.identity):

@@ -1,8 +1,9 @@
-"""The thread that looks at the registry and at the takedowns, and swaps what has moved."""
+"""The threads that look at the registry and at the takedowns, and swap what has moved."""
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from infra import logs
 from infra.errors import KNNDiffusionError, TransientError
@@ -12,10 +13,14 @@ from tasks.serve.service.errors import expected_errors, public_message
 from tasks.serve.service.versions import Versions
 
 _REGISTRY = "the registry"
+_TAKEDOWNS = "the takedowns"
 
 
 class Watcher:
-    """Follows the aliases of what is served, and applies takedowns."""
+    """Follows the aliases of what is served, and applies takedowns.
+
+    Each has a thread of its own: a registry that hangs and a version that takes minutes to open delay no takedown.
+    """
 
     def __init__(
         self,
@@ -26,51 +31,81 @@ class Watcher:
         clock: Callable[[], float] = time.monotonic,
         ended: threading.Event | None = None,
     ) -> None:
-        """Watch on behalf of ``catalog`` every ``poll_s`` seconds; ``ended`` stops the thread."""
+        """Watch on behalf of ``catalog`` every ``poll_s`` seconds; ``ended`` stops the threads."""
         self._catalog, self._versions, self._poll_s, self._clock = catalog, versions, poll_s, clock
         self._ended = ended or threading.Event()
-        self._looked = clock()
-        self._thread = threading.Thread(target=self._watch, name="registry watcher", daemon=True)
+        self._waiting: dict[str, float] = {}
+        looks = {_TAKEDOWNS: self.apply_takedowns, _REGISTRY: self.follow}
+        self._threads = [
+            threading.Thread(target=self._watch, args=look, name=f"watcher of {look[0]}", daemon=True)
+            for look in looks.items()
+        ]
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """Stop after the present look."""
         self._ended.set()
 
     def problems(self) -> list[str]:
-        """Return what the last look found, and whether the registry keeps this one waiting."""
-        found = list(self._catalog.problems.values())
-        waited_s = self._clock() - self._looked
-        if waited_s > 2 * self._poll_s + 5 and _REGISTRY not in self._catalog.problems:
-            found.append(f"the registry has not answered for {waited_s:.0f} s; what is served remains")
+        """Return the problems of the last look, and what the present look has waited for too long."""
+        found, now = list(self._catalog.problems.values()), self._clock()
+        for key, since in list(self._waiting.items()):
+            if now - since > 2 * self._poll_s + 5 and key not in self._catalog.problems:
+                found.append(f"{key}: no answer for {now - since:.0f} s; what is served remains")
         return found
 
     def look(self) -> None:
-        """Look once: apply takedowns, then follow the aliases. Records problems, and raises no error of the user's."""
-        self._apply_takedowns()
+        """Look once at the takedowns and then at the registry."""
+        self.apply_takedowns()
+        self.follow()
+
+    def apply_takedowns(self) -> None:
+        """Hide what was taken down from all open versions. Project errors are recorded as problems and not raised."""
+        for opened in self._catalog.live():
+            key = f"the takedowns of {opened.name}"
+            try:
+                with self._wait_for(key), expected_errors():
+                    if opened.hide_taken_down():
+                        logs.get("serve").info("%s: new takedowns are applied", opened.name)
+            except (KNNDiffusionError, ModelError) as error:
+                self._catalog.problems[key] = f"{key} cannot be read: {public_message(error)}"
+            else:
+                self._catalog.problems.pop(key, None)
+        self._catalog.problems.pop(_TAKEDOWNS, None)
+
+    def follow(self) -> None:
+        """Serve the versions that the aliases name now. Project errors are recorded as problems and not raised."""
         self._report_deleted()
         problems = self._catalog.problems
         try:
-            self._catalog.listing = self._versions.listing()
+            with self._wait_for(_REGISTRY), expected_errors():
+                self._catalog.listing = self._versions.listing()
         except KNNDiffusionError as error:
             problems[_REGISTRY] = f"the registry does not answer, what is served remains: {public_message(error)}"
             return
-        finally:
-            self._looked = self._clock()
         problems.pop(_REGISTRY, None)
         self._follow_databases()
         self._follow_model()
 
-    def _watch(self) -> None:
+    def _watch(self, key: str, look: Callable[[], None]) -> None:
         while not self._ended.wait(self._poll_s):
             try:
-                self.look()
-            except Exception:  # the thread must go on; the log has the traceback
-                logs.get("serve").exception("a look at the registry failed")
-                self._catalog.problems[_REGISTRY] = "a look at the registry failed; see the log of the service"
+                look()
+            except Exception:  # the thread must continue; the log has the traceback
+                logs.get("serve").exception("a look at %s failed", key)
+                self._catalog.problems[key] = f"a look at {key} failed; see the log of the service"
+
+    @contextlib.contextmanager
+    def _wait_for(self, key: str) -> Iterator[None]:
+        self._waiting[key] = self._clock()
+        try:
+            yield
+        finally:
+            del self._waiting[key]
 
     def _report_deleted(self) -> None:
         for name, entry in self._catalog.entries.items():
@@ -109,15 +144,3 @@ class Watcher:
             return
         except (KNNDiffusionError, ModelError):
             self._catalog.skip(name, target)
-
-    def _apply_takedowns(self) -> None:
-        for opened in self._catalog.live():
-            key = f"the takedowns of {opened.name}"
-            try:
-                with expected_errors():
-                    if opened.hide_taken_down():
-                        logs.get("serve").info("%s: new takedowns are applied", opened.name)
-            except (KNNDiffusionError, ModelError) as error:
-                self._catalog.problems[key] = f"{key} cannot be read: {public_message(error)}"
-            else:
-                self._catalog.problems.pop(key, None)

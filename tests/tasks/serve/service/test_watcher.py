@@ -1,5 +1,6 @@
 """Following the registry: aliases that move, versions that do not open, and a registry that disappears."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -167,15 +168,43 @@ def test_registry_that_disappears_leaves_everything_served_until_it_returns(vers
 
 
 def test_registry_that_does_not_answer_in_time_is_a_problem(versions: TinyVersions) -> None:
-    clock = FakeClock()
+    clock, seen = FakeClock(), list[list[str]]()
     catalog = catalog_of(versions)
     watcher = watcher_of(catalog, versions, clock=clock)
-    clock.sleep(34)
-    assert watcher.problems() == []
-    clock.sleep(2)
-    assert watcher.problems() == ["the registry has not answered for 36 s; what is served remains"]
+
+    def wait() -> None:
+        for seconds in (34, 2):
+            clock.sleep(seconds)
+            seen.append(watcher.problems())
+
+    versions.on_listing = wait
     watcher.look()
+    assert seen == [[], ["the registry: no answer for 36 s; what is served remains"]]
     assert watcher.problems() == []
+
+
+def test_takedowns_are_applied_while_the_registry_hangs(
+    versions: TinyVersions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog, applied = catalog_of(versions), threading.Semaphore(0)
+    hangs, free, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def hide(opened: OpenDatabase) -> bool:
+        applied.release()
+        return False
+
+    def hang() -> None:
+        hangs.set()
+        assert free.wait(20)
+
+    monkeypatch.setattr(OpenDatabase, "hide_taken_down", hide)
+    versions.on_listing = hang
+    Watcher(catalog, versions, 0.01, ended=ended).start()
+    assert hangs.wait(20)
+    for _ in range(20):
+        assert applied.acquire(timeout=20)
+    ended.set()
+    free.set()
 
 
 def test_champion_alias_that_was_deleted_leaves_the_version_served(versions: TinyVersions) -> None:
