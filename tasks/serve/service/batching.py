@@ -59,7 +59,7 @@ class BatchQueue:
             run: Runs a batch and finishes its jobs. It must not raise.
             capacity: Maximum number of waiting tickets.
             batch: Maximum sum of the sizes in a batch. A larger ticket runs alone.
-            wait_s: Age of the oldest ticket below which a batch that is not full waits for more.
+            wait_s: Seconds that the oldest ticket waits at most for a full batch.
             max_wait_s: Age at which a waiting ticket is rejected.
         """
         self.name, self._run = name, run
@@ -127,6 +127,7 @@ class BatchQueue:
                 self._running = []
                 self._seconds.append(time.monotonic() - started)
                 self._changed.notify_all()
+            del batch  # the next one may come much later, and the tickets keep images and versions
 
     def _next(self) -> list[Ticket]:
         """Wait for the next batch, and mark it as running. Return nothing if the queue is closed and empty."""
@@ -141,6 +142,7 @@ class BatchQueue:
                             self._waiting.remove(ticket)
                         self._running = batch
                         return batch
+                    del batch
                     self._changed.wait(missing_s)
                 elif self._closed:
                     return []

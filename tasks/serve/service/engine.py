@@ -195,7 +195,7 @@ class Engine:
     def _fail(self, ticket: Ticket, error: Exception | None) -> None:
         """Fail a job with an error whose message may be shown to a client."""
         if error is None or isinstance(error, JobCancelledError):
-            ticket.job.fail(error or JobCancelledError("the job was cancelled"))
+            ticket.job.fail(JobCancelledError("the job was cancelled"))
         elif isinstance(error, InputError):
             ticket.job.fail(InputError(public_message(error)))
         elif isinstance(error, KNNDiffusionError | ModelError):  # requests were checked: it is not the client's fault
@@ -244,8 +244,8 @@ def _progress_of(tickets: Sequence[Ticket]) -> Callable[[int, int], None]:
         for ticket in tickets:
             try:
                 ticket.job.advance(step, steps)
-            except JobCancelledError as error:
-                ticket.job.fail(error)
+            except JobCancelledError:
+                ticket.job.fail(JobCancelledError("the job was cancelled"))
         if all(ticket.job.future.done() for ticket in tickets):
             raise JobCancelledError("the job was cancelled")
 

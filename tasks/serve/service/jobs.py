@@ -89,7 +89,11 @@ class Job:
                 self.future.set_result(response)
 
     def fail(self, error: BaseException) -> None:
-        """Set the error, unless the job is already finished."""
+        """Set the error, unless the job is already finished.
+
+        The error loses its traceback and causes: their frames would keep tensors and versions as long as the job.
+        """
+        error.__cause__ = error.__context__ = error.__traceback__ = None
         with self._lock:
             if not self.future.done():
                 self.future.set_exception(error)

@@ -4,7 +4,7 @@ import dataclasses
 import io
 import threading
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,9 @@ class OpenDatabase:
         self._database, self._source = database, source
         self._takedowns: frozenset[str] = frozenset()
         self._lock = threading.Lock()
-        self.matching = lru_cache(_KEPT_FILTERS)(self._matching)
-        self._encoded = lru_cache(_KEPT_THUMBNAILS)(self._encode)
+        # Caches of bound methods would be reference cycles: a replaced version would keep its memory and its files.
+        self.matching = lru_cache(_KEPT_FILTERS)(partial(_matching, name, source))
+        self._encoded = lru_cache(_KEPT_THUMBNAILS)(partial(_encode, database))
         self.hide_taken_down()
         self.has_images = self._reads_images()
 
@@ -172,26 +173,6 @@ class OpenDatabase:
         uri = None if self._source is None else self._source.version.uri
         return uri is not None and not storage.exists(storage.join(uri, artifacts.MANIFEST))
 
-    def _matching(self, where: str) -> NDArray[np.int64]:
-        """Return the ids of the rows that match a filter, hidden ones included. Raises ``InputError``."""
-        wanted = referenced_columns(where)
-        if self._source is None or (wanted and self._source.columns is None):
-            raise InputError(f"database {self.name} has no columns to filter by; remove the filter")
-        source, own = self._source, self._source.columns if wanted else None
-        types = own.types() if own is not None else {}
-        row_filter = parse_where(where, types)
-
-        def match(shard: artifacts.Shard) -> NDArray[np.bool_]:
-            path = artifacts.fetch_shard(source.embeddings.uri, shard, ".parquet", source.cache)
-            table = tables.read_table(path, _COLUMNS)
-            if own is not None:
-                added = own.table(shard.name, table["key"].to_pylist(), types)
-                table = pa.table([*table.columns, *added.columns], names=[*_COLUMNS, *added.column_names])
-            return row_filter.mask(table)
-
-        masks = list(storage.read_all(match, source.shards))
-        return np.flatnonzero(np.concatenate(masks)) if masks else np.empty(0, np.int64)
-
     def _columns(self, described: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the columns of the URL list of described rows; empty if the image shards cannot be read."""
         own = None if self._source is None else self._source.columns
@@ -207,12 +188,6 @@ class OpenDatabase:
             logs.get("serve").warning("the columns of the URL list are not shown: %s", error)
             return [{} for _ in described]
         return [found[place] for place in places]
-
-    def _encode(self, row: int, side_px: int) -> bytes:
-        (image,) = self._database.images([row])
-        buffer = io.BytesIO()
-        shrink_to_fit(image, side_px).save(buffer, format="WEBP", quality=85)
-        return buffer.getvalue()
 
     def _reads_images(self) -> bool:
         visible = self._database.ids()
@@ -231,6 +206,35 @@ class OpenDatabase:
                 if self.has_images and number < _PRELOADED_TARS:
                     self._database.images([first])
             first += shard.rows
+
+
+def _matching(name: str, source: Source | None, where: str) -> NDArray[np.int64]:
+    """Return the ids of the rows that match a filter, hidden ones included. Raises ``InputError``."""
+    wanted = referenced_columns(where)
+    if source is None or (wanted and source.columns is None):
+        raise InputError(f"database {name} has no columns to filter by; remove the filter")
+    own = source.columns if wanted else None
+    types = own.types() if own is not None else {}
+    row_filter = parse_where(where, types)
+
+    def match(shard: artifacts.Shard) -> NDArray[np.bool_]:
+        path = artifacts.fetch_shard(source.embeddings.uri, shard, ".parquet", source.cache)
+        table = tables.read_table(path, _COLUMNS)
+        if own is not None:
+            added = own.table(shard.name, table["key"].to_pylist(), types)
+            table = pa.table([*table.columns, *added.columns], names=[*_COLUMNS, *added.column_names])
+        return row_filter.mask(table)
+
+    masks = list(storage.read_all(match, source.shards))
+    return np.flatnonzero(np.concatenate(masks)) if masks else np.empty(0, np.int64)
+
+
+def _encode(database: Database, row: int, side_px: int) -> bytes:
+    """Return a stored image as WebP."""
+    (image,) = database.images([row])
+    buffer = io.BytesIO()
+    shrink_to_fit(image, side_px).save(buffer, format="WEBP", quality=85)
+    return buffer.getvalue()
 
 
 def _places(lookup: Metadata, ids: Sequence[int]) -> list[tuple[str, str]]:

@@ -7,8 +7,8 @@ many times, so it keeps the offsets of a tar and its open file, which remains re
 import io
 import os
 import tarfile
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -27,9 +27,9 @@ class StoredImages:
 
     def __init__(self, images: ImageShards, cache: Path) -> None:
         """Read the list of shards; tars are opened when one of their images is needed."""
-        self._uri, self._cache = images.uri, cache
-        self._shards = {shard.name: shard for shard in images.manifest().shards}
-        self._tar: Callable[[str], _Tar] = lru_cache(_OPEN_TARS)(self._open)
+        shards = {shard.name: shard for shard in images.manifest().shards}
+        # Not a bound method: the reference cycle would keep the tars of a replaced version open.
+        self._tar: Callable[[str], _Tar] = lru_cache(_OPEN_TARS)(partial(_open, images.uri, shards, cache))
 
     def __call__(self, places: Sequence[tuple[str, str]]) -> list[Image.Image]:
         """Return the RGB images at ``places``, pairs of shard and key, which may repeat.
@@ -47,9 +47,6 @@ class StoredImages:
                 return to_rgb(image)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise IntegrityError(f"image {key} of shard {shard} is damaged ({error}); restore the shard") from error
-
-    def _open(self, shard: str) -> "_Tar":
-        return _Tar(artifacts.fetch_shard(self._uri, self._shards[shard], ".tar", self._cache))
 
 
 class _Tar:
@@ -73,3 +70,7 @@ class _Tar:
             raise IntegrityError(f"{self._name} lacks the embedded image {key}; embed the images again")
         offset, size = self._places[key]
         return os.pread(self._file.fileno(), size, offset)
+
+
+def _open(uri: str, shards: Mapping[str, artifacts.Shard], cache: Path, shard: str) -> _Tar:
+    return _Tar(artifacts.fetch_shard(uri, shards[shard], ".tar", cache))

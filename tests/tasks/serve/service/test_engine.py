@@ -1,8 +1,11 @@
 """The engine on tiny models: responses, batches, progress, cancellation, swaps under load, and shutdown."""
 
+import concurrent.futures
+import gc
 import io
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from tasks.serve.service.errors import (
     ServiceClosedError,
     UnknownDatabaseError,
 )
+from tasks.serve.service.jobs import Job
 from tasks.serve.service.plans import plan
 from tasks.serve.service.provenance import CHUNK
 from tasks.serve.service.requests import EditRequest, GenerateRequest, Request, SearchRequest
@@ -385,6 +389,36 @@ def test_queued_job_keeps_the_version_that_it_was_submitted_with(
     late = engine.submit(SearchRequest(text="an owl", database="birds"))
     free.set()
     assert [job.future.result(20).database.version for job in (*jobs, late)] == [2, 2, 2, 1]
+
+
+def test_replaced_version_is_freed_with_its_last_request(engine: Engine) -> None:
+    replaced = weakref.ref(engine._catalog.get("birds"))
+    jobs = [engine.submit(SearchRequest(text="an owl", database="birds"))]
+    jobs.append(engine.submit(GenerateRequest(prompt="an owl", database="birds", steps=5)))
+    wait_for(lambda: jobs[1].status().state != "queued")
+    jobs[1].cancel()
+    concurrent.futures.wait([job.future for job in jobs], 20)
+    assert engine.thumbnail("birds", 3)
+    gc.disable()
+    try:
+        engine.swap("birds", 1)
+        wait_for(lambda: replaced() is None)
+    finally:
+        gc.enable()
+
+
+def test_failed_job_keeps_no_frames_alive() -> None:
+    job = Job(SearchRequest(text="x"))
+    try:
+        try:
+            raise ValueError("cause")
+        except ValueError as error:
+            raise ModelError("a row is not finite") from error
+    except ModelError as error:
+        job.fail(error)
+    kept = job.future.exception(0)
+    assert kept is not None
+    assert (kept.__traceback__, kept.__cause__, kept.__context__) == (None, None, None)
 
 
 def test_thumbnail_is_small_webp_of_a_row_that_is_not_hidden(engine: Engine) -> None:
