@@ -61,7 +61,6 @@ class TinyVersions:
         self._lock = threading.Lock()
 
     def listing(self) -> Listing:
-        self.on_listing()
         if self.is_away:
             raise TransientError("MLflow at sqlite:////srv/secret/mlflow.db does not answer")
         databases = {
@@ -75,7 +74,9 @@ class TinyVersions:
             {"version": one, "aliases": ["champion"] if one == self.generator_champion else []}
             for one in self.generators
         ]
-        return Listing(databases=databases, generators={"knn-diffusion": generators})
+        listing = Listing(databases=databases, generators={"knn-diffusion": generators})
+        self.on_listing()
+        return listing
 
     def open_database(self, followed: Followed, version: int | None, generation: int) -> OpenDatabase:
         name = followed.name or "folder"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from infra import logs
-from infra.errors import ConfigError, EncoderMismatchError, KNNDiffusionError, NotFoundError
+from infra.errors import ConfigError, EncoderMismatchError, KNNDiffusionError, NotFoundError, TransientError
 from infra.registry import CHAMPION, GENERATOR_NAME
 from model.errors import ModelError
 from tasks.serve.service.config import ServiceConfig
@@ -54,6 +54,7 @@ class Catalog:
         self._swapping = threading.RLock()
         self._live: weakref.WeakSet[OpenDatabase] = weakref.WeakSet()
         self._lock = threading.Lock()
+        self._swap_listings = 0
         self._entries: dict[str, Entry] = {}
         self.problems: dict[str, str] = {}
         self.listing = versions.listing()
@@ -107,7 +108,7 @@ class Catalog:
             ModelError: As ``KNNDiffusionError``.
         """
         with self._swapping:
-            self.listing = self._versions.listing()
+            self._list_for_swap()
             entry = self._entries.get(name)
             if entry is None and name not in self.listing.databases:
                 raise UnknownDatabaseError(f"no database is registered as {name!r}; see the list of databases")
@@ -119,53 +120,92 @@ class Catalog:
                 )
                 if target is None:
                     raise NotFoundError(f"database {name} has no champion; name a version")
-            self.follow(name, followed, target)
+            self._serve(name, followed, target)
             return self._served(name, self._entries[name], self.listing)
 
-    def follow(self, name: str, followed: Followed, target: int | None) -> None:
-        """Serve the version ``target`` of a database. Raises as :meth:`swap`."""
-        with self._swapping:
-            entry = self._entries.get(name)
-            seen = self.listing.target("database", followed)
-            if entry is not None and target is not None and entry.opened.version == target:
-                self._entries = {**self._entries, name: dataclasses.replace(entry, seen=seen)}
-                self.problems.pop(name, None)
+    def refresh(self) -> None:
+        """Read the registry. Raises ``TransientError``.
+
+        A swap by hand reads it too. What was read before such a swap is dropped, or it would undo the swap.
+        """
+        known = self._swap_listings
+        listing = self._versions.listing()
+        with self._lock:
+            if self._swap_listings == known:
+                self.listing = listing
+
+    def follow(self, name: str) -> None:
+        """Serve the version that the alias of a served database names, unless it was seen before.
+
+        A version that does not open is recorded as a problem. It is tried again once the alias moves, and at the next
+        call after a failure that may pass.
+        """
+        with self._swapping:  # a swap may hold it for minutes, so the target is read afterwards
+            entry = self._entries[name]
+            target = self.listing.target("database", entry.followed)
+            if entry.followed.alias is None or target in (None, entry.seen):
                 return
-            generation = 0 if entry is None else entry.opened.generation + 1
+            try:
+                self._serve(name, entry.followed, target)
+            except TransientError:
+                return
+            except (KNNDiffusionError, ModelError):
+                self._entries = {**self._entries, name: dataclasses.replace(entry, seen=target)}
 
-            def open_version() -> OpenDatabase:
-                opened = self._versions.open_database(followed, target, generation)
-                self._require_same_space(opened, self._model)
-                return opened
-
-            opened = self._timed(name, "database", open_version)
-            self._add_live(opened)
-            self._entries = {**self._entries, name: Entry(followed=followed, seen=seen, opened=opened)}
-            self._show_serving()
-
-    def swap_model(self, followed: Followed, target: int | None) -> None:
-        """Serve another version of the model. Raises as :meth:`swap`, also if the encoder of a database differs."""
+    def follow_model(self) -> None:
+        """Serve the version of the model that its alias names. As :meth:`follow`, also if an encoder differs."""
         with self._swapping:
-
-            def open_version() -> OpenModel:
-                model = self._versions.open_model(followed, target, self._model.generation + 1)
-                for entry in self._entries.values():
-                    self._require_same_space(entry.opened, model)
-                return model
-
-            self._model = self._timed(MODEL, "model", open_version)
-            self.followed_model, self.seen_model = followed, target
-            self._show_serving()
-
-    def skip(self, name: str, target: int | None) -> None:
-        """Do not open ``target`` again until the alias moves."""
-        with self._swapping:
-            if name == MODEL:
+            followed = self._followed_model()
+            target = self.listing.target("generator", followed)
+            if followed.alias is None or target in (None, self.seen_model):
+                return
+            try:
+                self._serve_model(followed, target)
+            except TransientError:
+                return
+            except (KNNDiffusionError, ModelError):
                 self.seen_model = target
-            else:
-                self._entries = {**self._entries, name: dataclasses.replace(self._entries[name], seen=target)}
 
-    def default_model_followed(self) -> Followed:
+    def _list_for_swap(self) -> None:
+        listing = self._versions.listing()
+        with self._lock:
+            self.listing = listing
+            self._swap_listings += 1
+
+    def _serve(self, name: str, followed: Followed, target: int | None) -> None:
+        """Serve the version ``target`` of a database. Raises as :meth:`swap`."""
+        entry = self._entries.get(name)
+        seen = self.listing.target("database", followed)
+        if entry is not None and target is not None and entry.opened.version == target:
+            self._entries = {**self._entries, name: dataclasses.replace(entry, seen=seen)}
+            self.problems.pop(name, None)
+            return
+        generation = 0 if entry is None else entry.opened.generation + 1
+
+        def open_version() -> OpenDatabase:
+            opened = self._versions.open_database(followed, target, generation)
+            self._require_same_space(opened, self._model)
+            return opened
+
+        opened = self._timed(name, "database", open_version)
+        self._add_live(opened)
+        self._entries = {**self._entries, name: Entry(followed=followed, seen=seen, opened=opened)}
+        self._show_serving()
+
+    def _serve_model(self, followed: Followed, target: int | None) -> None:
+        """Serve a version of the model. Raises as :meth:`swap`, also if the encoder of a database differs."""
+
+        def open_version() -> OpenModel:
+            model = self._versions.open_model(followed, target, self._model.generation + 1)
+            for entry in self._entries.values():
+                self._require_same_space(entry.opened, model)
+            return model
+
+        self._model = self._timed(MODEL, "model", open_version)
+        self.followed_model, self.seen_model = followed, target
+        self._show_serving()
+
+    def _followed_model(self) -> Followed:
         """Return what the model follows now; without a named model, the registered one once it has a champion."""
         if self.follows_default and self.followed_model.name is None:
             registered = Followed.parse(GENERATOR_NAME, "generator")

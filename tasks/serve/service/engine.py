@@ -59,7 +59,7 @@ class Engine:
         """Open the model and the databases. Raises as :class:`Catalog`."""
         self.config, self.metrics, self.jobs = config, Metrics(), JobTable(config.kept_jobs)
         self._catalog = Catalog(versions, config, self.metrics)
-        self._watcher = Watcher(self._catalog, versions, config.poll_s)
+        self._watcher = Watcher(self._catalog, config.poll_s)
         self._lanes = {
             "search": self._lane("search", config.search_queue, config.search_batch),
             "filter": self._lane("filter", config.search_queue, config.search_batch),

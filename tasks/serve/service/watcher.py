@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 
 from infra import logs
-from infra.errors import KNNDiffusionError, TransientError
+from infra.errors import KNNDiffusionError
 from model.errors import ModelError
-from tasks.serve.service.catalog import MODEL, Catalog
+from tasks.serve.service.catalog import Catalog
 from tasks.serve.service.errors import expected_errors, public_message
-from tasks.serve.service.versions import Versions
 
 _REGISTRY = "the registry"
 _TAKEDOWNS = "the takedowns"
@@ -25,14 +24,13 @@ class Watcher:
     def __init__(
         self,
         catalog: Catalog,
-        versions: Versions,
         poll_s: float,
         *,
         clock: Callable[[], float] = time.monotonic,
         ended: threading.Event | None = None,
     ) -> None:
         """Watch on behalf of ``catalog`` every ``poll_s`` seconds; ``ended`` stops the threads."""
-        self._catalog, self._versions, self._poll_s, self._clock = catalog, versions, poll_s, clock
+        self._catalog, self._poll_s, self._clock = catalog, poll_s, clock
         self._ended = ended or threading.Event()
         self._waiting: dict[str, float] = {}
         looks = {_TAKEDOWNS: self.apply_takedowns, _REGISTRY: self.follow}
@@ -83,13 +81,14 @@ class Watcher:
         problems = self._catalog.problems
         try:
             with self._wait_for(_REGISTRY), expected_errors():
-                self._catalog.listing = self._versions.listing()
+                self._catalog.refresh()
         except KNNDiffusionError as error:
             problems[_REGISTRY] = f"the registry does not answer, what is served remains: {public_message(error)}"
             return
         problems.pop(_REGISTRY, None)
-        self._follow_databases()
-        self._follow_model()
+        for name in self._catalog.entries:
+            self._catalog.follow(name)
+        self._catalog.follow_model()
 
     def _watch(self, key: str, look: Callable[[], None]) -> None:
         while not self._ended.wait(self._poll_s):
@@ -122,25 +121,3 @@ class Watcher:
                     self._catalog.problems.pop(key, None)
             except (KNNDiffusionError, ModelError) as error:
                 self._catalog.problems[key] = f"{key} cannot be checked: {public_message(error)}"
-
-    def _follow_databases(self) -> None:
-        for name, entry in self._catalog.entries.items():
-            target = self._catalog.listing.target("database", entry.followed)
-            if entry.followed.alias is None or target in (None, entry.seen):
-                continue
-            self._try(name, target, lambda: self._catalog.follow(name, entry.followed, target))  # noqa: B023
-
-    def _follow_model(self) -> None:
-        followed = self._catalog.default_model_followed()
-        target = self._catalog.listing.target("generator", followed)
-        if followed.alias is not None and target not in (None, self._catalog.seen_model):
-            self._try(MODEL, target, lambda: self._catalog.swap_model(followed, target))
-
-    def _try(self, name: str, target: int | None, swap: Callable[[], None]) -> None:
-        """Swap; a version that does not open is tried again only after a failure that may pass."""
-        try:
-            swap()
-        except TransientError:
-            return
-        except (KNNDiffusionError, ModelError):
-            self._catalog.skip(name, target)

@@ -28,8 +28,8 @@ def catalog_of(versions: TinyVersions, *databases: str, model: str | None = None
     return Catalog(versions, ServiceConfig(databases=databases, model=model), Metrics())
 
 
-def watcher_of(catalog: Catalog, versions: TinyVersions, **options: Any) -> Watcher:
-    return Watcher(catalog, versions, 15, **options)
+def watcher_of(catalog: Catalog, **options: Any) -> Watcher:
+    return Watcher(catalog, 15, **options)
 
 
 def served(catalog: Catalog) -> dict[str, tuple[int | None, int]]:
@@ -45,7 +45,7 @@ def test_catalog_serves_all_champions_or_the_named_databases(versions: TinyVersi
 
 def test_moved_champion_is_served_at_the_next_look(versions: TinyVersions) -> None:
     catalog = catalog_of(versions)
-    before, watcher = catalog.get("birds"), watcher_of(catalog, versions)
+    before, watcher = catalog.get("birds"), watcher_of(catalog)
     versions.champions["birds"] = 1
     watcher.look()
     assert served(catalog) == {"birds": (1, 1), "cats": (1, 0)}
@@ -56,13 +56,13 @@ def test_moved_champion_is_served_at_the_next_look(versions: TinyVersions) -> No
 def test_fixed_version_is_not_followed(versions: TinyVersions) -> None:
     catalog = catalog_of(versions, "models:/knn-database.birds/2")
     versions.champions["birds"] = 1
-    watcher_of(catalog, versions).look()
+    watcher_of(catalog).look()
     assert served(catalog) == {"birds": (2, 0)}
 
 
 def test_swap_by_hand_holds_until_the_alias_moves(versions: TinyVersions) -> None:
     catalog = catalog_of(versions)
-    watcher = watcher_of(catalog, versions)
+    watcher = watcher_of(catalog)
     catalog.swap("birds", 1)
     watcher.look()
     assert served(catalog)["birds"] == (1, 1)
@@ -74,9 +74,23 @@ def test_swap_by_hand_holds_until_the_alias_moves(versions: TinyVersions) -> Non
     assert served(catalog)["birds"] == (3, 2)
 
 
+def test_registry_that_was_read_before_a_swap_does_not_undo_it(versions: TinyVersions) -> None:
+    catalog = catalog_of(versions)
+
+    def swap_meanwhile() -> None:
+        versions.on_listing = lambda: None
+        versions.databases["birds"].append(3)
+        versions.champions["birds"] = 3
+        catalog.swap("birds")
+
+    versions.on_listing = swap_meanwhile
+    watcher_of(catalog).look()
+    assert served(catalog)["birds"] == (3, 1)
+
+
 def test_version_that_does_not_open_leaves_the_old_one_and_is_not_tried_again(versions: TinyVersions) -> None:
     catalog = catalog_of(versions)
-    watcher = watcher_of(catalog, versions)
+    watcher = watcher_of(catalog)
     versions.broken.add(("birds", 1))
     versions.champions["birds"] = 1
     for _ in range(3):
@@ -99,7 +113,7 @@ def test_unexpected_error_of_a_version_leaves_the_others_followed(versions: Tiny
     versions.generators.append(2)
     metrics = Metrics()
     catalog = Catalog(versions, ServiceConfig(), metrics)
-    watcher = watcher_of(catalog, versions)
+    watcher = watcher_of(catalog)
     versions.odd.add(("birds", 1))
     versions.champions.update(birds=1, cats=2)
     versions.generator_champion = 2
@@ -133,7 +147,7 @@ def test_unexpected_error_of_takedowns_leaves_those_of_other_databases_applied(
         return True
 
     monkeypatch.setattr(OpenDatabase, "hide_taken_down", hide)
-    watcher = watcher_of(catalog, versions)
+    watcher = watcher_of(catalog)
     watcher.look()
     assert sorted(applied) == ["birds", "cats"]
     assert watcher.problems() == ["the takedowns of birds cannot be read: PermissionError; see the log of the service"]
@@ -141,7 +155,7 @@ def test_unexpected_error_of_takedowns_leaves_those_of_other_databases_applied(
 
 def test_version_is_tried_again_after_a_failure_that_may_pass(versions: TinyVersions) -> None:
     catalog = catalog_of(versions)
-    watcher = watcher_of(catalog, versions)
+    watcher = watcher_of(catalog)
     versions.temporary.add(("birds", 1))
     versions.champions["birds"] = 1
     watcher.look()
@@ -154,7 +168,7 @@ def test_version_is_tried_again_after_a_failure_that_may_pass(versions: TinyVers
 
 def test_registry_that_disappears_leaves_everything_served_until_it_returns(versions: TinyVersions) -> None:
     catalog = catalog_of(versions)
-    watcher = watcher_of(catalog, versions)
+    watcher = watcher_of(catalog)
     versions.is_away = True
     watcher.look()
     assert served(catalog) == {"birds": (2, 0), "cats": (1, 0)}
@@ -170,7 +184,7 @@ def test_registry_that_disappears_leaves_everything_served_until_it_returns(vers
 def test_registry_that_does_not_answer_in_time_is_a_problem(versions: TinyVersions) -> None:
     clock, seen = FakeClock(), list[list[str]]()
     catalog = catalog_of(versions)
-    watcher = watcher_of(catalog, versions, clock=clock)
+    watcher = watcher_of(catalog, clock=clock)
 
     def wait() -> None:
         for seconds in (34, 2):
@@ -199,7 +213,7 @@ def test_takedowns_are_applied_while_the_registry_hangs(
 
     monkeypatch.setattr(OpenDatabase, "hide_taken_down", hide)
     versions.on_listing = hang
-    Watcher(catalog, versions, 0.01, ended=ended).start()
+    Watcher(catalog, 0.01, ended=ended).start()
     assert hangs.wait(20)
     for _ in range(20):
         assert applied.acquire(timeout=20)
@@ -210,7 +224,7 @@ def test_takedowns_are_applied_while_the_registry_hangs(
 def test_champion_alias_that_was_deleted_leaves_the_version_served(versions: TinyVersions) -> None:
     catalog = catalog_of(versions)
     del versions.champions["birds"]
-    watcher_of(catalog, versions).look()
+    watcher_of(catalog).look()
     assert served(catalog)["birds"] == (2, 0)
     with pytest.raises(NotFoundError, match="birds has no champion"):
         catalog.swap("birds")
@@ -220,7 +234,7 @@ def test_moved_champion_of_the_generator_is_served(versions: TinyVersions) -> No
     catalog = catalog_of(versions)
     versions.generators.append(2)
     versions.generator_champion = 2
-    watcher_of(catalog, versions).look()
+    watcher_of(catalog).look()
     assert (catalog.model.name, catalog.model.generation) == ("knn-diffusion/2", 1)
 
 
@@ -230,13 +244,13 @@ def test_bundled_generator_is_replaced_once_there_is_a_champion(versions: TinyVe
     assert catalog.model.name == BUNDLED_GENERATOR
     versions.generator_champion = 1
     for one in (catalog, named):
-        watcher_of(one, versions).look()
+        watcher_of(one).look()
     assert (catalog.model.name, named.model.name) == ("knn-diffusion/1", BUNDLED_GENERATOR)
 
 
 def test_generator_of_another_encoder_is_not_served(versions: TinyVersions) -> None:
     catalog = catalog_of(versions)
-    watcher = watcher_of(catalog, versions)
+    watcher = watcher_of(catalog)
     versions.generators.append(2)
     versions.generator_champion = 2
     versions.identities["model", 2] = tiny_models.identity(name="other-clip", weights="9" * 64)
@@ -251,7 +265,7 @@ def test_database_of_another_encoder_is_reported_or_rejected(versions: TinyVersi
     versions.identities["cats", 1] = tiny_models.identity(name="other-clip", weights="9" * 64)
     catalog = catalog_of(versions)
     assert served(catalog) == {"birds": (2, 0)}
-    assert "cats is not served: database cats was made by other-clip" in watcher_of(catalog, versions).problems()[0]
+    assert "cats is not served: database cats was made by other-clip" in watcher_of(catalog).problems()[0]
     with pytest.raises(EncoderMismatchError):
         catalog_of(versions, "cats")
 
