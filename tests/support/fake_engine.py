@@ -214,7 +214,8 @@ class FakeEngine:
         if isinstance(request, SearchRequest):
             hits = _hits(f"{request.text}/{request.row}/{request.negative}", served, self._rows)[: request.k]
             shown = [hit for hit in hits if request.min_score is None or hit.score >= request.min_score]
-            return SearchResponse(database=served, encoder=ENCODER, hits=shown)
+            settings = request.model_dump(exclude={"image", "database"})
+            return SearchResponse(model=MODEL, database=served, encoder=ENCODER, settings=settings, hits=shown)
         return self._images(job, request, served)
 
     def _images(self, job: Job, request: GenerateRequest | EditRequest, served: ServedVersion) -> ImagesResponse:

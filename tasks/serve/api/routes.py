@@ -73,10 +73,9 @@ def named(request: Request, response: EngineResponse) -> Response:
 
 def names_of(request: Request, response: EngineResponse) -> dict[str, str]:
     """Return the headers that name the model and the database version of a response."""
-    model = response.model if isinstance(response, ImagesResponse) else engine_of(request).info().model
     version = response.database.version
     return {
-        "X-Model": quote(model, safe="/:@"),
+        "X-Model": quote(response.model, safe="/:@"),
         "X-Database": quote(response.database.name, safe="/:@"),
         "X-Database-Version": "" if version is None else str(version),
     }

@@ -1,8 +1,8 @@
 """Plans: requests with all defaults resolved, on the versions that they were submitted with.
 
-Image i of a request with seed s is generated from the noise of seed s + i alone: its candidates take consecutive
-numbers of a generator with that seed. The image therefore depends neither on n nor on the batch, the first image equals
-that of ``knn-diffusion generate --seed s``, and the seed s + i alone generates image i again.
+Image i of a request with seed s uses a random generator with seed s + i. The candidates of the image draw their noise
+from it in turn. The image therefore depends neither on n nor on the batch. The first image equals that of
+``knn-diffusion generate --seed s``, and the seed s + i alone generates image i again.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from infra.download.images import as_stored, shrink_to_fit
@@ -44,6 +45,20 @@ class SearchPlan:
     def kind(self) -> str:
         """Name of the work, in metrics."""
         return "search"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting of the response."""
+        request = self.request
+        return {
+            "text": request.text,
+            "image_sha256": _digest(request.image),
+            "row": request.row,
+            "negative": request.negative,
+            "k": request.k,
+            "min_score": request.min_score,
+            "where": request.where,
+        }
 
     @property
     def key(self) -> Hashable:
@@ -170,7 +185,7 @@ def _plan_generation(request: GenerateRequest, opened: OpenDatabase, model: Open
         raise InputError(f"strength has no effect on pure noise: {request.strength}; remove it, or use start=neighbour")
     settings = {
         "prompt": request.prompt,
-        "image_sha256": None if request.image is None else hashlib.sha256(request.image.tobytes()).hexdigest(),
+        "image_sha256": _digest(request.image),
         "negative_prompt": request.negative_prompt,
         "interpolate_to": request.interpolate_to,
         "n": request.n,
@@ -206,7 +221,7 @@ def _plan_edit(request: EditRequest, opened: OpenDatabase, model: OpenModel) -> 
     check_method(model.backbone, config)
     settings = {
         "prompt": request.prompt,
-        "image_sha256": hashlib.sha256(request.image.tobytes()).hexdigest(),
+        "image_sha256": _digest(request.image),
         "n": request.n,
         "method": method,
         "strength": config.strength,
@@ -235,6 +250,11 @@ def reduced(request: Request, opened: OpenDatabase) -> Request:
 def _require_text(*texts: str | None) -> None:
     if any(text is not None and not text.strip() for text in texts):
         raise InputError("a text is empty; describe what the image should show")
+
+
+def _digest(image: Image.Image | None) -> str | None:
+    """Return the digest of the pixels of an image."""
+    return None if image is None else hashlib.sha256(image.tobytes()).hexdigest()
 
 
 def _seed(given: int | None) -> int:

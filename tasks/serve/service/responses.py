@@ -53,8 +53,10 @@ class ServedDatabase(_Response):
 class SearchResponse(_Response):
     """Nearest stored images, best first."""
 
+    model: str
     database: ServedVersion
     encoder: str
+    settings: dict[str, Any] = Field(description="Every setting that the hits depend on, with defaults resolved.")
     hits: list[Hit]
 
 

@@ -30,7 +30,11 @@ def search(plans: Sequence[SearchPlan]) -> list[SearchResponse]:
     found = _nearest(plans, opened, queries, wanted)
     return [
         SearchResponse(
-            database=opened.info, encoder=model.pipeline.identity.name, hits=opened.hits(*_chosen(one, *nearest))
+            model=model.name,
+            database=opened.info,
+            encoder=model.pipeline.identity.name,
+            settings=one.settings,
+            hits=opened.hits(*_chosen(one, *nearest)),
         )
         for one, nearest in zip(plans, found, strict=True)
     ]

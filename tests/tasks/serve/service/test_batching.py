@@ -14,7 +14,8 @@ from tasks.serve.service.jobs import Job
 from tasks.serve.service.requests import SearchRequest
 from tasks.serve.service.responses import SearchResponse, ServedVersion
 
-RESPONSE = SearchResponse(database=ServedVersion(name="tiny", version=1, rows=1, generation=0), encoder="tiny", hits=[])
+VERSION = ServedVersion(name="tiny", version=1, rows=1, generation=0)
+RESPONSE = SearchResponse(model="tiny", database=VERSION, encoder="tiny", settings={}, hits=[])
 
 
 class Runner:

@@ -93,6 +93,8 @@ def test_search_returns_nearest_rows_with_version_and_urls(engine: Engine) -> No
     assert scores == sorted(scores, reverse=True)
     assert (found.database.name, found.database.version, found.database.rows) == ("birds", 2, ROWS)
     assert [hit.rank for hit in found.hits] == [1, 2, 3]
+    assert found.model == "knn-diffusion/1"
+    assert {name: value for name, value in found.settings.items() if value} == {"text": "an owl", "k": 3}
     assert all(hit.url == f"http://birds/2/{hit.id}" for hit in found.hits)
 
 
