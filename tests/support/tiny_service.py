@@ -12,8 +12,9 @@ from PIL import Image
 from support import tiny_models
 from torch import Tensor
 
-from infra.errors import IntegrityError, TransientError
+from infra.errors import IntegrityError, NotFoundError, TransientError
 from model.encoder.identity import EncoderIdentity
+from model.errors import ModelError
 from tasks.serve.service.generator import OpenModel
 from tasks.serve.service.served import OpenDatabase
 from tasks.serve.service.versions import Followed, Listing
@@ -51,6 +52,7 @@ class TinyVersions:
         self.generator_champion: int | None = 1
         self.broken: set[tuple[str, int | None]] = set()
         self.temporary: set[tuple[str, int | None]] = set()
+        self.unusable: set[tuple[str, int | None]] = set()
         self.odd: set[tuple[str, int | None]] = set()
         self.identities: dict[Any, EncoderIdentity] = {}
         self.is_away = False
@@ -98,6 +100,10 @@ class TinyVersions:
     def _open(self, name: str, version: int | None) -> None:
         self.opened.append((name, version))
         self.on_open()
+        if (name, version) in self.unusable:
+            raise ModelError("row 3 is not finite; embed it again")
+        if version is not None and version > 100:
+            raise NotFoundError(f"{name} has no version {version}")
         if (name, version) in self.odd:
             raise OSError("cannot identify image file /srv/secret/1.png")
         if (name, version) in self.temporary:

@@ -12,7 +12,15 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from infra import logs
-from infra.errors import ConfigError, EncoderMismatchError, KNNDiffusionError, NotFoundError, TransientError
+from infra.errors import (
+    ConfigError,
+    EncoderMismatchError,
+    InputError,
+    KNNDiffusionError,
+    NotFoundError,
+    StageError,
+    TransientError,
+)
 from infra.registry import CHAMPION, GENERATOR_NAME
 from model.errors import ModelError
 from tasks.serve.service.config import ServiceConfig
@@ -104,8 +112,11 @@ class Catalog:
         Raises:
             UnknownDatabaseError: No database is served or registered under the name.
             NotFoundError: There is no such version.
-            KNNDiffusionError: The version does not open. The present one remains.
-            ModelError: As ``KNNDiffusionError``.
+            InputError: A version is given for a database that is served from a folder.
+            TransientError: The registry or the storage does not answer.
+            EncoderMismatchError: The version was made by another encoder. As in all cases, the present one remains.
+            IntegrityError: A file of the version is missing or damaged.
+            StageError: The version does not open for another reason.
         """
         with self._swapping:
             self._list_for_swap()
@@ -113,6 +124,8 @@ class Catalog:
             if entry is None and name not in self.listing.databases:
                 raise UnknownDatabaseError(f"no database is registered as {name!r}; see the list of databases")
             followed = entry.followed if entry is not None else Followed.parse(name, "database")
+            if version is not None and followed.name is None:
+                raise InputError(f"database {name} is a folder without versions: {version}; omit the version")
             target = version
             if version is None and followed.name is not None:
                 target = self.listing.target(
@@ -120,7 +133,7 @@ class Catalog:
                 )
                 if target is None:
                     raise NotFoundError(f"database {name} has no champion; name a version")
-            self._serve(name, followed, target)
+            self._serve(name, followed, target, is_problem=version is None)
             return self._served(name, self._entries[name], self.listing)
 
     def refresh(self) -> None:
@@ -172,8 +185,8 @@ class Catalog:
             self.listing = listing
             self._swap_listings += 1
 
-    def _serve(self, name: str, followed: Followed, target: int | None) -> None:
-        """Serve the version ``target`` of a database. Raises as :meth:`swap`."""
+    def _serve(self, name: str, followed: Followed, target: int | None, *, is_problem: bool = True) -> None:
+        """Serve the version ``target`` of a database. Raises as :meth:`swap`, and records a problem if it is one."""
         entry = self._entries.get(name)
         seen = self.listing.target("database", followed)
         if entry is not None and target is not None and entry.opened.version == target:
@@ -187,7 +200,7 @@ class Catalog:
             self._require_same_space(opened, self._model)
             return opened
 
-        opened = self._timed(name, "database", open_version)
+        opened = self._timed(name, "database", open_version, is_problem=is_problem)
         self._add_live(opened)
         self._entries = {**self._entries, name: Entry(followed=followed, seen=seen, opened=opened)}
         self._show_serving()
@@ -241,16 +254,19 @@ class Catalog:
                 f"{model.pipeline.identity.name}; rebuild one of them"
             )
 
-    def _timed(self, name: str, kind: str, open_version: Callable[[], Opened]) -> Opened:
-        """Open a version, and record the outcome in the metrics, the problems and the log."""
+    def _timed(self, name: str, kind: str, open_version: Callable[[], Opened], *, is_problem: bool = True) -> Opened:
+        """Open a version, and record the outcome in the metrics, the log and, if ``is_problem``, the problems."""
         started = time.monotonic()
         try:
             with expected_errors():
                 opened = open_version()
         except (KNNDiffusionError, ModelError) as error:
             self._metrics.swaps.labels(kind=kind, outcome="failed").inc()
-            self.problems[name] = f"the new version of {name} does not open: {public_message(error)}"
+            if is_problem:
+                self.problems[name] = f"the new version of {name} does not open: {public_message(error)}"
             logs.get("serve").warning("the new version of %s does not open, the old one remains: %s", name, error)
+            if isinstance(error, InputError | ModelError):  # the version is at fault, and not the request for it
+                raise StageError(str(error)) from error
             raise
         self.problems.pop(name, None)
         self._metrics.swap_seconds.labels(kind=kind).observe(time.monotonic() - started)

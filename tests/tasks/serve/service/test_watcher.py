@@ -9,7 +9,7 @@ from support import tiny_models
 from support.fakes import FakeClock
 from support.tiny_service import TinyVersions
 
-from infra.errors import EncoderMismatchError, IntegrityError, NotFoundError, StageError
+from infra.errors import EncoderMismatchError, InputError, IntegrityError, NotFoundError, StageError
 from model.saved_generator import BUNDLED_GENERATOR
 from tasks.serve.service.catalog import Catalog
 from tasks.serve.service.config import ServiceConfig
@@ -151,6 +151,25 @@ def test_unexpected_error_of_takedowns_leaves_those_of_other_databases_applied(
     watcher.look()
     assert sorted(applied) == ["birds", "cats"]
     assert watcher.problems() == ["the takedowns of birds cannot be read: PermissionError; see the log of the service"]
+
+
+def test_swap_to_a_named_version_that_fails_is_no_problem_of_the_service(versions: TinyVersions) -> None:
+    catalog = catalog_of(versions)
+    versions.unusable.add(("birds", 1))
+    with pytest.raises(NotFoundError, match="birds has no version 999"):
+        catalog.swap("birds", 999)
+    with pytest.raises(StageError, match="row 3 is not finite"):
+        catalog.swap("birds", 1)
+    assert catalog.problems == {}
+    assert served(catalog)["birds"] == (2, 0)
+
+
+def test_swap_of_a_folder_rejects_a_version(versions: TinyVersions) -> None:
+    catalog = catalog_of(versions, "/srv/folder")
+    with pytest.raises(InputError, match="database folder is a folder without versions: 99; omit"):
+        catalog.swap("folder", 99)
+    assert catalog.swap("folder").served is not None
+    assert served(catalog) == {"folder": (None, 1)}
 
 
 def test_version_is_tried_again_after_a_failure_that_may_pass(versions: TinyVersions) -> None:
