@@ -93,6 +93,11 @@ class BatchQueue:
             waiting = (ticket.job for ticket in self._waiting if not ticket.job.future.done())
             return next((number for number, other in enumerate(waiting) if other is job), None)
 
+    def expire(self) -> None:
+        """Reject the tickets that have waited too long. The thread itself does so between batches only."""
+        with self._changed:
+            self._drop_finished()
+
     def depth(self) -> int:
         """Return the number of waiting tickets."""
         return len(self._waiting)

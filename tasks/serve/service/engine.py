@@ -29,7 +29,7 @@ from tasks.serve.service.errors import (
 )
 from tasks.serve.service.jobs import Job, JobTable, Response
 from tasks.serve.service.metrics import Metrics
-from tasks.serve.service.plans import EditPlan, GeneratePlan, SearchPlan, plan, reduced, size
+from tasks.serve.service.plans import MAX_IMAGE_STEPS, EditPlan, GeneratePlan, SearchPlan, plan, reduced, size
 from tasks.serve.service.requests import (
     MAX_IMAGES,
     MAX_NEIGHBOURS,
@@ -45,6 +45,8 @@ from tasks.serve.service.watcher import Watcher
 
 _WARM_UP_PROMPT = "a red heart"
 _JOIN_S = 5.0
+_EXPIRY_S = 1.0
+"""Time between two looks at the tickets that have waited too long."""
 
 
 class Engine:
@@ -59,7 +61,8 @@ class Engine:
         """Open the model and the databases. Raises as :class:`Catalog`."""
         self.config, self.metrics, self.jobs = config, Metrics(), JobTable(config.kept_jobs)
         self._catalog = Catalog(versions, config, self.metrics)
-        self._watcher = Watcher(self._catalog, config.poll_s)
+        self._ended = threading.Event()
+        self._watcher = Watcher(self._catalog, config.poll_s, ended=self._ended)
         self._lanes = {
             "search": self._lane("search", config.search_queue, config.search_batch),
             "filter": self._lane("filter", config.search_queue, config.search_batch),
@@ -81,12 +84,13 @@ class Engine:
         for lane in self._lanes.values():
             lane.start()
         self._watcher.start()
+        threading.Thread(target=self._expire, name="queue watcher", daemon=True).start()
         threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
 
     def close(self, drain_s: float) -> None:
         """Stop accepting requests, wait at most ``drain_s`` for the accepted ones, and fail the rest."""
         self._closed = True
-        self._watcher.stop()
+        self._ended.set()
         deadline = time.monotonic() + drain_s
         closing = [threading.Thread(target=lane.close, args=(deadline,)) for lane in self._lanes.values()]
         for thread in closing:
@@ -150,6 +154,7 @@ class Engine:
             limits={
                 "n": MAX_IMAGES,
                 "k": MAX_NEIGHBOURS,
+                "image_steps": MAX_IMAGE_STEPS,
                 "prompt_characters": MAX_PROMPT_CHARACTERS,
                 "pixels": MAX_PIXELS,
                 "image_queue": self.config.image_queue,
@@ -163,6 +168,11 @@ class Engine:
         return BatchQueue(
             name, self._run, capacity=capacity, batch=batch, wait_s=wait_s, max_wait_s=self.config.max_wait_s
         )
+
+    def _expire(self) -> None:
+        while not self._ended.wait(_EXPIRY_S):
+            for lane in self._lanes.values():
+                lane.expire()
 
     def _run(self, tickets: list[Ticket]) -> None:
         """Run a batch and finish its jobs. If a batch fails, its jobs run one by one: only the faulty one fails."""

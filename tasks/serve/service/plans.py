@@ -7,6 +7,7 @@ from it in turn. The image therefore depends neither on n nor on the batch. The 
 
 import dataclasses
 import hashlib
+import math
 import secrets
 from collections.abc import Hashable
 from typing import Any
@@ -26,6 +27,8 @@ from tasks.serve.service.generator import OpenModel
 from tasks.serve.service.requests import EditRequest, GenerateRequest, Request, SearchRequest
 from tasks.serve.service.served import OpenDatabase
 
+MAX_IMAGE_STEPS = 6_400
+"""Maximum of images times candidates times steps: 16 images of quality "best" in 50 steps, some minutes on a CPU."""
 _LAST_SEED = 2**63
 _RANDOM_SEEDS = 2**32
 """Random seeds are below it, so that they are short, and exact in JavaScript."""
@@ -134,17 +137,18 @@ Plan = SearchPlan | GeneratePlan | EditPlan
 
 
 def plan(request: Request, opened: OpenDatabase, model: OpenModel) -> Plan:
-    """Resolve a request. Raises ``InputError`` for settings that the model or the database does not support."""
+    """Resolve a request.
+
+    Raises:
+        InputError: The model or the database does not support the settings, or they need too many steps.
+    """
     try:
-        match request:
-            case SearchRequest():
-                return _plan_search(request, opened, model)
-            case GenerateRequest():
-                return _plan_generation(request, opened, model)
-            case EditRequest():
-                return _plan_edit(request, opened, model)
+        planned = _plan(request, opened, model)
     except ModelError as error:
         raise InputError(str(error)) from error
+    if not isinstance(planned, SearchPlan):
+        _check_steps(planned)
+    return planned
 
 
 def size(resolved: Plan) -> int:
@@ -152,6 +156,24 @@ def size(resolved: Plan) -> int:
     if isinstance(resolved, GeneratePlan):
         return int(resolved.request.n * resolved.settings["candidates"])
     return 1
+
+
+def _plan(request: Request, opened: OpenDatabase, model: OpenModel) -> Plan:
+    match request:
+        case SearchRequest():
+            return _plan_search(request, opened, model)
+        case GenerateRequest():
+            return _plan_generation(request, opened, model)
+        case EditRequest():
+            return _plan_edit(request, opened, model)
+
+
+def _check_steps(planned: GeneratePlan | EditPlan) -> None:
+    """Raise ``InputError`` if one request would occupy the generator for too long."""
+    counts = [planned.request.n, planned.settings["candidates"], planned.settings["steps"]]
+    if (total := math.prod(counts)) > MAX_IMAGE_STEPS:
+        product = " × ".join(map(str, counts))
+        raise InputError(f"n × candidates × steps is too large: {product} = {total}; give at most {MAX_IMAGE_STEPS}")
 
 
 def _plan_search(request: SearchRequest, opened: OpenDatabase, model: OpenModel) -> SearchPlan:

@@ -27,11 +27,11 @@ class Watcher:
         poll_s: float,
         *,
         clock: Callable[[], float] = time.monotonic,
-        ended: threading.Event | None = None,
+        ended: threading.Event,
     ) -> None:
-        """Watch on behalf of ``catalog`` every ``poll_s`` seconds; ``ended`` stops the threads."""
+        """Watch for ``catalog`` every ``poll_s`` seconds; ``ended`` stops the threads after their present look."""
         self._catalog, self._poll_s, self._clock = catalog, poll_s, clock
-        self._ended = ended or threading.Event()
+        self._ended = ended
         self._waiting: dict[str, float] = {}
         looks = {_TAKEDOWNS: self.apply_takedowns, _REGISTRY: self.follow}
         self._threads = [
@@ -43,10 +43,6 @@ class Watcher:
         """Start the threads."""
         for thread in self._threads:
             thread.start()
-
-    def stop(self) -> None:
-        """Stop after the present look."""
-        self._ended.set()
 
     def problems(self) -> list[str]:
         """Return the problems of the last look, and what the present look has waited for too long."""

@@ -129,6 +129,16 @@ def test_ticket_that_waits_too_long_is_rejected(runner: Runner) -> None:
         late.job.future.result(10)
 
 
+def test_ticket_that_waits_too_long_is_rejected_while_a_batch_runs(runner: Runner) -> None:
+    queue = queue_of(runner, max_wait_s=0.01)
+    put_first(queue, runner)
+    (late,) = put(queue, 1)
+    time.sleep(0.02)
+    queue.expire()
+    assert isinstance(late.job.future.exception(0), QueueFullError)
+    assert queue.depth() == 0
+
+
 def test_close_runs_what_was_accepted_and_accepts_nothing_else(runner: Runner) -> None:
     queue = queue_of(runner)
     tickets = [put_first(queue, runner), *put(queue, 1, 1)]

@@ -237,6 +237,8 @@ def test_region_outline_surrounds_the_changed_pixels() -> None:
         (GenerateRequest(prompt="x", interpolate_to="y"), "n is too small for an interpolation: 1"),
         (GenerateRequest(prompt="x", interpolate_to="y", n=2, start="neighbour"), "does not apply"),
         (GenerateRequest(prompt="x", start="noise", strength=0.5), "strength has no effect on pure noise"),
+        (GenerateRequest(prompt="x", n=16, candidates=16, steps=26), "16 × 16 × 26 = 6656; give at most 6400"),
+        (EditRequest(image=SOURCE, prompt="x", n=16, method="local", steps=51), "16 × 8 × 51 = 6528"),
         (EditRequest(image=SOURCE, prompt="x", method="restore"), "was not trained for method='restore'"),
     ],
 )
@@ -340,6 +342,25 @@ def test_full_queue_rejects_and_counts(start: Callable[..., Engine], monkeypatch
     free.set()
 
 
+def test_request_that_waits_too_long_is_rejected_while_another_runs(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(max_wait_s=0.5)
+    free = threading.Event()
+
+    def blocked(plans: Sequence[Any], on_step: Any) -> Any:
+        assert free.wait(20)
+        raise JobCancelledError("ended")
+
+    monkeypatch.setattr(drawing, "generate", blocked)
+    running = engine.submit(GenerateRequest(prompt="an owl"))
+    wait_for(lambda: running.status().state == "running")
+    with pytest.raises(QueueFullError, match="waited too long"):
+        engine.submit(GenerateRequest(prompt="an owl")).future.result(20)
+    assert not running.future.done()
+    free.set()
+
+
 def test_twenty_swaps_under_sixteen_threads_lose_and_mix_nothing(engine: Engine, versions: TinyVersions) -> None:
     versions.databases["birds"] = [1, 2, 3]
     ended, failures = threading.Event(), list[str]()
@@ -438,7 +459,7 @@ def test_info_has_defaults_limits_and_methods(engine: Engine) -> None:
     assert (info.model, info.side_px, info.encoder) == ("knn-diffusion/1", 8, "tiny-clip")
     assert info.defaults["steps"] == 3
     assert info.edit_methods == ["flow", "local", "sdedit"]
-    assert info.limits["n"] == 16
+    assert (info.limits["n"], info.limits["image_steps"]) == (16, 6_400)
 
 
 def test_engine_is_ready_only_after_warm_up_and_not_while_closing(

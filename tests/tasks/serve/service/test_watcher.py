@@ -29,7 +29,7 @@ def catalog_of(versions: TinyVersions, *databases: str, model: str | None = None
 
 
 def watcher_of(catalog: Catalog, **options: Any) -> Watcher:
-    return Watcher(catalog, 15, **options)
+    return Watcher(catalog, 15, ended=threading.Event(), **options)
 
 
 def served(catalog: Catalog) -> dict[str, tuple[int | None, int]]:
