@@ -40,6 +40,7 @@ class FakeEngine:
     Attributes:
         gate: Jobs run while it is set. Clear it to hold running and queued jobs.
         fault: Error that every following job raises. None: jobs succeed.
+        submitted: All jobs, oldest first.
         drains: Drain times that ``close`` was called with.
     """
 
@@ -58,6 +59,7 @@ class FakeEngine:
         self.fault: BaseException | None = None
         self.drains: list[float] = []
         self.jobs = JobTable()
+        self.submitted: list[Job] = []
         self.metrics = Metrics()
         self.ready = False
         self._capacity, self._step_s, self._warm, self._side_px, self._rows = capacity, step_s, warm, side_px, rows
@@ -102,7 +104,7 @@ class FakeEngine:
         """Set the problems."""
         self._problems = [*problems]
 
-    def submit(self, request: Request) -> Job:
+    def submit(self, request: Request, keep: bool = False) -> Job:
         """Queue a request. Raises the errors of the real engine."""
         if self._closed:
             raise ServiceClosedError("the service is shutting down; try another replica")
@@ -113,7 +115,10 @@ class FakeEngine:
         with self._changed:
             if len(lane) >= self._capacity:
                 raise QueueFullError(f"the queue is full: {self._capacity} requests; retry later", retry_after_s=2.5)
-            job = self.jobs.add(Job(request, self._position))
+            job = Job(request, self._position)
+            self.submitted.append(job)
+            if keep:
+                self.jobs.add(job)
             lane.append((job, served))
             self._changed.notify_all()
         return job

@@ -42,9 +42,9 @@ def engine_of(request: Request) -> "Engine":
     return engine
 
 
-async def submitted(request: Request, body: EngineRequest) -> Job:
+async def submitted(request: Request, body: EngineRequest, *, keep: bool = False) -> Job:
     """Submit a request. One with an image is submitted in a thread, because the engine reduces the image."""
-    submit = functools.partial(engine_of(request).submit, body)
+    submit = functools.partial(engine_of(request).submit, body, keep=keep)
     return submit() if body.image is None else await in_decoder(submit)
 
 
@@ -134,7 +134,7 @@ async def swap(request: Request, name: Name, body: SwapRequest | None = None) ->
 @router.post("/jobs", status_code=202, response_model=JobView, responses=_REFUSED, openapi_extra=job_body(KINDS))
 async def create_job(request: Request) -> Response:
     """Queue a request, and return at once. ``kind`` is search, generate or edit."""
-    job = await submitted(request, await read_json(request, _job_request))
+    job = await submitted(request, await read_json(request, _job_request), keep=True)
     location = f"/v1/jobs/{job.id}"
     return JSONResponse(JobView.of(job).model_dump(mode="json"), 202, {"Location": location})
 

@@ -166,7 +166,7 @@ class View:
         jobs: dict[str, Job] = {}
         try:
             for title, request in state.requests(image, seed).items():
-                jobs[title] = self._engine.submit(request)
+                jobs[title] = self._engine.submit(request, keep=True)
         except BaseException:
             for job in jobs.values():
                 job.cancel()

@@ -29,7 +29,7 @@ class ServiceConfig:
         batch_wait_s: Seconds to wait for further images before a batch that is not full. Default: 0.005.
         max_wait_s: Seconds in the queue after which a request is rejected. Default: 300.
         poll_s: Seconds between two looks at the registry and at the takedowns. Default: 15.
-        kept_jobs: Number of the latest searches, generations and edits each that can be looked up. Default: 250.
+        kept_jobs: How many jobs of each kind (search, generate, edit) are kept for look-up. Default: 250.
     """
 
     model: str | None = None

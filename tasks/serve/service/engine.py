@@ -53,7 +53,7 @@ class Engine:
     """The service without HTTP. Thread-safe.
 
     Attributes:
-        jobs: The latest jobs by id.
+        jobs: The latest jobs that were submitted with ``keep``, by id.
         metrics: Prometheus metrics.
     """
 
@@ -108,8 +108,8 @@ class Engine:
         own = [] if self._warm_up_problem is None else [self._warm_up_problem]
         return [*own, *self._watcher.problems()]
 
-    def submit(self, request: Request) -> Job:
-        """Queue a request, and return its job.
+    def submit(self, request: Request, keep: bool = False) -> Job:
+        """Queue a request, and return its job. With ``keep``, :attr:`jobs` has it too.
 
         Raises:
             QueueFullError: Too many requests are waiting.
@@ -129,7 +129,7 @@ class Engine:
         except KNNDiffusionError as error:
             self.metrics.rejected.labels(reason=_reason(error)).inc()
             raise
-        return self.jobs.add(job)
+        return self.jobs.add(job) if keep else job
 
     def databases(self) -> list[ServedDatabase]:
         """Return the served databases, and then the registered ones that could be served."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from infra.errors import NotFoundError
 from tasks.serve.service.errors import JobCancelledError
-from tasks.serve.service.requests import Request
+from tasks.serve.service.requests import Request, SearchRequest
 from tasks.serve.service.responses import ImagesResponse, SearchResponse
 
 State: TypeAlias = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -43,7 +43,7 @@ class Job:
 
     Attributes:
         id: Random name of the job.
-        request: The request.
+        request: The request. A finished search has lost its image.
         future: The response, or its error. A cancelled job raises ``JobCancelledError``.
     """
 
@@ -86,6 +86,8 @@ class Job:
         """Set the response, unless the job is already finished."""
         with self._lock:
             if not self.future.done():
+                if isinstance(self.request, SearchRequest):  # nothing reads it again, and a kept job would keep it
+                    self.request = self.request.model_copy(update={"image": None})
                 self.future.set_result(response)
 
     def fail(self, error: BaseException) -> None:

@@ -152,7 +152,7 @@ def test_overload_and_fault_are_errors_that_the_client_retries() -> None:
         assert full.headers["Retry-After"]
         engine.fault = RuntimeError("secret")
         engine.gate.set()
-        while any(not job.future.done() for job in engine.jobs.recent()):
+        while any(not job.future.done() for job in engine.submitted):
             pass
         failed = calls.post("/v1/images/generations", json={"prompt": "a"})
         assert (failed.status_code, failed.json()["error"]["type"]) == (500, "server_error")

@@ -241,7 +241,7 @@ def test_client_that_disconnects_cancels_its_job(engine: FakeEngine, caplog: pyt
         async def receive() -> Any:
             message = next(messages, None)
             if message is None:
-                while not engine.jobs.recent():
+                while not engine.submitted:
                     await asyncio.sleep(0.01)
                 return {"type": "http.disconnect"}
             return message
@@ -259,7 +259,7 @@ def test_client_that_disconnects_cancels_its_job(engine: FakeEngine, caplog: pyt
             engine.gate.set()
 
     asyncio.run(call())
-    (job,) = engine.jobs.recent()
+    (job,) = engine.submitted
     assert job.status().state == "cancelled"
     assert caplog.text == ""
     assert b'{route="/v1/generate",status="499"} 1.0' in engine.metrics.expose()

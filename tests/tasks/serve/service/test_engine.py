@@ -430,6 +430,15 @@ def test_replaced_version_is_freed_with_its_last_request(engine: Engine) -> None
         gc.enable()
 
 
+def test_only_jobs_that_are_looked_up_are_kept(engine: Engine) -> None:
+    engine.submit(SearchRequest(image=SOURCE)).future.result(20)
+    jobs = [engine.submit(one, keep=True) for one in (SearchRequest(image=SOURCE), GenerateRequest(image=SOURCE))]
+    concurrent.futures.wait([job.future for job in jobs], 20)
+    assert engine.jobs.recent() == jobs
+    assert jobs[0].request.image is None
+    assert jobs[1].request.image is not None, "the playground can use it again"
+
+
 def test_failed_job_keeps_no_frames_alive() -> None:
     job = Job(SearchRequest(text="x"))
     try:
