@@ -27,6 +27,7 @@ from model.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
+_MAX_CACHED_WORDS = 50_000
 _BUNDLED_FOLDER = Path(__file__).parent.parent / "pretrained" / "sticker-clip"
 
 
@@ -76,7 +77,7 @@ class Encoder:
             model, _, preprocess = open_clip.create_model_and_transforms(
                 architecture, pretrained=pretrained, precision="fp32", device=self.device
             )
-            self._tokenizer = open_clip.get_tokenizer(architecture)
+            self._tokenizer = _bounded(open_clip.get_tokenizer(architecture))
             self._padding = _padding_column(self._tokenizer)
         except Exception as error:  # open_clip raises RuntimeError, ValueError, OSError and hub errors alike
             raise ModelError(
@@ -136,7 +137,10 @@ class Encoder:
         """Log a warning for each row of tokens without padding: its text was almost certainly truncated."""
         (column, padding), length = self._padding, tokens.shape[1]
         for number in (tokens[:, column] != padding).nonzero().flatten().tolist():
-            logger.warning("text is longer than %d tokens and was truncated: %.40r …", length - 2, texts[number])
+            # not the text itself: the prompts of a service are private
+            logger.warning(
+                "text %d of %d is longer than %d tokens and was truncated", number + 1, len(texts), length - 2
+            )
 
     def _dimension(self) -> int:
         width = getattr(self._model, "text_projection", None)
@@ -168,6 +172,21 @@ def _split(name: str) -> tuple[str, str | None]:
             f"hf-hub:…, local-dir:… or {BUNDLED_ENCODER}"
         )
     return architecture, pretrained
+
+
+class _WordCache(dict[str, str]):
+    """A cache that accepts no further words once it is full. Thread-safe, unlike one that deletes words."""
+
+    def __setitem__(self, word: str, tokens: str) -> None:
+        if len(self) < _MAX_CACHED_WORDS:
+            super().__setitem__(word, tokens)
+
+
+def _bounded(tokenizer: Any) -> Any:
+    """Return a tokenizer with a bounded cache. That of open_clip keeps every distinct word permanently."""
+    if isinstance(tokenizer, open_clip.SimpleTokenizer):
+        tokenizer.cache = _WordCache(tokenizer.cache)
+    return tokenizer
 
 
 def _padding_column(tokenizer: Any) -> tuple[int, int]:

@@ -29,7 +29,16 @@ from tasks.serve.service.errors import (
 )
 from tasks.serve.service.jobs import Job, JobTable, Response
 from tasks.serve.service.metrics import Metrics
-from tasks.serve.service.plans import MAX_IMAGE_STEPS, EditPlan, GeneratePlan, SearchPlan, plan, reduced, size
+from tasks.serve.service.plans import (
+    MAX_IMAGE_STEPS,
+    MAX_WORD_CHARACTERS,
+    EditPlan,
+    GeneratePlan,
+    SearchPlan,
+    plan,
+    reduced,
+    size,
+)
 from tasks.serve.service.requests import (
     MAX_IMAGES,
     MAX_NEIGHBOURS,
@@ -156,6 +165,7 @@ class Engine:
                 "k": MAX_NEIGHBOURS,
                 "image_steps": MAX_IMAGE_STEPS,
                 "prompt_characters": MAX_PROMPT_CHARACTERS,
+                "word_characters": MAX_WORD_CHARACTERS,
                 "pixels": MAX_PIXELS,
                 "image_queue": self.config.image_queue,
                 "search_queue": self.config.search_queue,

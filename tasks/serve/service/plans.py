@@ -8,6 +8,7 @@ from it in turn. The image therefore depends neither on n nor on the batch. The 
 import dataclasses
 import hashlib
 import math
+import re
 import secrets
 from collections.abc import Hashable
 from typing import Any
@@ -29,6 +30,10 @@ from tasks.serve.service.served import OpenDatabase
 
 MAX_IMAGE_STEPS = 6_400
 """Maximum of images times candidates times steps: 16 images of quality "best" in 50 steps, some minutes on a CPU."""
+MAX_WORD_CHARACTERS = 200
+"""Maximum characters without white space; the tokenizer's time grows faster than the length of a word."""
+_LONG_WORD = re.compile(rf"[^ \t\r\n]{{{MAX_WORD_CHARACTERS + 1},}}")
+"""Other separators do not count: the tokenizer removes control characters, which joins the words beside them."""
 _LAST_SEED = 2**63
 _RANDOM_SEEDS = 2**32
 """Random seeds are below it, so that they are short, and exact in JavaScript."""
@@ -272,6 +277,9 @@ def reduced(request: Request, opened: OpenDatabase) -> Request:
 def _require_text(*texts: str | None) -> None:
     if any(text is not None and not text.strip() for text in texts):
         raise InputError("a text is empty; describe what the image should show")
+    words = (match for text in texts if text is not None and (match := _LONG_WORD.search(text)))
+    if (word := next(words, None)) is not None:
+        raise InputError(f"a word is too long: {len(word[0])} characters; give at most {MAX_WORD_CHARACTERS}")
 
 
 def _digest(image: Image.Image | None) -> str | None:

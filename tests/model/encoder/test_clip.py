@@ -144,7 +144,19 @@ def test_embed_texts_truncation_warning_uses_tokenizer_padding(
         encoder._warn_of_truncation(["short"], tokenizer(["short"]))
         assert caplog.text == ""
         encoder._warn_of_truncation(["short", "l" + "o" * 20 + "ng"], tokenizer(["short", "l" + "o" * 20 + "ng"]))
-        assert caplog.text.count("longer than 14 tokens") == 1
+        assert caplog.messages == ["text 2 of 2 is longer than 14 tokens and was truncated"]
+
+
+def test_embed_texts_bounds_cached_words_and_keeps_embeddings(
+    monkeypatch: pytest.MonkeyPatch, encoder: Encoder
+) -> None:
+    texts = [f"a {word} owl" for word in ("crimson", "turquoise", "magenta", "ultramarine")]
+    bounded = Encoder()
+    cache = bounded._tokenizer.cache
+    monkeypatch.setattr(model.encoder.clip, "_MAX_CACHED_WORDS", len(cache) + 2)
+    for _ in range(2):
+        assert torch.equal(bounded.embed_texts(texts), encoder.embed_texts(texts))
+    assert len(cache) == model.encoder.clip._MAX_CACHED_WORDS
 
 
 def test_identity_is_equal_across_instances(encoder: Encoder) -> None:

@@ -232,6 +232,8 @@ def test_region_outline_surrounds_the_changed_pixels() -> None:
     ("given", "line"),
     [
         (SearchRequest(text=" "), "a text is empty"),
+        (SearchRequest(text="x", negative=[201 * "y"]), "a word is too long: 201 characters; give at most 200"),
+        (GenerateRequest(prompt=(100 * "x" + "\x1c") * 2 + "x"), "a word is too long: 203 characters"),
         (SearchRequest(row=ROWS), f"has no row {ROWS}"),
         (GenerateRequest(prompt="x", negative_prompt="y", guidance=1), "guidance is too small for a negative prompt"),
         (GenerateRequest(prompt="x", interpolate_to="y"), "n is too small for an interpolation: 1"),
