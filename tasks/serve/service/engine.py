@@ -227,17 +227,24 @@ class Engine:
             ticket.job.fail(StageError(f"the request failed: {type(error).__name__}; see the log of the service"))
 
     def _warm_up(self) -> None:
-        """Search every database and generate an image with the default settings."""
-        try:
-            names = list(self._catalog.entries)
-            jobs = [self.submit(SearchRequest(text=_WARM_UP_PROMPT, database=name)) for name in names]
-            jobs.append(self.submit(GenerateRequest(prompt=_WARM_UP_PROMPT, seed=0)))
-            for job in jobs:
-                job.future.result()
-            self._warm = True
-        except (KNNDiffusionError, ModelError) as error:
-            self._warm_up_problem = f"the warm-up failed: {public_message(error)}"
-            logs.get("serve").error("the warm-up failed: %s", error)
+        """Search every database and generate an image with the default settings. Retry until it succeeds."""
+        while not self._ended.is_set():
+            try:
+                self._run_warm_up()
+            except (KNNDiffusionError, ModelError) as error:
+                self._warm_up_problem = f"the warm-up failed: {public_message(error)}"
+                logs.get("serve").error("the warm-up failed: %s", error)
+            else:
+                self._warm_up_problem, self._warm = None, True
+                return
+            self._ended.wait(self.config.poll_s)
+
+    def _run_warm_up(self) -> None:
+        names = list(self._catalog.entries)
+        jobs = [self.submit(SearchRequest(text=_WARM_UP_PROMPT, database=name)) for name in names]
+        jobs.append(self.submit(GenerateRequest(prompt=_WARM_UP_PROMPT, seed=0)))
+        for job in jobs:
+            job.future.result()
 
 
 def _lane_of(request: Request) -> str:

@@ -45,7 +45,7 @@ class Watcher:
             thread.start()
 
     def problems(self) -> list[str]:
-        """Return the problems of the last look, and what the present look has waited for too long."""
+        """Return the problems of the last look, and one for each answer that the present look still waits for."""
         found, now = list(self._catalog.problems.values()), self._clock()
         for key, since in list(self._waiting.items()):
             if now - since > 2 * self._poll_s + 5 and key not in self._catalog.problems:

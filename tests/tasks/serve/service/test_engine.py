@@ -494,16 +494,25 @@ def test_engine_is_ready_only_after_warm_up_and_not_while_closing(
         engine.submit(SearchRequest(text="x"))
 
 
-def test_failed_warm_up_is_a_problem(versions: TinyVersions, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> Any:
+def test_failed_warm_up_is_a_problem_until_a_retry_succeeds(
+    versions: TinyVersions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, repaired = drawing.generate, threading.Event()
+
+    def fail(*arguments: Any) -> Any:
+        if repaired.is_set():
+            return generate(*arguments)
         raise ModelError("the weights at /srv/secret are NaN")
 
     monkeypatch.setattr(drawing, "generate", fail)
-    engine = Engine(versions, ServiceConfig())
+    engine = Engine(versions, ServiceConfig(poll_s=0.01))
     engine.start()
     wait_for(lambda: bool(engine.problems()))
     assert not engine.ready
     assert engine.problems() == ["the warm-up failed: database birds cannot answer: the weights at … are NaN"]
+    repaired.set()
+    wait_for(lambda: engine.ready)
+    assert engine.problems() == []
     engine.close(0)
 
 
