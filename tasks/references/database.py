@@ -159,9 +159,11 @@ class Metadata:
 
         The tables of the last ``kept`` shards are cached, by default 32.
         """
-        self._uri, self._shards, self._cache, self._columns = uri, manifest.shards, cache, list(columns)
+        self._shards = manifest.shards
         self._offsets = [0, *itertools.accumulate(shard.rows for shard in manifest.shards)]
-        self._table = lru_cache(kept or _MAX_CACHED_TABLES)(self._read)
+        # Not a bound method: the reference cycle would keep the tables after their last use.
+        read = partial(_read_metadata, uri, manifest.shards, cache, list(columns))
+        self._table = lru_cache(kept or _MAX_CACHED_TABLES)(read)
 
     def __call__(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """Return the columns of each row: by default key, url, sha256, width and height."""
@@ -179,16 +181,19 @@ class Metadata:
         """Return the name of the shard that contains ``row``."""
         return self._shards[self._number(row)].name
 
-    def _read(self, number: int) -> pa.Table:
-        shard = self._shards[number]
-        path = artifacts.fetch_shard(self._uri, shard, ".parquet", self._cache)
-        table = tables.read_table(path, self._columns)
-        if table.num_rows != shard.rows:
-            raise IntegrityError(
-                f"{path} has {table.num_rows} rows, but shard {shard.name} of {self._uri} has {shard.rows}; "
-                "embed the images again"
-            )
-        return table
-
     def _number(self, row: int) -> int:
         return bisect.bisect_right(self._offsets, row) - 1
+
+
+def _read_metadata(
+    uri: str, shards: Sequence[artifacts.Shard], cache: Path, columns: list[str], number: int
+) -> pa.Table:
+    shard = shards[number]
+    path = artifacts.fetch_shard(uri, shard, ".parquet", cache)
+    table = tables.read_table(path, columns)
+    if table.num_rows != shard.rows:
+        raise IntegrityError(
+            f"{path} has {table.num_rows} rows, but shard {shard.name} of {uri} has {shard.rows}; "
+            "embed the images again"
+        )
+    return table

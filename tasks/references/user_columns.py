@@ -3,8 +3,8 @@
 import base64
 import json
 import math
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class UserColumns:
         """Look up the columns in the shards of ``images``; the tables of ``kept`` shards are cached."""
         self._uri, self._cache = images.uri, cache
         self._shards = {shard.name: shard for shard in images.manifest().shards}
-        self._table = lru_cache(kept)(self._read)
+        # Not a bound method: the reference cycle would keep the tables after their last use.
+        self._table = lru_cache(kept)(partial(_read, images.uri, self._shards, cache))
 
     def types(self) -> dict[str, pa.DataType]:
         """Return the columns of all shards in the order of their names: int64, float64, or string for others."""
@@ -57,17 +58,16 @@ class UserColumns:
             [_as_type(column, kind) for column, kind in zip(columns, types.values(), strict=True)], names=list(types)
         )
 
-    def _path(self, shard: artifacts.Shard) -> Path:
-        return artifacts.fetch_shard(self._uri, shard, ".parquet", self._cache)
-
     def _schema(self, shard: artifacts.Shard) -> pa.Schema:
-        return pq.read_schema(self._path(shard))
+        return pq.read_schema(artifacts.fetch_shard(self._uri, shard, ".parquet", self._cache))
 
-    def _read(self, name: str) -> tuple[pa.Table, dict[str, int]]:
-        table = tables.read_table(self._path(self._shards[name]))
-        places = {key: row for row, key in enumerate(table["key"].to_pylist())}
-        own = [column for column in table.column_names if column not in _ADDED]
-        return table.select(own), places
+
+def _read(uri: str, shards: Mapping[str, artifacts.Shard], cache: Path, name: str) -> tuple[pa.Table, dict[str, int]]:
+    """Return the user's columns of a shard, and the row of each key."""
+    table = tables.read_table(artifacts.fetch_shard(uri, shards[name], ".parquet", cache))
+    places = {key: row for row, key in enumerate(table["key"].to_pylist())}
+    own = [column for column in table.column_names if column not in _ADDED]
+    return table.select(own), places
 
 
 def plain(value: Any) -> Any:
