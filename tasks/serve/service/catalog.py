@@ -119,22 +119,21 @@ class Catalog:
             StageError: The version does not open for another reason.
         """
         with self._swapping:
-            self._list_for_swap()
+            listing = self._list_for_swap()
             entry = self._entries.get(name)
-            if entry is None and name not in self.listing.databases:
+            if entry is None and name not in listing.databases:
                 raise UnknownDatabaseError(f"no database is registered as {name!r}; see the list of databases")
             followed = entry.followed if entry is not None else Followed.parse(name, "database")
             if version is not None and followed.name is None:
                 raise InputError(f"database {name} is a folder without versions: {version}; omit the version")
             target = version
             if version is None and followed.name is not None:
-                target = self.listing.target(
-                    "database", dataclasses.replace(followed, alias=followed.alias or CHAMPION)
-                )
+                target = listing.target("database", dataclasses.replace(followed, alias=followed.alias or CHAMPION))
                 if target is None:
                     raise NotFoundError(f"database {name} has no champion; name a version")
-            self._serve(name, followed, target, is_problem=version is None)
-            return self._served(name, self._entries[name], self.listing)
+            seen = listing.target("database", followed)
+            self._serve(name, followed, target, seen, is_problem=version is None)
+            return self._served(name, self._entries[name], listing)
 
     def refresh(self) -> None:
         """Read the registry. Raises ``TransientError``.
@@ -159,7 +158,7 @@ class Catalog:
             if entry.followed.alias is None or target in (None, entry.seen):
                 return
             try:
-                self._serve(name, entry.followed, target)
+                self._serve(name, entry.followed, target, target)
             except TransientError:
                 return
             except (KNNDiffusionError, ModelError):
@@ -179,16 +178,18 @@ class Catalog:
             except (KNNDiffusionError, ModelError):
                 self.seen_model = target
 
-    def _list_for_swap(self) -> None:
+    def _list_for_swap(self) -> Listing:
         listing = self._versions.listing()
         with self._lock:
             self.listing = listing
             self._swap_listings += 1
+        return listing
 
-    def _serve(self, name: str, followed: Followed, target: int | None, *, is_problem: bool = True) -> None:
-        """Serve the version ``target`` of a database. Raises as :meth:`swap`, and records a problem if it is one."""
+    def _serve(
+        self, name: str, followed: Followed, target: int | None, seen: int | None, *, is_problem: bool = True
+    ) -> None:
+        """Serve the version ``target`` of a database, whose alias names ``seen``. Raises as :meth:`swap`."""
         entry = self._entries.get(name)
-        seen = self.listing.target("database", followed)
         if entry is not None and target is not None and entry.opened.version == target:
             self._entries = {**self._entries, name: dataclasses.replace(entry, seen=seen)}
             self.problems.pop(name, None)
