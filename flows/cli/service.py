@@ -1,6 +1,5 @@
 """Commands of the service: serve, and inspect for the images that it generates."""
 
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -71,13 +70,12 @@ def serve(
                 sys.stdout.flush()
 
             ending = server.run(app, engine, bound, api, announce)
-        code = 130 if ending.signal == signal.SIGINT else 0
         if not ending.drained:
             print(f"knn-diffusion: stopped; not all requests finished within {api.drain_s:g} s", file=sys.stderr)
-            server.end_process(code)
-        if code:
+            server.end_process(ending.exit_code)
+        if ending.exit_code:
             print("knn-diffusion: interrupted; the accepted requests were answered", file=sys.stderr)
-            raise typer.Exit(code)
+            raise typer.Exit(ending.exit_code)
 
 
 def inspect(

@@ -141,7 +141,10 @@ class FakeEngine:
         return [*served, ServedDatabase(name="trees", served=None, champion=1, versions=[1], aliases={"champion": 1})]
 
     def swap(self, name: str, version: int | None = None) -> ServedDatabase:
-        """Serve another version: the next generation. Versions above 9 do not exist."""
+        """Serve another version, which takes one step: the next generation. Versions above 9 do not exist."""
+        if self._closed:
+            raise ServiceClosedError("the service is shutting down; try another replica")
+        time.sleep(self._step_s)
         before = self._served.get(name)
         if before is None and name != "trees":
             raise UnknownDatabaseError(f"database is not served: {name}; served: {', '.join(self._served)}")

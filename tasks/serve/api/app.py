@@ -16,6 +16,7 @@ from tasks.serve.api.config import ApiConfig
 from tasks.serve.api.guard import Guarded
 from tasks.serve.api.limits import Bounded
 from tasks.serve.api.metrics import Observed
+from tasks.serve.api.swaps import Swaps
 from tasks.serve.service.config import ServiceConfig
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.engine, app.state.config, app.state.closed = opened, api, False
+    app.state.swaps = Swaps(opened)
     app.include_router(routes.probes)
     app.include_router(routes.router)
     app.include_router(openai_routes.router)

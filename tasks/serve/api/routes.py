@@ -15,6 +15,7 @@ from tasks.serve.api.config import ApiConfig
 from tasks.serve.api.limits import in_decoder, read_json, validated
 from tasks.serve.api.problems import CLIENT_GONE, ProblemDetails, ProblemError
 from tasks.serve.api.schema import body_of, job_body
+from tasks.serve.api.swaps import Swaps
 from tasks.serve.api.views import JobView, Readiness, SwapRequest
 from tasks.serve.service.errors import public_message
 from tasks.serve.service.jobs import Job
@@ -122,9 +123,10 @@ async def databases(request: Request) -> list[ServedDatabase]:
 @router.post("/databases/{name}/swap", responses={404: PROBLEM, 409: PROBLEM, 503: PROBLEM})
 async def swap(request: Request, name: Name, body: SwapRequest | None = None) -> ServedDatabase:
     """Serve another version of a database. Running requests finish with the version that they started with."""
+    swaps: Swaps = request.app.state.swaps
     version = None if body is None else body.version
     try:
-        return await asyncio.to_thread(engine_of(request).swap, name, version)
+        return await swaps.run(name, version)
     except (EncoderMismatchError, IntegrityError, StageError, TransientError) as error:
         _log.warning("%s was not swapped: %s", name, error)
         detail = f"the version does not open, and the served one stays: {public_message(error)}"

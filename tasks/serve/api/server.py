@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -26,7 +27,7 @@ HEADERS_TIMEOUT_S = 10.0
 """Time for a client to send the headers of a request. Uvicorn itself waits without a limit."""
 KEEP_ALIVE_S = 5
 FLUSH_S = 3
-"""Part of the drain time that is left to send the last responses."""
+"""Part of the drain time that is left to send the last responses and to end the threads."""
 MAX_CONNECTIONS = 1_000
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -42,6 +43,11 @@ class Ending:
 
     signal: signal.Signals | None
     drained: bool
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the process: 130 after Ctrl-C, else 0."""
+        return 130 if self.signal == signal.SIGINT else 0
 
 
 class _Connection(H11Protocol):
@@ -126,7 +132,7 @@ def run(
     """Serve until a signal arrives.
 
     After the signal, the service is not ready at once and rejects new requests; accepted ones finish within
-    ``config.drain_s``. A second signal ends the process at once.
+    ``config.drain_s``. Then the process ends, even if a thread hangs. A second signal ends it at once.
     """
     return asyncio.run(_run(app, engine, bound, config, on_ready))
 
@@ -135,21 +141,27 @@ async def _run(
     app: FastAPI, engine: "Engine", bound: socket.socket, config: ApiConfig, on_ready: Callable[[], None]
 ) -> Ending:
     server = _Server(uvicorn_config(app))
-    drain_s = max(0.0, config.drain_s - FLUSH_S)
-    drained = True
     with _signals() as received:
         serving = asyncio.create_task(server.serve(sockets=[bound]))
         announcing = asyncio.create_task(_announce(engine, server, on_ready))
         ends: set[asyncio.Future[Any]] = {serving, received}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         announcing.cancel()
+        drained = True
         if not serving.done():  # the port stays open meanwhile: probes and new requests are answered with 503
-            app.state.closed, begun = True, time.monotonic()
-            await asyncio.to_thread(engine.close, drain_s)
-            drained = time.monotonic() - begun < drain_s
+            _end_process_after(config.drain_s, Ending(signal=received.result(), drained=False).exit_code)
+            app.state.closed = True
+            drained = await _drain(app, engine, time.monotonic() + config.drain_s - FLUSH_S)
             server.should_exit = True
         await serving
         return Ending(signal=received.result() if received.done() else None, drained=drained)
+
+
+async def _drain(app: FastAPI, engine: "Engine", deadline: float) -> bool:
+    """Accept no more requests and wait for the accepted ones. Return True if they finished before ``deadline``."""
+    await asyncio.to_thread(engine.close, max(0.0, deadline - time.monotonic()))
+    swapped: bool = await app.state.swaps.close(deadline)
+    return swapped and time.monotonic() < deadline
 
 
 def uvicorn_config(app: FastAPI) -> uvicorn.Config:
@@ -164,7 +176,7 @@ def uvicorn_config(app: FastAPI) -> uvicorn.Config:
         proxy_headers=False,
         limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=FLUSH_S,
+        timeout_graceful_shutdown=FLUSH_S - 1,
     )
 
 
@@ -200,6 +212,21 @@ async def _announce(engine: "Engine", server: uvicorn.Server, on_ready: Callable
     while not (server.started and engine.ready):
         await asyncio.sleep(0.05)
     on_ready()
+
+
+def _end_process_after(seconds: float, status: int) -> None:
+    """End the process after some seconds unless it has ended: an interpreter that exits joins threads without a limit.
+
+    A download of a version or an exporter of traces may run in such a thread.
+    """
+
+    def end() -> None:
+        sys.stderr.write(f"knn-diffusion: stopped; a thread did not end within {seconds:g} s\n")
+        end_process(status)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def end_process(status: int) -> None:

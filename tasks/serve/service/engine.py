@@ -146,6 +146,8 @@ class Engine:
 
     def swap(self, name: str, version: int | None = None) -> ServedDatabase:
         """Open a version of a database, by default its champion, and serve it. Slow; see :meth:`Catalog.swap`."""
+        if self._closed:
+            raise ServiceClosedError("the service is shutting down; try again later")
         return self._catalog.swap(name, version)
 
     def thumbnail(self, database: str, row: int, side_px: int = 192) -> bytes:

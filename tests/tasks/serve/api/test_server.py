@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -85,6 +86,31 @@ def test_request_that_does_not_finish_in_time_is_dropped_and_the_exit_code_is_0(
         assert process.wait(10) == 0
         assert process.stderr is not None
         assert process.stderr.read() == "knn-diffusion: stopped; not all requests finished within 3.2 s\n"
+
+
+def test_swap_that_does_not_finish_in_time_is_refused_and_the_exit_code_is_0() -> None:
+    with serving(60.0, "--database", "birds", drain_s=server.FLUSH_S + 0.5) as (process, line):
+        address = line.split()[0]
+        with ThreadPoolExecutor(2) as pool:  # the second swap waits for the first
+            calls = [pool.submit(httpx.post, f"{address}/v1/databases/birds/swap", timeout=30) for _ in range(2)]
+            time.sleep(0.5)
+            process.send_signal(signal.SIGTERM)
+            assert [call.result().status_code for call in calls] == [503, 503]
+        assert process.wait(10) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == "knn-diffusion: stopped; not all requests finished within 3.5 s\n"
+
+
+def test_process_ends_at_the_deadline_although_a_thread_hangs() -> None:
+    code = (
+        "import threading, time; from tasks.serve.api import server; server._end_process_after(0.1, 130); "
+        "threading.Thread(target=time.sleep, args=(60,)).start()"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert ended.returncode == 130
+    assert ended.stderr == "knn-diffusion: stopped; a thread did not end within 0.1 s\n"
 
 
 def test_ctrl_c_prints_one_line_and_exits_with_130() -> None:

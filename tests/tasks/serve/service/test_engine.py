@@ -492,6 +492,8 @@ def test_engine_is_ready_only_after_warm_up_and_not_while_closing(
     assert not engine.ready
     with pytest.raises(ServiceClosedError):
         engine.submit(SearchRequest(text="x"))
+    with pytest.raises(ServiceClosedError):
+        engine.swap("birds", 1)
 
 
 def test_failed_warm_up_is_a_problem_until_a_retry_succeeds(
