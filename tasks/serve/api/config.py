@@ -17,7 +17,7 @@ class ApiConfig:
     max_body_bytes: int = 32 * 2**20  # longest body; a longer one is answered with 413
     body_timeout_s: float = 30.0  # time for a client to send a body; a slower one is answered with 408
     drain_s: float = 30.0  # time for accepted requests to finish after SIGTERM
-    send_timeout_s: float = 60.0  # time for a client to read a part of a response; a slower one is disconnected
+    max_requests: int = 1_000  # requests at the same time, probes excluded; a further one is answered with 429
 
     def __post_init__(self) -> None:
         """Raise ``ConfigError`` if strangers could reach the service, or if a limit is not positive."""
@@ -25,7 +25,7 @@ class ApiConfig:
             raise ConfigError(
                 f"--host is reachable by others: {self.host}; set {VARIABLE} or --keys-file, or add --allow-anonymous"
             )
-        if min(self.max_body_bytes, self.body_timeout_s, self.send_timeout_s, self.drain_s) <= 0:
+        if min(self.max_body_bytes, self.body_timeout_s, self.drain_s, self.max_requests) <= 0:
             raise ConfigError("a limit of the API is not positive; give a number above 0")
 
     @property

@@ -1,4 +1,4 @@
-"""Limits on the body of a request: its size, the time to send it, and where it is decoded."""
+"""Limits on requests: how many are in progress, the size of a body, the time to send it, and where it is decoded."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,11 +7,12 @@ from typing import Any, TypeVar
 
 import pydantic_core
 from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tasks.serve.api.config import ApiConfig
-from tasks.serve.api.problems import ProblemError, invalid_fields
+from tasks.serve.api.guard import PROBES
+from tasks.serve.api.problems import RETRY_S, ProblemError, invalid_fields
 
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
@@ -23,7 +24,7 @@ _decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
 
 
 class Bounded:
-    """ASGI middleware that reads a body within its limits before the application sees the request.
+    """ASGI middleware that limits the requests in progress, and reads a body before the application sees the request.
 
     Bytes are counted as they arrive, because a chunked body does not announce its length.
     """
@@ -31,14 +32,26 @@ class Bounded:
     def __init__(self, app: ASGIApp, config: ApiConfig) -> None:
         """Wrap ``app``."""
         self._app, self._config = app, config
+        self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["path"] in PROBES:
             await self._app(scope, receive, send)
             return
+        if self._running >= self._config.max_requests:
+            await _too_many("requests are in progress").problem.response(scope["path"])(scope, receive, send)
+            return
+        self._running += 1
+        try:
+            await self._handle(scope, receive, send)
+        finally:
+            self._running -= 1
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read the body, then call the application."""
         if scope["method"] in _BODILESS:
-            await self._app(scope, receive, self._timed(send))
+            await self._app(scope, receive, send)
             return
         try:
             messages = await self._messages(scope, receive)
@@ -53,7 +66,7 @@ class Bounded:
             message = next(rest, None)
             return await receive() if message is None else message
 
-        await self._app(scope, replay, self._timed(send))
+        await self._app(scope, replay, send)
 
     async def _messages(self, scope: Scope, receive: Receive) -> list[Message] | None:
         """Return the messages of the body, or None if the client disconnects. Raises ``ProblemError``."""
@@ -76,18 +89,6 @@ class Bounded:
             detail = f"the body did not arrive within {self._config.body_timeout_s:g} s"
             raise ProblemError(408, "body_timeout", detail, headers={"Connection": "close"}) from None
         return messages
-
-    def _timed(self, send: Send) -> Send:
-        """Return ``send`` with a time limit, so that a client that does not read holds no response."""
-
-        async def timed(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self._config.send_timeout_s):
-                    await send(message)
-            except TimeoutError:
-                raise ClientDisconnect("the client did not read the response in time") from None
-
-        return timed
 
 
 async def read_json(request: Request, parse: Callable[[Any], T]) -> T:
@@ -123,6 +124,12 @@ def _from_json(body: bytes) -> Any:
         return pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError:  # its message quotes the body
         raise ProblemError(400, "malformed_json", "the body is not valid JSON; check its syntax") from None
+
+
+def _too_many(what: str) -> ProblemError:
+    """Return the error of a request that the service has no room for. Its body is not read."""
+    headers = {"Retry-After": str(RETRY_S), "Connection": "close"}
+    return ProblemError(429, "queue_full", f"too many {what}; try again later", headers=headers)
 
 
 def _too_large(limit: int) -> ProblemError:

@@ -44,7 +44,7 @@ class Observed:
 
         try:
             await self._app(scope, receive, observe)
-        except ClientDisconnect:  # the client left, or is too slow; the server closes the connection
+        except ClientDisconnect:  # nobody reads a response
             status = CLIENT_GONE
         except Exception as error:
             problem = problem_of(error)

@@ -28,7 +28,8 @@ HEADERS_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 5
 FLUSH_S = 3
 """Part of the drain time that is left to send the last responses and to end the threads."""
-MAX_CONNECTIONS = 1_000
+SEND_TIMEOUT_S = 60.0
+"""Time for a client to read a response, or the part of a stream that is sent. A slower one is disconnected."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -51,16 +52,18 @@ class Ending:
 
 
 class _Connection(H11Protocol):
-    """A connection that is closed if the headers of a request do not arrive in time.
+    """A connection that is closed if the headers of a request do not arrive, or a response is not read, in time.
 
     It parses with h11, because the headers are bounded in size there.
     """
 
     _timer: asyncio.TimerHandle | None = None
+    _send_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the headers of the first request."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # writing pauses until the client has read everything
         self._wait_for_headers()
 
     def data_received(self, data: bytes) -> None:
@@ -71,9 +74,26 @@ class _Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._send_timer):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Wait for the client to read."""
+        super().pause_writing()
+        self._send_timer = self.loop.call_later(SEND_TIMEOUT_S, self._abort)
+
+    def resume_writing(self) -> None:
+        """Stop waiting: the client has read everything."""
+        super().resume_writing()
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+
+    def _abort(self) -> None:
+        """Close the connection without sending the rest, for which ``close`` would wait."""
+        if self.transport.get_protocol() is self:  # else it is a WebSocket by now
+            self.transport.abort()
 
     def _wait_for_headers(self) -> None:
         self._timer = self.loop.call_later(HEADERS_TIMEOUT_S, self._check, self.cycle)
@@ -174,7 +194,6 @@ def uvicorn_config(app: FastAPI) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=FLUSH_S - 1,
     )

@@ -1,17 +1,21 @@
 """Limits of bodies and connections: size, time, and where images are decoded."""
 
 import asyncio
+import contextlib
 import http.client
 import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
+from support.fake_engine import FakeEngine
 from support.served_app import client, served
 
 from tasks.serve.api import server
@@ -104,22 +108,42 @@ def test_connection_serves_several_requests_beyond_the_time_for_headers(monkeypa
         connection.close()
 
 
-def test_client_that_does_not_read_is_disconnected() -> None:
-    """The application sends to a client whose buffers are full."""
+def test_client_that_does_not_read_its_response_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "SEND_TIMEOUT_S", 0.2)
+    engine, size = FakeEngine(), 2**24  # more than the buffers of a socket
+    monkeypatch.setattr(engine.metrics, "expose", lambda: b"x" * size)
+    with served(engine) as address:
+        connection = http.client.HTTPConnection(urlsplit(address).netloc)
+        connection.connect()
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        for _ in range(2):  # reading in time keeps the connection
+            connection.request("GET", "/metrics")
+            assert len(connection.getresponse().read()) == size
+            time.sleep(0.3)
+        connection.request("GET", "/metrics")
+        time.sleep(1)
+        received = 0
+        with contextlib.suppress(ConnectionError):
+            while part := connection.sock.recv(65_536):
+                received += len(part)
+        connection.close()
+    assert received < size
 
-    async def endless(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
 
-    async def receive() -> Any:
-        return {"type": "http.request", "body": b""}
-
-    async def blocked(message: Any) -> None:
-        await asyncio.Event().wait()
-
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
-    bounded = Bounded(endless, ApiConfig(send_timeout_s=0.05))
-    with pytest.raises(ClientDisconnect):
-        asyncio.run(bounded(scope, receive, blocked))
+def test_probes_answer_while_too_many_requests_are_in_progress() -> None:
+    engine = FakeEngine()
+    engine.gate.clear()
+    with served(engine, max_requests=2) as address, ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(httpx.post, f"{address}/v1/generate", json={"prompt": "a"}) for _ in range(2)]
+        while len(engine.jobs.recent()) < 2:
+            time.sleep(0.01)
+        refused = httpx.post(f"{address}/v1/search", json={"text": "a"})
+        assert (refused.status_code, refused.json()["code"]) == (429, "queue_full")
+        assert int(refused.headers["Retry-After"]) > 0
+        assert httpx.get(f"{address}/livez").status_code == httpx.get(f"{address}/readyz").status_code == 200
+        engine.gate.set()
+        assert [call.result().status_code for call in calls] == [200, 200]
+        assert httpx.post(f"{address}/v1/search", json={"text": "a"}).status_code == 200
 
 
 def test_client_that_leaves_before_the_end_of_its_body_reaches_no_route() -> None:
