@@ -15,6 +15,7 @@ class ApiConfig:
     keys: Keys = dataclasses.field(default_factory=Keys)  # accepted API keys; none: every request is accepted
     allow_anonymous: bool = False  # accept requests without a key on every interface
     max_body_bytes: int = 32 * 2**20  # longest body; a longer one is answered with 413
+    max_bodies_bytes: int = 512 * 2**20  # bodies of all requests in progress; a further one is answered with 429
     body_timeout_s: float = 30.0  # time for a client to send a body; a slower one is answered with 408
     drain_s: float = 30.0  # time for accepted requests to finish after SIGTERM
     max_requests: int = 1_000  # requests at the same time, probes excluded; a further one is answered with 429
@@ -25,6 +26,8 @@ class ApiConfig:
             raise ConfigError(
                 f"--host is reachable by others: {self.host}; set {VARIABLE} or --keys-file, or add --allow-anonymous"
             )
+        if self.max_bodies_bytes < self.max_body_bytes:
+            raise ConfigError(f"max_bodies_bytes is too small: {self.max_bodies_bytes}; give at least max_body_bytes")
         if min(self.max_body_bytes, self.body_timeout_s, self.drain_s, self.max_requests) <= 0:
             raise ConfigError("a limit of the API is not positive; give a number above 0")
 

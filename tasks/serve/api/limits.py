@@ -1,6 +1,9 @@
 """Limits on requests: how many are in progress, the size of a body, the time to send it, and where it is decoded."""
 
 import asyncio
+import dataclasses
+import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -18,9 +21,21 @@ M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 DECODERS = 4
 """Images that are decoded at the same time. Each takes up to 200 MB."""
+_WAITING = 8 * DECODERS
+"""Images that wait for a decoder. Each is in memory."""
+MAX_SWAP_BYTES = 64 * 1024
 _INLINE_BYTES = 16_384
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
 _decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+_decoder_places = threading.BoundedSemaphore(DECODERS + _WAITING)
+
+
+@dataclasses.dataclass(slots=True)
+class _Body:
+    """Body of a request: the messages that the application has not received, and the size of all in bytes."""
+
+    messages: deque[Message] = dataclasses.field(default_factory=deque)
+    size: int = 0
 
 
 class Bounded:
@@ -32,7 +47,7 @@ class Bounded:
     def __init__(self, app: ASGIApp, config: ApiConfig) -> None:
         """Wrap ``app``."""
         self._app, self._config = app, config
-        self._running = 0
+        self._running = self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -49,46 +64,56 @@ class Bounded:
             self._running -= 1
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read the body, then call the application."""
+        """Handle one request, and count its body until the response is sent."""
         if scope["method"] in _BODILESS:
             await self._app(scope, receive, send)
             return
+        body = _Body()
         try:
-            messages = await self._messages(scope, receive)
+            await self._answer(body, scope, receive, send)
+        finally:
+            self._held_bytes -= body.size
+
+    async def _answer(self, body: _Body, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read the body, then call the application, unless the client is gone."""
+        try:
+            is_complete = await self._read(body, scope, receive)
         except ProblemError as error:
             await error.problem.response(scope["path"])(scope, receive, send)
             return
-        if messages is None:  # the client is gone
-            return
-        rest = iter(messages)
 
         async def replay() -> Message:
-            message = next(rest, None)
-            return await receive() if message is None else message
+            return body.messages.popleft() if body.messages else await receive()
 
-        await self._app(scope, replay, send)
+        if is_complete:
+            await self._app(scope, replay, send)
 
-    async def _messages(self, scope: Scope, receive: Receive) -> list[Message] | None:
-        """Return the messages of the body, or None if the client disconnects. Raises ``ProblemError``."""
-        limit, size = self._config.max_body_bytes, 0
+    async def _read(self, body: _Body, scope: Scope, receive: Receive) -> bool:
+        """Read the body. Return False if the client disconnects. Raises ``ProblemError``."""
+        limit = self._config.max_body_bytes
+        if scope["path"].endswith("/swap"):
+            limit = min(limit, MAX_SWAP_BYTES)
         announced = dict(scope["headers"]).get(b"content-length", b"")
         if announced.isdigit() and int(announced[:20]) > limit:
             raise _too_large(limit)
-        messages: list[Message] = []
         try:
             async with asyncio.timeout(self._config.body_timeout_s):
-                while not messages or messages[-1].get("more_body", False):
+                while not body.messages or body.messages[-1].get("more_body", False):
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return None
-                    size += len(message.get("body", b""))
-                    if size > limit:
+                        return False
+                    body.messages.append(message)
+                    size = len(message.get("body", b""))
+                    body.size += size
+                    self._held_bytes += size
+                    if body.size > limit:
                         raise _too_large(limit)
-                    messages.append(message)
+                    if self._held_bytes > self._config.max_bodies_bytes:
+                        raise _too_many("bodies are in memory")
         except TimeoutError:
             detail = f"the body did not arrive within {self._config.body_timeout_s:g} s"
             raise ProblemError(408, "body_timeout", detail, headers={"Connection": "close"}) from None
-        return messages
+        return True
 
 
 async def read_json(request: Request, parse: Callable[[Any], T]) -> T:
@@ -105,8 +130,15 @@ async def read_json(request: Request, parse: Callable[[Any], T]) -> T:
 
 
 async def in_decoder(call: Callable[[], T]) -> T:
-    """Return the result of ``call``, which may decode an image, without blocking the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(_decoders, call)
+    """Return the result of ``call``, which may decode an image, without blocking the event loop.
+
+    Raises ``ProblemError`` (429) if too many images wait.
+    """
+    if not _decoder_places.acquire(blocking=False):
+        raise _too_many("images are waiting to be decoded")
+    decoding = _decoders.submit(call)
+    decoding.add_done_callback(lambda _: _decoder_places.release())
+    return await asyncio.wrap_future(decoding)
 
 
 def validated(model: type[M], value: Any) -> M:

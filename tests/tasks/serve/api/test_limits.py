@@ -18,9 +18,10 @@ from starlette.requests import Request
 from support.fake_engine import FakeEngine
 from support.served_app import client, served
 
-from tasks.serve.api import server
+from tasks.serve.api import limits, server
 from tasks.serve.api.config import ApiConfig
 from tasks.serve.api.limits import Bounded, read_json
+from tasks.serve.api.problems import ProblemError
 
 JSON = {"Content-Type": "application/json"}
 
@@ -52,6 +53,46 @@ def test_body_above_the_limit_is_refused_with_and_without_a_length() -> None:
         assert (openai.status_code, openai.json()["error"]["code"]) == (413, "body_too_large")
         body = json.dumps({"text": "a"}).encode().ljust(5_000)
         assert calls.post("/v1/search", content=body, headers=JSON).status_code == 200
+
+
+def test_swap_takes_no_large_body() -> None:
+    with client() as calls:
+        response = calls.post("/v1/databases/birds/swap", content=b" " * 70_000, headers=JSON)
+        assert (response.status_code, response.json()["code"]) == (413, "body_too_large")
+
+
+def test_bodies_above_the_limit_of_all_are_refused_until_a_request_ends() -> None:
+    engine = FakeEngine()
+    engine.gate.clear()
+    body = json.dumps({"prompt": "a"}).encode().ljust(4_000)
+    with client(engine, max_body_bytes=5_000, max_bodies_bytes=6_000) as calls, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(calls.post, "/v1/generate", content=body, headers=JSON)
+        while not engine.jobs.recent():
+            time.sleep(0.01)
+        for content in (body, iter([body]), body):
+            refused = calls.post("/v1/generate", content=content, headers=JSON)
+            assert (refused.status_code, refused.json()["code"]) == (429, "queue_full")
+            assert int(refused.headers["Retry-After"]) > 0
+        engine.gate.set()
+        assert first.result().status_code == 200
+        assert calls.post("/v1/generate", content=body, headers=JSON).status_code == 200
+
+
+def test_images_beyond_those_that_may_wait_for_a_decoder_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_decoder_places", threading.BoundedSemaphore(2))
+    free = threading.Event()
+
+    async def calls() -> None:
+        waiting = [asyncio.create_task(limits.in_decoder(lambda: free.wait(20))) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(ProblemError) as refused:
+            await limits.in_decoder(lambda: True)
+        assert (refused.value.problem.status, refused.value.problem.code) == (429, "queue_full")
+        free.set()
+        assert await asyncio.gather(*waiting) == [True, True]
+        assert await limits.in_decoder(lambda: True)
+
+    asyncio.run(calls())
 
 
 @pytest.mark.parametrize("length", [b"-1", b"1e3", b"9" * 5_000, "٣".encode()])
