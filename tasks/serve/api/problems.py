@@ -6,7 +6,7 @@ import json
 import math
 import uuid
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -114,6 +114,15 @@ class ProblemError(Exception):
         super().__init__(detail)
         self.problem = Problem(status=status, code=code, detail=detail, **given)
 
+    @classmethod
+    def of(cls, error: Exception) -> Self:
+        """Return a new exception that reports ``error``, for one that is stored.
+
+        Each raise of a stored exception would add to its traceback, which keeps the request and its body in memory.
+        """
+        found = problem_of(error)
+        return cls(found.status, found.code, found.detail, errors=found.errors, id=found.id, headers=found.headers)
+
 
 def problem_of(error: Exception) -> Problem:
     """Return how to report an error. An unexpected one is logged with its traceback, and reported by its id."""
@@ -159,7 +168,7 @@ def phrase_of(status: int) -> str:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Make ``app`` report expected errors as problems. The failures middleware reports the others."""
+    """Make ``app`` report expected errors as problems. ``Observed`` reports all other errors."""
 
     async def report(request: Request, error: Exception) -> Response:
         return problem_of(error).response(request.url.path)

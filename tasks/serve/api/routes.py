@@ -50,7 +50,7 @@ async def submitted(request: Request, body: EngineRequest, *, keep: bool = False
 
 
 async def answered(request: Request, job: Job) -> EngineResponse:
-    """Return the response of ``job``, or raise its error. If the client disconnects before, the job is cancelled."""
+    """Return the response of ``job``, or raise ``ProblemError``. If the client disconnects before, cancel the job."""
     finished = asyncio.wrap_future(job.future)
     finished.add_done_callback(lambda done: done.cancelled() or done.exception())  # read, so that asyncio logs nothing
     gone = asyncio.ensure_future(_disconnection(request))
@@ -63,7 +63,15 @@ async def answered(request: Request, job: Job) -> EngineResponse:
             job.cancel()
     if not finished.done():
         raise ProblemError(CLIENT_GONE, "client_closed_request", "the client closed the connection")
-    return finished.result()
+    return result_of(job)
+
+
+def result_of(job: Job) -> EngineResponse:
+    """Return the response of a finished job. Raises ``ProblemError`` if it failed."""
+    error = job.future.exception()
+    if isinstance(error, Exception):
+        raise ProblemError.of(error)
+    return job.future.result()
 
 
 def named(request: Request, response: EngineResponse) -> Response:
@@ -165,7 +173,7 @@ async def job_result(request: Request, job: Name) -> Response:
     found = engine_of(request).jobs.get(job)
     if not found.future.done():
         raise ProblemError(409, "not_finished", "the job is not finished; follow its events, or ask again later")
-    return named(request, found.future.result())
+    return named(request, result_of(found))
 
 
 @router.get(

@@ -7,6 +7,7 @@ import json
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from support.served_app import app_of, client
 
 from infra.errors import IntegrityError
 from tasks.serve.api.problems import PROBLEM_JSON
+from tasks.serve.service.errors import QueueFullError
 
 PNG = encoded(Image.new("RGB", (8, 8), "red"), "PNG")
 
@@ -277,6 +279,22 @@ def test_unexpected_error_is_logged_with_the_id_of_the_answer(
         assert "RuntimeError: secret" in caplog.text
         place = calls.post("/v1/jobs", json={"kind": "search", "text": "a"}).headers["Location"]
         assert "secret" not in calls.get(f"{place}/events").text
+
+
+def test_failed_job_keeps_no_request_in_memory(engine: FakeEngine) -> None:
+    engine.fault = QueueFullError("the request waited too long in the queue", retry_after_s=2)
+    with client(engine) as calls:
+        problem(calls.post("/v1/generate", json={"prompt": "a"}), 429, "queue_full")
+        place = calls.post("/v1/jobs", json={"kind": "generate", "prompt": "a"}).headers["Location"]
+        calls.get(f"{place}/events")
+        before = engine.fault.__traceback__
+        for _ in range(2):
+            failed = calls.get(f"{place}/result")
+            assert failed.headers["Retry-After"] == "2"
+            problem(failed, 429, "queue_full")
+    assert engine.fault.__traceback__ is before
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(before)]
+    assert not [name for name in frames if "tasks/serve/api" in name or "starlette" in name]
 
 
 def test_readyz_is_unavailable_before_the_warm_up_and_after_closing() -> None:
