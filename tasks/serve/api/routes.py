@@ -9,7 +9,8 @@ from fastapi import APIRouter, Path, Request
 from starlette.responses import JSONResponse, Response
 
 from infra import logs
-from infra.errors import EncoderMismatchError, IntegrityError, StageError, TransientError
+from infra.errors import EncoderMismatchError, InputError, IntegrityError, StageError
+from model.errors import ModelError
 from tasks.serve.api import events, metrics
 from tasks.serve.api.config import ApiConfig
 from tasks.serve.api.limits import in_decoder, read_json, validated
@@ -135,7 +136,7 @@ async def swap(request: Request, name: Name, body: SwapRequest | None = None) ->
     version = None if body is None else body.version
     try:
         return await swaps.run(name, version)
-    except (EncoderMismatchError, IntegrityError, StageError, TransientError) as error:
+    except (EncoderMismatchError, InputError, IntegrityError, ModelError, StageError) as error:
         _log.warning("%s was not swapped: %s", name, error)
         detail = f"the version does not open, and the served one stays: {public_message(error)}"
         raise ProblemError(409, "version_does_not_open", detail) from error

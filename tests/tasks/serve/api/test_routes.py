@@ -19,7 +19,8 @@ from support.fake_engine import FakeEngine
 from support.hostile_images import encoded, large_canvas, many_scans
 from support.served_app import app_of, client
 
-from infra.errors import IntegrityError
+from infra.errors import InputError, IntegrityError, StageError, TransientError
+from model.errors import ModelError
 from tasks.serve.api.problems import PROBLEM_JSON
 from tasks.serve.service.errors import QueueFullError
 
@@ -168,15 +169,27 @@ def test_swap_changes_the_version_of_later_requests(engine: FakeEngine) -> None:
         problem(calls.post("/v1/databases/birds/swap", json={"version": 99}), 404, "not_found")
 
 
-def test_swap_to_a_damaged_version_is_a_conflict_without_paths(engine: FakeEngine) -> None:
+@pytest.mark.parametrize("kind", [IntegrityError, StageError, InputError, ModelError])
+def test_swap_to_a_damaged_version_is_a_conflict_without_paths(engine: FakeEngine, kind: type[Exception]) -> None:
     def damaged(name: str, version: int | None = None) -> Any:
-        raise IntegrityError("/srv/root/birds/database/0f/index.faiss is damaged; rebuild it")
+        raise kind("/srv/root/birds/database/0f/index.faiss is damaged; rebuild it")
 
     engine.swap = damaged  # type: ignore[method-assign]
     with client(engine) as calls:
         body = problem(calls.post("/v1/databases/birds/swap"), 409, "version_does_not_open")
         assert "/srv" not in body["detail"]
         assert "is damaged; rebuild it" in body["detail"]
+
+
+def test_swap_without_the_registry_can_be_retried(engine: FakeEngine) -> None:
+    def unavailable(name: str, version: int | None = None) -> Any:
+        raise TransientError("the registry does not answer; try again later")
+
+    engine.swap = unavailable  # type: ignore[method-assign]
+    with client(engine) as calls:
+        response = calls.post("/v1/databases/birds/swap")
+        problem(response, 503, "unavailable")
+        assert int(response.headers["Retry-After"]) > 0
 
 
 def test_full_queue_answers_429_while_probes_answer() -> None:
