@@ -7,7 +7,9 @@ seeded rows, which the index stage builds. The clients are threads of the benchm
 server. The generator is compared with the same pipeline in this process, one image at a time, while the server idles.
 """
 
+import base64
 import dataclasses
+import io
 import os
 import shutil
 import statistics
@@ -23,14 +25,18 @@ from typing import Any
 
 import httpx
 import numpy as np
+from PIL import Image
 
 FOLDER = Path("build/bench/serve")
 CLIENTS = 32
+CANDIDATES = 2
+"""Generated for each image that is returned, by the service and by the pipeline alone."""
 ALONE = 8
 """Images of a round of the pipeline alone."""
 SWAP_CLIENTS = 100
 MOVES = 20
 MOVED_ROWS = 2_000
+EDITED_SIDE_PX = 512
 WARM_UP = 50
 ROUNDS = 300
 POLL_S = 0.5
@@ -153,16 +159,32 @@ def rest_overhead_ms(own: Any, address: str) -> float:
 
 
 def images_ratio(own: Any, address: str) -> dict[str, float]:
-    """Return images/s of 32 clients over REST, and of the pipeline one image at a time; they alternate."""
-    pipeline = own._catalog.model.with_database(own._catalog.get("moved"))
-    body = {"prompt": "a red heart", "database": "moved", "n": 1}
+    """Return images/s of 32 clients over REST, and of the pipeline one image at a time; they alternate.
 
-    def one(seed: int) -> None:
-        httpx.post(f"{address}/v1/generate", json=body | {"seed": seed}, timeout=600).raise_for_status()
+    Both generate with the same settings: those of a response of the service.
+    """
+    pipeline = own._catalog.model.with_database(own._catalog.get("moved"))
+    body = {"prompt": "a red heart", "database": "moved", "n": 1, "candidates": CANDIDATES}
+
+    def one(seed: int) -> dict[str, Any]:
+        answer = httpx.post(f"{address}/v1/generate", json=body | {"seed": seed}, timeout=600)
+        settings: dict[str, Any] = answer.raise_for_status().json()["settings"]
+        return settings
+
+    used = one(0)
 
     def alone() -> None:
         for _ in range(ALONE):
-            pipeline("a red heart")
+            pipeline(
+                body["prompt"],
+                num_inference_steps=used["steps"],
+                guidance_scale=used["guidance"],
+                neighbours=used["k"],
+                candidates=used["candidates"],
+                query=used["query"],
+                start=used["start"],
+                strength=used["strength"],
+            )
 
     found: dict[str, list[float]] = {"service": [], "pipeline": []}
     with ThreadPoolExecutor(CLIENTS) as pool:
@@ -194,7 +216,7 @@ def swaps_under_load(address: str, versions: list[int], seconds: float) -> dict[
     from infra.settings import Settings
 
     registry = Promotions(Settings(root=str(FOLDER / "root"), cache=FOLDER / "cache"))
-    counts, seen, lost = {"requests": 0, "mixed": 0}, set[int](), list[str]()
+    versions_match, seen, lost = list[bool](), set[int](), list[str]()  # a thread may append to a list at any time
 
     def search(client: httpx.Client, number: int) -> None:
         body = {"text": f"a photo of number {number}", "k": 5, "database": "moved"}
@@ -205,10 +227,8 @@ def swaps_under_load(address: str, versions: list[int], seconds: float) -> dict[
             return
         version = answer["database"]["version"]
         seen.add(answer["database"]["generation"])
-        counts["requests"] += 1
-        counts["mixed"] += {hit["url"].split(".")[0] for hit in answer["hits"]} != {
-            f"http://v{versions.index(version) + 1}"
-        }
+        found = {hit["url"].split(".")[0] for hit in answer["hits"]}
+        versions_match.append(found == {f"http://v{versions.index(version) + 1}"})
 
     def move() -> None:
         for number in range(MOVES):
@@ -219,26 +239,40 @@ def swaps_under_load(address: str, versions: list[int], seconds: float) -> dict[
     mover.start()
     run_clients(address, SWAP_CLIENTS, search, seconds=seconds + 3)
     mover.join()
-    return {**counts, "lost": len(lost), "moves": MOVES, "swaps_seen": len(seen) - 1, "first_error": (lost or [""])[0]}
+    return {
+        "requests": len(versions_match),
+        "mixed": versions_match.count(False),
+        "lost": len(lost),
+        "moves": MOVES,
+        "swaps_seen": len(seen) - 1,
+        "first_error": (lost or [""])[0],
+    }
 
 
 def memory_growth(address: str, pid: int, requests: int) -> dict[str, float]:
-    """Return the anonymous memory of the server after 100 and after all requests: 98 % searches, 2 % images."""
-    done = [0]
+    """Return the anonymous memory of the server after 100 and after all requests.
+
+    Of 100 requests, one is a generation, one is an edit of an image of 1 MiB, and the others are searches.
+    """
+    prompt: dict[str, Any] = {"prompt": "a red heart", "steps": 1}
+    kinds = {0: ("generate", prompt | {"candidates": 1}), 50: ("edit", prompt | {"image": noise_png(EDITED_SIDE_PX)})}
 
     def some(client: httpx.Client, number: int) -> None:
-        done[0] += 1
-        body = {"database": "moved"}
-        if number % 50:
-            client.post("/v1/search", json=body | {"text": f"a photo of number {number}"}, timeout=600)
-        else:
-            client.post("/v1/generate", json=body | {"prompt": "a red heart", "steps": 1, "candidates": 1}, timeout=600)
+        route, body = kinds.get(number % 100, ("search", {"text": f"a photo of number {number}"}))
+        client.post(f"/v1/{route}", json=body | {"database": "moved"}, timeout=600).raise_for_status()
 
     run_clients(address, 8, some, total=100)
     before = anonymous_mib(pid)
     run_clients(address, 8, some, total=requests)
     after = anonymous_mib(pid)
     return {"mib_after_100": before, "mib_after_all": after, "ratio": after / before}
+
+
+def noise_png(side_px: int) -> str:
+    """Return seeded noise as a PNG in base64."""
+    pixels = np.random.default_rng(0).integers(0, 256, (side_px, side_px, 3), np.uint8)
+    Image.fromarray(pixels).save(out := io.BytesIO(), "PNG")
+    return base64.b64encode(out.getvalue()).decode()
 
 
 def run_clients(
