@@ -11,6 +11,7 @@ from support.served_app import client
 from infra.errors import ConfigError
 from tasks.serve.api.config import ApiConfig
 from tasks.serve.api.keys import VARIABLE, Keys
+from tasks.serve.playground.page import same_origin
 
 FIRST, SECOND = "first-key-0123456789", "second-key-0123456789"
 SEARCH: dict[str, Any] = {"json": {"text": "a"}}
@@ -38,7 +39,7 @@ def test_other_host_is_accepted_with_keys_or_behind_another_interface() -> None:
 
 
 @pytest.mark.parametrize(
-    "origin", ["http://evil.example", "null", "http://localhost:1", "https://localhost.evil.example"]
+    "origin", ["http://evil.example", "null", "http://localhost:1", "https://localhost.evil.example", "http://["]
 )
 def test_request_of_a_foreign_page_is_refused(origin: str) -> None:
     with client() as calls:
@@ -52,6 +53,14 @@ def test_request_of_a_foreign_page_is_refused(origin: str) -> None:
         assert calls.get("/v1/info", headers=headers).status_code == 200
         with pytest.raises(WebSocketDisconnect), calls.websocket_connect("/any", headers=headers):
             pass
+
+
+@pytest.mark.parametrize(
+    ("origin", "expected"),
+    [("http://localhost:8000", True), ("http://evil.example", False), ("null", False), ("http://[", False)],
+)
+def test_same_origin_of_the_websocket_of_the_page(origin: str, expected: bool) -> None:
+    assert same_origin(origin, {"HTTP_HOST": "localhost:8000"}) is expected
 
 
 def test_request_of_the_own_page_is_accepted() -> None:
