@@ -2,9 +2,10 @@
 
 import dataclasses
 import ipaddress
+from collections.abc import Iterable
 
 from infra.errors import ConfigError
-from tasks.serve.api.keys import VARIABLE, Keys
+from tasks.serve.api.keys import VARIABLE, Keys, presented_key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +31,13 @@ class ApiConfig:
             raise ConfigError(f"max_bodies_bytes is too small: {self.max_bodies_bytes}; give at least max_body_bytes")
         if min(self.max_body_bytes, self.body_timeout_s, self.drain_s, self.max_requests) <= 0:
             raise ConfigError("a limit of the API is not positive; give a number above 0")
+
+    def accepts(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+        """Return True if a request with ``headers`` has an accepted key, or needs none."""
+        if not self.keys:
+            return True
+        given = presented_key(headers)
+        return given is not None and self.keys.accept(given)
 
     @property
     def is_loopback(self) -> bool:

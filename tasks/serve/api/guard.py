@@ -5,7 +5,6 @@ import re
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tasks.serve.api.config import ApiConfig
-from tasks.serve.api.keys import presented_key
 from tasks.serve.api.problems import Problem
 
 PROBES = frozenset({"/livez", "/readyz"})
@@ -42,10 +41,8 @@ class Guarded:
         if changes and is_foreign(headers.get(b"origin"), host):
             detail = "the request comes from a page of another site; call the service from its own page or a program"
             return Problem(status=403, code="foreign_origin", detail=detail)
-        if self._config.keys and scope["path"] not in PROBES:
-            given = presented_key(scope["headers"])
-            if given is None or not self._config.keys.accept(given):
-                return _unauthorised(b"text/html" in headers.get(b"accept", b""))
+        if scope["path"] not in PROBES and not self._config.accepts(scope["headers"]):
+            return _unauthorised(b"text/html" in headers.get(b"accept", b""))
         return None
 
 

@@ -195,9 +195,15 @@ async def livez() -> Response:
 
 @probes.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
 async def readyz(request: Request) -> Response:
-    """Return 200 if requests are accepted: after the warm-up, and until the service closes."""
+    """Return 200 if requests are accepted: after the warm-up, and until the service closes.
+
+    The problems name databases. If the service has keys, they are sent only to clients with one.
+    """
     engine = engine_of(request)
     ready, problems = engine.ready, engine.problems()
+    config: ApiConfig = request.app.state.config
+    if not config.accepts(request.headers.raw):
+        return JSONResponse({"ready": ready}, 200 if ready else 503)
     if not (ready or problems):
         problems = ["the service is warming up or shutting down"]
     return JSONResponse({"ready": ready, "problems": problems}, 200 if ready else 503)

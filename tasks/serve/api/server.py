@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from infra.errors import InputError
+from infra.errors import InputError, StageError
 from tasks.serve.api.config import ApiConfig
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ FLUSH_S = 3
 """Part of the drain time that is left to send the last responses and to end the threads."""
 SEND_TIMEOUT_S = 60.0
 """Time for a client to read a response, or the part of a stream that is sent. A slower one is disconnected."""
+_BACKLOG = 2_048
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -122,7 +123,7 @@ class _Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound but does not listen yet, so that a used port is reported before models load.
+    """Return a listening socket, so that a used port is reported before models load. Clients wait until they have.
 
     Raises ``InputError`` if the address cannot be bound.
     """
@@ -133,6 +134,7 @@ def bind(host: str, port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((name, port))
+        bound.listen(_BACKLOG)  # with SO_REUSEADDR, another process may bind the port until one listens
     except (OSError, OverflowError) as error:
         bound.close()
         reason = getattr(error, "strerror", None) or error
@@ -153,6 +155,8 @@ def run(
 
     After the signal, the service is not ready at once and rejects new requests; accepted ones finish within
     ``config.drain_s``. Then the process ends, even if a thread hangs. A second signal ends it at once.
+
+    Raises ``StageError`` if the application does not start.
     """
     return asyncio.run(_run(app, engine, bound, config, on_ready))
 
@@ -162,7 +166,7 @@ async def _run(
 ) -> Ending:
     server = _Server(uvicorn_config(app))
     with _signals() as received:
-        serving = asyncio.create_task(server.serve(sockets=[bound]))
+        serving = asyncio.create_task(_serve(server, bound))
         announcing = asyncio.create_task(_announce(engine, server, on_ready))
         ends: set[asyncio.Future[Any]] = {serving, received}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -175,6 +179,14 @@ async def _run(
             server.should_exit = True
         await serving
         return Ending(signal=received.result() if received.done() else None, drained=drained)
+
+
+async def _serve(server: uvicorn.Server, bound: socket.socket) -> None:
+    """Serve until ``server.should_exit``. Raises ``StageError`` if the application does not start."""
+    with contextlib.suppress(SystemExit):  # of newer versions of Uvicorn; older ones return
+        await server.serve(sockets=[bound])
+    if not server.started:
+        raise StageError("the service did not start; see the error above")
 
 
 async def _drain(app: FastAPI, engine: "Engine", deadline: float) -> bool:
@@ -195,6 +207,7 @@ def uvicorn_config(app: FastAPI) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S,
+        backlog=_BACKLOG,
         timeout_graceful_shutdown=FLUSH_S - 1,
     )
 

@@ -44,4 +44,7 @@ class Readiness(BaseModel):
     """Readiness of the service."""
 
     ready: bool
-    problems: list[str] = Field(description="What is not as configured, e.g. a version that does not open.")
+    problems: list[str] = Field(
+        [],
+        description="What is not as configured, e.g. a version that does not open. Needs a key if keys are set.",
+    )

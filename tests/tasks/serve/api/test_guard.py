@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from starlette.testclient import WebSocketDisconnect
+from support.fake_engine import FakeEngine
 from support.served_app import client
 
 from infra.errors import ConfigError
@@ -106,6 +107,15 @@ def test_request_without_an_accepted_key_is_refused(headers: dict[str, Any]) -> 
         with pytest.raises(WebSocketDisconnect), calls.websocket_connect("/any", headers=headers):
             pass
         assert calls.get("/livez").status_code == calls.get("/readyz").status_code == 200
+
+
+def test_readyz_names_problems_only_to_clients_with_a_key() -> None:
+    engine = FakeEngine()
+    with client(engine, keys=Keys([FIRST])) as calls:
+        engine.report("birds does not open")
+        assert calls.get("/readyz").json() == {"ready": True}
+        assert calls.get("/readyz", headers={"X-API-Key": SECOND}).json() == {"ready": True}
+        assert calls.get("/readyz", headers={"X-API-Key": FIRST}).json()["problems"] == ["birds does not open"]
 
 
 def test_browser_is_asked_for_a_password() -> None:

@@ -14,9 +14,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+from support.fake_engine import FakeEngine
+from support.served_app import app_of
 
-from infra.errors import InputError
+from infra.errors import InputError, StageError
 from tasks.serve.api import server
+from tasks.serve.api.config import ApiConfig
 
 CHECKOUT = Path(__file__).parents[4]
 
@@ -128,6 +131,20 @@ def test_bind_to_a_used_or_foreign_address_is_an_input_error() -> None:
             server.bind("127.0.0.1", port)
     with pytest.raises(InputError, match="cannot be used"):
         server.bind("192.0.2.1", 0)
+
+
+def test_second_service_on_the_same_port_is_refused_before_the_first_serves() -> None:
+    with server.bind("127.0.0.1", 0) as bound:
+        port = bound.getsockname()[1]
+        with pytest.raises(InputError, match=f"127.0.0.1:{port} "):
+            server.bind("127.0.0.1", port)
+
+
+def test_application_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine()
+    monkeypatch.setattr(engine, "start", lambda: 1 / 0)
+    with server.bind("127.0.0.1", 0) as bound, pytest.raises(StageError, match="did not start"):
+        server.run(app_of(engine), engine, bound, ApiConfig(), lambda: None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("host", "start"), [("127.0.0.1", "http://127.0.0.1:"), ("::1", "http://[::1]:")])
