@@ -129,9 +129,13 @@ def measure(
     chosen: NDArray[np.int64],
 ) -> tuple[dict[str, Any], dict[str, NDArray[np.uint8]]]:
     """Return the scores and the images (N, S, S, 3) of one database."""
-    rows, own = rows_of(embedded(source, encoder)), own_images(prompts, source.labels)
+    labelled = [row for row, label in enumerate(source.labels) if label]  # others may be the own image of a prompt
+    rows = rows_of(embedded(source, encoder))[labelled]
+    own = own_images(prompts, [source.labels[row] for row in labelled])
     texts = encoder.embed_texts([prompt.text for prompt in prompts]).numpy()
-    database = LeftOutDatabase(source.name, encoder.identity, rows, source.image, texts, own)
+    database = LeftOutDatabase(
+        source.name, encoder.identity, rows, lambda number: source.image(labelled[number]), texts, own
+    )
     pipeline.swap_database(database)
     near = nearest_others(rows)
     threshold = embedding_metrics.copy_threshold(near)

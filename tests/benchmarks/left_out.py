@@ -1,7 +1,7 @@
 """Databases without the image that a prompt names, and the prompts that people write.
 
-``prompts.txt`` has the prompts and the names of their own images. Every search for a prompt leaves those images out, so
-a result is generated, not looked up.
+``prompts.txt`` has the prompts, and words in the names of their own images. Every search for a prompt leaves out the
+images with these words in their name. Similar ones remain.
 
 Legend: ``P`` prompts, ``M`` images of a database, ``Q`` queries, ``K`` neighbours, ``D`` embedding width.
 """
@@ -25,14 +25,14 @@ PROMPTS = Path(__file__).with_name("prompts.txt")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A prompt, and words that the names of its own images contain."""
+    """A prompt, and words that the names of its own images contain, whole or as plurals."""
 
     text: str
     words: tuple[str, ...]
 
     def names(self, label: str) -> bool:
         """Return True if ``label`` is the name of an image that the prompt asks for."""
-        return any(re.search(rf"\b{re.escape(word)}", label, re.IGNORECASE) for word in self.words)
+        return any(re.search(rf"\b{re.escape(word)}(?:e?s)?\b", label, re.IGNORECASE) for word in self.words)
 
 
 def read_prompts(path: Path = PROMPTS) -> list[Prompt]:

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from support import tiny_models
 
+from flows.demo.images import emoji_names
+
 PROMPTS = 6
 LABELS = ("red apple", "green apple", "pineapple", "")
 
@@ -39,6 +41,26 @@ def test_prompts_name_their_own_images(left_out: Any) -> None:
     assert not any("skin" in prompt.text for prompt in prompts)
     apple = next(prompt for prompt in prompts if prompt.text == "a red apple")
     assert left_out.own_images([apple], LABELS).tolist() == [[True, True, False, False]]
+
+
+def test_words_of_the_prompts_are_in_the_names_of_emoji(left_out: Any) -> None:
+    names = sorted(set(emoji_names().values()))
+    prompts = {prompt.text: prompt for prompt in left_out.read_prompts()}
+    words = {word for prompt in prompts.values() for word in prompt.words}
+    unused = [w for w in words if not any(left_out.Prompt(text="", words=(w,)).names(name) for name in names)]
+    assert not unused
+    for text, label in (
+        ("a sad face", "sad but relieved face"),
+        ("a yellow car", "oncoming taxi"),
+        ("the moon", "waxing gibbous moon"),
+        ("a football", "american football"),
+        ("a fish", "blowfish"),
+        ("a train", "locomotive"),
+        ("santa", "Mrs. Claus"),
+        ("a happy face", "grinning face with big eyes"),
+    ):
+        assert prompts[text].names(label), text
+    assert not prompts["a car"].names("carrot")
 
 
 def test_left_out_database_never_returns_the_own_images_of_a_prompt(left_out: Any) -> None:
