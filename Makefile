@@ -72,8 +72,8 @@ check: install  ## formatting, lint, spelling, words, types, import contracts
 docs: install  ## the documentation site, in build/docs
 	@$(BIN)/mkdocs build
 
-bench: install  ## benchmarks, one JSON file each in build/bench (NAME=swap, NAME=generator SAMPLES=200, NAME=lists ROWS=1000000)
-	@ROWS=$(ROWS) $(BIN)/python tests/benchmarks/run.py $(NAME) $(if $(SAMPLES),--samples $(SAMPLES))
+bench: install  ## benchmarks, one JSON file each in build/bench (NAME=swap, NAME=generator SAMPLES=60, NAME=lists ROWS=1000000)
+	@$(if $(ROWS),ROWS=$(ROWS)) $(if $(PROMPTS),PROMPTS=$(PROMPTS)) $(BIN)/python tests/benchmarks/run.py $(NAME) $(if $(SAMPLES),--samples $(SAMPLES))
 
 clean:  ## remove build outputs and caches, not the environment
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

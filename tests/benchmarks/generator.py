@@ -1,14 +1,23 @@
-"""The bundled generator with prompts that people write, whose own images are left out of the database.
+"""The bundled generator with prompts that people write. Images that a prompt names are left out of the database.
 
-    make bench NAME=generator               # every fifth prompt
-    make bench NAME=generator SAMPLES=200   # all of prompts.txt
+    make bench NAME=generator                            # the 160 prompts that were not used to choose the presets
+    make bench NAME=generator SAMPLES=60                 # a seeded sample of them
+    make bench NAME=generator PROMPTS=tuning             # the 40 that were used: every fifth, from the first
+    make bench NAME=generator PROMPTS=all SAMPLES=200    # all
 
-No prompt can be looked up, so the nearest stored image is what the generator must beat. Twemoji and OpenMoji are the
-databases; the generator was trained on neither. Every condition starts from the same noise. "one" has a single
-candidate, so its score has no selection; "noise" has the defaults of the pipeline, "fast" and "best" are its presets.
+Twemoji and OpenMoji are the databases; the generator was trained on neither. Images with a prompt's words in their name
+are left out for that prompt; similar ones remain. The nearest remaining image is what the generator must beat.
+
+Conditions share their noise: candidate i of a prompt starts from the same noise in all of them.
+
+    noise        the defaults of the pipeline
+    noise_both   noise, mean and text in the query slot, best of 3: the preset fast without its start
+    fast_one     the preset fast with one candidate, so nothing is selected
+    fast, best   the presets
+    nearest      the nearest stored image
 
 The concept of a prompt counts as retrieved if the prompt is the nearest of all 200 to the image. The judge is the
-encoder that also retrieves, conditions and selects. No independent one is bundled.
+encoder that also retrieves, conditions and selects. No independent one is bundled. Intervals resample the prompts.
 
 ``copy_rate_real`` is the share of the left-out images whose nearest remaining image is above the copy threshold: the
 copy rate of an artist who has not seen them. Images are cached below ``build/bench/prompts``, by the digest of their
@@ -20,6 +29,7 @@ Legend: ``N`` prompts, ``P`` all prompts, ``M`` images of a database, ``D`` embe
 import dataclasses
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -31,9 +41,11 @@ from edit import DTYPE, dtype_of, save_grid
 from left_out import LeftOutDatabase, Prompt, own_images, read_prompts
 from names import DEFAULTS
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from model.encoder.clip import Encoder
+from model.generation.backbone import Backbone
 from model.generation.quality import PRESETS
 from model.images import image_to_array, to_rgb
 from model.metrics import embedding_metrics
@@ -44,13 +56,41 @@ from model.saved_generator import BUNDLED_GENERATOR, pretrained_folder, weights_
 
 SEED = 0
 RESAMPLES = 1_000
+TUNING_STEP = 5
+"""Every prompt whose number is a multiple of it was used to choose the presets."""
 CONDITIONS: dict[str, dict[str, Any]] = {
     "noise": {},
-    "one": {"quality": "fast", "candidates": 1},
+    "noise_both": {"start": "noise", "query": "both", "candidates": 3},
+    "fast_one": {"quality": "fast", "candidates": 1},
     "fast": {"quality": "fast"},
     "best": {"quality": "best"},
 }
 """Arguments of the call in each condition."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """The prompts of a run.
+
+    Attributes:
+        numbers: (N,), their numbers among all prompts.
+        texts: (N, D), their embeddings.
+        own: (N, M), True for the images that are left out.
+    """
+
+    numbers: NDArray[np.int64]
+    texts: Embeddings
+    own: NDArray[np.bool_]
+
+    def noise(self, backbone: Backbone, candidates: int, steps: int) -> Tensor:
+        """Return the noise of all candidates, prompt after prompt. A candidate's depends only on prompt and number."""
+        generators = [torch.Generator().manual_seed(SEED + int(number)) for number in self.numbers]
+        return torch.cat([backbone.noise(candidates, steps, generator) for generator in generators])
+
+    def digest(self) -> str:
+        """Return a digest of the prompts and of the images that their words leave out."""
+        parts = (self.numbers, self.texts, self.own)
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,10 +134,11 @@ class Judge:
 
 
 def bench_generator(samples: int, device: str) -> dict[str, Any]:
-    """Return the scores of ``samples`` prompts, at most all, for each database and condition."""
+    """Return the scores of ``samples`` prompts, at most all of ``PROMPTS``, for each database and condition."""
     encoder, prompts = Encoder(device=device), read_prompts()
     pipeline = KNNDiffusionPipeline.open(pretrained_folder(BUNDLED_GENERATOR)).to(device, DTYPE[device])
-    chosen = spread(len(prompts), samples)
+    kind = os.environ.get("PROMPTS") or "held-out"
+    chosen = choose(kind, len(prompts), samples)
     columns: dict[str, NDArray[np.uint8]] = {}
     databases = {}
     for source in drawings():
@@ -106,7 +147,8 @@ def bench_generator(samples: int, device: str) -> dict[str, Any]:
     save_grid(columns, [prompts[number].text for number in chosen], BENCH / "generator.png")
     return {
         "samples": len(chosen),
-        "prompts": len(prompts),
+        "prompts": kind,
+        "prompts_of_the_judge": len(prompts),
         "databases": databases,
         "device": device,
         "dtype": dtype_of(device),
@@ -116,9 +158,14 @@ def bench_generator(samples: int, device: str) -> dict[str, Any]:
     }
 
 
-def spread(total: int, samples: int) -> NDArray[np.int64]:
-    """Return ``samples`` numbers of ``total``, evenly spread over the sections of the prompts."""
-    return np.unique(np.linspace(0, total, min(samples, total), endpoint=False).astype(np.int64))
+def choose(kind: str, total: int, samples: int) -> NDArray[np.int64]:
+    """Return the numbers of ``samples`` of ``total`` prompts, at most all of this kind, in order."""
+    numbers = np.arange(total)
+    tuning = numbers % TUNING_STEP == 0
+    kinds = {"held-out": numbers[~tuning], "tuning": numbers[tuning], "all": numbers}
+    if kind not in kinds:
+        raise SystemExit(f"PROMPTS is unknown: {kind}; use one of {', '.join(kinds)}")
+    return np.sort(np.random.default_rng(SEED).permutation(kinds[kind])[:samples])
 
 
 def measure(
@@ -140,14 +187,15 @@ def measure(
     near = nearest_others(rows)
     threshold = embedding_metrics.copy_threshold(near)
     judge = Judge(texts=texts, numbers=chosen, rows=rows, database=database, threshold=threshold)
-    first = database.search(texts[chosen], 1).ids[:, 0]
+    asked = Asked(numbers=chosen, texts=texts[chosen], own=own[chosen])
+    first = database.search(asked.texts, 1).ids[:, 0]
     sheets = {"nearest": np.stack([image_to_array(to_rgb(image), SIDE) for image in database.images(first.tolist())])}
     seconds = {}
     for name, options in CONDITIONS.items():
-        sheets[name], seconds[name] = generated(pipeline, source, texts[chosen], options)
+        sheets[name], seconds[name] = generated(pipeline, source, asked, options)
     scores = {name: judge.scores(encoder.embed_pixels(images).numpy()) for name, images in sheets.items()}
-    asked, left_out = np.nonzero(own)
-    remaining = database.nearest(rows[left_out], 1, asked).scores[:, 0]
+    prompt, left_out = np.nonzero(asked.own)
+    remaining = database.nearest(rows[left_out], 1, chosen[prompt]).scores[:, 0]
     some = np.random.default_rng(SEED).permutation(len(rows))[: len(chosen)]
     return {
         **scores,
@@ -171,32 +219,34 @@ def nearest_others(rows: Embeddings) -> NDArray[np.float32]:
 
 
 def generated(
-    pipeline: KNNDiffusionPipeline, source: Drawings, texts: Embeddings, options: dict[str, Any]
+    pipeline: KNNDiffusionPipeline, source: Drawings, asked: Asked, options: dict[str, Any]
 ) -> tuple[NDArray[np.uint8], float]:
-    """Return one image (N, S, S, 3) for each text (N, D), and the seconds per image; computed once."""
+    """Return one image (N, S, S, 3) for each prompt, and the seconds per image; computed once."""
     preset = PRESETS.get(options.get("quality", ""))
+    chosen = None if preset is None else preset.candidates
+    candidates = options.get("candidates") or chosen or pipeline.config["candidates"]
     settings = {
         "weights": weights_digest(BUNDLED_GENERATOR),
         "defaults": {name: pipeline.config[name] for name in DEFAULTS},
         "preset": None if preset is None else dataclasses.asdict(preset),
         "options": options,
         "database": source.version,
-        "texts": hashlib.sha256(texts.tobytes()).hexdigest(),
+        "asked": asked.digest(),
         "device": pipeline.device.type,
         "seed": SEED,
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = BENCH / "prompts" / f"{source.name}-{digest}.npz"
     if not path.exists():
-        started, rows = time.perf_counter(), torch.from_numpy(texts)
+        latents = asked.noise(pipeline.backbone, candidates, pipeline.config["num_inference_steps"])
+        started, texts = time.perf_counter(), torch.from_numpy(asked.texts)
         with tqdm(desc=f"generate {source.name} {options}", unit="step", mininterval=2, leave=False) as bar:
 
             def on_progress(step: int, steps: int) -> None:
                 bar.total = steps
                 bar.update(step - bar.n)
 
-            generator = torch.Generator().manual_seed(SEED)
-            output = pipeline(rows, generator=generator, on_progress=on_progress, **options)
+            output = pipeline(texts, latents=latents, on_progress=on_progress, **options)
         pixels = np.stack([np.asarray(image) for image in output.images])
         seconds = (time.perf_counter() - started) / len(texts)
         write_whole(path, lambda file: np.savez(file, pixels=pixels, seconds=seconds))

@@ -10,7 +10,7 @@
 | delta | adding 10k rows to 100k and to 1M | delta.py |
 | swap | seconds until a running pipeline uses another database, and failed requests | retrieval.py |
 | neighbours | all rows' neighbours against FAISS's own search of the same index | retrieval.py |
-| generator | the bundled generator with prompts that people write, own images left out (SAMPLES=40) | generator.py |
+| generator | the bundled generator with prompts that people write (SAMPLES=160, PROMPTS=all) | generator.py |
 | names | the bundled generator with the names of emoji, with neighbours and without (SAMPLES=2000) | names.py |
 | discrete | the same for the bundled discrete generator, and its edits (SAMPLES=2000) | names.py |
 | ablations | without neighbours, with each kind of query, with 1 to 20 neighbours (SAMPLES=1000) | names.py |
@@ -37,7 +37,7 @@ import faiss
 import torch
 
 OUT = Path("build/bench")
-SAMPLES = {"generator": 40, "names": 2000, "discrete": 2000, "ablations": 1000}
+SAMPLES = {"generator": 160, "names": 2000, "discrete": 2000, "ablations": 1000}
 """Number of samples of the published figures."""
 LEAST_SAMPLES = 4
 FEW_SAMPLES = {"generator": 4, "names": 64, "discrete": 64, "ablations": 64}

@@ -92,33 +92,67 @@ def test_judge_scores_the_concept_and_copies_of_what_remains(bench: Any, left_ou
 
 
 class FakePipeline:
-    """A pipeline that returns black images, and counts its calls."""
+    """A pipeline that returns black images, and records the noise of its calls."""
 
     device = torch.device("cpu")
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        self.config, self.calls = dict.fromkeys(names), 0
+        self.config = dict.fromkeys(names) | {"candidates": 2, "num_inference_steps": 6}
+        self.backbone = tiny_models.pipeline(None).backbone
+        self.latents: list[torch.Tensor] = []
 
-    def __call__(self, texts: torch.Tensor, on_progress: Any, **options: Any) -> Any:
-        self.calls += 1
+    def __call__(self, texts: torch.Tensor, latents: torch.Tensor, on_progress: Any, **options: Any) -> Any:
+        self.latents.append(latents)
         on_progress(1, 1)
         return types.SimpleNamespace(images=[Image.new("RGB", (8, 8))] * len(texts))
+
+
+def asked_of(bench: Any, *numbers: int, own: int = 0) -> Any:
+    texts = tiny_models.unit_rows(10).astype(np.float32)[list(numbers)]
+    left_out = np.arange(4) == np.full((len(numbers), 1), own)
+    return bench.Asked(numbers=np.array(numbers), texts=texts, own=left_out)
 
 
 def test_generated_images_are_cached_by_their_settings(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = FakePipeline(bench.DEFAULTS)
     source = types.SimpleNamespace(name="named", version="1")
-    texts = tiny_models.unit_rows(3).astype(np.float32)
-    images, seconds = bench.generated(pipeline, source, texts, {"quality": "fast"})
+    asked = asked_of(bench, 1, 2, 4)
+    images, seconds = bench.generated(pipeline, source, asked, {"quality": "fast"})
     assert images.shape == (3, 8, 8, 3)
-    assert bench.generated(pipeline, source, texts, {"quality": "fast"})[1] == seconds
-    assert pipeline.calls == 1
-    bench.generated(pipeline, source, texts, {"quality": "best"})
+    assert bench.generated(pipeline, source, asked, {"quality": "fast"})[1] == seconds
+    assert len(pipeline.latents) == 1
+    bench.generated(pipeline, source, asked_of(bench, 1, 2, 4, own=3), {"quality": "fast"})
+    assert len(pipeline.latents) == 2, "other images are left out"
+    bench.generated(pipeline, source, asked, {"quality": "best"})
     monkeypatch.setattr(bench, "PRESETS", {})
-    bench.generated(pipeline, source, texts, {"quality": "best"})
-    assert pipeline.calls == 3
+    bench.generated(pipeline, source, asked, {"quality": "best"})
+    assert len(pipeline.latents) == 4
 
 
-@pytest.mark.parametrize(("samples", "numbers"), [(4, [0, 50, 100, 150]), (1_000, list(range(200)))])
-def test_spread_covers_all_sections(samples: int, numbers: list[int], bench: Any) -> None:
-    assert bench.spread(200, samples).tolist() == numbers
+def test_conditions_share_the_noise_of_each_prompt_and_candidate(bench: Any) -> None:
+    pipeline = FakePipeline(bench.DEFAULTS)
+    source = types.SimpleNamespace(name="named", version="1")
+    for options in bench.CONDITIONS.values():
+        bench.generated(pipeline, source, asked_of(bench, 1, 2, 4), options)
+    noise = {
+        name: latents.unflatten(0, (3, -1)) for name, latents in zip(bench.CONDITIONS, pipeline.latents, strict=True)
+    }
+    counts = {name: latents.shape[1] for name, latents in noise.items()}
+    assert counts == {"noise": 2, "noise_both": 3, "fast_one": 1, "fast": 3, "best": 8}
+    for latents in noise.values():
+        assert torch.equal(latents, noise["best"][:, : latents.shape[1]])
+    bench.generated(pipeline, source, asked_of(bench, 4), {"quality": "best"})
+    assert torch.equal(pipeline.latents[-1], noise["best"][2])
+
+
+def test_choose_separates_the_prompts_that_chose_the_presets(bench: Any) -> None:
+    held_out = bench.choose("held-out", 200, 160)
+    assert len(held_out) == 160
+    assert bench.choose("tuning", 200, 160).tolist() == list(range(0, 200, 5))
+    assert not set(held_out) & set(range(0, 200, 5))
+    assert bench.choose("all", 200, 1_000).tolist() == list(range(200))
+    few = bench.choose("held-out", 200, 60)
+    assert len(set(few)) == 60
+    assert set(few) < set(held_out)
+    with pytest.raises(SystemExit, match="PROMPTS is unknown: some; use one of held-out"):
+        bench.choose("some", 200, 4)

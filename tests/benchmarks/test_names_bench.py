@@ -88,7 +88,7 @@ def test_main_with_too_few_samples_fails(
     assert f"number of samples is too small or not a number: '{text}'; give at least 4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("samples", "named", "count"), [(None, True, 40), (None, False, 4), (7, True, 7)])
+@pytest.mark.parametrize(("samples", "named", "count"), [(None, True, 160), (None, False, 4), (7, True, 7)])
 def test_benchmark_passes_the_number_of_samples(
     samples: int | None, named: bool, count: int, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
