@@ -128,7 +128,7 @@ class KNNDiffusionPipeline(BasePipeline):
                 the two) or "none". Default: the generator's; without retrieval "text".
             retrieve: False hides the neighbours, the ablation without retrieval. Default: True.
             quality: "fast" or "best", a preset for ``candidates``, ``query``, ``start`` and ``strength``, which given
-                arguments override. Default: None, no preset.
+                arguments override. From a database without images it starts from noise. Default: None, no preset.
             start: "noise", "neighbour" (a stored image, at random among the nearest three of about the same score), or
                 an image for all prompts or one for each. Needs a continuous generator. Default: "noise".
             strength: Share of noise that is added to the start, in (0, 1]; small values return the start. Default: 0.8.
@@ -160,6 +160,7 @@ class KNNDiffusionPipeline(BasePipeline):
             quality,
             self._new_backbone(),
             neighbours_shown=retrieve and between is None,
+            has_images=quality is not None and self.has_images,  # it reads an image
             candidates=candidates,
             query=query,
             start=start,

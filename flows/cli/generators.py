@@ -145,9 +145,10 @@ def generate(
             "start": start,
             "strength": strength,
             "reference": reference,
-            **({} if between is not None else _without_images(pipeline, start, quiet)),
             "generator": torch.Generator().manual_seed(seed),
         }
+        if not quiet and between is None and start is None:
+            _mention_noise(pipeline)
         with step_bar("generate") as on_progress:
             if between is None:
                 output = pipeline(conditions, num_images_per_prompt=num_images, on_progress=on_progress, **options)
@@ -298,20 +299,11 @@ def _check_between(between: int | None, prompts: int, num_images: int, start: st
         raise InputError(f"--num-images does not apply to --between: {num_images}; remove one of them")
 
 
-def _without_images(pipeline: Any, start: str | None, quiet: bool) -> dict[str, str]:
-    """Return the start that replaces that of the preset if the database is a copy without images."""
-    from infra.errors import KNNDiffusionError
-    from model.errors import ModelError
-
-    if start is not None or not pipeline.starts_from_images:
-        return {}
-    try:
-        pipeline.database.images([0])
-    except (KNNDiffusionError, ModelError) as error:
-        if not quiet:
-            print(f"knn-diffusion: starting from noise: {' '.join(str(error).split())}", file=sys.stderr)
-        return {"start": "noise"}
-    return {}
+def _mention_noise(pipeline: Any) -> None:
+    """Print that a preset starts from noise, if the images of the database cannot be read."""
+    if pipeline.starts_from_images and not pipeline.has_images:
+        reason = f"the images of database {pipeline.database.name} cannot be read; --start neighbour shows why"
+        print(f"knn-diffusion: starting from noise, because {reason}", file=sys.stderr)
 
 
 def _save(images: Sequence["Image.Image"], out: Path | None, out_dir: Path | None) -> list[Path]:

@@ -178,6 +178,11 @@ class BasePipeline(DiffusionPipeline):
         return self._new_backbone().side
 
     @property
+    def has_images(self) -> bool:
+        """True if there is a database whose images can be read, for a ``start`` from a stored neighbour."""
+        return self._database is not None and self._database.has_images
+
+    @property
     def starts_from_images(self) -> bool:
         """True if a call accepts a ``start`` other than noise."""
         return self._new_backbone().starts_from_images

@@ -38,15 +38,18 @@ PRESETS: dict[Quality, Preset] = {
 }
 
 
-def resolve(quality: Quality | None, backbone: Backbone, *, neighbours_shown: bool, **given: Any) -> Preset:
-    """Return the arguments of a call: those that are given, and for the others those of the preset.
+def resolve(
+    quality: Quality | None, backbone: Backbone, *, neighbours_shown: bool, has_images: bool, **given: Any
+) -> Preset:
+    """Fill in the arguments that are not given from the preset.
 
     A preset uses neighbours only if the generator and the call support it.
 
     Args:
-        quality: The preset, or None for noise.
+        quality: The preset. None: no preset; the call starts from noise unless ``start`` is given.
         backbone: The generator.
         neighbours_shown: False without retrieval, and for an interpolation.
+        has_images: False if the database has no images that can be read. The preset then starts from noise.
         given: Fields of :class:`Preset`; None if not given.
 
     Raises:
@@ -60,5 +63,7 @@ def resolve(quality: Quality | None, backbone: Backbone, *, neighbours_shown: bo
             preset = dataclasses.replace(preset, start="neighbour")
     if not (neighbours_shown and backbone.starts_from_images):
         preset = dataclasses.replace(preset, query=None, start="noise")
+    elif not has_images:
+        preset = dataclasses.replace(preset, start="noise")
     merged = dataclasses.replace(preset, **{name: value for name, value in given.items() if value is not None})
     return dataclasses.replace(merged, strength=given.get("strength")) if merged.start == "noise" else merged

@@ -8,6 +8,7 @@ themselves, its own scores are used.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -116,6 +117,11 @@ class Searchable(Protocol):
     name: str
     encoder: EncoderIdentity
 
+    @property
+    def has_images(self) -> bool:
+        """True if the stored images can be read."""
+        ...
+
     def __len__(self) -> int:
         """Return the number of rows that a search may return."""
         ...
@@ -161,6 +167,7 @@ class Database:
         """
         self.name, self.encoder, self.effort = name, encoder, effort or SearchEffort()
         self._describe, self._images = describe, images
+        self._image_errors: tuple[type[Exception], ...] = ()
         self._hidden = np.zeros(0, np.int64) if hidden is None else np.asarray(hidden, dtype=np.int64)
         if not shards:
             raise ModelError(f"database has no shard: {name}; build it from at least one image")
@@ -319,11 +326,28 @@ class Database:
         other._describe = describe
         return other
 
-    def with_images(self, images: Callable[[Sequence[int]], list[Image.Image]]) -> "Database":
-        """Return the same open database, whose stored images ``images`` returns by global row id."""
+    def with_images(
+        self, images: Callable[[Sequence[int]], list[Image.Image]], *, errors: tuple[type[Exception], ...] = ()
+    ) -> "Database":
+        """Return the same open database, whose stored images ``images`` returns by global row id.
+
+        ``errors`` are those that it raises if the images cannot be read.
+        """
         other = self.with_effort(self.effort)
-        other._images = images
+        other.__dict__.pop("has_images", None)
+        other._images, other._image_errors = images, errors
         return other
+
+    @functools.cached_property
+    def has_images(self) -> bool:
+        """True if the stored images can be read: tried once, with the first row that a search may return."""
+        if not len(self):
+            return False
+        first = next((row for row, hidden in enumerate(self._hidden) if row != hidden), len(self._hidden))
+        try:
+            return bool(self.images([first]))
+        except (ModelError, *self._image_errors):
+            return False
 
     def images(self, ids: Sequence[int]) -> list[Image.Image]:
         """Return the stored RGB images of rows, in the order of ``ids``, which may repeat.

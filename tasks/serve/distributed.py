@@ -4,6 +4,7 @@ Every actor opens consecutive index shards as a database of its own. A search qu
 their results. A machine fetches only the shards of its actors. The interface is that of a local database.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from infra import artifacts, compute
-from infra.errors import InputError
+from infra.errors import InputError, KNNDiffusionError
 from model.encoder.identity import EncoderIdentity
 from model.errors import ModelError
 from model.retrieval.arguments import checked_count, checked_exclusion, checked_ids, checked_queries, checked_rows
@@ -109,6 +110,15 @@ class DistributedDatabase(Searchable):
         """Return the metadata (key, url, …) of rows; see :meth:`model.retrieval.database.Database.describe`."""
         rows = checked_rows(ids, self.stored, self.name)
         return [{"id": row, **metadata} for row, metadata in zip(rows, self._metadata(rows), strict=True)]
+
+    @functools.cached_property
+    def has_images(self) -> bool:
+        """True if the stored images can be read: tried once, with the row nearest to the first one."""
+        found = self.search(self.rows(np.zeros(1, np.int64)).astype(np.float32), 1)
+        try:
+            return bool(self.images(found.ids[0].tolist()))
+        except KNNDiffusionError:
+            return False
 
     def images(self, ids: Sequence[int]) -> list[Image.Image]:
         """Return the stored images of rows; see :meth:`model.retrieval.database.Database.images`."""

@@ -57,7 +57,8 @@ def load_database(reference: str, settings: Settings, *, trust: bool = False) ->
     """
     version, _ = _pull_version(reference, settings, trust)
     database = open_database(version, settings.cache_folder)
-    return database.with_images(functools.partial(fetch_images, version, cache=settings.cache_folder))
+    images = functools.partial(fetch_images, version, cache=settings.cache_folder)
+    return database.with_images(images, errors=(KNNDiffusionError,))
 
 
 def search_database(

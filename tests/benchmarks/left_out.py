@@ -52,6 +52,8 @@ class LeftOutDatabase:
     A query is recognised as the nearest of the prompts' embeddings.
     """
 
+    has_images = True
+
     def __init__(
         self,
         name: str,

@@ -54,7 +54,8 @@ class OpenModel:
     @property
     def defaults(self) -> dict[str, Any]:
         """Settings of a generation that names none, from a database with images."""
-        config, preset = self.pipeline.config, resolve("fast", self.backbone, neighbours_shown=True)
+        config = self.pipeline.config
+        preset = resolve("fast", self.backbone, neighbours_shown=True, has_images=True)
         return {
             "steps": config.num_inference_steps,
             "guidance": config.guidance_scale,

@@ -203,7 +203,8 @@ def _plan_generation(request: GenerateRequest, opened: OpenDatabase, model: Open
     preset = resolve(
         request.quality,
         model.backbone,
-        neighbours_shown=opened.has_images and not between,
+        neighbours_shown=not between,
+        has_images=opened.has_images,
         candidates=request.candidates,
         start=request.start,
         strength=request.strength,

@@ -16,7 +16,6 @@ from infra import artifacts, logs, storage
 from infra.download.images import shrink_to_fit
 from infra.errors import InputError, KNNDiffusionError, NotFoundError
 from infra.formats import tables
-from model.errors import ModelError
 from model.retrieval.database import Database
 from tasks.references.database import Metadata, open_database
 from tasks.references.domain_folder import DomainFolder
@@ -78,7 +77,7 @@ class OpenDatabase:
         self.matching = lru_cache(_KEPT_FILTERS)(partial(_matching, name, source))
         self._encoded = lru_cache(_KEPT_THUMBNAILS)(partial(_encode, database))
         self.hide_taken_down()
-        self.has_images = self._reads_images()
+        self.has_images = self._database.has_images
 
     @classmethod
     def open(
@@ -112,7 +111,7 @@ class OpenDatabase:
         )
         database = open_database(version, cache, name=name).with_descriptions(lookup)
         if images is not None:
-            database = database.with_images(lambda ids: images(_places(lookup, ids)))
+            database = database.with_images(lambda ids: images(_places(lookup, ids)), errors=(KNNDiffusionError,))
         opened = cls(database, name=name, version=number, generation=generation, source=source)
         opened._preload()
         return opened
@@ -189,12 +188,6 @@ class OpenDatabase:
             return [{} for _ in described]
         return [found[place] for place in places]
 
-    def _reads_images(self) -> bool:
-        visible = self._database.ids()
-        try:
-            return bool(len(visible)) and bool(self._database.images([int(visible[0])]))
-        except (KNNDiffusionError, ModelError):
-            return False
 
     def _preload(self) -> None:
         """Read what is kept in memory, so that the first searches are fast, and a small database outlives its files."""

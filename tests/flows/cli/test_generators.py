@@ -11,8 +11,6 @@ from PIL import Image
 from support.command import refused, run
 from support.tiny_domain import drawn
 
-from infra.errors import NotFoundError
-
 
 def test_generate_with_same_seed_writes_the_same_images(domain: Any, tmp_path: Path) -> None:
     images = []
@@ -42,9 +40,10 @@ class FakePipeline:
     """A pipeline that generates black images of 4 px, and records its arguments."""
 
     starts_from_images = True
+    has_images = True
+    database = SimpleNamespace(name="shapes")
 
     def __init__(self) -> None:
-        self.database: Any = SimpleNamespace(images=list)
         self.prompts: list[Any] = []
         self.options: dict[str, Any] = {}
         self.model = ""
@@ -221,10 +220,6 @@ def test_generate_with_out_dir_writes_one_file_per_image(pipeline: FakePipeline,
     assert (pipeline.options["num_images_per_prompt"], pipeline.options["query"]) == (2, "both")
 
 
-def fetch_absent() -> list[Image.Image]:
-    raise NotFoundError("the images were deleted")
-
-
 def test_generate_uses_the_fast_preset_by_default(pipeline: FakePipeline, tmp_path: Path) -> None:
     arguments = ("generate", "a", "b", "--database", "shapes", "--out", str(tmp_path / "a.png"))
 
@@ -236,13 +231,13 @@ def test_generate_uses_the_fast_preset_by_default(pipeline: FakePipeline, tmp_pa
     assert used() == ("fast", None, None, "none")
     assert used("--quality", "best", "--strength", "0.9") == ("best", None, 0.9, "none")
     assert used("--start", "noise", "--reference", "neighbour") == ("fast", "noise", None, "neighbour")
-    pipeline.database = SimpleNamespace(images=lambda ids: fetch_absent())
-    assert used("--between", "3") == ("fast", None, None, "none")
-    assert used() == ("fast", "noise", None, "none")
-    assert used("--start", "neighbour") == ("fast", "neighbour", None, "none")
-    assert "starting from noise: the images were deleted" in run(*arguments).stderr
-    pipeline.starts_from_images = False
-    assert used() == ("fast", None, None, "none")
+    message = "starting from noise, because the images of database shapes cannot be read; --start neighbour shows why"
+    assert message not in run(*arguments).stderr
+    pipeline.has_images = False
+    assert used() == ("fast", None, None, "none"), "the pipeline chooses the start"
+    assert message in run(*arguments).stderr
+    assert message not in run(*arguments, "--start", "neighbour").stderr
+    assert message not in run(*arguments, "--between", "3").stderr
     refused(run(*arguments, "--between", "3", "--start", "neighbour"), "--start neighbour does not apply to --between")
 
 

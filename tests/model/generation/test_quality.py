@@ -1,5 +1,6 @@
 """Presets of a call."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ PLAIN = tiny_models.pipeline(None).backbone
 DISCRETE = tiny_models.discrete_pipeline().backbone
 
 
-def resolved(quality: Any, backbone: Any = PLAIN, *, shown: bool = True, **given: Any) -> Preset:
-    return resolve(quality, backbone, neighbours_shown=shown, **given)
+def resolved(quality: Any, backbone: Any = PLAIN, *, shown: bool = True, stored: bool = True, **given: Any) -> Preset:
+    return resolve(quality, backbone, neighbours_shown=shown, has_images=stored, **given)
 
 
 def test_resolve_without_quality_is_noise_and_what_is_given() -> None:
@@ -47,6 +48,13 @@ def test_resolve_uses_neighbours_only_where_they_are_supported(quality: Any) -> 
     assert resolved(quality, DISCRETE) == resolved(quality, shown=False) == expected
 
 
+@pytest.mark.parametrize("quality", list(PRESETS))
+def test_resolve_without_images_changes_the_start_only(quality: Any) -> None:
+    expected = dataclasses.replace(PRESETS[quality], start="noise", strength=None)
+    assert resolved(quality, stored=False) == expected
+    assert resolved(quality, stored=False, start="neighbour", strength=0.5).start == "neighbour"
+
+
 def test_resolve_unknown_quality_raises() -> None:
     with pytest.raises(ModelError, match="quality is unknown: 'high'; use one of fast, best"):
         resolved("high")
@@ -70,3 +78,7 @@ def test_quality_of_a_call_is_its_preset(tmp_path: Path) -> None:
     assert generated(pipeline, quality="fast") == generated(pipeline, **options)
     assert generated(pipeline, quality="fast") != generated(pipeline)
     assert len(generated(pipeline, quality="fast", between=3)) == 3
+    pipeline.swap_database(tiny_models.database(tmp_path / "plain", tiny_models.unit_rows(40)))
+    assert generated(pipeline, quality="fast") == generated(pipeline, query="both", start="noise")
+    with pytest.raises(ModelError, match="was opened without images"):
+        generated(pipeline, quality="fast", start="neighbour")

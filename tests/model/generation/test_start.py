@@ -207,6 +207,28 @@ def test_choose_by_noise_is_uniform_and_below_the_counts() -> None:
     assert choose_by_noise(noise[:5], np.ones(5, np.int64)).tolist() == [0] * 5
 
 
+def test_has_images_is_tried_once_with_a_row_that_may_be_returned(tmp_path: Path) -> None:
+    plain = tiny_models.database(tmp_path, tiny_models.unit_rows(40), hidden=np.array([0, 1, 5]))
+    assert not plain.has_images
+    read: list[int] = []
+
+    def images(ids: Any) -> list[Image.Image]:
+        read.extend(ids)
+        return stored_images(ids)
+
+    def deleted(ids: Any) -> list[Image.Image]:
+        raise FileNotFoundError(ids)
+
+    readable = plain.with_images(images)
+    assert readable.has_images
+    assert readable.has_images
+    assert read == [2]
+    assert not readable.with_images(deleted, errors=(FileNotFoundError,)).has_images
+    with pytest.raises(FileNotFoundError):
+        readable.with_images(deleted).has_images  # noqa: B018 - a property
+    assert not plain.with_images(images).without(np.arange(40)).has_images
+
+
 def test_images_of_a_database_rejects_unknown_rows(pipeline: KNNDiffusionPipeline) -> None:
     database: Any = pipeline.database
     assert [image.getpixel((0, 0))[0] for image in database.images([3, 1, 3])] == [15, 5, 15]

@@ -44,6 +44,7 @@ def test_distributed_database_returns_results_of_local_database(
         conditioned = pipeline.condition(query, 3)
         assert torch.equal(conditioned.tokens, pipeline.condition(query, 3, database=local).tokens)
         np.testing.assert_array_equal(distributed.rows(np.array([[0, 599], [300, 1]])), rows[[[0, 599], [300, 1]]])
+        assert not distributed.has_images
         assert distributed.describe([407])[0]["url"] == "http://00004/7"
         with pytest.raises(ModelError, match="k is below 1: 0"):
             distributed.search(queries, 0)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import tiny_models
 from support.tiny_service import ROWS, TinyVersions
 
 from infra.errors import InputError, NotFoundError, StageError
@@ -29,10 +30,11 @@ from tasks.serve.service.errors import (
     UnknownDatabaseError,
 )
 from tasks.serve.service.jobs import Job
-from tasks.serve.service.plans import plan
+from tasks.serve.service.plans import GeneratePlan, plan
 from tasks.serve.service.provenance import CHUNK
 from tasks.serve.service.requests import EditRequest, GenerateRequest, Request, SearchRequest
 from tasks.serve.service.responses import ImagesResponse, SearchResponse
+from tasks.serve.service.served import OpenDatabase
 
 SOURCE = Image.new("RGB", (20, 30), (200, 40, 40))
 
@@ -168,6 +170,21 @@ def test_quality_is_a_preset_that_given_settings_override(engine: Engine) -> Non
     assert (best["candidates"], best["start"]) == (8, "neighbour")
     given = images(engine, GenerateRequest(prompt="an owl", quality="best", candidates=1, start="noise")).settings
     assert (given["candidates"], given["start"], given["strength"]) == (1, "noise", None)
+
+
+def test_generation_without_stored_images_is_that_of_the_pipeline(engine: Engine, tmp_path: Path) -> None:
+    model = engine._catalog.model
+    plain = tiny_models.database(tmp_path / "plain", tiny_models.unit_rows(40))
+    opened = OpenDatabase(plain, name="plain", version=1)
+    planned = plan(GenerateRequest(prompt="an owl", seed=9), opened, model)
+    assert isinstance(planned, GeneratePlan)
+    used = [planned.settings[name] for name in ("candidates", "query", "start", "strength")]
+    assert used == [3, "both", "noise", None]
+    (made,) = drawing.generate([planned], lambda step, steps: None)
+    alone = model.with_database(opened)("an owl", generator=torch.Generator().manual_seed(9), quality="fast").images[0]
+    assert np.abs(pixels(made.images[0].png) - np.asarray(alone).astype(int)).max() <= 1
+    with pytest.raises(InputError, match="database plain has no images to start from"):
+        plan(GenerateRequest(prompt="an owl", start="neighbour"), opened, model)
 
 
 def test_image_depends_on_its_seed_but_not_on_the_batch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
