@@ -133,7 +133,8 @@ class KNNDiffusionPipeline(BasePipeline):
                 an image for all prompts or one for each. Needs a continuous generator. Default: "noise".
             strength: Share of noise that is added to the start, in (0, 1]; small values return the start. Default: 0.8.
             reference: "neighbour" shows a stored image, chosen like the start, to the network while the noise level is
-                above 0.85. Needs a network trained for editing. Default: "none".
+                above 0.85. Needs a network trained for editing, and a start from noise or a ``strength`` above 0.85.
+                Default: "none".
             shared_noise: True starts all images from the same noise, and disables ``candidates``. Default: False.
             between: Number of images that interpolate two prompts, ends included; see :meth:`interpolate`. Default:
                 None.

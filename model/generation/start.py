@@ -22,6 +22,7 @@ from torch import Tensor
 from model.errors import ModelError
 from model.generation.arguments import check_choice
 from model.generation.backbone import Backbone
+from model.generation.continuous import REFERENCE_ABOVE
 from model.generation.discrete import NO_REFERENCE, NO_START
 from model.generation.prompts import one_for_each
 from model.images import image_to_array, to_model_range, to_rgb
@@ -99,6 +100,11 @@ def checked_layout(
             raise ModelError(NO_REFERENCE)
         if not retrieve:
             raise ModelError("reference='neighbour' needs retrieval; remove retrieve=False, or use reference='none'")
+        if strength <= REFERENCE_ABOVE:
+            raise ModelError(
+                f"reference='neighbour' has no effect with this strength: {strength}; "
+                f"use a strength above {REFERENCE_ABOVE}, or start='noise'"
+            )
     return Layout(start=start, strength=strength, reference=reference)
 
 

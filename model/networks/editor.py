@@ -51,11 +51,12 @@ def with_reference(denoiser: Denoiser, reference: Tensor | None, *, above: float
     """Fix the reference channels of a six-channel denoiser to ``reference`` (B, 3, S, S). Return one of three channels.
 
     The reference is repeated for batches that are a multiple of B, as in guidance. None means no reference: zeros.
-    At noise levels σ of at most ``above`` the reference is hidden.
+    At noise levels σ of at most ``above`` the reference is hidden; 0 shows it always.
     """
 
     def denoise(noisy: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
-        if reference is None or float(sigma[0]) <= above:
+        # Reading σ waits for a GPU, so training, which shows the reference always, must not do it.
+        if reference is None or (above > 0 and float(sigma[0]) <= above):
             channels = torch.zeros_like(noisy)
         else:
             channels = reference.repeat(len(noisy) // len(reference), 1, 1, 1)

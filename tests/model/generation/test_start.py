@@ -146,9 +146,14 @@ def test_reference_by_default_is_hidden(editor: KNNDiffusionPipeline) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"retrieve": False}, "needs retrieval"), ({"between": 4}, "interpolation cannot start from images")],
+    [
+        ({"retrieve": False}, "needs retrieval"),
+        ({"between": 4}, "interpolation cannot start from images"),
+        ({"quality": "fast"}, "has no effect with this strength: 0.8; use a strength above 0.85, or start='noise'"),
+        ({"start": "neighbour", "strength": 0.85}, "has no effect with this strength: 0.85"),
+    ],
 )
-def test_reference_without_neighbours_raises(
+def test_reference_that_cannot_be_shown_raises(
     options: dict[str, Any], message: str, editor: KNNDiffusionPipeline
 ) -> None:
     with pytest.raises(ModelError, match=message):

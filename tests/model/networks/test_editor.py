@@ -85,6 +85,11 @@ def test_with_reference_hides_the_reference_up_to_a_noise_level() -> None:
     assert shown == {1.0: True, 0.75: True, 0.5: False, 0.25: False}
 
 
+def test_with_reference_shown_always_does_not_read_the_noise_level() -> None:
+    unreadable = torch.empty(2, device="meta")  # as on a GPU, where reading it would wait for the device
+    assert torch.equal(with_reference(lambda noisy, *_: noisy[:, 3:], REFERENCE)(NOISY, unreadable, TOKENS), REFERENCE)
+
+
 def test_widen_input_editor_raises() -> None:
     with pytest.raises(ModelError, match="cannot widen 6 input channels to 6"):
         widen_input(widen_input(tiny_models.network()))
