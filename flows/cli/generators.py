@@ -76,7 +76,8 @@ def generate(
         Literal["text", "mean", "both", "none"] | None,
         typer.Option(
             help="Embedding that accompanies the neighbours: the prompt's (text), the neighbours' mean, the mean of "
-            "both, or none. Default: both; with --between that of the generator (bundled: mean)."
+            "both, or none. Default: both; with --between, and for discrete generators, that of the generator "
+            "(bundled: mean)."
         ),
     ] = None,
     quality: Annotated[

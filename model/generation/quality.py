@@ -1,7 +1,8 @@
 """Presets of a call, "fast" and "best". Arguments that are given override them.
 
-They were chosen with the bundled generator on 40 prompts and Twemoji, with the prompts' own images left out:
-``tests/benchmarks/generator.py`` measures them, and docs/results.md has the figures.
+"fast" was chosen with the bundled generator on 40 prompts and Twemoji, without the images that a prompt names. "best"
+was not among the settings that were compared: it is "fast" with more candidates. docs/results.md has the figures, and
+``tests/benchmarks/generator.py`` measures both presets on other prompts.
 """
 
 import dataclasses

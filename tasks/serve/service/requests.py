@@ -82,7 +82,7 @@ class GenerateRequest(_Request):
     negative_prompt: Text | None = None
     n: int = Field(1, ge=1, le=MAX_IMAGES, description="Number of images.")
     seed: Seed | None = Field(None, description="Default: random. The response names it.")
-    quality: Literal["fast", "best"] = Field("fast", description="Preset of candidates, start and strength.")
+    quality: Literal["fast", "best"] = Field("fast", description="Preset of candidates, query, start and strength.")
     steps: int | None = Field(None, ge=1, le=250)
     guidance: float | None = Field(None, ge=1, le=50)
     candidates: int | None = Field(None, ge=1, le=16)
