@@ -4,8 +4,9 @@ Legend: ``B`` samples, ``P`` prompts, ``S`` side.
 
     x_s = (1 − s)·start + s·ε,  then the flow from σ = s to 0      (SDEdit, Meng et al. 2108.01073, section 3)
 
-An embedding describes which objects an image shows, but barely where they are. A stored neighbour of the prompt, or the
-user's own image, shows that. It is the start, or a network trained to restore sees it as the reference while σ is high.
+An embedding describes which objects an image shows, but barely where they are. A stored neighbour of the prompt, or an
+image of the user, supplies the layout. The flow starts from it, or a network trained to restore sees it as the
+reference while σ is high.
 """
 
 import dataclasses

@@ -19,9 +19,11 @@ Conditions share their noise: candidate i of a prompt starts from the same noise
 The concept of a prompt counts as retrieved if the prompt is the nearest of all 200 to the image. The judge is the
 encoder that also retrieves, conditions and selects. No independent one is bundled. Intervals resample the prompts.
 
-``copy_rate_real`` is the share of the left-out images whose nearest remaining image is above the copy threshold: the
-copy rate of an artist who has not seen them. Images are cached below ``build/bench/prompts``, by the digest of their
-settings, and the grid is written to ``build/bench/generator.png``.
+``copy_rate_real`` is the share of the left-out images that count as copies of a remaining image. It is the copy rate
+that images as good as the real ones would have.
+
+Generated images are cached below ``build/bench/prompts``, by the digest of their settings. The grid is written to
+``build/bench/generator.png``.
 
 Legend: ``N`` prompts, ``P`` all prompts, ``M`` images of a database, ``D`` embedding width, ``S`` side.
 """

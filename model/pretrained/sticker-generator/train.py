@@ -3,8 +3,8 @@
 It reads sticker parquet files (columns key, style, license, captions, webp), built by make_stickers.py in this folder.
 OpenMoji and Twemoji are excluded, so that they remain unseen domains. The other images are embedded with the bundled
 sticker-clip, and the neighbours of each image are found among them. Captions are never read. An interrupted run resumes
-from its last checkpoint when the command is repeated. So does a run that ended after ``--minutes``, which saves the
-weights so far too, so several short runs add up. ``samples-*.png`` in the output folder show samples for OpenMoji.
+from its last checkpoint when the command is repeated. A run that ends after ``--minutes`` saves its weights, and
+resumes in the same way. Several short runs add up. ``samples-*.png`` in the output folder show samples for OpenMoji.
 
     base      the continuous generator, for generation and editing: a transformer trained with flow matching
     codes     the discrete generator's autoencoder: 256 codes per image
