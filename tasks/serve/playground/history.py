@@ -1,7 +1,8 @@
 """History of one browser tab: a strip of earlier results. It ends with the tab, and a reload keeps it."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from nicegui import app
@@ -16,22 +17,19 @@ _KEPT = 30
 _KEY = "playground-history"
 
 
-class History:
-    """Earlier results, the latest first."""
+class Entries:
+    """Entries of one browser tab, the latest first. Two runs of equal settings are two entries: their jobs differ."""
 
-    def __init__(self, jobs: JobTable, on_open: Callable[[str], Any]) -> None:
-        """Add the empty strip. ``on_open`` is called with the URL query of an entry."""
-        self._jobs, self._on_open = jobs, on_open
-        self._stored: dict[str, Any] = {}
-        self.area = box("history", "section", aria_label="History of this tab")
+    def __init__(self, stored: MutableMapping[str, Any], jobs: JobTable) -> None:
+        """Read and write the entries in ``stored``; ``jobs`` has their results until they expire."""
+        self._stored, self._jobs = stored, jobs
 
-    def connect(self) -> None:
-        """Read the entries once the browser is connected; it may be away when a result arrives."""
-        self._stored = app.storage.tab
-        self.refresh()
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Iterate over the entries."""
+        return iter([dict(one) for one in self._stored.get(_KEY, [])])
 
-    def add(self, state: PageState, query: str, jobs: dict[str, Job]) -> None:
-        """Add finished jobs."""
+    def add(self, state: PageState, query: str, jobs: Mapping[str, Job]) -> None:
+        """Add finished jobs. An earlier entry with the same query goes once its jobs have expired."""
         entry = {
             "query": query,
             "jobs": {title: job.id for title, job in jobs.items()},
@@ -39,31 +37,54 @@ class History:
             "image": _first_image(next(iter(jobs.values()))),
             "time": time.strftime("%H:%M"),
         }
-        earlier = [one for one in self._stored.get(_KEY, []) if one["query"] != query]
-        self._stored[_KEY] = [entry, *earlier][:_KEPT]
+        kept = [one for one in self if one["query"] != query or self.jobs_of(one)]
+        self._stored[_KEY] = [entry, *kept][:_KEPT]
+
+    def jobs_of(self, entry: Mapping[str, Any]) -> dict[str, Job]:
+        """Return the jobs of an entry that have not expired."""
+        found = {}
+        for title, name in entry["jobs"].items():
+            with contextlib.suppress(NotFoundError):
+                found[title] = self._jobs.get(name)
+        return found
+
+    def latest(self, query: str) -> dict[str, Job]:
+        """Return the stored jobs of the latest entry with a query; empty if there are none."""
+        return next((jobs for one in self if one["query"] == query and (jobs := self.jobs_of(one))), {})
+
+
+class History:
+    """Earlier results, the latest first."""
+
+    def __init__(self, jobs: JobTable, on_open: Callable[[dict[str, Any]], Any]) -> None:
+        """Add the empty strip. ``on_open`` is called with an entry."""
+        self._jobs, self._on_open = jobs, on_open
+        self.entries = Entries({}, jobs)
+        self.area = box("history", "section", aria_label="History of this tab")
+
+    def connect(self) -> None:
+        """Read the entries once the browser is connected; it may be away when a result arrives."""
+        self.entries = Entries(app.storage.tab, self._jobs)
+        self.refresh()
+
+    def add(self, state: PageState, query: str, jobs: Mapping[str, Job]) -> None:
+        """Add finished jobs."""
+        self.entries.add(state, query, jobs)
         self.refresh()
 
     def refresh(self) -> None:
         """Show the entries."""
-        entries = self._stored.get(_KEY, [])
+        entries = list(self.entries)
         self.area.clear()
         self.area.set_visibility(bool(entries))
         with self.area:
             say("h2", "History")
             with box("history-strip"):
                 for entry in entries:
-                    self._entry(dict(entry))
-
-    def jobs_of(self, query: str) -> dict[str, Job]:
-        """Return the jobs of an entry, so that a reload does not run them again; empty if they have expired."""
-        entry = next((one for one in self._stored.get(_KEY, []) if one["query"] == query), None)
-        try:
-            return {} if entry is None else {title: self._jobs.get(name) for title, name in entry["jobs"].items()}
-        except NotFoundError:
-            return {}
+                    self._entry(entry)
 
     def _entry(self, entry: dict[str, Any]) -> None:
-        with press(f"{entry['title']}, {entry['time']}", lambda: self._on_open(entry["query"]), "history-entry"):
+        with press(f"{entry['title']}, {entry['time']}", lambda: self._on_open(entry), "history-entry"):
             if entry["image"]:
                 image(entry["image"], "")
             say("span", entry["title"], "history-title")

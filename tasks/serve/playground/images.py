@@ -34,6 +34,11 @@ class SentImages:
                 self._images.popitem(last=False)
         return token
 
+    def __contains__(self, token: str) -> bool:
+        """Return True if an image is still kept."""
+        with self._lock:
+            return token in self._images
+
     def get(self, token: str) -> Image.Image:
         """Return an image. Raises ``NotFoundError`` if it is unknown or expired."""
         with self._lock:

@@ -26,7 +26,7 @@ class Prompt:
     def __init__(self, state: PageState, images: SentImages, on_run: Callable[[], Any], warn: Callable[[str], None]):
         """Add the box. ``warn`` shows a message to the user."""
         self._state, self._images, self._warn = state, images, warn
-        self._token: str | None = None
+        self._name = "Image of the prompt"
         with box("prompt") as self.area:
             self._chip = box("chip-slot")
             with box("prompt-row"):
@@ -54,7 +54,7 @@ class Prompt:
     @property
     def image(self) -> Image.Image | None:
         """The image of the prompt. Raises ``NotFoundError`` if it has expired."""
-        return None if self._token is None else self._images.get(self._token)
+        return self._images.get(self._state.image) if self._state.image else None
 
     def refresh(self) -> None:
         """Show the state: after a change of the tab, or after earlier values were recalled."""
@@ -71,23 +71,18 @@ class Prompt:
 
     def use(self, shown: Image.Image, name: str) -> None:
         """Take an image as the image of the prompt."""
-        self._token, self._name = self._images.add(shown), name
+        self._state.image, self._name = self._images.add(shown), name
         self._state.row = None
         self._show_chip()
 
     def remove(self) -> None:
         """Remove the image, or the stored row of "more like this"."""
-        self._token, self._state.row = None, None
-        self._show_chip()
-
-    def remove_image(self) -> None:
-        """Remove the image alone."""
-        self._token = None
+        self._state.image, self._state.row = "", None
         self._show_chip()
 
     def like(self, row: int) -> None:
         """Take a stored row instead of a text and an image."""
-        self._token, self._state.row = None, row
+        self._state.image, self._state.row = "", row
         self._state.text = self._text.value = ""
         self._show_chip()
 
@@ -108,10 +103,11 @@ class Prompt:
         self._chip.clear()
         row = self._state.row if self._state.tab == "search" else None
         with self._chip:
-            if self._token is not None:
+            if token := self._state.image:
                 with box("chip"):
-                    image(f"playground/images/{self._token}", "Image of the prompt")
-                    say("span", shorten(self._name, 40))
+                    if token in self._images:
+                        image(f"playground/images/{token}", "Image of the prompt")
+                    say("span", shorten(self._name, 40) if token in self._images else "The image has expired")
                     self._remove_button("Remove the image")
             elif row is not None:
                 with box("chip"):

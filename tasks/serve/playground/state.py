@@ -1,4 +1,4 @@
-"""State of the page: everything but images. The URL holds it, so that a link reproduces the page."""
+"""State of the page. The URL holds it, so that a link reproduces the page; it names an image by a token."""
 
 import secrets
 from typing import Annotated, Any, Literal, TypeAlias
@@ -26,12 +26,13 @@ Tab: TypeAlias = Literal["search", "generate", "compare", "edit", "databases"]
 TABS: tuple[Tab, ...] = ("search", "generate", "compare", "edit", "databases")
 _Name: TypeAlias = Annotated[str, Field(max_length=200)]
 
-_COMMON = ("text", "database")
+_QUERY = ("text", "image")
+_COMMON = (*_QUERY, "database")
 _DRAWN = ("n", "seed", "steps", "guidance", "neighbours")
 _SHOWN: dict[Tab, tuple[str, ...]] = {
     "search": (*_COMMON, "negative", "row", "results", "min_score", "where"),
     "generate": (*_COMMON, *_DRAWN, "negative", "quality", "candidates", "start", "strength", "interpolate_to"),
-    "compare": ("text", *_DRAWN, "negative", "databases", "view", "quality", "candidates", "start", "strength"),
+    "compare": (*_QUERY, *_DRAWN, "negative", "databases", "view", "quality", "candidates", "start", "strength"),
     "edit": (*_COMMON, *_DRAWN, "method", "edit_strength"),
     "databases": (),
 }
@@ -39,12 +40,16 @@ _SHOWN: dict[Tab, tuple[str, ...]] = {
 
 
 class PageState(BaseModel):
-    """Values of the controls. None means the generator's default. ``row`` is the stored row of "more like this"."""
+    """Values of the controls. None means the generator's default.
+
+    ``image`` is the token of the prompt's image, ``row`` the stored row of "more like this".
+    """
 
     model_config = ConfigDict(validate_assignment=True, extra="ignore")
 
     tab: Tab = "search"
     text: str = Field("", max_length=MAX_PROMPT_CHARACTERS)
+    image: str = Field("", max_length=64, pattern=r"^[\w-]*$")
     negative: str = Field("", max_length=MAX_PROMPT_CHARACTERS)
     database: _Name | None = None
     databases: list[_Name] = Field([], max_length=MAX_COMPARED)

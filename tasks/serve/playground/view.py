@@ -99,11 +99,8 @@ class View:
         self.history.connect()
         if self.state.tab == "databases":
             await self.databases.refresh()
-        elif self.state.text or self.state.row is not None:
-            if jobs := self.history.jobs_of(self.state.query()):
-                self._show(self.state.tab, jobs)
-            elif self.state.tab != "edit":  # its image is not in the URL
-                await self.run()
+        elif self.state.text or self.state.image or self.state.row is not None:
+            await self._show_or_run(self.history.entries.latest(self.state.query()))
 
     async def select(self, tab: Tab) -> None:
         """Show a tab."""
@@ -173,6 +170,13 @@ class View:
             raise
         return jobs
 
+    async def _show_or_run(self, jobs: dict[str, Job]) -> None:
+        """Show stored jobs. Without them run the request, which fails with a message if its image has expired."""
+        if jobs:
+            self._show(self.state.tab, jobs)
+        elif self.state.tab != "edit" or self.state.image:
+            await self.run()
+
     def _show(self, tab: Tab, jobs: dict[str, Job]) -> None:
         if tab == "compare":
             self.compare.show(jobs)
@@ -228,17 +232,14 @@ class View:
         self.state.text = ""
         await self.select("edit")
 
-    async def restore(self, query: str) -> None:
+    async def restore(self, entry: dict[str, Any]) -> None:
         """Show an entry of the history; run it again if its jobs have expired."""
+        query = entry["query"]
         for name, value in PageState.from_query(QueryParams(query)):
             setattr(self.state, name, value)
-        self.prompt.remove_image()
         await self.select(self.state.tab)
         ui.navigate.history.replace(f"?{query}")
-        if jobs := self.history.jobs_of(query):
-            self._show(self.state.tab, jobs)
-        else:
-            await self.run()
+        await self._show_or_run(self.history.entries.jobs_of(entry))
 
     def warn(self, text: str, *, calm: bool = False) -> None:
         """Show a message above the results."""

@@ -198,7 +198,14 @@ def test_pasted_image_is_searched(site: Site, page: Any) -> None:
     page.wait_for_selector(".chip img")
     page.get_by_role("button", name="Search").click()
     page.wait_for_selector(".grid .result")
-    assert requests_of(site, SearchRequest)[-1].image.getpixel((5, 5)) == (128, 128, 0)
+    asked = requests_of(site, SearchRequest)
+    assert asked[-1].image.getpixel((5, 5)) == (128, 128, 0)
+    page.reload()
+    page.wait_for_selector(".grid .result")
+    assert page.locator(".chip img").count() == 1 and len(requests_of(site, SearchRequest)) == len(asked)
+    opened(site, page, "?tab=search&text=a+heart&image=expired")
+    page.wait_for_selector(".message >> text=the image has expired; add it again")
+    assert len(requests_of(site, SearchRequest)) == len(asked)
 
 
 def test_unreadable_file_is_refused_with_a_message(site: Site, page: Any) -> None:

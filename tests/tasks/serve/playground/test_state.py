@@ -11,6 +11,7 @@ from tasks.serve.service.requests import EditRequest, GenerateRequest, SearchReq
 STATES = [
     PageState(text="a cat & a dog", negative="x=1", database="birds", results=5, min_score=0.25, where="a = 'b'"),
     PageState(tab="search", row=7),
+    PageState(tab="search", image="a-b_c"),
     PageState(tab="generate", text="ä", n=2, seed=3, steps=4, guidance=2.5, start="noise", interpolate_to="b"),
     PageState(tab="compare", text="a", databases=["a,b", "c d"], view="search"),
     PageState(tab="edit", text="a", method="local", edit_strength=0.5),
@@ -26,7 +27,7 @@ def test_query_of_a_state_restores_it(state: PageState) -> None:
 @pytest.mark.parametrize(
     "query",
     ["tab=hack&text=a", "n=100&seed=x&text=a", "databases=1&databases=2&databases=3&databases=4&databases=5&text=a",
-     "min_score=nan&text=a", "row=-1&text=a", f"where={'x' * 3000}&text=a", "unknown=1&text=a"],
+     "min_score=nan&text=a", "image=../x&text=a", "row=-1&text=a", f"where={'x' * 3000}&text=a", "unknown=1&text=a"],
 )  # fmt: skip
 def test_invalid_values_of_a_link_become_the_defaults(query: str) -> None:
     assert PageState.from_query(QueryParams(query)) == PageState(text="a")
