@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from nicegui import app
+from starlette.datastructures import QueryParams
 
 from infra.errors import NotFoundError
 from tasks.serve.playground.elements import box, image, press, result_source, say, shorten, thumbnail_source
@@ -48,9 +49,15 @@ class Entries:
                 found[title] = self._jobs.get(name)
         return found
 
-    def latest(self, query: str) -> dict[str, Job]:
-        """Return the stored jobs of the latest entry with a query; empty if there are none."""
-        return next((jobs for one in self if one["query"] == query and (jobs := self.jobs_of(one))), {})
+    def latest(self, state: PageState) -> dict[str, Job]:
+        """Return the stored jobs of the latest entry with the settings of a state; empty if there are none."""
+        same = [one for one in self if state_of(one).settings() == state.settings()]
+        return next((jobs for one in same if (jobs := self.jobs_of(one))), {})
+
+
+def state_of(entry: Mapping[str, Any]) -> PageState:
+    """Return the values of the controls that an entry was run with."""
+    return PageState.from_query(QueryParams(entry["query"]))
 
 
 class History:

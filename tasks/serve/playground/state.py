@@ -1,6 +1,7 @@
 """State of the page. The URL holds it, so that a link reproduces the page; it names an image by a token."""
 
 import secrets
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlencode
 
@@ -85,7 +86,14 @@ class PageState(BaseModel):
 
     def query(self, *, seed: int | None = None) -> str:
         """Return the URL query of the tab's values that differ from the defaults, with ``seed`` if there is one."""
-        values = {name: getattr(self, name) for name in _SHOWN[self.tab]}
+        return self._encoded(_SHOWN[self.tab], seed)
+
+    def settings(self) -> str:
+        """Return the query without what only hides results: two states with equal settings send equal requests."""
+        return self._encoded([name for name in _SHOWN[self.tab] if name != "min_score"])
+
+    def _encoded(self, names: Iterable[str], seed: int | None = None) -> str:
+        values = {name: getattr(self, name) for name in names}
         if seed is not None and "seed" in values:
             values["seed"] = seed
         defaults = PageState()

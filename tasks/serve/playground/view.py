@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from nicegui import events, ui
 from PIL import Image
 from pydantic import ValidationError
-from starlette.datastructures import QueryParams
 
 from infra.errors import KNNDiffusionError
 from infra.settings import Settings
@@ -20,8 +19,9 @@ from tasks.serve.playground.details import Actions, Details, Shown
 from tasks.serve.playground.edit import EditedImages
 from tasks.serve.playground.elements import box, say
 from tasks.serve.playground.generate import GeneratedImages
-from tasks.serve.playground.history import History
+from tasks.serve.playground.history import History, state_of
 from tasks.serve.playground.images import SentImages
+from tasks.serve.playground.links import Links
 from tasks.serve.playground.options import Options
 from tasks.serve.playground.prompt import Prompt
 from tasks.serve.playground.runner import Runner
@@ -59,6 +59,7 @@ class View:
     def __init__(self, context: Context, state: PageState, dark: ui.dark_mode) -> None:
         """Build the page."""
         self._engine, self._images, self.state = context.engine, context.images, state
+        self._links = Links()
         info = context.engine.info()
         served = [one.name for one in context.engine.databases() if one.served is not None]
         with box("top", "header"):
@@ -97,23 +98,27 @@ class View:
     async def connected(self) -> None:
         """Run the request of the URL once the browser is connected."""
         self.history.connect()
+        self._links.change(self.state)
         if self.state.tab == "databases":
             await self.databases.refresh()
         elif self.state.text or self.state.image or self.state.row is not None:
-            await self._show_or_run(self.history.entries.latest(self.state.query()))
+            await self._show_or_run(self.history.entries.latest(self.state))
 
     async def select(self, tab: Tab) -> None:
-        """Show a tab."""
-        self.state.tab = tab
-        self.tabs.value = tab
-        self._show_tab()
-        self._save()
+        """Show a tab. Back returns to the tab before it."""
+        self._open_tab(tab)
+        ui.navigate.history.push(f"?{self._links.last(self.state)}")
         if tab == "databases":
             await self.databases.refresh()
 
     async def _select_event(self, event: events.ValueChangeEventArguments[Any]) -> None:
         if event.value in TABS and event.value != self.state.tab:
             await self.select(event.value)
+
+    def _open_tab(self, tab: Tab) -> None:
+        self.state.tab = tab
+        self.tabs.value = tab
+        self._show_tab()
 
     def _show_tab(self) -> None:
         self.prompt.refresh()
@@ -123,8 +128,8 @@ class View:
         for name in TABS:
             getattr(self, name).area.set_visibility(name == self.state.tab)
 
-    async def run(self) -> None:
-        """Run the request of the controls, and show its results."""
+    async def run(self, *, replace: bool = False) -> None:
+        """Run the request of the controls, and show its results. ``replace``: the address names the request already."""
         if self.runner.running:
             self.warn("A request is running. Wait for it, or cancel it first.", calm=True)
             return
@@ -134,8 +139,8 @@ class View:
         state = self.state.model_copy()
         try:
             jobs = self._submit(state, seed)
-            query = state.query(seed=seed)
-            ui.navigate.history.push(f"?{query}")
+            query = self._links.run(state, seed)
+            (ui.navigate.history.replace if replace else ui.navigate.history.push)(f"?{query}")
             await self.runner.wait(jobs)
         except ValidationError as error:
             self.warn(problem_of(error))
@@ -175,7 +180,7 @@ class View:
         if jobs:
             self._show(self.state.tab, jobs)
         elif self.state.tab != "edit" or self.state.image:
-            await self.run()
+            await self.run(replace=True)
 
     def _show(self, tab: Tab, jobs: dict[str, Job]) -> None:
         if tab == "compare":
@@ -200,7 +205,7 @@ class View:
             return
         self.state.database = database.name
         self.prompt.like(hit.id)
-        await self.select("search")
+        self._open_tab("search")
         await self.run()
 
     def use_all(self, shown: Shown) -> None:
@@ -223,22 +228,22 @@ class View:
         """Search for stored images near a generated one."""
         self._take(shown)
         self.state.text = ""
-        await self.select("search")
+        self._open_tab("search")
         await self.run()
 
-    async def edit_with(self, shown: Shown) -> None:
+    def edit_with(self, shown: Shown) -> None:
         """Take a generated image to the tab of edits."""
         self._take(shown)
         self.state.text = ""
-        await self.select("edit")
+        self._open_tab("edit")
+        ui.navigate.history.push(f"?{self._links.change(self.state)}")
 
     async def restore(self, entry: dict[str, Any]) -> None:
         """Show an entry of the history; run it again if its jobs have expired."""
-        query = entry["query"]
-        for name, value in PageState.from_query(QueryParams(query)):
+        for name, value in state_of(entry):
             setattr(self.state, name, value)
-        await self.select(self.state.tab)
-        ui.navigate.history.replace(f"?{query}")
+        self._open_tab(self.state.tab)
+        ui.navigate.history.replace(f"?{self._links.change(self.state)}")
         await self._show_or_run(self.history.entries.jobs_of(entry))
 
     def warn(self, text: str, *, calm: bool = False) -> None:
@@ -263,4 +268,4 @@ class View:
         ui.notify(text)
 
     def _save(self) -> None:
-        ui.navigate.history.replace(f"?{self.state.query()}")
+        ui.navigate.history.replace(f"?{self._links.change(self.state)}")

@@ -430,6 +430,12 @@ def test_url_reproduces_the_page(site: Site, page: Any) -> None:
     other.wait_for_selector(".made .result")
     assert other.locator(".made .caption").first.inner_text() == caption
     assert other.get_by_label("Prompt").input_value() == PROMPT
+    tab(other, "Search")
+    other.wait_for_url("**tab=search**")
+    tab(other, "Generate")
+    other.wait_for_url(link)
+    other.go_back()
+    other.wait_for_selector('[role=tab][aria-selected=true]:has-text("Search")')
     first, second = requests_of(site, GenerateRequest)[-2:]
     assert first == second and first.start == "noise"
     other.close()

@@ -5,6 +5,7 @@ from starlette.datastructures import QueryParams
 
 from infra.errors import NotFoundError
 from tasks.serve.playground.images import SentImages
+from tasks.serve.playground.links import Links
 from tasks.serve.playground.state import PageState, problem_of
 from tasks.serve.service.requests import EditRequest, GenerateRequest, SearchRequest
 
@@ -36,6 +37,21 @@ def test_invalid_values_of_a_link_become_the_defaults(query: str) -> None:
 def test_query_names_the_seed_that_was_used() -> None:
     assert "seed=5" in PageState(tab="generate", text="a").query(seed=5)
     assert "seed" not in PageState(tab="search", text="a").query(seed=5)
+
+
+def test_link_keeps_the_seed_of_the_last_run_until_a_setting_changes() -> None:
+    links, state = Links(), PageState(tab="generate", text="a")
+    ran = links.run(state, 5)
+    assert ran == "tab=generate&text=a&seed=5"
+    assert links.change(state) == ran
+    state.tab = "search"
+    assert links.last(state) == "tab=search&text=a"
+    state.min_score = 0.5
+    assert links.change(state) == links.last(state) == "tab=search&text=a&min_score=0.5"
+    state.tab = "generate"
+    assert links.last(state) == ran
+    state.steps = 9
+    assert links.change(state) == "tab=generate&text=a&steps=9"
 
 
 def test_compare_asks_every_database_with_one_seed() -> None:
