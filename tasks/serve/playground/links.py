@@ -25,6 +25,11 @@ class Links:
         """Return the last query of the state's tab, or that of its controls."""
         return self._last.get(state.tab) or self.change(state)
 
+    def draft(self, state: PageState) -> str | None:
+        """Return a query that fills the controls without a run, or None if the address has their values already."""
+        query = self._query(state)
+        return None if query == self._last.get(state.tab) else f"{query}&draft=1"
+
     def _query(self, state: PageState) -> str:
         settings, seed = self._ran.get(state.tab, ("", 0))
         return state.query(seed=seed if settings == state.settings() else None)

@@ -43,12 +43,14 @@ _SHOWN: dict[Tab, tuple[str, ...]] = {
 class PageState(BaseModel):
     """Values of the controls. None means the generator's default.
 
-    ``image`` is the token of the prompt's image, ``row`` the stored row of "more like this".
+    ``image`` is the token of the prompt's image, ``row`` the stored row of "more like this". A link with ``draft``
+    fills the controls and runs nothing.
     """
 
     model_config = ConfigDict(validate_assignment=True, extra="ignore")
 
     tab: Tab = "search"
+    draft: bool = False
     text: str = Field("", max_length=MAX_PROMPT_CHARACTERS)
     image: str = Field("", max_length=64, pattern=r"^[\w-]*$")
     negative: str = Field("", max_length=MAX_PROMPT_CHARACTERS)
@@ -99,6 +101,11 @@ class PageState(BaseModel):
         defaults = PageState()
         changed = {name: value for name, value in values.items() if value != getattr(defaults, name)}
         return urlencode({"tab": self.tab, **changed}, doseq=True)
+
+    def take(self, other: "PageState") -> None:
+        """Take the tab of another state and the values of that tab. Those of other tabs remain."""
+        for name in ("tab", *_SHOWN[other.tab]):
+            setattr(self, name, getattr(other, name))
 
     def requests(self, image: Image.Image | None, seed: int) -> dict[str, Request]:
         """Return the requests of the tab by their titles. Raises ``ValidationError`` if one is invalid."""

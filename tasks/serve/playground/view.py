@@ -101,6 +101,8 @@ class View:
         self._links.change(self.state)
         if self.state.tab == "databases":
             await self.databases.refresh()
+        elif self.state.draft:
+            self.state.draft = False
         elif self.state.text or self.state.image or self.state.row is not None:
             await self._show_or_run(self.history.entries.latest(self.state))
 
@@ -176,7 +178,7 @@ class View:
         return jobs
 
     async def _show_or_run(self, jobs: dict[str, Job]) -> None:
-        """Show stored jobs. Without them run the request, which fails with a message if its image has expired."""
+        """Show stored jobs. Without them, run the request; it fails with a message if its image has expired."""
         if jobs:
             self._show(self.state.tab, jobs)
         elif self.state.tab != "edit" or self.state.image:
@@ -240,10 +242,11 @@ class View:
 
     async def restore(self, entry: dict[str, Any]) -> None:
         """Show an entry of the history; run it again if its jobs have expired."""
-        for name, value in state_of(entry):
-            setattr(self.state, name, value)
+        if draft := self._links.draft(self.state):
+            ui.navigate.history.replace(f"?{draft}")  # Back returns to what was typed
+        self.state.take(state_of(entry))
         self._open_tab(self.state.tab)
-        ui.navigate.history.replace(f"?{self._links.change(self.state)}")
+        ui.navigate.history.push(f"?{self._links.change(self.state)}")
         await self._show_or_run(self.history.entries.jobs_of(entry))
 
     def warn(self, text: str, *, calm: bool = False) -> None:

@@ -445,10 +445,22 @@ def test_history_survives_a_reload(site: Site, page: Any) -> None:
     opened(site, page)
     ask(page, PROMPT)
     page.wait_for_selector(".history-entry")
-    page.goto(f"{site.address}/")
+    before = len(requests_of(site, SearchRequest))
+    page.goto(f"{site.address}/?tab=generate&n=2&steps=4")
+    prompt = page.get_by_role("textbox", name="Prompt")
+    prompt.fill("typed")
     page.locator(".history-entry").click()
     page.wait_for_selector(".grid .result")
-    assert page.get_by_role("textbox", name="Prompt").input_value() == PROMPT
+    assert prompt.input_value() == PROMPT
+    assert len(requests_of(site, SearchRequest)) == before
+    tab(page, "Generate")
+    assert page.get_by_role("spinbutton", name="Images").input_value() == "2"
+    page.go_back()
+    page.wait_for_selector(".grid .result")
+    page.go_back()
+    page.wait_for_url("**draft=1")
+    page.wait_for_function("document.querySelector('.prompt-text textarea')?.value === 'typed'")
+    assert len(requests_of(site, SearchRequest)) == before
 
 
 def test_phone_has_no_horizontal_scrolling(site: Site, page: Any) -> None:

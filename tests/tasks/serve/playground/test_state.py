@@ -54,6 +54,22 @@ def test_link_keeps_the_seed_of_the_last_run_until_a_setting_changes() -> None:
     assert links.change(state) == "tab=generate&text=a&steps=9"
 
 
+def test_draft_has_what_was_typed_since_the_last_address() -> None:
+    links, state = Links(), PageState(text="a")
+    links.change(state)
+    assert links.draft(state) is None
+    state.text = "b"
+    typed = PageState.from_query(QueryParams(links.draft(state) or ""))
+    assert typed.draft and typed.text == "b" and "draft" not in typed.query()
+
+
+def test_take_keeps_the_values_of_other_tabs() -> None:
+    state = PageState(tab="generate", text="a", steps=9, n=2, results=50)
+    state.take(PageState(tab="search", text="b", negative="c", results=7))
+    assert (state.tab, state.text, state.negative, state.results) == ("search", "b", "c", 7)
+    assert (state.steps, state.n) == (9, 2)
+
+
 def test_compare_asks_every_database_with_one_seed() -> None:
     asked = PageState(tab="compare", text="a", databases=["x", "y"], candidates=2).requests(None, 9)
     assert {name: (one.database, one.seed) for name, one in asked.items()} == {"x": ("x", 9), "y": ("y", 9)}
