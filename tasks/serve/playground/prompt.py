@@ -10,6 +10,7 @@ from tasks.serve.playground.elements import box, image, say, shorten
 from tasks.serve.playground.images import MAX_FILE_BYTES, SentImages
 from tasks.serve.playground.state import PageState, Tab
 from tasks.serve.service.requests import MAX_PROMPT_CHARACTERS, decode_bytes
+from tasks.serve.service.responses import ServedVersion
 
 _PLACEHOLDERS: dict[Tab, str] = {
     "search": "Describe an image, or drop, paste or add one",
@@ -72,17 +73,24 @@ class Prompt:
     def use(self, shown: Image.Image, name: str) -> None:
         """Take an image as the image of the prompt."""
         self._state.image, self._name = self._images.add(shown), name
-        self._state.row = None
+        self._state.set_row(None)
         self._show_chip()
 
     def remove(self) -> None:
         """Remove the image, or the stored row of "more like this"."""
-        self._state.image, self._state.row = "", None
+        self._state.image = ""
+        self._state.set_row(None)
         self._show_chip()
 
-    def like(self, row: int) -> None:
+    def remove_row(self) -> None:
+        """Remove the stored row alone."""
+        self._state.set_row(None)
+        self._show_chip()
+
+    def like(self, row: int, database: ServedVersion) -> None:
         """Take a stored row instead of a text and an image."""
-        self._state.image, self._state.row = "", row
+        self._state.image = ""
+        self._state.set_row(row, database)
         self._state.text = self._text.value = ""
         self._show_chip()
 

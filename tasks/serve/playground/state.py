@@ -18,6 +18,7 @@ from tasks.serve.service.requests import (
     Request,
     SearchRequest,
 )
+from tasks.serve.service.responses import ServedVersion
 
 MAX_COMPARED = 4
 """Maximum databases side by side."""
@@ -31,7 +32,7 @@ _QUERY = ("text", "image")
 _COMMON = (*_QUERY, "database")
 _DRAWN = ("n", "seed", "steps", "guidance", "neighbours")
 _SHOWN: dict[Tab, tuple[str, ...]] = {
-    "search": (*_COMMON, "negative", "row", "results", "min_score", "where"),
+    "search": (*_COMMON, "negative", "row", "row_database", "row_version", "results", "min_score", "where"),
     "generate": (*_COMMON, *_DRAWN, "negative", "quality", "candidates", "start", "strength", "interpolate_to"),
     "compare": (*_QUERY, *_DRAWN, "negative", "databases", "view", "quality", "candidates", "start", "strength"),
     "edit": (*_COMMON, *_DRAWN, "method", "edit_strength"),
@@ -43,8 +44,8 @@ _SHOWN: dict[Tab, tuple[str, ...]] = {
 class PageState(BaseModel):
     """Values of the controls. None means the generator's default.
 
-    ``image`` is the token of the prompt's image, ``row`` the stored row of "more like this". A link with ``draft``
-    fills the controls and runs nothing.
+    ``image`` is the token of the prompt's image, ``row`` the stored row of "more like this", with the database
+    and the version that it belongs to. A link with ``draft`` fills the controls and runs nothing.
     """
 
     model_config = ConfigDict(validate_assignment=True, extra="ignore")
@@ -58,6 +59,8 @@ class PageState(BaseModel):
     databases: list[_Name] = Field([], max_length=MAX_COMPARED)
     view: Literal["generate", "search"] = "generate"
     row: int | None = Field(None, ge=0)
+    row_database: _Name | None = None
+    row_version: int | None = Field(None, ge=0)
     results: int = Field(24, ge=1, le=MAX_NEIGHBOURS)
     min_score: float = Field(0.0, ge=0, le=1)
     where: str = Field("", max_length=2_000)
@@ -161,6 +164,25 @@ class PageState(BaseModel):
             guidance=self.guidance,
             k=self.neighbours,
         )
+
+    def set_row(self, row: int | None, database: ServedVersion | None = None) -> None:
+        """Set or remove the stored row of "more like this"."""
+        self.row = row
+        self.row_database = None if database is None else database.name
+        self.row_version = None if database is None else database.version
+
+    def row_problem(self, served: ServedVersion | None) -> str | None:
+        """Return why the stored row is not one of ``served``, the version that would be searched; None if it is one."""
+        if self.row is None or (served is not None and (served.name, served.version) == self._row_owner):
+            return None
+        name, version = self._row_owner
+        if name is None:
+            return f"The link does not say which database image {self.row} belongs to. Search for it again."
+        return f"That image belongs to {name}{'' if version is None else f', version {version}'}."
+
+    @property
+    def _row_owner(self) -> tuple[str | None, int | None]:
+        return self.row_database, self.row_version
 
     def terms(self) -> list[str]:
         """Return the negative terms, which commas separate."""

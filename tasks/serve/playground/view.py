@@ -76,7 +76,7 @@ class View:
         self.tabs.props("dense align=left").classes("tabs")
         with box("page"):
             self.prompt = Prompt(state, context.images, self.run, self.warn)
-            self.options = Options(state, info, served, self._save)
+            self.options = Options(state, info, served, self._change)
             self.runner = Runner()
             self._message = box("message-slot", role="alert")
             self._build_results(context)
@@ -134,6 +134,8 @@ class View:
         """Run the request of the controls, and show its results. ``replace``: the address names the request already."""
         if self.runner.running:
             self.warn("A request is running. Wait for it, or cancel it first.", calm=True)
+            return
+        if not self._keep_row():
             return
         self._clear_message()
         self.details.hide()
@@ -201,12 +203,12 @@ class View:
 
     async def like(self, hit: Hit, database: ServedVersion) -> None:
         """Search for more images like a stored one."""
-        served = next((one.served for one in self._engine.databases() if one.name == database.name), None)
+        served = self._served(database.name)
         if served is None or served.generation != database.generation:
             self.warn(f"{database.name} was swapped, and the rows of its versions differ. Run the request again.")
             return
         self.state.database = database.name
-        self.prompt.like(hit.id)
+        self.prompt.like(hit.id, served)
         self._open_tab("search")
         await self.run()
 
@@ -248,6 +250,27 @@ class View:
         self._open_tab(self.state.tab)
         ui.navigate.history.push(f"?{self._links.change(self.state)}")
         await self._show_or_run(self.history.entries.jobs_of(entry))
+
+    def _served(self, name: str | None) -> ServedVersion | None:
+        return next((one.served for one in self._engine.databases() if one.name == name), None)
+
+    def _keep_row(self) -> bool:
+        """Remove the stored row of "more like this" and say why, if it is not one of the selected database.
+
+        Return False if it was removed.
+        """
+        if self.state.tab != "search":
+            return True
+        problem = self.state.row_problem(self._served(self.state.database))
+        if problem is None:
+            return True
+        self.prompt.remove_row()
+        self.warn(problem, calm=True)
+        return False
+
+    def _change(self) -> None:
+        self._keep_row()
+        self._save()
 
     def warn(self, text: str, *, calm: bool = False) -> None:
         """Show a message above the results."""

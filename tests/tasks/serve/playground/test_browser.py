@@ -228,6 +228,10 @@ def test_click_on_a_result_searches_for_more_like_it(site: Site, page: Any) -> N
     page.wait_for_url(f"**row={row}**")
     assert requests_of(site, SearchRequest)[-1].row == row
     finish(site, page, "more-like-this", audit=False)
+    page.get_by_role("combobox", name="Database").click()
+    page.get_by_role("option", name="fish").click()
+    page.wait_for_selector("text=That image belongs to birds, version 1.")
+    assert page.locator(".chip").count() == 0
 
 
 def test_arrow_keys_move_between_results(site: Site, page: Any) -> None:

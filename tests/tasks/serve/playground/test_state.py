@@ -8,10 +8,11 @@ from tasks.serve.playground.images import SentImages
 from tasks.serve.playground.links import Links
 from tasks.serve.playground.state import PageState, problem_of
 from tasks.serve.service.requests import EditRequest, GenerateRequest, SearchRequest
+from tasks.serve.service.responses import ServedVersion
 
 STATES = [
     PageState(text="a cat & a dog", negative="x=1", database="birds", results=5, min_score=0.25, where="a = 'b'"),
-    PageState(tab="search", row=7),
+    PageState(tab="search", row=7, row_database="birds", row_version=2),
     PageState(tab="search", image="a-b_c"),
     PageState(tab="generate", text="ä", n=2, seed=3, steps=4, guidance=2.5, start="noise", interpolate_to="b"),
     PageState(tab="compare", text="a", databases=["a,b", "c d"], view="search"),
@@ -68,6 +69,17 @@ def test_take_keeps_the_values_of_other_tabs() -> None:
     state.take(PageState(tab="search", text="b", negative="c", results=7))
     assert (state.tab, state.text, state.negative, state.results) == ("search", "b", "c", 7)
     assert (state.steps, state.n) == (9, 2)
+
+
+def test_row_problem_names_the_version_that_the_row_belongs_to() -> None:
+    birds = ServedVersion(name="birds", version=3, rows=10, generation=0)
+    state = PageState()
+    assert state.row_problem(birds) is None
+    state.set_row(5, birds)
+    assert state.row_problem(birds) is None
+    for other in (None, birds.model_copy(update={"version": 4}), birds.model_copy(update={"name": "fish"})):
+        assert state.row_problem(other) == "That image belongs to birds, version 3."
+    assert "does not say which database" in (PageState(row=5).row_problem(birds) or "")
 
 
 def test_compare_asks_every_database_with_one_seed() -> None:
