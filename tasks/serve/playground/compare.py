@@ -1,10 +1,11 @@
 """Two to four databases side by side: the same prompt and seed from each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from tasks.serve.playground.details import Shown
 from tasks.serve.playground.elements import box, hit_alt, image, press, say, served_text, thumbnail_source
+from tasks.serve.playground.results import Results
 from tasks.serve.playground.search import hit_card
 from tasks.serve.service.jobs import Job
 from tasks.serve.service.responses import Hit, ImagesResponse, SearchResponse, ServedVersion
@@ -22,12 +23,16 @@ class ComparedDatabases:
         with self.area:
             say("p", "Describe an image, and see what each database makes of it, side by side.", "empty")
 
-    def show(self, jobs: Mapping[str, Job]) -> None:
-        """Show finished jobs instead of the earlier ones."""
+    def show(self, results: Results) -> None:
+        """Show results instead of the earlier ones. A database that failed has its message in its column."""
         self.area.clear()
         with self.area, box("sides"):
-            for job in jobs.values():
+            for title, job in results.items():
                 with box("side", "section"):
+                    if isinstance(job, str):
+                        say("h2", title)
+                        say("p", job, "message")
+                        continue
                     response = job.future.result()
                     say("h2", served_text(response.database))
                     if isinstance(response, SearchResponse):

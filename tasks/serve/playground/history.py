@@ -10,6 +10,7 @@ from starlette.datastructures import QueryParams
 
 from infra.errors import NotFoundError
 from tasks.serve.playground.elements import box, image, press, result_source, say, shorten, thumbnail_source
+from tasks.serve.playground.results import Results
 from tasks.serve.playground.state import PageState
 from tasks.serve.service.jobs import Job, JobTable
 from tasks.serve.service.responses import ImagesResponse
@@ -29,30 +30,30 @@ class Entries:
         """Iterate over the entries."""
         return iter([dict(one) for one in self._stored.get(_KEY, [])])
 
-    def add(self, state: PageState, query: str, jobs: Mapping[str, Job]) -> None:
-        """Add finished jobs. An earlier entry with the same query goes once its jobs have expired."""
+    def add(self, state: PageState, query: str, results: Results) -> None:
+        """Add results. An earlier entry with the same query goes once its jobs have expired."""
         entry = {
             "query": query,
-            "jobs": {title: job.id for title, job in jobs.items()},
+            "results": {title: one if isinstance(one, str) else [one.id] for title, one in results.items()},
             "title": f"{state.tab.capitalize()}: {shorten(state.text or 'an image', 60)}",
-            "image": _first_image(next(iter(jobs.values()))),
+            "image": _first_image(next(one for one in results.values() if isinstance(one, Job))),
             "time": time.strftime("%H:%M"),
         }
-        kept = [one for one in self if one["query"] != query or self.jobs_of(one)]
+        kept = [one for one in self if one["query"] != query or self.results_of(one)]
         self._stored[_KEY] = [entry, *kept][:_KEPT]
 
-    def jobs_of(self, entry: Mapping[str, Any]) -> dict[str, Job]:
-        """Return the jobs of an entry that have not expired."""
-        found = {}
-        for title, name in entry["jobs"].items():
+    def results_of(self, entry: Mapping[str, Any]) -> Results:
+        """Return the results of an entry without the jobs that have expired; empty if all have."""
+        found: Results = {}
+        for title, one in entry["results"].items():
             with contextlib.suppress(NotFoundError):
-                found[title] = self._jobs.get(name)
-        return found
+                found[title] = one if isinstance(one, str) else self._jobs.get(one[0])
+        return found if any(isinstance(one, Job) for one in found.values()) else {}
 
-    def latest(self, state: PageState) -> dict[str, Job]:
-        """Return the stored jobs of the latest entry with the settings of a state; empty if there are none."""
+    def latest(self, state: PageState) -> Results:
+        """Return the stored results of the latest entry with the settings of a state; empty if there are none."""
         same = [one for one in self if state_of(one).settings() == state.settings()]
-        return next((jobs for one in same if (jobs := self.jobs_of(one))), {})
+        return next((results for one in same if (results := self.results_of(one))), {})
 
 
 def state_of(entry: Mapping[str, Any]) -> PageState:
@@ -74,9 +75,9 @@ class History:
         self.entries = Entries(app.storage.tab, self._jobs)
         self.refresh()
 
-    def add(self, state: PageState, query: str, jobs: Mapping[str, Job]) -> None:
-        """Add finished jobs."""
-        self.entries.add(state, query, jobs)
+    def add(self, state: PageState, query: str, results: Results) -> None:
+        """Add results."""
+        self.entries.add(state, query, results)
         self.refresh()
 
     def refresh(self) -> None:

@@ -33,7 +33,7 @@ class Runner:
             job.cancel()
 
     async def wait(self, jobs: Mapping[str, Job]) -> None:
-        """Show the progress until every job is finished. Raises the error of the first one that failed."""
+        """Show the progress until every job is finished. Raises ``JobCancelledError`` if the visitor has left."""
         self._jobs = list(jobs.values())
         try:
             rows = self._build(jobs)
@@ -48,9 +48,8 @@ class Runner:
             if pending:  # the visitor has left
                 self.cancel()
                 raise JobCancelledError("the page was closed")
-            for error in [future.exception() for future in futures]:  # all, or asyncio reports the unread ones
-                if error is not None:
-                    raise error
+            for future in futures:
+                future.exception()  # otherwise asyncio reports the errors as unread
         finally:
             self._jobs = []
             self._area.set_visibility(False)

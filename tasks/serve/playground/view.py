@@ -2,17 +2,12 @@
 
 import dataclasses
 import io
-import logging
-import math
 from typing import TYPE_CHECKING, Any
 
 from nicegui import events, ui
 from PIL import Image
-from pydantic import ValidationError
 
-from infra.errors import KNNDiffusionError
 from infra.settings import Settings
-from model.errors import ModelError
 from tasks.serve.playground.compare import ComparedDatabases
 from tasks.serve.playground.databases import Databases
 from tasks.serve.playground.details import Actions, Details, Shown
@@ -24,10 +19,11 @@ from tasks.serve.playground.images import SentImages
 from tasks.serve.playground.links import Links
 from tasks.serve.playground.options import Options
 from tasks.serve.playground.prompt import Prompt
+from tasks.serve.playground.results import Results, collect, explain, submit
 from tasks.serve.playground.runner import Runner
 from tasks.serve.playground.search import SearchResults
-from tasks.serve.playground.state import TABS, PageState, Tab, new_seed, problem_of
-from tasks.serve.service.errors import JobCancelledError, QueueFullError, public_message
+from tasks.serve.playground.state import TABS, PageState, Tab, new_seed
+from tasks.serve.service.errors import JobCancelledError
 from tasks.serve.service.jobs import Job
 from tasks.serve.service.requests import EditRequest, GenerateRequest
 from tasks.serve.service.responses import Hit, ImagesResponse, SearchResponse, ServedVersion
@@ -41,7 +37,6 @@ _TOGGLE_DARK = f"""() => {{
     document.cookie = `{DARK_COOKIE}=${{dark ? 1 : 0}}; path=/; max-age=31536000; SameSite=Strict`;
     emit(dark);
 }}"""
-_LOG = logging.getLogger("knn_diffusion.playground")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,55 +137,29 @@ class View:
         seed = new_seed() if self.state.seed is None else self.state.seed
         state = self.state.model_copy()
         try:
-            jobs = self._submit(state, seed)
+            jobs = submit(self._engine, state, self.prompt.image, seed)
             query = self._links.run(state, seed)
             (ui.navigate.history.replace if replace else ui.navigate.history.push)(f"?{query}")
             await self.runner.wait(jobs)
-        except ValidationError as error:
-            self.warn(problem_of(error))
-        except QueueFullError as error:
-            self.warn(f"The service is busy. Try again in {max(1, math.ceil(error.retry_after_s))} s.")
-        except JobCancelledError:
-            self.warn("Cancelled.", calm=True)
-        except (KNNDiffusionError, ModelError) as error:
-            self.warn(public_message(error))
-        except Exception:
-            _LOG.exception("a request of the playground failed")
-            self.warn("The request failed. The log of the service has the reason.")
+            results = collect(jobs)
+        except Exception as error:
+            self.warn(explain(error), calm=isinstance(error, JobCancelledError))
         else:
-            self._show(state.tab, jobs)
-            self.history.add(state, query, jobs)
+            self._show(state.tab, results)
+            self.history.add(state, query, results)
 
-    def _submit(self, state: PageState, seed: int) -> dict[str, Job]:
-        if state.tab == "compare" and len(state.databases) < 2:
-            raise KNNDiffusionError("Choose two to four databases to compare.")
-        image = self.prompt.image
-        if state.tab == "edit" and image is None:
-            raise KNNDiffusionError("Add an image to edit: drop it, paste it, or use the button in the prompt.")
-        if state.tab != "search" and image is None and not state.text.strip():
-            raise KNNDiffusionError("Describe an image first, or add one.")
-        jobs: dict[str, Job] = {}
-        try:
-            for title, request in state.requests(image, seed).items():
-                jobs[title] = self._engine.submit(request, keep=True)
-        except BaseException:
-            for job in jobs.values():
-                job.cancel()
-            raise
-        return jobs
-
-    async def _show_or_run(self, jobs: dict[str, Job]) -> None:
-        """Show stored jobs. Without them, run the request; it fails with a message if its image has expired."""
-        if jobs:
-            self._show(self.state.tab, jobs)
+    async def _show_or_run(self, results: Results) -> None:
+        """Show stored results. Without them, run the request; it fails with a message if its image has expired."""
+        if results:
+            self._show(self.state.tab, results)
         elif self.state.tab != "edit" or self.state.image:
             await self.run(replace=True)
 
-    def _show(self, tab: Tab, jobs: dict[str, Job]) -> None:
+    def _show(self, tab: Tab, results: Results) -> None:
         if tab == "compare":
-            self.compare.show(jobs)
+            self.compare.show(results)
             return
-        job = next(iter(jobs.values()))
+        job = next(one for one in results.values() if isinstance(one, Job))
         response = job.future.result()
         if isinstance(response, SearchResponse):
             self.search.show(response)
@@ -249,7 +218,7 @@ class View:
         self.state.take(state_of(entry))
         self._open_tab(self.state.tab)
         ui.navigate.history.push(f"?{self._links.change(self.state)}")
-        await self._show_or_run(self.history.entries.jobs_of(entry))
+        await self._show_or_run(self.history.entries.results_of(entry))
 
     def _served(self, name: str | None) -> ServedVersion | None:
         return next((one.served for one in self._engine.databases() if one.name == name), None)

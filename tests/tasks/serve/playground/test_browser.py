@@ -21,6 +21,7 @@ from PIL import Image
 from support.fake_engine import FakeEngine
 
 from infra.settings import Settings
+from tasks.serve.service.errors import DatabaseUnavailableError
 from tasks.serve.service.jobs import Job
 from tasks.serve.service.requests import GenerateRequest, SearchRequest
 from tasks.serve.service.responses import SearchResponse, ServedVersion
@@ -42,9 +43,13 @@ DESKTOP = {"width": 1280, "height": 900}
 
 
 class Engine(FakeEngine):
-    """The engine in memory, with hostile columns for one query."""
+    """The engine in memory, with hostile columns for one query, and databases that fail."""
+
+    broken: frozenset[str] = frozenset()
 
     def _response(self, job: Job, served: ServedVersion) -> Any:
+        if served.name in self.broken:
+            raise DatabaseUnavailableError(f"database {served.name} cannot answer")
         response = super()._response(job, served)
         if isinstance(response, SearchResponse) and getattr(job.request, "text", None) == "hostile":
             changed = {"columns": {"caption": HOSTILE, HOSTILE: "{{ 1 }}"}, "url": "javascript:document.title='hacked'"}
@@ -326,6 +331,13 @@ def test_compare_runs_one_seed_in_every_database(site: Site, page: Any) -> None:
     assert {(one.prompt, one.seed) for one in asked} == {(PROMPT, 11)}
     assert [one.database for one in asked] == ["birds", "fish", "flowers"]
     finish(site, page, "compare")
+    site.engine.broken = frozenset({"fish"})
+    try:
+        ask(page, "another prompt")
+        page.wait_for_selector(".side .message >> text=database fish cannot answer")
+    finally:
+        site.engine.broken = frozenset()
+    assert page.locator(".side h2").all_inner_texts() == ["birds, version 1", "fish", "flowers, version 1"]
 
 
 def test_edit_has_a_slider_an_outline_and_candidates(site: Site, page: Any) -> None:

@@ -32,7 +32,7 @@ def test_entries_with_equal_queries_keep_their_own_jobs(engine: FakeEngine) -> N
     first, second = finished(engine), finished(engine)
     for job in (first, second):
         entries.add(PageState(text="a"), "tab=search&text=a", {"search": job})
-    assert [entries.jobs_of(entry) for entry in entries] == [{"search": second}, {"search": first}]
+    assert [entries.results_of(entry) for entry in entries] == [{"search": second}, {"search": first}]
     assert entries.latest(PageState(text="a", min_score=0.5)) == {"search": second}
     assert entries.latest(PageState(text="b")) == {}
 
@@ -42,14 +42,15 @@ def test_expired_entry_is_replaced_by_the_next_run_of_its_query(engine: FakeEngi
     history.Entries(stored, engine.jobs).add(PageState(text="a"), "text=a", {"search": finished(engine)})
     later = history.Entries(stored, JobTable())
     (expired,) = later
-    assert later.jobs_of(expired) == later.latest(PageState(text="a")) == {}
+    assert later.results_of(expired) == later.latest(PageState(text="a")) == {}
     job = finished(engine)
     later.add(PageState(text="a"), "text=a", {"search": job})
-    assert [entry["jobs"] for entry in later] == [{"search": job.id}]
+    assert [entry["results"] for entry in later] == [{"search": [job.id]}]
 
 
 def test_entry_shows_the_jobs_that_have_not_expired(engine: FakeEngine) -> None:
     kept, gone = finished(engine), Job(GenerateRequest(prompt="a"))
     entries = history.Entries({}, engine.jobs)
-    entries.add(PageState(tab="compare", text="a"), "tab=compare&text=a", {"birds": kept, "fish": gone})
-    assert entries.latest(PageState(tab="compare", text="a")) == {"birds": kept}
+    results = {"trees": "is busy", "birds": kept, "fish": gone}
+    entries.add(PageState(tab="compare", text="a"), "tab=compare&text=a", results)
+    assert entries.latest(PageState(tab="compare", text="a")) == {"trees": "is busy", "birds": kept}
