@@ -20,6 +20,7 @@ from tasks.serve.playground.elements import (
     thumbnail_source,
 )
 from tasks.serve.service.jobs import Job
+from tasks.serve.service.requests import GenerateRequest, Request
 from tasks.serve.service.responses import Hit, ImagesResponse, MadeImage, ServedVersion
 
 _TITLES = {"n": "images", "k": "neighbours", "side": "size in px"}
@@ -101,12 +102,20 @@ class Details:
 def settings_of(shown: Shown) -> dict[str, Any]:
     """Return everything that the image depends on, with names for people."""
     request = shown.job.request
-    prompt = getattr(request, "prompt", None)
+    prompt = prompt_text(request)
     settings = {name: value for name, value in shown.response.settings.items() if value is not None}
-    first = {"prompt": prompt or "an image", "seed": shown.image.seed}
+    first = {"prompt": prompt, "seed": shown.image.seed}
     settings = dict.fromkeys(first) | settings  # they come first
     last = {"database": served_text(shown.response.database), "model": shown.response.model}
     return {_TITLES.get(name, name.replace("_", " ")): value for name, value in {**settings, **first, **last}.items()}
+
+
+def prompt_text(request: Request) -> str:
+    """Return the prompt of a generation or an edit, for people."""
+    text = getattr(request, "prompt", None)
+    if text is None or not isinstance(request, GenerateRequest) or request.image is None:
+        return text or "an image"
+    return f"{text}, with an image"
 
 
 def similarity(made: MadeImage, database: ServedVersion) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from tasks.serve.playground.details import Shown
+from tasks.serve.playground.details import Shown, prompt_text
 from tasks.serve.playground.elements import box, hit_alt, image, press, say, score_text, served_text, thumbnail_source
 from tasks.serve.service.jobs import Job
 from tasks.serve.service.requests import GenerateRequest
@@ -31,7 +31,7 @@ class GeneratedImages:
             with box("results-head"):
                 say("h2", f"Generated with {served_text(response.database)}")
                 if strip and isinstance(request, GenerateRequest):
-                    say("p", f"From “{request.prompt or 'an image'}” to “{request.interpolate_to}”", "muted")
+                    say("p", f"From “{prompt_text(request)}” to “{request.interpolate_to}”", "muted")
             with box("strip" if strip else "grid large"):
                 for number in range(len(response.images)):
                     generated_card(Shown(job=job, number=number, response=response), self._on_open)

@@ -14,7 +14,7 @@ from tasks.serve.service.responses import ServedVersion
 
 _PLACEHOLDERS: dict[Tab, str] = {
     "search": "Describe an image, or drop, paste or add one",
-    "generate": "Describe the image to generate",
+    "generate": "Describe the image to generate, or drop, paste or add one",
     "compare": "Describe an image; every database answers",
     "edit": "Add an image, then describe how it should look",
 }

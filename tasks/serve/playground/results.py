@@ -79,5 +79,7 @@ def _check(state: PageState, image: Image.Image | None) -> None:
         raise KNNDiffusionError("Choose two to four databases to compare.")
     if state.tab == "edit" and image is None:
         raise KNNDiffusionError("Add an image to edit: drop it, paste it, or use the button in the prompt.")
+    if state.tab == "edit" and not state.text.strip():
+        raise KNNDiffusionError("Describe the edit in the box.")
     if state.tab != "search" and image is None and not state.text.strip():
         raise KNNDiffusionError("Describe an image first, or add one.")

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from model.editing.edit_metrics import changed_region
 from model.images import image_to_array, to_model_range, to_rgb
 from model.pipeline import KNNDiffusionPipeline
 from tasks.serve.service.plans import EditPlan, GeneratePlan
 from tasks.serve.service.provenance import encode_png, hit_provenance
+from tasks.serve.service.requests import GenerateRequest
 from tasks.serve.service.responses import Hit, ImagesResponse, MadeImage
 
 OnStep = Callable[[int, int], None]
@@ -26,8 +28,9 @@ def generate(plans: Sequence[GeneratePlan], on_step: OnStep) -> list[ImagesRespo
     pipeline, backbone = first.model.with_database(first.opened), first.model.backbone
     counts = [one.request.n for one in plans]
     between = first.request.interpolate_to is not None
-    prompts = [one.request.prompt if one.request.image is None else one.request.image for one in plans]
-    embedded = pipeline.embed([*prompts, *([first.request.interpolate_to] if between else [])])  # type: ignore[list-item]
+    embedded = _embed_prompts([one.request for one in plans], pipeline)
+    if first.request.interpolate_to is not None:
+        embedded = torch.cat([embedded, pipeline.embed(first.request.interpolate_to)])
     negative = None
     if first.request.negative_prompt is not None:
         texts = [one.request.negative_prompt or "" for one in plans]
@@ -55,6 +58,14 @@ def generate(plans: Sequence[GeneratePlan], on_step: OnStep) -> list[ImagesRespo
         responses.append(_response(one, pipeline, output.images[start:end], neighbours[start:end]))
         start = end
     return responses
+
+
+def _embed_prompts(requests: Sequence[GenerateRequest], pipeline: KNNDiffusionPipeline) -> Tensor:
+    """Embed the text or the image of each request, or the mean of both, as unit rows (P, D)."""
+    given = [[one for one in (request.prompt, request.image) if one is not None] for request in requests]
+    embedded = pipeline.embed([one for parts in given for one in parts])
+    rows = embedded.split([len(parts) for parts in given])
+    return torch.stack([row[0] if len(row) == 1 else normalize(row.mean(0), dim=0) for row in rows])
 
 
 def edit(plan: EditPlan, on_step: OnStep) -> ImagesResponse:

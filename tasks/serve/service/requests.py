@@ -75,10 +75,13 @@ class SearchRequest(_Request):
 
 
 class GenerateRequest(_Request):
-    """Generate images of a prompt with the neighbours of a database. None means the default of model and quality."""
+    """Generate images of a prompt with the neighbours of a database. None means the default of model and quality.
+
+    The prompt is a text, an image, or the mean of both.
+    """
 
     prompt: Text | None = None
-    image: RequestImage | None = Field(None, description="Image instead of a text as the prompt.")
+    image: RequestImage | None = Field(None, description="Image as the prompt, alone or with a text.")
     negative_prompt: Text | None = None
     n: int = Field(1, ge=1, le=MAX_IMAGES, description="Number of images.")
     seed: Seed | None = Field(None, description="Default: random. The response names it.")
@@ -93,8 +96,8 @@ class GenerateRequest(_Request):
 
     @model_validator(mode="after")
     def _require_prompt(self) -> "GenerateRequest":
-        if (self.prompt is None) == (self.image is None):
-            raise ValueError("give exactly one of prompt and image")
+        if self.prompt is None and self.image is None:
+            raise ValueError("there is no prompt; give prompt, image or both")
         return self
 
 

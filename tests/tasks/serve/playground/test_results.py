@@ -1,4 +1,5 @@
 import pytest
+from PIL import Image
 
 from infra.errors import KNNDiffusionError
 from tasks.serve.playground.results import collect, submit
@@ -8,6 +9,7 @@ from tasks.serve.service.jobs import Job
 from tasks.serve.service.requests import Request
 from tasks.serve.service.responses import SearchResponse, ServedVersion
 
+IMAGE = Image.new("RGB", (2, 2))
 COMPARED = PageState(tab="compare", view="search", text="a", databases=["birds", "fish", "flowers"])
 
 
@@ -63,3 +65,10 @@ def test_comparison_fails_if_every_database_fails() -> None:
 def test_submit_says_what_is_missing(state: PageState, line: str) -> None:
     with pytest.raises(KNNDiffusionError, match=line):
         submit(Queue(), state, None, 1)
+    with pytest.raises(KNNDiffusionError, match=r"Describe the edit in the box\."):
+        submit(Queue(), PageState(tab="edit"), IMAGE, 1)
+
+
+def test_submit_generates_from_a_text_and_an_image() -> None:
+    (job,) = submit(Queue(), PageState(tab="generate", text="a"), IMAGE, 1).values()
+    assert (job.request.prompt, job.request.image) == ("a", IMAGE)  # type: ignore[union-attr]

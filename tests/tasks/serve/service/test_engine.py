@@ -215,6 +215,17 @@ def test_generation_with_negative_prompt_image_and_noise(engine: Engine) -> None
     assert images(engine, GenerateRequest(image=SOURCE)).settings["image_sha256"]
 
 
+def test_generation_of_text_and_image_uses_the_unit_mean_of_both(engine: Engine) -> None:
+    pipeline = engine._catalog.model.with_database(engine._catalog.get(None))
+    mean = pipeline.embed(["an owl", SOURCE]).mean(0, keepdim=True)
+    expected = pipeline(mean / mean.norm(), generator=torch.Generator().manual_seed(9), quality="fast").images[0]
+    made = images(engine, GenerateRequest(prompt="an owl", image=SOURCE, seed=9))
+    assert np.abs(pixels(made.images[0].png) - np.asarray(expected).astype(int)).max() <= 1
+    assert made.settings["prompt"] == "an owl" and made.settings["image_sha256"]
+    for alone in (GenerateRequest(prompt="an owl", seed=9), GenerateRequest(image=SOURCE, seed=9)):
+        assert made.images[0].neighbours != images(engine, alone).images[0].neighbours
+
+
 def test_interpolation_has_the_neighbours_of_the_nearer_end(engine: Engine) -> None:
     made = images(engine, GenerateRequest(prompt="an owl", interpolate_to="a cat", n=4, seed=2))
     assert made.kind == "interpolate"
