@@ -479,11 +479,22 @@ def test_history_survives_a_reload(site: Site, page: Any) -> None:
     assert len(requests_of(site, SearchRequest)) == before
 
 
-def test_phone_has_no_horizontal_scrolling(site: Site, page: Any) -> None:
-    page.set_viewport_size(PHONE)
+@pytest.fixture
+def phone(site: Site) -> Iterator[Any]:
+    """An empty page on a touch screen."""
+    context = site.context.browser.new_context(viewport=PHONE, reduced_motion="reduce", has_touch=True, is_mobile=True)
+    context.set_default_timeout(10_000)
+    yield context.new_page()
+    context.close()
+
+
+def test_phone_shows_columns_and_has_no_horizontal_scrolling(site: Site, phone: Any) -> None:
+    page = phone
     opened(site, page)
     ask(page, PROMPT)
     page.wait_for_selector(".grid .result")
+    about = page.locator(".about").first
+    assert about.is_visible() and "licence" in about.inner_text() and about.locator("a").is_visible()
     finish(site, page, "phone-search", audit=False)
     for name in ("Generate", "Compare"):
         tab(page, name)
