@@ -138,6 +138,8 @@ class FakeEngine:
             )
             for one in self._served.values()
         ]
+        if "trees" in self._served:
+            return served
         return [*served, ServedDatabase(name="trees", served=None, champion=1, versions=[1], aliases={"champion": 1})]
 
     def swap(self, name: str, version: int | None = None) -> ServedDatabase:

@@ -18,7 +18,7 @@ class EditedImages:
 
     def __init__(self, images: SentImages, on_open: Callable[[Shown], Any]) -> None:
         """Add the empty area. ``images`` keeps the originals."""
-        self._images, self._on_open = images, on_open
+        self._images, self._on_open, self._page = images, on_open, ui.context.client.id
         self.area = box("results")
         with self.area:
             say("p", "Add an image, describe how it should look, and choose among the candidates.", "empty")
@@ -29,7 +29,7 @@ class EditedImages:
         request = job.request
         if not isinstance(request, EditRequest):
             return
-        self._before = f"playground/images/{self._images.add(request.image)}"
+        self._before = f"playground/images/{self._images.add(request.image, self._page)}"
         with self.area:
             with box("results-head"):
                 say("h2", f"Edited with {served_text(response.database)}")

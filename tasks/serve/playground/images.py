@@ -10,29 +10,49 @@ from PIL import Image
 from infra.errors import NotFoundError
 
 MAX_FILE_BYTES = 20_000_000
-_KEPT = 48
-_SIDE_PX = 1_024  # larger than any encoder or generator reads; at most 150 MB for all
+_KEPT = 16
+_KEPT_OF_CLOSED = 48
+_SIDE_PX = 1_024  # larger than any encoder or generator reads; at most 3 MB each
 
 
 class SentImages:
-    """The latest images of all visitors, at most ``kept`` of them. Thread-safe."""
+    """The latest images of each open page, and those of closed pages for a reload or Back. Thread-safe."""
 
-    def __init__(self, kept: int = _KEPT) -> None:
-        """Create an empty store."""
-        self._kept = kept
+    def __init__(self, kept: int = _KEPT, kept_of_closed: int = _KEPT_OF_CLOSED) -> None:
+        """Create an empty store. Each page keeps ``kept`` images; the closed ones share ``kept_of_closed``."""
+        self._kept, self._kept_of_closed = kept, kept_of_closed
         self._images: OrderedDict[str, Image.Image] = OrderedDict()
+        self._pages: dict[str, str | None] = {}
         self._lock = threading.Lock()
 
-    def add(self, image: Image.Image) -> str:
-        """Keep a reduced copy of an image, and return its token."""
+    def add(self, image: Image.Image, page: str) -> str:
+        """Keep a reduced copy of an image for a page, and return its token."""
         reduced = image.convert("RGB")
         reduced.thumbnail((_SIDE_PX, _SIDE_PX))
         token = secrets.token_urlsafe(16)
         with self._lock:
             self._images[token] = reduced
-            while len(self._images) > self._kept:
-                self._images.popitem(last=False)
+            self._move(token, page)
         return token
+
+    def claim(self, token: str, page: str) -> None:
+        """Keep an image for a page that was opened with its token."""
+        with self._lock:
+            if token in self._images:
+                self._move(token, page)
+
+    def close(self, page: str) -> None:
+        """Keep the images of a page only as those of closed pages."""
+        with self._lock:
+            for token in [token for token, owner in self._pages.items() if owner == page]:
+                self._move(token, None)
+
+    def _move(self, token: str, page: str | None) -> None:
+        self._pages[token] = page
+        self._images.move_to_end(token)
+        own = [one for one in self._images if self._pages[one] == page]
+        for one in own[: -(self._kept_of_closed if page is None else self._kept)]:
+            del self._images[one], self._pages[one]
 
     def __contains__(self, token: str) -> bool:
         """Return True if an image is still kept."""

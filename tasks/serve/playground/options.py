@@ -26,7 +26,11 @@ class _Control:
 
 
 class Options:
-    """The controls, bound to the state."""
+    """The controls, bound to the state.
+
+    Attributes:
+        missing: Databases of the link that are not served.
+    """
 
     def __init__(self, state: PageState, info: ServiceInfo, databases: Sequence[str], on_change: Callable[[], None]):
         """Add the controls. ``databases`` are the served ones."""
@@ -40,6 +44,12 @@ class Options:
                 self._details()
         self.refresh()
 
+    def serve(self, databases: Sequence[str]) -> None:
+        """Offer the databases that are served now."""
+        if list(databases) != self._single.options:
+            self._single.set_options(list(databases))
+            self._several.set_options(list(databases))
+
     def refresh(self) -> None:
         """Show the values of the state and the controls of its tab."""
         tab = self._state.tab
@@ -51,16 +61,18 @@ class Options:
         self._more.set_visibility(tab != "databases" and generates)
 
     def _main(self, databases: list[str]) -> None:
+        wanted = [*self._state.databases, *([self._state.database] if self._state.database else [])]
+        self.missing = [name for name in wanted if name not in databases]
         if self._state.database not in databases:
             self._state.database = databases[0] if databases else None
         known = [name for name in self._state.databases if name in databases]
         self._state.databases = known or databases[:MAX_COMPARED]
-        single = ui.select(databases, label="Database")
-        self._add("database", single, ("search", "generate", "edit"), generates=False)
-        several = ui.select(databases, label="Databases (2 to 4)", multiple=True).props(
+        self._single = ui.select(databases, label="Database")
+        self._add("database", self._single, ("search", "generate", "edit"), generates=False)
+        self._several = ui.select(databases, label="Databases (2 to 4)", multiple=True).props(
             f"use-chips max-values={MAX_COMPARED}"
         )
-        self._add("databases", several.classes("wide"), ("compare",), generates=False)
+        self._add("databases", self._several.classes("wide"), ("compare",), generates=False)
         view = ui.select({"generate": "Generated", "search": "Nearest"}, label="Show")
         self._add("view", view, ("compare",), generates=False)
         self._number("results", "Results", ("search",), 1, 500)

@@ -27,7 +27,9 @@ class Prompt:
     def __init__(self, state: PageState, images: SentImages, on_run: Callable[[], Any], warn: Callable[[str], None]):
         """Add the box. ``warn`` shows a message to the user."""
         self._state, self._images, self._warn = state, images, warn
-        self._name = "Image of the prompt"
+        self._names: dict[str, str] = {}
+        self._page = ui.context.client.id
+        ui.context.client.on_delete(lambda: images.close(self._page))
         with box("prompt") as self.area:
             self._chip = box("chip-slot")
             with box("prompt-row"):
@@ -59,6 +61,7 @@ class Prompt:
 
     def refresh(self) -> None:
         """Show the state: after a change of the tab, or after earlier values were recalled."""
+        self._images.claim(self._state.image, self._page)
         tab = self._state.tab
         self.area.set_visibility(tab != "databases")
         self._text.value, self._negative.value = self._state.text, self._state.negative
@@ -72,7 +75,8 @@ class Prompt:
 
     def use(self, shown: Image.Image, name: str) -> None:
         """Take an image as the image of the prompt."""
-        self._state.image, self._name = self._images.add(shown), name
+        self._state.image = token = self._images.add(shown, self._page)
+        self._names[token] = name
         self._state.set_row(None)
         self._show_chip()
 
@@ -115,7 +119,8 @@ class Prompt:
                 with box("chip"):
                     if token in self._images:
                         image(f"playground/images/{token}", "Image of the prompt")
-                    say("span", shorten(self._name, 40) if token in self._images else "The image has expired")
+                    name = self._names.get(token, "Image of the prompt")
+                    say("span", shorten(name, 40) if token in self._images else "The image has expired")
                     self._remove_button("Remove the image")
             elif row is not None:
                 with box("chip"):

@@ -31,6 +31,7 @@ from tasks.serve.service.responses import Hit, ImagesResponse, SearchResponse, S
 if TYPE_CHECKING:
     from tasks.serve.service.engine import Engine
 
+_SERVED_S = 5.0
 DARK_COOKIE = "knn_diffusion_dark"
 _TOGGLE_DARK = f"""() => {{
     const dark = !Quasar.Dark.isActive;
@@ -56,7 +57,6 @@ class View:
         self._engine, self._images, self.state = context.engine, context.images, state
         self._links = Links()
         info = context.engine.info()
-        served = [one.name for one in context.engine.databases() if one.served is not None]
         with box("top", "header"):
             say("h1", "knn-diffusion")
             say("span", f"{info.model}, {info.side_px} px", "muted")
@@ -71,7 +71,7 @@ class View:
         self.tabs.props("dense align=left").classes("tabs")
         with box("page"):
             self.prompt = Prompt(state, context.images, self.run, self.warn)
-            self.options = Options(state, info, served, self._change)
+            self.options = Options(state, info, self._served_names(), self._change)
             self.runner = Runner()
             self._message = box("message-slot", role="alert")
             self._build_results(context)
@@ -94,10 +94,14 @@ class View:
         """Run the request of the URL once the browser is connected."""
         self.history.connect()
         self._links.change(self.state)
+        ui.timer(_SERVED_S, lambda: self.options.serve(self._served_names()))
         if self.state.tab == "databases":
             await self.databases.refresh()
         elif self.state.draft:
             self.state.draft = False
+        elif self.options.missing:
+            missing = ", ".join(self.options.missing)
+            self.warn(f"The link names a database that is not served: {missing}. Choose another.")
         elif self.state.text or self.state.image or self.state.row is not None:
             await self._show_or_run(self.history.entries.latest(self.state))
 
@@ -115,6 +119,7 @@ class View:
     def _open_tab(self, tab: Tab) -> None:
         self.state.tab = tab
         self.tabs.value = tab
+        self.options.serve(self._served_names())
         self._show_tab()
 
     def _show_tab(self) -> None:
@@ -222,6 +227,9 @@ class View:
 
     def _served(self, name: str | None) -> ServedVersion | None:
         return next((one.served for one in self._engine.databases() if one.name == name), None)
+
+    def _served_names(self) -> list[str]:
+        return [one.name for one in self._engine.databases() if one.served is not None]
 
     def _keep_row(self) -> bool:
         """Remove the stored row of "more like this" and say why, if it is not one of the selected database.

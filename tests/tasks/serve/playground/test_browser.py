@@ -380,6 +380,21 @@ def test_swap_while_generating_keeps_the_version_of_the_job(site: Site, page: An
     site.engine.swap("birds", 1)
 
 
+def test_database_that_is_served_later_can_be_chosen(site: Site, page: Any) -> None:
+    before = len(requests_of(site, SearchRequest))
+    opened(site, page, "?tab=search&text=a&database=trees")
+    page.wait_for_selector("text=The link names a database that is not served: trees.")
+    assert len(requests_of(site, SearchRequest)) == before
+    site.engine.swap("trees", 1)
+    try:
+        tab(page, "Generate")
+        page.get_by_role("combobox", name="Database").click()
+        page.get_by_role("option", name="trees").click()
+        page.wait_for_url("**database=trees**")
+    finally:
+        del site.engine._served["trees"]
+
+
 def test_overload_is_shown_with_the_time_to_wait(site: Site, page: Any) -> None:
     opened(site, page, "?tab=generate")
     site.engine.gate.clear()

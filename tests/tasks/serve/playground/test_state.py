@@ -117,8 +117,23 @@ def test_recall_restores_the_request_with_the_seed_of_one_image(request_: Genera
 
 def test_sent_images_are_bounded_and_reduced() -> None:
     images = SentImages(kept=2)
-    tokens = [images.add(Image.new("RGBA", (3_000, 10))) for _ in range(3)]
+    tokens = [images.add(Image.new("RGBA", (3_000, 10)), "page") for _ in range(3)]
     with pytest.raises(NotFoundError, match="expired"):
         images.get(tokens[0])
     assert images.get(tokens[2]).size == (1_024, 3)
     assert images.webp(tokens[2])[8:12] == b"WEBP"
+
+
+def test_sent_images_of_open_pages_survive_those_of_others() -> None:
+    images, image = SentImages(kept=2, kept_of_closed=2), Image.new("RGB", (2, 2))
+    own = images.add(image, "page")
+    for other in ("a", "b", "c"):
+        closed = [images.add(image, other) for _ in range(2)]
+        images.close(other)
+    assert own in images and all(token in images for token in closed)
+    images.close("page")
+    images.claim(own, "reloaded")
+    later = images.add(image, "d")
+    for page in ("d", "reloaded"):
+        images.close(page)
+    assert closed[0] not in images and own in images and later in images
