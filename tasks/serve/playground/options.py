@@ -8,6 +8,7 @@ from nicegui import events, ui
 from nicegui.elements.mixins.value_element import ValueElement
 from pydantic import ValidationError
 
+from model.generation.quality import PRESETS
 from tasks.serve.playground.elements import box
 from tasks.serve.playground.state import MAX_COMPARED, PageState, Tab
 from tasks.serve.service.responses import ServiceInfo
@@ -36,6 +37,8 @@ class Options:
         """Add the controls. ``databases`` are the served ones."""
         self._state, self._info, self._on_change = state, info, on_change
         self._controls: list[_Control] = []
+        self._ranges: dict[str, str] = {}
+        self._invalid: dict[str, Any] = {}
         with box("options") as self._area:
             self._main(list(databases))
         with ui.expansion("More options").classes("more") as self._more:
@@ -43,6 +46,14 @@ class Options:
             with box("options"):
                 self._details()
         self.refresh()
+
+    @property
+    def problem(self) -> str | None:
+        """The first value of the tab that is out of range, as a message; None if there is none."""
+        for control in self._controls:
+            if control.field in self._invalid and control.element.visible:
+                return self._ranges[control.field].format(self._invalid[control.field])
+        return None
 
     def serve(self, databases: Sequence[str]) -> None:
         """Offer the databases that are served now."""
@@ -57,6 +68,8 @@ class Options:
         for control in self._controls:
             control.element.set_visibility(tab in control.tabs and (generates or not control.generates))
             control.element.value = getattr(self._state, control.field)
+        self._invalid.clear()
+        self._show_candidates()
         self._area.set_visibility(tab != "databases")
         self._more.set_visibility(tab != "databases" and generates)
 
@@ -81,21 +94,21 @@ class Options:
 
     def _details(self) -> None:
         defaults = self._info.defaults
-        where = ui.input("Only rows where").props("maxlength=2000 stack-label")
+        where = ui.input("Only rows where").props("maxlength=2000 stack-label").classes("run-on-enter")
         where.props["placeholder"] = "url like '%cat%'"
         self._add("where", where.classes("wide"), ("search",), generates=False)
         self._number("steps", "Steps", _DRAWS, 1, 250, defaults.get("steps"))
         self._number("guidance", "Guidance", _DRAWS, 1, 50, defaults.get("guidance"), step=0.5)
         self._number("neighbours", "Neighbours", _DRAWS, 1, 100, defaults.get("k"))
         self._add("quality", ui.select({"fast": "Fast", "best": "Best"}, label="Quality"), _DRAWS[:2])
-        self._number("candidates", "Candidates", _DRAWS[:2], 1, 16, defaults.get("candidates"))
+        self._candidates = self._number("candidates", "Candidates", _DRAWS[:2], 1, 16)
         if self._info.starts_from_images:
             self._add("start", ui.select(_START, label="Start from"), _DRAWS[:2])
             self._number("strength", "Noise", _DRAWS[:2], 0.05, 1, defaults.get("strength"), step=0.05)
         methods = {None: "Default"} | {name: _METHODS.get(name, name) for name in self._info.edit_methods}
         self._add("method", ui.select(methods, label="Method"), ("edit",))
         self._number("edit_strength", "Strength", ("edit",), 0.05, 1, defaults.get("edit_strength"), step=0.05)
-        target = ui.input("Interpolate to").props("maxlength=2000 stack-label")
+        target = ui.input("Interpolate to").props("maxlength=2000 stack-label").classes("run-on-enter")
         target.props["placeholder"] = "a second prompt: the images lead to it"
         self._add("interpolate_to", target.classes("wide"), ("generate",))
 
@@ -108,10 +121,13 @@ class Options:
         high: float,
         default: Any = None,
         step: float = 1,
-    ) -> None:
+    ) -> ui.number:
         number = ui.number(label, min=low, max=high, step=step).props("stack-label")
         number.props["placeholder"] = "default" if default is None else str(default)
         self._add(field, number, tabs)
+        kind = "whole number" if step == 1 else "number"
+        self._ranges[field] = f"{label} is not valid: {{}}; give a {kind} from {low} to {high}."
+        return number
 
     def _add(self, field: str, element: ValueElement[Any], tabs: tuple[Tab, ...], *, generates: bool = True) -> None:
         element.props("outlined dense hide-bottom-space")
@@ -125,10 +141,20 @@ class Options:
             value = int(value)
         if value in (None, ""):
             value = PageState.model_fields[field].get_default(call_default_factory=True)
+        self._invalid.pop(field, None)
         if value == getattr(self._state, field):
             return
         try:
             setattr(self._state, field, value)
         except ValidationError:
-            return  # the control shows that the value is out of range
+            if field in self._ranges:
+                self._invalid[field] = value
+            return
+        self._show_candidates()
         self._on_change()
+
+    def _show_candidates(self) -> None:
+        """Show the default of the selected quality."""
+        quality, default = self._state.quality, self._info.defaults.get("candidates")
+        preset = default if quality == "fast" else PRESETS[quality].candidates
+        self._candidates.props["placeholder"] = "default" if preset is None else str(preset)

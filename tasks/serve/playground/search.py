@@ -53,18 +53,19 @@ class SearchResults:
             self._count = ui.label().classes("muted")
             self._count.props["aria-live"] = "polite"
             slider = box("range", "input", type="range", min="0", max="1", step="0.01", aria_label="Lowest similarity")
-            slider.props["value"] = self._state.min_score
+            slider.props["value"] = self._state.min_score or 0
             emit = "(event) => emit(Number(event.target.value))"
             slider.on("input", lambda event: self._limit(float(event.args), response), throttle=0.1, js_handler=emit)
 
     def _limit(self, score: float, response: SearchResponse) -> None:
-        self._state.min_score = min(1.0, max(0.0, score))
+        self._state.min_score = min(1.0, score) if score > 0 else None  # cosines may be negative
         self._fill(response)
         self._on_change()
 
     def _fill(self, response: SearchResponse) -> None:
-        shown = [hit for hit in response.hits if hit.score >= self._state.min_score]
-        lowest = f" with similarity {score_text(self._state.min_score)} or more" if self._state.min_score else ""
+        least = self._state.min_score
+        shown = [hit for hit in response.hits if least is None or hit.score >= least]
+        lowest = "" if least is None else f" with similarity {score_text(least)} or more"
         self._count.text = f"{len(shown)} of {len(response.hits)} images{lowest}"
         self._grid.clear()
         with self._grid:

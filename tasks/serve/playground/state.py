@@ -62,7 +62,7 @@ class PageState(BaseModel):
     row_database: _Name | None = None
     row_version: int | None = Field(None, ge=0)
     results: int = Field(24, ge=1, le=MAX_NEIGHBOURS)
-    min_score: float = Field(0.0, ge=0, le=1)
+    min_score: float | None = Field(None, ge=0, le=1)
     where: str = Field("", max_length=2_000)
     n: int = Field(4, ge=1, le=MAX_IMAGES)
     seed: int | None = Field(None, ge=0, lt=2**53)  # a browser's numbers are exact below it

@@ -137,6 +137,9 @@ class View:
             return
         if not self._keep_row():
             return
+        if self.options.problem is not None:
+            self.warn(self.options.problem)
+            return
         self._clear_message()
         self.details.hide()
         seed = new_seed() if self.state.seed is None else self.state.seed

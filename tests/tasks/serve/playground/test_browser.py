@@ -307,6 +307,22 @@ def test_download_is_the_png_of_the_engine(site: Site, page: Any) -> None:
 def test_interpolation_is_shown_as_a_strip(site: Site, page: Any) -> None:
     opened(site, page, "?tab=generate&text=a+cat&interpolate_to=a+dog&n=5&seed=1")
     page.wait_for_selector(".strip .result")
+    before = len(requests_of(site, GenerateRequest))
+    page.get_by_text("More options").click()
+    candidates = page.get_by_role("spinbutton", name="Candidates")
+    assert candidates.get_attribute("placeholder") == "2"
+    page.get_by_role("combobox", name="Quality").click()
+    page.get_by_role("option", name="Best").click()
+    page.wait_for_function("[...document.querySelectorAll('.more input')].some((one) => one.placeholder === '8')")
+    candidates.fill("99")
+    candidates.press("Enter")
+    page.wait_for_selector("text=Candidates is not valid: 99; give a whole number from 1 to 16.")
+    assert len(requests_of(site, GenerateRequest)) == before
+    candidates.fill("")
+    page.get_by_label("Interpolate to").press("Enter")
+    page.wait_for_url("**quality=best**")
+    page.wait_for_function("document.querySelectorAll('.history-entry').length === 2")
+    assert requests_of(site, GenerateRequest)[-1].quality == "best"
     assert page.locator(".strip .result").count() == 5
     assert "From “a cat” to “a dog”" in page.locator(".results-head").filter(visible=True).inner_text()
     finish(site, page, "interpolation", audit=False)
