@@ -188,7 +188,6 @@ class OpenDatabase:
             return [{} for _ in described]
         return [found[place] for place in places]
 
-
     def _preload(self) -> None:
         """Read what is kept in memory, so that the first searches are fast, and a small database outlives its files."""
         assert self._source is not None, "open has a source"  # noqa: S101 - for the type checker
