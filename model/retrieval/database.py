@@ -344,9 +344,10 @@ class Database:
         if not len(self):
             return False
         first = next((row for row, hidden in enumerate(self._hidden) if row != hidden), len(self._hidden))
+        errors: tuple[type[Exception], ...] = (ModelError, *self._image_errors)
         try:
             return bool(self.images([first]))
-        except (ModelError, *self._image_errors):
+        except errors:
             return False
 
     def images(self, ids: Sequence[int]) -> list[Image.Image]:

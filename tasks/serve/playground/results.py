@@ -23,8 +23,8 @@ _LOG = logging.getLogger("knn_diffusion.playground")
 class Submits(Protocol):
     """Anything that queues requests, as the engine."""
 
-    def submit(self, request: Request) -> Job:
-        """Queue a request. Raises ``KNNDiffusionError`` if it is refused."""
+    def submit(self, request: Request, *, keep: bool = False) -> Job:
+        """Queue a request; ``keep`` its job for look-up. Raises ``KNNDiffusionError`` if it is refused."""
         ...
 
 

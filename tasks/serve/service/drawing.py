@@ -64,7 +64,7 @@ def _embed_prompts(requests: Sequence[GenerateRequest], pipeline: KNNDiffusionPi
     """Embed the text or the image of each request, or the mean of both, as unit rows (P, D)."""
     given = [[one for one in (request.prompt, request.image) if one is not None] for request in requests]
     embedded = pipeline.embed([one for parts in given for one in parts])
-    rows = embedded.split([len(parts) for parts in given])
+    rows = torch.split(embedded, [len(parts) for parts in given])
     return torch.stack([row[0] if len(row) == 1 else normalize(row.mean(0), dim=0) for row in rows])
 
 

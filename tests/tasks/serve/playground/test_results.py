@@ -19,7 +19,7 @@ class Queue:
     def __init__(self, **refused: KNNDiffusionError) -> None:
         self._refused = refused
 
-    def submit(self, request: Request) -> Job:
+    def submit(self, request: Request, *, keep: bool = False) -> Job:
         if request.database in self._refused:
             raise self._refused[request.database]
         return Job(request)
