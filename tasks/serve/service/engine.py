@@ -202,6 +202,7 @@ class Engine:
                     self._fail(ticket, self._attempt([ticket]))
         elif failed is not None:
             self._fail(tickets[0], failed)
+        del failed  # its traceback leads to this frame: a reference cycle, which would keep tensors and versions
         self.metrics.batch_seconds.labels(kind=kind).observe(time.monotonic() - started)
 
     def _attempt(self, tickets: Sequence[Ticket]) -> Exception | None:

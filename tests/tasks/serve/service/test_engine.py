@@ -324,7 +324,7 @@ def test_cancelled_edit_stops_within_a_candidate(engine: Engine, monkeypatch: py
         job.future.result(20)
     hook.remove()
     assert len(calls) == 2
-    assert not network._forward_pre_hooks
+    wait_for(lambda: not network._forward_pre_hooks)
 
 
 def test_failing_request_fails_alone_and_without_paths(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
