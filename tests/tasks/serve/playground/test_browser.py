@@ -282,13 +282,15 @@ def test_use_all_recalls_every_control_of_an_earlier_image(site: Site, page: Any
     opened(site, page, "?tab=generate&text=a+fish&n=2&seed=5&steps=3&negative=blue")
     page.wait_for_selector(".made .result")
     ask(page, "another prompt")
+    page.wait_for_function("document.querySelectorAll('.history-entry').length === 2")
     page.get_by_role("spinbutton", name="Seed").fill("1")
-    page.locator(".history-entry").first.wait_for()
     page.locator(".history-entry").last.click()
+    page.wait_for_url("**text=a+fish**")
     page.locator(".made .result").first.click()
     page.get_by_role("textbox", name="Prompt").fill("a third prompt")
     page.locator(".details").get_by_role("button", name="Use all").click()
-    page.wait_for_url("**text=a+fish**")
+    page.wait_for_selector("text=The controls have the values of this image.")
+    page.wait_for_function("document.querySelector('.prompt-text textarea').value === 'a fish'")
     assert page.get_by_role("textbox", name="Prompt").input_value() == "a fish"
     assert page.get_by_role("spinbutton", name="Seed").input_value() == "5"
     assert page.get_by_label("Without").input_value() == "blue"
