@@ -41,6 +41,7 @@ class FakeEngine:
         gate: Jobs run while it is set. Clear it to hold running and queued jobs.
         fault: Error that every following job raises. None: jobs succeed.
         submitted: All jobs, oldest first.
+        requests: Their requests as submitted; a finished search drops its image.
         drains: Drain times that ``close`` was called with.
     """
 
@@ -60,6 +61,7 @@ class FakeEngine:
         self.drains: list[float] = []
         self.jobs = JobTable()
         self.submitted: list[Job] = []
+        self.requests: list[Request] = []
         self.metrics = Metrics()
         self.ready = False
         self._capacity, self._step_s, self._warm, self._side_px, self._rows = capacity, step_s, warm, side_px, rows
@@ -117,6 +119,7 @@ class FakeEngine:
                 raise QueueFullError(f"the queue is full: {self._capacity} requests; retry later", retry_after_s=2.5)
             job = Job(request, self._position)
             self.submitted.append(job)
+            self.requests.append(request)
             if keep:
                 self.jobs.add(job)
             lane.append((job, served))

@@ -147,7 +147,7 @@ def png(colour: str = "teal", side_px: int = 48) -> bytes:
 
 
 def requests_of(site: Site, kind: type) -> list[Any]:
-    return [job.request for job in site.engine.jobs.recent() if isinstance(job.request, kind)]
+    return [request for request in site.engine.requests if isinstance(request, kind)]
 
 
 def test_search_shows_scores_columns_and_sources(site: Site, page: Any) -> None:
@@ -301,7 +301,7 @@ def test_download_is_the_png_of_the_engine(site: Site, page: Any) -> None:
     page.locator(".made .result").click()
     with page.expect_download() as saved:
         page.get_by_role("link", name="Download PNG").click()
-    job = next(job for job in reversed(site.engine.jobs.recent()) if isinstance(job.request, GenerateRequest))
+    job = next(job for job in reversed(site.engine.submitted) if isinstance(job.request, GenerateRequest))
     assert Path(saved.value.path()).read_bytes() == job.future.result().images[0].png
     assert saved.value.suggested_filename == "knn-diffusion-generate-5.png"
 
@@ -337,7 +337,7 @@ def test_escape_cancels_a_job(site: Site, page: Any) -> None:
     page.wait_for_selector(".progress .cancel")
     page.keyboard.press("Escape")
     page.wait_for_selector("text=Cancelled.")
-    assert site.engine.jobs.recent()[-1].status().state == "cancelled"
+    assert site.engine.submitted[-1].status().state == "cancelled"
 
 
 def test_compare_runs_one_seed_in_every_database(site: Site, page: Any) -> None:

@@ -22,7 +22,7 @@ def engine() -> Iterator[FakeEngine]:
 
 
 def finished(engine: FakeEngine, text: str = "a") -> Job:
-    job = engine.submit(SearchRequest(text=text))
+    job = engine.submit(SearchRequest(text=text), keep=True)
     job.future.result(10)
     return job
 

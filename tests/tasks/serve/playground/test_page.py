@@ -71,7 +71,7 @@ def test_thumbnail_that_is_gone_is_not_found(client: TestClient, path: str) -> N
 
 
 def test_result_is_the_png_of_the_engine(client: TestClient, engine: FakeEngine) -> None:
-    job = engine.submit(GenerateRequest(prompt="a", n=2, seed=3))
+    job = engine.submit(GenerateRequest(prompt="a", n=2, seed=3), keep=True)
     made: Any = job.future.result(10)
     saved = client.get(f"/playground/results/{job.id}/1.png?download=1")
     assert saved.content == made.images[1].png
@@ -79,9 +79,9 @@ def test_result_is_the_png_of_the_engine(client: TestClient, engine: FakeEngine)
 
 
 def test_result_that_does_not_exist_is_not_found(client: TestClient, engine: FakeEngine) -> None:
-    found = engine.submit(SearchRequest(text="a"))
+    found = engine.submit(SearchRequest(text="a"), keep=True)
     found.future.result(10)
-    drawn = engine.submit(GenerateRequest(prompt="a"))
+    drawn = engine.submit(GenerateRequest(prompt="a"), keep=True)
     drawn.future.result(10)
     for path in (f"{found.id}/0", f"{drawn.id}/1", f"{drawn.id}/-1", "unknown/0"):
         assert client.get(f"/playground/results/{path}.png").status_code == 404

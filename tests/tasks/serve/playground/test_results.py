@@ -27,7 +27,7 @@ class Queue:
 
 def finish(job: Job) -> None:
     served = ServedVersion(name=job.request.database or "", version=1, rows=1, generation=0)
-    job.finish(SearchResponse(database=served, encoder="e", hits=[]))
+    job.finish(SearchResponse(model="m", settings={}, database=served, encoder="e", hits=[]))
 
 
 def test_comparison_shows_finished_databases_beside_the_failed_ones() -> None:
