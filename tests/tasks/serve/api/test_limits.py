@@ -67,7 +67,7 @@ def test_bodies_above_the_limit_of_all_are_refused_until_a_request_ends() -> Non
     body = json.dumps({"prompt": "a"}).encode().ljust(4_000)
     with client(engine, max_body_bytes=5_000, max_bodies_bytes=6_000) as calls, ThreadPoolExecutor(1) as pool:
         first = pool.submit(calls.post, "/v1/generate", content=body, headers=JSON)
-        while not engine.jobs.recent():
+        while not engine.submitted:
             time.sleep(0.01)
         for content in (body, iter([body]), body):
             refused = calls.post("/v1/generate", content=content, headers=JSON)
