@@ -176,7 +176,7 @@ def test_probes_answer_while_too_many_requests_are_in_progress() -> None:
     engine.gate.clear()
     with served(engine, max_requests=2) as address, ThreadPoolExecutor(2) as pool:
         calls = [pool.submit(httpx.post, f"{address}/v1/generate", json={"prompt": "a"}) for _ in range(2)]
-        while len(engine.jobs.recent()) < 2:
+        while len(engine.submitted) < 2:
             time.sleep(0.01)
         refused = httpx.post(f"{address}/v1/search", json={"text": "a"})
         assert (refused.status_code, refused.json()["code"]) == (429, "queue_full")
