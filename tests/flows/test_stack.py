@@ -21,6 +21,7 @@ from support.fakes import LoopbackServer, Reply, WithoutRay
 from support.postgres import is_installed, postgres_server
 from support.stack import CHECKOUT, Stack, started, wait_for
 from support.tiny_domain import write_urls
+from typer.testing import Result
 
 from flows.deployment_runs import cancel, connected, list_runs
 from infra.errors import StageError
@@ -34,6 +35,18 @@ CRASHED_S = 120.0
 CANCELLED_S = 60.0
 """Upper bound on a busy machine; an idle one takes less than 10."""
 DOMAIN, MODEL = "shapes", "knn-database.shapes"
+
+
+def run_when_free(*arguments: str) -> Result:
+    """Run a command, and repeat it while the deployed sweep holds the lease of the model."""
+    results: list[Result] = []
+
+    def finished() -> bool:
+        results.append(run(*arguments))
+        return "is being written by sweep" not in results[-1].stderr
+
+    wait_for(finished)
+    return results[-1]
 
 
 def probe(name: str, *, cron: bool = False, **config: Any) -> dict[str, Any]:
@@ -93,17 +106,31 @@ def images() -> Iterator[LoopbackServer]:
         yield server
 
 
-def test_cancel_on_ray_ends_as_cancelled_and_frees_the_domain(stack: Stack, doomed: tuple[FlowRun, datetime]) -> None:
-    begun = stack.start("probe/probe", domain="cancelled", on_ray="true")
-    stack.running(begun, "cancelled")
-    time.sleep(5)
-    cancel(str(begun.id))
-    asked = time.monotonic()
-    state = stack.ended(begun)
-    assert (state.name, time.monotonic() - asked < CANCELLED_S) == ("Cancelled", True)
-    again = stack.command("run", "probe/probe", "--param", "domain=cancelled", "--param", "seconds=0")
-    assert again.returncode == 0, again.stderr
-    assert again.stderr.splitlines()[-1] == "Completed"
+def unfinished(folder: Path) -> bool:
+    """Return True if a stage has begun to write to ``folder`` and has not committed."""
+    return folder.exists() and any(folder.iterdir()) and not any(folder.glob("*/manifest.json"))
+
+
+def test_cancel_in_each_stage_ends_as_cancelled_and_the_next_run_resumes(
+    stack: Stack, doomed: tuple[FlowRun, datetime], images: LoopbackServer
+) -> None:
+    urls = write_urls(stack.folder / "staged.jsonl", [images.url(path) for path in NAMES[:12]])
+    network = {"kind": "transformer", "image_size": 16, "layers": 1, "heads": 1, "head_width": 16}
+    train = {"network": network, "cpus_per_worker": 1, "conditioning": {"neighbours": 2, "pool": 4}}
+    options = {
+        "download.policy.allow_hosts": f"['{images.host}']", "download.workers": 1, "embed.workers": 1,
+        "index.recall_queries": 4, "train": json.dumps(train | {"training": {"images": 10_000_000, "batch_size": 4}}),
+    }  # fmt: skip
+    for kind in ("images", "embeddings", "database", "generator"):
+        begun = stack.start("new-domain", domain="staged", urls=urls, **options)
+        wait_for(lambda kind=kind: unfinished(stack.root / "staged" / kind), 180, poll_s=0.05)
+        cancel(str(begun.id))
+        requested = time.monotonic()
+        state = stack.ended(begun)
+        assert (kind, state.name, time.monotonic() - requested < CANCELLED_S) == (kind, "Cancelled", True)
+    committed = {path.parts[-3] for path in (stack.root / "staged").glob("*/*/manifest.json")}
+    assert {"images", "embeddings", "database"} <= committed, "a run did not resume from the stages before"
+    assert "generator" not in committed
 
 
 def test_two_schedules_of_one_domain_end_as_completed_and_skipped(
@@ -169,11 +196,13 @@ def test_promotion_is_refused_forced_and_rolled_back(
     WithoutRay().install(monkeypatch)
     urls = write_urls(stack.folder / "more.jsonl", [images.url(path) for path in NAMES[:12]])
     rebuild_index(RebuildIndexConfig(domain=DOMAIN, urls=str(urls)))
-    denied = run("promote", DOMAIN, "--version", "1")
+    denied = run_when_free("promote", DOMAIN, "--version", "1")
     assert (denied.exit_code, denied.stdout) == (1, "")
     assert "was not promoted because gates failed" in denied.stderr
-    assert run("promote", DOMAIN, "--version", "1", "--force", "--reason", "the new images are wrong").exit_code == 0
-    assert run("rollback", DOMAIN, "--reason", "they were right").exit_code == 0
+    forced = run_when_free("promote", DOMAIN, "--version", "1", "--force", "--reason", "the new images are wrong")
+    assert forced.exit_code == 0, forced.stderr
+    restored = run_when_free("rollback", DOMAIN, "--reason", "they were right")
+    assert restored.exit_code == 0, restored.stderr
     history = json.loads(run("history", DOMAIN, "--json").stdout)
     assert [(one["outcome"], one["version"], one["after"]) for one in history] == [
         ("rolled-back", 2, 2), ("promoted", 1, 1), ("refused", 1, 2), ("promoted", 2, 2), ("promoted", 1, 1),
@@ -188,7 +217,8 @@ def test_sweep_decides_once_about_a_candidate_whose_event_was_lost(variables: di
     client.delete_model_version_tag(MODEL, "1", "promotion.state")
     assert sweep(SweepConfig()) == [], "a rollback has pinned the champion"
     before = json.loads(run("history", DOMAIN, "--json").stdout)
-    assert run("promote", DOMAIN, "--version", "2").exit_code == 0
+    promoted = run_when_free("promote", DOMAIN, "--version", "2")
+    assert promoted.exit_code == 0, promoted.stderr
     sweep(SweepConfig())  # at the same time, the deployed sweep may run, started by the registration of version 2
     promotions = Promotions(Settings())
     wait_for(lambda: promotions.undecided(MODEL) is None)
@@ -204,8 +234,8 @@ def test_run_without_heartbeats_is_crashed_and_blocks_no_domain(stack: Stack, do
     assert state.name == "Crashed"
     assert "No heartbeat for 90 s" in (state.message or "")
     assert (state.timestamp - killed).total_seconds() < CRASHED_S
-    again = stack.start("probe/probe", domain="doomed", seconds=0)
-    assert stack.ended(again).name == "Completed"
+    again = stack.command("run", "probe/probe", "--param", "domain=doomed", "--param", "seconds=0")
+    assert (again.returncode, again.stderr.splitlines()[-1]) == (0, "Completed"), again.stderr
     with connected() as client:
         runs = client.read_flow_runs()
     # A scheduled run whose deployment has just been deleted crashes too, with another message.

@@ -8,18 +8,16 @@ from pathlib import Path
 from prefect import flow
 
 from flows.deployed_run import deployable
-from infra import compute
 from infra.settings import Settings
 from infra.storage.lease import lease
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeConfig:
-    """Domain whose lease is held, until its folder has a file ``go`` or for some seconds, and where the time passes."""
+    """Domain whose lease is held, until its folder has a file ``go`` or for some seconds."""
 
     domain: str
     seconds: float
-    on_ray: bool = False
 
 
 @flow(name="probe", validate_parameters=True)
@@ -28,11 +26,8 @@ def probe(config: ProbeConfig) -> None:
     settings = Settings()
     folder = Path(settings.root, config.domain)
     folder.mkdir(parents=True, exist_ok=True)
-    with compute.cluster(settings.ray_address), lease(str(folder), holder=f"probe {config.domain}"):
+    with lease(str(folder), holder=f"probe {config.domain}"):
         (folder / "process").write_text(str(os.getpid()))
-        if config.on_ray:
-            compute.run(time.sleep, config.seconds)
-        else:
-            deadline = time.monotonic() + config.seconds
-            while time.monotonic() < deadline and not (folder / "go").exists():
-                time.sleep(0.2)
+        deadline = time.monotonic() + config.seconds
+        while time.monotonic() < deadline and not (folder / "go").exists():
+            time.sleep(0.2)

@@ -13,7 +13,14 @@ from typing import Any
 from uuid import UUID
 
 import yaml
-from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, LogFilter, LogFilterFlowRunId
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterName,
+    FlowRunFilter,
+    FlowRunFilterId,
+    LogFilter,
+    LogFilterFlowRunId,
+)
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
@@ -110,6 +117,13 @@ class Stack:
             )
         return int(found.json()["total"])
 
+    def stages(self, run: FlowRun) -> dict[str, str]:
+        """Return the state of each stage of a run, by the name of its task."""
+        wanted = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
+        with connected() as client:
+            found = client.read_task_runs(flow_run_filter=wanted)
+        return {one.name.rpartition("-")[0]: one.state_name or "" for one in found}
+
     def log(self, run: FlowRun) -> str:
         with connected() as client:
             logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])))
@@ -123,12 +137,12 @@ class Stack:
         return [run for run in runs if run.state is not None and run.state.is_final()]
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 120) -> None:
-    """Wait until the condition holds."""
+def wait_for(condition: Callable[[], object], timeout_s: float = 120, *, poll_s: float = 0.5) -> None:
+    """Wait until the condition holds, and evaluate it every ``poll_s`` seconds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.5)
+        time.sleep(poll_s)
 
 
 @contextlib.contextmanager
