@@ -22,25 +22,22 @@ from torch import Tensor
 from model.diffusion.conditioning import interpolate_tokens
 from model.diffusion.flow_matching import Prediction
 from model.diffusion.solver import Scheduler, new_scheduler
-from model.editing.config import FLOW_NEIGHBOURS, EditMethod, edit_config
-from model.editing.edit import check_method, edit, fit_images, needs_source_tokens
+from model.editing.editing_pipeline import EditingPipeline
 from model.encoder.identity import EncoderIdentity
 from model.errors import ModelError
 from model.generation import arguments
 from model.generation.arguments import Images, OutputType
 from model.generation.backbone import is_discrete
-from model.generation.base_pipeline import BasePipeline
 from model.generation.batching import ProgressCallback, is_positive_int
 from model.generation.condition import QuerySlot
 from model.generation.prompts import Prompt, Prompts, one_for_each
 from model.generation.quality import Quality, resolve
-from model.generation.sampling import SamplingRequest, embed_images, generate, initial_noise
+from model.generation.sampling import SamplingRequest, generate, initial_noise
 from model.generation.start import Reference, Start, checked_layout
 from model.networks.build import AnyNetwork
 from model.retrieval.database import Hits
 
 _RENAMED = {"prompts": "prompt", "negative_prompts": "negative_prompt", "callback": "on_progress"}
-_RENAMED_IN_EDIT = {"images": "image", "prompts": "prompt"}
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -73,7 +70,7 @@ class KNNDiffusionOutput(BaseOutput):
     hits: Hits | None
 
 
-class KNNDiffusionPipeline(BasePipeline):
+class KNNDiffusionPipeline(EditingPipeline):
     """Pipeline for image generation and editing from texts, images or embeddings and their neighbours in a database."""
 
     @torch.inference_mode()
@@ -249,77 +246,6 @@ class KNNDiffusionPipeline(BasePipeline):
             images if prompt is None else prompt, start=images, strength=strength, **options
         )
         return output
-
-    @torch.inference_mode()
-    def edit(
-        self,
-        image: Image.Image | Sequence[Image.Image] | None = None,
-        prompt: Prompts | None = None,
-        *,
-        strength: float | None = None,
-        method: EditMethod | None = None,
-        num_inference_steps: int | None = None,
-        generator: torch.Generator | None = None,
-        neighbours: int | None = None,
-        retrieve: bool = True,
-        on_progress: ProgressCallback | None = None,
-        **options: Any,
-    ) -> list[Image.Image]:
-        """Edit images by texts, without a mask: regenerate the parts that disagree with the text, and keep the rest.
-
-        Args:
-            image: One or several images. Transparency becomes white; the centre square is resized to ``side``.
-            prompt: What the edited images should show: a text for all or one for each, or embeddings (B, D).
-            strength: Noise level to start from, in (0, 1]; small values return the source. Default: 1; 0.925 for
-                "flow".
-            method: "flow" moves the whole image towards the text (continuous networks), "local" regenerates one
-                region, "restore" needs a network trained for editing, "sdedit" is the baseline. Default: "local" for
-                networks over codes or with ``largest_region``, else "flow".
-            num_inference_steps: Number of sampling steps. Default: 12.
-            generator: Source of the noise, on the CPU. Default: a random seed.
-            neighbours: K. Default: the number shown in training, with which the other defaults were measured; 3 for
-                "flow".
-            retrieve: False hides the neighbours. Default: True.
-            on_progress: Called with (candidates, total candidates) after each candidate. Default: None.
-            **options: Further fields of :class:`model.editing.config.EditConfig`, e.g. guidance_scale or candidates.
-
-        Returns:
-            One RGB image of ``side`` × ``side`` px for each image.
-
-        Raises:
-            ModelError: An argument is not valid, the generator does not support the method, memory is exhausted, or the
-                results are NaN or infinite.
-        """
-        renamed = {name: options.pop(name) for name in _RENAMED_IN_EDIT if name in options}
-        named = {"image": image, "prompt": prompt}
-        image, prompt = arguments.renamed_arguments(_RENAMED_IN_EDIT, renamed, named).values()
-        if method is None:
-            method = "local" if is_discrete(self.transformer) or "largest_region" in options else "flow"
-        config = edit_config(method, strength=strength, **({"steps": num_inference_steps} | options))
-        backbone, flow = self.backbone, method == "flow"
-        check_method(backbone, config)
-        trained = self.config.trained_neighbours
-        k = self.edit_neighbours(method) if neighbours is None else neighbours
-        arguments.check_count("neighbours", k)
-        sources = fit_images([image] if isinstance(image, Image.Image) else image or [], self.side)
-        targets = one_for_each(self.embed(prompt), len(sources), name="prompts", of="images")
-        database = self.database if retrieve else None  # it may be swapped during the call
-        query = "both" if flow and retrieve else None
-        tokens = self.condition(targets, k, query, retrieve, database=database).tokens
-        source_tokens = None
-        if needs_source_tokens(config):
-            embeddings = embed_images(self._embed_pixels, sources, backbone.device)
-            k, query = (trained, "text") if flow else (k, None)  # the source's own embedding, as in training
-            source_tokens = self.condition(embeddings, k, query, retrieve, database=database).tokens
-        edited = edit(
-            backbone, self._embed_pixels, sources, targets, tokens, source_tokens, config, generator, on_progress
-        )
-        return [Image.fromarray(pixels) for pixels in edited]
-
-    def edit_neighbours(self, method: EditMethod) -> int:
-        """Return the default number of neighbours of an edit."""
-        trained = int(self.config.trained_neighbours)
-        return min(FLOW_NEIGHBOURS, trained) if method == "flow" else trained
 
     def interpolate(self, first: Prompt, second: Prompt, count: int = 8, **options: Any) -> KNNDiffusionOutput:
         """Generate ``count`` images between two prompts, ends included, from the same noise.
