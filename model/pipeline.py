@@ -35,7 +35,7 @@ from model.generation.quality import Quality, resolve
 from model.generation.sampling import SamplingRequest, generate, initial_noise
 from model.generation.start import Reference, Start, checked_layout
 from model.networks.build import AnyNetwork
-from model.retrieval.database import Hits
+from model.retrieval.searchable import Hits
 
 _RENAMED = {"prompts": "prompt", "negative_prompts": "negative_prompt", "callback": "on_progress"}
 

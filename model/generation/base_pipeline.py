@@ -27,7 +27,7 @@ from model.generation.prompts import Prompts, embed_prompts
 from model.networks.build import AnyNetwork
 from model.networks.compilation import compile_in_place
 from model.networks.fused_attention import use_fused_attention
-from model.retrieval.database import Searchable
+from model.retrieval.searchable import Searchable
 from model.saved_generator import check_weights
 
 

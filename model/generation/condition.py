@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.diffusion.conditioning import condition_tokens
 from model.errors import ModelError
-from model.retrieval.database import Hits, Searchable
+from model.retrieval.searchable import Hits, Searchable
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from model.generation.continuous import REFERENCE_ABOVE
 from model.generation.discrete import NO_REFERENCE, NO_START
 from model.generation.prompts import one_for_each
 from model.images import image_to_array, to_model_range, to_rgb
-from model.retrieval.database import Searchable
+from model.retrieval.searchable import Searchable
 
 Start: TypeAlias = Literal["noise", "neighbour"] | Image.Image | Sequence[Image.Image]
 """Pure noise, a stored neighbour of each prompt, or an image for all prompts or one for each."""

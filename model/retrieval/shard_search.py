@@ -3,8 +3,8 @@
 Legend: ``Q`` queries, ``C`` candidates, ``D`` embedding width, ``N`` rows over all shards. A cell is one inverted list
 of an IVF index: the rows that are closest to one centroid.
 
-Candidates have global row ids, which number the rows of all shards in order. :mod:`model.retrieval.database` scores
-them with the stored rows, unless the index's scores are already those of the stored rows.
+Candidates have global row ids, which number the rows of all shards in order. :mod:`model.retrieval.ranked_search`
+scores them with the stored rows, unless the index's scores are already those of the stored rows.
 """
 
 import contextlib

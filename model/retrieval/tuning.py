@@ -9,7 +9,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from model.retrieval.database import Database, SearchEffort
+from model.retrieval.database import Database
+from model.retrieval.ranked_search import SearchEffort
 from model.retrieval.recall import GroundTruth, recall
 
 CANDIDATES = (20, 50, 100, 200, 500, 1000)

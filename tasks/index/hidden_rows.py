@@ -12,8 +12,8 @@ from infra import artifacts, compute, storage
 from infra.compute.actor_pool import FailedShard
 from infra.errors import StageError
 from infra.formats.arrays import read_array
-from model.retrieval.database import SearchEffort
 from model.retrieval.near_duplicates import duplicates_to_hide, find_pairs
+from model.retrieval.ranked_search import SearchEffort
 from tasks.references.database import HIDDEN, open_shards
 from tasks.references.rows import stored_rows
 from tasks.references.takedown import match_rows, match_shards, read_entries

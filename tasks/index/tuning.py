@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import artifacts, storage
-from model.retrieval.database import Database, SearchEffort
+from model.retrieval.database import Database
+from model.retrieval.ranked_search import SearchEffort
 from model.retrieval.recall import GroundTruth, exact_neighbours
 from model.retrieval.tuning import Point, tune
 from tasks.index.config import IndexConfig

@@ -16,7 +16,8 @@ from infra.errors import IntegrityError
 from infra.formats import tables
 from infra.formats.arrays import read_array
 from infra.progress import ProgressBar
-from model.retrieval.database import Database, SearchEffort, ShardFiles
+from model.retrieval.database import Database, ShardFiles
+from model.retrieval.ranked_search import SearchEffort
 from tasks.references.lineage import embeddings_of
 from tasks.references.types import DatabaseVersion, EmbeddingShards, domain_of, encoder_of
 

@@ -19,7 +19,7 @@ from infra.errors import InputError, KNNDiffusionError
 from model.encoder.identity import EncoderIdentity
 from model.errors import ModelError
 from model.retrieval.arguments import checked_count, checked_exclusion, checked_ids, checked_queries, checked_rows
-from model.retrieval.database import Hits, NearestIds, Searchable
+from model.retrieval.searchable import Hits, NearestIds, Searchable
 from tasks.references.database import Metadata, index_shards, open_part
 from tasks.references.images import fetch_images
 from tasks.references.lineage import embeddings_of

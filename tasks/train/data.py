@@ -32,10 +32,11 @@ from infra.storage.locks import exclusive_folder
 from model.images import image_to_array, to_model_range
 from model.networks.latents import Autoencoder, encode_latents
 from model.networks.vq_autoencoder import encode_codes
+from model.retrieval.concatenated_rows import ConcatenatedRows
 from model.retrieval.stored_rows import StoredRows
 from model.training.alignment import align_all
 from model.training.data import TrainingRows, TrainingSet
-from model.training.neighbour_rows import ConcatenatedRows, RowArray
+from model.training.neighbour_rows import RowArray
 from tasks.references.lineage import embeddings_of, images_of
 from tasks.references.rows import finite_rows
 from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, Neighbours, encoder_of

@@ -31,7 +31,8 @@ from other_indexes import autofaiss, hnswlib, seconds
 from seeded import FOLDER, QUERIES, WIDTH, held_out, row_files, seeded_database
 
 from infra.artifacts import Manifest
-from model.retrieval.database import Database, SearchEffort
+from model.retrieval.database import Database
+from model.retrieval.ranked_search import SearchEffort
 from model.retrieval.recall import GroundTruth, recall
 from tasks.references.database import open_database
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from model.encoder.identity import EncoderIdentity
 from model.metrics.embedding_metrics import Embeddings
-from model.retrieval.database import Hits
+from model.retrieval.searchable import Hits
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 
@@ -47,7 +47,7 @@ def own_images(prompts: Sequence[Prompt], labels: Sequence[str]) -> NDArray[np.b
 
 
 class LeftOutDatabase:
-    """An exact search that leaves the own images of each prompt out; see :class:`model.retrieval.database.Searchable`.
+    """An exact search without the own images of each prompt; see :class:`model.retrieval.searchable.Searchable`.
 
     A query is recognised as the nearest of the prompts' embeddings.
     """

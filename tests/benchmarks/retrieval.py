@@ -21,9 +21,10 @@ from seeded import FOLDER, IDENTITY, QUERIES, WIDTH, clustered, held_out, row_fi
 from infra import compute, storage
 from model.networks.dit import TransformerConfig, build_transformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
-from model.retrieval.database import Database, SearchEffort, ShardFiles
+from model.retrieval.database import Database, ShardFiles
 from model.retrieval.faiss_index import choose_index, train_index, training_rows
 from model.retrieval.index_files import FIRST_ID_SHIFT, fill_shard, merge_shards
+from model.retrieval.ranked_search import SearchEffort
 from model.retrieval.recall import recall
 from tasks.index.config import IndexConfig
 from tasks.neighbours import find_neighbours

@@ -16,9 +16,10 @@ from model.networks.unet import UNetConfig, build_unet
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
-from model.retrieval.database import Database, SearchEffort, ShardFiles
+from model.retrieval.database import Database, ShardFiles
 from model.retrieval.faiss_index import train_index
 from model.retrieval.index_files import fill_shard
+from model.retrieval.ranked_search import SearchEffort
 
 WIDTH = 8
 """Default embedding width D."""

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from infra.errors import InputError
 from model.encoder.clip import Encoder
-from model.retrieval.database import NearestIds
+from model.retrieval.searchable import NearestIds
 from tasks.serve.service.plans import SearchPlan
 from tasks.serve.service.responses import SearchResponse
 from tasks.serve.service.served import OpenDatabase

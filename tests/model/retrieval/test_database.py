@@ -12,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 from support import tiny_models
 
-import model.retrieval.database
 from model.errors import ModelError
-from model.retrieval.database import Database, Hits, SearchEffort, ShardFiles
+from model.retrieval import ranked_search
+from model.retrieval.database import Database, ShardFiles
 from model.retrieval.faiss_index import ivf_of
+from model.retrieval.ranked_search import SearchEffort
+from model.retrieval.searchable import Hits
 
 
 def ranked(queries: NDArray[Any], rows: NDArray[np.float16]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -127,7 +129,7 @@ def test_search_candidates_over_memory_limit_are_ranked_in_batches(
         return propose(queries, count, nprobe)
 
     monkeypatch.setattr(database.candidate_search, "propose", counted)
-    monkeypatch.setattr(model.retrieval.database, "_GATHERED_VALUES", 4000)
+    monkeypatch.setattr(ranked_search, "_GATHERED_VALUES", 4000)
     batched = database.search(rows[own], 10, exclude=own)
     assert max(sizes) <= 4000
     np.testing.assert_array_equal(batched.ids, whole.ids)

@@ -13,8 +13,8 @@ from support import tiny_models
 from model.errors import ModelError
 from model.retrieval import gpu_index
 from model.retrieval.brute_force import TorchBruteForce
-from model.retrieval.database import SearchEffort
 from model.retrieval.gpu_index import GpuIVF
+from model.retrieval.ranked_search import SearchEffort
 
 FACTORIES = ["IVF8,SQfp16", "IVF8_HNSW8,Flat", "OPQ4_8,IVF8,PQ4x4"]
 

@@ -13,10 +13,11 @@ from support import tiny_models
 
 from model.errors import ModelError
 from model.retrieval import stored_rows
-from model.retrieval.database import Database, SearchEffort
+from model.retrieval.concatenated_rows import ConcatenatedRows
+from model.retrieval.database import Database
+from model.retrieval.ranked_search import SearchEffort
 from model.retrieval.recall import exact_neighbours
 from model.retrieval.stored_rows import StoredRows
-from model.training.neighbour_rows import ConcatenatedRows
 
 MOST = 3
 ROWS = np.split(tiny_models.unit_rows(60), 12)

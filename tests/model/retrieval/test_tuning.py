@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from support import tiny_models
 
-from model.retrieval.database import Database, SearchEffort
+from model.retrieval.database import Database
+from model.retrieval.ranked_search import SearchEffort
 from model.retrieval.recall import GroundTruth, exact_neighbours, recall
 from model.retrieval.tuning import CANDIDATES, tune
 

@@ -11,9 +11,10 @@ from support import tiny_models
 
 from model.errors import ModelError
 from model.images import image_to_array, to_model_range
+from model.retrieval.concatenated_rows import ConcatenatedRows
 from model.training.batch import Batch
 from model.training.data import TrainingRows, TrainingSet
-from model.training.neighbour_rows import ConcatenatedRows, NeighbourEmbeddings
+from model.training.neighbour_rows import NeighbourEmbeddings
 
 N = 12
 DATABASE = tiny_models.unit_rows(2 * N, seed=1)
