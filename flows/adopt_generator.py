@@ -9,7 +9,7 @@ from flows.deployed_run import deployable
 from flows.form import DOMAIN, Form
 from flows.train_generator import TrainedGenerator
 from infra import compute, tracking, uris
-from infra.registry import DATABASE_PREFIX, champion_uri
+from infra.registry_tags import DATABASE_PREFIX, champion_uri
 from model.saved_generator import BUNDLED_GENERATOR
 from tasks.evaluate.task import EvaluateConfig, evaluate
 from tasks.references.domain_folder import DomainFolder

@@ -13,7 +13,7 @@ from flows.form import Form
 from infra import compute, storage, tracking, uris
 from infra.errors import ConfigError
 from infra.formats.tables import read_lines
-from infra.registry import GENERATOR_NAME
+from infra.registry_tags import GENERATOR_NAME
 from infra.settings import Settings
 from model.saved_generator import BUNDLED_GENERATOR, contents_digest, pretrained_folder
 from tasks.evaluate.report import FIGURE, MARKDOWN, Report, preview, report_evaluations

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
 from infra import storage
-from infra.registry import Registry, version_page
+from infra.registry import Registry
+from infra.registry_tags import version_page
 from infra.settings import Settings
 from tasks.evaluate.report import preview
 from tasks.evaluate.tables import markdown

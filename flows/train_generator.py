@@ -8,7 +8,7 @@ from prefect import flow
 from flows.deployed_run import deployable
 from flows.form import DOMAIN, Form
 from infra import compute, tracking, uris
-from infra.registry import DATABASE_PREFIX, champion_uri
+from infra.registry_tags import DATABASE_PREFIX, champion_uri
 from model.saved_generator import BUNDLED_GENERATOR
 from tasks.evaluate.config import check_weights
 from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate

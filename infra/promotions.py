@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from infra import storage, tracking
-from infra.registry import CHAMPION
+from infra.registry_tags import CHAMPION
 from infra.settings import Settings
 from infra.tracking import is_created, mlflow_errors, registry_client
 

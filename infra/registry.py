@@ -15,59 +15,34 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.store.entities.paged_list import PagedList
 from mlflow.tracking import MlflowClient
-from mlflow.utils.file_utils import local_file_uri_to_path
 
 from infra import artifacts, logs, storage, uris, validation
-from infra.errors import IntegrityError, NotFoundError, TransientError
+from infra.errors import IntegrityError, NotFoundError
 from infra.registration import NewVersion, Presentation, create_version
 from infra.registry_tags import (
     CHAMPION,
-    DATABASE_PREFIX,
     DIGEST_TAG,
     FOLDER_TAG,
-    GENERATOR_NAME,
-    PACKAGE_TAG,
     RUN_TAG,
-    champion_uri,
     checked_tag,
     full_name,
     is_kind,
-    run_page,
     typed_tags,
-    version_page,
 )
 from infra.relocation import require_in_place
 from infra.settings import Settings
-from infra.storage import file_cache as caching
-from infra.storage.digest_stamps import is_verified
-from infra.storage.errors import disk_full_error, is_disk_full, storage_errors
 from infra.tracking import is_created, mlflow_errors, registry_client
+from infra.version_files import NOT_FOUND_CODES, VersionFiles, read_manifest
 from infra.wheel import NAME as PACKAGE
 from infra.wheel import Package
 
-__all__ = [
-    "CHAMPION",
-    "DATABASE_PREFIX",
-    "GENERATOR_NAME",
-    "PACKAGE_TAG",
-    "RUN_TAG",
-    "Presentation",
-    "PulledVersion",
-    "RegisteredVersion",
-    "Registry",
-    "champion_uri",
-    "run_page",
-    "version_page",
-]
 Method = TypeVar("Method", bound=Callable[..., Any])
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
-_NOT_FOUND = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"})  # name or version; alias
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,17 +189,10 @@ class Registry:
             raise self._unknown_reference(reference, kind)
         with mlflow_errors(self._settings):
             version = self._resolve(reference, kind)
-        uri = f"models:/{version.name}/{version.version}"
         folder = self._folder_of(version)
-        if kind == "generator" or self._artifact_path(version):
-            local = self._local_files(version, uri)
-            registered = _read_registered(local, reference)
-        else:
-            with storage.scratch() as scratch:
-                local, registered = (
-                    None,
-                    _read_registered(self._download(uri, scratch, f"artifacts/{artifacts.MANIFEST}"), reference),
-                )
+        files = VersionFiles(version, self._client, self._settings)
+        local = files.fetch() if kind == "generator" or files.on_this_machine() else None
+        registered = files.fetch_manifest(reference) if local is None else read_manifest(local, reference)
         if registered.kind != kind:
             raise NotFoundError(f"{folder} holds {registered.kind}, not a {kind}")
         if kind == "database" and self._checked(folder, kind).digest != registered.digest:
@@ -237,24 +205,11 @@ class Registry:
             folder_uri=folder, manifest=registered, local=local, name=version.name, version=int(version.version)
         )
 
+    @_translating_errors
     def versions(self, kind: str) -> list[dict[str, Any]]:
         """Return every registered version of a kind: name, version, aliases, tags and ``created_ms``."""
         if not is_created(self._settings):
             return []
-        with mlflow_errors(self._settings):
-            return self._list_versions(kind)
-
-    def run_page(self, name: str, version: int) -> str:
-        """Return the address of the page of the run that registered a version; empty if the version does not say."""
-        with mlflow_errors(self._settings):
-            return str(self._client.get_model_version(name, str(version)).tags.get(RUN_TAG, ""))
-
-    def tag(self, name: str, version: int, key: str, value: str) -> None:
-        """Set a tag of a version."""
-        with mlflow_errors(self._settings):
-            self._client.set_model_version_tag(name, str(version), key, value)
-
-    def _list_versions(self, kind: str) -> list[dict[str, Any]]:
         listed = []
         for model in _paginate(self._client.search_registered_models, max_results=1000):
             if not is_kind(model.name, kind):
@@ -272,6 +227,16 @@ class Registry:
                 listed.append(typed_tags(version) | fixed)  # a tag never overrides a field of the version
         return sorted(listed, key=lambda entry: (entry["name"], entry["version"]))
 
+    @_translating_errors
+    def run_page(self, name: str, version: int) -> str:
+        """Return the address of the page of the run that registered a version; empty if the version does not say."""
+        return str(self._client.get_model_version(name, str(version)).tags.get(RUN_TAG, ""))
+
+    @_translating_errors
+    def tag(self, name: str, version: int, key: str, value: str) -> None:
+        """Set a tag of a version."""
+        self._client.set_model_version_tag(name, str(version), key, value)
+
     def _folder_of(self, version: ModelVersion) -> str:
         """Return the folder that a version was registered from. Raises ``InputError`` if the root was moved since."""
         if FOLDER_TAG not in version.tags:
@@ -280,54 +245,6 @@ class Registry:
         if self._settings.tracking is None:  # the registry is in the root
             require_in_place(folder, self._settings.root)
         return folder
-
-    def _local_files(self, version: ModelVersion, uri: str) -> Path:
-        """Return a local folder of the version's files and manifest; download it if needed."""
-        if place := self._artifact_path(version):  # not through MLflow's download, which writes to the folder
-            if not _manifest_file(place).exists():
-                raise IntegrityError(
-                    f"the files of {uri} are missing: {place} does not exist on this machine; mount or restore that "
-                    "folder, or register the version again through an MLflow server that stores files"
-                )
-            return place
-        cache = self._settings.cache_folder
-
-        def is_complete(folder: Path) -> bool:
-            try:
-                files = _read_registered(folder, uri).files
-            except (FileNotFoundError, IntegrityError):
-                return False
-            return all(is_verified(folder / "artifacts" / one.name, one.sha256, one.bytes, cache) for one in files)
-
-        digest = artifacts.digest_of(version.source)
-        if DIGEST_TAG in version.tags:
-            digest = checked_tag(version, DIGEST_TAG, validation.digest)
-        return caching.fetch_registered(digest, is_complete, lambda to: self._download(uri, to), cache)
-
-    def _artifact_path(self, version: ModelVersion) -> Path | None:
-        """Return MLflow's folder of a version's files if it is on this machine, else None."""
-        with mlflow_errors(self._settings):
-            location = self._client.get_model_version_download_uri(version.name, version.version)
-        if not location.startswith(("/", "file:")):  # mlflow-artifacts:/ has one slash too, but is remote
-            return None
-        return Path(local_file_uri_to_path(location))  # type: ignore[no-untyped-call]
-
-    def _download(self, uri: str, to: Path, name: str = "") -> Path:
-        """Download the files of a version to ``to``, or only the file ``name``, and return that folder."""
-        with storage_errors(self._settings.artifacts_uri):
-            try:
-                source = f"{uri}/{name}" if name else uri
-                fetched = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(to))
-                local = to if name else Path(fetched)
-                _manifest_file(local).stat()  # an object store lists no files, without an error, if nothing is there
-            except (MlflowException, OSError) as error:
-                if is_disk_full(error, to):
-                    raise disk_full_error(str(to)) from None
-                why = f"the files of {uri} cannot be fetched ({uris.masked(' '.join(str(error).split()))})"
-                if _is_not_found(error):
-                    raise IntegrityError(f"{why}; register it again") from None
-                raise TransientError(f"{why}; check that MLflow's artifact store is up and run again") from None
-        return local
 
     @_translating_errors
     def warn_if_older(self, name: str, alias: str, version: str) -> None:
@@ -346,7 +263,7 @@ class Registry:
         try:
             versions = list(_paginate(self._client.search_model_versions, filter_string=f"name='{name}'"))
         except MlflowException as error:
-            if error.error_code not in _NOT_FOUND:
+            if error.error_code not in NOT_FOUND_CODES:
                 raise
             return None
         place = storage.canonical(folder_uri)
@@ -368,7 +285,7 @@ class Registry:
                 return self._client.get_model_version_by_alias(name, alias)
             return self._client.get_model_version(name, version)
         except MlflowException as error:
-            if error.error_code not in _NOT_FOUND:
+            if error.error_code not in NOT_FOUND_CODES:
                 raise
             raise self._unknown_reference(reference, kind) from None
 
@@ -402,20 +319,3 @@ def _paginate(search: Callable[..., PagedList[Any]], **arguments: Any) -> Iterat
         token = page.token
         if not token:
             return
-
-
-def _manifest_file(local: Path) -> Path:
-    return local / "artifacts" / artifacts.MANIFEST
-
-
-def _read_registered(local: Path, reference: str) -> artifacts.Manifest:
-    return artifacts.Manifest.from_json(_manifest_file(local).read_bytes(), reference)
-
-
-def _is_not_found(error: MlflowException | OSError) -> bool:
-    """Return True if MLflow, the local disk or MLflow's artifact server reports that the files do not exist."""
-    if isinstance(error, MlflowException):
-        missing_in_s3 = "(404) when calling the HeadObject" in str(error)  # MLflow wraps botocore's error in text
-        return error.error_code in _NOT_FOUND or missing_in_s3
-    response = getattr(error, "response", None)
-    return isinstance(error, FileNotFoundError) or getattr(response, "status_code", None) == 404

@@ -11,7 +11,8 @@ import socket
 from infra import logs
 from infra.errors import InputError, NotFoundError
 from infra.promotions import CANDIDATE, PENDING, Decision, GateResult, Promotions
-from infra.registry import CHAMPION, DATABASE_PREFIX, GENERATOR_NAME, RegisteredVersion, Registry
+from infra.registry import RegisteredVersion, Registry
+from infra.registry_tags import CHAMPION, DATABASE_PREFIX, GENERATOR_NAME
 from infra.settings import Settings
 from tasks.promotion.config import AT_ONCE, DatabaseGates, GeneratorGates
 from tasks.promotion.database_gates import measure_database, only_hides

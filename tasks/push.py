@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from infra import artifacts, storage
 from infra.errors import InputError, IntegrityError, NotFoundError
-from infra.registry import DATABASE_PREFIX, champion_uri
+from infra.registry_tags import DATABASE_PREFIX, champion_uri
 from infra.settings import Settings
 from infra.storage.lease import lease
 from tasks.pull import EMBEDDINGS, PARTS, TAKEDOWN

@@ -11,7 +11,8 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from infra import artifacts, logs
 from infra.promotions import CANDIDATE, Promotions
-from infra.registry import CHAMPION, DATABASE_PREFIX, GENERATOR_NAME, RegisteredVersion, Registry
+from infra.registry import RegisteredVersion, Registry
+from infra.registry_tags import CHAMPION, DATABASE_PREFIX, GENERATOR_NAME
 from infra.settings import Settings
 from infra.storage.lease import lease
 from infra.wheel import Package, package

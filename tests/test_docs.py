@@ -102,7 +102,7 @@ class Workspace:
         """Build the databases, and register the bundled generator (here a tiny one) as the champion."""
         from flows.adopt_generator import AdoptGeneratorConfig, adopt_generator
         from infra.promotions import Promotions
-        from infra.registry import GENERATOR_NAME
+        from infra.registry_tags import GENERATOR_NAME
         from tasks.evaluate.config import EvaluateConfig
 
         for name, urls in {"birds": "birds", "fish": "fish", "twemoji": "fish", "openmoji": "fish"}.items():

@@ -194,7 +194,8 @@ def name_options(message: str) -> str:
 
 def choose_generator(context: typer.Context, model: str, settings: "Settings", quiet: bool = False) -> str:
     """Return ``model``, or the bundled generator if ``--model`` is not given and its default has no champion."""
-    from infra.registry import CHAMPION, Registry
+    from infra.registry import Registry
+    from infra.registry_tags import CHAMPION
     from model.saved_generator import BUNDLED_GENERATOR
 
     source = context.get_parameter_source("model")

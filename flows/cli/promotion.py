@@ -43,7 +43,7 @@ def promote(
         with prefect_server():
             from flows.promote_version import PromoteVersionConfig, promote_version
             from infra.errors import InputError
-            from infra.registry import champion_uri
+            from infra.registry_tags import champion_uri
 
             config = PromoteVersionConfig(
                 name=name, version=version, root=root, approval=approval, force=force, reason=reason, wait_s=wait
@@ -80,7 +80,7 @@ def rollback(
     """
     with report_errors(verbose):
         check_root(root)
-        from infra.registry import champion_uri
+        from infra.registry_tags import champion_uri
         from infra.storage.lease import lease
         from tasks.promote import promotion_folder, registered_name
         from tasks.promote import rollback as roll_back
@@ -161,7 +161,7 @@ def push(
     """
     with report_errors(verbose):
         from infra.errors import InputError
-        from infra.registry import GENERATOR_NAME
+        from infra.registry_tags import GENERATOR_NAME
         from tasks.push import kind_of, push_database, push_generator
 
         kind, is_generator = kind_of(folder), name == GENERATOR_NAME
@@ -202,7 +202,7 @@ def lineage(
 
 def _kind_of(name: str) -> str:
     """Return the kind of artifact that a registered name refers to."""
-    from infra.registry import GENERATOR_NAME
+    from infra.registry_tags import GENERATOR_NAME
 
     bare = name.removeprefix("models:/").partition("@")[0].partition("/")[0]
     return "generator" if bare == GENERATOR_NAME else "database"

@@ -75,7 +75,7 @@ def rebuild_index(
         with prefect_server():
             from flows.rebuild_index import RebuildIndexConfig
             from flows.rebuild_index import rebuild_index as flow
-            from infra.registry import DATABASE_PREFIX, champion_uri
+            from infra.registry_tags import DATABASE_PREFIX, champion_uri
 
             config = RebuildIndexConfig(
                 domain=name,

@@ -4,7 +4,8 @@ from typing import Any
 
 from infra.errors import NotFoundError
 from infra.promotions import GateResult
-from infra.registry import GENERATOR_NAME, Registry
+from infra.registry import Registry
+from infra.registry_tags import GENERATOR_NAME
 from infra.settings import Settings
 from tasks.promotion.config import GATES_TAG, DatabaseGates, GeneratorGates, gates_from_tag
 from tasks.promotion.database_gates import measure_database

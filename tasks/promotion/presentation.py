@@ -7,7 +7,7 @@ import pandas as pd
 
 from infra.artifacts import Manifest
 from infra.promotions import Decision
-from infra.registry import Presentation
+from infra.registration import Presentation
 from tasks import pages
 from tasks.promotion.database_gates import failed_share
 from tasks.references.types import DatabaseVersion, encoder_of

@@ -18,7 +18,7 @@ from mlflow.pyfunc.model import PythonModelContext
 
 from infra.artifacts import Manifest
 from infra.errors import NotFoundError
-from infra.registry import CHAMPION, DATABASE_PREFIX
+from infra.registry_tags import CHAMPION, DATABASE_PREFIX
 from infra.settings import Settings
 from tasks.pyfunc.parameters import CheckedModel, PredictionError, check_predictions, prediction_errors
 from tasks.references.trust import open_named

@@ -24,7 +24,8 @@ from typing import Any
 
 from infra import artifacts, logs, storage, uris
 from infra.errors import InputError, IntegrityError, KNNDiffusionError, NotFoundError, StageError
-from infra.registry import DATABASE_PREFIX, Registry
+from infra.registry import Registry
+from infra.registry_tags import DATABASE_PREFIX
 from infra.settings import Settings
 from infra.storage import file_cache
 from tasks.references.domain_folder import DomainFolder

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 from infra import logs
 from infra.errors import InputError, IntegrityError, NotFoundError
-from infra.registry import CHAMPION, DATABASE_PREFIX, Registry
+from infra.registry import Registry
+from infra.registry_tags import CHAMPION, DATABASE_PREFIX
 from infra.settings import Settings
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import embeddings_of, images_of, takedown_of

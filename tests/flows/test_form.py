@@ -15,7 +15,7 @@ from flows.form import ADVANCED
 from flows.new_domain import NewDomainConfig, new_domain
 from flows.recipes import RECIPES
 from flows.train_generator import train_generator
-from infra.registry import GENERATOR_NAME
+from infra.registry_tags import GENERATOR_NAME
 from model.encoder.identity import BUNDLED_ENCODER
 from tasks.embed.task import EmbedConfig
 

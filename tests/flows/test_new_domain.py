@@ -328,7 +328,7 @@ def test_draw_swap_has_one_row_per_prompt() -> None:
 
 def test_generator_registered_beside_a_champion_waits_for_the_event_if_configured(domain: Any) -> None:
     from infra.promotions import Promotions
-    from infra.registry import GENERATOR_NAME
+    from infra.registry_tags import GENERATOR_NAME
     from infra.settings import Settings
     from infra.tracking import registry_client
     from tasks.register import register_generator

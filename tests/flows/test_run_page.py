@@ -12,7 +12,7 @@ from support.changing_domain import NAMES, Living
 from support.fakes import WithoutRay
 
 from flows.run_page import outcome_rows
-from infra.registry import version_page
+from infra.registry_tags import version_page
 from infra.settings import Settings
 from infra.tracking import registry_client
 

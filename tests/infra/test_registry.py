@@ -22,7 +22,8 @@ from support.object_stores import Bucket
 from infra import artifacts, storage, tracking
 from infra.artifacts import Manifest
 from infra.errors import IntegrityError, KNNDiffusionError, NotFoundError, StageError, TransientError
-from infra.registry import DATABASE_PREFIX, GENERATOR_NAME, RegisteredVersion, Registry
+from infra.registry import RegisteredVersion, Registry
+from infra.registry_tags import DATABASE_PREFIX, GENERATOR_NAME
 from infra.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # MLflow's advice on type hints and examples

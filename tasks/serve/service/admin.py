@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from infra import logs, uris
 from infra.errors import KNNDiffusionError
 from infra.promotions import Promotions
-from infra.registry import DATABASE_PREFIX, GENERATOR_NAME
+from infra.registry_tags import DATABASE_PREFIX, GENERATOR_NAME
 from infra.settings import Settings
 from tasks.serve.service.errors import public_message
 from tasks.serve.service.responses import ServedDatabase

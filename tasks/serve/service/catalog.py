@@ -21,7 +21,7 @@ from infra.errors import (
     StageError,
     TransientError,
 )
-from infra.registry import CHAMPION, GENERATOR_NAME
+from infra.registry_tags import CHAMPION, GENERATOR_NAME
 from model.errors import ModelError
 from tasks.serve.service.config import ServiceConfig
 from tasks.serve.service.errors import UnknownDatabaseError, expected_errors, public_message

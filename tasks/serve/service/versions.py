@@ -6,8 +6,8 @@ from pathlib import PurePath
 from typing import Any, Protocol
 
 from infra.errors import NotFoundError, TransientError
-from infra.registry import CHAMPION, DATABASE_PREFIX, GENERATOR_NAME, Registry
-from infra.registry_tags import full_name
+from infra.registry import Registry
+from infra.registry_tags import CHAMPION, DATABASE_PREFIX, GENERATOR_NAME, full_name
 from infra.settings import Settings
 from infra.tracking import is_created
 from model.pipeline import KNNDiffusionPipeline
