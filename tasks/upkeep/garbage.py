@@ -27,7 +27,7 @@ from infra.errors import InputError, IntegrityError, KNNDiffusionError, NotFound
 from infra.registry import Registry
 from infra.registry_tags import DATABASE_PREFIX
 from infra.settings import Settings
-from infra.storage import file_cache
+from infra.storage import eviction
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.takedown import Entries, list_takedowns, read_entries
 from tasks.references.types import Takedown
@@ -283,8 +283,8 @@ def _purge_cache(digests: set[str] | None, folder: Path) -> None:
     An error is logged and does not stop the collection.
     """
     try:
-        if digests is not None or file_cache.has_pending_purges(folder):
-            file_cache.purge(digests or (), folder, derived=digests is not None)
+        if digests is not None or eviction.has_pending_purges(folder):
+            eviction.purge(digests or (), folder, derived=digests is not None)
     except OSError as error:
         message = "%-11s cannot purge deleted files from the cache %s: %s; delete that folder, which may contain copies"
         logs.get("stage").warning(message, "gc", folder, error.strerror)

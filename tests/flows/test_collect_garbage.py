@@ -316,8 +316,8 @@ def test_collect_with_read_only_cache_deletes_and_warns(
     def refused(*_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("infra.storage.file_cache.purge", refused)
-    monkeypatch.setattr("infra.storage.file_cache.has_pending_purges", lambda _: True)
+    monkeypatch.setattr("infra.storage.eviction.purge", refused)
+    monkeypatch.setattr("infra.storage.eviction.has_pending_purges", lambda _: True)
     assert living.collect(dry_run=False)[0].files
     assert living.collect()[0].files == ()
     assert (

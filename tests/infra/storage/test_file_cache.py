@@ -18,6 +18,7 @@ import pytest
 from support.fakes import LoopbackServer, Reply
 
 from infra.errors import InputError, NotFoundError, StageError
+from infra.storage import eviction
 from infra.storage import file_cache as caching
 
 SIZE = 100_000
@@ -154,7 +155,7 @@ def test_fetch_concurrent_processes_in_a_small_cache_read_correct_files(files: C
         assert output == "done\n", error[-2000:]
     assert len(files.cached()) <= 4 + len(readers) - 1  # a file in use by another reader is not evicted
     assert list((files.folder / "fetching").iterdir()) == []
-    assert caching.evict(files.folder, 4 * SIZE) <= 4 * SIZE
+    assert eviction.evict(files.folder, 4 * SIZE) <= 4 * SIZE
 
 
 def test_fetch_concurrent_requests_download_once(files: CachedFiles) -> None:
@@ -214,7 +215,7 @@ def test_evict_keeps_downloads_in_progress(files: CachedFiles) -> None:
         found = pool.submit(files.fetch, 3)
         while not list(files.folder.glob("fetching/*/.*")):
             time.sleep(0.01)
-        caching.evict(files.folder, 0)
+        eviction.evict(files.folder, 0)
         resume.set()
         assert found.result().read_bytes() == files.data[3]
     assert files.server.requests == ["/3.npy"]
@@ -249,7 +250,7 @@ def test_evict_derived_files_count_and_are_deleted_after_grace_period(files: Cac
     for path in (old, new):
         path.parent.mkdir(parents=True)
         path.write_bytes(bytes(2 * SIZE))
-    os.utime(old, (time.time() - 2 * caching.DERIVED_GRACE_S,) * 2)
+    os.utime(old, (time.time() - 2 * eviction.DERIVED_GRACE_S,) * 2)
     files.fetch(0)
     assert (old.exists(), new.exists(), files.cached()) == (False, True, [0])
     for number in (1, 2):
@@ -268,11 +269,11 @@ def test_fetch_registered_referenced_folder_is_not_evicted(files: CachedFiles) -
     digest = "ab" * 32
     pinned = caching.fetch_registered(digest, whole, download, files.folder)
     assert pinned == files.folder / "registered" / digest
-    os.utime(pinned / "weights", (time.time() - 2 * caching.DERIVED_GRACE_S,) * 2)
+    os.utime(pinned / "weights", (time.time() - 2 * eviction.DERIVED_GRACE_S,) * 2)
     for stray in (files.folder / ".stray", pinned.parent / ".stray"):
         stray.write_bytes(b"x")
-        os.utime(stray, (time.time() - 2 * caching.DERIVED_GRACE_S,) * 2)
-    caching.evict(files.folder, 0)
+        os.utime(stray, (time.time() - 2 * eviction.DERIVED_GRACE_S,) * 2)
+    eviction.evict(files.folder, 0)
     assert whole(pinned)
     assert not (files.folder / ".stray").exists()
     with pytest.MonkeyPatch.context() as patch:  # a read-only cache
@@ -282,7 +283,7 @@ def test_fetch_registered_referenced_folder_is_not_evicted(files: CachedFiles) -
             caching.fetch_registered("cd" * 32, whole, download, files.folder)
     del pinned
     gc.collect()
-    caching.evict(files.folder, 0)
+    eviction.evict(files.folder, 0)
     assert not whole(files.folder / "registered" / digest)
 
 
@@ -290,15 +291,15 @@ def test_evict_keeps_a_file_renamed_after_the_inventory(files: CachedFiles, monk
     partial, whole = files.folder / "pixels/.a.npy.partial", files.folder / "pixels/a.npy"
     partial.parent.mkdir(parents=True)
     partial.write_bytes(bytes(SIZE))
-    listed = caching._inventory
+    listed = eviction._inventory
 
     def outdated(cache: Path) -> Any:
         found = listed(cache)
         partial.rename(whole)  # the writer renames it after the inventory
         return found
 
-    monkeypatch.setattr(caching, "_inventory", outdated)
-    assert caching.evict(files.folder, 0) == 0
+    monkeypatch.setattr(eviction, "_inventory", outdated)
+    assert eviction.evict(files.folder, 0) == 0
     assert whole.exists()
 
 
@@ -307,7 +308,7 @@ def test_evict_deletes_all_hard_links_of_a_file(files: CachedFiles) -> None:
     link = files.folder / "generators/abc/model.npy"
     link.parent.mkdir(parents=True)
     os.link(path, link)
-    os.utime(path, (time.time() - 2 * caching.DERIVED_GRACE_S,) * 2)
+    os.utime(path, (time.time() - 2 * eviction.DERIVED_GRACE_S,) * 2)
     del path
     for number in range(1, 5):
         files.fetch(number)
@@ -360,7 +361,7 @@ def test_purge_deletes_files_unless_in_use(files: CachedFiles, caplog: pytest.Lo
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"contains no images")
     os.utime(old, (0, 0))
-    freed = caching.purge({files.file(number)[1] for number in (0, 1)}, files.folder)
+    freed = eviction.purge({files.file(number)[1] for number in (0, 1)}, files.folder)
     assert (freed, files.cached(), old.exists(), new.exists()) == (SIZE + 7, [0, 2], False, True)
     assert "2 files could not be deleted: in use" in caplog.text
     os.utime(new, (0, 0))
@@ -369,15 +370,15 @@ def test_purge_deletes_files_unless_in_use(files: CachedFiles, caplog: pytest.Lo
     fresh = files.folder / "pixels" / "fresh.npy"
     fresh.write_bytes(b"derived from kept images")
     os.utime(fresh, (0, 0))
-    assert caching.purge((), files.folder, derived=False) == 7
+    assert eviction.purge((), files.folder, derived=False) == 7
     assert fresh.exists(), "derived=False keeps derived files"
     fresh.unlink()
     assert ("1 files could not be deleted" in caplog.text, weights.exists()) == (True, True)
     assert files.fetch(1).read_bytes() == files.data[1]
     del pinned
     gc.collect()
-    assert caching.has_pending_purges(files.folder)
-    assert caching.purge((), files.folder, derived=False) == SIZE, "a pending purge needs no digest"
+    assert eviction.has_pending_purges(files.folder)
+    assert eviction.purge((), files.folder, derived=False) == SIZE, "a pending purge needs no digest"
     assert files.cached() == [1, 2]
-    assert not caching.has_pending_purges(files.folder)
-    assert caching.purge({"0" * 64}, files.folder / "none") == 0
+    assert not eviction.has_pending_purges(files.folder)
+    assert eviction.purge({"0" * 64}, files.folder / "none") == 0

@@ -11,6 +11,7 @@ from filelock import Timeout
 from support.hostile import is_untouched, victim
 
 from infra.errors import InputError
+from infra.storage import eviction
 from infra.storage import file_cache as caching
 from infra.storage.locks import exclusive_folder, remove_stale
 
@@ -102,8 +103,8 @@ def test_evict_and_purge_keep_targets_of_links(tmp_path: Path) -> None:
     documents, cache = victim(tmp_path / "Documents"), tmp_path / "cache"
     cache.mkdir()
     (cache / "link").symlink_to(documents)
-    assert caching.evict(cache, 0) == 0
-    assert caching.purge(["thesis"], cache) == 0
+    assert eviction.evict(cache, 0) == 0
+    assert eviction.purge(["thesis"], cache) == 0
     assert is_untouched(documents)
 
 
