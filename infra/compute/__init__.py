@@ -1,18 +1,7 @@
 """Execution on a Ray cluster."""
 
-from infra.compute.ray_cluster import (
-    ActorGroup,
-    Worker,
-    actor_group,
-    capacity,
-    clamp_cpus,
-    cluster,
-    cpus,
-    gpus,
-    map_shards,
-    run,
-    start,
-)
+from infra.compute.ray_cluster import capacity, clamp_cpus, cluster, cpus, gpus, start
+from infra.compute.workers import ActorGroup, Worker, actor_group, map_shards, run
 
 __all__ = [
     "ActorGroup",

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import OutOfMemoryError, RuntimeEnvSetupError
 
 from infra import compute
-from infra.compute import actor_pool, ray_cluster
+from infra.compute import actor_pool, workers
 from infra.compute.actor_pool import SHARD_TRIES, ActorPool, FailedShard
 from infra.errors import StageError, TransientError
 
@@ -163,7 +163,7 @@ def test_actor_run_isolates_only_if_the_worker_supports_it() -> None:
         def isolated(self, item: str) -> str:
             return f"{item} in isolation"
 
-    plain, isolating = (ray_cluster._Actor(kind, (), {}) for kind in (Plain, Isolating))
+    plain, isolating = (workers._Actor(kind, (), {}) for kind in (Plain, Isolating))
     assert [plain.run("a", True), plain.run("a")] == ["a", "a"]
     assert [isolating.run("a", True), isolating.run("a")] == ["a in isolation", "a"]
 
@@ -182,7 +182,7 @@ def test_actor_pool_without_an_environment_raises_stage_error_of_one_line(killed
 
 @pytest.mark.slow
 def test_lost_worker_raises_error_of_one_line(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_cluster, "SHARD_TRIES", 0)
+    monkeypatch.setattr(workers, "SHARD_TRIES", 0)
 
     class Worker:
         """Local, so that Ray pickles it by value: tests are not shipped."""
@@ -204,7 +204,7 @@ def test_lost_worker_raises_error_of_one_line(cluster: None, monkeypatch: pytest
 def test_actor_group_without_room_raises_error_within_the_time_limit(
     cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_cluster, "_CHECK_S", 0.2)
+    monkeypatch.setattr(workers, "_CHECK_S", 0.2)
 
     class Worker:
         """Local, so that Ray pickles it by value: tests are not shipped."""
@@ -214,14 +214,14 @@ def test_actor_group_without_room_raises_error_within_the_time_limit(
             return seconds
 
     with compute.actor_group(Worker, [(), ()], cpus_each=0.5) as group:
-        monkeypatch.setattr(ray_cluster, "_START_S", 0.5)
+        monkeypatch.setattr(workers, "_START_S", 0.5)
         with (
             pytest.raises(StageError, match=r"^1 of 1 workers of 1 cores did not start in 0\.5 s; .* for 1,"),
             compute.actor_group(Worker, [()]),
         ):
             pass
         assert group.call(0.5) == [0.5, 0.5], "slow workers must not be given up"
-        monkeypatch.setattr(ray_cluster, "capacity", lambda *_: 1)
+        monkeypatch.setattr(workers, "capacity", lambda *_: 1)
         with pytest.raises(TransientError, match=r"^a machine was lost: 2 workers .* room for 1; try again once"):
             group.call(30)
 
