@@ -15,12 +15,12 @@ from infra.storage.files import (
     read_all,
     read_bytes,
     remove,
-    scratch,
     sha256,
     size,
     walk,
     write_bytes,
 )
+from infra.storage.temporary import scratch
 from infra.uris import absolute, canonical, is_below, is_local, join, local_path
 
 __all__ = [

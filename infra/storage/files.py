@@ -10,12 +10,9 @@ import dataclasses
 import hashlib
 import math
 import os
-import socket
-import tempfile
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
@@ -23,16 +20,15 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from infra.errors import InputError, NotFoundError
-from infra.storage.errors import disk_full_errors, error_code, storage_errors, with_retries
+from infra.storage.errors import error_code, storage_errors, with_retries
 from infra.storage.folders import make_folder
-from infra.storage.locks import boot_id, exclusive_folder, remove_stale
+from infra.storage.local_writes import atomic_write, create_exclusive, partial_path
 from infra.uris import is_local, is_s3, join, local_path, masked, reveal
 
 PART_BYTES = 8 << 20
 """Part size of multipart uploads, for files of two parts or more. Up to ten parts are in memory at once."""
 _MAX_PARTS = 10_000  # limit of S3 for one object; above 78 GiB the parts are larger
 _BLOCK_BYTES = 1 << 20
-_SCRATCH = "knn-diffusion-"
 _READERS = 16
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -138,7 +134,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
     def write() -> None:
         if isinstance(fs, LocalFileSystem):
-            with _atomic_write(Path(path)) as stream:
+            with atomic_write(Path(path)) as stream:
                 stream.write(data)
         else:
             fs.pipe_file(path, data)
@@ -156,7 +152,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
 
     def create() -> bool:
         if isinstance(fs, LocalFileSystem):
-            return _create_exclusive(Path(path), data)
+            return create_exclusive(Path(path), data)
         try:
             fs.pipe_file(path, data, mode="create")
         except FileExistsError:
@@ -180,7 +176,7 @@ def put(local: Path, uri: str) -> None:
 
     def copy() -> None:
         if isinstance(fs, LocalFileSystem):
-            with open(local, "rb") as source, _atomic_write(Path(path)) as target:
+            with open(local, "rb") as source, atomic_write(Path(path)) as target:
                 for block in iter(lambda: source.read(_BLOCK_BYTES), b""):
                     target.write(block)
         elif is_s3(uri):
@@ -200,7 +196,7 @@ def fetch(uri: str, local: Path) -> Path:
 
     def copy() -> Path:
         make_folder(local.parent)
-        partial = _partial(local)
+        partial = partial_path(local)
         try:
             fs.get_file(path, str(partial))
             partial.replace(local)
@@ -244,39 +240,6 @@ def sha256(uri: str) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def scratch() -> Iterator[Path]:
-    """Create a local temporary folder and delete it at the end. Raises ``StageError`` if the disk fills up.
-
-    Folders left by killed processes of the same user and machine are deleted first.
-    """
-    lock = _scratch_lock()
-    remove_stale(_own_scratch_folders(lock), within=Path(tempfile.gettempdir()), lock_name=lock)
-    with tempfile.TemporaryDirectory(prefix=_SCRATCH, ignore_cleanup_errors=True) as outer, ExitStack() as locks:
-        with suppress(OSError):  # a file system without locks: stale folders are not deleted there either
-            locks.enter_context(exclusive_folder(Path(outer), within=Path(outer).parent, lock_name=lock))
-        with (
-            tempfile.TemporaryDirectory(dir=outer, ignore_cleanup_errors=True) as folder,
-            disk_full_errors(Path(folder)),
-        ):
-            yield Path(folder)
-
-
-def _own_scratch_folders(lock: str) -> Iterator[Path]:
-    for lock_file in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*/{lock}"):
-        with suppress(FileNotFoundError):
-            if lock_file.parent.lstat().st_uid == os.getuid():  # skip other users' folders and links
-                yield lock_file.parent
-
-
-def _scratch_lock() -> str:
-    """Return a lock name specific to this machine, because some shared file systems lock on each machine only."""
-    try:
-        return f"lock-{boot_id()}"
-    except OSError:
-        return f"lock-{socket.gethostname()}"
-
-
 def _fs(uri: str) -> tuple[Any, str]:
     if is_local(uri):
         fs, path = fsspec.core.url_to_fs(str(local_path(uri)))
@@ -308,50 +271,3 @@ def _modified_time(entry: dict[str, Any]) -> float:
     """Return the modification time of a listed object: ``mtime`` of a local file, ``LastModified`` of an object."""
     modified_at: Any = entry["mtime"] if "mtime" in entry else entry["LastModified"]
     return float(modified_at.timestamp() if hasattr(modified_at, "timestamp") else modified_at)
-
-
-@contextmanager
-def _atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open a stream whose content replaces ``path``, after fsync, if the block succeeds; else ``path`` is unchanged."""
-    make_folder(path.parent)
-    partial = _partial(path)
-    try:
-        with open(partial, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-        _sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _create_exclusive(path: Path, data: bytes) -> bool:
-    make_folder(path.parent)
-    partial = _partial(path)
-    try:
-        with open(partial, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        try:
-            os.link(partial, path)
-        except FileExistsError:
-            return path.read_bytes() == data
-        _sync(path.parent)
-        return True
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    """Flush the entries of ``folder`` to disk, so that a rename in it survives a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
