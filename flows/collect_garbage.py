@@ -16,7 +16,8 @@ from infra.storage.lease import lease
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.domain_name import require_domain
 from tasks.stage import settings_of
-from tasks.upkeep.garbage import DAY_S, Garbage, collect, domains_of
+from tasks.upkeep.garbage import DAY_S, Garbage, collect
+from tasks.upkeep.retention import domains_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
