@@ -3,8 +3,8 @@
 Results go to standard output (only JSON with ``--json``); logs, progress and errors go to standard error. Exit codes:
 0 for success, 1 for a failure that is reported on one line, 2 for wrong usage, 130 after Ctrl-C. Heavy imports are
 inside the commands, so that ``--help`` is fast, and after the checks of :mod:`flows.cli.inputs`. ``demo`` and
-``new-domain`` are here; the others are in the modules ``databases``, ``generators``, ``promotion``, ``service``,
-``stack`` and ``upkeep``.
+``new-domain`` are here; the others are in the modules ``databases``, ``edit``, ``evaluate``, ``generate``,
+``promotion``, ``service``, ``stack`` and ``upkeep``.
 """
 
 import dataclasses
@@ -34,7 +34,9 @@ from flows.cli.console import (
     say,
 )
 from flows.cli.databases import databases, export, search
-from flows.cli.generators import edit, evaluate, generate
+from flows.cli.edit import edit
+from flows.cli.evaluate import evaluate
+from flows.cli.generate import generate
 from flows.cli.inputs import check_domain, check_encoder, check_folder, check_recipe
 from flows.cli.promotion import history, lineage, promote, pull, push, rollback
 from flows.cli.service import inspect, serve

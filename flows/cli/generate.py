@@ -1,4 +1,4 @@
-"""Commands that use a generator: generate, edit and evaluate."""
+"""Command that generates images: ``generate``."""
 
 import math
 import sys
@@ -19,7 +19,6 @@ from flows.cli.console import (
     Verbose,
     choose_generator,
     open_image,
-    prefect_server,
     report_errors,
     require_device,
     say,
@@ -157,129 +156,6 @@ def generate(
                 output = pipeline.interpolate(conditions[0], conditions[1], between, on_progress=on_progress, **options)
         for path in _save(output.images, out, out_dir):
             say(path)
-
-
-def edit(
-    context: typer.Context,
-    image: Annotated[Path, typer.Argument(help="Image to edit; it is cropped to its centre square.")],
-    prompt: Annotated[str, typer.Argument(help="Text that describes the edited image.")],
-    database: Annotated[str, typer.Option(help=DATABASE)],
-    out: Annotated[Path, typer.Option(help="PNG, JPEG or WebP to write.")],
-    model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",
-    method: Annotated[
-        Literal["flow", "local", "restore", "sdedit"] | None,
-        typer.Option(
-            help="flow: move the whole image towards the text; local: regenerate one region; restore: the whole image, "
-            "with a generator trained for editing; sdedit: the whole image, from the noised source. "
-            "Default: flow; local for discrete generators, or with --largest-region."
-        ),
-    ] = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(
-            help="Edit strength in (0, 1]; 1 ignores the original content of the region. Default: 1; 0.925 for flow."
-        ),
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale: how strongly to follow the prompt. Default: 4.")
-    ] = None,
-    candidates: Annotated[
-        int | None,
-        typer.Option(help="Edits to choose from; the cost is proportional. Default: 8; 1 for flow.", min=1, max=64),
-    ] = None,
-    largest_region: Annotated[
-        float | None,
-        typer.Option(help="Share of the image that local may change, in (0, 1]. Default: 0.4."),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Random seed; the same seed gives the same image.", min=0, max=2**63 - 1)
-    ] = 0,
-    device: Device = "cpu",
-    trust: Trust = False,
-    root: Root = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Edit an image with a text, without a mask: what does not match the text changes, and the rest is kept.
-
-    Example: knn-diffusion edit heart.png "a green heart" --database twemoji --out green.png
-    """
-    with report_errors(verbose, quiet):
-        check_device(device)
-        check_root(root)
-        writable(out, "image", IMAGES)
-        if largest_region is not None and method not in ("local", None):
-            raise InputError(
-                f"--largest-region does not apply to --method {method}; use --method local, or remove the option"
-            )
-        source = open_image(image)
-        require_device(device)
-        import torch
-
-        from tasks.serve.load import load_pipeline
-
-        model = choose_generator(context, model, settings(root), quiet)
-        pipeline = load_pipeline(model, database, settings(root), trust=trust)
-        pipeline.to(device)
-        given = {
-            "method": method,
-            "strength": strength,
-            "guidance_scale": guidance,
-            "candidates": candidates,
-            "largest_region": largest_region,
-        }
-        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        with step_bar("edit", unit="candidate") as on_progress:
-            (edited,) = pipeline.edit(
-                source, prompt, generator=torch.Generator().manual_seed(seed), on_progress=on_progress, **options
-            )
-        edited.save(out)
-        say(out)
-
-
-def evaluate(
-    databases: Annotated[list[str], typer.Argument(help=f"Databases to retrieve from. {DATABASE}")],
-    model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",
-    texts: Annotated[
-        str | None, typer.Option(help="Text file, one prompt per line. Default: images of the database as prompts.")
-    ] = None,
-    samples: Annotated[
-        int, typer.Option(help="Images per condition: two conditions, about ten with ablations.", min=4)
-    ] = 256,
-    ablations: Annotated[bool, typer.Option(help="Also evaluate other queries and numbers of neighbours.")] = True,
-    inception: Annotated[
-        str | None, typer.Option(help="File of torch-fidelity's Inception weights, to compute FID.")
-    ] = None,
-    gpu: Annotated[bool, typer.Option(help="Generate on a GPU.")] = False,
-    trust: Trust = False,
-    root: Root = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Evaluate a generator on databases, and write scores, figures and the closest copies to one page.
-
-    With several databases, the effect of swapping them is measured too.
-
-    Example: knn-diffusion evaluate twemoji openmoji --texts prompts.txt --samples 256
-    """
-    with report_errors(verbose, quiet):
-        check_root(root)
-        with prefect_server():
-            from flows.evaluate_generator import EvaluateGeneratorConfig, evaluate_generator
-            from tasks.evaluate.task import EvaluateConfig
-
-            evaluate_config = EvaluateConfig(
-                samples=samples, ablations=ablations, inception_weights=inception, use_gpu=gpu
-            )
-            config = EvaluateGeneratorConfig(
-                databases=tuple(databases),
-                generator=model,
-                texts=texts,
-                root=root,
-                evaluate=evaluate_config,
-                trust=trust,
-            )
-            say(evaluate_generator(config).report.reference.uri + "/evaluation.html")
 
 
 def _check_output(out: Path | None, out_dir: Path | None) -> None:
