@@ -14,8 +14,9 @@ from infra.uris import masked
 from model.images import image_grid, to_pil
 from model.training.data import TrainingRows, TrainingSet
 from model.training.preview import decode_targets, generate_preview
-from tasks.train.data import ImageProcessing, TrainingInputs, database_rows, training_shards
+from tasks.train.data import TrainingInputs, database_rows, training_shards
 from tasks.train.setup import TrainingSetup
+from tasks.train.shard_source import ImageProcessing
 
 OUTAGE_PAUSE = 10
 """After a failed call to the tracking server, pause tracking for this many times the duration of the call."""

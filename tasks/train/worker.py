@@ -16,9 +16,10 @@ from model.training import loop
 from tasks.references.generator import PIPELINE
 from tasks.references.types import encoder_of
 from tasks.train.checkpoints import Checkpoints
-from tasks.train.data import ImageProcessing, TrainingInputs, load_training_set
+from tasks.train.data import TrainingInputs, load_training_set
 from tasks.train.metrics import Metrics, Preview
 from tasks.train.setup import TrainConfig, TrainingSetup, build_setup, objective_of
+from tasks.train.shard_source import ImageProcessing
 
 
 def train_worker(arguments: dict[str, Any]) -> None:

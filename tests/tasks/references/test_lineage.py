@@ -13,7 +13,8 @@ from infra.errors import InputError
 from tasks.references.images import fetch_images
 from tasks.references.types import DatabaseVersion
 from tasks.register import _stored_bytes
-from tasks.train.data import DecodedDatabase, ImageProcessing, database_rows
+from tasks.train.data import database_rows
+from tasks.train.stored_images import DecodedDatabase
 
 
 def trained(database: DatabaseVersion, cache: Path) -> Any:
@@ -23,7 +24,7 @@ def trained(database: DatabaseVersion, cache: Path) -> Any:
 READERS: list[Callable[[DatabaseVersion, Path], Any]] = [
     trained,
     database_rows,
-    lambda database, cache: DecodedDatabase(database, ImageProcessing(side=16), cache),
+    lambda database, cache: DecodedDatabase(database, cache, side=16),
     lambda database, cache: fetch_images(database, [0], cache),
     lambda database, cache: _stored_bytes(database),
 ]

@@ -22,15 +22,10 @@ from model.networks.latents import encode_latents
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, encode_codes
 from model.training.alignment import align_all
 from model.training.data import TrainingRows, TrainingSet
-from tasks.train import data
-from tasks.train.data import (
-    ImageProcessing,
-    TrainingInputs,
-    cached_array,
-    load_training_set,
-    read_pixels,
-    training_shards,
-)
+from tasks.train import shard_source, stored_images
+from tasks.train.data import TrainingInputs, load_training_set, training_shards
+from tasks.train.shard_source import ImageProcessing
+from tasks.train.stored_images import cached_array, read_pixels
 
 SIDE = 16
 PIXELS = np.stack([image_to_array(png_image(number), SIDE) for number in range(COUNT)])
@@ -104,8 +99,8 @@ def test_read_pixels_with_threads_preserves_order(inputs: TrainingInputs, monkey
             barrier.wait(10)
         return image_to_array(image, side)
 
-    monkeypatch.setattr(data, "image_to_array", waiting)
-    monkeypatch.setattr(data, "DECODING_BATCH", 3)
+    monkeypatch.setattr(stored_images, "image_to_array", waiting)
+    monkeypatch.setattr(stored_images, "DECODING_BATCH", 3)
     tar = sorted(Path(inputs.images.uri).glob("*.tar"))[0]
     keys = sorted(key for key, _ in webdataset.iter_images(tar))
     np.testing.assert_array_equal(read_pixels(tar, keys[::-1], SIDE, threads=2), PIXELS[: len(keys)][::-1])
@@ -125,7 +120,7 @@ def test_load_for_editing_aligns_once_per_side(
     inputs: TrainingInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = load_shards(inputs, tmp_path, editing=True)
-    monkeypatch.setattr(data, "align_all", None)
+    monkeypatch.setattr(shard_source, "align_all", None)
     again = load_shards(inputs, tmp_path, editing=True)
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one.reference, other.reference)  # type: ignore[arg-type]
@@ -151,7 +146,7 @@ def test_load_with_autoencoder_encodes_each_shard_once(
     encoded = np.concatenate([part.images for part in load_shards(inputs, tmp_path, **settings)])
     np.testing.assert_allclose(encoded.astype(np.float32), expected.astype(np.float32), atol=5e-3)
     assert encoded.dtype == (np.float16 if kind == "latents" else np.int32)
-    monkeypatch.setattr(data, "read_pixels", None)
+    monkeypatch.setattr(stored_images, "read_pixels", None)
     again = np.concatenate([part.images for part in load_shards(inputs, tmp_path, **settings)])
     np.testing.assert_array_equal(encoded, again)
     with pytest.raises(TypeError):
