@@ -73,7 +73,7 @@ def rebuild_index(
         if takedown is not None:
             check_takedown_list(takedown)
         with prefect_server():
-            from flows.rebuild_index import RebuildIndexConfig
+            from flows.rebuild_config import RebuildIndexConfig
             from flows.rebuild_index import rebuild_index as flow
             from infra.registry_tags import DATABASE_PREFIX, champion_uri
 

@@ -113,7 +113,8 @@ class SyntheticDomain:
 
     def rebuild_with(self, number: int, files: list[str]) -> dict[str, float]:
         """Rebuild with ``files``, and return the seconds of the flow and of its stages."""
-        from flows.rebuild_index import RebuildIndexConfig, rebuild_index  # Prefect reads its settings when imported
+        from flows.rebuild_config import RebuildIndexConfig  # Prefect reads its settings when imported
+        from flows.rebuild_index import rebuild_index
 
         listed = self._root / f"{self._name}-{number}.parquet"
         pq.write_table(pa.table({"url": [f"http://{self._host}/{file}" for file in files]}), listed)

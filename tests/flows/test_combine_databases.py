@@ -24,7 +24,8 @@ def test_merge_databases_builds_a_union_that_can_be_rebuilt(living: Living, ray:
     assert {description for description, _ in ray.items} & {"images", "embeddings"} == set()
     assert living.found(merged.database.reference) == set(NAMES[:10])
     assert len(load_database("both", living.settings)) == 10
-    from flows.rebuild_index import RebuildIndexConfig, rebuild_index
+    from flows.rebuild_config import RebuildIndexConfig
+    from flows.rebuild_index import rebuild_index
 
     living.server.requests.clear()
     listed = living.listed(*NAMES[:11])

@@ -210,7 +210,7 @@ def test_takedown_stays_hidden_when_embedding_fails(
         raise StageError("the disk is full")
 
     living.build(NAMES[:4])
-    monkeypatch.setattr("flows.rebuild_index.embed", fails)
+    monkeypatch.setattr("flows.rebuild_steps.embed", fails)
     down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")
     with pytest.raises(StageError, match="the disk is full"):
         living.rebuild(takedown=down, embed=EmbedConfig(workers=1, batch_size=2))
@@ -290,7 +290,8 @@ def test_rebuild_with_missing_shard_fails_with_its_name(
 
 @pytest.mark.slow
 def test_rebuild_after_killed_worker_repeats_only_its_shard(living: Living, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.rebuild_index import RebuildIndexConfig, rebuild_index
+    from flows.rebuild_config import RebuildIndexConfig
+    from flows.rebuild_index import rebuild_index
 
     with monkeypatch.context() as patch:
         WithoutRay().install(patch)

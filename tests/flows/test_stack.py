@@ -191,7 +191,8 @@ def test_new_domain_completes_after_mlflow_was_killed_while_registering(
 def test_promotion_is_refused_forced_and_rolled_back(
     variables: dict[str, str], stack: Stack, images: LoopbackServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows.rebuild_index import RebuildIndexConfig, rebuild_index
+    from flows.rebuild_config import RebuildIndexConfig
+    from flows.rebuild_index import rebuild_index
 
     WithoutRay().install(monkeypatch)
     urls = write_urls(stack.folder / "more.jsonl", [images.url(path) for path in NAMES[:12]])

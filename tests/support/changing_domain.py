@@ -67,7 +67,8 @@ class Living:
         )
 
     def rebuild(self, **options: Any) -> Any:
-        from flows.rebuild_index import RebuildIndexConfig, rebuild_index
+        from flows.rebuild_config import RebuildIndexConfig
+        from flows.rebuild_index import rebuild_index
 
         self.server.requests.clear()
         return rebuild_index(RebuildIndexConfig(**{"domain": "shapes", "root": str(self.root), **options}))

@@ -26,7 +26,7 @@ def done(*arguments: str) -> str:
 
 
 def test_rebuild_index_options_retry_take_down_and_compact(living: Living, ray: WithoutRay) -> None:
-    from flows.rebuild_index import champion_of
+    from flows.rebuild_steps import champion_of
 
     def tars() -> bytes:
         """Return the concatenated tar files of the champion."""
@@ -78,7 +78,7 @@ def test_merge_and_subset_build_databases_from_others(living: Living, ray: Witho
 
 
 def test_index_options_change_the_index_of_existing_databases(living: Living, ray: WithoutRay) -> None:
-    from flows.rebuild_index import champion_of
+    from flows.rebuild_steps import champion_of
 
     def index_settings(domain: str) -> tuple[Any, ...]:
         manifest = champion_of(domain, living.settings).database.manifest()
@@ -135,7 +135,7 @@ def test_writing_commands_with_wait_wait_for_another_writer(
 
 
 def test_rebuild_index_with_damaged_champion_fails(living: Living, ray: WithoutRay) -> None:
-    from flows.rebuild_index import champion_of
+    from flows.rebuild_steps import champion_of
 
     living.build(NAMES[:8])
     rows = champion_of("shapes", living.settings).embeddings

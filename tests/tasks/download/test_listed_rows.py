@@ -108,7 +108,7 @@ def test_source_fields_accepts_one_list_or_folder(tmp_path: Path) -> None:
 
 def test_configs_need_one_source() -> None:
     from flows.new_domain import NewDomainConfig
-    from flows.rebuild_index import RebuildIndexConfig
+    from flows.rebuild_config import RebuildIndexConfig
 
     for source in ({"urls": "a.txt"}, {"urls": ("a.txt", "b.txt")}, {"folder": "images"}):
         assert NewDomainConfig(domain="a", **source) and RebuildIndexConfig(domain="a", **source)  # type: ignore[arg-type]
