@@ -26,6 +26,14 @@ def mlflow_settings(migrated_database: Path, tmp_path: Path, monkeypatch: pytest
     _disconnect()
 
 
+@pytest.fixture
+def project(mlflow_settings: Settings, tmp_path: Path) -> Any:
+    """A project with an empty registry."""
+    from support.registry_project import Project
+
+    return Project(mlflow_settings, tmp_path)
+
+
 def _disconnect() -> None:
     mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
     mlflow.set_registry_uri(None)  # type: ignore[arg-type]
