@@ -1,6 +1,8 @@
 """A tiny service: databases of eight-channel rows, an untrained generator, and a registry in memory."""
 
+import io
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,15 @@ from torch import Tensor
 from infra.errors import IntegrityError, NotFoundError, TransientError
 from model.encoder.identity import EncoderIdentity
 from model.errors import ModelError
+from tasks.serve.service.engine import Engine
 from tasks.serve.service.generator import OpenModel
+from tasks.serve.service.requests import Request, SearchRequest
+from tasks.serve.service.responses import ImagesResponse, SearchResponse
 from tasks.serve.service.served import OpenDatabase
 from tasks.serve.service.versions import Followed, Listing
 
 ROWS = 12
+SOURCE = Image.new("RGB", (20, 30), (200, 40, 40))
 
 
 class TinyEncoder:
@@ -127,3 +133,26 @@ class TinyVersions:
         return tiny_models.database(
             folder, rows, name=name, describe=describe, images=images, encoder=self.identities.get((name, version))
         )
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def search(engine: Engine, **fields: Any) -> SearchResponse:
+    response = engine.submit(SearchRequest(**fields)).future.result(20)
+    assert isinstance(response, SearchResponse)
+    return response
+
+
+def images(engine: Engine, request: Request) -> ImagesResponse:
+    response = engine.submit(request).future.result(20)
+    assert isinstance(response, ImagesResponse)
+    return response
+
+
+def pixels(png: bytes) -> Any:
+    return np.asarray(Image.open(io.BytesIO(png))).astype(int)

@@ -1,21 +1,15 @@
-"""The engine on tiny models: responses, batches, progress, cancellation, swaps under load, and shutdown."""
+"""The engine on tiny models: submission, cancellation, failures, limits of the queue, warm-up and shutdown."""
 
 import concurrent.futures
-import gc
 import io
 import threading
-import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from support import tiny_models
-from support.tiny_service import ROWS, TinyVersions
+from support.tiny_service import ROWS, SOURCE, TinyVersions, search, wait_for
 
 from infra.errors import InputError, NotFoundError, StageError
 from model.errors import ModelError
@@ -30,113 +24,7 @@ from tasks.serve.service.errors import (
     UnknownDatabaseError,
 )
 from tasks.serve.service.jobs import Job
-from tasks.serve.service.plans import GeneratePlan, plan
-from tasks.serve.service.provenance import CHUNK
 from tasks.serve.service.requests import EditRequest, GenerateRequest, Request, SearchRequest
-from tasks.serve.service.responses import ImagesResponse, SearchResponse
-from tasks.serve.service.served import OpenDatabase
-
-SOURCE = Image.new("RGB", (20, 30), (200, 40, 40))
-
-
-@pytest.fixture
-def versions(tmp_path: Path) -> TinyVersions:
-    return TinyVersions(tmp_path, birds=2, cats=1)
-
-
-@pytest.fixture
-def start(versions: TinyVersions) -> Iterator[Callable[..., Engine]]:
-    """Start engines that are closed at the end."""
-    started: list[Engine] = []
-
-    def start(**options: Any) -> Engine:
-        engine = Engine(versions, ServiceConfig(**options))
-        started.append(engine)
-        engine.start()
-        wait_for(lambda: engine.ready or bool(engine.problems()))
-        return engine
-
-    yield start
-    for engine in started:
-        engine.close(0)
-
-
-@pytest.fixture
-def engine(start: Callable[..., Engine]) -> Engine:
-    return start()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def search(engine: Engine, **fields: Any) -> SearchResponse:
-    response = engine.submit(SearchRequest(**fields)).future.result(20)
-    assert isinstance(response, SearchResponse)
-    return response
-
-
-def images(engine: Engine, request: Request) -> ImagesResponse:
-    response = engine.submit(request).future.result(20)
-    assert isinstance(response, ImagesResponse)
-    return response
-
-
-def pixels(png: bytes) -> Any:
-    return np.asarray(Image.open(io.BytesIO(png))).astype(int)
-
-
-def test_search_returns_nearest_rows_with_version_and_urls(engine: Engine) -> None:
-    found = search(engine, text="an owl", k=3, database="birds")
-    scores = [hit.score for hit in found.hits]
-    assert scores == sorted(scores, reverse=True)
-    assert (found.database.name, found.database.version, found.database.rows) == ("birds", 2, ROWS)
-    assert [hit.rank for hit in found.hits] == [1, 2, 3]
-    assert found.model == "knn-diffusion/1"
-    assert {name: value for name, value in found.settings.items() if value} == {"text": "an owl", "k": 3}
-    assert all(hit.url == f"http://birds/2/{hit.id}" for hit in found.hits)
-
-
-def test_search_of_a_row_returns_the_others(engine: Engine) -> None:
-    found = search(engine, row=4, k=ROWS, database="birds")
-    assert sorted(hit.id for hit in found.hits) == [row for row in range(ROWS) if row != 4]
-
-
-def test_search_combines_text_image_and_row_and_subtracts_negative_texts(engine: Engine) -> None:
-    opened, model = engine._catalog.get("birds"), engine._catalog.model
-    text, away = model.encoder.embed_texts(["an owl", "night"]).numpy()
-    image = model.encoder.embed_images([SOURCE]).numpy()[0]
-    row = opened.database.rows(np.array([5]))[0].astype(np.float32)
-    query = (text + image + row) / 3 - away
-    found = search(engine, text="an owl", image=SOURCE, row=5, negative=["night"], k=2, database="birds")
-    nearest = opened.database.nearest((query / np.linalg.norm(query))[None].astype(np.float32), 3)
-    expected = [identifier for identifier in nearest.ids[0].tolist() if identifier != 5][:2]
-    assert [hit.id for hit in found.hits] == expected
-
-
-def test_search_leaves_out_rows_below_the_lowest_score(engine: Engine) -> None:
-    everything = search(engine, text="an owl", k=ROWS)
-    limit = everything.hits[2].score
-    assert [hit.id for hit in search(engine, text="an owl", k=ROWS, min_score=limit).hits] == [
-        hit.id for hit in everything.hits[:3]
-    ]
-
-
-def test_searches_of_a_batch_equal_single_ones(engine: Engine) -> None:
-    requests = [SearchRequest(text=f"text {number}", k=number + 1) for number in range(8)]
-    single = [engine.submit(request).future.result(20) for request in requests]
-    opened, model = engine._catalog.get(None), engine._catalog.model
-    plans = [plan(request, opened, model) for request in requests]
-    together = searching.search(plans)  # type: ignore[arg-type]
-    assert [one.model_dump() for one in together] == [one.model_dump() for one in single]  # type: ignore[union-attr]
-
-
-def test_search_by_negative_text_alone_that_cancels_the_query_is_invalid(engine: Engine) -> None:
-    with pytest.raises(InputError, match="cancel the query"):
-        search(engine, text="an owl", negative=["an owl"])
 
 
 def test_search_does_not_wait_for_generation(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,108 +40,6 @@ def test_search_does_not_wait_for_generation(engine: Engine, monkeypatch: pytest
     assert not generation.future.done()
     free.set()
     generation.future.result(20)
-
-
-def test_generation_names_versions_settings_and_provenance(engine: Engine) -> None:
-    made = images(engine, GenerateRequest(prompt="an owl", n=3, seed=5, database="birds"))
-    assert (made.model, made.kind, made.database.version) == ("knn-diffusion/1", "generate", 2)
-    assert made.settings["steps"] == 3
-    assert [made.settings[name] for name in ("quality", "candidates", "start")] == ["fast", 3, "neighbour"]
-    assert [image.seed for image in made.images] == [5, 6, 7]
-    assert all(len(image.neighbours) == 3 and image.nearest is not None for image in made.images)
-    assert made.images[0].neighbours[0].url == f"http://birds/2/{made.images[0].neighbours[0].id}"
-    assert CHUNK in Image.open(io.BytesIO(made.images[0].png)).info
-
-
-def test_quality_is_a_preset_that_given_settings_override(engine: Engine) -> None:
-    best = images(engine, GenerateRequest(prompt="an owl", quality="best")).settings
-    assert (best["candidates"], best["start"]) == (8, "neighbour")
-    given = images(engine, GenerateRequest(prompt="an owl", quality="best", candidates=1, start="noise")).settings
-    assert (given["candidates"], given["start"], given["strength"]) == (1, "noise", None)
-
-
-def test_generation_without_stored_images_is_that_of_the_pipeline(engine: Engine, tmp_path: Path) -> None:
-    model = engine._catalog.model
-    plain = tiny_models.database(tmp_path / "plain", tiny_models.unit_rows(40))
-    opened = OpenDatabase(plain, name="plain", version=1)
-    planned = plan(GenerateRequest(prompt="an owl", seed=9), opened, model)
-    assert isinstance(planned, GeneratePlan)
-    used = [planned.settings[name] for name in ("candidates", "query", "start", "strength")]
-    assert used == [3, "both", "noise", None]
-    (made,) = drawing.generate([planned], lambda step, steps: None)
-    alone = model.with_database(opened)("an owl", generator=torch.Generator().manual_seed(9), quality="fast").images[0]
-    assert np.abs(pixels(made.images[0].png) - np.asarray(alone).astype(int)).max() <= 1
-    with pytest.raises(InputError, match="database plain has no images to start from"):
-        plan(GenerateRequest(prompt="an owl", start="neighbour"), opened, model)
-
-
-def test_image_depends_on_its_seed_but_not_on_the_batch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    many = images(engine, GenerateRequest(prompt="an owl", n=4, seed=5))
-    for number in range(4):
-        alone = images(engine, GenerateRequest(prompt="an owl", seed=5 + number))
-        assert np.abs(pixels(alone.images[0].png) - pixels(many.images[number].png)).max() <= 1
-    opened, model = engine._catalog.get(None), engine._catalog.model
-    requests = [GenerateRequest(prompt=prompt, n=2, seed=seed) for prompt, seed in (("a cat", 1), ("an owl", 5))]
-    plans = [plan(request, opened, model) for request in requests]
-    assert plans[0].key == plans[1].key
-    batch = drawing.generate(plans, lambda step, steps: None)  # type: ignore[arg-type]
-    for number in range(2):
-        assert np.abs(pixels(batch[1].images[number].png) - pixels(many.images[number].png)).max() <= 1
-
-
-def test_first_image_equals_that_of_the_pipeline_with_the_seed(engine: Engine) -> None:
-    made = images(engine, GenerateRequest(prompt="an owl", seed=9))
-    pipeline = engine._catalog.model.with_database(engine._catalog.get(None))
-    alone = pipeline("an owl", generator=torch.Generator().manual_seed(9), quality="fast").images[0]
-    assert np.abs(pixels(made.images[0].png) - np.asarray(alone).astype(int)).max() <= 1
-
-
-def test_generation_with_negative_prompt_image_and_noise(engine: Engine) -> None:
-    made = images(engine, GenerateRequest(prompt="a", negative_prompt="b", start="noise", steps=2, guidance=2, k=2))
-    assert made.settings["strength"] is None
-    assert len(made.images[0].neighbours) == 2
-    assert images(engine, GenerateRequest(image=SOURCE)).settings["image_sha256"]
-
-
-def test_generation_of_text_and_image_uses_the_unit_mean_of_both(engine: Engine) -> None:
-    pipeline = engine._catalog.model.with_database(engine._catalog.get(None))
-    mean = pipeline.embed(["an owl", SOURCE]).mean(0, keepdim=True)
-    expected = pipeline(mean / mean.norm(), generator=torch.Generator().manual_seed(9), quality="fast").images[0]
-    made = images(engine, GenerateRequest(prompt="an owl", image=SOURCE, seed=9))
-    assert np.abs(pixels(made.images[0].png) - np.asarray(expected).astype(int)).max() <= 1
-    assert made.settings["prompt"] == "an owl" and made.settings["image_sha256"]
-    for alone in (GenerateRequest(prompt="an owl", seed=9), GenerateRequest(image=SOURCE, seed=9)):
-        assert made.images[0].neighbours != images(engine, alone).images[0].neighbours
-
-
-def test_interpolation_has_the_neighbours_of_the_nearer_end(engine: Engine) -> None:
-    made = images(engine, GenerateRequest(prompt="an owl", interpolate_to="a cat", n=4, seed=2))
-    assert made.kind == "interpolate"
-    assert [image.seed for image in made.images] == [2] * 4
-    first, last = (images(engine, GenerateRequest(prompt=prompt)).images[0] for prompt in ("an owl", "a cat"))
-    expected = [[hit.id for hit in one.neighbours] for one in (first, first, last, last)]
-    assert [[hit.id for hit in image.neighbours] for image in made.images] == expected
-
-
-def test_edit_makes_one_edit_for_each_seed_with_its_region(engine: Engine) -> None:
-    request = EditRequest(image=SOURCE, prompt="a cat", n=2, seed=3, method="sdedit", steps=2)
-    made = images(engine, request)
-    assert (made.kind, made.settings["method"], made.settings["steps"]) == ("edit", "sdedit", 2)
-    assert [image.seed for image in made.images] == [3, 4]
-    again = images(engine, request.model_copy(update={"n": 1, "seed": 4})).images[0]
-    assert np.abs(pixels(again.png) - pixels(made.images[1].png)).max() <= 1
-    points = [point for image in made.images for point in image.region]
-    assert all(0 <= value <= 1 for point in points for value in point)
-
-
-def test_region_outline_surrounds_the_changed_pixels() -> None:
-    before = np.zeros((16, 16, 3), np.uint8)
-    after = before.copy()
-    after[4:8, 6:10] = 255
-    outline = np.array(drawing.region_outline(before, after)) * 16
-    assert outline.min(0).tolist() == pytest.approx([4.5, 2.5], abs=0.1)
-    assert outline.max(0).tolist() == pytest.approx([11.5, 9.5], abs=0.1)
-    assert drawing.region_outline(before, before) == []
 
 
 @pytest.mark.parametrize(
@@ -389,75 +175,6 @@ def test_request_that_waits_too_long_is_rejected_while_another_runs(
         engine.submit(GenerateRequest(prompt="an owl")).future.result(20)
     assert not running.future.done()
     free.set()
-
-
-def test_twenty_swaps_under_sixteen_threads_lose_and_mix_nothing(engine: Engine, versions: TinyVersions) -> None:
-    versions.databases["birds"] = [1, 2, 3]
-    ended, failures = threading.Event(), list[str]()
-    counts = [0] * 16
-
-    def client(number: int) -> None:
-        requests: list[Request] = [
-            SearchRequest(text=f"text {number}", k=3, database="birds"),
-            GenerateRequest(prompt="an owl", steps=1, candidates=1, database="birds"),
-        ]
-        while not ended.is_set():
-            try:
-                response: Any = engine.submit(requests[number % 8 == 0]).future.result(20)
-            except Exception as error:
-                failures.append(repr(error))
-                return
-            hits = response.hits if number % 8 else [*response.images[0].neighbours, response.images[0].nearest]
-            if {hit.url.split("/")[3] for hit in hits} != {str(response.database.version)}:
-                failures.append(f"{response.database} answered with {hits}")
-            counts[number] += 1
-
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(16)]
-    for thread in threads:
-        thread.start()
-    for number in range(20):
-        before = sum(counts)
-        assert engine.swap("birds", 1 + number % 3).served.version == 1 + number % 3  # type: ignore[union-attr]
-        wait_for(lambda before=before: sum(counts) > before or bool(failures))  # type: ignore[misc]
-    ended.set()
-    for thread in threads:
-        thread.join(20)
-    assert failures == []
-    assert min(counts) > 0
-    assert engine._catalog.get("birds").generation == 20
-
-
-def test_queued_job_keeps_the_version_that_it_was_submitted_with(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    free, run = threading.Event(), searching.search
-
-    def slow(plans: Sequence[Any]) -> Any:
-        assert free.wait(20)
-        return run(plans)
-
-    monkeypatch.setattr(searching, "search", slow)
-    jobs = [engine.submit(SearchRequest(text="an owl", database="birds")) for _ in range(3)]
-    engine.swap("birds", 1)
-    late = engine.submit(SearchRequest(text="an owl", database="birds"))
-    free.set()
-    assert [job.future.result(20).database.version for job in (*jobs, late)] == [2, 2, 2, 1]
-
-
-def test_replaced_version_is_freed_with_its_last_request(engine: Engine) -> None:
-    replaced = weakref.ref(engine._catalog.get("birds"))
-    jobs = [engine.submit(SearchRequest(text="an owl", database="birds"))]
-    jobs.append(engine.submit(GenerateRequest(prompt="an owl", database="birds", steps=5)))
-    wait_for(lambda: jobs[1].status().state != "queued")
-    jobs[1].cancel()
-    concurrent.futures.wait([job.future for job in jobs], 20)
-    assert engine.thumbnail("birds", 3)
-    gc.disable()
-    try:
-        engine.swap("birds", 1)
-        wait_for(lambda: replaced() is None)
-    finally:
-        gc.enable()
 
 
 def test_only_jobs_that_are_looked_up_are_kept(engine: Engine) -> None:

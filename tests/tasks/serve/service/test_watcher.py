@@ -19,11 +19,6 @@ from tasks.serve.service.served import OpenDatabase
 from tasks.serve.service.watcher import Watcher
 
 
-@pytest.fixture
-def versions(tmp_path: Path) -> TinyVersions:
-    return TinyVersions(tmp_path, birds=2, cats=1)
-
-
 def catalog_of(versions: TinyVersions, *databases: str, model: str | None = None) -> Catalog:
     return Catalog(versions, ServiceConfig(databases=databases, model=model), Metrics())
 
