@@ -5,7 +5,6 @@ import http.server
 import io
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 from support.fakes import share_encoder
 from support.stored_root import FOLDERS, unpack_root
+from support.tiny_service import wait_for
 
 from infra.errors import InputError, IntegrityError, NotFoundError
 from infra.promotions import Decision, Promotions
@@ -55,13 +55,6 @@ def start(settings: Settings) -> Iterator[Callable[..., Engine]]:
     yield start
     for engine in started:
         engine.close(0)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def search(engine: Engine, **fields: object) -> SearchResponse:
