@@ -53,7 +53,7 @@ class ConcatenatedRows:
         """Return the rows of ids (n,) as (n, …row)."""
         first = self._parts[0]
         if len(self._parts) == 1:
-            return np.take(first.array if isinstance(first, StoredRows) else first, ids, axis=0)
+            return np.take(first.array if isinstance(first, StoredRows) else np.asarray(first), ids, axis=0)
         rows = np.empty((len(ids), *first.shape[1:]), dtype=first.dtype)
         part_of_row = np.searchsorted(self._starts, ids, side="right") - 1
         if len(ids) <= _FEW_ROWS:
