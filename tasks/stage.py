@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from infra import artifacts, compute, logs
 from infra.compute.actor_pool import FailedShard
+from infra.compute.interruptible import interruptions
 from infra.errors import KNNDiffusionError, StageError, TransientError
 from infra.settings import Settings
 from infra.verification import Listed, find_damage, listed_files, require_undamaged
@@ -96,7 +97,9 @@ def stage_task(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     Only ``TransientError`` is retried. Prefect's result caching is off, because committed manifests are the cache.
     """
 
-    def decorate(step: Callable[P, R]) -> Callable[P, R]:
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        step = interruptions()(function)
+
         @functools.cache
         def as_task() -> Callable[P, R]:
             from prefect import task

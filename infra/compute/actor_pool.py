@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from infra.compute.interruptible import interruptions
+from infra.compute import interruptible
 from infra.errors import StageError
 
 SHARD_TRIES = 3
@@ -88,11 +88,10 @@ class ActorPool:
         Raises ``StageError`` if actors repeatedly die before they start.
         """
         while self._waiting or any(shard for _, shard in self._pending.values()):
-            with interruptions():
-                (done,), _ = ray.wait(list(self._pending), num_returns=1)
+            (done,), _ = interruptible.wait(list(self._pending))
             slot, shard = self._pending.pop(done)
             try:
-                result = ray.get(done)
+                (result,) = interruptible.get([done])
             except RayTaskError as error:
                 result = FailedShard(shard.item if shard else None, error.cause or error)
             except RayError as error:  # crash, out of memory, failed environment, or lost return value

@@ -1,10 +1,22 @@
-"""Calls that a signal interrupts, although they block in native code or would replace the signal's handler."""
+"""Calls that a signal interrupts, although they block in native code or would replace the signal's handler.
 
+Ray's ``get`` and ``wait`` block until the result is there, whatever a signal handler raises. They then raise a
+``SystemError`` in place of the handler's exception. :func:`get` and :func:`wait` therefore wait in slices of
+``SLICE_S``.
+"""
+
+import math
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import ray
+
+SLICE_S = 0.5
+"""Longest time until a signal takes effect."""
 
 Result = TypeVar("Result")
 
@@ -44,11 +56,31 @@ def call(
         raise
 
 
+def wait(references: Sequence[Any], count: int = 1, timeout_s: float = math.inf) -> tuple[list[Any], list[Any]]:
+    """Wait until ``count`` results are there or the time is up. Return the references with and without a result."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with interruptions():
+            done, pending = ray.wait(
+                list(references), num_returns=count, timeout=max(0.0, min(SLICE_S, deadline - time.monotonic()))
+            )
+        if len(done) >= count or time.monotonic() >= deadline:
+            return done, pending
+
+
+def get(references: Sequence[Any]) -> list[Any]:
+    """Wait for all results and return them. The first error of a worker is raised, as by ``ray.get``."""
+    wait(references, len(references))
+    with interruptions():
+        return list(ray.get(list(references)))
+
+
 @contextmanager
 def interruptions() -> Iterator[None]:
-    """Raise what a signal handler raises within the block, where Ray's ``wait`` replaces it by a ``SystemError``.
+    """Raise what a signal handler raises within the block, where native code replaces it by a ``SystemError``.
 
-    Otherwise Prefect takes a cancelled task for a failed one, because a ``SystemError`` is an ordinary exception.
+    Otherwise Prefect takes a cancelled task for a failed one, because a ``SystemError`` is an ordinary exception. Also
+    a decorator.
     """
     try:
         yield

@@ -13,8 +13,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from infra import uris
+from infra.compute import interruptible
 from infra.compute.actor_pool import SHARD_TRIES, ActorPool, one_line
-from infra.compute.interruptible import interruptions
 from infra.compute.progress import progress_bar
 from infra.compute.ray_cluster import capacity, clamp_cpus, start
 from infra.errors import StageError, TransientError
@@ -130,10 +130,9 @@ class ActorGroup:
         called = self._actors if of is None else [self._actors[of]]
         answers = [actor.run.remote(item) for actor in called]
         try:
-            with interruptions():
-                while ray.wait(answers, num_returns=len(answers), timeout=_CHECK_S)[1]:
-                    self._require_room()
-                return list(ray.get(answers))
+            while interruptible.wait(answers, len(answers), _CHECK_S)[1]:
+                self._require_room()
+            return interruptible.get(answers)
         except RayTaskError as error:
             raise (error.cause or error) from None
         except RayError as error:
@@ -165,10 +164,9 @@ def actor_group(
     actors = [kind.remote(factory, one, uris.secrets()) for one in settings]
     try:
         begun = [actor.ready.remote() for actor in actors]
-        with interruptions():
-            running, waiting = ray.wait(begun, num_returns=len(actors), timeout=_START_S)
+        running, waiting = interruptible.wait(begun, len(actors), _START_S)
         try:
-            ray.get(running)
+            interruptible.get(running)
         except RayError as error:
             raise StageError(f"no worker could be started ({one_line(error)}); see Ray's logs") from error
         if waiting:
@@ -202,9 +200,10 @@ def run(
     cpus = clamp_cpus(cpus, gpus)
     capacity(cpus, gpus)  # raises if no machine has the GPUs
     remote = ray.remote(_call).options(num_cpus=cpus, num_gpus=gpus, max_retries=SHARD_TRIES)
+    called = remote.remote(function, arguments, uris.secrets())
     try:
         with progress_bar(watch, function.__name__) if watch else contextlib.nullcontext():
-            return ray.get(remote.remote(function, arguments, uris.secrets()))
+            return interruptible.get([called])[0]
     except RayTaskError as error:
         raise (error.cause or error) from None
     except RayError as error:
@@ -212,6 +211,8 @@ def run(
             f"the worker of {function.__name__} was lost ({one_line(error)}); give it more memory, or see Ray's logs, "
             "and run again"
         ) from error
+    finally:
+        ray.cancel(called, force=True)  # frees the worker of an interrupted call; no effect on one that has ended
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], secrets: Mapping[str, str]) -> Any:

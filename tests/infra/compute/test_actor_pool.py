@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import OutOfMemoryError, RuntimeEnvSetupError
 
 from infra import compute
-from infra.compute import actor_pool, workers
+from infra.compute import actor_pool, interruptible, workers
 from infra.compute.actor_pool import SHARD_TRIES, ActorPool, FailedShard
 from infra.errors import StageError, TransientError
 
@@ -57,8 +57,9 @@ def test_map_shards_with_a_poisonous_shard_fails_that_shard_only(
 
 
 @pytest.mark.slow
-def test_signal_while_waiting_for_a_shard_raises_the_error_of_its_handler(cluster: None, tmp_path: Path) -> None:
-    running = tmp_path / "running"
+@pytest.mark.parametrize("call", ["map_shards", "run"])
+def test_signal_while_waiting_for_ray_raises_the_error_of_its_handler(call: str, cluster: None, tmp_path: Path) -> None:
+    running, ended = tmp_path / "running", tmp_path / "ended"
 
     class Terminated(BaseException):
         pass
@@ -68,7 +69,13 @@ def test_signal_while_waiting_for_a_shard_raises_the_error_of_its_handler(cluste
 
         def __call__(self, shard: str) -> None:
             running.touch()
-            time.sleep(60)
+            time.sleep(10)
+            ended.touch()
+
+    def wait() -> None:
+        if call == "run":
+            compute.run(Worker(), "a")
+        list(compute.map_shards(Worker, (), ["a"], actors=1, description="shards"))
 
     def handle(number: int, frame: object) -> None:
         raise Terminated
@@ -83,7 +90,8 @@ def test_signal_while_waiting_for_a_shard_raises_the_error_of_its_handler(cluste
     try:
         threading.Thread(target=send, daemon=True).start()
         with pytest.raises(Terminated):
-            list(compute.map_shards(Worker, (), ["a"], actors=1, description="shards"))
+            wait()
+        assert not ended.exists(), "the signal took effect only after the worker's result"
     finally:
         signal.signal(signal.SIGALRM, before)
 
@@ -117,8 +125,13 @@ class Actor:
 def killed(monkeypatch: pytest.MonkeyPatch) -> list[Actor]:
     """Actors that the pool killed, through a fake of Ray."""
     killed: list[Actor] = []
-    ray = SimpleNamespace(wait=lambda calls, num_returns: (calls[:1], calls[1:]), get=lambda call: call())
-    monkeypatch.setattr(actor_pool, "ray", SimpleNamespace(**vars(ray), kill=killed.append))
+    fake = SimpleNamespace(
+        wait=lambda calls, num_returns, timeout: (calls[:num_returns], calls[num_returns:]),
+        get=lambda calls: [call() for call in calls],
+        kill=killed.append,
+    )
+    for module in (actor_pool, interruptible):
+        monkeypatch.setattr(module, "ray", fake)
     return killed
 
 
