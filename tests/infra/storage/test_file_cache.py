@@ -18,7 +18,7 @@ import pytest
 from support.fakes import LoopbackServer, Reply
 
 from infra.errors import InputError, NotFoundError, StageError
-from infra.storage import eviction
+from infra.storage import eviction, pins
 from infra.storage import file_cache as caching
 
 SIZE = 100_000
@@ -277,7 +277,7 @@ def test_fetch_registered_referenced_folder_is_not_evicted(files: CachedFiles) -
     assert whole(pinned)
     assert not (files.folder / ".stray").exists()
     with pytest.MonkeyPatch.context() as patch:  # a read-only cache
-        patch.setattr(caching, "_locked", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+        patch.setattr(pins, "locked", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
         assert caching.fetch_registered(digest, whole, download, files.folder) == pinned
         with pytest.raises(InputError, match="is not writable"):
             caching.fetch_registered("cd" * 32, whole, download, files.folder)
