@@ -16,8 +16,9 @@ from infra.formats.tables import read_lines
 from infra.registry_tags import GENERATOR_NAME
 from infra.settings import Settings
 from model.saved_generator import BUNDLED_GENERATOR, contents_digest, pretrained_folder
-from tasks.evaluate.report import FIGURE, MARKDOWN, Report, preview, report_evaluations
+from tasks.evaluate.report import FIGURE, MARKDOWN, Report, report_evaluations
 from tasks.evaluate.task import EvaluateConfig, Evaluation, evaluate
+from tasks.pages import preview
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.trust import open_named, saved_pipeline
 from tasks.references.types import DatabaseVersion, Generator, StageResult, domain_of

@@ -27,8 +27,8 @@ from tasks.references.domain_name import require_domain
 from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, StageResult
 from tasks.register import RegistrationResult, register_database
 from tasks.stage import settings_of
+from tasks.train.config import TrainConfig
 from tasks.train.inputs import check_inputs
-from tasks.train.setup import TrainConfig
 from tasks.upkeep.policy import required_takedown
 
 RECIPE = {

@@ -8,16 +8,14 @@ from typing import Any
 from flows.new_domain import NewDomainConfig
 from infra.download.downloader import DownloadPolicy
 from infra.errors import ConfigError
-from model.diffusion.conditioning import ConditioningConfig
+from model.configs import ConditioningConfig, TrainingConfig, TransformerConfig
 from model.encoder.identity import BUNDLED_ENCODER
-from model.networks.dit import TransformerConfig
 from model.saved_generator import BUNDLED_GENERATOR
-from model.training.interfaces import TrainingConfig
 from tasks.download.config import DownloadConfig
 from tasks.embed.task import EmbedConfig
 from tasks.evaluate.task import EvaluateConfig
 from tasks.index.config import IndexConfig
-from tasks.train.setup import TrainConfig
+from tasks.train.config import TrainConfig
 
 _SMALL = TransformerConfig(image_size=32, patch_size=4, layers=6, heads=5, head_width=32)
 """Network that a CPU trains from random weights in minutes."""

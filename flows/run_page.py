@@ -8,8 +8,8 @@ from infra import storage
 from infra.registry import Registry
 from infra.registry_tags import version_page
 from infra.settings import Settings
-from tasks.evaluate.report import preview
 from tasks.evaluate.tables import markdown
+from tasks.pages import preview
 from tasks.promotion.figures import database_figures
 from tasks.references.lineage import embeddings_of, images_of
 from tasks.references.types import DatabaseVersion

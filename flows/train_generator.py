@@ -20,9 +20,8 @@ from tasks.references.trust import open_folder
 from tasks.references.types import DatabaseVersion, Generator, StageResult, encoder_of
 from tasks.register import RegistrationResult, register_generator
 from tasks.stage import settings_of
-from tasks.train.data import TrainingInputs
-from tasks.train.inputs import check_inputs
-from tasks.train.setup import TrainConfig
+from tasks.train.config import TrainConfig
+from tasks.train.inputs import TrainingInputs, check_inputs
 from tasks.train.task import train
 
 

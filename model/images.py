@@ -4,14 +4,16 @@ Legend: ``B`` images, ``S`` side.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from model.errors import ModelError
+
+if TYPE_CHECKING:  # figures of a database need no torch
+    from torch import Tensor
 
 _HIGH_PRECISION_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
@@ -40,18 +42,18 @@ def image_to_array(image: Image.Image, side: int) -> NDArray[np.uint8]:
     return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS), dtype=np.uint8)
 
 
-def to_model_range(pixels: Tensor) -> Tensor:
+def to_model_range(pixels: "Tensor") -> "Tensor":
     """Convert uint8 (B, S, S, 3) to float32 (B, 3, S, S) in [−1, 1]."""
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_pixels(images: Tensor) -> NDArray[np.uint8]:
+def to_pixels(images: "Tensor") -> NDArray[np.uint8]:
     """Convert float32 (B, 3, S, S) in [−1, 1] on the CPU to uint8 (B, S, S, 3)."""
-    pixels: NDArray[np.uint8] = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    pixels: NDArray[np.uint8] = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return pixels
 
 
-def to_pil(images: Tensor) -> list[Image.Image]:
+def to_pil(images: "Tensor") -> list[Image.Image]:
     """Convert float32 (B, 3, S, S) in [−1, 1] on the CPU to RGB images."""
     return [Image.fromarray(pixels) for pixels in to_pixels(images)]
 

@@ -19,8 +19,8 @@ from diffusers.utils import BaseOutput, replace_example_docstring
 from PIL import Image
 from torch import Tensor
 
+from model.configs import Prediction
 from model.diffusion.conditioning import interpolate_tokens
-from model.diffusion.flow_matching import Prediction
 from model.diffusion.solver import Scheduler, new_scheduler
 from model.editing.editing_pipeline import EditingPipeline
 from model.encoder.identity import EncoderIdentity

@@ -6,6 +6,7 @@ scripts and all requests.
 
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -22,6 +23,13 @@ def image_url(image: Image.Image, file_format: str = "PNG", **options: Any) -> s
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return data_url(buffer.getvalue(), file_format)
+
+
+def preview(figure: Path, width: int = 1100) -> str:
+    """Return the figure scaled to ``width`` px as a JPEG data URI, small enough for a database row."""
+    with Image.open(figure) as image:
+        smaller = image.convert("RGB").resize((width, round(image.height * width / image.width)))
+    return image_url(smaller, "JPEG", quality=80)
 
 
 def data_url(encoded: bytes, file_format: str = "PNG") -> str:

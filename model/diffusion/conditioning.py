@@ -11,70 +11,16 @@ A dropped token keeps its position and its marker, and its embedding is zero. "N
 condition" are thus inputs that the network has seen in training.
 """
 
-import dataclasses
-from typing import Annotated
-
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Interval
 from torch import Tensor
 
+from model.configs import ConditioningConfig
 from model.errors import ModelError
 from model.step_random import StepRandom
 
 MARKER_CHANNELS = 1
 """Channels in addition to the embedding: 1 for the query, 0 for a neighbour."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ConditioningConfig:
-    """Probabilities of hiding and perturbing parts of the condition in training.
-
-    The three ``drop_`` fields are mutually exclusive probabilities per sample.
-
-    The neighbours of a text are farther apart than those of an image. ``pool`` may therefore be larger than
-    ``neighbours``: half of the samples then see a random subset of the pool instead of the nearest neighbours.
-    ``fewer_neighbours`` makes k at inference independent of k in training.
-
-    Attributes:
-        neighbours: Neighbours that the network sees.
-        pool: Neighbours searched for each image. Training shows ``neighbours`` of them.
-        fewer_neighbours: Share of samples that see a random number of neighbours, at least 1.
-        drop_all: Probability that query and neighbours are hidden.
-        drop_query: Probability that only the query is hidden.
-        drop_neighbours: Probability that only the neighbours are hidden.
-        gap_probability: Probability that the query is mixed with a random direction, as a text differs from an image.
-        gap_weight: Largest weight of the random direction.
-    """
-
-    neighbours: Annotated[int, Ge(1)] = 10
-    pool: Annotated[int, Ge(1)] = 10
-    fewer_neighbours: Annotated[float, Interval(ge=0, le=1)] = 0.1
-    drop_all: Annotated[float, Interval(ge=0, le=1)] = 0.10
-    drop_query: Annotated[float, Interval(ge=0, le=1)] = 0.15
-    drop_neighbours: Annotated[float, Interval(ge=0, le=1)] = 0.10
-    gap_probability: Annotated[float, Interval(ge=0, le=1)] = 0.7
-    gap_weight: Annotated[float, Interval(ge=0, lt=1)] = 0.9
-
-    def __post_init__(self) -> None:
-        """Validate the fields."""
-        if self.neighbours < 1:
-            raise ModelError(f"neighbours must be at least 1: {self.neighbours}; the method requires retrieval")
-        if self.pool < self.neighbours:
-            raise ModelError(f"pool is smaller than neighbours: {self.pool} < {self.neighbours}; increase pool")
-        drops = (self.drop_all, self.drop_query, self.drop_neighbours)
-        if min(drops) < 0 or sum(drops) > 1:
-            raise ModelError(
-                f"drop_all, drop_query and drop_neighbours must be at least 0, with a sum of at most 1: {drops}; "
-                "lower one of them, because they are mutually exclusive"
-            )
-        if not 0 <= self.fewer_neighbours <= 1:
-            raise ModelError(f"fewer_neighbours is not a probability: {self.fewer_neighbours}; give a value in [0, 1]")
-        if not (0 <= self.gap_probability <= 1 and 0 <= self.gap_weight < 1):
-            raise ModelError(
-                f"gap_probability or gap_weight is out of range: {self.gap_probability}, {self.gap_weight}; "
-                "give a value in [0, 1] and one in [0, 1)"
-            )
 
 
 def condition_tokens(query: Tensor | None, neighbours: Tensor | None, *, dimension: int, batch: int) -> Tensor:

@@ -11,15 +11,13 @@ in both cases.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from model.configs import Prediction
 from model.step_random import StepRandom
 
-Prediction = Literal["velocity", "sample"]
-"""Output of a continuous network: the velocity, or the clean image."""
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_σ (B, C, H, W), σ (B,), condition (B, T, E)) -> v̂ (B, C, H, W)."""
 

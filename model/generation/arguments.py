@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from model.diffusion.flow_matching import Prediction
+from model.configs import Prediction
 from model.errors import ModelError
 from model.generation.batching import is_positive_int
 from model.generation.condition import QuerySlot

@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from model.diffusion.flow_matching import Denoiser, Prediction
+from model.configs import Prediction
+from model.diffusion.flow_matching import Denoiser
 from model.diffusion.guidance import FULL_INTERVAL
 from model.diffusion.solver import Scheduler, new_scheduler
 from model.errors import ModelError

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from model.diffusion.flow_matching import Denoiser, Prediction, add_noise
+from model.configs import Prediction
+from model.diffusion.flow_matching import Denoiser, add_noise
 from model.diffusion.guidance import FULL_INTERVAL, with_guidance
 from model.diffusion.solver import Scheduler, sample_noise, solve
 from model.networks.denoiser import Network, as_denoiser

@@ -5,14 +5,11 @@ from typing import Any, TypeAlias
 
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 
-from model.diffusion.flow_matching import Prediction
+from model.configs import NetworkConfig, Prediction, TransformerConfig, UNetConfig, VQTransformerConfig
 from model.networks.denoiser import build_denoiser
-from model.networks.dit import TransformerConfig
-from model.networks.unet import UNetConfig
-from model.networks.vq_transformer import VQTransformer, VQTransformerConfig, build_vq_transformer
+from model.networks.vq_transformer import VQTransformer, build_vq_transformer
 
 AnyNetwork: TypeAlias = PixArtTransformer2DModel | UNet2DConditionModel | VQTransformer
-NetworkConfig = TransformerConfig | UNetConfig | VQTransformerConfig
 
 
 def build_network(config: NetworkConfig, *, embedding_dimension: int, seed: int) -> AnyNetwork:

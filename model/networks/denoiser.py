@@ -8,9 +8,10 @@ from typing import Any, TypeAlias
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
-from model.diffusion.flow_matching import Denoiser, Prediction, to_velocity
-from model.networks.dit import TransformerConfig, build_transformer
-from model.networks.unet import UNetConfig, build_unet
+from model.configs import Prediction, TransformerConfig, UNetConfig
+from model.diffusion.flow_matching import Denoiser, to_velocity
+from model.networks.dit import build_transformer
+from model.networks.unet import build_unet
 
 Network: TypeAlias = PixArtTransformer2DModel | UNet2DConditionModel
 NetworkConfig = TransformerConfig | UNetConfig

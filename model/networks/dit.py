@@ -8,55 +8,13 @@ the meaning of the output, and cheaper forms of the attention and patch layers
 (:mod:`model.networks.fused_attention`).
 """
 
-import dataclasses
-from typing import Annotated, Literal
-
 import torch
-from annotated_types import Ge
 from diffusers import PixArtTransformer2DModel
 from torch import nn
 
+from model.configs import TransformerConfig
 from model.diffusion.conditioning import MARKER_CHANNELS
-from model.diffusion.flow_matching import Prediction
-from model.errors import ModelError
 from model.networks.fused_attention import use_fused_attention
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TransformerConfig:
-    """Size of the transformer, and what it predicts. Its width is heads × head_width.
-
-    Attributes:
-        kind: Kind of the network.
-        image_size: Side of the denoised pixels or latents.
-        channels: 3 for pixels, else the channels of the latents.
-        patch_size: Side of a patch. ``image_size`` must be a multiple of it.
-        layers: Number of blocks.
-        heads: Attention heads of a block.
-        head_width: Channels of a head.
-        prediction: What the network predicts.
-    """
-
-    kind: Literal["transformer"] = "transformer"  # discriminates the network configs in a flow's parameters
-    image_size: int = 32
-    channels: Annotated[int, Ge(1)] = 3
-    patch_size: Annotated[int, Ge(1)] = 4
-    layers: Annotated[int, Ge(1)] = 6
-    heads: Annotated[int, Ge(1)] = 4
-    head_width: Annotated[int, Ge(1)] = 32
-    prediction: Prediction = "velocity"
-
-    def __post_init__(self) -> None:
-        """Raise ``ModelError`` if patches do not tile the image or a size is below 1."""
-        if self.image_size % self.patch_size:
-            raise ModelError(
-                f"image_size is not a multiple of patch_size: {self.image_size}, {self.patch_size}; change one of them"
-            )
-        if min(self.layers, self.heads, self.head_width, self.channels) < 1:
-            raise ModelError(
-                f"layers, heads, head_width or channels is below 1: {self.layers}, {self.heads}, {self.head_width}, "
-                f"{self.channels}; give at least 1 of each"
-            )
 
 
 def build_transformer(config: TransformerConfig, *, embedding_dimension: int, seed: int) -> PixArtTransformer2DModel:

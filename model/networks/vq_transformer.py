@@ -10,18 +10,17 @@ of all blocks come from one layer (adaLN-single, Chen et al. 2310.00426, §2.3),
 
 import dataclasses
 import math
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
+from model.configs import VQTransformerConfig
 from model.diffusion.conditioning import MARKER_CHANNELS
-from model.errors import ModelError
 from model.networks.fused_attention import (
     block_diagonal_keys,
     fold_output,
@@ -32,43 +31,6 @@ from model.networks.fused_attention import (
 
 TIME_CHANNELS = 256
 """Channels of the sinusoidal embedding of t, which is scaled to 0 … 1000, the range the embedding expects."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class VQTransformerConfig:
-    """Size of the transformer over the codes of an autoencoder.
-
-    Attributes:
-        kind: Kind of the network.
-        codes: Number of codes, that of the autoencoder.
-        tokens: Codes of an image, a square number that must match the autoencoder.
-        timesteps: Steps of the diffusion process.
-        layers: Number of blocks.
-        heads: Attention heads of a block.
-        head_width: Channels of a head.
-    """
-
-    kind: Literal["vq-transformer"] = "vq-transformer"
-    codes: Annotated[int, Ge(2)] = 1024
-    tokens: Annotated[int, Ge(1)] = 256
-    timesteps: Annotated[int, Ge(2)] = 100
-    layers: Annotated[int, Ge(1)] = 8
-    heads: Annotated[int, Ge(1)] = 6
-    head_width: Annotated[int, Ge(1)] = 64
-
-    def __post_init__(self) -> None:
-        """Raise ``ModelError`` if the tokens do not form a square or a size is too small."""
-        if math.isqrt(self.tokens) ** 2 != self.tokens or self.tokens < 1:
-            raise ModelError(
-                f"tokens is not a square number: {self.tokens}; use (image_size / downscale)² of the autoencoder"
-            )
-        if self.codes < 2 or self.timesteps < 2:
-            raise ModelError(f"codes or timesteps is below 2: {self.codes}, {self.timesteps}; give at least 2 of each")
-        if min(self.layers, self.heads, self.head_width) < 1:
-            raise ModelError(
-                f"layers, heads or head_width is below 1: {self.layers}, {self.heads}, {self.head_width}; "
-                "give at least 1 of each"
-            )
 
 
 class Attention(nn.Module):

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from model.configs import TrainingConfig
 from model.errors import ModelError
 from model.training.checkpoint import restore, save
 from model.training.ema import ema_copy, ema_decay, ema_update
-from model.training.interfaces import Checkpoints, Metrics, Objective, TrainingConfig, TrainingData
+from model.training.interfaces import Checkpoints, Metrics, Objective, TrainingData
 from model.training.sharding import gather_state, shard
 from model.training.step import Step, learning_rate
 

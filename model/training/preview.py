@@ -6,8 +6,8 @@ Legend: ``B`` images, ``S`` side.
 import torch
 from torch import Tensor
 
+from model.configs import Prediction
 from model.diffusion.conditioning import condition_tokens
-from model.diffusion.flow_matching import Prediction
 from model.generation.backbone import new_backbone
 from model.networks.build import AnyNetwork
 from model.networks.latents import Autoencoder, decode_latents

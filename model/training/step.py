@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model.configs import TrainingConfig
 from model.errors import ModelError
 from model.networks.compilation import compile_in_place
 from model.step_random import StepRandom
-from model.training.interfaces import LearningObjective, Objective, TrainingConfig, TrainingData
+from model.training.interfaces import LearningObjective, Objective, TrainingData
 from model.training.muon import Muon
 from model.training.sharding import local_shard, shard
 from model.training.throughput import flops_per_image, matrix_peak

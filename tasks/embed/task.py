@@ -2,19 +2,22 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Interval
 
 from infra import artifacts, compute, storage
 from infra.errors import ConfigError, StageError
-from model.encoder.clip import Encoder
 from model.encoder.identity import BUNDLED_ENCODER, EncoderIdentity
-from tasks.embed.worker import DECODER_DIED, SECONDS, EmbedShard, WorkerConfig
+from tasks.embed.shared import DECODER_DIED, SECONDS, WorkerConfig
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.rows import PART
 from tasks.references.types import EmbeddingShards, ImageShards, StageResult, encoder_of
 from tasks.stage import run_shards, run_stage, stage_task, sum_outcomes
+
+if TYPE_CHECKING:  # only workers import torch and open_clip, which takes seconds
+    from tasks.embed.worker import EmbedShard
 
 _LOCAL = "local-dir:"
 _MAX_DECODERS = 16
@@ -103,7 +106,7 @@ def embed(
         ]
         settings = (images.uri, stage.uri, _worker_config(config), folder.cache)
         embedded, lost = run_shards(
-            stage, items, EmbedShard, settings, max_lost_fraction=config.max_lost_fraction, **_resources(config)
+            stage, items, _build_worker, settings, max_lost_fraction=config.max_lost_fraction, **_resources(config)
         )
         done = [*reused.values(), *embedded]
         outcomes = sum_outcomes(done)
@@ -176,7 +179,15 @@ def _partial_shards(previous: EmbeddingShards, sources: Sequence[artifacts.Shard
     }
 
 
+def _build_worker(images_uri: str, folder_uri: str, config: WorkerConfig, cache: Path) -> "EmbedShard":
+    from tasks.embed.worker import EmbedShard
+
+    return EmbedShard(images_uri, folder_uri, config, cache)
+
+
 def _identity_of(encoder: str) -> EncoderIdentity:
+    from model.encoder.clip import Encoder
+
     return Encoder(encoder).identity
 
 

@@ -31,6 +31,7 @@ from infra.isolation import DiedError, Isolated, follow_parent
 from model.encoder.clip import Encoder, Preprocessing
 from model.encoder.identity import EncoderIdentity
 from model.encoder.streaming import embed_stream
+from tasks.embed.shared import DECODER_DIED, SECONDS, WorkerConfig
 from tasks.references.rows import PART, finite_rows
 from tasks.references.types import METADATA_SCHEMA
 
@@ -44,25 +45,8 @@ Timings = dict[str, float]
 Work = tuple[str, tuple[artifacts.Shard, artifacts.Shard | None, artifacts.Shard | None]]
 """Shard name, image shard, its embeddings in an earlier version, and a partial shard that lists the images to embed."""
 
-SECONDS = ("read_s", "decode_s", "compute_s", "write_s", "turn_s")
-"""Times in a shard's info, in seconds. ``decode_s`` is summed over the decoders. ``turn_s`` is the time since the end
-of the previous shard's turn on the device, including waiting."""
-
-DECODER_DIED = "decoder_died"
-"""Outcome of an image whose decoding kills the process."""
-
 _METADATA_COLUMNS = ("url", "sha256", "width", "height")
 _CHUNKS_AHEAD = 2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerConfig:
-    """Encoder, batch size, device and number of decoders of a worker."""
-
-    encoder: str
-    batch_size: int
-    cuda: bool
-    decoders: int
 
 
 def fitted(preprocessing: Preprocessing, encoded: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:

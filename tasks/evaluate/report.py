@@ -105,13 +105,6 @@ def write_report(views: Sequence[EvaluationView], title: str, folder: Path) -> N
     (folder / PAGE).write_text(page)
 
 
-def preview(figure: Path, width: int = 1100) -> str:
-    """Return the figure scaled to ``width`` px as a JPEG data URI, small enough for a database row."""
-    with Image.open(figure) as image:
-        smaller = image.convert("RGB").resize((width, round(image.height * width / image.width)))
-    return pages.image_url(smaller, "JPEG", quality=80)
-
-
 def tables(views: Sequence[EvaluationView]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Return (title, column headings, rows) of every table: scores, ablations, the swap matrix."""
     found = []

@@ -8,8 +8,6 @@ from typing import ClassVar
 from infra import artifacts, compute, storage
 from infra.errors import InputError
 from tasks.evaluate.config import SAMPLES, EvaluateConfig
-from tasks.evaluate.measure import EvaluationInputs, measure
-from tasks.evaluate.sampler import ABLATIONS
 from tasks.evaluate.tables import table, table_line
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.types import (
@@ -57,6 +55,8 @@ class Evaluation(Reference):
 
     def ablations(self) -> dict[str, dict[str, float]]:
         """Return the scores by ablation (no_neighbours, query_…, k_…); empty if no ablations were measured."""
+        from tasks.evaluate.sampler import ABLATIONS
+
         found = self.manifest().info["ablations"]
         return {name: found[name] for name in ABLATIONS if name in found}  # the manifest's JSON is sorted by name
 
@@ -90,6 +90,8 @@ def evaluate(
         EncoderMismatchError: Two databases use different encoders; the message names both.
         InputError: There are no Inception weights at the location in the config.
     """
+    from tasks.evaluate.measure import EvaluationInputs, measure
+
     others = dict(sorted((others or {}).items()))
     name = domain_of(database)
     require_same_encoder(**{label: version.manifest() for label, version in {name: database, **others}.items()})

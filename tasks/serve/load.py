@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,6 @@ from infra.errors import InputError, IntegrityError, KNNDiffusionError, NotFound
 from infra.registry import PulledVersion
 from infra.settings import Settings
 from model.encoder.clip import encoder_for
-from model.pipeline import KNNDiffusionPipeline
 from model.retrieval.database import Database
 from model.saved_generator import pretrained_folder
 from tasks.references.database import Metadata, open_database
@@ -27,6 +26,9 @@ from tasks.references.lineage import embeddings_of, images_of
 from tasks.references.trust import open_named, saved_pipeline
 from tasks.references.types import DatabaseVersion, Generator
 from tasks.references.user_columns import UserColumns
+
+if TYPE_CHECKING:  # a search needs no diffusers, which takes seconds to import
+    from model.pipeline import KNNDiffusionPipeline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +114,7 @@ def user_columns_of(version: DatabaseVersion, rows: Sequence[dict[str, Any]], ca
 
 def load_pipeline(
     model: str, database: str, settings: Settings | None = None, *, trust: bool = False
-) -> KNNDiffusionPipeline:
+) -> "KNNDiffusionPipeline":
     """Load a generator together with a database.
 
     Args:
@@ -127,6 +129,8 @@ def load_pipeline(
         NotFoundError: As for :func:`load_database`.
         IntegrityError: As for :func:`load_database`.
     """
+    from model.pipeline import KNNDiffusionPipeline
+
     settings = settings or Settings()
     generator, folder, _ = locate_generator(model, settings, trust=trust)
     pipeline = KNNDiffusionPipeline.open(folder, load_database(database, settings, trust=trust))

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from infra import artifacts, storage
 from infra.errors import InputError
-from model.pipeline import KNNDiffusionPipeline
 from model.saved_generator import BUNDLED_GENERATORS, pretrained_folder
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.generator import PIPELINE
@@ -40,6 +39,8 @@ def adopt(name: str, folder: DomainFolder, *, confined_to: str | None = None) ->
     stage = artifacts.ArtifactBuilder(folder.uri, Generator.kind, inputs=inputs, config={})
 
     def make() -> artifacts.Manifest:
+        from model.pipeline import KNNDiffusionPipeline  # imports torch and diffusers, which takes seconds
+
         pipeline = KNNDiffusionPipeline.open(saved)
         Generator(uri=uri, rows=0, digest="", confined_to=confined_to).require_known(pipeline.identity)
         info = {"adopted": name, "parameters": sum(weights.numel() for weights in pipeline.transformer.parameters())}

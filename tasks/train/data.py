@@ -3,7 +3,6 @@
 Legend: ``M`` database rows, ``D`` embedding width.
 """
 
-import dataclasses
 from pathlib import Path
 
 from infra import artifacts
@@ -12,23 +11,10 @@ from model.retrieval.stored_rows import StoredRows
 from model.training.data import TrainingSet
 from model.training.neighbour_rows import RowArray
 from tasks.references.lineage import embeddings_of
-from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, Neighbours, encoder_of
+from tasks.references.types import DatabaseVersion, encoder_of
+from tasks.train.inputs import TrainingInputs
 from tasks.train.shard_source import ImageProcessing, ShardSource
 from tasks.train.stored_images import DecodedDatabase, StoredShard
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingInputs:
-    """References to all artifacts that a training run reads."""
-
-    images: ImageShards
-    embeddings: EmbeddingShards
-    database: DatabaseVersion
-    neighbours: Neighbours
-
-    def as_inputs(self) -> dict[str, dict[str, str]]:
-        """Return the ``inputs`` entry of the generator's manifest."""
-        return {field.name: getattr(self, field.name).as_input() for field in dataclasses.fields(self)}
 
 
 def load_training_set(

@@ -1,14 +1,29 @@
-"""Checks of a training's inputs that need no weights, so that a wrong path does not fail after a download."""
+"""References to the inputs of a training run, and checks that need no weights: a wrong path fails before a download."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import get_args
 
 from infra.errors import EncoderMismatchError, InputError
 from model.encoder.identity import EncoderIdentity
-from model.networks.latents import Autoencoder
 from model.saved_generator import BUNDLED_GENERATORS, pretrained_folder
-from tasks.train.setup import TrainConfig
+from tasks.references.types import DatabaseVersion, EmbeddingShards, ImageShards, Neighbours
+from tasks.train.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingInputs:
+    """References to all artifacts that a training run reads."""
+
+    images: ImageShards
+    embeddings: EmbeddingShards
+    database: DatabaseVersion
+    neighbours: Neighbours
+
+    def as_inputs(self) -> dict[str, dict[str, str]]:
+        """Return the ``inputs`` entry of the generator's manifest."""
+        return {field.name: getattr(self, field.name).as_input() for field in dataclasses.fields(self)}
 
 
 def check_inputs(train: TrainConfig, encoder: EncoderIdentity | None = None) -> None:
@@ -45,6 +60,8 @@ def _check_generator(start_from: str, encoder: EncoderIdentity | None) -> None:
 
 
 def _check_autoencoder(folder: str) -> None:
+    from model.networks.latents import Autoencoder
+
     kinds = {kind.__name__ for kind in get_args(Autoencoder)}
     try:
         found = json.loads(Path(folder, "config.json").read_text())["_class_name"]

@@ -14,7 +14,8 @@ from infra.uris import masked
 from model.images import image_grid, to_pil
 from model.training.data import TrainingRows, TrainingSet
 from model.training.preview import decode_targets, generate_preview
-from tasks.train.data import TrainingInputs, database_rows, training_shards
+from tasks.train.data import database_rows, training_shards
+from tasks.train.inputs import TrainingInputs
 from tasks.train.setup import TrainingSetup
 from tasks.train.shard_source import ImageProcessing
 

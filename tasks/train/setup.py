@@ -4,83 +4,30 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
-from annotated_types import Ge
 from diffusers import PixArtTransformer2DModel, VQModel
 
-from infra import uris
-from infra.errors import ConfigError, EncoderMismatchError, InputError
-from model.diffusion.conditioning import ConditioningConfig
-from model.diffusion.flow_matching import Prediction
+from infra.errors import EncoderMismatchError, InputError
+from model.configs import (
+    NetworkConfig,
+    Prediction,
+    TransformerConfig,
+    VQTransformerConfig,
+)
 from model.diffusion.vq_diffusion import Transitions
 from model.encoder.identity import EncoderIdentity
 from model.errors import ModelError
-from model.networks.build import AnyNetwork, NetworkConfig, build_network, config_of_network
-from model.networks.dit import TransformerConfig
+from model.networks.build import AnyNetwork, build_network, config_of_network
 from model.networks.editor import is_editor, widen_input
 from model.networks.latents import Autoencoder
-from model.networks.vq_transformer import VQTransformerConfig
 from model.pipeline import KNNDiffusionPipeline
 from model.saved_generator import check_weights, pretrained_folder
-from model.training.interfaces import Objective, TrainingConfig
+from model.training.interfaces import Objective
 from model.training.objectives.flow_matching import FlowMatching
-from model.training.objectives.restoration import Restoration, RestorationConfig
+from model.training.objectives.restoration import Restoration
 from model.training.objectives.vq_diffusion import MaskAndReplace
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """Settings of the training stage: network, conditioning, objective, schedule and workers.
-
-    Attributes:
-        network: Network. Default: that of ``start_from``, or a small transformer.
-        autoencoder: Folder of a diffusers AutoencoderKL or VQModel. Default: train on pixels.
-        image_size: Image side in px. Default: that of the network and its autoencoder.
-        editing: Also train restoration, for editing. Needs a transformer over pixels.
-        restoration: Regions that restoration pastes.
-        conditioning: How training hides parts of the condition.
-        training: Length, rates and intervals.
-        workers: Number of workers.
-        cpus_per_worker: CPU cores per worker.
-        use_gpu: Train on GPUs, one per worker.
-        window_bytes: Shuffle window in bytes over all workers. Larger sets keep two in memory.
-        guidance_scale: Default guidance scale of the pipeline. Default: that of ``start_from``, or 2.
-        start_from: Generator to fine-tune: sticker-generator, or the folder of a saved pipeline. Default: random
-            weights.
-    """
-
-    network: NetworkConfig | None = None
-    autoencoder: str | None = None
-    image_size: int | None = None
-    editing: bool = False
-    restoration: RestorationConfig = dataclasses.field(default_factory=lambda: RestorationConfig(drop_reference=0.7))
-    conditioning: ConditioningConfig = dataclasses.field(default_factory=ConditioningConfig)
-    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
-    workers: Annotated[int, Ge(1)] = 1
-    cpus_per_worker: Annotated[int, Ge(1)] = 2
-    use_gpu: bool = False
-    window_bytes: Annotated[int, Ge(1)] = 2 << 30
-    guidance_scale: float | None = None
-    start_from: str | None = None
-
-    def __post_init__(self) -> None:
-        """Raise ``ConfigError`` for values out of range and for combinations that cannot be trained."""
-        uris.hide_fields(self, "autoencoder", "start_from")
-        if self.workers < 1 or self.cpus_per_worker < 1:
-            raise ConfigError(
-                f"workers or cpus_per_worker is below 1: {self.workers}, {self.cpus_per_worker}; give at least 1"
-            )
-        if self.window_bytes < 1:
-            raise ConfigError(f"window_bytes is below 1: {self.window_bytes}; give at least 1")
-        if isinstance(self.network, VQTransformerConfig) and not (self.autoencoder or self.start_from):
-            raise ConfigError("a network over codes has no autoencoder; set autoencoder to the folder of a VQModel")
-        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise ConfigError(f"guidance_scale is not finite: {self.guidance_scale}; give a number")
-        if self.editing and (self.autoencoder or not isinstance(self.network, TransformerConfig | None)):
-            raise ConfigError(
-                "editing needs a transformer over pixels; omit autoencoder, and choose a TransformerConfig"
-            )
+from tasks.train.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

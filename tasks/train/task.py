@@ -13,9 +13,8 @@ from tasks.references.domain_folder import DomainFolder
 from tasks.references.generator import PIPELINE
 from tasks.references.types import Generator, StageResult, config_to_dict, encoder_of, require_same_encoder
 from tasks.stage import run_stage, stage_task
-from tasks.train.data import TrainingInputs
-from tasks.train.setup import TrainConfig, build_setup
-from tasks.train.worker import train_worker
+from tasks.train.config import TrainConfig
+from tasks.train.inputs import TrainingInputs
 
 NOT_RETRYABLE = (ModelError, InputError, IntegrityError)
 """Worker errors that a retry cannot fix."""
@@ -42,6 +41,9 @@ def train(
     stage = artifacts.ArtifactBuilder(folder.uri, Generator.kind, inputs=sources, config=key_settings(config))
 
     def make() -> artifacts.Manifest:
+        from tasks.train.setup import build_setup  # imports torch and diffusers, which takes seconds
+        from tasks.train.worker import train_worker
+
         embeddings, database = inputs.embeddings.manifest(), inputs.database.manifest()
         require_same_encoder(embeddings=embeddings, database=database, neighbours=inputs.neighbours.manifest())
         build_setup(config, encoder_of(embeddings))  # fails before workers start if the components do not fit

@@ -8,17 +8,19 @@ from torch import nn
 
 from infra import artifacts, storage
 from infra.compute import preemption, ray_train
+from model.configs import VQTransformerConfig
 from model.encoder.identity import EncoderIdentity
-from model.networks.vq_transformer import VQTransformerConfig
 from model.pipeline import new_pipeline
 from model.saved_generator import contents_digest
 from model.training import loop
 from tasks.references.generator import PIPELINE
 from tasks.references.types import encoder_of
 from tasks.train.checkpoints import Checkpoints
-from tasks.train.data import TrainingInputs, load_training_set
+from tasks.train.config import TrainConfig
+from tasks.train.data import load_training_set
+from tasks.train.inputs import TrainingInputs
 from tasks.train.metrics import Metrics, Preview
-from tasks.train.setup import TrainConfig, TrainingSetup, build_setup, objective_of
+from tasks.train.setup import TrainingSetup, build_setup, objective_of
 from tasks.train.shard_source import ImageProcessing
 
 

@@ -19,7 +19,8 @@ from other_indexes import ROUNDS
 from seeded import FOLDER, IDENTITY, QUERIES, WIDTH, clustered, held_out, row_files, seeded_database, seeded_embeddings
 
 from infra import compute, storage
-from model.networks.dit import TransformerConfig, build_transformer
+from model.configs import TransformerConfig
+from model.networks.dit import build_transformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 from model.retrieval.database import Database, ShardFiles
 from model.retrieval.faiss_index import choose_index, train_index, training_rows

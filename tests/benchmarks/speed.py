@@ -26,21 +26,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from model.diffusion.conditioning import MARKER_CHANNELS, ConditioningConfig
+from model.configs import ConditioningConfig, RestorationConfig, TrainingConfig, TransformerConfig, VQTransformerConfig
+from model.diffusion.conditioning import MARKER_CHANNELS
 from model.diffusion.vq_diffusion import Transitions
 from model.encoder.clip import Encoder
 from model.encoder.identity import EncoderIdentity
 from model.generation.sampling import SamplingRequest, generate
-from model.networks.dit import TransformerConfig, build_transformer
+from model.networks.dit import build_transformer
 from model.networks.editor import widen_input
-from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
+from model.networks.vq_transformer import build_vq_transformer
 from model.pipeline import new_pipeline
 from model.step_random import StepRandom
 from model.training.data import TrainingRows, TrainingSet
 from model.training.ema import ema_copy, ema_update
-from model.training.interfaces import Objective, TrainingConfig
+from model.training.interfaces import Objective
 from model.training.loop import train
-from model.training.objectives.restoration import Restoration, RestorationConfig
+from model.training.objectives.restoration import Restoration
 from model.training.objectives.vq_diffusion import MaskAndReplace
 
 POOL = 20

@@ -8,11 +8,10 @@ import pytest
 
 from flows.new_domain import NewDomainConfig, new_domain
 from flows.recipes import RECIPES, demo_cpu, own_domain, photos_h100, stickers_h100
-from model.networks.dit import TransformerConfig
-from model.networks.unet import UNetConfig
-from model.networks.vq_transformer import VQTransformerConfig
+from model.configs import TransformerConfig, UNetConfig, VQTransformerConfig
 from model.saved_generator import BUNDLED_GENERATOR
-from tasks.train.setup import TrainConfig, image_side
+from tasks.train.config import TrainConfig
+from tasks.train.setup import image_side
 
 
 def config_of(name: str, **options: Any) -> NewDomainConfig:

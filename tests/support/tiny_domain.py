@@ -100,14 +100,12 @@ def small_config(urls: Path, root: Path, host: str, *, train: bool = True, image
     """Return the config of the flow for the small domain: one worker, tiny network."""
     from flows.new_domain import NewDomainConfig
     from infra.download.downloader import DownloadPolicy
-    from model.diffusion.conditioning import ConditioningConfig
-    from model.networks.dit import TransformerConfig
-    from model.training.interfaces import TrainingConfig
+    from model.configs import ConditioningConfig, TrainingConfig, TransformerConfig
     from tasks.download.config import DownloadConfig
     from tasks.embed.task import EmbedConfig
     from tasks.evaluate.task import EvaluateConfig
     from tasks.index.config import IndexConfig
-    from tasks.train.setup import TrainConfig
+    from tasks.train.config import TrainConfig
 
     texts = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
     policy = DownloadPolicy(allow_hosts=(host,), threads=4, retries=0)

@@ -9,12 +9,13 @@ import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from numpy.typing import NDArray
 
+from model.configs import TransformerConfig, UNetConfig, VQTransformerConfig
 from model.encoder.identity import EncoderIdentity
-from model.networks.dit import TransformerConfig, build_transformer
+from model.networks.dit import build_transformer
 from model.networks.editor import widen_input
-from model.networks.unet import UNetConfig, build_unet
+from model.networks.unet import build_unet
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder
-from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
+from model.networks.vq_transformer import build_vq_transformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 from model.retrieval.database import Database, ShardFiles
 from model.retrieval.faiss_index import train_index

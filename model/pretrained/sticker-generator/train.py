@@ -49,26 +49,27 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from model.diffusion.conditioning import ConditioningConfig, condition_tokens
+from model.configs import ConditioningConfig, RestorationConfig, TrainingConfig, TransformerConfig, VQTransformerConfig
+from model.diffusion.conditioning import condition_tokens
 from model.diffusion.flow_matching import Denoiser, flow_matching_loss, sample_sigmas
 from model.diffusion.vq_diffusion import Transitions, sample_codes, step_divergence
 from model.encoder.clip import Encoder
 from model.images import image_grid, image_to_array, to_model_range, to_pil
 from model.networks.denoiser import as_denoiser
-from model.networks.dit import TransformerConfig, build_transformer
+from model.networks.dit import build_transformer
 from model.networks.editor import is_editor, widen_input, with_reference
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, decode_codes, encode_codes
-from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
+from model.networks.vq_transformer import build_vq_transformer
 from model.pipeline import new_pipeline
 from model.saved_generator import weights_digest
 from model.step_random import StepRandom
 from model.training.alignment import align_all
 from model.training.data import TrainingRows, TrainingSet
 from model.training.ema import ema_copy
-from model.training.interfaces import Objective, TrainingConfig
+from model.training.interfaces import Objective
 from model.training.loop import InterruptedTrainingError, train
 from model.training.objectives.autoencoder import AutoencoderObjective
-from model.training.objectives.restoration import Restoration, RestorationConfig
+from model.training.objectives.restoration import Restoration
 from model.training.objectives.vq_diffusion import MaskAndReplace
 
 UNSEEN = frozenset({"openmoji", "twemoji"})

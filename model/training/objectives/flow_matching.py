@@ -2,8 +2,9 @@
 
 from torch import Tensor, nn
 
-from model.diffusion.conditioning import ConditioningConfig, training_condition
-from model.diffusion.flow_matching import Prediction, flow_matching_loss, sample_sigmas
+from model.configs import ConditioningConfig, Prediction
+from model.diffusion.conditioning import training_condition
+from model.diffusion.flow_matching import flow_matching_loss, sample_sigmas
 from model.networks.denoiser import as_denoiser, unwrap
 from model.networks.editor import is_editor, with_reference
 from model.step_random import StepRandom

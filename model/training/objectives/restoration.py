@@ -12,68 +12,21 @@ The network must not detect the seams of pasted regions instead. Therefore the e
 whole neighbour, which has no seam, and some are the image itself, which must not change.
 """
 
-import dataclasses
 import math
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
-from model.diffusion.conditioning import ConditioningConfig, training_condition
-from model.diffusion.flow_matching import Prediction, flow_matching_loss, sample_sigmas
+from model.configs import ConditioningConfig, Prediction, RestorationConfig
+from model.diffusion.conditioning import training_condition
+from model.diffusion.flow_matching import flow_matching_loss, sample_sigmas
 from model.errors import ModelError
 from model.networks.denoiser import as_denoiser
 from model.networks.editor import with_reference
 from model.step_random import StepRandom
 from model.training.batch import Batch
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RestorationConfig:
-    """Regions to paste. Areas are shares of the image, and probabilities are per sample.
-
-    Attributes:
-        smallest_area: Smallest area of a region.
-        largest_area: Largest area of a region.
-        largest_aspect: Largest ratio of the sides of a region.
-        second_region: Probability of a second region.
-        ellipse: Probability that a region is an ellipse instead of a rectangle.
-        empty: Probability that the reference is the image itself.
-        whole: Probability that the reference is the whole neighbour.
-        feather_px: Standard deviation of the soft edge in px.
-        drop_reference: Probability of zeros as reference, for generation and for guidance on the image.
-    """
-
-    smallest_area: Annotated[float, Interval(gt=0, le=1)] = 0.06
-    largest_area: Annotated[float, Interval(gt=0, le=1)] = 0.5
-    largest_aspect: Annotated[float, Ge(1)] = 2.5
-    second_region: Annotated[float, Interval(ge=0, le=1)] = 0.4
-    ellipse: Annotated[float, Interval(ge=0, le=1)] = 0.5
-    empty: Annotated[float, Interval(ge=0, le=1)] = 0.10
-    whole: Annotated[float, Interval(ge=0, le=1)] = 0.20
-    feather_px: Annotated[float, Ge(0)] = 1.0
-    drop_reference: Annotated[float, Interval(ge=0, le=1)] = 0.10
-
-    def __post_init__(self) -> None:
-        """Raise ``ModelError`` if a value is out of range."""
-        if not 0 < self.smallest_area <= self.largest_area <= 1:
-            raise ModelError(
-                f"smallest_area or largest_area is out of range: {self.smallest_area}, {self.largest_area}; they must "
-                "satisfy 0 < smallest_area <= largest_area <= 1"
-            )
-        if self.largest_aspect < 1 or self.feather_px < 0:
-            raise ModelError(
-                f"largest_aspect or feather_px is out of range: {self.largest_aspect}, {self.feather_px}; "
-                "largest_aspect must be at least 1 and feather_px at least 0"
-            )
-        probabilities = (self.second_region, self.ellipse, self.empty, self.whole, self.drop_reference)
-        if min(probabilities) < 0 or max(probabilities) > 1 or self.empty + self.whole > 1:
-            raise ModelError(
-                f"second_region, ellipse, empty, whole or drop_reference is out of range: {probabilities}; "
-                "probabilities must be in [0, 1], and so must empty + whole, which are mutually exclusive"
-            )
 
 
 class PasteRandomness(NamedTuple):

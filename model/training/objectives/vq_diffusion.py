@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.diffusion.conditioning import ConditioningConfig, training_condition
+from model.configs import ConditioningConfig
+from model.diffusion.conditioning import training_condition
 from model.diffusion.vq_diffusion import Transitions, sample_inverse_cdf, step_divergence
 from model.step_random import StepRandom
 from model.training.batch import Batch

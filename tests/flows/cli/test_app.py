@@ -101,13 +101,17 @@ def test_interrupt_ends_with_one_line_and_exit_code_130(prefect_server: None, tm
     assert sum("Traceback" in line or "interrupted" in line for line in lines) == 1, errors
 
 
-def test_import_of_the_command_loads_no_heavy_module() -> None:
-    code = "import sys, flows.cli.app; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+def test_imports_load_no_heavy_module_before_it_is_needed() -> None:
+    """The command imports nothing heavy, and the flows of a database neither torch nor diffusers."""
+    loaded = "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    flows = "import flows.new_domain, flows.rebuild_index, flows.combine_databases, flows.collect_garbage"
+    code = f"import sys, flows.cli.app; {loaded}; {flows}; {loaded}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
-    assert {"typer", "flows"} <= set(done.stdout.split())
-    assert set(done.stdout.split()).isdisjoint(
-        {"torch", "numpy", "PIL", "mlflow", "ray", "pyarrow", "prefect", "pydantic", "fsspec"}
-    )
+    command, database = (set(line.split()) for line in done.stdout.splitlines())
+    assert {"typer", "flows"} <= command
+    assert command.isdisjoint({"torch", "numpy", "PIL", "mlflow", "ray", "pyarrow", "prefect", "pydantic", "fsspec"})
+    assert {"prefect", "mlflow", "ray"} <= database
+    assert database.isdisjoint({"torch", "diffusers", "open_clip", "cv2", "matplotlib"})
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import torch
 from support import tiny_models
 from torch import Tensor
 
+from model.configs import ConditioningConfig
 from model.diffusion.conditioning import (
-    ConditioningConfig,
     condition_tokens,
     interpolate_tokens,
     null_condition,

@@ -2,14 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.diffusion.flow_matching import (
-    MIN_SIGMA,
-    Prediction,
-    add_noise,
-    flow_matching_loss,
-    sample_sigmas,
-    to_velocity,
-)
+from model.configs import Prediction
+from model.diffusion.flow_matching import MIN_SIGMA, add_noise, flow_matching_loss, sample_sigmas, to_velocity
 from model.step_random import StepRandom
 
 SHAPE = (5, 3, 4, 4)

@@ -13,10 +13,11 @@ from PIL import Image
 from support import tiny_models
 from torch import Tensor
 
+from model.configs import VQTransformerConfig
 from model.errors import ModelError
 from model.generation.batching import BATCH_SIZE
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder
-from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
+from model.networks.vq_transformer import build_vq_transformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 
 PROMPTS = F.normalize(torch.from_numpy(tiny_models.unit_rows(4, seed=1)).float())

@@ -8,12 +8,13 @@ from diffusers import PixArtTransformer2DModel
 from support import tiny_models
 from torch import Tensor, nn
 
+from model.configs import TransformerConfig, UNetConfig, VQTransformerConfig
 from model.networks.compilation import compile_in_place
 from model.networks.denoiser import as_denoiser
-from model.networks.dit import TransformerConfig, build_transformer
-from model.networks.unet import UNetConfig, build_unet
+from model.networks.dit import build_transformer
+from model.networks.unet import build_unet
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder
-from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
+from model.networks.vq_transformer import build_vq_transformer
 
 NOISY, SIGMA, TOKENS = torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.9]), torch.randn(2, 4, 9)
 

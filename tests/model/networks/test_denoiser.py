@@ -6,12 +6,11 @@ import torch
 from support import tiny_models
 from torch import Tensor, nn
 
-from model.networks.build import NetworkConfig, build_network, config_of_network
+from model.configs import NetworkConfig, TransformerConfig, UNetConfig, VQTransformerConfig
+from model.networks.build import build_network, config_of_network
 from model.networks.denoiser import as_denoiser, build_denoiser
-from model.networks.dit import TransformerConfig
 from model.networks.editor import widen_input
-from model.networks.unet import UNetConfig
-from model.networks.vq_transformer import VQTransformer, VQTransformerConfig
+from model.networks.vq_transformer import VQTransformer
 
 UNET = UNetConfig(image_size=8, widths=(32, 64), layers=1)
 SIZES: list[NetworkConfig] = [

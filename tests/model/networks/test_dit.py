@@ -6,9 +6,10 @@ from diffusers import PixArtTransformer2DModel
 from support import tiny_models
 from torch import Tensor, nn
 
+from model.configs import TransformerConfig
 from model.diffusion.conditioning import condition_tokens
 from model.networks.denoiser import as_denoiser
-from model.networks.dit import TransformerConfig, build_transformer
+from model.networks.dit import build_transformer
 
 NOISY = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 SIGMA = torch.tensor([0.2, 0.5, 0.9])

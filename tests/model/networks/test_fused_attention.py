@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import prune
 
+from model.configs import TransformerConfig, VQTransformerConfig
 from model.networks import fused_attention, vq_transformer
 from model.networks.compilation import transformer_blocks
 from model.networks.denoiser import as_denoiser
-from model.networks.dit import TransformerConfig, build_transformer
+from model.networks.dit import build_transformer
 from model.networks.fused_attention import (
     FoldedAttnProcessor,
     PatchProjection,
@@ -25,7 +26,7 @@ from model.networks.fused_attention import (
     sum_by_image,
     use_fused_attention,
 )
-from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
+from model.networks.vq_transformer import build_vq_transformer
 from model.training.sharding import gather_state, shard
 from model.training.throughput import flops_per_image
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from support import tiny_models
 
+from model.configs import UNetConfig
 from model.networks.denoiser import as_denoiser
-from model.networks.unet import UNetConfig, build_unet
+from model.networks.unet import build_unet
 
 SMALL = UNetConfig(image_size=8, widths=(32, 64), layers=1, head_width=32)
 

@@ -6,8 +6,9 @@ import torch
 from support import tiny_models
 from torch import Tensor, nn
 
+from model.configs import VQTransformerConfig
 from model.diffusion.conditioning import condition_tokens
-from model.networks.vq_transformer import VQTransformer, VQTransformerConfig, build_vq_transformer
+from model.networks.vq_transformer import VQTransformer, build_vq_transformer
 
 SIZE: dict[str, Any] = {"codes": 12, "tokens": 9, "timesteps": 20, "layers": 2, "heads": 2, "head_width": 8}
 CODES = torch.randint(13, (3, 9), generator=torch.Generator().manual_seed(0))

@@ -2,11 +2,10 @@ import pytest
 import torch
 from support import tiny_models
 
+from model.configs import UNetConfig, VQTransformerConfig
 from model.networks.build import build_network
 from model.networks.editor import widen_input
-from model.networks.unet import UNetConfig
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, decode_codes
-from model.networks.vq_transformer import VQTransformerConfig
 from model.training.batch import Batch
 from model.training.preview import decode_targets, generate_preview
 

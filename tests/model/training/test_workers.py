@@ -17,11 +17,10 @@ from support import tiny_models
 from support.fakes import FolderCheckpoints, MetricsLog
 from torch import nn
 
-from model.diffusion.conditioning import ConditioningConfig
+from model.configs import ConditioningConfig, TrainingConfig
 from model.networks.dit import build_transformer
 from model.training.batch import Batch
 from model.training.data import TrainingRows, TrainingSet
-from model.training.interfaces import TrainingConfig
 from model.training.loop import InterruptedTrainingError, train
 from model.training.objectives.flow_matching import FlowMatching
 from model.training.step import Step

@@ -16,9 +16,10 @@ from support.html_pages import Page
 from infra import artifacts
 from tasks.evaluate.config import SAMPLES
 from tasks.evaluate.figure import EvaluationView, plot_page
-from tasks.evaluate.report import Report, preview, report_evaluations, tables, write_report
+from tasks.evaluate.report import Report, report_evaluations, tables, write_report
 from tasks.evaluate.tables import aligned, markdown, score_rows, swap_heads, swap_rows, table, table_line
 from tasks.evaluate.task import Evaluation
+from tasks.pages import preview
 from tasks.references.domain_folder import DomainFolder
 
 SCORES = {

@@ -60,7 +60,7 @@ def test_adopt_raises_for_missing_or_damaged_pipeline(saved: Path, tmp_path: Pat
 
 def test_new_domain_config_raises_for_train_together_with_generator() -> None:
     from flows.new_domain import NewDomainConfig
-    from tasks.train.task import TrainConfig
+    from tasks.train.config import TrainConfig
 
     with pytest.raises(ValueError, match=r"train and generator are both given; .* train\.start_from"):
         NewDomainConfig(domain="a", urls="a.txt", train=TrainConfig(), generator="sticker-generator")

@@ -12,8 +12,8 @@ from infra.errors import EncoderMismatchError, InputError
 from model.encoder.identity import EncoderIdentity
 from model.saved_generator import BUNDLED_GENERATOR, pretrained_folder
 from tasks.evaluate.config import EvaluateConfig, check_weights
+from tasks.train.config import TrainConfig
 from tasks.train.inputs import check_inputs
-from tasks.train.setup import TrainConfig
 
 
 def identity_of(name: str) -> EncoderIdentity:

@@ -24,17 +24,14 @@ from support.tiny_training import COUNT, POOL, small_kl
 from infra import artifacts, storage
 from infra.compute import preemption, ray_train
 from infra.errors import EncoderMismatchError, InputError, IntegrityError
-from model.diffusion.conditioning import ConditioningConfig
+from model.configs import ConditioningConfig, TrainingConfig, TransformerConfig, UNetConfig, VQTransformerConfig
 from model.images import image_to_array
 from model.networks.build import config_of_network
-from model.networks.dit import TransformerConfig
 from model.networks.editor import is_editor, widen_input
-from model.networks.unet import UNetConfig
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder
-from model.networks.vq_transformer import VQTransformer, VQTransformerConfig
+from model.networks.vq_transformer import VQTransformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 from model.saved_generator import pretrained_folder
-from model.training.interfaces import TrainingConfig
 from model.training.loop import InterruptedTrainingError
 from model.training.objectives.flow_matching import FlowMatching
 from model.training.objectives.restoration import Restoration
@@ -43,8 +40,9 @@ from tasks.references.domain_folder import DomainFolder
 from tasks.references.generator import generator_folder
 from tasks.references.types import Generator, StageResult
 from tasks.train import metrics, worker
+from tasks.train.config import TrainConfig
 from tasks.train.data import TrainingInputs
-from tasks.train.setup import TrainConfig, build_setup, objective_of
+from tasks.train.setup import build_setup, objective_of
 from tasks.train.task import train
 
 SHORT = TrainingConfig(

@@ -19,11 +19,10 @@ from support import tiny_models, tiny_training
 from infra import artifacts
 from infra.compute import preemption, ray_train
 from infra.errors import IntegrityError
-from model.diffusion.conditioning import ConditioningConfig
-from model.training.interfaces import TrainingConfig
+from model.configs import ConditioningConfig, TrainingConfig
 from model.training.loop import InterruptedTrainingError
 from tasks.references.domain_folder import DomainFolder
-from tasks.train.setup import TrainConfig
+from tasks.train.config import TrainConfig
 from tasks.train.task import train
 
 ROOT = Path(__file__).parents[3]

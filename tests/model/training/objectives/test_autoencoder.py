@@ -12,7 +12,7 @@ import torch.distributed as dist
 from diffusers import VQModel
 from torch import Tensor, nn
 
-from model.diffusion.conditioning import ConditioningConfig
+from model.configs import ConditioningConfig
 from model.diffusion.vq_diffusion import Transitions
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, decode_codes, encode_codes
 from model.step_random import StepRandom

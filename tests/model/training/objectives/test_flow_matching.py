@@ -4,7 +4,7 @@ from support import tiny_models
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model.diffusion.conditioning import ConditioningConfig
+from model.configs import ConditioningConfig
 from model.diffusion.vq_diffusion import Transitions
 from model.networks.dit import build_transformer
 from model.networks.editor import EDITOR_CHANNELS, widen_input

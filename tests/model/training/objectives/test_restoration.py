@@ -6,20 +6,14 @@ import torch
 from support import tiny_models
 from torch import Tensor, nn
 
-from model.diffusion.conditioning import ConditioningConfig, training_condition
+from model.configs import ConditioningConfig, RestorationConfig
+from model.diffusion.conditioning import training_condition
 from model.diffusion.flow_matching import sample_sigmas
 from model.errors import ModelError
 from model.networks.editor import widen_input
 from model.step_random import StepRandom
 from model.training.batch import Batch
-from model.training.objectives.restoration import (
-    Restoration,
-    RestorationConfig,
-    feather,
-    paste_region,
-    regions,
-    sample_randomness,
-)
+from model.training.objectives.restoration import Restoration, feather, paste_region, regions, sample_randomness
 
 LOCAL = {"empty": 0.0, "whole": 0.0}
 CONDITIONING = ConditioningConfig(neighbours=2, pool=2)

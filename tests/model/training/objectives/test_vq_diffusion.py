@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.diffusion.conditioning import ConditioningConfig, condition_tokens
+from model.configs import ConditioningConfig
+from model.diffusion.conditioning import condition_tokens
 from model.diffusion.vq_diffusion import Transitions, sample_codes, step_divergence
 from model.step_random import StepRandom
 from model.training.batch import Batch

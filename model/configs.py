@@ -1,0 +1,302 @@
+"""Configurations of networks and of their training. Importing them needs neither torch nor diffusers."""
+
+import dataclasses
+import math
+from typing import Annotated, Literal, TypeAlias
+
+from annotated_types import Ge, Gt, Interval
+
+from model.errors import ModelError
+
+Prediction = Literal["velocity", "sample"]
+"""Output of a continuous network: the velocity, or the clean image."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TransformerConfig:
+    """Size of the transformer, and what it predicts. Its width is heads × head_width.
+
+    Attributes:
+        kind: Kind of the network.
+        image_size: Side of the denoised pixels or latents.
+        channels: 3 for pixels, else the channels of the latents.
+        patch_size: Side of a patch. ``image_size`` must be a multiple of it.
+        layers: Number of blocks.
+        heads: Attention heads of a block.
+        head_width: Channels of a head.
+        prediction: What the network predicts.
+    """
+
+    kind: Literal["transformer"] = "transformer"  # discriminates the network configs in a flow's parameters
+    image_size: int = 32
+    channels: Annotated[int, Ge(1)] = 3
+    patch_size: Annotated[int, Ge(1)] = 4
+    layers: Annotated[int, Ge(1)] = 6
+    heads: Annotated[int, Ge(1)] = 4
+    head_width: Annotated[int, Ge(1)] = 32
+    prediction: Prediction = "velocity"
+
+    def __post_init__(self) -> None:
+        """Raise ``ModelError`` if patches do not tile the image or a size is below 1."""
+        if self.image_size % self.patch_size:
+            raise ModelError(
+                f"image_size is not a multiple of patch_size: {self.image_size}, {self.patch_size}; change one of them"
+            )
+        if min(self.layers, self.heads, self.head_width, self.channels) < 1:
+            raise ModelError(
+                f"layers, heads, head_width or channels is below 1: {self.layers}, {self.heads}, {self.head_width}, "
+                f"{self.channels}; give at least 1 of each"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class UNetConfig:
+    """Size of the U-Net: one level per entry of ``widths``, each at half the resolution of the one before.
+
+    All levels but the first have attention.
+
+    Attributes:
+        kind: Kind of the network.
+        image_size: Side of the denoised pixels or latents.
+        channels: 3 for pixels, else the channels of the latents.
+        widths: Channels of each level, multiples of 32 and of ``head_width``.
+        layers: Residual layers per level.
+        head_width: Channels of an attention head.
+        prediction: What the network predicts.
+    """
+
+    kind: Literal["unet"] = "unet"
+    image_size: int = 64
+    channels: int = 3
+    widths: tuple[int, ...] = (64, 128, 192, 256)
+    layers: int = 2
+    head_width: Annotated[int, Ge(1)] = 32
+    prediction: Prediction = "velocity"
+
+    def __post_init__(self) -> None:
+        """Raise ``ModelError`` if the image cannot be halved, or heads or group norms do not divide the widths."""
+        halvings = len(self.widths) - 1
+        if halvings < 1 or self.image_size % 2**halvings:
+            raise ModelError(
+                f"image_size cannot be halved at each level: {self.image_size}, {len(self.widths)} widths; give at "
+                "least 2 widths, and an image_size that is a multiple of 2 ** (widths - 1)"
+            )
+        if any(width % 32 or width % self.head_width for width in self.widths):
+            raise ModelError(
+                f"widths do not fit the group norms or heads: {self.widths}; give multiples of 32 and of head_width "
+                f"{self.head_width}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class VQTransformerConfig:
+    """Size of the transformer over the codes of an autoencoder.
+
+    Attributes:
+        kind: Kind of the network.
+        codes: Number of codes, that of the autoencoder.
+        tokens: Codes of an image, a square number that must match the autoencoder.
+        timesteps: Steps of the diffusion process.
+        layers: Number of blocks.
+        heads: Attention heads of a block.
+        head_width: Channels of a head.
+    """
+
+    kind: Literal["vq-transformer"] = "vq-transformer"
+    codes: Annotated[int, Ge(2)] = 1024
+    tokens: Annotated[int, Ge(1)] = 256
+    timesteps: Annotated[int, Ge(2)] = 100
+    layers: Annotated[int, Ge(1)] = 8
+    heads: Annotated[int, Ge(1)] = 6
+    head_width: Annotated[int, Ge(1)] = 64
+
+    def __post_init__(self) -> None:
+        """Raise ``ModelError`` if the tokens do not form a square or a size is too small."""
+        if math.isqrt(self.tokens) ** 2 != self.tokens or self.tokens < 1:
+            raise ModelError(
+                f"tokens is not a square number: {self.tokens}; use (image_size / downscale)² of the autoencoder"
+            )
+        if self.codes < 2 or self.timesteps < 2:
+            raise ModelError(f"codes or timesteps is below 2: {self.codes}, {self.timesteps}; give at least 2 of each")
+        if min(self.layers, self.heads, self.head_width) < 1:
+            raise ModelError(
+                f"layers, heads or head_width is below 1: {self.layers}, {self.heads}, {self.head_width}; "
+                "give at least 1 of each"
+            )
+
+
+NetworkConfig: TypeAlias = TransformerConfig | UNetConfig | VQTransformerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ConditioningConfig:
+    """Probabilities of hiding and perturbing parts of the condition in training.
+
+    The three ``drop_`` fields are mutually exclusive probabilities per sample.
+
+    The neighbours of a text are farther apart than those of an image. ``pool`` may therefore be larger than
+    ``neighbours``: half of the samples then see a random subset of the pool instead of the nearest neighbours.
+    ``fewer_neighbours`` makes k at inference independent of k in training.
+
+    Attributes:
+        neighbours: Neighbours that the network sees.
+        pool: Neighbours searched for each image. Training shows ``neighbours`` of them.
+        fewer_neighbours: Share of samples that see a random number of neighbours, at least 1.
+        drop_all: Probability that query and neighbours are hidden.
+        drop_query: Probability that only the query is hidden.
+        drop_neighbours: Probability that only the neighbours are hidden.
+        gap_probability: Probability that the query is mixed with a random direction, as a text differs from an image.
+        gap_weight: Largest weight of the random direction.
+    """
+
+    neighbours: Annotated[int, Ge(1)] = 10
+    pool: Annotated[int, Ge(1)] = 10
+    fewer_neighbours: Annotated[float, Interval(ge=0, le=1)] = 0.1
+    drop_all: Annotated[float, Interval(ge=0, le=1)] = 0.10
+    drop_query: Annotated[float, Interval(ge=0, le=1)] = 0.15
+    drop_neighbours: Annotated[float, Interval(ge=0, le=1)] = 0.10
+    gap_probability: Annotated[float, Interval(ge=0, le=1)] = 0.7
+    gap_weight: Annotated[float, Interval(ge=0, lt=1)] = 0.9
+
+    def __post_init__(self) -> None:
+        """Validate the fields."""
+        if self.neighbours < 1:
+            raise ModelError(f"neighbours must be at least 1: {self.neighbours}; the method requires retrieval")
+        if self.pool < self.neighbours:
+            raise ModelError(f"pool is smaller than neighbours: {self.pool} < {self.neighbours}; increase pool")
+        drops = (self.drop_all, self.drop_query, self.drop_neighbours)
+        if min(drops) < 0 or sum(drops) > 1:
+            raise ModelError(
+                f"drop_all, drop_query and drop_neighbours must be at least 0, with a sum of at most 1: {drops}; "
+                "lower one of them, because they are mutually exclusive"
+            )
+        if not 0 <= self.fewer_neighbours <= 1:
+            raise ModelError(f"fewer_neighbours is not a probability: {self.fewer_neighbours}; give a value in [0, 1]")
+        if not (0 <= self.gap_probability <= 1 and 0 <= self.gap_weight < 1):
+            raise ModelError(
+                f"gap_probability or gap_weight is out of range: {self.gap_probability}, {self.gap_weight}; "
+                "give a value in [0, 1] and one in [0, 1)"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RestorationConfig:
+    """Regions to paste. Areas are shares of the image, and probabilities are per sample.
+
+    Attributes:
+        smallest_area: Smallest area of a region.
+        largest_area: Largest area of a region.
+        largest_aspect: Largest ratio of the sides of a region.
+        second_region: Probability of a second region.
+        ellipse: Probability that a region is an ellipse instead of a rectangle.
+        empty: Probability that the reference is the image itself.
+        whole: Probability that the reference is the whole neighbour.
+        feather_px: Standard deviation of the soft edge in px.
+        drop_reference: Probability of zeros as reference, for generation and for guidance on the image.
+    """
+
+    smallest_area: Annotated[float, Interval(gt=0, le=1)] = 0.06
+    largest_area: Annotated[float, Interval(gt=0, le=1)] = 0.5
+    largest_aspect: Annotated[float, Ge(1)] = 2.5
+    second_region: Annotated[float, Interval(ge=0, le=1)] = 0.4
+    ellipse: Annotated[float, Interval(ge=0, le=1)] = 0.5
+    empty: Annotated[float, Interval(ge=0, le=1)] = 0.10
+    whole: Annotated[float, Interval(ge=0, le=1)] = 0.20
+    feather_px: Annotated[float, Ge(0)] = 1.0
+    drop_reference: Annotated[float, Interval(ge=0, le=1)] = 0.10
+
+    def __post_init__(self) -> None:
+        """Raise ``ModelError`` if a value is out of range."""
+        if not 0 < self.smallest_area <= self.largest_area <= 1:
+            raise ModelError(
+                f"smallest_area or largest_area is out of range: {self.smallest_area}, {self.largest_area}; they must "
+                "satisfy 0 < smallest_area <= largest_area <= 1"
+            )
+        if self.largest_aspect < 1 or self.feather_px < 0:
+            raise ModelError(
+                f"largest_aspect or feather_px is out of range: {self.largest_aspect}, {self.feather_px}; "
+                "largest_aspect must be at least 1 and feather_px at least 0"
+            )
+        probabilities = (self.second_region, self.ellipse, self.empty, self.whole, self.drop_reference)
+        if min(probabilities) < 0 or max(probabilities) > 1 or self.empty + self.whole > 1:
+            raise ModelError(
+                f"second_region, ellipse, empty, whole or drop_reference is out of range: {probabilities}; "
+                "probabilities must be in [0, 1], and so must empty + whole, which are mutually exclusive"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """Length, rates and intervals of a training run. Lengths are counted in images, independent of the batch size.
+
+    Attributes:
+        images: Images to train on, counted with repetitions.
+        batch_size: Images per step over all workers and pieces.
+        pieces: Parts of each worker's share of a batch, one after the other (gradient accumulation).
+        learning_rate: Highest learning rate.
+        schedule: Course of the learning rate after the warm-up.
+        warmup_images: Images over which the learning rate grows from 0.
+        weight_decay: Decay of the weights.
+        gradient_clip: Largest norm of the gradients; inf for no clipping.
+        ema_decay: Decay of the average of the weights that is saved.
+        compile: Compile the network on CUDA. On a CPU compilation takes longer than it saves.
+        bfloat16_copy: Train a bfloat16 copy on CUDA. False uses autocast, for objectives that write into the weights.
+        sharding: With several workers: each has all weights (ddp), or a part of them (fsdp).
+        checkpoint_images: Images between checkpoints.
+        log_images: Images between logged metrics.
+        grid_images: Images between sample grids.
+        seed: Seed of weights, batches and noise.
+    """
+
+    images: Annotated[int, Ge(1)] = 40_000
+    batch_size: Annotated[int, Ge(1)] = 32
+    pieces: Annotated[int, Ge(1)] = 1
+    learning_rate: Annotated[float, Gt(0)] = 3e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_images: Annotated[int, Ge(0)] = 1_600
+    weight_decay: Annotated[float, Ge(0)] = 0.01
+    gradient_clip: Annotated[float, Gt(0)] = 1.0
+    ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.995
+    compile: bool = True
+    bfloat16_copy: bool = True
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    checkpoint_images: Annotated[int, Ge(1)] = 8_000
+    log_images: Annotated[int, Ge(1)] = 640
+    grid_images: Annotated[int, Ge(1)] = 8_000
+    seed: Annotated[int, Ge(0)] = 0
+
+    def __post_init__(self) -> None:
+        """Raise ``ModelError`` if a value is out of range."""
+        if self.images < self.batch_size or self.batch_size < 1:
+            raise ModelError(
+                f"images or batch_size is too small: {self.images}, {self.batch_size}; images must be at least "
+                "batch_size, and batch_size at least 1"
+            )
+        if self.pieces < 1 or self.batch_size % self.pieces:
+            raise ModelError(
+                f"batch_size is not a multiple of pieces: {self.batch_size}, {self.pieces}; change one of them"
+            )
+        if min(self.checkpoint_images, self.log_images, self.grid_images) < 1:
+            raise ModelError(
+                f"checkpoint_images, log_images or grid_images is below 1: {self.checkpoint_images}, "
+                f"{self.log_images}, {self.grid_images}; give at least 1 of each"
+            )
+        if not 0 < self.learning_rate < math.inf or not 0 <= self.ema_decay < 1:
+            raise ModelError(
+                f"learning_rate or ema_decay is out of range: {self.learning_rate}, {self.ema_decay}; learning_rate "
+                "must be above 0 and finite, and ema_decay in [0, 1)"
+            )
+        if not self.gradient_clip > 0:
+            raise ModelError(f"gradient_clip is not above 0: {self.gradient_clip}; use inf for no clipping")
+        if not 0 <= self.weight_decay < math.inf or self.warmup_images < 0:
+            raise ModelError(
+                f"weight_decay or warmup_images is out of range: {self.weight_decay}, {self.warmup_images}; both must "
+                "be at least 0, and weight_decay finite"
+            )
+        if self.seed < 0:
+            raise ModelError(f"seed is negative: {self.seed}; give at least 0")
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps of the whole run."""
+        return self.images // self.batch_size
