@@ -5,7 +5,7 @@ import os
 import secrets
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ray._private import ray_constants
@@ -36,12 +36,23 @@ def private_token() -> Iterator[None]:
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _restore(before)
         reload_ray_config()
+
+
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables inside the block, for the processes of a cluster that starts there.
+
+    Unlike the variables of a Ray runtime environment, these also reach the workers that Ray starts in advance, one per
+    core. With a runtime environment those would never get work, and others would start in their place.
+    """
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        _restore(before)
 
 
 @contextlib.contextmanager
@@ -98,6 +109,15 @@ def session_folder() -> str:
         raise StageError(f"{folder} belongs to another user; remove it, or set TMPDIR to a folder of your own")
     folder.chmod(PRIVATE)
     return str(folder / "ray")
+
+
+def _restore(variables: Mapping[str, str | None]) -> None:
+    """Set environment variables to earlier values; None unsets a variable."""
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def reload_ray_config() -> None:

@@ -67,19 +67,12 @@ def start() -> None:
             "num_cpus": _cores or len(os.sched_getaffinity(0)),
             "include_dashboard": False,
             "object_store_memory": 256 << 20,
-            "runtime_env": {
-                "env_vars": {
-                    **({"PYTHONPATH": str(_CHECKOUT)} if _IS_CHECKOUT else {}),
-                    **QUIET,
-                    "OMP_WAIT_POLICY": "PASSIVE",  # spinning idle threads slow each other down on shared cores
-                }
-            },
         }
     quiet = {"logging_level": logging.ERROR, "configure_logging": False, "log_to_driver": False}
     try:
         if _address is None:
             _local_cluster.enter_context(local_ray.private_token())
-            with local_ray.loopback():
+            with local_ray.loopback(), local_ray.environment(_worker_variables()):
                 _init(_temp_dir=local_ray.session_folder(), **quiet, **options)
         else:
             with local_ray.loopback_of(_address):
@@ -157,6 +150,15 @@ def _reinstall_handler() -> None:
     handler = signal.getsignal(signal.SIGTERM)
     if callable(handler) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
+
+
+def _worker_variables() -> dict[str, str]:
+    """Return the environment variables of the workers of a local cluster."""
+    return {
+        **({"PYTHONPATH": str(_CHECKOUT)} if _IS_CHECKOUT else {}),
+        **QUIET,
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning idle threads slow each other down on shared cores
+    }
 
 
 def _shipped_checkout() -> dict[str, Any]:
