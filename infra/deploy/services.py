@@ -176,7 +176,11 @@ def _mlflow(stack: Stack, settings: Settings) -> Service:
             f"127.0.0.1:{port},localhost:{port}",
         ],
         # The URI may hold a password, and every user of the machine can read command lines.
-        environment={**QUIET, "MLFLOW_BACKEND_STORE_URI": settings.tracking_uri},
+        environment={
+            **QUIET,
+            "MLFLOW_BACKEND_STORE_URI": settings.tracking_uri,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # else four more processes wait for jobs of MLflow's GenAI
+        },
         health=f"{stack.mlflow_url}/health",
         port=port,
     )
