@@ -46,6 +46,7 @@ class NewVersion:
     name: str
     folder_uri: str
     manifest: artifacts.Manifest
+    tags: Mapping[str, str]
     script: Path
     signature: ModelSignature
     files: Mapping[str, Path]
@@ -89,6 +90,7 @@ def create_version(client: MlflowClient, settings: Settings, new: NewVersion) ->
         model_id=info.model_id,
         description=_described(new.presentation.description, run, [figure.name for figure in figures]),
         tags={
+            **new.tags,
             RUN_TAG: run_page(run, settings),
             DIGEST_TAG: new.manifest.digest,
             FOLDER_TAG: new.folder_uri,

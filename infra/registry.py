@@ -141,6 +141,7 @@ class Registry:
                 name=name,
                 folder_uri=folder_uri,
                 manifest=manifest,
+                tags=tags,
                 script=script,
                 signature=signature,
                 files=files or {},
@@ -150,8 +151,9 @@ class Registry:
                 package=package or Package(requirement=PACKAGE),
             ),
         )
-        for key, value in tags.items():
-            self._client.set_model_version_tag(name, version, key, value)
+        if existing is not None:
+            for key, value in tags.items():
+                self._client.set_model_version_tag(name, version, key, value)
         if alias:
             if existing is not None:
                 self.warn_if_older(name, alias, existing)
