@@ -14,20 +14,35 @@ from infra.compute.actor_pool import FailedShard
 SECONDS = 0.4
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def machines() -> Iterator[Callable[[int], Any]]:
-    """Function that starts a head without cores and the given number of nodes with one core each."""
+    """Function that returns a cluster of a head without cores and the given number of nodes with one core each."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
 
     def start(count: int) -> Any:
-        for _ in range(count):
+        while len(cluster.worker_nodes) < count:
             cluster.add_node(num_cpus=1)
         return cluster
 
     yield start
     cluster.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.on_ray
+def test_map_shards_ships_the_checkout_to_the_machines(machines: Callable[[int], Any]) -> None:
+    class Worker:
+        def __call__(self, shard: int) -> str:
+            import infra
+
+            return str(infra.__file__)
+
+    with compute.cluster(machines(1).address):
+        (found,) = compute.map_shards(Worker, (), [0], actors=1, description="shards")
+    assert found.endswith("infra/__init__.py")
+    assert not Path(found).is_relative_to(ray_cluster._CHECKOUT)
 
 
 @pytest.mark.slow
@@ -65,18 +80,3 @@ def test_map_shards_with_a_dead_node_repeats_at_most_its_shards(
     assert sorted(shard for shard, _ in results) == list(range(16))
     started = [path.name.split("-")[0] for path in tmp_path.iterdir()]
     assert len(started) - len(set(started)) <= 2, "more shards repeated than an actor holds"
-
-
-@pytest.mark.slow
-@pytest.mark.on_ray
-def test_map_shards_ships_the_checkout_to_the_machines(machines: Callable[[int], Any]) -> None:
-    class Worker:
-        def __call__(self, shard: int) -> str:
-            import infra
-
-            return str(infra.__file__)
-
-    with compute.cluster(machines(1).address):
-        (found,) = compute.map_shards(Worker, (), [0], actors=1, description="shards")
-    assert found.endswith("infra/__init__.py")
-    assert not Path(found).is_relative_to(ray_cluster._CHECKOUT)
