@@ -26,7 +26,8 @@ from tasks.references.images import fetch_images
 from tasks.references.types import DatabaseVersion, Generator, domain_of, encoder_of
 
 GENERATOR = Generator(uri="sticker-generator", rows=0, digest="0" * 64)
-CONFIG = EvaluateConfig(samples=20, bootstrap=50, seeds=2, diversity_prompts=3)
+CONFIG = EvaluateConfig(samples=20, bootstrap=0, seeds=2, diversity_prompts=3)
+WITH_INTERVALS = dataclasses.replace(CONFIG, bootstrap=50)  # takes seconds
 
 
 class FakePipeline:
@@ -85,14 +86,14 @@ def test_measure_scores_copying_generator_as_copies(version: DatabaseVersion, tm
 
 
 def test_measure_returns_interval_for_every_score(version: DatabaseVersion, tmp_path: Path) -> None:
-    scores = run_measure(version, tmp_path)["scores"]
+    scores = run_measure(version, tmp_path, WITH_INTERVALS)["scores"]
     two_sided = set(METRICS) - {"fid", "diversity"}
     names = {f"{metric}_{condition}" for metric in two_sided for condition in ("knn", "no_knn")} | {"diversity_knn"}
     real = {"fd_real_split", "mmd_real_split", "nearest_real", "copy_rate_real"}
     assert set(scores) == names | {f"{name}_{end}" for name in names for end in ("low", "high")} | real
     for name in names:
         assert scores[f"{name}_low"] - 1e-9 <= scores[name] <= scores[f"{name}_high"] + 1e-9, name
-    without = run_measure(version, tmp_path / "b", dataclasses.replace(CONFIG, bootstrap=0))["scores"]
+    without = run_measure(version, tmp_path / "b")["scores"]
     assert set(without) == names | real
     assert {name: scores[name] for name in without} == pytest.approx(without)
 
@@ -100,8 +101,8 @@ def test_measure_returns_interval_for_every_score(version: DatabaseVersion, tmp_
 def test_measure_compares_at_most_half_of_the_database(version: DatabaseVersion, tmp_path: Path) -> None:
     """Real images and samples are compared at equal size, because FD and MMD fall with the number of images."""
     half = version.rows // 2
-    many = run_measure(version, tmp_path, dataclasses.replace(CONFIG, samples=version.rows - 1, bootstrap=0))
-    few = run_measure(version, tmp_path / "b", dataclasses.replace(CONFIG, samples=half, bootstrap=0))
+    many = run_measure(version, tmp_path, dataclasses.replace(CONFIG, samples=version.rows - 1))
+    few = run_measure(version, tmp_path / "b", dataclasses.replace(CONFIG, samples=half))
     assert many["compared"] == few["compared"] == half
     for name in ("fd_real_split", "mmd_real_split", "copy_rate_real", "nearest_real"):
         assert many["scores"][name] == few["scores"][name]
@@ -171,8 +172,8 @@ def test_measure_scores_real_images_with_their_prompts(version: DatabaseVersion,
     texts = domain.config.evaluate.prompts
     urls = tuple(domain.server.url(f"/{text.replace(' ', '-')}.png") for text in texts)
     own, other = (
-        run_measure(version, tmp_path / name, dataclasses.replace(CONFIG, prompts=texts, prompt_urls=listed))["scores"]
-        for name, listed in (("own", urls), ("other", urls[::-1]))
+        run_measure(version, tmp_path / name, dataclasses.replace(config, prompts=texts, prompt_urls=listed))["scores"]
+        for name, config, listed in (("own", WITH_INTERVALS, urls), ("other", CONFIG, urls[::-1]))
     )
     assert own["clip_score_real"] > other["clip_score_real"] + 0.05
     assert own["clip_score_real_low"] < own["clip_score_real"] < own["clip_score_real_high"]
