@@ -1,12 +1,16 @@
 """Shared fixtures: quiet libraries, object stores, a Prefect server, and one small domain built by the real flow."""
 
+import contextlib
 import os
+import shutil
+import sqlite3
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from support import durations
 
 from infra.quiet import QUIET
@@ -25,6 +29,9 @@ os.environ.update(
 )
 for name in ("KNN_DIFFUSION_ROOT", "KNN_DIFFUSION_RAY_ADDRESS", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
     os.environ.pop(name, None)
+# Without bytecode, every process that a test starts would compile the package again, and each run all the tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 INTEGRATION_FIXTURES = frozenset(
     {"bucket", "cluster", "domain", "living", "machines", "mlflow_settings", "moto_bucket", "prefect_server"}
@@ -140,11 +147,27 @@ def reached(store: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A Prefect API, started like in the command."""
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder that all workers of a run share, for files that take seconds to create."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if durations.in_worker() else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prefect_server(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A Prefect API, started like in the command. The first worker migrates the database, the others copy it."""
     from infra.prefect_server import prefect_api
 
-    with prefect_api(tmp_path_factory.mktemp("prefect")):
+    home, migrated = tmp_path_factory.mktemp("prefect"), shared_folder / "prefect.db"
+    with contextlib.ExitStack() as server:
+        with FileLock(f"{migrated}.lock"):
+            if migrated.exists():
+                shutil.copy(migrated, home)
+            server.enter_context(prefect_api(home))
+            if not migrated.exists():
+                copy_database(home / "prefect.db", migrated)
         # Earlier tests may have imported Prefect, which reads its settings at import.
         from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
@@ -153,16 +176,20 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             yield
 
 
+def copy_database(source: Path, target: Path) -> None:
+    """Copy an SQLite file that is in use."""
+    with contextlib.closing(sqlite3.connect(source)) as used, contextlib.closing(sqlite3.connect(target)) as copy:
+        used.backup(copy)
+
+
 @pytest.fixture(scope="session")
-def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def migrated_database(shared_folder: Path) -> Path:
     """Empty MLflow database, created once for all workers: its migrations take seconds, so tests get copies."""
     from infra import registry_database
 
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if durations.in_worker() else base) / "migrated"
-    folder.mkdir(exist_ok=True)
-    registry_database.prepare(folder / "mlflow.db", str(folder / "mlflow"))  # one process at a time creates it
-    return folder / "mlflow.db"
+    database = shared_folder / "mlflow.db"
+    registry_database.prepare(database, str(shared_folder / "mlflow"))  # one process at a time creates it
+    return database
 
 
 @pytest.fixture(scope="session")

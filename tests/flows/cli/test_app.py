@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -58,13 +57,11 @@ def test_every_command_has_an_example_in_its_help() -> None:
 
 
 @pytest.mark.slow
-def test_interrupt_ends_with_one_line_and_exit_code_130(prefect_server: None, tmp_path: Path) -> None:
+def test_interrupt_ends_with_one_line_and_exit_code_130(
+    prefect_server: None, shared_folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "prefect").mkdir()
-    with (  # of the server of the tests: its migrations take seconds
-        contextlib.closing(sqlite3.connect(Path(os.environ["PREFECT_HOME"]) / "prefect.db")) as migrated,
-        contextlib.closing(sqlite3.connect(tmp_path / "prefect" / "prefect.db")) as copy,
-    ):
-        migrated.backup(copy)
+    shutil.copy(shared_folder / "prefect.db", tmp_path / "prefect")  # its migrations take seconds
     requested, ended = threading.Event(), threading.Event()
 
     def hang() -> Iterator[bytes]:
@@ -272,8 +269,8 @@ def test_rebuild_index_without_changes_reports_unchanged_champion(domain: Any, r
     assert result.stdout.splitlines() == ["models:/knn-database.shapes@champion is unchanged"]
 
 
-def test_gc_without_delete_only_lists(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:4])
+def test_gc_without_delete_only_lists(prefect_server: None, living: Living, ray: WithoutRay) -> None:
+    living.start(NAMES[:4])
     living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
     before = living.files()
     command = ("gc", "shapes", "--keep", "1", "--grace-h", "0", "--root", str(living.root))
@@ -301,7 +298,7 @@ def test_gc_with_wait_waits_for_another_writer(domain: Any) -> None:
     assert "to delete (run again with --delete)" in result.stderr
 
 
-def test_gc_with_one_failing_domain_lists_the_others(living: Living, ray: WithoutRay) -> None:
+def test_gc_with_one_failing_domain_lists_the_others(prefect_server: None, living: Living, ray: WithoutRay) -> None:
     living.garbage_beside_what_is_refused()
     before = living.files()
     result = run("gc", "--keep", "1", "--grace-h", "0", "--delete", "--root", str(living.root))
