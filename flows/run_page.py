@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from prefect.context import FlowRunContext
 
 from infra import storage
 from infra.registry import Registry
@@ -21,7 +22,12 @@ OUTCOMES_KEY, DATABASE_KEY = "download-outcomes", "database"
 def show_database(
     domain: str, database: DatabaseVersion, registered: RegistrationResult | None, settings: Settings
 ) -> None:
-    """Publish the download outcomes of a database, its recall, samples, and pages. Call this in a flow."""
+    """Publish the download outcomes of a database, its recall, samples, and pages, in the run of a flow.
+
+    Without a run, nothing happens.
+    """
+    if FlowRunContext.get() is None:
+        return
     outcomes = images_of(embeddings_of(database)).manifest().info.get("outcomes", {})
     if outcomes:
         create_table_artifact(outcome_rows(outcomes), key=OUTCOMES_KEY, description=f"Downloads of {domain}")

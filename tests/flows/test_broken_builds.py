@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import EndpointConnectionError
-from support.changing_domain import NAMES, Living
-from support.fakes import WithoutRay
+from support.changing_domain import BODY, NAMES, Living
+from support.fakes import LoopbackServer, Reply, WithoutRay
 
-from infra import storage
+from infra import artifacts, storage
 from infra.errors import StageError
 from infra.storage.errors import storage_errors
 
@@ -40,9 +40,22 @@ def committed(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*.json") if path.parent.name == "shards"}
 
 
+@pytest.fixture(scope="module")
+def unbroken(
+    image_server: LoopbackServer, migrated_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> artifacts.Manifest:
+    """The manifest of a database that is built without a fault."""
+    image_server.reset({path: Reply(body=body) for path, body in BODY.items()})
+    with pytest.MonkeyPatch.context() as patch:
+        WithoutRay().install(patch)
+        built: Any = Living(image_server, tmp_path_factory.mktemp("unbroken"), migrated_database).build(NAMES[:16])
+    manifest: artifacts.Manifest = built.database.reference.manifest()
+    return manifest
+
+
 @pytest.mark.parametrize("kind", STAGES)
 def test_build_after_full_disk_reuses_committed_shards(
-    kind: str, living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
+    kind: str, unbroken: artifacts.Manifest, living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = Path(living.root) / "shapes"
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -59,14 +72,14 @@ def test_build_after_full_disk_reuses_committed_shards(
 
     assert before.items() <= committed(base).items(), "committed shards are not written again"
     assert living.champion() == set(NAMES[:16])
-    unbroken: Any = living.build(NAMES[:16], domain="unbroken")
-    assert built.database.reference.digest == unbroken.database.reference.digest
+    assert built.database.reference.digest == unbroken.digest
 
 
 @pytest.mark.parametrize("kind", STAGES)
 def test_build_with_transient_store_failure_retries_only_the_failed_file(
-    kind: str, living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
+    kind: str, unbroken: artifacts.Manifest, living_on_prefect: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    living = living_on_prefect  # which repeats the task of the stage
     down = EndpointConnectionError(endpoint_url="http://store")
     seen: list[str] = []
     monkeypatch.setattr(storage, "put", failing(kind, down, storage.put, seen))
@@ -74,5 +87,4 @@ def test_build_with_transient_store_failure_retries_only_the_failed_file(
     assert seen.count(seen[SHARDS_LEFT[kind]]) == 2, "only the failed file is stored again"
     assert len(seen) == len(set(seen)) + 1
     assert living.champion() == set(NAMES[:16])
-    unbroken: Any = living.build(NAMES[:16], domain="unbroken")
-    assert built.database.reference.digest == unbroken.database.reference.digest
+    assert built.database.reference.digest == unbroken.digest

@@ -18,12 +18,9 @@ from tasks.references.database import open_database
 
 
 def test_collect_keeps_files_of_aliases_and_other_domains(living: Living, ray: WithoutRay) -> None:
-    from flows.combine_databases import SubsetDatabaseConfig, subset_database
-
-    first = living.build(NAMES[:FIRST]).database.reference
-    part = subset_database(
-        SubsetDatabaseConfig(domain="part", database="shapes", where='url like "%circle%"', root=str(living.root))
-    )
+    living.start(NAMES[:FIRST])
+    first = living.state().database
+    part = living.subset("part", "shapes", 'url like "%circle%"')
     living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[0])}, name="down.jsonl"), compact=True)
     registry = Registry(living.settings)
     registry._client.set_registered_model_alias("knn-database.shapes", "kept", "1")
@@ -42,7 +39,7 @@ def test_collect_keeps_files_of_aliases_and_other_domains(living: Living, ray: W
 
 
 def test_collect_keeps_young_and_unfinished_folders(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     half = living.root / "shapes" / "embeddings" / ("0" * 16) / "shards"
     half.mkdir(parents=True)
     (half / "00000.json").write_text("{}")
@@ -56,7 +53,7 @@ def test_collect_keeps_young_and_unfinished_folders(living: Living, ray: Without
 def test_collect_with_unknown_registry_fails(living: Living, ray: WithoutRay, tmp_path: Path) -> None:
     from tasks.upkeep.garbage import collect
 
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     other = Settings(root=str(living.root), tracking=f"sqlite:///{tmp_path}/other.db")
     with pytest.raises(StageError, match=r"no version of shapes is registered at .*other\.db"):
         collect("shapes", other, dry_run=False, grace_s=0)
@@ -65,8 +62,8 @@ def test_collect_with_unknown_registry_fails(living: Living, ray: WithoutRay, tm
 
 
 def test_collect_with_damaged_manifest_fails(living: Living, ray: WithoutRay) -> None:
-    built = living.build(NAMES[:4])
-    path = Path(built.images.reference.uri) / "manifest.json"
+    living.start(NAMES[:4])
+    path = Path(living.state().images.uri) / "manifest.json"
     path.write_text(path.read_text()[:-20])
     files = living.files()
     with pytest.raises(IntegrityError, match="garbage collection is blocked until then"):
@@ -78,7 +75,8 @@ def test_collect_with_damaged_manifest_fails(living: Living, ray: WithoutRay) ->
 def test_collect_with_any_spelling_of_the_root_keeps_the_champion(
     living: Living, ray: WithoutRay, spelled: str
 ) -> None:
-    built = living.build(NAMES[:4])
+    living.start(NAMES[:4])
+    built = living.state()
     link = living.root.with_name("link")
     link.symlink_to(living.root)
     other = {"link": link, "above": f"{living.root}/../{living.root.name}", "slash": f"{living.root}/"}
@@ -89,11 +87,11 @@ def test_collect_with_any_spelling_of_the_root_keeps_the_champion(
     files = living.files()
     (nothing,) = living.collect(root=str(root), dry_run=False)
     assert (nothing.files, living.files()) == ((), files)
-    assert living.found(built.database.reference) == set(NAMES[:4])
+    assert living.found(built.database) == set(NAMES[:4])
 
 
 def test_collect_in_moved_root_fails(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     files = living.files()
     moved = living.root.rename(living.root.with_name("moved"))
     with pytest.raises(InputError, match=r"/moved was moved or copied from .*/data, .* run knn-diffusion relocate"):
@@ -104,7 +102,7 @@ def test_collect_in_moved_root_fails(living: Living, ray: WithoutRay) -> None:
 
 @pytest.mark.parametrize("linked", [False, True])
 def test_collect_in_copied_root_fails(living: Living, ray: WithoutRay, linked: bool) -> None:
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     living.rebuild(urls=living.listed(*NAMES[:5]))
     copy = living.root.with_name("copy")
     shutil.copytree(living.root, copy)  # the registry is below the root and is copied with it
@@ -121,7 +119,7 @@ def test_collect_in_copied_root_fails(living: Living, ray: WithoutRay, linked: b
 
 
 def test_collect_with_generator_registered_outside_root_fails(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     living.rebuild(urls=living.listed(*NAMES[:5]))
     elsewhere = f"{living.folder}/elsewhere/shapes/generator/{'0' * 16}"
     client = Registry(living.settings)._client
@@ -136,7 +134,7 @@ def test_collect_with_generator_registered_outside_root_fails(living: Living, ra
 
 
 def test_collect_with_versions_without_folder_fails(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     Registry(living.settings)._client.delete_model_version_tag("knn-database.shapes", "1", "uri")
     files = living.files()
     message = r"no version of shapes registered at .* refers to a folder of .*/shapes, so all"
@@ -147,7 +145,7 @@ def test_collect_with_versions_without_folder_fails(living: Living, ray: Without
 
 @pytest.mark.parametrize("kind", ["database", "embeddings", "images"])
 def test_collect_with_lost_manifest_fails(living: Living, ray: WithoutRay, kind: str) -> None:
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     (manifest,) = (living.root / "shapes" / kind).glob("*/manifest.json")
     manifest.unlink()
     files = living.files()
@@ -164,9 +162,7 @@ def test_collect_during_merge_keeps_the_inputs_of_the_merge(
 ) -> None:
     import flows.combine_databases as module
 
-    living.build(NAMES[:4])
-    living.build(NAMES[4:6], domain="others")
-    union = module.MergeDatabasesConfig(domain="both", databases=("shapes", "others"), root=str(living.root))
+    living.start({"shapes": NAMES[:4], "others": NAMES[4:6]})
     register = module.register_database
 
     def collect_first(*arguments: Any) -> Any:
@@ -178,7 +174,7 @@ def test_collect_during_merge_keeps_the_inputs_of_the_merge(
         return register(*arguments)
 
     monkeypatch.setattr(module, "register_database", collect_first)
-    merged = module.merge_databases(union).database.reference
+    merged = living.merge("both", "shapes", "others").database.reference
     assert living.found(merged) == set(NAMES[:6])
     from tasks.references.images import fetch_images
 
@@ -203,7 +199,7 @@ def test_collect_of_unknown_domain_fails_and_writes_nothing(living: Living, ray:
 def test_collect_after_lost_lease_deletes_nothing(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     for name in NAMES[4:6]:
         living.rebuild(urls=living.listed(*NAMES[:4], name))
     assert living.collect()[0].files
@@ -223,11 +219,11 @@ def test_collect_after_interruption_resumes_and_does_not_block_other_domains(
 ) -> None:
     from tasks.upkeep.garbage import DAY_S, collect
 
-    first = living.build(NAMES[:4]).database.reference
+    living.start({"shapes": NAMES[:4], "others": NAMES[4:6]})
+    first = living.state().database
     base = f"{living.root}/shapes"
     artifacts.ArtifactBuilder(base, "neighbours", inputs={"database": first.as_input()}, config={}).commit([], info={})
     living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
-    living.build(NAMES[4:6], domain="others")
     remove, removed = storage.remove, list[str]()
 
     def fails_after_one(uri: str) -> None:
@@ -256,10 +252,11 @@ def test_collect_after_interruption_resumes_and_does_not_block_other_domains(
 
 
 def test_collect_ignores_the_collected_tag_of_a_champion(living: Living, ray: WithoutRay) -> None:
-    built = living.build(NAMES[:4])
+    living.start(NAMES[:4])
+    built = living.state()
     Registry(living.settings).tag("knn-database.shapes", 1, "collected", "2020-01-01")  # and was built again since
     assert living.collect(dry_run=False)[0].files == ()
-    (Path(built.database.reference.uri) / "manifest.json").unlink()
+    (Path(built.database.uri) / "manifest.json").unlink()
     with pytest.raises(IntegrityError, match=r"knn-database.shapes version 1 was registered at .* restore it"):
         living.collect(dry_run=False)
 
@@ -270,10 +267,10 @@ def test_interrupted_takedown_applies_after_a_collection(
     def killed(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     with monkeypatch.context() as patch:
         patch.setattr("flows.rebuild_index.register_database", killed)
-        with pytest.raises(BaseException):  # noqa: B017  # Prefect changes the type
+        with pytest.raises(KeyboardInterrupt):
             living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"))
     assert len(living.versions()) == 1
     assert living.collect(dry_run=False)[0].files  # the version that would have hidden it
@@ -282,7 +279,7 @@ def test_interrupted_takedown_applies_after_a_collection(
 
 
 def test_collect_deletes_takedowns_that_a_later_one_contains(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:6])
+    living.start(NAMES[:6])
     for number in (1, 2, 3):
         living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[number])}, name="down.jsonl"))
     lists = f"{living.root}/shapes/takedown"
@@ -294,7 +291,7 @@ def test_collect_deletes_takedowns_that_a_later_one_contains(living: Living, ray
 
 
 def test_collect_keeps_unreadable_takedowns(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:6])
+    living.start(NAMES[:6])
     for number in (1, 2):
         living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[number])}, name="down.jsonl"))
     lists = Path(living.root, "shapes", "takedown")
@@ -310,7 +307,7 @@ def test_collect_with_read_only_cache_deletes_and_warns(
     monkeypatch.setattr(
         logging.getLogger("knn_diffusion"), "handlers", [caplog.handler]
     )  # Prefect replaces those of the root logger
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
 
     def refused(*_: Any, **__: Any) -> Any:
@@ -330,7 +327,7 @@ def test_collect_purges_derived_files_that_were_in_use_later(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KNN_DIFFUSION_CACHE", str(living.folder / "cache"))
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
     pixels = living.folder / "cache" / "pixels" / "00000.npy"
     pixels.parent.mkdir(parents=True, exist_ok=True)

@@ -14,12 +14,13 @@ NAME = "knn-database.shapes"
 
 
 def promoted(living: Living, **options: object) -> Decision:
-    return promote_version(PromoteVersionConfig(name="shapes", root=str(living.root), **options))  # type: ignore[arg-type]
+    config = PromoteVersionConfig(name="shapes", root=str(living.root), **options)  # type: ignore[arg-type]
+    return living.call(promote_version, config)
 
 
 def test_promote_is_refused_by_lost_rows_and_forced_with_a_reason(living: Living, ray: WithoutRay) -> None:
     store = Promotions(living.settings)
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     living.build(NAMES[:6])
     assert store.champion(NAME) == 2
     refused = promoted(living, version=1)
@@ -44,7 +45,7 @@ def test_rebuild_is_promoted_by_the_gates_of_its_domain_and_a_takedown_in_any_ca
     living: Living, ray: WithoutRay
 ) -> None:
     store = Promotions(living.settings)
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     strict = DatabaseGates(recall_image=None, recall_text=None, failed_downloads=0.1)
     rebuilt = living.rebuild(urls=living.listed(*NAMES[:5], "/absent.png"), gates=strict)
     assert rebuilt.registered.alias_uri == f"models:/{NAME}@candidate"
@@ -63,7 +64,7 @@ def test_rollback_restores_the_previous_champion_unless_it_shows_images_taken_do
     living: Living, ray: WithoutRay
 ) -> None:
     store = Promotions(living.settings)
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     with pytest.raises(NotFoundError, match="no recorded earlier champion"):
         rollback(NAME, None, living.settings)
     living.rebuild(urls=living.listed(*NAMES[:6]))

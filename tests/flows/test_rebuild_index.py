@@ -1,6 +1,5 @@
 """Rebuilds of a database: their cost, takedowns, and runs that fail or are killed."""
 
-import contextvars
 import dataclasses
 import hashlib
 import os
@@ -28,8 +27,11 @@ from model.errors import ModelError
 from tasks.references.database import open_database
 
 
-def test_rebuild_downloads_only_new_urls_and_nothing_for_the_same_list(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:FIRST])
+def test_rebuild_downloads_only_new_urls_and_nothing_for_the_same_list(
+    living_on_prefect: Living, ray: WithoutRay
+) -> None:
+    living = living_on_prefect
+    living.start(NAMES[:FIRST])
     ray.items.clear()
     whole = living.listed(*NAMES[: FIRST + 3])
     rebuilt = living.rebuild(urls=whole)
@@ -74,7 +76,7 @@ def test_rebuild_after_drift_retrains_the_quantizer(living: Living, ray: Without
 
 
 def test_takedown_is_hidden_then_compacted_then_collected(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:FIRST])
+    living.start(NAMES[:FIRST])
     digest = hashlib.sha256(BODY[NAMES[5]]).hexdigest()
     down = living.listed({"url": living.server.url(NAMES[1])}, {"sha256": digest}, name="down.jsonl")
     gone = {NAMES[1], NAMES[5]}
@@ -110,7 +112,7 @@ def test_takedown_is_hidden_then_compacted_then_collected(living: Living, ray: W
 
 
 def test_rebuild_with_many_hidden_rows_compacts_automatically(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:FIRST])
+    living.start(NAMES[:FIRST])
     down = living.listed(*({"url": living.server.url(name)} for name in NAMES[:3]), name="down.jsonl")
     rebuilt = living.rebuild(takedown=down)
     assert rebuilt.after.database.rows == FIRST - 3
@@ -120,7 +122,7 @@ def test_rebuild_with_many_hidden_rows_compacts_automatically(living: Living, ra
 
 
 def test_takedown_list_without_matches_fails_and_registers_nothing(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     with pytest.raises(InputError, match=r"takedown list .* matches no image of .*: 1 of 1 entries") as caught:
         living.rebuild(takedown=living.listed({"url": "http://host/none.png"}, name="down.jsonl"))
     assert "\n" not in str(caught.value)
@@ -128,7 +130,7 @@ def test_takedown_list_without_matches_fails_and_registers_nothing(living: Livin
 
 
 def test_takedown_is_champion_before_downloads_start(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")
 
     def record_champion() -> Iterator[bytes]:
@@ -156,7 +158,7 @@ def test_takedown_of_all_images_leaves_an_empty_version_that_can_grow(
 ) -> None:
     from tasks.serve.load import search_database
 
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     down = living.listed(*({"url": living.server.url(name)} for name in NAMES[:4]), name="down.jsonl")
     emptied = living.rebuild(takedown=down)
     assert emptied.after.database.uri != emptied.before.database.uri
@@ -176,7 +178,7 @@ def test_takedown_of_all_images_leaves_an_empty_version_that_can_grow(
 
 
 def test_rebuild_with_refresh_replaces_changed_images(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:6])
+    living.start(NAMES[:6])
     assert living.rebuild(refresh=True).unchanged
     assert sorted(living.server.requests) == sorted(NAMES[:6])
     living.server.replies[NAMES[1]] = Reply(body=BODY[NAMES[7]])
@@ -192,7 +194,7 @@ def test_rebuild_with_refresh_replaces_changed_images(living: Living, ray: Witho
 def test_takedown_stays_hidden_when_the_index_fails(living: Living, ray: WithoutRay, field: str) -> None:
     from tasks.index.config import IndexConfig, IndexOverrides
 
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")
     kind = IndexConfig if field == "index" else IndexOverrides
     with pytest.raises(ModelError, match="IVF4X"):
@@ -209,7 +211,7 @@ def test_takedown_stays_hidden_when_embedding_fails(
     def fails(*_: Any, **__: Any) -> Any:
         raise StageError("the disk is full")
 
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     monkeypatch.setattr("flows.rebuild_steps.embed", fails)
     down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")
     with pytest.raises(StageError, match="the disk is full"):
@@ -218,7 +220,7 @@ def test_takedown_stays_hidden_when_embedding_fails(
 
 
 def test_second_rebuild_at_the_same_time_fails_or_waits(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     started, release = threading.Event(), threading.Event()
 
     def slowly() -> Iterator[bytes]:
@@ -229,8 +231,7 @@ def test_second_rebuild_at_the_same_time_fails_or_waits(living: Living, ray: Wit
     living.server.replies[NAMES[4]] = Reply(body=slowly)
     listed = living.listed(*NAMES[:5])
     results: list[Any] = []
-    context = contextvars.copy_context()  # with the Prefect server of the tests
-    first = threading.Thread(target=context.run, args=(lambda: results.append(living.rebuild(urls=listed)),))
+    first = threading.Thread(target=lambda: results.append(living.rebuild(urls=listed)))
     first.start()
     assert started.wait(30)
     with pytest.raises(StageError, match=r"is being written by rebuild-index shapes .* run again") as caught:
@@ -251,7 +252,7 @@ def test_rebuild_resumes_after_kill_before_registration(
 ) -> None:
     import flows.rebuild_index as module
 
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     listed = living.listed(*NAMES[:7])
     register = module.register_database
 
@@ -275,10 +276,10 @@ def test_rebuild_resumes_after_kill_before_registration(
 def test_rebuild_with_missing_shard_fails_with_its_name(
     living: Living, ray: WithoutRay, suffix: str, hidden: bool
 ) -> None:
-    built = living.build(NAMES[:8])
-    source = built.images if suffix == ".tar" else built.embeddings
-    shard = source.reference.manifest().shards[1]
-    (Path(source.reference.uri) / shard.file(suffix).name).unlink()
+    living.start(NAMES[:8])
+    source = living.state().images if suffix == ".tar" else living.state().embeddings
+    shard = source.manifest().shards[1]
+    (Path(source.uri) / shard.file(suffix).name).unlink()
     down = living.listed({"url": living.server.url(NAMES[5])}, name="down.jsonl")
     name = re.escape(shard.file(suffix).name)
     with pytest.raises((IntegrityError, StageError), match=f"{name} is missing though it was committed; restore it"):
@@ -290,12 +291,9 @@ def test_rebuild_with_missing_shard_fails_with_its_name(
 
 @pytest.mark.slow
 def test_rebuild_after_killed_worker_repeats_only_its_shard(living: Living, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.rebuild_config import RebuildIndexConfig
-    from flows.rebuild_index import rebuild_index
-
     with monkeypatch.context() as patch:
         WithoutRay().install(patch)
-        living.build(NAMES[:4])
+        living.start(NAMES[:4])
     WithoutRay(on_ray={"images"}).install(monkeypatch)
     with compute.cluster(cores=2):
         killed: list[int] = []
@@ -310,10 +308,7 @@ def test_rebuild_after_killed_worker_repeats_only_its_shard(living: Living, monk
             yield BODY[NAMES[9]]
 
         living.server.replies[NAMES[9]] = Reply(body=kill_worker)
-        living.server.requests.clear()
-        rebuilt = rebuild_index(
-            RebuildIndexConfig(domain="shapes", root=str(living.root), urls=living.listed(*NAMES[:12]))
-        )
+        rebuilt = living.rebuild(urls=living.listed(*NAMES[:12]))
         assert len(killed) == 1
         counts = {name: living.server.requests.count(name) for name in NAMES[:12]}
         assert all(counts[name] == 0 for name in NAMES[:4])
@@ -338,7 +333,7 @@ def _asks(process: Path, living: Living) -> bool:
 
 
 def test_rebuild_after_lost_lease_registers_nothing(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
 
     def steal_lease() -> Iterator[bytes]:
         for path in (living.root / "shapes" / "lease").glob("*.json"):
@@ -354,7 +349,7 @@ def test_rebuild_after_lost_lease_registers_nothing(living: Living, ray: Without
 
 
 def test_build_after_lost_champion_files_keeps_takedowns(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     rebuilt = living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"))
     shutil.rmtree(rebuilt.after.database.uri)
     living.build(NAMES[:4])
@@ -365,7 +360,7 @@ def test_build_after_lost_champion_files_keeps_takedowns(living: Living, ray: Wi
 def test_build_without_champion_keeps_takedowns(
     living: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     living.rebuild(takedown=living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl"))
     if lost == "alias":
         Registry(living.settings)._client.delete_registered_model_alias("knn-database.shapes", "champion")
@@ -378,7 +373,7 @@ def test_build_without_champion_keeps_takedowns(
 
 
 def test_rebuild_after_rollback_hides_all_takedowns_again(living: Living, ray: WithoutRay) -> None:
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     for name in NAMES[1:3]:
         living.rebuild(takedown=living.listed({"url": living.server.url(name)}, name="down.jsonl"), compact_above=1)
     Registry(living.settings)._client.set_registered_model_alias("knn-database.shapes", "champion", "1")
@@ -390,7 +385,7 @@ def test_rebuild_after_rollback_hides_all_takedowns_again(living: Living, ray: W
     rebuilt = living.rebuild(urls=living.listed(*NAMES[:5]), compact_above=1)
     assert rebuilt.registered.alias_uri == "models:/knn-database.shapes@candidate"
     assert living.champion() == {NAMES[0], NAMES[3]}, "the rollback pinned the champion"
-    promote_version(PromoteVersionConfig(name="shapes", root=str(living.root)))
+    living.call(promote_version, PromoteVersionConfig(name="shapes", root=str(living.root)))
     assert living.champion() == {NAMES[0], NAMES[3], NAMES[4]}
     assert living.rebuild(urls=living.listed(*NAMES[:5]), compact_above=1).after == rebuilt.after
     Registry(living.settings)._client.set_registered_model_alias("knn-database.shapes", "champion", "2")

@@ -16,7 +16,7 @@ from infra.storage.lease import lease
 
 @pytest.fixture
 def living(
-    prefect_server: None, migrated_database: Path, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    migrated_database: Path, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Living]:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("KNN_DIFFUSION_CACHE", str(tmp_path / "cache"))

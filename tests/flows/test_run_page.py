@@ -24,7 +24,10 @@ def newest(key: str) -> Any:
     return max(found, key=lambda one: one.created)
 
 
-def test_new_domain_and_rebuild_present_themselves_in_prefect_and_mlflow(living: Living, ray: WithoutRay) -> None:
+def test_new_domain_and_rebuild_present_themselves_in_prefect_and_mlflow(
+    living_on_prefect: Living, ray: WithoutRay
+) -> None:
+    living = living_on_prefect
     living.build([*NAMES[:6], "/absent.png"])
     outcomes = newest("download-outcomes").data
     assert '"outcome": "success", "images": 6, "share": "85.7%"' in str(outcomes).replace("'", '"')

@@ -28,8 +28,9 @@ def files_with(folder: Path, word: str) -> list[Path]:
 
 
 def test_new_domain_stores_no_secret_of_its_list_uri(
-    living: Living, ray: WithoutRay, capfd: pytest.CaptureFixture[str]
+    living_on_prefect: Living, ray: WithoutRay, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    living = living_on_prefect
     built = [living.build([], urls=served_list(living, password)) for password in PASSWORDS]
     rebuilt = living.rebuild(urls=served_list(living, PASSWORDS[0]))
     assert built[0].images.reference.rows == 5

@@ -1,5 +1,6 @@
 """A changing domain of synthetic images and its operations. Tests choose the workers and stores."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from support.tiny_domain import COLOURS, SHAPES, drawn, encoded, write_urls
 
 from infra import registry_database
 from infra.registry import Registry
+from infra.relocation import relocate
 from infra.settings import Settings
 from tasks.references.database import open_database
 from tasks.references.types import DatabaseVersion
@@ -23,13 +25,28 @@ FIRST = 12
 class Living:
     """A domain of synthetic images, its server, and shortcuts for the flows.
 
-    The first build starts with a copy of ``migrated_database``, because MLflow's migrations take seconds.
+    The flows run as plain functions unless ``on_prefect`` is True. The first build starts with a copy of
+    ``migrated_database``, because MLflow's migrations take seconds.
     """
 
-    def __init__(self, server: LoopbackServer, folder: Path, migrated_database: Path, root: str | None = None) -> None:
-        self.server, self.folder, self.migrated_database = server, folder, migrated_database
+    on_prefect = False
+
+    def __init__(
+        self,
+        server: LoopbackServer,
+        folder: Path,
+        migrated_database: Path,
+        root: str | None = None,
+        stored: Path | None = None,
+    ) -> None:
+        """Store the arguments. Databases of :meth:`start` are kept in the folder ``stored`` for later tests."""
+        self.server, self.folder, self.migrated_database, self._stored = server, folder, migrated_database, stored
         self.root = folder / "data" if root is None else root
         self.settings = Settings(root=str(self.root))
+
+    def call(self, flow: Any, config: Any) -> Any:
+        """Run a flow on Prefect or as a plain function."""
+        return flow(config) if self.on_prefect else flow.fn(config)
 
     def listed(self, *rows: Any, name: str = "urls.jsonl") -> str:
         """Write a list of URLs for paths of the server, or of entries as they are, and return its path."""
@@ -46,6 +63,29 @@ class Living:
             database.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(self.migrated_database, database)
 
+    def start(self, names: list[str] | dict[str, list[str]]) -> None:
+        """Start with a database of these images, or with one for each domain.
+
+        It is built once for all tests of the process, and then copied.
+        """
+        assert self._stored is not None
+        domains = names if isinstance(names, dict) else {"shapes": names}
+        kept = self._stored / hashlib.sha256(repr(domains).encode()).hexdigest()
+        if kept.exists():
+            shutil.copytree(kept, self.root, copy_function=shutil.copy)  # with modification times of now
+            relocate(self.settings)
+        else:
+            for domain, images in domains.items():
+                self.build(images, domain=domain)
+            shutil.copytree(self.root, kept)
+        self.server.requests.clear()
+
+    def state(self) -> Any:
+        """Return the champion of the domain and its inputs."""
+        from flows.rebuild_steps import champion_of
+
+        return champion_of("shapes", self.settings)
+
     def build(self, names: list[str], domain: str = "shapes", index: Any = None, urls: str | None = None) -> Any:
         from flows.new_domain import NewDomainConfig, new_domain
         from infra.download.downloader import DownloadPolicy
@@ -55,7 +95,8 @@ class Living:
 
         self.create_registry()
         policy = DownloadPolicy(allow_hosts=(self.server.host,), threads=4, retries=0)
-        return new_domain(
+        return self.call(
+            new_domain,
             NewDomainConfig(
                 domain=domain,
                 urls=urls or self.listed(*names, name=f"{domain}.jsonl"),
@@ -63,7 +104,7 @@ class Living:
                 download=DownloadConfig(shard_rows=4, policy=policy, workers=1),
                 embed=EmbedConfig(workers=1, batch_size=4),
                 index=index or IndexConfig(recall_queries=4),
-            )
+            ),
         )
 
     def rebuild(self, **options: Any) -> Any:
@@ -71,17 +112,29 @@ class Living:
         from flows.rebuild_index import rebuild_index
 
         self.server.requests.clear()
-        return rebuild_index(RebuildIndexConfig(**{"domain": "shapes", "root": str(self.root), **options}))
+        return self.call(rebuild_index, RebuildIndexConfig(**{"domain": "shapes", "root": str(self.root), **options}))
+
+    def merge(self, domain: str, *databases: str, **options: Any) -> Any:
+        from flows.combine_databases import MergeDatabasesConfig, merge_databases
+
+        config = MergeDatabasesConfig(domain=domain, databases=databases, root=str(self.root), **options)
+        return self.call(merge_databases, config)
+
+    def subset(self, domain: str, database: str, where: str, **options: Any) -> Any:
+        from flows.combine_databases import SubsetDatabaseConfig, subset_database
+
+        config = SubsetDatabaseConfig(domain=domain, database=database, where=where, root=str(self.root), **options)
+        return self.call(subset_database, config)
 
     def collect(self, **options: Any) -> Any:
         from flows.collect_garbage import CollectGarbageConfig, collect_garbage
 
         options = {"domain": "shapes", "root": str(self.root), "grace_s": 0, "keep_versions": 1, **options}
-        return collect_garbage(CollectGarbageConfig(**options))
+        return self.call(collect_garbage, CollectGarbageConfig(**options))
 
     def garbage_beside_what_is_refused(self) -> Path:
         """Create a domain with garbage and an unregistered domain, which fails. Return the one file of the latter."""
-        self.build(NAMES[:4])
+        self.start(NAMES[:4])
         self.rebuild(takedown=self.listed({"url": self.server.url(NAMES[1])}, name="down.jsonl"), compact=True)
         file = Path(self.root) / "aa" / "images" / ("0" * 16) / "00000.tar"
         file.parent.mkdir(parents=True)

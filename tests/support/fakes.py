@@ -8,7 +8,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -46,16 +46,21 @@ class LoopbackServer:
         *,
         keeps_alive: bool = False,
     ) -> None:
-        self.replies, self.keeps_alive = dict(replies), keeps_alive
-        self.requests: list[str] = []
-        self.headers: list[Mapping[str, str]] = []
-        self.hosts: list[str | None] = []
-        self._request_counts: Counter[str] = Counter()
+        self.keeps_alive = keeps_alive
+        self.reset(replies)
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.owner = self
         if tls is not None:
             self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+
+    def reset(self, replies: Mapping[str, Reply | Sequence[Reply]]) -> None:
+        """Forget all requests, and reply with ``replies`` from now on."""
+        self.replies = dict(replies)
+        self.requests: list[str] = []
+        self.headers: list[Mapping[str, str]] = []
+        self.hosts: list[str | None] = []
+        self._request_counts: Counter[str] = Counter()
 
     @property
     def port(self) -> int:
@@ -143,10 +148,29 @@ class Killed(BaseException):
     """Simulated death of a process; not an ``Exception``, so that code under test does not catch it."""
 
 
+class NormaliserHere:
+    """Fake of ``NormaliserProcess`` that decodes in this process: one process for each shard takes long to start."""
+
+    def __init__(self, bounds: Any, limits: Any = None) -> None:
+        from infra.download.images import ImageNormaliser
+
+        self._normalise = ImageNormaliser(**asdict(bounds))
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._normalise(*arguments)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing runs."""
+
+
 class WithoutRay:
     """Fake of ``infra.compute`` that runs workers in this process, without the seconds that Ray takes to start.
 
-    Workers share one copy of the bundled encoder. Functions and shards of the names in ``on_ray`` still run on Ray.
+    Workers share one copy of the bundled encoder, and decode downloads themselves. Functions and shards of the names in
+    ``on_ray`` still run on Ray; then downloads are decoded in processes as well.
     """
 
     def __init__(self, on_ray: Collection[str] = ()) -> None:
@@ -160,6 +184,9 @@ class WithoutRay:
         self._patch, self._map_shards_on_ray, self._run_on_ray = patch, compute.map_shards, compute.run
         for name in ("map_shards", "run", "actor_group", *(() if self._on_ray else ("cpus", "cluster"))):
             patch.setattr(compute, name, getattr(self, name))
+        if not self._on_ray:
+            for module in ("downloader", "file_shard"):
+                patch.setattr(f"infra.download.{module}.NormaliserProcess", NormaliserHere)
 
     def map_shards(self, factory: Any, settings: Any, items: Any, *, description: str, **options: Any) -> Iterator[Any]:
         from infra.compute.actor_pool import FailedShard

@@ -12,12 +12,13 @@ from flows.cli.app import app
 from infra.promotions import CANDIDATE, Promotions
 
 CHAMPION = "models:/knn-database.shapes@champion"
+pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
 @pytest.fixture
 def registry(living: Living, ray: WithoutRay) -> Living:
     """A domain with two versions. The second has more rows and is the champion."""
-    living.build(NAMES[:4])
+    living.start(NAMES[:4])
     living.build(NAMES[:6])
     return living
 

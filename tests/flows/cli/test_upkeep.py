@@ -13,6 +13,8 @@ from flows.cli.app import app
 from infra import artifacts
 from infra.storage import lease
 
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
 
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
@@ -59,8 +61,7 @@ def test_merge_and_subset_build_databases_from_others(living: Living, ray: Witho
     root = ("--root", str(living.root))
     circles = {name for name in NAMES[:10] if "circle" in name}
     assert 0 < len(circles) < 10
-    living.build(NAMES[:6])
-    living.build(NAMES[6:10], domain="others")
+    living.start({"shapes": NAMES[:6], "others": NAMES[6:10]})
     assert done("merge", "both", "shapes", "others", *root) == "models:/knn-database.both@champion"
     assert living.champion("both") == set(NAMES[:10])
     part = ("subset", "circles", "both", "--where", 'url like "%circle%"', *root)
@@ -88,8 +89,7 @@ def test_index_options_change_the_index_of_existing_databases(living: Living, ra
     root = ("--root", str(living.root))
     options = ("--index", "IVF2,SQfp16", "--memory", "0.5", "--target-recall", "0.9", "--dedup")
     expected = ("IVF2,SQfp16", "IVF2,SQfp16", 1 << 29, 0.9, True, 4)
-    living.build(NAMES[:6])
-    living.build(NAMES[6:8], domain="others")
+    living.start({"shapes": NAMES[:6], "others": NAMES[6:10]})
     for command in (
         ("merge", "both", "shapes", "others"),
         ("subset", "some", "shapes", "--where", "width > 0"),
@@ -137,7 +137,7 @@ def test_writing_commands_with_wait_wait_for_another_writer(
 def test_rebuild_index_with_damaged_champion_fails(living: Living, ray: WithoutRay) -> None:
     from flows.rebuild_steps import champion_of
 
-    living.build(NAMES[:8])
+    living.start(NAMES[:8])
     rows = champion_of("shapes", living.settings).embeddings
     path = Path(rows.uri) / rows.manifest().shards[0].file(".npy").name
     whole = path.read_bytes()
