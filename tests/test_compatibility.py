@@ -48,7 +48,7 @@ from tasks.index.task import index
 from tasks.neighbours import find_neighbours
 from tasks.references.types import DatabaseVersion, EmbeddingShards, Generator, ImageShards, Neighbours, Takedown
 from tasks.train.adopt import adopt
-from tasks.train.data import TrainingInputs
+from tasks.train.inputs import TrainingInputs
 from tasks.train.task import train
 
 STAGE = artifacts.ArtifactBuilder  # knows the ``kind`` and ``key`` of an output

@@ -145,7 +145,7 @@ def run_stages(urls: str, root: str, host: str) -> None:
     from tasks.index.task import index
     from tasks.neighbours import find_neighbours
     from tasks.references.domain_folder import DomainFolder
-    from tasks.train.data import TrainingInputs
+    from tasks.train.inputs import TrainingInputs
     from tasks.train.task import train
 
     config = small_config(Path(urls), Path(root), host)

@@ -18,7 +18,7 @@ from support import tiny_models
 
 from infra import artifacts
 from tasks.references.types import METADATA_SCHEMA, DatabaseVersion, EmbeddingShards, ImageShards, Neighbours
-from tasks.train.data import TrainingInputs
+from tasks.train.inputs import TrainingInputs
 
 SIZES = (5, 7)
 COUNT = sum(SIZES)

@@ -11,7 +11,7 @@ from support import tiny_models
 from support.fakes import FolderCheckpoints, Killed, MetricsLog
 from torch import nn
 
-from model.diffusion.conditioning import ConditioningConfig
+from model.configs import ConditioningConfig
 from model.diffusion.flow_matching import Prediction
 from model.networks.dit import build_transformer
 from model.training.batch import Batch

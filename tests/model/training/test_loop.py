@@ -14,14 +14,13 @@ from support.fakes import FolderCheckpoints, Killed, MetricsLog
 from support.training_runs import BATCH, CONDITIONING, SHORT, Interrupted, require_equal, run, training_set
 from torch import nn
 
-from model.diffusion.conditioning import ConditioningConfig
+from model.configs import ConditioningConfig, TrainingConfig
 from model.diffusion.flow_matching import Prediction
 from model.diffusion.vq_diffusion import Transitions
 from model.errors import ModelError
 from model.images import to_model_range
 from model.networks.dit import build_transformer
 from model.training.batch import Batch
-from model.training.interfaces import TrainingConfig
 from model.training.loop import train
 from model.training.muon import Muon
 from model.training.objectives.autoencoder import AutoencoderObjective

@@ -11,12 +11,12 @@ from support import tiny_models
 from support.training_runs import BATCH, CONDITIONING, SHORT, run
 from torch import nn
 
+from model.configs import TrainingConfig
 from model.diffusion.vq_diffusion import Transitions
 from model.errors import ModelError
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
 from model.training.batch import Batch
 from model.training.data import TrainingRows, TrainingSet
-from model.training.interfaces import TrainingConfig
 from model.training.objectives.flow_matching import FlowMatching
 from model.training.objectives.vq_diffusion import MaskAndReplace
 

@@ -23,7 +23,8 @@ from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, 
 from model.training.alignment import align_all
 from model.training.data import TrainingRows, TrainingSet
 from tasks.train import shard_source, stored_images
-from tasks.train.data import TrainingInputs, load_training_set, training_shards
+from tasks.train.data import load_training_set, training_shards
+from tasks.train.inputs import TrainingInputs
 from tasks.train.shard_source import ImageProcessing
 from tasks.train.stored_images import cached_array, read_pixels
 

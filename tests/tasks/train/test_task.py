@@ -41,7 +41,7 @@ from tasks.references.generator import generator_folder
 from tasks.references.types import Generator, StageResult
 from tasks.train import metrics, worker
 from tasks.train.config import TrainConfig
-from tasks.train.data import TrainingInputs
+from tasks.train.inputs import TrainingInputs
 from tasks.train.setup import build_setup, objective_of
 from tasks.train.task import train
 
