@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Annotated, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Interval
 
@@ -10,6 +11,10 @@ from model.errors import ModelError
 
 Prediction = Literal["velocity", "sample"]
 """Output of a continuous network: the velocity, or the clean image."""
+MAX_NEIGHBOUR_IMAGES = 4
+"""Most images of neighbours that a network may see."""
+IN_KEY_IF_SET: Mapping[str, Any] = {"in_key": "if set"}
+"""Metadata of an optional field: only another value than the default is part of the key of a training."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +30,9 @@ class TransformerConfig:
         heads: Attention heads of a block.
         head_width: Channels of a head.
         prediction: What the network predicts.
+        neighbour_images: Images of neighbours that the network sees as tokens, at most 4; 0 for embeddings alone. Needs
+            pixels, and a ``head_width`` that is a multiple of 8.
+        neighbour_patch: Side of the patches of those images. ``image_size`` must be a multiple of it.
     """
 
     kind: Literal["transformer"] = "transformer"  # discriminates the network configs in a flow's parameters
@@ -35,9 +43,13 @@ class TransformerConfig:
     heads: Annotated[int, Ge(1)] = 4
     head_width: Annotated[int, Ge(1)] = 32
     prediction: Prediction = "velocity"
+    neighbour_images: Annotated[int, Interval(ge=0, le=MAX_NEIGHBOUR_IMAGES)] = dataclasses.field(
+        default=0, metadata=IN_KEY_IF_SET
+    )
+    neighbour_patch: Annotated[int, Ge(1)] = dataclasses.field(default=8, metadata=IN_KEY_IF_SET)
 
     def __post_init__(self) -> None:
-        """Raise ``ModelError`` if patches do not tile the image or a size is below 1."""
+        """Raise ``ModelError`` if patches do not tile the image or a size is out of range."""
         if self.image_size % self.patch_size:
             raise ModelError(
                 f"image_size is not a multiple of patch_size: {self.image_size}, {self.patch_size}; change one of them"
@@ -46,6 +58,27 @@ class TransformerConfig:
             raise ModelError(
                 f"layers, heads, head_width or channels is below 1: {self.layers}, {self.heads}, {self.head_width}, "
                 f"{self.channels}; give at least 1 of each"
+            )
+        if not 0 <= self.neighbour_images <= MAX_NEIGHBOUR_IMAGES:
+            raise ModelError(
+                f"neighbour_images is out of range: {self.neighbour_images}; give 0 to {MAX_NEIGHBOUR_IMAGES}"
+            )
+        if self.neighbour_images:
+            self._check_images()
+
+    def _check_images(self) -> None:
+        if self.channels != 3:
+            raise ModelError(
+                f"neighbour_images needs pixels: {self.channels} channels; set it to 0, or train on pixels"
+            )
+        if self.neighbour_patch < 1 or self.image_size % self.neighbour_patch:
+            raise ModelError(
+                f"image_size is not a multiple of neighbour_patch: {self.image_size}, {self.neighbour_patch}; "
+                "change one of them"
+            )
+        if self.head_width % 8:
+            raise ModelError(
+                f"neighbour_images needs a head_width that is a multiple of 8: {self.head_width}; change head_width"
             )
 
 
@@ -147,6 +180,8 @@ class ConditioningConfig:
         drop_neighbours: Probability that only the neighbours are hidden.
         gap_probability: Probability that the query is mixed with a random direction, as a text differs from an image.
         gap_weight: Largest weight of the random direction.
+        drop_images: Probability that only the images of the neighbours are hidden, from a network that takes them.
+            They are also hidden with the neighbours.
     """
 
     neighbours: Annotated[int, Ge(1)] = 10
@@ -157,6 +192,7 @@ class ConditioningConfig:
     drop_neighbours: Annotated[float, Interval(ge=0, le=1)] = 0.10
     gap_probability: Annotated[float, Interval(ge=0, le=1)] = 0.7
     gap_weight: Annotated[float, Interval(ge=0, lt=1)] = 0.9
+    drop_images: Annotated[float, Interval(ge=0, le=1)] = dataclasses.field(default=0.3, metadata=IN_KEY_IF_SET)
 
     def __post_init__(self) -> None:
         """Validate the fields."""
@@ -170,8 +206,9 @@ class ConditioningConfig:
                 f"drop_all, drop_query and drop_neighbours must be at least 0, with a sum of at most 1: {drops}; "
                 "lower one of them, because they are mutually exclusive"
             )
-        if not 0 <= self.fewer_neighbours <= 1:
-            raise ModelError(f"fewer_neighbours is not a probability: {self.fewer_neighbours}; give a value in [0, 1]")
+        for name in ("fewer_neighbours", "drop_images"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ModelError(f"{name} is not a probability: {getattr(self, name)}; give a value in [0, 1]")
         if not (0 <= self.gap_probability <= 1 and 0 <= self.gap_weight < 1):
             raise ModelError(
                 f"gap_probability or gap_weight is out of range: {self.gap_probability}, {self.gap_weight}; "

@@ -11,6 +11,8 @@ A dropped token keeps its position and its marker, and its embedding is zero. "N
 condition" are thus inputs that the network has seen in training.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +23,8 @@ from model.step_random import StepRandom
 
 MARKER_CHANNELS = 1
 """Channels in addition to the embedding: 1 for the query, 0 for a neighbour."""
+IMAGE_CHANNELS = 1
+"""Additional channels of a condition with image tokens. They are zero, and distinguish it from one without."""
 
 
 def condition_tokens(query: Tensor | None, neighbours: Tensor | None, *, dimension: int, batch: int) -> Tensor:
@@ -51,6 +55,25 @@ def condition_tokens(query: Tensor | None, neighbours: Tensor | None, *, dimensi
     marker = torch.zeros(*embeddings.shape[:2], MARKER_CHANNELS, device=embeddings.device)
     marker[:, 0] = 1
     return torch.cat([embeddings, marker], dim=2)
+
+
+def append_image_tokens(tokens: Tensor, images: Tensor) -> Tensor:
+    """Append image tokens (B, N, D) to tokens (B, T, D + 1): (B, T + N, D + 2)."""
+    images = F.pad(images.to(tokens), (IMAGE_CHANNELS, MARKER_CHANNELS))
+    return torch.cat([F.pad(tokens, (IMAGE_CHANNELS, 0)), images], dim=1)
+
+
+def split_image_tokens(condition: Tensor, *, channels: int, count: int) -> tuple[Tensor, Tensor | None]:
+    """Split a condition into its tokens (B, T, E) and its N image tokens (B, N, D), or None if it has none.
+
+    Args:
+        condition: (B, T, E), or (B, T + N, E + 1) as of :func:`append_image_tokens`.
+        channels: E.
+        count: N.
+    """
+    if condition.shape[2] == channels:
+        return condition, None
+    return condition[:, :-count, IMAGE_CHANNELS:], condition[:, -count:, IMAGE_CHANNELS:-MARKER_CHANNELS]
 
 
 def interpolate_tokens(tokens: Tensor, count: int) -> Tensor:
@@ -87,43 +110,63 @@ def perturb_query(query: Tensor, config: ConditioningConfig, rng: StepRandom) ->
     return F.normalize((1 - weight) * query + weight * direction, dim=1)
 
 
-def subsample_neighbours(neighbours: Tensor, config: ConditioningConfig, rng: StepRandom) -> Tensor:
-    """Choose the neighbours to show from each pool (B, P, D), nearest first. Return (B, K, D), hidden ones as zeros."""
-    batch, pool, dimension = neighbours.shape
+class SampledCondition(NamedTuple):
+    """A random condition of a training batch.
+
+    Attributes:
+        tokens: (B, 1 + K, D + 1) float32.
+        chosen: (B, K) int64 positions of the shown neighbours in the pool, nearest first.
+        visible: (B, K) bool, False for hidden neighbours.
+    """
+
+    tokens: Tensor
+    chosen: Tensor
+    visible: Tensor
+
+
+def choose_neighbours(
+    batch: int, pool: int, config: ConditioningConfig, rng: StepRandom, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Choose the neighbours to show from pools of P: positions (B, K) int64, nearest first, and visibility (B, K)."""
     shown = min(config.neighbours, pool)
+    chosen = torch.arange(shown, device=device).expand(batch, shown)
     if pool > shown:
         at_random = rng.uniform(batch, 1) < 0.5
-        rank = torch.arange(pool, device=neighbours.device).expand(batch, pool) / pool
+        rank = torch.arange(pool, device=device).expand(batch, pool) / pool
         chosen = torch.where(at_random, rng.uniform(batch, pool), rank).topk(shown, dim=1, largest=False).indices
-        chosen = chosen.sort(dim=1).values[..., None].expand(batch, shown, dimension)
-        neighbours = neighbours.gather(1, chosen)
+        chosen = chosen.sort(dim=1).values
     fewer = rng.uniform(batch, 1) < config.fewer_neighbours
     count = torch.where(fewer, 1 + (rng.uniform(batch, 1) * shown).floor(), shown)
-    hidden = torch.arange(shown, device=neighbours.device) >= count
-    return neighbours.masked_fill(hidden[..., None], 0)
+    return chosen, torch.arange(shown, device=device) < count
 
 
-def training_condition(query: Tensor, neighbours: Tensor, config: ConditioningConfig, rng: StepRandom) -> Tensor:
-    """Return the condition tokens of a training batch, with perturbed queries and randomly hidden parts.
+def sample_condition(
+    query: Tensor, neighbours: Tensor, config: ConditioningConfig, rng: StepRandom
+) -> SampledCondition:
+    """Return a condition of a training batch, with perturbed queries and randomly hidden parts.
 
     Args:
         query: (B, D) unit rows, the images' own embeddings.
         neighbours: (B, P, D) unit rows, nearest first.
         config: Probabilities of the perturbation and of hiding.
         rng: Source of all randomness, on the device of the rows.
-
-    Returns:
-        (B, 1 + K, D + 1) float32.
     """
-    query = perturb_query(query.float(), config, rng)
-    neighbours = subsample_neighbours(neighbours.float(), config, rng)
-    uniform = rng.uniform(len(query))
+    query, neighbours = perturb_query(query.float(), config, rng), neighbours.float()
+    batch, pool, dimension = neighbours.shape
+    chosen, visible = choose_neighbours(batch, pool, config, rng, neighbours.device)
+    uniform = rng.uniform(batch)
     all_below = config.drop_all
     query_below = all_below + config.drop_query
     neighbours_below = query_below + config.drop_neighbours
     hide_all = uniform < all_below
     hide_query = hide_all | ((uniform >= all_below) & (uniform < query_below))
     hide_neighbours = hide_all | ((uniform >= query_below) & (uniform < neighbours_below))
+    visible = visible & ~hide_neighbours[:, None]
     query = query.masked_fill(hide_query[:, None], 0)
-    neighbours = neighbours.masked_fill(hide_neighbours[:, None, None], 0)
-    return condition_tokens(query, neighbours, dimension=query.shape[1], batch=len(query))
+    shown = neighbours.gather(1, chosen[..., None].expand(-1, -1, dimension)).masked_fill(~visible[..., None], 0)
+    return SampledCondition(condition_tokens(query, shown, dimension=dimension, batch=batch), chosen, visible)
+
+
+def training_condition(query: Tensor, neighbours: Tensor, config: ConditioningConfig, rng: StepRandom) -> Tensor:
+    """Return the tokens (B, 1 + K, D + 1) of :func:`sample_condition`."""
+    return sample_condition(query, neighbours, config, rng).tokens

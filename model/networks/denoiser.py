@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from model.configs import Prediction, TransformerConfig, UNetConfig
 from model.diffusion.flow_matching import Denoiser, to_velocity
 from model.networks.dit import build_transformer
+from model.networks.image_tokens import ShownImages, takes_images
 from model.networks.unet import build_unet
 
 Network: TypeAlias = PixArtTransformer2DModel | UNet2DConditionModel
@@ -29,15 +30,21 @@ def build_denoiser(config: NetworkConfig, *, embedding_dimension: int, seed: int
             return build_unet(config, embedding_dimension=embedding_dimension, seed=seed)
 
 
-def as_denoiser(network: nn.Module, prediction: Prediction) -> Denoiser:
+def as_denoiser(network: nn.Module, prediction: Prediction, images: ShownImages | None = None) -> Denoiser:
     """Wrap ``network`` as a function of (x_σ (B, C, S, S), σ (B,), tokens (B, T, E)) to velocity (B, C, S, S) float32.
 
     x_σ and the tokens are cast to the dtype of the weights, so a bfloat16 network needs no autocast.
-    ``prediction`` is the type of the network's output.
+
+    Args:
+        network: A transformer or U-Net.
+        prediction: Type of the network's output.
+        images: Images of neighbours for a network that encodes them at every call, as in training. Default: None.
     """
     inner = unwrap(network)
     # PixArt requires these arguments, but only its 1024-px models use them.
-    extra = {} if isinstance(inner, UNet2DConditionModel) else {"added_cond_kwargs": _NO_SIZES}
+    extra: dict[str, Any] = {} if isinstance(inner, UNet2DConditionModel) else {"added_cond_kwargs": _NO_SIZES}
+    if takes_images(inner):
+        extra["images"] = images
 
     def denoise(noisy: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
         dtype = inner.dtype

@@ -4,8 +4,8 @@ Legend: ``B`` batch, ``C S S`` image, ``T`` condition tokens, ``E`` their channe
 
 The network is diffusers' ``PixArtTransformer2DModel`` (patches, adaLN-single on the timestep, cross-attention; Chen et
 al. 2310.00426). Condition tokens take the place of the captions. This project defines the size, the initial weights,
-the meaning of the output, and cheaper forms of the attention and patch layers
-(:mod:`model.networks.fused_attention`).
+the meaning of the output, cheaper forms of the attention and patch layers (:mod:`model.networks.fused_attention`), and
+attention to the images of neighbours (:mod:`model.networks.image_tokens`).
 """
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from model.configs import TransformerConfig
 from model.diffusion.conditioning import MARKER_CHANNELS
 from model.networks.fused_attention import use_fused_attention
+from model.networks.image_tokens import add_image_tokens
 
 
 def build_transformer(config: TransformerConfig, *, embedding_dimension: int, seed: int) -> PixArtTransformer2DModel:
@@ -36,7 +37,9 @@ def build_transformer(config: TransformerConfig, *, embedding_dimension: int, se
         )
         initialise(network)
     use_fused_attention(network)
-    return network
+    if not config.neighbour_images:
+        return network
+    return add_image_tokens(network, images=config.neighbour_images, patch=config.neighbour_patch, seed=seed)
 
 
 def initialise(network: PixArtTransformer2DModel) -> None:

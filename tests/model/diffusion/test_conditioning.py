@@ -8,12 +8,15 @@ from torch import Tensor
 
 from model.configs import ConditioningConfig
 from model.diffusion.conditioning import (
+    append_image_tokens,
+    choose_neighbours,
     condition_tokens,
     interpolate_tokens,
     null_condition,
     perturb_query,
+    sample_condition,
     slerp,
-    subsample_neighbours,
+    split_image_tokens,
     training_condition,
 )
 from model.errors import ModelError
@@ -177,21 +180,28 @@ def numbered(batch: int, pool: int) -> Tensor:
     return torch.stack([ranks, -ranks], dim=2)
 
 
+def neighbours_shown(neighbours: Tensor, config: ConditioningConfig) -> Tensor:
+    """Return the chosen neighbours (B, K, D) of pools (B, P, D), hidden ones as zeros."""
+    batch, pool, dimension = neighbours.shape
+    chosen, visible = choose_neighbours(batch, pool, config, seeded(), neighbours.device)
+    return neighbours.gather(1, chosen[..., None].expand(-1, -1, dimension)) * visible[..., None]
+
+
 def ranks_shown(batch: int, pool: int, **settings: Any) -> Tensor:
     """Return the ranks (1 …) of the neighbours that each sample sees, 0 for a hidden one."""
     config = ConditioningConfig(pool=pool, **settings)
-    shown = subsample_neighbours(numbered(batch, pool), config, seeded())
+    shown = neighbours_shown(numbered(batch, pool), config)
     assert torch.equal(shown[..., 1], -shown[..., 0]), "whole rows are chosen"
     return shown[..., 0].long()
 
 
-def test_subsample_neighbours_small_pool_is_unchanged() -> None:
+def test_choose_neighbours_small_pool_is_unchanged() -> None:
     assert ranks_shown(50, 3, neighbours=3, fewer_neighbours=0).tolist() == [[1, 2, 3]] * 50
-    short = subsample_neighbours(numbered(5, 2), ConditioningConfig(neighbours=3, fewer_neighbours=0), seeded())
+    short = neighbours_shown(numbered(5, 2), ConditioningConfig(neighbours=3, fewer_neighbours=0))
     assert short.shape == (5, 2, 2), "a database may have fewer"
 
 
-def test_subsample_neighbours_half_nearest_half_random_in_order() -> None:
+def test_choose_neighbours_half_nearest_half_random_in_order() -> None:
     ranks = ranks_shown(20_000, 6, neighbours=3, fewer_neighbours=0)
     assert (ranks.diff(dim=1) > 0).all(), "nearest first, none twice"
     nearest = (ranks == torch.tensor([1, 2, 3])).all(1)
@@ -203,12 +213,36 @@ def test_subsample_neighbours_half_nearest_half_random_in_order() -> None:
     assert shares[3:].tolist() == pytest.approx([10 / 19] * 3, abs=0.03)
 
 
-def test_subsample_neighbours_fewer_neighbours_are_the_nearest() -> None:
+def test_choose_neighbours_fewer_neighbours_are_the_nearest() -> None:
     ranks = ranks_shown(20_000, 4, neighbours=4, fewer_neighbours=0.5)
     counts = (ranks > 0).sum(1)
     assert torch.equal(ranks, torch.arange(1, 5) * (torch.arange(4) < counts[:, None]))
     shares = [(counts == count).float().mean().item() for count in range(5)]
     assert shares == pytest.approx([0, 0.125, 0.125, 0.125, 0.625], abs=0.014)
+
+
+def test_sample_condition_names_the_shown_neighbours() -> None:
+    query, neighbours = rows(500, 8), rows(500, 6, 8)
+    sampled = sample_condition(query, neighbours, ConditioningConfig(neighbours=3, pool=6), seeded())
+    shown = sampled.tokens[:, 1:, :-1] / 8**0.5
+    assert torch.equal(shown.any(2), sampled.visible)
+    expected = neighbours.gather(1, sampled.chosen[..., None].expand(-1, -1, 8)) * sampled.visible[..., None]
+    torch.testing.assert_close(shown, expected.float())
+
+
+def test_append_image_tokens_is_undone_by_split() -> None:
+    tokens, images = rows(2, 4, 9), rows(2, 6, 8)
+    condition = append_image_tokens(tokens, images)
+    assert condition.shape == (2, 10, 10)
+    vectors, appended = split_image_tokens(condition, channels=9, count=6)
+    assert appended is not None
+    assert torch.equal(vectors, tokens)
+    assert torch.equal(appended, images)
+    hidden, none = split_image_tokens(null_condition(condition), channels=9, count=6)
+    assert torch.equal(hidden, null_condition(tokens))
+    assert none is not None
+    assert not none.any()
+    assert split_image_tokens(tokens, channels=9, count=6)[1] is None
 
 
 def test_training_condition_has_the_configured_number_of_neighbours() -> None:
@@ -223,6 +257,7 @@ def test_training_condition_has_the_configured_number_of_neighbours() -> None:
         {"drop_all": 0.5, "drop_query": 0.4, "drop_neighbours": 0.2},
         {"gap_probability": 1.1},
         {"fewer_neighbours": 1.1},
+        {"drop_images": -0.1},
         {"neighbours": 4, "pool": 3},
         {"gap_weight": 1.0},
     ],

@@ -12,6 +12,7 @@ from model.configs import TransformerConfig, UNetConfig, VQTransformerConfig
 from model.networks.compilation import compile_in_place
 from model.networks.denoiser import as_denoiser
 from model.networks.dit import build_transformer
+from model.networks.image_tokens import add_image_tokens
 from model.networks.unet import build_unet
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder
 from model.networks.vq_transformer import build_vq_transformer
@@ -53,6 +54,8 @@ def test_compile_in_place_compiles_transformers_whole_and_others_by_block(monkey
     unet = build_unet(UNetConfig(image_size=8, widths=(32, 32), layers=1), embedding_dimension=8, seed=0)
     autoencoder = build_autoencoder(AutoencoderConfig(image_size=16, channels=(8, 8, 16)), seed=0)
     assert compiled_parts(random_network(), monkeypatch) == compiled_parts(codes, monkeypatch) == [""]
+    with_images = add_image_tokens(random_network(), patch=8)
+    assert compiled_parts(with_images, monkeypatch) == [""]
     blocks = ["transformer_blocks.0", "transformer_blocks.1"]
     assert compiled_parts(random_network(), monkeypatch, whole=False) == blocks
     assert compiled_parts(unet, monkeypatch) == ["down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1"]

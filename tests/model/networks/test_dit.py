@@ -6,10 +6,12 @@ from diffusers import PixArtTransformer2DModel
 from support import tiny_models
 from torch import Tensor, nn
 
+from infra.key_fields import key_settings
 from model.configs import TransformerConfig
 from model.diffusion.conditioning import condition_tokens
 from model.networks.denoiser import as_denoiser
 from model.networks.dit import build_transformer
+from model.networks.image_tokens import takes_images
 
 NOISY = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 SIGMA = torch.tensor([0.2, 0.5, 0.9])
@@ -61,10 +63,38 @@ def test_build_transformer_size_matches_the_config(image_size: int, patch_size: 
     )
 
 
-@pytest.mark.parametrize("wrong", [{"patch_size": 3}, {"layers": 0}, {"heads": 0}, {"head_width": 0}, {"channels": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"patch_size": 3},
+        {"layers": 0},
+        {"heads": 0},
+        {"head_width": 0},
+        {"channels": 0},
+        {"neighbour_images": 5},
+        {"neighbour_images": 1, "channels": 4},
+        {"neighbour_patch": 5, "neighbour_images": 1},
+        {"head_width": 12, "neighbour_images": 1},
+    ],
+)
 def test_transformer_config_invalid_field_raises(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TransformerConfig(**wrong)
+
+
+def test_build_transformer_with_neighbour_images_has_the_same_other_weights() -> None:
+    plain, extended = (
+        build_transformer(tiny_models.size(neighbour_images=images, neighbour_patch=4), embedding_dimension=8, seed=3)
+        for images in (0, 2)
+    )
+    assert (takes_images(plain), takes_images(extended)) == (False, True)
+    weights = extended.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in plain.state_dict().items())
+
+
+def test_transformer_config_without_neighbour_images_has_the_key_of_earlier_versions() -> None:
+    assert not {"neighbour_images", "neighbour_patch"} & key_settings(TransformerConfig()).keys()
+    assert key_settings(TransformerConfig(neighbour_images=2))["neighbour_images"] == 2
 
 
 def test_as_denoiser_passes_1000_sigma_and_the_tokens_to_the_network() -> None:
