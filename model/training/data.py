@@ -25,8 +25,8 @@ from torch import Tensor
 from model.errors import ModelError
 from model.images import to_model_range
 from model.step_random import mix_seeds
-from model.training.batch import Batch
-from model.training.neighbour_rows import NeighbourEmbeddings, RowArray
+from model.training.batch import Batch, concatenate
+from model.training.neighbour_rows import NeighbourImages, NeighbourRows, RowArray
 
 WINDOW_ROWS = 1 << 18
 _SHARDS, _ROWS = 1, 2  # random streams
@@ -87,6 +87,7 @@ class TrainingSet:
         device: torch.device | str = "cpu",
         rank: int = 0,
         world: int = 1,
+        database_images: RowArray | None = None,
     ) -> None:
         """Create a training set.
 
@@ -99,14 +100,22 @@ class TrainingSet:
             device: Device of the windows and batches. Default: "cpu".
             rank: Rank of this worker. Default: 0.
             world: Number of workers. Each loads only its own rows of a streamed set. Default: 1.
+            database_images: Images of the database (M, S, S, 3) uint8, memory-mapped if large, for a network that takes
+                the images of neighbours. Default: None.
 
         Raises:
-            ModelError: There are no shards or no database rows.
+            ModelError: There are no shards or no database rows, or the database has more or fewer images than rows.
         """
         self._shards = [_InMemorySource(shards)] if isinstance(shards, TrainingRows) else list(shards)
         if not self._shards or not len(database_rows):
             raise ModelError("the training set is empty; embed at least one image")
-        self._database = NeighbourEmbeddings(database_rows, device)
+        if database_images is not None and len(database_images) != len(database_rows):
+            raise ModelError(
+                f"numbers of images and rows of the database differ: {len(database_images)}, {len(database_rows)}; "
+                "give the image of every row"
+            )
+        self._database = NeighbourRows(database_rows, device)
+        self._database_images = None if database_images is None else NeighbourRows(database_images, device)
         self._device, self._window_rows = torch.device(device), window_rows
         self._rank, self._world = rank, world
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="training-set")
@@ -132,7 +141,7 @@ class TrainingSet:
             )
         count = size // parts
         pieces = list(self._pieces(step * size + part * count, count, seed, size))
-        return pieces[0] if len(pieces) == 1 else _concatenate(pieces)
+        return pieces[0] if len(pieces) == 1 else concatenate(pieces)
 
     def _pieces(self, start: int, count: int, seed: int, size: int) -> Iterator[Batch]:
         """Yield batches, usually one, for ``count`` global sample positions from ``start``: one per window."""
@@ -140,7 +149,7 @@ class TrainingSet:
             window = self._window_at(seed, start)
             available = min(count, window.end - start)
             chosen = self._order(seed, window)[start - window.start :][:available]
-            yield self._window(seed, window, size).gather(chosen, self._database)
+            yield self._window(seed, window, size).gather(chosen, self._database, self._database_images)
             start, count = start + available, count - available
 
     def _window_at(self, seed: int, position: int) -> "_EpochWindow":
@@ -278,26 +287,18 @@ class _Window:
         self._reference = None if rows.reference is None else torch.from_numpy(rows.reference).to(device)
         self._own_rows = None if own_rows is None else torch.from_numpy(own_rows).to(device)
 
-    def gather(self, chosen: Tensor, database: NeighbourEmbeddings) -> Batch:
+    def gather(self, chosen: Tensor, database: NeighbourRows, images: NeighbourRows | None) -> Batch:
         """Return a batch of the ``chosen`` rows, which are positions in the whole window."""
         if self._own_rows is not None:
             chosen = torch.searchsorted(self._own_rows, chosen)
+        ids = self._neighbours[chosen]
         return Batch(
             images=_to_target(self._images[chosen]),
             query=self._embeddings[chosen].float(),
-            neighbours=database.lookup(self._neighbours[chosen]),
+            neighbours=database.lookup(ids).float(),
             reference=None if self._reference is None else to_model_range(self._reference[chosen]),
+            neighbour_images=None if images is None else NeighbourImages(ids=ids, rows=images),
         )
-
-
-def _concatenate(pieces: list[Batch]) -> Batch:
-    references = [piece.reference for piece in pieces if piece.reference is not None]
-    return Batch(
-        images=torch.cat([piece.images for piece in pieces]),
-        query=torch.cat([piece.query for piece in pieces]),
-        neighbours=torch.cat([piece.neighbours for piece in pieces]),
-        reference=torch.cat(references) if references else None,
-    )
 
 
 def _to_target(stored: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from model.configs import Prediction
-from model.diffusion.conditioning import condition_tokens
+from model.diffusion.conditioning import append_image_tokens, condition_tokens
 from model.generation.backbone import new_backbone
 from model.networks.build import AnyNetwork
+from model.networks.image_tokens import takes_images
 from model.networks.latents import Autoencoder, decode_latents
 from model.networks.vq_autoencoder import decode_codes
 from model.training.batch import Batch
@@ -28,7 +29,7 @@ def generate_preview(
 
     Args:
         network: The network in training, not sharded.
-        batch: Queries and neighbours, on the network's device.
+        batch: Queries and neighbours, on the network's device. Without images of neighbours, the network sees none.
         prediction: Output of a continuous network.
         autoencoder: Autoencoder of the network's latents or codes; None for a network over pixels.
         seed: Seed of the noise. Default: 0.
@@ -38,6 +39,12 @@ def generate_preview(
     """
     backbone, count = new_backbone(network.eval(), vae=autoencoder, prediction=prediction), len(batch.query)
     tokens = condition_tokens(batch.query, batch.neighbours, dimension=batch.query.shape[1], batch=count)
+    if takes_images(network) and batch.neighbour_images is not None:
+        most = min(network.config.neighbour_images, batch.neighbours.shape[1])
+        first = torch.arange(most, device=tokens.device).expand(count, -1)
+        images = batch.neighbour_images.choose(first)
+        encoded = network.encode_images(images, torch.ones_like(first, dtype=torch.bool))
+        tokens = append_image_tokens(tokens, encoded)
     steps = min(STEPS, backbone.max_steps or STEPS)
     noise = backbone.noise(count, steps, torch.Generator().manual_seed(seed))
     images = backbone.generate(

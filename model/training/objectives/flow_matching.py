@@ -3,12 +3,13 @@
 from torch import Tensor, nn
 
 from model.configs import ConditioningConfig, Prediction
-from model.diffusion.conditioning import training_condition
+from model.diffusion.conditioning import sample_condition
 from model.diffusion.flow_matching import flow_matching_loss, sample_sigmas
 from model.networks.denoiser import as_denoiser, unwrap
 from model.networks.editor import is_editor, with_reference
 from model.step_random import StepRandom
 from model.training.batch import Batch
+from model.training.shown_images import shown_images
 
 
 class FlowMatching(nn.Module):
@@ -29,10 +30,11 @@ class FlowMatching(nn.Module):
 
     def forward(self, network: nn.Module, batch: Batch, rng: StepRandom) -> Tensor:
         """Return the mean loss of ``batch``, a scalar float32."""
-        condition = training_condition(batch.query, batch.neighbours, self.conditioning, rng)
+        condition = sample_condition(batch.query, batch.neighbours, self.conditioning, rng)
         sigma = sample_sigmas(len(batch.images), rng)
         noise = rng.normal(*batch.images.shape)
-        denoiser = as_denoiser(network, self.prediction)
+        images = shown_images(network, batch, condition, self.conditioning, rng)
+        denoiser = as_denoiser(network, self.prediction, images)
         if is_editor(unwrap(network)):
             denoiser = with_reference(denoiser, None)
-        return flow_matching_loss(denoiser, batch.images, condition, sigma, noise, self.prediction)
+        return flow_matching_loss(denoiser, batch.images, condition.tokens, sigma, noise, self.prediction)

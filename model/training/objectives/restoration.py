@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.configs import ConditioningConfig, Prediction, RestorationConfig
-from model.diffusion.conditioning import training_condition
+from model.diffusion.conditioning import sample_condition
 from model.diffusion.flow_matching import flow_matching_loss, sample_sigmas
 from model.errors import ModelError
 from model.networks.denoiser import as_denoiser
 from model.networks.editor import with_reference
 from model.step_random import StepRandom
 from model.training.batch import Batch
+from model.training.shown_images import shown_images
 
 
 class PasteRandomness(NamedTuple):
@@ -128,13 +129,14 @@ class Restoration(nn.Module):
                 "give pixels, because editing is not trained on latents or codes"
             )
         images, count = batch.images, len(batch.images)
-        condition = training_condition(batch.query, batch.neighbours, self.conditioning, rng)
+        condition = sample_condition(batch.query, batch.neighbours, self.conditioning, rng)
         sigma = sample_sigmas(count, rng)
         noise = rng.normal(*images.shape)
         randomness, hidden = sample_randomness(rng, count), rng.uniform(count)
         reference = self.reference(images, batch.reference, randomness, hidden)
-        denoiser = with_reference(as_denoiser(network, self.prediction), reference)
-        return flow_matching_loss(denoiser, images, condition, sigma, noise, self.prediction)
+        shown = shown_images(network, batch, condition, self.conditioning, rng)
+        denoiser = with_reference(as_denoiser(network, self.prediction, shown), reference)
+        return flow_matching_loss(denoiser, images, condition.tokens, sigma, noise, self.prediction)
 
 
 def _shapes(uniforms: Tensor, side: int, config: RestorationConfig) -> Tensor:

@@ -14,7 +14,7 @@ from model.images import image_to_array, to_model_range
 from model.retrieval.concatenated_rows import ConcatenatedRows
 from model.training.batch import Batch
 from model.training.data import TrainingRows, TrainingSet
-from model.training.neighbour_rows import NeighbourEmbeddings
+from model.training.neighbour_rows import NeighbourRows
 
 N = 12
 DATABASE = tiny_models.unit_rows(2 * N, seed=1)
@@ -287,12 +287,11 @@ def test_concatenated_rows_equal_one_array() -> None:
         ConcatenatedRows([DATABASE, DATABASE[:, :4]])
 
 
-def test_neighbour_embeddings_too_large_are_read_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbour_rows_too_large_are_read_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, joined = torch.tensor([[0, 23], [5, 5]]), ConcatenatedRows([DATABASE[:5], DATABASE[5:]])
-    resident = NeighbourEmbeddings(joined, "cpu")
-    monkeypatch.setattr(NeighbourEmbeddings, "MAX_RESIDENT_BYTES", DATABASE.nbytes - 1)
-    mapped = NeighbourEmbeddings(joined, "cpu")
+    resident = NeighbourRows(joined, "cpu")
+    monkeypatch.setattr(NeighbourRows, "MAX_RESIDENT_BYTES", DATABASE.nbytes - 1)
+    mapped = NeighbourRows(joined, "cpu")
     monkeypatch.setattr(ConcatenatedRows, "__getitem__", lambda *_: np.zeros((2, 2, 8), np.float16))
-    np.testing.assert_array_equal(resident.lookup(ids), DATABASE[ids].astype(np.float32))
-    assert resident.lookup(ids).dtype == torch.float32
+    np.testing.assert_array_equal(resident.lookup(ids), DATABASE[ids])
     assert not mapped.lookup(ids).any(), "the rows are read at every call"
