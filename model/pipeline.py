@@ -91,6 +91,7 @@ class KNNDiffusionPipeline(EditingPipeline):
         candidates: int | None = None,
         query: QuerySlot | None = None,
         retrieve: bool = True,
+        neighbour_images: bool = True,
         quality: Quality | None = None,
         start: Start | None = None,
         strength: float | None = None,
@@ -124,6 +125,8 @@ class KNNDiffusionPipeline(EditingPipeline):
             query: Embedding in the query's slot: "text" (the prompt's), "mean" (of the neighbours), "both" (the mean of
                 the two) or "none". Default: the generator's; without retrieval "text".
             retrieve: False hides the neighbours, the ablation without retrieval. Default: True.
+            neighbour_images: False hides the images of the neighbours from a network that takes them, the ablation with
+                embeddings alone. Interpolations always hide them. Default: True.
             quality: "fast" or "best", a preset for ``candidates``, ``query``, ``start`` and ``strength``, which given
                 arguments override. From a database without images it starts from noise. Default: None, no preset.
             start: "noise", "neighbour" (a stored image, at random among the nearest three of about the same score), or
@@ -188,14 +191,15 @@ class KNNDiffusionPipeline(EditingPipeline):
 
         embeddings = self.embed(prompt)
         database = self.database if retrieve else None  # it may be swapped during the call
-        condition = self.condition(embeddings, k, preset.query, retrieve, database=database)
+        show = neighbour_images and between is None
+        condition = self.condition(embeddings, k, preset.query, retrieve, database=database, neighbour_images=show)
         tokens = condition.tokens if between is None else _interpolate(condition.tokens, between)
         negative = None
         if negative_prompt is not None:
             away = one_for_each(self.embed(negative_prompt), len(tokens), name="negative prompts", of="prompts")
-            negative = self.condition(away, k, preset.query, retrieve, database=database).tokens.repeat_interleave(
-                repeats, dim=0
-            )
+            negative = self.condition(
+                away, k, preset.query, retrieve, database=database, neighbour_images=show
+            ).tokens.repeat_interleave(repeats, dim=0)
         tokens = tokens.repeat_interleave(repeats, dim=0)
         target = embeddings if condition.query is None else condition.query
         backbone = self.backbone

@@ -33,6 +33,7 @@ class EditingPipeline(BasePipeline):
         generator: torch.Generator | None = None,
         neighbours: int | None = None,
         retrieve: bool = True,
+        neighbour_images: bool = True,
         on_progress: ProgressCallback | None = None,
         **options: Any,
     ) -> list[Image.Image]:
@@ -51,6 +52,8 @@ class EditingPipeline(BasePipeline):
             neighbours: K. Default: the number shown in training, with which the other defaults were measured; 3 for
                 "flow".
             retrieve: False hides the neighbours. Default: True.
+            neighbour_images: False hides the images of the neighbours from a network that takes them. Otherwise text
+                and source are each shown with those of their own neighbours. Default: True.
             on_progress: Called with (candidates, total candidates) after each candidate. Default: None.
             **options: Further fields of :class:`model.editing.config.EditConfig`, e.g. guidance_scale or candidates.
 
@@ -76,12 +79,13 @@ class EditingPipeline(BasePipeline):
         targets = one_for_each(self.embed(prompt), len(sources), name="prompts", of="images")
         database = self.database if retrieve else None  # it may be swapped during the call
         query = "both" if flow and retrieve else None
-        tokens = self.condition(targets, k, query, retrieve, database=database).tokens
+        shared: Any = {"database": database, "neighbour_images": neighbour_images}
+        tokens = self.condition(targets, k, query, retrieve, **shared).tokens
         source_tokens = None
         if needs_source_tokens(config):
             embeddings = embed_images(self._embed_pixels, sources, backbone.device)
             k, query = (trained, "text") if flow else (k, None)  # the source's own embedding, as in training
-            source_tokens = self.condition(embeddings, k, query, retrieve, database=database).tokens
+            source_tokens = self.condition(embeddings, k, query, retrieve, **shared).tokens
         edited = edit(
             backbone, self._embed_pixels, sources, targets, tokens, source_tokens, config, generator, on_progress
         )

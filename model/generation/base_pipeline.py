@@ -3,6 +3,7 @@
 Legend: ``P`` prompts, ``K`` neighbours, ``D`` embedding width.
 """
 
+import logging
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.diffusion.conditioning import MARKER_CHANNELS
+from model.diffusion.conditioning import MARKER_CHANNELS, append_image_tokens
 from model.diffusion.guidance import FULL_INTERVAL
 from model.diffusion.solver import Scheduler
 from model.encoder.clip import Encoder, encoder_for
@@ -23,12 +24,16 @@ from model.errors import ModelError
 from model.generation.arguments import check_defaults
 from model.generation.backbone import Backbone, is_discrete, new_backbone
 from model.generation.condition import Condition, build_condition
+from model.generation.neighbour_images import encode_neighbours
 from model.generation.prompts import Prompts, embed_prompts
 from model.networks.build import AnyNetwork
 from model.networks.compilation import compile_in_place
 from model.networks.fused_attention import use_fused_attention
+from model.networks.image_tokens import takes_images
 from model.retrieval.searchable import Searchable
 from model.saved_generator import check_weights
+
+logger = logging.getLogger(__name__)
 
 
 class BasePipeline(DiffusionPipeline):
@@ -104,6 +109,7 @@ class BasePipeline(DiffusionPipeline):
             )
         self._encoder: Encoder | None = None
         self._database: Searchable | None = None
+        self._without_images: set[str] = set()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
@@ -179,7 +185,7 @@ class BasePipeline(DiffusionPipeline):
 
     @property
     def has_images(self) -> bool:
-        """True if there is a database whose images can be read, for a ``start`` from a stored neighbour."""
+        """True if there is a database whose images can be read, to start from them or to show them to the network."""
         return self._database is not None and self._database.has_images
 
     @property
@@ -214,8 +220,11 @@ class BasePipeline(DiffusionPipeline):
         retrieve: bool = True,
         *,
         database: Searchable | None = None,
+        neighbour_images: bool = True,
     ) -> Condition:
         """Retrieve the neighbours of embeddings (P, D) and build the condition tokens.
+
+        If the network takes images of neighbours and the database stores them, their tokens are appended.
 
         Args:
             embeddings: (P, D) unit rows on the CPU.
@@ -223,13 +232,14 @@ class BasePipeline(DiffusionPipeline):
             query: Embedding in the query's slot. Default: the generator's; without retrieval "text".
             retrieve: False hides the neighbours. Default: True.
             database: Database to search. Default: that of the pipeline.
+            neighbour_images: False hides the images of the neighbours. Default: True.
 
         Raises:
             ModelError: ``query`` is not valid, or there is no database to search.
         """
         if retrieve and database is None:
             database = self.database
-        return build_condition(
+        condition = build_condition(
             embeddings,
             k,
             query or (self.config.query if retrieve else "text"),
@@ -237,6 +247,21 @@ class BasePipeline(DiffusionPipeline):
             dimension=self._identity.dimension,
             trained_neighbours=self.config.trained_neighbours,
         )
+        network, hits = self.transformer, condition.hits
+        if not (neighbour_images and takes_images(network)) or hits is None or database is None:
+            return condition
+        if not database.has_images:
+            self._log_without_images(database.name)
+            return condition
+        images = encode_neighbours(network, hits.ids, database)
+        return condition._replace(tokens=append_image_tokens(condition.tokens, images))
+
+    def _log_without_images(self, database: str) -> None:
+        if database not in self._without_images:
+            self._without_images.add(database)
+            logger.warning(
+                "database %s has no readable images; the generator uses the embeddings of neighbours alone", database
+            )
 
     def _embed_pixels(self, pixels: NDArray[np.uint8]) -> Tensor:
         return self.encoder.embed_pixels(pixels)

@@ -24,7 +24,8 @@ class Condition(NamedTuple):
     """The condition of P prompts.
 
     Attributes:
-        tokens: (P, 1 + K, D + 1). If training used more than K neighbours, hidden ones are appended.
+        tokens: (P, 1 + K, D + 1). If training used more than K neighbours, hidden ones are appended. Image tokens may
+            follow, see :func:`model.diffusion.conditioning.append_image_tokens`.
         query: (P, D) unit rows in the query's slot, or None if it is hidden.
         hits: The neighbours, or None without retrieval.
     """
