@@ -28,7 +28,7 @@ from tasks.evaluate.config import MIN_COMPARED, SAMPLES, EvaluateConfig
 from tasks.evaluate.sampler import ABLATIONS, MAIN, Condition, Sampler, embed_unique, queries_of, row_ids_at
 from tasks.references.database import open_database
 from tasks.references.generator import generator_folder
-from tasks.references.images import fetch_images
+from tasks.references.images import fetch_images, with_stored_images
 from tasks.references.types import DatabaseVersion, Generator, encoder_of
 
 SHOWN = 64
@@ -83,7 +83,10 @@ class Evaluator:
         """Open the databases and the generator of ``subject``. Progress is written to ``folder_uri``."""
         self._subject, self._config, self._cache = subject, subject.config, cache
         versions = {subject.name: subject.database, **subject.others}
-        self._opened = {name: open_database(version, cache) for name, version in versions.items()}
+        self._opened = {
+            name: with_stored_images(open_database(version, cache), version, cache)
+            for name, version in versions.items()
+        }
         for name, opened in self._opened.items():
             if len(opened) < MIN_COMPARED:
                 raise InputError(

@@ -143,6 +143,7 @@ class GeneratorModel(CheckedModel):
         """
         from model.errors import ModelError
         from tasks.references.database import open_database
+        from tasks.references.images import with_stored_images
 
         if not name:
             return self.pipeline
@@ -155,7 +156,8 @@ class GeneratorModel(CheckedModel):
             raise PredictionError(f"no database is registered as {name}; give the name of a registered one") from None
         with self._lock:  # the server predicts in several threads
             if version.uri not in self._others:
-                database = open_database(version, self.settings.cache_folder)
+                cache = self.settings.cache_folder
+                database = with_stored_images(open_database(version, cache), version, cache)
                 other = copy.copy(self.pipeline)  # shares the networks
                 try:
                     other.swap_database(database)

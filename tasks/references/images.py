@@ -1,5 +1,6 @@
 """Stored images behind rows of a database."""
 
+import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +9,18 @@ from PIL import Image
 
 from infra import artifacts
 from infra.download.images import to_rgb
-from infra.errors import IntegrityError
+from infra.errors import IntegrityError, KNNDiffusionError
 from infra.formats import webdataset
+from model.retrieval.database import Database
 from tasks.references.database import Metadata
 from tasks.references.lineage import embeddings_of, images_of
 from tasks.references.types import DatabaseVersion
+
+
+def with_stored_images(database: Database, version: DatabaseVersion, cache: Path) -> Database:
+    """Return ``database``, which was opened from ``version``, with the images of its rows."""
+    images = functools.partial(fetch_images, version, cache=cache)
+    return database.with_images(images, errors=(KNNDiffusionError,))
 
 
 def fetch_images(version: DatabaseVersion, ids: Sequence[int], cache: Path) -> list[Image.Image]:

@@ -1,7 +1,6 @@
 """Load databases and generators by name, and search databases. The CLI commands use these functions."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from model.retrieval.database import Database
 from model.saved_generator import pretrained_folder
 from tasks.references.database import Metadata, open_database
 from tasks.references.generator import PIPELINE, generator_folder
-from tasks.references.images import fetch_images
+from tasks.references.images import fetch_images, with_stored_images
 from tasks.references.lineage import embeddings_of, images_of
 from tasks.references.trust import open_named, saved_pipeline
 from tasks.references.types import DatabaseVersion, Generator
@@ -59,8 +58,7 @@ def load_database(reference: str, settings: Settings, *, trust: bool = False) ->
     """
     version, _ = _pull_version(reference, settings, trust)
     database = open_database(version, settings.cache_folder)
-    images = functools.partial(fetch_images, version, cache=settings.cache_folder)
-    return database.with_images(images, errors=(KNNDiffusionError,))
+    return with_stored_images(database, version, settings.cache_folder)
 
 
 def search_database(

@@ -23,7 +23,8 @@ class TrainConfig:
     """Settings of the training stage: network, conditioning, objective, schedule and workers.
 
     Attributes:
-        network: Network. Default: that of ``start_from``, or a small transformer.
+        network: Network. Default: that of ``start_from``, or a small transformer. With ``start_from`` it may only add
+            ``neighbour_images``.
         autoencoder: Folder of a diffusers AutoencoderKL or VQModel. Default: train on pixels.
         image_size: Image side in px. Default: that of the network and its autoencoder.
         editing: Also train restoration, for editing. Needs a transformer over pixels.

@@ -42,6 +42,7 @@ def load_training_set(
         device=processing.device,
         rank=rank,
         world=world,
+        database_images=database_images(inputs.database, processing, cache),
     )
 
 
@@ -63,6 +64,13 @@ def training_shards(inputs: TrainingInputs, processing: ImageProcessing, cache: 
         found = (inputs.neighbours.uri, lists[shard.name].files[0])
         sources.append(ShardSource(stored, found, processing, decoded_database, shard.rows, dimension))
     return sources
+
+
+def database_images(database: DatabaseVersion, processing: ImageProcessing, cache: Path) -> RowArray | None:
+    """Return the images of the database (M, S, S, 3), memory-mapped, or None if the network takes none."""
+    if not processing.neighbour_images:
+        return None
+    return DecodedDatabase(database, cache, side=processing.side, threads=processing.threads).rows()
 
 
 def database_rows(database: DatabaseVersion, cache: Path) -> RowArray:

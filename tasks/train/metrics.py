@@ -14,7 +14,7 @@ from infra.uris import masked
 from model.images import image_grid, to_pil
 from model.training.data import TrainingRows, TrainingSet
 from model.training.preview import decode_targets, generate_preview
-from tasks.train.data import database_rows, training_shards
+from tasks.train.data import database_images, database_rows, training_shards
 from tasks.train.inputs import TrainingInputs
 from tasks.train.setup import TrainingSetup
 from tasks.train.shard_source import ImageProcessing
@@ -99,4 +99,9 @@ class Preview:
             embeddings=rows.embeddings[:PREVIEWED],
             neighbours=rows.neighbours[:PREVIEWED],
         )
-        return TrainingSet(previewed, database_rows(self._inputs.database, self._cache), device=self._processing.device)
+        return TrainingSet(
+            previewed,
+            database_rows(self._inputs.database, self._cache),
+            device=self._processing.device,
+            database_images=database_images(self._inputs.database, self._processing, self._cache),
+        )

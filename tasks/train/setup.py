@@ -20,6 +20,7 @@ from model.encoder.identity import EncoderIdentity
 from model.errors import ModelError
 from model.networks.build import AnyNetwork, build_network, config_of_network
 from model.networks.editor import is_editor, widen_input
+from model.networks.image_tokens import add_image_tokens, takes_images
 from model.networks.latents import Autoencoder
 from model.pipeline import KNNDiffusionPipeline
 from model.saved_generator import check_weights, pretrained_folder
@@ -69,6 +70,7 @@ def build_setup(config: TrainConfig, encoder: EncoderIdentity) -> TrainingSetup:
         pipeline = load_initial_pipeline(config.start_from, encoder)
         network = pipeline.transformer.float().requires_grad_(True)
         network_config = config_of_network(network, pipeline.config.prediction)
+        network, network_config = _with_image_tokens(network, network_config, config)
         if config.network not in (None, network_config):
             raise InputError(
                 f"network differs from that of {config.start_from}: {config.network}, not {network_config}; "
@@ -177,6 +179,21 @@ def _latent_channels(autoencoder: Autoencoder) -> int:
     settings: Any = autoencoder.config
     width = settings.vq_embed_dim if isinstance(autoencoder, VQModel) else None
     return int(width or settings.latent_channels)
+
+
+def _with_image_tokens(
+    network: AnyNetwork, built: NetworkConfig, config: TrainConfig
+) -> tuple[AnyNetwork, NetworkConfig]:
+    """Add the image tokens that ``config.network`` has and ``network``, built with the config ``built``, lacks."""
+    wanted = config.network
+    if not isinstance(wanted, TransformerConfig) or not isinstance(built, TransformerConfig):
+        return network, built
+    if not wanted.neighbour_images or not isinstance(network, PixArtTransformer2DModel) or takes_images(network):
+        return network, built
+    images, patch = wanted.neighbour_images, wanted.neighbour_patch
+    if dataclasses.replace(built, neighbour_images=images, neighbour_patch=patch) != wanted:
+        return network, built
+    return add_image_tokens(network, images=images, patch=patch, seed=config.training.seed), wanted
 
 
 def _widened(network: AnyNetwork, autoencoder: Autoencoder | None) -> AnyNetwork:

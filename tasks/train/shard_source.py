@@ -41,6 +41,7 @@ class ImageProcessing:
         autoencoder_digest: Digest of its files; part of the names of cached arrays.
         codes: Encode to codes instead of latents.
         editing: Also load the aligned neighbour of each image.
+        neighbour_images: Also load the images of the database, for a network that takes those of neighbours.
         device: Device of the autoencoder and of the training set.
         threads: Threads for decoding and alignment.
     """
@@ -50,6 +51,7 @@ class ImageProcessing:
     autoencoder_digest: str = ""
     codes: bool = False
     editing: bool = False
+    neighbour_images: bool = False
     device: str = "cpu"
     threads: int = 1
 

@@ -85,9 +85,13 @@ class DecodedDatabase:
 
     def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the images (m, S, S, 3) uint8 of database ``rows`` (m,). The first call decodes all missing shards."""
+        return self.rows()[rows]
+
+    def rows(self) -> ConcatenatedRows:
+        """Return all images, memory-mapped. The first call decodes all missing shards."""
         if self._joined is None:
             self._joined = ConcatenatedRows([self._decoded(shard) for shard in self._shards])
-        return self._joined[rows]
+        return self._joined
 
     def _decoded(self, shard: StoredShard) -> NDArray[np.uint8]:
         return cached_array(self._cache, "pixels", shard.digest(self._side), lambda: shard.pixels(self._side))

@@ -10,6 +10,7 @@ from infra import artifacts, storage
 from infra.compute import preemption, ray_train
 from model.configs import VQTransformerConfig
 from model.encoder.identity import EncoderIdentity
+from model.networks.image_tokens import takes_images
 from model.pipeline import new_pipeline
 from model.saved_generator import contents_digest
 from model.training import loop
@@ -84,6 +85,7 @@ def image_processing(config: TrainConfig, setup: TrainingSetup) -> ImageProcessi
         autoencoder_digest=contents_digest(folder) if autoencoder else "",
         codes=isinstance(setup.network_config, VQTransformerConfig),
         editing=config.editing,
+        neighbour_images=takes_images(setup.network),
         device=device,
         threads=config.cpus_per_worker,
     )

@@ -117,6 +117,19 @@ def test_load_for_editing_returns_aligned_first_neighbours(inputs: TrainingInput
     assert (expected != PIXELS).any(axis=(1, 2, 3)).all()
 
 
+def test_load_training_set_has_the_images_of_the_neighbours(inputs: TrainingInputs, tmp_path: Path) -> None:
+    chosen, target = torch.tensor([[0, 2]]).expand(COUNT, -1), to_model_range(torch.from_numpy(PIXELS))
+    for editing in (False, True):
+        processing = ImageProcessing(side=SIDE, editing=editing, neighbour_images=True)
+        batch = load_training_set(inputs, processing, tmp_path, window_bytes=1 << 20).batch(0, seed=0, size=COUNT)
+        assert batch.neighbour_images is not None
+        order = [int((target == image).all((1, 2, 3)).nonzero()) for image in batch.images]
+        expected = to_model_range(torch.from_numpy(PIXELS[nearest()[order][:, [0, 2]]]).flatten(0, 1))
+        assert torch.equal(batch.neighbour_images.choose(chosen).flatten(0, 1), expected)
+    plain = load_training_set(inputs, ImageProcessing(side=SIDE), tmp_path, window_bytes=1 << 20)
+    assert plain.batch(0, seed=0, size=2).neighbour_images is None
+
+
 def test_load_for_editing_aligns_once_per_side(
     inputs: TrainingInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ from model.configs import ConditioningConfig, TrainingConfig, TransformerConfig,
 from model.images import image_to_array
 from model.networks.build import config_of_network
 from model.networks.editor import is_editor, widen_input
+from model.networks.image_tokens import takes_images
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder
 from model.networks.vq_transformer import VQTransformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
@@ -49,6 +50,7 @@ SHORT = TrainingConfig(
     images=24, batch_size=4, warmup_images=8, checkpoint_images=8, log_images=8, grid_images=24, ema_decay=0.5
 )
 SMALL = tiny_models.size(image_size=16)
+WITH_IMAGES = tiny_models.size(image_size=16, neighbour_images=2)
 VQ = AutoencoderConfig(image_size=16, downscale=4, codes=16, code_width=4, channels=(8, 8, 8))
 CODES = VQTransformerConfig(codes=16, tokens=16, timesteps=10, layers=1, heads=1, head_width=16)
 UNET = UNetConfig(image_size=16, widths=(32, 64), layers=1)
@@ -114,7 +116,10 @@ def save_generator(folder: Path, *, network: Any = None, **defaults: Any) -> str
     return str(folder)
 
 
-@pytest.mark.parametrize("kind", ["transformer", "unet", "editor", "latents", "latents of a VQModel", "codes"])
+@pytest.mark.parametrize(
+    "kind",
+    ["transformer", "unet", "editor", "images", "editor with images", "latents", "latents of a VQModel", "codes"],
+)
 @pytest.mark.usefixtures("single_process")
 def test_train_saves_pipeline_that_generates_for_every_network(
     inputs: TrainingInputs, tmp_path: Path, kind: str
@@ -124,6 +129,8 @@ def test_train_saves_pipeline_that_generates_for_every_network(
         "transformer": {"network": SMALL},
         "unet": {"network": UNET},
         "editor": {"network": SMALL, "editing": True},
+        "images": {"network": WITH_IMAGES},
+        "editor with images": {"network": WITH_IMAGES, "editing": True},
         "latents": {"network": LATENTS, "autoencoder": folders["kl"], "image_size": 16},
         "latents of a VQModel": {"network": VQ_LATENTS, "autoencoder": folders["vq"], "image_size": 16},
         "codes": {"network": CODES, "autoencoder": folders["vq"], "image_size": 16},
@@ -144,7 +151,7 @@ def test_train_saves_pipeline_that_generates_for_every_network(
         assert {image.tobytes() for image in images} == {cell.tobytes() for cell in cells[:10:2]}
     assert (cells[10:] == 255).all()
     pipeline = opened(outcome, tmp_path)
-    assert is_editor(pipeline.transformer) == (kind == "editor")
+    assert is_editor(pipeline.transformer) == ("editor" in kind)
     assert config_of_network(pipeline.transformer, "velocity") == changes["network"]
     assert pipeline.config.neighbours == 2
     pipeline.swap_database(tiny_models.database(tmp_path / "db", tiny_models.unit_rows(COUNT)))
@@ -342,6 +349,21 @@ def test_build_setup_accepts_bundled_generator() -> None:
     assert is_editor(setup.network)
     assert isinstance(objective_of(configured(start_from="sticker-generator"), setup), FlowMatching)
     assert isinstance(objective_of(configured(start_from="sticker-generator", editing=True), setup), Restoration)
+
+
+def test_build_setup_adds_image_tokens_to_the_initial_generator(tmp_path: Path) -> None:
+    start = save_generator(tmp_path / "base")
+    setup = build_setup(configured(start_from=start, network=WITH_IMAGES), tiny_models.identity())
+    assert takes_images(setup.network)
+    assert setup.network_config == WITH_IMAGES
+    again = save_generator(tmp_path / "again", network=setup.network)
+    for network in (None, WITH_IMAGES):
+        assert build_setup(configured(start_from=again, network=network), tiny_models.identity()).network_config == (
+            WITH_IMAGES
+        )
+    with pytest.raises(InputError, match=r"network differs from that of .*; omit network"):
+        wider = dataclasses.replace(WITH_IMAGES, heads=2)
+        build_setup(configured(start_from=start, network=wider), tiny_models.identity())
 
 
 def test_build_setup_for_editing_widens_the_input(tmp_path: Path) -> None:
