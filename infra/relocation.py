@@ -7,6 +7,7 @@ depend on them, so they remain valid.
 import contextlib
 import dataclasses
 import functools
+import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -128,7 +129,7 @@ def _rewrite_manifest(path: Path, rewrite: Rewrite) -> bool:
     )
     if moved == manifest:
         return False
-    storage.write_bytes(str(path), moved.to_json().encode())
+    _replace(path, moved.to_json().encode())
     return True
 
 
@@ -141,7 +142,7 @@ def _rewrite_marker(path: Path, rewrite: Rewrite) -> bool:
     moved = _moved(shard, rewrite)
     if moved == shard:
         return False
-    storage.write_bytes(str(path), marker_json(moved).encode())
+    _replace(path, marker_json(moved).encode())
     return True
 
 
@@ -149,8 +150,18 @@ def _rewrite_text(path: Path, rewrite: Rewrite) -> bool:
     text = path.read_text(encoding="utf-8")
     if (moved := rewrite(text)) == text:
         return False
-    storage.write_bytes(str(path), moved.encode())
+    _replace(path, moved.encode())
     return True
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file, as if it had been written a millisecond later than before.
+
+    Garbage collection orders its deletions by time, and a process that has read a manifest notices the change by it.
+    """
+    before = path.stat()
+    storage.write_bytes(str(path), data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
 
 
 def _rewrite_database(database: Path, rewrite: Rewrite) -> None:

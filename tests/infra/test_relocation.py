@@ -51,9 +51,13 @@ def test_relocate_repairs_a_moved_or_copied_root(is_moved: bool, original: Path,
         Registry(Settings(root=str(root))).pull("knn-diffusion", kind="generator")
     with pytest.raises(InputError, match="knn-diffusion relocate"):  # garbage collection would delete the copy
         Registry(Settings(root=str(root))).versions("database")
+    modified = {path: path.stat().st_mtime for path in root.rglob("*.json")}
     done = relocate(Settings(root=str(root)))
     assert done.former == (str(original),)
     assert done.files > 4
+    assert {path: path.stat().st_mtime for path in modified} == pytest.approx(modified, abs=0.002, rel=0), (
+        "garbage collection deletes the newest manifest first"
+    )
     if not is_moved:
         shutil.rmtree(original)
     for name, digest in digests.items():
