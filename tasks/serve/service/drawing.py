@@ -129,13 +129,12 @@ def _response(
     """Return the response: each image with its neighbours, and with the stored image that it is most similar to."""
     opened = plan.opened
     nearest = opened.database.nearest(pipeline.encoder.embed_images(images).numpy(), 1)
-    described: dict[bytes, list[Hit]] = {}  # the images of a prompt share their neighbours
+    nearest_of_each = opened.hits([*zip(nearest.ids.tolist(), nearest.scores.tolist(), strict=True)])
+    neighbours_of_each = opened.hits([(ids.tolist(), scores.tolist()) for ids, scores in neighbours])
     made = []
-    for number, (image, seed, (ids, scores)) in enumerate(zip(images, plan.seeds, neighbours, strict=True)):
-        if ids.tobytes() not in described:
-            described[ids.tobytes()] = opened.hits(ids.tolist(), scores.tolist())
-        own = described[ids.tobytes()]
-        most_similar = next(iter(opened.hits(nearest.ids[number].tolist(), nearest.scores[number].tolist())), None)
+    described = zip(images, plan.seeds, neighbours_of_each, nearest_of_each, strict=True)
+    for number, (image, seed, own, found) in enumerate(described):
+        most_similar = next(iter(found), None)
         made.append(
             MadeImage(
                 png=encode_png(image, _provenance(plan, seed, own, most_similar)),

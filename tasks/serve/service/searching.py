@@ -28,20 +28,21 @@ def search(plans: Sequence[SearchPlan]) -> list[SearchResponse]:
     queries = query_vectors(plans, opened, model.encoder)
     wanted = [one.request.k + (one.request.row is not None) for one in plans]  # a row does not find itself
     found = _nearest(plans, opened, queries, wanted)
+    hits = opened.hits([_chosen(one, *nearest) for one, nearest in zip(plans, found, strict=True)])
     return [
         SearchResponse(
             model=model.name,
             database=opened.info,
             encoder=model.pipeline.identity.name,
             settings=one.settings,
-            hits=opened.hits(*_chosen(one, *nearest)),
+            hits=own,
         )
-        for one, nearest in zip(plans, found, strict=True)
+        for one, own in zip(plans, hits, strict=True)
     ]
 
 
 def query_vectors(plans: Sequence[SearchPlan], opened: OpenDatabase, encoder: Encoder) -> NDArray[np.float32]:
-    """Return unit queries (Q, D): the mean of text, image and row, minus the mean of the negative texts."""
+    """Return unit queries (Q, D): the mean of what is given, as unit rows, minus the mean of the negative texts."""
     texts = list(
         dict.fromkeys(text for one in plans for text in (one.request.text, *one.request.negative) if text is not None)
     )

@@ -132,15 +132,17 @@ class OpenDatabase:
         place = int(np.searchsorted(hidden, row))
         return not 0 <= row < self._database.stored or (place < len(hidden) and int(hidden[place]) == row)
 
-    def hits(self, ids: Sequence[int], scores: Sequence[float]) -> list[Hit]:
-        """Return rows, best first, with metadata and the columns of the URL list. Hidden rows are left out."""
-        found = [(int(row), float(score)) for row, score in zip(ids, scores, strict=True) if not self.is_hidden(row)]
-        described = self._database.describe([row for row, _ in found])
-        own = self._columns(described)
-        return [
-            Hit(id=row, rank=rank, score=score, url=record.get("url"), key=record.get("key"), columns=columns)
-            for rank, ((row, score), record, columns) in enumerate(zip(found, described, own, strict=True), start=1)
-        ]
+    def hits(self, found: Sequence[tuple[Sequence[int], Sequence[float]]]) -> list[list[Hit]]:
+        """Return the hits of searches that found (ids, scores), best first, without hidden rows.
+
+        A hit has metadata and the columns of the URL list. Those of all searches are looked up together.
+        """
+        hidden = {row for row in {int(row) for ids, _ in found for row in ids} if self.is_hidden(row)}
+        shown = [[(row, score) for row, score in zip(*one, strict=True) if row not in hidden] for one in found]
+        rows = list(dict.fromkeys(row for one in shown for row, _ in one))
+        described = self._database.describe(rows)
+        known = dict(zip(rows, zip(described, self._columns(described), strict=True), strict=True))
+        return [[_hit(rank, score, *known[row]) for rank, (row, score) in enumerate(one, start=1)] for one in shown]
 
     def thumbnail(self, row: int, side_px: int) -> bytes:
         """Return a stored image as WebP. Raises ``NotFoundError`` for an unknown or hidden row."""
@@ -198,6 +200,12 @@ class OpenDatabase:
                 if self.has_images and number < _PRELOADED_TARS:
                     self._database.images([first])
             first += shard.rows
+
+
+def _hit(rank: int, score: float, record: dict[str, Any], columns: dict[str, Any]) -> Hit:
+    """Return a described row as a hit."""
+    url, key = record.get("url"), record.get("key")
+    return Hit(id=record["id"], rank=rank, score=score, url=url, key=key, columns=columns)
 
 
 def _matching(name: str, source: Source | None, where: str) -> NDArray[np.int64]:
