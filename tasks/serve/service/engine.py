@@ -18,6 +18,7 @@ from model.errors import ModelError
 from tasks.serve.service import drawing, searching
 from tasks.serve.service.batching import BatchQueue, Ticket
 from tasks.serve.service.catalog import Catalog
+from tasks.serve.service.checks import MAX_IMAGE_STEPS, MAX_WORD_CHARACTERS
 from tasks.serve.service.config import ServiceConfig
 from tasks.serve.service.errors import (
     DatabaseUnavailableError,
@@ -30,8 +31,6 @@ from tasks.serve.service.errors import (
 from tasks.serve.service.jobs import Job, JobTable, Response
 from tasks.serve.service.metrics import Metrics
 from tasks.serve.service.plans import (
-    MAX_IMAGE_STEPS,
-    MAX_WORD_CHARACTERS,
     EditPlan,
     GeneratePlan,
     SearchPlan,

@@ -43,7 +43,7 @@ class Job:
 
     Attributes:
         id: Random name of the job.
-        request: The request. A finished search has lost its image.
+        request: The request. A finished search has lost its image and its embedding.
         future: The response, or its error. A cancelled job raises ``JobCancelledError``.
     """
 
@@ -87,7 +87,7 @@ class Job:
         with self._lock:
             if not self.future.done():
                 if isinstance(self.request, SearchRequest):  # nothing reads it again, and a kept job would keep it
-                    self.request = self.request.model_copy(update={"image": None})
+                    self.request = self.request.model_copy(update={"image": None, "embedding": None})
                 self.future.set_result(response)
 
     def fail(self, error: BaseException) -> None:

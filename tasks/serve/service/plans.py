@@ -7,12 +7,11 @@ from it in turn. The image therefore depends neither on n nor on the batch. The 
 
 import dataclasses
 import hashlib
-import math
-import re
 import secrets
 from collections.abc import Hashable
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,16 +23,11 @@ from model.editing.edit import check_method
 from model.errors import ModelError
 from model.generation.backbone import Backbone
 from model.generation.quality import resolve
+from tasks.serve.service.checks import check_embedding, check_start, check_steps, require_text
 from tasks.serve.service.generator import OpenModel
 from tasks.serve.service.requests import EditRequest, GenerateRequest, Request, SearchRequest
 from tasks.serve.service.served import OpenDatabase
 
-MAX_IMAGE_STEPS = 6_400
-"""Maximum of images times candidates times steps: 16 images of quality "best" in 50 steps, some minutes on a CPU."""
-MAX_WORD_CHARACTERS = 200
-"""Maximum characters without white space; the tokenizer's time grows faster than the length of a word."""
-_LONG_WORD = re.compile(rf"[^ \t\r\n]{{{MAX_WORD_CHARACTERS + 1},}}")
-"""Other separators do not count: the tokenizer removes control characters, which joins the words beside them."""
 _LAST_SEED = 2**63
 _RANDOM_SEEDS = 2**32
 """Random seeds are below it, so that they are short, and exact in JavaScript."""
@@ -62,6 +56,7 @@ class SearchPlan:
             "text": request.text,
             "image_sha256": _digest(request.image),
             "row": request.row,
+            "embedding_sha256": _embedding_digest(request.embedding),
             "negative": request.negative,
             "k": request.k,
             "min_score": request.min_score,
@@ -152,7 +147,7 @@ def plan(request: Request, opened: OpenDatabase, model: OpenModel) -> Plan:
     except ModelError as error:
         raise InputError(str(error)) from error
     if not isinstance(planned, SearchPlan):
-        _check_steps(planned)
+        check_steps(planned.request.n, planned.settings)
     return planned
 
 
@@ -173,23 +168,17 @@ def _plan(request: Request, opened: OpenDatabase, model: OpenModel) -> Plan:
             return _plan_edit(request, opened, model)
 
 
-def _check_steps(planned: GeneratePlan | EditPlan) -> None:
-    """Raise ``InputError`` if one request would occupy the generator for too long."""
-    counts = [planned.request.n, planned.settings["candidates"], planned.settings["steps"]]
-    if (total := math.prod(counts)) > MAX_IMAGE_STEPS:
-        product = " × ".join(map(str, counts))
-        raise InputError(f"n × candidates × steps is too large: {product} = {total}; give at most {MAX_IMAGE_STEPS}")
-
-
 def _plan_search(request: SearchRequest, opened: OpenDatabase, model: OpenModel) -> SearchPlan:
-    _require_text(request.text, *request.negative)
+    require_text(request.text, *request.negative)
     if request.row is not None and opened.is_hidden(request.row):
         raise InputError(f"database {opened.name} has no row {request.row}; use the id of a result")
+    if request.embedding is not None:
+        check_embedding(request.embedding, model)
     return SearchPlan(request=request, opened=opened, model=model)
 
 
 def _plan_generation(request: GenerateRequest, opened: OpenDatabase, model: OpenModel) -> GeneratePlan:
-    _require_text(request.prompt, request.negative_prompt, request.interpolate_to)
+    require_text(request.prompt, request.negative_prompt, request.interpolate_to)
     defaults, between = model.defaults, request.interpolate_to is not None
     steps, guidance = request.steps or defaults["steps"], request.guidance or defaults["guidance"]
     if request.negative_prompt is not None and guidance <= 1:
@@ -199,7 +188,7 @@ def _plan_generation(request: GenerateRequest, opened: OpenDatabase, model: Open
     most = model.backbone.max_steps
     if most is not None and steps > most:
         raise InputError(f"steps is too large for this model: {steps}; give at most {most}")
-    _check_start(request, opened, model)
+    check_start(request, opened, model)
     preset = resolve(
         request.quality,
         model.backbone,
@@ -230,20 +219,8 @@ def _plan_generation(request: GenerateRequest, opened: OpenDatabase, model: Open
     return GeneratePlan(request=request, opened=opened, model=model, seed=_seed(request.seed), settings=settings)
 
 
-def _check_start(request: GenerateRequest, opened: OpenDatabase, model: OpenModel) -> None:
-    """Raise ``InputError`` if a generation cannot start from a stored neighbour, although the request says so."""
-    if request.start != "neighbour":
-        return
-    if request.interpolate_to is not None:
-        raise InputError("start=neighbour does not apply to an interpolation; remove it")
-    if not model.backbone.starts_from_images:
-        raise InputError("this model starts from noise only; remove start=neighbour")
-    if not opened.has_images:
-        raise InputError(f"database {opened.name} has no images to start from; remove start=neighbour")
-
-
 def _plan_edit(request: EditRequest, opened: OpenDatabase, model: OpenModel) -> EditPlan:
-    _require_text(request.prompt)
+    require_text(request.prompt)
     method = request.method or model.defaults["edit_method"]
     config = edit_config(method, strength=request.strength, steps=request.steps, guidance_scale=request.guidance)
     check_method(model.backbone, config)
@@ -275,17 +252,14 @@ def reduced(request: Request, opened: OpenDatabase) -> Request:
     return request.model_copy(update={"image": image})
 
 
-def _require_text(*texts: str | None) -> None:
-    if any(text is not None and not text.strip() for text in texts):
-        raise InputError("a text is empty; describe what the image should show")
-    words = (match for text in texts if text is not None and (match := _LONG_WORD.search(text)))
-    if (word := next(words, None)) is not None:
-        raise InputError(f"a word is too long: {len(word[0])} characters; give at most {MAX_WORD_CHARACTERS}")
-
-
 def _digest(image: Image.Image | None) -> str | None:
     """Return the digest of the pixels of an image."""
     return None if image is None else hashlib.sha256(image.tobytes()).hexdigest()
+
+
+def _embedding_digest(embedding: list[float] | None) -> str | None:
+    """Return the digest of an embedding in float32."""
+    return None if embedding is None else hashlib.sha256(np.float32(embedding).tobytes()).hexdigest()
 
 
 def _seed(given: int | None) -> int:

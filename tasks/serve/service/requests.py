@@ -16,6 +16,9 @@ MAX_PROMPT_CHARACTERS = 2_000
 MAX_IMAGES = 16
 """Maximum images of one request."""
 MAX_NEIGHBOURS = 500
+MAX_DIMENSION = 4_096
+MAX_COMPONENT = 1e6
+"""Maximum absolute value in an embedding, so that its length is finite."""
 MAX_PIXELS = 16_000_000
 """Maximum pixels of an image in a request. Decoding it takes about 0.3 s and 200 MB."""
 _SVG_SIDE_PX = 512
@@ -48,6 +51,7 @@ RequestImage: TypeAlias = Annotated[
 ]
 Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
+Component: TypeAlias = Annotated[float, Field(ge=-MAX_COMPONENT, le=MAX_COMPONENT)]
 
 
 class _Request(BaseModel):
@@ -57,11 +61,14 @@ class _Request(BaseModel):
 
 
 class SearchRequest(_Request):
-    """Search for stored images near a text, an image, a stored row, or the mean of those that are given."""
+    """Search for stored images near a text, an image, a row, an embedding, or the mean of those that are given."""
 
     text: Text | None = None
     image: RequestImage | None = None
     row: int | None = Field(None, ge=0, description="Id of a stored row: more like this.")
+    embedding: list[Component] | None = Field(
+        None, min_length=1, max_length=MAX_DIMENSION, description="Embedding of the generator's encoder, of any length."
+    )
     negative: list[Text] = Field([], max_length=8, description="Texts whose embeddings are subtracted.")
     k: int = Field(10, ge=1, le=MAX_NEIGHBOURS, description="Maximum number of results.")
     min_score: float | None = Field(None, ge=-1, le=1, description="Lowest cosine of a result.")
@@ -69,8 +76,8 @@ class SearchRequest(_Request):
 
     @model_validator(mode="after")
     def _require_query(self) -> "SearchRequest":
-        if self.text is None and self.image is None and self.row is None:
-            raise ValueError("there is no query; give text, image or row")
+        if all(given is None for given in (self.text, self.image, self.row, self.embedding)):
+            raise ValueError("there is no query; give text, image, row or embedding")
         return self
 
 

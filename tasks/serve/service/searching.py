@@ -8,19 +8,19 @@ from numpy.typing import NDArray
 from infra.errors import InputError
 from model.encoder.clip import Encoder
 from model.retrieval.searchable import NearestIds
+from tasks.serve.service.checks import LEAST_NORM
 from tasks.serve.service.plans import SearchPlan
 from tasks.serve.service.responses import SearchResponse
 from tasks.serve.service.served import OpenDatabase
 
 _BLOCK_ROWS = 65_536
-_LEAST_NORM = 1e-3
 
 
 def search(plans: Sequence[SearchPlan]) -> list[SearchResponse]:
     """Run searches of one database version and model.
 
     Raises:
-        InputError: A filter is invalid, or the negative texts cancel a query.
+        InputError: A filter is invalid, or the parts of a query cancel each other.
         IntegrityError: Metadata of a row cannot be read.
         ModelError: A stored row is not finite.
     """
@@ -56,12 +56,15 @@ def query_vectors(plans: Sequence[SearchPlan], opened: OpenDatabase, encoder: En
             given.append(next(of_image))
         if request.row is not None:
             given.append(opened.database.rows(np.array([request.row]))[0].astype(np.float32))
+        if request.embedding is not None:
+            embedding = np.array(request.embedding)
+            given.append((embedding / np.linalg.norm(embedding)).astype(np.float32))
         query = np.mean(given, axis=0)
         if request.negative:
             query = query - np.mean([of_text[text] for text in request.negative], axis=0)
         norm = float(np.linalg.norm(query))
-        if norm < _LEAST_NORM:
-            raise InputError("the negative texts cancel the query; use other texts")
+        if norm < LEAST_NORM:
+            raise InputError("the parts of the query cancel each other; use other ones")
         queries.append(query / norm)
     return np.stack(queries).astype(np.float32)
 

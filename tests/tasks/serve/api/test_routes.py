@@ -83,6 +83,8 @@ def test_edit_takes_an_image_in_base64(calls: TestClient, prefix: str) -> None:
         ("search", {"text": "a", "unknown": 1}, "#/unknown"),
         ("search", {"text": "a" * 1_000_000}, "#/text"),
         ("search", {"text": "a", "k": 501}, "#/k"),
+        ("search", {"embedding": [0.5, "NaN"]}, "#/embedding/1"),
+        ("search", {"embedding": [1e300]}, "#/embedding/0"),
         ("search", {"text": "a", "negative": ["", "b"]}, "#/negative/0"),
         ("generate", {"prompt": "a" * 1_000_000}, "#/prompt"),
         ("generate", {"prompt": "a", "n": 17}, "#/n"),

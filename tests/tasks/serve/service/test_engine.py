@@ -49,6 +49,8 @@ def test_search_does_not_wait_for_generation(engine: Engine, monkeypatch: pytest
         (SearchRequest(text="x", negative=[201 * "y"]), "a word is too long: 201 characters; give at most 200"),
         (GenerateRequest(prompt=(100 * "x" + "\x1c") * 2 + "x"), "a word is too long: 203 characters"),
         (SearchRequest(row=ROWS), f"has no row {ROWS}"),
+        (SearchRequest(embedding=[1.0, 2.0]), "embedding has 2 numbers; give 8, as encoder tiny-clip does"),
+        (SearchRequest(embedding=tiny_models.WIDTH * [0.0]), "embedding has no direction"),
         (GenerateRequest(prompt="x", negative_prompt="y", guidance=1), "guidance is too small for a negative prompt"),
         (GenerateRequest(prompt="x", interpolate_to="y"), "n is too small for an interpolation: 1"),
         (GenerateRequest(prompt="x", interpolate_to="y", n=2, start="neighbour"), "does not apply"),

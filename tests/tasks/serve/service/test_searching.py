@@ -39,6 +39,16 @@ def test_search_combines_text_image_and_row_and_subtracts_negative_texts(engine:
     assert [hit.id for hit in found.hits] == expected
 
 
+def test_search_of_an_embedding_equals_that_of_its_row(engine: Engine) -> None:
+    row = engine._catalog.get("birds").database.rows(np.array([5]))[0].astype(float)
+    found = search(engine, embedding=(7 * row).tolist(), k=3, database="birds")
+    assert found.hits[0].id == 5
+    assert found.hits[1:] == [
+        hit.model_copy(update={"rank": hit.rank + 1}) for hit in search(engine, row=5, k=2, database="birds").hits
+    ]
+    assert found.settings["embedding_sha256"]
+
+
 def test_search_leaves_out_rows_below_the_lowest_score(engine: Engine) -> None:
     everything = search(engine, text="an owl", k=ROWS)
     limit = everything.hits[2].score
@@ -57,5 +67,5 @@ def test_searches_of_a_batch_equal_single_ones(engine: Engine) -> None:
 
 
 def test_search_by_negative_text_alone_that_cancels_the_query_is_invalid(engine: Engine) -> None:
-    with pytest.raises(InputError, match="cancel the query"):
+    with pytest.raises(InputError, match="cancel each other"):
         search(engine, text="an owl", negative=["an owl"])
