@@ -116,12 +116,17 @@ class Job:
 
 
 class JobTable:
-    """The jobs that a client may ask for: the latest ``size`` searches, generations and edits each. Thread-safe."""
+    """The jobs that a client may ask for: the latest ``size`` searches, generations and edits each. Thread-safe.
 
-    def __init__(self, size: int = 250) -> None:
+    The playground reads the images of the results and of the requests. Those of finished jobs take at most
+    ``max_bytes``: the jobs that finished first expire first, but never the last one.
+    """
+
+    def __init__(self, size: int = 250, max_bytes: int = 256 * 2**20) -> None:
         """Create an empty table."""
-        self._size = size
+        self._size, self._max_bytes = size, max_bytes
         self._jobs: dict[type, OrderedDict[str, Job]] = {}
+        self._bytes: OrderedDict[str, int] = OrderedDict()  # of finished jobs with images, as they finished
         self._lock = threading.Lock()
 
     def add(self, job: Job) -> Job:
@@ -131,8 +136,24 @@ class JobTable:
             jobs[job.id] = job
             for name in list(itertools.islice(jobs, max(0, len(jobs) - self._size))):
                 if jobs[name].future.done():
-                    del jobs[name]
+                    self._delete(name)
+        job.future.add_done_callback(lambda _: self._count(job))
         return job
+
+    def _count(self, job: Job) -> None:
+        """Count the bytes of a finished job, and delete others beyond ``max_bytes``."""
+        size = _bytes_of(job)
+        with self._lock:
+            if not size or job.id not in self._jobs[type(job.request)]:
+                return
+            self._bytes[job.id] = size
+            while sum(self._bytes.values()) > self._max_bytes and len(self._bytes) > 1:
+                self._delete(next(iter(self._bytes)))
+
+    def _delete(self, name: str) -> None:
+        self._bytes.pop(name, None)
+        for jobs in self._jobs.values():
+            jobs.pop(name, None)
 
     def get(self, name: str) -> Job:
         """Return a job by id. Raises ``NotFoundError`` if it is unknown or expired."""
@@ -147,3 +168,12 @@ class JobTable:
         with self._lock:
             jobs = [job for jobs in self._jobs.values() for job in jobs.values()]
         return sorted(jobs, key=lambda job: job.created)
+
+
+def _bytes_of(job: Job) -> int:
+    """Return the bytes of the images in the request and the response of a finished job."""
+    image = job.request.image
+    total = 0 if image is None else image.width * image.height * len(image.getbands())
+    if job.future.exception() is None and isinstance(response := job.future.result(), ImagesResponse):
+        total += sum(len(made.png) for made in response.images)
+    return total
