@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,8 +17,11 @@ from tasks.serve.api import server
 from tasks.serve.api.app import create_app
 from tasks.serve.api.config import ApiConfig
 
+if TYPE_CHECKING:
+    from tasks.serve.service.engine import Engine  # imports torch
 
-def app_of(engine: FakeEngine, **api: Any) -> FastAPI:
+
+def app_of(engine: "FakeEngine | Engine", **api: Any) -> FastAPI:
     """Return the application on ``engine``, without the playground. ``api`` are fields of its config."""
     return create_app(Settings(), engine=engine, api=ApiConfig(**api), page=False)  # type: ignore[arg-type]
 
@@ -32,7 +35,7 @@ def client(engine: FakeEngine | None = None, **api: Any) -> Iterator[TestClient]
 
 
 @contextmanager
-def served(engine: FakeEngine | None = None, **api: Any) -> Iterator[str]:
+def served(engine: "FakeEngine | Engine | None" = None, **api: Any) -> Iterator[str]:
     """Serve the application with the connections of ``knn-diffusion serve``, and yield its address."""
     app = app_of(engine or FakeEngine(), **api)
     with server.bind("127.0.0.1", 0) as bound:
