@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+CLIP_RETRIEVAL_PYTHON = "CLIP_RETRIEVAL_PYTHON"
+"""Environment variable with the Python of an environment with clip-retrieval."""
+
 
 def serve(prepare: Callable[[], Callable[[], object]]) -> None:
     """Serve in the process: ``prepare`` a round, and run it for every line. Libraries print to standard error."""

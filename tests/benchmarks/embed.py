@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 import ray
 import torch
-from contestant import Contestant, Spent, serve, spent
+from contestant import CLIP_RETRIEVAL_PYTHON, Contestant, Spent, serve, spent
 
 import model.encoder.clip
 from flows.demo.images import twemoji_folder
@@ -43,7 +43,6 @@ from tasks.references.types import METADATA_SCHEMA
 
 SHARDS, SHARD_ROWS, ROUNDS = 4, 500, 2
 BATCH = EmbedConfig().batch_size
-ENVIRONMENT = "CLIP_RETRIEVAL_PYTHON"
 CORES = len(os.sched_getaffinity(0))
 BUNDLED_FOLDER = Path(model.encoder.clip.__file__).parent.parent / "pretrained" / "sticker-clip"
 HERE = Path(__file__).parent
@@ -53,9 +52,9 @@ Round = Callable[[], Spent]
 
 def bench_embed() -> dict[str, Any]:
     """Return images/s of the stage's workers relative to the bare model and to clip-retrieval's inference."""
-    python = os.environ.get(ENVIRONMENT)
+    python = os.environ.get(CLIP_RETRIEVAL_PYTHON)
     if not python:
-        print(f"embed: {ENVIRONMENT} is not set: skipping clip-retrieval; embed.py describes its installation")
+        print(f"embed: {CLIP_RETRIEVAL_PYTHON} is not set: skipping clip-retrieval; embed.py describes it")
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder, images = Path(name), SHARDS * SHARD_ROWS
         shards = write_shards(folder / "images")
@@ -161,7 +160,7 @@ def bare_forms(images: int) -> dict[str, Contestant]:
 
 def their_forms(folder: Path, shards: list[artifacts.Shard]) -> dict[str, Contestant]:
     """Return the same contestants for clip-retrieval, one decoder per core; none without its environment."""
-    python = os.environ.get(ENVIRONMENT)
+    python = os.environ.get(CLIP_RETRIEVAL_PYTHON)
     if not python:
         return {}
     tars = [str(folder / "images" / f"{shard.name}.tar") for shard in shards]

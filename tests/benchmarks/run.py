@@ -16,7 +16,7 @@
 | ablations | without neighbours, with each kind of query, with 1 to 20 neighbours (SAMPLES=1000) | names.py |
 | edit | ten edits by the bundled generator | edit.py |
 | speed | training and generation, against plain code with the same networks | speed.py |
-| serve | REST overhead, searches/s, images/s, swaps under load and memory of the service | serve.py |
+| serve | REST overhead, searches/s against clip-retrieval's back, images/s, swaps and memory | serve.py |
 
 Writes one JSON per benchmark to ``build/bench``, and prints it. The files in ``results`` were copied from there by
 hand. generator, names, discrete, ablations, edit and speed use a GPU if there is one.

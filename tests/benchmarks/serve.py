@@ -3,8 +3,9 @@
     make bench NAME=serve       (ROWS=1000000 SECONDS=120 REQUESTS=10000; smaller numbers for a quick run)
 
 The server is a process of its own, on loopback, with the bundled generator. Searches go to a database of ``ROWS``
-seeded rows, which the index stage builds. The clients are threads of the benchmark, so they share the cores with the
-server. The generator is compared with the same pipeline in this process, one image at a time, while the server idles.
+seeded rows, which the index stage builds, and are compared with clip-retrieval's: see searches.py. The clients are
+threads of the benchmark, so they share the cores with the server. The generator is compared with the same pipeline in
+this process, one image at a time, while the server idles.
 """
 
 import base64
@@ -26,9 +27,9 @@ from typing import Any
 import httpx
 import numpy as np
 from PIL import Image
+from searches import CLIENTS, bench_searches
 
 FOLDER = Path("build/bench/serve")
-CLIENTS = 32
 CANDIDATES = 2
 """Generated for each image that is returned, by the service and by the pipeline alone."""
 ALONE = 8
@@ -54,7 +55,7 @@ def bench_serve() -> dict[str, Any]:
         with engine(searched) as own:
             result["rest_overhead_ms_p50"] = rest_overhead_ms(own, address)
             result["images_s_ratio"] = images_ratio(own, address)
-        result["searches_s"] = searches_per_s(address, seconds=min(seconds, 20))
+        result["searches"] = bench_searches(address, pid, searched, FOLDER / f"rows-{rows}", min(seconds, 10))
         result["swaps"] = swaps_under_load(address, moved, seconds)
         result["memory"] = memory_growth(address, pid, requests)
     return result
@@ -193,21 +194,6 @@ def images_ratio(own: Any, address: str) -> dict[str, float]:
             found["pipeline"].append(ALONE / timed(alone))
     medians = {who: statistics.median(values) for who, values in found.items()}
     return medians | {"ratio": medians["service"] / medians["pipeline"]}
-
-
-def searches_per_s(address: str, seconds: float) -> dict[str, float]:
-    """Return searches/s of 32 clients in the large database, and their latencies."""
-    latencies = list[float]()
-
-    def search(client: httpx.Client, number: int) -> None:
-        body = {"text": f"a photo of number {number}", "k": 10, "database": "rows"}
-        latencies.append(timed(lambda: client.post("/v1/search", json=body, timeout=60).raise_for_status()))
-
-    run_clients(address, CLIENTS, search, seconds=2)
-    latencies.clear()
-    taken = timed(lambda: run_clients(address, CLIENTS, search, seconds=seconds))
-    p50, p99 = np.percentile(latencies, [50, 99]) * 1000
-    return {"searches_s": len(latencies) / taken, "p50_ms": float(p50), "p99_ms": float(p99)}
 
 
 def swaps_under_load(address: str, versions: list[int], seconds: float) -> dict[str, Any]:
