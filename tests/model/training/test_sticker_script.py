@@ -3,6 +3,7 @@
 Tests interrupt and resume it, and train the discrete generator after its autoencoder.
 """
 
+import importlib
 import io
 import logging
 import os
@@ -91,9 +92,10 @@ def stickers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_nearest_leaves_out_the_row_and_its_exact_copies(script: ModuleType) -> None:
+    data = importlib.import_module("sticker_recipe.data")  # beside the script
     rows = tiny_models.unit_rows(8)
     rows[5] = rows[2]
-    near = script.nearest(rows, 3, "cpu")
+    near = data.nearest(rows, 3, "cpu")
     for row in range(8):
         copies = {row} | ({2, 5} if row in (2, 5) else set())
         assert not copies & set(near[row].tolist())
