@@ -45,6 +45,7 @@ class ConditioningConfig:
         drop_neighbours: Probability that only the neighbours are hidden.
         gap_probability: Probability that the query is mixed with a random direction, as a text differs from an image.
         gap_weight: Largest weight of the random direction.
+        mean_query: Share of samples with the mean of the shown neighbours in the query's slot, as at inference.
     """
 
     neighbours: Annotated[int, Ge(1)] = 10
@@ -55,6 +56,8 @@ class ConditioningConfig:
     drop_neighbours: Annotated[float, Interval(ge=0, le=1)] = 0.10
     gap_probability: Annotated[float, Interval(ge=0, le=1)] = 0.7
     gap_weight: Annotated[float, Interval(ge=0, lt=1)] = 0.9
+    # Out of a stage's key unless set, so that stored artifacts keep their keys.
+    mean_query: Annotated[float, Interval(ge=0, le=1)] = dataclasses.field(default=0.0, metadata={"in_key": "if set"})
 
     def __post_init__(self) -> None:
         """Validate the fields."""
@@ -75,6 +78,8 @@ class ConditioningConfig:
                 f"gap_probability or gap_weight is out of range: {self.gap_probability}, {self.gap_weight}; "
                 "give a value in [0, 1] and one in [0, 1)"
             )
+        if not 0 <= self.mean_query <= 1:
+            raise ModelError(f"mean_query is not a probability: {self.mean_query}; give a value in [0, 1]")
 
 
 def condition_tokens(query: Tensor | None, neighbours: Tensor | None, *, dimension: int, batch: int) -> Tensor:
@@ -172,6 +177,9 @@ def training_condition(query: Tensor, neighbours: Tensor, config: ConditioningCo
     query = perturb_query(query.float(), config, rng)
     neighbours = subsample_neighbours(neighbours.float(), config, rng)
     uniform = rng.uniform(len(query))
+    if config.mean_query:
+        by_mean = rng.uniform(len(query), 1) < config.mean_query
+        query = torch.where(by_mean, F.normalize(neighbours.sum(1), dim=1), query)
     all_below = config.drop_all
     query_below = all_below + config.drop_query
     neighbours_below = query_below + config.drop_neighbours
