@@ -22,7 +22,7 @@ from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
 from model.diffusion.conditioning import ConditioningConfig, training_condition
-from model.diffusion.flow_matching import Prediction, flow_matching_loss, sample_sigmas
+from model.diffusion.flow_matching import LOGIT_NORMAL, NoiseLevels, Prediction, flow_matching_loss, sample_sigmas
 from model.errors import ModelError
 from model.networks.denoiser import as_denoiser
 from model.networks.editor import with_reference
@@ -149,16 +149,24 @@ class Reference(nn.Module):
 class Restoration(nn.Module):
     """The restoration loss of an editor, a network with six input channels."""
 
-    def __init__(self, conditioning: ConditioningConfig, config: RestorationConfig, *, prediction: Prediction) -> None:
+    def __init__(
+        self,
+        conditioning: ConditioningConfig,
+        config: RestorationConfig,
+        *,
+        prediction: Prediction,
+        levels: NoiseLevels = LOGIT_NORMAL,
+    ) -> None:
         """Configure the objective.
 
         Args:
             conditioning: Probabilities of hiding and perturbing parts of the condition.
             config: Regions to paste.
             prediction: Output of the network.
+            levels: Distribution of the noise levels. Default: the standard logit-normal one.
         """
         super().__init__()
-        self.conditioning, self.prediction = conditioning, prediction
+        self.conditioning, self.prediction, self.levels = conditioning, prediction, levels
         self.reference = Reference(config)
 
     def forward(self, network: nn.Module, batch: Batch, rng: StepRandom) -> Tensor:
@@ -176,7 +184,7 @@ class Restoration(nn.Module):
             )
         images, count = batch.images, len(batch.images)
         condition = training_condition(batch.query, batch.neighbours, self.conditioning, rng)
-        sigma = sample_sigmas(count, rng)
+        sigma = sample_sigmas(count, rng, self.levels)
         noise = rng.normal(*images.shape)
         randomness, hidden = sample_randomness(rng, count), rng.uniform(count)
         reference = self.reference(images, batch.reference, randomness, hidden)
