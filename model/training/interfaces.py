@@ -36,6 +36,7 @@ class TrainingConfig:
         log_images: Images between logged metrics.
         grid_images: Images between sample grids.
         seed: Seed of weights, batches and noise.
+        decay_images: Images at the end over which a constant learning rate falls linearly to 0.
     """
 
     images: Annotated[int, Ge(1)] = 40_000
@@ -54,6 +55,8 @@ class TrainingConfig:
     log_images: Annotated[int, Ge(1)] = 640
     grid_images: Annotated[int, Ge(1)] = 8_000
     seed: Annotated[int, Ge(0)] = 0
+    # Out of a stage's key unless set, so that stored artifacts keep their keys.
+    decay_images: Annotated[int, Ge(0)] = dataclasses.field(default=0, metadata={"in_key": "if set"})
 
     def __post_init__(self) -> None:
         """Raise ``ModelError`` if a value is out of range."""
@@ -85,6 +88,11 @@ class TrainingConfig:
             )
         if self.seed < 0:
             raise ModelError(f"seed is negative: {self.seed}; give at least 0")
+        if not 0 <= self.decay_images <= self.images or (self.decay_images and self.schedule != "constant"):
+            raise ModelError(
+                f"decay_images is not valid: {self.decay_images} with schedule {self.schedule!r} and {self.images} "
+                "images; give 0, or at most the images with the schedule 'constant'"
+            )
 
     @property
     def steps(self) -> int:
