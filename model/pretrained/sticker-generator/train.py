@@ -10,6 +10,7 @@ resumes in the same way. Several short runs add up. ``samples-*.png`` in the out
     base      the continuous generator, for generation and editing: a transformer trained with flow matching
     codes     the discrete generator's autoencoder: 256 codes per image
     discrete  the discrete generator: a transformer over those codes, trained with mask-and-replace
+    pack      an archive of at most 60 MB with all that ``base`` needs on another machine
 
 Hardware, run times and results are in the model cards (README.md) of the two generators. The first three commands
 trained the bundled generators (the discrete one began as a longer run, see its card). The others run on a CPU in a few
@@ -24,26 +25,44 @@ hours, at 32 px:
         --size 32 --channels 32 64 128 --batch 32 --ema 0.995
     python model/pretrained/sticker-generator/train.py discrete --stickers STICKERS --out OUT --images 89600 \
         --size 32 --width 256 --layers 6 --batch 64 --rate 2e-3 --ema 0.997
+
+A GPU that is available for minutes at a time runs the archive. OUT gets the weights, figures and grids of samples, in
+files of at most 16 MiB. The other machine needs this package's dependencies, but no installation of the package:
+
+    python model/pretrained/sticker-generator/train.py pack --stickers STICKERS --out OUT
+    tar xf sticker-generator.tar.gz && ./run.sh MINUTES OUT     # on the other machine; repeat it to train further
+    cat OUT/pipeline.tar.* | tar x                              # the pipeline, in shards
+
+``run.sh`` uses ``--schedule wsd``: warm-up and a constant learning rate for 80% of the minutes, then a decay to 0. The
+next run resumes from before the decay, from the checkpoint in ``state`` on that machine (about 350 MB). On a new
+machine, ``--start-from pipeline`` starts from the exported weights, with a new optimizer. ``--choose gap`` exports an
+earlier snapshot if its condition helps clearly more on OpenMoji: the loss with the condition minus the loss without.
 """
 
 import argparse
 import logging
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import VQModel
-from sticker_recipe.data import NEIGHBOURS, POOL, prepare, training_set
-from sticker_recipe.monitoring import Unseen, UnseenCodes
+from sticker_recipe.data import NEIGHBOURS, POOL, UNSEEN, WATCHED, prepare, training_set
+from sticker_recipe.monitoring import Log, Unseen, UnseenCodes
 from sticker_recipe.options import parse
-from sticker_recipe.runs import run, save
+from sticker_recipe.pack import pack
+from sticker_recipe.results import Snapshots, export, write_results
+from sticker_recipe.runs import Folder, run, save
+from torch import nn
 
 from model.diffusion.conditioning import ConditioningConfig
+from model.diffusion.flow_matching import NoiseLevels
 from model.diffusion.vq_diffusion import Transitions
 from model.images import to_model_range
 from model.networks.dit import TransformerConfig, build_transformer
 from model.networks.editor import widen_input
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, decode_codes, encode_codes
 from model.networks.vq_transformer import VQTransformerConfig, build_vq_transformer
+from model.pipeline import KNNDiffusionPipeline
 from model.training.objectives.autoencoder import AutoencoderObjective
 from model.training.objectives.restoration import Restoration, RestorationConfig
 from model.training.objectives.vq_diffusion import MaskAndReplace
@@ -60,6 +79,13 @@ DISCRETE_SAMPLING = {"query": "mean", "neighbours": 3, "candidates": 2, "num_inf
 log = logging.getLogger("sticker-generator")
 
 
+def conditioning(options: argparse.Namespace) -> ConditioningConfig:
+    """Return the condition of the training samples."""
+    return ConditioningConfig(
+        neighbours=NEIGHBOURS, pool=POOL, fewer_neighbours=options.fewer_neighbours, mean_query=options.mean_query
+    )
+
+
 def base(options: argparse.Namespace) -> None:
     """Train the continuous generator; a share of its samples has an image to restore."""
     data = prepare(options)
@@ -67,13 +93,38 @@ def base(options: argparse.Namespace) -> None:
         image_size=options.size, layers=options.layers, heads=options.width // options.head, head_width=options.head
     )
     network = widen_input(build_transformer(size, embedding_dimension=data["rows"].shape[1], seed=0))
-    conditioning = ConditioningConfig(neighbours=NEIGHBOURS, pool=POOL)
     pasting = RestorationConfig(drop_reference=GENERATION_SHARE)
-    objective = Restoration(conditioning, pasting, prediction=size.prediction)
-    dataset = training_set(data, options.device, references=True)
-    unseen = Unseen(data["unseen_pixels"], data["unseen_rows"], options.device)
-    average = run(network, objective, dataset, options, unseen)
-    save(average, options.out / "base", **SAMPLING)
+    levels = NoiseLevels(mean=options.sigma_mean, deviation=options.sigma_deviation)
+    objective = Restoration(conditioning(options), pasting, prediction=size.prediction, levels=levels)
+    dataset = training_set(data, options, references=True)
+    names = [name for name in sorted(UNSEEN) if f"{name}_rows" in data]
+    unseen = {name: Unseen(data[f"{name}_pixels"], data[f"{name}_rows"], options.device) for name in names}
+    folder = options.out / "base"
+    snapshots = Snapshots(folder / "best.pt") if options.choose == "gap" else None
+    metrics = Log(folder, unseen[WATCHED], snapshots and snapshots.offer)
+    if options.start_from:
+        start_from(options.start_from, network, folder)
+    trained = run(network, objective, dataset, options, metrics)
+    chosen = trained.images
+    if snapshots is not None:
+        losses = unseen[WATCHED].condition_losses(trained.network.to(options.device))
+        chosen = snapshots.choose(trained.images, trained.network, losses)
+    figures = {"images": trained.images, "chosen_images": chosen, "new_images": trained.new_images}
+    figures |= {"seconds": trained.seconds, "images_per_s": trained.new_images / trained.seconds}
+    write_results(trained.network, unseen, options, figures)
+    save(trained.network, options, **SAMPLING)
+    if options.export:
+        export(folder, options.export)
+
+
+def start_from(pipeline: Path, network: nn.Module, folder: Path) -> None:
+    """Load the weights of a saved pipeline into the network of a new run. A resumed run has its own."""
+    if Folder(folder).latest() is not None:
+        return
+    try:
+        network.load_state_dict(KNNDiffusionPipeline.open(pipeline).transformer.state_dict())
+    except RuntimeError as error:
+        raise SystemExit(f"--start-from {pipeline}: another network ({error}); give its size and layers") from error
 
 
 def codes(options: argparse.Namespace) -> None:
@@ -84,10 +135,10 @@ def codes(options: argparse.Namespace) -> None:
     steps = options.images // options.batch
     objective = AutoencoderObjective(size.codes, edge_weight=0.5, warm_steps=steps // 5, restart_steps=steps * 3 // 5)
     network = build_autoencoder(size, seed=0)
-    average = run(network, objective, training_set(data, options.device), options, None, bfloat16_copy=False)
-    assert isinstance(average, VQModel)  # noqa: S101 - training returns the type of its network
+    metrics = Log(options.out / "codes", None)
+    average = run(network, objective, training_set(data, options), options, metrics, bfloat16_copy=False).network
     average.save_pretrained(options.out / "codes" / "vae")
-    images = to_model_range(torch.from_numpy(data["unseen_pixels"][:512]))
+    images = to_model_range(torch.from_numpy(data[f"{WATCHED}_pixels"][:512]))
     found = encode_codes(average, images)
     error = (decode_codes(average, found) - images).square().mean()
     log.info("unseen: %d codes used, PSNR %.1f dB", len(torch.unique(found)), 10 * np.log10(4 / error.item()))
@@ -108,13 +159,14 @@ def discrete(options: argparse.Namespace) -> None:
         head_width=options.head,
     )
     network = build_vq_transformer(size, embedding_dimension=data["rows"].shape[1], seed=0)
-    objective = MaskAndReplace(Transitions(codes=size.codes), ConditioningConfig(neighbours=NEIGHBOURS, pool=POOL))
-    unseen = UnseenCodes(data["unseen_pixels"], data["unseen_rows"], options.device, autoencoder)
-    average = run(network, objective, training_set(data, options.device), options, unseen)
-    save(average, options.out / "discrete", vae=autoencoder.cpu().half(), **DISCRETE_SAMPLING)
+    objective = MaskAndReplace(Transitions(codes=size.codes), conditioning(options))
+    unseen = UnseenCodes(data[f"{WATCHED}_pixels"], data[f"{WATCHED}_rows"], options.device, autoencoder)
+    metrics = Log(options.out / "discrete", unseen)
+    average = run(network, objective, training_set(data, options), options, metrics).network
+    save(average, options, vae=autoencoder.cpu().half(), **DISCRETE_SAMPLING)
 
 
-COMMANDS = {"base": base, "codes": codes, "discrete": discrete}
+COMMANDS = {"base": base, "codes": codes, "discrete": discrete, "pack": pack}
 
 
 def main() -> None:

@@ -17,17 +17,23 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
 from model.encoder.clip import Encoder
 from model.images import image_to_array
+from model.metrics.embedding_metrics import NEAR_DUPLICATE
 from model.training.alignment import align_all
 from model.training.data import TrainingRows, TrainingSet
+from sticker_recipe.encoder import load_encoder
 
 UNSEEN = frozenset({"openmoji", "twemoji"})
 WATCHED = "openmoji"
+"""The unseen style that training is monitored on. The other one stays out of every choice."""
 NEIGHBOURS, POOL = 10, 20
+LAYOUT = 2
+"""Version of the cached arrays."""
 SIDE = 64
 """Side in px of the images in the files, and of the encoder's input."""
 CHANNEL_ORDERS = ((1, 2, 0), (2, 0, 1), (2, 1, 0), (0, 2, 1), (1, 0, 2))
@@ -53,16 +59,31 @@ def resized(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     return np.stack([cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in pixels])
 
 
-def nearest(rows: NDArray[np.float16], k: int, device: str) -> NDArray[np.int64]:
-    """Return ids (N, k) of the k nearest other rows of each of ``rows`` (N, D), without exact copies of the row."""
+def nearest(
+    rows: NDArray[np.float16], k: int, device: str, styles: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """Return ids (N, k) of the k nearest other rows of each of ``rows`` (N, D), without exact copies of the row.
+
+    With ``styles`` (N,), rows of the same style come first. Others follow if a style has too few.
+    """
     dense = torch.from_numpy(rows).float().to(device)
+    labels = None if styles is None else torch.from_numpy(styles).to(device)
     groups = torch.from_numpy(np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1)).to(device)
     found = []
     for start in range(0, len(dense), 1024):
         scores = dense[start : start + 1024] @ dense.T
+        if labels is not None:
+            scores += 4.0 * (labels[start : start + 1024, None] == labels)  # more than the range of a cosine
         scores[groups[start : start + 1024, None] == groups] = -2
         found.append(scores.topk(k, dim=1).indices)
     return torch.cat(found).cpu().numpy()
+
+
+def near_duplicates(rows: NDArray[np.float16], device: str) -> NDArray[np.int64]:
+    """Return the number (N,) of near-duplicates of each of ``rows`` (N, D), itself included."""
+    dense = F.normalize(torch.from_numpy(rows).float().to(device), dim=1)
+    found = [(chunk @ dense.T >= NEAR_DUPLICATE).sum(1) for chunk in dense.split(1024)]
+    return torch.cat(found).clamp(min=1).cpu().numpy()
 
 
 def mirrored(pixels: NDArray[np.uint8], styles: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -88,10 +109,10 @@ VARIANTS: dict[str, tuple[int, Change]] = {
 
 def prepare(options: argparse.Namespace) -> dict[str, NDArray[Any]]:
     """Compute pixels, embeddings, neighbours, aligned references and weights of all variants; cache them in a file."""
-    cache = options.out / f"data-{data_digest(options)[:12]}.npz"
+    cache = options.out / f"data-{LAYOUT}-{data_digest(options)[:12]}.npz"
     if cache.exists():
         return dict(np.load(cache))
-    encoder = Encoder(device=options.device)
+    encoder = load_encoder(options)
     paths = {path.stem: path for path in sorted(options.stickers.glob("*.parquet"))}
     loaded = {name: load(path, options.limit) for name, path in paths.items() if name not in UNSEEN}
     pixels = np.concatenate(list(loaded.values()))
@@ -110,14 +131,17 @@ def prepare(options: argparse.Namespace) -> dict[str, NDArray[Any]]:
             "pixels": resized(changed, options.size),
             "rows": rows,
             "neighbours": nearest(rows, pool, options.device) + number * len(pixels),
+            "own_style_neighbours": nearest(rows, pool, options.device, styles) + number * len(pixels),
+            "near_duplicates": near_duplicates(rows, options.device),
             "references": change(aligned.pixels, styles),
             "weights": np.full(len(pixels), weight),
         }
         for name, part in arrays.items():
             parts.setdefault(name, []).append(part)
     data = {name: np.concatenate(part) for name, part in parts.items()}
-    unseen = load(paths[WATCHED], options.limit)
-    data["unseen_pixels"], data["unseen_rows"] = resized(unseen, options.size), embedded(unseen, encoder)
+    for name in sorted(UNSEEN & paths.keys()):
+        unseen = load(paths[name], options.limit)
+        data[f"{name}_pixels"], data[f"{name}_rows"] = resized(unseen, options.size), embedded(unseen, encoder)
     unfinished = cache.with_suffix(".partial.npz")
     np.savez(unfinished, **data)  # type: ignore[arg-type]
     unfinished.rename(cache)
@@ -141,13 +165,22 @@ def embedded(pixels: NDArray[np.uint8], encoder: Encoder) -> NDArray[np.float16]
     return encoder.embed_pixels(pixels).numpy().astype(np.float16)
 
 
-def training_set(data: dict[str, NDArray[Any]], device: str, *, references: bool = False) -> TrainingSet:
-    """Return the training set, each image repeated by its weight; with aligned neighbours for editing."""
-    chosen = np.repeat(np.arange(len(data["pixels"])), data["weights"])
+def training_set(
+    data: dict[str, NDArray[Any]], options: argparse.Namespace, *, references: bool = False
+) -> TrainingSet:
+    """Return the training set, each image repeated by its weight; with aligned neighbours for editing.
+
+    With ``--balanced``, the weight is divided among near-duplicates: of five skin tones with weight 4, four are used
+    once. A share ``--own-style-share`` of the samples has neighbours of the image's own style.
+    """
+    weights = data["weights"] / (data["near_duplicates"] if options.balanced else 1)
+    ends = np.floor(np.cumsum(weights) + 0.5).astype(np.int64)
+    chosen = np.repeat(np.arange(len(weights)), np.diff(ends, prepend=0))
+    own_style = np.random.default_rng(0).random((len(chosen), 1)) < options.own_style_share
     rows = TrainingRows(
         images=data["pixels"][chosen],
         embeddings=data["rows"][chosen],
-        neighbours=data["neighbours"][chosen],
+        neighbours=np.where(own_style, data["own_style_neighbours"][chosen], data["neighbours"][chosen]),
         reference=data["references"][chosen] if references else None,
     )
-    return TrainingSet(rows, data["rows"], device=device, window_rows=len(chosen))
+    return TrainingSet(rows, data["rows"], device=options.device, window_rows=len(chosen))

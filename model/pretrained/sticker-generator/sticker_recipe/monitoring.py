@@ -3,7 +3,9 @@
 import itertools
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +13,8 @@ from diffusers import VQModel
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.diffusion.conditioning import condition_tokens
-from model.diffusion.flow_matching import Denoiser, flow_matching_loss, sample_sigmas
+from model.diffusion.conditioning import condition_tokens, null_condition
+from model.diffusion.flow_matching import Denoiser, add_noise, flow_matching_loss, sample_sigmas
 from model.diffusion.vq_diffusion import Transitions, sample_codes, step_divergence
 from model.images import image_grid, to_model_range, to_pil
 from model.networks.denoiser import as_denoiser
@@ -21,15 +23,42 @@ from model.networks.vq_autoencoder import decode_codes, encode_codes
 from model.step_random import StepRandom
 from sticker_recipe.data import NEIGHBOURS, nearest
 
+LEVELS = (0.5, 0.7, 0.9)
+"""Noise levels at which the effect of the condition is measured."""
 log = logging.getLogger("sticker-generator")
+
+
+class ConditionLosses(NamedTuple):
+    """Losses (L, N) of N unseen images at L noise levels, with the condition and with a hidden one."""
+
+    levels: tuple[float, ...]
+    shown: Tensor
+    hidden: Tensor
+
+    @property
+    def gap(self) -> Tensor:
+        """The loss with the condition minus the loss without (L, N); it is negative where the condition helps."""
+        return self.shown - self.hidden
+
+    def table(self) -> dict[str, dict[str, float]]:
+        """Return the means by noise level, and the standard error of the gap."""
+        errors = self.gap.std(dim=1) / self.gap.shape[1] ** 0.5
+        means = (part.mean(dim=1) for part in (self.shown, self.hidden, self.gap))
+        rows = torch.stack([*means, errors], dim=1).tolist()
+        names = ("shown", "hidden", "gap", "gap_error")
+        return {f"{level:g}": dict(zip(names, row, strict=True)) for level, row in zip(self.levels, rows, strict=True)}
+
+
+Watch = Callable[[int, nn.Module, ConditionLosses], None]
+"""Called with the images, the average and its losses at every grid."""
 
 
 class Log:
     """Metrics as log lines and in ``metrics.jsonl``; samples as image grids."""
 
-    def __init__(self, folder: Path, unseen: "Unseen | None") -> None:
-        """Write to ``folder``; evaluate the ``unseen`` domain, if given."""
-        self._folder, self._unseen = folder, unseen
+    def __init__(self, folder: Path, unseen: "Unseen | None", watch: Watch | None = None) -> None:
+        """Write to ``folder``; evaluate the ``unseen`` domain, if given, and pass its losses to ``watch``."""
+        self._folder, self._unseen, self._watch = folder, unseen, watch
 
     def log(self, *, images: int, values: dict[str, float]) -> None:
         """Log metrics as one line."""
@@ -43,6 +72,10 @@ class Log:
             return
         self._unseen.save_grid(average, self._folder / f"samples-{images:09d}.png")
         self.log(images=images, values={"unseen_loss": self._unseen.loss(average)})
+        if self._watch is not None:
+            losses = self._unseen.condition_losses(average)
+            self.log(images=images, values={"unseen_gap": float(losses.gap.mean())})
+            self._watch(images, average, losses)
 
 
 class Unseen:
@@ -62,6 +95,19 @@ class Unseen:
         rng = StepRandom(0, 0, device=self._images.device)
         sigma, noise = sample_sigmas(len(self._images), rng), rng.normal(*self._images.shape)
         return float(flow_matching_loss(_denoiser(network), self._images, self._tokens, sigma, noise))
+
+    @torch.inference_mode()
+    def condition_losses(self, network: nn.Module) -> ConditionLosses:
+        """Return the loss of every image with and without the condition, with the same noise at every call."""
+        device, hidden, losses = self._images.device, null_condition(self._tokens), []
+        rng = StepRandom(1, 0, device=device)
+        for level in LEVELS:
+            sigma, noise = torch.full((len(hidden),), level, device=device), rng.normal(*self._images.shape)
+            noisy, target = add_noise(self._images, noise, sigma), noise - self._images
+            for tokens in (self._tokens, hidden):
+                error = _denoiser(network)(noisy, sigma, tokens) - target
+                losses.append(error.square().mean((1, 2, 3)).cpu())
+        return ConditionLosses(LEVELS, torch.stack(losses[::2]), torch.stack(losses[1::2]))
 
     @torch.inference_mode()
     def save_grid(self, network: nn.Module, path: Path) -> None:
