@@ -111,7 +111,7 @@ def base(options: argparse.Namespace) -> None:
         chosen = snapshots.choose(trained.images, trained.network, losses)
     figures = {"images": trained.images, "chosen_images": chosen, "new_images": trained.new_images}
     figures |= {"seconds": trained.seconds, "images_per_s": trained.new_images / trained.seconds}
-    write_results(trained.network, unseen, options, figures)
+    write_results(trained.network, unseen, data["rows"], options, figures)
     save(trained.network, options, **SAMPLING)
     if options.export:
         export(folder, options.export)

@@ -176,6 +176,17 @@ def test_snapshots_choose_another_only_if_it_is_clearly_better(script: ModuleTyp
     assert network.weight.item() == 2
 
 
+def test_authenticity_counts_samples_closer_to_their_image_than_its_nearest_distinct_one(script: ModuleType) -> None:
+    training = tiny_models.unit_rows(50, 32).astype(np.float32)
+    slightly = tiny_models.unit(training + 0.1 * tiny_models.unit_rows(50, 32, seed=1)).astype(np.float32)
+    other = tiny_models.unit_rows(50, 32, seed=2).astype(np.float32)
+    authenticity = part("results").authenticity
+    assert authenticity(slightly, training) == 0
+    assert authenticity(other, training) > 0.3
+    variants = np.concatenate([training, slightly])
+    assert authenticity(slightly, variants) == 0, "a near-duplicate is not the nearest distinct image"
+
+
 def test_sticker_script_sigterm_saves_a_checkpoint_and_resumes(stickers: Path, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     state = out / "base" / "checkpoint.pt"
@@ -285,6 +296,7 @@ def test_sticker_script_pack_trains_elsewhere_resumes_and_exports_small_files(
     assert second.returncode == 0, second.output[-2000:]
     figures = json.loads((out / "figures.json").read_text())
     assert (figures["images"], figures["new_images"]) == (12, 8), "it resumes from before the decay"
+    assert 0 <= figures["authenticity"]["openmoji"] <= 1
     assert figures["unseen"]["openmoji"]["0.7"].keys() == {"shown", "hidden", "gap", "gap_error"}
     assert (out / "unseen-openmoji.png").exists()
 

@@ -112,7 +112,12 @@ class Unseen:
     @torch.inference_mode()
     def save_grid(self, network: nn.Module, path: Path) -> None:
         """Write a grid of samples, 8 per row."""
-        image_grid(to_pil(self.sample(network, self._tokens[:64]).cpu())).save(path)
+        image_grid(to_pil(self.samples(network))).save(path)
+
+    @torch.inference_mode()
+    def samples(self, network: nn.Module) -> Tensor:
+        """Return samples (64, 3, S, S) in [−1, 1] on the CPU, the same noise at every call."""
+        return self.sample(network, self._tokens[:64]).cpu()
 
     def sample(self, network: nn.Module, tokens: Tensor, steps: int = 20) -> Tensor:
         """Sample images (B, 3, S, S) in [−1, 1] for tokens (B, T, E) by Euler steps without guidance."""

@@ -8,9 +8,14 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from model.images import image_grid, to_pil, to_pixels
+from model.metrics.embedding_metrics import authentic, distinct_nearest
+from sticker_recipe.encoder import load_encoder
 from sticker_recipe.monitoring import ConditionLosses, Unseen
 
 PART_BYTES = 15 * 2**20
@@ -55,17 +60,33 @@ class Snapshots:
 
 
 def write_results(
-    network: nn.Module, unseen: dict[str, Unseen], options: argparse.Namespace, facts: dict[str, Any]
+    network: nn.Module,
+    unseen: dict[str, Unseen],
+    training_rows: NDArray[np.float16],
+    options: argparse.Namespace,
+    facts: dict[str, Any],
 ) -> None:
     """Write ``figures.json``, and a grid of samples for every unseen style, beside the checkpoint."""
-    folder = options.out / options.command
+    folder, encoder = options.out / options.command, load_encoder(options)
     network.to(options.device)
-    figures = {**facts, "device": options.device, "unseen": {}}
+    figures = {**facts, "device": options.device, "unseen": {}, "authenticity": {}}
     for name, style in unseen.items():
+        samples = style.samples(network)
+        image_grid(to_pil(samples)).save(folder / f"unseen-{name}.png")
         figures["unseen"][name] = style.condition_losses(network).table()
-        style.save_grid(network, folder / f"unseen-{name}.png")
+        rows = encoder.embed_pixels(to_pixels(samples)).numpy()
+        figures["authenticity"][name] = authenticity(rows, training_rows.astype(np.float32))
     network.cpu()
     (folder / "figures.json").write_text(json.dumps(figures, indent=1))
+
+
+def authenticity(samples: NDArray[np.float32], training: NDArray[np.float32]) -> float:
+    """Return the share of samples (N, D) that are not copies of training images (M, D)."""
+    scores = samples @ training.T
+    nearest = scores.argmax(axis=1)
+    others = training[nearest] @ training.T
+    others[np.arange(len(nearest)), nearest] = -np.inf
+    return float(authentic(scores.max(axis=1), distinct_nearest(others)).mean())
 
 
 def export(folder: Path, target: Path) -> None:
