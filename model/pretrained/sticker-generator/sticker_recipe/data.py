@@ -82,7 +82,7 @@ def nearest(
 def near_duplicates(rows: NDArray[np.float16], device: str) -> NDArray[np.int64]:
     """Return the number (N,) of near-duplicates of each of ``rows`` (N, D), itself included."""
     dense = F.normalize(torch.from_numpy(rows).float().to(device), dim=1)
-    found = [(chunk @ dense.T >= NEAR_DUPLICATE).sum(1) for chunk in dense.split(1024)]
+    found = [(chunk @ dense.T >= NEAR_DUPLICATE).sum(1) for chunk in torch.split(dense, 1024)]
     return torch.cat(found).clamp(min=1).cpu().numpy()
 
 
