@@ -182,6 +182,7 @@ class ConditioningConfig:
         gap_weight: Largest weight of the random direction.
         drop_images: Probability that only the images of the neighbours are hidden, from a network that takes them.
             They are also hidden with the neighbours.
+        mean_query: Share of samples with the mean of the shown neighbours in the query's slot, as at inference.
     """
 
     neighbours: Annotated[int, Ge(1)] = 10
@@ -193,6 +194,7 @@ class ConditioningConfig:
     gap_probability: Annotated[float, Interval(ge=0, le=1)] = 0.7
     gap_weight: Annotated[float, Interval(ge=0, lt=1)] = 0.9
     drop_images: Annotated[float, Interval(ge=0, le=1)] = dataclasses.field(default=0.3, metadata=IN_KEY_IF_SET)
+    mean_query: Annotated[float, Interval(ge=0, le=1)] = dataclasses.field(default=0.0, metadata=IN_KEY_IF_SET)
 
     def __post_init__(self) -> None:
         """Validate the fields."""
@@ -206,7 +208,7 @@ class ConditioningConfig:
                 f"drop_all, drop_query and drop_neighbours must be at least 0, with a sum of at most 1: {drops}; "
                 "lower one of them, because they are mutually exclusive"
             )
-        for name in ("fewer_neighbours", "drop_images"):
+        for name in ("fewer_neighbours", "drop_images", "mean_query"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ModelError(f"{name} is not a probability: {getattr(self, name)}; give a value in [0, 1]")
         if not (0 <= self.gap_probability <= 1 and 0 <= self.gap_weight < 1):
@@ -283,6 +285,7 @@ class TrainingConfig:
         log_images: Images between logged metrics.
         grid_images: Images between sample grids.
         seed: Seed of weights, batches and noise.
+        decay_images: Images at the end over which a constant learning rate falls linearly to 0.
     """
 
     images: Annotated[int, Ge(1)] = 40_000
@@ -301,6 +304,7 @@ class TrainingConfig:
     log_images: Annotated[int, Ge(1)] = 640
     grid_images: Annotated[int, Ge(1)] = 8_000
     seed: Annotated[int, Ge(0)] = 0
+    decay_images: Annotated[int, Ge(0)] = dataclasses.field(default=0, metadata=IN_KEY_IF_SET)
 
     def __post_init__(self) -> None:
         """Raise ``ModelError`` if a value is out of range."""
@@ -332,6 +336,11 @@ class TrainingConfig:
             )
         if self.seed < 0:
             raise ModelError(f"seed is negative: {self.seed}; give at least 0")
+        if not 0 <= self.decay_images <= self.images or (self.decay_images and self.schedule != "constant"):
+            raise ModelError(
+                f"decay_images is not valid: {self.decay_images} with schedule {self.schedule!r} and {self.images} "
+                "images; give 0, or at most the images with the schedule 'constant'"
+            )
 
     @property
     def steps(self) -> int:

@@ -389,7 +389,7 @@ def test_evaluation_of_the_stored_generator_has_the_pinned_fields(root: Path) ->
     info = evaluated.evaluations["plain"].reference.manifest().info
     pinned = PINS["evaluation"]
     assert sorted(info) == pinned["info"]
-    assert sorted(info["scores"]) == pinned["scores"]
+    assert set(pinned["scores"]) <= set(info["scores"]), "scores may be added, not removed or renamed"
     assert sorted(info["ablations"]) == pinned["ablations"]
     assert sorted(info["swap"]) == ["plain", "shapes"]
     assert sorted(file.name for file in evaluated.report.reference.manifest().files) == pinned["report"]

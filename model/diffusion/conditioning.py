@@ -154,7 +154,11 @@ def sample_condition(
     query, neighbours = perturb_query(query.float(), config, rng), neighbours.float()
     batch, pool, dimension = neighbours.shape
     chosen, visible = choose_neighbours(batch, pool, config, rng, neighbours.device)
+    shown = neighbours.gather(1, chosen[..., None].expand(-1, -1, dimension))
     uniform = rng.uniform(batch)
+    if config.mean_query:
+        by_mean = rng.uniform(batch, 1) < config.mean_query
+        query = torch.where(by_mean, F.normalize((shown * visible[..., None]).sum(1), dim=1), query)
     all_below = config.drop_all
     query_below = all_below + config.drop_query
     neighbours_below = query_below + config.drop_neighbours
@@ -163,7 +167,7 @@ def sample_condition(
     hide_neighbours = hide_all | ((uniform >= query_below) & (uniform < neighbours_below))
     visible = visible & ~hide_neighbours[:, None]
     query = query.masked_fill(hide_query[:, None], 0)
-    shown = neighbours.gather(1, chosen[..., None].expand(-1, -1, dimension)).masked_fill(~visible[..., None], 0)
+    shown = shown.masked_fill(~visible[..., None], 0)
     return SampledCondition(condition_tokens(query, shown, dimension=dimension, batch=batch), chosen, visible)
 
 

@@ -10,12 +10,15 @@ The network predicts either the velocity or the clean image x̂, which is conver
 in both cases.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from model.configs import Prediction
+from model.errors import ModelError
 from model.step_random import StepRandom
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -23,6 +26,31 @@ Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 MIN_SIGMA = 0.05
 """Lower bound of the divisor σ: without it, errors of a predicted clean image would be amplified without limit."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class NoiseLevels:
+    """Distribution of the noise levels in training: σ = sigmoid(mean + deviation·z), z ~ N(0, 1).
+
+    Attributes:
+        mean: Above 0 for more samples at high noise, where the shapes are decided.
+        deviation: Width of the distribution before the sigmoid.
+    """
+
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise ``ModelError`` if a value is out of range."""
+        if not math.isfinite(self.mean) or not 0 < self.deviation < math.inf:
+            raise ModelError(
+                f"mean or deviation of the noise levels is out of range: {self.mean}, {self.deviation}; mean must be "
+                "finite, and deviation above 0 and finite"
+            )
+
+
+LOGIT_NORMAL = NoiseLevels()
+"""The standard logit-normal distribution."""
 
 
 def add_noise(images: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -37,9 +65,9 @@ def to_velocity(output: Tensor, noisy: Tensor, sigma: Tensor, prediction: Predic
     return (noisy - output) / sigma[:, None, None, None].clamp(min=MIN_SIGMA)
 
 
-def sample_sigmas(batch: int, rng: StepRandom) -> Tensor:
+def sample_sigmas(batch: int, rng: StepRandom, levels: NoiseLevels = LOGIT_NORMAL) -> Tensor:
     """Sample logit-normal noise levels (B,) float32 in (0, 1)."""
-    return torch.sigmoid(rng.normal(batch))
+    return torch.sigmoid(levels.mean + levels.deviation * rng.normal(batch))
 
 
 def flow_matching_loss(

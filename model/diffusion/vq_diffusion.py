@@ -20,18 +20,23 @@ For a one-hot p_θ this is eq. 5. Everything is computed in logarithms and float
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.diffusion.conditioning import null_condition
+from model.diffusion.unmasking import masked_share, unmask_surest
 from model.errors import ModelError
 
 LOG_ZERO = -70.0
 """Logarithm of an impossible event: finite, so that gradients stay finite; e⁻⁷⁰ is negligible in every sum."""
 
+_MASKED = 0.99  # least share of [MASK] at T for a start from [MASK] only
+
+Order = Literal["random", "surest"]
+"""Order in which sampling unmasks tokens."""
 CodeDenoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(codes (B, n) int64 in 0 … K, t (B,) int64 in 1 … T, condition (B, T, E)) -> logits (B, n, K) of the clean codes."""
 
@@ -65,6 +70,8 @@ class Transitions:
     """Schedule of masking and replacing codes: ᾱ_t and γ̄_t are linear from t = 1 to t = T.
 
     The defaults are those of the paper's public code: nearly all noise is [MASK], one in a million tokens is replaced.
+    A code that sampling has unmasked is then never revised. The paper's own schedule replaces a tenth of the tokens
+    (``mask_last`` 0.9).
     """
 
     codes: int = 1024
@@ -75,14 +82,11 @@ class Transitions:
     mask_last: float = 0.99999
 
     def __post_init__(self) -> None:
-        """Raise ``ModelError`` unless all probabilities are valid and the process ends in [MASK] only."""
+        """Raise ``ModelError`` unless all probabilities are valid."""
         if self.codes < 2 or self.timesteps < 2:
             raise ModelError(f"codes or timesteps is below 2: {self.codes}, {self.timesteps}; give at least 2 of each")
-        if not 0.99 <= self.mask_last < 1:
-            raise ModelError(
-                f"mask_last is out of range: {self.mask_last}; give a value in [0.99, 1), because sampling starts "
-                "from [MASK] only"
-            )
+        if not 0 < self.mask_last < 1:
+            raise ModelError(f"mask_last is out of range: {self.mask_last}; give a value in (0, 1)")
         if not (0 <= self.mask_first < self.mask_last and 0 < self.stay_last < self.stay_first < 1):
             raise ModelError(
                 "stay_first, stay_last, mask_first or mask_last is out of range: "
@@ -113,6 +117,15 @@ class Transitions:
         earlier, later = self.cumulative(s), self.cumulative(t)
         stay, unmasked = later.stay / earlier.stay, (1 - later.mask) / (1 - earlier.mask)
         return Rates(stay, (unmasked - stay) / self.codes, 1 - unmasked)
+
+    def starts_masked(self) -> bool:
+        """Return True if the process ends in [MASK] so nearly only that sampling may start from [MASK] only."""
+        return self.mask_last >= _MASKED
+
+    def prior(self, uniforms: Tensor) -> Tensor:
+        """Sample x_T (B, n), [MASK] or any code, from uniforms (B, n, 2) in [0, 1)."""
+        random = (uniforms[..., 1].double() * self.codes).long()
+        return torch.where(uniforms[..., 0] < self.mask_last / (1 - self.stay_last), self.mask, random)
 
     def corrupt(self, codes: Tensor, t: Tensor, uniforms: Tensor) -> Tensor:
         """Sample x_t from q(x_t|x_0) (eq. 8): codes (B, n) int64, t (B,), uniforms (B, n, 2) in [0, 1)."""
@@ -209,9 +222,11 @@ def sample_codes(
     truncation: float = 0.86,
     negative: Tensor | None = None,
     known: KnownCodes | None = None,
+    prior: Tensor | None = None,
+    order: Order = "random",
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Sample codes from [MASK] only, with one stride for each step of ``uniforms`` (x_0 reparameterisation).
+    """Sample codes, from [MASK] or from the prior: one stride for each step of ``uniforms`` (x_0 reparameterisation).
 
     Each image has its own row of ``uniforms``, so it does not depend on its batch.
 
@@ -223,33 +238,51 @@ def sample_codes(
         guidance_scale: 1 is the conditional model itself; other values double the batch of each call. Default: 1.
         truncation: Probability mass kept per token; 1 keeps all. Default: 0.86.
         negative: (B, T, E) tokens to push away from. Default: the null condition.
-        known: Codes to start from or to keep in part. Default: start from [MASK] only.
+        known: Codes to start from or to keep in part. Default: none.
+        prior: (B, n, 2) in [0, 1), the randomness of x_T. Default: start from [MASK] only.
+        order: Order in which masked tokens are unmasked: "random", as in the process, or "surest" first, which starts
+            from [MASK] only. Default: "random".
         on_step: Called with the number of each finished step, from 1.
 
     Returns:
         (B, n) int64 codes below K.
 
     Raises:
-        ModelError: The number of steps is out of range, or the network's output is NaN.
+        ModelError: The number of steps is out of range, the process needs a prior, or the network's output is NaN.
     """
     batch, steps, tokens = uniforms.shape
     first = transitions.timesteps if known is None else known.first
     if not 1 <= steps <= first:
         raise ModelError(f"the number of steps is out of range: {steps}; give 1 to {first}")
 
+    if order == "surest" and (known is not None or prior is not None):
+        raise ModelError("the order 'surest' starts from [MASK] only; use 'random' with known codes or a prior")
+
     def times(left: int) -> Tensor:
         return torch.full((batch,), round(first * left / steps), device=uniforms.device)
 
-    if known is None:
+    if known is not None:
+        codes = transitions.corrupt(known.codes, times(steps), known.uniforms)
+    elif prior is not None:
+        codes = transitions.prior(prior)
+    elif transitions.starts_masked():
         codes = torch.full((batch, tokens), transitions.mask, device=uniforms.device)
     else:
-        codes = transitions.corrupt(known.codes, times(steps), known.uniforms)
+        raise ModelError(f"mask_last is below {_MASKED}: {transitions.mask_last}; pass the uniform numbers of a prior")
     denoise = _guided_log_clean(network, condition, negative, guidance_scale)
     for step in range(steps):
         t, s = times(steps - step), times(steps - step - 1)
+        if order == "surest":
+            t = torch.full_like(t, max(1, round(first * masked_share(step, steps))))
         guided = denoise(codes, t)
         log_clean = truncate_probabilities(guided, truncation)
-        codes = sample_inverse_cdf(log_reverse(log_clean, codes, s, t, transitions).exp(), uniforms[:, step])
+        if order == "surest":
+            chosen = sample_inverse_cdf(log_clean.exp(), uniforms[:, step])
+            codes = unmask_surest(
+                log_clean, chosen, codes, uniforms[:, step], step=step, steps=steps, mask=transitions.mask
+            )
+        else:
+            codes = sample_inverse_cdf(log_reverse(log_clean, codes, s, t, transitions).exp(), uniforms[:, step])
         if known is not None:
             codes = torch.where(known.free, codes, transitions.corrupt(known.codes, s, known.uniforms))
         if on_step is not None:

@@ -124,15 +124,29 @@ def precision_recall(samples: Embeddings, real: Embeddings, k: int = 3) -> tuple
     return float(inside.mean()), float(covered.mean())
 
 
+def coverage(samples: Embeddings, real: Embeddings, k: int = 5) -> float:
+    """Return the share of :func:`covered` real images (M, D): in [0, 1], higher is better."""
+    return float(covered(samples, real, k).mean())
+
+
+def covered(samples: Embeddings, real: Embeddings, k: int = 5) -> NDArray[np.bool_]:
+    """Return a mask (M,) of the real images with a sample in their ball (Naeem et al. 2002.09797, eq. 4).
+
+    The radius is the distance to the ``k``-th nearest other real image, or to the farthest one if there are fewer.
+    The balls are those of real images, so odd samples do not raise the value as they raise recall.
+    """
+    radii = _radii(real, min(k, len(real) - 1))
+    distances = _squared_distances(real, samples)
+    return np.concatenate([block.min(axis=1) for block in distances]) <= radii + _TIE
+
+
 def on_manifold(rows: Embeddings, manifold: Embeddings, k: int = 3) -> NDArray[np.bool_]:
     """Return a mask (N,) of the ``rows`` (N, D) on the manifold (:func:`precision_recall`) of ``manifold`` (M, D)."""
     if len(manifold) <= k:
         raise ModelError(
             f"too few images for precision and recall: {len(manifold)}; pass more than k = {k} in each set"
         )
-    radii = np.concatenate(  # position 0 is the row itself
-        [np.partition(block, k, axis=1)[:, k] for block in _squared_distances(manifold, manifold)]
-    )
+    radii = _radii(manifold, k)
     return np.concatenate([(block <= radii + _TIE).any(axis=1) for block in _squared_distances(rows, manifold)])
 
 
@@ -155,6 +169,34 @@ def copy_threshold(
     if not len(distinct):
         return near_duplicate
     return float(np.percentile(distinct.astype(np.float64), percentile))
+
+
+def distinct_nearest(
+    neighbour_cosines: NDArray[np.floating], near_duplicate: float = NEAR_DUPLICATE
+) -> NDArray[np.floating]:
+    """Return the cosine (N,) of images to their nearest distinct image, from those to their nearest others (N, K).
+
+    Near-duplicates are not distinct. If all K are, the smallest cosine is returned. Missing neighbours are −inf.
+    """
+    known = np.isfinite(neighbour_cosines)
+    distinct = np.where(known & (neighbour_cosines < near_duplicate), neighbour_cosines, -np.inf).max(axis=1)
+    smallest = np.where(known, neighbour_cosines, np.inf).min(axis=1)
+    smallest = np.where(np.isfinite(smallest), smallest, -1.0)
+    nearest: NDArray[np.floating] = np.where(np.isfinite(distinct), distinct, smallest)
+    return nearest
+
+
+def authentic(sample_nearest: NDArray[np.floating], spacing: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Return a mask (N,) of the samples that are not copies, by the spacing of the images around them.
+
+    A sample is a copy if it is closer to its nearest image than that image is to its nearest distinct one (Alaa et al.
+    2102.08921, section 3.3). Unlike :func:`copy_threshold`, this needs no constant, and adapts to dense domains.
+
+    Args:
+        sample_nearest: (N,) cosine of each sample to its nearest image.
+        spacing: (N,) cosine of that image to its :func:`distinct_nearest` one.
+    """
+    return sample_nearest <= spacing
 
 
 def copy_rate(sample_nearest: NDArray[np.floating], threshold: float) -> float:
@@ -199,6 +241,12 @@ def _squared_distances(first: Embeddings, second: Embeddings) -> Iterator[Values
     for start in range(0, len(first), step):
         block = first[start : start + step].astype(np.float64)
         yield (np.square(block).sum(axis=1)[:, None] + lengths - 2 * block @ wide.T).clip(min=0)
+
+
+def _radii(rows: Embeddings, k: int) -> Values:
+    """Return the squared distance (N,) of each of ``rows`` to its ``k``-th nearest other row."""
+    blocks = _squared_distances(rows, rows)
+    return np.concatenate([np.partition(block, k, axis=1)[:, k] for block in blocks])  # position 0 is the row itself
 
 
 def _gaussian(rows: Embeddings, counts: Values) -> tuple[Values, Values]:

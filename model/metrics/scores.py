@@ -43,28 +43,36 @@ class ReferenceSet:
 
 
 def score_samples(
-    rows: Embeddings, queries: Embeddings, near: NDArray[np.floating], reference: ReferenceSet
+    rows: Embeddings,
+    queries: Embeddings,
+    near: NDArray[np.floating],
+    reference: ReferenceSet,
+    *,
+    spacing: NDArray[np.floating] | None = None,
+    groups: NDArray[np.int64] | None = None,
 ) -> dict[str, Score]:
-    """Return scores by name: clip_score, fd, mmd, precision, recall, nearest and copy_rate.
+    """Return scores by name: clip_score, fd, mmd, precision, recall, coverage, nearest, copy_rate and authenticity.
 
-    Distances, precision and recall depend on the sizes of both sets. If there are fewer real images than samples, they
-    use the first M samples. Samples of one query are resampled together, so the intervals describe the variation over
-    sets of this many queries. The manifolds of precision and recall, and the copy threshold, are not resampled.
+    Distances, precision, recall and coverage depend on the sizes of both sets. If there are fewer real images than
+    samples, they use the first M samples. Samples of one query are resampled together, so the intervals describe the
+    variation over sets of this many queries. Manifolds, the copy threshold and the spacing are not resampled.
 
     Args:
         rows: (N, D) embeddings of the samples.
         queries: (N, D) embedding of each sample's prompt.
         near: (N,) cosine of each sample to its nearest database image.
         reference: Real images, copy threshold and bootstrap settings.
+        spacing: (N,) cosine of that database image to its nearest distinct one. Default: None, no authenticity.
+        groups: (N,) unit that each sample is resampled with, numbered from 0 by first occurrence. Default: its query.
     """
-    real, groups = reference.real, groups_of(queries)
+    real, groups = reference.real, groups_of(queries) if groups is None else groups
     compared, compared_groups = rows[: len(real)], groups[: len(real)]
     rng = np.random.default_rng(reference.seed)
 
     def interval(statistic: Statistic, *sets: ImageSet, bounds: tuple[float, float]) -> Score:
         return bootstrap_interval(statistic, *sets, resamples=reference.resamples, rng=rng, bounds=bounds)
 
-    return {
+    scores = {
         "clip_score": interval(mean_of(embedding_metrics.pair_cosines(rows, queries)), groups, bounds=(-1.0, 1.0)),
         "fd": interval(frechet_of(compared, real), compared_groups, len(real), bounds=_DISTANCE),
         "mmd": interval(mmd_of(compared, real), compared_groups, len(real), bounds=_DISTANCE),
@@ -72,7 +80,13 @@ def score_samples(
         "recall": interval(mean_of(embedding_metrics.on_manifold(real, compared)), len(real), bounds=_SHARE),
         "nearest": interval(mean_of(near), groups, bounds=(-1.0, 1.0)),
         "copy_rate": interval(mean_of(near > reference.threshold), groups, bounds=_SHARE),
+        # After the others, so that their intervals keep their random numbers.
+        "coverage": interval(mean_of(embedding_metrics.covered(compared, real)), len(real), bounds=_SHARE),
     }
+    if spacing is not None:
+        authentic = embedding_metrics.authentic(near, spacing)
+        scores["authenticity"] = interval(mean_of(authentic), groups, bounds=_SHARE)
+    return scores
 
 
 def score_mean(

@@ -193,9 +193,10 @@ def build_optimizers(network: nn.Module, config: TrainingConfig) -> list[torch.o
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Return the learning rate of ``step``: linear warmup, then constant or a cosine to 2% of the peak."""
+    """Return the learning rate of ``step``: linear warmup, then a cosine to 2% of the peak, or constant and a decay."""
     images_seen = step * config.batch_size
     peak = config.learning_rate * min(1.0, (images_seen + config.batch_size) / max(config.warmup_images, 1))
     if config.schedule == "constant":
-        return peak
+        remaining = (config.steps - step) * config.batch_size
+        return peak * min(1.0, remaining / config.decay_images) if config.decay_images else peak
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))

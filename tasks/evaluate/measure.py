@@ -36,6 +36,8 @@ SHOWN = 64
 WORST_COPIES = 10
 """Samples closest to a database image that are stored for the report."""
 _DESCRIBED_ROWS = 1 << 14
+_SPACING_NEIGHBOURS = 32
+"""Neighbours searched for the nearest distinct one: more than an image usually has variants."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,9 +185,22 @@ class Evaluator:
         key = self._sampler.resolved(condition)
         if key not in self._scores:
             _, rows = self._sampler(condition)
-            near = self._database.search(rows, 1).scores[:, 0]
-            self._scores[key] = score_samples(rows, self._sampler.queries.numpy(), near, self.reference_set)
+            hits = self._database.search(rows, 1)
+            self._scores[key] = score_samples(
+                rows,
+                self._sampler.queries.numpy(),
+                hits.scores[:, 0],
+                self.reference_set,
+                spacing=self._spacing(hits.ids[:, 0]),
+            )
         return self._scores[key]
+
+    def _spacing(self, ids: NDArray[np.int64], without: NDArray[np.int64] | None = None) -> NDArray[np.floating]:
+        """Return the cosine (N,) of images to their nearest distinct one, which is none of ``without`` (N,)."""
+        count = min(_SPACING_NEIGHBOURS, len(self._database) - 1)
+        found = self._database.search(self._database.rows(ids).astype(np.float32), count, exclude=ids)
+        scores = found.scores if without is None else np.where(found.ids == without[:, None], -np.inf, found.scores)
+        return embedding_metrics.distinct_nearest(scores, self._config.near_duplicate)
 
     def _diversity(self) -> Score:
         """Return the diversity over ``seeds`` images of each of the first prompts."""
@@ -207,6 +222,13 @@ class Evaluator:
             scores["copy_rate_real"] = embedding_metrics.copy_rate(
                 self._real_near[self.compared :], self.reference_set.threshold
             )
+            own = self._real_ids[self.compared :]
+            hits = self._database.search(self._held_out, 1, exclude=own)
+            known = hits.ids[:, 0] >= 0  # an image may have only exact copies
+            if known.any():
+                spacing = self._spacing(hits.ids[known, 0], without=own[known])
+                scores["authenticity_real"] = float(embedding_metrics.authentic(hits.scores[known, 0], spacing).mean())
+            scores["coverage_real_split"] = embedding_metrics.coverage(self._held_out, self.reference_set.real)
         if self._config.prompt_urls:
             scores |= flatten(self._real_clip_score(), "real")
         return scores

@@ -13,13 +13,15 @@ METRICS = {
     "fid": "FID ↓",
     "precision": "precision ↑",
     "recall": "recall ↑",
+    "coverage": "coverage ↑",
     "nearest": "nearest cosine",
     "copy_rate": "copy rate ↓",
+    "authenticity": "authenticity ↑",
     "diversity": "diversity ↑",
 }
 """Headings by metric name. The arrow shows the better direction; ``nearest`` is best near the value of real images."""
 CONDITIONS = {"knn": "with neighbours", "no_knn": "without", "real": "real images"}
-REAL = {"fd": "fd_real_split", "mmd": "mmd_real_split"}
+REAL = {"fd": "fd_real_split", "mmd": "mmd_real_split", "coverage": "coverage_real_split"}
 
 
 def table(scores: Scores) -> str:

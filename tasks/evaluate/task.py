@@ -36,14 +36,15 @@ class Evaluation(Reference):
     def scores(self) -> dict[str, float]:
         """Return METRIC_knn and METRIC_no_knn, each with _low and _high, and the scores of real images.
 
-        METRIC is clip_score, fd, mmd, precision, recall, nearest (mean cosine to the nearest stored image),
-        copy_rate, diversity (with neighbours only), and fid if Inception weights were given (without an interval).
-        Real images have nearest_real, and clip_score_real if the config names the image of each prompt. If the
-        database has 8 or more images, a second set of the same size gives fd_real_split, mmd_real_split and
-        copy_rate_real.
+        METRIC is clip_score, fd, mmd, precision, recall, coverage, nearest (mean cosine to the nearest stored image),
+        copy_rate, authenticity, diversity (with neighbours only), and fid if Inception weights were given (without an
+        interval). Real images have nearest_real, and clip_score_real if the config names the image of each prompt. If
+        the database has 8 or more images, a second set of the same size gives fd_real_split, mmd_real_split,
+        coverage_real_split, copy_rate_real and authenticity_real. Earlier evaluations have no coverage and no
+        authenticity.
 
-        fd, mmd, fid, precision and recall use ``info["compared"]`` images on each side: the number of samples, at
-        most half of the database. Two sets of real images are compared at the same size.
+        fd, mmd, fid, precision, recall and coverage use ``info["compared"]`` images on each side: the number of
+        samples, at most half of the database. Two sets of real images are compared at the same size.
         """
         return dict(self.manifest().info["scores"])
 

@@ -16,7 +16,9 @@ Legend: ``N`` samples, ``M`` images of Twemoji, ``D`` embedding width, ``S`` sid
 import dataclasses
 import hashlib
 import json
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from model.saved_generator import BUNDLED_GENERATOR, DISCRETE, pretrained_folder
 from model.step_random import mix_seeds
 from tasks.evaluate.sampler import ABLATIONS, MAIN, Condition, queries_of
 
+SKIN_TONE = re.compile(r" (?:medium-dark|medium-light|medium|dark|light) skin tone")
 SEED = 0
 CHUNK = {"cpu": 64, "cuda": 512}
 BASELINE_SHARE, BASELINE_LEAST = 8, 96
@@ -145,6 +148,8 @@ class Scene:
     reference: ReferenceSet
     nearest_real: float
     """Mean cosine of an image to its nearest neighbour."""
+    groups: NDArray[np.int64]
+    """(N,): the base name of each caption; names that differ in skin tone are resampled together."""
     studio: "Studio"
 
     @classmethod
@@ -166,13 +171,20 @@ class Scene:
             described=own[[captions[text] for text in texts]],
             reference=ReferenceSet(real=own, threshold=embedding_metrics.copy_threshold(near), seed=SEED),
             nearest_real=float(near[np.isfinite(near)].mean()),
+            groups=groups_of_names(texts),
             studio=Studio(pipeline, queries, settings_of(model, pipeline, own, list(captions), device)),
         )
 
     def score(self, rows: Embeddings) -> dict[str, Score]:
         """Return every metric of the images (N, D) of all queries."""
         near = self.studio.pipeline.database.search(rows, 1).scores[:, 0]
-        return score_samples(rows, self.queries.numpy(), near, self.reference)
+        return score_samples(rows, self.queries.numpy(), near, self.reference, groups=self.groups)
+
+
+def groups_of_names(names: Sequence[str]) -> NDArray[np.int64]:
+    """Return the number (N,) of the base name of each name, without skin tones."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(SKIN_TONE.sub("", name), len(numbers)) for name in names], dtype=np.int64)
 
 
 def twemoji_captions(files: list[Path]) -> dict[str, int]:

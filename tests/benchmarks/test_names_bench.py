@@ -52,6 +52,7 @@ def test_bench_names_also_scores_single_candidates(bench: Any, tmp_path: Path, m
         described=own[:100].astype(np.float32),
         reference=bench.ReferenceSet(real=own.astype(np.float32), threshold=0.9, resamples=10),
         nearest_real=0.5,
+        groups=np.arange(100),
         studio=bench.Studio(pipeline, queries, settings),
     )
     monkeypatch.setattr(bench.Scene, "prepare", lambda samples, device, model: scene)
@@ -71,6 +72,11 @@ def test_real_distance_is_that_of_as_many_real_images_to_all(bench: Any) -> None
     few, many = bench.real_distance(own, 50), bench.real_distance(own, 2_000)
     assert 0 < many < few / 10
     assert bench.real_distance(own, 50) == few
+
+
+def test_groups_of_names_join_skin_tones(bench: Any) -> None:
+    names = ["victory hand", "victory hand medium-dark skin tone", "couple dark skin tone light skin tone", "couple"]
+    assert bench.groups_of_names([*names, "dark chocolate"]).tolist() == [0, 0, 1, 1, 2]
 
 
 def test_counts_of_baselines_are_an_eighth(bench: Any) -> None:

@@ -87,9 +87,10 @@ def test_evaluation_has_every_score_with_bounds(domain: Any) -> None:
     from tasks.evaluate.task import table
 
     scores = domain.result.trained.evaluation.reference.scores()
-    metrics = ("clip_score", "fd", "mmd", "precision", "recall", "nearest", "copy_rate")
+    metrics = ("clip_score", "fd", "mmd", "precision", "recall", "coverage", "nearest", "copy_rate", "authenticity")
     generated = {f"{metric}_{condition}" for metric in metrics for condition in ("knn", "no_knn")} | {"diversity_knn"}
-    real = {"fd_real_split", "mmd_real_split", "nearest_real", "copy_rate_real"}
+    real = {"fd_real_split", "mmd_real_split", "coverage_real_split"}
+    real |= {"nearest_real", "copy_rate_real", "authenticity_real"}
     assert set(scores) == generated | {f"{name}_{end}" for name in generated for end in ("low", "high")} | real
     assert all(-1 <= scores[name] <= 1 for name in ("clip_score_knn", "clip_score_no_knn"))
     assert 0 < scores["fd_real_split"] < scores["fd_knn"]  # samples of a network this small differ from real images

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from model.configs import ConditioningConfig, Prediction, RestorationConfig
 from model.diffusion.conditioning import sample_condition
-from model.diffusion.flow_matching import flow_matching_loss, sample_sigmas
+from model.diffusion.flow_matching import LOGIT_NORMAL, NoiseLevels, flow_matching_loss, sample_sigmas
 from model.errors import ModelError
 from model.networks.denoiser import as_denoiser
 from model.networks.editor import with_reference
@@ -103,16 +103,24 @@ class Reference(nn.Module):
 class Restoration(nn.Module):
     """The restoration loss of an editor, a network with six input channels."""
 
-    def __init__(self, conditioning: ConditioningConfig, config: RestorationConfig, *, prediction: Prediction) -> None:
+    def __init__(
+        self,
+        conditioning: ConditioningConfig,
+        config: RestorationConfig,
+        *,
+        prediction: Prediction,
+        levels: NoiseLevels = LOGIT_NORMAL,
+    ) -> None:
         """Configure the objective.
 
         Args:
             conditioning: Probabilities of hiding and perturbing parts of the condition.
             config: Regions to paste.
             prediction: Output of the network.
+            levels: Distribution of the noise levels. Default: the standard logit-normal one.
         """
         super().__init__()
-        self.conditioning, self.prediction = conditioning, prediction
+        self.conditioning, self.prediction, self.levels = conditioning, prediction, levels
         self.reference = Reference(config)
 
     def forward(self, network: nn.Module, batch: Batch, rng: StepRandom) -> Tensor:
@@ -130,7 +138,7 @@ class Restoration(nn.Module):
             )
         images, count = batch.images, len(batch.images)
         condition = sample_condition(batch.query, batch.neighbours, self.conditioning, rng)
-        sigma = sample_sigmas(count, rng)
+        sigma = sample_sigmas(count, rng, self.levels)
         noise = rng.normal(*images.shape)
         randomness, hidden = sample_randomness(rng, count), rng.uniform(count)
         reference = self.reference(images, batch.reference, randomness, hidden)

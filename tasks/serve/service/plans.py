@@ -259,7 +259,7 @@ def _digest(image: Image.Image | None) -> str | None:
 
 def _embedding_digest(embedding: list[float] | None) -> str | None:
     """Return the digest of an embedding in float32."""
-    return None if embedding is None else hashlib.sha256(np.float32(embedding).tobytes()).hexdigest()
+    return None if embedding is None else hashlib.sha256(np.asarray(embedding, np.float32).tobytes()).hexdigest()
 
 
 def _seed(given: int | None) -> int:

@@ -1,12 +1,15 @@
 """VQ-Diffusion: sampling of codes with networks of known output."""
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from model.diffusion.conditioning import condition_tokens, null_condition
+from model.diffusion.unmasking import unmask_surest
 from model.diffusion.vq_diffusion import (
     KnownCodes,
     Transitions,
@@ -21,6 +24,8 @@ from model.errors import ModelError
 K, STEPS = 4, 6
 WIDE = Transitions(codes=K, timesteps=STEPS, stay_first=0.9, stay_last=5e-4, mask_first=0.05, mask_last=0.999)
 """A process that also replaces codes, often enough to notice."""
+REPLACING = Transitions(codes=K, timesteps=STEPS, stay_first=0.9, stay_last=5e-4, mask_first=0.05, mask_last=0.9)
+"""A process that ends in a tenth of random codes."""
 CONDITION = condition_tokens(torch.eye(4)[:2], torch.eye(4)[2:].repeat(2, 1, 1), dimension=4, batch=2)
 
 
@@ -89,18 +94,70 @@ def test_sample_codes_times_are_evenly_spaced_and_start_from_masks() -> None:
     assert all(torch.equal(condition, CONDITION) for _, _, condition in network.inputs)
 
 
+def test_transitions_prior_has_the_frequencies_of_the_last_time() -> None:
+    codes = REPLACING.prior(rand(1, 20_000, 2))
+    shares = torch.bincount(codes.flatten(), minlength=K + 1) / 20_000
+    _, replace, mask = REPLACING.cumulative(torch.tensor([STEPS]))
+    assert shares.tolist() == pytest.approx([replace.item()] * K + [mask.item()], abs=0.01)
+
+
+def test_sample_codes_of_a_process_that_replaces_codes_needs_a_prior() -> None:
+    network = Fixed(torch.zeros(K))
+    with pytest.raises(ModelError, match=r"mask_last is below 0.99: 0.9; pass the uniform numbers"):
+        sample_codes(network, CONDITION, rand(2, 4, 9), transitions=REPLACING)
+    sample_codes(network, CONDITION, rand(2, 4, 9), transitions=REPLACING, prior=rand(2, 9, 2))
+    assert torch.equal(network.inputs[0][0], REPLACING.prior(rand(2, 9, 2)))
+
+
+@pytest.mark.parametrize("process", [WIDE, REPLACING])
 @pytest.mark.parametrize("steps", [1, 3, 6])
-def test_sample_codes_strides_keep_the_distribution(steps: int) -> None:
+def test_sample_codes_strides_keep_the_distribution(steps: int, process: Transitions) -> None:
     """For independent codes the perfect p_θ(x_0|x_t) is known: the prior times q(x_t|x_0)."""
     prior = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
 
     def perfect(codes: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        likelihood = log_likelihood(codes, WIDE.cumulative(t), K)[..., :K].exp()
+        likelihood = log_likelihood(codes, process.cumulative(t), K)[..., :K].exp()
         return (likelihood * prior).log()
 
-    sampled = sample_codes(perfect, CONDITION, rand(2, steps, 10_000), transitions=WIDE, truncation=1.0)
+    start = rand(2, 10_000, 2, seed=1)
+    sampled = sample_codes(perfect, CONDITION, rand(2, steps, 10_000), transitions=process, truncation=1.0, prior=start)
     shares = torch.bincount(sampled.flatten(), minlength=K) / 20_000
     torch.testing.assert_close(shares.double(), prior, atol=0.014, rtol=0)
+
+
+def test_sample_codes_surest_first_unmasks_by_confidence_along_a_cosine() -> None:
+    tokens, steps = 40, 8
+    logits = torch.zeros(tokens, K)
+    logits[:, 0] = torch.linspace(50, 90, tokens)  # all choose code 0; the last tokens are the surest
+    network = Fixed(logits)
+    codes = sample_codes(
+        network, CONDITION, rand(2, steps, tokens), transitions=Transitions(codes=K), order="surest", truncation=1.0
+    )
+    assert (codes == 0).all()
+    masked = [(inputs == K).sum(1).tolist() for inputs, _, _ in network.inputs]
+    assert masked == [[int(tokens * math.cos(math.pi / 2 * step / steps))] * 2 for step in range(steps)]
+    assert [t[0].item() for _, t, _ in network.inputs] == [100, 98, 92, 83, 71, 56, 38, 20], "the masked share"
+
+
+def test_unmask_surest_keeps_unmasked_codes_and_orders_by_probability() -> None:
+    log_clean = torch.tensor([[[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.5, 0.5]]]).log()
+    chosen, codes = torch.tensor([[0, 1, 0, 1]]), torch.tensor([[2, 2, 2, 1]])
+    half = torch.full((1, 4), 0.5 / 4096)  # equal noise for every token
+    first = unmask_surest(log_clean, chosen, codes, half, step=1, steps=3, mask=2)
+    assert first.tolist() == [[0, 2, 2, 1]]
+    assert unmask_surest(log_clean, chosen, first, half, step=2, steps=3, mask=2).tolist() == [[0, 1, 0, 1]]
+
+
+def test_sample_codes_surest_first_follows_the_probabilities_and_the_randomness() -> None:
+    prior = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    uniforms = rand(2, 4, 10_000)
+    options: dict[str, Any] = {"transitions": Transitions(codes=K), "order": "surest", "truncation": 1.0}
+    sampled = sample_codes(Fixed(prior.log()), CONDITION, uniforms, **options)
+    assert torch.equal(sampled, sample_codes(Fixed(prior.log()), CONDITION, uniforms, **options))
+    shares = torch.bincount(sampled.flatten(), minlength=K) / 20_000
+    assert shares.argsort().tolist() == [0, 1, 2, 3]
+    with pytest.raises(ModelError, match="the order 'surest' starts from"):
+        sample_codes(Fixed(prior.log()), CONDITION, uniforms, prior=rand(2, 10_000, 2), **options)
 
 
 def mixing_network(codes: Tensor, t: Tensor, condition: Tensor) -> Tensor:

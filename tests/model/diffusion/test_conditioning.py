@@ -109,6 +109,21 @@ def test_training_condition_hides_parts_at_the_configured_rates() -> None:
     assert torch.equal(tokens[shares["all"]], null_condition(whole)[shares["all"]]), "the null condition of guidance"
 
 
+def test_training_condition_mean_query_puts_the_mean_of_the_shown_neighbours_into_the_slot() -> None:
+    config = ConditioningConfig(**HIDE_NOTHING | {"mean_query": 0.3, "fewer_neighbours": 0.5, "neighbours": 4})
+    query, neighbours = rows(8_000, 8), rows(8_000, 4, 8, seed=1)
+
+    tokens = training_condition(query, neighbours, config, seeded())
+
+    shown = tokens[:, 1:, :8].sum(1)
+    is_mean = torch.cosine_similarity(tokens[:, 0, :8], shown) > 0.9999
+    assert is_mean.float().mean().item() == pytest.approx(0.3, abs=0.02)
+    torch.testing.assert_close(tokens[~is_mean][:, 0, :8], query[~is_mean] * 8**0.5)
+    assert tokens[:, 0, :8].norm(dim=1).allclose(torch.tensor(8**0.5)), "a mean is a unit row too"
+    without = training_condition(query, neighbours, ConditioningConfig(**HIDE_NOTHING), seeded())
+    assert not torch.equal(without[:, 0], tokens[:, 0])
+
+
 @pytest.mark.parametrize("part", ["drop_all", "drop_query", "drop_neighbours"])
 def test_training_condition_drop_probability_1_hides_every_sample(part: str) -> None:
     config = ConditioningConfig(**HIDE_NOTHING | {part: 1.0})
@@ -260,6 +275,7 @@ def test_training_condition_has_the_configured_number_of_neighbours() -> None:
         {"drop_images": -0.1},
         {"neighbours": 4, "pool": 3},
         {"gap_weight": 1.0},
+        {"mean_query": 1.1},
     ],
 )
 def test_conditioning_config_invalid_field_raises(wrong: dict[str, Any]) -> None:

@@ -3,7 +3,15 @@ import torch
 from torch import Tensor
 
 from model.configs import Prediction
-from model.diffusion.flow_matching import MIN_SIGMA, add_noise, flow_matching_loss, sample_sigmas, to_velocity
+from model.diffusion.flow_matching import (
+    MIN_SIGMA,
+    NoiseLevels,
+    add_noise,
+    flow_matching_loss,
+    sample_sigmas,
+    to_velocity,
+)
+from model.errors import ModelError
 from model.step_random import StepRandom
 
 SHAPE = (5, 3, 4, 4)
@@ -80,3 +88,15 @@ def test_sample_sigmas_are_logit_normal() -> None:
     within = (sigma > 0.2689).logical_and(sigma < 0.7311).float().mean().item()  # |z| < 1
     assert within == pytest.approx(0.6827, abs=0.014)
     assert torch.equal(sigma[:9], sample_sigmas(20_000, StepRandom(0, 0))[:9])
+
+
+def test_sample_sigmas_with_levels_shifts_and_narrows_the_distribution() -> None:
+    logit = torch.logit(sample_sigmas(20_000, StepRandom(0, 0), NoiseLevels(mean=0.8, deviation=0.5)))
+    assert logit.mean().item() == pytest.approx(0.8, abs=0.02)
+    assert logit.std().item() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("wrong", [{"mean": float("nan")}, {"deviation": 0.0}, {"deviation": float("inf")}])
+def test_noise_levels_invalid_field_raises(wrong: dict[str, float]) -> None:
+    with pytest.raises(ModelError, match=next(iter(wrong))):
+        NoiseLevels(**wrong)

@@ -43,6 +43,25 @@ def test_with_guidance_extrapolates_from_unconditional_to_conditional(scale: flo
     torch.testing.assert_close(output, unconditional + scale * (conditional - unconditional))
 
 
+@pytest.mark.parametrize("negative", [None, TOKENS.flip(0)])
+def test_with_guidance_by_a_weaker_network_shows_it_the_condition_or_the_negative(negative: Tensor | None) -> None:
+    strong, weak = Recorder(), Recorder()
+    guided = with_guidance(strong, 3, negative=negative, weaker=lambda *inputs: 0.5 * weak(*inputs))
+    output = guided(NOISY, SIGMA, TOKENS)
+    ((_, _, shown),), ((_, _, weakly_shown),) = strong.calls, weak.calls
+    assert torch.equal(shown, TOKENS)
+    assert torch.equal(weakly_shown, TOKENS if negative is None else negative)
+    against = 0.5 * Recorder()(NOISY, SIGMA, weakly_shown)
+    torch.testing.assert_close(output, against + 3 * (Recorder()(NOISY, SIGMA, TOKENS) - against))
+
+
+def test_with_guidance_by_a_weaker_network_outside_of_the_interval_calls_only_the_network() -> None:
+    weak = Recorder()
+    output = with_guidance(Recorder(), 3, interval=(0.5, 1), weaker=weak)(NOISY, SIGMA, TOKENS)
+    assert not weak.calls
+    assert torch.equal(output, Recorder()(NOISY, SIGMA, TOKENS))
+
+
 def test_with_guidance_other_scale_is_one_call_of_twice_the_batch() -> None:
     denoiser = Recorder()
     with_guidance(denoiser, 2)(NOISY, SIGMA, TOKENS)

@@ -146,7 +146,7 @@ def test_step_divergence_of_the_truth_is_zero_with_finite_gradients() -> None:
     [
         {"codes": 1},
         {"timesteps": 1},
-        {"mask_last": 0.9},
+        {"mask_last": 0.0},
         {"mask_last": 1.0},
         {"stay_last": 0.9999999},
         {"mask_first": -0.1},

@@ -8,9 +8,13 @@ from support import tiny_models
 from model.errors import ModelError
 from model.metrics.embedding_metrics import (
     NEAR_DUPLICATE,
+    authentic,
     clip_score,
     copy_rate,
     copy_threshold,
+    coverage,
+    covered,
+    distinct_nearest,
     diversity,
     frechet_distance,
     kernel_distance,
@@ -164,6 +168,29 @@ def test_on_manifold_radius_is_third_neighbour() -> None:
     assert on_manifold(points[[3, 4]], line).tolist() == [False, False]
     with pytest.raises(ModelError, match="precision and recall: 3; pass more than k = 3 in each set"):
         on_manifold(points, line[:3])
+
+
+def test_coverage_counts_real_images_with_a_sample_in_their_ball() -> None:
+    line = np.array([[0.0], [1.0], [2.0], [4.0]], np.float32)  # radii to the second other: 2, 1, 2, 3
+    assert covered(np.array([[-1.9]], np.float32), line, k=2).tolist() == [True, False, False, False]
+    assert covered(np.array([[6.9], [100]], np.float32), line, k=2).tolist() == [False, False, False, True]
+    assert coverage(line, line, k=9) == 1, "k is limited by the number of images"
+
+
+def test_coverage_is_not_raised_by_odd_samples_and_detects_a_collapse() -> None:
+    real, other = (tiny_models.unit_rows(300, seed=seed).astype(np.float32) for seed in (0, 1))
+    odd = 2 * other
+    assert precision_recall(odd, real)[1] > 0.9
+    assert coverage(odd, real) < 0.5 < 0.9 < coverage(other, real)
+    assert coverage(np.repeat(other[:5], 60, axis=0), real) < 0.5
+
+
+def test_authentic_compares_a_sample_with_the_spacing_of_its_image() -> None:
+    cosines = np.array([[0.99, 0.96, 0.80], [0.70, 0.60, 0.50], [0.99, 0.98, -np.inf], [-np.inf] * 3], np.float32)
+    spacing = distinct_nearest(cosines)
+    assert spacing == pytest.approx([0.80, 0.70, 0.98, -1.0]), "variants are not distinct, unless there are no others"
+    assert authentic(np.full(4, 0.75), spacing).tolist() == [True, False, True, False]
+    assert distinct_nearest(cosines, 0.995)[0] == pytest.approx(0.99)
 
 
 def test_copy_rate_copies_is_one_and_new_images_matches_percentile() -> None:

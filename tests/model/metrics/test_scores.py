@@ -32,6 +32,17 @@ def test_score_samples_repeated_prompts_widen_intervals(metric: str) -> None:
     assert together > 1.8 * apart
 
 
+def test_score_samples_given_groups_are_resampled_together() -> None:
+    rows, queries = (tiny_models.unit_rows(200, seed=seed).astype(np.float32) for seed in (1, 2))
+    near = np.repeat(np.linspace(0.5, 1, 20), 10)
+    alone, together = (
+        score_samples(rows, queries, near, REFERENCE, groups=groups)["copy_rate"]
+        for groups in (None, np.repeat(np.arange(20), 10))
+    )
+    assert alone.value == together.value
+    assert width(together) > 2 * width(alone)
+
+
 def test_score_mean_distinct_queries_are_resampled_individually() -> None:
     values = np.random.default_rng(0).normal(size=12)
     rows = tiny_models.unit_rows(12).astype(np.float32)
@@ -46,6 +57,9 @@ def test_score_samples_more_samples_than_real_uses_first_samples() -> None:
     rows, queries = (tiny_models.unit_rows(200, seed=seed).astype(np.float32) for seed in (3, 4))
     near = (rows @ REAL.T).max(axis=1)
     whole, part = (score_samples(rows[:n], queries[:n], near[:n], REFERENCE) for n in (200, len(REAL)))
-    for metric in ("fd", "mmd", "precision", "recall"):
+    for metric in ("fd", "mmd", "precision", "recall", "coverage"):
         assert whole[metric].value == part[metric].value
     assert whole["nearest"].value == pytest.approx(near.mean())
+    assert "authenticity" not in whole
+    spaced = score_samples(rows, queries, near, REFERENCE, spacing=np.full(200, np.median(near)))
+    assert spaced["authenticity"].value == 0.5

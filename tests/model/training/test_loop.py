@@ -102,10 +102,12 @@ def test_train_batch_size_not_divisible_among_workers_raises(tmp_path: Path) -> 
         {"checkpoint_images": 0},
         {"log_images": 0},
         {"grid_images": 0},
+        {"decay_images": 32},
+        {"schedule": "constant", "decay_images": 40_001},
     ],
 )
 def test_training_config_invalid_field_raises(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises(ValueError, match=next(reversed(wrong))):
         TrainingConfig(**wrong)
 
 
@@ -184,6 +186,14 @@ def test_train_constant_schedule_keeps_the_rate_after_the_warmup(tmp_path: Path)
     config = dataclasses.replace(SHORT, schedule="constant", learning_rate=0.01, log_images=BATCH)
     rates = run(tmp_path, config=config)[2]["learning_rate"]
     assert rates == pytest.approx([0.0025, 0.005, 0.0075] + [0.01] * 9)
+
+
+def test_train_constant_schedule_with_a_decay_falls_linearly_to_0(tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        SHORT, schedule="constant", learning_rate=0.01, log_images=BATCH, decay_images=4 * BATCH
+    )
+    rates = run(tmp_path, config=config)[2]["learning_rate"]
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075] + [0.01] * 6 + [0.0075, 0.005, 0.0025])
 
 
 def test_train_logs_grids_of_the_average_at_the_configured_images(tmp_path: Path) -> None:

@@ -3,18 +3,24 @@
 Tests interrupt and resume it, and train the discrete generator after its autoencoder.
 """
 
+import argparse
+import importlib
 import io
+import json
 import logging
 import os
 import signal
+import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,6 +28,7 @@ import torch
 from support import tiny_models
 from support.scripts import load_script
 from support.tiny_domain import COLOURS, SHAPES, drawn
+from torch import nn
 
 from model.pipeline import KNNDiffusionPipeline
 
@@ -49,10 +56,17 @@ def write_style(path: Path, colours: tuple[str, ...]) -> None:
     pq.write_table(pa.table({"webp": encoded}), path)
 
 
+SIZE = ["--size", "16", "--width", "16", "--head", "16", "--layers", "1", "--batch", "4", "--watch", "2"]
+
+
 def command(name: str, stickers: Path, out: Path, images: int) -> list[str]:
-    size = ["--size", "16", "--width", "16", "--head", "16", "--layers", "1", "--batch", "4", "--watch", "2"]
     folders = ["--stickers", str(stickers), "--out", str(out)]
-    return [sys.executable, str(SCRIPT), name, *folders, "--images", str(images), "--channels", "8", "8", "8", *size]
+    return [sys.executable, str(SCRIPT), name, *folders, "--images", str(images), "--channels", "8", "8", "8", *SIZE]
+
+
+def part(name: str) -> Any:
+    """Import a module of the folder beside the script."""
+    return importlib.import_module(f"sticker_recipe.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +107,84 @@ def stickers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_nearest_leaves_out_the_row_and_its_exact_copies(script: ModuleType) -> None:
     rows = tiny_models.unit_rows(8)
     rows[5] = rows[2]
-    near = script.nearest(rows, 3, "cpu")
+    near = part("data").nearest(rows, 3, "cpu")
     for row in range(8):
         copies = {row} | ({2, 5} if row in (2, 5) else set())
         assert not copies & set(near[row].tolist())
     scores = (rows.astype("float32") @ rows[0].astype("float32"))[1:]
     assert rows[near[0]].astype("float32") @ rows[0].astype("float32") == pytest.approx(sorted(scores)[::-1][:3])
+
+
+def test_nearest_with_styles_returns_the_own_style_first(script: ModuleType) -> None:
+    rows, styles = tiny_models.unit_rows(12), np.arange(12) % 3
+    near = part("data").nearest(rows, 5, "cpu", styles)
+    assert (styles[near[:, :3]] == styles[:, None]).all(), "a style has three other rows"
+    assert (styles[near[:, 3:]] != styles[:, None]).all(), "other styles follow"
+    assert (near != np.arange(12)[:, None]).all()
+
+
+def test_training_set_options_choose_the_neighbours_and_the_weights(script: ModuleType) -> None:
+    rows = tiny_models.unit_rows(8)
+    data = {
+        "pixels": np.arange(8 * 12, dtype=np.uint8).reshape(8, 2, 2, 3),
+        "rows": rows,
+        "neighbours": np.zeros((8, 2), np.int64),
+        "own_style_neighbours": np.ones((8, 2), np.int64),
+        "weights": np.full(8, 2),
+        "near_duplicates": np.array([1, 1, 1, 1, 4, 4, 4, 4]),
+    }
+
+    def trained_on(**changes: Any) -> tuple[list[int], float]:
+        """Return how often each image is used, and the share of samples with neighbours of their style."""
+        options = argparse.Namespace(**{"balanced": False, "own_style_share": 0.0, "device": "cpu"} | changes)
+        dataset = part("data").training_set(data, options)
+        batch = dataset.batch(0, seed=0, size=len(dataset))
+        used = (batch.query[:, None] == torch.from_numpy(rows).float()).all(2).sum(0)
+        own = (batch.neighbours == torch.from_numpy(rows[1]).float()).all(2).all(1)
+        return used.tolist(), own.float().mean().item()
+
+    assert trained_on() == ([2] * 8, 0)
+    balanced, _ = trained_on(balanced=True)
+    assert balanced[:4] == [2] * 4
+    assert sum(balanced[4:]) == 2, "four near-duplicates count as one image"
+    assert trained_on(own_style_share=1.0)[1] == 1
+    assert 0 < trained_on(own_style_share=0.5)[1] < 1
+
+
+def test_near_duplicates_counts_rows_of_at_least_the_threshold(script: ModuleType) -> None:
+    rows = np.eye(4, 16, dtype=np.float16)
+    rows[1] = rows[0] * 0.97 + rows[2] * 0.1
+    assert part("data").near_duplicates(rows, "cpu").tolist() == [2, 2, 1, 1]
+
+
+def test_snapshots_choose_another_only_if_it_is_clearly_better(script: ModuleType, tmp_path: Path) -> None:
+    results, losses = part("results"), part("monitoring").ConditionLosses
+    network = nn.Linear(1, 1)
+
+    def measured(gap: float) -> Any:
+        noise = torch.randn(1, 100, generator=torch.Generator().manual_seed(0)) * 0.1
+        return losses((0.5,), noise + gap, torch.zeros(1, 100))
+
+    snapshots = results.Snapshots(tmp_path / "best.pt")
+    assert snapshots.choose(40, network, measured(0.0)) == 40, "without a snapshot the last weights are chosen"
+    for images, weight, gap in ((10, 1.0, -0.1), (20, 2.0, -0.5), (30, 3.0, 0.2)):
+        nn.init.constant_(network.weight, weight)
+        snapshots.offer(images, network, measured(gap))
+    assert snapshots.choose(40, network, measured(-0.5)) == 40, "an equal one is not better"
+    assert network.weight.item() == 3
+    assert results.Snapshots(tmp_path / "best.pt").choose(40, network, measured(-0.3)) == 20
+    assert network.weight.item() == 2
+
+
+def test_authenticity_counts_samples_closer_to_their_image_than_its_nearest_distinct_one(script: ModuleType) -> None:
+    training = tiny_models.unit_rows(50, 32).astype(np.float32)
+    slightly = tiny_models.unit(training + 0.1 * tiny_models.unit_rows(50, 32, seed=1)).astype(np.float32)
+    other = tiny_models.unit_rows(50, 32, seed=2).astype(np.float32)
+    authenticity = part("results").authenticity
+    assert authenticity(slightly, training) == 0
+    assert authenticity(other, training) > 0.3
+    variants = np.concatenate([training, slightly])
+    assert authenticity(slightly, variants) == 0, "a near-duplicate is not the nearest distinct image"
 
 
 def test_sticker_script_sigterm_saves_a_checkpoint_and_resumes(stickers: Path, run: Run, tmp_path: Path) -> None:
@@ -163,3 +249,67 @@ def test_sticker_script_discrete_generator_trains_on_the_codes_of_its_autoencode
     other = run(*command("discrete", stickers, out, 24))
     assert other.returncode == 1
     assert ": codes " in other.output, "its autoencoder has changed"
+
+
+def test_sticker_script_wsd_decays_in_a_copy_and_resumes_from_before_the_decay(
+    stickers: Path, run: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = [*command("base", stickers, out, 40), "--schedule", "wsd", "--mean-query", "0.3", "--fewer-neighbours", "1"]
+    weights = []
+    for _ in range(2):
+        done = run(*words, "--own-style-share", "0.5", "--balanced", "--sigma-mean", "0.8")
+        assert done.returncode == 0, done.output[-2000:]
+        assert "the learning rate fell to 0 in 2 of 10 steps; the next run resumes at step 8" in done.output
+        assert torch.load(out / "base" / "checkpoint.pt", weights_only=True)["step"] == 8
+        assert json.loads((out / "base" / "figures.json").read_text())["images"] == 40
+        assert not (out / "base" / "decay").exists()
+        weights.append(KNNDiffusionPipeline.open(out / "base" / "pipeline").transformer.state_dict())
+    assert all(torch.equal(part, weights[1][name]) for name, part in weights[0].items()), "the same decay from step 8"
+    assert run(*words).returncode == 1, "other data options need another folder"
+
+    new = run(*command("base", stickers, tmp_path / "new", 4), "--start-from", str(out / "base" / "pipeline"))
+    assert new.returncode == 0, new.output[-2000:]
+    other = [*command("base", stickers, tmp_path / "other", 4), "--width", "32"]
+    assert "another network" in run(*other, "--start-from", str(out / "base" / "pipeline")).output
+
+
+def test_sticker_script_pack_trains_elsewhere_resumes_and_exports_small_files(
+    stickers: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, elsewhere, out = tmp_path / "packed", tmp_path / "elsewhere", tmp_path / "returned"
+    assert run(*command("pack", stickers, packed, 4)).returncode == 0
+    with tarfile.open(packed / "sticker-generator.tar.gz") as tar:
+        tar.extractall(elsewhere, filter="data")
+    environment = {**os.environ, "PYTHON": sys.executable}
+    words = ["0.01", str(out), "--device", "cpu", *SIZE]
+    first = subprocess.run([elsewhere / "run.sh", *words], env=environment, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr[-2000:]
+    before = json.loads((out / "figures.json").read_text())
+    assert (before["images"], before["new_images"]) == (8, 8), "one step before the decay, and one of the decay"
+
+    monkeypatch.setattr(part("runs"), "SHARD_SIZE", "20KB")
+    monkeypatch.setattr(part("results"), "PART_BYTES", 20_000)
+    folders = ["--stickers", elsewhere / "stickers", "--encoder", elsewhere / "encoder", "--out", elsewhere / "state"]
+    resume = ["train.py", "base", *map(str, folders), *SIZE, "--export", str(out), "--minutes", "1e-9"]
+    second = run("python", *resume, "--schedule", "wsd", "--choose", "gap")
+    assert second.returncode == 0, second.output[-2000:]
+    figures = json.loads((out / "figures.json").read_text())
+    assert (figures["images"], figures["new_images"]) == (12, 8), "it resumes from before the decay"
+    assert 0 <= figures["authenticity"]["openmoji"] <= 1
+    assert figures["unseen"]["openmoji"]["0.7"].keys() == {"shown", "hidden", "gap", "gap_error"}
+    assert (out / "unseen-openmoji.png").exists()
+
+    parts = sorted(out.glob("pipeline.tar.*"))
+    assert len(parts) > 1
+    assert max(path.stat().st_size for path in out.iterdir()) <= 20_000
+    with tarfile.open(fileobj=io.BytesIO(b"".join(path.read_bytes() for path in parts))) as tar:
+        tar.extractall(tmp_path, filter="data")
+    pipeline = KNNDiffusionPipeline.open(tmp_path / "pipeline")
+    assert len(list((tmp_path / "pipeline").rglob("*.safetensors"))) > 1, "shards"
+    assert pipeline.identity == pipeline.encoder.identity, "that of the whole encoder"
+
+    monkeypatch.setattr(part("pack"), "LARGEST_BYTES", 1_000)
+    large = run(*command("pack", stickers, tmp_path / "large", 4))
+    assert "the archive is too large: " in large.output
+    assert not list((tmp_path / "large").iterdir())

@@ -77,6 +77,8 @@ def test_measure_scores_copying_generator_as_copies(version: DatabaseVersion, tm
     scores = run_measure(version, tmp_path)["scores"]
     assert scores["clip_score_knn"] == pytest.approx(1, abs=0.02)  # the queries are database images
     assert scores["copy_rate_knn"] == 1.0
+    assert scores["authenticity_knn"] == 0.0 < scores["authenticity_real"]
+    assert scores["coverage_knn"] > scores["coverage_no_knn"]
     assert scores["nearest_knn"] == pytest.approx(1, abs=0.02) != scores["nearest_real"]
     assert scores["precision_knn"] > 0.9
     assert scores["diversity_knn"] == pytest.approx(0, abs=1e-3)
@@ -89,7 +91,14 @@ def test_measure_returns_interval_for_every_score(version: DatabaseVersion, tmp_
     scores = run_measure(version, tmp_path, WITH_INTERVALS)["scores"]
     two_sided = set(METRICS) - {"fid", "diversity"}
     names = {f"{metric}_{condition}" for metric in two_sided for condition in ("knn", "no_knn")} | {"diversity_knn"}
-    real = {"fd_real_split", "mmd_real_split", "nearest_real", "copy_rate_real"}
+    real = {
+        "fd_real_split",
+        "mmd_real_split",
+        "nearest_real",
+        "copy_rate_real",
+        "authenticity_real",
+        "coverage_real_split",
+    }
     assert set(scores) == names | {f"{name}_{end}" for name in names for end in ("low", "high")} | real
     for name in names:
         assert scores[f"{name}_low"] - 1e-9 <= scores[name] <= scores[f"{name}_high"] + 1e-9, name

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.configs import ConditioningConfig
+from model.diffusion.flow_matching import NoiseLevels
 from model.diffusion.vq_diffusion import Transitions
 from model.networks.dit import build_transformer
 from model.networks.editor import EDITOR_CHANNELS, widen_input
@@ -65,6 +66,12 @@ def test_flow_matching_network_inputs_are_noisy_images_sigma_and_condition() -> 
     torch.testing.assert_close(network.tokens[:, 0, :-1], data.query * tiny_models.WIDTH**0.5, atol=2e-3, rtol=0)
     torch.testing.assert_close(network.tokens[:, 1:, :-1], data.neighbours * tiny_models.WIDTH**0.5)
     assert all(parameter.grad is not None for parameter in network.inner.parameters())
+
+
+def test_flow_matching_levels_shift_the_noise_levels() -> None:
+    network, data = RecordingNetwork(tiny_models.network()), batch()
+    FlowMatching(ALL_SHOWN, levels=NoiseLevels(mean=3.0, deviation=0.1))(network, data, StepRandom(0, 0))
+    assert (network.timestep > 900).all()
 
 
 def test_flow_matching_editor_gets_no_reference_and_has_the_loss_of_its_base() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support import tiny_models
 from support.tiny_service import ROWS, SOURCE, TinyVersions, search, wait_for
 
 from infra.errors import InputError, NotFoundError, StageError

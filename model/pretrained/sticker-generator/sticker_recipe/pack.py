@@ -1,0 +1,77 @@
+"""Pack all that a run needs on another machine into one archive: images, sources, the image encoder and a command."""
+
+import argparse
+import io
+import logging
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+import model
+from sticker_recipe.encoder import write_image_encoder
+
+ARCHIVE = "sticker-generator.tar.gz"
+LARGEST_BYTES = 60_000_000
+COLUMNS = ["style", "license", "webp"]
+"""Columns of the images that are packed. Captions are never read."""
+COMMAND = """#!/bin/sh
+# Train for MINUTES and write files of at most 16 MiB to OUT: ./run.sh MINUTES OUT [options of train.py base]
+# Repeat the command to resume. The checkpoint stays in state/, in this folder.
+set -eu
+minutes=$1
+mkdir -p "$2"
+out=$(cd "$2" && pwd)
+shift 2
+cd "$(dirname "$0")"
+PYTHONPATH=. exec "${PYTHON:-python3}" model/pretrained/sticker-generator/train.py base \\
+    --stickers stickers --encoder encoder --out state --export "$out" --minutes "$minutes" \\
+    --schedule wsd --choose gap --device cuda --watch 1000 "$@"
+"""
+log = logging.getLogger("sticker-generator")
+
+
+def pack(options: argparse.Namespace) -> None:
+    """Write the archive to the output folder. Exit if it is larger than ``LARGEST_BYTES``."""
+    archive = options.out / ARCHIVE
+    unfinished = archive.with_suffix(".partial")
+    with tempfile.TemporaryDirectory() as scratch, tarfile.open(unfinished, "w:gz") as tar:
+        for name, path in _files(options.stickers, Path(scratch)):
+            tar.add(path, name, filter=_anonymous)
+        command = tarfile.TarInfo("run.sh")
+        command.size, command.mode = len(COMMAND.encode()), 0o755
+        tar.addfile(command, io.BytesIO(COMMAND.encode()))
+    size = unfinished.stat().st_size
+    if size > LARGEST_BYTES:
+        unfinished.unlink()
+        raise SystemExit(
+            f"the archive is too large: {size / 1e6:.1f} MB, at most {LARGEST_BYTES / 1e6:.0f} MB; remove styles from "
+            f"{options.stickers}"
+        )
+    unfinished.rename(archive)
+    log.info("%s: %.1f MB; unpack it and run ./run.sh MINUTES OUT", archive, size / 1e6)
+
+
+def _files(stickers: Path, scratch: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the name in the archive and the path of every file. Changed files are written to ``scratch``."""
+    package = Path(model.__file__).parent
+    recipe = package / "pretrained" / "sticker-generator"
+    sources = [path for path in package.rglob("*.py") if "pretrained" not in path.relative_to(package).parts]
+    for path in sorted([*sources, recipe / "train.py", *(recipe / "sticker_recipe").glob("*.py")]):
+        yield str(path.relative_to(package.parent)), path
+    for path in sorted(stickers.glob("*.parquet")):
+        columns = [name for name in COLUMNS if name in pq.read_schema(path).names]
+        pq.write_table(pq.read_table(path, columns=columns), scratch / path.name)
+        yield f"stickers/{path.name}", scratch / path.name
+    write_image_encoder(scratch / "encoder")
+    for path in sorted((scratch / "encoder").iterdir()):
+        yield f"encoder/{path.name}", path
+
+
+def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Remove the owner and the time, so that equal files give equal archives."""
+    member.uid = member.gid = member.mtime = 0
+    member.uname = member.gname = ""
+    return member
