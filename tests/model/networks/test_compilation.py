@@ -62,7 +62,14 @@ def test_compile_in_place_compiles_transformers_whole_and_others_by_block(monkey
     assert compiled_parts(autoencoder, monkeypatch) == []
 
 
-def test_compile_in_place_output_is_unchanged() -> None:
+def compile_by(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace, but do not generate code: only CUDA code is used, and generating it for a CPU takes ten seconds."""
+    compile_with = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_with(self, backend=backend))
+
+
+def test_compile_in_place_output_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_by("aot_eager", monkeypatch)
     network = random_network()
     with torch.no_grad():
         expected = velocity(network)
@@ -75,8 +82,7 @@ def test_compile_in_place_output_is_unchanged() -> None:
 def test_compile_in_place_unet_batches_of_many_sizes_stay_below_the_recompile_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    compile_by = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_by(self, backend="eager"))
+    compile_by("eager", monkeypatch)
     unet = build_unet(UNetConfig(image_size=8, widths=(32, 32), layers=1), embedding_dimension=8, seed=0).eval()
 
     def run(batch: int) -> None:
