@@ -33,10 +33,11 @@ files of at most 16 MiB. The other machine needs this package's dependencies, bu
     tar xf sticker-generator.tar.gz && ./run.sh MINUTES OUT     # on the other machine; repeat it to train further
     cat OUT/pipeline.tar.* | tar x                              # the pipeline, in shards
 
-``run.sh`` uses ``--schedule wsd``: warm-up and a constant learning rate for 80% of the minutes, then a decay to 0. The
-next run resumes from before the decay, from the checkpoint in ``state`` on that machine (about 350 MB). On a new
-machine, ``--start-from pipeline`` starts from the exported weights, with a new optimizer. ``--choose gap`` exports an
-earlier snapshot if its condition helps clearly more on OpenMoji: the loss with the condition minus the loss without.
+``run.sh`` uses ``--image-tokens 1``: the network also sees the image of the nearest neighbour. ``--schedule wsd`` is a
+warm-up and a constant learning rate for 80% of the minutes, then a decay to 0. The next run resumes from before the
+decay, from the checkpoint in ``state`` on that machine (about 350 MB). On a new machine, ``--start-from pipeline``
+starts from the exported weights, with a new optimizer; weights without image tokens gain them. ``--choose gap`` exports
+an earlier snapshot if its condition helps clearly more on OpenMoji: the loss with the condition minus that without.
 """
 
 import argparse
@@ -60,6 +61,7 @@ from model.diffusion.vq_diffusion import Transitions
 from model.images import to_model_range
 from model.networks.dit import build_transformer
 from model.networks.editor import widen_input
+from model.networks.image_tokens import add_image_tokens, takes_images
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, decode_codes, encode_codes
 from model.networks.vq_transformer import build_vq_transformer
 from model.pipeline import KNNDiffusionPipeline
@@ -90,8 +92,9 @@ def base(options: argparse.Namespace) -> None:
     """Train the continuous generator; a share of its samples has an image to restore."""
     data = prepare(options)
     size = TransformerConfig(
-        image_size=options.size, layers=options.layers, heads=options.width // options.head, head_width=options.head
-    )
+        image_size=options.size, layers=options.layers, heads=options.width // options.head, head_width=options.head,
+        neighbour_images=options.image_tokens,
+    )  # fmt: skip
     network = widen_input(build_transformer(size, embedding_dimension=data["rows"].shape[1], seed=0))
     pasting = RestorationConfig(drop_reference=GENERATION_SHARE)
     levels = NoiseLevels(mean=options.sigma_mean, deviation=options.sigma_deviation)
@@ -121,8 +124,12 @@ def start_from(pipeline: Path, network: nn.Module, folder: Path) -> None:
     """Load the weights of a saved pipeline into the network of a new run. A resumed run has its own."""
     if Folder(folder).latest() is not None:
         return
+    trained = KNNDiffusionPipeline.open(pipeline).transformer
     try:
-        network.load_state_dict(KNNDiffusionPipeline.open(pipeline).transformer.state_dict())
+        if takes_images(network) and not takes_images(trained):
+            config = network.config
+            trained = add_image_tokens(trained, images=config.neighbour_images, patch=config.neighbour_patch)
+        network.load_state_dict(trained.state_dict())
     except RuntimeError as error:
         raise SystemExit(f"--start-from {pipeline}: another network ({error}); give its size and layers") from error
 

@@ -30,6 +30,7 @@ from support.scripts import load_script
 from support.tiny_domain import COLOURS, SHAPES, drawn
 from torch import nn
 
+from model.networks.image_tokens import takes_images
 from model.pipeline import KNNDiffusionPipeline
 
 ROOT = Path(__file__).parents[3]
@@ -136,7 +137,8 @@ def test_training_set_options_choose_the_neighbours_and_the_weights(script: Modu
 
     def trained_on(**changes: Any) -> tuple[list[int], float]:
         """Return how often each image is used, and the share of samples with neighbours of their style."""
-        options = argparse.Namespace(**{"balanced": False, "own_style_share": 0.0, "device": "cpu"} | changes)
+        defaults = {"balanced": False, "own_style_share": 0.0, "image_tokens": 0, "device": "cpu"}
+        options = argparse.Namespace(**defaults | changes)
         dataset = part("data").training_set(data, options)
         batch = dataset.batch(0, seed=0, size=len(dataset))
         used = (batch.query[:, None] == torch.from_numpy(rows).float()).all(2).sum(0)
@@ -268,7 +270,8 @@ def test_sticker_script_wsd_decays_in_a_copy_and_resumes_from_before_the_decay(
     assert all(torch.equal(part, weights[1][name]) for name, part in weights[0].items()), "the same decay from step 8"
     assert run(*words).returncode == 1, "other data options need another folder"
 
-    new = run(*command("base", stickers, tmp_path / "new", 4), "--start-from", str(out / "base" / "pipeline"))
+    words = [*command("base", stickers, tmp_path / "new", 4), "--image-tokens", "2"]
+    new = run(*words, "--start-from", str(out / "base" / "pipeline"))
     assert new.returncode == 0, new.output[-2000:]
     other = [*command("base", stickers, tmp_path / "other", 4), "--width", "32"]
     assert "another network" in run(*other, "--start-from", str(out / "base" / "pipeline")).output
@@ -292,7 +295,7 @@ def test_sticker_script_pack_trains_elsewhere_resumes_and_exports_small_files(
     monkeypatch.setattr(part("results"), "PART_BYTES", 20_000)
     folders = ["--stickers", elsewhere / "stickers", "--encoder", elsewhere / "encoder", "--out", elsewhere / "state"]
     resume = ["train.py", "base", *map(str, folders), *SIZE, "--export", str(out), "--minutes", "1e-9"]
-    second = run("python", *resume, "--schedule", "wsd", "--choose", "gap")
+    second = run("python", *resume, "--schedule", "wsd", "--choose", "gap", "--image-tokens", "1")
     assert second.returncode == 0, second.output[-2000:]
     figures = json.loads((out / "figures.json").read_text())
     assert (figures["images"], figures["new_images"]) == (12, 8), "it resumes from before the decay"
@@ -306,6 +309,7 @@ def test_sticker_script_pack_trains_elsewhere_resumes_and_exports_small_files(
     with tarfile.open(fileobj=io.BytesIO(b"".join(path.read_bytes() for path in parts))) as tar:
         tar.extractall(tmp_path, filter="data")
     pipeline = KNNDiffusionPipeline.open(tmp_path / "pipeline")
+    assert takes_images(pipeline.transformer)
     assert len(list((tmp_path / "pipeline").rglob("*.safetensors"))) > 1, "shards"
     assert pipeline.identity == pipeline.encoder.identity, "that of the whole encoder"
 

@@ -183,4 +183,5 @@ def training_set(
         neighbours=np.where(own_style, data["own_style_neighbours"][chosen], data["neighbours"][chosen]),
         reference=data["references"][chosen] if references else None,
     )
-    return TrainingSet(rows, data["rows"], device=options.device, window_rows=len(chosen))
+    images = data["pixels"] if options.image_tokens else None
+    return TrainingSet(rows, data["rows"], device=options.device, window_rows=len(chosen), database_images=images)

@@ -13,14 +13,17 @@ from diffusers import VQModel
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.diffusion.conditioning import condition_tokens, null_condition
+from model.configs import MAX_NEIGHBOUR_IMAGES
+from model.diffusion.conditioning import append_image_tokens, condition_tokens, null_condition
 from model.diffusion.flow_matching import Denoiser, add_noise, flow_matching_loss, sample_sigmas
 from model.diffusion.vq_diffusion import Transitions, sample_codes, step_divergence
 from model.images import image_grid, to_model_range, to_pil
 from model.networks.denoiser import as_denoiser
 from model.networks.editor import is_editor, with_reference
+from model.networks.image_tokens import takes_images
 from model.networks.vq_autoencoder import decode_codes, encode_codes
 from model.step_random import StepRandom
+from model.training.shown_images import NEAR_DUPLICATE
 from sticker_recipe.data import NEIGHBOURS, nearest
 
 LEVELS = (0.5, 0.7, 0.9)
@@ -84,27 +87,32 @@ class Unseen:
     def __init__(self, pixels: NDArray[np.uint8], rows: NDArray[np.float16], device: str, count: int = 512) -> None:
         """Select ``count`` of the images (N, S, S, 3) with rows (N, D), each with its neighbours among the others."""
         chosen = np.random.default_rng(0).permutation(len(rows))[:count]
-        found = rows[nearest(rows, min(NEIGHBOURS, len(rows) - 1), device)[chosen]]
-        query, near = (torch.from_numpy(part).float().to(device) for part in (rows[chosen], found))
+        ids = nearest(rows, min(NEIGHBOURS, len(rows) - 1), device)[chosen]
+        query, near = (torch.from_numpy(part).float().to(device) for part in (rows[chosen], rows[ids]))
         self._images = to_model_range(torch.from_numpy(pixels[chosen]).to(device))
         self._tokens = condition_tokens(query, near, dimension=rows.shape[1], batch=len(chosen))
+        first = torch.from_numpy(pixels[ids[:, :MAX_NEIGHBOUR_IMAGES]]).to(device)
+        self._neighbours = to_model_range(first.flatten(0, 1)).reshape(*first.shape[:2], 3, *first.shape[2:4])
+        # A near-duplicate would show the answer. Training hides it too.
+        self._shown = (query[:, None] * near[:, : first.shape[1]]).sum(2) < NEAR_DUPLICATE
 
     @torch.inference_mode()
     def loss(self, network: nn.Module) -> float:
         """Return the flow matching loss with the full condition and the same noise at every call."""
         rng = StepRandom(0, 0, device=self._images.device)
         sigma, noise = sample_sigmas(len(self._images), rng), rng.normal(*self._images.shape)
-        return float(flow_matching_loss(_denoiser(network), self._images, self._tokens, sigma, noise))
+        return float(flow_matching_loss(_denoiser(network), self._images, self._condition(network), sigma, noise))
 
     @torch.inference_mode()
     def condition_losses(self, network: nn.Module) -> ConditionLosses:
         """Return the loss of every image with and without the condition, with the same noise at every call."""
-        device, hidden, losses = self._images.device, null_condition(self._tokens), []
+        device, losses = self._images.device, []
+        shown, hidden = self._condition(network), null_condition(self._tokens)
         rng = StepRandom(1, 0, device=device)
         for level in LEVELS:
             sigma, noise = torch.full((len(hidden),), level, device=device), rng.normal(*self._images.shape)
             noisy, target = add_noise(self._images, noise, sigma), noise - self._images
-            for tokens in (self._tokens, hidden):
+            for tokens in (shown, hidden):
                 error = _denoiser(network)(noisy, sigma, tokens) - target
                 losses.append(error.square().mean((1, 2, 3)).cpu())
         return ConditionLosses(LEVELS, torch.stack(losses[::2]), torch.stack(losses[1::2]))
@@ -117,7 +125,15 @@ class Unseen:
     @torch.inference_mode()
     def samples(self, network: nn.Module) -> Tensor:
         """Return samples (64, 3, S, S) in [−1, 1] on the CPU, the same noise at every call."""
-        return self.sample(network, self._tokens[:64]).cpu()
+        return self.sample(network, self._condition(network)[:64]).cpu()
+
+    def _condition(self, network: nn.Module) -> Tensor:
+        """Return the condition of every image, with image tokens if the network takes them."""
+        if not takes_images(network):
+            return self._tokens
+        count = network.config.neighbour_images
+        images = network.encode_images(self._neighbours[:, :count], self._shown[:, :count])
+        return append_image_tokens(self._tokens, images.float())
 
     def sample(self, network: nn.Module, tokens: Tensor, steps: int = 20) -> Tensor:
         """Sample images (B, 3, S, S) in [−1, 1] for tokens (B, T, E) by Euler steps without guidance."""

@@ -57,6 +57,10 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--mean-query", type=share, default=0.0, help="share of the samples with the neighbours' mean as query"
     )
+    parser.add_argument(
+        "--image-tokens", type=int, default=0, metavar="N",
+        help="images of neighbours that the network sees as tokens, at most 4 (base)",
+    )  # fmt: skip
     parser.add_argument("--sigma-mean", type=float, default=0.0, help="mean of the noise levels' logits")
     parser.add_argument("--sigma-deviation", type=float, default=1.0, help="deviation of the noise levels' logits")
     parser.add_argument(
@@ -75,8 +79,11 @@ def parse(description: str | None) -> argparse.Namespace:
     options = parser.parse_args()
     if options.width % options.head:
         parser.error(f"--width is not a multiple of --head {options.head}: {options.width}; change one of them")
-    if options.command != "base" and (options.choose, options.start_from, options.export) != ("last", None, None):
-        parser.error(f"--choose, --start-from and --export are not options of {options.command}; use base")
+    of_base = (options.choose, options.start_from, options.export, options.image_tokens)
+    if options.command != "base" and of_base != ("last", None, None, 0):
+        parser.error(
+            f"--choose, --start-from, --export and --image-tokens are not options of {options.command}; use base"
+        )
     if options.command == "codes" and options.schedule == "wsd":
         parser.error("--schedule wsd is not an option of codes; its restarts need the length of the run")
     unlimited = options.schedule == "wsd" and options.minutes < math.inf

@@ -28,7 +28,7 @@ shift 2
 cd "$(dirname "$0")"
 PYTHONPATH=. exec "${PYTHON:-python3}" model/pretrained/sticker-generator/train.py base \\
     --stickers stickers --encoder encoder --out state --export "$out" --minutes "$minutes" \\
-    --schedule wsd --choose gap --device cuda --watch 1000 "$@"
+    --schedule wsd --choose gap --image-tokens 1 --device cuda --watch 1000 "$@"
 """
 log = logging.getLogger("sticker-generator")
 
