@@ -85,16 +85,15 @@ class Evaluator:
         """Open the databases and the generator of ``subject``. Progress is written to ``folder_uri``."""
         self._subject, self._config, self._cache = subject, subject.config, cache
         versions = {subject.name: subject.database, **subject.others}
-        self._opened = {
-            name: with_stored_images(open_database(version, cache), version, cache)
-            for name, version in versions.items()
-        }
+        self._opened = {name: open_database(version, cache) for name, version in versions.items()}
         for name, opened in self._opened.items():
             if len(opened) < MIN_COMPARED:
                 raise InputError(
                     f"database {name} is too small to evaluate: {len(opened)} images; "
                     f"use one with at least {MIN_COMPARED}"
                 )
+        for name, version in versions.items():
+            self._opened[name] = with_stored_images(self._opened[name], version, cache)
         self._database = self._opened[subject.name]
         self._pipeline = KNNDiffusionPipeline.open(pipeline_folder(subject.generator, cache), self._database)
         subject.generator.require_known(self._pipeline.identity)
