@@ -150,6 +150,7 @@ def test_generator_with_another_database_shares_the_networks(tmp_path: Path, mon
 
     monkeypatch.setattr(models, "open_named", open_named)
     monkeypatch.setattr("tasks.references.database.open_database", open_database)
+    monkeypatch.setattr("tasks.references.images.with_stored_images", lambda database, version, cache: database)
     model = GeneratorModel()
     model.settings, model.pipeline = Settings(root=str(tmp_path)), tiny_models.pipeline(own)
     assert model._pipeline_with("") is model.pipeline
