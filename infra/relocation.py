@@ -17,6 +17,7 @@ from infra import artifacts, storage, uris
 from infra.errors import InputError
 from infra.manifest import MAX_MANIFEST_BYTES, MAX_MARKER_BYTES, Manifest, Shard, marker_json, parse_shard
 from infra.settings import Settings
+from infra.storage.local_writes import atomic_write
 
 _DEPTH = 3  # of a committed folder below the root: domain, kind and key
 _FOLDER_TAG = "uri"
@@ -155,13 +156,15 @@ def _rewrite_text(path: Path, rewrite: Rewrite) -> bool:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write a file, as if it had been written a millisecond later than before.
+    """Replace a file, with a modification time one microsecond after its former one.
 
     Garbage collection orders its deletions by time, and a process that has read a manifest notices the change by it.
     """
     before = path.stat()
-    storage.write_bytes(str(path), data)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
+    with atomic_write(path) as stream:
+        stream.write(data)
+        stream.flush()
+        os.utime(stream.fileno(), ns=(before.st_atime_ns, before.st_mtime_ns + 1_000))
 
 
 def _rewrite_database(database: Path, rewrite: Rewrite) -> None:

@@ -1,6 +1,6 @@
 """Calls that a signal interrupts, although they block in native code or would replace the signal's handler.
 
-Ray's ``get`` and ``wait`` block until the result is there, whatever a signal handler raises. They then raise a
+Ray's ``get`` and ``wait`` block until the result is there, even if a signal handler raises. They then raise a
 ``SystemError`` in place of the handler's exception. :func:`get` and :func:`wait` therefore wait in slices of
 ``SLICE_S``.
 """
@@ -69,7 +69,7 @@ def wait(references: Sequence[Any], count: int = 1, timeout_s: float = math.inf)
 
 
 def get(references: Sequence[Any]) -> list[Any]:
-    """Wait for all results and return them. The first error of a worker is raised, as by ``ray.get``."""
+    """Wait until all calls have ended and return their results, or raise the first error of a worker."""
     wait(references, len(references))
     with interruptions():
         return list(ray.get(list(references)))
@@ -79,8 +79,8 @@ def get(references: Sequence[Any]) -> list[Any]:
 def interruptions() -> Iterator[None]:
     """Raise what a signal handler raises within the block, where native code replaces it by a ``SystemError``.
 
-    Otherwise Prefect takes a cancelled task for a failed one, because a ``SystemError`` is an ordinary exception. Also
-    a decorator.
+    Otherwise Prefect takes a cancelled task for a failed one, because a ``SystemError`` is an ordinary exception. Can
+    be used as a decorator.
     """
     try:
         yield

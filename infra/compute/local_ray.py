@@ -45,7 +45,7 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Set environment variables inside the block, for the processes of a cluster that starts there.
 
     Unlike the variables of a Ray runtime environment, these also reach the workers that Ray starts in advance, one per
-    core. With a runtime environment those would never get work, and others would start in their place.
+    core. With a runtime environment, Ray leaves these workers idle and starts others.
     """
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

@@ -26,7 +26,7 @@ _depth = 0
 _local_cluster = contextlib.ExitStack()
 _ROUNDING = 1e-6  # five workers of 0.2 cores fit on one core, despite rounding errors
 
-# Ray warns about each start that leaves the handler alone, as _init wants.
+# Ray warns about each start that leaves the handler alone, which _init does on purpose.
 logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM handler" not in record.getMessage())
 
 

@@ -200,10 +200,9 @@ def run(
     cpus = clamp_cpus(cpus, gpus)
     capacity(cpus, gpus)  # raises if no machine has the GPUs
     remote = ray.remote(_call).options(num_cpus=cpus, num_gpus=gpus, max_retries=SHARD_TRIES)
-    called = remote.remote(function, arguments, uris.secrets())
     try:
         with progress_bar(watch, function.__name__) if watch else contextlib.nullcontext():
-            return interruptible.get([called])[0]
+            return interruptible.get([remote.remote(function, arguments, uris.secrets())])[0]
     except RayTaskError as error:
         raise (error.cause or error) from None
     except RayError as error:
@@ -211,8 +210,6 @@ def run(
             f"the worker of {function.__name__} was lost ({one_line(error)}); give it more memory, or see Ray's logs, "
             "and run again"
         ) from error
-    finally:
-        ray.cancel(called, force=True)  # frees the worker of an interrupted call; no effect on one that has ended
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], secrets: Mapping[str, str]) -> Any:

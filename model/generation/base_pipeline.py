@@ -253,7 +253,7 @@ class BasePipeline(DiffusionPipeline):
         if not database.has_images:
             self._log_without_images(database.name)
             return condition
-        images = encode_neighbours(network, hits.ids, database)
+        images = encode_neighbours(network, hits, database)
         return condition._replace(tokens=append_image_tokens(condition.tokens, images))
 
     def _log_without_images(self, database: str) -> None:

@@ -5,30 +5,32 @@ Legend: ``P`` prompts, ``I`` images of a prompt, ``N`` image tokens, ``D`` embed
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from model.generation.batching import run_batched
 from model.generation.start import as_start
-from model.networks.image_tokens import NeighbourImageTransformer
-from model.retrieval.searchable import Searchable
+from model.networks.image_tokens import NeighbourImageTransformer, choose_distinct
+from model.retrieval.searchable import Hits, Searchable
 
 
 @torch.no_grad()
-def encode_neighbours(network: NeighbourImageTransformer, ids: NDArray[np.int64], database: Searchable) -> Tensor:
+def encode_neighbours(network: NeighbourImageTransformer, hits: Hits, database: Searchable) -> Tensor:
     """Encode the stored images of the nearest neighbours, once for all sampling steps: (P, N, D) on the CPU.
+
+    Near-duplicates of the query are left out, as in training: those of a stored image show the image itself.
 
     Args:
         network: The network that will see them.
-        ids: (P, K) row ids, nearest first; negative ones are hidden.
+        hits: Neighbours of the prompts, nearest first; negative ids are missing ones.
         database: Where the images are stored.
 
     Raises:
         ModelError: The database has no images.
     """
-    ids = ids[:, : network.config.neighbour_images]
-    side, shown = network.config.sample_size, torch.from_numpy(ids >= 0)
-    unique, inverse = np.unique(ids[ids >= 0], return_inverse=True)
+    all_ids = torch.from_numpy(hits.ids)
+    first, shown = choose_distinct(torch.from_numpy(hits.scores), all_ids >= 0, network.config.neighbour_images)
+    ids, side = all_ids.gather(1, first), network.config.sample_size
+    unique, inverse = np.unique(ids[shown].numpy(), return_inverse=True)
     images = torch.zeros(*ids.shape, 3, side, side)
     if len(unique):
         images[shown] = as_start(database.images(unique.tolist()), side)[torch.from_numpy(inverse)]

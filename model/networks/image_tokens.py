@@ -30,6 +30,8 @@ from model.diffusion.conditioning import MARKER_CHANNELS, split_image_tokens
 from model.errors import ModelError
 from model.networks.fused_attention import FoldedAttnProcessor, use_fused_attention
 
+NEAR_DUPLICATE = 0.95
+"""Cosine of an image and its neighbour from which on the neighbour's image is not shown: it would be the answer."""
 _BASE_PARAMETERS = inspect.signature(PixArtTransformer2DModel.__init__).parameters
 
 
@@ -43,6 +45,22 @@ class ShownImages(NamedTuple):
 
     pixels: Tensor
     shown: Tensor
+
+
+def choose_distinct(cosines: Tensor, visible: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Choose the nearest visible neighbours that are no near-duplicates of the query, in training and generation alike.
+
+    Args:
+        cosines: (B, K) of each query and its neighbours, nearest first.
+        visible: (B, K) bool, False for neighbours that are hidden or missing.
+        count: Most neighbours to choose, I.
+
+    Returns:
+        Positions (B, min(I, K)) int64, nearest first, and bool (B, min(I, K)), False where there is no such neighbour.
+    """
+    shown = visible & (cosines < NEAR_DUPLICATE)
+    first = (~shown).long().argsort(dim=1, stable=True)[:, :count]
+    return first, shown.gather(1, first)
 
 
 class ImageEncoder(nn.Module):

@@ -46,8 +46,8 @@ class NeighbourRows:
         if (device := torch.device(device)).type == "cuda":
             largest = max(largest, int(self.MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory))
         if rows.nbytes <= largest:
-            whole = rows if isinstance(rows, np.ndarray) else rows[:]
-            self._resident = torch.from_numpy(np.array(whole)).to(device)
+            whole = np.require(rows[:], requirements=["C", "W"])  # copies only what is read-only, such as a mapped file
+            self._resident = torch.from_numpy(whole).to(device)
 
     def __len__(self) -> int:
         """Return the number of rows, M."""

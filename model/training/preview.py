@@ -10,7 +10,7 @@ from model.configs import Prediction
 from model.diffusion.conditioning import append_image_tokens, condition_tokens
 from model.generation.backbone import new_backbone
 from model.networks.build import AnyNetwork
-from model.networks.image_tokens import takes_images
+from model.networks.image_tokens import choose_distinct, takes_images
 from model.networks.latents import Autoencoder, decode_latents
 from model.networks.vq_autoencoder import decode_codes
 from model.training.batch import Batch
@@ -40,10 +40,10 @@ def generate_preview(
     backbone, count = new_backbone(network.eval(), vae=autoencoder, prediction=prediction), len(batch.query)
     tokens = condition_tokens(batch.query, batch.neighbours, dimension=batch.query.shape[1], batch=count)
     if takes_images(network) and batch.neighbour_images is not None:
-        most = min(network.config.neighbour_images, batch.neighbours.shape[1])
-        first = torch.arange(most, device=tokens.device).expand(count, -1)
-        images = batch.neighbour_images.choose(first)
-        encoded = network.encode_images(images, torch.ones_like(first, dtype=torch.bool))
+        cosines = (batch.query[:, None].float() * batch.neighbours.float()).sum(2)
+        visible = torch.ones_like(cosines, dtype=torch.bool)
+        first, shown = choose_distinct(cosines, visible, network.config.neighbour_images)
+        encoded = network.encode_images(batch.neighbour_images.choose(first), shown)
         tokens = append_image_tokens(tokens, encoded)
     steps = min(STEPS, backbone.max_steps or STEPS)
     noise = backbone.noise(count, steps, torch.Generator().manual_seed(seed))

@@ -17,12 +17,10 @@ from model.configs import ConditioningConfig
 from model.diffusion.conditioning import SampledCondition
 from model.errors import ModelError
 from model.networks.denoiser import unwrap
-from model.networks.image_tokens import ShownImages, takes_images
+from model.networks.image_tokens import ShownImages, choose_distinct, takes_images
 from model.step_random import StepRandom
 from model.training.batch import Batch
 
-NEAR_DUPLICATE = 0.95
-"""Cosine of an image and its neighbour from which on the neighbour's image is not shown."""
 MIRRORED = 0.5
 """Share of images that are mirrored horizontally."""
 LARGEST_SHIFT = 0.1
@@ -55,11 +53,13 @@ def shown_images(
         raise ModelError(
             "the network takes images of neighbours, but the training set has none; give it database_images"
         )
-    shown = condition.visible & ~_near_duplicates(batch, condition.chosen)
-    first = (~shown).long().argsort(dim=1, stable=True)[:, : inner.config.neighbour_images]
+    cosines = (batch.query[:, None].float() * batch.neighbours.float()).sum(2)  # not a product that autocast rounds
+    first, shown = choose_distinct(
+        cosines.gather(1, condition.chosen), condition.visible, inner.config.neighbour_images
+    )
     pixels = batch.neighbour_images.choose(condition.chosen.gather(1, first))
     kept = rng.uniform(len(pixels), 1) >= config.drop_images
-    return ShownImages(change_at_random(pixels, rng), shown.gather(1, first) & kept)
+    return ShownImages(change_at_random(pixels, rng), shown & kept)
 
 
 def change_at_random(images: Tensor, rng: StepRandom) -> Tensor:
@@ -73,9 +73,3 @@ def change_at_random(images: Tensor, rng: StepRandom) -> Tensor:
     flat = images.flatten(0, 1)
     grid = F.affine_grid(transform.flatten(0, 1), list(flat.shape), align_corners=False)
     return F.grid_sample(flat, grid, padding_mode="border", align_corners=False).view(images.shape)
-
-
-def _near_duplicates(batch: Batch, chosen: Tensor) -> Tensor:
-    """Return which of the chosen neighbours (B, K) are near-duplicates of the image itself: (B, K) bool."""
-    cosines = torch.einsum("bd,bpd->bp", batch.query, batch.neighbours).gather(1, chosen)
-    return cosines >= NEAR_DUPLICATE

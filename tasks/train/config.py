@@ -67,6 +67,9 @@ class TrainConfig:
             raise ConfigError("a network over codes has no autoencoder; set autoencoder to the folder of a VQModel")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise ConfigError(f"guidance_scale is not finite: {self.guidance_scale}; give a number")
+        images = self.network.neighbour_images if isinstance(self.network, TransformerConfig) else 0
+        if images and self.autoencoder:
+            raise ConfigError(f"neighbour_images needs a network over pixels: {images}; omit autoencoder, or give 0")
         if self.editing and (self.autoencoder or not isinstance(self.network, TransformerConfig | None)):
             raise ConfigError(
                 "editing needs a transformer over pixels; omit autoencoder, and choose a TransformerConfig"

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from torch import nn
 
@@ -94,14 +95,17 @@ class Preview:
 
     def _first_images(self) -> TrainingSet:
         rows = training_shards(self._inputs, self._processing, self._cache)[0].load()
+        shown = rows.neighbours[:PREVIEWED]
+        used, renumbered = np.unique(shown, return_inverse=True)  # only these rows are read
         previewed = TrainingRows(
             images=rows.images[:PREVIEWED],
             embeddings=rows.embeddings[:PREVIEWED],
-            neighbours=rows.neighbours[:PREVIEWED],
+            neighbours=renumbered.reshape(shown.shape),
         )
+        images = database_images(self._inputs.database, self._processing, self._cache)
         return TrainingSet(
             previewed,
-            database_rows(self._inputs.database, self._cache),
+            database_rows(self._inputs.database, self._cache)[used],
             device=self._processing.device,
-            database_images=database_images(self._inputs.database, self._processing, self._cache),
+            database_images=None if images is None else images[used],
         )

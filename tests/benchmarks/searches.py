@@ -33,6 +33,8 @@ CLIENTS = 32
 ROUNDS = 3
 K = 10
 QUERIES = 500
+STARTUP_S = 600.0
+"""Seconds within which clip-retrieval must have loaded its index."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,9 +175,9 @@ def summary(rounds: Sequence[Latencies]) -> dict[str, Any]:
 @contextmanager
 def stopped(pids: Sequence[int]) -> Iterator[None]:
     """Stop processes during the block: an idle server polls."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
     try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
         yield
     finally:
         for pid in pids:
@@ -210,12 +212,14 @@ def clip_retrieval(python: str, embeddings: str, folder: Path) -> Iterator[Serve
 
 
 def wait_for(port: int, process: "subprocess.Popen[bytes]", log: Any) -> None:
-    """Wait until a process listens on a port. Raises ``RuntimeError`` with the end of its log if it has ended."""
-    while process.poll() is None:
+    """Wait until a process listens on a port. Raises ``RuntimeError`` with the end of its log if it does not."""
+    deadline = time.monotonic() + STARTUP_S
+    while process.poll() is None and time.monotonic() < deadline:
         try:
             with socket.create_connection(("127.0.0.1", port), timeout=1):
                 return
         except OSError:
             time.sleep(0.2)
     log.seek(0)
-    raise RuntimeError(f"clip-retrieval ended with {process.returncode}:\n{log.read()[-2000:]}")
+    ended = "does not listen" if process.returncode is None else f"ended with {process.returncode}"
+    raise RuntimeError(f"clip-retrieval {ended}:\n{log.read()[-2000:]}")

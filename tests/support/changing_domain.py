@@ -88,7 +88,8 @@ class Living:
         else:
             for domain, images in domains.items():
                 self.build(images, domain=domain)
-            shutil.copytree(self.root, kept)
+            shutil.copytree(self.root, kept.with_suffix(".partial"))
+            kept.with_suffix(".partial").rename(kept)
         self.server.requests.clear()
 
     def state(self) -> Any:

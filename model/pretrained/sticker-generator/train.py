@@ -35,12 +35,13 @@ files of at most 16 MiB. The other machine needs this package's dependencies, bu
 
 ``run.sh`` uses ``--image-tokens 1``: the network also sees the image of the nearest neighbour. ``--schedule wsd`` is a
 warm-up and a constant learning rate for 80% of the minutes, then a decay to 0. The next run resumes from before the
-decay, from the checkpoint in ``state`` on that machine (about 350 MB). On a new machine, ``--start-from pipeline``
+decay, from the checkpoint in ``state`` on that machine (about 400 MB). On a new machine, ``--start-from pipeline``
 starts from the exported weights, with a new optimizer; weights without image tokens gain them. ``--choose gap`` exports
 an earlier snapshot if its condition helps clearly more on OpenMoji: the loss with the condition minus that without.
 """
 
 import argparse
+import copy
 import logging
 from pathlib import Path
 
@@ -90,11 +91,11 @@ def conditioning(options: argparse.Namespace) -> ConditioningConfig:
 
 def base(options: argparse.Namespace) -> None:
     """Train the continuous generator; a share of its samples has an image to restore."""
-    data = prepare(options)
     size = TransformerConfig(
         image_size=options.size, layers=options.layers, heads=options.width // options.head, head_width=options.head,
         neighbour_images=options.image_tokens,
     )  # fmt: skip
+    data = prepare(options)
     network = widen_input(build_transformer(size, embedding_dimension=data["rows"].shape[1], seed=0))
     pasting = RestorationConfig(drop_reference=GENERATION_SHARE)
     levels = NoiseLevels(mean=options.sigma_mean, deviation=options.sigma_deviation)
@@ -112,10 +113,10 @@ def base(options: argparse.Namespace) -> None:
     if snapshots is not None:
         losses = unseen[WATCHED].condition_losses(trained.network.to(options.device))
         chosen = snapshots.choose(trained.images, trained.network, losses)
+    save(copy.deepcopy(trained.network), options, **SAMPLING)  # before the figures: they may fail
     figures = {"images": trained.images, "chosen_images": chosen, "new_images": trained.new_images}
     figures |= {"seconds": trained.seconds, "images_per_s": trained.new_images / trained.seconds}
     write_results(trained.network, unseen, data["rows"], options, figures)
-    save(trained.network, options, **SAMPLING)
     if options.export:
         export(folder, options.export)
 
@@ -131,7 +132,9 @@ def start_from(pipeline: Path, network: nn.Module, folder: Path) -> None:
             trained = add_image_tokens(trained, images=config.neighbour_images, patch=config.neighbour_patch)
         network.load_state_dict(trained.state_dict())
     except RuntimeError as error:
-        raise SystemExit(f"--start-from {pipeline}: another network ({error}); give its size and layers") from error
+        raise SystemExit(
+            f"--start-from {pipeline}: another network ({error}); give its size, layers and image tokens"
+        ) from error
 
 
 def codes(options: argparse.Namespace) -> None:

@@ -99,7 +99,7 @@ async def _run(request: Request, model: type[EngineRequest]) -> Response:
 
 @router.post("/search", response_model=SearchResponse, responses=_REFUSED, openapi_extra=body_of(SearchRequest))
 async def search(request: Request) -> Response:
-    """Search for stored images near a text, an image or a stored row."""
+    """Search for stored images near a text, an image, a stored row or an embedding."""
     return await _run(request, SearchRequest)
 
 

@@ -54,5 +54,5 @@ def check_embedding(embedding: list[float], model: OpenModel) -> None:
     if len(embedding) != identity.dimension:
         line = f"embedding has {len(embedding)} numbers; give {identity.dimension}, as encoder {identity.name} does"
         raise InputError(line)
-    if math.hypot(*embedding) < LEAST_NORM:
+    if not math.hypot(*embedding) > 0:
         raise InputError("embedding has no direction; give one that is not zero")

@@ -164,6 +164,7 @@ class Engine:
             limits={
                 "n": MAX_IMAGES,
                 "k": MAX_NEIGHBOURS,
+                "embedding": model.pipeline.identity.dimension,
                 "image_steps": MAX_IMAGE_STEPS,
                 "prompt_characters": MAX_PROMPT_CHARACTERS,
                 "word_characters": MAX_WORD_CHARACTERS,

@@ -68,6 +68,7 @@ class Job:
         with self._lock:
             self._cancelled = not self.future.done()
             if self._cancelled and not self._running:
+                self._drop_inputs()
                 self.future.set_exception(JobCancelledError("the job was cancelled"))
 
     def begin(self) -> bool:
@@ -86,8 +87,7 @@ class Job:
         """Set the response, unless the job is already finished."""
         with self._lock:
             if not self.future.done():
-                if isinstance(self.request, SearchRequest):  # nothing reads it again, and a kept job would keep it
-                    self.request = self.request.model_copy(update={"image": None, "embedding": None})
+                self._drop_inputs()
                 self.future.set_result(response)
 
     def fail(self, error: BaseException) -> None:
@@ -98,7 +98,13 @@ class Job:
         error.__cause__ = error.__context__ = error.__traceback__ = None
         with self._lock:
             if not self.future.done():
+                self._drop_inputs()
                 self.future.set_exception(error)
+
+    def _drop_inputs(self) -> None:
+        """Drop image and embedding of a search. Nothing reads them again, and a kept job would keep them."""
+        if isinstance(self.request, SearchRequest):
+            self.request = self.request.model_copy(update={"image": None, "embedding": None})
 
     def status(self) -> JobStatus:
         """Return the state, the position in the queue and the progress."""
@@ -173,7 +179,7 @@ class JobTable:
 def _bytes_of(job: Job) -> int:
     """Return the bytes of the images in the request and the response of a finished job."""
     image = job.request.image
-    total = 0 if image is None else image.width * image.height * len(image.getbands())
+    total = 0 if image is None else image.width * image.height * (1 if image.mode in ("L", "P", "1") else 4)
     if job.future.exception() is None and isinstance(response := job.future.result(), ImagesResponse):
         total += sum(len(made.png) for made in response.images)
     return total

@@ -51,7 +51,7 @@ RequestImage: TypeAlias = Annotated[
 ]
 Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
-Component: TypeAlias = Annotated[float, Field(ge=-MAX_COMPONENT, le=MAX_COMPONENT)]
+Component: TypeAlias = Annotated[float, Field(ge=-MAX_COMPONENT, le=MAX_COMPONENT, allow_inf_nan=False, strict=True)]
 
 
 class _Request(BaseModel):
@@ -67,7 +67,10 @@ class SearchRequest(_Request):
     image: RequestImage | None = None
     row: int | None = Field(None, ge=0, description="Id of a stored row: more like this.")
     embedding: list[Component] | None = Field(
-        None, min_length=1, max_length=MAX_DIMENSION, description="Embedding of the generator's encoder, of any length."
+        None,
+        min_length=1,
+        max_length=MAX_DIMENSION,
+        description="Embedding of the generator's encoder. It is scaled to length 1.",
     )
     negative: list[Text] = Field([], max_length=8, description="Texts whose embeddings are subtracted.")
     k: int = Field(10, ge=1, le=MAX_NEIGHBOURS, description="Maximum number of results.")

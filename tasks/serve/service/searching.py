@@ -64,7 +64,7 @@ def query_vectors(plans: Sequence[SearchPlan], opened: OpenDatabase, encoder: En
             query = query - np.mean([of_text[text] for text in request.negative], axis=0)
         norm = float(np.linalg.norm(query))
         if norm < LEAST_NORM:
-            raise InputError("the parts of the query cancel each other; use other ones")
+            raise InputError("the parts of the query cancel each other; change one of them")
         queries.append(query / norm)
     return np.stack(queries).astype(np.float32)
 

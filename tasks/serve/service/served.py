@@ -175,20 +175,19 @@ class OpenDatabase:
         return uri is not None and not storage.exists(storage.join(uri, artifacts.MANIFEST))
 
     def _columns(self, described: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the columns of the URL list of described rows; empty if the image shards cannot be read."""
+        """Return the columns of the URL list of described rows; empty where the image shard cannot be read."""
         own = None if self._source is None else self._source.columns
         if own is None or self._source is None:
             return [{} for _ in described]
         places = [(self._source.lookup.shard(record["id"]), record["key"]) for record in described]
         found: dict[tuple[str, str], dict[str, Any]] = {}
-        try:
-            for shard in dict.fromkeys(name for name, _ in places):
-                keys = list(dict.fromkeys(key for name, key in places if name == shard))
+        for shard in dict.fromkeys(name for name, _ in places):
+            keys = list(dict.fromkeys(key for name, key in places if name == shard))
+            try:
                 found |= {(shard, key): row for key, row in zip(keys, own.rows(shard, keys), strict=True)}
-        except KNNDiffusionError as error:
-            logs.get("serve").warning("the columns of the URL list are not shown: %s", error)
-            return [{} for _ in described]
-        return [found[place] for place in places]
+            except KNNDiffusionError as error:
+                logs.get("serve").warning("the columns of the URL list are not shown: %s", error)
+        return [found.get(place, {}) for place in places]
 
     def _preload(self) -> None:
         """Read what is kept in memory, so that the first searches are fast, and a small database outlives its files."""

@@ -1,5 +1,6 @@
 """Tests of actors that die: retries, isolation, and the cost for other shards."""
 
+import itertools
 import os
 import signal
 import threading
@@ -8,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -59,7 +61,7 @@ def test_map_shards_with_a_poisonous_shard_fails_that_shard_only(
 @pytest.mark.slow
 @pytest.mark.parametrize("call", ["map_shards", "run"])
 def test_signal_while_waiting_for_ray_raises_the_error_of_its_handler(call: str, cluster: None, tmp_path: Path) -> None:
-    running, ended = tmp_path / "running", tmp_path / "ended"
+    running, stop, ended = (tmp_path / name for name in ("running", "stop", "ended"))
 
     class Terminated(BaseException):
         pass
@@ -69,7 +71,8 @@ def test_signal_while_waiting_for_ray_raises_the_error_of_its_handler(call: str,
 
         def __call__(self, shard: str) -> None:
             running.touch()
-            time.sleep(10)
+            while not stop.exists():
+                time.sleep(0.05)
             ended.touch()
 
     def wait() -> None:
@@ -93,6 +96,7 @@ def test_signal_while_waiting_for_ray_raises_the_error_of_its_handler(call: str,
             wait()
         assert not ended.exists(), "the signal took effect only after the worker's result"
     finally:
+        stop.touch()  # an interrupted call runs on until the cluster ends
         signal.signal(signal.SIGALRM, before)
 
 
@@ -125,8 +129,14 @@ class Actor:
 def killed(monkeypatch: pytest.MonkeyPatch) -> list[Actor]:
     """Actors that the pool killed, through a fake of Ray."""
     killed: list[Actor] = []
+    waits = itertools.count()
+
+    def wait(calls: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+        count = num_returns if next(waits) % 2 else 0  # every first slice ends without a result
+        return calls[:count], calls[count:]
+
     fake = SimpleNamespace(
-        wait=lambda calls, num_returns, timeout: (calls[:num_returns], calls[num_returns:]),
+        wait=wait,
         get=lambda calls: [call() for call in calls],
         kill=killed.append,
     )

@@ -20,6 +20,7 @@ from model.networks.editor import widen_input
 from model.networks.image_tokens import NeighbourImageTransformer, add_image_tokens
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 from model.retrieval.database import Database
+from model.retrieval.searchable import Hits
 
 PROMPTS = torch.from_numpy(tiny_models.unit_rows(2, seed=1).astype(np.float32))
 SOURCE = Image.new("RGB", (8, 8), "teal")
@@ -34,6 +35,12 @@ class Reader:
     def __call__(self, ids: Sequence[int]) -> list[Image.Image]:
         self.read.append(list(ids))
         return [Image.new("RGB", (12, 12), (6 * row, 255 - 6 * row, 90)) for row in ids]
+
+
+def hits(ids: list[list[int]], cosines: list[float] | None = None) -> Hits:
+    """Return neighbours with these ids; each prompt's have the ``cosines``."""
+    scores = np.tile(np.float32(cosines or len(ids[0]) * [0.5]), (len(ids), 1))
+    return Hits(scores=scores, ids=np.array(ids), embeddings=np.zeros((*scores.shape, tiny_models.WIDTH), np.float32))
 
 
 def plain(folder: Path) -> Database:
@@ -109,15 +116,23 @@ def test_database_without_images_works_through_embeddings_and_logs_once(
 
 def test_encode_neighbours_hides_missing_ones_and_ignores_further_ones(tmp_path: Path) -> None:
     reader, built = Reader(), network()
-    tokens = encode_neighbours(built, np.array([[5, 3, 7], [3, -1, -1]]), plain(tmp_path).with_images(reader))
+    tokens = encode_neighbours(built, hits([[5, 3, 7], [3, -1, -1]]), plain(tmp_path).with_images(reader))
     assert reader.read == [[3, 5]]
     images = as_start(Reader()([5, 3, 3]), 8)
     with torch.no_grad():
         both = built.encode_images(images[None, :2], torch.ones(1, 2, dtype=torch.bool))
         one = built.encode_images(images[None, 2:], torch.ones(1, 1, dtype=torch.bool))
     torch.testing.assert_close(tokens, torch.cat([both, one]))
-    empty = encode_neighbours(built, np.array([[-1, -1]]), plain(tmp_path / "empty"))
+    empty = encode_neighbours(built, hits([[-1, -1]]), plain(tmp_path / "empty"))
     assert not empty.any()
+
+
+def test_encode_neighbours_leaves_out_near_duplicates_of_the_query(tmp_path: Path) -> None:
+    reader, built = Reader(), network()
+    database = plain(tmp_path).with_images(reader)
+    tokens = encode_neighbours(built, hits([[5, 3, 7]], [0.99, 0.9, 0.8]), database)
+    torch.testing.assert_close(tokens, encode_neighbours(built, hits([[3, 7]]), database))
+    assert reader.read == [[3, 7], [3, 7]]
 
 
 def test_call_with_retrieve_false_interpolation_or_negative_prompt(tmp_path: Path) -> None:

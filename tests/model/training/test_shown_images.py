@@ -11,13 +11,13 @@ from model.diffusion.conditioning import SampledCondition, append_image_tokens, 
 from model.errors import ModelError
 from model.networks.denoiser import as_denoiser
 from model.networks.dit import build_transformer
-from model.networks.image_tokens import NeighbourImageTransformer, add_image_tokens
+from model.networks.image_tokens import NEAR_DUPLICATE, NeighbourImageTransformer, add_image_tokens
 from model.step_random import StepRandom
 from model.training.batch import Batch
 from model.training.data import TrainingRows, TrainingSet
 from model.training.objectives.flow_matching import FlowMatching
 from model.training.objectives.restoration import Restoration
-from model.training.shown_images import NEAR_DUPLICATE, change_at_random, shown_images
+from model.training.shown_images import change_at_random, shown_images
 
 ROWS, SIDE = 6, 8
 GREYS = (np.arange(ROWS) * 40).astype(np.uint8)

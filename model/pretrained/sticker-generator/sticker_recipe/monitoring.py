@@ -20,10 +20,9 @@ from model.diffusion.vq_diffusion import Transitions, sample_codes, step_diverge
 from model.images import image_grid, to_model_range, to_pil
 from model.networks.denoiser import as_denoiser
 from model.networks.editor import is_editor, with_reference
-from model.networks.image_tokens import takes_images
+from model.networks.image_tokens import choose_distinct, takes_images
 from model.networks.vq_autoencoder import decode_codes, encode_codes
 from model.step_random import StepRandom
-from model.training.shown_images import NEAR_DUPLICATE
 from sticker_recipe.data import NEIGHBOURS, nearest
 
 LEVELS = (0.5, 0.7, 0.9)
@@ -91,10 +90,10 @@ class Unseen:
         query, near = (torch.from_numpy(part).float().to(device) for part in (rows[chosen], rows[ids]))
         self._images = to_model_range(torch.from_numpy(pixels[chosen]).to(device))
         self._tokens = condition_tokens(query, near, dimension=rows.shape[1], batch=len(chosen))
-        first = torch.from_numpy(pixels[ids[:, :MAX_NEIGHBOUR_IMAGES]]).to(device)
-        self._neighbours = to_model_range(first.flatten(0, 1)).reshape(*first.shape[:2], 3, *first.shape[2:4])
-        # A near-duplicate would show the answer. Training hides it too.
-        self._shown = (query[:, None] * near[:, : first.shape[1]]).sum(2) < NEAR_DUPLICATE
+        cosines = (query[:, None] * near).sum(2)
+        first, self._shown = choose_distinct(cosines, torch.ones_like(cosines, dtype=torch.bool), MAX_NEIGHBOUR_IMAGES)
+        shown = torch.from_numpy(pixels[np.take_along_axis(ids, first.cpu().numpy(), axis=1)]).to(device)
+        self._neighbours = to_model_range(shown.flatten(0, 1)).reshape(*shown.shape[:2], 3, *shown.shape[2:4])
 
     @torch.inference_mode()
     def loss(self, network: nn.Module) -> float:

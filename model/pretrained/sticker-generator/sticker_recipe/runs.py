@@ -30,6 +30,8 @@ DECAY_SHARE = 0.2
 """Share of a run, at its end, in which the schedule ``wsd`` lowers the learning rate."""
 DECAY_PACE = 0.95
 """Planned share of the decay's time; the rest covers its start and slower steps."""
+RESERVE_S, RESERVE_SHARE = 60.0, 0.1
+"""Seconds, and largest share of a run, that are left for figures and files of a run with ``--export``."""
 SHARD_SIZE = "15MB"
 LATER = {
     "own_style_share": 0.0, "balanced": False, "fewer_neighbours": 0.1, "mean_query": 0.0,
@@ -114,7 +116,8 @@ class Run:
         """Combine the parts of the training."""
         self._network, self._objective, self._dataset = network, objective, dataset
         self._options, self._metrics = options, metrics
-        self._deadline = options.started + 60 * options.minutes
+        reserve = min(RESERVE_S, RESERVE_SHARE * 60 * options.minutes) if options.export else 0
+        self._deadline = options.started + 60 * options.minutes - reserve
         self._requested = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: self._requested.set())  # finish and save the current step first
 

@@ -9,7 +9,7 @@ from tasks.serve.service.requests import EditRequest, GenerateRequest, SearchReq
 from tasks.serve.service.responses import ImagesResponse, MadeImage, SearchResponse, ServedVersion
 
 SERVED = ServedVersion(name="birds", version=1, rows=9, generation=0)
-IMAGE_BYTES, PNG_BYTES = 10 * 10 * 3, 100
+IMAGE_BYTES, PNG_BYTES = 10 * 10 * 4, 100  # Pillow stores RGB in four bytes
 
 
 def edit(table: JobTable) -> Job:
