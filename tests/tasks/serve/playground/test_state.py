@@ -96,7 +96,7 @@ def test_search_splits_negative_terms_at_commas() -> None:
 def test_request_without_a_query_is_explained() -> None:
     with pytest.raises(ValidationError) as caught:
         PageState().requests(None, 0)
-    assert problem_of(caught.value) == "there is no query; give text, image or row"
+    assert problem_of(caught.value) == "there is no query; give text, image, row or embedding"
 
 
 @pytest.mark.parametrize(
