@@ -7,7 +7,6 @@ create the same file concurrently fail as well. Here one process at a time migra
 
 import contextlib
 import functools
-import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from infra.errors import InputError, IntegrityError, KNNDiffusionError, TransientError
 from infra.storage.errors import disk_full_error, is_disk_full
+from infra.storage.local_writes import sync
 
 LOCK_S = 300.0
 """Seconds to wait for another process that creates or upgrades the same database."""
@@ -96,11 +96,11 @@ def _replace(database: Path, artifacts_uri: str) -> None:
         else:
             prepared.touch(mode=0o660, exist_ok=False)  # minus the umask: not accessible to all users of the machine
             _initialize(prepared, artifacts_uri)
-        _sync(prepared)
+        sync(prepared)
         for suffix in _JOURNALS:  # SQLite would apply an old journal to the new file
             database.with_name(database.name + suffix).unlink(missing_ok=True)
         prepared.replace(database)
-        _sync(database.parent)
+        sync(database.parent)
     finally:
         _remove(prepared)
 
@@ -196,14 +196,6 @@ def _copy(database: Path, to: Path) -> None:
         source.backup(target)
         writer.execute("ROLLBACK")
     to.chmod(database.stat().st_mode)
-
-
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _remove(database: Path) -> None:

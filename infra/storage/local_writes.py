@@ -21,7 +21,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -39,15 +39,15 @@ def create_exclusive(path: Path, data: bytes) -> bool:
             os.link(partial, path)
         except FileExistsError:
             return path.read_bytes() == data
-        _sync(path.parent)
+        sync(path.parent)
         return True
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _sync(folder: Path) -> None:
-    """Flush the entries of ``folder`` to disk, so that a rename in it survives a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk, so that they survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
