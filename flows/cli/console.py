@@ -192,27 +192,6 @@ def name_options(message: str) -> str:
     return _ARGUMENTS.sub(lambda match: _OPTIONS[match[0]], message)
 
 
-def choose_generator(context: typer.Context, model: str, settings: "Settings", quiet: bool = False) -> str:
-    """Return ``model``, or the bundled generator if ``--model`` is not given and its default has no champion."""
-    from infra.registry import Registry
-    from infra.registry_tags import CHAMPION
-    from model.saved_generator import BUNDLED_GENERATOR
-
-    source = context.get_parameter_source("model")
-    given = source is not None and source.name != "DEFAULT"
-    if given:
-        return model
-    registered = [entry for entry in Registry(settings).versions("generator") if entry["name"] == model]
-    if any(CHAMPION in entry["aliases"] for entry in registered):
-        return model
-    if not quiet:
-        what = (
-            "no version of {} is the champion yet (see history)" if registered else "no generator is registered as {}"
-        )
-        print(f"knn-diffusion: {what.format(model)}; using the bundled {BUNDLED_GENERATOR}", file=sys.stderr)
-    return BUNDLED_GENERATOR
-
-
 def open_image(path: Path) -> "Image.Image":
     """Read an image as the download does: upright, 8-bit sRGB, on white; of an animation, the first frame.
 

@@ -17,15 +17,14 @@ from flows.cli.console import (
     Root,
     Trust,
     Verbose,
-    choose_generator,
     open_image,
     report_errors,
     require_device,
     say,
-    settings,
     writable,
 )
 from flows.cli.inputs import check_device, check_root
+from flows.cli.pipeline import open_pipeline
 from flows.cli.progress import step_bar
 from infra.errors import InputError
 
@@ -129,11 +128,7 @@ def generate(
         require_device(device)
         import torch
 
-        from tasks.serve.load import load_pipeline
-
-        model = choose_generator(context, model, settings(root), quiet)
-        pipeline = load_pipeline(model, database, settings(root), trust=trust)
-        pipeline.to(device)
+        pipeline = open_pipeline(context, model, database, device, root=root, trust=trust, quiet=quiet)
         options: dict[str, Any] = {
             "negative_prompt": negative,
             "num_inference_steps": steps,
