@@ -17,6 +17,7 @@ from infra import artifacts, storage, uris
 from infra.errors import InputError
 from infra.manifest import MAX_MANIFEST_BYTES, MAX_MARKER_BYTES, Manifest, Shard, marker_json, parse_shard
 from infra.settings import Settings
+from infra.storage.errors import storage_errors
 from infra.storage.local_writes import atomic_write
 
 _DEPTH = 3  # of a committed folder below the root: domain, kind and key
@@ -161,7 +162,7 @@ def _replace(path: Path, data: bytes) -> None:
     Garbage collection orders its deletions by time, and a process that has read a manifest notices the change by it.
     """
     before = path.stat()
-    with atomic_write(path) as stream:
+    with storage_errors(str(path)), atomic_write(path) as stream:
         stream.write(data)
         stream.flush()
         os.utime(stream.fileno(), ns=(before.st_atime_ns, before.st_mtime_ns + 1_000))

@@ -30,6 +30,10 @@ class Batch:
     reference: Tensor | None = None
     neighbour_images: NeighbourImages | None = None
 
+    def cosines(self) -> Tensor:
+        """Return the cosines of each image and its neighbours, (b, P), without the rounding of autocast's products."""
+        return (self.query[:, None] * self.neighbours).sum(2)
+
 
 def concatenate(pieces: Sequence[Batch]) -> Batch:
     """Concatenate pieces of a batch. Either all or none have references, and images of neighbours."""

@@ -40,7 +40,7 @@ def generate_preview(
     backbone, count = new_backbone(network.eval(), vae=autoencoder, prediction=prediction), len(batch.query)
     tokens = condition_tokens(batch.query, batch.neighbours, dimension=batch.query.shape[1], batch=count)
     if takes_images(network) and batch.neighbour_images is not None:
-        cosines = (batch.query[:, None].float() * batch.neighbours.float()).sum(2)
+        cosines = batch.cosines()
         visible = torch.ones_like(cosines, dtype=torch.bool)
         first, shown = choose_distinct(cosines, visible, network.config.neighbour_images)
         encoded = network.encode_images(batch.neighbour_images.choose(first), shown)

@@ -53,10 +53,8 @@ def shown_images(
         raise ModelError(
             "the network takes images of neighbours, but the training set has none; give it database_images"
         )
-    cosines = (batch.query[:, None].float() * batch.neighbours.float()).sum(2)  # not a product that autocast rounds
-    first, shown = choose_distinct(
-        cosines.gather(1, condition.chosen), condition.visible, inner.config.neighbour_images
-    )
+    cosines = batch.cosines().gather(1, condition.chosen)
+    first, shown = choose_distinct(cosines, condition.visible, inner.config.neighbour_images)
     pixels = batch.neighbour_images.choose(condition.chosen.gather(1, first))
     kept = rng.uniform(len(pixels), 1) >= config.drop_images
     return ShownImages(change_at_random(pixels, rng), shown & kept)

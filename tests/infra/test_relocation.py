@@ -1,5 +1,6 @@
 """Roots that were moved or copied, on the root that release 0.1.0 wrote."""
 
+import errno
 import shutil
 import sqlite3
 from contextlib import closing
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.stored_root import FOLDERS, unpack_root
 
-from infra.errors import InputError
+from infra.errors import InputError, StageError
 from infra.registry import Registry
 from infra.relocation import relocate
 from infra.settings import Settings
@@ -52,11 +53,15 @@ def test_relocate_repairs_a_moved_or_copied_root(is_moved: bool, original: Path,
     with pytest.raises(InputError, match="knn-diffusion relocate"):  # garbage collection would delete the copy
         Registry(Settings(root=str(root))).versions("database")
     modified = {path: path.stat().st_mtime for path in root.rglob("*.json")}
+    modified_ns = {path: path.stat().st_mtime_ns for path in modified}
     done = relocate(Settings(root=str(root)))
     assert done.former == (str(original),)
     assert done.files > 4
     assert {path: path.stat().st_mtime for path in modified} == pytest.approx(modified, abs=0.002, rel=0), (
         "garbage collection deletes the newest manifest first"
+    )
+    assert sorted(modified, key=lambda path: path.stat().st_mtime_ns) == sorted(
+        modified, key=lambda path: modified_ns[path]
     )
     if not is_moved:
         shutil.rmtree(original)
@@ -102,3 +107,19 @@ def test_pull_of_a_version_outside_the_root_without_a_counterpart_is_allowed(ori
             (f"{original}/shapes/", f"{tmp_path}/shapes/"),
         )
     assert champion(original).uri.startswith(f"{tmp_path}/shapes/")
+
+
+def test_relocate_on_a_full_disk_raises_stage_error_and_can_be_repeated(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(original, root)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("infra.storage.local_writes.os.fsync", full)
+        with pytest.raises(StageError, match="no space left for"):
+            relocate(Settings(root=str(root)))
+    assert relocate(Settings(root=str(root))).former == (str(original),)
