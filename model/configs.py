@@ -11,6 +11,12 @@ from model.errors import ModelError
 
 Prediction = Literal["velocity", "sample"]
 """Output of a continuous network: the velocity, or the clean image."""
+NEAR_DUPLICATE = 0.95
+"""Minimum cosine of two images that count as variants of one image. It depends on the encoder.
+
+Under ``sticker-clip`` the median cosine of a Twemoji and the same image shifted by 1, 2 or 4 of 64 px is 0.995, 0.990
+and 0.983. That of an emoji and its nearest other skin tone is 0.956. Nine in ten emoji without skin tones have no other
+image this close. The resulting copy threshold is 0.944: 98%, 98% and 91% of the shifted images are above it."""
 MAX_NEIGHBOUR_IMAGES = 4
 """Most images of neighbours that a network may see."""
 IN_KEY_IF_SET: Mapping[str, Any] = {"in_key": "if set"}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from model.configs import NEAR_DUPLICATE
 from model.errors import ModelError
 
 Embeddings = NDArray[np.float32]
@@ -18,12 +19,6 @@ MMD_SIGMA = 10.0
 """Width of the Gaussian kernel (Jayasumana et al. 2401.09603, section 4)."""
 MMD_SCALE = 1000.0
 """Factor of the published CMMD, for readability."""
-NEAR_DUPLICATE = 0.95
-"""Minimum cosine of two images that count as variants of one image. It depends on the encoder.
-
-Under ``sticker-clip`` the median cosine of a Twemoji and the same image shifted by 1, 2 or 4 of 64 px is 0.995, 0.990
-and 0.983. That of an emoji and its nearest other skin tone is 0.956. Nine in ten emoji without skin tones have no other
-image this close. The resulting copy threshold is 0.944: 98%, 98% and 91% of the shifted images are above it."""
 _BLOCK_PAIRS = 1 << 22
 _TIE = 1e-9  # squared distances of equal float64 rows differ by less
 

@@ -26,12 +26,11 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor, nn
 
+from model.configs import NEAR_DUPLICATE
 from model.diffusion.conditioning import MARKER_CHANNELS, split_image_tokens
 from model.errors import ModelError
 from model.networks.fused_attention import FoldedAttnProcessor, use_fused_attention
 
-NEAR_DUPLICATE = 0.95
-"""Cosine of an image and its neighbour from which on the neighbour's image is not shown: it would be the answer."""
 _BASE_PARAMETERS = inspect.signature(PixArtTransformer2DModel.__init__).parameters
 
 
@@ -49,6 +48,8 @@ class ShownImages(NamedTuple):
 
 def choose_distinct(cosines: Tensor, visible: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Choose the nearest visible neighbours that are no near-duplicates of the query, in training and generation alike.
+
+    The image of a near-duplicate would be the answer.
 
     Args:
         cosines: (B, K) of each query and its neighbours, nearest first.

@@ -7,7 +7,7 @@ from annotated_types import Ge, Interval
 
 from infra import uris
 from infra.errors import ConfigError, InputError
-from model.metrics import embedding_metrics
+from model.configs import NEAR_DUPLICATE
 
 SAMPLES = "samples"
 MIN_COMPARED = 4
@@ -46,7 +46,7 @@ class EvaluateConfig:
     ablations: bool = False
     bootstrap: Annotated[int, Ge(0)] = 200
     copy_percentile: Annotated[float, Interval(gt=0, lt=100)] = 95.0
-    near_duplicate: Annotated[float, Interval(gt=0, le=1)] = embedding_metrics.NEAR_DUPLICATE
+    near_duplicate: Annotated[float, Interval(gt=0, le=1)] = NEAR_DUPLICATE
     inception_weights: str | None = None
     use_gpu: bool = False
 

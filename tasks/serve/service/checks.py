@@ -15,8 +15,6 @@ MAX_WORD_CHARACTERS = 200
 """Maximum characters without white space; the tokenizer's time grows faster than the length of a word."""
 _LONG_WORD = re.compile(rf"[^ \t\r\n]{{{MAX_WORD_CHARACTERS + 1},}}")
 """Other separators do not count: the tokenizer removes control characters, which joins the words beside them."""
-LEAST_NORM = 1e-3
-"""Least length of a query before it is scaled to 1: below it, rounding decides its direction."""
 
 
 def require_text(*texts: str | None) -> None:

@@ -8,12 +8,13 @@ from numpy.typing import NDArray
 from infra.errors import InputError
 from model.encoder.clip import Encoder
 from model.retrieval.searchable import NearestIds
-from tasks.serve.service.checks import LEAST_NORM
 from tasks.serve.service.plans import SearchPlan
 from tasks.serve.service.responses import SearchResponse
 from tasks.serve.service.served import OpenDatabase
 
 _BLOCK_ROWS = 65_536
+_LEAST_NORM = 1e-3
+"""Least length of a query before it is scaled to 1: below it, rounding decides its direction."""
 
 
 def search(plans: Sequence[SearchPlan]) -> list[SearchResponse]:
@@ -63,7 +64,7 @@ def query_vectors(plans: Sequence[SearchPlan], opened: OpenDatabase, encoder: En
         if request.negative:
             query = query - np.mean([of_text[text] for text in request.negative], axis=0)
         norm = float(np.linalg.norm(query))
-        if norm < LEAST_NORM:
+        if norm < _LEAST_NORM:
             raise InputError("the parts of the query cancel each other; change one of them")
         queries.append(query / norm)
     return np.stack(queries).astype(np.float32)

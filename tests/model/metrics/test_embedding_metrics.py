@@ -5,9 +5,9 @@ import pytest
 from numpy.typing import NDArray
 from support import tiny_models
 
+from model.configs import NEAR_DUPLICATE
 from model.errors import ModelError
 from model.metrics.embedding_metrics import (
-    NEAR_DUPLICATE,
     authentic,
     clip_score,
     copy_rate,

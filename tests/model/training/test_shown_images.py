@@ -6,12 +6,12 @@ import torch
 from support import tiny_models
 from torch import Tensor
 
-from model.configs import ConditioningConfig, RestorationConfig
+from model.configs import NEAR_DUPLICATE, ConditioningConfig, RestorationConfig
 from model.diffusion.conditioning import SampledCondition, append_image_tokens, condition_tokens
 from model.errors import ModelError
 from model.networks.denoiser import as_denoiser
 from model.networks.dit import build_transformer
-from model.networks.image_tokens import NEAR_DUPLICATE, NeighbourImageTransformer, add_image_tokens
+from model.networks.image_tokens import NeighbourImageTransformer, add_image_tokens
 from model.step_random import StepRandom
 from model.training.batch import Batch
 from model.training.data import TrainingRows, TrainingSet

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
+from model.configs import NEAR_DUPLICATE
 from model.encoder.clip import Encoder
 from model.images import image_to_array
-from model.metrics.embedding_metrics import NEAR_DUPLICATE
 from model.training.alignment import align_all
 from model.training.data import TrainingRows, TrainingSet
 from sticker_recipe.encoder import load_encoder
