@@ -17,7 +17,7 @@ from model.retrieval.searchable import Hits, Searchable
 def encode_neighbours(network: NeighbourImageTransformer, hits: Hits, database: Searchable) -> Tensor:
     """Encode the stored images of the nearest neighbours, once for all sampling steps: (P, N, D) on the CPU.
 
-    Near-duplicates of the query are left out, as in training: those of a stored image show the image itself.
+    Near-duplicates of the query are left out, as in training. For a stored image they include the image itself.
 
     Args:
         network: The network that will see them.

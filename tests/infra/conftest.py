@@ -1,4 +1,4 @@
-"""Fixtures of the infra tests: MLflow databases and recorded connections."""
+"""Fixtures of the infra tests: MLflow databases, folders of a domain, and recorded connections."""
 
 import shutil
 import socket
@@ -8,6 +8,7 @@ from typing import Any
 
 import mlflow
 import pytest
+from support.object_stores import Bucket
 
 from infra.settings import Settings
 
@@ -52,3 +53,12 @@ def connects(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(socket.socket, "connect", record)
     return addresses
+
+
+@pytest.fixture(params=["local", "moto", pytest.param("radosgw", marks=pytest.mark.s3)])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Folder of a domain, local or in an object store."""
+    if request.param == "local":
+        return str(tmp_path / "twemoji")
+    bucket: Bucket = request.getfixturevalue(f"{request.param}_bucket")
+    return f"{bucket.uri}/twemoji"
