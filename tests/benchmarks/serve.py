@@ -9,8 +9,12 @@ this process, one image at a time, while the server idles.
 """
 
 import base64
+import contextlib
 import dataclasses
+import functools
+import http.client
 import io
+import json
 import os
 import shutil
 import statistics
@@ -146,17 +150,36 @@ def open_engine(searched: str) -> Any:
     return Engine.open(config, settings)
 
 
-def rest_overhead_ms(own: Any, address: str) -> float:
-    """Return the median time of a search over REST, minus that of the same call in process; they alternate."""
+def rest_overhead_ms(own: Any, address: str) -> dict[str, float]:
+    """Return the median time of a search over REST, minus that of the same call in process, for each client.
+
+    The client's own time counts. ``http.client`` takes the least; ``httpx`` is what most programs use. All alternate.
+    """
     from tasks.serve.service.requests import SearchRequest
 
-    ours, theirs = list[float](), list[float]()
-    with httpx.Client(base_url=address) as client:
+    url = httpx.URL(address)
+    direct = http.client.HTTPConnection(url.host, url.port or 80)
+    times: dict[str, list[float]] = {"in process": [], "http.client": [], "httpx": []}
+    with contextlib.closing(direct), httpx.Client(base_url=address) as client:
+
+        def post(query: dict[str, Any]) -> None:
+            direct.request("POST", "/v1/search", json.dumps(query), {"Content-Type": "application/json"})
+            with direct.getresponse() as response:
+                assert response.status == 200, response.read()
+                response.read()
+
+        calls: dict[str, Callable[[dict[str, Any]], object]] = {
+            "in process": lambda query: own.submit(SearchRequest(**query)).future.result(),
+            "http.client": post,
+            "httpx": lambda query: client.post("/v1/search", json=query).raise_for_status(),
+        }
         for number in range(WARM_UP + ROUNDS):
             query = {"text": f"a photo of number {number}", "k": 10, "database": "moved"}
-            theirs.append(timed(lambda query=query: own.submit(SearchRequest(**query)).future.result()))  # type: ignore[misc]
-            ours.append(timed(lambda query=query: client.post("/v1/search", json=query).raise_for_status()))  # type: ignore[misc]
-    return 1000 * (statistics.median(ours[WARM_UP:]) - statistics.median(theirs[WARM_UP:]))
+            for name, call in calls.items():
+                times[name].append(timed(functools.partial(call, query)))
+    medians = {name: statistics.median(values[WARM_UP:]) for name, values in times.items()}
+    alone = medians.pop("in process")
+    return {name: 1000 * (median - alone) for name, median in medians.items()}
 
 
 def images_ratio(own: Any, address: str) -> dict[str, float]:
@@ -296,14 +319,14 @@ def anonymous_mib(pid: int) -> float:
 def serve(searched: str) -> None:
     """Serve until SIGTERM; prints the address when the service is ready."""
     from infra.settings import Settings
-    from tasks.serve.api import server as http
+    from tasks.serve.api import server as service
     from tasks.serve.api.app import create_app
     from tasks.serve.api.config import ApiConfig
 
     opened, api = open_engine(searched), ApiConfig()
-    bound = http.bind("127.0.0.1", 0)
+    bound = service.bind("127.0.0.1", 0)
     app = create_app(Settings(root=str(FOLDER / "root")), engine=opened, api=api, page=False)
-    http.run(app, opened, bound, api, lambda: print(http.address_of(bound), flush=True))
+    service.run(app, opened, bound, api, lambda: print(service.address_of(bound), flush=True))
 
 
 if __name__ == "__main__":

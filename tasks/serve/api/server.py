@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from infra.errors import InputError, StageError
 from tasks.serve.api.config import ApiConfig
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 HEADERS_TIMEOUT_S = 10.0
 """Time for a client to send the headers of a request. Uvicorn itself waits without a limit."""
+MAX_HEADERS_BYTES = 65_536
+"""Size of the headers of a request; up to one more read of a socket is accepted. The parser itself has no limit."""
 KEEP_ALIVE_S = 5
 FLUSH_S = 3
 """Part of the drain time that is left to send the last responses and to end the threads."""
@@ -52,14 +54,16 @@ class Ending:
         return 130 if self.signal == signal.SIGINT else 0
 
 
-class _Connection(H11Protocol):
+class _Connection(HttpToolsProtocol):
     """A connection that is closed if the headers of a request do not arrive, or a response is not read, in time.
 
-    It parses with h11, because the headers are bounded in size there.
+    It is also closed if headers, or the trailers and the extensions of a chunked body, are too large.
     """
 
     _timer: asyncio.TimerHandle | None = None
     _send_timer: asyncio.TimerHandle | None = None
+    _in_headers = False
+    _unused_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the headers of the first request."""
@@ -71,7 +75,35 @@ class _Connection(H11Protocol):
         """Wait for the headers of the next request from its first byte on."""
         if self._timer is None and self._is_between_requests():
             self._wait_for_headers()
+        self._unused_bytes += len(data)
         super().data_received(data)
+        if self._unused_bytes > MAX_HEADERS_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"The headers are too large; the limit is {MAX_HEADERS_BYTES:,} bytes.")
+
+    def on_message_begin(self) -> None:
+        """Start to count the bytes of headers."""
+        super().on_message_begin()
+        self._in_headers, self._unused_bytes = True, 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Add a header. Trailers of a body are ignored."""
+        if self._in_headers:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Start the request."""
+        self._in_headers = False
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Pass on a part of the body, whose size the application limits."""
+        self._unused_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Finish the request."""
+        self._unused_bytes = 0
+        super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""

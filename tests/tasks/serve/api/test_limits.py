@@ -122,6 +122,45 @@ def test_slow_headers_close_the_connection(sent: bytes, monkeypatch: pytest.Monk
         assert time.monotonic() - begun < 2
 
 
+HEAD = b"POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+CLOSING = b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        pytest.param(HEAD + b"X-Long: ", id="header"),
+        pytest.param(b"GET /", id="url"),
+        pytest.param(CHUNKED + b"0\r\nX-Long: ", id="trailer"),
+        pytest.param(CHUNKED + b"1;extension=", id="extension"),
+    ],
+)
+def test_endless_headers_close_the_connection(begun: bytes) -> None:
+    with served() as address:
+        client = socket.create_connection((urlsplit(address).hostname, urlsplit(address).port), timeout=10)
+        client.sendall(begun)
+        sent, answer = 0, b""
+        with contextlib.suppress(ConnectionError):
+            while sent < 2**24:
+                client.sendall(b"a" * 16_384)
+                sent += 16_384
+        with contextlib.suppress(ConnectionError):
+            answer = client.recv(65_536)
+        client.close()
+    assert sent < 2**22, "the connection was closed long before, except for what the buffers of sockets took"
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 400 Bad Request")
+
+
+def test_large_body_in_chunks_with_a_trailer_is_read_and_the_trailer_ignored() -> None:
+    value = json.dumps({"text": "a"}).encode()
+    padded = value + b" " * 200_000
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (padded[:100_000], padded[100_000:]))
+    with served() as address:
+        answer = read(address, HEAD + CLOSING + chunks + b"0\r\nX-API-Key: no\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 OK")
+
+
 def test_slow_headers_of_a_second_request_close_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "HEADERS_TIMEOUT_S", 0.1)
     with served() as address:
