@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import hashlib
+import io
 import json
 import os
 import signal
@@ -129,27 +130,13 @@ def test_new_domain_run_again_skips_every_stage(domain: Any, ray: WithoutRay) ->
     assert ray.items == []
 
 
-def test_pyfunc_loads_in_a_new_process(domain: Any, tmp_path: Path) -> None:
-    script = (
-        "import mlflow, pandas as pd, sys, io\n"
-        "from PIL import Image\n"
-        f"mlflow.set_tracking_uri('sqlite:///{domain.root}/mlflow.db')\n"
-        "model = mlflow.pyfunc.load_model('models:/knn-diffusion@champion')\n"
-        "frame = pd.DataFrame({'prompt': ['red circle', 'blue square']})\n"
-        "out = model.predict(frame, params={'steps': 2, 'seed': 3, 'k': 2, 'database': 'shapes'})\n"
-        "print(list(out.prompt), [Image.open(io.BytesIO(png)).size for png in out.png])\n"
-        "base = mlflow.pyfunc.load_model('models:/knn-database.shapes@champion')\n"
-        "print(base.predict(frame, params={'k': 2}).neighbours[0].count('\"key\"'))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "['red circle', 'blue square'] [(16, 16), (16, 16)]" in done.stdout
-    assert done.stdout.strip().endswith("2")
-
-
 @pytest.mark.slow
 def test_registered_versions_are_served_by_mlflow(domain: Any, tmp_path: Path) -> None:
-    models = {"models:/knn-database.shapes@champion": {"k": 2}, "models:/knn-diffusion@champion": {"steps": 1, "k": 2}}
+    models = {
+        "models:/knn-database.shapes@champion": {"k": 2},
+        "models:/knn-diffusion@champion": {"steps": 2, "seed": 3, "k": 2, "database": "shapes"},
+    }
+    prompts = ["red circle", "blue square"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # MLflow starts uvicorn by its name
     tracking = {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": f"sqlite:///{domain.root}/mlflow.db"}
     log = (tmp_path / "serve.log").open("w+")
@@ -166,14 +153,17 @@ def test_registered_versions_are_served_by_mlflow(domain: Any, tmp_path: Path) -
             stack.callback(os.killpg, serving.pid, signal.SIGKILL)
             addresses[model] = f"http://127.0.0.1:{port}"
         for model, params in models.items():
-            asked = {"dataframe_split": {"columns": ["prompt"], "data": [["red circle"]]}, "params": params}
+            frame = {"columns": ["prompt"], "data": [[prompt] for prompt in prompts]}
+            asked = {"dataframe_split": frame, "params": params}
             answer = answer_of(addresses[model], asked)
             assert answer.status_code == 200, answer.text + (tmp_path / "serve.log").read_text()[-2000:]
-            (row,) = answer.json()["predictions"]
-            if "neighbours" in row:
-                assert len(json.loads(row["neighbours"])) == 2
-            else:
-                assert base64.b64decode(row["png"]).startswith(b"\x89PNG")
+            rows = answer.json()["predictions"]
+            assert [row["prompt"] for row in rows] == prompts
+            for row in rows:
+                if "png" in row:
+                    assert Image.open(io.BytesIO(base64.b64decode(row["png"]))).size == (16, 16)
+                else:
+                    assert len(json.loads(row["neighbours"])) == 2
 
 
 def free_port() -> int:
@@ -276,28 +266,19 @@ def test_new_domain_without_any_download_fails_with_outcomes(domain: Any, ray: W
 
 
 @pytest.mark.slow
-def test_pipeline_killed_while_embedding_and_training_ends_with_digests_of_uninterrupted_run(
-    domain: Any, tmp_path: Path
-) -> None:
+def test_pipeline_killed_while_embedding_ends_with_digests_of_uninterrupted_run(domain: Any, tmp_path: Path) -> None:
+    """test_kills.py kills the download; tests/model/training/test_loop_resume.py kills the training."""
     from infra.artifacts import read_manifest
 
     arguments = [str(domain.urls), str(tmp_path), domain.server.host]
     script = "import sys; from support.tiny_domain import run_stages; run_stages(*sys.argv[1:])"
-    command = [sys.executable, "-c", script, *arguments]
-    for stage in ("embeddings", "generator/*/checkpoints"):  # tests/flows/test_kills.py kills the download
-        pattern = f"shapes/{stage}/shards/*.json" if "checkpoints" in stage else f"shapes/{stage}/*/shards/*.json"
-        _run_until(command, tmp_path, pattern)
-        finished = list(tmp_path.glob(f"shapes/{stage.split('/')[0]}/*/manifest.json"))
-        assert not finished, f"{stage} was complete before the kill; make the stage of the test slower"
+    _run_until([sys.executable, "-c", script, *arguments], tmp_path, "shapes/embeddings/*/shards/*.json")
+    finished = list(tmp_path.glob("shapes/embeddings/*/manifest.json"))
+    assert not finished, "the embeddings were complete before the kill; make the stage of the test slower"
     run_stages(*arguments)
-    uninterrupted = {
-        "images": domain.result.images.reference.digest,
-        "embeddings": domain.result.embeddings.reference.digest,
-        "generator": domain.result.trained.generator.reference.digest,
-    }
-    for kind, digest in uninterrupted.items():
+    for kind in ("images", "embeddings", "database"):
         (manifest,) = tmp_path.glob(f"shapes/{kind}/*/manifest.json")
-        assert read_manifest(str(manifest.parent)).digest == digest, kind
+        assert read_manifest(str(manifest.parent)).digest == getattr(domain.result, kind).reference.digest, kind
 
 
 def _run_until(command: list[str], root: Path, pattern: str, timeout_s: float = 180) -> None:

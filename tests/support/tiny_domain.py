@@ -138,26 +138,20 @@ def small_config(urls: Path, root: Path, host: str, *, train: bool = True, image
 
 
 def run_stages(urls: str, root: str, host: str) -> None:
-    """Run the stages up to training in ``root`` without flow and registry; embedding and training run on Ray."""
+    """Run the stages of a database in ``root`` without flow and registry; embedding runs on Ray."""
     from infra import compute
     from tasks.download.task import download
     from tasks.embed.task import embed
     from tasks.index.task import index
-    from tasks.neighbours import find_neighbours
     from tasks.references.domain_folder import DomainFolder
-    from tasks.train.inputs import TrainingInputs
-    from tasks.train.task import train
 
-    config = small_config(Path(urls), Path(root), host)
+    config = small_config(Path(urls), Path(root), host, train=False)
     folder = DomainFolder(uri=f"{root}/shapes", cache=Path(root) / "cache")
     with pytest.MonkeyPatch.context() as patch, compute.cluster():
         WithoutRay(on_ray={"embeddings"}).install(patch)
         images = download(config.urls, folder, config.download).reference
         embeddings = embed(images, folder, config.embed).reference
-        database = index(embeddings, folder, config.index).reference
-        found = find_neighbours(embeddings, database, folder, NEIGHBOURS).reference
-        inputs = TrainingInputs(images=images, embeddings=embeddings, database=database, neighbours=found)
-        train(inputs, folder, config.train)
+        index(embeddings, folder, config.index)
 
 
 @contextmanager
