@@ -133,7 +133,7 @@ class BasePipeline(DiffusionPipeline):
         diffusers_logging.disable_progress_bar()  # the files are few and small
         try:
             pipeline: Self = cls.from_pretrained(
-                str(folder), torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
+                str(folder), dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
             )
         except Exception as error:  # diffusers and safetensors raise OSError, ValueError and types of their own
             raise ModelError(f"cannot load a generator: {folder} ({error}); train or download it again") from error
