@@ -61,6 +61,8 @@ class Canvas(Protocol):
 
 NewCanvas: TypeAlias = Callable[[Tensor, Tensor, EditConfig, Tensor | None], Canvas]
 """(source, condition, config, negative) -> the canvas of a batch."""
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
+"""One random generator for all images, one for each, or None for a random seed."""
 
 
 @torch.inference_mode()
@@ -72,7 +74,7 @@ def edit(
     tokens: Tensor,
     source_tokens: Tensor | None,
     config: EditConfig,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     on_progress: ProgressCallback | None = None,
 ) -> NDArray[np.uint8]:
     """Edit images towards targets.
@@ -86,21 +88,20 @@ def edit(
         source_tokens: (B, T, E) condition tokens of the images themselves. Only needed if
             :func:`needs_source_tokens`.
         config: How to edit.
-        generator: Source of the noise, on the CPU. Default: a random seed.
+        generator: Source of the noise, on the CPU: one for all images, or one for each. Default: a random seed.
         on_progress: Called with (candidates, total candidates) after each one, over all batches. Default: None.
 
     Returns:
         (B, S, S, 3) uint8.
 
     Raises:
-        ModelError: The generator does not support the method, memory is exhausted, or the results are NaN or infinite.
+        ModelError: The generator does not support the method, the number of random generators differs from that of the
+            images, memory is exhausted, or the results are NaN or infinite.
     """
     check_method(backbone, config)
     new_canvas, extra_steps = _canvas_for(backbone)
     sources = to_model_range(torch.from_numpy(images))
-    samples = _noise_samples(config)
-    noise = backbone.noise(len(images) * samples, extra_steps + config.steps, generator)
-    noise = noise.reshape(len(images), samples, *noise.shape[1:])
+    noise = _noise(backbone, len(images), extra_steps + config.steps, config, generator)
 
     def edit_batch(rows: slice, on_candidate: Callable[[int], None]) -> Tensor:
         own_tokens = None if source_tokens is None else source_tokens[rows]
@@ -149,6 +150,18 @@ def fit_images(images: Sequence[Image.Image], side: int) -> NDArray[np.uint8]:
         message = "%d of %d images are cropped to their centre square and resized to %d px"
         logger.warning(message, other, len(images), side)
     return np.stack([image_to_array(to_rgb(image), side) for image in images])
+
+
+def _noise(backbone: Backbone, count: int, steps: int, config: EditConfig, generator: Generators) -> Tensor:
+    """Return the noise (B, N, …) of the edits of ``count`` images."""
+    samples = _noise_samples(config)
+    if generator is None or isinstance(generator, torch.Generator):
+        noise = backbone.noise(count * samples, steps, generator)
+    elif len(generator) != count:
+        raise ModelError(f"{count} images were given, but {len(generator)} generators; give one, or one for each image")
+    else:
+        noise = torch.cat([backbone.noise(samples, steps, one) for one in generator])
+    return noise.reshape(count, samples, *noise.shape[1:])
 
 
 def _noise_samples(config: EditConfig) -> int:

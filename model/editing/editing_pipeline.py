@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from model.editing.config import FLOW_NEIGHBOURS, EditMethod, edit_config
-from model.editing.edit import check_method, edit, fit_images, needs_source_tokens
+from model.editing.edit import Generators, check_method, edit, fit_images, needs_source_tokens
 from model.generation import arguments
 from model.generation.backbone import is_discrete
 from model.generation.base_pipeline import BasePipeline
@@ -30,7 +30,7 @@ class EditingPipeline(BasePipeline):
         strength: float | None = None,
         method: EditMethod | None = None,
         num_inference_steps: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         neighbours: int | None = None,
         retrieve: bool = True,
         neighbour_images: bool = True,
@@ -48,7 +48,8 @@ class EditingPipeline(BasePipeline):
                 region, "restore" needs a network trained for editing, "sdedit" is the baseline. Default: "local" for
                 networks over codes or with ``largest_region``, else "flow".
             num_inference_steps: Number of sampling steps. Default: 12.
-            generator: Source of the noise, on the CPU. Default: a random seed.
+            generator: Source of the noise, on the CPU: one for all images, or one for each, with which an image does
+                not depend on the others. Default: a random seed.
             neighbours: K. Default: the number shown in training, with which the other defaults were measured; 3 for
                 "flow".
             retrieve: False hides the neighbours. Default: True.

@@ -68,38 +68,45 @@ def _embed_prompts(requests: Sequence[GenerateRequest], pipeline: KNNDiffusionPi
     return torch.stack([row[0] if len(row) == 1 else normalize(row.mean(0), dim=0) for row in rows])
 
 
-def edit(plan: EditPlan, on_step: OnStep) -> ImagesResponse:
-    """Run an edit once for each of its seeds. Raises ``ModelError`` as the pipeline."""
-    pipeline, request, images = plan.model.with_database(plan.opened), plan.request, list[Image.Image]()
-    source = image_to_array(to_rgb(request.image), pipeline.side)
-    done, total = 0, request.n * plan.config.candidates
+def edit(plans: Sequence[EditPlan], on_step: OnStep) -> list[ImagesResponse]:
+    """Run edits with equal keys as one batch. Raises ``ModelError`` as the pipeline."""
+    first = plans[0]
+    pipeline = first.model.with_database(first.opened)
+    seeds = [(one, seed) for one in plans for seed in one.seeds]
+    sources = {id(one): image_to_array(to_rgb(one.request.image), pipeline.side) for one in plans}
+    done, total = 0, len(seeds) * first.config.candidates
 
-    def on_candidate(step: int, _: int = 0) -> None:
-        nonlocal done
-        done = before + step
+    def on_candidate(step: int, steps: int) -> None:
+        nonlocal done, total
+        done, total = step, steps
         on_step(done, total)
 
     # The pipeline reports candidates only. A cancelled job stops at the next call of the network.
     hook = pipeline.transformer.register_forward_pre_hook(lambda *_: on_step(done, total))
     try:
-        for number, seed in enumerate(plan.seeds):
-            before = number * plan.config.candidates
-            images += pipeline.edit(
-                Image.fromarray(source),
-                request.prompt,
-                method=plan.config.method,
-                strength=plan.config.strength,
-                num_inference_steps=plan.config.steps,
-                guidance_scale=plan.config.guidance_scale,
-                neighbours=plan.settings["k"],
-                generator=torch.Generator().manual_seed(seed),
-                on_progress=on_candidate,
-            )
+        images = pipeline.edit(
+            [Image.fromarray(sources[id(one)]) for one, _ in seeds],
+            [one.request.prompt for one, _ in seeds],
+            method=first.config.method,
+            strength=first.config.strength,
+            num_inference_steps=first.config.steps,
+            guidance_scale=first.config.guidance_scale,
+            neighbours=first.settings["k"],
+            generator=[torch.Generator().manual_seed(seed) for _, seed in seeds],
+            on_progress=on_candidate,
+        )
     finally:
         hook.remove()
-    found = plan.opened.database.nearest(pipeline.embed(request.prompt).numpy(), plan.settings["k"])
-    regions = [region_outline(source, np.asarray(image)) for image in images]
-    return _response(plan, pipeline, images, [(found.ids[0], found.scores[0])] * len(images), regions)
+    texts = pipeline.embed([one.request.prompt for one in plans]).numpy()
+    found = first.opened.database.nearest(texts, first.settings["k"])
+    responses, start = [], 0
+    for number, one in enumerate(plans):
+        made = images[start : start + one.request.n]
+        neighbours = [(found.ids[number], found.scores[number])] * len(made)
+        regions = [region_outline(sources[id(one)], np.asarray(image)) for image in made]
+        responses.append(_response(one, pipeline, made, neighbours, regions))
+        start += one.request.n
+    return responses
 
 
 def region_outline(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> list[list[float]]:

@@ -264,7 +264,7 @@ def _responses(
         return searching.search(plans)  # type: ignore[arg-type]
     if isinstance(plans[0], GeneratePlan):
         return drawing.generate(plans, on_step)  # type: ignore[arg-type]
-    return [drawing.edit(plans[0], on_step)]
+    return drawing.edit(plans, on_step)  # type: ignore[arg-type]
 
 
 def _progress_of(tickets: Sequence[Ticket]) -> Callable[[int, int], None]:

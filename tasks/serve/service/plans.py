@@ -124,8 +124,12 @@ class EditPlan:
 
     @property
     def key(self) -> Hashable:
-        """Edits run one by one."""
-        return (self.opened, self.model, id(self))
+        """Edits with the same settings run together, except on a CPU.
+
+        There a batch takes as long as its edits one by one, and the first edit would wait for the last.
+        """
+        alone = self if self.model.pipeline.device.type == "cpu" else None
+        return (self.opened, self.model, self.config, self.settings["k"], id(alone))
 
     @property
     def seeds(self) -> list[int]:
@@ -153,9 +157,13 @@ def plan(request: Request, opened: OpenDatabase, model: OpenModel) -> Plan:
 
 def size(resolved: Plan) -> int:
     """Return the number of images that a plan generates at once, or 1 for a search."""
-    if isinstance(resolved, GeneratePlan):
-        return int(resolved.request.n * resolved.settings["candidates"])
-    return 1
+    match resolved:
+        case GeneratePlan():
+            return int(resolved.request.n * resolved.settings["candidates"])
+        case EditPlan():
+            return resolved.request.n
+        case SearchPlan():
+            return 1
 
 
 def _plan(request: Request, opened: OpenDatabase, model: OpenModel) -> Plan:

@@ -116,6 +116,25 @@ def test_edit_flow_result_does_not_depend_on_the_batch(editor: KNNDiffusionPipel
     assert np.abs(together - pixels(images)).mean() > 5
 
 
+def test_edit_with_a_generator_for_each_image_gives_the_results_of_single_edits(
+    editor: KNNDiffusionPipeline,
+) -> None:
+    images = [image(seed=seed) for seed in range(2)]
+
+    def sampled(*numbers: int) -> NDArray[np.int64]:
+        generators = [torch.Generator().manual_seed(number + 5) for number in numbers]
+        chosen = [images[number] for number in numbers]
+        return pixels(
+            editor.edit(chosen, PROMPT, method="sdedit", candidates=1, num_inference_steps=2, generator=generators)
+        )
+
+    together = sampled(0, 1)
+    for number in range(2):
+        assert np.abs(sampled(number) - together[number : number + 1]).max() <= 1
+    with pytest.raises(ModelError, match="2 images were given, but 1 generators; give one, or one for each"):
+        editor.edit(images, PROMPT, method="sdedit", generator=[torch.Generator()])
+
+
 def test_edit_local_changes_only_its_region(editor: KNNDiffusionPipeline, encoder: RedEncoder) -> None:
     images = [image(seed=seed) for seed in range(BATCH_SIZE["cpu"] + 1)]
     options: dict[str, Any] = {"method": "local", "candidates": 2, "largest_region": 0.5, "keep": False}

@@ -111,6 +111,30 @@ def test_edit_makes_one_edit_for_each_seed_with_its_region(engine: Engine) -> No
     assert all(0 <= value <= 1 for point in points for value in point)
 
 
+def test_edits_in_a_batch_equal_those_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [
+        EditRequest(image=image, prompt=prompt, n=n, seed=seed, method="flow", steps=4)
+        for image, prompt, n, seed in ((SOURCE, "a cat", 2, 3), (SOURCE.rotate(90), "an owl", 1, 8))
+    ]
+    alone = [images(engine, request) for request in requests]
+    opened, model = engine._catalog.get(None), engine._catalog.model
+    plans = [plan(request, opened, model) for request in requests]
+    assert plans[0].key != plans[1].key, "on a CPU, edits run one by one"
+    monkeypatch.setattr(type(model.pipeline), "device", torch.device("cuda"))
+    assert plans[0].key == plans[1].key
+    other = plan(requests[0].model_copy(update={"steps": 5}), opened, model)
+    assert other.key != plans[0].key
+    monkeypatch.undo()
+    progress: list[tuple[int, int]] = []
+    batch = drawing.edit(plans, lambda *step: progress.append(step))  # type: ignore[arg-type]
+    assert progress[0] == (0, 3) and progress[-1] == (1, 1)
+    for one, other_response in zip(batch, alone, strict=True):
+        assert [hit.id for hit in one.images[0].neighbours] == [hit.id for hit in other_response.images[0].neighbours]
+        for made, single in zip(one.images, other_response.images, strict=True):
+            assert made.seed == single.seed
+            assert np.abs(pixels(made.png) - pixels(single.png)).max() <= 1
+
+
 def test_region_outline_surrounds_the_changed_pixels() -> None:
     before = np.zeros((16, 16, 3), np.uint8)
     after = before.copy()
