@@ -39,6 +39,8 @@ class TransformerConfig:
         neighbour_images: Images of neighbours that the network sees as tokens, at most 4; 0 for embeddings alone. Needs
             pixels, and a ``head_width`` that is a multiple of 8.
         neighbour_patch: Side of the patches of those images. ``image_size`` must be a multiple of it.
+        rotary: Rotary positions in the self-attention, in addition to the absolute ones. Needs a ``head_width`` that is
+            a multiple of 4.
     """
 
     kind: Literal["transformer"] = "transformer"  # discriminates the network configs in a flow's parameters
@@ -53,6 +55,7 @@ class TransformerConfig:
         default=0, metadata=IN_KEY_IF_SET
     )
     neighbour_patch: Annotated[int, Ge(1)] = dataclasses.field(default=8, metadata=IN_KEY_IF_SET)
+    rotary: bool = dataclasses.field(default=False, metadata=IN_KEY_IF_SET)
 
     def __post_init__(self) -> None:
         """Raise ``ModelError`` if patches do not tile the image or a size is out of range."""
@@ -69,6 +72,8 @@ class TransformerConfig:
             raise ModelError(
                 f"neighbour_images is out of range: {self.neighbour_images}; give 0 to {MAX_NEIGHBOUR_IMAGES}"
             )
+        if self.rotary and self.head_width % 4:
+            raise ModelError(f"rotary needs a head_width that is a multiple of 4: {self.head_width}; change head_width")
         if self.neighbour_images:
             self._check_images()
 

@@ -44,5 +44,5 @@ def config_of_network(network: AnyNetwork, prediction: Prediction) -> NetworkCon
         layers=stored.num_layers,
         heads=stored.num_attention_heads,
         head_width=stored.attention_head_dim,
-        **{name: stored[name] for name in ("neighbour_images", "neighbour_patch") if name in stored},
+        **{name: stored[name] for name in ("neighbour_images", "neighbour_patch", "rotary") if name in stored},
     )

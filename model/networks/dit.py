@@ -4,9 +4,12 @@ Legend: ``B`` batch, ``C S S`` image, ``T`` condition tokens, ``E`` their channe
 
 The network is diffusers' ``PixArtTransformer2DModel`` (patches, adaLN-single on the timestep, cross-attention; Chen et
 al. 2310.00426). Condition tokens take the place of the captions. This project defines the size, the initial weights,
-the meaning of the output, cheaper forms of the attention and patch layers (:mod:`model.networks.fused_attention`), and
-attention to the images of neighbours (:mod:`model.networks.image_tokens`).
+the meaning of the output, cheaper forms of the attention and patch layers (:mod:`model.networks.fused_attention`),
+rotary positions (:mod:`model.networks.rotary`), and attention to the images of neighbours
+(:mod:`model.networks.image_tokens`).
 """
+
+import functools
 
 import torch
 from diffusers import PixArtTransformer2DModel
@@ -16,13 +19,15 @@ from model.configs import TransformerConfig
 from model.diffusion.conditioning import MARKER_CHANNELS
 from model.networks.fused_attention import use_fused_attention
 from model.networks.image_tokens import add_image_tokens
+from model.networks.rotary import RotaryTransformer
 
 
 def build_transformer(config: TransformerConfig, *, embedding_dimension: int, seed: int) -> PixArtTransformer2DModel:
     """Build the network with random initial weights from ``seed``. The global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = PixArtTransformer2DModel(
+        kind = functools.partial(RotaryTransformer, rotary=True) if config.rotary else PixArtTransformer2DModel
+        network: PixArtTransformer2DModel = kind(
             num_attention_heads=config.heads,
             attention_head_dim=config.head_width,
             in_channels=config.channels,

@@ -14,7 +14,6 @@ with unchanged outputs.
 """
 
 import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -30,8 +29,9 @@ from model.configs import NEAR_DUPLICATE
 from model.diffusion.conditioning import MARKER_CHANNELS, split_image_tokens
 from model.errors import ModelError
 from model.networks.fused_attention import FoldedAttnProcessor, use_fused_attention
+from model.networks.rotary import RotaryTransformer, with_parameters_of
 
-_BASE_PARAMETERS = inspect.signature(PixArtTransformer2DModel.__init__).parameters
+_BASE_PARAMETERS = inspect.signature(RotaryTransformer.__init__).parameters
 
 
 class ShownImages(NamedTuple):
@@ -130,18 +130,11 @@ class ImageAttnProcessor(nn.Module):
         return attended if ip_hidden_states is None else attended + self.images(hidden_states, ip_hidden_states)
 
 
-def _with_base_parameters(init: Callable[..., None]) -> Callable[..., None]:
-    """Add the parameters of the base class to the signature of ``init``, in which diffusers finds a config's names."""
-    own = [one for one in inspect.signature(init).parameters.values() if one.kind is one.KEYWORD_ONLY]
-    init.__signature__ = inspect.Signature([*_BASE_PARAMETERS.values(), *own])  # type: ignore[attr-defined]
-    return init
-
-
-class NeighbourImageTransformer(PixArtTransformer2DModel):
-    """A PixArt transformer that also attends to the images of neighbours. Saved pipelines name this class."""
+class NeighbourImageTransformer(RotaryTransformer):
+    """A transformer that also attends to the images of neighbours. Saved pipelines name this class."""
 
     @register_to_config
-    @_with_base_parameters
+    @with_parameters_of(RotaryTransformer)
     def __init__(self, *, neighbour_images: int = 1, neighbour_patch: int = 8, **base: Any) -> None:
         """Create the network.
 

@@ -20,8 +20,8 @@ from model.networks.vq_transformer import build_vq_transformer
 NOISY, SIGMA, TOKENS = torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.9]), torch.randn(2, 4, 9)
 
 
-def random_network() -> PixArtTransformer2DModel:
-    size = TransformerConfig(image_size=16, layers=2, heads=2, head_width=16)
+def random_network(**changes: Any) -> PixArtTransformer2DModel:
+    size = TransformerConfig(image_size=16, layers=2, heads=2, head_width=16, **changes)
     return tiny_models.stirred(
         build_transformer(size, embedding_dimension=8, seed=0)
     ).double()  # keeps rounding errors small
@@ -68,9 +68,10 @@ def compile_by(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_with(self, backend=backend))
 
 
-def test_compile_in_place_output_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rotary", [False, True])
+def test_compile_in_place_output_is_unchanged(rotary: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_by("aot_eager", monkeypatch)
-    network = random_network()
+    network = random_network(rotary=rotary)
     with torch.no_grad():
         expected = velocity(network)
         compile_in_place(network)

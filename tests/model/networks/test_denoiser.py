@@ -16,6 +16,8 @@ UNET = UNetConfig(image_size=8, widths=(32, 64), layers=1)
 SIZES: list[NetworkConfig] = [
     tiny_models.size(channels=4, heads=2, prediction="sample"),
     tiny_models.size(neighbour_images=2, neighbour_patch=4),
+    tiny_models.size(rotary=True),
+    tiny_models.size(rotary=True, neighbour_images=1, neighbour_patch=4),
     UNET,
     UNetConfig(image_size=16, channels=4, widths=(64, 128), layers=2, head_width=64, prediction="sample"),
     VQTransformerConfig(codes=8, tokens=4, timesteps=10, layers=1, heads=2, head_width=8),

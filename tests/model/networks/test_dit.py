@@ -75,6 +75,7 @@ def test_build_transformer_size_matches_the_config(image_size: int, patch_size: 
         {"neighbour_images": 1, "channels": 4},
         {"neighbour_patch": 5, "neighbour_images": 1},
         {"head_width": 12, "neighbour_images": 1},
+        {"rotary": True, "head_width": 6},
     ],
 )
 def test_transformer_config_invalid_field_raises(wrong: dict[str, Any]) -> None:
@@ -92,9 +93,10 @@ def test_build_transformer_with_neighbour_images_has_the_same_other_weights() ->
     assert all(torch.equal(weight, weights[name]) for name, weight in plain.state_dict().items())
 
 
-def test_transformer_config_without_neighbour_images_has_the_key_of_earlier_versions() -> None:
-    assert not {"neighbour_images", "neighbour_patch"} & key_settings(TransformerConfig()).keys()
-    assert key_settings(TransformerConfig(neighbour_images=2))["neighbour_images"] == 2
+def test_transformer_config_without_later_fields_has_the_key_of_earlier_versions() -> None:
+    assert not {"neighbour_images", "neighbour_patch", "rotary"} & key_settings(TransformerConfig()).keys()
+    changed = key_settings(TransformerConfig(neighbour_images=2, rotary=True))
+    assert (changed["neighbour_images"], changed["rotary"]) == (2, True)
 
 
 def test_as_denoiser_passes_1000_sigma_and_the_tokens_to_the_network() -> None:
