@@ -7,7 +7,7 @@ Legend: ``B`` batch, ``C H W`` an image or latent, images in [−1, 1], ``σ`` i
     L   = E ‖v̂ − v‖²,  σ = sigmoid(z), z ~ N(0, 1)  (logit-normal: Esser et al. 2403.03206, eq. 19)
 
 The network predicts either the velocity or the clean image x̂, which is converted to v̂ = (x_σ − x̂)/σ. The loss is on v̂
-in both cases.
+in both cases (JiT, 2511.13720, whose lower bound of σ is also 0.05).
 """
 
 import dataclasses

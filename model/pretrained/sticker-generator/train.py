@@ -26,6 +26,11 @@ hours, at 32 px:
     python model/pretrained/sticker-generator/train.py discrete --stickers STICKERS --out OUT --images 89600 \
         --size 32 --width 256 --layers 6 --batch 64 --rate 2e-3 --ema 0.997
 
+A network of 128 px with patches of 8 px has as many tokens as the default. Files of 64 px gain no detail from it:
+
+    python model/pretrained/sticker-generator/train.py base --stickers STICKERS --out OUT --device cuda \
+        --size 128 --patch 8 --prediction sample --rotary
+
 A GPU that is available for minutes at a time runs the archive. OUT gets the weights, figures and grids of samples, in
 files of at most 16 MiB. The other machine needs this package's dependencies, but no installation of the package:
 
@@ -44,6 +49,7 @@ import argparse
 import copy
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,12 +60,13 @@ from sticker_recipe.options import parse
 from sticker_recipe.pack import pack
 from sticker_recipe.results import Snapshots, export, write_results
 from sticker_recipe.runs import Folder, run, save
-from torch import nn
 
-from model.configs import ConditioningConfig, RestorationConfig, TransformerConfig, VQTransformerConfig
+from model.configs import ConditioningConfig, Prediction, RestorationConfig, TransformerConfig, VQTransformerConfig
 from model.diffusion.flow_matching import NoiseLevels
 from model.diffusion.vq_diffusion import Transitions
+from model.errors import ModelError
 from model.images import to_model_range
+from model.networks.build import config_of_network
 from model.networks.dit import build_transformer
 from model.networks.editor import widen_input
 from model.networks.image_tokens import add_image_tokens, takes_images
@@ -93,7 +100,8 @@ def base(options: argparse.Namespace) -> None:
     """Train the continuous generator; a share of its samples has an image to restore."""
     size = TransformerConfig(
         image_size=options.size, layers=options.layers, heads=options.width // options.head, head_width=options.head,
-        neighbour_images=options.image_tokens,
+        patch_size=options.patch, prediction=options.prediction, rotary=options.rotary,
+        neighbour_images=options.image_tokens, neighbour_patch=2 * options.patch,
     )  # fmt: skip
     data = prepare(options)
     network = widen_input(build_transformer(size, embedding_dimension=data["rows"].shape[1], seed=0))
@@ -102,18 +110,22 @@ def base(options: argparse.Namespace) -> None:
     objective = Restoration(conditioning(options), pasting, prediction=size.prediction, levels=levels)
     dataset = training_set(data, options, references=True)
     names = [name for name in sorted(UNSEEN) if f"{name}_rows" in data]
-    unseen = {name: Unseen(data[f"{name}_pixels"], data[f"{name}_rows"], options.device) for name in names}
+    unseen = {
+        name: Unseen(data[f"{name}_pixels"], data[f"{name}_rows"], options.device, prediction=options.prediction)
+        for name in names
+    }
     folder = options.out / "base"
     snapshots = Snapshots(folder / "best.pt") if options.choose == "gap" else None
     metrics = Log(folder, unseen[WATCHED], snapshots and snapshots.offer)
     if options.start_from:
-        start_from(options.start_from, network, folder)
+        start_from(options.start_from, network, size.prediction, folder)
     trained = run(network, objective, dataset, options, metrics)
     chosen = trained.images
     if snapshots is not None:
         losses = unseen[WATCHED].condition_losses(trained.network.to(options.device))
         chosen = snapshots.choose(trained.images, trained.network, losses)
-    save(copy.deepcopy(trained.network), options, **SAMPLING)  # before the figures: they may fail
+    # before the figures: they may fail
+    save(copy.deepcopy(trained.network), options, prediction=size.prediction, **SAMPLING)
     figures = {"images": trained.images, "chosen_images": chosen, "new_images": trained.new_images}
     figures |= {"seconds": trained.seconds, "images_per_s": trained.new_images / trained.seconds}
     write_results(trained.network, unseen, data["rows"], options, figures)
@@ -121,19 +133,23 @@ def base(options: argparse.Namespace) -> None:
         export(folder, options.export)
 
 
-def start_from(pipeline: Path, network: nn.Module, folder: Path) -> None:
+def start_from(pipeline: Path, network: Any, prediction: Prediction, folder: Path) -> None:
     """Load the weights of a saved pipeline into the network of a new run. A resumed run has its own."""
     if Folder(folder).latest() is not None:
         return
-    trained = KNNDiffusionPipeline.open(pipeline).transformer
+    opened = KNNDiffusionPipeline.open(pipeline)
+    trained = opened.transformer
     try:
         if takes_images(network) and not takes_images(trained):
             config = network.config
             trained = add_image_tokens(trained, images=config.neighbour_images, patch=config.neighbour_patch)
+        found, wanted = config_of_network(trained, opened.config.prediction), config_of_network(network, prediction)
+        if found != wanted:
+            raise ModelError(f"{found}, not {wanted}")
         network.load_state_dict(trained.state_dict())
-    except RuntimeError as error:
+    except (ModelError, RuntimeError) as error:
         raise SystemExit(
-            f"--start-from {pipeline}: another network ({error}); give its size, layers and image tokens"
+            f"--start-from {pipeline}: another network ({error}); give its size, layers, image tokens and prediction"
         ) from error
 
 

@@ -25,11 +25,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from support import tiny_models
 from support.scripts import load_script
 from support.tiny_domain import COLOURS, SHAPES, drawn
 from torch import nn
 
+from model.configs import TransformerConfig
+from model.networks.build import config_of_network
 from model.networks.image_tokens import takes_images
 from model.pipeline import KNNDiffusionPipeline
 
@@ -233,6 +236,38 @@ def test_sticker_script_minutes_saves_the_weights_so_far_and_adds_up(stickers: P
         assert pipeline.side == 16
         assert (out / "base" / f"samples-{4 * steps[-1]:09d}.png").exists()
     assert steps == [1, 2]
+
+
+def test_sticker_script_128_px_with_large_patches_and_clean_images_trains_and_generates(
+    stickers: Path, run: Run, tmp_path: Path
+) -> None:
+    words = [*command("base", stickers, tmp_path, 8), "--size", "128", "--patch", "32", "--prediction", "sample"]
+    done = run(*words, "--image-tokens", "1", "--rotary")
+    assert done.returncode == 0, done.output[-2000:]
+    with np.load(next(tmp_path.glob("data-*.npz"))) as data:
+        assert data["pixels"].shape[1:] == data["references"].shape[1:] == (128, 128, 3)
+    saved = tmp_path / "base" / "pipeline"
+    pipeline = KNNDiffusionPipeline.open(saved)
+    size = config_of_network(pipeline.transformer, pipeline.config.prediction)
+    assert size == TransformerConfig(
+        image_size=128, patch_size=32, layers=1, heads=1, head_width=16, prediction="sample",
+        neighbour_images=1, neighbour_patch=64, rotary=True,
+    )  # fmt: skip
+    (image,) = pipeline("a red circle", retrieve=False, query="text", num_inference_steps=2, candidates=1).images
+    assert image.size == (128, 128)
+    other = [*command("base", stickers, tmp_path / "other", 4), "--size", "128", "--patch", "32", "--image-tokens", "1"]
+    assert "prediction='sample'" in run(*other, "--start-from", str(saved)).output
+
+
+def test_load_reads_images_at_the_given_side(script: ModuleType, tmp_path: Path) -> None:
+    checks = np.repeat(np.indices((128, 128)).sum(0)[..., None] % 2 * 255, 3, axis=2).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(checks).save(buffer, "WEBP", lossless=True)
+    pq.write_table(pa.table({"webp": [buffer.getvalue()]}), tmp_path / "style.parquet")
+    full, small = (part("data").load(tmp_path / "style.parquet", None, side) for side in (128, 64))
+    assert np.array_equal(full, checks[None]), "details finer than the encoder's input remain"
+    assert small.shape == (1, 64, 64, 3)
+    assert part("data").resized(full, 64).std() < 1
 
 
 def test_sticker_script_discrete_generator_trains_on_the_codes_of_its_autoencoder(

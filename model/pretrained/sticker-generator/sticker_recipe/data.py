@@ -35,26 +35,26 @@ NEIGHBOURS, POOL = 10, 20
 LAYOUT = 2
 """Version of the cached arrays."""
 SIDE = 64
-"""Side in px of the images in the files, and of the encoder's input."""
+"""Side in px of the encoder's input, and the smallest side at which images are read."""
 CHANNEL_ORDERS = ((1, 2, 0), (2, 0, 1), (2, 1, 0), (0, 2, 1), (1, 0, 2))
 log = logging.getLogger("sticker-generator")
 
 
-def load(path: Path, limit: int | None) -> NDArray[np.uint8]:
-    """Read the images of a style, (N, SIDE, SIDE, 3) uint8."""
+def load(path: Path, limit: int | None, side: int) -> NDArray[np.uint8]:
+    """Read the images of a style, (N, side, side, 3) uint8."""
     encoded = pq.read_table(path, columns=["webp"])["webp"].to_pylist()[:limit]
 
     def decode(webp: bytes) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(webp)) as image:
-            return image_to_array(image.convert("RGB"), SIDE)
+            return image_to_array(image.convert("RGB"), side)
 
     with ThreadPoolExecutor() as pool:
         return np.stack(list(pool.map(decode, encoded)))
 
 
 def resized(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Resize images (N, SIDE, SIDE, 3) to (N, side, side, 3)."""
-    if side == SIDE:
+    """Scale images (N, S, S, 3) down to (N, side, side, 3)."""
+    if side == pixels.shape[1]:
         return pixels
     return np.stack([cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in pixels])
 
@@ -114,7 +114,8 @@ def prepare(options: argparse.Namespace) -> dict[str, NDArray[Any]]:
         return dict(np.load(cache))
     encoder = load_encoder(options)
     paths = {path.stem: path for path in sorted(options.stickers.glob("*.parquet"))}
-    loaded = {name: load(path, options.limit) for name, path in paths.items() if name not in UNSEEN}
+    side = max(options.size, SIDE)
+    loaded = {name: load(path, options.limit, side) for name, path in paths.items() if name not in UNSEEN}
     pixels = np.concatenate(list(loaded.values()))
     styles = np.repeat(np.arange(len(loaded)), [len(images) for images in loaded.values()])
     for name, images in loaded.items():
@@ -140,7 +141,7 @@ def prepare(options: argparse.Namespace) -> dict[str, NDArray[Any]]:
             parts.setdefault(name, []).append(part)
     data = {name: np.concatenate(part) for name, part in parts.items()}
     for name in sorted(UNSEEN & paths.keys()):
-        unseen = load(paths[name], options.limit)
+        unseen = load(paths[name], options.limit, side)
         data[f"{name}_pixels"], data[f"{name}_rows"] = resized(unseen, options.size), embedded(unseen, encoder)
     unfinished = cache.with_suffix(".partial.npz")
     np.savez(unfinished, **data)  # type: ignore[arg-type]
@@ -162,7 +163,7 @@ def file_digest(path: Path) -> str:
 
 def embedded(pixels: NDArray[np.uint8], encoder: Encoder) -> NDArray[np.float16]:
     """Return float16 embeddings (N, D), as stored by the embedding stage."""
-    return encoder.embed_pixels(pixels).numpy().astype(np.float16)
+    return encoder.embed_pixels(resized(pixels, SIDE)).numpy().astype(np.float16)
 
 
 def training_set(

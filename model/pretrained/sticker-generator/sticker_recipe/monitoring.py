@@ -13,7 +13,7 @@ from diffusers import VQModel
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.configs import MAX_NEIGHBOUR_IMAGES
+from model.configs import MAX_NEIGHBOUR_IMAGES, Prediction
 from model.diffusion.conditioning import append_image_tokens, condition_tokens, null_condition
 from model.diffusion.flow_matching import Denoiser, add_noise, flow_matching_loss, sample_sigmas
 from model.diffusion.vq_diffusion import Transitions, sample_codes, step_divergence
@@ -83,8 +83,20 @@ class Log:
 class Unseen:
     """Images of a domain that is not trained on, with their neighbours, to monitor training."""
 
-    def __init__(self, pixels: NDArray[np.uint8], rows: NDArray[np.float16], device: str, count: int = 512) -> None:
-        """Select ``count`` of the images (N, S, S, 3) with rows (N, D), each with its neighbours among the others."""
+    def __init__(
+        self,
+        pixels: NDArray[np.uint8],
+        rows: NDArray[np.float16],
+        device: str,
+        count: int = 512,
+        *,
+        prediction: Prediction = "velocity",
+    ) -> None:
+        """Select ``count`` of the images (N, S, S, 3) with rows (N, D), each with its neighbours among the others.
+
+        ``prediction`` is the output of the networks to evaluate.
+        """
+        self._prediction = prediction
         chosen = np.random.default_rng(0).permutation(len(rows))[:count]
         ids = nearest(rows, min(NEIGHBOURS, len(rows) - 1), device)[chosen]
         query, near = (torch.from_numpy(part).float().to(device) for part in (rows[chosen], rows[ids]))
@@ -100,19 +112,21 @@ class Unseen:
         """Return the flow matching loss with the full condition and the same noise at every call."""
         rng = StepRandom(0, 0, device=self._images.device)
         sigma, noise = sample_sigmas(len(self._images), rng), rng.normal(*self._images.shape)
-        return float(flow_matching_loss(_denoiser(network), self._images, self._condition(network), sigma, noise))
+        condition, denoiser = self._condition(network), self._denoiser(network)
+        return float(flow_matching_loss(denoiser, self._images, condition, sigma, noise, self._prediction))
 
     @torch.inference_mode()
     def condition_losses(self, network: nn.Module) -> ConditionLosses:
         """Return the loss of every image with and without the condition, with the same noise at every call."""
         device, losses = self._images.device, []
+        denoiser = self._denoiser(network)
         shown, hidden = self._condition(network), null_condition(self._tokens)
         rng = StepRandom(1, 0, device=device)
         for level in LEVELS:
             sigma, noise = torch.full((len(hidden),), level, device=device), rng.normal(*self._images.shape)
             noisy, target = add_noise(self._images, noise, sigma), noise - self._images
             for tokens in (shown, hidden):
-                error = _denoiser(network)(noisy, sigma, tokens) - target
+                error = denoiser(noisy, sigma, tokens) - target
                 losses.append(error.square().mean((1, 2, 3)).cpu())
         return ConditionLosses(LEVELS, torch.stack(losses[::2]), torch.stack(losses[1::2]))
 
@@ -134,14 +148,19 @@ class Unseen:
         images = network.encode_images(self._neighbours[:, :count], self._shown[:, :count])
         return append_image_tokens(self._tokens, images.float())
 
+    def _denoiser(self, network: nn.Module) -> Denoiser:
+        denoiser = as_denoiser(network, self._prediction)
+        return with_reference(denoiser, None) if is_editor(network) else denoiser
+
     def sample(self, network: nn.Module, tokens: Tensor, steps: int = 20) -> Tensor:
         """Sample images (B, 3, S, S) in [−1, 1] for tokens (B, T, E) by Euler steps without guidance."""
         shape = (len(tokens), *self._images.shape[1:])
         image = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(tokens.device)
         levels = torch.linspace(1, 0, steps + 1, device=tokens.device)
         levels = 2 * levels / (1 + levels)  # shift 2
+        denoiser = self._denoiser(network)
         for now, following in itertools.pairwise(levels):
-            image += (following - now) * _denoiser(network)(image, now.expand(len(image)), tokens)
+            image += (following - now) * denoiser(image, now.expand(len(image)), tokens)
         return image.clamp(-1, 1)
 
 
@@ -169,8 +188,3 @@ class UnseenCodes(Unseen):
         shape = (len(tokens), steps, self._codes.shape[1])
         uniforms = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(tokens.device)
         return decode_codes(self._vae, sample_codes(network, tokens, uniforms, transitions=self._transitions))
-
-
-def _denoiser(network: nn.Module) -> Denoiser:
-    denoiser = as_denoiser(network, "velocity")
-    return with_reference(denoiser, None) if is_editor(network) else denoiser

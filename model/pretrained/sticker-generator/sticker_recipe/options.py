@@ -4,7 +4,9 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import get_args
 
+from model.configs import Prediction
 from model.networks.vq_autoencoder import AutoencoderConfig
 
 LENGTHS = {"base": 2_048_000, "codes": 400_000, "discrete": 1_240_000}
@@ -61,6 +63,12 @@ def parse(description: str | None) -> argparse.Namespace:
         "--image-tokens", type=int, default=0, metavar="N",
         help="images of neighbours that the network sees as tokens, at most 4 (base)",
     )  # fmt: skip
+    parser.add_argument("--patch", type=int, default=4, help="side of a patch in px; --size is a multiple of it (base)")
+    parser.add_argument(
+        "--prediction", choices=get_args(Prediction), default="velocity",
+        help="output of the network: the velocity, or the clean image; the loss is on the velocity (base)",
+    )  # fmt: skip
+    parser.add_argument("--rotary", action="store_true", help="rotary positions in the self-attention (base)")
     parser.add_argument("--sigma-mean", type=float, default=0.0, help="mean of the noise levels' logits")
     parser.add_argument("--sigma-deviation", type=float, default=1.0, help="deviation of the noise levels' logits")
     parser.add_argument(
@@ -84,6 +92,10 @@ def parse(description: str | None) -> argparse.Namespace:
         parser.error(
             f"--choose, --start-from, --export and --image-tokens are not options of {options.command}; use base"
         )
+    if options.command != "base" and (options.patch, options.prediction, options.rotary) != (4, "velocity", False):
+        parser.error(f"--patch, --prediction and --rotary are not options of {options.command}; use base")
+    if options.command == "base" and options.size % options.patch:
+        parser.error(f"--size is not a multiple of --patch {options.patch}: {options.size}; change one of them")
     if options.command == "codes" and options.schedule == "wsd":
         parser.error("--schedule wsd is not an option of codes; its restarts need the length of the run")
     unlimited = options.schedule == "wsd" and options.minutes < math.inf
