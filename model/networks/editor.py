@@ -13,8 +13,11 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
+from model.configs import Prediction
 from model.diffusion.flow_matching import Denoiser
 from model.errors import ModelError
+from model.networks.denoiser import as_denoiser, unwrap
+from model.networks.image_tokens import ShownImages
 
 EDITOR_CHANNELS = 6
 """Input channels of an editor: three of the noisy image, three of the reference."""
@@ -45,6 +48,12 @@ def is_editor(network: nn.Module) -> bool:
     """Return True if the network takes a reference in addition to the noisy image."""
     config = getattr(network, "config", None)
     return getattr(config, "in_channels", 0) == EDITOR_CHANNELS and getattr(config, "out_channels", 0) == 3
+
+
+def generating(network: nn.Module, prediction: Prediction, images: ShownImages | None = None) -> Denoiser:
+    """Return the denoiser of a network that generates: as :func:`as_denoiser`, for an editor without a reference."""
+    denoiser = as_denoiser(network, prediction, images)
+    return with_reference(denoiser, None) if is_editor(unwrap(network)) else denoiser
 
 
 def with_reference(denoiser: Denoiser, reference: Tensor | None, *, above: float = 0.0) -> Denoiser:

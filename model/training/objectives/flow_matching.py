@@ -5,8 +5,7 @@ from torch import Tensor, nn
 from model.configs import ConditioningConfig, Prediction
 from model.diffusion.conditioning import sample_condition
 from model.diffusion.flow_matching import LOGIT_NORMAL, NoiseLevels, flow_matching_loss, sample_sigmas
-from model.networks.denoiser import as_denoiser, unwrap
-from model.networks.editor import is_editor, with_reference
+from model.networks.editor import generating
 from model.step_random import StepRandom
 from model.training.batch import Batch
 from model.training.shown_images import shown_images
@@ -41,7 +40,5 @@ class FlowMatching(nn.Module):
         sigma = sample_sigmas(len(batch.images), rng, self.levels)
         noise = rng.normal(*batch.images.shape)
         images = shown_images(network, batch, condition, self.conditioning, rng)
-        denoiser = as_denoiser(network, self.prediction, images)
-        if is_editor(unwrap(network)):
-            denoiser = with_reference(denoiser, None)
+        denoiser = generating(network, self.prediction, images)
         return flow_matching_loss(denoiser, batch.images, condition.tokens, sigma, noise, self.prediction)
