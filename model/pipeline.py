@@ -110,7 +110,8 @@ class KNNDiffusionPipeline(EditingPipeline):
             negative_prompt: What to push away from, one for all prompts or one for each. Needs a ``guidance_scale``
                 above 1. Default: None, the null condition.
             num_images_per_prompt: M, generated from different noise. Default: 1.
-            num_inference_steps: Number of sampling steps. Default: the generator's.
+            num_inference_steps: Number of sampling steps; fixed for a generator that was distilled to few. Default: the
+                generator's.
             guidance_scale: 1 is the conditional model itself; larger values follow the prompt more strongly. Default:
                 the generator's.
             height: Height of the images in px; only ``side`` is supported. Default: ``side``.
@@ -172,6 +173,7 @@ class KNNDiffusionPipeline(EditingPipeline):
         counts = {"num_images_per_prompt": num_images_per_prompt, "num_inference_steps": steps}
         for name, value in (counts | {"neighbours": k, "candidates": choices}).items():
             arguments.check_count(name, value)
+        arguments.check_steps(steps, config.noise_levels)
         arguments.check_finite("guidance_scale", scale)
         arguments.check_choice("output_type", output_type, ("pil", "np", "pt"))
         arguments.check_size(self.side, height, width)

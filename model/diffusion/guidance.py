@@ -1,7 +1,8 @@
 """Guidance for any denoiser of this package: classifier-free (Ho & Salimans 2207.12598), or by a weaker network.
 
 Autoguidance (Karras et al. 2406.02507) guides away from a weaker version of the same network, for example an early
-snapshot, under the same condition. It improves the images without reducing their diversity as much.
+snapshot. Here the weaker network sees the null condition, so both kinds of guidance are combined: away from the errors
+of a weaker network, and towards the neighbours.
 """
 
 import torch
@@ -31,7 +32,7 @@ def with_guidance(
         interval: Noise levels σ at which guidance acts, ends included. Outside it only the condition is evaluated,
             which costs one call. Guidance at the highest and lowest levels reduces diversity more than it improves
             the images (Kynkäänniemi et al. 2404.07724). Default: all levels.
-        weaker: Network that gives v∅. It sees the condition itself, or ``negative``. Default: ``denoiser``.
+        weaker: Network that gives v∅, from the null condition or ``negative``. Default: ``denoiser``.
     """
     if scale == 1:
         return denoiser
@@ -39,10 +40,10 @@ def with_guidance(
     def guided(noisy: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
         if not interval[0] <= float(sigma[0]) <= interval[1]:
             return denoiser(noisy, sigma, condition)
-        if weaker is not None:
-            unconditional = weaker(noisy, sigma, condition if negative is None else negative)
-            return unconditional + scale * (denoiser(noisy, sigma, condition) - unconditional)
         against = null_condition(condition) if negative is None else negative
+        if weaker is not None:
+            unconditional = weaker(noisy, sigma, against)
+            return unconditional + scale * (denoiser(noisy, sigma, condition) - unconditional)
         both = torch.cat([condition, against])
         conditional, unconditional = denoiser(noisy.repeat(2, 1, 1, 1), sigma.repeat(2), both).chunk(2)
         return unconditional + scale * (conditional - unconditional)

@@ -125,6 +125,10 @@ def edit(
 
 def check_method(backbone: Backbone, config: EditConfig) -> None:
     """Raise ``ModelError`` if the generator does not support the method."""
+    if isinstance(backbone, ContinuousBackbone) and backbone.noise_levels is not None:
+        raise ModelError(
+            "this generator was distilled to few steps and cannot edit; edit with the generator that it was made from"
+        )
     if config.method == "restore" and backbone.restorer is None:
         raise ModelError(
             "this generator was not trained for method='restore'; use method='local', or train a generator for editing"

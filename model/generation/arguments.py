@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -39,6 +39,14 @@ def check_count(name: str, value: object) -> None:
     """Raise ``ModelError`` unless ``value`` is an integer of at least 1."""
     if not is_positive_int(value):
         raise ModelError(f"{name} is not a positive integer: {value!r}; give at least 1")
+
+
+def check_steps(steps: int, noise_levels: Sequence[float] | None) -> None:
+    """Raise ``ModelError`` for another number of steps than that of a generator that was distilled to few."""
+    if noise_levels is not None and steps != len(noise_levels):
+        raise ModelError(
+            f"number of steps is not supported: {steps}; this generator was distilled to {len(noise_levels)} steps"
+        )
 
 
 def check_finite(name: str, value: float) -> None:

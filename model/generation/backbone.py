@@ -3,7 +3,7 @@
 Legend: ``B`` images, ``S`` side, ``T`` condition tokens, ``E`` their channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -116,6 +116,8 @@ def new_backbone(
     prediction: Prediction = "velocity",
     guidance_interval: tuple[float, float] = FULL_INTERVAL,
     truncation: float = 0.86,
+    guide: AnyNetwork | None = None,
+    noise_levels: Sequence[float] | None = None,
 ) -> Backbone:
     """Return the backbone for a network; the single place that distinguishes continuous from discrete networks.
 
@@ -126,9 +128,12 @@ def new_backbone(
         prediction: Output of a continuous network. Default: "velocity".
         guidance_interval: Noise levels at which a continuous network is guided. Default: all.
         truncation: Probability mass kept per code of a discrete network. Default: 0.86.
+        guide: Weaker version of a continuous network, to guide by. Default: None, the network itself.
+        noise_levels: The levels of a continuous network that was distilled to few steps. Default: None.
 
     Raises:
-        ModelError: A discrete network has no autoencoder.
+        ModelError: A discrete network has no autoencoder, or what only continuous networks have, or the guide does not
+            fit the network.
     """
     if not is_discrete(network):
         return ContinuousBackbone(
@@ -137,7 +142,11 @@ def new_backbone(
             vae=vae,
             prediction=prediction,
             guidance_interval=guidance_interval,
+            guide=guide,
+            noise_levels=None if noise_levels is None else tuple(noise_levels),
         )
+    if guide is not None or noise_levels is not None:
+        raise ModelError("a network over codes has a guide or noise_levels, which need velocities; remove them")
     if vae is None:
         raise ModelError("the vae is missing: a network over codes needs the VQModel that defines them; pass vae=")
     return DiscreteBackbone(network=network, vae=vae, truncation=truncation)

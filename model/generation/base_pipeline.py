@@ -3,6 +3,7 @@
 Legend: ``P`` prompts, ``K`` neighbours, ``D`` embedding width.
 """
 
+import json
 import logging
 from pathlib import Path
 from typing import Any, Self
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 class BasePipeline(DiffusionPipeline):
     """Base of :class:`model.pipeline.KNNDiffusionPipeline`: components, database, and conditions."""
 
-    _optional_components = ["scheduler", "vae"]  # noqa: RUF012 - as diffusers declares it
+    _optional_components = ["scheduler", "vae", "guide"]  # noqa: RUF012 - as diffusers declares it
 
     def __init__(
         self,
@@ -56,6 +57,8 @@ class BasePipeline(DiffusionPipeline):
         query: str = "text",
         prediction: str = "velocity",
         truncation: float = 0.86,
+        guide: AnyNetwork | None = None,
+        noise_levels: list[float] | None = None,
     ) -> None:
         """Combine the components. ``neighbours`` and the arguments after it are defaults; a call may override most.
 
@@ -74,6 +77,9 @@ class BasePipeline(DiffusionPipeline):
             query: Embedding in the query's slot: "text", "mean", "both" or "none". Default: "text".
             prediction: Output of a continuous network: "velocity" or "sample". Default: "velocity".
             truncation: Probability mass kept per code (discrete networks). Default: 0.86.
+            guide: A smaller or earlier version of a continuous network, to guide by. Default: None, the network itself.
+            noise_levels: The levels of a network that was distilled to few steps; their number replaces
+                ``num_inference_steps``. Default: None, for other networks.
 
         Raises:
             ModelError: A component that the network needs is missing, the components do not match, or a default is not
@@ -87,7 +93,9 @@ class BasePipeline(DiffusionPipeline):
         if scheduler is None and not is_discrete(transformer):
             raise ModelError("the scheduler is missing: a continuous network needs one; pass new_scheduler()")
         use_fused_attention(transformer)
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        if guide is not None:
+            use_fused_attention(guide)
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guide=guide)
         self.register_to_config(
             encoder_identity=dict(encoder_identity),
             neighbours=neighbours,
@@ -95,10 +103,11 @@ class BasePipeline(DiffusionPipeline):
             candidates=candidates,
             guidance_scale=guidance_scale,
             guidance_interval=list(guidance_interval),
-            num_inference_steps=num_inference_steps,
+            num_inference_steps=num_inference_steps if noise_levels is None else len(noise_levels),
             query=query,
             prediction=prediction,
             truncation=truncation,
+            noise_levels=noise_levels,
         )
         check_defaults(self.config)
         self._identity = EncoderIdentity(**encoder_identity)
@@ -176,6 +185,8 @@ class BasePipeline(DiffusionPipeline):
     def backbone(self) -> Backbone:
         """The network with its scheduler and autoencoder, in evaluation mode."""
         self.transformer.eval()
+        if self.guide is not None:
+            self.guide.eval()
         return self._new_backbone()
 
     @property
@@ -200,6 +211,13 @@ class BasePipeline(DiffusionPipeline):
                 part._internal_dict = FrozenDict({key: config[key] for key in config if key != "_name_or_path"})
         super().save_pretrained(save_directory, *args, **options)
 
+    def to_json_string(self) -> str:
+        """Serialise the config without a guide or noise levels that are not set, as earlier versions wrote it."""
+        config = json.loads(super().to_json_string())
+        unset = {"guide": [None, None], "noise_levels": None}
+        kept = {name: value for name, value in config.items() if name not in unset or value != unset[name]}
+        return json.dumps(kept, indent=2, sort_keys=True) + "\n"
+
     def compile(self) -> None:
         """Compile the network in place, to generate many images on a GPU. Call it after ``to``.
 
@@ -207,6 +225,8 @@ class BasePipeline(DiffusionPipeline):
         of neighbours. Guidance in an interval has two batch sizes per call. Compilation of a U-Net takes minutes.
         """
         compile_in_place(self.transformer)
+        if self.guide is not None:
+            compile_in_place(self.guide)
 
     def embed(self, prompts: Prompts) -> Tensor:
         """Embed prompts as unit rows (P, D) on the CPU. Raises ``ModelError`` for an empty text or image."""
@@ -275,4 +295,6 @@ class BasePipeline(DiffusionPipeline):
             prediction=self.config.prediction,
             guidance_interval=(float(first), float(last)),
             truncation=self.config.truncation,
+            guide=self.guide,
+            noise_levels=self.config.noise_levels,
         )

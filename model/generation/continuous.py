@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from model.configs import Prediction
+from model.diffusion.few_steps import check_levels, solve_few_steps
 from model.diffusion.flow_matching import Denoiser, add_noise
 from model.diffusion.guidance import FULL_INTERVAL, with_guidance
 from model.diffusion.solver import Scheduler, sample_noise, solve
+from model.errors import ModelError
 from model.networks.denoiser import Network, as_denoiser
 from model.networks.editor import is_editor, with_reference
+from model.networks.image_tokens import hide_images
 from model.networks.latents import Autoencoder, decode_latents, encode_latents
 
 REFERENCE_ABOVE = 0.85
@@ -32,6 +35,8 @@ class ContinuousBackbone:
         vae: The autoencoder of its latents, or None for a network over pixels.
         prediction: The network's output.
         guidance_interval: Noise levels σ at which guidance acts.
+        guide: Weaker version of the network, to guide by; None for the network itself.
+        noise_levels: The levels of a network that was distilled to few steps, or None for other networks.
     """
 
     network: Network
@@ -39,6 +44,18 @@ class ContinuousBackbone:
     vae: Autoencoder | None
     prediction: Prediction = "velocity"
     guidance_interval: tuple[float, float] = FULL_INTERVAL
+    guide: Network | None = None
+    noise_levels: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ``ModelError`` if the guide or the noise levels are not valid for the network."""
+        if self.noise_levels is not None:
+            check_levels(self.noise_levels)
+        if self.guide is not None and (given := _interface(self.guide)) != (expected := _interface(self.network)):
+            raise ModelError(
+                f"the guide does not fit the network: side and channels {given}, not {expected}; use an earlier or "
+                "smaller version of the network"
+            )
 
     @property
     def side(self) -> int:
@@ -55,13 +72,12 @@ class ContinuousBackbone:
     @property
     def condition_channels(self) -> int:
         """E, the channels of the condition tokens."""
-        config = self.network.config
-        return int(config.get("caption_channels") or config.cross_attention_dim)  # a transformer projects its captions
+        return _condition_channels(self.network)
 
     @property
-    def max_steps(self) -> None:
-        """None: the number of steps has no maximum."""
-        return
+    def max_steps(self) -> int | None:
+        """Number of noise levels of a network that was distilled to few steps; None for other networks."""
+        return None if self.noise_levels is None else len(self.noise_levels)
 
     @property
     def restorer(self) -> Denoiser | None:
@@ -71,7 +87,7 @@ class ContinuousBackbone:
     @property
     def denoiser(self) -> Denoiser:
         """The network as a function of (x_σ, σ, tokens) to velocities. An editor gets an empty reference."""
-        return self._showing(None)
+        return self._showing(self.network, None)
 
     @property
     def starts_from_images(self) -> bool:
@@ -101,13 +117,21 @@ class ContinuousBackbone:
         reference: Tensor | None = None,
     ) -> Tensor:
         """Integrate the guided velocity from the noise, or the noised start: (B, 3, S, S) float32 in [−1, 1]."""
-        shown = self._showing(reference)
-        denoiser = with_guidance(shown, guidance_scale, negative=negative, interval=self.guidance_interval)
-        if start is None:
-            return self.decode(solve(denoiser, noise, condition, self.scheduler, steps, on_step))
-        # The point of the path at σ = strength (SDEdit, 2108.01073, section 3, for the path of flow matching).
-        noised = add_noise(self.encode(start), noise, noise.new_full((len(noise),), strength))
-        return self.decode(solve(denoiser, noised, condition, self.scheduler, steps, on_step, strength=strength))
+        denoiser = with_guidance(
+            self._showing(self.network, reference),
+            guidance_scale,
+            negative=negative,
+            interval=self.guidance_interval,
+            weaker=None if self.guide is None else self._guiding(self.guide, reference),
+        )
+        if start is not None:
+            # The point of the path at σ = strength (SDEdit, 2108.01073, section 3, for the path of flow matching).
+            noise = add_noise(self.encode(start), noise, noise.new_full((len(noise),), strength))
+        if self.noise_levels is not None:
+            sample = solve_few_steps(denoiser, noise, condition, self.noise_levels, on_step, strength=strength)
+        else:
+            sample = solve(denoiser, noise, condition, self.scheduler, steps, on_step, strength=strength)
+        return self.decode(sample)
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode images as latents (B, C, s, s), or return the pixels."""
@@ -117,7 +141,23 @@ class ContinuousBackbone:
         """Decode pixels or latents (B, C, s, s) to images (B, 3, S, S) float32 in [−1, 1]."""
         return (encoded if self.vae is None else decode_latents(self.vae, encoded)).clamp(-1, 1).float()
 
-    def _showing(self, reference: Tensor | None) -> Denoiser:
+    def _showing(self, network: Network, reference: Tensor | None) -> Denoiser:
         """Return the denoiser, for an editor with the reference (B, 3, S, S) above ``REFERENCE_ABOVE``."""
-        denoiser = as_denoiser(self.network, self.prediction)
-        return with_reference(denoiser, reference, above=REFERENCE_ABOVE) if is_editor(self.network) else denoiser
+        denoiser = as_denoiser(network, self.prediction)
+        return with_reference(denoiser, reference, above=REFERENCE_ABOVE) if is_editor(network) else denoiser
+
+    def _guiding(self, guide: Network, reference: Tensor | None) -> Denoiser:
+        """Return the denoiser of the guide, which sees no images of neighbours, so it need not take them."""
+        denoiser = self._showing(guide, reference)
+        return lambda noisy, sigma, tokens: denoiser(noisy, sigma, hide_images(self.network, tokens))
+
+
+def _condition_channels(network: Network) -> int:
+    config = network.config
+    return int(config.get("caption_channels") or config.cross_attention_dim)  # a transformer projects its captions
+
+
+def _interface(network: Network) -> tuple[int, ...]:
+    """Return the side, the input and output channels, and the channels of the condition of a network."""
+    config = network.config
+    return config.sample_size, config.in_channels, config.out_channels, _condition_channels(network)

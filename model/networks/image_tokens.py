@@ -211,6 +211,13 @@ def takes_images(network: Any) -> TypeGuard[NeighbourImageTransformer]:
     return isinstance(network, NeighbourImageTransformer)
 
 
+def hide_images(network: Any, condition: Tensor) -> Tensor:
+    """Remove the image tokens of a condition for ``network``, if it has any: (B, T, E)."""
+    if not takes_images(network):
+        return condition
+    return split_image_tokens(condition, channels=network.config.caption_channels, count=network.image_tokens)[0]
+
+
 def add_image_tokens(
     network: PixArtTransformer2DModel, *, images: int = 1, patch: int = 8, seed: int = 0
 ) -> NeighbourImageTransformer:

@@ -21,6 +21,7 @@ from infra.errors import InputError
 from model.editing.config import EditConfig, edit_config
 from model.editing.edit import check_method
 from model.errors import ModelError
+from model.generation import arguments
 from model.generation.backbone import Backbone
 from model.generation.quality import resolve
 from tasks.serve.service.checks import check_embedding, check_start, check_steps, require_text
@@ -193,6 +194,7 @@ def _plan_generation(request: GenerateRequest, opened: OpenDatabase, model: Open
         raise InputError(f"guidance is too small for a negative prompt: {guidance}; give a value above 1")
     if between and request.n < 2:
         raise InputError(f"n is too small for an interpolation: {request.n}; give at least 2, because it has two ends")
+    arguments.check_steps(steps, model.pipeline.config.noise_levels)
     most = model.backbone.max_steps
     if most is not None and steps > most:
         raise InputError(f"steps is too large for this model: {steps}; give at most {most}")

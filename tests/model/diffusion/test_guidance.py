@@ -44,13 +44,13 @@ def test_with_guidance_extrapolates_from_unconditional_to_conditional(scale: flo
 
 
 @pytest.mark.parametrize("negative", [None, TOKENS.flip(0)])
-def test_with_guidance_by_a_weaker_network_shows_it_the_condition_or_the_negative(negative: Tensor | None) -> None:
+def test_with_guidance_by_a_weaker_network_shows_it_the_null_condition_or_the_negative(negative: Tensor | None) -> None:
     strong, weak = Recorder(), Recorder()
     guided = with_guidance(strong, 3, negative=negative, weaker=lambda *inputs: 0.5 * weak(*inputs))
     output = guided(NOISY, SIGMA, TOKENS)
     ((_, _, shown),), ((_, _, weakly_shown),) = strong.calls, weak.calls
     assert torch.equal(shown, TOKENS)
-    assert torch.equal(weakly_shown, TOKENS if negative is None else negative)
+    assert torch.equal(weakly_shown, null_condition(TOKENS) if negative is None else negative)
     against = 0.5 * Recorder()(NOISY, SIGMA, weakly_shown)
     torch.testing.assert_close(output, against + 3 * (Recorder()(NOISY, SIGMA, TOKENS) - against))
 
