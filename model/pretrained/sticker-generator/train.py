@@ -10,6 +10,7 @@ resumes in the same way. Several short runs add up. ``samples-*.png`` in the out
     base      the continuous generator, for generation and editing: a transformer trained with flow matching
     codes     the discrete generator's autoencoder: 256 codes per image
     discrete  the discrete generator: a transformer over those codes, trained with mask-and-replace
+    distil    a copy of a continuous generator that needs 4 network calls and no guidance, but cannot edit
     pack      an archive of at most 60 MB with all that ``base`` needs on another machine
 
 Hardware, run times and results are in the model cards (README.md) of the two generators. The first three commands
@@ -30,6 +31,12 @@ A network of 128 px with patches of 8 px has as many tokens as the default. File
 
     python model/pretrained/sticker-generator/train.py base --stickers STICKERS --out OUT --device cuda \
         --size 128 --patch 8 --prediction sample --rotary
+
+``distil`` learns from any saved pipeline. Its figure ``unseen_loss`` is the mean squared distance of its samples for
+OpenMoji to those of the teacher:
+
+    python model/pretrained/sticker-generator/train.py distil --stickers STICKERS --out OUT \
+        --start-from OUT/base/pipeline --steps 4 --device cuda
 
 A GPU that is available for minutes at a time runs the archive. OUT gets the weights, figures and grids of samples, in
 files of at most 16 MiB. The other machine needs this package's dependencies, but no installation of the package:
@@ -54,14 +61,15 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import VQModel
-from sticker_recipe.data import NEIGHBOURS, POOL, UNSEEN, WATCHED, prepare, training_set
+from sticker_recipe.data import UNSEEN, WATCHED, conditioning, prepare, training_set
+from sticker_recipe.distil import distil
 from sticker_recipe.monitoring import Log, Unseen, UnseenCodes
 from sticker_recipe.options import parse
 from sticker_recipe.pack import pack
-from sticker_recipe.results import Snapshots, export, write_results
+from sticker_recipe.results import EarlySnapshot, Snapshots, export, write_results
 from sticker_recipe.runs import Folder, run, save
 
-from model.configs import ConditioningConfig, Prediction, RestorationConfig, TransformerConfig, VQTransformerConfig
+from model.configs import Prediction, RestorationConfig, TransformerConfig, VQTransformerConfig
 from model.diffusion.flow_matching import NoiseLevels
 from model.diffusion.vq_diffusion import Transitions
 from model.errors import ModelError
@@ -89,13 +97,6 @@ DISCRETE_SAMPLING = {"query": "mean", "neighbours": 3, "candidates": 2, "num_inf
 log = logging.getLogger("sticker-generator")
 
 
-def conditioning(options: argparse.Namespace) -> ConditioningConfig:
-    """Return the condition of the training samples."""
-    return ConditioningConfig(
-        neighbours=NEIGHBOURS, pool=POOL, fewer_neighbours=options.fewer_neighbours, mean_query=options.mean_query
-    )
-
-
 def base(options: argparse.Namespace) -> None:
     """Train the continuous generator; a share of its samples has an image to restore."""
     size = TransformerConfig(
@@ -116,7 +117,8 @@ def base(options: argparse.Namespace) -> None:
     }
     folder = options.out / "base"
     snapshots = Snapshots(folder / "best.pt") if options.choose == "gap" else None
-    metrics = Log(folder, unseen[WATCHED], snapshots and snapshots.offer)
+    early = EarlySnapshot(folder / "early.pt", options) if options.guide_share else None
+    metrics = Log(folder, unseen[WATCHED], [one.offer for one in (snapshots, early) if one is not None])
     if options.start_from:
         start_from(options.start_from, network, size.prediction, folder)
     trained = run(network, objective, dataset, options, metrics)
@@ -124,8 +126,9 @@ def base(options: argparse.Namespace) -> None:
     if snapshots is not None:
         losses = unseen[WATCHED].condition_losses(trained.network.to(options.device))
         chosen = snapshots.choose(trained.images, trained.network, losses)
+    guide = None if early is None else early.network(trained.network)
     # before the figures: they may fail
-    save(copy.deepcopy(trained.network), options, prediction=size.prediction, **SAMPLING)
+    save(copy.deepcopy(trained.network), options, guide=guide, prediction=size.prediction, **SAMPLING)
     figures = {"images": trained.images, "chosen_images": chosen, "new_images": trained.new_images}
     figures |= {"seconds": trained.seconds, "images_per_s": trained.new_images / trained.seconds}
     write_results(trained.network, unseen, data["rows"], options, figures)
@@ -192,7 +195,7 @@ def discrete(options: argparse.Namespace) -> None:
     save(average, options, vae=autoencoder.cpu().half(), **DISCRETE_SAMPLING)
 
 
-COMMANDS = {"base": base, "codes": codes, "discrete": discrete, "pack": pack}
+COMMANDS = {"base": base, "codes": codes, "discrete": discrete, "distil": distil, "pack": pack}
 
 
 def main() -> None:

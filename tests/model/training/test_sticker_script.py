@@ -270,6 +270,38 @@ def test_load_reads_images_at_the_given_side(script: ModuleType, tmp_path: Path)
     assert part("data").resized(full, 64).std() < 1
 
 
+def test_sticker_script_distil_learns_from_a_guided_generator_and_resumes(
+    stickers: Path, run: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = run(*command("base", stickers, out, 16), "--guide-share", "0.5")
+    assert done.returncode == 0, done.output[-2000:]
+    assert "the average after 8 images is the guide" in done.output
+    teacher = out / "base" / "pipeline"
+    guided = KNNDiffusionPipeline.open(teacher)
+    assert not torch.equal(guided.guide.pos_embed.proj.weight, guided.transformer.pos_embed.proj.weight)
+
+    words = [*command("distil", stickers, out, 400_000), "--start-from", str(teacher), "--steps", "2"]
+    for images in (4, 8):
+        done = run(*words, "--minutes", "1e-9", "--export", str(tmp_path / "returned"))
+        assert done.returncode == 0, done.output[-2000:]
+        figures = json.loads((tmp_path / "returned" / "figures.json").read_text())
+        assert figures["images"] == images, "a repeated run resumes"
+        assert 0 < figures["distance"] < 4
+    assert (tmp_path / "returned" / "unseen-openmoji.png").exists()
+    student = KNNDiffusionPipeline.open(out / "distil" / "pipeline")
+    assert student.guide is None
+    config = student.config
+    assert (config.num_inference_steps, config.guidance_scale, config.noise_levels) == (2, 1.0, [1.0, 2 / 3])
+    assert (config.neighbours, config.candidates, config.query) == (3, 2, "mean")
+    assert student(student.embed(["a"]), retrieve=False, candidates=1).images[0].size == (16, 16)
+
+    other = run(*words[:-1], "4")
+    assert f"settings differ from those of the run in {out / 'distil'}: steps 2, now 4; use another" in other.output
+    for name, wrong in (("distil", []), ("base", ["--steps", "2"])):
+        assert run(*command(name, stickers, out, 4), *wrong) == Done(1, "2"), "the parser rejects it"
+
+
 def test_sticker_script_discrete_generator_trains_on_the_codes_of_its_autoencoder(
     stickers: Path, run: Run, tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.configs import NEAR_DUPLICATE
+from model.configs import NEAR_DUPLICATE, ConditioningConfig
 from model.encoder.clip import Encoder
 from model.images import image_to_array
 from model.training.alignment import align_all
@@ -164,6 +164,13 @@ def file_digest(path: Path) -> str:
 def embedded(pixels: NDArray[np.uint8], encoder: Encoder) -> NDArray[np.float16]:
     """Return float16 embeddings (N, D), as stored by the embedding stage."""
     return encoder.embed_pixels(resized(pixels, SIDE)).numpy().astype(np.float16)
+
+
+def conditioning(options: argparse.Namespace) -> ConditioningConfig:
+    """Return the condition of the training samples."""
+    return ConditioningConfig(
+        neighbours=NEIGHBOURS, pool=POOL, fewer_neighbours=options.fewer_neighbours, mean_query=options.mean_query
+    )
 
 
 def training_set(

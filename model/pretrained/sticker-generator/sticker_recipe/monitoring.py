@@ -3,7 +3,7 @@
 import itertools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from model.configs import MAX_NEIGHBOUR_IMAGES, Prediction
 from model.diffusion.conditioning import append_image_tokens, condition_tokens, null_condition
-from model.diffusion.flow_matching import Denoiser, add_noise, flow_matching_loss, sample_sigmas
+from model.diffusion.flow_matching import add_noise, flow_matching_loss, sample_sigmas
 from model.diffusion.vq_diffusion import Transitions, sample_codes, step_divergence
 from model.images import image_grid, to_model_range, to_pil
-from model.networks.denoiser import as_denoiser
-from model.networks.editor import is_editor, with_reference
+from model.networks.editor import generating
 from model.networks.image_tokens import choose_distinct, takes_images
 from model.networks.vq_autoencoder import decode_codes, encode_codes
 from model.step_random import StepRandom
@@ -58,8 +57,8 @@ Watch = Callable[[int, nn.Module, ConditionLosses], None]
 class Log:
     """Metrics as log lines and in ``metrics.jsonl``; samples as image grids."""
 
-    def __init__(self, folder: Path, unseen: "Unseen | None", watch: Watch | None = None) -> None:
-        """Write to ``folder``; evaluate the ``unseen`` domain, if given, and pass its losses to ``watch``."""
+    def __init__(self, folder: Path, unseen: "Unseen | None", watch: Sequence[Watch] = ()) -> None:
+        """Write to ``folder``; evaluate the ``unseen`` domain, if given, and pass its losses to each of ``watch``."""
         self._folder, self._unseen, self._watch = folder, unseen, watch
 
     def log(self, *, images: int, values: dict[str, float]) -> None:
@@ -74,10 +73,11 @@ class Log:
             return
         self._unseen.save_grid(average, self._folder / f"samples-{images:09d}.png")
         self.log(images=images, values={"unseen_loss": self._unseen.loss(average)})
-        if self._watch is not None:
+        if self._watch:
             losses = self._unseen.condition_losses(average)
             self.log(images=images, values={"unseen_gap": float(losses.gap.mean())})
-            self._watch(images, average, losses)
+            for watch in self._watch:
+                watch(images, average, losses)
 
 
 class Unseen:
@@ -112,14 +112,14 @@ class Unseen:
         """Return the flow matching loss with the full condition and the same noise at every call."""
         rng = StepRandom(0, 0, device=self._images.device)
         sigma, noise = sample_sigmas(len(self._images), rng), rng.normal(*self._images.shape)
-        condition, denoiser = self._condition(network), self._denoiser(network)
+        condition, denoiser = self._condition(network), generating(network, self._prediction)
         return float(flow_matching_loss(denoiser, self._images, condition, sigma, noise, self._prediction))
 
     @torch.inference_mode()
     def condition_losses(self, network: nn.Module) -> ConditionLosses:
         """Return the loss of every image with and without the condition, with the same noise at every call."""
         device, losses = self._images.device, []
-        denoiser = self._denoiser(network)
+        denoiser = generating(network, self._prediction)
         shown, hidden = self._condition(network), null_condition(self._tokens)
         rng = StepRandom(1, 0, device=device)
         for level in LEVELS:
@@ -148,20 +148,19 @@ class Unseen:
         images = network.encode_images(self._neighbours[:, :count], self._shown[:, :count])
         return append_image_tokens(self._tokens, images.float())
 
-    def _denoiser(self, network: nn.Module) -> Denoiser:
-        denoiser = as_denoiser(network, self._prediction)
-        return with_reference(denoiser, None) if is_editor(network) else denoiser
-
     def sample(self, network: nn.Module, tokens: Tensor, steps: int = 20) -> Tensor:
         """Sample images (B, 3, S, S) in [−1, 1] for tokens (B, T, E) by Euler steps without guidance."""
-        shape = (len(tokens), *self._images.shape[1:])
-        image = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(tokens.device)
+        image, denoiser = self._noise(len(tokens)), generating(network, self._prediction)
         levels = torch.linspace(1, 0, steps + 1, device=tokens.device)
         levels = 2 * levels / (1 + levels)  # shift 2
-        denoiser = self._denoiser(network)
         for now, following in itertools.pairwise(levels):
             image += (following - now) * denoiser(image, now.expand(len(image)), tokens)
         return image.clamp(-1, 1)
+
+    def _noise(self, count: int) -> Tensor:
+        """Return the noise (count, 3, S, S) that samples start from, the same at every call."""
+        shape = (count, *self._images.shape[1:])
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self._images.device)
 
 
 class UnseenCodes(Unseen):

@@ -9,11 +9,16 @@ from typing import get_args
 from model.configs import Prediction
 from model.networks.vq_autoencoder import AutoencoderConfig
 
-LENGTHS = {"base": 2_048_000, "codes": 400_000, "discrete": 1_240_000}
+LENGTHS = {"base": 2_048_000, "codes": 400_000, "discrete": 1_240_000, "distil": 256_000}
 UNLIMITED = 10**12
 """Images of a run that only ``--minutes`` limits."""
 LAYERS = {"base": 6, "codes": 6, "discrete": 5}
 """Default layers; 5 keep the discrete generator and its autoencoder below 60 MB. ``codes`` ignores the value."""
+ONLY = {
+    "choose": ("base",), "start_from": ("base", "distil"), "export": ("base", "distil"), "image_tokens": ("base",),
+    "guide_share": ("base",), "patch": ("base",), "prediction": ("base",), "rotary": ("base",), "steps": ("distil",),
+}  # fmt: skip
+"""Commands that accept an option that not all accept."""
 
 
 def share(text: str) -> float:
@@ -79,21 +84,29 @@ def parse(description: str | None) -> argparse.Namespace:
         "--choose", choices=["last", "gap"], default="last",
         help="weights to save: the last ones, or a snapshot whose condition helps more on the unseen style (base)",
     )  # fmt: skip
-    parser.add_argument("--start-from", type=Path, help="pipeline whose weights a new run starts from (base)")
-    parser.add_argument("--export", type=Path, help="folder for weights, figures and grids of at most 16 MiB (base)")
+    parser.add_argument(
+        "--start-from", type=Path, help="pipeline whose weights a new run starts from (base), or the teacher (distil)"
+    )
+    parser.add_argument(
+        "--guide-share", type=share, default=0.0,
+        help="share of the run after which a snapshot is kept as the guide of the generator; 0 for none (base)",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=4, help="network calls of a distilled generator (distil)")
+    parser.add_argument(
+        "--export", type=Path, help="folder for weights, figures and grids of at most 16 MiB (base, distil)"
+    )
     parser.add_argument("--encoder", type=Path, help="folder of an image encoder in an archive of pack")
     parser.add_argument("--limit", type=int, help="images per style, for a trial run")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     if options.width % options.head:
         parser.error(f"--width is not a multiple of --head {options.head}: {options.width}; change one of them")
-    of_base = (options.choose, options.start_from, options.export, options.image_tokens)
-    if options.command != "base" and of_base != ("last", None, None, 0):
-        parser.error(
-            f"--choose, --start-from, --export and --image-tokens are not options of {options.command}; use base"
-        )
-    if options.command != "base" and (options.patch, options.prediction, options.rotary) != (4, "velocity", False):
-        parser.error(f"--patch, --prediction and --rotary are not options of {options.command}; use base")
+    for name, commands in ONLY.items():
+        if options.command not in commands and getattr(options, name) != parser.get_default(name):
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag} is not an option of {options.command}; use it with {' or '.join(commands)}")
+    if options.command == "distil" and options.start_from is None:
+        parser.error("distil needs a generator to learn from; give --start-from")
     if options.command == "base" and options.size % options.patch:
         parser.error(f"--size is not a multiple of --patch {options.patch}: {options.size}; change one of them")
     if options.command == "codes" and options.schedule == "wsd":

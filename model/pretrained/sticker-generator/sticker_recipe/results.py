@@ -1,10 +1,13 @@
 """Results of a run: the chosen weights, figures and grids on the unseen styles, and their export as small files."""
 
 import argparse
+import copy
 import io
 import json
+import logging
 import shutil
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from model.metrics.embedding_metrics import authentic, distinct_nearest
 from sticker_recipe.encoder import load_encoder
 from sticker_recipe.monitoring import ConditionLosses, Unseen
 
+log = logging.getLogger("sticker-generator")
 PART_BYTES = 15 * 2**20
 """Size of the parts of an exported archive, below a limit of 16 MiB."""
 
@@ -35,9 +39,8 @@ class Snapshots:
         stored = self._stored()
         if stored is not None and stored["gap"].mean() <= gap.mean():
             return
-        weights = {name: part.detach().half().cpu() for name, part in average.state_dict().items()}
         unfinished = self._path.with_suffix(".partial")
-        torch.save({"images": images, "gap": gap, "weights": weights}, unfinished)
+        torch.save({"images": images, "gap": gap, "weights": _half_weights(average)}, unfinished)
         unfinished.rename(self._path)
 
     def choose(self, images: int, average: nn.Module, losses: ConditionLosses) -> int:
@@ -57,6 +60,39 @@ class Snapshots:
 
     def _stored(self) -> dict[str, Any] | None:
         return torch.load(self._path, weights_only=True) if self._path.exists() else None
+
+
+class EarlySnapshot:
+    """The first snapshot after a share of the run, kept in a file. The finished network is guided by it."""
+
+    def __init__(self, path: Path, options: argparse.Namespace) -> None:
+        """Keep the snapshot after the share ``--guide-share`` in ``path``. A resumed run keeps that of its start."""
+        self._path, self._options = path, options
+
+    def offer(self, images: int, average: nn.Module, losses: ConditionLosses) -> None:
+        """Keep ``average`` if the share has passed and there is none yet. ``losses`` are unused."""
+        options = self._options
+        elapsed = (time.monotonic() - options.started) / (60 * options.minutes)
+        if self._path.exists() or max(images / options.images, elapsed) < options.guide_share:
+            return
+        unfinished = self._path.with_suffix(".partial")
+        torch.save({"images": images, "weights": _half_weights(average)}, unfinished)
+        unfinished.rename(self._path)
+        log.info("the average after %d images is the guide", images)
+
+    def network(self, average: nn.Module) -> nn.Module | None:
+        """Return a copy of ``average`` with the weights of the snapshot; None if the run was too short for one."""
+        if not self._path.exists():
+            log.warning("no guide: the run had no snapshot after --guide-share; lower --watch or --guide-share")
+            return None
+        stored = torch.load(self._path, weights_only=True)["weights"]
+        guide = copy.deepcopy(average)
+        guide.load_state_dict({name: part.float() for name, part in stored.items()})
+        return guide
+
+
+def _half_weights(network: nn.Module) -> dict[str, Tensor]:
+    return {name: part.detach().half().cpu() for name, part in network.state_dict().items()}
 
 
 def write_results(

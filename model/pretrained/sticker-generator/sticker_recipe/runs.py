@@ -221,6 +221,8 @@ def require_same_run(stored: Path, options: argparse.Namespace) -> None:
     names = ("size", "width", "head", "layers", "batch", "rate", "ema", *LATER)
     settings = {name: getattr(options, name) for name in names}
     settings |= {"channels": list(options.channels), "data": data_digest(options)}
+    if options.command == "distil":
+        settings |= {"steps": options.steps, "teacher": weights_digest(str(options.start_from))}
     if options.command == "discrete":
         settings["codes"] = weights_digest(str(options.out / "codes" / "vae"))
     if not stored.exists():
@@ -236,10 +238,11 @@ def require_same_run(stored: Path, options: argparse.Namespace) -> None:
         )
 
 
-def save(network: Any, options: argparse.Namespace, **settings: Any) -> Path:
-    """Save the pipeline of ``network`` in float16, with ``--export`` in shards. Return its folder."""
+def save(network: Any, options: argparse.Namespace, *, guide: Any = None, **settings: Any) -> Path:
+    """Save the pipeline of ``network``, and its guide, in float16, with ``--export`` in shards. Return its folder."""
     folder: Path = options.out / options.command / "pipeline"
-    pipeline = new_pipeline(network.half(), encoder_identity(options), trained_neighbours=NEIGHBOURS, **settings)
+    settings |= {"trained_neighbours": NEIGHBOURS, "guide": None if guide is None else guide.half()}
+    pipeline = new_pipeline(network.half(), encoder_identity(options), **settings)
     shutil.rmtree(folder, ignore_errors=True)  # shards of an earlier run could remain
     pipeline.save_pretrained(folder, max_shard_size=SHARD_SIZE if options.export else "10GB")
     return folder
