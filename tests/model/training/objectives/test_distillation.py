@@ -128,7 +128,7 @@ def test_distillation_shows_the_same_images_to_student_and_teacher() -> None:
 
     def loss(teacher: Teacher) -> float:
         objective = Distillation(conditioning, teacher, LEVELS, substeps=1, restarts=0)
-        return float(objective(network, data, StepRandom(0, 0)))
+        return float(objective(network, data, StepRandom(0, 0)).detach())
 
     assert loss(Teacher(network=network)) == pytest.approx(0, abs=1e-9), "the student equals a teacher of one sub-step"
 
