@@ -13,7 +13,7 @@ of the batches.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -41,16 +41,25 @@ class TrainingRows:
         embeddings: (n, D) float16.
         neighbours: (n, P) int64 row ids of the database, nearest first.
         reference: Aligned neighbours uint8 (n, S, S, 3), or None.
+        read: Function of the stored images (or references) on the device and the numbers (b,) of training images. It
+            returns the images (b, …) of these numbers. With it, several training images can be computed from one of
+            ``images``. Default: None, the images of the same numbers.
     """
 
     images: NDArray[Any]
     embeddings: NDArray[np.float16]
     neighbours: NDArray[np.int64]
     reference: NDArray[np.uint8] | None = None
+    read: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of training images, n."""
+        return len(self.embeddings)
 
     def __post_init__(self) -> None:
         """Raise ``ModelError`` if the arrays are empty or differ in length."""
-        if not len(self.images) == len(self.embeddings) == len(self.neighbours) > 0:
+        images = len(self) if self.read is not None else len(self.images)
+        if not images == len(self.embeddings) == len(self.neighbours) > 0:
             counts = f"{len(self.images)} images, {len(self.embeddings)} embeddings"
             raise ModelError(
                 f"training rows are empty or differ in number: {counts}, {len(self.neighbours)} neighbour lists; "
@@ -263,7 +272,7 @@ class _InMemorySource:
 
     @property
     def rows(self) -> int:
-        return len(self.content.images)
+        return len(self.content)
 
     def load(self, chosen: NDArray[np.int64] | None = None) -> TrainingRows:
         assert chosen is None, "a single shard is never streamed"  # noqa: S101
@@ -286,6 +295,7 @@ class _Window:
         self._neighbours = torch.from_numpy(rows.neighbours).to(device)
         self._reference = None if rows.reference is None else torch.from_numpy(rows.reference).to(device)
         self._own_rows = None if own_rows is None else torch.from_numpy(own_rows).to(device)
+        self._read = rows.read or (lambda stored, chosen: stored[chosen])
 
     def gather(self, chosen: Tensor, database: NeighbourRows, images: NeighbourRows | None) -> Batch:
         """Return a batch of the ``chosen`` rows, which are positions in the whole window."""
@@ -293,10 +303,10 @@ class _Window:
             chosen = torch.searchsorted(self._own_rows, chosen)
         ids = self._neighbours[chosen]
         return Batch(
-            images=_to_target(self._images[chosen]),
+            images=_to_target(self._read(self._images, chosen)),
             query=self._embeddings[chosen].float(),
             neighbours=database.lookup(ids).float(),
-            reference=None if self._reference is None else to_model_range(self._reference[chosen]),
+            reference=None if self._reference is None else to_model_range(self._read(self._reference, chosen)),
             neighbour_images=None if images is None else NeighbourImages(ids=ids, rows=images),
         )
 
@@ -318,6 +328,8 @@ def _split(rows: NDArray[np.int64], shards: list[Source]) -> list[tuple[Source, 
 def _join(loaded: list[TrainingRows]) -> TrainingRows:
     if len(loaded) == 1:
         return loaded[0]
+    if any(rows.read is not None for rows in loaded):
+        raise ModelError("images that are computed when they are read belong to one shard; join them before")
     references = [rows.reference for rows in loaded if rows.reference is not None]
     return TrainingRows(
         images=np.concatenate([rows.images for rows in loaded]),

@@ -42,8 +42,8 @@ class Shard:
         if chosen is None:
             return self._content
         assert (np.diff(chosen) > 0).all()
-        parts = {field.name: getattr(self._content, field.name)[chosen] for field in dataclasses.fields(TrainingRows)}
-        return TrainingRows(**parts)
+        arrays = {field.name: getattr(self._content, field.name) for field in dataclasses.fields(TrainingRows)}
+        return TrainingRows(**{name: array[chosen] for name, array in arrays.items() if array is not None})
 
 
 def shards(*sizes: int) -> list[Shard]:
@@ -227,6 +227,35 @@ def test_training_set_latents_and_codes_are_not_scaled(stored: NDArray[Any], exp
     assert batch.images.dtype == expected
     assert sorted(batch.images.flatten().tolist()) == list(range(N * 4))
     assert batch.reference is None
+
+
+def test_training_rows_with_read_compute_several_images_from_a_stored_one() -> None:
+    stored = rows(0, 4)
+
+    def read(images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        return images[numbers // 3] + (numbers % 3)[:, None, None, None].byte()
+
+    content = dataclasses.replace(rows(), images=stored.images, reference=stored.reference, read=read)
+    assert len(content) == N
+    batch = TrainingSet(content, DATABASE).batch(0, seed=0, size=N)
+    assert batch.reference is not None
+    levels = ((torch.stack([batch.images, batch.reference]) + 1) * 127.5).round()[:, :, 0, 0, 0].int()
+    expected = [(20 * (i // 3) + i % 3, (255 - 20 * (i // 3) + i % 3) % 256) for i in range(N)]
+    assert sorted(map(tuple, levels.T.tolist())) == sorted(expected)
+    with pytest.raises(ModelError, match="belong to one shard"):
+        TrainingSet([_Shard(content), _Shard(content)], DATABASE).batch(0, seed=0, size=2)
+
+
+@dataclasses.dataclass
+class _Shard:
+    """Source of rows in memory."""
+
+    content: TrainingRows
+    rows: int = N
+
+    def load(self, chosen: NDArray[np.int64] | None = None) -> TrainingRows:
+        assert chosen is None
+        return self.content
 
 
 @pytest.mark.parametrize(("images", "embeddings", "neighbours"), [(2, 3, 3), (3, 2, 3), (3, 3, 2), (0, 0, 0)])
