@@ -1,7 +1,9 @@
 """make_stickers.py on small generated tarballs, without network."""
 
+import importlib
 import io
 import json
+import re
 import sys
 import tarfile
 from collections.abc import Callable
@@ -36,9 +38,9 @@ def run(make: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     """Return a function that runs the script for styles and returns the folder of the parquet files."""
     put(tmp_path, make.NAMES, {"en/data.json": EMOJIS})
 
-    def command(*styles: str) -> Path:
+    def command(*styles: str, side: int = 64) -> Path:
         out = tmp_path / "stickers"
-        arguments = ["make_stickers.py", "--out", out, "--packages", tmp_path, "--styles", *styles]
+        arguments = ["make_stickers.py", "--out", out, "--packages", tmp_path, "--side", side, "--styles", *styles]
         monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
         make.main()
         return out
@@ -60,6 +62,10 @@ def put(folder: Path, package: object, files: dict[str, object]) -> Path:
 
 def iconify(style: str, icons: dict[str, dict[str, object]], spdx: str, **size: int) -> dict[str, object]:
     return {"icons.json": {"prefix": style, "icons": icons, **size}, "info.json": {"license": {"spdx": spdx}}}
+
+
+def svg(body: str) -> bytes:
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="36" height="36">{body}</svg>'.encode()
 
 
 def webp(width: int, height: int) -> bytes:
@@ -111,6 +117,48 @@ def test_make_stickers_iconify_icons_are_selected_and_rendered(
     assert list(captions("streamline-emojis").values()) == [["raised hand", "hand", "stop"], ["2"]]
     tall = Image.open(io.BytesIO(pq.read_table(out / "twemoji.parquet")["webp"][1].as_py()))
     assert min(tall.getpixel((8, 10))) > 245 and tall.getpixel((32, 10))[0] > 200
+
+
+def test_make_stickers_filtered_set_has_coloured_square_distinct_images(
+    make: ModuleType, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("resvg_py", reason="the stickers extra")
+    half = {"body": '<path fill="blue" d="M0 0h18v36H0z"/>'}
+    icons = {
+        "apple-icon": half, "apple": half, "grey": {"body": RED.replace("red", "#444")},
+        "wide": {"body": RED, "width": 90}, "tall": {"body": RED, "height": 70},
+    }  # fmt: skip
+    put(tmp_path, make.STYLES["logos"], iconify("logos", icons, "CC0-1.0", width=36, height=36))
+    of_all = make.STYLES["gcp"]
+    collection = {"prefix": "gcp", "icons": {"run": half}, "info": {"license": {"spdx": of_all.license}}, "width": 36}
+    put(tmp_path, of_all, {of_all.member: {**collection, "height": 36}})
+    signs = {"package_signs/regulatory--stop--g1.svg": svg(RED), "package_ui/close.svg": svg(RED)}
+    put(tmp_path, make.STYLES["mapillary-signs"], {"package.json": {"license": "MIT"}, **signs})
+
+    out = run("logos", "gcp", "mapillary-signs", side=128)
+
+    rows = [row for path in sorted(out.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    assert [(row["key"], row["captions"]) for row in rows] == [
+        ("gcp/run", ["run logo"]), ("logos/apple-icon", ["apple logo"]), ("logos/tall", ["tall logo"]),
+        ("mapillary-signs/regulatory--stop--g1", ["stop sign"]),
+    ]  # fmt: skip
+    assert {Image.open(io.BytesIO(row["webp"])).size for row in rows} == {(128, 128)}
+    with pytest.raises(SystemExit, match=r"logos\.parquet has images of 128 px, not 64; use another --out"):
+        run("logos", side=64)
+
+
+def test_styles_are_open_pinned_and_the_unseen_ones_are_never_trained_on(make: ModuleType) -> None:
+    styles = importlib.import_module("sticker_recipe.styles")
+    assert len(styles.BUNDLED) == 18
+    assert styles.STYLES.keys() >= styles.UNSEEN
+    assert {package.license for package in styles.STYLES.values()} <= {
+        "Apache-2.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC0-1.0", "MIT",
+    }  # fmt: skip
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+", package.version) for package in styles.STYLES.values())
+    assert set(styles.training_styles(list(styles.STYLES))) == styles.STYLES.keys() - styles.UNSEEN
+    for edition in ("OpenMoji-black", "emojione-v2", "emojitwo", "joypixels", "twemoji-colr"):
+        with pytest.raises(ValueError, match=f"editions of unseen ones: {edition}"):
+            styles.training_styles(["noto", "emojione-v1", edition])
 
 
 def test_make_stickers_existing_style_is_skipped(make: ModuleType, run: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """Build the sticker training set from public icon packages: one parquet file per style, as read by train.py.
 
-The script uses the npm packages of the table below and downloads missing tarballs with ``npm pack``. It renders every
-icon at 64 × 64 px on white, with its name and its Unicode CLDR keywords as captions. A style with an existing parquet
-file is skipped, so an interrupted run resumes. With these versions, resvg-py 0.5 and Pillow 13, the files are byte for
-byte those that the bundled generator was trained on.
+The script uses the npm packages of ``sticker_recipe/styles.py`` and downloads missing tarballs with ``npm pack``. It
+renders every icon on white, with its name and its Unicode CLDR keywords as captions. A style with an existing parquet
+file is skipped, so an interrupted run resumes. With these versions, resvg-py 0.5 and Pillow 13, the files of 64 px are
+byte for byte those that the bundled generator was trained on.
 
 Columns: key (style/icon), style, license (SPDX), captions (name first, then keywords), webp (64 × 64 px, RGB).
 30,863 images of 18 styles: 41 MB, from 53 MB of packages, in two and a half minutes on one CPU core. It needs npm,
@@ -12,6 +12,10 @@ which is part of Node.js, and the ``stickers`` extra with the SVG renderer. Comm
     python model/pretrained/sticker-generator/make_stickers.py --out STICKERS
     python model/pretrained/sticker-generator/make_stickers.py --out STICKERS --styles twemoji openmoji
     python model/pretrained/sticker-generator/make_stickers.py --out STICKERS --packages TARBALLS    # without npm
+    python model/pretrained/sticker-generator/make_stickers.py --out STICKERS-128 --styles all --side 128
+
+The last command renders further sets too: @N@ images of @S@ styles, of which @T@ are for training. Images of the further
+sets are left out if they have no colour, are more than twice as wide as high, or equal an earlier one of the set.
 """
 
 import argparse
@@ -26,7 +30,6 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +37,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from sticker_recipe.styles import BUNDLED, NAMES, STYLES, Package
 from tqdm.auto import tqdm
 
 SIDE = 64
-RENDER_SIDE = 128  # rendered at this size and scaled down, which preserves thin lines
+OVERSAMPLING = 2  # icons are rendered at this multiple of the side and scaled down, which preserves thin lines
 QUALITY = 92  # of the WebP
 BLANK = 3.0  # minimum standard deviation of the pixels (0 to 255); below it an icon is blank
+WIDEST = 2.0  # ratio of the sides above which a filtered set's image is left out: words beside a logo
+COLOURED, COLOURED_SHARE = 32, 0.004  # a pixel has a colour if its channels differ by more; minimum share of the pixels
 DOWNLOAD_TIMEOUT_S = 600
 log = logging.getLogger("make-stickers")
 
@@ -48,49 +54,6 @@ class PackageError(Exception):
     """Raised when a package cannot be downloaded or used; the message says how to fix it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Package:
-    """An npm package.
-
-    ``icon`` is a regular expression for the keys of the icons to use. Its group is the name or the country of an icon.
-    """
-
-    name: str
-    version: str
-    license: str
-    icon: str = r"(?P<name>.+)"
-
-    @property
-    def tarball(self) -> str:
-        """The file name of the tarball of ``npm pack``."""
-        return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
-
-
-COUNTRY = r"(?P<country>[a-z]{2})"
-DRAWN_LARGER = r"(?P<name>.+)-(?:24|32|48)"  # the same icons at 16, 20 and 28 px have less detail
-FILLED_TOO = r"(?P<name>.+?)(?:-fill)?"
-NUMBERED = r"(?P<name>.+?)(?:-\d+)?"
-NAMES = Package("emojibase-data", "17.0.0", "MIT")
-STYLES = {
-    "circle-flags": Package("@iconify-json/circle-flags", "1.2.11", "MIT", COUNTRY),
-    "emojione-v1": Package("@iconify-json/emojione-v1", "1.2.3", "CC-BY-SA-4.0"),
-    "flag": Package("@iconify-json/flag", "1.2.12", "MIT", COUNTRY + "-4x3"),
-    "flagpack": Package("@iconify-json/flagpack", "1.2.8", "MIT", COUNTRY),
-    "flat-color-icons": Package("@iconify-json/flat-color-icons", "1.2.3", "MIT"),
-    "fluent-3d": Package("@lobehub/fluent-emoji-3d", "1.1.0", "MIT"),
-    "fluent-color": Package("@iconify-json/fluent-color", "1.2.21", "MIT", DRAWN_LARGER),
-    "fluent-emoji": Package("@iconify-json/fluent-emoji", "1.2.7", "MIT"),
-    "fluent-emoji-flat": Package("@iconify-json/fluent-emoji-flat", "1.2.6", "MIT"),
-    "fxemoji": Package("@iconify-json/fxemoji", "1.2.2", "Apache-2.0"),
-    "meteocons": Package("@iconify-json/meteocons", "1.2.4", "MIT", FILLED_TOO),
-    "noto": Package("@iconify-json/noto", "1.2.9", "Apache-2.0"),
-    "noto-v1": Package("@iconify-json/noto-v1", "1.2.5", "Apache-2.0"),
-    "openmoji": Package("@iconify-json/openmoji", "1.2.29", "CC-BY-SA-4.0"),
-    "streamline-emojis": Package("@iconify-json/streamline-emojis", "1.2.4", "CC-BY-4.0", NUMBERED),
-    "streamline-freehand-color": Package("@iconify-json/streamline-freehand-color", "1.2.2", "CC-BY-4.0", NUMBERED),
-    "streamline-ultimate-color": Package("@iconify-json/streamline-ultimate-color", "1.2.2", "CC-BY-4.0", NUMBERED),
-    "twemoji": Package("@iconify-json/twemoji", "1.2.5", "CC-BY-4.0"),
-}
 SCHEMA = pa.schema([
     ("key", pa.string()), ("style", pa.string()), ("license", pa.string()), ("captions", pa.list_(pa.string())),
     ("webp", pa.binary()),
@@ -113,6 +76,17 @@ class Names:
                 if flag := re.fullmatch(r"(1f1[ef]\w)-(1f1[ef]\w)", code):
                     country = "".join(chr(int(letter, 16) - 0x1F1E6 + ord("a")) for letter in flag.groups())
                     self.flags[country] = name
+
+    def of_icon(self, package: Package, key: str) -> str | None:
+        """Return the name of the icon ``key``, or None if the package's pattern excludes it or it has none."""
+        match = re.fullmatch(package.icon, key)
+        if match is None:
+            return None
+        if match.lastgroup == "country":
+            return self.flags.get(match["country"])
+        if match.lastgroup == "code":
+            return self.emojis.get(match["code"])
+        return package.caption.format(re.sub("[-_]", " ", match["name"]))
 
     def captions(self, name: str) -> list[str]:
         """Return the name and its keywords; for a flag, "flag of X" and "X flag"."""
@@ -180,62 +154,102 @@ def check_license(package: Package, license: str | None) -> None:  # noqa: A002
         )
 
 
-def render(icons: dict[str, Any], icon: dict[str, Any]) -> Image.Image:
-    """Render an Iconify icon on transparency, ``RENDER_SIDE`` px high; ``currentColor`` becomes black."""
+def render(svg: str, side: int) -> Image.Image:
+    """Render an SVG on transparency, at ``OVERSAMPLING`` times the height ``side``; ``currentColor`` becomes black."""
     import resvg_py
 
-    left, top = (icon.get(side, icons.get(side, 0)) for side in ("left", "top"))
-    width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
-    svg = (
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
-    )
-    png = resvg_py.svg_to_bytes(svg_string=svg, height=RENDER_SIDE, skip_system_fonts=True)
+    png = resvg_py.svg_to_bytes(svg_string=svg, height=OVERSAMPLING * side, skip_system_fonts=True)
     return Image.open(io.BytesIO(bytes(png)))
 
 
-def frame(image: Image.Image) -> Image.Image:
-    """Centre the whole image on a white square of 64 px, RGB."""
-    side = max(image.size)
-    square = Image.new("RGBA", (side, side), "white")
-    square.alpha_composite(image.convert("RGBA"), ((side - image.width) // 2, (side - image.height) // 2))
-    return square.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+def frame(image: Image.Image, side: int) -> Image.Image:
+    """Centre the whole image on a white square of ``side`` px, RGB."""
+    longer = max(image.size)
+    square = Image.new("RGBA", (longer, longer), "white")
+    square.alpha_composite(image.convert("RGBA"), ((longer - image.width) // 2, (longer - image.height) // 2))
+    return square.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
 
 
-def iconify_images(package: Package, tarball: Path, names: Names) -> Iterator[tuple[str, str, Image.Image]]:
+def iconify_svg(icons: dict[str, Any], icon: dict[str, Any]) -> str:
+    """Return the SVG of an icon of a set in Iconify's format."""
+    left, top = (icon.get(side, icons.get(side, 0)) for side in ("left", "top"))
+    width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
+    )
+
+
+def iconify_images(package: Package, tarball: Path, names: Names, side: int) -> Iterator[tuple[str, str, Image.Image]]:
     """Yield key, name and image of the matching icons of an Iconify set, except its hidden ones."""
-    files = unpack(tarball, r"(icons|info)\.json")
-    icons, info = json.loads(files["icons.json"]), json.loads(files["info.json"])
+    if package.member is None:
+        files = unpack(tarball, r"(icons|info)\.json")
+        icons, info = json.loads(files["icons.json"]), json.loads(files["info.json"])
+    else:
+        icons = json.loads(unpack(tarball, re.escape(package.member))[package.member])
+        info = icons["info"]
     check_license(package, info["license"]["spdx"])
     for key, icon in tqdm(icons["icons"].items(), desc=icons["prefix"], unit="image", leave=False):
-        match = re.fullmatch(package.icon, key)
-        if match is None or icon.get("hidden"):
-            continue
-        name = names.flags.get(key[:2]) if match.lastgroup == "country" else match["name"].replace("-", " ")
+        name = None if icon.get("hidden") else names.of_icon(package, key)
         if name is not None:
-            yield key, name, render(icons, icon)
+            yield key, name, render(iconify_svg(icons, icon), side)
 
 
-def fluent_images(package: Package, tarball: Path, names: Names) -> Iterator[tuple[str, str, Image.Image]]:
-    """Yield key, name and image of each WebP file that is named after an emoji's code points."""
-    files = unpack(tarball, r"package\.json|assets/.+\.webp")
+def file_images(package: Package, tarball: Path, names: Names, side: int) -> Iterator[tuple[str, str, Image.Image]]:
+    """Yield key, name and image of the matching SVG and WebP files of a package."""
+    files = unpack(tarball, rf"package\.json|{package.files}")
     check_license(package, json.loads(files.pop("package.json"))["license"])
-    for path, webp in tqdm(files.items(), desc="fluent-3d", unit="image", leave=False):
+    for path, content in tqdm(files.items(), desc=package.name, unit="image", leave=False):
         key = Path(path).stem
-        if key in names.emojis:
-            yield key, names.emojis[key], Image.open(io.BytesIO(webp))
+        name = names.of_icon(package, key)
+        if name is not None:
+            svg = path.endswith(".svg")
+            yield key, name, render(content.decode(), side) if svg else Image.open(io.BytesIO(content))
 
 
-def make_style(style: str, names: Names, packages: Path, out: Path) -> int:
+class Suitable:
+    """Decides which images of a set are used."""
+
+    def __init__(self, package: Package) -> None:
+        """Leave out blank images; of a filtered set also those without colour, wide ones and copies."""
+        self._filtered, self._seen = package.filtered, set[int]()
+
+    def __call__(self, image: Image.Image, sticker: Image.Image) -> bool:
+        """Return True if the ``image``, framed as ``sticker``, is used."""
+        pixels = np.asarray(sticker)
+        if pixels.std() < BLANK:
+            return False
+        if not self._filtered:
+            return True
+        wide = max(image.size) > WIDEST * min(image.size)
+        coloured = (np.ptp(pixels, axis=2) > COLOURED).mean() >= COLOURED_SHARE
+        content = hash(pixels.tobytes())
+        copy = content in self._seen
+        self._seen.add(content)
+        return coloured and not wide and not copy
+
+
+def exists(path: Path, side: int) -> bool:
+    """Return True if the style's file exists. Exit if its images have another side."""
+    if not path.exists():
+        return False
+    first = next(pq.ParquetFile(path).iter_batches(batch_size=1, columns=["webp"]))["webp"][0].as_py()
+    found = Image.open(io.BytesIO(first)).width
+    if found != side:
+        raise SystemExit(f"{path} has images of {found} px, not {side}; use another --out, or --side {found}")
+    return True
+
+
+def make_style(style: str, names: Names, packages: Path, out: Path, side: int = SIDE) -> int:
     """Write the style's parquet file atomically and return its number of rows."""
     package = STYLES[style]
     tarball = fetch(package, packages)
-    read_images = iconify_images if package.name.startswith("@iconify-json/") else fluent_images
-    rows = []
+    read_images = iconify_images if package.files is None else file_images
+    rows, suitable = [], Suitable(package)
     with reading(tarball):
-        for key, name, image in read_images(package, tarball, names):
-            sticker = frame(image)
-            if np.asarray(sticker).std() < BLANK:
+        for key, name, image in read_images(package, tarball, names, side):
+            sticker = frame(image, side)
+            if not suitable(image, sticker):
                 continue
             sticker.save(webp := io.BytesIO(), "WEBP", quality=QUALITY)
             row = (f"{style}/{key}", style, package.license, names.captions(name), webp.getvalue())
@@ -252,7 +266,7 @@ def main() -> None:
     """Build all requested styles that do not exist yet."""
     options = _options()
     packages = options.packages or options.out / "packages"
-    missing = [style for style in options.styles if not (options.out / f"{style}.parquet").exists()]
+    missing = [style for style in options.styles if not exists(options.out / f"{style}.parquet", options.side)]
     log.info("%d styles requested, %d of them exist", len(options.styles), len(options.styles) - len(missing))
     if not missing:
         return
@@ -262,7 +276,7 @@ def main() -> None:
         with reading(tarball):
             names = Names(json.loads(unpack(tarball, r"en/data\.json")["en/data.json"]))
         for style in missing:
-            log.info("%-28s %5d images", style, make_style(style, names, packages, options.out))
+            log.info("%-28s %5d images", style, make_style(style, names, packages, options.out, options.side))
     except ModuleNotFoundError as error:
         raise SystemExit(f"{error.name} is not installed; run pip install 'knn-diffusion[stickers]'") from None
     except PackageError as error:
@@ -278,9 +292,13 @@ def _options() -> argparse.Namespace:
         "--packages", type=Path, help="folder of the tarballs, by default OUT/packages; npm adds missing ones"
     )
     parser.add_argument(
-        "--styles", nargs="+", choices=STYLES, default=list(STYLES), metavar="STYLE", help="default: all 18"
-    )
-    return parser.parse_args()
+        "--styles", nargs="+", choices=[*STYLES, "all"], default=list(BUNDLED), metavar="STYLE",
+        help=f"default: the {len(BUNDLED)} of the bundled generator; all: {len(STYLES)}",
+    )  # fmt: skip
+    parser.add_argument("--side", type=int, default=SIDE, help=f"side of the images in px, default: {SIDE}")
+    options = parser.parse_args()
+    options.styles = list(STYLES) if "all" in options.styles else options.styles
+    return options
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 This file has the commands. ``sticker_recipe`` has the data, the monitoring, the runs and the command line.
 It reads sticker parquet files (columns key, style, license, captions, webp), built by make_stickers.py in this folder.
-OpenMoji and Twemoji are excluded, so that they remain unseen domains. The other images are embedded with the bundled
-sticker-clip, and the neighbours of each image are found among them. Captions are never read. An interrupted run resumes
-from its last checkpoint when the command is repeated. A run that ends after ``--minutes`` saves its weights, and
-resumes in the same way. Several short runs add up. ``samples-*.png`` in the output folder show samples for OpenMoji.
+OpenMoji, Twemoji and EmojiOne are excluded, so that they remain unseen domains. The other images are embedded with the
+bundled sticker-clip, and the neighbours of each image are found among them. Captions are never read. An interrupted
+run resumes from its last checkpoint when the command is repeated. A run that ends after ``--minutes`` saves its
+weights, and resumes in the same way. Several short runs add up. ``samples-*.png`` in the output folder show samples for
+OpenMoji.
 
     base      the continuous generator, for generation and editing: a transformer trained with flow matching
     codes     the discrete generator's autoencoder: 256 codes per image
@@ -61,13 +62,14 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import VQModel
-from sticker_recipe.data import UNSEEN, WATCHED, conditioning, prepare, training_set
+from sticker_recipe.data import WATCHED, all_variants, conditioning, prepare, training_set
 from sticker_recipe.distil import distil
 from sticker_recipe.monitoring import Log, Unseen, UnseenCodes
 from sticker_recipe.options import parse
 from sticker_recipe.pack import pack
 from sticker_recipe.results import EarlySnapshot, Snapshots, export, write_results
 from sticker_recipe.runs import Folder, run, save
+from sticker_recipe.styles import UNSEEN
 
 from model.configs import Prediction, RestorationConfig, TransformerConfig, VQTransformerConfig
 from model.diffusion.flow_matching import NoiseLevels
@@ -177,12 +179,13 @@ def discrete(options: argparse.Namespace) -> None:
     """Train the discrete generator."""
     data = prepare(options)
     autoencoder = VQModel.from_pretrained(options.out / "codes" / "vae").to(options.device)
-    chunks = torch.split(torch.from_numpy(data["pixels"]), 512)
+    images = all_variants(data)
+    chunks = (torch.from_numpy(images[start : start + 512]) for start in range(0, len(images), 512))
     found = [encode_codes(autoencoder, to_model_range(chunk.to(options.device))).short().cpu() for chunk in chunks]
-    data["pixels"] = torch.cat(found).numpy()
+    tokens = torch.cat(found).numpy()
     size = VQTransformerConfig(
         codes=autoencoder.config.num_vq_embeddings,
-        tokens=data["pixels"].shape[1],
+        tokens=tokens.shape[1],
         layers=options.layers,
         heads=options.width // options.head,
         head_width=options.head,
@@ -191,7 +194,7 @@ def discrete(options: argparse.Namespace) -> None:
     objective = MaskAndReplace(Transitions(codes=size.codes), conditioning(options))
     unseen = UnseenCodes(data[f"{WATCHED}_pixels"], data[f"{WATCHED}_rows"], options.device, autoencoder)
     metrics = Log(options.out / "discrete", unseen)
-    average = run(network, objective, training_set(data, options), options, metrics).network
+    average = run(network, objective, training_set(data, options, codes=tokens), options, metrics).network
     save(average, options, vae=autoencoder.cpu().half(), **DISCRETE_SAMPLING)
 
 

@@ -50,12 +50,12 @@ class Done(NamedTuple):
 Run = Callable[..., Done]
 
 
-def write_style(path: Path, colours: tuple[str, ...]) -> None:
+def write_style(path: Path, colours: tuple[str, ...], side: int = 32) -> None:
     encoded = []
     for colour in colours:
         for shape in SHAPES:
             buffer = io.BytesIO()
-            drawn(colour, shape, 32).save(buffer, "WEBP", lossless=True)
+            drawn(colour, shape, side).save(buffer, "WEBP", lossless=True)
             encoded.append(buffer.getvalue())
     pq.write_table(pa.table({"webp": encoded}), path)
 
@@ -131,6 +131,7 @@ def test_training_set_options_choose_the_neighbours_and_the_weights(script: Modu
     rows = tiny_models.unit_rows(8)
     data = {
         "pixels": np.arange(8 * 12, dtype=np.uint8).reshape(8, 2, 2, 3),
+        "styles": np.zeros(8, np.int64),
         "rows": rows,
         "neighbours": np.zeros((8, 2), np.int64),
         "own_style_neighbours": np.ones((8, 2), np.int64),
@@ -154,6 +155,77 @@ def test_training_set_options_choose_the_neighbours_and_the_weights(script: Modu
     assert sum(balanced[4:]) == 2, "four near-duplicates count as one image"
     assert trained_on(own_style_share=1.0)[1] == 1
     assert 0 < trained_on(own_style_share=0.5)[1] < 1
+
+
+def test_variants_are_computed_when_they_are_read(script: ModuleType) -> None:
+    variants = part("variants")
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3), dtype=np.uint8)
+    styles = np.arange(7) % 6
+    orders = np.array([(1, 2, 0), (2, 0, 1), (2, 1, 0), (0, 2, 1), (1, 0, 2)])[styles % 5]
+    expected = np.concatenate([
+        pixels, pixels[:, :, ::-1], np.take_along_axis(pixels, orders[:, None, None], axis=3)
+    ])  # fmt: skip
+    images = variants.AllVariants(pixels, styles, 21)
+    assert (len(images), images.nbytes) == (21, expected.nbytes)
+    assert (images[:] == expected).all()
+    ids = np.array([[20, 0], [8, 15]])
+    assert (images[ids] == expected[ids]).all()
+    for number in range(3):
+        assert (variants.variant(pixels, styles, number) == expected[7 * number : 7 * number + 7]).all()
+    chosen = np.array([3, 3, 9, 20, 14])
+    read = variants.reader(styles, chosen, "cpu")
+    assert (read(torch.from_numpy(pixels), torch.tensor([4, 1, 2])).numpy() == expected[chosen[[4, 1, 2]]]).all()
+
+
+def test_style_files_skips_unseen_styles_and_refuses_their_editions(script: ModuleType, tmp_path: Path) -> None:
+    data = part("data")
+    for name in ("noto", "openmoji", "twemoji", "emojione"):
+        write_style(tmp_path / f"{name}.parquet", COLOURS[:1])
+    training, unseen = data.style_files(tmp_path)
+    assert (list(training), list(unseen)) == (["noto"], ["emojione", "openmoji", "twemoji"])
+    renamed = pa.table({"style": ["twemoji"], "webp": [b""]})
+    pq.write_table(renamed, tmp_path / "mine.parquet")
+    with pytest.raises(SystemExit, match=r"mine\.parquet has other styles than its name: \['twemoji'\]"):
+        data.style_files(tmp_path)
+    (tmp_path / "mine.parquet").unlink()
+    write_style(tmp_path / "svgmoji-openmoji.parquet", COLOURS[:1])
+    with pytest.raises(SystemExit, match="editions of unseen ones: svgmoji-openmoji"):
+        data.style_files(tmp_path)
+
+
+def test_pack_writes_larger_images_as_sheets_that_load_reads(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = tmp_path / "stickers", tmp_path / "out"
+    folder.mkdir()
+    for name, colours in (("one", COLOURS[:2]), ("openmoji", COLOURS[:1])):
+        write_style(folder / f"{name}.parquet", colours, side=128)
+    monkeypatch.setattr(part("pack"), "UNSEEN_IMAGES", 2)
+    monkeypatch.setattr(part("sheets"), "SHEET_IMAGES", 4)
+    monkeypatch.setattr(part("sheets"), "ROW_IMAGES", 2)
+    words = ["train.py", "pack", "--stickers", str(folder), "--out", str(out), "--size", "128"]
+    packing = run("python", *words)
+    assert packing.returncode == 0, packing.output
+    with tarfile.open(out / "sticker-generator.tar.gz") as tar:
+        tar.extractall(tmp_path / "packed", filter="data")
+    assert "--size 128" in (tmp_path / "packed" / "run.sh").read_text()
+
+    load = part("data").load
+    images = load(folder / "one.parquet", None, 128)
+    packed = load(tmp_path / "packed" / "stickers" / "one.parquet", None, 128)
+    assert packed.shape == images.shape == (2 * len(SHAPES), 128, 128, 3)
+    assert np.abs(packed.astype(int) - images).mean() < 2
+    assert len(load(tmp_path / "packed" / "stickers" / "one.parquet", 3, 128)) == 3
+    paths, unseen = part("data").style_files(tmp_path / "packed" / "stickers")
+    pixels, styles = part("data").load_all(paths, None, 128)
+    assert (pixels == packed).all() and styles.tolist() == [0] * len(packed)
+    assert len(load(unseen["openmoji"], None, 128)) == -(-len(SHAPES) // (len(SHAPES) // 2))
+
+
+def test_load_refuses_images_smaller_than_the_size(script: ModuleType, tmp_path: Path) -> None:
+    write_style(tmp_path / "small.parquet", COLOURS[:1])
+    with pytest.raises(SystemExit, match=r"small\.parquet are smaller than --size: 32 px; run make_stickers\.py"):
+        part("data").load(tmp_path / "small.parquet", None, 128)
 
 
 def test_near_duplicates_counts_rows_of_at_least_the_threshold(script: ModuleType) -> None:

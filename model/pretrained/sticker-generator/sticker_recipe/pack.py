@@ -11,12 +11,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 import model
+from sticker_recipe.data import SIDE, load, style_files
 from sticker_recipe.encoder import write_image_encoder
+from sticker_recipe.sheets import sheets
+from sticker_recipe.styles import UNSEEN
 
 ARCHIVE = "sticker-generator.tar.gz"
 LARGEST_BYTES = 60_000_000
 COLUMNS = ["style", "license", "webp"]
 """Columns of the images that are packed. Captions are never read."""
+UNSEEN_IMAGES = 1024
+"""About the number of images of an unseen style that are packed at more than 64 px, evenly spaced."""
 COMMAND = """#!/bin/sh
 # Train for MINUTES and write files of at most 16 MiB to OUT: ./run.sh MINUTES OUT [options of train.py base]
 # Repeat the command to resume. The checkpoint stays in state/, in this folder.
@@ -28,7 +33,7 @@ shift 2
 cd "$(dirname "$0")"
 PYTHONPATH=. exec "${PYTHON:-python3}" model/pretrained/sticker-generator/train.py base \\
     --stickers stickers --encoder encoder --out state --export "$out" --minutes "$minutes" \\
-    --schedule wsd --choose gap --image-tokens 1 --device cuda --watch 1000 "$@"
+    --size {size} --schedule wsd --choose gap --image-tokens 1 --device cuda --watch 1000 "$@"
 """
 log = logging.getLogger("sticker-generator")
 
@@ -38,11 +43,12 @@ def pack(options: argparse.Namespace) -> None:
     archive = options.out / ARCHIVE
     unfinished = archive.with_suffix(".partial")
     with tempfile.TemporaryDirectory() as scratch, tarfile.open(unfinished, "w:gz") as tar:
-        for name, path in _files(options.stickers, Path(scratch)):
+        for name, path in _files(options, Path(scratch)):
             tar.add(path, name, filter=_anonymous)
+        content = COMMAND.format(size=options.size).encode()
         command = tarfile.TarInfo("run.sh")
-        command.size, command.mode = len(COMMAND.encode()), 0o755
-        tar.addfile(command, io.BytesIO(COMMAND.encode()))
+        command.size, command.mode = len(content), 0o755
+        tar.addfile(command, io.BytesIO(content))
     size = unfinished.stat().st_size
     if size > LARGEST_BYTES:
         unfinished.unlink()
@@ -54,16 +60,21 @@ def pack(options: argparse.Namespace) -> None:
     log.info("%s: %.1f MB; unpack it and run ./run.sh MINUTES OUT", archive, size / 1e6)
 
 
-def _files(stickers: Path, scratch: Path) -> Iterator[tuple[str, Path]]:
+def _files(options: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, Path]]:
     """Yield the name in the archive and the path of every file. Changed files are written to ``scratch``."""
     package = Path(model.__file__).parent
     recipe = package / "pretrained" / "sticker-generator"
     sources = [path for path in package.rglob("*.py") if "pretrained" not in path.relative_to(package).parts]
     for path in sorted([*sources, recipe / "train.py", *(recipe / "sticker_recipe").glob("*.py")]):
         yield str(path.relative_to(package.parent)), path
-    for path in sorted(stickers.glob("*.parquet")):
+    for path in (path for paths in style_files(options.stickers) for path in paths.values()):
         columns = [name for name in COLUMNS if name in pq.read_schema(path).names]
-        pq.write_table(pq.read_table(path, columns=columns), scratch / path.name)
+        table = pq.read_table(path, columns=columns)
+        if options.size > SIDE:
+            every = max(1, table.num_rows // UNSEEN_IMAGES) if path.stem in UNSEEN else 1
+            table = table.take(list(range(0, table.num_rows, every)))
+            table = sheets(load(path, None, options.size)[::every], table.drop_columns(["webp"]))
+        pq.write_table(table, scratch / path.name)
         yield f"stickers/{path.name}", scratch / path.name
     write_image_encoder(scratch / "encoder")
     for path in sorted((scratch / "encoder").iterdir()):
