@@ -1,15 +1,21 @@
 """Train sticker-clip: a small OpenCLIP model for pictograms whose text tower also follows a sentence encoder.
 
-Source:    `--stickers` folder of parquet files: key, style, license, captions (name first, then keywords), webp (bytes,
-           64×64 px on white); `--corpus` text file, one word or short phrase per line (353,530 of WordNet);
+Source:    `--stickers` folder of parquet files of make_stickers.py (key, style, license, captions, webp);
+           `--corpus` text file, one word or short phrase per line;
            `--teacher` local sentence-transformers folder such as all-MiniLM-L6-v2 (mean pooled); architecture and
            preprocessing are in `open_clip_config.json` in this folder.
 Hardware:  one H100, bf16 autocast. On a CPU it runs in float32, which is practical only for a trial.
 Run time:  7 minutes, about 3,200 steps of 2,048 pairs; the learning rate depends on elapsed time, not on the step.
-Expected:  text-to-image recall@1 of 0.56 on an unseen style, 0.63 on unseen concepts (`README.md`).
 Command:   python model/pretrained/sticker-clip/train.py --stickers data/stickers --corpus data/corpus.txt \
-               --teacher data/all-MiniLM-L6-v2 --out build/sticker-clip
+               --teacher data/all-MiniLM-L6-v2 --out build/sticker-clip --minutes 20 --stop-after 12
 Trial:     the same with --device cpu --limit 400 --steps 5 --batch-size 32
+Figures:   python model/pretrained/sticker-clip/evaluate.py --stickers data/stickers \
+               --encoder local-dir:build/sticker-clip
+
+Twemoji, OpenMoji and EmojiOne are excluded from the training, whatever `--styles` names. They measure retrieval, as do
+concepts that are held out in all styles. A run that ends after `--stop-after` minutes saves its state in OUT; the same
+command resumes it. `train_log.json` has the retrieval of the bundled encoder next to that of the new one. Another
+encoder has another identity: databases and generators of the old one do not accept it and must be rebuilt.
 
 Loss = l_image + l_teacher + 4 l_distill. l_image matches images to their captions. l_teacher matches images to the
 captions' teacher embeddings, mapped by `head` (linear, E to D, not saved). l_distill matches all texts of the batch,
@@ -21,30 +27,26 @@ Legend: `B` pairs in a batch, with 2B more texts; `N` pictograms, `M` maximum ca
 
 import argparse
 import functools
-import hashlib
-import io
-import itertools
 import json
 import logging
 import math
-import re
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from clip_recipe.data import ARCHITECTURE, Data, load_data, unit
+from clip_recipe.retrieval import retrieval
 from open_clip import CLIP, SimpleTokenizer
-from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torchvision.transforms.functional import normalize, pil_to_tensor
-from transformers import AutoModel, AutoTokenizer
+from torchvision.transforms.functional import normalize
 
 log = logging.getLogger("sticker-clip")
-ARCHITECTURE = json.loads(Path(__file__).with_name("open_clip_config.json").read_text())
+BUNDLED = Path(__file__).with_name("open_clip_model.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,15 +57,16 @@ class TrainConfig:
     corpus: Path
     teacher: Path
     out: Path
-    minutes: float = 7.0
+    styles: list[str] | None = None  # to train on; None for all, in both cases without the unseen ones
+    minutes: float = 7.0  # of the whole training
+    stop_after: float = math.inf  # minutes of this run
     device: str = "cuda"
-    limit: int | None = None  # pictograms (evenly spaced) and phrases, for a trial run
+    limit: int | None = None  # pictograms per style (evenly spaced) and phrases, for a trial run
     steps: int | None = None  # stop after this number even if there is time left
     batch_size: int = 2048
     learning_rate: float = 1.2e-3
     warmup_steps: int = 300
     weight_decay: float = 0.2
-    holdout_style: str = "emojione"  # excluded from training
     holdout_one_in: int = 40  # one in this many concepts is excluded from training in all styles
     name_share: float = 0.4  # share of pairs with the name as caption; the others use a random caption
     ignore_above: float = 0.7  # cosine of teacher embeddings above which another caption is not a negative
@@ -77,86 +80,17 @@ class TrainConfig:
         """Raise ``ValueError`` for missing paths and non-positive numbers."""
         if missing := [str(path) for path in (self.stickers, self.corpus, self.teacher) if not path.exists()]:
             raise ValueError(f"files not found: {missing}; check --stickers, --corpus and --teacher")
-        if min(self.minutes, self.batch_size, *(n for n in (self.limit, self.steps) if n is not None)) <= 0:
-            raise ValueError("a number is not positive; check --minutes, --batch-size, --limit and --steps")
+        numbers = (self.limit, self.steps)
+        if min(self.minutes, self.stop_after, self.batch_size, *(n for n in numbers if n is not None)) <= 0:
+            raise ValueError(
+                "a number is not positive; check --minutes, --stop-after, --batch-size, --limit and --steps"
+            )
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Data:
-    """The training data on the device; text ids are row numbers of `tokens` and `teacher`."""
-
-    images: Tensor  # (N, 3, H, W) uint8
-    concepts: Tensor  # (N,) int64, shared by the styles
-    captions: Tensor  # (N, M) int64 text ids, the name first, padded with -1
-    tokens: Tensor  # (V, L) int64
-    teacher: Tensor  # (V, E) float32 unit rows
-    train: Tensor  # (n,) int64 rows
-    holdouts: dict[str, Tensor]  # name -> (n,) int64 rows
-
-
-def unit(rows: Tensor) -> Tensor:
-    """Normalise (n, D) to float32 rows of unit norm."""
-    return F.normalize(rows.float(), dim=1)
-
-
-def read_stickers(folder: Path, limit: int | None) -> dict[str, list[Any]]:
-    """Read the columns style, captions and webp of all rows, or of `limit` evenly spaced rows."""
-    files = sorted(folder.glob("*.parquet"))
-    if not files:
-        raise ValueError(f"no parquet files: {folder}; point --stickers at the folder that contains them")
-    columns = pq.read_table(files, columns=["style", "captions", "webp"]).to_pydict()
-    every = max(1, len(columns["webp"]) // limit) if limit else 1
-    return {name: column[::every][:limit] for name, column in columns.items()}
-
-
-def caption_variants(name: str, *keywords: str) -> list[str]:
-    """Return the captions of a pictogram, its name first."""
-    joined = [", ".join((name, *keywords[:2]))] if keywords else []
-    return [text.strip().lower() for text in (name, *keywords, *joined, f"a sticker of a {name}")]
-
-
-@torch.no_grad()
-def embed_by_teacher(texts: list[str], config: TrainConfig) -> Tensor:
-    """Embed texts as (V, E) float32 unit rows: the teacher's last hidden state, averaged over each text's tokens."""
-    encoder = AutoModel.from_pretrained(config.teacher).to(config.device).eval().float()
-    tokenizer = AutoTokenizer.from_pretrained(config.teacher, model_max_length=64)
-    rows = []
-    for i in range(0, len(texts), 2048):
-        batch = tokenizer(texts[i : i + 2048], padding=True, truncation=True, return_tensors="pt").to(config.device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=config.device != "cpu"):
-            hidden = encoder(**batch).last_hidden_state
-        mask = batch["attention_mask"][..., None]
-        rows.append(unit((hidden.float() * mask).sum(1) / mask.sum(1)))
-    return torch.cat(rows)
-
-
-def load_data(config: TrainConfig) -> Data:
-    """Read, decode, tokenize, embed with the teacher and split the data."""
-    stickers = read_stickers(config.stickers, config.limit)
-    images = [pil_to_tensor(Image.open(io.BytesIO(webp)).convert("RGB")) for webp in stickers["webp"]]
-    variants = [caption_variants(*names) for names in stickers["captions"]]
-    phrases = [line.strip().lower() for line in config.corpus.read_text(encoding="utf-8").split("\n")[: config.limit]]
-    ids = {text: i for i, text in enumerate(dict.fromkeys([*itertools.chain(*variants), *phrases]))}
-    captions = [torch.tensor([ids[text] for text in texts]) for texts in variants]
-    tokenizer = SimpleTokenizer(context_length=ARCHITECTURE["model_cfg"]["text_cfg"]["context_length"])
-
-    concepts = [re.sub("[^a-z0-9]+", "-", names[0].lower()).strip("-") for names in stickers["captions"]]
-    number = {concept: i for i, concept in enumerate(sorted(set(concepts)))}
-    digests = [int(hashlib.md5(concept.encode(), usedforsecurity=False).hexdigest(), 16) for concept in concepts]
-    unseen = torch.tensor([digest % config.holdout_one_in == 0 for digest in digests])
-    style = torch.tensor([name == config.holdout_style for name in stickers["style"]])
-    masks = {"train": ~style & ~unseen, "style": style, "concept": unseen}
-    rows = {name: mask.nonzero()[:, 0].to(config.device) for name, mask in masks.items() if mask.any()}
-    log.info("%d texts, %d concepts, rows: %s", len(ids), len(number), {k: len(v) for k, v in rows.items()})
-    return Data(
-        images=torch.stack(images).to(config.device),
-        concepts=torch.tensor([number[concept] for concept in concepts], device=config.device),
-        captions=nn.utils.rnn.pad_sequence(captions, batch_first=True, padding_value=-1).to(config.device),
-        tokens=tokenizer(list(ids)).to(config.device),
-        teacher=embed_by_teacher(list(ids), config),
-        train=rows.pop("train"),
-        holdouts=rows,
-    )
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that must not change between the runs of a training."""
+        where = ("out", "device", "stop_after")
+        return {name: str(value) for name, value in asdict(self).items() if name not in where}
 
 
 def augment(images: Tensor, rng: torch.Generator) -> Tensor:
@@ -217,56 +151,105 @@ def losses(clip: CLIP, head: nn.Linear, data: Data, config: TrainConfig, rng: to
 
 
 @torch.no_grad()
-def evaluate(clip: CLIP, data: Data, config: TrainConfig) -> dict[str, float]:
-    """Return recall@1, 5 and 10 of each held-out set. A query is the name of a concept; any of its images is a hit."""
+def evaluate(clip: CLIP, data: Data, config: TrainConfig) -> dict[str, dict[str, float]]:
+    """Return the retrieval figures of each held-out set."""
     clip.eval()
-    result: dict[str, float] = {}
-    for name, rows in data.holdouts.items():
-        last_first = rows.flip(0)  # later entries of a dict win, so the name is that of each concept's first row
-        queries = dict(zip(data.concepts[last_first].tolist(), data.captions[last_first, 0].tolist(), strict=True))
-        concepts, texts = torch.tensor(list(queries.items()), device=config.device).T
-        with torch.autocast("cuda", torch.bfloat16, enabled=config.device != "cpu"):
-            image = torch.cat([encode_images(clip, data.images[i].float() / 255) for i in torch.split(rows, 1024)])
-            text = torch.cat([unit(clip.encode_text(data.tokens[i])) for i in torch.split(texts, 1024)])
-            ranked = (text @ image.T).argsort(1, descending=True)[:, :10]
-        hits = data.concepts[rows][ranked] == concepts[:, None]
-        recalls = {f"{name}/R@{k}": hits[:, :k].any(1).float().mean().item() for k in (1, 5, 10)}
-        result |= {**recalls, f"{name}/n": len(concepts)}
+    tokenizer = SimpleTokenizer(context_length=ARCHITECTURE["model_cfg"]["text_cfg"]["context_length"])
+    autocast = functools.partial(torch.autocast, "cuda", torch.bfloat16, enabled=config.device != "cpu")
+
+    def embed_images(images: Tensor) -> Tensor:
+        with autocast():
+            chunks = (chunk.to(config.device).float() / 255 for chunk in torch.split(images, 1024))
+            return torch.cat([encode_images(clip, chunk) for chunk in chunks])
+
+    def embed_texts(texts: Sequence[str]) -> Tensor:
+        with autocast():
+            chunks = torch.split(tokenizer(list(texts)).to(config.device), 1024)
+            return torch.cat([unit(clip.encode_text(chunk)) for chunk in chunks])
+
+    found = {
+        name: retrieval(style.images, style.names, embed_images, embed_texts) for name, style in data.held_out.items()
+    }
     clip.train()
-    return result
+    return found
 
 
-def train(clip: CLIP, head: nn.Linear, data: Data, config: TrainConfig) -> dict[str, Any]:
-    """Train until time or steps run out, copy the averaged weights to `clip` and return the log."""
-    rng = torch.Generator(config.device).manual_seed(config.seed)
-    groups: dict[float, list[Tensor]] = {config.weight_decay: [], 0.0: []}  # vectors, scale and positions have no decay
+class State:
+    """What a run needs to resume: weights, optimizer, average, generator, elapsed time and log."""
+
+    def __init__(self, path: Path, config: TrainConfig) -> None:
+        """Store the state in ``path``."""
+        self._path, self._identity = path, config.identity
+        self.step, self.seconds, self.history = 0, 0.0, list[dict[str, Any]]()
+
+    def resume(self, parts: dict[str, Any], average: list[Tensor], rng: torch.Generator) -> None:
+        """Load a stored state into ``parts``, ``average`` and ``rng``. Exit if it is that of another training."""
+        if not self._path.exists():
+            return
+        stored = torch.load(self._path, map_location="cpu", weights_only=True)
+        if changed := [name for name, value in self._identity.items() if stored["identity"].get(name) != value]:
+            raise SystemExit(f"settings differ from those of {self._path}: {', '.join(changed)}; use another --out")
+        for name, part in parts.items():
+            part.load_state_dict(stored[name])
+        torch._foreach_copy_(average, [value.to(average[0].device) for value in stored["average"]])
+        rng.set_state(stored["rng"])
+        self.step, self.seconds, self.history = stored["step"], stored["seconds"], stored["history"]
+        log.info("resumed at step %d, after %.1f minutes", self.step, self.seconds / 60)
+
+    def save(self, parts: dict[str, Any], average: list[Tensor], rng: torch.Generator) -> None:
+        """Replace the stored state."""
+        content = {name: part.state_dict() for name, part in parts.items()}
+        content |= {"average": average, "rng": rng.get_state(), "identity": self._identity}
+        content |= {"step": self.step, "seconds": self.seconds, "history": self.history}
+        unfinished = self._path.with_suffix(".partial")
+        torch.save(content, unfinished)
+        unfinished.rename(self._path)
+
+
+def new_optimizer(clip: CLIP, head: nn.Linear, config: TrainConfig) -> torch.optim.AdamW:
+    """Return the optimizer; vectors, scale and positions have no weight decay."""
+    groups: dict[float, list[Tensor]] = {config.weight_decay: [], 0.0: []}
     for name, weight in [*clip.named_parameters(), *head.named_parameters()]:
         groups[0.0 if weight.ndim < 2 or "positional" in name else config.weight_decay].append(weight)
     decayed = [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
-    optimizer = torch.optim.AdamW(decayed, lr=config.learning_rate, betas=(0.9, 0.98), fused=config.device != "cpu")
+    return torch.optim.AdamW(decayed, lr=config.learning_rate, betas=(0.9, 0.98), fused=config.device != "cpu")
+
+
+def train(clip: CLIP, head: nn.Linear, data: Data, config: TrainConfig) -> dict[str, Any]:
+    """Train until time or steps run out, copy the averaged weights to `clip` and return the log.
+
+    Exits with a saved state if the run ends before the training.
+    """
+    rng = torch.Generator(config.device).manual_seed(config.seed)
+    optimizer = new_optimizer(clip, head, config)
     weights = list(clip.state_dict().values())  # views that follow the optimizer
     average = [weight.clone() for weight in weights]
-    history, step, start = [], 0, time.monotonic()
-    while (spent := (time.monotonic() - start) / 60 / config.minutes) <= 1 and step != config.steps:
+    state, parts = State(config.out / "state.pt", config), {"clip": clip, "head": head, "optimizer": optimizer}
+    state.resume(parts, average, rng)
+    begun, start = state.seconds, time.monotonic()
+    while (spent := state.seconds / 60 / config.minutes) <= 1 and state.step != config.steps:
+        if state.seconds - begun >= 60 * config.stop_after:
+            state.save(parts, average, rng)
+            raise SystemExit(f"stopped after {state.step} steps; run the same command again to resume")
         cosine = 0.98 * 0.5 * (1 + math.cos(math.pi * spent)) + 0.02
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1, (step + 1) / config.warmup_steps) * cosine
-        parts = losses(clip, head, data, config, rng)
+            group["lr"] = config.learning_rate * min(1, (state.step + 1) / config.warmup_steps) * cosine
+        values = losses(clip, head, data, config, rng)
         optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(parts["loss"])
+        torch.autograd.backward(values["loss"])
         nn.utils.clip_grad_norm_([*clip.parameters(), *head.parameters()], 1.0)
         optimizer.step()
-        torch._foreach_lerp_(average, weights, 1 - min(config.ema_decay, (step + 1) / (step + 10)))
-        step += 1
-        if step % config.log_every == 0 or step == config.steps:
-            scalars = {"minutes": spent * config.minutes} | {name: value.item() for name, value in parts.items()}
-            rounded = {name: round(value, 4) for name, value in (scalars | evaluate(clip, data, config)).items()}
-            history.append({"step": step, **rounded})
-            log.info("%s", history[-1])
+        torch._foreach_lerp_(average, weights, 1 - min(config.ema_decay, (state.step + 1) / (state.step + 10)))
+        state.step += 1
+        state.seconds = begun + time.monotonic() - start
+        if state.step % config.log_every == 0 or state.step == config.steps:
+            scalars = {"minutes": state.seconds / 60} | {name: value.item() for name, value in values.items()}
+            rounded = {name: round(value, 4) for name, value in scalars.items()}
+            state.history.append({"step": state.step, **rounded, "retrieval": evaluate(clip, data, config)})
+            log.info("%s", state.history[-1])
+            state.save(parts, average, rng)
     torch._foreach_copy_(weights, average)
-    final = {"steps": step, "images_seen": step * config.batch_size, **evaluate(clip, data, config)}
-    log.info("%s", final)
-    return {"final": final, "log": history}
+    return {"steps": state.step, "images_seen": state.step * config.batch_size, "log": state.history}
 
 
 def main() -> None:
@@ -275,20 +258,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train sticker-clip.", argument_default=argparse.SUPPRESS)
     for name in ("stickers", "corpus", "teacher", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    for name, kind in (("minutes", float), ("device", str), ("limit", int), ("steps", int), ("batch-size", int)):
+    parser.add_argument("--styles", nargs="+", metavar="STYLE")
+    for name, kind in (
+        ("minutes", float), ("stop-after", float), ("device", str), ("limit", int), ("steps", int), ("batch-size", int)
+    ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind)
     config = TrainConfig(**vars(parser.parse_args()))
+    config.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    data = load_data(config)
+    data = load_data(
+        stickers=config.stickers, styles=config.styles, corpus=config.corpus, teacher=config.teacher,
+        device=config.device, limit=config.limit, concepts_held_out=config.holdout_one_in,
+    )  # fmt: skip
     clip = CLIP(**ARCHITECTURE["model_cfg"]).to(config.device)
     head = nn.Linear(data.teacher.shape[1], ARCHITECTURE["model_cfg"]["embed_dim"], bias=False).to(config.device)
     history = train(clip, head, data, config)
+    history["retrieval"] = {"this": evaluate(clip, data, config)}
 
-    config.out.mkdir(parents=True, exist_ok=True)
     state = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in clip.state_dict().items()}
     save_file(state, config.out / "open_clip_model.safetensors")
     (config.out / "open_clip_config.json").write_text(json.dumps(ARCHITECTURE, indent=2))
+    clip.load_state_dict(load_file(BUNDLED))
+    history["retrieval"]["bundled"] = evaluate(clip, data, config)
     (config.out / "train_log.json").write_text(json.dumps(history, indent=1))
+    log.info("%s", history["retrieval"])
 
 
 if __name__ == "__main__":
