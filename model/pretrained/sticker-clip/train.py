@@ -129,7 +129,7 @@ def info_nce(logits: Tensor, target: Tensor) -> Tensor:
 def losses(clip: CLIP, head: nn.Linear, data: Data, config: TrainConfig, rng: torch.Generator) -> dict[str, Tensor]:
     """Sample a batch and return the scalars `loss`, its parts `image`, `teacher` and `distill`, and `scale`."""
     size, device = config.batch_size, config.device
-    rows = data.train[torch.randint(len(data.train), (size,), device=device, generator=rng)]
+    rows = torch.randint(len(data.images), (size,), device=device, generator=rng)
     use_name = torch.rand(size, device=device, generator=rng) < config.name_share
     pick = torch.rand(size, device=device, generator=rng) * (data.captions[rows] >= 0).sum(1)
     caption = data.captions[rows, pick.long().masked_fill(use_name, 0)]

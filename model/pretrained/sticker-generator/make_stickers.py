@@ -14,8 +14,8 @@ which is part of Node.js, and the ``stickers`` extra with the SVG renderer. Comm
     python model/pretrained/sticker-generator/make_stickers.py --out STICKERS --packages TARBALLS    # without npm
     python model/pretrained/sticker-generator/make_stickers.py --out STICKERS-128 --styles all --side 128
 
-The last command renders further sets too: @N@ images of @S@ styles, of which @T@ are for training. Images of the further
-sets are left out if they have no colour, are more than twice as wide as high, or equal an earlier one of the set.
+The last command renders further sets too. Of these, images are left out if they have no colour, are more than twice as
+wide as high, or equal an earlier one of the set.
 """
 
 import argparse
@@ -86,7 +86,8 @@ class Names:
             return self.flags.get(match["country"])
         if match.lastgroup == "code":
             return self.emojis.get(match["code"])
-        return package.caption.format(re.sub("[-_]", " ", match["name"]))
+        name: str = package.caption.format(re.sub("[-_]", " ", match["name"]))
+        return name
 
     def captions(self, name: str) -> list[str]:
         """Return the name and its keywords; for a flag, "flag of X" and "X flag"."""
@@ -101,7 +102,7 @@ def _normalised(name: str) -> str:
 
 def fetch(package: Package, folder: Path) -> Path:
     """Return the package's tarball in ``folder``, downloaded with ``npm pack`` if it is missing."""
-    tarball = folder / package.tarball
+    tarball: Path = folder / package.tarball
     if tarball.is_file():
         return tarball
     npm = shutil.which("npm")

@@ -22,7 +22,6 @@ from open_clip import SimpleTokenizer
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
-from transformers import AutoModel, AutoTokenizer
 
 _FOLDER = Path(__file__).parents[1]
 sys.path.append(str(_FOLDER.with_name("sticker-generator")))  # no package contains these scripts
@@ -108,6 +107,8 @@ def caption_variants(name: str, *keywords: str) -> list[str]:
 @torch.no_grad()
 def embed_by_teacher(texts: list[str], teacher: Path, device: str) -> Tensor:
     """Embed texts as (V, E) float32 unit rows: the teacher's last hidden state, averaged over each text's tokens."""
+    from transformers import AutoModel, AutoTokenizer  # no dependency of the package: only this training needs it
+
     encoder = AutoModel.from_pretrained(teacher).to(device).eval().float()
     tokenizer = AutoTokenizer.from_pretrained(teacher, model_max_length=64)
     rows = []

@@ -33,7 +33,7 @@ shift 2
 cd "$(dirname "$0")"
 PYTHONPATH=. exec "${PYTHON:-python3}" model/pretrained/sticker-generator/train.py base \\
     --stickers stickers --encoder encoder --out state --export "$out" --minutes "$minutes" \\
-    --size {size} --schedule wsd --choose gap --image-tokens 1 --device cuda --watch 1000 "$@"
+    --size SIZE --schedule wsd --choose gap --image-tokens 1 --device cuda --watch 1000 "$@"
 """
 log = logging.getLogger("sticker-generator")
 
@@ -45,7 +45,7 @@ def pack(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch, tarfile.open(unfinished, "w:gz") as tar:
         for name, path in _files(options, Path(scratch)):
             tar.add(path, name, filter=_anonymous)
-        content = COMMAND.format(size=options.size).encode()
+        content = COMMAND.replace("SIZE", str(options.size)).encode()
         command = tarfile.TarInfo("run.sh")
         command.size, command.mode = len(content), 0o755
         tar.addfile(command, io.BytesIO(content))

@@ -14,7 +14,7 @@ from PIL import Image
 
 ROW_IMAGES = 8
 SHEET_IMAGES = ROW_IMAGES**2
-QUALITY, SPEED = 60, 8
+QUALITY, SPEED = 45, 6
 """AVIF settings: quality of 0 to 100, and speed of 0 to 10."""
 COLUMN = "avif"
 """Column of the sheets in a parquet file, in place of the images."""
