@@ -11,13 +11,14 @@ import importlib.util
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -60,14 +61,26 @@ class Drawings(Source):
     labels: tuple[str, ...]
     image: Callable[[int], Image.Image]
 
+    def pixels(self, rows: Iterable[int]) -> NDArray[np.uint8]:
+        """Return the images of rows (N, SIDE, SIDE, 3)."""
+        return np.stack([image_to_array(to_rgb(self.image(row)), SIDE) for row in rows])
+
 
 def drawings() -> list[Drawings]:
-    """Return Twemoji, and OpenMoji if its packages are installed. The generator was trained on neither."""
+    """Return Twemoji, and the others that are here: OpenMoji, EmojiOne. The generator was trained on none of them.
+
+    OpenMoji needs its packages, EmojiOne the file that make_stickers.py writes to the folder STICKERS.
+    """
     files = twemoji_files()
     named = [_named(twemoji(), files, Image.open)]
     if _installed_openmoji():
         drawn = openmoji_drawings()
         named.append(_named(_openmoji(drawn), drawn, _render))
+    file = Path(os.environ.get("STICKERS") or ".") / "emojione.parquet"
+    if file.exists():
+        named.append(_stickers(file))
+    else:
+        tqdm.write(f"no EmojiOne: there is no {file}; set STICKERS=FOLDER, and run make_stickers.py --styles emojione")
     return named
 
 
@@ -162,14 +175,17 @@ def _openmoji(files: Sequence[Path]) -> Source:
     return Source(name="openmoji", version=version, count=len(files), images=lambda: map(_render, files))
 
 
-def _stickers(file: Path) -> Source:
+def _stickers(file: Path) -> Drawings:
     content = file.read_bytes()
-    webps = pq.read_table(io.BytesIO(content), columns=["webp"])["webp"].to_pylist()
-    return Source(
+    columns = pq.read_table(io.BytesIO(content), columns=["captions", "webp"]).to_pydict()
+    webps: list[bytes] = columns["webp"]
+    return Drawings(
         name=file.stem,
         version=hashlib.sha256(content).hexdigest(),
         count=len(webps),
         images=lambda: (Image.open(io.BytesIO(webp)) for webp in webps),
+        labels=tuple(name for name, *_ in columns["captions"]),
+        image=lambda row: Image.open(io.BytesIO(webps[row])),
     )
 
 

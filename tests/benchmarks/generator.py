@@ -4,59 +4,58 @@
     make bench NAME=generator SAMPLES=60                 # a seeded sample of them
     make bench NAME=generator PROMPTS=tuning             # the 40 that were used: every fifth, from the first
     make bench NAME=generator PROMPTS=all SAMPLES=200    # all
+    STICKERS=FOLDER make bench NAME=generator            # with an independent judge, and EmojiOne if it is there
 
-Twemoji and OpenMoji are the databases; the generator was trained on neither. Images with a prompt's words in their name
-are left out for that prompt; similar ones remain. The nearest remaining image is what the generator must beat.
+Twemoji, OpenMoji and EmojiOne are the databases; the generator was trained on none of them. Images with a prompt's
+words in their name are left out for that prompt; similar ones remain. The nearest remaining image is what the generator
+must beat. The second and third database are measured with two thirds of the prompts.
 
 Conditions share their noise: candidate i of a prompt starts from the same noise in all of them.
 
     noise        the defaults of the pipeline
-    noise_both   noise, mean and text in the query slot, best of 3: the preset fast without its start
+    noise_both   noise, mean and text in the query slot, best of 3: the preset fast without its start; first database
     fast_one     the preset fast with one candidate, so nothing is selected
     fast, best   the presets
     nearest      the nearest stored image
 
-The concept of a prompt counts as retrieved if the prompt is the nearest of all 200 to the image. The judge is the
-encoder that also retrieves, conditions and selects. No independent one is bundled. Intervals resample the prompts.
+``clip_score``, ``top1`` and ``top5`` are by the encoder that also retrieves, conditions and selects. A concept counts
+as retrieved if the prompt is the nearest of all 200 to the image. ``judge_top1`` and ``judge_top5`` are by the
+independent judge of ``judge.py``: the rank of the prompt among the 1,000 names of ``concepts.py``. It needs STICKERS, a
+folder of make_stickers.py. ``judge_real`` has the same for the left-out images, which is what perfect images would
+reach. Intervals resample the prompts.
 
 ``copy_rate_real`` is the share of the left-out images that count as copies of a remaining image. It is the copy rate
 that images as good as the real ones would have.
 
-Generated images are cached below ``build/bench/prompts``, by the digest of their settings. The grid is written to
-``build/bench/generator.png``.
+``swap`` compares the images of the preset fast for each database with the real images of each.
+
+Generated images are cached, see ``draws.py``. The grid is written to ``build/bench/generator.png``.
 
 Legend: ``N`` prompts, ``P`` all prompts, ``M`` images of a database, ``D`` embedding width, ``S`` side.
 """
 
 import dataclasses
-import hashlib
-import json
+import itertools
 import os
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from domains import BENCH, SIDE, Drawings, drawings, embedded, rows_of, write_whole
+from concepts import Concepts
+from domains import BENCH, Drawings, drawings, embedded, rows_of
+from draws import SEED, Asked, Studio
 from edit import DTYPE, dtype_of, save_grid
 from left_out import LeftOutDatabase, Prompt, own_images, read_prompts
-from names import DEFAULTS
 from numpy.typing import NDArray
-from torch import Tensor
-from tqdm.auto import tqdm
 
 from model.encoder.clip import Encoder
-from model.generation.backbone import Backbone
 from model.generation.quality import PRESETS
-from model.images import image_to_array, to_rgb
 from model.metrics import embedding_metrics
 from model.metrics.bootstrap import bootstrap_interval, mean_of
 from model.metrics.embedding_metrics import Embeddings
 from model.pipeline import KNNDiffusionPipeline
 from model.saved_generator import BUNDLED_GENERATOR, pretrained_folder, weights_digest
 
-SEED = 0
 RESAMPLES = 1_000
 TUNING_STEP = 5
 """Every prompt whose number is a multiple of it was used to choose the presets."""
@@ -68,31 +67,8 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "best": {"quality": "best"},
 }
 """Arguments of the call in each condition."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """The prompts of a run.
-
-    Attributes:
-        numbers: (N,), their numbers among all prompts.
-        texts: (N, D), their embeddings.
-        own: (N, M), True for the images that are left out.
-    """
-
-    numbers: NDArray[np.int64]
-    texts: Embeddings
-    own: NDArray[np.bool_]
-
-    def noise(self, backbone: Backbone, candidates: int, steps: int) -> Tensor:
-        """Return the noise of all candidates, prompt after prompt. A candidate's depends only on prompt and number."""
-        generators = [torch.Generator().manual_seed(SEED + int(number)) for number in self.numbers]
-        return torch.cat([backbone.noise(candidates, steps, generator) for generator in generators])
-
-    def digest(self) -> str:
-        """Return a digest of the prompts and of the images that their words leave out."""
-        parts = (self.numbers, self.texts, self.own)
-        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+FIRST_ONLY = frozenset({"noise_both"})
+"""Conditions that only the first database has."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +81,7 @@ class Judge:
         rows: (M, D), the embeddings of the database.
         database: The database without the prompts' own images.
         threshold: Cosine above which an image counts as a copy.
+        concepts: The independent judge, if there is one.
     """
 
     texts: Embeddings
@@ -112,14 +89,21 @@ class Judge:
     rows: Embeddings
     database: LeftOutDatabase
     threshold: float
+    concepts: Concepts | None = None
 
-    def scores(self, images: Embeddings) -> dict[str, Any]:
-        """Return all metrics of one image (N, D) per prompt, and the interval of those that depend on single images."""
+    def scores(self, images: Embeddings, pixels: NDArray[np.uint8]) -> dict[str, Any]:
+        """Return all metrics of one image per prompt, and the interval of those that depend on single images.
+
+        ``images`` (N, D) are the embeddings of ``pixels`` (N, S, S, 3).
+        """
         cosines = images @ self.texts.T
         own = cosines[np.arange(len(images)), self.numbers]
         better = (cosines > own[:, None]).sum(axis=1)
         near = self.database.nearest(images, 1, self.numbers).scores[:, 0]
         single = {"clip_score": own, "top1": better == 0, "top5": better < 5, "copy_rate": near > self.threshold}
+        if self.concepts is not None:
+            ranks = self.concepts.ranks(pixels, self.numbers)
+            single |= {"judge_top1": ranks < 1, "judge_top5": ranks < 5}
         scores: dict[str, Any] = {}
         for name, values in single.items():
             rng = np.random.default_rng(SEED)
@@ -142,16 +126,25 @@ def bench_generator(samples: int, device: str) -> dict[str, Any]:
     kind = os.environ.get("PROMPTS") or "held-out"
     chosen = choose(kind, len(prompts), samples)
     columns: dict[str, NDArray[np.uint8]] = {}
-    databases = {}
+    databases, rows, made = {}, {}, {}
+    concepts = Concepts.trained(prompts)
+    few = chosen[: -(-2 * len(chosen) // 3)]
     for source in drawings():
-        databases[source.name], sheets = measure(source, pipeline, encoder, prompts, chosen)
-        columns |= {f"{source.name} {name}": images for name, images in sheets.items()}
-    save_grid(columns, [prompts[number].text for number in chosen], BENCH / "generator.png")
+        numbers = few if databases else chosen
+        names = [name for name in CONDITIONS if not (databases and name in FIRST_ONLY)]
+        databases[source.name], sheets = measure(source, pipeline, encoder, concepts, prompts, numbers, names)
+        columns |= {f"{source.name} {name}": images[: len(few)] for name, images in sheets.items()}
+        rows[source.name] = labelled_rows(source, encoder)[1]
+        made[source.name] = encoder.embed_pixels(sheets["fast"][: len(few)]).numpy()
+    save_grid(columns, [prompts[number].text for number in few], BENCH / "generator.png")
     return {
         "samples": len(chosen),
+        "samples_of_other_databases": len(few),
         "prompts": kind,
         "prompts_of_the_judge": len(prompts),
+        "names_of_the_independent_judge": None if concepts is None else concepts.facts(),
         "databases": databases,
+        "swap": swaps(made, rows),
         "device": device,
         "dtype": dtype_of(device),
         "weights": weights_digest(BUNDLED_GENERATOR),
@@ -174,12 +167,13 @@ def measure(
     source: Drawings,
     pipeline: KNNDiffusionPipeline,
     encoder: Encoder,
+    concepts: Concepts | None,
     prompts: Sequence[Prompt],
     chosen: NDArray[np.int64],
+    names: Sequence[str],
 ) -> tuple[dict[str, Any], dict[str, NDArray[np.uint8]]]:
-    """Return the scores and the images (N, S, S, 3) of one database."""
-    labelled = [row for row, label in enumerate(source.labels) if label]  # others may be the own image of a prompt
-    rows = rows_of(embedded(source, encoder))[labelled]
+    """Return the scores and the images (N, S, S, 3) of one database under the named conditions."""
+    labelled, rows = labelled_rows(source, encoder)
     own = own_images(prompts, [source.labels[row] for row in labelled])
     texts = encoder.embed_texts([prompt.text for prompt in prompts]).numpy()
     database = LeftOutDatabase(
@@ -188,14 +182,15 @@ def measure(
     pipeline.swap_database(database)
     near = nearest_others(rows)
     threshold = embedding_metrics.copy_threshold(near)
-    judge = Judge(texts=texts, numbers=chosen, rows=rows, database=database, threshold=threshold)
+    judge = Judge(texts=texts, numbers=chosen, rows=rows, database=database, threshold=threshold, concepts=concepts)
     asked = Asked(numbers=chosen, texts=texts[chosen], own=own[chosen])
     first = database.search(asked.texts, 1).ids[:, 0]
-    sheets = {"nearest": np.stack([image_to_array(to_rgb(image), SIDE) for image in database.images(first.tolist())])}
+    sheets = {"nearest": source.pixels(labelled[number] for number in first)}
     seconds = {}
-    for name, options in CONDITIONS.items():
-        sheets[name], seconds[name] = generated(pipeline, source, asked, options)
-    scores = {name: judge.scores(encoder.embed_pixels(images).numpy()) for name, images in sheets.items()}
+    studio = Studio(pipeline=pipeline, encoder=encoder, source=source, asked=asked)
+    for name in names:
+        sheets[name], seconds[name] = studio.generated(CONDITIONS[name])
+    scores = {name: judge.scores(encoder.embed_pixels(images).numpy(), images) for name, images in sheets.items()}
     prompt, left_out = np.nonzero(asked.own)
     remaining = database.nearest(rows[left_out], 1, chosen[prompt]).scores[:, 0]
     some = np.random.default_rng(SEED).permutation(len(rows))[: len(chosen)]
@@ -209,7 +204,46 @@ def measure(
         "kid_real": embedding_metrics.kernel_distance(rows[some], np.delete(rows, some, axis=0)),
         "images": len(rows),
         "left_out": len(np.unique(left_out)),
+        **({} if concepts is None else judged_real(concepts, source, labelled, asked)),
     }, sheets
+
+
+def labelled_rows(source: Drawings, encoder: Encoder) -> tuple[list[int], Embeddings]:
+    """Return the rows of images with a name, and their embeddings (M, D). Others may be the own image of a prompt."""
+    labelled = [row for row, label in enumerate(source.labels) if label]
+    return labelled, rows_of(embedded(source, encoder))[labelled]
+
+
+def judged_real(concepts: Concepts, source: Drawings, labelled: Sequence[int], asked: Asked) -> dict[str, Any]:
+    """Return how well the independent judge knows real images, by their own names and by the prompts."""
+    prompt, left_out = np.nonzero(asked.own)
+    ranks = concepts.ranks(source.pixels(labelled[row] for row in left_out), asked.numbers[prompt])
+    count = np.bincount(prompt, minlength=len(asked.numbers)).clip(min=1)
+    shares = {f"top{best}": np.bincount(prompt, ranks < best, len(count)) / count for best in (1, 5)}
+    has = asked.own.any(axis=1)
+    real = {name: float(share[has].mean()) for name, share in shares.items()}
+    return {"judge_real": real | {"prompts": int(has.sum())}, "judge_recall": concepts.recall(source)}
+
+
+def swaps(made: dict[str, Embeddings], rows: dict[str, Embeddings]) -> dict[str, Any]:
+    """Return the kernel distances of the images made with each database to the real images of each.
+
+    ``covered`` is the share of the distance between two databases that a swap covers: how much closer to the second
+    database the images get, and how much farther from the first, relative to the same for real images.
+    """
+    distances = {
+        name: {other: embedding_metrics.kernel_distance(images, rows[other]) for other in rows}
+        for name, images in made.items()
+    }
+    real = {
+        name: {other: embedding_metrics.kernel_distance(rows[name], rows[other]) for other in rows if other != name}
+        for name in rows
+    }
+    covered = {}
+    for one, other in itertools.combinations(made, 2):
+        moved = distances[one][other] - distances[one][one] + distances[other][one] - distances[other][other]
+        covered[f"{one} {other}"] = moved / (2 * real[one][other])
+    return {"kid": distances, "kid_real": real, "covered": covered}
 
 
 def nearest_others(rows: Embeddings) -> NDArray[np.float32]:
@@ -218,39 +252,3 @@ def nearest_others(rows: Embeddings) -> NDArray[np.float32]:
     np.fill_diagonal(scores, -np.inf)
     nearest: NDArray[np.float32] = scores.max(axis=1)
     return nearest
-
-
-def generated(
-    pipeline: KNNDiffusionPipeline, source: Drawings, asked: Asked, options: dict[str, Any]
-) -> tuple[NDArray[np.uint8], float]:
-    """Return one image (N, S, S, 3) for each prompt, and the seconds per image; computed once."""
-    preset = PRESETS.get(options.get("quality", ""))
-    chosen = None if preset is None else preset.candidates
-    candidates = options.get("candidates") or chosen or pipeline.config["candidates"]
-    settings = {
-        "weights": weights_digest(BUNDLED_GENERATOR),
-        "defaults": {name: pipeline.config[name] for name in DEFAULTS},
-        "preset": None if preset is None else dataclasses.asdict(preset),
-        "options": options,
-        "database": source.version,
-        "asked": asked.digest(),
-        "device": pipeline.device.type,
-        "seed": SEED,
-    }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    path = BENCH / "prompts" / f"{source.name}-{digest}.npz"
-    if not path.exists():
-        latents = asked.noise(pipeline.backbone, candidates, pipeline.config["num_inference_steps"])
-        started, texts = time.perf_counter(), torch.from_numpy(asked.texts)
-        with tqdm(desc=f"generate {source.name} {options}", unit="step", mininterval=2, leave=False) as bar:
-
-            def on_progress(step: int, steps: int) -> None:
-                bar.total = steps
-                bar.update(step - bar.n)
-
-            output = pipeline(texts, latents=latents, on_progress=on_progress, **options)
-        pixels = np.stack([np.asarray(image) for image in output.images])
-        seconds = (time.perf_counter() - started) / len(texts)
-        write_whole(path, lambda file: np.savez(file, pixels=pixels, seconds=seconds))
-    with np.load(path) as stored:
-        return stored["pixels"], float(stored["seconds"])

@@ -32,7 +32,9 @@ class Prompt:
 
     def names(self, label: str) -> bool:
         """Return True if ``label`` is the name of an image that the prompt asks for."""
-        return any(re.search(rf"\b{re.escape(word)}(?:e?s)?\b", label, re.IGNORECASE) for word in self.words)
+        label = label.replace("-", " ")  # some sets have no hyphens in their names
+        words = (re.escape(word.replace("-", " ")) for word in self.words)
+        return any(re.search(rf"\b{word}(?:e?s)?\b", label, re.IGNORECASE) for word in words)
 
 
 def read_prompts(path: Path = PROMPTS) -> list[Prompt]:

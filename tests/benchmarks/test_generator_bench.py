@@ -1,5 +1,6 @@
 """Benchmark of the prompts that people write, with a fake generator and encoder."""
 
+import dataclasses
 import importlib
 import types
 from pathlib import Path
@@ -20,9 +21,13 @@ LABELS = ("red apple", "green apple", "pineapple", "")
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    module = importlib.import_module("generator")
-    monkeypatch.setattr(module, "BENCH", tmp_path)
-    return module
+    monkeypatch.setattr(importlib.import_module("draws"), "BENCH", tmp_path)
+    return importlib.import_module("generator")
+
+
+@pytest.fixture
+def draws(bench: Any) -> Any:
+    return importlib.import_module("draws")
 
 
 @pytest.fixture
@@ -58,6 +63,7 @@ def test_words_of_the_prompts_are_in_the_names_of_emoji(left_out: Any) -> None:
         ("a train", "locomotive"),
         ("santa", "Mrs. Claus"),
         ("a happy face", "grinning face with big eyes"),
+        ("a face in love", "smiling face with heart eyes"),
     ):
         assert prompts[text].names(label), text
     assert not prompts["a car"].names("carrot")
@@ -82,67 +88,109 @@ def test_judge_scores_the_concept_and_copies_of_what_remains(bench: Any, left_ou
     own = np.zeros((PROMPTS, 30), bool)
     own[0, 0] = True
     database = left_out.LeftOutDatabase("named", tiny_models.identity(), rows, no_image, texts, own)
-    judge = bench.Judge(texts=texts, numbers=np.array([0, 4, 5]), rows=rows, database=database, threshold=0.99)
-    perfect = judge.scores(texts[[0, 4, 5]])
+    numbers, pixels = np.array([0, 4, 5]), np.zeros((3, 8, 8, 3), np.uint8)
+    judge = bench.Judge(texts=texts, numbers=numbers, rows=rows, database=database, threshold=0.99)
+    perfect = judge.scores(texts[[0, 4, 5]], pixels)
     assert (perfect["clip_score"], perfect["top1"]) == (pytest.approx(1, abs=1e-3), 1)
-    swapped = judge.scores(texts[[4, 0, 5]])
+    assert "judge_top1" not in perfect
+    swapped = judge.scores(texts[[4, 0, 5]], pixels)
     assert swapped["top1"] == pytest.approx(1 / 3)
     assert swapped["top1_low"] < swapped["top1"] < swapped["top1_high"]
-    assert judge.scores(rows[[0, 1, 2]])["copy_rate"] == pytest.approx(2 / 3), "row 0 is left out"
+    assert judge.scores(rows[[0, 1, 2]], pixels)["copy_rate"] == pytest.approx(2 / 3), "row 0 is left out"
+    second = types.SimpleNamespace(ranks=lambda pixels, numbers: numbers)
+    scores = dataclasses.replace(judge, concepts=second).scores(texts[[0, 4, 5]], pixels)
+    assert (scores["judge_top1"], scores["judge_top5"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+
+
+def test_swaps_cover_all_of_the_distance_for_real_images(bench: Any) -> None:
+    shift = np.eye(16, dtype=np.float32)[0]
+    rows = {name: tiny_models.unit_rows(200, seed=seed) for seed, name in enumerate(("one", "other"))}
+    rows = {"one": rows["one"][:, :16], "other": rows["other"][:, :16] + shift}
+    rows = {name: each / np.linalg.norm(each, axis=1, keepdims=True) for name, each in rows.items()}
+    real = bench.swaps({name: each[:100] for name, each in rows.items()}, rows)
+    assert real["covered"]["one other"] == pytest.approx(1, abs=0.1)
+    assert real["kid"]["one"]["one"] < real["kid"]["one"]["other"]
+    stuck = bench.swaps(dict.fromkeys(rows, rows["one"][:100]), rows)
+    assert stuck["covered"]["one other"] == pytest.approx(0)
 
 
 class FakePipeline:
-    """A pipeline that returns black images, and records the noise of its calls."""
+    """A pipeline whose images show the mean of their noise, and that records its calls."""
 
     device = torch.device("cpu")
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        self.config = dict.fromkeys(names) | {"candidates": 2, "num_inference_steps": 6}
+        self.config = dict.fromkeys(names) | {"candidates": 2, "num_inference_steps": 6, "neighbours": 3}
         self.backbone = tiny_models.pipeline(None).backbone
-        self.latents: list[torch.Tensor] = []
+        self.calls: list[dict[str, Any]] = []
 
     def __call__(self, texts: torch.Tensor, latents: torch.Tensor, on_progress: Any, **options: Any) -> Any:
-        self.latents.append(latents)
+        self.calls.append({**options, "latents": latents})
         on_progress(1, 1)
-        return types.SimpleNamespace(images=[Image.new("RGB", (8, 8))] * len(texts))
+        levels = (128 + 1000 * latents.mean((1, 2, 3))).clamp(0, 255).int().tolist()
+        return types.SimpleNamespace(images=[Image.new("RGB", (8, 8), (level,) * 3) for level in levels])
+
+    def condition(self, texts: torch.Tensor, k: int, query: str | None) -> Any:
+        return types.SimpleNamespace(query=None)
 
 
-def asked_of(bench: Any, *numbers: int, own: int = 0) -> Any:
-    texts = tiny_models.unit_rows(10).astype(np.float32)[list(numbers)]
+class LevelEncoder:
+    """Prefers dark images, or bright ones for the first prompt of ``studio_of``."""
+
+    def embed_pixels(self, pixels: np.ndarray) -> torch.Tensor:
+        level = torch.from_numpy(pixels[:, 0, 0, 0].astype(np.float32)) / 255
+        return torch.stack([level, 1 - level], dim=1)
+
+
+def studio_of(bench: Any, draws: Any, *numbers: int, own: int = 0) -> Any:
+    texts = np.array([[1, 0]] + [[0, 1]] * (len(numbers) - 1), np.float32)
     left_out = np.arange(4) == np.full((len(numbers), 1), own)
-    return bench.Asked(numbers=np.array(numbers), texts=texts, own=left_out)
+    return draws.Studio(
+        pipeline=FakePipeline(draws.DEFAULTS),
+        encoder=LevelEncoder(),
+        source=types.SimpleNamespace(name="named", version="1"),
+        asked=draws.Asked(numbers=np.array(numbers), texts=texts, own=left_out),
+    )
 
 
-def test_generated_images_are_cached_by_their_settings(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline = FakePipeline(bench.DEFAULTS)
-    source = types.SimpleNamespace(name="named", version="1")
-    asked = asked_of(bench, 1, 2, 4)
-    images, seconds = bench.generated(pipeline, source, asked, {"quality": "fast"})
+def test_generated_images_are_cached_by_their_settings(bench: Any, draws: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    studio = studio_of(bench, draws, 1, 2, 4)
+    images, seconds = studio.generated({"quality": "fast"})
     assert images.shape == (3, 8, 8, 3)
-    assert bench.generated(pipeline, source, asked, {"quality": "fast"})[1] == seconds
-    assert len(pipeline.latents) == 1
-    bench.generated(pipeline, source, asked_of(bench, 1, 2, 4, own=3), {"quality": "fast"})
-    assert len(pipeline.latents) == 2, "other images are left out"
-    bench.generated(pipeline, source, asked, {"quality": "best"})
-    monkeypatch.setattr(bench, "PRESETS", {})
-    bench.generated(pipeline, source, asked, {"quality": "best"})
-    assert len(pipeline.latents) == 4
+    assert studio.generated({"quality": "fast"})[1] == seconds
+    assert len(studio.pipeline.calls) == 3
+    other = studio_of(bench, draws, 1, 2, 4, own=3)
+    other.generated({"quality": "fast"})
+    assert len(other.pipeline.calls) == 3, "other images are left out"
+    studio.generated({"quality": "best"})
+    assert len(studio.pipeline.calls) == 8, "the first three candidates are those of fast"
+    monkeypatch.setitem(draws.PRESETS, "best", dataclasses.replace(draws.PRESETS["best"], strength=0.5))
+    studio.generated({"quality": "best"})
+    assert [call["strength"] for call in studio.pipeline.calls] == [0.8] * 8 + [0.5] * 8
 
 
-def test_conditions_share_the_noise_of_each_prompt_and_candidate(bench: Any) -> None:
-    pipeline = FakePipeline(bench.DEFAULTS)
-    source = types.SimpleNamespace(name="named", version="1")
-    for options in bench.CONDITIONS.values():
-        bench.generated(pipeline, source, asked_of(bench, 1, 2, 4), options)
-    noise = {
-        name: latents.unflatten(0, (3, -1)) for name, latents in zip(bench.CONDITIONS, pipeline.latents, strict=True)
-    }
-    counts = {name: latents.shape[1] for name, latents in noise.items()}
-    assert counts == {"noise": 2, "noise_both": 3, "fast_one": 1, "fast": 3, "best": 8}
-    for latents in noise.values():
-        assert torch.equal(latents, noise["best"][:, : latents.shape[1]])
-    bench.generated(pipeline, source, asked_of(bench, 4), {"quality": "best"})
-    assert torch.equal(pipeline.latents[-1], noise["best"][2])
+def test_conditions_share_the_noise_of_each_prompt_and_candidate(bench: Any, draws: Any) -> None:
+    studio = studio_of(bench, draws, 1, 2, 4)
+    counts = {}
+    for name, options in bench.CONDITIONS.items():
+        before = len(studio.pipeline.calls)
+        studio.generated(options)
+        counts[name] = len(studio.pipeline.calls) - before
+    assert counts == {"noise": 2, "noise_both": 3, "fast_one": 1, "fast": 2, "best": 5}
+    noise = [call["latents"] for call in studio.pipeline.calls]
+    for first, second in ((0, 2), (1, 3), (0, 5), (1, 6), (4, 7)):
+        assert torch.equal(noise[first], noise[second])
+    assert not torch.equal(noise[0], noise[1])
+    single = studio_of(bench, draws, 4)
+    single.draw(2, {})
+    assert torch.equal(single.pipeline.calls[0]["latents"], noise[4][2:])
+
+
+def test_select_returns_the_candidate_nearest_to_the_target(bench: Any, draws: Any) -> None:
+    studio = studio_of(bench, draws, 1, 2, 4)
+    levels = np.stack([studio.draw(number, {})[0][:, 0, 0, 0] for number in range(4)])
+    chosen, _ = studio.select(4, {})
+    assert chosen[:, 0, 0, 0].tolist() == [levels[:, 0].max(), levels[:, 1].min(), levels[:, 2].min()]
 
 
 def test_choose_separates_the_prompts_that_chose_the_presets(bench: Any) -> None:
