@@ -128,14 +128,15 @@ def bench_generator(samples: int, device: str) -> dict[str, Any]:
     columns: dict[str, NDArray[np.uint8]] = {}
     databases, rows, made = {}, {}, {}
     concepts = Concepts.trained(prompts)
-    few = chosen[: -(-2 * len(chosen) // 3)]
+    few = choose(kind, len(prompts), -(-2 * len(chosen) // 3))  # some of those chosen
     for source in drawings():
         numbers = few if databases else chosen
         names = [name for name in CONDITIONS if not (databases and name in FIRST_ONLY)]
         databases[source.name], sheets = measure(source, pipeline, encoder, concepts, prompts, numbers, names)
-        columns |= {f"{source.name} {name}": images[: len(few)] for name, images in sheets.items()}
+        shown = np.isin(numbers, few)
+        columns |= {f"{source.name} {name}": images[shown] for name, images in sheets.items()}
         rows[source.name] = labelled_rows(source, encoder)[1]
-        made[source.name] = encoder.embed_pixels(sheets["fast"][: len(few)]).numpy()
+        made[source.name] = encoder.embed_pixels(sheets["fast"][shown]).numpy()
     save_grid(columns, [prompts[number].text for number in few], BENCH / "generator.png")
     return {
         "samples": len(chosen),

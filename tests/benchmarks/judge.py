@@ -62,7 +62,7 @@ class JudgeConfig:
         seed: Seed of weights, batches and augmentation.
     """
 
-    steps: int = 1_800
+    steps: int = 1_200
     small_share: float = 0.6
     batch_size: int = 192
     learning_rate: float = 2e-3

@@ -202,5 +202,6 @@ def test_choose_separates_the_prompts_that_chose_the_presets(bench: Any) -> None
     few = bench.choose("held-out", 200, 60)
     assert len(set(few)) == 60
     assert set(few) < set(held_out)
+    assert set(bench.choose("held-out", 200, 40)) < set(few)
     with pytest.raises(SystemExit, match="PROMPTS is unknown: some; use one of held-out"):
         bench.choose("some", 200, 4)
