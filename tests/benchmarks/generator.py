@@ -13,10 +13,12 @@ must beat. The second and third database are measured with two thirds of the pro
 Conditions share their noise: candidate i of a prompt starts from the same noise in all of them.
 
     noise        the defaults of the pipeline
-    noise_both   noise, mean and text in the query slot, best of 3: the preset fast without its start; first database
+    noise_both   noise, mean and text in the query slot, best of 3: the preset fast without its start
     fast_one     the preset fast with one candidate, so nothing is selected
     fast, best   the presets
     nearest      the nearest stored image
+
+Only the first database has noise_both and best.
 
 ``clip_score``, ``top1`` and ``top5`` are by the encoder that also retrieves, conditions and selects. A concept counts
 as retrieved if the prompt is the nearest of all 200 to the image. ``judge_top1`` and ``judge_top5`` are by the
@@ -67,7 +69,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "best": {"quality": "best"},
 }
 """Arguments of the call in each condition."""
-FIRST_ONLY = frozenset({"noise_both"})
+FIRST_ONLY = frozenset({"noise_both", "best"})
 """Conditions that only the first database has."""
 
 

@@ -209,9 +209,10 @@ class DualEncoder(nn.Module):
 
     @torch.inference_mode()
     def embed_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embed pixels (B, S, S, 3) as unit rows (B, D)."""
-        batches = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(256)
-        return np.concatenate([self.encode_images(batch.float() / 255).numpy() for batch in batches])
+        """Embed pixels (B, S, S, 3) as unit rows (B, D): the mean of each image and its mirror image."""
+        batches = (batch.float() / 255 for batch in torch.from_numpy(pixels).permute(0, 3, 1, 2).split(256))
+        both = (self.encode_images(batch) + self.encode_images(batch.flip(3)) for batch in batches)
+        return np.concatenate([F.normalize(rows, dim=1).numpy() for rows in both])
 
 
 def augment(images: Tensor, rng: torch.Generator) -> Tensor:
