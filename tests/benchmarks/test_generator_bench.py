@@ -103,10 +103,8 @@ def test_judge_scores_the_concept_and_copies_of_what_remains(bench: Any, left_ou
 
 
 def test_swaps_cover_all_of_the_distance_for_real_images(bench: Any) -> None:
-    shift = np.eye(16, dtype=np.float32)[0]
-    rows = {name: tiny_models.unit_rows(200, seed=seed) for seed, name in enumerate(("one", "other"))}
-    rows = {"one": rows["one"][:, :16], "other": rows["other"][:, :16] + shift}
-    rows = {name: each / np.linalg.norm(each, axis=1, keepdims=True) for name, each in rows.items()}
+    rows = {"one": tiny_models.unit_rows(200), "other": tiny_models.unit_rows(200, seed=1) + np.eye(8)[0]}
+    rows = {name: tiny_models.unit(each.astype(np.float32)) for name, each in rows.items()}
     real = bench.swaps({name: each[:100] for name, each in rows.items()}, rows)
     assert real["covered"]["one other"] == pytest.approx(1, abs=0.1)
     assert real["kid"]["one"]["one"] < real["kid"]["one"]["other"]
