@@ -23,8 +23,9 @@ Only the first database has noise_both and best.
 ``clip_score``, ``top1`` and ``top5`` are by the encoder that also retrieves, conditions and selects. A concept counts
 as retrieved if the prompt is the nearest of all 200 to the image. ``judge_top1`` and ``judge_top5`` are by the
 independent judge of ``judge.py``: the rank of the prompt among the 1,000 names of ``concepts.py``. It needs STICKERS, a
-folder of make_stickers.py. ``judge_real`` has the same for the left-out images, which is what perfect images would
-reach. Intervals resample the prompts.
+folder of make_stickers.py. ``judge_real`` has the same for the left-out image that is nearest to the prompt, which is
+what perfect images would reach, and ``judge_recall`` the recall of real images by their own names. Intervals resample
+the prompts.
 
 ``copy_rate_real`` is the share of the left-out images that count as copies of a remaining image. It is the copy rate
 that images as good as the real ones would have.
@@ -207,7 +208,7 @@ def measure(
         "kid_real": embedding_metrics.kernel_distance(rows[some], np.delete(rows, some, axis=0)),
         "images": len(rows),
         "left_out": len(np.unique(left_out)),
-        **({} if concepts is None else judged_real(concepts, source, labelled, asked)),
+        **({} if concepts is None else judged_real(concepts, source, labelled, rows, asked)),
     }, sheets
 
 
@@ -217,15 +218,18 @@ def labelled_rows(source: Drawings, encoder: Encoder) -> tuple[list[int], Embedd
     return labelled, rows_of(embedded(source, encoder))[labelled]
 
 
-def judged_real(concepts: Concepts, source: Drawings, labelled: Sequence[int], asked: Asked) -> dict[str, Any]:
-    """Return how well the independent judge knows real images, by their own names and by the prompts."""
-    prompt, left_out = np.nonzero(asked.own)
-    ranks = concepts.ranks(source.pixels(labelled[row] for row in left_out), asked.numbers[prompt])
-    count = np.bincount(prompt, minlength=len(asked.numbers)).clip(min=1)
-    shares = {f"top{best}": np.bincount(prompt, ranks < best, len(count)) / count for best in (1, 5)}
+def judged_real(
+    concepts: Concepts, source: Drawings, labelled: Sequence[int], rows: Embeddings, asked: Asked
+) -> dict[str, Any]:
+    """Return how well the independent judge knows real images, by their own names and by the prompts.
+
+    For a prompt, it is the left-out image nearest to it. Prompts without one do not count.
+    """
     has = asked.own.any(axis=1)
-    real = {name: float(share[has].mean()) for name, share in shares.items()}
-    return {"judge_real": real | {"prompts": int(has.sum())}, "judge_recall": concepts.recall(source)}
+    nearest = np.where(asked.own, asked.texts @ rows.T, -np.inf).argmax(axis=1)[has]
+    ranks = concepts.ranks(source.pixels(labelled[row] for row in nearest), asked.numbers[has])
+    real = {"prompts": int(has.sum()), "top1": float((ranks < 1).mean()), "top5": float((ranks < 5).mean())}
+    return {"judge_real": real, "judge_recall": concepts.recall(source)}
 
 
 def swaps(made: dict[str, Embeddings], rows: dict[str, Embeddings]) -> dict[str, Any]:

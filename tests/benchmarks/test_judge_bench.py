@@ -100,7 +100,7 @@ def test_distractors_do_not_describe_the_prompt(judge: Any, concepts: Any, monke
     ]
     vocabulary = {word for name in concepts.judged_names() for word in judge.words_of(name)}
     model = judge.DualEncoder(vocabulary, judge.JudgeConfig(width=4, dimension=16))
-    keywords = {("cherry",): {"fruit", "red"}, ("weary", "face"): {"sad"}}
+    keywords = {judge.words_of("cherries"): {"fruit", "red"}, ("weary", "face"): {"sad"}}
     chosen = concepts.Concepts.of(model, prompts, keywords)
     apple, sad = ({chosen.names[number] for number in numbers} for numbers in chosen.distractors)
     assert len(apple) == len(sad) == 999
