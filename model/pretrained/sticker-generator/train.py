@@ -28,7 +28,8 @@ hours, at 32 px:
     python model/pretrained/sticker-generator/train.py discrete --stickers STICKERS --out OUT --images 89600 \
         --size 32 --width 256 --layers 6 --batch 64 --rate 2e-3 --ema 0.997
 
-A network of 128 px with patches of 8 px has as many tokens as the default. Files of 64 px gain no detail from it:
+A network of 128 px with patches of 8 px has as many tokens as the default. It needs files of make_stickers.py
+``--side 128``:
 
     python model/pretrained/sticker-generator/train.py base --stickers STICKERS --out OUT --device cuda \
         --size 128 --patch 8 --prediction sample --rotary

@@ -311,8 +311,11 @@ def test_sticker_script_minutes_saves_the_weights_so_far_and_adds_up(stickers: P
 
 
 def test_sticker_script_128_px_with_large_patches_and_clean_images_trains_and_generates(
-    stickers: Path, run: Run, tmp_path: Path
+    run: Run, tmp_path: Path
 ) -> None:
+    (stickers := tmp_path / "stickers").mkdir()
+    for name, colours in (("one", COLOURS[:2]), ("openmoji", COLOURS[4:5])):
+        write_style(stickers / f"{name}.parquet", colours, side=128)
     words = [*command("base", stickers, tmp_path, 8), "--size", "128", "--patch", "32", "--prediction", "sample"]
     done = run(*words, "--image-tokens", "1", "--rotary")
     assert done.returncode == 0, done.output[-2000:]
