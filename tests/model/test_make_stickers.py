@@ -126,7 +126,7 @@ def test_make_stickers_filtered_set_has_coloured_square_distinct_images(
     half = {"body": '<path fill="blue" d="M0 0h18v36H0z"/>'}
     icons = {
         "apple-icon": half, "apple": half, "grey": {"body": RED.replace("red", "#444")},
-        "wide": {"body": RED, "width": 90}, "tall": {"body": RED, "height": 70},
+        "wide": {"body": RED, "width": 90}, "empty": {"body": RED, "height": 0}, "tall": {"body": RED, "height": 70},
     }  # fmt: skip
     put(tmp_path, make.STYLES["logos"], iconify("logos", icons, "CC0-1.0", width=36, height=36))
     of_all = make.STYLES["gcp"]

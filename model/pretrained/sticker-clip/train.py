@@ -118,7 +118,8 @@ def augment(images: Tensor, rng: torch.Generator) -> Tensor:
 def encode_images(clip: CLIP, images: Tensor) -> Tensor:
     """Embed images (B, 3, H, W) in [0, 1] as (B, D) float32 unit rows."""
     pixels = ARCHITECTURE["preprocess_cfg"]
-    return unit(clip.encode_image(normalize(images, pixels["mean"], pixels["std"])))
+    rows: Tensor = unit(clip.encode_image(normalize(images, pixels["mean"], pixels["std"])))
+    return rows
 
 
 def info_nce(logits: Tensor, target: Tensor) -> Tensor:

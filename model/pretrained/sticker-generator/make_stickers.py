@@ -182,7 +182,7 @@ def iconify_svg(icons: dict[str, Any], icon: dict[str, Any]) -> str:
 
 
 def iconify_images(package: Package, tarball: Path, names: Names, side: int) -> Iterator[tuple[str, str, Image.Image]]:
-    """Yield key, name and image of the matching icons of an Iconify set, except its hidden ones."""
+    """Yield key, name and image of the matching icons of an Iconify set, except hidden and empty ones."""
     if package.member is None:
         files = unpack(tarball, r"(icons|info)\.json")
         icons, info = json.loads(files["icons.json"]), json.loads(files["info.json"])
@@ -191,7 +191,8 @@ def iconify_images(package: Package, tarball: Path, names: Names, side: int) -> 
         info = icons["info"]
     check_license(package, info["license"]["spdx"])
     for key, icon in tqdm(icons["icons"].items(), desc=icons["prefix"], unit="image", leave=False):
-        name = None if icon.get("hidden") else names.of_icon(package, key)
+        empty = 0 in (icon.get("width"), icon.get("height"))  # a fault of the set: it cannot be rendered
+        name = None if empty or icon.get("hidden") else names.of_icon(package, key)
         if name is not None:
             yield key, name, render(iconify_svg(icons, icon), side)
 

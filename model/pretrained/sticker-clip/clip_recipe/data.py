@@ -88,7 +88,8 @@ def read_stickers(folder: Path, styles: list[str] | None, limit: int | None) -> 
 def decode(webp: bytes) -> Tensor:
     """Decode an image to (3, H, W) uint8 of the input size, resized as in the preprocessing of the model."""
     image = Image.open(io.BytesIO(webp)).convert("RGB")
-    return pil_to_tensor(image if image.size == (SIDE, SIDE) else image.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    pixels: Tensor = pil_to_tensor(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC))  # a copy at this size
+    return pixels
 
 
 def read_style(path: Path) -> Style:

@@ -80,12 +80,9 @@ def _require(found: int, side: int, path: Path) -> None:
 
 def _count(path: Path, limit: int | None) -> int:
     """Return the number of images that ``load`` returns."""
-    packed = COLUMN in pq.read_schema(path).names
-    rows = (
-        sum(pq.read_table(path, columns=["images"])["images"].to_pylist())
-        if packed
-        else pq.read_metadata(path).num_rows
-    )
+    rows: int = pq.read_metadata(path).num_rows
+    if COLUMN in pq.read_schema(path).names:
+        rows = sum(pq.read_table(path, columns=["images"])["images"].to_pylist())
     return min(rows, limit or rows)
 
 
@@ -159,7 +156,7 @@ def prepare(options: argparse.Namespace) -> dict[str, NDArray[Any]]:
     training, unseen = style_files(options.stickers)
     side = max(options.size, SIDE)
     pixels, styles = load_all(training, options.limit, side)
-    data = {"pixels": resized(pixels, options.size), "styles": styles}
+    data: dict[str, NDArray[Any]] = {"pixels": resized(pixels, options.size), "styles": styles}
     inputs = encoder_inputs(pixels, encoder)
     parts = [_of_variant(number, inputs, styles, encoder, options) for number in range(len(VARIANTS))]
     data |= {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -62,6 +62,7 @@ FILLED_TOO = r"(?P<name>.+?)(?:-fill)?"
 NUMBERED = r"(?P<name>.+?)(?:-\d+)?"
 NUMBERED_VARIANT = r"(?P<name>.+?)(?:-\d+)?(?:-flat|-duo)?"
 NUMBERED_BY_WORD = r"(?P<name>.+?)(?:-(?:one|two|three|four))?"
+UNTHEMED_TYPE = r"(?!(?:file|folder)-type-light-)(?:(?:file|folder)-type-)?(?P<name>.+?)(?:-opened)?"
 ONE_THEME = r"(?P<name>.+)(?<!-dark)(?<!-light)"  # not the variants for dark and light backgrounds
 NAMES = Package("emojibase-data", "17.0.0", "MIT")
 BUNDLED = {
@@ -124,7 +125,7 @@ FURTHER = {
         "material-icon-theme", "1.2.70", "MIT", r"(?P<name>.+?)(?:-open)?(?<!-light)", "{} icon"
     ),
     "vscode-icons": _more(
-        "vscode-icons", "1.2.97", "MIT", r"(?:file-type-|folder-type-)?(?!light-)(?P<name>.+?)(?:-opened)?", "{} icon"
+        "vscode-icons", "1.2.97", "MIT", UNTHEMED_TYPE, "{} icon"
     ),
     # Logos. The licence covers the drawing; most logos are trademarks of their owners.
     "cryptocurrency-color": _more("cryptocurrency-color", "1.2.4", "CC0-1.0", caption="{} logo"),
