@@ -208,7 +208,7 @@ def test_pack_writes_larger_images_as_sheets_that_load_reads(
     assert packing.returncode == 0, packing.output
     with tarfile.open(out / "sticker-generator.tar.gz") as tar:
         tar.extractall(tmp_path / "packed", filter="data")
-    assert "--size 128" in (tmp_path / "packed" / "run.sh").read_text()
+    assert "--size 128 --patch 8 --rotary" in (tmp_path / "packed" / "run.sh").read_text()
 
     load = part("data").load
     images = load(folder / "one.parquet", None, 128)
@@ -437,7 +437,7 @@ def test_sticker_script_pack_trains_elsewhere_resumes_and_exports_small_files(
     monkeypatch.setattr(part("results"), "PART_BYTES", 20_000)
     folders = ["--stickers", elsewhere / "stickers", "--encoder", elsewhere / "encoder", "--out", elsewhere / "state"]
     resume = ["train.py", "base", *map(str, folders), *SIZE, "--export", str(out), "--minutes", "1e-9"]
-    second = run("python", *resume, "--schedule", "wsd", "--choose", "gap", "--image-tokens", "1")
+    second = run("python", *resume, "--schedule", "wsd", "--choose", "gap", "--image-tokens", "1", "--rotary")
     assert second.returncode == 0, second.output[-2000:]
     figures = json.loads((out / "figures.json").read_text())
     assert (figures["images"], figures["new_images"]) == (12, 8), "it resumes from before the decay"

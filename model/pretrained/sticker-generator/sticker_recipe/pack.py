@@ -22,6 +22,8 @@ COLUMNS = ["style", "license", "webp"]
 """Columns of the images that are packed. Captions are never read."""
 UNSEEN_IMAGES = 1024
 """About the number of images of an unseen style that are packed at more than 64 px, evenly spaced."""
+PATCHES = 16
+"""Most patches along a side of an image, so that larger images take no more tokens."""
 COMMAND = """#!/bin/sh
 # Train for MINUTES and write files of at most 16 MiB to OUT: ./run.sh MINUTES OUT [options of train.py base]
 # Repeat the command to resume. The checkpoint stays in state/, in this folder.
@@ -33,7 +35,7 @@ shift 2
 cd "$(dirname "$0")"
 PYTHONPATH=. exec "${PYTHON:-python3}" model/pretrained/sticker-generator/train.py base \\
     --stickers stickers --encoder encoder --out state --export "$out" --minutes "$minutes" \\
-    --size SIZE --schedule wsd --choose gap --image-tokens 1 --device cuda --watch 1000 "$@"
+    --size SIZE --patch PATCH --rotary --schedule wsd --choose gap --image-tokens 1 --device cuda --watch 1000 "$@"
 """
 log = logging.getLogger("sticker-generator")
 
@@ -45,7 +47,8 @@ def pack(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch, tarfile.open(unfinished, "w:gz") as tar:
         for name, path in _files(options, Path(scratch)):
             tar.add(path, name, filter=_anonymous)
-        content = COMMAND.replace("SIZE", str(options.size)).encode()
+        patch = max(4, options.size // PATCHES)
+        content = COMMAND.replace("SIZE", str(options.size)).replace("PATCH", str(patch)).encode()
         command = tarfile.TarInfo("run.sh")
         command.size, command.mode = len(content), 0o755
         tar.addfile(command, io.BytesIO(content))
