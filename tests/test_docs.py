@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 MARKS = {"gpu", "cluster", "slow"}
 LANGUAGES = {"bash", "python", "text", "json", "mermaid", "yaml"}
 GENERATED = {"docs/reference/cli.md", "docs/reference/configuration.md"}
-OTHER_PROGRAMS = {"curl", "mlflow", "pip", "prefect", "ray", ".venv/bin/pre-commit"}
+OTHER_PROGRAMS = {"./run.sh", "tar", "curl", "mlflow", "pip", "prefect", "ray", ".venv/bin/pre-commit"}
 
 PROJECT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -150,6 +150,11 @@ class Workspace:
                 subprocess.run(["make", "-n", *targets], cwd=ROOT, check=True, capture_output=True)
             case [".venv/bin/python", "-m", "pytest", *paths]:
                 assert all(path.startswith("-") or (ROOT / path).exists() for path in paths)
+            case ["python", script, *arguments]:
+                sources = "".join(path.read_text() for path in (ROOT / script).parent.rglob("*.py"))
+                assert (ROOT / script).exists(), f"{script} does not exist"
+                unknown = [word for word in arguments if word.startswith("--") and f'"{word}"' not in sources]
+                assert not unknown, f"{script} has no options {unknown}"
             case ["prefect", "deployment", "run", name, "--param", parameter]:
                 validate_parameters(name, parameter)
             case [program, *_]:

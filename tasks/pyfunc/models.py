@@ -125,6 +125,9 @@ class GeneratorModel(CheckedModel):
 
         chosen = params or {}
         prompts = _prompts(model_input)
+        fixed = self.pipeline.config.noise_levels
+        if fixed is not None and chosen.get("steps") not in (None, len(fixed)):
+            raise PredictionError(f"steps is not supported: {chosen['steps']}; this generator needs {len(fixed)} steps")
         with prediction_errors():
             output = self._pipeline_with(chosen.get("database") or "")(
                 prompts,

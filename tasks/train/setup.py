@@ -111,12 +111,19 @@ def objective_of(config: TrainConfig, setup: TrainingSetup) -> Objective:
 
 
 def load_initial_pipeline(start_from: str, encoder: EncoderIdentity) -> KNNDiffusionPipeline:
-    """Load the pipeline to fine-tune. Raises ``EncoderMismatchError`` if it was trained with another encoder."""
+    """Load the pipeline to fine-tune.
+
+    Raises ``EncoderMismatchError`` if it was trained with another encoder, and ``InputError`` if it was distilled.
+    """
     pipeline = KNNDiffusionPipeline.open(pretrained_folder(start_from))
     if not pipeline.identity.same_space(encoder):
         raise EncoderMismatchError(
             f"encoders differ: {start_from} was trained with {pipeline.identity}, the images were embedded with "
             f"{encoder}; embed the images with the encoder of the generator, or start from random weights"
+        )
+    if pipeline.config.noise_levels is not None:
+        raise InputError(
+            f"start_from was distilled to few steps: {start_from}; start from the generator it learned from"
         )
     return pipeline
 

@@ -32,9 +32,9 @@ A network of 128 px with patches of 8 px has as many tokens as the default. It n
 ``--side 128``:
 
     python model/pretrained/sticker-generator/train.py base --stickers STICKERS --out OUT --device cuda \
-        --size 128 --patch 8 --prediction sample --rotary
+        --size 128 --patch 8 --rotary
 
-``distil`` learns from any saved pipeline. Its figure ``unseen_loss`` is the mean squared distance of its samples for
+``distil`` learns from any saved pipeline. Its figure ``distance`` is the mean squared distance of its samples for
 OpenMoji to those of the teacher:
 
     python model/pretrained/sticker-generator/train.py distil --stickers STICKERS --out OUT \
@@ -51,8 +51,8 @@ files of at most 16 MiB. The other machine needs this package's dependencies, bu
 ``--schedule wsd`` is a warm-up and a constant learning rate for 80% of the minutes, then a decay to 0. The next run
 resumes from before the decay, from the checkpoint in ``state`` on that machine (about 400 MB). On a new machine,
 ``--start-from pipeline`` starts from the exported weights, with a new optimizer; weights without image tokens gain
-them. ``--choose gap`` exports an earlier snapshot if its condition helps clearly more on OpenMoji: the loss with the
-condition minus that without.
+them, and weights without rotary positions need ``--no-rotary``. ``--choose gap`` exports an earlier snapshot if its
+condition helps clearly more on OpenMoji: the loss with the condition minus that without.
 """
 
 import argparse
@@ -70,7 +70,7 @@ from sticker_recipe.monitoring import Log, Unseen, UnseenCodes
 from sticker_recipe.options import parse
 from sticker_recipe.pack import pack
 from sticker_recipe.results import EarlySnapshot, Snapshots, export, write_results
-from sticker_recipe.runs import Folder, run, save
+from sticker_recipe.runs import Folder, open_continuous, run, save
 from sticker_recipe.styles import UNSEEN
 
 from model.configs import Prediction, RestorationConfig, TransformerConfig, VQTransformerConfig
@@ -84,7 +84,6 @@ from model.networks.editor import widen_input
 from model.networks.image_tokens import add_image_tokens, takes_images
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, decode_codes, encode_codes
 from model.networks.vq_transformer import build_vq_transformer
-from model.pipeline import KNNDiffusionPipeline
 from model.training.objectives.autoencoder import AutoencoderObjective
 from model.training.objectives.restoration import Restoration
 from model.training.objectives.vq_diffusion import MaskAndReplace
@@ -96,6 +95,8 @@ SAMPLING = {
     "num_inference_steps": 6, "guidance_scale": 3.0, "guidance_interval": (0.2, 0.95),
 }  # fmt: skip
 """Sampling defaults of the base, chosen for at most 2 seconds per image on 2 CPU cores (see its card)."""
+GUIDED_SCALE = 2.0
+"""Guidance scale of a base with a guide, which the comparison in docs/results.md found better than 3."""
 DISCRETE_SAMPLING = {"query": "mean", "neighbours": 3, "candidates": 2, "num_inference_steps": 7, "guidance_scale": 2.0}
 """Sampling defaults of the discrete generator."""
 log = logging.getLogger("sticker-generator")
@@ -124,7 +125,7 @@ def base(options: argparse.Namespace) -> None:
     early = EarlySnapshot(folder / "early.pt", options) if options.guide_share else None
     metrics = Log(folder, unseen[WATCHED], [one.offer for one in (snapshots, early) if one is not None])
     if options.start_from:
-        start_from(options.start_from, network, size.prediction, folder)
+        start_from(options, network, size.prediction, folder)
     trained = run(network, objective, dataset, options, metrics)
     chosen = trained.images
     if snapshots is not None:
@@ -132,7 +133,8 @@ def base(options: argparse.Namespace) -> None:
         chosen = snapshots.choose(trained.images, trained.network, losses)
     guide = None if early is None else early.network(trained.network)
     # before the figures: they may fail
-    save(copy.deepcopy(trained.network), options, guide=guide, prediction=size.prediction, **SAMPLING)
+    sampling = SAMPLING if guide is None else SAMPLING | {"guidance_scale": GUIDED_SCALE}
+    save(copy.deepcopy(trained.network), options, guide=guide, prediction=size.prediction, **sampling)
     figures = {"images": trained.images, "chosen_images": chosen, "new_images": trained.new_images}
     figures |= {"seconds": trained.seconds, "images_per_s": trained.new_images / trained.seconds}
     write_results(trained.network, unseen, data["rows"], options, figures)
@@ -140,11 +142,11 @@ def base(options: argparse.Namespace) -> None:
         export(folder, options.export)
 
 
-def start_from(pipeline: Path, network: Any, prediction: Prediction, folder: Path) -> None:
-    """Load the weights of a saved pipeline into the network of a new run. A resumed run has its own."""
+def start_from(options: argparse.Namespace, network: Any, prediction: Prediction, folder: Path) -> None:
+    """Load the weights of the pipeline ``--start-from`` into the network of a new run. A resumed run has its own."""
     if Folder(folder).latest() is not None:
         return
-    opened = KNNDiffusionPipeline.open(pipeline)
+    opened = open_continuous(options)
     trained = opened.transformer
     try:
         if takes_images(network) and not takes_images(trained):
@@ -156,7 +158,8 @@ def start_from(pipeline: Path, network: Any, prediction: Prediction, folder: Pat
         network.load_state_dict(trained.state_dict())
     except (ModelError, RuntimeError) as error:
         raise SystemExit(
-            f"--start-from {pipeline}: another network ({error}); give its size, layers, image tokens and prediction"
+            f"--start-from {options.start_from}: another network ({error}); give its size, layers, patch, "
+            "rotary positions, image tokens and prediction"
         ) from error
 
 

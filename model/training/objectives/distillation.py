@@ -56,6 +56,7 @@ class Teacher:
     guidance_interval: tuple[float, float] = FULL_INTERVAL
     guide: Network | None = None
 
+    @torch.no_grad()
     def tokens(self, tokens: Tensor, shown: ShownImages | None) -> Tensor:
         """Return tokens (B, T, E) with those of the shown images, which are thus encoded once."""
         if shown is None or not takes_images(self.network):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from infra.errors import InputError, StageError
 from tasks.serve.api.config import ApiConfig
@@ -27,6 +27,8 @@ HEADERS_TIMEOUT_S = 10.0
 """Time for a client to send the headers of a request. Uvicorn itself waits without a limit."""
 MAX_HEADERS_BYTES = 65_536
 """Size of the headers of a request; up to one more read of a socket is accepted. The parser itself has no limit."""
+MAX_PIPELINED = 8
+"""Requests that a client may send before it reads the response of the first."""
 KEEP_ALIVE_S = 5
 FLUSH_S = 3
 """Part of the drain time that is left to send the last responses and to end the threads."""
@@ -57,13 +59,15 @@ class Ending:
 class _Connection(HttpToolsProtocol):
     """A connection that is closed if the headers of a request do not arrive, or a response is not read, in time.
 
-    It is also closed if headers, or the trailers and the extensions of a chunked body, are too large.
+    It is also closed if headers, or the trailers and the extensions of a chunked body, are too large, and if too many
+    requests are sent at once.
     """
 
     _timer: asyncio.TimerHandle | None = None
     _send_timer: asyncio.TimerHandle | None = None
     _in_headers = False
     _unused_bytes = 0
+    _open: list[RequestResponseCycle] = []  # noqa: RUF012 - replaced, never changed
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the headers of the first request."""
@@ -91,9 +95,13 @@ class _Connection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Start the request."""
-        self._in_headers = False
+        """Start the request, or queue it. The parser reports the error as an invalid request."""
+        self._in_headers, before = False, self.cycle
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError("too many requests at once")
         super().on_headers_complete()
+        if self.cycle is not before:
+            self._open = [*(one for one in self._open if not one.response_complete), self.cycle]
 
     def on_body(self, body: bytes) -> None:
         """Pass on a part of the body, whose size the application limits."""
@@ -111,6 +119,9 @@ class _Connection(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+        for cycle in self._open:  # the base class tells the last one only
+            cycle.disconnected = cycle.disconnected or not cycle.response_complete
+            cycle.message_event.set()
 
     def pause_writing(self) -> None:
         """Wait for the client to read."""

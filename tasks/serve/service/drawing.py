@@ -1,5 +1,6 @@
 """Generations and edits: run a batch through the pipeline, and describe where each image comes from."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from model.editing.edit_metrics import changed_region
+from model.generation.batching import BATCH_SIZE
 from model.images import image_to_array, to_model_range, to_rgb
 from model.pipeline import KNNDiffusionPipeline
 from tasks.serve.service.plans import EditPlan, GeneratePlan
@@ -74,7 +76,7 @@ def edit(plans: Sequence[EditPlan], on_step: OnStep) -> list[ImagesResponse]:
     pipeline = first.model.with_database(first.opened)
     seeds = [(one, seed) for one in plans for seed in one.seeds]
     sources = {id(one): image_to_array(to_rgb(one.request.image), pipeline.side) for one in plans}
-    done, total = 0, len(seeds) * first.config.candidates
+    done, total = 0, math.ceil(len(seeds) / BATCH_SIZE.get(pipeline.device.type, 1)) * first.config.candidates
 
     def on_candidate(step: int, steps: int) -> None:
         nonlocal done, total

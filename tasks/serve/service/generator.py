@@ -45,8 +45,10 @@ class OpenModel:
 
     @property
     def edit_methods(self) -> list[str]:
-        """Methods of edits that the generator supports; the first is the default."""
+        """Methods of edits that the generator supports, the default first; none if it was distilled to few steps."""
         backbone = self.backbone
+        if self.pipeline.config.noise_levels is not None:
+            return []
         if not backbone.starts_from_images:
             return ["local", "sdedit"]
         return ["flow", "local", *(["restore"] if backbone.restorer is not None else []), "sdedit"]
@@ -64,5 +66,5 @@ class OpenModel:
             "query": preset.query or config.query,
             "start": preset.start,
             "strength": preset.strength,
-            "edit_method": self.edit_methods[0],
+            "edit_method": next(iter(self.edit_methods), None),
         }

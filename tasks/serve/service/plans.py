@@ -231,7 +231,7 @@ def _plan_generation(request: GenerateRequest, opened: OpenDatabase, model: Open
 
 def _plan_edit(request: EditRequest, opened: OpenDatabase, model: OpenModel) -> EditPlan:
     require_text(request.prompt)
-    method = request.method or model.defaults["edit_method"]
+    method = request.method or model.defaults["edit_method"] or "flow"  # no method: the check below says why
     config = edit_config(method, strength=request.strength, steps=request.steps, guidance_scale=request.guidance)
     check_method(model.backbone, config)
     settings = {

@@ -18,7 +18,7 @@ from model.training.objectives.distillation import SUBSTEPS, Distillation, Teach
 from sticker_recipe.data import WATCHED, conditioning, prepare, training_set
 from sticker_recipe.monitoring import Log, Unseen
 from sticker_recipe.results import export
-from sticker_recipe.runs import run, save
+from sticker_recipe.runs import open_continuous, run, save
 
 KEPT = ("neighbours", "candidates", "query", "prediction")
 """Sampling defaults of the teacher that the student keeps."""
@@ -53,7 +53,7 @@ class FewSteps(Unseen):
 
 def distil(options: argparse.Namespace) -> None:
     """Train the student of the pipeline ``--start-from`` to sample in ``--steps`` network calls."""
-    pipeline = KNNDiffusionPipeline.open(options.start_from)
+    pipeline = open_continuous(options)
     network, config, on_cuda = pipeline.transformer, pipeline.config, torch.device(options.device).type == "cuda"
     options.size = pipeline.side
     options.image_tokens = network.config.neighbour_images if takes_images(network) else 0

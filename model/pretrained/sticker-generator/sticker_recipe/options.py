@@ -10,6 +10,8 @@ from model.configs import Prediction
 from model.networks.vq_autoencoder import AutoencoderConfig
 
 LENGTHS = {"base": 2_048_000, "codes": 400_000, "discrete": 1_240_000, "distil": 256_000}
+WATCH = {"distil": 100}
+"""Default of ``--watch`` by command, and 2,000 for the others: a distillation has few steps, each of many calls."""
 UNLIMITED = 10**12
 """Images of a run that only ``--minutes`` limits."""
 LAYERS = {"base": 6, "codes": 6, "discrete": 5}
@@ -52,7 +54,9 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
-    parser.add_argument("--watch", type=int, default=2000, help="steps between checkpoints and sample grids")
+    parser.add_argument(
+        "--watch", type=int, help="steps between checkpoints and sample grids (default: 2000; 100 for distil)"
+    )
     parser.add_argument(
         "--own-style-share", type=share, default=0.0,
         help="share of the samples whose neighbours are of the image's own style",
@@ -73,7 +77,12 @@ def parse(description: str | None) -> argparse.Namespace:
         "--prediction", choices=get_args(Prediction), default="velocity",
         help="output of the network: the velocity, or the clean image; the loss is on the velocity (base)",
     )  # fmt: skip
-    parser.add_argument("--rotary", action="store_true", help="rotary positions in the self-attention (base)")
+    parser.add_argument(
+        "--rotary",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="rotary positions in the self-attention (base)",
+    )
     parser.add_argument("--sigma-mean", type=float, default=0.0, help="mean of the noise levels' logits")
     parser.add_argument("--sigma-deviation", type=float, default=1.0, help="deviation of the noise levels' logits")
     parser.add_argument(
@@ -114,5 +123,11 @@ def parse(description: str | None) -> argparse.Namespace:
     unlimited = options.schedule == "wsd" and options.minutes < math.inf
     options.started = started
     options.images = options.images or (UNLIMITED if unlimited else LENGTHS.get(options.command))
+    options.watch = options.watch or WATCH.get(options.command, 2000)
+    if options.watch * options.batch > options.guide_share * options.images and options.guide_share:
+        parser.error(
+            f"--guide-share {options.guide_share:g} is before the first grid; give a --watch of at most "
+            f"{int(options.guide_share * options.images / options.batch)}"
+        )
     options.layers = options.layers or LAYERS.get(options.command)
     return options

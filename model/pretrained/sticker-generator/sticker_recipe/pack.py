@@ -3,6 +3,7 @@
 import argparse
 import io
 import logging
+import math
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ LARGEST_BYTES = 60_000_000
 COLUMNS = ["style", "license", "webp"]
 """Columns of the images that are packed. Captions are never read."""
 UNSEEN_IMAGES = 1024
-"""About the number of images of an unseen style that are packed at more than 64 px, evenly spaced."""
+"""Largest number of images of an unseen style that are packed at more than 64 px, evenly spaced."""
 PATCHES = 16
 """Most patches along a side of an image, so that larger images take no more tokens."""
 COMMAND = """#!/bin/sh
@@ -74,7 +75,7 @@ def _files(options: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, Pa
         columns = [name for name in COLUMNS if name in pq.read_schema(path).names]
         table = pq.read_table(path, columns=columns)
         if options.size > SIDE:
-            every = max(1, table.num_rows // UNSEEN_IMAGES) if path.stem in UNSEEN else 1
+            every = math.ceil(table.num_rows / UNSEEN_IMAGES) if path.stem in UNSEEN else 1
             table = table.take(list(range(0, table.num_rows, every)))
             table = sheets(load(path, None, options.size)[::every], table.drop_columns(["webp"]))
         pq.write_table(table, scratch / path.name)

@@ -73,7 +73,10 @@ class EarlySnapshot:
         """Keep ``average`` if the share has passed and there is none yet. ``losses`` are unused."""
         options = self._options
         elapsed = (time.monotonic() - options.started) / (60 * options.minutes)
-        if self._path.exists() or max(images / options.images, elapsed) < options.guide_share:
+        share = max(images / options.images, elapsed)
+        if (
+            self._path.exists() or not options.guide_share <= share < 1
+        ):  # the last weights are no weaker than themselves
             return
         unfinished = self._path.with_suffix(".partial")
         torch.save({"images": images, "weights": _half_weights(average)}, unfinished)

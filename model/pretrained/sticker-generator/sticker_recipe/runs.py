@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 from model.configs import TrainingConfig
-from model.pipeline import new_pipeline
-from model.saved_generator import weights_digest
+from model.errors import ModelError
+from model.generation.backbone import is_discrete
+from model.pipeline import KNNDiffusionPipeline, new_pipeline
+from model.saved_generator import contents_digest, weights_digest
 from model.training.data import TrainingSet
 from model.training.ema import ema_copy
 from model.training.interfaces import Objective
@@ -26,6 +28,8 @@ from sticker_recipe.data import NEIGHBOURS, data_digest
 from sticker_recipe.encoder import encoder_identity
 from sticker_recipe.monitoring import Log
 
+WARMUP, DISTIL_WARMUP = 200, 20
+"""Steps in which the learning rate rises. A distillation is short, and starts from trained weights."""
 DECAY_SHARE = 0.2
 """Share of a run, at its end, in which the schedule ``wsd`` lowers the learning rate."""
 DECAY_PACE = 0.95
@@ -193,7 +197,7 @@ def run(
         images=options.images,
         batch_size=options.batch,
         learning_rate=options.rate,
-        warmup_images=200 * options.batch,
+        warmup_images=(DISTIL_WARMUP if options.command == "distil" else WARMUP) * options.batch,
         ema_decay=options.ema,
         weight_decay=0.05,
         checkpoint_images=options.watch * options.batch,
@@ -222,7 +226,7 @@ def require_same_run(stored: Path, options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in names}
     settings |= {"channels": list(options.channels), "data": data_digest(options)}
     if options.command == "distil":
-        settings |= {"steps": options.steps, "teacher": weights_digest(str(options.start_from))}
+        settings |= {"steps": options.steps, "teacher": contents_digest(str(options.start_from))}
     if options.command == "discrete":
         settings["codes"] = weights_digest(str(options.out / "codes" / "vae"))
     if not stored.exists():
@@ -236,6 +240,23 @@ def require_same_run(stored: Path, options: argparse.Namespace) -> None:
             f"settings differ from those of the run in {stored.parent}: {'; '.join(changed)}; use another --out, or "
             "remove that folder"
         )
+
+
+def open_continuous(options: argparse.Namespace) -> KNNDiffusionPipeline:
+    """Open the pipeline ``--start-from``: over pixels, for any number of steps, of the same encoder. Exit otherwise."""
+    try:
+        pipeline = KNNDiffusionPipeline.open(options.start_from)
+    except ModelError as error:
+        raise SystemExit(f"--start-from: {error}") from None
+    few_steps, over_pixels = pipeline.config.noise_levels is not None, pipeline.vae is None
+    if few_steps or not over_pixels or is_discrete(pipeline.transformer):
+        kind = "was distilled to few steps" if few_steps else "has an autoencoder"
+        raise SystemExit(f"--start-from {kind}: {options.start_from}; give a pipeline of train.py base")
+    if not pipeline.identity.same_space(wanted := encoder_identity(options)):
+        raise SystemExit(
+            f"--start-from has another encoder: {pipeline.identity}, not {wanted}; train from random weights"
+        )
+    return pipeline
 
 
 def save(network: Any, options: argparse.Namespace, *, guide: Any = None, **settings: Any) -> Path:

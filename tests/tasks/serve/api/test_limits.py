@@ -17,6 +17,7 @@ import pytest
 from starlette.requests import Request
 from support.fake_engine import FakeEngine
 from support.served_app import client, served
+from support.tiny_service import wait_for
 
 from tasks.serve.api import limits, server
 from tasks.serve.api.config import ApiConfig
@@ -159,6 +160,30 @@ def test_large_body_in_chunks_with_a_trailer_is_read_and_the_trailer_ignored() -
     with served() as address:
         answer = read(address, HEAD + CLOSING + chunks + b"0\r\nX-API-Key: no\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 200 OK")
+
+
+def test_pipelined_requests_are_answered_in_order_up_to_a_limit() -> None:
+    one = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    last = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with served() as address:
+        answers = read(address, 3 * one + last)
+        assert answers.count(b"HTTP/1.1 200 OK") == 4
+        assert answers.index(b'"ready"') > answers.rindex(b'"status":"ok"')
+        many = read(address, 20 * one)
+    assert b"Invalid HTTP request received." in many
+    assert many.count(b"HTTP/1.1 200 OK") <= server.MAX_PIPELINED + 1
+
+
+def test_disconnection_cancels_the_running_request_although_others_are_queued() -> None:
+    engine, body = FakeEngine(), json.dumps({"prompt": "a"}).encode()
+    engine.gate.clear()
+    one = HEAD.replace(b"search", b"generate") + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+    with served(engine) as address:
+        with socket.create_connection((urlsplit(address).hostname, urlsplit(address).port)) as connection:
+            connection.sendall(2 * one)
+            wait_for(lambda: bool(engine.submitted))
+        wait_for(lambda: engine.submitted[0].cancelled)
+        engine.gate.set()
 
 
 def test_slow_headers_of_a_second_request_close_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
