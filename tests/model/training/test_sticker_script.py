@@ -124,7 +124,10 @@ def test_sticker_script_distil_learns_from_a_guided_generator_and_resumes(
 
     other = run(*words[:-1], "4")
     assert f"settings differ from those of the run in {out / 'distil'}: steps 2, now 4; use another" in other.output
-    for name, wrong in (("distil", []), ("base", ["--steps", "2"])):
+    again = [*command("distil", stickers, tmp_path / "again", 4), "--start-from", str(out / "distil" / "pipeline")]
+    assert "--start-from was distilled to few steps: " in run(*again).output
+    assert "--start-from: cannot load a generator: " in run(*again[:-1], str(tmp_path)).output
+    for name, wrong in (("distil", []), ("base", ["--steps", "2"]), ("base", ["--guide-share", "0.1"])):
         assert run(*command(name, stickers, out, 4), *wrong) == Done(1, "2"), "the parser rejects it"
 
 

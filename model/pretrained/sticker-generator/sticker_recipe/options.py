@@ -124,7 +124,7 @@ def parse(description: str | None) -> argparse.Namespace:
     options.started = started
     options.images = options.images or (UNLIMITED if unlimited else LENGTHS.get(options.command))
     options.watch = options.watch or WATCH.get(options.command, 2000)
-    if options.watch * options.batch > options.guide_share * options.images and options.guide_share:
+    if options.guide_share and options.watch * options.batch > options.guide_share * options.images:
         parser.error(
             f"--guide-share {options.guide_share:g} is before the first grid; give a --watch of at most "
             f"{int(options.guide_share * options.images / options.batch)}"
