@@ -159,10 +159,12 @@ def fit_images(images: Sequence[Image.Image], side: int) -> NDArray[np.uint8]:
 def _noise(backbone: Backbone, count: int, steps: int, config: EditConfig, generator: Generators) -> Tensor:
     """Return the noise (B, N, …) of the edits of ``count`` images."""
     samples = _noise_samples(config)
-    if generator is None or isinstance(generator, torch.Generator):
+    if not isinstance(generator, Sequence):
         noise = backbone.noise(count * samples, steps, generator)
     elif len(generator) != count:
-        raise ModelError(f"{count} images were given, but {len(generator)} generators; give one, or one for each image")
+        raise ModelError(
+            f"number of generators differs from that of the images: {len(generator)}, {count}; give one or {count}"
+        )
     else:
         noise = torch.cat([backbone.noise(samples, steps, one) for one in generator])
     return noise.reshape(count, samples, *noise.shape[1:])

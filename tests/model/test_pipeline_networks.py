@@ -115,8 +115,10 @@ def test_call_invalid_generator_raises(pipeline: KNNDiffusionPipeline, wrong: An
     message = "generator must be one torch.Generator on the CPU"
     with pytest.raises(ModelError, match=message):
         generated(pipeline, generator=wrong)
-    with pytest.raises(ModelError, match=message):
-        pipeline.edit(Image.new("RGB", (8, 8)), PROMPTS[:1], method="sdedit", generator=wrong)
+    if not isinstance(wrong, list):  # an edit accepts one for each image
+        for one in (wrong, [wrong]):
+            with pytest.raises(ModelError, match=message):
+                pipeline.edit(Image.new("RGB", (8, 8)), PROMPTS[:1], method="sdedit", generator=one)
 
 
 def test_call_nan_weights_raise(pipeline: KNNDiffusionPipeline) -> None:

@@ -131,7 +131,7 @@ def test_edit_with_a_generator_for_each_image_gives_the_results_of_single_edits(
     together = sampled(0, 1)
     for number in range(2):
         assert np.abs(sampled(number) - together[number : number + 1]).max() <= 1
-    with pytest.raises(ModelError, match="2 images were given, but 1 generators; give one, or one for each"):
+    with pytest.raises(ModelError, match="number of generators differs from that of the images: 1, 2; give one"):
         editor.edit(images, PROMPT, method="sdedit", generator=[torch.Generator()])
 
 
