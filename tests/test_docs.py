@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 MARKS = {"gpu", "cluster", "slow"}
 LANGUAGES = {"bash", "python", "text", "json", "mermaid", "yaml"}
 GENERATED = {"docs/reference/cli.md", "docs/reference/configuration.md"}
-OTHER_PROGRAMS = {"./run.sh", "tar", "curl", "mlflow", "pip", "prefect", "ray", ".venv/bin/pre-commit"}
+OTHER_PROGRAMS = {"./run.sh", "curl", "mlflow", "npm", "pip", "prefect", "ray", "tar", "unzip", ".venv/bin/pre-commit"}
 
 PROJECT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -150,11 +150,8 @@ class Workspace:
                 subprocess.run(["make", "-n", *targets], cwd=ROOT, check=True, capture_output=True)
             case [".venv/bin/python", "-m", "pytest", *paths]:
                 assert all(path.startswith("-") or (ROOT / path).exists() for path in paths)
-            case ["python", script, *arguments]:
-                sources = "".join(path.read_text() for path in (ROOT / script).parent.rglob("*.py"))
-                assert (ROOT / script).exists(), f"{script} does not exist"
-                unknown = [word for word in arguments if word.startswith("--") and f'"{word}"' not in sources]
-                assert not unknown, f"{script} has no options {unknown}"
+            case ["python", script, *arguments] if marks:
+                check_script(ROOT / script, arguments)
             case ["prefect", "deployment", "run", name, "--param", parameter]:
                 validate_parameters(name, parameter)
             case [program, *_]:
@@ -168,6 +165,13 @@ def parse(arguments: list[str]) -> None:
     command: Any = typer.main.get_command(app)
     assert name in command.commands, f"no command {name}"
     command.commands[name].make_context(name, rest).close()
+
+
+def check_script(script: Path, arguments: list[str]) -> None:
+    """Check that a script of a recipe exists, and that its folder defines the options."""
+    sources = "".join(path.read_text() for path in (script, *script.parent.glob("*_recipe/*.py")))
+    for option in (argument.removeprefix("--") for argument in arguments if argument.startswith("--")):
+        assert f'"{option}"' in sources or f'"--{option}"' in sources, f"{script.name} has no option --{option}"
 
 
 def resolve_imports(tree: ast.Module) -> None:
