@@ -39,6 +39,7 @@ from PIL import Image
 
 class FakePipeline:
     calls = []
+    config = SimpleNamespace(noise_levels=None)
 
     def __call__(self, prompts, **options):
         options.pop("generator")

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 
 import httpx
 import pytest
+import ray
 from support import replicas
 from support.fake_engine import FakeEngine
 from support.served_app import app_of, client
 
-from infra import compute
+from infra.compute import local_ray
 from infra.errors import ConfigError
 from tasks.serve.api import server
 
@@ -90,9 +91,11 @@ def test_two_replicas_on_ray_answer_on_one_port(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PYTHONPATH", f"{CHECKOUT / 'tests'}:{CHECKOUT}")  # of the replicas
     with server.bind("127.0.0.1", 0) as bound:
         address = server.address_of(bound)
-    with compute.cluster(None, 2):
-        serve.start(http_options={"host": "127.0.0.1", "port": int(address.rpartition(":")[2])})
+    # Without an address, Ray Serve joins any cluster that it finds, for example that of another test.
+    with local_ray.loopback():
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         try:
+            serve.start(http_options={"host": "127.0.0.1", "port": int(address.rpartition(":")[2])})
             serve.run(replicas.service(2), route_prefix="/")
             seen = set()
             deadline = time.monotonic() + 20
@@ -105,3 +108,4 @@ def test_two_replicas_on_ray_answer_on_one_port(monkeypatch: pytest.MonkeyPatch)
             assert httpx.post(f"{address}/v1/search", json={}).json()["code"] == "invalid_request"
         finally:
             serve.shutdown()
+            ray.shutdown()
