@@ -119,7 +119,7 @@ class _Connection(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
-        for cycle in self._open:  # the base class tells the last one only
+        for cycle in self._open:  # the base class marks only the last one
             cycle.disconnected = cycle.disconnected or not cycle.response_complete
             cycle.message_event.set()
 
