@@ -1,7 +1,7 @@
 """The command killed at random moments and run again, compared with an uninterrupted run.
 
 ``KILLS`` kills (1, or what the environment says; ``make test-kills`` takes 100) hit process groups. The first kill
-follows the first file of the download, the second the start of MLflow's migrations. The moments of the others are
+follows the first file of the embeddings, the second the start of MLflow's migrations. The moments of the others are
 random: half of them are a random time after the start; the rest follow the appearance of a file in the root. One to ten
 kills in a row hit one new root; the run after them completes it. The uninterrupted run takes place in this process.
 """
@@ -43,7 +43,7 @@ CREATED = (
     "shapes/database/*/*",
 )
 """Files that the command creates on its way to a registered database, as patterns below the root."""
-FIRST = ("shapes/images/*/*", "mlflow.db.new")
+FIRST = ("shapes/embeddings/*/*", "mlflow.db.new")
 """Files that the first kills follow, in this order."""
 TIMEOUT_S = 300.0
 

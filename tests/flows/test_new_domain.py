@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.fakes import WithoutRay
-from support.tiny_domain import COLOURS, NEIGHBOURS, SHAPES, odd_replies, run_stages, small_config, write_urls
+from support.tiny_domain import COLOURS, NEIGHBOURS, SHAPES, odd_replies, small_config, write_urls
 
 from tasks.references.domain_folder import DomainFolder
 
@@ -263,37 +263,6 @@ def test_new_domain_without_any_download_fails_with_outcomes(domain: Any, ray: W
     config = small_config(urls, tmp_path, domain.server.host, train=False)
     with pytest.raises(StageError, match=r"none of the 3 URLs .* could be downloaded \(http_404 3\)"):
         new_domain(config)
-
-
-@pytest.mark.slow
-def test_pipeline_killed_while_embedding_ends_with_digests_of_uninterrupted_run(domain: Any, tmp_path: Path) -> None:
-    """test_kills.py kills the download; tests/model/training/test_loop_resume.py kills the training."""
-    from infra.artifacts import read_manifest
-
-    arguments = [str(domain.urls), str(tmp_path), domain.server.host]
-    script = "import sys; from support.tiny_domain import run_stages; run_stages(*sys.argv[1:])"
-    _run_until([sys.executable, "-c", script, *arguments], tmp_path, "shapes/embeddings/*/shards/*.json")
-    finished = list(tmp_path.glob("shapes/embeddings/*/manifest.json"))
-    assert not finished, "the embeddings were complete before the kill; make the stage of the test slower"
-    run_stages(*arguments)
-    for kind in ("images", "embeddings", "database"):
-        (manifest,) = tmp_path.glob(f"shapes/{kind}/*/manifest.json")
-        assert read_manifest(str(manifest.parent)).digest == getattr(domain.result, kind).reference.digest, kind
-
-
-def _run_until(command: list[str], root: Path, pattern: str, timeout_s: float = 180) -> None:
-    """Start the pipeline, and kill it as soon as a file matches ``pattern``."""
-    log = root / "pipeline.log"
-    with log.open("wb") as output:
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
-        deadline = time.monotonic() + timeout_s
-        while not list(root.glob(pattern)):
-            assert process.poll() is None, log.read_text()[-2000:]
-            assert time.monotonic() < deadline, f"no {pattern} after {timeout_s} s"
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def test_draw_swap_has_one_row_per_prompt() -> None:

@@ -137,23 +137,6 @@ def small_config(urls: Path, root: Path, host: str, *, train: bool = True, image
     )
 
 
-def run_stages(urls: str, root: str, host: str) -> None:
-    """Run the stages of a database in ``root`` without flow and registry; embedding runs on Ray."""
-    from infra import compute
-    from tasks.download.task import download
-    from tasks.embed.task import embed
-    from tasks.index.task import index
-    from tasks.references.domain_folder import DomainFolder
-
-    config = small_config(Path(urls), Path(root), host, train=False)
-    folder = DomainFolder(uri=f"{root}/shapes", cache=Path(root) / "cache")
-    with pytest.MonkeyPatch.context() as patch, compute.cluster():
-        WithoutRay(on_ray={"embeddings"}).install(patch)
-        images = download(config.urls, folder, config.download).reference
-        embeddings = embed(images, folder, config.embed).reference
-        index(embeddings, folder, config.index)
-
-
 @contextmanager
 def made(root: Path, migrated_database: Path) -> Iterator[SmallDomain]:
     """Serve the images, run the flow once, and keep the server running.

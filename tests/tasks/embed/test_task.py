@@ -301,6 +301,13 @@ def test_embed_after_worker_was_killed_repeats_only_unfinished_shards(
     rewritten = {name for name in killed[0] if first[name] > min(first[other] for other in set(first) - killed[0])}
     assert not rewritten, "committed shards must not be rewritten"
 
+    unfinished = sorted(first)[4:]  # what a driver leaves that is killed while it embeds
+    for name in ("manifest.json", *(f"shards/{shard}.json" for shard in unfinished)):
+        (Path(broken.uri) / name).unlink()
+    assert embedded(images, tmp_path).digest == whole.digest
+    again = {path.stem: path.stat().st_mtime_ns for path in Path(broken.uri).glob("shards/*.json")}
+    assert {name for name in first if again[name] != first[name]} == set(unfinished), "only unfinished shards"
+
 
 def test_decoders_in_processes_and_threads_give_equal_results(encoder: Encoder) -> None:
     samples = [(str(number), data) for number, data in enumerate([*IMAGES[:7], b"not an image", *IMAGES[8:10]])]
