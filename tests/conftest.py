@@ -24,7 +24,7 @@ os.environ.update(
         "OMP_WAIT_POLICY": "PASSIVE",
         "PREFECT_LOGGING_LEVEL": "CRITICAL",
         "PYTHONWARNINGS": "ignore",
-        "RAY_worker_niceness": "0",  # with Ray's 15, the test that waits for a worker waits for all other tests as well
+        "RAY_worker_niceness": "0",  # Ray's default of 15 starves its workers while other tests run
     }
 )
 for name in ("KNN_DIFFUSION_ROOT", "KNN_DIFFUSION_RAY_ADDRESS", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
@@ -126,15 +126,15 @@ def bucket(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def moto_bucket(moto_store: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    yield from reached(moto_store, monkeypatch)
+    yield from connected_bucket(moto_store, monkeypatch)
 
 
 @pytest.fixture
 def radosgw_bucket(radosgw_store: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    yield from reached(radosgw_store, monkeypatch)
+    yield from connected_bucket(radosgw_store, monkeypatch)
 
 
-def reached(store: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def connected_bucket(store: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Yield a bucket of ``store``; set its endpoint and credentials, and clear the cache of fsspec."""
     import s3fs
 
@@ -157,7 +157,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def prefect_server(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A Prefect API, started like in the command. The first worker migrates the database, the others copy it."""
+    """Prefect API server of the run. The first worker migrates the database, and the others copy it."""
     from infra.prefect_server import prefect_api
 
     home, migrated = tmp_path_factory.mktemp("prefect"), shared_folder / "prefect.db"
@@ -188,7 +188,7 @@ def migrated_database(shared_folder: Path) -> Path:
     from infra import registry_database
 
     database = shared_folder / "mlflow.db"
-    registry_database.prepare(database, str(shared_folder / "mlflow"))  # one process at a time creates it
+    registry_database.prepare(database, str(shared_folder / "mlflow"))  # locks, so that only one process creates it
     return database
 
 

@@ -1,7 +1,7 @@
 """Reading URL lists: rows per second and peak memory, against pyarrow's own readers of the same files.
 
-Ours is ``read_list``, which checks the list and leaves it in a memory-mapped file. Theirs reads the file into memory.
-Each reading is in a process of its own, alternately, and starts after the imports. The peak is of anonymous memory,
+``ours`` is ``read_list``, which validates the list and memory-maps it. ``pyarrow`` reads the file into memory.
+Each read runs in its own process, and the readers alternate. Imports are not timed. The peak counts anonymous memory,
 which excludes the pages of mapped files. ``csv.gz, quoted`` has captions with quotes and commas, so ours reads the file
 twice. ``ROWS=1000000`` sets the number of rows.
 """
@@ -44,7 +44,7 @@ def bench_lists() -> dict[str, Any]:
             measured: dict[str, list[dict[str, float]]] = {"ours": [], "pyarrow": []}
             for _ in range(ROUNDS):
                 for reader, found in measured.items():
-                    found.append(child(reader, path, rows))
+                    found.append(measure_in_process(reader, path, rows))
             path.unlink()
             medians = {
                 reader: {key: statistics.median(one[key] for one in found) for key in found[0]}
@@ -89,8 +89,8 @@ def write(path: Path, rows: int) -> None:
                 writer.writerows(zip(*(column.to_pylist() for column in table.columns), strict=True))
 
 
-def child(reader: str, path: Path, rows: int) -> dict[str, float]:
-    """Read the file in a process of its own."""
+def measure_in_process(reader: str, path: Path, rows: int) -> dict[str, float]:
+    """Measure one read of the file in a separate process."""
     command = [sys.executable, __file__, reader, str(path)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, float] = json.loads(done.stdout)
@@ -98,7 +98,7 @@ def child(reader: str, path: Path, rows: int) -> dict[str, float]:
     return {"rows_per_s": rows / found["seconds"], "peak_mib": found["peak_mib"]}
 
 
-def theirs(path: str) -> pa.Table:
+def read_with_pyarrow(path: str) -> pa.Table:
     if path.endswith(".parquet"):
         return pq.read_table(path)
     if path.endswith(".jsonl"):
@@ -132,5 +132,8 @@ def measure(read: Callable[[str], pa.Table], path: str) -> dict[str, float]:
 if __name__ == "__main__":
     from infra.formats.lists import read_list
 
-    readers: dict[str, Callable[[str], pa.Table]] = {"ours": lambda path: read_list(path, "URL"), "pyarrow": theirs}
+    readers: dict[str, Callable[[str], pa.Table]] = {
+        "ours": lambda path: read_list(path, "URL"),
+        "pyarrow": read_with_pyarrow,
+    }
     print(json.dumps(measure(readers[sys.argv[1]], sys.argv[2])))

@@ -4,8 +4,8 @@ Run at commit a7d5b72 (0.1.0) with diffusers 0.42.1, faiss-cpu 1.15.1, mlflow 3.
 
     python tests/compatibility/make_root.py
 
-Do not run it with later code: the fixture's worth is that this version did not write it. Only interfaces that later
-versions keep are used here, the flows of prefect.yaml with JSON parameters. The root holds two domains:
+Do not run it with later code: the fixture proves that later versions read what 0.1.0 wrote. The script uses only the
+stable interface: the flows of prefect.yaml with JSON parameters. The root holds two domains:
 
     plain     8 images; a tiny generator trained on them, registered as knn-diffusion; two evaluations of it, a report
     shapes    version 1: 8 images in two shards; version 2: 4 more images; version 3: one of the 12 images taken down
@@ -116,14 +116,14 @@ def make(root: Path) -> None:
 
 
 def is_left_out(path: str) -> bool:
-    """Return True if the fixture does without the file of this path below the root."""
+    """Return True if the fixture omits the file; ``path`` is relative to the root."""
     in_report = path.startswith("plain/report/") and not path.endswith("/manifest.json")
     is_report_copy = path.startswith("mlflow/") and "/evaluation." in path
     return in_report or is_report_copy or "/lease/" in path or "/checkpoints/" in path or path == "mlflow.db"
 
 
 def pack(root: Path) -> None:
-    """Copy the root into the fixture, with the placeholder in place of its path."""
+    """Copy the root into the fixture, and replace its path by the placeholder."""
 
     def portable(data: bytes) -> bytes:
         return data.replace(str(root).encode(), PLACEHOLDER.encode()).replace(str(CHECKOUT).encode(), b"/opt/checkout")

@@ -1,4 +1,4 @@
-"""Builds whose disk becomes full or whose store fails, in each stage."""
+"""Builds with a full disk or a failing store, in each stage."""
 
 import errno
 import os
@@ -16,18 +16,18 @@ from infra.errors import StageError
 from infra.storage.errors import storage_errors
 
 STAGES = {"images": ".tar", "embeddings": ".npy", "database": ".faiss"}
-SHARDS_LEFT = {"images": 2, "embeddings": 2, "database": 0}
-"""Shards of the stage that are committed before the fault, which hits the third file, or the first of an index."""
+COMMITTED_SHARDS = {"images": 2, "embeddings": 2, "database": 0}
+"""Number of shards that each stage commits before the fault."""
 Put = Callable[[Path, str], None]
 
 
-def failing(kind: str, error: Exception, put: Put, seen: list[str]) -> Put:
+def failing_put(kind: str, error: Exception, put: Put, seen: list[str]) -> Put:
     """Return a ``put`` that fails once on a file of the stage; ``seen`` collects the URIs of the stage."""
 
     def fails_once(local: Path, uri: str) -> None:
         if f"/{kind}/" in uri and uri.endswith(STAGES[kind]) and not uri.endswith("quantizer.faiss"):
             seen.append(uri)
-            if len(seen) == SHARDS_LEFT[kind] + 1:
+            if len(seen) == COMMITTED_SHARDS[kind] + 1:
                 with storage_errors(uri):
                     raise error
         put(local, uri)
@@ -44,7 +44,7 @@ def committed(folder: Path) -> dict[str, int]:
 def unbroken(
     image_server: LoopbackServer, migrated_database: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> artifacts.Manifest:
-    """The manifest of a database that is built without a fault."""
+    """Manifest of a database built without a fault."""
     image_server.reset({path: Reply(body=body) for path, body in BODY.items()})
     with pytest.MonkeyPatch.context() as patch:
         WithoutRay().install(patch)
@@ -60,7 +60,7 @@ def test_build_after_full_disk_reuses_committed_shards(
     base = Path(living.root) / "shapes"
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "put", failing(kind, full, storage.put, []))
+        patch.setattr(storage, "put", failing_put(kind, full, storage.put, []))
         with pytest.raises(StageError, match=r"no space left for .*free some space or choose another") as caught:
             living.build(NAMES[:16])
     assert "\n" not in str(caught.value)
@@ -79,12 +79,12 @@ def test_build_after_full_disk_reuses_committed_shards(
 def test_build_with_transient_store_failure_retries_only_the_failed_file(
     kind: str, unbroken: artifacts.Manifest, living_on_prefect: Living, ray: WithoutRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    living = living_on_prefect  # which repeats the task of the stage
+    living = living_on_prefect  # Prefect retries the task of the stage
     down = EndpointConnectionError(endpoint_url="http://store")
     seen: list[str] = []
-    monkeypatch.setattr(storage, "put", failing(kind, down, storage.put, seen))
+    monkeypatch.setattr(storage, "put", failing_put(kind, down, storage.put, seen))
     built: Any = living.build(NAMES[:16])
-    assert seen.count(seen[SHARDS_LEFT[kind]]) == 2, "only the failed file is stored again"
+    assert seen.count(seen[COMMITTED_SHARDS[kind]]) == 2, "only the failed file is stored again"
     assert len(seen) == len(set(seen)) + 1
     assert living.champion() == set(NAMES[:16])
     assert built.database.reference.digest == unbroken.digest

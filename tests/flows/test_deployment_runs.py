@@ -20,7 +20,7 @@ RUN = UUID("01234567-89ab-cdef-0123-456789abcdef")
 
 
 class Client:
-    """A client whose run passes through ``states``. None: the server does not answer."""
+    """Fake client whose run passes through ``states``; for None, the server does not answer."""
 
     def __init__(self, *states: State[Any] | None) -> None:
         self.states, self.set, self.created = list(states), list[State[Any]](), dict[str, Any]()
@@ -69,7 +69,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     return fake
 
 
-def use(client: Client, monkeypatch: pytest.MonkeyPatch) -> Client:
+def install(client: Client, monkeypatch: pytest.MonkeyPatch) -> Client:
     monkeypatch.setattr(deployment_runs, "get_client", client)
     return client
 
@@ -87,21 +87,21 @@ def use(client: Client, monkeypatch: pytest.MonkeyPatch) -> Client:
 def test_follow_shows_each_state_once_and_returns_the_exit_code(
     end: State[Any], code: int, line: str, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(Client(Pending(), Running(), Running(), None, None, Running(), end), monkeypatch)
+    install(Client(Pending(), Running(), Running(), None, None, Running(), end), monkeypatch)
     lines: list[str] = []
     assert follow(RUN, lines.append) == code
     assert lines == ["Pending", "Running", line]
 
 
 def test_follow_fails_after_a_long_outage(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(Client(Running(), None), monkeypatch)
+    install(Client(Running(), None), monkeypatch)
     with pytest.raises(StageError, match=r"Prefect's server does not answer: .*; start it with make up"):
         follow(RUN, lambda line: None)
     assert OUTAGE_S < clock.now < OUTAGE_S + 5
 
 
 def test_start_run_changes_parameters_of_the_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
-    client = use(Client(), monkeypatch)
+    client = install(Client(), monkeypatch)
     assert start_run("rebuild-index/birds", ["urls=more.csv"]).id == RUN
     assert client.created == {"config": {"domain": "birds", "urls": "more.csv"}}
     with pytest.raises(NotFoundError, match="deployment does not exist: birds/birds; run make deploy"):
@@ -109,7 +109,7 @@ def test_start_run_changes_parameters_of_the_deployment(monkeypatch: pytest.Monk
 
 
 def test_list_runs_returns_a_row_for_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(Client(), monkeypatch)
+    install(Client(), monkeypatch)
     rows = [tuple(row.values()) for row in list_runs(2)]
     assert rows == [
         (str(RUN), "done", "Skipped", "2026-01-02T03:04:05+00:00", 1.3),
@@ -117,11 +117,11 @@ def test_list_runs_returns_a_row_for_each_run(monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
-def test_cancel_asks_a_run_to_end_and_refuses_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    client = use(Client(Running()), monkeypatch)
+def test_cancel_requests_cancellation_and_rejects_ended_or_unknown_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = install(Client(Running()), monkeypatch)
     assert cancel(str(RUN)).name == "amber-fox"
     assert [state.name for state in client.set] == ["Cancelling"]
-    use(Client(Completed()), monkeypatch)
+    install(Client(Completed()), monkeypatch)
     with pytest.raises(InputError, match=r"run has already ended: .* is Completed"):
         cancel(str(RUN))
     with pytest.raises(InputError, match="not the id of a run: birds; see knn-diffusion runs"):
@@ -130,7 +130,7 @@ def test_cancel_asks_a_run_to_end_and_refuses_others(monkeypatch: pytest.MonkeyP
         cancel("00000000-0000-0000-0000-000000000000")
 
 
-def test_link_names_the_page_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_link_returns_url_of_the_run_page(monkeypatch: pytest.MonkeyPatch) -> None:
     from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api", PREFECT_UI_URL: None}):

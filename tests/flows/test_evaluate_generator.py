@@ -60,7 +60,7 @@ def test_evaluate_generator_publishes_the_page_to_mlflow_and_prefect(
     assert len(artifacts_of("evaluation-figure")) == len(artifacts_of("evaluation")) >= 2
 
 
-def test_open_by_any_name_returns_the_version(domain: Any, tmp_path: Path) -> None:
+def test_open_by_each_kind_of_name_returns_the_version(domain: Any, tmp_path: Path) -> None:
     from flows.evaluate_generator import open_databases, open_generator
     from infra.errors import NotFoundError
     from infra.settings import Settings

@@ -1,4 +1,4 @@
-"""The whole pipeline with its root in an object store and local metadata, used from another machine."""
+"""Complete pipeline runs with the root in an object store; another machine loads the results."""
 
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,9 @@ from infra.settings import Settings
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path) -> Settings:
+def other_machine(tmp_path: Path) -> Settings:
     """Settings of a machine without local files of the domain."""
-    return Settings(
-        root="s3://none/of/its/own", cache=tmp_path / "elsewhere", tracking=f"sqlite:///{tmp_path}/mlflow.db"
-    )
+    return Settings(root="s3://absent/root", cache=tmp_path / "elsewhere", tracking=f"sqlite:///{tmp_path}/mlflow.db")
 
 
 def build_twice(bucket: Bucket, folder: Path, monkeypatch: pytest.MonkeyPatch, *, train: bool) -> Any:
@@ -50,15 +48,19 @@ def assert_found(built: Any, settings: Settings) -> None:
 
 
 def test_new_domain_in_object_store_builds_a_database(
-    prefect_server: None, moto_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: Settings
+    prefect_server: None, moto_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_machine: Settings
 ) -> None:
-    assert_found(build_twice(moto_bucket, tmp_path, monkeypatch, train=False), elsewhere)
+    assert_found(build_twice(moto_bucket, tmp_path, monkeypatch, train=False), other_machine)
 
 
 @pytest.mark.slow
 @pytest.mark.s3
 def test_new_domain_in_real_object_store_builds_database_and_generator(
-    prefect_server: None, radosgw_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: Settings
+    prefect_server: None,
+    radosgw_bucket: Bucket,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    other_machine: Settings,
 ) -> None:
     import torch
 
@@ -71,13 +73,13 @@ def test_new_domain_in_real_object_store_builds_database_and_generator(
     assert any(key.startswith("line/mlflow/") and key.endswith(".safetensors") for key in keys)
     assert not [key for key in keys if "/ray/" in key or key.endswith((".partial", "progress.json"))]
 
-    assert_found(built, elsewhere)
+    assert_found(built, other_machine)
     images = []
     for generator, database in (
         ("models:/knn-diffusion@champion", "shapes"),
         (built.trained.generator.reference.uri, built.database.reference.uri),
     ):
-        pipeline = load_pipeline(generator, database, elsewhere)
+        pipeline = load_pipeline(generator, database, other_machine)
         output = pipeline("red circle", generator=torch.Generator().manual_seed(1), num_inference_steps=2)
         assert output.hits.ids.shape == (1, NEIGHBOURS)
         images.append(np.asarray(output.images[0]))

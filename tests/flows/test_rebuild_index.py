@@ -63,10 +63,10 @@ def test_rebuild_after_drift_retrains_the_quantizer(living: Living, ray: Without
     from tasks.index.config import IndexConfig
     from tasks.references.database import QUANTIZER
 
-    patient = IndexConfig(index="IVF2,SQfp16", recall_queries=4, max_drift=1e9)
-    living.build(NAMES[:8], index=patient)
+    tolerant = IndexConfig(index="IVF2,SQfp16", recall_queries=4, max_drift=1e9)
+    living.build(NAMES[:8], index=tolerant)
     reused = living.rebuild(urls=living.listed(*NAMES[:10]))
-    retrained = living.rebuild(urls=living.listed(*NAMES[:12]), index=dataclasses.replace(patient, max_drift=0.0))
+    retrained = living.rebuild(urls=living.listed(*NAMES[:12]), index=dataclasses.replace(tolerant, max_drift=0.0))
     trained_for = []
     for rebuilt in (reused, retrained):
         (quantizer,) = (shard for shard in rebuilt.after.database.manifest().shards if shard.name == QUANTIZER)
@@ -107,7 +107,7 @@ def test_takedown_is_hidden_then_compacted_then_collected(living: Living, ray: W
     assert not any(BODY[name] in data for name in gone for data in after.values())
     assert living.found(compacted.after.database) == set(NAMES[:FIRST]) - gone
     assert [bool(version.get("collected")) for version in living.versions()] == [True, True, False]
-    grown = living.rebuild(urls=living.listed(*NAMES[: FIRST + 2]))  # it can be rebuilt again
+    grown = living.rebuild(urls=living.listed(*NAMES[: FIRST + 2]))  # a collected domain can be rebuilt
     assert living.found(grown.after.database) == set(NAMES[: FIRST + 2]) - gone
 
 
@@ -134,10 +134,10 @@ def test_takedown_is_champion_before_downloads_start(living: Living, ray: Withou
     down = living.listed({"url": living.server.url(NAMES[1])}, name="down.jsonl")
 
     def record_champion() -> Iterator[bytes]:
-        shown.append(living.champion())
+        champions.append(living.champion())
         yield BODY[NAMES[4]]
 
-    shown: list[set[str]] = []
+    champions: list[set[str]] = []
     living.server.replies[NAMES[4]] = Reply(body=record_champion)
     living.server.replies[NAMES[5]] = Reply(status=503)
     with pytest.raises(StageError, match="none of the 1 URLs"):
@@ -145,7 +145,7 @@ def test_takedown_is_champion_before_downloads_start(living: Living, ray: Withou
     assert living.champion() == set(NAMES[:4]) - {NAMES[1]}  # although the download failed
     further = living.listed({"url": living.server.url(NAMES[2])}, name="down.jsonl")
     rebuilt = living.rebuild(takedown=further, urls=living.listed(*NAMES[:5]), compact=True)
-    assert shown == [{NAMES[0], NAMES[3]}]
+    assert champions == [{NAMES[0], NAMES[3]}]
     assert living.found(rebuilt.after.database) == living.champion() == {NAMES[0], NAMES[3], NAMES[4]}
     assert rebuilt.after.database.rows == 3  # also compacted
     assert rebuilt.skipped == {"takedown": False, "download": False, "embed": False, "compact": False, "index": False}
@@ -301,7 +301,9 @@ def test_rebuild_after_killed_worker_repeats_only_its_shard(living: Living, monk
         def kill_worker() -> Iterator[bytes]:
             """Kill the worker that sends the first request."""
             if not killed:
-                (worker,) = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _asks(p, living)]
+                (worker,) = [
+                    int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _is_downloading(p, living)
+                ]
                 killed.append(worker)
                 os.kill(worker, signal.SIGKILL)
                 time.sleep(0.2)
@@ -318,7 +320,7 @@ def test_rebuild_after_killed_worker_repeats_only_its_shard(living: Living, monk
         assert rebuilt.after.images.manifest().info["outcomes"] == {"success": 12}
 
 
-def _asks(process: Path, living: Living) -> bool:
+def _is_downloading(process: Path, living: Living) -> bool:
     """Return True if the process is a Ray worker with a connection to the server."""
     try:
         if b"ray::" not in (process / "cmdline").read_bytes():

@@ -25,7 +25,7 @@ IMAGES, CANDIDATES = 3, 5
 
 
 class RandomEncoder:
-    """An encoder of random projections of the pixels."""
+    """Encoder that projects pixels at random."""
 
     def embed_pixels(self, images: NDArray[np.uint8]) -> Tensor:
         flat = torch.from_numpy(images.reshape(len(images), -1)).float() / 127.5 - 1
@@ -34,7 +34,7 @@ class RandomEncoder:
 
 
 class LimitedEncoder(RandomEncoder):
-    """It runs out of memory above ``limit`` images."""
+    """Encoder that runs out of memory above ``limit`` images."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -60,7 +60,7 @@ def generated(pipeline: KNNDiffusionPipeline, **options: Any) -> NDArray[np.uint
 
 
 def closest(images: NDArray[np.uint8], targets: Tensor) -> NDArray[np.uint8]:
-    """Return, of each ``CANDIDATES`` adjacent images, the one closest to its target."""
+    """Return the image closest to its target from each group of ``CANDIDATES`` adjacent images."""
     cosines = (RandomEncoder().embed_pixels(images) * targets.repeat_interleave(CANDIDATES, dim=0)).sum(1)
     best = cosines.reshape(-1, CANDIDATES).argmax(1).numpy()
     assert len(set(best.tolist())) > 1
@@ -72,7 +72,7 @@ def closest(images: NDArray[np.uint8], targets: Tensor) -> NDArray[np.uint8]:
     [{"query": "text"}, {"query": "mean"}, {"query": "both"}, {"query": "none"}, {"retrieve": False}],
     ids=lambda options: "-".join(str(value) for value in options.values()),
 )
-def test_candidates_closest_to_the_query_slot_is_returned(
+def test_candidates_return_the_one_closest_to_the_query_slot(
     pipeline: KNNDiffusionPipeline, options: dict[str, Any]
 ) -> None:
     mean = F.normalize(torch.from_numpy(pipeline.database.search(PROMPTS.numpy(), 3).embeddings).mean(1))

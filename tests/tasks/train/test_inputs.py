@@ -1,4 +1,4 @@
-"""Tests of the checks of a training's inputs, which come before any stage."""
+"""Validation of training inputs before the first stage."""
 
 import json
 from pathlib import Path
@@ -34,12 +34,12 @@ def test_check_inputs_accepts_the_bundled_generator_and_its_encoder(tmp_path: Pa
         ({"autoencoder": "/absent"}, "autoencoder is no AutoencoderKL or VQModel: /absent"),
     ],
 )
-def test_check_inputs_of_a_wrong_path_fails_with_the_reason(train: dict[str, Any], reason: str) -> None:
+def test_check_inputs_with_wrong_path_fails_with_reason(train: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         check_inputs(TrainConfig(**train))
 
 
-def test_check_inputs_of_absent_weights_or_another_encoder_fails() -> None:
+def test_check_inputs_with_absent_weights_or_other_encoder_fails() -> None:
     with pytest.raises(InputError, match=r"inception_weights does not exist: /absent"):
         check_weights(EvaluateConfig(inception_weights="/absent"))
     other = EncoderIdentity(name="other", weights_digest="0" * 64, preprocess_digest="0" * 64, dimension=256)

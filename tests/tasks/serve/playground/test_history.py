@@ -1,4 +1,4 @@
-"""Entries of the history, without a browser."""
+"""Playground history entries, tested without a browser."""
 
 from collections.abc import Iterator
 from typing import Any

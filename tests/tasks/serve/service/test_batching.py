@@ -19,7 +19,7 @@ RESPONSE = SearchResponse(model="tiny", database=VERSION, encoder="tiny", settin
 
 
 class Runner:
-    """Runs batches when it is allowed to, and records their keys and sizes."""
+    """Runner that blocks until ``free`` is set and records the keys and sizes of each batch."""
 
     def __init__(self) -> None:
         self.batches: list[list[Any]] = []
@@ -42,7 +42,7 @@ def runner() -> Iterator[Runner]:
     made.free.set()
 
 
-def queue_of(runner: Runner, **options: Any) -> BatchQueue:
+def started_queue(runner: Runner, **options: Any) -> BatchQueue:
     queue = BatchQueue("test", runner, **{"capacity": 10, "batch": 4} | options)
     queue.start()
     return queue
@@ -66,8 +66,8 @@ def put_first(queue: BatchQueue, runner: Runner) -> Ticket:
     return first
 
 
-def test_queue_runs_oldest_ticket_with_those_of_its_key(runner: Runner) -> None:
-    queue = queue_of(runner)
+def test_queue_batches_oldest_ticket_with_others_of_its_key(runner: Runner) -> None:
+    queue = started_queue(runner)
     put_first(queue, runner)
     waiting = [*put(queue, 1, key="a"), *put(queue, 1, key="b"), *put(queue, 1, 1, key="a")]
     runner.free.set()
@@ -77,7 +77,7 @@ def test_queue_runs_oldest_ticket_with_those_of_its_key(runner: Runner) -> None:
 
 
 def test_queue_fills_batches_up_to_their_size_and_runs_larger_tickets_alone(runner: Runner) -> None:
-    queue = queue_of(runner)
+    queue = started_queue(runner)
     put_first(queue, runner)
     waiting = put(queue, 3, 2, 1, 9, 1)
     runner.free.set()
@@ -87,8 +87,8 @@ def test_queue_fills_batches_up_to_their_size_and_runs_larger_tickets_alone(runn
     assert sizes == [[3, 1], [2, 1], [9]]
 
 
-def test_full_queue_rejects_with_the_usual_time_of_a_batch(runner: Runner) -> None:
-    queue = queue_of(runner, capacity=2)
+def test_full_queue_rejects_with_typical_batch_time(runner: Runner) -> None:
+    queue = started_queue(runner, capacity=2)
     put_first(queue, runner)
     put(queue, 1, 1)
     queue._seconds.extend([2.0, 6.0])
@@ -97,8 +97,8 @@ def test_full_queue_rejects_with_the_usual_time_of_a_batch(runner: Runner) -> No
     assert caught.value.retry_after_s == 4.0
 
 
-def test_position_counts_the_jobs_before_a_waiting_one(runner: Runner) -> None:
-    queue = queue_of(runner)
+def test_position_counts_jobs_ahead(runner: Runner) -> None:
+    queue = started_queue(runner)
     first = put_first(queue, runner)
     waiting = put(queue, 1, 1, 1)
     waiting[1].job.cancel()
@@ -107,7 +107,7 @@ def test_position_counts_the_jobs_before_a_waiting_one(runner: Runner) -> None:
 
 
 def test_cancelled_tickets_free_their_places_and_never_run(runner: Runner) -> None:
-    queue = queue_of(runner, capacity=1)
+    queue = started_queue(runner, capacity=1)
     put_first(queue, runner)
     (cancelled,) = put(queue, 1, key="cancelled")
     cancelled.job.cancel()
@@ -120,7 +120,7 @@ def test_cancelled_tickets_free_their_places_and_never_run(runner: Runner) -> No
 
 
 def test_ticket_that_waits_too_long_is_rejected(runner: Runner) -> None:
-    queue = queue_of(runner, max_wait_s=0.01)
+    queue = started_queue(runner, max_wait_s=0.01)
     put_first(queue, runner)
     (late,) = put(queue, 1)
     time.sleep(0.02)
@@ -130,7 +130,7 @@ def test_ticket_that_waits_too_long_is_rejected(runner: Runner) -> None:
 
 
 def test_ticket_that_waits_too_long_is_rejected_while_a_batch_runs(runner: Runner) -> None:
-    queue = queue_of(runner, max_wait_s=0.01)
+    queue = started_queue(runner, max_wait_s=0.01)
     put_first(queue, runner)
     (late,) = put(queue, 1)
     time.sleep(0.02)
@@ -139,8 +139,8 @@ def test_ticket_that_waits_too_long_is_rejected_while_a_batch_runs(runner: Runne
     assert queue.depth() == 0
 
 
-def test_close_runs_what_was_accepted_and_accepts_nothing_else(runner: Runner) -> None:
-    queue = queue_of(runner)
+def test_close_runs_accepted_tickets_and_rejects_new_ones(runner: Runner) -> None:
+    queue = started_queue(runner)
     tickets = [put_first(queue, runner), *put(queue, 1, 1)]
     closing = threading.Thread(target=queue.close, args=(time.monotonic() + 10,))
     closing.start()
@@ -153,8 +153,8 @@ def test_close_runs_what_was_accepted_and_accepts_nothing_else(runner: Runner) -
     assert [one.job.future.result(0) for one in tickets] == [RESPONSE] * 3
 
 
-def test_close_fails_what_is_left_at_the_deadline(runner: Runner) -> None:
-    queue = queue_of(runner)
+def test_close_at_the_deadline_fails_remaining_tickets(runner: Runner) -> None:
+    queue = started_queue(runner)
     tickets = [put_first(queue, runner), *put(queue, 1)]
     queue.close(time.monotonic())
     for one in tickets:
@@ -172,7 +172,7 @@ def test_close_of_a_queue_that_was_never_started_fails_its_tickets(runner: Runne
 
 def test_batch_that_is_not_full_waits_for_more(runner: Runner) -> None:
     runner.free.set()
-    queue = queue_of(runner, wait_s=0.2, batch=2)
+    queue = started_queue(runner, wait_s=0.2, batch=2)
     tickets = put(queue, 1, 1)
     for one in tickets:
         one.job.future.result(10)

@@ -37,7 +37,7 @@ def test_quality_is_a_preset_that_given_settings_override(engine: Engine) -> Non
     assert (given["candidates"], given["start"], given["strength"]) == (1, "noise", None)
 
 
-def test_generation_without_stored_images_is_that_of_the_pipeline(engine: Engine, tmp_path: Path) -> None:
+def test_generation_without_stored_images_equals_the_pipeline(engine: Engine, tmp_path: Path) -> None:
     model = engine._catalog.model
     plain = tiny_models.database(tmp_path / "plain", tiny_models.unit_rows(40))
     opened = OpenDatabase(plain, name="plain", version=1)
@@ -52,7 +52,7 @@ def test_generation_without_stored_images_is_that_of_the_pipeline(engine: Engine
         plan(GenerateRequest(prompt="an owl", start="neighbour"), opened, model)
 
 
-def test_image_depends_on_its_seed_but_not_on_the_batch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_depends_on_its_seed_but_not_on_the_batch(engine: Engine) -> None:
     many = images(engine, GenerateRequest(prompt="an owl", n=4, seed=5))
     for number in range(4):
         alone = images(engine, GenerateRequest(prompt="an owl", seed=5 + number))
@@ -66,7 +66,7 @@ def test_image_depends_on_its_seed_but_not_on_the_batch(engine: Engine, monkeypa
         assert np.abs(pixels(batch[1].images[number].png) - pixels(many.images[number].png)).max() <= 1
 
 
-def test_first_image_equals_that_of_the_pipeline_with_the_seed(engine: Engine) -> None:
+def test_first_image_equals_pipeline_output_for_its_seed(engine: Engine) -> None:
     made = images(engine, GenerateRequest(prompt="an owl", seed=9))
     pipeline = engine._catalog.model.with_database(engine._catalog.get(None))
     alone = pipeline("an owl", generator=torch.Generator().manual_seed(9), quality="fast").images[0]
@@ -100,7 +100,7 @@ def test_interpolation_has_the_neighbours_of_the_nearer_end(engine: Engine) -> N
     assert [[hit.id for hit in image.neighbours] for image in made.images] == expected
 
 
-def test_edit_makes_one_edit_for_each_seed_with_its_region(engine: Engine) -> None:
+def test_edit_returns_an_image_and_region_for_each_seed(engine: Engine) -> None:
     request = EditRequest(image=SOURCE, prompt="a cat", n=2, seed=3, method="sdedit", steps=2)
     made = images(engine, request)
     assert (made.kind, made.settings["method"], made.settings["steps"]) == ("edit", "sdedit", 2)
