@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,6 +58,7 @@ def test_image_depends_on_its_seed_but_not_on_the_batch(engine: Engine) -> None:
     for number in range(4):
         alone = images(engine, GenerateRequest(prompt="an owl", seed=5 + number))
         assert np.abs(pixels(alone.images[0].png) - pixels(many.images[number].png)).max() <= 1
+    assert len({image.png for image in many.images}) == 4, "four seeds"
     opened, model = engine._catalog.get(None), engine._catalog.model
     requests = [GenerateRequest(prompt=prompt, n=2, seed=seed) for prompt, seed in (("a cat", 1), ("an owl", 5))]
     plans = [plan(request, opened, model) for request in requests]
@@ -74,9 +76,11 @@ def test_first_image_equals_pipeline_output_for_its_seed(engine: Engine) -> None
 
 
 def test_generation_with_negative_prompt_image_and_noise(engine: Engine) -> None:
-    made = images(engine, GenerateRequest(prompt="a", negative_prompt="b", start="noise", steps=2, guidance=2, k=2))
+    settings: Any = {"prompt": "a", "start": "noise", "steps": 2, "guidance": 2, "k": 2, "seed": 0}
+    made = images(engine, GenerateRequest(negative_prompt="b", **settings))
     assert made.settings["strength"] is None
     assert len(made.images[0].neighbours) == 2
+    assert (pixels(made.images[0].png) != pixels(images(engine, GenerateRequest(**settings)).images[0].png)).any()
     assert images(engine, GenerateRequest(image=SOURCE)).settings["image_sha256"]
 
 
