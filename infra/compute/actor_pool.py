@@ -12,9 +12,12 @@ from infra.compute import interruptible
 from infra.errors import StageError
 
 SHARD_TRIES = 3
-"""Attempts at a shard whose worker dies while it holds no other shard. Exceptions of a worker are not retried here."""
+"""Number of actor deaths after which a shard fails. A death counts if the actor held no other shard.
+
+Exceptions of a worker are not retried.
+"""
 ISOLATED_AFTER = 2
-"""Number of deaths of workers that held a shard after which its items are processed in isolation."""
+"""Number of actor deaths after which the items of a shard are isolated. Deaths count even if other shards were held."""
 _SHARDS_PER_ACTOR = 2  # one being processed and one queued
 
 
@@ -33,33 +36,33 @@ class FailedShard:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Shard:
-    """Shard in the queue or with an actor, and the deaths of actors that held it."""
+    """Shard in the queue or on an actor, with the number of actors that died while they held it."""
 
     item: Any
-    deaths: int = 0
-    seen: int = 0  # deaths while an actor held this shard, possibly caused by another shard
+    deaths: int = 0  # possibly caused by another shard that the actor held
+    deaths_alone: int = 0  # of actors that held no other shard
 
     @property
     def suspect(self) -> bool:
-        """Return True if a worker may have died of this shard."""
-        return self.seen > 0
+        """Return True if this shard may have killed an actor."""
+        return self.deaths > 0
 
     @property
     def isolate(self) -> bool:
-        """Return True if one of its items most likely kills workers, which only isolation can find."""
-        return self.seen >= ISOLATED_AFTER
+        """Return True if an item of this shard probably kills actors. Only isolation shows which one."""
+        return self.deaths >= ISOLATED_AFTER
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Slot:
-    """Actor, whether it has started, and the shards it holds."""
+    """Place of an actor in the pool, with the shards that the actor holds."""
 
     actor: Any
-    runs: bool = False
+    started: bool = False
     held: list[_Shard] = dataclasses.field(default_factory=list)
 
-    def takes(self, shard: _Shard) -> bool:
-        """Return True if there is room for ``shard``. A suspect shares an actor with no other shard."""
+    def accepts(self, shard: _Shard) -> bool:
+        """Return True if the actor has room for ``shard``. A suspect never shares an actor."""
         return not self.held or (len(self.held) < _SHARDS_PER_ACTOR and not shard.suspect and not self.held[0].suspect)
 
 
@@ -67,9 +70,9 @@ class ActorPool:
     """Pool of actors with methods ``ready()`` and ``run(item, isolate)``.
 
     With ``isolate`` an actor processes a shard item by item, so that an item that kills the process fails alone. The
-    shards of a dead actor go to the other actors and to its replacement. From then on each of them is processed
-    alone, so that the next death identifies the culprit. An actor gets shards only once it has started, because the
-    cluster may have no room for it after the loss of a machine.
+    shards of a dead actor go to the other actors and to its replacement. From then on, none of them shares an actor, so
+    that the next death identifies the culprit. An actor gets shards only once it has started, because the cluster may
+    have no room for it after the loss of a machine.
     """
 
     def __init__(self, start: Callable[[], Any], items: Iterable[Any], size: int) -> None:
@@ -101,23 +104,24 @@ class ActorPool:
                     if self._failed_starts > SHARD_TRIES * self._size:
                         raise StageError(f"no worker could be started ({one_line(error)}); see Ray's logs") from error
                     continue
-                shard.deaths += len(slot.held) == 1
-                shard.seen += 1
-                if shard.deaths < SHARD_TRIES:
-                    self._waiting.insert(sum(other.suspect for other in self._waiting), shard)  # suspects go first
-                    self._feed()
+                shard.deaths_alone += len(slot.held) == 1
+                shard.deaths += 1
+                if shard.deaths_alone < SHARD_TRIES:
+                    suspects = sum(other.suspect for other in self._waiting)  # they are at the front of the queue
+                    self._waiting.insert(suspects, shard)
+                    self._assign_shards()
                     continue
                 result = FailedShard(shard.item, error)
             if shard is None:
-                slot.runs = True
-                self._feed()
+                slot.started = True
+                self._assign_shards()
                 continue
             slot.held.remove(shard)
-            self._feed()
+            self._assign_shards()
             yield result
 
     def close(self) -> None:
-        """Kill the actors, including their unfinished shards."""
+        """Kill the actors. Their unfinished shards yield no results."""
         for slot in self._slots:
             ray.kill(slot.actor)
 
@@ -127,16 +131,16 @@ class ActorPool:
         self._pending[slot.actor.ready.remote()] = (slot, None)
 
     def _replace(self, slot: _Slot) -> None:
-        if slot in self._slots:  # otherwise replaced already, for another of its shards
+        if slot in self._slots:  # otherwise the failure of another of its shards replaced it
             self._slots.remove(slot)
             ray.kill(slot.actor)
             self._add_slot()
 
-    def _feed(self) -> None:
+    def _assign_shards(self) -> None:
         """Give every started actor one shard before any actor gets two."""
         for held in range(_SHARDS_PER_ACTOR):
             for slot in self._slots:
-                if self._waiting and slot.runs and len(slot.held) <= held and slot.takes(self._waiting[0]):
+                if self._waiting and slot.started and len(slot.held) <= held and slot.accepts(self._waiting[0]):
                     shard = self._waiting.popleft()
                     self._pending[slot.actor.run.remote(shard.item, shard.isolate)] = (slot, shard)
                     slot.held.append(shard)

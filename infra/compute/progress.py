@@ -1,4 +1,4 @@
-"""Progress of a remote worker: a small file that the worker writes, and a progress bar of the flow that reads it."""
+"""Progress of a remote worker: the worker writes a small file, and the flow shows it as a progress bar."""
 
 import contextlib
 import json
@@ -13,13 +13,13 @@ from infra.progress import ProgressBar
 
 
 class Progress:
-    """Progress report of a worker: a small file in the stage's folder."""
+    """Writer of a worker's progress to a small file in the folder of the stage."""
 
     FILE = "progress.json"
     EVERY_S = 1.0
 
     def __init__(self, folder_uri: str, unit: str = "image") -> None:
-        """Report to ``folder_uri``, counting in ``unit``."""
+        """Write to ``folder_uri`` and count in ``unit``."""
         self._uri, self._unit, self._written = storage.join(folder_uri, self.FILE), unit, -self.EVERY_S
 
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
@@ -43,7 +43,7 @@ def progress_bar(folder_uri: str, what: str) -> Iterator[None]:
                 with contextlib.suppress(NotFoundError, TransientError, ValueError):
                     state = json.loads(storage.read_bytes(uri))
                     if (state["what"], state["total"]) != (bar.desc.removesuffix(": "), bar.total):
-                        # First report of this part: items done earlier, before a resume, must not count in the rate.
+                        # A new part of the work. The rate must not count items that were done before a resume.
                         bar.unit = state["unit"]
                         bar.set_description(state["what"], refresh=False)
                         bar.reset(state["total"])

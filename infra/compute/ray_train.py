@@ -1,4 +1,4 @@
-"""Training on Ray Train: a loop on several workers, restarted when one dies."""
+"""Training on Ray Train: a loop on several workers, which are restarted if one dies."""
 
 import contextlib
 import threading
@@ -29,11 +29,11 @@ def train(
 
     If a worker dies, the workers are restarted and the loop resumes from its own checkpoints. If this process is
     interrupted, by Ctrl-C or a cancelled flow, the workers first save a checkpoint. Ray's state below ``folder_uri`` is
-    deleted at the end. A progress bar shows what the loop reports with :class:`Progress`.
+    deleted at the end. A progress bar shows the :class:`Progress` of the loop.
 
     Args:
         loop: Training function of each worker.
-        config: Its argument.
+        config: Argument of ``loop``.
         workers: Number of workers.
         cpus_per_worker: CPU cores of each worker.
         use_gpu: Whether each worker gets a GPU.
@@ -53,12 +53,12 @@ def train(
     cpus = compute.clamp_cpus(cpus_per_worker, gpus)
     if (room := compute.capacity(cpus, gpus)) < workers:
         raise StageError(
-            f"{workers} workers of {cpus:g} cores and {gpus} GPUs requested, but the cluster has room for {room}; set "
-            "workers or cpus_per_worker to at most that"
+            f"{workers} workers of {cpus:g} cores and {gpus} GPUs requested, but the cluster has room for "
+            f"{room}; reduce workers or cpus_per_worker"
         )
-    state = storage.join(folder_uri, "ray")
-    storage.discard(state)
-    stop = StopRequest(state)
+    ray_folder = storage.join(folder_uri, "ray")
+    storage.discard(ray_folder)
+    stop = StopRequest(ray_folder)
     trainer = TorchTrainer(
         _as_worker(loop, uris.secrets(), stop),
         train_loop_config=config,
@@ -68,7 +68,7 @@ def train(
         ),
         run_config=RunConfig(
             name="train",
-            storage_path=state,
+            storage_path=ray_folder,
             failure_config=FailureConfig(max_failures=2),
             callbacks=[_stop_at(final, stop)],
         ),
@@ -83,11 +83,11 @@ def train(
         cause = " ".join(str(next(iter(causes.values()), error)).split())
         raise StageError(f"training stopped: {cause}; run again to resume from the last checkpoint") from error
     finally:
-        storage.discard(state)
+        storage.discard(ray_folder)
 
 
 def _fit(trainer: Any, stop: StopRequest) -> None:
-    """Train in a thread, so that this one handles signals; if it is interrupted, stop the workers.
+    """Train in another thread, so that this one handles signals. If this one is interrupted, stop the workers.
 
     In the main thread Ray Train would replace the handler of Ctrl-C, and end the process without a checkpoint.
     """
@@ -114,9 +114,9 @@ def _as_worker(
 
 
 def _stop_at(final: tuple[type[Exception], ...], stop: StopRequest) -> Any:
-    """Return a callback that fails the run where Ray Train would restart the workers in vain.
+    """Return a callback that ends the run where restarting the workers would be pointless.
 
-    That is at an error in ``final``, and after a stop was requested.
+    This is the case for an error of a type in ``final``, and after a stop request.
     """
     from ray.train import UserCallback
 

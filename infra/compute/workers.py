@@ -1,6 +1,6 @@
-"""Workers on Ray: map shards over actors, run one function on a worker, and call groups of actors.
+"""Ray workers: actors that process shards, single function calls, and groups of long-lived actors.
 
-Workers get references and settings, and read the data themselves. Their exceptions reach the caller unchanged.
+Workers receive references and settings, and read the data themselves. Their exceptions reach the caller unchanged.
 """
 
 import contextlib
@@ -23,20 +23,20 @@ from infra.progress import ProgressBar
 Item = TypeVar("Item", contravariant=True)
 Result = TypeVar("Result", covariant=True)
 _START_S = 180.0  # time limit for the workers of a group to start
-_CHECK_S = 30.0  # interval of checks that the cluster still has room for workers that do not answer
+_CHECK_S = 30.0  # interval of checks that the cluster still has room for a group, while its results are awaited
 
 
 class Worker(Protocol[Item, Result]):
     """Callable that is built once on an actor and called for each shard."""
 
     def __call__(self, item: Item) -> Result:
-        """Process one shard and return what its manifest needs."""
+        """Process one shard and return its result."""
         ...
 
 
 @runtime_checkable
 class IsolatingWorker(Protocol):
-    """Worker that can process a shard despite an item that kills the process."""
+    """Worker that can process a shard even if one of its items kills the process."""
 
     def isolated(self, item: Any) -> Any:
         """Process a shard that killed workers, running the dangerous part in a child process."""
@@ -44,7 +44,7 @@ class IsolatingWorker(Protocol):
 
 
 class _Actor:
-    """Worker in its own process, built at its first item so that errors of the factory reach the caller unchanged."""
+    """Ray actor that builds its worker at the first item, so that errors of the factory reach the caller unchanged."""
 
     def __init__(
         self, factory: Callable[..., Worker[Any, Any]], settings: tuple[Any, ...], secrets: Mapping[str, str]
@@ -65,7 +65,7 @@ class _Actor:
         return self._worker(item)
 
 
-_ACTOR: Any = ray.remote(_Actor)
+_RemoteActor: Any = ray.remote(_Actor)
 
 
 def map_shards(
@@ -79,12 +79,12 @@ def map_shards(
     concurrency: int = 1,
     description: str,
 ) -> Iterator[Any]:
-    """Yield results in order of completion, and a :class:`~infra.compute.actor_pool.FailedShard` for a failed shard.
+    """Yield the result of each shard, or its :class:`~infra.compute.actor_pool.FailedShard`, in order of completion.
 
     Each actor builds ``factory(*settings)`` once and holds at most two shards. If an actor dies, its shards go to the
-    others and to a replacement, which gets shards only once it has started: after the loss of a machine the cluster may
-    have no room for it. After the second death of actors that held a shard, an :class:`IsolatingWorker` processes the
-    shard in isolation.
+    other actors and to a replacement. After the loss of a machine, the cluster may have no room for the replacement, so
+    it gets shards only once it has started. If two actors die while they hold a shard, an :class:`IsolatingWorker`
+    processes it in isolation.
 
     Args:
         factory: Builds the worker on its actor.
@@ -93,7 +93,7 @@ def map_shards(
         actors: Maximum number of actors.
         cpus_per_actor: CPU cores of each actor.
         gpus_per_actor: GPUs of each actor.
-        concurrency: Threads of an actor that call its worker, each with one shard.
+        concurrency: Number of shards that an actor processes at once, each in a thread.
         description: Label of the progress bar.
     """
     queue = list(items)
@@ -101,12 +101,14 @@ def map_shards(
         return
     start()
     cpus_per_actor = clamp_cpus(cpus_per_actor, gpus_per_actor)
-    kind = _ACTOR.options(num_cpus=cpus_per_actor, num_gpus=gpus_per_actor, max_concurrency=concurrency)
-    # A shard given to an actor that never starts would wait indefinitely.
+    actor_class = _RemoteActor.options(num_cpus=cpus_per_actor, num_gpus=gpus_per_actor, max_concurrency=concurrency)
+    # Actors for which the cluster has no room would never start.
     size = min(actors, len(queue), max(1, capacity(cpus_per_actor, gpus_per_actor)))
     with (
         ProgressBar(total=len(queue), desc=description, unit="shard", leave=False) as progress,
-        contextlib.closing(ActorPool(lambda: kind.remote(factory, settings, uris.secrets()), queue, size)) as pool,
+        contextlib.closing(
+            ActorPool(lambda: actor_class.remote(factory, settings, uris.secrets()), queue, size)
+        ) as pool,
     ):
         for result in pool.results():
             progress.update()
@@ -114,7 +116,7 @@ def map_shards(
 
 
 class ActorGroup:
-    """Group of long-lived workers that are called together. A worker that dies is rebuilt if the cluster has room."""
+    """Group of long-lived workers that are called together. A worker that dies is restarted if the cluster has room."""
 
     def __init__(self, actors: Sequence[Any], cpus_each: float) -> None:
         """Store the actors, which reserve ``cpus_each`` cores each."""
@@ -124,28 +126,28 @@ class ActorGroup:
         """Call every worker, or only worker number ``of``, with ``item`` and return the results in order.
 
         Raises:
-            TransientError: A worker was lost and the cluster has no room to rebuild it.
+            TransientError: A worker was lost and the cluster has no room to restart it.
             Exception: Any error of a worker, unchanged.
         """
         called = self._actors if of is None else [self._actors[of]]
-        answers = [actor.run.remote(item) for actor in called]
+        results = [actor.run.remote(item) for actor in called]
         try:
-            while interruptible.wait(answers, len(answers), _CHECK_S)[1]:
+            while interruptible.wait(results, len(results), _CHECK_S)[1]:
                 self._require_room()
-            return interruptible.get(answers)
+            return interruptible.get(results)
         except RayTaskError as error:
             raise (error.cause or error) from None
         except RayError as error:
             raise TransientError(
-                f"a worker was lost and could not be rebuilt ({one_line(error)}); try again"
+                f"a worker was lost and could not be restarted ({one_line(error)}); try again"
             ) from error
 
     def _require_room(self) -> None:
         room = capacity(self._cpus_each)
         if room < len(self._actors):
             raise TransientError(
-                f"a machine was lost: {len(self._actors)} workers of {self._cpus_each:g} cores are needed, the cluster "
-                f"has room for {room}; try again once it is back"
+                f"a machine was lost: {len(self._actors)} workers of {self._cpus_each:g} cores are needed, but the "
+                f"cluster has room for {room}; try again once the machine is back"
             )
 
 
@@ -153,25 +155,25 @@ class ActorGroup:
 def actor_group(
     factory: Callable[..., Worker[Any, Any]], settings: Sequence[tuple[Any, ...]], *, cpus_each: float = 1
 ) -> Iterator[ActorGroup]:
-    """Run a worker ``factory(*one)`` for each of ``settings``, spread over the cluster's machines, within the block.
+    """Run one worker ``factory(*arguments)`` for each entry of ``settings`` within the block, spread over the machines.
 
     Raises ``StageError`` if the cluster has no room for all workers and does not grow.
     """
     start()
     cpus_each = clamp_cpus(cpus_each)
     options = {"num_cpus": cpus_each, "max_restarts": -1, "scheduling_strategy": "SPREAD"}
-    kind = _ACTOR.options(**options, max_task_retries=SHARD_TRIES)
-    actors = [kind.remote(factory, one, uris.secrets()) for one in settings]
+    actor_class = _RemoteActor.options(**options, max_task_retries=SHARD_TRIES)
+    actors = [actor_class.remote(factory, arguments, uris.secrets()) for arguments in settings]
     try:
-        begun = [actor.ready.remote() for actor in actors]
-        running, waiting = interruptible.wait(begun, len(actors), _START_S)
+        starts = [actor.ready.remote() for actor in actors]
+        started, starting = interruptible.wait(starts, len(actors), _START_S)
         try:
-            interruptible.get(running)
+            interruptible.get(started)
         except RayError as error:
             raise StageError(f"no worker could be started ({one_line(error)}); see Ray's logs") from error
-        if waiting:
+        if starting:
             raise StageError(
-                f"{len(waiting)} of {len(actors)} workers of {cpus_each:g} cores did not start in {_START_S:g} s; the "
+                f"{len(starting)} of {len(actors)} workers of {cpus_each:g} cores did not start in {_START_S:g} s; the "
                 f"cluster has room for {capacity(cpus_each)}, shared with other jobs; use fewer or smaller workers"
             )
         yield ActorGroup(actors, cpus_each)
@@ -190,7 +192,7 @@ def run(
         arguments: Its arguments.
         cpus: CPU cores of the worker.
         gpus: GPUs of the worker.
-        watch: Folder URI to which the function reports :class:`Progress`, shown as a bar. Default: no bar.
+        watch: Folder URI to which the function writes its :class:`Progress`, shown as a bar. Default: no bar.
 
     Raises:
         StageError: No machine has ``gpus`` GPUs, or the worker died on every attempt.
