@@ -1,4 +1,4 @@
-"""Final states of a run that a deployment started."""
+"""Final states of the runs of deployments: Skipped and Cancelled."""
 
 import functools
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from infra import logs
 from infra.errors import LeaseHeldError
 
 SKIPPED = "Skipped"
-"""Name of the state of a run that found the lease on its domain taken. Its type is ``COMPLETED``."""
+"""Name of the state of a run that ends because another writer holds its lease. Its type is ``COMPLETED``."""
 
 TAG = "knn-diffusion"
-"""Tag of the deployments and their runs, which the automation on heartbeats watches.
+"""Tag of the deployments and their runs. The heartbeat automation watches the runs with this tag.
 
 Tasks have no tags, because Prefect acquires a concurrency slot for each tag of a task.
 """
@@ -29,13 +29,13 @@ R = TypeVar("R")
 
 
 def deployable(function: Callable[P, R]) -> Callable[P, R]:
-    """Give a deployed run of ``function`` the states Skipped and Cancelled.
+    """Let the deployed runs of ``function`` end in the states Skipped and Cancelled.
 
-    Skipped: another writer holds the lease; the message names it. A scheduled run that meets a longer one is expected,
-    and is no failure. Calls from Python and from the command still raise ``LeaseHeldError``.
+    Skipped: another writer holds the lease; the message names it. This is no failure, because a scheduled run may start
+    while a longer one is running. Calls from Python and from the command line still raise ``LeaseHeldError``.
 
-    Cancelled: the run was cancelled and its work has stopped. Prefect's worker would report that too, but only after it
-    has imported the flow in another process, to look for hooks, which takes longer than the stop itself.
+    Cancelled: the run was cancelled and its work has stopped. Prefect's worker would set this state too, but later: to
+    look for hooks, it first imports the flow in another process.
     """
 
     @functools.wraps(function)
@@ -63,14 +63,14 @@ def _deployed_run() -> UUID | None:
 
 
 def _report_cancelled(run_id: UUID) -> None:
-    """Set the state Cancelled if the run is being cancelled. SIGTERM alone, as at a shutdown, is left to Prefect."""
+    """Set the state Cancelled if the run is being cancelled. Prefect handles any other SIGTERM."""
     try:
         with get_client(sync_client=True) as client:
             state = client.read_flow_run(run_id).state
             if state is not None and state.is_cancelling():
-                stopped: State[Any] = Cancelled(
+                cancelled: State[Any] = Cancelled(
                     message="Cancelled. Committed shards and checkpoints remain; run again to resume."
                 )
-                client.set_flow_run_state(run_id, stopped, force=True)
+                client.set_flow_run_state(run_id, cancelled, force=True)
     except httpx.HTTPError as error:
-        logs.get("flow").warning("cancelled, but not reported to Prefect (%s); the worker will do so", error)
+        logs.get("flow").warning("the state Cancelled could not be set (%s); Prefect's worker will set it", error)

@@ -23,7 +23,7 @@ from infra.text import printable
 
 POLL_S = 1.0
 OUTAGE_S = 120.0
-"""Seconds for which Prefect's server may be unreachable, e.g. restarted, while a run is followed."""
+"""Seconds for which Prefect's server may be unreachable while a run is followed, e.g. during a restart."""
 
 
 @contextmanager
@@ -40,12 +40,12 @@ def connected() -> Iterator[SyncPrefectClient]:
 
 
 def start_run(deployment: str, parameters: Sequence[str]) -> FlowRun:
-    """Start a run of ``deployment``, given as FLOW/NAME or as NAME if both are equal, and return it.
+    """Start a run of a deployment and return it.
 
     Args:
-        deployment: Name of the deployment.
-        parameters: Changes of its parameters as ``name=value``, e.g. ``domain=birds`` or ``config.domain=birds``.
-            Values are YAML.
+        deployment: FLOW/NAME, or NAME if both are equal.
+        parameters: Parameters to override as ``name=value``, e.g. ``domain=birds`` or ``config.domain=birds``. Values
+            are YAML.
     """
     name = deployment if "/" in deployment else f"{deployment}/{deployment}"
     with connected() as client:
@@ -58,21 +58,24 @@ def start_run(deployment: str, parameters: Sequence[str]) -> FlowRun:
 
 
 def merge_parameters(parameters: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
-    """Return a deployment's parameters with changes as ``name=value``; a name without ``config.`` is a field of it."""
+    """Return the parameters of a deployment with ``changes`` of the form ``name=value``.
+
+    Names refer to fields of the parameter ``config``. The prefix ``config.`` is optional.
+    """
     merged = {"config": {**parameters.get("config", {})}}
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals or not name:
             raise InputError(f"parameter is malformed: {change}; write NAME=VALUE")
-        *folders, last = name.removeprefix("config.").split(".")
+        *groups, field = name.removeprefix("config.").split(".")
         target = merged["config"]
-        for folder in folders:
-            target[folder] = {**(target.get(folder) or {})}
-            target = target[folder]
+        for group in groups:
+            target[group] = {**(target.get(group) or {})}
+            target = target[group]
         try:
-            target[last] = yaml.safe_load(text)
+            target[field] = yaml.safe_load(text)
         except yaml.YAMLError:
-            target[last] = text
+            target[field] = text
     return merged
 
 
@@ -82,17 +85,17 @@ def follow(run_id: UUID, show: Callable[[str], None]) -> int:
     Returns:
         0 if the run completed or was skipped, 1 if it failed or crashed, 130 if it was cancelled.
     """
-    shown, answered = "", time.monotonic()
+    shown, last_answer = "", time.monotonic()
     while True:
         try:
             with connected() as client:
                 state = client.read_flow_run(run_id).state
         except StageError:
-            if time.monotonic() - answered > OUTAGE_S:
+            if time.monotonic() - last_answer > OUTAGE_S:
                 raise
             state = None
         else:
-            answered = time.monotonic()
+            last_answer = time.monotonic()
         if state is not None:
             line = (state.name or "") + (f": {state.message}" if state.message and state.is_final() else "")
             if line != shown:
@@ -104,7 +107,7 @@ def follow(run_id: UUID, show: Callable[[str], None]) -> int:
 
 
 def list_runs(limit: int) -> list[dict[str, Any]]:
-    """Return the newest runs of deployments, without those scheduled for later: id, name, state and start."""
+    """Return id, name, state, start and duration of the newest runs, without those scheduled for later."""
     due = FlowRunFilter(expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)))
     with connected() as client:
         runs = client.read_flow_runs(flow_run_filter=due, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=limit)
@@ -121,7 +124,12 @@ def list_runs(limit: int) -> list[dict[str, Any]]:
 
 
 def cancel(run: str) -> FlowRun:
-    """Ask a run, given by its id, to end. Raises ``NotFoundError`` if there is none, ``InputError`` if it has ended."""
+    """Cancel the run with the id ``run`` and return it.
+
+    Raises:
+        InputError: ``run`` is not an id, or the run has already ended.
+        NotFoundError: The run does not exist.
+    """
     try:
         run_id = UUID(run)
     except ValueError:

