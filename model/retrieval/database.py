@@ -1,10 +1,10 @@
-"""An open embedding database: FAISS finds candidates, the stored float16 rows give their scores and order.
+"""Embedding database: FAISS finds candidates, and the stored float16 rows give their scores and order.
 
 Legend: ``Q`` queries, ``K`` neighbours, ``C`` candidates, ``D`` embedding width, ``N`` rows over all shards.
 
-Row ids are global: they number the rows of all shards in order. Results are always scored with the stored rows, never
-with an index's reconstruction, so an approximate index can only lower recall. If the index contains the stored rows
-themselves, its own scores are used.
+Row ids are global: they number the rows of all shards in order. Scores are always those of the stored
+rows, never of an index's reconstruction, so an approximate index can only lower recall. An index that contains the
+stored rows themselves returns these scores directly.
 """
 
 import copy
@@ -39,8 +39,8 @@ class ShardFiles:
     Attributes:
         index: The FAISS index.
         embeddings: Files of (n, D) float16 rows that the index was built from, in order.
-        ordinal: As passed to :func:`model.retrieval.index_files.fill_shard`.
-        rows: n of each file of embeddings, or None if unknown.
+        ordinal: Number of the shard, as passed to :func:`model.retrieval.index_files.fill_shard`.
+        rows: Number of rows n of each embeddings file, or None if unknown.
     """
 
     index: Path
@@ -73,8 +73,8 @@ class Database:
             quantizer: Trained template of stackable shards, which contain only inverted lists. Default: None.
             effort: Tuned search effort. Default: ``SearchEffort()``.
             hidden: Sorted ids of rows that are never returned: taken down, or near-duplicates of others. Default: none.
-            describe: Returns the metadata (key, url, …) of global row ids. Default: None.
-            images: Returns the RGB images of global row ids. Default: None.
+            describe: Function that returns the metadata (key, url, …) of global row ids. Default: None.
+            images: Function that returns the RGB images of global row ids. Default: None.
 
         Raises:
             ModelError: There is no shard, or index and rows of a shard do not match.
@@ -146,7 +146,7 @@ class Database:
         return self._with_search(effort=effort)
 
     def without(self, ids: NDArray[np.int64]) -> "Database":
-        """Return the same open database, which never returns the rows ``ids`` either."""
+        """Return the same open database with the rows ``ids`` hidden too."""
         added = np.array(checked_rows(ids.tolist(), self.stored, self.name), np.int64)
         return self._with_search(hidden=np.union1d(self.hidden, added))
 
@@ -171,8 +171,8 @@ class Database:
     def search(self, queries: NDArray[Any], k: int, *, exclude: NDArray[np.int64] | None = None) -> Hits:
         """Return the ``k`` nearest rows of each query by cosine of the stored rows.
 
-        The results have K = min(k, returnable rows) columns. If too few rows remain after the exclusion of copies of
-        the query, the last columns have id −1, score −inf and a zero embedding: a hidden neighbour for a network.
+        The results have K = min(k, returnable rows) columns. If too few rows remain after the exclusion, the last
+        columns have id −1, score −inf and a zero embedding, which networks treat as a hidden neighbour.
 
         Args:
             queries: (Q, D) unit rows.
@@ -195,8 +195,8 @@ class Database:
     ) -> NearestIds:
         """Return the scores and ids of :meth:`search` without reading the embeddings, if the index allows it.
 
-        ``excluded`` are the rows (Q, D) of ``exclude``, if the caller has already read them. Without ``exclude`` they
-        are rows from outside the database whose exact copies must not be returned.
+        With ``exclude``, ``excluded`` has the rows (Q, D) of those ids, if the caller has already read them. Without
+        ``exclude``, it has rows from outside the database whose exact copies must not be returned.
         """
         k, queries = checked_count(k), checked_queries(queries, self.name, self.encoder)
         if exclude is None:
@@ -206,7 +206,7 @@ class Database:
         return self._ranked.nearest(queries, max(1, min(k, len(self) - 1)), exclusion)
 
     def search_without(self, queries: NDArray[np.float32], width: int, excluded: NDArray[np.float16] | None) -> Hits:
-        """Search for ``width`` neighbours, without exact copies of ``excluded`` (Q, D), rows of any database."""
+        """Return the ``width`` nearest rows of each query, without exact copies of the rows ``excluded`` (Q, D)."""
         exclusion = None if excluded is None else Exclusion.of_copies(excluded)
         return self._ranked.with_embeddings(self._ranked.nearest(queries, width, exclusion))
 
@@ -226,7 +226,7 @@ class Database:
         return [{"id": row, **metadata} for row, metadata in zip(rows, self._describe(rows), strict=True)]
 
     def with_descriptions(self, describe: Callable[[Sequence[int]], list[dict[str, Any]]]) -> "Database":
-        """Return the same open database, whose metadata ``describe`` returns by global row id."""
+        """Return the same open database with ``describe`` as the source of metadata by global row id."""
         other = copy.copy(self)
         other._describe = describe
         return other
@@ -234,9 +234,9 @@ class Database:
     def with_images(
         self, images: Callable[[Sequence[int]], list[Image.Image]], *, errors: tuple[type[Exception], ...] = ()
     ) -> "Database":
-        """Return the same open database, whose stored images ``images`` returns by global row id.
+        """Return the same open database with ``images`` as the source of stored images by global row id.
 
-        ``errors`` are those that it raises if the images cannot be read.
+        ``errors`` are the exceptions that ``images`` raises if the images cannot be read.
         """
         other = copy.copy(self)
         other.__dict__.pop("has_images", None)
@@ -245,7 +245,7 @@ class Database:
 
     @functools.cached_property
     def has_images(self) -> bool:
-        """True if the stored images can be read: tried once, with the first row that a search may return."""
+        """True if the stored images can be read. This is tried once, with the first row that a search may return."""
         if not len(self):
             return False
         first = next((row for row, hidden in enumerate(self.hidden) if row != hidden), len(self.hidden))
@@ -267,7 +267,7 @@ class Database:
         return self._images(rows)
 
     def _with_search(self, **changes: Any) -> "Database":
-        """Return the same open database, whose search differs in ``changes``."""
+        """Return the same open database with ``changes`` to the fields of its search."""
         other = copy.copy(self)
         other._ranked = dataclasses.replace(self._ranked, **changes)
         return other
