@@ -14,11 +14,11 @@ class DatabaseGates:
     """Limits for a database. None disables a gate.
 
     Attributes:
-        recall_image: Least recall@10 of image queries, in [0, 1].
-        recall_text: Least recall@10 of text queries, in [0, 1]. Not applied if there were no text queries.
-        lost_rows: Largest share of the champion's rows that the version lacks although they were not taken down.
-        failed_downloads: Largest share of listed images that could not be downloaded.
-        drift: Largest cosine distance between the mean embeddings of the champion and the version, in [0, 2].
+        recall_image: Minimum recall@10 of image queries, in [0, 1].
+        recall_text: Minimum recall@10 of text queries, in [0, 1]. Not applied if there were no text queries.
+        lost_rows: Maximum share of the champion's rows that the version lacks although they were not taken down.
+        failed_downloads: Maximum share of listed images that could not be downloaded.
+        drift: Maximum cosine distance between the mean embeddings of the champion and the version, in [0, 2].
     """
 
     recall_image: float | None = 0.9
@@ -36,14 +36,14 @@ class DatabaseGates:
 class GeneratorGates:
     """Limits for a generator. None disables a gate.
 
-    The last three compare it with the champion by a paired bootstrap. The least favourable end of the interval of the
-    difference may be worse than the champion by at most this much.
+    ``clip_score``, ``distance`` and ``copy_rate`` compare the version with the champion by a paired bootstrap. Each
+    limits how much worse the version may be at the unfavourable end of the interval of the difference.
 
     Attributes:
-        neighbour_loss: Largest loss of CLIP score by the neighbours. 0 requires that they do not lower it.
-        clip_score: Largest loss of CLIP score against the champion.
-        distance: Largest increase of the Fréchet distance against the champion.
-        copy_rate: Largest increase of the copy rate against the champion, in [0, 1].
+        neighbour_loss: Maximum loss of CLIP score caused by the neighbours. 0 requires that they do not lower it.
+        clip_score: Maximum loss of CLIP score against the champion.
+        distance: Maximum increase of the Fréchet distance against the champion.
+        copy_rate: Maximum increase of the copy rate against the champion, in [0, 1].
         samples: Number of images that each generator samples for the comparison.
         resamples: Resamples of the bootstrap.
         seed: Seed of the noise that both generators start from.
@@ -68,7 +68,7 @@ class GeneratorGates:
     @property
     def compares(self) -> bool:
         """Return True if a gate compares the version with the champion."""
-        return not self.clip_score is self.distance is self.copy_rate is None
+        return any(limit is not None for limit in (self.clip_score, self.distance, self.copy_rate))
 
 
 def gates_to_tag(gates: DatabaseGates) -> str:
@@ -77,7 +77,7 @@ def gates_to_tag(gates: DatabaseGates) -> str:
 
 
 def gates_from_tag(text: str) -> DatabaseGates:
-    """Return the gates in a tag. Raises ``IntegrityError`` if anyone has written something else into it."""
+    """Return the gates from the value of their tag. Raises ``IntegrityError`` if the value is invalid."""
     try:
         return DatabaseGates(**json.loads(text))
     except (TypeError, ValueError) as error:
@@ -87,12 +87,12 @@ def gates_from_tag(text: str) -> DatabaseGates:
 def _require_ranges(gates: DatabaseGates | GeneratorGates, highest: dict[str, float], *, default: float) -> None:
     for field in dataclasses.fields(gates):
         value = getattr(gates, field.name)
-        most = highest.get(field.name, default)
+        upper = highest.get(field.name, default)
         if value is None or isinstance(field.default, int):
             continue
-        if isinstance(value, bool | str) or not 0 <= value <= most:
-            raise ConfigError(f"{field.name} is out of range: {value}; give a value in [0, {most:g}], or None")
+        if isinstance(value, bool | str) or not 0 <= value <= upper:
+            raise ConfigError(f"{field.name} is out of range: {value}; give a value in [0, {upper:g}], or None")
 
 
 AT_ONCE = DatabaseGates(recall_image=None, recall_text=None, lost_rows=None, failed_downloads=None, drift=None)
-"""Gates of a registration. The index stage has already required its target recall."""
+"""Gates at registration: all disabled, because the index stage has already required its target recall."""

@@ -1,4 +1,4 @@
-"""Gates of a database: recall, failed downloads, and rows lost and drift against the champion."""
+"""Gates of a database: recall and failed downloads; lost rows and drift in comparison with the champion."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from tasks.references.takedown import Entries, Matcher, read_entries
 from tasks.references.types import DatabaseVersion, EmbeddingShards
 
 _COLUMNS = ["key", "url", "sha256"]
-_DRIFT_SHARDS = 32
+_DRIFT_SHARDS = 32  # approximate number of shards that are read to measure the drift
 _DOWNLOADED = frozenset({"success"})
 
 
@@ -43,7 +43,7 @@ def measure_database(
 
 
 def only_hides(version: DatabaseVersion, champion: DatabaseVersion | None) -> bool:
-    """Return True if the version has the rows of the champion and differs from it by its takedown."""
+    """Return True if the version has the embeddings of the champion, but another takedown."""
     if champion is None:
         return False
     new, old = version.manifest().inputs, champion.manifest().inputs
@@ -52,16 +52,16 @@ def only_hides(version: DatabaseVersion, champion: DatabaseVersion | None) -> bo
 
 
 def failed_share(version: DatabaseVersion) -> float | None:
-    """Return the share of listed images that could not be downloaded; None for a merged database."""
+    """Return the share of listed images that could not be downloaded; None if no downloads are recorded."""
     failed, listed = _downloads(version)
     return failed / listed if listed else None
 
 
 def _downloads(version: DatabaseVersion) -> tuple[int, int]:
-    """Return the numbers of failed and of listed images; 0 if there is no record."""
+    """Return the numbers of failed and of listed images; both are 0 if no downloads are recorded."""
     try:
         outcomes = images_of(embeddings_of(version)).manifest().info.get("outcomes", {})
-    except KNNDiffusionError:  # a pushed database, whose images remain where it was pulled from
+    except KNNDiffusionError:  # the image shards of a pushed database are not copied
         outcomes = {}
     failed = sum(count for name, count in outcomes.items() if name not in _DOWNLOADED)
     return failed, sum(outcomes.values())
@@ -69,22 +69,22 @@ def _downloads(version: DatabaseVersion) -> tuple[int, int]:
 
 def _failed_downloads(version: DatabaseVersion, limit: float) -> GateResult:
     failed, listed = _downloads(version)
-    if not listed:  # a merged database downloads nothing
+    if not listed:
         return GateResult(gate="failed_downloads", passed=True, value=None, limit=limit, detail="no downloads")
     share, detail = failed / listed, f"{failed} of {listed}"
     return GateResult(gate="failed_downloads", passed=share <= limit, value=share, limit=limit, detail=detail)
 
 
 def _lost_rows(version: DatabaseVersion, champion: DatabaseVersion, limit: float, cache: Path) -> GateResult:
-    """Compare images by sha256. Rows that the version's takedown names are explained."""
+    """Measure the share of the champion's images, by sha256, that the version neither has nor has taken down."""
     new, old = embeddings_of(version), embeddings_of(champion)
-    known = {sha256 for table in _rows(new, cache) for sha256 in table["sha256"].to_pylist()}
+    present = {sha256 for table in _rows(new, cache) for sha256 in table["sha256"].to_pylist()}
     takedown = takedown_of(version)
-    explained = Matcher(Entries() if takedown is None else read_entries(takedown, cache))
+    taken_down = Matcher(Entries() if takedown is None else read_entries(takedown, cache))
     lost = total = 0
     for table in _rows(old, cache):
-        absent = np.array([sha256 not in known for sha256 in table["sha256"].to_pylist()], dtype=np.bool_)
-        lost += int((absent & ~explained.mask(table)).sum())
+        absent = np.array([sha256 not in present for sha256 in table["sha256"].to_pylist()], dtype=np.bool_)
+        lost += int((absent & ~taken_down.mask(table)).sum())
         total += table.num_rows
     share = lost / total if total else 0.0
     detail = f"{lost} of {total}"
@@ -106,7 +106,7 @@ def _mean(embeddings: EmbeddingShards, cache: Path) -> NDArray[np.float64]:
 
 
 def _distance(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    """Return 1 - cosine, or 2 if the widths differ, since the encoders differ too."""
+    """Return the cosine distance. It is 2 if the widths differ, because the encoders then differ too."""
     if first.shape != second.shape:
         return 2.0
     norms = np.linalg.norm(first) * np.linalg.norm(second)

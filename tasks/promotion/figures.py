@@ -19,7 +19,7 @@ SHEET = "samples.jpg"
 _COLUMNS, _ROWS = 8, 3
 _SIDE_PX = 96
 _SHARDS = 2
-"""Image shards that the sheet reads. A shard may have gigabytes."""
+"""Number of image shards that are read for the sheet. A shard may have gigabytes."""
 
 
 def database_figures(version: DatabaseVersion, folder: Path, cache: Path) -> Sequence[Path]:
@@ -39,13 +39,13 @@ def database_figures(version: DatabaseVersion, folder: Path, cache: Path) -> Seq
 
 
 def _curve(version: DatabaseVersion, cache: Path) -> bytes | None:
-    """Return the curve, or None for a pushed database, whose manifest does not list it."""
+    """Return the recall curve, or None for a pushed database, which has no copy of it."""
     uri = storage.join(version.uri, CURVE)
     return storage.read_bytes(uri) if storage.exists(uri) else None
 
 
 def _sheet(version: DatabaseVersion, cache: Path) -> bytes | None:
-    """Return a JPEG of evenly spaced images of a few shards, without hidden ones, or None if all are hidden."""
+    """Return a JPEG of visible images, evenly spaced over a few shards, or None if all of them are hidden."""
     ids = _sample_ids(version, cache)
     if not ids:
         return None

@@ -2,8 +2,8 @@
 
 Legend: ``N`` samples, ``R`` resamples, ``D`` embedding width.
 
-Both generators sample the same prompts from the same noise. The bootstrap resamples prompts and takes the difference of
-both scores in each resample, so what makes a prompt hard for both cancels.
+Both generators sample the same prompts from the same noise. The bootstrap resamples the prompts and
+takes the difference of both scores in each resample. The difficulty of a prompt therefore cancels.
 """
 
 import dataclasses
@@ -34,7 +34,15 @@ class ScoredSamples:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Samples of the version and of the champion for the same ``queries`` (N, D), and real images (M, D)."""
+    """Samples of the version and of the champion for the same queries.
+
+    Attributes:
+        queries: Embeddings (N, D) of the prompts.
+        real: Embeddings (M, D) of real images.
+        threshold: Cosine to the nearest database image above which a sample counts as a copy.
+        version: Samples of the version.
+        champion: Samples of the champion.
+    """
 
     queries: Embeddings
     real: Embeddings
@@ -44,10 +52,10 @@ class Comparison:
 
 
 def neighbour_gate(scores: Mapping[str, float], limit: float) -> GateResult:
-    """Compare the CLIP scores with and without neighbours that the registration recorded."""
+    """Compare the CLIP scores with and without neighbours, as recorded at registration."""
     knn, without = scores.get("clip_score_knn"), scores.get("clip_score_no_knn")
     if knn is None or without is None:
-        detail = "the version has no CLIP score with and without neighbours; evaluate it"
+        detail = "CLIP scores with and without neighbours are not recorded; evaluate the generator"
         return GateResult(gate="neighbour_loss", passed=False, value=None, limit=limit, detail=detail)
     detail = f"CLIP score {knn:.4f} with neighbours, {without:.4f} without"
     loss = without - knn
@@ -64,7 +72,7 @@ def encoder_gate(generator: Generator, database: DatabaseVersion) -> GateResult:
 
 
 def evaluation_config(gates: GeneratorGates, prompts: tuple[str, ...] = ()) -> EvaluateConfig:
-    """Return the settings of the samples that are compared."""
+    """Return the evaluation settings for a comparison with the champion."""
     return EvaluateConfig(samples=gates.samples, seed=gates.seed, bootstrap=0, prompts=prompts)
 
 
@@ -72,22 +80,22 @@ def compare(
     version: Generator, champion: Generator, database: DatabaseVersion, config: EvaluateConfig, cache: Path
 ) -> Comparison:
     """Sample both generators with the settings of ``config`` on the database."""
-    sampled = {}
+    samples = {}
     for name, generator in (("version", version), ("champion", champion)):
-        subject = EvaluationInputs(
+        inputs = EvaluationInputs(
             generator=generator, name=domain_of(database), database=database, others={}, config=config
         )
-        worker = Evaluator(subject, database.uri, cache)
-        sampled[name] = worker.scored_samples()
-    queries, reference = worker.queries, worker.reference_set
-    parts = {name: ScoredSamples(rows=rows, nearest=nearest) for name, (rows, nearest) in sampled.items()}
-    return Comparison(queries=queries, real=reference.real, threshold=reference.threshold, **parts)
+        evaluator = Evaluator(inputs, database.uri, cache)
+        rows, nearest = evaluator.scored_samples()
+        samples[name] = ScoredSamples(rows=rows, nearest=nearest)
+    queries, reference = evaluator.queries, evaluator.reference_set
+    return Comparison(queries=queries, real=reference.real, threshold=reference.threshold, **samples)
 
 
 def comparison_gates(found: Comparison, gates: GeneratorGates) -> tuple[GateResult, ...]:
     """Return the enabled gates that compare the version with the champion."""
     version, champion = found.version, found.champion
-    compared = slice(len(found.real))
+    compared = slice(len(found.real))  # as many samples as real images
 
     def clip(samples: ScoredSamples) -> Statistic:
         return mean_of(embedding_metrics.pair_cosines(samples.rows, found.queries))
@@ -130,7 +138,7 @@ def paired_gain(
 
 
 def _not_worse(gate: str, gain: Score, limit: float) -> GateResult:
-    """Pass if the lower bound of the gain is above ``-limit``."""
+    """Return the result of a gate that passes if the lower bound of the gain is above ``-limit``."""
     low = gain.value if gain.low is None else gain.low
     detail = f"gain {gain.value:+.4f} over the champion, lower bound {low:+.4f}"
     return GateResult(gate=gate, passed=low > -limit, value=low, limit=-limit, detail=detail)

@@ -20,30 +20,35 @@ def measure(
     generator_gates: GeneratorGates,
     settings: Settings,
 ) -> tuple[GateResult, ...]:
-    """Measure the gates of version ``number``, against the champion ``before`` if it is another version."""
+    """Measure the gates of version ``number``. Compare it with the champion ``before``, unless it is the champion."""
     is_other = before is not None and before != number
     if name != GENERATOR_NAME:
         version = open_version(DatabaseVersion, name, number, settings)
         champion = open_version(DatabaseVersion, name, before, settings) if is_other else None
         limits = database_gates or _recorded_gates(name, number, settings)
         return measure_database(version, champion, limits, settings.cache_folder)
-    from tasks.promotion import generator_gates as measured
+    from tasks.promotion.generator_gates import (  # imported here: the gates of a database need no torch
+        compare,
+        comparison_gates,
+        encoder_gate,
+        evaluation_config,
+        neighbour_gate,
+    )
 
     gates, tags = generator_gates, _tags(name, number, settings)
     generator = open_version(Generator, name, number, settings)
     database_uri = str(tags.get("database", ""))
     pulled = Registry(settings).pull(database_uri, kind=DatabaseVersion.kind)
     database = DatabaseVersion.of(pulled.manifest, pulled.folder_uri)
-    results = [measured.encoder_gate(generator, database)]
+    results = [encoder_gate(generator, database)]
     if gates.neighbour_loss is not None:
-        results.append(measured.neighbour_gate(tags, gates.neighbour_loss))
+        results.append(neighbour_gate(tags, gates.neighbour_loss))
     if is_other and gates.compares and results[0].passed:
         champion_generator = open_version(Generator, name, before, settings)
-        other = measured.encoder_gate(champion_generator, database)
-        if other.passed:  # otherwise the champion cannot use this database, so there is nothing to compare
-            config = measured.evaluation_config(gates)
-            found = measured.compare(generator, champion_generator, database, config, settings.cache_folder)
-            results.extend(measured.comparison_gates(found, gates))
+        if encoder_gate(champion_generator, database).passed:  # otherwise the champion cannot use this database
+            config = evaluation_config(gates)
+            comparison = compare(generator, champion_generator, database, config, settings.cache_folder)
+            results.extend(comparison_gates(comparison, gates))
     return tuple(results)
 
 
@@ -63,5 +68,5 @@ def _tags(name: str, version: int, settings: Settings) -> dict[str, Any]:
     listed = Registry(settings).versions(Generator.kind if name == GENERATOR_NAME else DatabaseVersion.kind)
     found = [one for one in listed if (one["name"], one["version"]) == (name, version)]
     if not found:
-        raise NotFoundError(f"version is not registered: {name}/{version}; list the versions with databases")
+        raise NotFoundError(f"version is not registered: {name}/{version}; see knn-diffusion databases")
     return found[0]

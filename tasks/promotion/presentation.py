@@ -1,4 +1,4 @@
-"""What MLflow shows of registered versions and of promotion decisions: descriptions, metrics, figures, pages."""
+"""Presentation of versions and promotion decisions in MLflow: descriptions, metrics, figures and pages."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ def database_presentation(
     metrics |= {f"seconds_{stage}": value for stage, value in (seconds or {}).items()}
 
     def figures(folder: Path) -> Sequence[Path]:
-        from tasks.promotion.figures import database_figures  # it imports torch
+        from tasks.promotion.figures import database_figures  # imports torch
 
         return database_figures(version, folder, cache)
 
@@ -45,7 +45,7 @@ def generator_presentation(
 ) -> Presentation:
     """Return the presentation of a generator: its scores, default database and sample sheet.
 
-    The run has the metrics already.
+    It has no metrics, because the training run has them already.
     """
     facts = {name.replace("_", " "): f"{scores[name]:.4f}" for name in _SCORES if name in scores}
     facts |= {"training images": str(manifest.rows), "default database": database_uri}

@@ -14,11 +14,11 @@ def _default_cache() -> Path:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DomainFolder:
-    """Where the stages of a domain write their artifacts, and where they cache what they read.
+    """Folder of a domain's artifacts, and the local cache of files that its stages read.
 
     Attributes:
         uri: Folder of the domain, ``<root>/<domain>``. An artifact goes to ``<uri>/<kind>/<key>``.
-        cache: Local folder of the file cache. Default: that of the environment's settings.
+        cache: Local folder of the file cache. Default: the cache of the settings from the environment.
     """
 
     uri: str

@@ -1,7 +1,7 @@
 """Union of databases, without downloading or embedding anything.
 
-Shards are reused in place under new names, since names are numbers. An image is therefore still found by its shard and
-key, but two images of a union can have the same key.
+The union references the shards of its parts, and numbers them again. Its images are identified by shard and key,
+because images from different parts can have the same key.
 """
 
 import dataclasses
@@ -52,8 +52,7 @@ def merge(databases: Mapping[str, DatabaseVersion], folder: DomainFolder) -> Com
     parts = [embeddings_of(database) for database in databases.values()]
     sources = [images_of(part) for part in parts]
     images = merged_images(sources, folder)
-    names = [shard.name for part in sources for shard in part.manifest().shards]
-    embeddings = _merged_embeddings(parts, sources, names, images.reference, folder)
+    embeddings = _merged_embeddings(parts, sources, images.reference, folder)
     entries = Entries()
     for database in databases.values():
         entries |= inherited_takedown(database, folder.cache)
@@ -70,7 +69,7 @@ def is_combined(images: ImageShards) -> bool:
 def merged_images(parts: Sequence[ImageShards], folder: DomainFolder) -> StageResult[ImageShards]:
     """Combine all shards of ``parts`` under new numbers in ``<folder>/images/<key>``.
 
-    Later downloads into the union use the first part's config.
+    Later downloads into the union use the config of the first part.
     """
     sources = [part.manifest() for part in parts]
     # The parts are not inputs, because the shards themselves reference the files that are needed.
@@ -95,7 +94,7 @@ def merged_images(parts: Sequence[ImageShards], folder: DomainFolder) -> StageRe
         ]
         requested = sum(source.info.get("requested", source.rows) for source in sources)
         info = {"requested": requested, "outcomes": dict(outcomes), "seen": seen}
-        identities = [source.identity for source in sources]  # not empty for a part that is a subset
+        identities = [source.identity for source in sources]  # a subset has one
         return stage.commit(_renumbered(all_shards), identity={"of": identities} if any(identities) else {}, info=info)
 
     return run_stage(stage, ImageShards, build, note=lambda manifest: f"{len(parts)} databases merged")
@@ -104,23 +103,22 @@ def merged_images(parts: Sequence[ImageShards], folder: DomainFolder) -> StageRe
 def _merged_embeddings(
     parts: Sequence[EmbeddingShards],
     part_images: Sequence[ImageShards],
-    names: Sequence[str],
     images: ImageShards,
     folder: DomainFolder,
 ) -> StageResult[EmbeddingShards]:
     """Combine all embedding shards, each named after its image shard in the union."""
     sources = [part.manifest() for part in parts]
-    # The same images can have other embeddings, e.g. from other weights of one name, or after failed shards.
+    # Equal images can have different embeddings: after failed shards, or from different weights of the same name.
     config = {**sources[0].config, "merged": [part.digest for part in parts]}
     stage = artifacts.ArtifactBuilder(
         folder.uri, EmbeddingShards.kind, inputs={"images": images.as_input()}, config=config
     )
 
     def build() -> artifacts.Manifest:
-        all_shards, first = [], 0
-        for part, source, tars in zip(parts, sources, part_images, strict=True):
-            numbers = {shard.name: first + n for n, shard in enumerate(tars.manifest().shards)}
-            first += len(numbers)
+        all_shards, offset = [], 0
+        for part, source, images_of_part in zip(parts, sources, part_images, strict=True):
+            numbers = {shard.name: offset + n for n, shard in enumerate(images_of_part.manifest().shards)}
+            offset += len(numbers)
             all_shards += [
                 dataclasses.replace(shard.reused_from(part.uri), name=f"{numbers[shard.name]:05d}")
                 for shard in source.shards
