@@ -1,7 +1,7 @@
 """Runs of deployments: start, follow, list and cancel."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -70,7 +70,10 @@ def merge_parameters(parameters: dict[str, Any], changes: Sequence[str]) -> dict
         *groups, field = name.removeprefix("config.").split(".")
         target = merged["config"]
         for group in groups:
-            target[group] = {**(target.get(group) or {})}
+            before = target.get(group) or {}
+            if not isinstance(before, Mapping):
+                raise InputError(f"parameter has no fields: {group}, in {change}; set {group}=VALUE instead")
+            target[group] = {**before}
             target = target[group]
         try:
             target[field] = yaml.safe_load(text)
@@ -90,6 +93,8 @@ def follow(run_id: UUID, show: Callable[[str], None]) -> int:
         try:
             with connected() as client:
                 state = client.read_flow_run(run_id).state
+        except ObjectNotFound:
+            raise NotFoundError(f"run was deleted: {run_id}; see knn-diffusion runs") from None
         except StageError:
             if time.monotonic() - last_answer > OUTAGE_S:
                 raise

@@ -13,7 +13,7 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Runni
 from support.fakes import FakeClock
 
 from flows import deployment_runs
-from flows.deployment_runs import OUTAGE_S, cancel, follow, link, list_runs, start_run
+from flows.deployment_runs import OUTAGE_S, cancel, follow, link, list_runs, merge_parameters, start_run
 from infra.errors import InputError, NotFoundError, StageError
 
 RUN = UUID("01234567-89ab-cdef-0123-456789abcdef")
@@ -100,12 +100,23 @@ def test_follow_fails_after_a_long_outage(clock: FakeClock, monkeypatch: pytest.
     assert OUTAGE_S < clock.now < OUTAGE_S + 5
 
 
+def test_follow_of_a_deleted_run_raises_not_found_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(Client(Running()), monkeypatch)
+    with pytest.raises(NotFoundError, match="run was deleted: 00000000"):
+        follow(UUID(int=0), lambda line: None)
+
+
 def test_start_run_changes_parameters_of_the_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
     client = install(Client(), monkeypatch)
     assert start_run("rebuild-index/birds", ["urls=more.csv"]).id == RUN
     assert client.created == {"config": {"domain": "birds", "urls": "more.csv"}}
     with pytest.raises(NotFoundError, match="deployment does not exist: birds/birds; run make deploy"):
         start_run("birds", [])
+
+
+def test_merge_parameters_with_a_field_of_a_text_raises_input_error() -> None:
+    with pytest.raises(InputError, match=r"parameter has no fields: domain, in domain\.x=1; set domain=VALUE"):
+        merge_parameters({"config": {"domain": "birds"}}, ["domain.x=1"])
 
 
 def test_list_runs_returns_a_row_for_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
