@@ -74,8 +74,8 @@ class Decision:
 
     @property
     def moved(self) -> bool:
-        """Return True if the version is now the champion."""
-        return self.after == self.version
+        """Return True if this decision made the version the champion."""
+        return self.outcome in ("promoted", "rolled-back")
 
 
 class Promotions:

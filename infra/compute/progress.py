@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from infra import storage
-from infra.errors import NotFoundError, TransientError
+from infra.errors import KNNDiffusionError, NotFoundError, TransientError
 from infra.progress import ProgressBar
 
 
@@ -58,4 +58,5 @@ def progress_bar(folder_uri: str, what: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        storage.discard(uri)
+        with contextlib.suppress(KNNDiffusionError):  # the result, or the error of the block, matters more
+            storage.discard(uri)

@@ -83,7 +83,8 @@ def train(
         cause = " ".join(str(next(iter(causes.values()), error)).split())
         raise StageError(f"training stopped: {cause}; run again to resume from the last checkpoint") from error
     finally:
-        storage.discard(ray_folder)
+        with contextlib.suppress(KNNDiffusionError):  # the next run deletes it; the result of this one matters more
+            storage.discard(ray_folder)
 
 
 def _fit(trainer: Any, stop: StopRequest) -> None:
@@ -122,7 +123,9 @@ def _stop_at(final: tuple[type[Exception], ...], stop: StopRequest) -> Any:
 
     class StopAtFinal(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            stopped = stop.is_sent()
+            stopped = False
+            with contextlib.suppress(KNNDiffusionError):  # unknown in an outage: restart
+                stopped = stop.is_sent()
             for error in worker_exceptions.values():
                 if stopped or isinstance(error, final):
                     raise error  # becomes an error of the controller, which Ray Train does not retry
