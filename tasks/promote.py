@@ -16,7 +16,7 @@ from infra.registry_tags import CHAMPION, DATABASE_PREFIX, GENERATOR_NAME
 from infra.settings import Settings
 from tasks.promotion.config import AT_ONCE, DatabaseGates, GeneratorGates
 from tasks.promotion.database_gates import measure_database, only_hides
-from tasks.promotion.measure import measure, open_version
+from tasks.promotion.measure import champion_database, measure, open_version
 from tasks.promotion.presentation import decision_page
 from tasks.references.domain_folder import DomainFolder
 from tasks.references.lineage import takedown_of
@@ -101,8 +101,8 @@ def promote_registered(
         gates = (neighbour_gate(scores or {}, request.generator.neighbour_loss or 0.0),)
     else:
         version = open_version(DatabaseVersion, name, registered.version, settings)
-        champion = _champion_database(name, before, settings)
-        hides = only_hides(version, champion)
+        champion = champion_database(name, before, settings)
+        hides = only_hides(version, champion, settings.cache_folder)
         limits = AT_ONCE if hides or gates_of_domain is None else gates_of_domain
         gates = measure_database(version, champion, limits, settings.cache_folder)
     outcome = "promoted"
@@ -114,18 +114,6 @@ def promote_registered(
         Registry(settings).warn_if_older(name, CHAMPION, str(registered.version))
         store.move(name, registered.version, pin=pin)
     return _record(request, outcome, before, gates, store)
-
-
-def _champion_database(name: str, number: int | None, settings: Settings) -> DatabaseVersion | None:
-    """Open the champion, or return None if there is none or its files are lost: its successor replaces it."""
-    if number is None:
-        return None
-    try:
-        version: DatabaseVersion = open_version(DatabaseVersion, name, number, settings)
-        return version
-    except NotFoundError as error:
-        logs.get("stage").warning("%-11s the champion is not compared: %s", "promote", error)
-        return None
 
 
 def rollback(

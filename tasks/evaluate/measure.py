@@ -4,7 +4,7 @@ Legend: ``N`` samples, ``D`` embedding width.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def pipeline_folder(generator: Generator, cache: Path) -> Path:
 def measure(subject: EvaluationInputs, folder_uri: str, cache: Path) -> artifacts.Shard:
     """Generate, embed and score the samples. Commit the scores and the images for the report."""
     weights = _weights(subject.config, cache)
-    worker = Evaluator(subject, folder_uri, cache)
+    worker = Evaluator(subject, cache, Progress(folder_uri, "step"))
     with storage.scratch() as folder:
         scores = worker.main(folder, weights)
         info: dict[str, Any] = {
@@ -81,8 +81,16 @@ def measure(subject: EvaluationInputs, folder_uri: str, cache: Path) -> artifact
 class Evaluator:
     """Evaluation of one generator on one database. The samples of each condition are generated once."""
 
-    def __init__(self, subject: EvaluationInputs, folder_uri: str, cache: Path) -> None:
-        """Open the databases and the generator of ``subject``. Progress is written to ``folder_uri``."""
+    def __init__(
+        self,
+        subject: EvaluationInputs,
+        cache: Path,
+        on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    ) -> None:
+        """Open the databases and the generator of ``subject``.
+
+        ``on_progress`` is called with (label, step, total steps). Default: no progress.
+        """
         self._subject, self._config, self._cache = subject, subject.config, cache
         versions = {subject.name: subject.database, **subject.others}
         self._opened = {name: open_database(version, cache) for name, version in versions.items()}
@@ -101,14 +109,13 @@ class Evaluator:
             self._pipeline.to("cuda")
         config = self._config
         queries, self.labels = queries_of(self._pipeline, self._database, config.prompts, config.samples, config.seed)
-        progress = Progress(folder_uri, "step")
         self._sampler = Sampler(
             self._pipeline,
             queries,
             steps=config.steps,
             guidance=config.guidance,
             seed=config.seed,
-            on_progress=progress,
+            on_progress=on_progress,
         )
         self._scores: dict[Condition, dict[str, Score]] = {}
         # Two disjoint sets of real images of the compared size; a very small database has only one.

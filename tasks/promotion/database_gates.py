@@ -17,7 +17,7 @@ from tasks.references.takedown import Entries, Matcher, read_entries
 from tasks.references.types import DatabaseVersion, EmbeddingShards
 
 _COLUMNS = ["key", "url", "sha256"]
-_DRIFT_SHARDS = 32  # approximate number of shards that are read to measure the drift
+_DRIFT_SHARDS = 32  # most shards that are read to measure the drift
 _DOWNLOADED = frozenset({"success"})
 
 
@@ -42,13 +42,20 @@ def measure_database(
     return tuple(results)
 
 
-def only_hides(version: DatabaseVersion, champion: DatabaseVersion | None) -> bool:
-    """Return True if the version has the embeddings of the champion, but another takedown."""
+def only_hides(version: DatabaseVersion, champion: DatabaseVersion | None, cache: Path) -> bool:
+    """Return True if the version has the embeddings of the champion, and takes down more than the champion does."""
     if champion is None:
         return False
     new, old = version.manifest().inputs, champion.manifest().inputs
-    unchanged = new["embeddings"]["digest"] == old["embeddings"]["digest"]
-    return unchanged and "takedown" in new and new["takedown"]["digest"] != old.get("takedown", {}).get("digest")
+    if new["embeddings"]["digest"] != old["embeddings"]["digest"]:
+        return False
+    hidden, before = _taken_down(version, cache), _taken_down(champion, cache)
+    return bool(hidden - before) and not before - hidden
+
+
+def _taken_down(version: DatabaseVersion, cache: Path) -> Entries:
+    takedown = takedown_of(version)
+    return Entries() if takedown is None else read_entries(takedown, cache)
 
 
 def failed_share(version: DatabaseVersion) -> float | None:
@@ -76,19 +83,27 @@ def _failed_downloads(version: DatabaseVersion, limit: float) -> GateResult:
 
 
 def _lost_rows(version: DatabaseVersion, champion: DatabaseVersion, limit: float, cache: Path) -> GateResult:
-    """Measure the share of the champion's images, by sha256, that the version neither has nor has taken down."""
+    """Measure the share of the champion's images that the version neither has nor has taken down.
+
+    Images are compared by their sha256, or by their URL if it is not recorded.
+    """
     new, old = embeddings_of(version), embeddings_of(champion)
-    present = {sha256 for table in _rows(new, cache) for sha256 in table["sha256"].to_pylist()}
-    takedown = takedown_of(version)
-    taken_down = Matcher(Entries() if takedown is None else read_entries(takedown, cache))
+    present = {identity for table in _rows(new, cache) for identity in _identities(table)}
+    taken_down = Matcher(_taken_down(version, cache))
     lost = total = 0
     for table in _rows(old, cache):
-        absent = np.array([sha256 not in present for sha256 in table["sha256"].to_pylist()], dtype=np.bool_)
+        absent = np.array([identity not in present for identity in _identities(table)], dtype=np.bool_)
         lost += int((absent & ~taken_down.mask(table)).sum())
         total += table.num_rows
     share = lost / total if total else 0.0
     detail = f"{lost} of {total}"
     return GateResult(gate="lost_rows", passed=share <= limit, value=share, limit=limit, detail=detail)
+
+
+def _identities(table: pa.Table) -> list[str | None]:
+    """Return the sha256 of each row, or its URL if the sha256 is missing."""
+    rows = zip(table["sha256"].to_pylist(), table["url"].to_pylist(), strict=True)
+    return [sha256 or url for sha256, url in rows]
 
 
 def _rows(embeddings: EmbeddingShards, cache: Path) -> Iterator[pa.Table]:
@@ -99,7 +114,7 @@ def _rows(embeddings: EmbeddingShards, cache: Path) -> Iterator[pa.Table]:
 def _mean(embeddings: EmbeddingShards, cache: Path) -> NDArray[np.float64]:
     """Return the mean embedding (D,) of evenly spaced shards."""
     shards = embeddings.manifest().shards
-    chosen = shards[:: max(1, len(shards) // _DRIFT_SHARDS)]
+    chosen = shards[:: -(-len(shards) // _DRIFT_SHARDS) or 1]
     arrays = [np.load(artifacts.fetch_shard(embeddings.uri, one, ".npy", cache), mmap_mode="r") for one in chosen]
     total = np.sum([rows.sum(axis=0, dtype=np.float64) for rows in arrays], axis=0)
     return np.asarray(total / max(1, sum(len(rows) for rows in arrays)), dtype=np.float64)

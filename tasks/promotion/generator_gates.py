@@ -85,7 +85,7 @@ def compare(
         inputs = EvaluationInputs(
             generator=generator, name=domain_of(database), database=database, others={}, config=config
         )
-        evaluator = Evaluator(inputs, database.uri, cache)
+        evaluator = Evaluator(inputs, cache)
         rows, nearest = evaluator.scored_samples()
         samples[name] = ScoredSamples(rows=rows, nearest=nearest)
     queries, reference = evaluator.queries, evaluator.reference_set

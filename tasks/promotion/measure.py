@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from infra import logs
 from infra.errors import NotFoundError
 from infra.promotions import GateResult
 from infra.registry import Registry
@@ -24,7 +25,7 @@ def measure(
     is_other = before is not None and before != number
     if name != GENERATOR_NAME:
         version = open_version(DatabaseVersion, name, number, settings)
-        champion = open_version(DatabaseVersion, name, before, settings) if is_other else None
+        champion = champion_database(name, before, settings) if is_other else None
         limits = database_gates or _recorded_gates(name, number, settings)
         return measure_database(version, champion, limits, settings.cache_folder)
     from tasks.promotion.generator_gates import (  # imported here: the gates of a database need no torch
@@ -62,6 +63,18 @@ def open_version(kind: type[Any], name: str, version: int | None, settings: Sett
     """Open a registered version as a reference of ``kind``."""
     pulled = Registry(settings).pull(f"models:/{name}/{version}", kind=kind.kind)
     return kind.of(pulled.manifest, pulled.folder_uri)
+
+
+def champion_database(name: str, number: int | None, settings: Settings) -> DatabaseVersion | None:
+    """Open the champion, or return None if there is none or its files are lost: its successor replaces it."""
+    if number is None:
+        return None
+    try:
+        version: DatabaseVersion = open_version(DatabaseVersion, name, number, settings)
+        return version
+    except NotFoundError as error:
+        logs.get("stage").warning("%-11s the champion is not compared: %s", "promote", error)
+        return None
 
 
 def _tags(name: str, version: int, settings: Settings) -> dict[str, Any]:

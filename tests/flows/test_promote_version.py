@@ -1,5 +1,7 @@
 """Tests of promotion: gates refuse, force is recorded, rollbacks pin, and takedowns are never restored."""
 
+from pathlib import Path
+
 import pytest
 from support.changing_domain import NAMES, Living
 from support.fakes import WithoutRay
@@ -7,6 +9,7 @@ from support.fakes import WithoutRay
 from flows.promote_version import PromoteVersionConfig, promote_version
 from infra.errors import InputError, NotFoundError
 from infra.promotions import Decision, Promotions
+from infra.registry import Registry
 from tasks.promote import rollback
 from tasks.promotion.config import DatabaseGates
 
@@ -39,6 +42,10 @@ def test_promote_is_refused_by_lost_rows_and_forced_with_a_reason(living: Living
     assert history[0]["reason"] == "the new images are wrong"
     assert history[0]["requester"]
     assert history[0]["gates"]
+
+    (champion,) = (one for one in Registry(living.settings).versions("database") if one["version"] == 1)
+    (Path(champion["uri"]) / "manifest.json").unlink()
+    assert promoted(living, version=2).outcome == "promoted", "a champion whose files are lost is not compared"
 
 
 def test_rebuild_is_promoted_by_the_gates_of_its_domain_and_a_takedown_in_any_case(

@@ -45,5 +45,7 @@ def test_compare_of_two_generators_is_paired_and_antisymmetric(
     assert values == pytest.approx([-float(gate.detail.split()[1]) for gate in gain], abs=2e-4)
     assert any(values)
 
+    assert not list(Path(database.uri).rglob("progress.json")), "a database is not written to"
+
     same = compare(trained, trained, database, config, tmp_path / "cache")
     assert all(gate.passed and gate.value == 0 for gate in comparison_gates(same, GATES)), "the noise is not the same"
