@@ -83,6 +83,18 @@ def test_generator_passes_parameters_to_the_pipeline(client: TestClient) -> None
     assert default == {"neighbours": 7, "num_inference_steps": 25, "guidance_scale": 2.0, "candidates": 1}
 
 
+def test_generator_of_few_steps_accepts_their_number_only(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests_pyfunc_fakes import FakePipeline
+
+    monkeypatch.setattr(FakePipeline.config, "noise_levels", [1.0, 0.8, 0.5])
+    FakePipeline.calls.clear()
+    refused = post(client, steps=8)
+    assert (refused.status_code, refused.json()["error_code"]) == (400, "INVALID_PARAMETER_VALUE")
+    assert refused.json()["message"] == "steps is not supported: 8; this generator needs 3 steps"
+    assert post(client, steps=3).status_code == 200
+    assert [call["num_inference_steps"] for call in FakePipeline.calls] == [3]
+
+
 @pytest.mark.parametrize(
     ("params", "line"),
     [
