@@ -81,8 +81,13 @@ class ContinuousBackbone:
 
     @property
     def restorer(self) -> Denoiser | None:
-        """The denoiser of six input channels of an editor, or None for other networks."""
-        return as_denoiser(self.network, self.prediction) if is_editor(self.network) else None
+        """The denoiser of six input channels of an editor; None for other networks, and after a distillation.
+
+        A distilled editor has seen no reference.
+        """
+        if self.noise_levels is not None or not is_editor(self.network):
+            return None
+        return as_denoiser(self.network, self.prediction)
 
     @property
     def denoiser(self) -> Denoiser:

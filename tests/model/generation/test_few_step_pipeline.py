@@ -12,6 +12,7 @@ from torch import nn
 
 from model.diffusion.few_steps import few_step_levels
 from model.errors import ModelError
+from model.networks.editor import widen_input
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
 
 LEVELS = list(few_step_levels(4))
@@ -65,6 +66,13 @@ def test_few_step_pipeline_other_steps_and_edits_raise(pipeline: KNNDiffusionPip
     assert generated(pipeline, num_inference_steps=4)[1] == pytest.approx(LEVELS)
     with pytest.raises(ModelError, match="distilled to few steps and cannot edit; edit with the generator that it was"):
         pipeline.edit(Image.new("RGB", (8, 8)), PROMPTS[:1])
+
+
+def test_few_step_pipeline_of_an_editor_takes_no_reference(pipeline: KNNDiffusionPipeline) -> None:
+    pipeline.register_modules(transformer=widen_input(pipeline.transformer))
+    assert pipeline.backbone.restorer is None
+    with pytest.raises(ModelError, match="this generator takes no reference; use reference='none'"):
+        generated(pipeline, reference="neighbour")
 
 
 def test_few_step_pipeline_invalid_levels_or_codes_raise() -> None:
