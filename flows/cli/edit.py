@@ -96,7 +96,7 @@ def edit(
             "largest_region": largest_region,
         }
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        with step_bar("edit", unit="candidate") as on_progress:
+        with step_bar("edit") as on_progress:
             (edited,) = pipeline.edit(
                 source, prompt, generator=torch.Generator().manual_seed(seed), on_progress=on_progress, **options
             )

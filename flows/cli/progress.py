@@ -5,11 +5,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def step_bar(description: str, unit: str = "step") -> Iterator[Callable[[int, int], None]]:
+def step_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar, and yield the callback that advances it, with the arguments (step, total steps)."""
     from infra.progress import ProgressBar
 
-    with ProgressBar(desc=description, unit=unit, leave=False) as bar:
+    with ProgressBar(desc=description, unit="step", leave=False) as bar:
 
         def on_progress(step: int, steps: int) -> None:
             bar.total = steps

@@ -8,6 +8,7 @@ Legend: ``B`` images, ``N`` noise samples, ``S`` side, ``C s s`` pixels or laten
 """
 
 import itertools
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -49,25 +50,35 @@ class ContinuousCanvas:
         """Implement ``Canvas.contrast``; noises are (B, N, C, s, s)."""
         return text_contrast(self._denoiser, self._encoded, self._condition, source_condition, noises)
 
-    def regenerate(self, noise: Tensor) -> Tensor:
+    def regenerate(self, noise: Tensor, on_step: Callable[[int], None]) -> Tensor:
         """Implement ``Canvas.regenerate``; the noise is (B, C, s, s)."""
-        edited = sdedit(self._denoiser, self._encoded, self._condition, noise, self._config, negative=self._negative)
+        edited = sdedit(
+            self._denoiser,
+            self._encoded,
+            self._condition,
+            noise,
+            self._config,
+            negative=self._negative,
+            on_step=on_step,
+        )
         return self._backbone.decode(edited)
 
-    def move(self, source_condition: Tensor, noises: Tensor) -> Tensor:
+    def move(self, source_condition: Tensor, noises: Tensor, on_step: Callable[[int], None]) -> Tensor:
         """Move the whole images from the source's condition (B, T, E) to the target's: (B, 3, S, S) in [−1, 1].
 
-        ``noises`` is (B, steps · N, C, s, s).
+        ``noises`` is (B, steps · N, C, s, s). ``on_step`` is called with the number of each finished step, from 1.
         """
-        edited = flow_edit(self._denoiser, self._encoded, self._condition, source_condition, noises, self._config)
+        edited = flow_edit(
+            self._denoiser, self._encoded, self._condition, source_condition, noises, self._config, on_step
+        )
         return self._backbone.decode(edited)
 
-    def inpaint(self, region: Tensor, noise: Tensor) -> Tensor:
+    def inpaint(self, region: Tensor, noise: Tensor, on_step: Callable[[int], None]) -> Tensor:
         """Implement ``Canvas.inpaint``; the noise is (B, C, s, s)."""
         denoiser = with_guidance(self._denoiser, self._config.guidance_scale, negative=self._negative)
         cells, levels = to_grid(region, self._encoded.shape[-1]), noise_levels(self._config).to(noise.device)
         inpainted = self._backbone.decode(
-            inpaint_region(denoiser, self._encoded, cells, self._condition, noise, levels)
+            inpaint_region(denoiser, self._encoded, cells, self._condition, noise, levels, on_step)
         )
         return inpainted if self._backbone.vae is None else composite(self._source, inpainted, cells)
 
@@ -80,6 +91,7 @@ def restore(
     config: EditConfig,
     *,
     negative: Tensor | None = None,
+    on_step: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """Edit images with a network that was trained to restore.
 
@@ -90,12 +102,13 @@ def restore(
         noise: (B, 3, S, S) standard normal.
         config: How to edit.
         negative: (B, T, E) tokens to push away from, e.g. those of the source. Default: the null condition.
+        on_step: Called with the number of each finished step, from 1. Default: no progress.
 
     Returns:
         (B, 3, S, S) float32 in [−1, 1].
     """
     guided = with_edit_guidance(denoiser, source, config, negative=negative)
-    edited = _euler(guided, source, condition, noise, config).clamp(-1, 1)
+    edited = _euler(guided, source, condition, noise, config, on_step).clamp(-1, 1)
     return keep_unchanged(edited, source) if config.keep else edited
 
 
@@ -107,6 +120,7 @@ def sdedit(
     config: EditConfig,
     *,
     negative: Tensor | None = None,
+    on_step: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """Edit by the baseline (SDEdit, 2108.01073): add noise to the source, and denoise it conditioned on the text.
 
@@ -119,12 +133,13 @@ def sdedit(
         noise: (B, C, s, s) standard normal.
         config: How to edit.
         negative: (B, T, E) tokens to push away from. Default: the null condition.
+        on_step: Called with the number of each finished step, from 1. Default: no progress.
 
     Returns:
         (B, C, s, s) float32, not clamped.
     """
     guided = with_guidance(denoiser, config.guidance_scale, negative=negative)
-    return _euler(guided, source, condition, noise, config)
+    return _euler(guided, source, condition, noise, config, on_step)
 
 
 def with_edit_guidance(
@@ -151,10 +166,18 @@ def with_edit_guidance(
     return guided
 
 
-def _euler(denoiser: Denoiser, source: Tensor, condition: Tensor, noise: Tensor, config: EditConfig) -> Tensor:
+def _euler(
+    denoiser: Denoiser,
+    source: Tensor,
+    condition: Tensor,
+    noise: Tensor,
+    config: EditConfig,
+    on_step: Callable[[int], None],
+) -> Tensor:
     """Take Euler steps along the noise levels, starting from the noised source: (B, C, s, s) float32."""
     levels = noise_levels(config).to(source.device)
     sample = add_noise(source, noise, levels[:1].expand(len(source)))
-    for level, following in itertools.pairwise(levels):
+    for number, (level, following) in enumerate(itertools.pairwise(levels), start=1):
         sample = sample + (following - level) * denoiser(sample, level.expand(len(sample)), condition)
+        on_step(number)
     return sample.float()

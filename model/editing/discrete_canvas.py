@@ -11,6 +11,7 @@ velocities, and masks replace Gaussian noise.
 """
 
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -62,16 +63,16 @@ class DiscreteCanvas:
             backbone.network, self._codes, self._condition, source_condition, uniforms, backbone.transitions
         )
 
-    def regenerate(self, noise: Tensor) -> Tensor:
+    def regenerate(self, noise: Tensor, on_step: Callable[[int], None]) -> Tensor:
         """Implement ``Canvas.regenerate``; the noise is uniform (B, NOISE_STEPS + steps, n)."""
-        return self._sample(torch.ones_like(self._codes, dtype=torch.bool), noise)
+        return self._sample(torch.ones_like(self._codes, dtype=torch.bool), noise, on_step)
 
-    def inpaint(self, region: Tensor, noise: Tensor) -> Tensor:
+    def inpaint(self, region: Tensor, noise: Tensor, on_step: Callable[[int], None]) -> Tensor:
         """Implement ``Canvas.inpaint``: regenerate every code that the region touches. Noise as in ``regenerate``."""
         cells = (to_grid(region, math.isqrt(self._codes.shape[1])) > 0).float()
-        return composite(self._source, self._sample(cells.flatten(1) > 0, noise), cells)
+        return composite(self._source, self._sample(cells.flatten(1) > 0, noise, on_step), cells)
 
-    def _sample(self, free: Tensor, noise: Tensor) -> Tensor:
+    def _sample(self, free: Tensor, noise: Tensor, on_step: Callable[[int], None]) -> Tensor:
         uniforms = noise[:, self.NOISE_STEPS :]
         known = KnownCodes(
             codes=self._codes,
@@ -85,7 +86,7 @@ class DiscreteCanvas:
             steps=min(uniforms.shape[1], self._first),  # a process has no more strides than timesteps
             guidance_scale=self._scale,
             negative=self._negative,
-            on_step=None,
+            on_step=on_step,
             known=known,
         )
 

@@ -50,12 +50,15 @@ class Canvas(Protocol):
         """Return how much the target and the source's own condition (B, T, E) disagree: (B, 1, s, s), at least 0."""
         ...
 
-    def regenerate(self, noise: Tensor) -> Tensor:
-        """Regenerate the whole images from the configured strength: (B, 3, S, S) float32 in [−1, 1]."""
+    def regenerate(self, noise: Tensor, on_step: Callable[[int], None]) -> Tensor:
+        """Regenerate the whole images from the configured strength: (B, 3, S, S) float32 in [−1, 1].
+
+        ``on_step`` is called with the number of each finished step, from 1.
+        """
         ...
 
-    def inpaint(self, region: Tensor, noise: Tensor) -> Tensor:
-        """Regenerate a region (B, 1, S, S) in [0, 1] of the images: (B, 3, S, S) float32 in [−1, 1]."""
+    def inpaint(self, region: Tensor, noise: Tensor, on_step: Callable[[int], None]) -> Tensor:
+        """Regenerate a region (B, 1, S, S) in [0, 1] of the images; otherwise as :meth:`regenerate`."""
         ...
 
 
@@ -89,7 +92,7 @@ def edit(
             :func:`needs_source_tokens`.
         config: How to edit.
         generator: Source of the noise, on the CPU: one for all images, or one for each. Default: a random seed.
-        on_progress: Called with (candidates, total candidates) after each one, over all batches. Default: None.
+        on_progress: Called with (step, total steps) after each step, over all candidates and batches. Default: None.
 
     Returns:
         (B, S, S, 3) uint8.
@@ -103,20 +106,26 @@ def edit(
     sources = to_model_range(torch.from_numpy(images))
     noise = _noise(backbone, len(images), extra_steps + config.steps, config, generator)
 
-    def edit_batch(rows: slice, on_candidate: Callable[[int], None]) -> Tensor:
+    def edit_batch(rows: slice, on_step: Callable[[int], None]) -> Tensor:
         own_tokens = None if source_tokens is None else source_tokens[rows]
         edited: list[Tensor] = []
+
+        def on_candidate_step(number: int) -> None:
+            if number < config.steps:  # the last one counts when the candidate is finished
+                on_step(len(edited) * config.steps + number)
+
         for candidate in _candidates(
-            backbone, new_canvas, sources[rows], tokens[rows], own_tokens, noise[rows], config
+            backbone, new_canvas, sources[rows], tokens[rows], own_tokens, noise[rows], config, on_candidate_step
         ):
             edited.append(candidate)
-            on_candidate(len(edited))
+            on_step(len(edited) * config.steps)  # codes may take fewer steps, see EditConfig
         if len(edited) == 1:
             return edited[0]
         scores = [(embed_pixels(to_pixels(one)) * targets[rows]).sum(1) for one in edited]
         return select_candidate(sources[rows], edited, torch.stack(scores), kept_db=config.kept_db)
 
-    edited = to_pixels(run_batched(edit_batch, len(images), config.candidates, backbone.device, on_progress))
+    steps = config.candidates * config.steps
+    edited = to_pixels(run_batched(edit_batch, len(images), steps, backbone.device, on_progress))
     if unchanged := int((edited == images).all((1, 2, 3)).sum()):
         message = "%d of %d images are unchanged; rephrase the prompt, or increase strength or largest_region"
         logger.warning(message, unchanged, len(images))
@@ -189,6 +198,7 @@ def _candidates(
     source_condition: Tensor | None,
     noise: Tensor,
     config: EditConfig,
+    on_step: Callable[[int], None],
 ) -> Iterator[Tensor]:
     """Generate the candidates of one batch on the backbone's device: each (B, 3, S, S) in [−1, 1] on the CPU."""
     source, condition, noise = (part.to(backbone.device) for part in (source, condition, noise))
@@ -198,18 +208,18 @@ def _candidates(
     if config.method == "restore":
         assert backbone.restorer is not None  # noqa: S101 - checked by the caller
         for one in noises:
-            yield restore(backbone.restorer, source, condition, one, config, negative=negative).cpu()
+            yield restore(backbone.restorer, source, condition, one, config, negative=negative, on_step=on_step).cpu()
         return
     canvas = new_canvas(source, condition, config, negative)
     if config.method == "sdedit":
         for one in noises:
-            yield canvas.regenerate(one).cpu()
+            yield canvas.regenerate(one, on_step).cpu()
         return
     assert source_condition is not None  # noqa: S101 - the caller provides it for these methods
     if config.method == "flow":
         assert isinstance(canvas, ContinuousCanvas)  # noqa: S101 - checked by the caller
         for samples in noise.chunk(config.candidates, dim=1):
-            edited = canvas.move(source_condition, samples)
+            edited = canvas.move(source_condition, samples, on_step)
             yield (keep_unchanged(edited, source) if config.keep else edited).cpu()
         return
     contrast = canvas.contrast(source_condition, noise[:, config.candidates :])
@@ -217,7 +227,7 @@ def _candidates(
         contrast = F.interpolate(contrast, size=source.shape[-2:], mode="bilinear")
     regions = propose_regions(contrast, math.ceil(config.candidates / 2), largest=config.largest_region).unbind(1)
     for region, one in zip(itertools.cycle(regions), noises, strict=False):
-        edited = canvas.inpaint(region, one)
+        edited = canvas.inpaint(region, one, on_step)
         yield (keep_unchanged(edited, source) if config.keep else edited).cpu()
 
 

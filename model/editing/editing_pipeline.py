@@ -55,7 +55,8 @@ class EditingPipeline(BasePipeline):
             retrieve: False hides the neighbours. Default: True.
             neighbour_images: False hides the images of the neighbours from a network that takes them. Otherwise text
                 and source are each shown with those of their own neighbours. Default: True.
-            on_progress: Called with (candidates, total candidates) after each candidate. Default: None.
+            on_progress: Called with (step, total steps) after each step, over all candidates and batches. Default:
+                None.
             **options: Further fields of :class:`model.editing.config.EditConfig`, e.g. guidance_scale or candidates.
 
         Returns:

@@ -12,6 +12,7 @@ pose and framing are kept. Both velocities are guided; the source's less, as in 
 """
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ def flow_edit(
     source_condition: Tensor,
     noises: Tensor,
     config: EditConfig,
+    on_step: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """Edit images towards a condition.
 
@@ -43,6 +45,7 @@ def flow_edit(
         source_condition: (B, T, E) tokens of the source itself.
         noises: (B, steps · N, C, s, s) standard normal, N for each step.
         config: How to edit.
+        on_step: Called with the number of each finished step, from 1. Default: no progress.
 
     Returns:
         (B, C, s, s) float32, not clamped.
@@ -52,11 +55,14 @@ def flow_edit(
     edited = source
     steps = noises.chunk(config.steps, dim=1)
     levels = noise_levels(config).to(source.device)
-    for (level, following), samples in zip(itertools.pairwise(levels), steps, strict=True):
+    for number, (samples, (level, following)) in enumerate(
+        zip(steps, itertools.pairwise(levels), strict=True), start=1
+    ):
         sigma = level.expand(len(source))
         velocity = torch.zeros_like(source)
         for noise in samples.unbind(1):
             noised = add_noise(source, noise, sigma)
             velocity += towards(edited + noised - source, sigma, condition) - away(noised, sigma, source_condition)
         edited = edited + (following - level) * velocity / samples.shape[1]
+        on_step(number)
     return edited.float()

@@ -10,7 +10,7 @@ tokens, ``E`` their channels.
 The contrast uses a high σ because the two outputs then differ over whole objects, at low noise only along edges.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import cv2
@@ -97,7 +97,13 @@ def composite(source: Tensor, decoded: Tensor, cells: Tensor) -> Tensor:
 
 
 def inpaint_region(
-    denoiser: Denoiser, source: Tensor, region: Tensor, condition: Tensor, noise: Tensor, levels: Tensor
+    denoiser: Denoiser,
+    source: Tensor,
+    region: Tensor,
+    condition: Tensor,
+    noise: Tensor,
+    levels: Tensor,
+    on_step: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """Regenerate a region of the source and keep the rest: (B, C, S, S) float32, not clamped.
 
@@ -108,12 +114,14 @@ def inpaint_region(
         condition: (B, T, E).
         noise: (B, C, S, S) standard normal.
         levels: (steps + 1,), decreasing to 0, as :func:`model.editing.config.noise_levels` returns them.
+        on_step: Called with the number of each finished step, from 1. Default: no progress.
     """
     sample = add_noise(source, noise, levels[:1].expand(len(source)))
-    for level, following in pairwise(levels):
+    for number, (level, following) in enumerate(pairwise(levels), start=1):
         sample = sample + (following - level) * denoiser(sample, level.expand(len(sample)), condition)
         outside = add_noise(source, noise, following.expand(len(source)))
         sample = torch.lerp(outside, sample, region)
+        on_step(number)
     return sample.float()
 
 

@@ -1,6 +1,5 @@
 """Generations and edits: run a batch through the pipeline, and describe where each image comes from."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from model.editing.edit_metrics import changed_region
-from model.generation.batching import BATCH_SIZE
 from model.images import image_to_array, to_model_range, to_rgb
 from model.pipeline import KNNDiffusionPipeline
 from tasks.serve.service.plans import EditPlan, GeneratePlan
@@ -76,29 +74,17 @@ def edit(plans: Sequence[EditPlan], on_step: OnStep) -> list[ImagesResponse]:
     pipeline = first.model.with_database(first.opened)
     seeds = [(one, seed) for one in plans for seed in one.seeds]
     sources = {id(one): image_to_array(to_rgb(one.request.image), pipeline.side) for one in plans}
-    done, total = 0, math.ceil(len(seeds) / BATCH_SIZE.get(pipeline.device.type, 1)) * first.config.candidates
-
-    def on_candidate(step: int, steps: int) -> None:
-        nonlocal done, total
-        done, total = step, steps
-        on_step(done, total)
-
-    # The pipeline reports candidates only. A cancelled job stops at the next call of the network.
-    hook = pipeline.transformer.register_forward_pre_hook(lambda *_: on_step(done, total))
-    try:
-        images = pipeline.edit(
-            [Image.fromarray(sources[id(one)]) for one, _ in seeds],
-            [one.request.prompt for one, _ in seeds],
-            method=first.config.method,
-            strength=first.config.strength,
-            num_inference_steps=first.config.steps,
-            guidance_scale=first.config.guidance_scale,
-            neighbours=first.settings["k"],
-            generator=[torch.Generator().manual_seed(seed) for _, seed in seeds],
-            on_progress=on_candidate,
-        )
-    finally:
-        hook.remove()
+    images = pipeline.edit(
+        [Image.fromarray(sources[id(one)]) for one, _ in seeds],
+        [one.request.prompt for one, _ in seeds],
+        method=first.config.method,
+        strength=first.config.strength,
+        num_inference_steps=first.config.steps,
+        guidance_scale=first.config.guidance_scale,
+        neighbours=first.settings["k"],
+        generator=[torch.Generator().manual_seed(seed) for _, seed in seeds],
+        on_progress=on_step,
+    )
     texts = pipeline.embed([one.request.prompt for one in plans]).numpy()
     found = first.opened.database.nearest(texts, first.settings["k"])
     responses, start = [], 0

@@ -101,8 +101,12 @@ def test_edit_options_change_the_result(pipeline: KNNDiffusionPipeline, option: 
     assert (plain != other).any()
 
 
-def test_edit_more_steps_than_timesteps_are_reduced(pipeline: KNNDiffusionPipeline) -> None:
-    assert edited(pipeline, [image()], steps=40, strength=0.2).shape == (1, 16, 16, 3)
+def test_edit_more_steps_than_timesteps_are_reduced_and_count_as_finished(pipeline: KNNDiffusionPipeline) -> None:
+    reported = list[tuple[int, int]]()
+    steps = {"steps": 40, "strength": 0.2, "on_progress": lambda *step: reported.append(step)}
+    assert edited(pipeline, [image()], **steps).shape == (1, 16, 16, 3)
+    taken = [1, 2] if isinstance(pipeline.backbone, DiscreteBackbone) else range(1, 40)
+    assert reported == [(done, 80) for done in (*taken, 40, *(40 + number for number in taken), 80)]
 
 
 def test_edit_restore_without_training_raises(pipeline: KNNDiffusionPipeline) -> None:

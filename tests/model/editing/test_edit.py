@@ -153,17 +153,15 @@ def test_edit_strength_near_zero_returns_the_source(
     assert np.abs(pixels(edited(editor, image(), method=method, strength=1e-4)) - pixels([image()])).max() <= 3
 
 
-@pytest.mark.parametrize("method", ["flow", "local", "sdedit"])
-def test_edit_reports_progress_after_each_candidate(
-    editor: KNNDiffusionPipeline, encoder: RedEncoder, method: str
-) -> None:
+@pytest.mark.parametrize("method", ["flow", "local", "restore", "sdedit"])
+def test_edit_reports_progress_after_each_step(editor: KNNDiffusionPipeline, encoder: RedEncoder, method: str) -> None:
     reported: list[tuple[int, int]] = []
 
     def on_progress(done: int, total: int) -> None:
         reported.append((done, total))
 
-    edited(editor, image(), method=method, steps=1, candidates=3, on_progress=on_progress)
-    assert reported == [(1, 3), (2, 3), (3, 3)]
+    edited(editor, [image()] * (BATCH_SIZE["cpu"] + 1), method=method, candidates=2, on_progress=on_progress)
+    assert reported == [(step, 12) for step in range(1, 13)], "two batches of two candidates of three steps"
 
 
 def test_edit_unchanged_images_are_logged(editor: KNNDiffusionPipeline, caplog: pytest.LogCaptureFixture) -> None:

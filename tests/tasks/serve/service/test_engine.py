@@ -99,7 +99,7 @@ def test_cancelled_job_stops_between_steps_and_the_rest_of_its_batch_goes_on(
     assert steps == [1]
 
 
-def test_cancelled_edit_stops_within_a_candidate(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancelled_edit_stops_at_its_next_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     network, calls = engine._catalog.model.pipeline.transformer, list[int]()
 
     def count(*_: Any) -> None:
@@ -112,8 +112,8 @@ def test_cancelled_edit_stops_within_a_candidate(engine: Engine, monkeypatch: py
     with pytest.raises(JobCancelledError):
         job.future.result(20)
     hook.remove()
+    wait_for(lambda: engine._lanes["image"].in_flight() == 0)
     assert len(calls) == 2
-    wait_for(lambda: not network._forward_pre_hooks)
 
 
 def test_failing_request_fails_alone_and_without_paths(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
