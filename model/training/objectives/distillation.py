@@ -87,7 +87,11 @@ class Teacher:
 
 
 class Distillation(nn.Module):
-    """The loss of a student against the mean velocity of a teacher. An editor gets no reference: it generates."""
+    """The loss of a student against the mean velocity of a teacher. An editor gets no reference: it generates.
+
+    The loss keeps a graph of the student for each level. As many ``pieces`` as levels in the training's config limit
+    the memory to that of flow matching with the whole batch.
+    """
 
     def __init__(
         self,

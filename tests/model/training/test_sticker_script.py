@@ -19,11 +19,15 @@ import pytest
 import torch
 from support.sticker_recipe import SIZE, Done, Run, command, part, write_style
 from support.tiny_domain import COLOURS
+from torch import Tensor, nn
 
 from model.configs import TransformerConfig
 from model.networks.build import config_of_network
 from model.networks.image_tokens import takes_images
 from model.pipeline import KNNDiffusionPipeline
+from model.step_random import StepRandom
+from model.training.batch import Batch
+from model.training.objectives.distillation import Distillation
 
 
 def test_sticker_script_sigterm_saves_a_checkpoint_and_resumes(stickers: Path, run: Run, tmp_path: Path) -> None:
@@ -97,8 +101,15 @@ def test_sticker_script_128_px_with_large_patches_and_clean_images_trains_and_ge
 
 
 def test_sticker_script_distil_learns_from_a_guided_generator_and_resumes(
-    stickers: Path, run: Run, tmp_path: Path
+    stickers: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    sizes, forward = list[int](), Distillation.forward
+
+    def noting(self: Distillation, network: nn.Module, batch: Batch, rng: StepRandom) -> Tensor:
+        sizes.append(len(batch.images))
+        return forward(self, network, batch, rng)
+
+    monkeypatch.setattr(Distillation, "forward", noting)
     out = tmp_path / "out"
     done = run(*command("base", stickers, out, 16), "--guide-share", "0.5")
     assert done.returncode == 0, done.output[-2000:]
@@ -114,6 +125,7 @@ def test_sticker_script_distil_learns_from_a_guided_generator_and_resumes(
         figures = json.loads((tmp_path / "returned" / "figures.json").read_text())
         assert figures["images"] == images, "a repeated run resumes"
         assert 0 < figures["distance"] < 4
+    assert sizes == 2 * [1, 2, 2], "the count of operations, and a piece for each level"
     assert (tmp_path / "returned" / "unseen-openmoji.png").exists()
     student = KNNDiffusionPipeline.open(out / "distil" / "pipeline")
     assert student.guide is None

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import math
 from typing import Any
 
 import torch
@@ -70,7 +71,9 @@ def distil(options: argparse.Namespace) -> None:
         guidance_scale=config.guidance_scale, guidance_interval=(first, last),
     )  # fmt: skip
     levels, folder = few_step_levels(options.steps), options.out / options.command
-    trained = run(student, Distillation(conditioning(options), teacher, levels), dataset, options, Log(folder, unseen))
+    objective = Distillation(conditioning(options), teacher, levels)
+    pieces = math.gcd(options.batch, len(levels))  # the loss has a graph for each level
+    trained = run(student, objective, dataset, options, Log(folder, unseen), pieces=pieces)
     average = trained.network
     defaults = {name: config[name] for name in KEPT}
     save(copy.deepcopy(average), options, noise_levels=list(levels), guidance_scale=1.0, **defaults)
