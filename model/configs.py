@@ -23,6 +23,12 @@ IN_KEY_IF_SET: Mapping[str, Any] = {"in_key": "if set"}
 """Metadata of an optional field: only another value than the default is part of the key of a training."""
 
 
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ModelError(f"{name} is below 1: {getattr(config, name)}; give at least 1")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TransformerConfig:
     """Size of the transformer, and what it predicts. Its width is heads × head_width.
@@ -59,14 +65,10 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         """Raise ``ModelError`` if patches do not tile the image or a size is out of range."""
+        _require_positive(self, "image_size", "channels", "patch_size", "layers", "heads", "head_width")
         if self.image_size % self.patch_size:
             raise ModelError(
                 f"image_size is not a multiple of patch_size: {self.image_size}, {self.patch_size}; change one of them"
-            )
-        if min(self.layers, self.heads, self.head_width, self.channels) < 1:
-            raise ModelError(
-                f"layers, heads, head_width or channels is below 1: {self.layers}, {self.heads}, {self.head_width}, "
-                f"{self.channels}; give at least 1 of each"
             )
         if not 0 <= self.neighbour_images <= MAX_NEIGHBOUR_IMAGES:
             raise ModelError(
@@ -118,14 +120,15 @@ class UNetConfig:
     prediction: Prediction = "velocity"
 
     def __post_init__(self) -> None:
-        """Raise ``ModelError`` if the image cannot be halved, or heads or group norms do not divide the widths."""
+        """Raise ``ModelError`` if the image cannot be halved, heads or norms do not fit, or a size is out of range."""
+        _require_positive(self, "image_size", "channels", "layers", "head_width")
         halvings = len(self.widths) - 1
         if halvings < 1 or self.image_size % 2**halvings:
             raise ModelError(
                 f"image_size cannot be halved at each level: {self.image_size}, {len(self.widths)} widths; give at "
                 "least 2 widths, and an image_size that is a multiple of 2 ** (widths - 1)"
             )
-        if any(width % 32 or width % self.head_width for width in self.widths):
+        if any(width < 1 or width % 32 or width % self.head_width for width in self.widths):
             raise ModelError(
                 f"widths do not fit the group norms or heads: {self.widths}; give multiples of 32 and of head_width "
                 f"{self.head_width}"
@@ -156,17 +159,13 @@ class VQTransformerConfig:
 
     def __post_init__(self) -> None:
         """Raise ``ModelError`` if the tokens do not form a square or a size is too small."""
-        if math.isqrt(self.tokens) ** 2 != self.tokens or self.tokens < 1:
+        _require_positive(self, "tokens", "layers", "heads", "head_width")
+        if math.isqrt(self.tokens) ** 2 != self.tokens:
             raise ModelError(
                 f"tokens is not a square number: {self.tokens}; use (image_size / downscale)² of the autoencoder"
             )
         if self.codes < 2 or self.timesteps < 2:
             raise ModelError(f"codes or timesteps is below 2: {self.codes}, {self.timesteps}; give at least 2 of each")
-        if min(self.layers, self.heads, self.head_width) < 1:
-            raise ModelError(
-                f"layers, heads or head_width is below 1: {self.layers}, {self.heads}, {self.head_width}; "
-                "give at least 1 of each"
-            )
 
 
 NetworkConfig: TypeAlias = TransformerConfig | UNetConfig | VQTransformerConfig

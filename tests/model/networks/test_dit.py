@@ -67,6 +67,8 @@ def test_build_transformer_size_matches_the_config(image_size: int, patch_size: 
     "wrong",
     [
         {"patch_size": 3},
+        {"patch_size": 0},
+        {"image_size": 0},
         {"layers": 0},
         {"heads": 0},
         {"head_width": 0},

@@ -63,6 +63,9 @@ def test_build_unet_depends_only_on_the_seed() -> None:
     [
         ({"image_size": 9}, "cannot be halved at each level: 9"),
         ({"image_size": 4, "widths": (32, 32, 32, 32)}, "cannot be halved at each level: 4"),
+        ({"image_size": 0}, "image_size is below 1: 0; give at least 1"),
+        ({"head_width": 0}, "head_width is below 1: 0; give at least 1"),
+        ({"widths": (0, 64)}, "multiples of 32"),
         ({"widths": (32,)}, "1 widths; give at least 2 widths"),
         ({"widths": (32, 48)}, "multiples of 32"),
         ({"widths": (32, 64), "head_width": 64}, "of head_width 64"),

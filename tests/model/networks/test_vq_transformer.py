@@ -133,7 +133,7 @@ def test_vq_transformer_output_has_the_dtype_of_the_weights(network: VQTransform
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"tokens": 8}, {"tokens": 0}, {"codes": 1}, {"timesteps": 1}, {"layers": 0}, {"heads": 0}]
+    "wrong", [{"tokens": 8}, {"tokens": 0}, {"tokens": -4}, {"codes": 1}, {"timesteps": 1}, {"layers": 0}, {"heads": 0}]
 )
 def test_vq_transformer_config_invalid_field_raises(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
