@@ -21,8 +21,11 @@ from model.errors import ModelError
 def few_step_levels(steps: int, shift: float = 2.0) -> tuple[float, ...]:
     """Return the levels σ_0 … σ_(N−1) of a grid of ``steps`` steps, shifted towards noise as those of the schedulers.
 
-    σ = shift·u/(1 + (shift − 1)·u) for even u (Esser et al. 2403.03206, eq. 23).
+    σ = shift·u/(1 + (shift − 1)·u) for even u (Esser et al. 2403.03206, eq. 23). Raises ``ModelError`` for less than 1
+    step.
     """
+    if steps < 1:
+        raise ModelError(f"steps is below 1: {steps}; give at least 1")
     even = (1 - step / steps for step in range(steps))
     return tuple(shift * u / (1 + (shift - 1) * u) for u in even)
 

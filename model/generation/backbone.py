@@ -132,10 +132,12 @@ def new_backbone(
         noise_levels: The levels of a continuous network that was distilled to few steps. Default: None.
 
     Raises:
-        ModelError: A discrete network has no autoencoder, or what only continuous networks have, or the guide does not
-            fit the network.
+        ModelError: A discrete network has no autoencoder, or has what only continuous networks have; or the guide does
+            not fit the network.
     """
     if not is_discrete(network):
+        if guide is not None and is_discrete(guide):
+            raise ModelError("the guide is a network over codes, which has no velocities; use a continuous one")
         return ContinuousBackbone(
             network=network,
             scheduler=scheduler or new_scheduler(),

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.diffusion.conditioning import MARKER_CHANNELS, append_image_tokens
+from model.diffusion.few_steps import check_levels
 from model.diffusion.guidance import FULL_INTERVAL
 from model.diffusion.solver import Scheduler
 from model.encoder.clip import Encoder, encoder_for
@@ -77,7 +78,8 @@ class BasePipeline(DiffusionPipeline):
             query: Embedding in the query's slot: "text", "mean", "both" or "none". Default: "text".
             prediction: Output of a continuous network: "velocity" or "sample". Default: "velocity".
             truncation: Probability mass kept per code (discrete networks). Default: 0.86.
-            guide: A smaller or earlier version of a continuous network, to guide by. Default: None, the network itself.
+            guide: A smaller or earlier version of a continuous network, to guide by. Edits do not use it. Default:
+                None, the network itself.
             noise_levels: The levels of a network that was distilled to few steps; their number replaces
                 ``num_inference_steps``. Default: None, for other networks.
 
@@ -86,6 +88,8 @@ class BasePipeline(DiffusionPipeline):
                 valid.
         """
         super().__init__()
+        if noise_levels is not None:
+            check_levels(noise_levels)
         if encoder_identity is None:  # optional only because diffusers takes arguments without a default for modules
             raise ModelError(
                 "encoder_identity is missing; a generator only works with the encoder that it was trained with"

@@ -28,6 +28,11 @@ def test_few_step_levels_are_those_of_the_euler_scheduler(steps: int) -> None:
     check_levels(few_step_levels(steps))
 
 
+def test_few_step_levels_without_steps_raises() -> None:
+    with pytest.raises(ModelError, match="steps is below 1: 0; give at least 1"):
+        few_step_levels(0)
+
+
 @pytest.mark.parametrize("levels", [[], [0.9, 0.5], [1.0, 0.5, 0.5], [1.0, 0.0], [1.0, -0.5]])
 def test_check_levels_other_than_a_fall_from_1_raises(levels: list[float]) -> None:
     with pytest.raises(ModelError, match=r"noise_levels is not valid: .*; give levels that fall from 1 to above 0"):

@@ -76,8 +76,9 @@ def test_few_step_pipeline_of_an_editor_takes_no_reference(pipeline: KNNDiffusio
 
 
 def test_few_step_pipeline_invalid_levels_or_codes_raise() -> None:
-    with pytest.raises(ModelError, match="noise_levels is not valid"):
-        new_pipeline(tiny_models.network(), tiny_models.identity(), noise_levels=[0.9, 0.5])
+    for levels in ([0.9, 0.5], []):
+        with pytest.raises(ModelError, match="noise_levels is not valid"):
+            new_pipeline(tiny_models.network(), tiny_models.identity(), noise_levels=levels)
     discrete = tiny_models.discrete_pipeline()
     with pytest.raises(ModelError, match="a network over codes has a guide or noise_levels"):
         new_pipeline(discrete.transformer, discrete.identity, vae=discrete.vae, noise_levels=LEVELS)

@@ -77,5 +77,7 @@ def test_guide_that_does_not_fit_raises(database: Any) -> None:
         with pytest.raises(ModelError, match=r"the guide does not fit the network: side and channels \(.*; use an"):
             made(database, tiny_models.network(), other)
     discrete = tiny_models.discrete_pipeline()
+    with pytest.raises(ModelError, match="the guide is a network over codes, which has no velocities"):
+        made(database, tiny_models.network(), discrete.transformer)
     with pytest.raises(ModelError, match="a network over codes has a guide or noise_levels"):
         new_pipeline(discrete.transformer, discrete.identity, vae=discrete.vae, guide=tiny_models.network())
