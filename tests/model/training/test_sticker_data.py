@@ -127,6 +127,9 @@ def test_pack_writes_larger_images_as_sheets_that_load_reads(
     assert packed.shape == images.shape == (2 * len(SHAPES), 128, 128, 3)
     assert np.abs(packed.astype(int) - images).mean() < 2
     assert len(load(tmp_path / "packed" / "stickers" / "one.parquet", 3, 128)) == 3
+    again = ["train.py", "pack", "--stickers", str(tmp_path / "packed" / "stickers"), "--out", str(tmp_path / "again")]
+    assert "has sheets of images, from an archive; pack the files of make_stickers.py" in run("python", *again).output
+    assert "--size is not a multiple of 12: 100; patches of 6 px" in run("python", *again, "--size", "100").output
     paths, unseen = part("data").style_files(tmp_path / "packed" / "stickers")
     pixels, styles = part("data").load_all(paths, None, 128)
     assert (pixels == packed).all() and styles.tolist() == [0] * len(packed)

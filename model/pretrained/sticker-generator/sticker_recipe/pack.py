@@ -42,13 +42,17 @@ log = logging.getLogger("sticker-generator")
 
 
 def pack(options: argparse.Namespace) -> None:
-    """Write the archive to the output folder. Exit if it is larger than ``LARGEST_BYTES``."""
+    """Write the archive to the output folder. Exit if it is larger than ``LARGEST_BYTES``, or cannot be trained on."""
+    patch = max(4, options.size // PATCHES)
+    if options.size % (2 * patch):  # images of neighbours have patches of twice the side
+        raise SystemExit(
+            f"--size is not a multiple of {2 * patch}: {options.size}; patches of {patch} px must fit into it"
+        )
     archive = options.out / ARCHIVE
     unfinished = archive.with_suffix(".partial")
     with tempfile.TemporaryDirectory() as scratch, tarfile.open(unfinished, "w:gz") as tar:
         for name, path in _files(options, Path(scratch)):
             tar.add(path, name, filter=_anonymous)
-        patch = max(4, options.size // PATCHES)
         content = COMMAND.replace("SIZE", str(options.size)).replace("PATCH", str(patch)).encode()
         command = tarfile.TarInfo("run.sh")
         command.size, command.mode = len(content), 0o755
@@ -73,6 +77,8 @@ def _files(options: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, Pa
         yield str(path.relative_to(package.parent)), path
     for path in (path for paths in style_files(options.stickers) for path in paths.values()):
         columns = [name for name in COLUMNS if name in pq.read_schema(path).names]
+        if "webp" not in columns:
+            raise SystemExit(f"{path} has sheets of images, from an archive; pack the files of make_stickers.py")
         table = pq.read_table(path, columns=columns)
         if options.size > SIDE:
             every = math.ceil(table.num_rows / UNSEEN_IMAGES) if path.stem in UNSEEN else 1
