@@ -36,7 +36,8 @@ class EditConfig:
             timesteps. Default: 12.
         guidance_scale: How strongly to follow the text; 1 as trained. Default: 4.
         image_guidance_scale: How strongly to follow the source; 1 as trained. Only "restore". Default: 1.
-        contrast: Push away from the source's own condition instead of the null condition. Default: False.
+        contrast: Push away from the source's own condition instead of the null condition. Not "flow". Default:
+            False.
         keep: Restore the source's pixels where the edit barely differs. Not "sdedit". Default: True.
         candidates: Edits generated per image; the cost is proportional. Of those that preserve the rest of the image,
             the one whose embedding is closest to the text is returned. "local" generates two in each of half as many

@@ -74,9 +74,7 @@ class EarlySnapshot:
         options = self._options
         elapsed = (time.monotonic() - options.started) / (60 * options.minutes)
         share = max(images / options.images, elapsed)
-        if (
-            self._path.exists() or not options.guide_share <= share < 1
-        ):  # the last weights are no weaker than themselves
+        if self._path.exists() or not options.guide_share <= share < 1:  # the last weights cannot guide themselves
             return
         unfinished = self._path.with_suffix(".partial")
         torch.save({"images": images, "weights": _half_weights(average)}, unfinished)
