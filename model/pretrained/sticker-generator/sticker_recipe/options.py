@@ -119,6 +119,8 @@ def parse(description: str | None) -> argparse.Namespace:
         if options.command not in commands and getattr(options, name) != parser.get_default(name):
             flag = f"--{name.replace('_', '-')}"
             parser.error(f"{flag} is not an option of {options.command}; use it with {' or '.join(commands)}")
+    if options.command == "distil" and options.steps < 1:
+        parser.error(f"--steps is below 1: {options.steps}; give 2 to 4")
     if options.command == "distil" and options.start_from is None:
         parser.error("distil needs a generator to learn from; give --start-from")
     if options.freeze_base and not (options.image_tokens and options.start_from):
