@@ -1,11 +1,13 @@
 """The API on an engine in memory: called directly, or served on a port of its own."""
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI
@@ -50,3 +52,14 @@ def served(engine: "FakeEngine | Engine | None" = None, **api: Any) -> Iterator[
         finally:
             running.should_exit = True
             thread.join()
+
+
+def read(address: str, sent: bytes, timeout_s: float = 5.0) -> bytes:
+    """Send bytes to a server, and return what it sends until it closes the connection."""
+    place = urlsplit(address)
+    with socket.create_connection((place.hostname, place.port), timeout=timeout_s) as connection:
+        connection.sendall(sent)
+        received = b""
+        while part := connection.recv(65_536):
+            received += part
+        return received

@@ -1,4 +1,4 @@
-"""The HTTP server of one process: time limits of connections, signals, and the order of a shutdown."""
+"""The HTTP server of one process: its socket, signals, and the order of a shutdown."""
 
 import asyncio
 import contextlib
@@ -15,25 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from infra.errors import InputError, StageError
 from tasks.serve.api.config import ApiConfig
+from tasks.serve.api.connection import Connection
 
 if TYPE_CHECKING:
     from tasks.serve.service.engine import Engine
 
-HEADERS_TIMEOUT_S = 10.0
-"""Time for a client to send the headers of a request. Uvicorn itself waits without a limit."""
-MAX_HEADERS_BYTES = 65_536
-"""Size of the headers of a request; up to one more read of a socket is accepted. The parser itself has no limit."""
-MAX_PIPELINED = 8
-"""Requests that a client may send before it reads the response of the first."""
 KEEP_ALIVE_S = 5
 FLUSH_S = 3
 """Part of the drain time that is left to send the last responses and to end the threads."""
-SEND_TIMEOUT_S = 60.0
-"""Time for a client to read a response, or the part of a stream that is sent. A slower one is disconnected."""
 _BACKLOG = 2_048
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -54,106 +46,6 @@ class Ending:
     def exit_code(self) -> int:
         """Exit code of the process: 130 after Ctrl-C, else 0."""
         return 130 if self.signal == signal.SIGINT else 0
-
-
-class _Connection(HttpToolsProtocol):
-    """A connection that is closed if the headers of a request do not arrive, or a response is not read, in time.
-
-    It is also closed if headers, or the trailers and the extensions of a chunked body, are too large, and if too many
-    requests are sent at once.
-    """
-
-    _timer: asyncio.TimerHandle | None = None
-    _send_timer: asyncio.TimerHandle | None = None
-    _in_headers = False
-    _unused_bytes = 0
-    _open: list[RequestResponseCycle] = []  # noqa: RUF012 - replaced, never changed
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for the headers of the first request."""
-        super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # writing pauses until the client has read everything
-        self._wait_for_headers()
-
-    def data_received(self, data: bytes) -> None:
-        """Wait for the headers of the next request from its first byte on."""
-        if self._timer is None and self._is_between_requests():
-            self._wait_for_headers()
-        self._unused_bytes += len(data)
-        super().data_received(data)
-        if self._unused_bytes > MAX_HEADERS_BYTES and not self.transport.is_closing():
-            self.send_400_response(f"The headers are too large; the limit is {MAX_HEADERS_BYTES:,} bytes.")
-
-    def on_message_begin(self) -> None:
-        """Start to count the bytes of headers."""
-        super().on_message_begin()
-        self._in_headers, self._unused_bytes = True, 0
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Add a header. Trailers of a body are ignored."""
-        if self._in_headers:
-            super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        """Start the request, or queue it. The parser reports the error as an invalid request."""
-        self._in_headers, before = False, self.cycle
-        if len(self.pipeline) >= MAX_PIPELINED:
-            raise ValueError("too many requests at once")
-        super().on_headers_complete()
-        if self.cycle is not before:
-            self._open = [*(one for one in self._open if not one.response_complete), self.cycle]
-
-    def on_body(self, body: bytes) -> None:
-        """Pass on a part of the body, whose size the application limits."""
-        self._unused_bytes = 0
-        super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        """Finish the request."""
-        self._unused_bytes = 0
-        super().on_message_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Stop waiting."""
-        for timer in (self._timer, self._send_timer):
-            if timer is not None:
-                timer.cancel()
-        super().connection_lost(exc)
-        for cycle in self._open:  # the base class marks only the last one
-            cycle.disconnected = cycle.disconnected or not cycle.response_complete
-            cycle.message_event.set()
-
-    def pause_writing(self) -> None:
-        """Wait for the client to read."""
-        super().pause_writing()
-        self._send_timer = self.loop.call_later(SEND_TIMEOUT_S, self._abort)
-
-    def resume_writing(self) -> None:
-        """Stop waiting: the client has read everything."""
-        super().resume_writing()
-        if self._send_timer is not None:
-            self._send_timer.cancel()
-
-    def _abort(self) -> None:
-        """Close the connection without sending the rest, for which ``close`` would wait."""
-        if self.transport.get_protocol() is self:  # else it is a WebSocket by now
-            self.transport.abort()
-
-    def _wait_for_headers(self) -> None:
-        self._timer = self.loop.call_later(HEADERS_TIMEOUT_S, self._check, self.cycle)
-
-    def _check(self, before: object) -> None:
-        """Close the connection if no request began since ``before`` did."""
-        self._timer = None
-        if self.transport.is_closing() or self.transport.get_protocol() is not self:  # closed, or a WebSocket by now
-            return
-        if self.cycle is before:
-            self.transport.close()
-        elif self._is_between_requests() and self.timeout_keep_alive_task is None:  # part of the next one is here
-            self._wait_for_headers()
-
-    def _is_between_requests(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
 
 
 class _Server(uvicorn.Server):
@@ -243,7 +135,7 @@ def uvicorn_config(app: FastAPI) -> uvicorn.Config:
     """Return the configuration of the server. It logs no requests, because they name clients."""
     return uvicorn.Config(
         app,
-        http=_Connection,
+        http=Connection,
         lifespan="on",
         log_config=None,
         access_log=False,

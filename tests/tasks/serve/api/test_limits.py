@@ -1,25 +1,20 @@
-"""Limits of bodies and connections: size, time, and where images are decoded."""
+"""Limits of requests and their bodies: number, size, time, and where images are decoded."""
 
 import asyncio
-import contextlib
-import http.client
 import json
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from starlette.requests import Request
 from support.fake_engine import FakeEngine
-from support.served_app import client, served
-from support.tiny_service import wait_for
+from support.served_app import client, read, served
 
-from tasks.serve.api import limits, server
+from tasks.serve.api import limits
 from tasks.serve.api.config import ApiConfig
 from tasks.serve.api.limits import Bounded, read_json
 from tasks.serve.api.problems import ProblemError
@@ -31,17 +26,6 @@ def chunks(size: int) -> Iterator[bytes]:
     """Yield ``size`` bytes; a client sends them without a Content-Length."""
     for _ in range(size // 1_000):
         yield b" " * 1_000
-
-
-def read(address: str, sent: bytes, timeout_s: float = 5.0) -> bytes:
-    """Send bytes to a server, and return what it sends until it closes the connection."""
-    place = urlsplit(address)
-    with socket.create_connection((place.hostname, place.port), timeout=timeout_s) as connection:
-        connection.sendall(sent)
-        received = b""
-        while part := connection.recv(65_536):
-            received += part
-        return received
 
 
 def test_body_above_the_limit_is_refused_with_and_without_a_length() -> None:
@@ -112,127 +96,6 @@ def test_slow_body_is_refused_and_the_connection_closed() -> None:
         answer = read(address, head + b"\r\n{")
     assert b"408 Request Timeout" in answer
     assert b"the body did not arrive within 0.1 s" in answer
-
-
-@pytest.mark.parametrize("sent", [b"", b"GET /livez HTTP/1.1\r\nHost: loc"])
-def test_slow_headers_close_the_connection(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "HEADERS_TIMEOUT_S", 0.1)
-    with served() as address:
-        begun = time.monotonic()
-        assert read(address, sent) == b""
-        assert time.monotonic() - begun < 2
-
-
-HEAD = b"POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-CLOSING = b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
-CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
-
-
-@pytest.mark.parametrize(
-    "begun",
-    [
-        pytest.param(HEAD + b"X-Long: ", id="header"),
-        pytest.param(b"GET /", id="url"),
-        pytest.param(CHUNKED + b"0\r\nX-Long: ", id="trailer"),
-        pytest.param(CHUNKED + b"1;extension=", id="extension"),
-    ],
-)
-def test_endless_headers_close_the_connection(begun: bytes) -> None:
-    with served() as address:
-        client = socket.create_connection((urlsplit(address).hostname, urlsplit(address).port), timeout=10)
-        client.sendall(begun)
-        sent, answer = 0, b""
-        with contextlib.suppress(ConnectionError):
-            while sent < 2**24:
-                client.sendall(b"a" * 16_384)
-                sent += 16_384
-        with contextlib.suppress(ConnectionError):
-            answer = client.recv(65_536)
-        client.close()
-    assert sent < 2**22, "the connection was closed long before, except for what the buffers of sockets took"
-    assert answer == b"" or answer.startswith(b"HTTP/1.1 400 Bad Request")
-
-
-def test_large_body_in_chunks_with_a_trailer_is_read_and_the_trailer_ignored() -> None:
-    value = json.dumps({"text": "a"}).encode()
-    padded = value + b" " * 200_000
-    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (padded[:100_000], padded[100_000:]))
-    with served() as address:
-        answer = read(address, HEAD + CLOSING + chunks + b"0\r\nX-API-Key: no\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 200 OK")
-
-
-def test_pipelined_requests_are_answered_in_order_up_to_a_limit() -> None:
-    one = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    last = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    with served() as address:
-        answers = read(address, 3 * one + last)
-        assert answers.count(b"HTTP/1.1 200 OK") == 4
-        assert answers.index(b'"ready"') > answers.rindex(b'"status":"ok"')
-        many = read(address, 20 * one)
-    assert b"Invalid HTTP request received." in many
-    assert many.count(b"HTTP/1.1 200 OK") <= server.MAX_PIPELINED + 1
-
-
-def test_disconnection_cancels_the_running_request_although_others_are_queued() -> None:
-    engine, body = FakeEngine(), json.dumps({"prompt": "a"}).encode()
-    engine.gate.clear()
-    one = HEAD.replace(b"search", b"generate") + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-    with served(engine) as address:
-        with socket.create_connection((urlsplit(address).hostname, urlsplit(address).port)) as connection:
-            connection.sendall(2 * one)
-            wait_for(lambda: bool(engine.submitted))
-        wait_for(lambda: engine.submitted[0].cancelled)
-        engine.gate.set()
-
-
-def test_slow_headers_of_a_second_request_close_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "HEADERS_TIMEOUT_S", 0.1)
-    with served() as address:
-        connection = http.client.HTTPConnection(urlsplit(address).netloc)
-        connection.request("GET", "/livez")
-        connection.getresponse().read()
-        begun = time.monotonic()
-        connection.sock.sendall(b"GET /livez")
-        assert connection.sock.recv(1) == b""
-        assert time.monotonic() - begun < 2
-        connection.close()
-
-
-def test_connection_serves_several_requests_beyond_the_time_for_headers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "HEADERS_TIMEOUT_S", 0.05)
-    with served() as address:
-        connection = http.client.HTTPConnection(urlsplit(address).netloc)
-        connection.connect()
-        used = connection.sock
-        for _ in range(5):
-            connection.request("GET", "/livez")
-            assert connection.getresponse().read() == b'{"status":"ok"}'
-            time.sleep(0.03)
-        assert connection.sock is used
-        connection.close()
-
-
-def test_client_that_does_not_read_its_response_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "SEND_TIMEOUT_S", 0.2)
-    engine, size = FakeEngine(), 2**24  # more than the buffers of a socket
-    monkeypatch.setattr(engine.metrics, "expose", lambda: b"x" * size)
-    with served(engine) as address:
-        connection = http.client.HTTPConnection(urlsplit(address).netloc)
-        connection.connect()
-        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
-        for _ in range(2):  # reading in time keeps the connection
-            connection.request("GET", "/metrics")
-            assert len(connection.getresponse().read()) == size
-            time.sleep(0.3)
-        connection.request("GET", "/metrics")
-        time.sleep(1)
-        received = 0
-        with contextlib.suppress(ConnectionError):
-            while part := connection.sock.recv(65_536):
-                received += len(part)
-        connection.close()
-    assert received < size
 
 
 def test_probes_answer_while_too_many_requests_are_in_progress() -> None:
