@@ -9,7 +9,7 @@ HEADERS_TIMEOUT_S = 10.0
 MAX_HEADERS_BYTES = 65_536
 """Size of the headers of a request; up to one more read of a socket is accepted. The parser itself has no limit."""
 MAX_PIPELINED = 8
-"""Requests that a client may send before it reads the response of the first."""
+"""Requests that may wait for the response of the one before them. The connection is closed instead of taking more."""
 SEND_TIMEOUT_S = 60.0
 """Time for a client to read a response, or the part of a stream that is sent. A slower one is disconnected."""
 
@@ -17,13 +17,13 @@ SEND_TIMEOUT_S = 60.0
 class Connection(HttpToolsProtocol):
     """A connection that is closed if the headers of a request do not arrive, or a response is not read, in time.
 
-    It is also closed if headers, or the trailers and the extensions of a chunked body, are too large, and if too many
-    requests are sent at once.
+    It is also closed if a request is invalid, if headers, or the trailers and the extensions of a chunked body, are too
+    large, and if too many requests are sent at once. The requests before are answered first.
     """
 
     _timer: asyncio.TimerHandle | None = None
     _send_timer: asyncio.TimerHandle | None = None
-    _in_headers = False
+    _in_headers = _is_refused = False
     _unused_bytes = 0
     _open: list[RequestResponseCycle] = []  # noqa: RUF012 - replaced, never changed
 
@@ -35,6 +35,8 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Wait for the headers of the next request from its first byte on."""
+        if self._is_refused:
+            return
         if self._timer is None and self._is_between_requests():
             self._wait_for_headers()
         self._unused_bytes += len(data)
@@ -53,7 +55,7 @@ class Connection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Start the request, or queue it. The parser reports the error as an invalid request."""
+        """Start the request, or queue it. The parser reports an error as an invalid request."""
         self._in_headers, before = False, self.cycle
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError("too many requests at once")
@@ -70,6 +72,20 @@ class Connection(HttpToolsProtocol):
         """Finish the request."""
         self._unused_bytes = 0
         super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse a request, and close the connection.
+
+        A request whose response is due before is answered first: its client would take the refusal for the answer.
+        """
+        self._is_refused = True
+        due = [one for one in self._open if not (one.response_complete or one.more_body)]
+        if due:
+            due[-1].keep_alive = False  # its response closes the connection
+        elif self._is_between_requests() or not self.cycle.response_started:
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""

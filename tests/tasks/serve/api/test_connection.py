@@ -71,8 +71,21 @@ def test_pipelined_requests_are_answered_in_order_up_to_a_limit() -> None:
         assert answers.count(b"HTTP/1.1 200 OK") == 4
         assert answers.index(b'"ready"') > answers.rindex(b'"status":"ok"')
         many = read(address, 20 * one)
-    assert b"Invalid HTTP request received." in many
-    assert many.count(b"HTTP/1.1 200 OK") <= connections.MAX_PIPELINED + 1
+    assert many.count(b"HTTP/1.1 ") == many.count(b"HTTP/1.1 200 OK") == connections.MAX_PIPELINED + 1
+
+
+@pytest.mark.parametrize("invalid", [b"no request\r\n\r\n", CHUNKED + b"no size\r\n"], ids=["method", "body"])
+def test_requests_before_an_invalid_one_are_answered_and_the_connection_closed(invalid: bytes) -> None:
+    one = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with served() as address:
+        answers = read(address, 2 * one + invalid)
+    assert answers.count(b"HTTP/1.1 ") == answers.count(b"HTTP/1.1 200 OK") == 2
+
+
+def test_invalid_body_of_a_request_is_refused() -> None:
+    with served() as address:
+        answer = read(address, CHUNKED + b"no size\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 Bad Request")
 
 
 def test_disconnection_cancels_the_running_request_although_others_are_queued() -> None:
