@@ -54,11 +54,16 @@ def served(engine: "FakeEngine | Engine | None" = None, **api: Any) -> Iterator[
             thread.join()
 
 
-def read(address: str, sent: bytes, timeout_s: float = 5.0) -> bytes:
-    """Send bytes to a server, and return what it sends until it closes the connection."""
+def read(address: str, sent: bytes, rest: bytes = b"", pause_s: float = 0.0, timeout_s: float = 5.0) -> bytes:
+    """Send bytes to a server, after a pause the rest, and return what it sends until it closes the connection."""
     place = urlsplit(address)
     with socket.create_connection((place.hostname, place.port), timeout=timeout_s) as connection:
-        connection.sendall(sent)
+        if pause_s:
+            connection.sendall(sent)
+            time.sleep(pause_s)
+            connection.sendall(rest)
+        else:
+            connection.sendall(sent + rest)
         received = b""
         while part := connection.recv(65_536):
             received += part

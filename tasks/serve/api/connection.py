@@ -2,6 +2,7 @@
 
 import asyncio
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 HEADERS_TIMEOUT_S = 10.0
@@ -25,6 +26,7 @@ class Connection(HttpToolsProtocol):
     _send_timer: asyncio.TimerHandle | None = None
     _in_headers = _is_refused = False
     _unused_bytes = 0
+    _plain_headers: bytes | None = None
     _open: list[RequestResponseCycle] = []  # noqa: RUF012 - replaced, never changed
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -40,9 +42,27 @@ class Connection(HttpToolsProtocol):
         if self._timer is None and self._is_between_requests():
             self._wait_for_headers()
         self._unused_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         if self._unused_bytes > MAX_HEADERS_BYTES and not self.transport.is_closing():
             self.send_400_response(f"The headers are too large; the limit is {MAX_HEADERS_BYTES:,} bytes.")
+
+    def _parse(self, data: bytes) -> None:
+        """Parse data. A request for another protocol than WebSocket is parsed again as an ordinary one.
+
+        The parser ends such a request after its headers. Its body would be lost, or taken for the next request.
+        """
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._plain_headers is None:
+                self.handle_websocket_upgrade()
+                return
+            headers, self._plain_headers = self._plain_headers, None
+            self._parse(headers + data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("Invalid HTTP request received.")
 
     def on_message_begin(self) -> None:
         """Start to count the bytes of headers."""
@@ -59,6 +79,14 @@ class Connection(HttpToolsProtocol):
         self._in_headers, before = False, self.cycle
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError("too many requests at once")
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise ValueError("the service is no proxy")
+            if not self._should_upgrade():
+                self._plain_headers = self._headers_without_upgrade()
+                return
+            if not self._is_between_requests():
+                raise ValueError("a WebSocket begins before the response of a request")
         super().on_headers_complete()
         if self.cycle is not before:
             self._open = [*(one for one in self._open if not one.response_complete), self.cycle]
@@ -71,7 +99,13 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """Finish the request."""
         self._unused_bytes = 0
-        super().on_message_complete()
+        if self._plain_headers is None:
+            super().on_message_complete()
+
+    def _headers_without_upgrade(self) -> bytes:
+        first = b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        kept = (b"%s: %s\r\n" % (name, value) for name, value in self.headers if name != b"upgrade")
+        return b"".join([first, *kept, b"\r\n"])
 
     def send_400_response(self, msg: str) -> None:
         """Refuse a request, and close the connection.

@@ -5,6 +5,7 @@ import http.client
 import json
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import pytest
@@ -26,6 +27,10 @@ def test_slow_headers_close_the_connection(sent: bytes, monkeypatch: pytest.Monk
 
 HEAD = b"POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 CLOSING = b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+WEBSOCKET = (
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
@@ -85,6 +90,41 @@ def test_requests_before_an_invalid_one_are_answered_and_the_connection_closed(i
 def test_invalid_body_of_a_request_is_refused() -> None:
     with served() as address:
         answer = read(address, CHUNKED + b"no size\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 Bad Request")
+
+
+@pytest.mark.parametrize("protocol", [b"h2c", b"h2c, websocket"])
+@pytest.mark.parametrize("pause_s", [0, 0.2])
+def test_upgrade_to_another_protocol_is_ignored_and_the_body_read(protocol: bytes, pause_s: float) -> None:
+    body = json.dumps({"text": "a"}).encode()
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: %s\r\nHTTP2-Settings: AAAA\r\n" % protocol
+    last = b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with served() as address:
+        answers = read(address, HEAD + upgrade + b"Content-Length: %d\r\n\r\n" % len(body), body + last, pause_s)
+    assert answers.count(b"HTTP/1.1 ") == answers.count(b"HTTP/1.1 200 OK") == 2
+    assert answers.index(b'"hits"') < answers.index(b'"status":"ok"')
+
+
+def test_websocket_reaches_the_application_which_has_none_without_the_playground() -> None:
+    with served() as address:
+        assert read(address, WEBSOCKET).startswith(b"HTTP/1.1 403 Forbidden")
+
+
+def test_websocket_before_the_response_of_a_request_is_refused() -> None:
+    engine, body = FakeEngine(), json.dumps({"prompt": "a"}).encode()
+    engine.gate.clear()
+    one = HEAD.replace(b"search", b"generate") + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+    with served(engine) as address, ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(read, address, one + WEBSOCKET)
+        wait_for(lambda: bool(engine.submitted))
+        engine.gate.set()
+        assert answers.result().count(b"HTTP/1.1 ") == answers.result().count(b"HTTP/1.1 200 OK") == 1
+
+
+@pytest.mark.parametrize("target", [b"example.org:443", b"/livez"])
+def test_connect_is_refused(target: bytes) -> None:
+    with served() as address:
+        answer = read(address, b"CONNECT %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % target)
     assert answer.startswith(b"HTTP/1.1 400 Bad Request")
 
 
