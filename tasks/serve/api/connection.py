@@ -70,9 +70,9 @@ class Connection(HttpToolsProtocol):
         self._in_headers, self._unused_bytes = True, 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Add a header. Trailers of a body are ignored."""
+        """Add a header, without the white space after its value. Trailers of a body are ignored."""
         if self._in_headers:
-            super().on_header(name, value)
+            super().on_header(name, value.rstrip(b" \t"))  # the parser removes only that before it
 
     def on_headers_complete(self) -> None:
         """Start the request, or queue it. The parser reports an error as an invalid request."""

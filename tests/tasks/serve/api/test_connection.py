@@ -121,6 +121,12 @@ def test_websocket_before_the_response_of_a_request_is_refused() -> None:
         assert answers.result().count(b"HTTP/1.1 ") == answers.result().count(b"HTTP/1.1 200 OK") == 1
 
 
+def test_white_space_around_the_value_of_a_header_is_ignored() -> None:
+    with served() as address:
+        answer = read(address, b"GET /livez HTTP/1.1\r\nHost: \tlocalhost \t\r\nConnection: close\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 OK")
+
+
 @pytest.mark.parametrize("target", [b"example.org:443", b"/livez"])
 def test_connect_is_refused(target: bytes) -> None:
     with served() as address:
