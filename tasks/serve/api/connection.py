@@ -90,6 +90,7 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         if self.cycle is not before:
             self._open = [*(one for one in self._open if not one.response_complete), self.cycle]
+            self.flow.resume_reading()  # the base class pauses it, and a paused connection does not notice its end
 
     def on_body(self, body: bytes) -> None:
         """Pass on a part of the body, whose size the application limits."""

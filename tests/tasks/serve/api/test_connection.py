@@ -134,14 +134,17 @@ def test_connect_is_refused(target: bytes) -> None:
     assert answer.startswith(b"HTTP/1.1 400 Bad Request")
 
 
-def test_disconnection_cancels_the_running_request_although_others_are_queued() -> None:
+@pytest.mark.parametrize("first", [1, 2], ids=["queued later", "queued at once"])
+def test_disconnection_cancels_the_running_request_although_others_are_queued(first: int) -> None:
     engine, body = FakeEngine(), json.dumps({"prompt": "a"}).encode()
     engine.gate.clear()
     one = HEAD.replace(b"search", b"generate") + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
     with served(engine) as address:
         with socket.create_connection((urlsplit(address).hostname, urlsplit(address).port)) as connection:
-            connection.sendall(2 * one)
+            connection.sendall(first * one)
             wait_for(lambda: bool(engine.submitted))
+            time.sleep(0.1)  # the service waits for the end of the connection
+            connection.sendall((2 - first) * one)
         wait_for(lambda: engine.submitted[0].cancelled)
         engine.gate.set()
 
