@@ -59,6 +59,7 @@ class FakeEngine:
         self.gate.set()
         self.fault: BaseException | None = None
         self.drains: list[float] = []
+        self.edit_methods = ["flow", "local", "sdedit"]
         self.jobs = JobTable()
         self.submitted: list[Job] = []
         self.requests: list[Request] = []
@@ -178,7 +179,7 @@ class FakeEngine:
             defaults=DEFAULTS,
             limits=LIMITS | {"queue": self._capacity},
             starts_from_images=True,
-            edit_methods=["flow", "local", "sdedit"],
+            edit_methods=self.edit_methods,
         )
 
     def _version(self, name: str | None) -> ServedVersion:

@@ -12,16 +12,22 @@ from tasks.serve.service.jobs import Job
 from tasks.serve.service.requests import EditRequest
 from tasks.serve.service.responses import ImagesResponse, MadeImage
 
+_HINT = "Add an image, describe how it should look, and choose among the candidates."
+_NO_EDITS = (
+    "This generator was distilled to few steps and cannot edit. "
+    "To edit images, serve the generator that it was made from."
+)
+
 
 class EditedImages:
     """The candidates of one edit."""
 
-    def __init__(self, images: SentImages, on_open: Callable[[Shown], Any]) -> None:
-        """Add the empty area. ``images`` keeps the originals."""
+    def __init__(self, images: SentImages, on_open: Callable[[Shown], Any], *, can_edit: bool) -> None:
+        """Add the empty area, which says why if the generator cannot edit. ``images`` keeps the originals."""
         self._images, self._on_open, self._page = images, on_open, ui.context.client.id
         self.area = box("results")
         with self.area:
-            say("p", "Add an image, describe how it should look, and choose among the candidates.", "empty")
+            say("p", _HINT if can_edit else _NO_EDITS, "empty")
 
     def show(self, job: Job, response: ImagesResponse) -> None:
         """Show a response instead of the earlier one, with its first candidate open."""

@@ -105,9 +105,10 @@ class Options:
         if self._info.starts_from_images:
             self._add("start", ui.select(_START, label="Start from"), _DRAWS[:2])
             self._number("strength", "Noise", _DRAWS[:2], 0.05, 1, defaults.get("strength"), step=0.05)
-        methods = {None: "Default"} | {name: _METHODS.get(name, name) for name in self._info.edit_methods}
-        self._add("method", ui.select(methods, label="Method"), ("edit",))
-        self._number("edit_strength", "Strength", ("edit",), 0.05, 1, defaults.get("edit_strength"), step=0.05)
+        if self._info.edit_methods:
+            methods = {None: "Default"} | {name: _METHODS.get(name, name) for name in self._info.edit_methods}
+            self._add("method", ui.select(methods, label="Method"), ("edit",))
+            self._number("edit_strength", "Strength", ("edit",), 0.05, 1, defaults.get("edit_strength"), step=0.05)
         target = ui.input("Interpolate to").props("maxlength=2000 stack-label").classes("run-on-enter")
         target.props["placeholder"] = "a second prompt: the images lead to it"
         self._add("interpolate_to", target.classes("wide"), ("generate",))

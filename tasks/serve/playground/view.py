@@ -74,16 +74,16 @@ class View:
             self.options = Options(state, info, self._served_names(), self._change)
             self.runner = Runner()
             self._message = box("message-slot", role="alert")
-            self._build_results(context)
+            self._build_results(context, can_edit=bool(info.edit_methods))
         self._show_tab()
 
-    def _build_results(self, context: Context) -> None:
+    def _build_results(self, context: Context, *, can_edit: bool) -> None:
         with box("body"):
             with box("body-results"):
                 self.search = SearchResults(self.state, self.like, self._save)
                 self.generate = GeneratedImages(self.open)
                 self.compare = ComparedDatabases(self.open, self.like)
-                self.edit = EditedImages(self._images, self.open)
+                self.edit = EditedImages(self._images, self.open, can_edit=can_edit)
                 self.databases = Databases(self._engine, context.settings, self.warn)
             self.details = Details(
                 Actions(use_all=self.use_all, use_seed=self.use_seed, search=self.search_with, edit=self.edit_with)

@@ -46,6 +46,18 @@ def test_page_allows_no_other_host(client: TestClient) -> None:
     assert headers["x-content-type-options"] == "nosniff"
 
 
+def test_edit_tab_says_why_a_generator_without_edit_methods_cannot_edit(client: TestClient, engine: FakeEngine) -> None:
+    reason, methods = "cannot edit. To edit images, serve the generator that it was made from", "FlowEdit"
+    before = client.get("/?tab=edit").text
+    assert reason not in before and methods in before
+    engine.edit_methods = []
+    try:
+        shown = client.get("/?tab=edit").text
+    finally:
+        engine.edit_methods = ["flow", "local", "sdedit"]
+    assert reason in shown and methods not in shown
+
+
 @pytest.mark.parametrize("path", ["/unknown", "/v1/unknown", "/playground/static/../page.py", "/playground/static/x"])
 def test_unknown_path_gets_the_answer_of_the_service(client: TestClient, path: str) -> None:
     response = client.get(path)
