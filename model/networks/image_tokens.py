@@ -253,31 +253,16 @@ def add_image_tokens(
     return extended
 
 
-def freeze_base(network: NeighbourImageTransformer) -> None:
-    """Freeze all weights in place except those of the image tokens, as IP-Adapter does (2308.06721, section 3.2).
-
-    Without images, the network then keeps its outputs during a training.
-    """
-    network.requires_grad_(False)
-    for part in _image_parts(network):
-        part.requires_grad_(True)
-
-
-def _image_parts(network: NeighbourImageTransformer) -> list[nn.Module]:
-    """Return the encoder, and the attention of every block to its tokens."""
-    return [network.image_encoder, *(block.attn2.processor for block in network.transformer_blocks)]
-
-
 def _initialise(network: NeighbourImageTransformer) -> None:
     """Initialise the new layers in place: Xavier matrices, zero output projections of the attention."""
-    encoder, *attentions = parts = _image_parts(network)
-    for part in parts:
+    attentions = [block.attn2.processor for block in network.transformer_blocks]
+    for part in (network.image_encoder, *attentions):
         for module in part.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-    nn.init.normal_(encoder.rank_embedding, std=0.02)
+    nn.init.normal_(network.image_encoder.rank_embedding, std=0.02)
     for attention in attentions:
         nn.init.zeros_(attention.images.to_out[0].weight)
 

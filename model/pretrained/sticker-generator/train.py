@@ -34,13 +34,6 @@ A network of 128 px with patches of 8 px has as many tokens as the default. It n
     python model/pretrained/sticker-generator/train.py base --stickers STICKERS --out OUT --device cuda \
         --size 128 --patch 8 --rotary
 
-``--freeze-base`` adds the images of neighbours to a trained generator, and trains nothing else. Without images it
-keeps its samples. It is the only training of a network of this size that two CPU cores do in about an hour:
-
-    python model/pretrained/sticker-generator/train.py base --stickers STICKERS --out OUT --minutes 80 --schedule wsd \
-        --start-from model/pretrained/sticker-generator/pipeline --image-tokens 1 --freeze-base --own-style-share 0.8 \
-        --balanced --mean-query 0.33 --fewer-neighbours 0.5 --sigma-mean 0.8 --batch 32 --rate 2e-3 --ema 0.99
-
 ``distil`` learns from any saved pipeline. Its figure ``distance`` is the mean squared distance of its samples for
 OpenMoji to those of the teacher:
 
@@ -88,7 +81,7 @@ from model.images import to_model_range
 from model.networks.build import config_of_network
 from model.networks.dit import build_transformer
 from model.networks.editor import widen_input
-from model.networks.image_tokens import add_image_tokens, freeze_base, takes_images
+from model.networks.image_tokens import add_image_tokens, takes_images
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder, decode_codes, encode_codes
 from model.networks.vq_transformer import build_vq_transformer
 from model.training.objectives.autoencoder import AutoencoderObjective
@@ -133,8 +126,6 @@ def base(options: argparse.Namespace) -> None:
     metrics = Log(folder, unseen[WATCHED], [one.offer for one in (snapshots, early) if one is not None])
     if options.start_from:
         start_from(options, network, size.prediction, folder)
-    if options.freeze_base:
-        freeze_base(network)
     trained = run(network, objective, dataset, options, metrics)
     chosen = trained.images
     if snapshots is not None:

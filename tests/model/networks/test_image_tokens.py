@@ -14,7 +14,6 @@ from model.networks.image_tokens import (
     NeighbourImageTransformer,
     ShownImages,
     add_image_tokens,
-    freeze_base,
     takes_images,
 )
 
@@ -78,15 +77,6 @@ def test_add_image_tokens_new_weights_train_and_the_base_stays_unchanged() -> No
     new = [parameter for name, parameter in extended.named_parameters() if name not in before]
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in new)
     assert all(torch.equal(weight, before[name]) for name, weight in base.state_dict().items())
-
-
-def test_freeze_base_only_weights_of_image_tokens_have_gradients() -> None:
-    base = tiny_models.network()
-    extended = with_tokens()
-    freeze_base(extended)
-    as_denoiser(extended, "velocity", IMAGES)(NOISY, SIGMA, TOKENS).square().mean().backward()
-    trained = {name for name, parameter in extended.named_parameters() if parameter.grad is not None}
-    assert trained == extended.state_dict().keys() - base.state_dict().keys()
 
 
 def test_forward_encoded_once_equals_encoding_at_every_call() -> None:

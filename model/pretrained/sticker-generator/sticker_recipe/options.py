@@ -18,8 +18,7 @@ LAYERS = {"base": 6, "codes": 6, "discrete": 5}
 """Default layers; 5 keep the discrete generator and its autoencoder below 60 MB. ``codes`` ignores the value."""
 ONLY = {
     "choose": ("base",), "start_from": ("base", "distil"), "export": ("base", "distil"), "image_tokens": ("base",),
-    "freeze_base": ("base",), "guide_share": ("base",), "patch": ("base",), "prediction": ("base",),
-    "rotary": ("base",), "steps": ("distil",),
+    "guide_share": ("base",), "patch": ("base",), "prediction": ("base",), "rotary": ("base",), "steps": ("distil",),
 }  # fmt: skip
 """Commands that accept an option that not all accept."""
 
@@ -73,10 +72,6 @@ def parse(description: str | None) -> argparse.Namespace:
         "--image-tokens", type=int, default=0, metavar="N",
         help="images of neighbours that the network sees as tokens, at most 4 (base)",
     )  # fmt: skip
-    parser.add_argument(
-        "--freeze-base", action="store_true",
-        help="train the image tokens only; the other weights keep the values of --start-from (base)",
-    )  # fmt: skip
     parser.add_argument("--patch", type=int, default=4, help="side of a patch in px; --size is a multiple of it (base)")
     parser.add_argument(
         "--prediction", choices=get_args(Prediction), default="velocity",
@@ -123,8 +118,6 @@ def parse(description: str | None) -> argparse.Namespace:
         parser.error(f"--steps is below 1: {options.steps}; give 2 to 4")
     if options.command == "distil" and options.start_from is None:
         parser.error("distil needs a generator to learn from; give --start-from")
-    if options.freeze_base and not (options.image_tokens and options.start_from):
-        parser.error("--freeze-base needs weights to keep and image tokens to train; give --start-from, --image-tokens")
     if options.command == "base" and options.size % options.patch:
         parser.error(f"--size is not a multiple of --patch {options.patch}: {options.size}; change one of them")
     if options.command == "codes" and options.schedule == "wsd":

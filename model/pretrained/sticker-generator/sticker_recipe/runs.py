@@ -40,7 +40,7 @@ SHARD_SIZE = "15MB"
 LATER = {
     "own_style_share": 0.0, "balanced": False, "fewer_neighbours": 0.1, "mean_query": 0.0,
     "sigma_mean": 0.0, "sigma_deviation": 1.0, "schedule": "cosine", "image_tokens": 0,
-    "patch": 4, "prediction": "velocity", "rotary": False, "freeze_base": False,
+    "patch": 4, "prediction": "velocity", "rotary": False,
 }  # fmt: skip
 """Settings that older runs did not store, with the values that they had."""
 log = logging.getLogger("sticker-generator")
