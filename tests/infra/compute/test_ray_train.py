@@ -59,7 +59,7 @@ def test_train_restarts_stopped_and_killed_workers_but_no_final_error_and_stops_
     with compute.cluster(cores=1), ThreadPoolExecutor(1) as pool:
         with pytest.raises(StageError, match="1 GPUs per worker requested, but the largest machine has 0; request no"):
             train("never", use_gpu=True)
-        with pytest.raises(StageError, match=r"^2 workers of 1 cores .* the cluster has room for 1; set workers or"):
+        with pytest.raises(StageError, match=r"^2 workers of 1 cores .* the cluster has room for 1; reduce workers or"):
             train("never", workers=2, cpus_per_worker=2)
         terminated = pool.submit(_terminate, tmp_path / "killed-0")
         with pytest.raises(ArithmeticError, match=r"^the loss is nan$"):
