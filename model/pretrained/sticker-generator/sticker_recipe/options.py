@@ -115,7 +115,7 @@ def parse(description: str | None) -> argparse.Namespace:
             flag = f"--{name.replace('_', '-')}"
             parser.error(f"{flag} is not an option of {options.command}; use it with {' or '.join(commands)}")
     if options.command == "distil" and options.steps < 1:
-        parser.error(f"--steps is below 1: {options.steps}; give 2 to 4")
+        parser.error(f"--steps is below 1: {options.steps}; give at least 1")
     if options.command == "distil" and options.start_from is None:
         parser.error("distil needs a generator to learn from; give --start-from")
     if options.command == "base" and options.size % options.patch:
