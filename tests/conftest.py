@@ -71,6 +71,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         durations.longest_group_first(items, [group_of(item.nodeid) for item in items], seconds)
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Hide the records of Prefect from ``caplog``: its threads log during tests that do not use it."""
+    logs: Any = session.config.pluginmanager.get_plugin("logging-plugin")
+    logs.caplog_handler.addFilter(lambda record: record.name.partition(".")[0] != "prefect")
+
+
 def group_of(nodeid: str) -> str:
     """Return the group of a test, which runs on one worker: its module, or all modules that use the domain."""
     module = nodeid.partition("::")[0]

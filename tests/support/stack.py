@@ -23,6 +23,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from flows.deployment_runs import connected, start_run
@@ -145,6 +146,14 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 120, *, poll_s:
         time.sleep(poll_s)
 
 
+def drain_events() -> None:
+    """Send the events of this process, so that the next ones go to the server that is configured then.
+
+    Prefect has one sender per process, which keeps the address that it started with.
+    """
+    EventsWorker.drain_all(timeout=30)
+
+
 @contextlib.contextmanager
 def started(folder: Path, tracking: str | None) -> Iterator[Stack]:
     """Run the services within the block, and use their Prefect server in this process."""
@@ -153,10 +162,12 @@ def started(folder: Path, tracking: str | None) -> Iterator[Stack]:
     before = os.environ.get("PREFECT_API_URL")
     os.environ["PREFECT_API_URL"] = url
     try:
+        drain_events()
         with temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: None}):
             stack.up()
             yield stack
     finally:
+        drain_events()
         stack.command("down", "--stack", str(folder / "stack"))
         os.environ.pop("PREFECT_API_URL")
         if before is not None:
