@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from support import durations
+from support import durations, temporary_files
 
 from infra.quiet import QUIET
 
@@ -32,6 +32,7 @@ for name in ("KNN_DIFFUSION_ROOT", "KNN_DIFFUSION_RAY_ADDRESS", "MLFLOW_TRACKING
 # Without bytecode, every process that a test starts would compile the package again, and each run all the tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+temporary_files.use_memory()
 
 INTEGRATION_FIXTURES = frozenset(
     {"bucket", "cluster", "domain", "living", "machines", "mlflow_settings", "moto_bucket", "prefect_server"}
