@@ -18,14 +18,14 @@ Conditions share their noise: candidate i of a prompt starts from the same noise
     fast, best   the presets
     nearest      the nearest stored image
 
-Only the first database has noise_both and best.
+Only the first database has noise_both.
 
 ``clip_score``, ``top1`` and ``top5`` are by the encoder that also retrieves, conditions and selects. A concept counts
 as retrieved if the prompt is the nearest of all 200 to the image. ``judge_top1`` and ``judge_top5`` are by the
 independent judge of ``judge.py``: the rank of the prompt among the 1,000 names of ``concepts.py``. It needs STICKERS, a
 folder of make_stickers.py. ``judge_real`` has the same for the left-out image that is nearest to the prompt, which is
-what perfect images would reach, and ``judge_recall`` the recall of real images by their own names. Intervals resample
-the prompts.
+what perfect images would reach, and ``judge_recall`` the recall of real images by their own names. ``judged`` counts
+the retrieved concepts over all databases, and divides them by those of ``noise``. Intervals resample the prompts.
 
 ``copy_rate_real`` is the share of the left-out images that count as copies of a remaining image. It is the copy rate
 that images as good as the real ones would have.
@@ -40,7 +40,7 @@ Legend: ``N`` prompts, ``P`` all prompts, ``M`` images of a database, ``D`` embe
 import dataclasses
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ from model.encoder.clip import Encoder
 from model.generation.quality import PRESETS
 from model.metrics import embedding_metrics
 from model.metrics.bootstrap import bootstrap_interval, mean_of
-from model.metrics.embedding_metrics import Embeddings
+from model.metrics.embedding_metrics import Embeddings, Values
 from model.pipeline import KNNDiffusionPipeline
 from model.saved_generator import BUNDLED_GENERATOR, pretrained_folder, weights_digest
 
@@ -70,7 +70,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "best": {"quality": "best"},
 }
 """Arguments of the call in each condition."""
-FIRST_ONLY = frozenset({"noise_both", "best"})
+FIRST_ONLY = frozenset({"noise_both"})
 """Conditions that only the first database has."""
 
 
@@ -129,7 +129,7 @@ def bench_generator(samples: int, device: str) -> dict[str, Any]:
     kind = os.environ.get("PROMPTS") or "held-out"
     chosen = choose(kind, len(prompts), samples)
     columns: dict[str, NDArray[np.uint8]] = {}
-    databases, rows, made = {}, {}, {}
+    databases, rows, made, ranks = {}, {}, {}, {}
     concepts = Concepts.trained(prompts)
     few = choose(kind, len(prompts), -(-2 * len(chosen) // 3))  # some of those chosen
     for source in drawings():
@@ -140,6 +140,8 @@ def bench_generator(samples: int, device: str) -> dict[str, Any]:
         columns |= {f"{source.name} {name}": images[shown] for name, images in sheets.items()}
         rows[source.name] = labelled_rows(source, encoder)[1]
         made[source.name] = encoder.embed_pixels(sheets["fast"][shown]).numpy()
+        if concepts is not None:
+            ranks[source.name] = {name: (numbers, concepts.ranks(sheets[name], numbers)) for name in sheets}
     save_grid(columns, [prompts[number].text for number in few], BENCH / "generator.png")
     return {
         "samples": len(chosen),
@@ -149,6 +151,7 @@ def bench_generator(samples: int, device: str) -> dict[str, Any]:
         "names_of_the_independent_judge": None if concepts is None else concepts.facts(),
         "databases": databases,
         "swap": swaps(made, rows),
+        "judged": judged(ranks),
         "device": device,
         "dtype": dtype_of(device),
         "weights": weights_digest(BUNDLED_GENERATOR),
@@ -230,6 +233,34 @@ def judged_real(
     ranks = concepts.ranks(source.pixels(labelled[row] for row in nearest), asked.numbers[has])
     real = {"prompts": int(has.sum()), "top1": float((ranks < 1).mean()), "top5": float((ranks < 5).mean())}
     return {"judge_real": real, "judge_recall": concepts.recall(source)}
+
+
+def judged(ranks: Mapping[str, Mapping[str, tuple[NDArray[np.int64], NDArray[np.int64]]]]) -> dict[str, dict[str, Any]]:
+    """Return the concepts that the independent judge retrieves over all databases, by condition.
+
+    ``ranks`` has the prompts (N,) and ranks (N,) of the images, by database and condition. Each condition that every
+    database has is compared with ``noise``, image by image. Prompts are resampled, with their images of all databases.
+    """
+    if not ranks:
+        return {}
+    prompts = np.concatenate([by_condition["noise"][0] for by_condition in ranks.values()])
+    groups = np.unique(prompts, return_inverse=True)[1]
+    totals: dict[str, dict[str, Any]] = {}
+    for name in set.intersection(*(set(by_condition) for by_condition in ranks.values())):
+        totals[name] = {"images": len(prompts)}
+        for top, limit in (("top1", 1), ("top5", 5)):
+            hits, base = (
+                np.concatenate([by_condition[one][1] < limit for by_condition in ranks.values()]).astype(np.float64)
+                for one in (name, "noise")
+            )
+
+            def ratio(counts: Values, hits: Values = hits, base: Values = base) -> Values:
+                return (counts @ hits) / np.maximum(counts @ base, 1)
+
+            rng = np.random.default_rng(SEED)
+            score = bootstrap_interval(ratio, groups, resamples=RESAMPLES, rng=rng, bounds=(0, np.inf))
+            totals[name] |= {top: int(hits.sum()), f"{top}_ratio": [score.value, score.low, score.high]}
+    return totals
 
 
 def swaps(made: dict[str, Embeddings], rows: dict[str, Embeddings]) -> dict[str, Any]:

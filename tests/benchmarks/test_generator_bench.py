@@ -102,6 +102,22 @@ def test_judge_scores_the_concept_and_copies_of_what_remains(bench: Any, left_ou
     assert (scores["judge_top1"], scores["judge_top5"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
 
 
+def test_judged_divides_the_concepts_of_all_databases_by_those_of_noise(bench: Any) -> None:
+    first, second = np.arange(4), np.arange(2)
+    ranks = {
+        "one": {"noise": (first, np.array([0, 9, 9, 9])), "fast": (first, np.array([0, 0, 3, 9]))},
+        "other": {"noise": (second, np.array([0, 7])), "fast": (second, np.array([0, 5])), "best": (second, second)},
+    }
+    judged = bench.judged(ranks)
+    assert set(judged) == {"noise", "fast"}, "conditions of every database"
+    assert (judged["fast"]["images"], judged["fast"]["top1"], judged["fast"]["top5"]) == (6, 3, 4)
+    assert (judged["fast"]["top1_ratio"][0], judged["fast"]["top5_ratio"][0]) == (1.5, 2)
+    assert judged["noise"]["top1_ratio"][0] == 1
+    ratio, low, high = judged["fast"]["top5_ratio"]
+    assert low < ratio < high
+    assert bench.judged({}) == {}
+
+
 def test_swaps_cover_all_of_the_distance_for_real_images(bench: Any) -> None:
     rows = {"one": tiny_models.unit_rows(200), "other": tiny_models.unit_rows(200, seed=1) + np.eye(8)[0]}
     rows = {name: tiny_models.unit(each.astype(np.float32)) for name, each in rows.items()}
