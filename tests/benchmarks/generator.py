@@ -27,10 +27,11 @@ folder of make_stickers.py. ``judge_real`` has the same for the left-out image t
 what perfect images would reach, and ``judge_recall`` the recall of real images by their own names. ``judged`` counts
 the retrieved concepts over all databases, and divides them by those of ``noise``. Intervals resample the prompts.
 
-``copy_rate_real`` is the share of the left-out images that count as copies of a remaining image. It is the copy rate
-that images as good as the real ones would have.
+``copy_rate_real`` is the share of the left-out images that count as copies of a remaining image, the mean over the
+prompts. It is the copy rate that images as good as the real ones would have.
 
-``swap`` compares the images of the preset fast for each database with the real images of each.
+``swap`` compares the images of the preset fast for each database with the real images of each. ``nearest`` and ``real``
+in it are the same for the nearest stored images and for the left-out ones: what a swap of real images covers.
 
 Generated images are cached, see ``draws.py``. The grid is written to ``build/bench/generator.png``.
 
@@ -38,9 +39,8 @@ Legend: ``N`` prompts, ``P`` all prompts, ``M`` images of a database, ``D`` embe
 """
 
 import dataclasses
-import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,16 +50,16 @@ from draws import SEED, Asked, Studio
 from edit import DTYPE, dtype_of, save_grid
 from left_out import LeftOutDatabase, Prompt, own_images, read_prompts
 from numpy.typing import NDArray
+from several_databases import RESAMPLES, judged, stored_swaps, swaps
 
 from model.encoder.clip import Encoder
 from model.generation.quality import PRESETS
 from model.metrics import embedding_metrics
 from model.metrics.bootstrap import bootstrap_interval, mean_of
-from model.metrics.embedding_metrics import Embeddings, Values
+from model.metrics.embedding_metrics import Embeddings
 from model.pipeline import KNNDiffusionPipeline
 from model.saved_generator import BUNDLED_GENERATOR, pretrained_folder, weights_digest
 
-RESAMPLES = 1_000
 TUNING_STEP = 5
 """Every prompt whose number is a multiple of it was used to choose the presets."""
 CONDITIONS: dict[str, dict[str, Any]] = {
@@ -122,6 +122,23 @@ class Judge:
         }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """The measurements of one database.
+
+    Attributes:
+        scores: The scores of each condition, and figures of the real images.
+        sheets: The images (N, S, S, 3) of each condition.
+        nearest: (N,), the row of the stored image that is nearest to each prompt.
+        own: (N,), the row of the left-out image that is nearest to each prompt; -1 if there is none.
+    """
+
+    scores: dict[str, Any]
+    sheets: dict[str, NDArray[np.uint8]]
+    nearest: NDArray[np.int64]
+    own: NDArray[np.int64]
+
+
 def bench_generator(samples: int, device: str) -> dict[str, Any]:
     """Return the scores of ``samples`` prompts, at most all of ``PROMPTS``, for each database and condition."""
     encoder, prompts = Encoder(device=device), read_prompts()
@@ -130,16 +147,20 @@ def bench_generator(samples: int, device: str) -> dict[str, Any]:
     chosen = choose(kind, len(prompts), samples)
     columns: dict[str, NDArray[np.uint8]] = {}
     databases, rows, made, ranks = {}, {}, {}, {}
+    stored: dict[str, dict[str, NDArray[np.int64]]] = {"nearest": {}, "real": {}}
     concepts = Concepts.trained(prompts)
     few = choose(kind, len(prompts), -(-2 * len(chosen) // 3))  # some of those chosen
     for source in drawings():
         numbers = few if databases else chosen
         names = [name for name in CONDITIONS if not (databases and name in FIRST_ONLY)]
-        databases[source.name], sheets = measure(source, pipeline, encoder, concepts, prompts, numbers, names)
+        measured = measure(source, pipeline, encoder, concepts, prompts, numbers, names)
+        databases[source.name], sheets = measured.scores, measured.sheets
         shown = np.isin(numbers, few)
         columns |= {f"{source.name} {name}": images[shown] for name, images in sheets.items()}
         rows[source.name] = labelled_rows(source, encoder)[1]
         made[source.name] = encoder.embed_pixels(sheets["fast"][shown]).numpy()
+        for kind, found in (("nearest", measured.nearest), ("real", measured.own)):
+            stored[kind][source.name] = found[shown]
         if concepts is not None:
             ranks[source.name] = {name: (numbers, concepts.ranks(sheets[name], numbers)) for name in sheets}
     save_grid(columns, [prompts[number].text for number in few], BENCH / "generator.png")
@@ -150,7 +171,7 @@ def bench_generator(samples: int, device: str) -> dict[str, Any]:
         "prompts_of_the_judge": len(prompts),
         "names_of_the_independent_judge": None if concepts is None else concepts.facts(),
         "databases": databases,
-        "swap": swaps(made, rows),
+        "swap": swaps(made, rows) | {kind: stored_swaps(found, rows) for kind, found in stored.items()},
         "judged": judged(ranks),
         "device": device,
         "dtype": dtype_of(device),
@@ -178,8 +199,8 @@ def measure(
     prompts: Sequence[Prompt],
     chosen: NDArray[np.int64],
     names: Sequence[str],
-) -> tuple[dict[str, Any], dict[str, NDArray[np.uint8]]]:
-    """Return the scores and the images (N, S, S, 3) of one database under the named conditions."""
+) -> Measured:
+    """Measure one database under the named conditions."""
     labelled, rows = labelled_rows(source, encoder)
     own = own_images(prompts, [source.labels[row] for row in labelled])
     texts = encoder.embed_texts([prompt.text for prompt in prompts]).numpy()
@@ -197,22 +218,34 @@ def measure(
     studio = Studio(pipeline=pipeline, encoder=encoder, source=source, asked=asked)
     for name in names:
         sheets[name], seconds[name] = studio.generated(CONDITIONS[name])
-    scores = {name: judge.scores(encoder.embed_pixels(images).numpy(), images) for name, images in sheets.items()}
-    prompt, left_out = np.nonzero(asked.own)
-    remaining = database.nearest(rows[left_out], 1, chosen[prompt]).scores[:, 0]
+    scores = {}
+    for name, images in sheets.items():
+        others = dataclasses.replace(judge, rows=np.delete(rows, first, axis=0)) if name == "nearest" else judge
+        scores[name] = others.scores(encoder.embed_pixels(images).numpy(), images)
+    own_rows = np.where(asked.own.any(1), np.where(asked.own, asked.texts @ rows.T, -np.inf).argmax(1), -1)
     some = np.random.default_rng(SEED).permutation(len(rows))[: len(chosen)]
-    return {
+    figures = {
         **scores,
         "seconds_per_image": seconds,
         "copy_threshold": threshold,
-        "copy_rate_real": embedding_metrics.copy_rate(remaining, threshold),
+        "copy_rate_real": real_copy_rate(database, rows, asked, threshold),
         "copy_rate_real_all": embedding_metrics.copy_rate(near, threshold),
-        "fd_real": embedding_metrics.frechet_distance(rows[some], rows),
+        "fd_real": embedding_metrics.frechet_distance(rows[some], np.delete(rows, some, axis=0)),
         "kid_real": embedding_metrics.kernel_distance(rows[some], np.delete(rows, some, axis=0)),
         "images": len(rows),
-        "left_out": len(np.unique(left_out)),
-        **({} if concepts is None else judged_real(concepts, source, labelled, rows, asked)),
-    }, sheets
+        "left_out": int(asked.own.any(0).sum()),
+    }
+    if concepts is not None:
+        numbers, own_images_of = asked.numbers[own_rows >= 0], [labelled[row] for row in own_rows if row >= 0]
+        figures |= judged_real(concepts, source, own_images_of, numbers)
+    return Measured(scores=figures, sheets=sheets, nearest=first, own=own_rows)
+
+
+def real_copy_rate(database: LeftOutDatabase, rows: Embeddings, asked: Asked, threshold: float) -> float:
+    """Return the share of left-out images that count as copies of a remaining one: the mean over the prompts."""
+    prompt, left_out = np.nonzero(asked.own)
+    copies = database.nearest(rows[left_out], 1, asked.numbers[prompt]).scores[:, 0] > threshold
+    return float(np.mean([copies[prompt == one].mean() for one in np.unique(prompt)]))
 
 
 def labelled_rows(source: Drawings, encoder: Encoder) -> tuple[list[int], Embeddings]:
@@ -222,66 +255,15 @@ def labelled_rows(source: Drawings, encoder: Encoder) -> tuple[list[int], Embedd
 
 
 def judged_real(
-    concepts: Concepts, source: Drawings, labelled: Sequence[int], rows: Embeddings, asked: Asked
+    concepts: Concepts, source: Drawings, images: Sequence[int], numbers: NDArray[np.int64]
 ) -> dict[str, Any]:
     """Return how well the independent judge knows real images, by their own names and by the prompts.
 
-    For a prompt, it is the left-out image nearest to it. Prompts without one do not count.
+    ``images`` are the left-out images that are nearest to the prompts ``numbers`` (N,).
     """
-    has = asked.own.any(axis=1)
-    nearest = np.where(asked.own, asked.texts @ rows.T, -np.inf).argmax(axis=1)[has]
-    ranks = concepts.ranks(source.pixels(labelled[row] for row in nearest), asked.numbers[has])
-    real = {"prompts": int(has.sum()), "top1": float((ranks < 1).mean()), "top5": float((ranks < 5).mean())}
+    ranks = concepts.ranks(source.pixels(images), numbers)
+    real = {"prompts": len(numbers), "top1": float((ranks < 1).mean()), "top5": float((ranks < 5).mean())}
     return {"judge_real": real, "judge_recall": concepts.recall(source)}
-
-
-def judged(ranks: Mapping[str, Mapping[str, tuple[NDArray[np.int64], NDArray[np.int64]]]]) -> dict[str, dict[str, Any]]:
-    """Return the concepts that the independent judge retrieves over all databases, by condition.
-
-    ``ranks`` has the prompts (N,) and ranks (N,) of the images, by database and condition. Each condition that every
-    database has is compared with ``noise``, image by image. Prompts are resampled, with their images of all databases.
-    """
-    if not ranks:
-        return {}
-    prompts = np.concatenate([by_condition["noise"][0] for by_condition in ranks.values()])
-    groups = np.unique(prompts, return_inverse=True)[1]
-    totals: dict[str, dict[str, Any]] = {}
-    for name in set.intersection(*(set(by_condition) for by_condition in ranks.values())):
-        totals[name] = {"images": len(prompts)}
-        for top, limit in (("top1", 1), ("top5", 5)):
-            hits, base = (
-                np.concatenate([by_condition[one][1] < limit for by_condition in ranks.values()]).astype(np.float64)
-                for one in (name, "noise")
-            )
-
-            def ratio(counts: Values, hits: Values = hits, base: Values = base) -> Values:
-                return (counts @ hits) / np.maximum(counts @ base, 1)
-
-            rng = np.random.default_rng(SEED)
-            score = bootstrap_interval(ratio, groups, resamples=RESAMPLES, rng=rng, bounds=(0, np.inf))
-            totals[name] |= {top: int(hits.sum()), f"{top}_ratio": [score.value, score.low, score.high]}
-    return totals
-
-
-def swaps(made: dict[str, Embeddings], rows: dict[str, Embeddings]) -> dict[str, Any]:
-    """Return the kernel distances of the images made with each database to the real images of each.
-
-    ``covered`` is the share of the distance between two databases that a swap covers: how much closer to the second
-    database the images get, and how much farther from the first, relative to the same for real images.
-    """
-    distances = {
-        name: {other: embedding_metrics.kernel_distance(images, rows[other]) for other in rows}
-        for name, images in made.items()
-    }
-    real = {
-        name: {other: embedding_metrics.kernel_distance(rows[name], rows[other]) for other in rows if other != name}
-        for name in rows
-    }
-    covered = {}
-    for one, other in itertools.combinations(made, 2):
-        moved = distances[one][other] - distances[one][one] + distances[other][one] - distances[other][other]
-        covered[f"{one} {other}"] = moved / (2 * real[one][other])
-    return {"kid": distances, "kid_real": real, "covered": covered}
 
 
 def nearest_others(rows: Embeddings) -> NDArray[np.float32]:

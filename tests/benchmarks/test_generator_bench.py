@@ -102,30 +102,52 @@ def test_judge_scores_the_concept_and_copies_of_what_remains(bench: Any, left_ou
     assert (scores["judge_top1"], scores["judge_top5"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
 
 
-def test_judged_divides_the_concepts_of_all_databases_by_those_of_noise(bench: Any) -> None:
+@pytest.fixture
+def several(bench: Any) -> Any:
+    return importlib.import_module("several_databases")
+
+
+def test_judged_divides_the_concepts_of_all_databases_by_those_of_noise(several: Any) -> None:
     first, second = np.arange(4), np.arange(2)
     ranks = {
         "one": {"noise": (first, np.array([0, 9, 9, 9])), "fast": (first, np.array([0, 0, 3, 9]))},
         "other": {"noise": (second, np.array([0, 7])), "fast": (second, np.array([0, 5])), "best": (second, second)},
     }
-    judged = bench.judged(ranks)
+    judged = several.judged(ranks)
     assert set(judged) == {"noise", "fast"}, "conditions of every database"
     assert (judged["fast"]["images"], judged["fast"]["top1"], judged["fast"]["top5"]) == (6, 3, 4)
     assert (judged["fast"]["top1_ratio"][0], judged["fast"]["top5_ratio"][0]) == (1.5, 2)
     assert judged["noise"]["top1_ratio"][0] == 1
     ratio, low, high = judged["fast"]["top5_ratio"]
     assert low < ratio < high
-    assert bench.judged({}) == {}
+    assert several.judged({}) == {}
 
 
-def test_swaps_cover_all_of_the_distance_for_real_images(bench: Any) -> None:
+def test_swaps_cover_all_of_the_distance_for_real_images(several: Any) -> None:
     rows = {"one": tiny_models.unit_rows(200), "other": tiny_models.unit_rows(200, seed=1) + np.eye(8)[0]}
     rows = {name: tiny_models.unit(each.astype(np.float32)) for name, each in rows.items()}
-    real = bench.swaps({name: each[:100] for name, each in rows.items()}, rows)
+    real = several.swaps({name: each[:100] for name, each in rows.items()}, rows)
     assert real["covered"]["one other"] == pytest.approx(1, abs=0.1)
     assert real["kid"]["one"]["one"] < real["kid"]["one"]["other"]
-    stuck = bench.swaps(dict.fromkeys(rows, rows["one"][:100]), rows)
+    stuck = several.swaps(dict.fromkeys(rows, rows["one"][:100]), rows)
     assert stuck["covered"]["one other"] == pytest.approx(0)
+
+
+def test_stored_swaps_leave_the_images_out_of_their_database(several: Any) -> None:
+    rows = {name: tiny_models.unit_rows(60, seed=seed) for name, seed in (("one", 0), ("other", 1))}
+    stored = {"one": np.array([0, 1, -1, 3, 4]), "other": np.array([5, -1, 7, 8, 9])}
+    swapped = several.stored_swaps(stored, rows)
+    assert swapped["prompts"] == 3, "prompts without an image in one of the databases do not count"
+    images, others = rows["one"][[0, 3, 4]], np.delete(rows["one"], [0, 3, 4], axis=0)
+    assert swapped["kid"]["one"]["one"] == pytest.approx(several.kernel_distance(images, others))
+    assert swapped["kid"]["one"]["other"] == pytest.approx(several.kernel_distance(images, rows["other"]))
+
+
+def test_real_copy_rate_is_the_mean_over_prompts(bench: Any) -> None:
+    asked = types.SimpleNamespace(own=np.array([[1, 1, 1, 0], [0, 0, 0, 1]], bool), numbers=np.array([0, 1]))
+    found = types.SimpleNamespace(scores=np.array([[0.9], [0.9], [0.9], [0.1]]))
+    database = types.SimpleNamespace(nearest=lambda rows, k, numbers: found)
+    assert bench.real_copy_rate(database, np.eye(4), asked, 0.5) == 0.5
 
 
 class FakePipeline:
