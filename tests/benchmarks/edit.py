@@ -10,19 +10,23 @@ method differs. The score is the cosine of the encoder that also conditions and 
 ``clip_score_edited_blind`` has the same regions, noise and selection, but is conditioned on the source image: it shows
 the effect of the selection alone.
 
+``psnr_to_variant_…`` compares edits with real variants, such as the same hand with another skin tone. ``local`` and
+``flow`` have the variant in the database, as a user who edits an image of it does; ``flow_left_out`` does not.
+
 The grid is written to ``build/bench/edit-sticker-generator.png``.
 """
 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from domains import BENCH, embedded, opened, twemoji
+from domains import BENCH, OWN, embedded, opened, rows_of, twemoji, twemoji_files
+from left_out import LeftOutDatabase
 from PIL import Image, ImageDraw, ImageFont
 
 from flows.demo.images import emoji_names, twemoji_folder
@@ -115,7 +119,7 @@ def bench_edit(device: str, model: str = BUNDLED_GENERATOR) -> dict[str, Any]:
         "clip_score_edited_one": one["clip_score"],
         "clip_score_flow": flow_scores["clip_score"],
         "psnr_outside_flow_median": float(np.median(flow_scores["psnr_outside"])),
-        **against_real_variants(pipeline),
+        **against_real_variants(pipeline, encoder),
         "clip_score_edited_blind": measured(blind)["clip_score"],
         "clip_score_restored": None if restored is None else restored["clip_score"],
         "psnr_outside_restored_median": None if restored is None else float(np.median(restored["psnr_outside"])),
@@ -132,7 +136,7 @@ def bench_edit(device: str, model: str = BUNDLED_GENERATOR) -> dict[str, Any]:
         "changed_share_median": float(np.median(local_scores["changed_share"])),
         "edits": [
             {
-                "picture": emoji_names()[code],
+                "image": emoji_names()[code],
                 "prompt": prompt,
                 "clip_score_before": float(scores_before[row]),
                 "clip_score_edited": float(scores_after[row]),
@@ -150,19 +154,36 @@ def bench_edit(device: str, model: str = BUNDLED_GENERATOR) -> dict[str, Any]:
     }
 
 
-def against_real_variants(pipeline: KNNDiffusionPipeline) -> dict[str, float]:
-    """Return the mean PSNR to the real variant of each pair: of the image before, and of the edits by each method."""
+def against_real_variants(pipeline: KNNDiffusionPipeline, encoder: Encoder) -> dict[str, float]:
+    """Return the mean PSNR to the real variant of each pair: of the image before, and of the edits by each method.
+
+    The variant is the nearest image of its text, or the second nearest. ``flow_left_out`` edits without the variants in
+    the database.
+    """
     folder = twemoji_folder()
     images = [Image.open(folder / f"{code}.png") for code, _, _ in PAIRS]
     variants = fit_images([Image.open(folder / f"{code}.png") for _, code, _ in PAIRS], pipeline.side)
     prompts = [prompt for *_, prompt in PAIRS]
-    results = {"before": fit_images(images, pipeline.side)}
-    methods: tuple[EditMethod, ...] = ("flow", "local")
-    for method in methods:
+
+    def edited(method: EditMethod) -> np.ndarray[Any, np.dtype[np.uint8]]:
         generator = torch.Generator().manual_seed(SEED)
-        edits = pipeline.edit(images, prompts, method=method, generator=generator)
-        results[method] = np.stack([np.asarray(image) for image in edits])
+        return np.stack(
+            [np.asarray(image) for image in pipeline.edit(images, prompts, method=method, generator=generator)]
+        )
+
+    results = {"before": fit_images(images, pipeline.side), "flow": edited("flow"), "local": edited("local")}
+    pipeline.swap_database(without_variants(encoder, prompts))
+    results["flow_left_out"] = edited("flow")
     return {f"psnr_to_variant_{name}": psnr(images, variants) for name, images in results.items()}
+
+
+def without_variants(encoder: Encoder, prompts: Sequence[str]) -> LeftOutDatabase:
+    """Return Twemoji without the variants of all pairs."""
+    codes = {code for _, code, _ in PAIRS}
+    variants = np.array([file.stem in codes for file in twemoji_files()])
+    rows, texts = rows_of(embedded(twemoji(), encoder)), encoder.embed_texts(prompts).numpy()
+    own = np.tile(variants, (len(prompts), 1))
+    return LeftOutDatabase(OWN, encoder.identity, rows, lambda row: Image.open(twemoji_files()[row]), texts, own)
 
 
 def psnr(images: np.ndarray[Any, np.dtype[np.uint8]], others: np.ndarray[Any, np.dtype[np.uint8]]) -> float:

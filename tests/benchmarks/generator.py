@@ -18,7 +18,7 @@ Conditions share their noise: candidate i of a prompt starts from the same noise
     fast, best   the presets
     nearest      the nearest stored image
 
-Only the first database has noise_both.
+Only the first database has noise_both and best.
 
 ``clip_score``, ``top1`` and ``top5`` are by the encoder that also retrieves, conditions and selects. A concept counts
 as retrieved if the prompt is the nearest of all 200 to the image. ``judge_top1`` and ``judge_top5`` are by the
@@ -70,7 +70,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "best": {"quality": "best"},
 }
 """Arguments of the call in each condition."""
-FIRST_ONLY = frozenset({"noise_both"})
+FIRST_ONLY = frozenset({"noise_both", "best"})
 """Conditions that only the first database has."""
 
 
@@ -146,7 +146,8 @@ def bench_generator(samples: int, device: str) -> dict[str, Any]:
     kind = os.environ.get("PROMPTS") or "held-out"
     chosen = choose(kind, len(prompts), samples)
     columns: dict[str, NDArray[np.uint8]] = {}
-    databases, rows, made, ranks = {}, {}, {}, {}
+    databases: dict[str, dict[str, Any]] = {}
+    rows, made, ranks = {}, {}, {}
     stored: dict[str, dict[str, NDArray[np.int64]]] = {"nearest": {}, "real": {}}
     concepts = Concepts.trained(prompts)
     few = choose(kind, len(prompts), -(-2 * len(chosen) // 3))  # some of those chosen
