@@ -12,10 +12,11 @@ _INK, _FAINT, _PAPER, _SHADE = (25, 28, 33), (110, 116, 125), (255, 255, 255), (
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SwapRow:
-    """One prompt, and the groups of images in its row."""
+    """One prompt, the groups of images in its row, and a note below the prompt."""
 
     prompt: str
     groups: tuple[Sequence[Image.Image], ...]
+    note: str = ""
 
 
 def draw_swap(rows: Sequence[SwapRow], titles: Sequence[str], note: str = "") -> Image.Image:
@@ -39,7 +40,9 @@ def draw_swap(rows: Sequence[SwapRow], titles: Sequence[str], note: str = "") ->
         canvas.text((left, _MARGIN_PX), title, font=small, fill=_FAINT)
     for number, row in enumerate(rows):
         y = top + number * (CELL_PX + _GAP_PX)
-        canvas.text((_MARGIN_PX, y + CELL_PX // 2), row.prompt, font=font, fill=_INK, anchor="lm")
+        middle = y + CELL_PX // 2
+        canvas.text((_MARGIN_PX, middle), row.prompt, font=font, fill=_INK, anchor="lm")
+        canvas.text((_MARGIN_PX, middle + 20), row.note, font=small, fill=_FAINT, anchor="lm")
         for left, group in zip(lefts, row.groups, strict=True):
             for column, image in enumerate(group):
                 sheet.paste(_cell(image), (left + column * (CELL_PX + _GAP_PX), y))

@@ -25,8 +25,10 @@ from model.saved_generator import BUNDLED_GENERATOR
 from tasks.evaluate.task import table
 from tasks.serve.load import images_of_rows, load_database, load_pipeline
 
-PROMPTS = ("a red heart", "a sad face", "a green tree", "a red apple", "the sun", "a flower")
-START = "Each image starts from a stored neighbour with 80% noise."
+ABSENT = "a windmill"
+"""A prompt whose object is in none of the databases."""
+PROMPTS = ("a red heart", "a sad face", "a green tree", "a red apple", "the sun", "a flower", ABSENT)
+NOTE = "Each image starts from a stored neighbour with 80% noise. twemoji-animals has animals only."
 SHOWN_NEIGHBOURS, SHOWN_SAMPLES = 3, 3
 EVALUATION_SAMPLES, DIVERSITY_SEEDS, DIVERSITY_PROMPTS = 48, 2, 8  # two CPU cores generate them in three minutes
 
@@ -92,11 +94,15 @@ def draw(settings: Settings, path: Path) -> tuple[Path, float]:
         swaps.append(time.monotonic() - started)
         columns.append(_generate_all(pipeline, database, settings))
     rows = [
-        SwapRow(prompt=prompt, groups=tuple(images for column in columns for images in column[number]))
+        SwapRow(
+            prompt=prompt,
+            groups=tuple(images for column in columns for images in column[number]),
+            note="in no database" if prompt == ABSENT else "",
+        )
         for number, prompt in enumerate(PROMPTS)
     ]
     titles = [title for database in DOMAINS for title in (f"nearest in {database}", "generated from them")]
-    draw_swap(rows, titles, note=f"{START} {CREDITS}").save(path)
+    draw_swap(rows, titles, note=f"{NOTE} {CREDITS}").save(path)
     return path, max(swaps)
 
 

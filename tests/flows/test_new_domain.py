@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -275,6 +276,10 @@ def test_draw_swap_has_one_row_per_prompt() -> None:
     blues = (sheet == (0, 0, 255)).all(axis=2)
     assert reds.sum() == 2 * 2 * CELL_PX * CELL_PX
     assert 0.9 < blues.sum() / (2 * 3 * CELL_PX * CELL_PX / 2) < 1.1  # half as wide as high: the aspect ratio is kept
+    rows[1] = dataclasses.replace(rows[1], note="in no database")
+    changed = (np.asarray(draw_swap(rows, ("neighbours", "samples"))) != sheet).any(axis=2)
+    assert changed.any(), "the note is below the prompt"
+    assert not changed[: -CELL_PX - 20].any()
 
 
 def test_generator_registered_beside_a_champion_waits_for_the_event_if_configured(domain: Any) -> None:
