@@ -11,8 +11,11 @@ from model.errors import ModelError
 from model.generation.batching import is_positive_int
 
 EditMethod = Literal["flow", "local", "restore", "sdedit"]
-FLOW_DEFAULTS = {"strength": 0.925, "candidates": 1}
-"""Defaults of the method "flow" that differ from those of :class:`EditConfig`."""
+FLOW_DEFAULTS = {"strength": 0.925, "candidates": 1, "kept_db": -math.inf}
+"""Defaults of the method "flow" that differ from those of :class:`EditConfig`.
+
+Its edits shift all pixels, so few of them reach the ``kept_db`` of the other methods.
+"""
 FLOW_NEIGHBOURS = 3
 """Default number of the target's neighbours for the method "flow"; the source has as many as in training."""
 
@@ -42,7 +45,8 @@ class EditConfig:
         candidates: Edits generated per image; the cost is proportional. Of those that preserve the rest of the image,
             the one whose embedding is closest to the text is returned. "local" generates two in each of half as many
             regions. Default: 8.
-        kept_db: Minimum PSNR in dB outside of the changed region at which the rest counts as preserved. Default: 25.
+        kept_db: Minimum PSNR in dB outside of the changed region at which the rest counts as preserved. −∞ selects by
+            the text alone. Default: 25.
         largest_region: Maximum share of the image that a region may cover, in (0, 1]. 1 allows changing an object that
             fills the image. Only "local". Default: 0.4.
         shift: Shift of the noise levels towards noise, as in new generators. Default: 2.

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -55,8 +57,11 @@ def test_flow_edit_adds_the_same_noise_to_source_and_edit() -> None:
     assert len({float(one.sum()) for one in seen[::2]}) == CONFIG.steps * FLOW_SAMPLES
 
 
-@pytest.mark.parametrize(("method", "strength", "candidates"), [("flow", 0.925, 1), ("local", 1.0, 8)])
-def test_edit_config_has_defaults_of_its_method(method: str, strength: float, candidates: int) -> None:
+@pytest.mark.parametrize(
+    ("method", "strength", "candidates", "kept_db"), [("flow", 0.925, 1, -math.inf), ("local", 1.0, 8, 25.0)]
+)
+def test_edit_config_has_defaults_of_its_method(method: str, strength: float, candidates: int, kept_db: float) -> None:
     config = edit_config(method, strength=None)  # type: ignore[arg-type]
-    assert (config.strength, config.candidates) == (strength, candidates)
-    assert edit_config(method, strength=0.5).strength == 0.5  # type: ignore[arg-type]
+    assert (config.strength, config.candidates, config.kept_db) == (strength, candidates, kept_db)
+    given = edit_config(method, strength=0.5, kept_db=30)  # type: ignore[arg-type]
+    assert (given.strength, given.kept_db) == (0.5, 30)
