@@ -155,6 +155,7 @@ class KNNDiffusionPipeline(EditingPipeline):
         """  # noqa: D414 - the decorator fills in the examples
         named = {"prompt": prompt, "negative_prompt": negative_prompt, "on_progress": on_progress}
         prompt, negative_prompt, on_progress = arguments.renamed_arguments(_RENAMED, renamed, named).values()
+        database = self._database if retrieve else None  # it may be swapped during the call
         config = self.config
         steps = config.num_inference_steps if num_inference_steps is None else num_inference_steps
         scale = config.guidance_scale if guidance_scale is None else guidance_scale
@@ -162,7 +163,7 @@ class KNNDiffusionPipeline(EditingPipeline):
             quality,
             self._new_backbone(),
             neighbours_shown=retrieve and between is None,
-            has_images=quality is not None and self.has_images,  # it reads an image
+            has_images=quality is not None and database is not None and database.has_images,  # it reads an image
             candidates=candidates,
             query=query,
             start=start,
@@ -191,8 +192,9 @@ class KNNDiffusionPipeline(EditingPipeline):
         choices = 1 if shared_noise else choices
         repeats = num_images_per_prompt * choices
 
+        if retrieve:
+            database = arguments.required_database(database)
         embeddings = self.embed(prompt)
-        database = self.database if retrieve else None  # it may be swapped during the call
         show = neighbour_images and between is None
         condition = self.condition(embeddings, k, preset.query, retrieve, database=database, neighbour_images=show)
         tokens = condition.tokens if between is None else _interpolate(condition.tokens, between)

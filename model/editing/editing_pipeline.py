@@ -78,8 +78,8 @@ class EditingPipeline(BasePipeline):
         k = self.edit_neighbours(method) if neighbours is None else neighbours
         arguments.check_count("neighbours", k)
         sources = fit_images([image] if isinstance(image, Image.Image) else image or [], self.side)
-        targets = one_for_each(self.embed(prompt), len(sources), name="prompts", of="images")
         database = self.database if retrieve else None  # it may be swapped during the call
+        targets = one_for_each(self.embed(prompt), len(sources), name="prompts", of="images")
         query = "both" if flow and retrieve else None
         shared: Any = {"database": database, "neighbour_images": neighbour_images}
         tokens = self.condition(targets, k, query, retrieve, **shared).tokens

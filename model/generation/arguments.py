@@ -15,10 +15,18 @@ from model.errors import ModelError
 from model.generation.batching import is_positive_int
 from model.generation.condition import QuerySlot
 from model.images import to_pil
+from model.retrieval.searchable import Searchable
 
 OutputType = Literal["pil", "np", "pt"]
 """Images as PIL, as float32 (B, S, S, 3) in [0, 1], or as a tensor float32 (B, 3, S, S) in [0, 1]."""
 Images = list[Image.Image] | NDArray[np.float32] | Tensor
+
+
+def required_database(database: Searchable | None) -> Searchable:
+    """Return the database. Raises ``ModelError`` for None."""
+    if database is None:
+        raise ModelError("this pipeline has no database; plug one in with swap_database")
+    return database
 
 
 def check_defaults(config: Any) -> None:

@@ -23,7 +23,7 @@ from model.diffusion.solver import Scheduler
 from model.encoder.clip import Encoder, encoder_for
 from model.encoder.identity import EncoderIdentity
 from model.errors import ModelError
-from model.generation.arguments import check_defaults
+from model.generation.arguments import check_defaults, required_database
 from model.generation.backbone import Backbone, is_discrete, new_backbone
 from model.generation.condition import Condition, build_condition
 from model.generation.neighbour_images import encode_neighbours
@@ -160,9 +160,7 @@ class BasePipeline(DiffusionPipeline):
     @property
     def database(self) -> Searchable:
         """The database in use. Raises ``ModelError`` if there is none."""
-        if self._database is None:
-            raise ModelError("this pipeline has no database; plug one in with swap_database")
-        return self._database
+        return required_database(self._database)
 
     def swap_database(self, database: Searchable) -> None:
         """Use ``database`` from the next call on. Raises ``ModelError`` if another encoder made it."""

@@ -259,3 +259,18 @@ def test_edit_old_argument_names_work_with_a_warning(editor: KNNDiffusionPipelin
     with pytest.warns(FutureWarning, match="'images' is deprecated; use 'image' instead"):
         by_old_name = editor.edit(images=image(), prompt=PROMPT, generator=torch.Generator().manual_seed(0), **options)
     np.testing.assert_array_equal(pixels(by_old_name), expected)
+
+
+def test_edit_uses_the_database_it_started_with(
+    editor: KNNDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = pixels(edited(editor, image()))
+    other = tiny_models.database(tmp_path / "other", tiny_models.unit_rows(40, seed=9))
+
+    def swapped_meanwhile(prompts: Tensor) -> Tensor:
+        editor.swap_database(other)
+        return prompts
+
+    monkeypatch.setattr(editor, "embed", swapped_meanwhile)
+    np.testing.assert_array_equal(pixels(edited(editor, image())), undisturbed)
+    assert (pixels(edited(editor, image())) != undisturbed).any()  # the next call uses the other

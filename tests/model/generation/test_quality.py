@@ -60,10 +60,11 @@ def test_resolve_unknown_quality_raises() -> None:
         resolved("high")
 
 
-def test_quality_of_a_call_is_its_preset(tmp_path: Path) -> None:
-    def white(ids: Any) -> list[Image.Image]:
-        return [Image.new("RGB", (8, 8), "white")] * len(ids)
+def white(ids: Any) -> list[Image.Image]:
+    return [Image.new("RGB", (8, 8), "white")] * len(ids)
 
+
+def test_quality_of_a_call_is_its_preset(tmp_path: Path) -> None:
     pipeline = tiny_models.editor_pipeline()
     pipeline.swap_database(tiny_models.database(tmp_path, tiny_models.unit_rows(40)).with_images(white))
     prompts = torch.from_numpy(tiny_models.unit_rows(2, seed=1)).float()
@@ -82,3 +83,33 @@ def test_quality_of_a_call_is_its_preset(tmp_path: Path) -> None:
     assert generated(pipeline, quality="fast") == generated(pipeline, query="both", start="noise")
     with pytest.raises(ModelError, match="was opened without images"):
         generated(pipeline, quality="fast", start="neighbour")
+
+
+@pytest.mark.parametrize("first", [None, "stored", "plain"])
+def test_quality_uses_the_database_that_the_call_started_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str | None
+) -> None:
+    plain = tiny_models.database(tmp_path / "plain", tiny_models.unit_rows(40))
+    stored = tiny_models.database(tmp_path / "stored", tiny_models.unit_rows(40, seed=9)).with_images(white)
+    before, after = (plain, stored) if first == "plain" else (stored, plain)
+    prompts = torch.from_numpy(tiny_models.unit_rows(2, seed=1)).float()
+    pipeline = tiny_models.pipeline(None if first is None else before)
+
+    def generated() -> list[bytes]:
+        generator = torch.Generator().manual_seed(0)
+        output = pipeline(prompts, quality="fast", generator=generator, num_inference_steps=2, candidates=1)
+        return [image.tobytes() for image in output.images]
+
+    undisturbed = None if first is None else generated()
+
+    def swapped_meanwhile(embeddings: torch.Tensor) -> torch.Tensor:
+        pipeline.swap_database(after)
+        return embeddings
+
+    monkeypatch.setattr(pipeline, "embed", swapped_meanwhile)
+    if undisturbed is None:
+        with pytest.raises(ModelError, match="this pipeline has no database; plug one in with swap_database"):
+            generated()
+    else:
+        assert generated() == undisturbed
+        assert pipeline.database is after
