@@ -37,7 +37,8 @@ class EditConfig:
             share of the process's timesteps. Default: 1.
         steps: Number of Euler steps, independent of the strength. For codes the number of strides, at most strength ×
             timesteps. Default: 12.
-        guidance_scale: How strongly to follow the text; 1 as trained. Default: 4.
+        guidance_scale: How strongly to follow the text; 1 as trained. It acts at all noise levels: edits do not use the
+            generator's ``guidance_interval``. Default: 4.
         image_guidance_scale: How strongly to follow the source; 1 as trained. Only "restore". Default: 1.
         contrast: Push away from the source's own condition instead of the null condition. Not "flow". Default:
             False.

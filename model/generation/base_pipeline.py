@@ -73,7 +73,8 @@ class BasePipeline(DiffusionPipeline):
             trained_neighbours: Maximum number of neighbours shown in training. Default: ``neighbours``.
             candidates: Images generated for each image that is returned. Default: 1.
             guidance_scale: 1 is the conditional model itself. Default: 2.
-            guidance_interval: Noise levels σ at which guidance acts (continuous networks). Default: (0, 1), all.
+            guidance_interval: Noise levels σ at which guidance acts (continuous networks). Edits do not use it.
+                Default: (0, 1), all.
             num_inference_steps: Number of sampling steps. Default: 25.
             query: Embedding in the query's slot: "text", "mean", "both" or "none". Default: "text".
             prediction: Output of a continuous network: "velocity" or "sample". Default: "velocity".
