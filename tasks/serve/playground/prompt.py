@@ -24,9 +24,17 @@ _RUN: dict[Tab, str] = {"search": "Search", "generate": "Generate", "compare": "
 class Prompt:
     """The box at the top of the page. An image is kept on the server and shown as a chip."""
 
-    def __init__(self, state: PageState, images: SentImages, on_run: Callable[[], Any], warn: Callable[[str], None]):
-        """Add the box. ``warn`` shows a message to the user."""
-        self._state, self._images, self._warn = state, images, warn
+    def __init__(
+        self,
+        state: PageState,
+        images: SentImages,
+        on_run: Callable[[], Any],
+        warn: Callable[[str], None],
+        *,
+        can_edit: bool,
+    ) -> None:
+        """Add the box. ``warn`` shows a message to the user. Without ``can_edit`` no edit can be run."""
+        self._state, self._images, self._warn, self._can_edit = state, images, warn, can_edit
         self._names: dict[str, str] = {}
         self._page = ui.context.client.id
         ui.context.client.on_delete(lambda: images.close(self._page))
@@ -71,6 +79,7 @@ class Prompt:
         )
         self._negative.set_visibility(tab != "edit")
         self._run.text = _RUN.get(tab, "")
+        self._run.set_enabled(tab != "edit" or self._can_edit)
         self._show_chip()
 
     def use(self, shown: Image.Image, name: str) -> None:

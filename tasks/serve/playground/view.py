@@ -70,11 +70,12 @@ class View:
         self.tabs.on_value_change(self._select_event)
         self.tabs.props("dense align=left").classes("tabs")
         with box("page"):
-            self.prompt = Prompt(state, context.images, self.run, self.warn)
+            can_edit = bool(info.edit_methods)
+            self.prompt = Prompt(state, context.images, self.run, self.warn, can_edit=can_edit)
             self.options = Options(state, info, self._served_names(), self._change)
             self.runner = Runner()
             self._message = box("message-slot", role="alert")
-            self._build_results(context, can_edit=bool(info.edit_methods))
+            self._build_results(context, can_edit=can_edit)
         self._show_tab()
 
     def _build_results(self, context: Context, *, can_edit: bool) -> None:

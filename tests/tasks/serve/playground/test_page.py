@@ -1,6 +1,7 @@
 """The routes of the playground, without a browser."""
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,14 +49,16 @@ def test_page_allows_no_other_host(client: TestClient) -> None:
 
 def test_edit_tab_says_why_a_generator_without_edit_methods_cannot_edit(client: TestClient, engine: FakeEngine) -> None:
     reason, methods = "cannot edit. To edit images, serve the generator that it was made from", "FlowEdit"
+    disabled = re.compile(r'"class":\["run","filled"\],"props":\{[^}]*"disable":true')
     before = client.get("/?tab=edit").text
-    assert reason not in before and methods in before
+    assert reason not in before and methods in before and not disabled.search(before)
     engine.edit_methods = []
     try:
-        shown = client.get("/?tab=edit").text
+        shown, other = client.get("/?tab=edit").text, client.get("/?tab=generate").text
     finally:
         engine.edit_methods = ["flow", "local", "sdedit"]
     assert reason in shown and methods not in shown
+    assert disabled.search(shown) and not disabled.search(other)
 
 
 @pytest.mark.parametrize("path", ["/unknown", "/v1/unknown", "/playground/static/../page.py", "/playground/static/x"])
