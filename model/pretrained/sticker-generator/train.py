@@ -47,7 +47,8 @@ files of at most 16 MiB. The other machine needs this package's dependencies, bu
     tar xf sticker-generator.tar.gz && ./run.sh MINUTES OUT     # on the other machine; repeat it to train further
     cat OUT/pipeline.tar.* | tar x                              # the pipeline, in shards
 
-``run.sh`` uses ``--rotary`` and ``--image-tokens 1``: the network also sees the image of the nearest neighbour.
+``run.sh`` uses ``--rotary`` and ``--image-tokens 1``: the network also sees the image of the nearest neighbour. It
+chooses its data by ``--own-style-share 0.5 --balanced --mean-query 0.33 --fewer-neighbours 0.5``.
 ``--schedule wsd`` is a warm-up and a constant learning rate for 80% of the minutes, then a decay to 0. The next run
 resumes from before the decay, from the checkpoint in ``state`` on that machine (about 400 MB). On a new machine,
 ``--start-from pipeline`` starts from the exported weights, with a new optimizer; weights without image tokens gain

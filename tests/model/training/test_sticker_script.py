@@ -198,11 +198,15 @@ def test_sticker_script_pack_trains_elsewhere_resumes_and_exports_small_files(
     assert first.returncode == 0, first.stderr[-2000:]
     before = json.loads((out / "figures.json").read_text())
     assert (before["images"], before["new_images"]) == (8, 8), "one step before the decay, and one of the decay"
+    settings = json.loads((elsewhere / "state" / "base" / "settings.json").read_text())
+    assert (settings["own_style_share"], settings["balanced"]) == (0.5, True)
+    assert (settings["mean_query"], settings["fewer_neighbours"]) == (0.33, 0.5), "as at inference"
 
     monkeypatch.setattr(part("runs"), "SHARD_SIZE", "20KB")
     monkeypatch.setattr(part("results"), "PART_BYTES", 20_000)
     folders = ["--stickers", elsewhere / "stickers", "--encoder", elsewhere / "encoder", "--out", elsewhere / "state"]
     resume = ["train.py", "base", *map(str, folders), *SIZE, "--export", str(out), "--minutes", "1e-9"]
+    resume += ["--own-style-share", "0.5", "--balanced", "--mean-query", "0.33", "--fewer-neighbours", "0.5"]
     second = run("python", *resume, "--schedule", "wsd", "--choose", "gap", "--image-tokens", "1", "--rotary")
     assert second.returncode == 0, second.output[-2000:]
     figures = json.loads((out / "figures.json").read_text())

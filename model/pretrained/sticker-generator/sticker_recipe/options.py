@@ -61,7 +61,12 @@ def parse(description: str | None) -> argparse.Namespace:
         "--own-style-share", type=share, default=0.0,
         help="share of the samples whose neighbours are of the image's own style",
     )  # fmt: skip
-    parser.add_argument("--balanced", action="store_true", help="divide the weight of an image among near-duplicates")
+    parser.add_argument(
+        "--balanced",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="divide the weight of an image among near-duplicates",
+    )
     parser.add_argument(
         "--fewer-neighbours", type=share, default=0.1, help="share of the samples with fewer neighbours than the most"
     )

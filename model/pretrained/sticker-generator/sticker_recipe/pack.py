@@ -36,7 +36,8 @@ shift 2
 cd "$(dirname "$0")"
 PYTHONPATH=. exec "${PYTHON:-python3}" model/pretrained/sticker-generator/train.py base \\
     --stickers stickers --encoder encoder --out state --export "$out" --minutes "$minutes" \\
-    --size SIZE --patch PATCH --rotary --schedule wsd --choose gap --image-tokens 1 --device cuda --watch 1000 "$@"
+    --size SIZE --patch PATCH --rotary --schedule wsd --choose gap --image-tokens 1 --device cuda --watch 1000 \\
+    --own-style-share 0.5 --balanced --mean-query 0.33 --fewer-neighbours 0.5 "$@"
 """
 log = logging.getLogger("sticker-generator")
 
