@@ -32,7 +32,7 @@ from model.generation.batching import ProgressCallback, is_positive_int
 from model.generation.condition import QuerySlot
 from model.generation.prompts import Prompt, Prompts, one_for_each
 from model.generation.quality import Quality, resolve
-from model.generation.sampling import SamplingRequest, generate, initial_noise
+from model.generation.sampling import SamplingRequest, generate, initial_noise, rows_not_to_copy
 from model.generation.start import Reference, Start, checked_layout
 from model.networks.build import AnyNetwork
 from model.retrieval.searchable import Hits
@@ -122,7 +122,8 @@ class KNNDiffusionPipeline(EditingPipeline):
                 (P·M·candidates, steps, n) uniform in [0, 1) for networks over codes. Default: None.
             neighbours: K; it may differ from training. Default: the generator's.
             candidates: Images generated for each image that is returned; the cost is proportional. The one whose
-                embedding is closest to the query's slot is returned. Default: the generator's.
+                embedding is closest to the query's slot is returned. With ``start="neighbour"``, copies of the
+                neighbours are passed over. Default: the generator's.
             query: Embedding in the query's slot: "text" (the prompt's), "mean" (of the neighbours), "both" (the mean of
                 the two) or "none". Default: the generator's; without retrieval "text".
             retrieve: False hides the neighbours, the ablation without retrieval. Default: True.
@@ -214,6 +215,7 @@ class KNNDiffusionPipeline(EditingPipeline):
             targets=target.repeat_interleave(num_images_per_prompt, dim=0),
             noise=noise,
             candidates=choices,
+            neighbours=rows_not_to_copy(condition.hits, num_images_per_prompt) if preset.start == "neighbour" else None,
             negative=negative,
             guidance_scale=scale,
             steps=steps,

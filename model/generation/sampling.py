@@ -15,9 +15,13 @@ from model.errors import ModelError
 from model.generation.backbone import Backbone
 from model.generation.batching import ProgressCallback, run_batched
 from model.images import to_pixels
+from model.retrieval.searchable import Hits
 
 EmbedPixels = Callable[[NDArray[np.uint8]], Tensor]
 """The encoder: uint8 pixels (B, S, S, 3) -> unit rows (B, D) on the CPU."""
+COPY = 0.93
+"""Cosine to a retrieved neighbour above which a candidate counts as its copy. docs/results.md compares values."""
+_BELOW_ALL = 3.0  # more than the difference of two cosines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +33,7 @@ class SamplingRequest:
         targets: (B / candidates, D) unit rows that the candidates are compared with.
         noise: (B, …noise_shape) on the CPU, as :meth:`Backbone.noise` samples it.
         candidates: Images generated for each image that is returned.
+        neighbours: (B / candidates, K, D) unit rows of which no copy is chosen, or None.
         negative: (B, T, E) tokens to push away from, or None for the null condition.
         guidance_scale: 1 is the conditional model itself.
         steps: Number of sampling steps.
@@ -42,6 +47,7 @@ class SamplingRequest:
     targets: Tensor
     noise: Tensor
     candidates: int
+    neighbours: Tensor | None = None
     negative: Tensor | None
     guidance_scale: float
     steps: int
@@ -76,7 +82,10 @@ def generate(backbone: Backbone, embed_pixels: EmbedPixels, request: SamplingReq
         )
 
     images = run_batched(generate_batch, len(request.tokens), request.steps, device, request.on_progress)
-    return images if request.candidates == 1 else _best_candidates(images, embed_pixels, request, device)
+    if request.candidates == 1:
+        return images
+    embeddings = embed_images(embed_pixels, to_pixels(images), device)
+    return images[best_candidates(embeddings, request.targets, request.neighbours)]
 
 
 def initial_noise(
@@ -104,11 +113,27 @@ def embed_images(embed_pixels: EmbedPixels, pixels: NDArray[np.uint8], device: t
     return run_batched(lambda rows, _: embed_pixels(pixels[rows]), len(pixels), 1, device, None)
 
 
-def _best_candidates(
-    images: Tensor, embed_pixels: EmbedPixels, request: SamplingRequest, device: torch.device
-) -> Tensor:
-    """Return for each image the candidate whose embedding is closest to the target."""
-    embeddings = embed_images(embed_pixels, to_pixels(images), device)
-    cosines = (embeddings * request.targets.repeat_interleave(request.candidates, dim=0)).sum(1)
-    best = cosines.reshape(-1, request.candidates).argmax(1)
-    return images[torch.arange(len(best)) * request.candidates + best]
+def rows_not_to_copy(hits: Hits | None, repeats: int) -> Tensor | None:
+    """Return the neighbours of P prompts for each of ``repeats`` images of a prompt, (P·repeats, K, D)."""
+    return None if hits is None else torch.from_numpy(hits.embeddings).float().repeat_interleave(repeats, dim=0)
+
+
+def best_candidates(embeddings: Tensor, targets: Tensor, neighbours: Tensor | None = None) -> Tensor:
+    """Choose the candidate closest to the target, among those that are not copies of a neighbour.
+
+    Args:
+        embeddings: (N·C, D) unit rows; the C candidates of one image are adjacent.
+        targets: (N, D) unit rows.
+        neighbours: (N, K, D) unit rows. A candidate with a cosine above ``COPY`` to one of them is chosen only if all
+            candidates of its image have one. Default: None, copies are not recognised.
+
+    Returns:
+        (N,) int64, the rows of the chosen candidates.
+    """
+    candidates = embeddings.reshape(len(targets), -1, embeddings.shape[1])
+    scores = (candidates * targets[:, None]).sum(2)
+    if neighbours is not None:
+        nearest = (candidates @ neighbours.mT).amax(2)
+        scores = scores - _BELOW_ALL * (nearest > COPY)
+    rows: Tensor = torch.arange(len(targets)) * candidates.shape[1] + scores.argmax(1)
+    return rows

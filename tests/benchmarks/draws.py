@@ -24,7 +24,9 @@ from tqdm.auto import tqdm
 
 from model.encoder.clip import Encoder
 from model.generation.backbone import Backbone
+from model.generation.condition import Condition
 from model.generation.quality import PRESETS
+from model.generation.sampling import COPY, best_candidates, rows_not_to_copy
 from model.metrics.embedding_metrics import Embeddings
 from model.pipeline import KNNDiffusionPipeline
 from model.saved_generator import BUNDLED_GENERATOR, weights_digest
@@ -76,7 +78,7 @@ class Studio:
     def generated(self, options: dict[str, Any]) -> tuple[NDArray[np.uint8], float]:
         """Return one image (N, S, S, 3) for each prompt, and the seconds per image; computed once."""
         preset = PRESETS.get(options.get("quality", ""))
-        settings = {"preset": None if preset is None else dataclasses.asdict(preset), "options": options}
+        settings = {"preset": None if preset is None else dataclasses.asdict(preset), "options": options, "copy": COPY}
         path = self._path(settings)
         if not path.exists():
             call = {} if preset is None else {k: v for k, v in dataclasses.asdict(preset).items() if v is not None}
@@ -87,15 +89,17 @@ class Studio:
             return stored["pixels"], float(stored["seconds"])
 
     def select(self, candidates: int, call: dict[str, Any]) -> tuple[NDArray[np.uint8], float]:
-        """Return the candidate (N, S, S, 3) of each prompt that is nearest to its query's slot, and the seconds."""
+        """Return the candidate (N, S, S, 3) of each prompt that the pipeline chooses, and the seconds."""
         draws = [self.draw(number, call) for number in range(candidates)]
         pixels, seconds = np.stack([images for images, _ in draws]), sum(seconds for _, seconds in draws)
         if candidates == 1:
             return pixels[0], seconds
-        cosines = np.stack(
-            [(self.encoder.embed_pixels(images).numpy() * self._targets(call)).sum(1) for images in pixels]
-        )
-        return pixels[cosines.argmax(axis=0), np.arange(len(cosines.T))], seconds
+        embeddings = torch.stack([self.encoder.embed_pixels(images) for images in pixels], dim=1).flatten(0, 1)
+        neighbours = None
+        if call.get("start") == "neighbour":
+            neighbours = rows_not_to_copy(self._condition(call).hits, 1)
+        rows = best_candidates(embeddings, torch.from_numpy(self._targets(call)), neighbours).numpy()
+        return pixels.swapaxes(0, 1).reshape(-1, *pixels.shape[2:])[rows], seconds
 
     def draw(self, number: int, call: dict[str, Any]) -> tuple[NDArray[np.uint8], float]:
         """Return candidate ``number`` of each prompt (N, S, S, 3), and the seconds per image; computed once."""
@@ -122,9 +126,12 @@ class Studio:
 
     def _targets(self, call: dict[str, Any]) -> Embeddings:
         """Return the embeddings (N, D) that the pipeline compares candidates with."""
-        neighbours = call.get("neighbours", self.pipeline.config["neighbours"])
-        slot = self.pipeline.condition(torch.from_numpy(self.asked.texts), neighbours, call.get("query")).query
+        slot = self._condition(call).query
         return self.asked.texts if slot is None else slot.numpy()
+
+    def _condition(self, call: dict[str, Any]) -> Condition:
+        neighbours = call.get("neighbours", self.pipeline.config["neighbours"])
+        return self.pipeline.condition(torch.from_numpy(self.asked.texts), neighbours, call.get("query"))
 
     def _path(self, settings: dict[str, Any]) -> Path:
         settings = settings | {

@@ -167,7 +167,7 @@ class FakePipeline:
         return types.SimpleNamespace(images=[Image.new("RGB", (8, 8), (level,) * 3) for level in levels])
 
     def condition(self, texts: torch.Tensor, k: int, query: str | None) -> Any:
-        return types.SimpleNamespace(query=None)
+        return types.SimpleNamespace(query=None, hits=None)
 
 
 class LevelEncoder:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from model.configs import VQTransformerConfig
 from model.errors import ModelError
+from model.generation import sampling
 from model.generation.batching import BATCH_SIZE
+from model.generation.sampling import best_candidates
 from model.networks.vq_autoencoder import AutoencoderConfig, build_autoencoder
 from model.networks.vq_transformer import build_vq_transformer
 from model.pipeline import KNNDiffusionPipeline, new_pipeline
@@ -145,3 +147,37 @@ def test_candidates_missing_in_a_saved_pipeline_default_to_1(pipeline: KNNDiffus
     del saved["candidates"], saved["trained_neighbours"]
     index.write_text(json.dumps(saved))
     np.testing.assert_array_equal(generated(KNNDiffusionPipeline.open(tmp_path / "saved", pipeline.database)), before)
+
+
+def test_best_candidates_pass_over_copies_unless_all_are() -> None:
+    rows = F.normalize(torch.from_numpy(tiny_models.unit_rows(8, seed=2)).float())
+    target, near, copied = rows[0], F.normalize(rows[0] + 0.5 * rows[1], dim=0), rows[0]
+    targets = torch.stack([target] * 3)
+    embeddings = torch.stack([near, copied, copied, copied, near, copied])
+    neighbours = torch.stack([torch.stack([rows[5], copied])] * 3)
+    assert best_candidates(embeddings, targets).tolist() == [1, 2, 5]
+    assert best_candidates(embeddings, targets, neighbours).tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize(("start", "compared"), [("neighbour", True), ("noise", False)])
+def test_call_compares_candidates_with_the_neighbours_if_it_starts_from_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Any, compared: bool
+) -> None:
+    stored = tiny_models.database(tmp_path / "stored", tiny_models.unit_rows(40)).with_images(
+        lambda ids: [Image.new("RGB", (8, 8), (int(row), 0, 0)) for row in ids]
+    )
+    made = tiny_models.pipeline(stored, prediction="velocity")
+    monkeypatch.setattr(made, "_encoder", RandomEncoder())
+    seen = []
+    original = sampling.best_candidates
+
+    def recorded(embeddings: Tensor, targets: Tensor, neighbours: Tensor | None = None) -> Tensor:
+        seen.append(neighbours)
+        return original(embeddings, targets, neighbours)
+
+    monkeypatch.setattr(sampling, "best_candidates", recorded)
+    output = made(PROMPTS, start=start, candidates=2, num_images_per_prompt=2, num_inference_steps=2)
+    (neighbours,) = seen
+    assert (neighbours is not None) == compared
+    if compared:
+        assert torch.equal(neighbours, torch.from_numpy(output.hits.embeddings).repeat_interleave(2, dim=0))
