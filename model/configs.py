@@ -18,7 +18,7 @@ Under ``sticker-clip`` the median cosine of a Twemoji and the same image shifted
 and 0.983. That of an emoji and its nearest other skin tone is 0.956. Nine in ten emoji without skin tones have no other
 image this close. The resulting copy threshold is 0.944: 98%, 98% and 91% of the shifted images are above it."""
 MAX_NEIGHBOUR_IMAGES = 4
-"""Most images of neighbours that a network may see."""
+"""Maximum number of neighbour images that a network may see."""
 IN_KEY_IF_SET: Mapping[str, Any] = {"in_key": "if set"}
 """Metadata of an optional field: only another value than the default is part of the key of a training."""
 

@@ -122,17 +122,17 @@ class KNNDiffusionPipeline(EditingPipeline):
                 (P·M·candidates, steps, n) uniform in [0, 1) for networks over codes. Default: None.
             neighbours: K; it may differ from training. Default: the generator's.
             candidates: Images generated for each image that is returned; the cost is proportional. The one whose
-                embedding is closest to the query's slot is returned. With ``start="neighbour"``, copies of the
-                neighbours are passed over. Default: the generator's.
-            query: Embedding in the query's slot: "text" (the prompt's), "mean" (of the neighbours), "both" (the mean of
-                the two) or "none". Default: the generator's; without retrieval "text".
+                embedding is closest to the first condition token (query slot) is returned. With
+                ``start="neighbour"``, copies of the neighbours are passed over. Default: the generator's.
+            query: Embedding in the first condition token (query slot): "text" (the prompt's), "mean" (of the
+                neighbours), "both" (the mean of the two) or "none". Default: the generator's; without retrieval "text".
             retrieve: False hides the neighbours, the ablation without retrieval. Default: True.
             neighbour_images: False hides the images of the neighbours from a network that takes them, the ablation with
                 embeddings alone. Interpolations always hide them. Default: True.
             quality: "fast" or "best", a preset for ``candidates``, ``query``, ``start`` and ``strength``, which given
                 arguments override. From a database without images it starts from noise. Default: None, no preset.
-            start: "noise", "neighbour" (a stored image, at random among the nearest three of about the same score), or
-                an image for all prompts or one for each. Needs a continuous generator. Default: "noise".
+            start: "noise", "neighbour" (a stored image, chosen at random from up to three nearest images with similar
+                scores), or an image for all prompts or one for each. Needs a continuous generator. Default: "noise".
             strength: Share of noise that is added to the start, in (0, 1]; small values return the start. Default: 0.8.
             reference: "neighbour" shows a stored image, chosen like the start, to the network while the noise level is
                 above 0.85. Needs a network trained for editing, and a start from noise or a ``strength`` above 0.85.
@@ -244,7 +244,7 @@ class KNNDiffusionPipeline(EditingPipeline):
             **options: Further arguments of a call, e.g. num_images_per_prompt or generator.
 
         Returns:
-            :class:`KNNDiffusionOutput`, as of a call.
+            :class:`KNNDiffusionOutput`, as returned by ``__call__``.
 
         Raises:
             ModelError: There is no image, or an argument is not valid for a call.

@@ -48,10 +48,9 @@ class EditingPipeline(BasePipeline):
                 region, "restore" needs a network trained for editing, "sdedit" is the baseline. Default: "local" for
                 networks over codes or with ``largest_region``, else "flow".
             num_inference_steps: Number of sampling steps. Default: 12.
-            generator: Source of the noise, on the CPU: one for all images, or one for each, with which an image does
-                not depend on the others. Default: a random seed.
-            neighbours: K. Default: the number shown in training, with which the other defaults were measured; 3 for
-                "flow".
+            generator: Source of the noise, on the CPU: one for all images, or one per image, which makes each
+                result independent of the batch. Default: a random seed.
+            neighbours: K. Default: 3 for "flow", otherwise the number used in training.
             retrieve: False hides the neighbours. Default: True.
             neighbour_images: False hides the images of the neighbours from a network that takes them. Otherwise text
                 and source are each shown with those of their own neighbours. Default: True.

@@ -50,7 +50,7 @@ def check_count(name: str, value: object) -> None:
 
 
 def check_steps(steps: int, noise_levels: Sequence[float] | None) -> None:
-    """Raise ``ModelError`` for another number of steps than that of a generator that was distilled to few."""
+    """Raise ``ModelError`` if ``steps`` differs from the fixed number of steps of a distilled generator."""
     if noise_levels is not None and steps != len(noise_levels):
         raise ModelError(
             f"number of steps is not supported: {steps}; this generator was distilled to {len(noise_levels)} steps"

@@ -40,12 +40,12 @@ STRENGTH = 0.8
 BEST = 3
 """Number of nearest neighbours among which the start is chosen."""
 MARGIN = 0.05
-"""Largest difference of their cosines to that of the nearest one. Neighbours below it show other things."""
+"""Maximum gap to the cosine of the nearest neighbour. Neighbours beyond it are not similar enough."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Where the layout of the images comes from.
+    """Source of the layout of the images.
 
     Attributes:
         start: What the flow starts from.

@@ -80,7 +80,7 @@ def score_samples(
         "recall": interval(mean_of(embedding_metrics.on_manifold(real, compared)), len(real), bounds=_SHARE),
         "nearest": interval(mean_of(near), groups, bounds=(-1.0, 1.0)),
         "copy_rate": interval(mean_of(near > reference.threshold), groups, bounds=_SHARE),
-        # After the others, so that their intervals keep their random numbers.
+        # Computed last: all intervals share one generator, and the earlier ones must not change.
         "coverage": interval(mean_of(embedding_metrics.covered(compared, real)), len(real), bounds=_SHARE),
     }
     if spacing is not None:

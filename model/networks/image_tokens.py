@@ -47,14 +47,14 @@ class ShownImages(NamedTuple):
 
 
 def choose_distinct(cosines: Tensor, visible: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Choose the nearest visible neighbours that are no near-duplicates of the query, in training and generation alike.
+    """Choose the nearest visible neighbours that are not near-duplicates of the query. Used in training and generation.
 
-    The image of a near-duplicate would be the answer.
+    The image of a near-duplicate would reveal the target.
 
     Args:
         cosines: (B, K) of each query and its neighbours, nearest first.
         visible: (B, K) bool, False for neighbours that are hidden or missing.
-        count: Most neighbours to choose, I.
+        count: Maximum number of neighbours to choose, I.
 
     Returns:
         Positions (B, min(I, K)) int64, nearest first, and bool (B, min(I, K)), False where there is no such neighbour.
@@ -71,9 +71,9 @@ class ImageEncoder(nn.Module):
         """Create the encoder.
 
         Args:
-            side: S.
+            side: Image side in px (S).
             patch: Side of a patch; ``side`` must be a multiple of it.
-            images: Most images of a sample.
+            images: Maximum number of images per sample.
             heads: Attention heads of the block.
             head_width: Channels of a head.
             channels: D.
@@ -139,7 +139,7 @@ class NeighbourImageTransformer(RotaryTransformer):
         """Create the network.
 
         Args:
-            neighbour_images: Most images of a sample.
+            neighbour_images: Maximum number of images per sample.
             neighbour_patch: Side of their patches.
             **base: Arguments of the base class.
         """
@@ -191,7 +191,7 @@ class NeighbourImageTransformer(RotaryTransformer):
             hidden_states: (B, C, S, S).
             encoder_hidden_states: (B, T, E) tokens, or (B, T + N, E + 1) tokens with image tokens.
             timestep: (B,).
-            added_cond_kwargs: As of the base class.
+            added_cond_kwargs: See the base class.
             images: Images to encode, in training. Sampling encodes them once, and passes their tokens.
             **options: Further arguments of the base class.
         """
@@ -225,7 +225,7 @@ def add_image_tokens(
 
     Args:
         network: A transformer or editor over pixels.
-        images: Most images of a sample.
+        images: Maximum number of images per sample.
         patch: Side of their patches.
         seed: Seed of the new weights.
 
@@ -248,7 +248,7 @@ def add_image_tokens(
     if unknown:
         raise ModelError(f"the network has weights of no known layer: {unknown[0]}; merge its adapters first")
     use_fused_attention(extended)
-    nn.Module.to(extended, network.device, network.dtype)  # that of diffusers warns of dtypes
+    nn.Module.to(extended, network.device, network.dtype)  # diffusers' own `to` warns about dtypes
     extended.train(network.training)
     return extended
 

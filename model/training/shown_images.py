@@ -34,7 +34,7 @@ def shown_images(
 ) -> ShownImages | None:
     """Return the images that a network sees in a training step, or None if it takes none.
 
-    They are those of the nearest neighbours that the condition shows and that are no near-duplicates of the image.
+    They are those of the nearest neighbours that the condition shows and that are not near-duplicates of the image.
 
     Args:
         network: The network in training.

@@ -176,7 +176,7 @@ def evaluate(clip: CLIP, data: Data, config: TrainConfig) -> dict[str, dict[str,
 
 
 class State:
-    """What a run needs to resume: weights, optimizer, average, generator, elapsed time and log."""
+    """State from which a run resumes: weights, optimizer, average, generator, elapsed time and log."""
 
     def __init__(self, path: Path, config: TrainConfig) -> None:
         """Store the state in ``path``."""
