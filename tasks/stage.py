@@ -85,7 +85,7 @@ class ProgressPage:
             from prefect.artifacts import update_progress_artifact
 
             self._next = time.monotonic() + PROGRESS_EVERY_S
-            update_progress_artifact(self._id, self._percent())  # type: ignore[arg-type]  # a task is no coroutine
+            update_progress_artifact(self._id, self._percent())  # type: ignore[arg-type]  # a task is not a coroutine
 
     def _percent(self) -> float:
         return 100.0 * self._done / self._total
@@ -127,7 +127,7 @@ def stage_task(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def _in_flow() -> bool:
-    """Return True if a flow of Prefect calls, and not a task."""
+    """Return True if called from a Prefect flow, outside of its tasks."""
     if "prefect" not in sys.modules:  # importing it takes a second, which the workers of the stages save
         return False
     from prefect.context import FlowRunContext
@@ -136,7 +136,7 @@ def _in_flow() -> bool:
 
 
 def _in_task() -> bool:
-    """Return True if a task of Prefect calls."""
+    """Return True if called from a Prefect task."""
     if "prefect" not in sys.modules:
         return False
     from prefect.context import TaskRunContext

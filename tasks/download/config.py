@@ -11,7 +11,7 @@ from infra.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ListOptions:
-    """How to read a URL list. The rows that result are part of a stage's key, and not these options.
+    """Options for reading a URL list. The rows that result are part of a stage's key, and not these options.
 
     Attributes:
         url_column: Column with the URLs. Default: ``url``.

@@ -30,7 +30,7 @@ class EvaluateConfig:
         ablations: Also evaluate without neighbours, with each query mode, and with 1, 4, 10 and 20 neighbours.
         bootstrap: Resamples per interval. 0 computes no intervals.
         copy_percentile: Percentile of the cosines between real images. A sample above it is a copy.
-        near_duplicate: Least cosine of real pairs that are variants of one image. They are left out.
+        near_duplicate: Minimum cosine of real pairs that are variants of one image. They are left out.
         inception_weights: File of torch-fidelity's Inception weights, local or remote. Default: no FID.
         use_gpu: Generate on a GPU.
     """

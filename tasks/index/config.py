@@ -16,12 +16,12 @@ class IndexConfig:
     Attributes:
         index: FAISS factory string, or auto to choose by the number of rows and ``memory_bytes``.
         memory_bytes: Memory limit in bytes for the index in a searching process.
-        target_recall: Least recall@10 of image and of text queries, in [0, 1]. The stage fails below it.
+        target_recall: Minimum recall@10 of image and of text queries, in [0, 1]. The stage fails below it.
         recall_queries: Queries of each kind for the recall measurement.
         texts: Text queries for the recall measurement.
-        shard_rows: Most rows of an index shard: 16,777,216 take 8 GB at 256 dimensions of float16. Small shards split
-            cells.
-        near_duplicate_cosine: Least cosine of near-duplicates, in (0, 1]. 1 disables the search for them.
+        shard_rows: Maximum number of rows per index shard: 16,777,216 take 8 GB at 256 dimensions of float16. Small
+            shards split cells.
+        near_duplicate_cosine: Minimum cosine of near-duplicates, in (0, 1]. 1 disables the search for them.
         dedup: Return only one row of each group of near-duplicates.
         max_drift: Relative growth of the error on new rows above which the quantizer is trained again.
         seed: Seed of the training and of the choice of queries.
@@ -61,7 +61,7 @@ class IndexOverrides:
     Attributes:
         index: FAISS factory string, or auto.
         memory_bytes: Memory limit in bytes for the index in a searching process.
-        target_recall: Least recall@10 of image and of text queries, in [0, 1].
+        target_recall: Minimum recall@10 of image and of text queries, in [0, 1].
         dedup: Return only one row of each group of near-duplicates.
     """
 

@@ -1,4 +1,4 @@
-"""Tune nprobe and re-ranking depth to reach the target recall on held-out image and text queries."""
+"""Tune nprobe and re-ranking depth to reach the target recall on held-out images, and on texts if they are given."""
 
 import dataclasses
 import io

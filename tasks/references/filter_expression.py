@@ -4,9 +4,9 @@
     not (height < 32 or key in ("000000001", "000000002"))
 
 A filter is one SQL condition on the columns url, key, sha256 (text), width and height (px), and on the columns of the
-URL list: numbers, or else text. DuckDB parses and evaluates
-it. Single and double quotes both delimit text. In ``like``, a backslash escapes ``%`` and ``_``. For a missing value,
-``in`` is false. Any other comparison with it is unknown, and a row whose condition is unknown does not match.
+URL list: as numbers if possible, otherwise as text. DuckDB parses and evaluates it. Single and double quotes both
+delimit text. In ``like``, a backslash escapes ``%`` and ``_``. For a missing value, ``in`` is false. Any other
+comparison with it is unknown, and a row whose condition is unknown does not match.
 
 A filter may come from an untrusted source. Only the syntax listed below is accepted, so that a filter is deterministic
 and cannot run queries or read files.

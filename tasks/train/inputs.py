@@ -43,7 +43,7 @@ def _check_generator(start_from: str, encoder: EncoderIdentity | None) -> None:
     index = pretrained_folder(start_from) / "model_index.json"
     if not index.is_file():
         raise InputError(
-            f"train.start_from is no saved pipeline: {start_from}; give {' or '.join(BUNDLED_GENERATORS)}, "
+            f"train.start_from is not a saved pipeline: {start_from}; give {' or '.join(BUNDLED_GENERATORS)}, "
             "or the folder of one"
         )
     try:
@@ -68,4 +68,4 @@ def _check_autoencoder(folder: str) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         found = None
     if found not in kinds:
-        raise InputError(f"train.autoencoder is no {' or '.join(sorted(kinds))}: {folder}; give the folder of one")
+        raise InputError(f"train.autoencoder is not an {' or '.join(sorted(kinds))}: {folder}; give the folder of one")

@@ -29,12 +29,12 @@ from tasks.references.rows import finite_rows
 from tasks.references.types import DatabaseVersion
 
 DECODING_BATCH = 256
-"""Encoded images held in memory while threads decode them."""
+"""Maximum number of encoded images held in memory during decoding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StoredShard:
-    """Tar and embeddings of one shard of images, in their folders."""
+    """Locations of the images and embeddings of one shard."""
 
     images_uri: str
     images: artifacts.Shard

@@ -30,8 +30,8 @@ def test_check_inputs_accepts_the_bundled_generator_and_its_encoder(tmp_path: Pa
 @pytest.mark.parametrize(
     ("train", "reason"),
     [
-        ({"start_from": "/absent"}, "start_from is no saved pipeline: /absent; give sticker-generator"),
-        ({"autoencoder": "/absent"}, "autoencoder is no AutoencoderKL or VQModel: /absent"),
+        ({"start_from": "/absent"}, "start_from is not a saved pipeline: /absent; give sticker-generator"),
+        ({"autoencoder": "/absent"}, "autoencoder is not an AutoencoderKL or VQModel: /absent"),
     ],
 )
 def test_check_inputs_with_wrong_path_fails_with_reason(train: dict[str, Any], reason: str) -> None:
@@ -49,7 +49,7 @@ def test_check_inputs_with_absent_weights_or_other_encoder_fails() -> None:
 
 def test_new_domain_with_a_wrong_generator_fails_before_the_download(tmp_path: Path) -> None:
     config = {"domain": "a", "urls": "/absent", "root": str(tmp_path), "train": {"start_from": "/absent"}}
-    with pytest.raises(InputError, match="start_from is no saved pipeline"):
+    with pytest.raises(InputError, match="start_from is not a saved pipeline"):
         new_domain.fn(**new_domain.validate_parameters({"config": config}))
     assert not any(tmp_path.iterdir())
 
