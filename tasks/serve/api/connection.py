@@ -81,7 +81,7 @@ class Connection(HttpToolsProtocol):
             raise ValueError("too many requests at once")
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
-                raise ValueError("the service is no proxy")
+                raise ValueError("the service is not a proxy")
             if not self._should_upgrade():
                 self._plain_headers = self._headers_without_upgrade()
                 return

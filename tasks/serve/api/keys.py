@@ -27,16 +27,16 @@ class Keys:
 
     @classmethod
     def read(cls, path: Path | None = None) -> "Keys":
-        """Read the keys of the environment, and of a file with one key a line and comments after ``#``."""
+        """Read the keys of the environment, and of a file with one key per line and comments after ``#``."""
         keys = os.environ.get(VARIABLE, "").replace(",", " ").split()
         if path is not None:
             try:
                 lines = path.read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"the file of API keys cannot be read: {path}; give one key a line") from error
+                raise ConfigError(f"the file of API keys cannot be read: {path}; give one key per line") from error
             found = [key for line in lines if (key := line.partition("#")[0].strip())]
             if not found:
-                raise ConfigError(f"the file of API keys is empty: {path}; give one key a line")
+                raise ConfigError(f"the file of API keys is empty: {path}; give one key per line")
             keys += found
         return cls(keys)
 

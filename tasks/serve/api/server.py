@@ -32,7 +32,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Ending:
-    """How a server ended.
+    """Result of a server that has ended.
 
     Attributes:
         signal: The signal that ended it; None if it ended by itself.

@@ -47,7 +47,7 @@ class Shown:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Actions:
-    """What the buttons do."""
+    """Actions of the buttons."""
 
     use_all: Callable[[Shown], Any]
     use_seed: Callable[[Shown], Any]

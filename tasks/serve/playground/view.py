@@ -42,7 +42,7 @@ _TOGGLE_DARK = f"""() => {{
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """What all visitors share."""
+    """Objects that all visitors share."""
 
     engine: "Engine"
     images: SentImages

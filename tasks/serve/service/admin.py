@@ -1,4 +1,4 @@
-"""What an operator wants to see: versions, promotions, and the pages of Prefect and MLflow with the running flows."""
+"""Information for operators: versions, promotions, and the pages of Prefect and MLflow with the running flows."""
 
 import os
 from typing import TYPE_CHECKING, Any

@@ -12,7 +12,7 @@ _SECONDS = ("poll_s", "batch_wait_s", "max_wait_s")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ServiceConfig:
-    """What is served, and the limits of its queues.
+    """Models and databases to serve, and the limits of the queues.
 
     Attributes:
         model: Generator: short name, ``models:/`` URI, folder or bundled name. A short name or an alias is followed

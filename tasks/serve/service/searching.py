@@ -14,7 +14,7 @@ from tasks.serve.service.served import OpenDatabase
 
 _BLOCK_ROWS = 65_536
 _LEAST_NORM = 1e-3
-"""Least length of a query before it is scaled to 1: below it, rounding decides its direction."""
+"""Minimum length of a query before it is scaled to 1: below it, rounding decides its direction."""
 
 
 def search(plans: Sequence[SearchPlan]) -> list[SearchResponse]:

@@ -38,7 +38,7 @@ _PRELOADED_TARS = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Where the rows of an open version come from.
+    """Origin of the rows of an open version.
 
     ``images`` and ``columns`` are None if the image shards cannot be read.
     """

@@ -23,7 +23,7 @@ _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>.+)|/(?P<version>\d+))
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Followed:
-    """What a reference names: a registered name, and the alias that is followed or the version that is fixed.
+    """Target of a reference: a registered name, and the alias that is followed or the version that is fixed.
 
     ``name`` is None for a folder and for a bundled generator.
     """
@@ -51,7 +51,7 @@ class Followed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Listing:
-    """What is registered: the versions of each database by short name, and those of generators.
+    """Registered versions: those of each database by short name, and those of generators.
 
     A version is a dict with version, aliases, tags and ``created_ms``, as :meth:`infra.registry.Registry.versions`.
     """
@@ -68,7 +68,7 @@ class Listing:
 
 
 class Versions(Protocol):
-    """Where versions come from; see :class:`RegisteredVersions`."""
+    """Source of versions; see :class:`RegisteredVersions`."""
 
     def listing(self) -> Listing:
         """Return what is registered. Raises ``TransientError`` if the registry does not answer or is gone."""
