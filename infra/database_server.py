@@ -31,10 +31,8 @@ def check(tracking_uri: str) -> None:
     try:
         engine = sqlalchemy.create_engine(tracking_uri, connect_args=arguments, poolclass=sqlalchemy.NullPool)
     except (ImportError, NoSuchModuleError) as error:
-        extra = (
-            "pip install 'knn-diffusion[postgres]'" if scheme == "postgresql+psycopg" else f"install it for {scheme}"
-        )
-        raise InputError(f"no driver for the database at {shown} ({_reason(error)}); {extra}") from None
+        fix = "pip install 'knn-diffusion[postgres]'" if scheme == "postgresql+psycopg" else f"install it for {scheme}"
+        raise InputError(f"no driver for the database at {shown} ({_reason(error)}); {fix}") from None
     except (ArgumentError, ValueError) as error:
         raise InputError(
             f"not a database URI: {shown} ({_reason(error)}); set {_VARIABLE} to postgresql://USER:PASSWORD@HOST/NAME"

@@ -57,7 +57,7 @@ def require_in_place(uri: str, root: str) -> None:
 def relocate(settings: Settings) -> Relocation:
     """Rewrite the locations in all manifests and in the SQLite registry of a root that was moved or copied.
 
-    Nothing else may use the root meanwhile. A run that was interrupted can be repeated.
+    Nothing else may use the root while the command runs. A run that was interrupted can be repeated.
 
     Raises:
         InputError: The root is remote.

@@ -54,7 +54,7 @@ class Stack:
 
     @property
     def ray_token(self) -> Path:
-        """File with the token that the Ray head demands."""
+        """File with the token that the Ray head requires."""
         return self.folder / "ray-token"
 
 
@@ -66,7 +66,7 @@ def services(stack: Stack, settings: Settings) -> list[Service]:
 
 
 def driver_environment(stack: Stack, settings: Settings) -> dict[str, str]:
-    """Return the variables with which a command or a worker uses the stack."""
+    """Return the environment variables that connect a command or worker to the stack."""
     external = settings.tracking if (settings.tracking or "").startswith("http") else None
     return {
         "PREFECT_API_URL": stack.prefect_url,

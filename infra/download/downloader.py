@@ -57,15 +57,15 @@ class DownloadPolicy:
         max_body_bytes: Largest response in bytes.
         deadline_s: Seconds of wall clock for one attempt at a URL, with its redirects and its body.
         timeout_s: Seconds for one operation on a socket.
-        max_redirects: Most redirects to follow.
-        max_pixels: Most pixels of an image, read from its header before anything is decoded.
+        max_redirects: Maximum number of redirects to follow.
+        max_pixels: Maximum number of pixels of an image, read from its header before anything is decoded.
         min_side_px: Shortest side of an accepted image in px. Trackers have one.
         max_side_px: Longest side in px. Larger images are reduced to it.
         retries: Further attempts after a failure, each with a deadline of its own.
         threads: Concurrent requests of a worker.
         respect_robots_tag: Skip images whose X-Robots-Tag is noai, noimageai, noindex, noimageindex or none.
         user_agent: User agent of the requests. Default: the name, version and address of this project.
-        host_rate: Most requests per second to one host. 0 is unlimited.
+        host_rate: Maximum number of requests per second to one host. 0 is unlimited.
         max_pause_s: Longest pause in seconds that a server may ask for with Retry-After.
         robots_txt: Skip what robots.txt disallows.
     """

@@ -31,7 +31,7 @@ _SEPARATORS = (";", "\t", "|")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dialect:
-    """How the fields of a file are written: separator, quotes, and whether quoted fields span lines."""
+    """Notation of the fields of a file: separator, quotes, and whether quoted fields span lines."""
 
     separator: str
     quotes: bool = False
@@ -91,7 +91,7 @@ def _simple_rows(source: ListSource, separator: str) -> int | None:
             )["line"]
             if not pc.all(pc.match_substring_regex(lines, whole)).as_py():
                 return None
-        except pa.ArrowInvalid:  # a separator that is no text, or a pattern that is too large
+        except pa.ArrowInvalid:  # a separator that is not text, or a pattern that is too large
             return None
         rows += len(lines)
     return max(rows - 1, 0)

@@ -228,7 +228,7 @@ class _Blocks(io.RawIOBase):
 
 @dataclass(slots=True)
 class Hints:
-    """What an earlier attempt found out about a file: types of columns, and whether quotes occur."""
+    """Findings of an earlier attempt to read a file: types of columns, and whether quotes occur."""
 
     types: dict[str, pa.DataType] = field(default_factory=dict)
     quotes: bool = False

@@ -1,4 +1,4 @@
-"""Tests of Parquet tables, URL lists and webdataset tars."""
+"""Tests of Parquet tables and URL lists."""
 
 import io
 from pathlib import Path
