@@ -70,7 +70,7 @@ def collect_garbage(config: CollectGarbageConfig) -> list[Garbage]:
 
     Raises:
         NotFoundError: The domain does not exist below the root.
-        NotAllCollectedError: Some of all domains failed; raised after the last one.
+        NotAllCollectedError: At least one domain failed. Raised after all domains were processed.
     """
     settings = settings_of(config.root)
     domains = domains_of(settings.root)

@@ -68,7 +68,8 @@ class SubsetDatabaseConfig(Form):
     Attributes:
         domain: Domain of the new database.
         database: Source database: short name, ``models:/…`` URI or folder.
-        where: Filter on url, key, sha256, width and height, e.g. ``width >= 64 and url like "%cat%"``.
+        where: Filter on url, key, sha256, width, height and columns of the URL list, e.g.
+            ``width >= 64 and url like "%cat%"``.
         root: Folder or ``s3://…`` URI of the artifacts. Default: the root of the settings.
         index: Index settings. Default: those of the source database.
         index_changes: Single settings that override ``index``.

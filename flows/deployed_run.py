@@ -31,8 +31,8 @@ R = TypeVar("R")
 def deployable(function: Callable[P, R]) -> Callable[P, R]:
     """Let the deployed runs of ``function`` end in the states Skipped and Cancelled.
 
-    Skipped: another writer holds the lease; the message names it. This is no failure, because a scheduled run may start
-    while a longer one is running. Calls from Python and from the command line still raise ``LeaseHeldError``.
+    Skipped: another writer holds the lease; the message names it. This is not a failure, because a scheduled run may
+    start while a longer one is running. Calls from Python and from the command line still raise ``LeaseHeldError``.
 
     Cancelled: the run was cancelled and its work has stopped. Prefect's worker would set this state too, but later: to
     look for hooks, it first imports the flow in another process.

@@ -116,7 +116,7 @@ class NewDomainConfig(Form):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Domain:
-    """Results of the flow; seconds, and whether skipped, by stage."""
+    """Results of the flow, with the duration of each stage and whether it was skipped."""
 
     images: StageResult[ImageShards]
     embeddings: StageResult[EmbeddingShards]
@@ -130,7 +130,10 @@ class Domain:
 @flow(name="new-domain", flow_run_name="new-domain-{config.domain}", validate_parameters=True)
 @deployable
 def new_domain(config: NewDomainConfig) -> Domain:
-    """Build a domain's database from a URL list, and a generator if configured; register both as champions."""
+    """Build a domain's database from a URL list, and a generator if configured, and register them.
+
+    A version becomes the champion if its gates pass and the champion is not pinned; see :mod:`tasks.promote`.
+    """
     settings = settings_of(config.root)
     folder = DomainFolder.of(settings, config.domain)
     if config.train is not None:

@@ -49,7 +49,7 @@ class Rebuilt:
 def rebuild_index(config: RebuildIndexConfig) -> Rebuilt:
     """Add new URLs to a domain's champion, hide and compact images taken down, and register the result.
 
-    It becomes the champion unless a rollback has pinned the present one; see :mod:`tasks.promote`.
+    It becomes the champion if its gates pass and the champion is not pinned; see :mod:`tasks.promote`.
     """
     settings = settings_of(config.root)
     folder, timings = DomainFolder.of(settings, config.domain), StageTimings()
