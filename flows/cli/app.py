@@ -75,7 +75,7 @@ def demo(
 
 
 def new_domain(
-    name: Annotated[str, typer.Argument(help="Domain name: lower-case letters, digits, hyphens.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Domain name: lower-case letters, digits, hyphens.")],
     urls: Urls = None,
     folder: Folder = None,
     url_column: UrlColumn = None,
@@ -117,9 +117,9 @@ def new_domain(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Build a domain's database from a URL list or a folder of images; register it as the champion.
+    """Build a domain's database from a URL list or a folder of images, and register it.
 
-    With --train, a generator is trained and registered too.
+    With --train, a generator is trained and registered too. A version becomes the champion if its gates pass.
 
     Example: knn-diffusion new-domain birds --urls birds.csv
     """

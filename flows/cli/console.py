@@ -39,7 +39,7 @@ Verify = Annotated[
 Trust = Annotated[
     bool,
     typer.Option(
-        "--trust", help="Trust a FOLDER outside of the root like code: read the files it names, load its encoder."
+        "--trust", help="Trust a folder outside of the root like code: read the files it names, load its encoder."
     ),
 ]
 Index = Annotated[

@@ -40,8 +40,8 @@ _DATABASE_COLUMNS = {
 
 
 def search(
-    database: Annotated[str, typer.Argument(help=DATABASE)],
-    query: Annotated[str | None, typer.Argument(help="Text to search for.")] = None,
+    database: Annotated[str, typer.Argument(metavar="DATABASE", help=DATABASE)],
+    query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Text to search for.")] = None,
     text: Annotated[str | None, typer.Option(help="Same as QUERY.")] = None,
     image: Annotated[Path | None, typer.Option(help="Image to search for, in any format of a download.")] = None,
     k: Annotated[int, typer.Option(help="Number of neighbours; at most 500 with --html.", min=1)] = 10,
@@ -85,7 +85,7 @@ def search(
 
 
 def export(
-    database: Annotated[str, typer.Argument(help=DATABASE)],
+    database: Annotated[str, typer.Argument(metavar="DATABASE", help=DATABASE)],
     out: Annotated[Path, typer.Option(help="Folder to write to; it must be empty or not exist.")],
     kind: Annotated[str, typer.Option("--format", help="parquet, csv or clip-retrieval.")] = "parquet",
     trust: Trust = False,

@@ -28,8 +28,8 @@ from infra.errors import InputError
 
 def edit(
     context: typer.Context,
-    image: Annotated[Path, typer.Argument(help="Image to edit; it is cropped to its centre square.")],
-    prompt: Annotated[str, typer.Argument(help="Text that describes the edited image.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image to edit; it is cropped to its centre square.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text that describes the edited image.")],
     database: Annotated[str, typer.Option(help=DATABASE)],
     out: Annotated[Path, typer.Option(help="PNG, JPEG or WebP to write.")],
     model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",

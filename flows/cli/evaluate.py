@@ -19,7 +19,9 @@ from flows.cli.inputs import check_root
 
 
 def evaluate(
-    databases: Annotated[list[str], typer.Argument(help=f"Databases to retrieve from. {DATABASE}")],
+    databases: Annotated[
+        list[str], typer.Argument(metavar="DATABASES", help=f"Databases to retrieve from. {DATABASE}")
+    ],
     model: Annotated[str, typer.Option(help=MODEL)] = "knn-diffusion",
     texts: Annotated[
         str | None, typer.Option(help="Text file, one prompt per line. Default: images of the database as prompts.")

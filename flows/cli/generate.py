@@ -37,7 +37,9 @@ LONGEST_ROW = 12
 
 def generate(
     context: typer.Context,
-    prompts: Annotated[list[str], typer.Argument(help="Texts or image files, one generated image each.")],
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPTS", help="Texts or image files, one generated image each.")
+    ],
     database: Annotated[str, typer.Option(help=DATABASE)],
     out: Annotated[
         Path | None, typer.Option(help="PNG, JPEG or WebP to write: up to 12 images in a row, more in a grid.")

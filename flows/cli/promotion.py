@@ -10,7 +10,7 @@ import typer
 from flows.cli.console import Root, Trust, Verbose, Wait, prefect_server, report_errors, say, settings, table
 from flows.cli.inputs import check_root
 
-Name = Annotated[str, typer.Argument(help="Domain, or knn-diffusion for generators.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Domain, or knn-diffusion for generators.")]
 _HISTORY_COLUMNS = {
     "at": "time (UTC)",
     "version": "version",
@@ -121,7 +121,9 @@ def history(
 
 
 def pull(
-    name: Annotated[str, typer.Argument(help="Database or knn-diffusion: short name, models:/… or a folder.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Database or knn-diffusion: short name, models:/… or a folder.")
+    ],
     to: Annotated[Path, typer.Option(help="Folder to copy to. An interrupted copy resumes.")],
     root: Root = None,
     verbose: Verbose = False,
@@ -142,7 +144,7 @@ def pull(
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder written by pull.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder written by pull.")],
     name: Annotated[str, typer.Option(help="Domain of a database, or knn-diffusion for a generator.")],
     database: Annotated[
         str | None,
@@ -177,7 +179,9 @@ def push(
 
 
 def lineage(
-    name: Annotated[str, typer.Argument(help="Database or knn-diffusion: short name, models:/… or a folder.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Database or knn-diffusion: short name, models:/… or a folder.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print nested JSON objects.")] = False,
     graph: Annotated[bool, typer.Option("--graph", help="Print a Mermaid flowchart.")] = False,
     root: Root = None,

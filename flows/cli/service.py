@@ -26,7 +26,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to bind; 0 chooses a free one.", min=0, max=65535)] = 8000,
     keys_file: Annotated[
         Path | None,
-        typer.Option(help="File of accepted API keys, one a line, in addition to those of KNN_DIFFUSION_API_KEYS."),
+        typer.Option(help="File of accepted API keys, one per line, in addition to those of KNN_DIFFUSION_API_KEYS."),
     ] = None,
     allow_anonymous: Annotated[
         bool, typer.Option("--allow-anonymous", help="Accept requests without a key on every interface.")
@@ -37,7 +37,7 @@ def serve(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Serve search, generation and editing over HTTP, and the playground, if the extra ``web`` is installed.
+    """Serve search, generation and editing over HTTP, and the playground, if the extra web is installed.
 
     Databases and generators are swapped when their champion moves. Prints one line when the service is ready. SIGTERM
     finishes the accepted requests and exits with 0.

@@ -71,7 +71,7 @@ def up(
 
 
 def status(stack: Folder = FOLDER, verbose: Verbose = False) -> None:
-    """List the services that ``up`` started. Exits with 1 if one of them does not run.
+    """List the services that up started. Exits with 1 if one of them does not run.
 
     Example: knn-diffusion status
     """
@@ -88,7 +88,7 @@ def status(stack: Folder = FOLDER, verbose: Verbose = False) -> None:
 
 
 def down(stack: Folder = FOLDER, verbose: Verbose = False) -> None:
-    """Stop the services that ``up`` started, and no others.
+    """Stop the services that up started, and no others.
 
     Example: knn-diffusion down
     """
@@ -116,7 +116,7 @@ def deploy(verbose: Verbose = False) -> None:
 
 
 def run(
-    deployment: Annotated[str, typer.Argument(help="FLOW/NAME, or NAME if both are equal.")],
+    deployment: Annotated[str, typer.Argument(metavar="DEPLOYMENT", help="FLOW/NAME, or NAME if both are equal.")],
     param: Annotated[
         list[str] | None,
         typer.Option(help="NAME=VALUE of a field of config, e.g. domain=birds. Repeatable."),
@@ -155,7 +155,8 @@ def runs(
 
 
 def cancel(
-    run: Annotated[str, typer.Argument(help="Id of the run, from `knn-diffusion runs`.")], verbose: Verbose = False
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Id of the run, from `knn-diffusion runs`.")],
+    verbose: Verbose = False,
 ) -> None:
     """Cancel a run. Its committed shards and checkpoints remain, and another run resumes from them.
 

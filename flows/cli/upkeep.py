@@ -26,14 +26,14 @@ from flows.cli.console import (
 from flows.cli.inputs import check_domain, check_root, check_source_root, check_takedown_list
 from flows.cli.sources import Folder, OnlyFailed, UrlColumn, Urls, source_fields
 
-Domain = Annotated[str, typer.Argument(help="Domain name: lower-case letters, digits, hyphens.")]
+Domain = Annotated[str, typer.Argument(metavar="NAME", help="Domain name: lower-case letters, digits, hyphens.")]
 Replace = Annotated[
     bool, typer.Option("--replace", help="Replace the database even if NAME was built from its own downloads.")
 ]
 
 
 def rebuild_index(
-    name: Annotated[str, typer.Argument(help="Domain whose champion is rebuilt.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Domain whose champion is rebuilt.")],
     urls: Urls = None,
     folder: Folder = None,
     url_column: UrlColumn = None,
@@ -44,7 +44,9 @@ def rebuild_index(
     compact: Annotated[
         bool,
         typer.Option(
-            "--compact", help="Rewrite the shards that hold images taken down. Default: if above 10% of the rows."
+            "--compact",
+            help="Rewrite the shards that hold images taken down. By default, shards are rewritten once more than 10% "
+            "of all rows are taken down.",
         ),
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry listed URLs that failed before.")] = False,
@@ -62,7 +64,9 @@ def rebuild_index(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Add new images to a domain's database and hide images taken down; the result becomes the champion.
+    """Add new images to a domain's database and hide images taken down.
+
+    The result is registered, and becomes the champion if its gates pass.
 
     Example: knn-diffusion rebuild-index birds --urls birds.csv --takedown removed.csv
     """
@@ -99,7 +103,7 @@ def rebuild_index(
 
 def merge(
     name: Domain,
-    databases: Annotated[list[str], typer.Argument(help=f"Two or more databases. {DATABASE}")],
+    databases: Annotated[list[str], typer.Argument(metavar="DATABASES", help=f"Two or more databases. {DATABASE}")],
     replace: Replace = False,
     index: Index = None,
     memory: Memory = None,
@@ -139,7 +143,7 @@ def merge(
 
 def subset(
     name: Domain,
-    database: Annotated[str, typer.Argument(help=DATABASE)],
+    database: Annotated[str, typer.Argument(metavar="DATABASE", help=DATABASE)],
     where: Annotated[
         str,
         typer.Option(
@@ -181,7 +185,7 @@ def subset(
 
 
 def relocate(
-    root: Annotated[str, typer.Argument(help="Root that was moved or copied to another path.")],
+    root: Annotated[str, typer.Argument(metavar="ROOT", help="Root that was moved or copied to another path.")],
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -201,7 +205,7 @@ def relocate(
 
 
 def gc(
-    name: Annotated[str | None, typer.Argument(help="Domain. Default: all domains.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Domain. Default: all domains.")] = None,
     keep: Annotated[
         int, typer.Option(help="Newest versions to keep, in addition to all versions with an alias.", min=1)
     ] = 2,

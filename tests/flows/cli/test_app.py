@@ -41,6 +41,14 @@ def test_help_lists_every_command_in_order() -> None:
         assert run(command, "--help").exit_code == 0
 
 
+def test_usage_names_arguments_as_help_does() -> None:
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        for parameter in command.params:
+            if parameter.param_type_name == "argument":
+                expected = "FILE" if name == "inspect" else parameter.name.upper()
+                assert parameter.metavar == expected, f"{name}: {parameter.name}"
+
+
 def test_version_prints_name_and_version() -> None:
     result = run("--version")
     assert (result.exit_code, result.stderr) == (0, "")
