@@ -66,11 +66,20 @@ class _Gzip:
 
     def __init__(self) -> None:
         self._member = zlib.decompressobj(_GZIP)
+        self._head = b""  # after a member: the first byte of a magic number whose second byte was not read yet
+        self._ended = False
 
     def decode(self, data: bytes) -> Iterator[bytes]:
+        if self._ended:
+            return
+        data, self._head = self._head + data, b""
         while data:
             if self._member.eof:
+                if data == _GZIP_MAGIC[:1]:
+                    self._head = data
+                    return
                 if not data.startswith(_GZIP_MAGIC):
+                    self._ended = True
                     return
                 self._member = zlib.decompressobj(_GZIP)
             yield from _inflate(self._member, data)
