@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,14 +67,22 @@ def test_local_cluster_listens_on_loopback_requires_its_token_and_keeps_the_sigt
     assert not (tmp_path / ".ray").exists()
 
 
-def test_private_token_keeps_variables_set_by_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+@pytest.fixture
+def ray_variables() -> Iterator[pytest.MonkeyPatch]:
+    """Change the environment of Ray for a test. Afterwards Ray reads it again, for later tests of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+    local_ray.reload_ray_config()
+
+
+def test_private_token_keeps_variables_set_by_the_user(ray_variables: pytest.MonkeyPatch) -> None:
+    ray_variables.delenv("RAY_AUTH_TOKEN", raising=False)
+    ray_variables.setenv("RAY_AUTH_MODE", "disabled")
     with local_ray.private_token():
         assert os.environ["RAY_AUTH_MODE"] == "disabled"
         assert "RAY_AUTH_TOKEN" not in os.environ
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/of/the/user")
+    ray_variables.setenv("RAY_AUTH_MODE", "token")
+    ray_variables.setenv("RAY_AUTH_TOKEN_PATH", "/of/the/user")
     with local_ray.private_token():
         assert "RAY_AUTH_TOKEN" not in os.environ
 
