@@ -4,6 +4,7 @@ Prefect can start such a server itself, but that one survives a killed parent. I
 standard library, where img2dataset's dependency ``dataclasses`` (a Python 3.6 backport) shadows the real module.
 """
 
+import logging
 import os
 import re
 import secrets
@@ -24,6 +25,8 @@ from infra.home import require_state_folder
 from infra.storage.folders import PRIVATE, make_folder
 
 STARTUP_S = 90.0
+DRAIN_S = 3.0
+"""Maximum seconds to wait for events that were not sent yet. Usually they take less than 0.1 seconds."""
 _EXCEPTION = re.compile(r"[\w.]+(Error|Exception): ")
 
 _SERVER = """
@@ -85,13 +88,24 @@ def prefect_api(home: Path | None = None) -> Iterator[None]:
             _wait_until_healthy(server, output, f"http://127.0.0.1:{port}/api/health")
             os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
             os.environ["PREFECT_API_AUTH_STRING"] = secret
-            yield
+            try:
+                yield
+            finally:
+                _send_events()
         finally:
             os.environ.pop("PREFECT_API_URL", None)
             os.environ.pop("PREFECT_API_AUTH_STRING", None)
             if configured is not None:
                 os.environ["PREFECT_API_AUTH_STRING"] = configured
             server.kill()
+
+
+def _send_events() -> None:
+    """Wait until Prefect has sent its events: without a server it loses them and prints an error."""
+    module = sys.modules.get("prefect.events.worker")
+    if module is not None:
+        logging.getLogger("EventsWorker").setLevel(logging.ERROR)  # else it warns about events that it still sends
+        module.EventsWorker.drain_all(timeout=DRAIN_S, at_exit=False)
 
 
 def _wait_until_healthy(server: subprocess.Popen[bytes], output: IO[bytes], health: str) -> None:

@@ -46,3 +46,20 @@ def test_prefect_api_that_does_not_start_names_the_error(tmp_path: Path, monkeyp
     message = r"does not start \(ValueError: invalid literal.*; set PREFECT_API_URL"
     with pytest.raises(StageError, match=message), prefect_api():
         pass
+
+
+EVENTS = """
+from infra.prefect_server import prefect_api
+with prefect_api():
+    from prefect.events import emit_event
+    for number in range(20):
+        emit_event("knn-diffusion.test", resource={"prefect.resource.id": f"test.{number}"})
+"""
+
+
+@pytest.mark.slow
+def test_prefect_api_sends_events_before_its_server_ends(tmp_path: Path) -> None:
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path), "PREFECT_LOGGING_LEVEL": "CRITICAL"}
+    environment.pop("PREFECT_API_URL", None)
+    done = subprocess.run([sys.executable, "-c", EVENTS], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
